@@ -1,0 +1,164 @@
+"""Plain records that pass between rooms: the plan, a step, an evaluation, the facts of a report.
+
+Frozen dataclasses of plain values (str, int, float, bool, None, lists and dicts of those), so that every record can be
+written as JSON by `dataclasses.asdict`.  Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why `train` would refuse: the recipe key, its line (None if not written), and the message with its mend."""
+
+    key: str
+    line: int | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted module of the base: `kind` is linear, conv1d, embedding or parameter."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    trainable_parameters: int
+    r: int | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class PeakBytes:
+    """Predicted peak memory in bytes, by part; `total` is the peak of the whole step, not of each part alone."""
+
+    weights: int
+    adapter: int
+    optimizer: int
+    activations: int
+    logits: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What became of the rows of the training (or evaluation) sources; supervised counts are loss tokens of one epoch."""
+
+    read: int
+    trained: int
+    dropped: int
+    truncated: int
+    tokens: int
+    supervised_tokens: int
+    longest_tokens: int
+    estimated: bool = False
+    dropped_reasons: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the base is, resolved: never `auto`."""
+
+    name_or_path: str
+    revision: str | None
+    family: str
+    model_type: str
+    dtype: str
+    quantization: str
+    double_quantization: bool
+    attention: str
+    total_parameters: int
+    layers: int
+    hidden_size: int
+    vocabulary_size: int
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before a weight is loaded; saved as plan.json and obeyed by train."""
+
+    tunekit_version: str
+    recipe: dict[str, Any]
+    model: ModelFacts
+    device: str
+    targets: list[Target]
+    trainable_parameters: int
+    total_parameters: int
+    steps: int
+    steps_per_epoch: int | None
+    warmup_steps: int
+    micro_batches_per_epoch: int | None
+    rows: RowCounts
+    eval_rows: RowCounts | None
+    supervised_tokens: int
+    packing: bool
+    packing_reason: str
+    checkpointed_layers: int
+    logits_chunk_tokens: int
+    engine: str
+    peak_bytes: PeakBytes
+    refusals: list[Refusal]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step as metrics.jsonl holds it; `loss` is the step's own token-weighted mean, unsmoothed."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One evaluation: metrics by name (`loss` always), at a step."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Reaction:
+    """A load-time probe that acted: what it found and what was done, at which step (0 before the first)."""
+
+    probe: str
+    action: str
+    step: int
+
+
+@dataclass(frozen=True)
+class ReportFacts:
+    """What report.json holds; a value that was not measured is None and is left out of the file."""
+
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    peak_host_bytes: int | None
+    tokens_per_second: float | None
+    supervised_tokens_per_second: float | None
+    seconds: dict[str, float]
+    rows: dict[str, int]
+    tokens: int
+    supervised_tokens: int
+    predicted_bytes: dict[str, int]
+    measured_bytes: dict[str, int]
+    adapter_bytes: int | None
+    base_bytes: int | None
+    trainable_parameters: int
+    best_step: int | None
+    final_step: int
+    final_loss: float | None
+    evaluations: list[dict[str, Any]]
+    reactions: list[Reaction]

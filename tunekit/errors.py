@@ -1,0 +1,99 @@
+"""Every error a user can meet: where it is (file, line, key), what is wrong, how to mend it, and the exit code.
+
+Comes in: nothing.  Goes out: exceptions that cli.py prints, one line per problem.  Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, as one line: `file:line: key: what; how to mend`."""
+
+    what: str
+    how: str = ""
+    file: str | None = None
+    line: int | None = None
+    key: str | None = None
+
+    def __str__(self) -> str:
+        place = self.file or ""
+        if self.file and self.line:
+            place += f":{self.line}"
+        parts = [part for part in (place, self.key) if part]
+        text = ": ".join([*parts, self.what])
+        return f"{text}; {self.how}" if self.how else text
+
+
+class TunekitError(Exception):
+    """Base of all errors meant for a user; `problems` holds every problem found, not only the first.
+
+    Make one with the words of a single problem, `DataError("row is not an object", "write {...}", file=f, line=3)`,
+    or with several: `RecipeError.of(problems)`.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, how: str = "", *, file: str | None = None, line: int | None = None, key: str | None = None
+    ) -> None:
+        self.problems: tuple[Problem, ...] = (Problem(what, how, file, line, key),)
+        super().__init__(str(self.problems[0]))
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> TunekitError:
+        """Wrap every problem of one pass in one error."""
+        first = problems[0]
+        error = cls(first.what, first.how, file=first.file, line=first.line, key=first.key)
+        error.problems = tuple(problems)
+        error.args = ("\n".join(str(problem) for problem in problems),)
+        return error
+
+
+class InputError(TunekitError):
+    """The recipe or another input is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """The recipe: syntax, keys, values, contradictions."""
+
+
+class DataError(InputError):
+    """A data file or row."""
+
+
+class ModelError(InputError):
+    """A base model folder, its configuration or its tokenizer."""
+
+
+class AdapterError(InputError):
+    """An adapter folder, or an adapter that does not fit its base."""
+
+
+class RunFolderError(InputError):
+    """The run folder: a held lock, a refused resume, a finished run in the way."""
+
+
+class NumericsError(TunekitError):
+    """The numbers went wrong: non-finite loss or gradient, a collapsed loss scale."""
+
+    exit_code = 3
+
+
+class ResourceError(TunekitError):
+    """Memory, disk or another resource ran out, or a budget cannot be met."""
+
+    exit_code = 4
+
+
+class Stopped(TunekitError):
+    """A signal asked the run to stop; a checkpoint has been written. Exit code 128 + signal number."""
+
+    def __init__(self, what: str, signal_number: int) -> None:
+        super().__init__(what)
+        self.exit_code = 128 + signal_number

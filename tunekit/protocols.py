@@ -1,0 +1,190 @@
+"""What rooms of one level know of each other: Tokenizer, rows, Batch, Window, Loss, Objective, Engine, Stages.
+
+Typing, numpy and torch only.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
+
+
+class Tokenizer(Protocol):
+    """A tokenizer as data and objectives see it. No method ever adds special tokens of its own accord."""
+
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int  # any existing id: padding is always masked by length, never by id
+    vocabulary_size: int
+    fingerprint: str  # sha256 of everything that changes ids or templates
+    chat_template: str | None
+
+    def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
+        """Ids of `text`; with special_tokens_in_text=False, text that spells a special token is encoded as text."""
+        ...
+
+    def encode_with_offsets(
+        self, text: str, *, special_tokens_in_text: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and their [start, end) character offsets in `text`."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of `ids`."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        template: str | None = None,
+    ) -> str:
+        """The chat template (or `template`) applied to messages, as text. Raises DataError where the template refuses."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token as a person reads it."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One row ready to train on. `trained[t]` says whether token t is a target (the first token never counts)."""
+
+    ids: NDArray[np.int32]  # (T,)
+    trained: NDArray[np.bool_]  # (T,)
+    origin: str  # "train.jsonl:17", for errors and preview
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Targets that a causal model predicts: trained[1:], for token 0 is never predicted."""
+        return int(self.trained[1:].sum())
+
+
+class EncodedRows(Protocol):
+    """Random access to encoded rows; small enough an interface for a memory map."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> EncodedRow: ...
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(rows,) tokens of each row."""
+        ...
+
+    @property
+    def supervised(self) -> NDArray[np.int64]:
+        """(rows,) supervised tokens of each row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, right-padded. Rows are whole rows, or packs of rows when `packed`.
+
+    Position ids restart at 0 for each segment of a pack and for the padding tail; there is no attention mask, since
+    padding comes after every real token and a causal model never looks ahead.
+    """
+
+    input_ids: torch.Tensor  # (B, T) int64
+    position_ids: torch.Tensor  # (B, T) int64
+    labels: torch.Tensor  # (B, T) int64; IGNORED where not trained, and at the first token of each segment
+    lengths: tuple[int, ...]  # (B,) real tokens of each row
+    packed: bool
+    origins: tuple[tuple[str, ...], ...]  # for each of the B rows, the origins of its segments
+    row_ids: tuple[tuple[int, ...], ...]  # the same as indices into EncodedRows
+
+    @property
+    def tokens(self) -> int:
+        """Non-padding tokens."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step (of this rank), with their indices in the step over all ranks."""
+
+    step: int  # 0-based index of the optimizer step
+    epoch: float  # epochs finished after this step
+    indices: tuple[int, ...]
+    batches: tuple[Batch, ...]
+
+
+@dataclass
+class Loss:
+    """`total`: SUM of the per-unit losses, (K,) float32 with gradient; `per_step`: averaged over micro-batches."""
+
+    total: torch.Tensor
+    per_step: torch.Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Head(Protocol):
+    """The output projection of a text model, with its scale and soft cap; may be tied, quantized or adapted."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, V) in float32."""
+        ...
+
+
+class Objective(Protocol):
+    """What is minimised. It never makes a forward of its own outside `prepare`."""
+
+    family: str
+    packable: bool
+    needs_reference: bool
+
+    def prepare(self, model: Any, window: Window) -> Window: ...
+
+    def units(self, batch: Batch) -> torch.Tensor:
+        """(K,) float64: what the step's loss is divided by, known before the forward."""
+        ...
+
+    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the network is called with."""
+        ...
+
+    def loss(self, output: torch.Tensor, head: Head, batch: Batch) -> Loss:
+        """Sum over the batch's units; `output` is hidden states (B, T, D) for text families."""
+        ...
+
+
+class Engine(Protocol):
+    """Runs forward and backward of one window and leaves the summed gradient, divided by `units`, in place."""
+
+    def run_window(
+        self, model: Any, objective: Objective, window: Window, units: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Returns (K,) float64 loss sum of this rank divided by `units`, and metrics."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A model cut for layer-by-layer execution: embed -> layers -> head input.
+
+    `embed(inputs)` gives the first hidden state (B, T, D) and the keyword arguments that each layer takes;
+    `layers` are called in order with them; `finish(hidden)` is the final norm.
+    """
+
+    embed: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, Any]]]
+    layers: Sequence[torch.nn.Module]
+    finish: Callable[[torch.Tensor], torch.Tensor]
+
+
+class WindowSource(Protocol):
+    """Windows in training order, from a given step on; a pure function of (rows, settings, seed)."""
+
+    steps: int
+
+    def windows(self, first_step: int) -> Iterator[Window]: ...
