@@ -1,0 +1,110 @@
+"""The only place where logits exist: next-token loss over supervised positions, projected in chunks.
+
+Comes in: hidden states (B, T, D), labels (B, T), an output head.  Goes out: sums of negative log-likelihood.
+Full logits (B, T, V) never exist: rows without a label are dropped first, the rest pass the head `chunk_tokens` at a
+time, in float32, and each chunk's gradient is taken on the spot (loss and gradient in one pass over the logits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.protocols import IGNORED, Head
+
+
+def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a causal model predicts a supervised token, and which: position t predicts labels[t + 1].
+
+    Shapes: labels (B, T), on the CPU -> index (N,) into the flattened B * T positions, targets (N,).
+    """
+    shifted = labels[:, 1:]  # (B, T - 1)
+    rows, columns = torch.nonzero(shifted != IGNORED, as_tuple=True)
+    return rows * labels.shape[1] + columns, shifted[rows, columns]
+
+
+def select_positions(hidden: Tensor, index: Tensor) -> Tensor:
+    """Rows of the flattened hidden states. Shapes: hidden (B, T, D), index (N,) -> (N, D)."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Sum of -log softmax(head(h))[target]; the gradient is computed in the forward, chunk by chunk.
+
+    d loss / d logits = softmax(logits) - onehot(target), written over the logits' own buffer; the head's graph, whatever
+    it holds (soft cap, scale, an adapter), takes it from there to the hidden states and the head's trained parameters.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden)  # (N, D)
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            loss, chunk_gradients = _chunk_loss_and_gradient(hidden[chunk], targets[chunk], head, parameters)
+            total += loss
+            hidden_gradient[chunk] = chunk_gradients[0]
+            for gradient, addition in zip(gradients, chunk_gradients[1:], strict=True):
+                gradient += addition
+        ctx.save_for_backward(hidden_gradient, *gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, *gradients = ctx.saved_tensors
+        scale = upstream[0]
+        return (
+            hidden_gradient * scale.to(hidden_gradient.dtype),
+            None,
+            None,
+            None,
+            *(gradient * scale for gradient in gradients),
+        )
+
+
+def _chunk_loss_and_gradient(
+    hidden: Tensor, targets: Tensor, head: Head, parameters: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss of one chunk and its gradient for the hidden states, then for each parameter. Shapes: (N, D), (N,)."""
+    with torch.enable_grad():
+        inputs = hidden.detach().requires_grad_()
+        logits = head.logits(inputs)  # (N, V) float32
+    work = logits.detach()
+    normalizer = torch.logsumexp(work, dim=-1)  # (N,)
+    loss = (normalizer - work.gather(1, targets[:, None])[:, 0]).sum()
+    work.sub_(normalizer[:, None]).exp_()
+    work.scatter_add_(1, targets[:, None], torch.full_like(targets, -1, dtype=work.dtype)[:, None])
+    return loss, torch.autograd.grad(logits, [inputs, *parameters], grad_outputs=work)
+
+
+def summed_loss(
+    hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, head_parameters: Sequence[Tensor] = ()
+) -> Tensor:
+    """Sum over positions of the negative log-likelihood of `targets`.
+
+    Shapes: hidden (N, D), targets (N,) -> () float32.    `head_parameters`: trained parameters inside the head.
+    """
+    result: Tensor = _SummedLoss.apply(hidden, targets, head, chunk_tokens, *head_parameters)  # type: ignore[no-untyped-call]
+    return result
+
+
+@torch.no_grad()
+def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    """Loss of each position and whether the most likely token is the target; no gradient.
+
+    Shapes: hidden (N, D), targets (N,) -> losses (N,) float32, correct (N,) bool.
+    """
+    losses, correct = [], []
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        logits = head.logits(hidden[chunk])  # (n, V) float32
+        target = targets[chunk, None]
+        losses.append(torch.logsumexp(logits, dim=-1) - logits.gather(1, target)[:, 0])
+        correct.append(logits.argmax(dim=-1) == target[:, 0])
+    return torch.cat(losses), torch.cat(correct)
