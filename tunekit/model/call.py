@@ -1,0 +1,55 @@
+"""The one value that layers read besides their input: how this forward is made.
+
+Comes in: a Call set by the engine, re-entered in recomputation.  Goes out: `current_call()` inside any layer.
+Next: adapters/base.py reads `bypassed`, `step` and `micro_batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward: adapters bypassed or not, which step and micro-batch (for seeds), segments of packed rows, and
+    whatever routes rows to adapters."""
+
+    bypassed: bool = False
+    step: int = 0
+    micro_batch: int = 0
+    seed: int = 0
+    segments: tuple[Any, ...] | None = None
+    rows: Any = None
+
+
+_PLAIN = Call()
+_current: ContextVar[Call] = ContextVar("tunekit_call", default=_PLAIN)
+
+
+def current_call() -> Call:
+    """The Call of the forward that is running; a plain one where none was set."""
+    return _current.get()
+
+
+@contextmanager
+def calling(call: Call) -> Iterator[Call]:
+    """Make `call` the current one inside the block."""
+    token = _current.set(call)
+    try:
+        yield call
+    finally:
+        _current.reset(token)
+
+
+def seed_for(*parts: int | str) -> int:
+    """A 63-bit seed that depends on the parts, their types and their order, and on nothing else."""
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        text = f"{type(part).__name__}:{part}".encode("utf-8", "surrogatepass")
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return int.from_bytes(digest.digest(), "little") >> 1

@@ -1,0 +1,144 @@
+"""Numbers to packed numbers and back: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale for each row.
+
+Comes in: a dense matrix (O, I).  Goes out: named tensors that hold it packed, and the dense matrix again.
+Next: weights.py keeps those tensors in a module.  bitsandbytes is imported here only, and only when it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from tunekit.errors import ModelError
+
+BLOCK = 64  # elements that share one scale
+NESTED_BLOCK = 256  # scales that share one scale of their own, with double quantization
+FOUR_BIT = ("nf4", "fp4")
+EIGHT_BIT = ("int8", "int8_weight_only")
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without what it does on the side.
+
+    On a CPU with AVX512-BF16 it would download and run native code through the package `kernels`: that package is made
+    unimportable meanwhile. It compiles two functions at import, which loads torch's compiler: torch.compile hands the
+    function back meanwhile.
+    """
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    logger = logging.getLogger("bitsandbytes")
+    kernels, compiler, level = sys.modules.get("kernels"), torch.compile, logger.level
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    torch.compile = _uncompiled  # type: ignore[assignment]
+    logger.setLevel(logging.CRITICAL)
+    try:
+        import bitsandbytes
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ModelError(
+            f"bitsandbytes cannot be imported ({error})",
+            "install it, or choose quantization none or int8_weight_only",
+            key="model.quantization",
+        ) from error
+    finally:
+        torch.compile = compiler
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+    return bitsandbytes
+
+
+def _uncompiled(function: Any = None, **_settings: Any) -> Any:
+    """torch.compile's signature, without the compiling."""
+    return function if function is not None else (lambda wrapped: wrapped)
+
+
+def packed_shapes(
+    shape: tuple[int, int], quantization: str, double_quantization: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of the tensors that hold a packed (O, I) matrix; what pack() returns."""
+    out_features, in_features = shape
+    if quantization in EIGHT_BIT:
+        return {"packed": ((out_features, in_features), torch.int8), "absmax": ((out_features,), torch.float32)}
+    elements = out_features * in_features
+    blocks = -(-elements // BLOCK)
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"packed": ((-(-elements // 2), 1), torch.uint8)}
+    if not double_quantization:
+        tensors["absmax"] = ((blocks,), torch.float32)
+        return tensors
+    tensors["absmax"] = ((blocks,), torch.uint8)
+    tensors["nested_absmax"] = ((-(-blocks // NESTED_BLOCK),), torch.float32)
+    tensors["offset"] = ((), torch.float32)
+    return tensors
+
+
+def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
+    """Pack a dense (O, I) matrix; the same matrix always gives the same bytes."""
+    matrix = matrix.detach().contiguous()  # (O, I)
+    if quantization in EIGHT_BIT:
+        return _pack_rows(matrix)
+    functional = import_bitsandbytes().functional
+    packed, state = functional.quantize_4bit(
+        matrix, blocksize=BLOCK, compress_statistics=double_quantization, quant_type=quantization
+    )
+    tensors = {"packed": packed, "absmax": state.absmax}
+    if double_quantization:
+        tensors["nested_absmax"] = state.state2.absmax
+        tensors["offset"] = state.offset
+    return tensors
+
+
+def _pack_rows(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """int8 with one float32 scale for each row: q = round(127 w / absmax(row)), as in LLM.int8."""
+    wide = matrix.float()  # (O, I)
+    absmax = wide.abs().amax(dim=1)  # (O,)
+    scale = torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))  # (O,)
+    packed = torch.round(wide * scale[:, None]).clamp_(-127, 127).to(torch.int8)  # (O, I)
+    return {"packed": packed, "absmax": absmax}
+
+
+def unpack(
+    tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], quantization: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """The dense (O, I) matrix in `dtype`; on the meta device a tensor of that size without values."""
+    packed, absmax = tensors["packed"], tensors["absmax"]
+    if packed.is_meta:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    if quantization in EIGHT_BIT:
+        return packed.to(dtype).mul_((absmax / 127.0)[:, None])  # (O, I); one rounding: 8 bits fit every dtype
+    import_bitsandbytes()
+    operations = torch.ops.bitsandbytes
+    if "nested_absmax" in tensors:
+        code = _nested_code(str(absmax.device))  # (256,)
+        absmax = operations.dequantize_blockwise.default(
+            absmax, tensors["nested_absmax"], code, NESTED_BLOCK, torch.float32
+        )  # (blocks,)
+        absmax = absmax + tensors["offset"]
+    # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
+    elements = shape[0] * shape[1]
+    dense = operations.dequantize_4bit.default(packed, absmax, BLOCK, quantization, (elements,), dtype)
+    return dense.reshape(shape)  # type: ignore[no-any-return]
+
+
+@cache
+def _nested_code(device: str) -> torch.Tensor:
+    """(256,) bitsandbytes' dynamic 8-bit values, in which double quantization writes the scales."""
+    code: torch.Tensor = import_bitsandbytes().functional.create_dynamic_map()
+    return code.to(device)
+
+
+def outlier_product(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
+    """LLM.int8: x (N, I) times packed (O, I) with x in int8 too, but for columns that reach `threshold`; -> (N, O)."""
+    functional = import_bitsandbytes().functional
+    quantized, scales, outliers = functional.int8_vectorwise_quant(x.to(torch.float16), threshold=threshold)
+    product: Callable[..., Any] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+    output, _ = product(x, quantized, packed, scales, absmax, outliers, bias)
+    return output  # type: ignore[no-any-return]
