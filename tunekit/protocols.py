@@ -154,18 +154,28 @@ class Objective(Protocol):
         """What the network is called with."""
         ...
 
-    def loss(self, output: torch.Tensor, head: Head, batch: Batch) -> Loss:
-        """Sum over the batch's units; `output` is hidden states (B, T, D) for text families."""
+    def loss(
+        self, output: torch.Tensor, head: Head, batch: Batch, head_parameters: Sequence[torch.Tensor] = ()
+    ) -> Loss:
+        """Sum over the batch's units; `output` is hidden states (B, T, D) for text families.
+
+        `head_parameters`: trained parameters inside the head. Without gradient, metrics counts `correct` targets too.
+        """
         ...
 
 
 class Engine(Protocol):
     """Runs forward and backward of one window and leaves the summed gradient, divided by `units`, in place."""
 
+    loss_scale: float
+
     def run_window(
-        self, model: Any, objective: Objective, window: Window, units: torch.Tensor
+        self, model: Any, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Returns (K,) float64 loss sum of this rank divided by `units`, and metrics."""
+        """Returns (K,) float64 loss sum of this rank divided by `units`, and metrics.
+
+        `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them.
+        """
         ...
 
 

@@ -1,0 +1,118 @@
+"""The device layer: which device and rank this is, sums over ranks, trackers; accelerate behind one door.
+
+Comes in: the environment (torchrun, accelerate launch or neither).  Goes out: Devices.  Next: training/loop.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.errors import RecipeError
+
+
+class Devices:
+    """One process of a run. With a single process every method is the identity."""
+
+    def __init__(self) -> None:
+        from accelerate.state import PartialState
+
+        self.state = PartialState()
+        self.device: torch.device = self.state.device
+        self.rank: int = self.state.process_index
+        self.world: int = self.state.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank locks, writes and prints."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of `value` over ranks, in its own dtype; float64 on the CPU."""
+        if self.world == 1:
+            return value
+        placed = value.to(self.device)
+        torch.distributed.all_reduce(placed)
+        return placed.to(value.device)
+
+    def sum_in_place(self, tensors: list[Tensor]) -> None:
+        """Sum each flat gradient over ranks."""
+        if self.world > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def any(self, flag: int) -> int:
+        """The largest of a small non-negative number over ranks: a signal or an error on one rank concerns all."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor([flag], dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+        return int(value.item())
+
+    def from_main(self, value: Any) -> Any:
+        """The main rank's plain value (JSON-like), on every rank."""
+        if self.world == 1:
+            return value
+        holder = [value]
+        torch.distributed.broadcast_object_list(holder, src=0, device=self.device)
+        return holder[0]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.state.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def make_devices() -> Devices:
+    """The devices of this process.
+
+    TUNEKIT_DEVICE=cpu keeps a run off the GPU, as accelerate's own ACCELERATE_USE_CPU does.
+    Raises: RecipeError where TUNEKIT_DEVICE names anything else.
+    """
+    wanted = os.environ.get("TUNEKIT_DEVICE", "")
+    if wanted not in ("", "cpu", "cuda"):
+        raise RecipeError(f"TUNEKIT_DEVICE is {wanted!r}", "set it to cpu or cuda, or leave it unset")
+    if wanted == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("TUNEKIT_DEVICE is cuda, but torch sees no CUDA device")
+    return Devices()
+
+
+class Trackers:
+    """Trackers beside metrics.jsonl, through accelerate. Made on the main rank only."""
+
+    def __init__(self, names: tuple[str, ...], folder: Path) -> None:
+        self.trackers: list[Any] = []
+        for name in names:
+            self.trackers.append(_make_tracker(name, folder))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Hand numbers to every tracker."""
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def _make_tracker(name: str, folder: Path) -> Any:
+    from accelerate import tracking
+
+    if name == "tensorboard" and tracking.is_tensorboard_available():
+        tracker = tracking.TensorBoardTracker(run_name="tensorboard", logging_dir=str(folder))
+        tracker.start()
+        return tracker
+    raise RecipeError(
+        f"output.report_to names {name}, which is not installed", f"run: pip install {name}", key="output.report_to"
+    )

@@ -1,0 +1,168 @@
+"""All trained parameters in one flat float32 buffer per group, and the optimizer that steps it.
+
+Comes in: parameters by name with their groups.  Goes out: one norm, one update, one copy to the checkpoint.
+Next: training/loop.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.errors import RunFolderError
+from tunekit.recipe.training import TrainingSection
+
+ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning-rate multiplier and whether weight decay touches them."""
+
+    names: tuple[str, ...]
+    rate_multiplier: float = 1.0
+    decays: bool = True
+
+
+class FlatGroup:
+    """One group's parameters as views of `data` (N,), their gradients as views of `gradient` (N,), both float32."""
+
+    def __init__(self, group: Group, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.group = group
+        self.layout: dict[str, tuple[int, tuple[int, ...]]] = {}
+        size = 0
+        for name in group.names:
+            self.layout[name] = (size, tuple(parameters[name].shape))
+            size += -(-parameters[name].numel() // ALIGNMENT) * ALIGNMENT
+        device = parameters[group.names[0]].device
+        self.data = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
+        self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
+        for name, (start, shape) in self.layout.items():
+            parameter, stop = parameters[name], start + parameters[name].numel()
+            self.data.data[start:stop].copy_(parameter.detach().reshape(-1))
+            parameter.data = self.data.data[start:stop].view(shape)
+            parameter.grad = self.gradient[start:stop].view(shape)
+        self.data.grad = self.gradient
+
+
+class Optimizer:
+    """AdamW, or bitsandbytes' 8-bit and paged variants, over flat groups.
+
+    Update: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. `step` is gated on the device by `found_inf`,
+    so that a non-finite gradient never reaches a weight; bitsandbytes has no such gate and gets the flag read first.
+    """
+
+    def __init__(self, settings: TrainingSection, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]):
+        self.name = settings.optimizer
+        self.learning_rate = settings.learning_rate
+        self.groups = [FlatGroup(group, parameters) for group in groups if group.names]
+        options = [
+            {
+                "params": [flat.data],
+                "lr": settings.learning_rate * flat.group.rate_multiplier,
+                "weight_decay": settings.weight_decay if flat.group.decays else 0.0,
+            }
+            for flat in self.groups
+        ]
+        self.native = _make_native(self.name, options)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the update itself honours found_inf on the device."""
+        return self.name == "adamw"
+
+    def zero_gradients(self) -> None:
+        """Clear the flat gradients; their views stay where they are."""
+        for flat in self.groups:
+            flat.gradient.zero_()
+
+    def gradients(self) -> list[Tensor]:
+        """The flat gradient of each group."""
+        return [flat.gradient for flat in self.groups]
+
+    def gradient_norm(self) -> Tensor:
+        """() float32: the 2-norm of all gradients together."""
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat.gradient) for flat in self.groups]))
+
+    def scale_gradients(self, factor: Tensor | float) -> None:
+        """Multiply every gradient in place."""
+        for flat in self.groups:
+            flat.gradient.mul_(factor)
+
+    def step(self, rate_multiplier: float, found_inf: Tensor) -> float:
+        """Update every weight unless `found_inf` (() float32, 0 or 1) is set; returns the learning rate used."""
+        rate = self.learning_rate * rate_multiplier
+        for options, flat in zip(self.native.param_groups, self.groups, strict=True):
+            options["lr"] = rate * flat.group.rate_multiplier
+        if self.gated:
+            self.native.grad_scale = torch.ones((), device=found_inf.device)  # type: ignore[attr-defined]
+            self.native.found_inf = found_inf  # type: ignore[attr-defined]
+        elif bool(found_inf):
+            return rate
+        self.native.step()
+        return rate
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Weights and optimizer state, each group's in one tensor: what a checkpoint holds."""
+        tensors: dict[str, Tensor] = {}
+        for number, flat in enumerate(self.groups):
+            tensors[f"group{number}.weights"] = flat.data.detach()
+            for key, value in sorted(self.native.state.get(flat.data, {}).items()):
+                tensors[f"group{number}.optimizer.{key}"] = _as_tensor(value)
+        return tensors
+
+    def layout(self) -> list[dict[str, list[int]]]:
+        """For each group, name -> [start, *shape]: a checkpoint fits only an equal one."""
+        return [{name: [start, *shape] for name, (start, shape) in flat.layout.items()} for flat in self.groups]
+
+    def load_state(self, tensors: Mapping[str, Tensor], layout: object) -> None:
+        """Put back what state_tensors and layout gave.
+
+        Raises: RunFolderError where the layout or a tensor's shape differs.
+        """
+        if layout != self.layout():
+            raise RunFolderError("the checkpoint holds other adapter tensors than this recipe makes")
+        for number, flat in enumerate(self.groups):
+            weights = tensors.get(f"group{number}.weights")
+            if weights is None or weights.shape != flat.data.shape:
+                raise RunFolderError(f"the checkpoint's weights of group {number} are missing or misshaped")
+            flat.data.data.copy_(weights)
+            prefix = f"group{number}.optimizer."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if state:
+                self._restore(number, flat.data, state)
+
+    def _restore(self, number: int, data: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        if self.gated:  # fused AdamW keeps its step counter on the device
+            self.native.state[data] = {key: value.to(data.device, copy=True) for key, value in state.items()}
+            return
+        native: Any = self.native  # bitsandbytes makes its own buffers (paged ones are not ordinary tensors)
+        native.init_state(native.param_groups[number], data, number, 0)
+        made = native.state[data]
+        for key, value in state.items():
+            if isinstance(made[key], Tensor):
+                made[key].copy_(value)
+            else:
+                made[key] = int(value)  # the step counter
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(options, fused=True)
+    import bitsandbytes
+
+    classes = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    optimizer: torch.optim.Optimizer = classes[name](options)
+    return optimizer

@@ -1,0 +1,46 @@
+"""Loss scaling for float16: the scale grows while gradients are finite and shrinks when one overflows.
+
+Comes in: whether a step's gradients were finite.  Goes out: the next scale.  Source: Micikevicius et al. 2018, 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tunekit.errors import NumericsError
+
+INITIAL_SCALE = 2.0**16
+GROWTH_INTERVAL_STEPS = 2000
+
+
+@dataclass
+class LossScale:
+    """`scale` is a power of two, so scaling and unscaling are exact; 1.0 and fixed where `enabled` is false."""
+
+    enabled: bool
+    scale: float = 1.0
+    good_steps: int = 0
+    skipped_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.enabled and self.scale == 1.0:
+            self.scale = INITIAL_SCALE
+
+    def update(self, finite: bool, step: int) -> None:
+        """Double after GROWTH_INTERVAL_STEPS finite steps, halve after an overflow.
+
+        Raises: NumericsError where the scale falls below 1: then the numbers are wrong, not only the scale.
+        """
+        if not self.enabled:
+            return
+        if finite:
+            self.good_steps += 1
+            if self.good_steps >= GROWTH_INTERVAL_STEPS:
+                self.scale, self.good_steps = self.scale * 2.0, 0
+            return
+        self.scale, self.good_steps, self.skipped_steps = self.scale / 2.0, 0, self.skipped_steps + 1
+        if self.scale < 1.0:
+            raise NumericsError(
+                f"step {step}: gradients overflow in float16 whatever the loss scale",
+                "use model.dtype=bfloat16 or float32, or a smaller training.learning_rate",
+            )

@@ -1,0 +1,58 @@
+"""A loaded base with its adapter: what engines, evaluation and generation call.
+
+Comes in: LoadedModel and AttachedAdapter.  Goes out: hidden states and the head.  Next: resident.py, evaluation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.model.load import LoadedModel
+from tunekit.protocols import Head
+
+
+@dataclass
+class TunedModel:
+    """The network with its adapter in place (`adapter` None: the bare base)."""
+
+    base: LoadedModel
+    adapter: AttachedAdapter | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.base.device
+
+    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Last hidden states (B, T, D) after the final norm."""
+        placed = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        return self.base.family.hidden(self.base.net, placed)
+
+    def head(self) -> Head:
+        """The output projection, with whatever adapter it carries."""
+        return self.base.family.head(self.base.net)
+
+    def head_parameters(self) -> list[Tensor]:
+        """Trained parameters inside the head, whose gradient is taken chunk by chunk with the loss."""
+        name = self.base.family.head_name(self.base.net)
+        if self.adapter is None or name is None:
+            return []
+        inside = self.base.net.get_submodule(name).parameters()
+        return [parameter for parameter in inside if parameter.requires_grad]
+
+    @contextmanager
+    def training_mode(self, training: bool) -> Iterator[None]:
+        """Train or eval mode inside the block; every module's own mode is put back after it."""
+        before = {module: module.training for module in self.base.net.modules()}
+        self.base.net.train(training)
+        try:
+            yield
+        finally:
+            for module, mode in before.items():
+                module.training = mode
