@@ -162,3 +162,12 @@ class ReportFacts:
     final_loss: float | None
     evaluations: list[dict[str, Any]]
     reactions: list[Reaction]
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes as a person reads it: 1536 -> "1.5 KiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,286 @@
+"""Checkpoints: everything an exact resume needs, written whole or not at all, verified before it is believed.
+
+Comes in: tensors by name and plain facts.  Goes out: checkpoints/step-000100/{tensors.safetensors, state.json,
+manifest.json}; read back bit by bit.  Next: training/loop.py.  Only tensors and JSON; knows no method and no optimizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tunekit.artifacts import durable
+from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.tensor_file import write_tensors
+from tunekit.errors import RunFolderError, TunekitError
+
+FORMAT = "tunekit-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
+OUR_NAMES = {MANIFEST, TENSORS, STATE}
+STEP_NAME = re.compile(r"step-(\d{6,})")
+TEMPORARY_NAME = re.compile(r"\.tmp-step-\d{6,}-\d+(-\d+)?")
+DELETING_NAME = re.compile(r"\.deleting-step-\d{6,}-\d+(-\d+)?")
+REPLACED_NAME = re.compile(r"\.replaced-(step-\d{6,})-\d+(-\d+)?")
+READ_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: CPU tensors by name and the facts saved beside them."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+    path: Path
+
+
+class DamagedError(Exception):
+    """Why one checkpoint folder cannot be believed; load_newest then tries the one before."""
+
+
+def checkpoint_name(step: int) -> str:
+    """step-000100."""
+    return f"step-{step:06d}"
+
+
+def save_checkpoint(
+    run: RunFolder,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    facts: Mapping[str, Any],
+    *,
+    keep: int,
+    protect: Collection[int] = (),
+) -> Path:
+    """Write the state after `step`, then drop old checkpoints but the `keep` newest and those of `protect`.
+
+    Order: temporary folder, files flushed, manifest last, rename, parent flushed, and only then rotation.
+    Raises: ResourceError where the disk is full; what was there before is untouched.
+    """
+    folder, parent = run.checkpoints / checkpoint_name(step), run.checkpoints
+    if not durable.is_real_folder(parent):
+        durable.make_folder(parent)
+        durable.sync_folder(run.path)
+    run.sync_metrics()
+    temporary = parent / f".tmp-{checkpoint_name(step)}-{os.getpid()}"
+    if durable.is_real_folder(temporary):
+        _remove_temporary(temporary)
+    try:
+        durable.make_folder(temporary)
+        _write_files(temporary, step, tensors, facts)
+        _put_in_place(run, temporary, folder)
+    except BaseException:
+        with contextlib.suppress(OSError, TunekitError):
+            _remove_temporary(temporary)
+        raise
+    _rotate(run, step, keep=keep, protect=protect)
+    return folder
+
+
+def _write_files(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Tensors, state and then the manifest, each flushed; the manifest's presence says that the others are whole."""
+    size, digest = write_tensors(folder / TENSORS, tensors)
+    files = {TENSORS: {"bytes": size, "sha256": digest}}
+    with durable.DurableFile(folder / STATE) as file:
+        file.write(durable.json_bytes({"step": step, "facts": dict(facts)}))
+    files[STATE] = {"bytes": file.size_bytes, "sha256": file.sha256}
+    with durable.DurableFile(folder / MANIFEST) as file:
+        file.write(durable.json_bytes({"format": FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}))
+    durable.sync_folder(folder)
+
+
+def _put_in_place(run: RunFolder, temporary: Path, folder: Path) -> None:
+    """Rename into place; a checkpoint of the same step steps aside first and comes back if we die in between."""
+    if not os.path.lexists(folder):
+        durable.rename(temporary, folder)
+        return
+    if not _is_ours(folder):
+        aside = _free_name(folder.with_name(f"damaged-{folder.name}"))
+        run.warn(f"{folder} is in the way and not a whole checkpoint; it is kept as {aside.name}")
+        durable.rename(folder, aside)
+        durable.rename(temporary, folder)
+        return
+    replaced = _free_name(folder.with_name(f".replaced-{folder.name}-{os.getpid()}"))
+    durable.rename(folder, replaced)
+    try:
+        durable.rename(temporary, folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rename(replaced, folder)
+        raise
+    _delete(run, replaced, folder.name)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3 ... that does not exist."""
+    candidate, number = path, 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Remove a folder that was never in place, if all it holds is ours."""
+    if durable.is_real_folder(folder) and {entry.name for entry in folder.iterdir()} <= OUR_NAMES:
+        durable.remove_tree(folder)
+
+
+def tidy_checkpoints(run: RunFolder) -> None:
+    """Finish what a killed process began: half-written and half-deleted folders go, a replaced one comes back."""
+    if not durable.is_real_folder(run.checkpoints):
+        return
+    for entry in sorted(run.checkpoints.iterdir()):
+        replaced = REPLACED_NAME.fullmatch(entry.name)
+        if replaced and durable.is_real_folder(entry) and not os.path.lexists(run.checkpoints / replaced[1]):
+            durable.rename(entry, run.checkpoints / replaced[1])
+        elif replaced or TEMPORARY_NAME.fullmatch(entry.name) or DELETING_NAME.fullmatch(entry.name):
+            _remove_temporary(entry)
+
+
+# --- what is there -------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(run: RunFolder) -> list[tuple[int, Path]]:
+    """(step, folder) of everything named like a checkpoint, newest first; says nothing about its being whole."""
+    if not durable.is_real_folder(run.checkpoints):
+        return []
+    found = [
+        (int(match[1]), entry) for entry in run.checkpoints.iterdir() if (match := STEP_NAME.fullmatch(entry.name))
+    ]
+    return sorted(found, reverse=True)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises DamagedError; RunFolderError where a newer tunekit wrote it."""
+    if not durable.is_real_folder(folder):
+        raise DamagedError("is not a folder of its own (a symbolic link is not followed)")
+    path = folder / MANIFEST
+    if not durable.is_real_file(path):
+        raise DamagedError(f"{MANIFEST} is missing")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DamagedError(f"{MANIFEST} is not a tunekit manifest")
+    version, step = manifest.get("version"), manifest.get("step")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise RunFolderError(
+            f"{folder} was written by a newer tunekit (checkpoint format {version}, this one reads {FORMAT_VERSION})",
+            "resume with the version that wrote it",
+        )
+    files = manifest.get("files")
+    if version != FORMAT_VERSION or not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
+        raise DamagedError(f"{MANIFEST} is incomplete")
+    if not all(isinstance(expected, dict) for expected in files.values()):
+        raise DamagedError(f"{MANIFEST} is incomplete")
+    if not isinstance(step, int) or checkpoint_name(step) != folder.name:
+        raise DamagedError(f"{MANIFEST} is of step {step}")
+    return manifest
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder has our manifest and nothing that we did not write."""
+    try:
+        _read_manifest(folder)
+        return {entry.name for entry in folder.iterdir()} <= OUR_NAMES
+    except (DamagedError, RunFolderError, OSError):
+        return False
+
+
+def _verify(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every file's size, then its sha256, with the manifest. Raises DamagedError naming the file."""
+    for name, expected in sorted(manifest["files"].items()):
+        path = folder / name
+        if not durable.is_real_file(path):
+            raise DamagedError(f"{name} is missing")
+        if path.stat().st_size != expected.get("bytes"):
+            raise DamagedError(f"{name} has {path.stat().st_size} bytes, its manifest says {expected.get('bytes')}")
+        if _file_sha256(path) != expected.get("sha256"):
+            raise DamagedError(f"{name} differs from its sha256 in the manifest")
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# --- reading back --------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Verify one checkpoint and read it. Raises DamagedError, or RunFolderError where a newer tunekit wrote it."""
+    manifest = _read_manifest(folder)
+    try:
+        _verify(folder, manifest)
+        state = json.loads((folder / STATE).read_bytes())
+        with safe_open(folder / TENSORS, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        raise DamagedError(f"cannot be read ({error})") from error
+    return Checkpoint(manifest["step"], tensors, state["facts"], folder)
+
+
+def load_newest(run: RunFolder) -> Checkpoint | None:
+    """The newest whole checkpoint, or None where there is none at all.
+
+    A damaged one is named and passed over for the one before it. Raises: RunFolderError where only damaged ones exist.
+    """
+    tidy_checkpoints(run)
+    damaged = []
+    for _, folder in list_checkpoints(run):
+        try:
+            checkpoint = load_checkpoint(folder)
+        except DamagedError as error:
+            damaged.append(f"{folder.name}: {error}")
+            continue
+        for reason in damaged:
+            run.warn(f"checkpoint {reason}; going on from {folder.name}")
+        return checkpoint
+    if damaged:
+        raise RunFolderError(
+            f"no checkpoint in {run.checkpoints} is whole ({'; '.join(damaged)})",
+            "restore one, or start again in another output.dir",
+        )
+    return None
+
+
+# --- rotation ------------------------------------------------------------------------------------------------------
+
+
+def _rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) -> None:
+    """Delete checkpoints older than the `keep` newest up to `step`, but the protected; never what we did not write.
+
+    Those after `step` are left: they were damaged when this run went back behind them, and it will come by again.
+    """
+    ours = [(number, folder) for number, folder in list_checkpoints(run) if number <= step and _is_ours(folder)]
+    newest = {number for number, _ in ours[: max(keep, 1)]}
+    for number, folder in ours:
+        if number not in newest and number not in protect:
+            _delete(run, folder, folder.name)
+
+
+def _delete(run: RunFolder, folder: Path, name: str) -> None:
+    """Rename first, so that a half-deleted folder never looks like a checkpoint. A failure is told, not raised:
+    the new checkpoint is already durable."""
+    deleting = _free_name(run.checkpoints / f".deleting-{name}-{os.getpid()}")
+    try:
+        durable.rename(folder, deleting)
+        durable.remove_tree(deleting)
+    except (OSError, TunekitError) as error:
+        run.warn(f"could not remove the old checkpoint {folder}: {error}")

@@ -1,0 +1,86 @@
+"""metrics.jsonl: one JSON object per line, appended as the run goes.
+
+Comes in: StepRecord, EvaluationRecord.  Goes out: the file, and its records read back.  Next: report/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tunekit.artifacts import durable
+from tunekit.decisions import EvaluationRecord, StepRecord
+from tunekit.errors import RunFolderError
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def record_line(record: StepRecord | EvaluationRecord) -> bytes:
+    """A record as its line: a step's fields flat, an evaluation as {step, eval: {...}}."""
+    if isinstance(record, EvaluationRecord):
+        value: dict[str, Any] = {"step": record.step, "eval": dict(record.metrics)}
+    else:
+        value = asdict(record)
+    return (json.dumps(value, allow_nan=False) + "\n").encode("ascii")
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append one whole line or nothing: what a full disk let through is cut off again."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    number = durable.effect("create", path, lambda: os.open(path, flags, 0o666))
+    try:
+        before = os.fstat(number).st_size
+        try:
+            written = durable.effect("write", path, lambda: os.write(number, line), len(line))
+            if written < len(line):
+                durable.effect("write", path, lambda: os.write(number, line[written:]), len(line))
+        except BaseException:
+            os.ftruncate(number, before)
+            raise
+    finally:
+        os.close(number)
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset of the line's end, record) for every whole line; a torn last line ends the file."""
+    data = path.read_bytes() if path.exists() else b""
+    offset = 0
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        torn = offset + len(line) >= len(data)  # no newline after it
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("not a record")
+        except ValueError as error:
+            if torn:
+                return
+            raise RunFolderError(
+                "not a record of metrics", f"remove the line ({error})", file=str(path), line=number
+            ) from None
+        if torn:
+            return
+        offset += len(line) + 1
+        yield offset, record
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records, in order. Raises RunFolderError naming the line where one in the middle is damaged."""
+    return [record for _, record in _records(path)]
+
+
+def truncate_metrics(path: Path, step: int) -> int:
+    """Cut the file at its first record after `step` (and a torn last line); returns the number of records kept."""
+    if not path.exists():
+        return 0
+    end, kept = 0, 0
+    for offset, record in _records(path):
+        if record["step"] > step:
+            break
+        end, kept = offset, kept + 1
+    if end < path.stat().st_size:
+        durable.truncate(path, end)
+    return kept

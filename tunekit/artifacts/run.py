@@ -1,0 +1,257 @@
+"""The run folder: taken by one process, checked before a model loads, written so that a kill leaves it readable.
+
+Comes in: output.dir.  Goes out: recipe.yaml, plan.json, environment.json, status.json, metrics.jsonl, staged folders.
+Next: checkpoint.py, report/.  In a run of several ranks only rank 0 has one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tunekit.artifacts import durable, metrics_log
+from tunekit.artifacts.lock import LOCK_NAME, FolderLock
+from tunekit.artifacts.redact import redact
+from tunekit.decisions import EvaluationRecord, StepRecord, bytes_text
+from tunekit.errors import ResourceError, RunFolderError
+
+FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.md")
+FOLDERS = ("checkpoints", "adapter", "model", "tracking")
+RUN_SIGNS = ("plan.json", "checkpoints")
+PART = re.compile(r"\.(?P<name>.+)\.part-\d+")
+STAGING = re.compile(r"\.staging-\d+")
+STAGING_MARK = "made-by-tunekit"
+DELETING = re.compile(r"\.deleting-.+-\d+")
+
+
+def print_warning(text: str) -> None:
+    """Where warnings go when the caller names no place."""
+    print(text, file=sys.stderr)
+
+
+class RunFolder:
+    """A run folder that this process holds. Make one with `open_new` or `open_resume`."""
+
+    def __init__(self, path: Path, lock: FolderLock, warn: Callable[[str], None]) -> None:
+        self.path = path
+        self.warn = warn
+        self._lock = lock
+
+    @classmethod
+    def open_new(cls, path: Path | str, *, warn: Callable[[str], None] = print_warning) -> RunFolder:
+        """Take a folder that holds no run yet. Raises RunFolderError where it does, or where another process has it."""
+        return _open(Path(path), resume=False, warn=warn)
+
+    @classmethod
+    def open_resume(cls, path: Path | str, *, warn: Callable[[str], None] = print_warning) -> RunFolder:
+        """Take a folder to go on in; one without a run is taken as new."""
+        return _open(Path(path), resume=True, warn=warn)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoint.py writes."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        """metrics.jsonl."""
+        return self.path / metrics_log.METRICS_NAME
+
+    def require_free_bytes(self, estimated_bytes: int) -> None:
+        """Refuse to start without room for twice this: an old checkpoint stays until the new one is whole."""
+        free, needed = durable.free_bytes(self.path), 2 * estimated_bytes
+        if free < needed:
+            raise ResourceError(
+                f"{self.path} has {bytes_text(free)} ({free} bytes) free, and the run needs {bytes_text(needed)} "
+                f"({needed} bytes) for its checkpoints and results",
+                "free some space, choose another output.dir, or lower training.keep_checkpoints",
+            )
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one file of the run folder, whole or not at all."""
+        durable.write_text(self.path / name, text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one JSON file of the run folder, whole or not at all."""
+        durable.write_json(self.path / name, value)
+
+    def read_json(self, name: str) -> Any | None:
+        """A JSON file of the run folder, or None where it is absent."""
+        return read_json(self.path / name)
+
+    def append_metrics(self, record: StepRecord | EvaluationRecord) -> None:
+        """Append one record to metrics.jsonl."""
+        metrics_log.append_line(self.metrics_path, metrics_log.record_line(record))
+
+    def truncate_metrics(self, step: int) -> int:
+        """Forget records after `step`, as a resume from there must; returns how many stay."""
+        return metrics_log.truncate_metrics(self.metrics_path, step)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records of metrics.jsonl, over all legs of the run."""
+        return metrics_log.read_metrics(self.metrics_path)
+
+    def sync_metrics(self) -> None:
+        """Make metrics.jsonl durable; a checkpoint calls it, so that the log is never behind a checkpoint."""
+        if self.metrics_path.exists():
+            durable.sync_file(self.metrics_path)
+
+    def status(self, exit_code: int | None, reason: str) -> None:
+        """Write status.json; None while the run goes on, 0 once all results are durable."""
+        self.write_json("status.json", {"exit_code": exit_code, "reason": redact(reason)})
+
+    @contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which becomes RUN/name whole when the block ends and never exists if it fails."""
+        staging = self.path / f".staging-{os.getpid()}"
+        if durable.is_real_folder(staging):
+            durable.remove_tree(staging)
+        durable.make_folder(staging)
+        durable.write_bytes(staging / STAGING_MARK, b"")
+        try:
+            durable.make_folder(staging / name)
+            yield staging / name
+            durable.sync_tree(staging / name)
+            if durable.is_real_folder(self.path / name):
+                durable.rename(self.path / name, staging / f"old-{name}")
+            durable.rename(staging / name, self.path / name)
+        finally:
+            with contextlib.suppress(OSError, ResourceError, RunFolderError):
+                durable.remove_tree(staging)
+
+    def close(self) -> None:
+        """Let another process in."""
+        self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_json(path: Path) -> Any | None:
+    """A JSON file, or None where it is absent. Raises RunFolderError where it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFolderError(f"cannot be read: {error}", "restore it, or start a new run", file=str(path)) from error
+
+
+def is_finished(path: Path | str) -> bool:
+    """Whether a run ended well there: its status says 0, which is written after everything else."""
+    status = read_json(Path(path) / "status.json")
+    return isinstance(status, dict) and status.get("exit_code") == 0
+
+
+def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder:
+    """Refuse, make, lock, refuse again under the lock, probe, tidy: nothing is written before the lock is held."""
+    path = Path(os.path.abspath(path))
+    _refuse(path, resume=resume)
+    made = _make_folders(path)
+    lock = None
+    try:
+        lock = FolderLock(path)
+        _refuse(path, resume=resume, ours=True)
+        _probe(path)
+        _tidy(path)
+    except BaseException:
+        if lock is not None:
+            lock.remove() if made else lock.release()
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    return RunFolder(path, lock, warn)
+
+
+def _refuse(path: Path, *, resume: bool, ours: bool = False) -> None:
+    """Say why this folder cannot be used; reads only."""
+    if path.is_symlink() and not path.exists():
+        raise RunFolderError(f"{path} is a symbolic link that leads nowhere", "remove it or mend it")
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is not a folder", "choose another output.dir")
+    if (path / "checkpoints").is_symlink():
+        raise RunFolderError(f"{path / 'checkpoints'} is a symbolic link", "make output.dir itself the link instead")
+    ours = ours or (path / LOCK_NAME).exists()
+    if resume and (ours or any(os.path.lexists(path / name) for name in RUN_SIGNS)):
+        return
+    for name in RUN_SIGNS:
+        if os.path.lexists(path / name) and not resume:
+            how = "go on with --resume, or choose another output.dir"
+            if (path / LOCK_NAME).exists():
+                FolderLock(path).release()  # a run that is going on is the better message
+            raise RunFolderError(f"{path} already holds a run ({name})", how)
+    if ours:
+        return
+    foreign = [name for name in (*FILES, *FOLDERS) if os.path.lexists(path / name)]
+    if foreign:
+        raise RunFolderError(
+            f"{path} holds {', '.join(foreign)}, which no run wrote and a run would overwrite",
+            "choose another output.dir",
+        )
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Make the folder and its missing parents; returns those made, outermost first."""
+    missing = []
+    folder = path
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    made: list[Path] = []
+    for folder in reversed(missing):
+        try:
+            durable.perform("mkdir", folder, folder.mkdir)
+        except FileExistsError:  # another process was quicker
+            continue
+        except OSError as error:
+            raise durable.explain(error, "make", folder) from error
+        made.append(folder)
+        durable.sync_folder(folder.parent)
+    return made
+
+
+def _probe(path: Path) -> None:
+    """Write, flush and remove a small file: a folder that cannot be written to is found now, not at the first save."""
+    probe = path / f".probe.part-{os.getpid()}"
+    if durable.is_real_file(probe):
+        durable.unlink(probe)
+    try:
+        with durable.DurableFile(probe) as file:
+            file.write(b"tunekit\n")
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(probe)
+    durable.sync_folder(path)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what killed runs left half done: only names we give, and folders only with our mark."""
+    for entry in sorted(path.iterdir()):
+        part = PART.fullmatch(entry.name)
+        if part and part["name"] in (*FILES, "probe") and durable.is_real_file(entry):
+            durable.unlink(entry)
+        elif STAGING.fullmatch(entry.name) and durable.is_real_folder(entry):
+            _tidy_staging(path, entry)
+
+
+def _tidy_staging(path: Path, staging: Path) -> None:
+    """Remove a staging folder that has our mark (or nothing at all), first putting back a result it had moved aside."""
+    names = sorted(entry.name for entry in staging.iterdir())
+    if names and not durable.is_real_file(staging / STAGING_MARK):
+        return
+    for name in names:
+        result = name.removeprefix("old-")
+        if result != name and result in FOLDERS and not os.path.lexists(path / result):
+            durable.rename(staging / name, path / result)
+    durable.remove_tree(staging)

@@ -1,0 +1,73 @@
+"""Stop signals: the first asks the run to save and stop, the second ends it at once.
+
+Comes in: SIGINT, SIGTERM, SIGHUP.  Goes out: `requested`, which every loop looks at.  Next: training/loop.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopSignals:
+    """While entered, the stop signals set `requested` to their number; a second one exits with 128 + its number.
+
+    Outside the main thread nothing is installed, and `requested` stays None. A hang-up that was ignored before (nohup)
+    stays ignored.
+    """
+
+    def __init__(self, *, announce: bool = True) -> None:
+        self.requested: int | None = None
+        self._announce = announce
+        self._critical = 0
+        self._exit_code: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in STOP_SIGNALS:
+            before = signal.getsignal(number)
+            if number == signal.SIGHUP and before is signal.SIG_IGN:
+                continue
+            self._before[number] = before
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+        self._before.clear()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = number
+            self._tell(f"\n{signal.Signals(number).name}: saving and stopping; once more ends at once\n")
+        elif self._critical:
+            self._exit_code = 128 + number
+        else:
+            os._exit(128 + number)
+
+    def _tell(self, text: str) -> None:
+        """Straight to the file descriptor: Python's streams may not be entered twice from a signal."""
+        if self._announce:
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
+
+    @contextlib.contextmanager
+    def critical(self) -> Iterator[None]:
+        """Inside, no signal ends the process; one that would have does so at the end of the block."""
+        self._critical += 1
+        try:
+            yield
+        finally:
+            self._critical -= 1
+            if not self._critical and self._exit_code is not None:
+                os._exit(self._exit_code)
