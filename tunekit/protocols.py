@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = False,
         template: str | None = None,
     ) -> str:
-        """The chat template (or `template`) applied to messages, as text. Raises DataError where the template refuses."""
+        """Messages through the chat template (or `template`), as text. Raises DataError where the template refuses."""
         ...
 
     def token_text(self, token_id: int) -> str:
@@ -109,6 +109,11 @@ class Batch:
         """Non-padding tokens."""
         return sum(self.lengths)
 
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that a causal model is trained to predict; the first of a row never is."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
 
 @dataclass(frozen=True)
 class Window:
@@ -168,6 +173,7 @@ class Engine(Protocol):
     """Runs forward and backward of one window and leaves the summed gradient, divided by `units`, in place."""
 
     loss_scale: float
+    losses: list[torch.Tensor]  # the sum of each micro-batch of the last window
 
     def run_window(
         self, model: Any, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1

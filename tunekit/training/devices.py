@@ -61,6 +61,14 @@ class Devices:
         torch.distributed.broadcast_object_list(holder, src=0, device=self.device)
         return holder[0]
 
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The plain values of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return values
+        holder: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(holder, values)
+        return [value for of_rank in holder for value in of_rank]
+
     def wait(self) -> None:
         """Until every rank is here."""
         self.state.wait_for_everyone()
@@ -90,10 +98,8 @@ def make_devices() -> Devices:
 class Trackers:
     """Trackers beside metrics.jsonl, through accelerate. Made on the main rank only."""
 
-    def __init__(self, names: tuple[str, ...], folder: Path) -> None:
-        self.trackers: list[Any] = []
-        for name in names:
-            self.trackers.append(_make_tracker(name, folder))
+    def __init__(self, names: tuple[str, ...], folder: Path, first_step: int) -> None:
+        self.trackers = [_make_tracker(name, folder, first_step) for name in names]
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Hand numbers to every tracker."""
@@ -106,11 +112,11 @@ class Trackers:
             tracker.finish()
 
 
-def _make_tracker(name: str, folder: Path) -> Any:
+def _make_tracker(name: str, folder: Path, first_step: int) -> Any:
     from accelerate import tracking
 
     if name == "tensorboard" and tracking.is_tensorboard_available():
-        tracker = tracking.TensorBoardTracker(run_name="tensorboard", logging_dir=str(folder))
+        tracker = tracking.TensorBoardTracker(run_name="tensorboard", logging_dir=str(folder), purge_step=first_step)
         tracker.start()
         return tracker
     raise RecipeError(

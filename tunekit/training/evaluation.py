@@ -6,9 +6,8 @@ Comes in: a TunedModel and evaluation batches.  Goes out: metrics by name.  Next
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch

@@ -1,6 +1,6 @@
 """The engine for a base whose weights are all on the device: one micro-batch after the other.
 
-Comes in: a window and the step's units.  Goes out: the gradient of (sum of losses / units), added into the flat buffers.
+Comes in: a window and the step's units.  Goes out: the gradient of (sum of losses / units), in the flat buffers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class ResidentEngine:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.loss_scale = 1.0  # float16's; multiplies the loss before the backward pass
+        self.losses: list[Tensor] = []  # of each micro-batch of the last window, on the device; names the rows of a NaN
 
     def run_window(
         self, model: TunedModel, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
@@ -35,6 +36,7 @@ class ResidentEngine:
         total = torch.zeros(units.shape, dtype=torch.float64, device=model.device)
         divisor = units.to(model.device)
         metrics: dict[str, float] = defaultdict(float)
+        self.losses = []
         for index, batch in zip(window.indices, window.batches, strict=True):
             call = Call(step=window.step, micro_batch=index, seed=self.seed)
             with calling(call):
@@ -43,7 +45,8 @@ class ResidentEngine:
                 loss = objective.loss(hidden, model.head(), batch, model.head_parameters())
                 del hidden
                 _backward(loss, divisor, micro_batches, self.loss_scale, model)
-            total += loss.total.detach().to(torch.float64) / divisor
+            self.losses.append(loss.total.detach().to(torch.float64))
+            total += self.losses[-1] / divisor
             for name, value in loss.metrics.items():
                 metrics[name] += value
         return total, dict(metrics)
