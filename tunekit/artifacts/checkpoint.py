@@ -200,6 +200,15 @@ def _is_ours(folder: Path) -> bool:
         return False
 
 
+def _has_sizes(folder: Path) -> bool:
+    """A quick look: every file is there with the size its manifest says."""
+    files = _read_manifest(folder)["files"]
+    return all(
+        durable.is_real_file(folder / name) and (folder / name).stat().st_size == expected.get("bytes")
+        for name, expected in files.items()
+    )
+
+
 def _verify(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Compare every file's size, then its sha256, with the manifest. Raises DamagedError naming the file."""
     for name, expected in sorted(manifest["files"].items()):
@@ -269,7 +278,7 @@ def _rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) -
     Those after `step` are left: they were damaged when this run went back behind them, and it will come by again.
     """
     ours = [(number, folder) for number, folder in list_checkpoints(run) if number <= step and _is_ours(folder)]
-    newest = {number for number, _ in ours[: max(keep, 1)]}
+    newest = {number for number, _ in [item for item in ours if _has_sizes(item[1])][: max(keep, 1)]} | {step}
     for number, folder in ours:
         if number not in newest and number not in protect:
             _delete(run, folder, folder.name)

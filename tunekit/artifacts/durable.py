@@ -133,6 +133,9 @@ def sync_folder(folder: Path) -> None:
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(number)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+                raise
         finally:
             os.close(number)
 

@@ -122,6 +122,10 @@ class RunFolder:
             if durable.is_real_folder(self.path / name):
                 durable.rename(self.path / name, staging / f"old-{name}")
             durable.rename(staging / name, self.path / name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rename(staging / f"old-{name}", self.path / name)
+            raise
         finally:
             with contextlib.suppress(OSError, ResourceError, RunFolderError):
                 durable.remove_tree(staging)

@@ -1,0 +1,74 @@
+"""What the run ran on: versions, machine, threads; nothing that says who runs it.
+
+Comes in: nothing.  Goes out: environment.json's value.  Next: run.py writes it, fingerprint.py compares parts of it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tunekit
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "tokenizers",
+    "datasets",
+    "huggingface_hub",
+    "numpy",
+    "peft",
+)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of tunekit and of what it stands on, read without importing any of it; absent ones are left out."""
+    versions = {"tunekit": tunekit.__version__}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def processor_name() -> str:
+    """The CPU's own name, or its architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def accelerator_names() -> list[str]:
+    """Names of the CUDA devices this process sees."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def read_environment(*, device: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """environment.json: versions, platform, processors, threads and the settings that move the last digits."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": library_versions(),
+        "cuda": torch.version.cuda,
+        "device": device,
+        "cpu": processor_name(),
+        "accelerators": accelerator_names(),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        **(more or {}),
+    }

@@ -1,0 +1,121 @@
+"""What must be the same for a resume to go on bit by bit, and in which words a difference is told.
+
+Comes in: the recipe as plain values, fingerprints of data and base, versions.  Goes out: a plain dict for the facts of
+a checkpoint; differences as lines.  Next: train.py.  The number of processes is not in it: a window does not depend on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tunekit.errors import Problem, RunFolderError
+
+FREE_KEYS = {"output.report_to", "output.dir", "training.save_steps", "training.keep_checkpoints"}
+# A file that moved is the same file: its content is in the data's or the base's fingerprint, or already in the state.
+PATH_KEYS = ("data.train.", "data.eval.", "data.chat_template", "model.name_or_path", "adapter.init_from")
+RESULT_VERSIONS = ("tunekit", "torch", "transformers")
+MISSING = "(absent)"
+
+
+def make_fingerprint(
+    recipe: Mapping[str, Any],
+    *,
+    data: str,
+    base: str,
+    versions: Mapping[str, str],
+    device: str,
+    accelerator: str | None = None,
+    threads: int,
+) -> dict[str, Any]:
+    """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda."""
+    names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe) else RESULT_VERSIONS
+    return {
+        "recipe": {key: value for key, value in sorted(_flat(recipe)) if key not in FREE_KEYS},
+        "data": data,
+        "base": base,
+        "versions": {name: versions[name] for name in names if name in versions},
+        "device": device,
+        "accelerator": accelerator,
+        "threads": threads,
+    }
+
+
+def _uses_bitsandbytes(recipe: Mapping[str, Any]) -> bool:
+    quantization = (recipe.get("model") or {}).get("quantization", "none")
+    optimizer = (recipe.get("training") or {}).get("optimizer", "adamw")
+    return bool(quantization != "none" or optimizer != "adamw")
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of everything in nested mappings and lists; an empty one is a value itself."""
+    if key in FREE_KEYS:
+        return
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple) and value:
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{key}.{index}")
+    else:
+        yield key, list(value) if isinstance(value, tuple) else value
+
+
+def compare_fingerprints(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, how it differs) for everything that forbids a resume; empty where it may go on."""
+    found = []
+    before, now = old.get("recipe", {}), new.get("recipe", {})
+    for key in sorted(set(before) | set(now)):
+        was, is_ = before.get(key, MISSING), now.get(key, MISSING)
+        if was != is_ and not _is_moved_file(key, was, is_):
+            found.append((key, f"was {_shown(was)}, is {_shown(is_)}"))
+    if old.get("data") != new.get("data"):
+        found.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
+    if old.get("base") != new.get("base"):
+        found.append(("model", "the base model's files differ"))
+    before, now = old.get("versions", {}), new.get("versions", {})
+    for name in sorted(set(before) | set(now)):
+        if before.get(name) != now.get(name):
+            found.append((name, f"was version {before.get(name, MISSING)}, is {now.get(name, MISSING)}"))
+    if old.get("device") != new.get("device"):
+        found.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
+    return found
+
+
+def _is_moved_file(key: str, was: object, is_: object) -> bool:
+    """Whether only the place of a file changed."""
+    if not key.startswith(PATH_KEYS) or not isinstance(was, str) or not isinstance(is_, str):
+        return False
+    return os.path.isabs(was) and os.path.isabs(is_)
+
+
+def _shown(value: object) -> str:
+    text = value if value == MISSING else repr(value)
+    return str(text) if len(str(text)) <= 80 else f"{str(text)[:77]}..."
+
+
+def resume_notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Differences that do not forbid a resume and are told: another model of accelerator may move the last digits."""
+    if old.get("accelerator") == new.get("accelerator"):
+        return []
+    return [
+        f"the checkpoint was made on {old.get('accelerator')}, this is {new.get('accelerator')}: "
+        "the run goes on, but not bit by bit as it would have there"
+    ]
+
+
+def require_same(old: Mapping[str, Any], new: Mapping[str, Any], *, lines: Mapping[str, int], file: str) -> None:
+    """Refuse a resume whose recipe, data, base or versions changed. Raises RunFolderError naming each difference."""
+    problems = [
+        Problem(
+            f"changed since the checkpoint: {text}",
+            "put it back, or start a new run (adapter.init_from continues an adapter)",
+            file if key in lines else None,
+            lines.get(key),
+            key,
+        )
+        for key, text in compare_fingerprints(old, new)
+    ]
+    if problems:
+        raise RunFolderError.of(problems)

@@ -1,0 +1,221 @@
+"""report.md: what was trained, what came of it, what it cost, and what to do next.
+
+Comes in: facts, plan, totals.  Goes out: Markdown text.  Next: write.py.  What was not measured is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tunekit.artifacts.report.totals import Totals
+from tunekit.decisions import Plan, ReportFacts, bytes_text
+
+BARS = "▁▂▃▄▅▆▇█"
+CURVE_COLUMNS = 60
+SPECIAL = "\\`*_{}[]<>#|!~&"
+PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
+SECONDS_ORDER = ("load", "data", "train", "evaluate", "save")
+
+
+def escape(value: object) -> str:
+    """Text from a recipe or a file as Markdown shows it: on one line, none of it a command."""
+    flat = " ".join(str(value).split())
+    return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in flat)
+
+
+def make_page(path: Path, facts: ReportFacts, plan: Plan, totals: Totals) -> str:
+    """The whole page."""
+    sections = [
+        _head(path, facts, plan),
+        _result(facts, totals),
+        _memory(facts, plan),
+        _speed(facts, totals),
+        _rows(facts, plan),
+        _size(facts, plan),
+        _reactions(facts, plan),
+        _next(path, plan),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are set to the right."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join([":--", *["--:"] * (len(head) - 1)]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _head(path: Path, facts: ReportFacts, plan: Plan) -> str:
+    adapter, model = plan.recipe.get("adapter", {}), plan.model
+    rank = f" of rank {adapter['r']}" if adapter.get("r") else ""
+    quantized = f", weights in {escape(model.quantization)}" if model.quantization != "none" else ""
+    share = facts.trainable_parameters / plan.total_parameters if plan.total_parameters else 0.0
+    epochs = f" ({facts.final_step / plan.steps_per_epoch:.2f} epochs)" if plan.steps_per_epoch else ""
+    return (
+        f"# {escape(path.name)}\n\n"
+        f"{escape(adapter.get('method', 'adapter'))}{rank} on **{escape(model.name_or_path)}** "
+        f"({escape(model.model_type)}, {plan.total_parameters:,} parameters, "
+        f"computed in {escape(model.dtype)}{quantized}). "
+        f"{facts.trainable_parameters:,} parameters ({share:.2%}) in {len(plan.targets)} modules were trained "
+        f"for {facts.final_step:,} steps{epochs} on {escape(plan.device)}."
+    )
+
+
+def _result(facts: ReportFacts, totals: Totals) -> str:
+    lines = ["## Result"]
+    rows = [(entry["step"], entry["eval"]) for entry in facts.evaluations if entry.get("eval")]
+    if rows:
+        names = sorted({name for _, metrics in rows for name in metrics}, key=lambda name: (name != "loss", name))
+        shown = _few(rows, facts.best_step)
+        lines.append(
+            _table(
+                ["evaluation at step", *map(escape, names)],
+                [
+                    [_step_label(step, rows, facts), *(_number(metrics.get(name)) for name in names)]
+                    for step, metrics in shown
+                ],
+            )
+        )
+    if totals.losses:
+        lines.append(
+            f"Training loss: {_number(totals.losses[0])} at the first step, {_number(totals.losses[-1])} at the last."
+        )
+    if len(totals.losses) > 2:
+        lines.append(f"```\n{curve(totals.losses)}\n```")
+    kept = facts.best_step if facts.best_step is not None else facts.final_step
+    why = "the best evaluation" if facts.best_step is not None else "the last"
+    lines.append(f"The exported weights are those after **step {kept}**, {why}.")
+    return "\n\n".join(lines)
+
+
+def _few(rows: list[tuple[int, dict[str, Any]]], best: int | None) -> list[tuple[int, dict[str, Any]]]:
+    """At most a dozen evaluations: the first, the last, the best, and an even choice of the others."""
+    stride = -(-len(rows) // 10)
+    return [row for index, row in enumerate(rows) if index % stride == 0 or index == len(rows) - 1 or row[0] == best]
+
+
+def _step_label(step: int, rows: list[tuple[int, dict[str, Any]]], facts: ReportFacts) -> str:
+    if step == facts.best_step:
+        return f"{step} (best)"
+    return f"{step} (before training)" if step == 0 and step == rows[0][0] else str(step)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else escape(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def curve(values: Sequence[float]) -> str:
+    """Values as bars, each the mean of its share of the steps; the highest and the lowest mean beside them."""
+    columns = min(CURVE_COLUMNS, len(values))
+    edges = [round(index * len(values) / columns) for index in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    bars = "".join(BARS[min(int((mean - low) / span * len(BARS)), len(BARS) - 1)] for mean in means)
+    return f"{bars}  {high:.4g} to {low:.4g}"
+
+
+def _memory(facts: ReportFacts, plan: Plan) -> str:
+    rows = [[part, bytes_text(getattr(plan.peak_bytes, part))] for part in PARTS]
+    rows.append(["**peak of a step**", f"**{bytes_text(plan.peak_bytes.total)}**"])
+    lines = ["## Memory", "Predicted before a weight was loaded:", _table(["part", "predicted"], rows)]
+    both = sorted(set(facts.predicted_bytes) & set(facts.measured_bytes))
+    if both:
+        compared = [
+            [
+                escape(device),
+                bytes_text(facts.predicted_bytes[device]),
+                bytes_text(facts.measured_bytes[device]),
+                _difference(facts.predicted_bytes[device], facts.measured_bytes[device]),
+            ]
+            for device in both
+        ]
+        lines.append(_table(["device", "predicted", "measured", "prediction against measurement"], compared))
+    peaks = [
+        ("allocated by tensors on the device", facts.peak_allocated_bytes),
+        ("reserved from the device by PyTorch", facts.peak_reserved_bytes),
+        ("of the whole process on the host, libraries included", facts.peak_host_bytes),
+    ]
+    measured = [[name, bytes_text(value)] for name, value in peaks if value is not None]
+    if measured:
+        lines.append(_table(["measured peak", "bytes"], measured))
+    return "\n\n".join(lines)
+
+
+def _difference(predicted: int, measured: int) -> str:
+    return f"{(predicted - measured) / measured:+.1%}" if measured else ""
+
+
+def _speed(facts: ReportFacts, totals: Totals) -> str:
+    lines = ["## Speed"]
+    rates = [
+        ("tokens per second", facts.tokens_per_second),
+        ("supervised tokens per second", facts.supervised_tokens_per_second),
+    ]
+    measured = [[name, f"{value:,.0f}"] for name, value in rates if value is not None]
+    if measured:
+        lines.append(_table(["rate", "value"], measured))
+        lines.append(
+            "Tokens are those of the rows, padding never counted; supervised tokens are those the loss is taken over. "
+            "The time is that spent in optimizer steps; loading, evaluation and saving are not in it."
+        )
+    seconds = sorted(facts.seconds.items(), key=lambda item: _place(SECONDS_ORDER, item[0]))
+    if seconds:
+        lines.append(_table(["time for", "seconds"], [[escape(name), f"{value:,.1f}"] for name, value in seconds]))
+    lines.append(f"{facts.tokens:,} tokens were seen, {facts.supervised_tokens:,} of them supervised.")
+    return "\n\n".join(lines)
+
+
+def _place(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _rows(facts: ReportFacts, plan: Plan) -> str:
+    if not facts.rows:
+        return ""
+    order = ("read", "trained", "dropped", "truncated")
+    rows = sorted(facts.rows.items(), key=lambda item: _place(order, item[0]))
+    lines = ["## Rows", _table(["rows", "number"], [[escape(name), f"{count:,}"] for name, count in rows])]
+    reasons = sorted(plan.rows.dropped_reasons.items())
+    if reasons:
+        lines.append("Dropped: " + "; ".join(f"{count:,} {escape(reason)}" for reason, count in reasons) + ".")
+    lines.append(f"Packing: {'on' if plan.packing else 'off'} ({escape(plan.packing_reason)}).")
+    return "\n\n".join(lines)
+
+
+def _size(facts: ReportFacts, plan: Plan) -> str:
+    if facts.adapter_bytes is None:
+        return ""
+    text = f"The result takes {bytes_text(facts.adapter_bytes)} on disk"
+    if facts.base_bytes:
+        text += f", {facts.adapter_bytes / facts.base_bytes:.2%} of the base's {bytes_text(facts.base_bytes)}"
+    return f"## Size\n\n{text}."
+
+
+def _reactions(facts: ReportFacts, plan: Plan) -> str:
+    if not facts.reactions:
+        return "## Reactions\n\nNone: every check at the start passed, and the run did what its plan said."
+    rows = [[escape(item.probe), escape(item.action), str(item.step)] for item in facts.reactions]
+    return "## Reactions\n\n" + _table(["check", "what was done", "at step"], rows)
+
+
+def _next(path: Path, plan: Plan) -> str:
+    place = os.path.relpath(path)
+    place = shlex.quote(str(path) if place.startswith("..") else place)
+    full = plan.recipe.get("adapter", {}).get("method") == "full"
+    commands = [f"tunekit eval {place}", f"tunekit generate {place} --prompt 'your text'"]
+    if not full:
+        commands.append(f"tunekit merge {place}/adapter --output {place}/merged")
+    fence = "```"
+    while any(fence in command for command in commands):
+        fence += "`"
+    text = f"## Use it\n\n{fence}sh\n" + "\n".join(commands) + f"\n{fence}"
+    if not full:
+        text += '\n\n`adapter/` is in PEFT\'s format: `PeftModel.from_pretrained(base, "adapter")` loads it too.'
+    return text

@@ -1,0 +1,46 @@
+"""report.json and report.md of a finished run.
+
+Comes in: ReportFacts and Plan.  Goes out: the two files in the run folder.  Next: nobody; a person reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from tunekit.artifacts.redact import redact
+from tunekit.artifacts.report.page import make_page
+from tunekit.artifacts.report.totals import sum_metrics
+from tunekit.artifacts.run import RunFolder
+from tunekit.decisions import Plan, ReportFacts
+
+OPTIONAL_TABLES = ("seconds", "rows", "predicted_bytes", "measured_bytes")
+
+
+def report_values(facts: ReportFacts) -> dict[str, Any]:
+    """report.json: every fact that was measured; what was not is absent, never null or zero in its place."""
+    values = {name: _measured(value) for name, value in asdict(facts).items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and not (name in OPTIONAL_TABLES and not value)
+    }
+
+
+def _measured(value: Any) -> Any:
+    """The value without its unmeasured parts: None, NaN and infinities."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        kept = {name: _measured(inner) for name, inner in value.items()}
+        return {name: inner for name, inner in kept.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_measured(inner) for inner in value]
+    return value
+
+
+def write_report(run: RunFolder, facts: ReportFacts, plan: Plan) -> None:
+    """Write report.json, then report.md, each whole or not at all."""
+    run.write_json("report.json", report_values(facts))
+    run.write_text("report.md", redact(make_page(run.path, facts, plan, sum_metrics(run.read_metrics()))))
