@@ -52,8 +52,6 @@ def _checkpointed(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., An
         def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[Any]]:
             return contextlib.nullcontext(), calling(call)
 
-        return checkpoint(
-            run, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **named
-        )
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **named)
 
     return forward

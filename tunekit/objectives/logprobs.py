@@ -34,8 +34,8 @@ def select_positions(hidden: Tensor, index: Tensor) -> Tensor:
 class _SummedLoss(torch.autograd.Function):
     """Sum of -log softmax(head(h))[target]; the gradient is computed in the forward, chunk by chunk.
 
-    d loss / d logits = softmax(logits) - onehot(target), written over the logits' own buffer; the head's graph, whatever
-    it holds (soft cap, scale, an adapter), takes it from there to the hidden states and the head's trained parameters.
+    d loss / d logits = softmax(logits) - onehot(target), written over the logits' own buffer; the head's graph,
+    whatever it holds (soft cap, scale, an adapter), takes it to the hidden states and the head's trained parameters.
     """
 
     @staticmethod

@@ -1,0 +1,55 @@
+"""What a checkpoint holds, and how it is put back: weights, optimizer, adapter buffers, loop state, thread count.
+
+Comes in: LoopParts' optimizer and adapter, LoopState.  Goes out: tensors by name and plain facts, and the reverse.
+Next: artifacts/checkpoint.py writes them.  No RNG state: every random number is a function of (seed, step, place).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.errors import RunFolderError
+from tunekit.training.loop import LoopState
+from tunekit.training.optimizers import Optimizer
+
+BUFFER_PREFIX = "adapter."  # adapter state that is not trained: seeds, indices, importances
+
+
+def checkpoint_tensors(optimizer: Optimizer, adapter: AttachedAdapter) -> dict[str, Tensor]:
+    """Every tensor that an exact resume needs."""
+    buffers = adapter.state(("saved", "resume"))
+    return optimizer.state_tensors() | {BUFFER_PREFIX + name: tensor for name, tensor in buffers.items()}
+
+
+def checkpoint_facts(optimizer: Optimizer, state: LoopState, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Every plain value that an exact resume needs."""
+    return {
+        "loop": asdict(state),
+        "layout": optimizer.layout(),
+        "fingerprint": dict(fingerprint),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def restore(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], optimizer: Optimizer, adapter: AttachedAdapter
+) -> LoopState:
+    """Put a checkpoint back and return the loop state saved with it.
+
+    Raises: RunFolderError where it does not fit.
+    """
+    buffers = {
+        name.removeprefix(BUFFER_PREFIX): value for name, value in tensors.items() if name.startswith(BUFFER_PREFIX)
+    }
+    expected = adapter.state(("saved", "resume"))
+    if set(buffers) != set(expected):
+        raise RunFolderError("the checkpoint's adapter state does not fit this adapter", "resume with the same tunekit")
+    adapter.load_state(buffers, kinds=("saved", "resume"))
+    optimizer.load_state(tensors, facts["layout"])
+    return LoopState(**facts["loop"])
