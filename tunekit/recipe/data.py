@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from tunekit.recipe.section import Count, Number, Positive, Section
+from tunekit.recipe.section import AutoOrBool, Count, Number, Positive, Section, Several, Text
 
 
 class Source(Section):
-    """One data source: a file (JSONL, JSON, CSV, Parquet) or a hub data set.
+    """One data source: a file (JSONL, JSON, CSV, Parquet) or a hub data set."""
 
-    `columns` maps the file's column to the format's field; `weight` w takes floor(w) copies plus a seeded draw.
-    """
+    path: Text = Field(description="a file, or a data set of the hub")
+    format: Text = Field("auto", description="what a row is; auto decides from the columns and prints why")
+    weight: Positive = Field(1.0, description="floor(w) copies an epoch plus a seeded draw of the rest")
+    columns: dict[Text, Text] = Field(default_factory=dict, description="the file's column: the format's field")
+    split: Text = Field("train", description="split of a hub data set")
+    revision: Text = Field("main", description="branch, tag or commit of a hub data set")
+    max_rows: Count | None = Field(None, description="read no more rows than this")
+    streaming: bool = Field(False, description="larger than memory: read on the fly (needs training.max_steps)")
 
-    path: str = Field(min_length=1)
-    format: str = "auto"
-    weight: Positive = 1.0
-    columns: dict[str, str] = Field(default_factory=dict)
-    split: str = "train"
-    revision: str = "main"
-    max_rows: Count | None = None
-    streaming: bool = False
+
+def _eval_kind(value: Any) -> str:
+    return "sources" if isinstance(value, list | tuple) else "fraction"
+
+
+EvalFraction = Annotated[Number, Field(gt=0, lt=1)]
+EvalRows = Annotated[
+    Annotated[EvalFraction, Tag("fraction")] | Annotated[Several[Source], Field(min_length=1), Tag("sources")],
+    Discriminator(_eval_kind),
+]
 
 
 class DataSection(Section):
     """Training and evaluation rows."""
 
-    train: tuple[Source, ...] = Field(min_length=1)
-    eval: Annotated[Number, Field(gt=0, lt=1)] | tuple[Source, ...] | None = None
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    chat_template: str | None = None
-    max_length: Annotated[Count, Field(ge=2)] = 2048
-    excess_length: Literal["drop", "truncate", "split", "error"] = "drop"
-    packing: Literal["auto"] | bool = "auto"
-    shuffle: bool = True
+    train: Several[Source] = Field(min_length=1, description="a path, a source, or a list of either")
+    eval: EvalRows | None = Field(None, description="a fraction of each training source, or sources like train")
+    train_on: Literal["assistant", "last", "all"] = Field("assistant", description="which tokens are trained on")
+    chat_template: Text | None = Field(None, description="a Jinja file; null is the tokenizer's own template")
+    max_length: Annotated[Count, Field(ge=2)] = Field(2048, description="tokens of the longest row")
+    excess_length: Literal["drop", "truncate", "split", "error"] = Field(
+        "drop", description="what becomes of longer rows; always counted in the report"
+    )
+    packing: AutoOrBool = Field("auto", description="several rows in one sequence; auto wherever it changes no result")
+    shuffle: bool = Field(True, description="order from (seed, epoch); false keeps the file's order")

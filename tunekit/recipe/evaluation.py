@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from tunekit.recipe.section import Count, Section
+from tunekit.recipe.section import Count, Section, Several, Text
+
+_BEST = re.compile(r"eval\.[a-z0-9_]+")
+
+
+def _best(value: Any) -> Any:
+    if isinstance(value, str) and _BEST.fullmatch(value):
+        return value
+    raise ValueError("must be eval.METRIC, such as eval.loss")
 
 
 class EvaluationSection(Section):
-    """`best: eval.loss` exports the checkpoint where that metric was best; `patience` evaluations without gain stop."""
+    """`best: eval.loss` exports the checkpoint where that metric was best; `patience` counts on it, else on eval.loss."""
 
-    metrics: tuple[str, ...] = ("loss",)
-    generate: bool = False
-    max_new_tokens: Count = 128
-    batch_size: Count = 8
-    best: Annotated[str, Field(pattern=r"^eval\.[a-z0-9_]+$")] | None = None
-    patience: Count | None = None
+    metrics: Several[Text] = Field(("loss",), description="what is measured; loss always is")
+    generate: bool = Field(False, description="generate an answer for every eval row, for the metrics that need one")
+    max_new_tokens: Count = Field(128, description="tokens of one generated answer, at most")
+    batch_size: Count = Field(8, description="rows of one evaluation forward; only memory and speed")
+    best: Annotated[str, BeforeValidator(_best)] | None = Field(None, description="export the checkpoint best in this")
+    patience: Count | None = Field(None, description="stop after this many evaluations without gain")

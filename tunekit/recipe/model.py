@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Section
+from tunekit.recipe.section import Section, Text
 
 Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only"]
 
@@ -14,11 +14,17 @@ Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only"]
 class ModelSection(Section):
     """The base model. `name_or_path`: a local folder, a .gguf file, or a hub id."""
 
-    name_or_path: str = Field(min_length=1)
-    revision: str = "main"
-    family: Literal["auto", "causal", "seq2seq", "classifier", "speech", "diffusion"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Quantization = "none"
-    double_quantization: bool = True
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    trust_remote_code: bool = False
+    name_or_path: Text = Field(description="a local folder, a .gguf file, or a hub id")
+    revision: Text = Field("main", description="branch, tag or commit of a hub id")
+    family: Literal["auto", "causal", "seq2seq", "classifier", "speech", "diffusion"] = Field(
+        "auto", description="what the base computes; auto reads it from the model's configuration"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="compute dtype; auto is bfloat16 where the device computes it natively, else float32"
+    )
+    quantization: Quantization = Field("none", description="how the frozen base weights are stored")
+    double_quantization: bool = Field(True, description="quantize the scales of nf4 and fp4 too")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="attention implementation"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; never without reading it")

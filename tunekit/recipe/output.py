@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Section
+from tunekit.recipe.section import Section, Several, Text
 
 
 class OutputSection(Section):
-    """`report_to`: trackers beside metrics.jsonl."""
+    """The run folder and the trackers beside metrics.jsonl."""
 
-    dir: str = Field(min_length=1)
-    report_to: tuple[Literal["tensorboard"], ...] = ()
+    dir: Text = Field(description="the run folder")
+    report_to: Several[Literal["tensorboard"]] = Field((), description="trackers beside metrics.jsonl")

@@ -1,30 +1,67 @@
 """The whole recipe: one frozen value made of its sections.
 
-Comes in: the mapping load.py read.  Goes out: `Recipe`.  Next: plan.py.
+Comes in: the mapping load.py read, or the `recipe` of a plan.json.  Goes out: `Recipe`.  Next: plan.py.
 """
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Any
 
-from tunekit.recipe.adapters.lora import LoraSettings
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.names import SettingsKind, known_names, settings_class
 from tunekit.recipe.output import OutputSection
-from tunekit.recipe.section import Section
+from tunekit.recipe.section import AdapterSettings, ObjectiveSettings, Section
 from tunekit.recipe.training import TrainingSection
+
+DEFAULT_METHOD = {"adapter": "lora", "objective": "sft"}
+
+
+def make_adapter_settings(values: Any) -> Any:
+    """{method: lora, r: 8} -> LoraSettings; settings pass as they are."""
+    return _named_settings("adapter", values)
+
+
+def make_objective_settings(values: Any) -> Any:
+    """{method: sft} -> SftSettings; settings pass as they are."""
+    return _named_settings("objective", values)
+
+
+def _named_settings(section: str, values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    name = values.get("method", DEFAULT_METHOD[section])
+    kind: SettingsKind = "adapters" if section == "adapter" else "objectives"
+    if name not in known_names(kind):
+        raise ValueError(f"unknown {section} {name!r}; known: {', '.join(known_names(kind))}")
+    return settings_class(kind, name).model_validate(values)
+
+
+def _default_adapter() -> AdapterSettings:
+    settings: AdapterSettings = make_adapter_settings({})
+    return settings
+
+
+def _default_objective() -> ObjectiveSettings:
+    settings: ObjectiveSettings = make_objective_settings({})
+    return settings
 
 
 class Recipe(Section):
-    """Everything a run is made from."""
+    """Everything a run is made from. `model_validate` takes what `model_dump(mode="json")` gave."""
 
     model: ModelSection
     data: DataSection
-    adapter: LoraSettings = Field(default_factory=LoraSettings)
-    objective: SftSettings = Field(default_factory=SftSettings)
+    adapter: Annotated[SerializeAsAny[AdapterSettings], BeforeValidator(make_adapter_settings)] = Field(
+        default_factory=_default_adapter
+    )
+    objective: Annotated[SerializeAsAny[ObjectiveSettings], BeforeValidator(make_objective_settings)] = Field(
+        default_factory=_default_objective
+    )
     training: TrainingSection = Field(default_factory=TrainingSection)
     memory: MemorySection = Field(default_factory=MemorySection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)

@@ -1,4 +1,4 @@
-"""The base of every section of a recipe: frozen, strict, no unknown keys; and the number types sections share.
+"""The base of every section of a recipe: frozen, strict, no unknown keys; and the value types sections share.
 
 Comes in: plain values read from YAML.  Goes out: validated, immutable settings.  Next: the section files, then load.py.
 """
@@ -6,9 +6,11 @@ Comes in: plain values read from YAML.  Goes out: validated, immutable settings.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
 
 
 class Section(BaseModel):
@@ -17,22 +19,69 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, protected_namespaces=())
 
 
+class MethodSettings(Section):
+    """Settings of a named part (an adapter, an objective); `method` is the name of the file that defines it."""
+
+    method: str
+
+
+class AdapterSettings(MethodSettings):
+    """What every adapter has; the settings of one method are in recipe/adapters/NAME.py."""
+
+    init_from: str | None = Field(
+        None, description="an existing adapter folder, ours or peft's, that training continues"
+    )
+
+
+class ObjectiveSettings(MethodSettings):
+    """What every objective has; the settings of one are in recipe/objectives/NAME.py."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(value: float) -> bool:
+    """math.isfinite for whole numbers of any length (it overflows on an int beyond 1e308)."""
+    return abs(value) < 10**300 if isinstance(value, int) else math.isfinite(value)
+
+
 def _number(value: Any) -> Any:
     """Accept int or float (never bool, NaN or infinity) and hand on a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         raise ValueError("must be a number")
-    if not math.isfinite(value):
+    if not _is_finite(value):
         raise ValueError("must be a finite number")
     return float(value)
 
 
 def _whole(value: Any) -> Any:
     """Accept an int, or a float without a fraction such as 1e3; never a bool."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a whole number")
-    if not math.isfinite(value) or value != int(value):
+    if not _is_number(value) or not _is_finite(value) or value != int(value):
         raise ValueError("must be a whole number")
     return int(value)
+
+
+def _auto_or_bool(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise ValueError("must be auto, true or false")
+
+
+def _auto_bool_or_count(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    if not _is_number(value) or not _is_finite(value) or value != int(value) or not 0 <= value <= LARGEST_COUNT:
+        raise ValueError("must be auto, true, false or a number of layers")
+    return int(value)
+
+
+def _text_or_texts(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
+    raise ValueError("must be text or a list of texts")
 
 
 Number = Annotated[float, BeforeValidator(_number)]
@@ -40,5 +89,11 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
-Count = Annotated[Whole, Field(ge=1)]
-CountOrZero = Annotated[Whole, Field(ge=0)]
+Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]
+CountOrZero = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
+Text = Annotated[str, Field(min_length=1)]
+AutoOrBool = Annotated[str | bool, BeforeValidator(_auto_or_bool)]
+AutoBoolOrCount = Annotated[str | bool | int, BeforeValidator(_auto_bool_or_count)]
+TextOrTexts = Annotated[str | tuple[str, ...], BeforeValidator(_text_or_texts)]
+Item = TypeVar("Item")
+Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kept as a tuple

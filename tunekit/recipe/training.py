@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, CountOrZero, NotNegative, Number, Positive, Section
+from tunekit.recipe.section import Count, CountOrZero, NotNegative, Number, Positive, Section, Whole
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
@@ -14,23 +14,30 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 class TrainingSection(Section):
     """`gradient_accumulation_steps` micro-batches make one optimizer step, shared among the ranks.
 
-    A micro-batch is `micro_batch_size` rows (packs, if packed), or as many as fit `micro_batch_tokens` padded tokens.
+    Of epochs and max_steps, warmup_ratio and warmup_steps, micro_batch_size and micro_batch_tokens, writing one voids
+    the other's default: it is None here.
     """
 
-    learning_rate: NotNegative = 2e-4
-    scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_ratio: Annotated[Number, Field(ge=0, le=1)] | None = 0.03
-    warmup_steps: CountOrZero | None = None
-    optimizer: Optimizer = "adamw"
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: Positive | None = 1.0
-    epochs: Positive | None = 1.0
-    max_steps: Count | None = None
-    micro_batch_size: Count | None = 2
-    micro_batch_tokens: Count | None = None
-    gradient_accumulation_steps: Count = 8
-    loraplus_ratio: Positive | None = None
-    seed: Annotated[CountOrZero, Field(lt=2**32)] = 0
-    save_steps: Count = 100
-    keep_checkpoints: Count = 2
-    eval_steps: Count = 100
+    learning_rate: NotNegative = Field(2e-4, description="the schedule's highest learning rate")
+    scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape after the warm-up")
+    warmup_ratio: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        0.03, description="warm-up as a share of all steps"
+    )
+    warmup_steps: CountOrZero | None = Field(None, description="warm-up in steps, instead of warmup_ratio")
+    optimizer: Optimizer = Field("adamw", description="AdamW with 32-bit or 8-bit state, paged or not")
+    weight_decay: NotNegative = Field(0.0, description="never on biases, norms or scaling vectors")
+    max_grad_norm: Positive | None = Field(1.0, description="clip the step's gradient to this norm; null: never")
+    epochs: Positive | None = Field(1.0, description="passes over the training rows")
+    max_steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
+    micro_batch_size: Count | None = Field(
+        2, description="rows (packs, if packed) of one forward; only memory and speed"
+    )
+    micro_batch_tokens: Count | None = Field(
+        None, description="padded tokens of one forward, instead of micro_batch_size"
+    )
+    gradient_accumulation_steps: Count = Field(8, description="micro-batches of one step, shared among the ranks")
+    loraplus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B over that of A")
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="of every random draw")
+    save_steps: Count = Field(100, description="steps between checkpoints")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints kept, beside the best one")
+    eval_steps: Count = Field(100, description="steps between evaluations")

@@ -6,20 +6,21 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, Fraction, NotNegative, Section
+from tunekit.recipe.section import AdapterSettings, Count, Fraction, NotNegative, Text, TextOrTexts
 
 
-class LoraSettings(Section):
+class LoraSettings(AdapterSettings):
     """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
 
-    method: Literal["lora"] = "lora"
-    r: Count = 16
-    alpha: NotNegative = 32.0
-    dropout: Fraction = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    exclude_modules: str | tuple[str, ...] | None = None
-    rank_pattern: dict[str, Count] = Field(default_factory=dict)
-    alpha_pattern: dict[str, NotNegative] = Field(default_factory=dict)
-    use_rslora: bool = False
-    start: Literal["default"] = "default"
-    init_from: str | None = None
+    method: Literal["lora"] = Field("lora", description="a low-rank update of each targeted matrix")
+    r: Count = Field(16, description="rank")
+    alpha: NotNegative = Field(32.0, description="the update is scaled by alpha / r")
+    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+    rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
+    alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    start: Literal["default"] = Field("default", description="initial A and B")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tunekit.recipe.section import Section
+from pydantic import Field
+
+from tunekit.recipe.section import ObjectiveSettings
 
 
-class SftSettings(Section):
+class SftSettings(ObjectiveSettings):
     """No settings of its own."""
 
-    method: Literal["sft"] = "sft"
+    method: Literal["sft"] = Field("sft", description="next-token cross entropy on the supervised tokens")

@@ -1,0 +1,144 @@
+"""A recipe while it is being read: plain values, and for every written key the place it was written.
+
+Comes in: reader.py (the file) and overrides.py (the command line).  Goes out: the same values in canonical form, every
+problem found on the way.  Next: aliases.py and shorthands.py change it, load.py validates it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunekit.errors import Problem
+
+COMMAND_LINE = "command line"
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key was written; `spelled` is the other tool's name where an alias was written."""
+
+    file: str
+    line: int | None = None
+    spelled: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass
+class Draft:
+    """Values (dicts, lists, scalars) with their places, the problems so far and the rewrites made."""
+
+    file: str
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    rewrites: list[str] = field(default_factory=list)
+
+    def has(self, key: KeyPath) -> bool:
+        """Whether the key is written (also as null)."""
+        return key in self.places
+
+    def get(self, key: KeyPath, default: Any = None) -> Any:
+        """The value at a key, `default` where it is not written."""
+        value: Any = self.values
+        for part in key:
+            if isinstance(value, dict) and part in value:
+                value = value[part]
+            elif isinstance(value, list) and isinstance(part, int) and 0 <= part < len(value):
+                value = value[part]
+            else:
+                return default
+        return value
+
+    def place(self, key: KeyPath) -> Place:
+        """The place of a key, or of the nearest written key that holds it."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.places:
+                return self.places[key[:length]]
+        return Place(self.file)
+
+    def set(self, key: KeyPath, value: Any, place: Place) -> None:
+        """Write a value (its inner keys get the same place); the mappings on the way are made where absent."""
+        self.forget(key)
+        holder: Any = self.values
+        for length, part in enumerate(key[:-1], 1):
+            if isinstance(holder, dict):
+                holder = holder.setdefault(part, {})
+            else:
+                holder = holder[part]
+            self.places.setdefault(key[:length], place)
+        last = key[-1]
+        if isinstance(holder, list) and last == len(holder):
+            holder.append(value)
+        else:
+            holder[last] = value
+        self._mark(key, value, place)
+
+    def remove(self, key: KeyPath) -> Any:
+        """Take a written key out and return its value."""
+        holder: Any = self.get(key[:-1]) if len(key) > 1 else self.values
+        value = holder.pop(key[-1])
+        self.forget(key)
+        if isinstance(holder, list):
+            self._close_gap(key)
+        return value
+
+    def forget(self, key: KeyPath) -> None:
+        """Forget the places of a key and of everything in it."""
+        for known in [known for known in self.places if known[: len(key)] == key]:
+            del self.places[known]
+
+    def wrap(self, key: KeyPath, inner: str | int) -> None:
+        """Put the value at `key` one level down, under `inner`, places included: x -> {inner: x} or [x]."""
+        value, place = self.get(key), self.place(key)
+        moved = {(*key, inner, *known[len(key) :]): at for known, at in self.places.items() if known[: len(key)] == key}
+        self.set(key, {inner: value} if isinstance(inner, str) else [value], place)
+        self.places.update(moved)
+
+    def add_problem(self, key: KeyPath, what: str, how: str = "") -> None:
+        """Record what is wrong at a key."""
+        self.problems.append(self.problem(key, what, how))
+
+    def problem(self, key: KeyPath, what: str, how: str = "") -> Problem:
+        """A problem at a key, with the place and the spelling the user wrote."""
+        place = self.place(key)
+        name = dotted(key)
+        if place.spelled and place.spelled != name:
+            name = f"{name} (written {place.spelled})"
+        return Problem(what, how, file=place.file, line=place.line, key=name or None)
+
+    def lines(self) -> dict[str, int]:
+        """Dotted key -> line, for keys written in the file."""
+        return {dotted(key): place.line for key, place in self.places.items() if place.line is not None}
+
+    def _mark(self, key: KeyPath, value: Any, place: Place) -> None:
+        self.places[key] = place
+        for part, inner in inner_items(value):
+            self._mark((*key, part), inner, place)
+
+    def _close_gap(self, key: KeyPath) -> None:
+        """After an item of a list is gone, the places of the later items move up by one."""
+        prefix, gone = key[:-1], key[-1]
+        depth = len(prefix)
+        moved: dict[KeyPath, Place] = {}
+        for known, place in self.places.items():
+            position = known[depth] if len(known) > depth and known[:depth] == prefix else None
+            if isinstance(position, int) and isinstance(gone, int) and position > gone:
+                known = (*prefix, position - 1, *known[depth + 1 :])
+            moved[known] = place
+        self.places = moved
+
+
+def inner_items(value: Any) -> list[tuple[str | int, Any]]:
+    """The (key or index, value) pairs of a mapping or list; none for a scalar."""
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, list) else []
+
+
+def dotted(key: KeyPath) -> str:
+    """("data", "train", 0, "path") -> data.train.0.path"""
+    return ".".join(str(part) for part in key)

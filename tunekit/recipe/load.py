@@ -1,0 +1,116 @@
+"""recipe.yaml + command-line overrides -> Recipe, or every problem at once with file, line and key.
+
+Comes in: a path and KEY=VALUE texts.  Goes out: LoadedRecipe.  Next: plan.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tunekit.errors import Problem, RecipeError
+from tunekit.recipe.checks import check_across, check_secrets, settle_generation, settle_pairs
+from tunekit.recipe.draft import COMMAND_LINE, Draft, KeyPath
+from tunekit.recipe.names import known_names
+from tunekit.recipe.overrides import apply_overrides
+from tunekit.recipe.paths import resolve_paths
+from tunekit.recipe.problems import kind_of, problems_of, section_class, unknown_key
+from tunekit.recipe.reader import read_recipe_file
+from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
+from tunekit.recipe.section import Section
+from tunekit.recipe.shorthands import expand_shorthands
+from tunekit.recipe.suggest import did_you_mean, show
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe, where each key was written, and which of other tools' spellings were rewritten."""
+
+    recipe: Recipe
+    path: Path
+    lines: dict[str, int] = field(default_factory=dict)
+    rewrites: list[str] = field(default_factory=list)
+
+    def line_of(self, key: str) -> int | None:
+        """The line of a dotted key; None where the file does not write it."""
+        return self.lines.get(key)
+
+    def locate(self, problem: Problem) -> Problem:
+        """The same problem with this file and the line of its key."""
+        line = self.line_of(problem.key) if problem.key else None
+        return Problem(problem.what, problem.how, file=str(self.path), line=line, key=problem.key)
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, override and check a recipe. Raises RecipeError with every problem found, in the order of the file."""
+    path = Path(path)
+    draft = read_recipe_file(path)
+    expand_shorthands(draft)
+    apply_overrides(draft, overrides)
+    recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
+    return LoadedRecipe(recipe, path, draft.lines(), draft.rewrites)
+
+
+def make_recipe(draft: Draft, folder: Path) -> Recipe:
+    """Check a draft whole and make the Recipe. Raises RecipeError with every problem of the draft."""
+    check_secrets(draft)
+    settle_pairs(draft)
+    settle_generation(draft)
+    resolve_paths(draft, folder)
+    sections = _make_sections(draft)
+    check_across(draft, sections)
+    if draft.problems:
+        raise RecipeError.of(sorted(draft.problems, key=_place_order))
+    return Recipe.model_validate(sections)
+
+
+def _make_sections(draft: Draft) -> dict[str, Section]:
+    """Each valid section; what is wrong with the others is noted in the draft."""
+    sections: dict[str, Section] = {}
+    for name in draft.values:
+        if name not in Recipe.model_fields:
+            draft.problems.append(unknown_key((name,), draft))
+    for name, field_info in Recipe.model_fields.items():
+        if name not in draft.values:
+            if field_info.is_required():
+                draft.problems.append(_missing(name, draft))
+            continue
+        section = _make_section(name, draft)
+        if section is not None:
+            sections[name] = section
+    return sections
+
+
+def _make_section(name: str, draft: Draft) -> Section | None:
+    values = draft.values[name]
+    owner = section_class(name, values)
+    key: KeyPath = (name,)
+    if owner is None:
+        method = values["method"]
+        known = known_names(kind_of(name))
+        how = did_you_mean(str(method), known, f"known {kind_of(name)}")
+        draft.add_problem((name, "method"), f"unknown {name} {show(method)}", how)
+        return None
+    if not isinstance(values, dict):
+        what = f"must be a mapping{' or a name' if name in ('model', *DEFAULT_METHOD) else ''}, not {show(values)}"
+        draft.add_problem(key, what, "remove the key to take the defaults" if values is None else "")
+        return None
+    try:
+        return owner.model_validate(values)
+    except ValidationError as error:
+        draft.problems.extend(problems_of(error, key, draft))
+        return None
+
+
+def _missing(name: str, draft: Draft) -> Problem:
+    examples = {"model": "model: NAME", "data": "data: {train: rows.jsonl}", "output": "output: {dir: runs/first}"}
+    return Problem("is required", f"write {examples[name]}", file=draft.file, key=name)
+
+
+def _place_order(problem: Problem) -> tuple[bool, int]:
+    """The file's problems by line, then the command line's."""
+    return (problem.file == COMMAND_LINE, problem.line or 0)

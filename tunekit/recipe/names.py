@@ -1,0 +1,42 @@
+"""Names in a recipe are file names: which adapters, objectives, formats and metrics exist, and their settings.
+
+Comes in: a kind ("adapters") and a name ("lora").  Goes out: the list of names, a settings class, a module of facts.
+A new file is a new name; there is no other list.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from tunekit.recipe.section import MethodSettings
+
+Kind = Literal["adapters", "objectives", "starts", "formats", "metrics"]
+SettingsKind = Literal["adapters", "objectives"]
+
+
+@lru_cache(maxsize=None)
+def known_names(kind: Kind) -> tuple[str, ...]:
+    """Every name of a kind, sorted: the files of recipe/KIND/."""
+    folder = Path(__file__).parent / kind
+    return tuple(sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")))
+
+
+def facts_of(kind: Kind, name: str) -> ModuleType:
+    """The torch-free file of a known name."""
+    return import_module(f"tunekit.recipe.{kind}.{name}")
+
+
+def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
+    """The settings class of a known name: lora.py defines LoraSettings, p_tuning.py PTuningSettings."""
+    title = "".join(part.capitalize() for part in name.split("_"))
+    found: Any = getattr(facts_of(kind, name), f"{title}Settings")
+    return found  # type: ignore[no-any-return]
+
+
+def needs_generation(metric: str) -> bool:
+    """Whether a known metric compares generated answers (else it follows from the loss's sums)."""
+    return bool(facts_of("metrics", metric).COMPUTED_FROM == "generation")

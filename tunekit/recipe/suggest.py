@@ -1,0 +1,55 @@
+"""Did you mean: the nearest known name, and how a wrong value is shown in a message.
+
+Comes in: what a user wrote and what exists.  Goes out: words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_HIDDEN = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+@")
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=://)[^/\s@]+@")  # longer: a folder may be called hf_checkpoints
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name closest to `word`, None where nothing is close."""
+    from difflib import get_close_matches  # only a mistake pays for this import
+
+    names = {name.lower(): name for name in known}
+    found = get_close_matches(word.lower().replace("-", "_"), names, n=1, cutoff=0.7)
+    return names[found[0]] if found else None
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """`did you mean 'epochs'?`, or `otherwise: a, b, c` where nothing is near."""
+    names = list(known)
+    found = nearest(word, names)
+    return f"did you mean '{found}'?" if found else f"{otherwise}: {', '.join(names)}"
+
+
+def show(value: Any) -> str:
+    """A value as a message shows it: its kind and a short, secret-free form."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    text = hide_secrets(str(value)) if not isinstance(value, int) or abs(value) < 10**40 else "a very long number"
+    if isinstance(value, str):
+        text = repr(text)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def hide_secrets(text: str) -> str:
+    """Text without access tokens and without the user:password part of a URL."""
+    return _HIDDEN.sub("***", text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether text holds what looks like an access token or a URL with a user and password."""
+    return _SECRET.search(text) is not None
