@@ -1,0 +1,79 @@
+"""What a device computes natively: the compute dtype and the attention implementation, resolved from `auto`.
+
+Comes in: the model section, the configuration, the device.  Goes out: a dtype, an attention name.
+Next: load.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunekit.errors import ModelError
+from tunekit.recipe.model import ModelSection
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
+    """The compute dtype; auto is bfloat16 where the device computes it natively, else float32.
+
+    Raises: ModelError for float16 on a CPU, and for bfloat16 on a GPU that only emulates it.
+    """
+    if section.dtype == "auto":
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    dtype = DTYPES[section.dtype]
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ModelError(
+            "float16 on a CPU is slow and overflows without a GPU's scaler",
+            "write dtype: auto, bfloat16 or float32",
+            key="model.dtype",
+        )
+    if dtype == torch.bfloat16 and device.type == "cuda" and not computes_bfloat16(device):
+        raise ModelError(
+            "this GPU only emulates bfloat16", "write dtype: float16 or float32, or auto", key="model.dtype"
+        )
+    return dtype
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run natively on `device`."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and _cpu_has_bfloat16()
+
+
+@cache
+def _cpu_has_bfloat16() -> bool:
+    """AVX512-BF16 or AMX-BF16 on x86, the bf16 extension on ARM, as the kernel lists them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
+
+
+def resolve_attention(section: ModelSection, config: Any, device: torch.device) -> str:
+    """The attention implementation; auto is torch's fused one where the model has it, else the plain one.
+
+    Raises: ModelError where the asked one is not available.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    fused = bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)) if known else False
+    if section.attention == "auto":
+        return "sdpa" if fused else "eager"
+    if section.attention == "flash_attention_2" and device.type != "cuda":
+        raise ModelError("flash_attention_2 needs a CUDA device", "write attention: auto", key="model.attention")
+    if section.attention == "sdpa" and known and not fused:
+        raise ModelError(
+            f"{config.model_type} cannot use sdpa (it would leave out a part of its attention)",
+            "write attention: auto or eager",
+            key="model.attention",
+        )
+    return section.attention

@@ -1,0 +1,53 @@
+"""The output projection of a text model: hidden states -> logits in float32, as the model itself would make them.
+
+Comes in: the net and the name of its head module.  Goes out: `TextHead.logits`.
+Next: objectives/logprobs.py, which calls it for chunks of supervised positions only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TextHead:
+    """logits = cap * tanh(scale * head(h) / cap), without the cap where the model has none.
+
+    Shapes: h (N, D) -> (N, V).    The module is looked up at each call, so that an adapter around it takes part.
+    """
+
+    net: nn.Module
+    name: str
+    scale: float = 1.0
+    divisor: float = 1.0
+    soft_cap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, V) in float32."""
+        logits: torch.Tensor = self.net.get_submodule(self.name)(hidden).float()  # (N, V)
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits
+
+
+def make_head(net: nn.Module, name: str, config: Any) -> TextHead:
+    """The head with the scale and the cap that the configuration names."""
+    scale, divisor = 1.0, 1.0
+    if config.model_type.startswith("cohere"):
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+    elif config.model_type == "falcon_h1":
+        scale = float(config.lm_head_multiplier)
+    if config.model_type.startswith("granite"):
+        divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = None
+    for field in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        cap = cap if cap is not None else getattr(config, field, None)
+    return TextHead(net, name, scale, divisor, None if cap is None else float(cap))

@@ -1,0 +1,270 @@
+"""A base from disk, frozen and ready: as it is, or packed; or the same modules without any weight.
+
+Comes in: the model section and a device.  Goes out: `LoadedModel`.
+Next: adapters/attach.py wraps its layers, objectives/ ask its family for hidden states.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.decisions import ModelFacts
+from tunekit.errors import ModelError
+from tunekit.model import inspection
+from tunekit.model.devices import resolve_attention, resolve_dtype
+from tunekit.model.families import Family, text_config
+from tunekit.model.quiet import quiet
+from tunekit.model.shards import read_headers
+from tunekit.model.source import ModelSource, find_source
+from tunekit.model.weights import element_count, layer_kind, pack_linear, packed_layers
+from tunekit.recipe.model import ModelSection
+
+__all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
+
+
+@dataclass
+class LoadedModel:
+    """A base model, frozen and in eval mode. `fingerprint` is None for a model without weights."""
+
+    net: nn.Module
+    config: Any
+    family: Family
+    dtype: torch.dtype
+    device: torch.device
+    quantization: str
+    double_quantization: bool
+    name_or_path: str
+    revision: str | None
+    fingerprint: str | None
+    facts: ModelFacts
+    generation_config: Any
+    notes: list[str] = field(default_factory=list)
+
+
+def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
+    """Load the base from safetensors or GGUF, pack it where the section asks for it, freeze it, move it to `device`.
+
+    Raises: ModelError for anything that is not a complete, unquantized, decoder-only language model.
+    """
+    dtype = resolve_dtype(section, device)
+    source = find_source(section, weights=True)
+    config = _read_configuration(source, section)
+    if source.gguf_file is None:
+        read_headers(source.folder)
+    attention = resolve_attention(section, config, device)
+    net, notes = _read_weights(source, section, config, dtype, attention)
+    if section.quantization != "none":
+        notes += quantize_layers(net, section, dtype, device)
+    net = net.to(device)
+    return _finish(net, section, source, dtype, device, inspection.fingerprint(source), notes)
+
+
+def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
+    """The same modules on the meta device, made from the configuration alone; `device` is the one it is planned for.
+
+    Raises: ModelError as load_model does, but for what only the weights show.
+    """
+    dtype = resolve_dtype(section, device)
+    source = find_source(section, weights=False)
+    config = _read_configuration(source, section)
+    attention = resolve_attention(section, config, device)
+    with _model_errors(section), quiet(), torch.device("meta"):
+        net = _auto_model().from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
+        )
+    notes: list[str] = []
+    if section.quantization != "none":
+        notes += quantize_layers(net, section, dtype, torch.device("meta"))
+    return _finish(net, section, source, dtype, torch.device("meta"), None, notes)
+
+
+def base_fingerprint(section: ModelSection) -> str:
+    """sha256 that tells one base from another; see inspection.fingerprint."""
+    return inspection.fingerprint(find_source(section, weights=True))
+
+
+def _auto_model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+class _model_errors:
+    """Turns what transformers raises while reading a model into ModelError, first line only."""
+
+    def __init__(self, section: ModelSection) -> None:
+        self.section = section
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, ModelError):
+            return
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return
+        name = self.section.name_or_path
+        text = str(error)
+        if "trust_remote_code" in text:
+            how = "read that code, and set model.trust_remote_code: true if you trust it"
+            raise ModelError(f"{name} runs code of its own", how, key="model.trust_remote_code") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+        raise ModelError(f"{name} cannot be loaded: {lines[0]}", key="model.name_or_path") from error
+
+
+def _read_configuration(source: ModelSource, section: ModelSection) -> Any:
+    """The configuration object, checked: family, stored quantization, remote code."""
+    from transformers import AutoConfig
+
+    arguments: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "local_files_only": True}
+    if source.gguf_file is not None:
+        inspection.check_gguf(source)
+        arguments["gguf_file"] = source.gguf_file
+    else:
+        raw = inspection.read_config(source)
+        inspection.check_quantized(raw, section)
+        inspection.check_family(raw, section)
+    with _model_errors(section), quiet():
+        config = AutoConfig.from_pretrained(str(source.folder), **arguments)
+    _check_known(config, section)
+    config.use_cache = False
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights  # it would name another file than the one that was checked
+    return config
+
+
+def _check_known(config: Any, section: ModelSection) -> None:
+    """Refuse a configuration that transformers has no causal language model for."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or section.trust_remote_code:
+        return
+    raise ModelError(
+        f"{section.name_or_path} ({config.model_type}) is no causal language model that transformers knows",
+        "choose another base, or a newer transformers",
+        key="model.name_or_path",
+    )
+
+
+def _read_weights(
+    source: ModelSource, section: ModelSection, config: Any, dtype: torch.dtype, attention: str
+) -> tuple[nn.Module, list[str]]:
+    """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
+    arguments: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
+    with _model_errors(section), quiet():
+        net, loading = _auto_model().from_pretrained(
+            str(source.folder),
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=section.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ModelError(
+            f"{section.name_or_path} lacks weights that its configuration asks for ({shown})",
+            "they would be random; give a complete model",
+            key="model.name_or_path",
+        )
+    unused = sorted(loading["unexpected_keys"])
+    return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
+
+
+def quantize_layers(net: nn.Module, section: ModelSection, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Pack every linear layer but the head, one at a time, so that only one is ever held twice. Returns notes."""
+    head = Family().head_name(net)
+    names = [name for name, module in net.named_modules() if layer_kind(module) in ("linear", "conv1d")]
+    for name in names:
+        if name == head:
+            continue
+        parent_name, _, attribute = name.rpartition(".")
+        parent = net.get_submodule(parent_name)
+        dense = getattr(parent, attribute)
+        packed = pack_linear(dense.to(device), section.quantization, section.double_quantization, dtype)
+        setattr(parent, attribute, packed)
+        del dense
+    gc.collect()
+    layers = packed_layers(net)
+    if not layers:
+        raise ModelError("the model has no linear layer to quantize", key="model.quantization")
+    return _left_dense(net, section)
+
+
+def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
+    """Say which large weights stay as they are: fused experts are no linear layers."""
+    fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3]
+    if not fused:
+        return []
+    count = sum(parameter.numel() for parameter in fused)
+    return [f"{count} parameters of fused experts stay unquantized: {section.quantization} packs linear layers only"]
+
+
+def _finish(
+    net: nn.Module,
+    section: ModelSection,
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    fingerprint: str | None,
+    notes: list[str],
+) -> LoadedModel:
+    """Freeze, set eval mode and collect the facts."""
+    net.requires_grad_(False)
+    net.eval()
+    family = Family()
+    config: Any = net.config
+    config.use_cache = False
+    facts = _facts(net, family, section, source, dtype, fingerprint)
+    quantization = section.quantization
+    return LoadedModel(
+        net=net,
+        config=config,
+        family=family,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        double_quantization=facts.double_quantization,
+        name_or_path=section.name_or_path,
+        revision=source.commit,
+        fingerprint=fingerprint,
+        facts=facts,
+        generation_config=getattr(net, "generation_config", None),
+        notes=notes,
+    )
+
+
+def _facts(
+    net: nn.Module,
+    family: Family,
+    section: ModelSection,
+    source: ModelSource,
+    dtype: torch.dtype,
+    fingerprint: str | None,
+) -> ModelFacts:
+    config = text_config(net)
+    embedding_name = family.embedding_name(net)
+    embedding: Any = net.get_submodule(embedding_name) if embedding_name else None
+    return ModelFacts(
+        name_or_path=section.name_or_path,
+        revision=source.commit,
+        family=family.name,
+        model_type=str(config.model_type),
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=section.quantization,
+        double_quantization=section.double_quantization and section.quantization in ("nf4", "fp4"),
+        attention=str(config._attn_implementation),
+        total_parameters=element_count(net),
+        layers=len(family.layers(net)),
+        hidden_size=int(config.hidden_size),
+        vocabulary_size=int(embedding.num_embeddings) if embedding is not None else int(config.vocab_size),
+        fingerprint=fingerprint,
+    )
