@@ -1,0 +1,65 @@
+"""Reading one field of a row, strictly: a missing, null, non-text or broken value is an error, never the text None."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tunekit.errors import DataError
+
+
+def read_text(row: Mapping[str, Any], name: str, *, where: str = "") -> str:
+    """The text under `name`."""
+    label = f"{where}{name}"
+    if name not in row:
+        raise DataError(
+            f"no field '{label}'; this row has {listed(row)}",
+            "add it, or map a column to it under data.train[].columns",
+        )
+    return check_text(row[name], label)
+
+
+def read_optional_text(row: Mapping[str, Any], name: str) -> str:
+    """The text under `name`; absent or null is the empty text."""
+    return "" if row.get(name) is None else check_text(row[name], name)
+
+
+def check_text(value: Any, label: str) -> str:
+    """`value` if it is text that a tokenizer can read."""
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise DataError(f"'{label}' must be text, not {kind}", "write it in quotes, or leave the row out")
+    if "\x00" in value:
+        raise DataError(f"'{label}' contains a NUL character", "remove it; often a sign of UTF-16 or binary data")
+    if not value.isascii():
+        check_encodable(value, label)
+    return value
+
+
+def check_encodable(value: str, label: str) -> None:
+    """Refuse lone surrogates, which no tokenizer can read."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise DataError(
+            f"'{label}' contains the lone surrogate \\u{code:04x}", "write the whole pair, or U+FFFD instead"
+        ) from None
+
+
+def read_json(value: Any, label: str) -> Any:
+    """`value`, parsed where it is JSON written as text."""
+    if not isinstance(value, str):
+        check_encodable(json.dumps(value, ensure_ascii=False, default=str), label)
+        return value
+    check_text(value, label)
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise DataError(f"'{label}' is text that is not JSON: {value[:60]!r}", "write a JSON object") from None
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for a message."""
+    return ", ".join(f"'{name}'" for name in names) or "no fields"

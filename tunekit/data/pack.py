@@ -1,0 +1,39 @@
+"""Packing: several rows in one sequence, by first-fit.
+
+Comes in: lengths in training order and a capacity.  Goes out: packs as lists of positions.  Next: batches.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tunekit.errors import DataError
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Each row goes into the first pack with room for it; packs in order of their first row.
+
+    A tournament tree over the packs' room finds that pack in O(log packs).
+    Raises: DataError if a row is longer than the capacity.
+    """
+    size = 1
+    while size < len(lengths):
+        size *= 2
+    room = [capacity] * (2 * size)  # room[1] is the root, room[size + pack] a pack; unopened packs have all the room
+    packs: list[list[int]] = []
+    for position, length in enumerate(lengths):
+        if length > capacity:
+            raise DataError(f"a row of {length} tokens does not fit a pack of {capacity}")
+        node = 1
+        while node < size:
+            node *= 2
+            if room[node] < length:
+                node += 1
+        if node - size == len(packs):
+            packs.append([])
+        packs[node - size].append(position)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return packs
