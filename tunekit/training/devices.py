@@ -6,13 +6,16 @@ Comes in: the environment (torchrun, accelerate launch or neither).  Goes out: D
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tunekit.errors import RecipeError
+from tunekit.errors import RecipeError, TunekitError
+
+Value = TypeVar("Value")
 
 
 class Devices:
@@ -69,9 +72,23 @@ class Devices:
         torch.distributed.all_gather_object(holder, values)
         return [value for of_rank in holder for value in of_rank]
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-        self.state.wait_for_everyone()
+    def on_main(self, work: Callable[[], Value]) -> Value | None:
+        """Do `work` on the main rank alone; an error of it is raised on every rank. None on the others."""
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = work()
+            except TunekitError as problem:
+                error = problem
+        error = self.from_main(error)
+        if error is not None:
+            raise error
+        return value
+
+    def main_first(self, work: Callable[[], Value]) -> Value:
+        """Do `work` on the main rank, then on the others: what it leaves in a cache is made once."""
+        value = self.on_main(work)
+        return work() if value is None else value
 
     def close(self) -> None:
         """Leave the process group."""

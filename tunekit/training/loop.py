@@ -23,7 +23,7 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.training.devices import Devices
 from tunekit.training.evaluation import EvaluationStopped
 from tunekit.training.optimizers import Optimizer
-from tunekit.training.scaling import LossScale
+from tunekit.training.scaling import INITIAL_SCALE, LossScale
 from tunekit.training.schedules import rate_multiplier
 from tunekit.training.tuned import TunedModel
 
@@ -44,7 +44,7 @@ class LoopState:
     tokens: int = 0
     supervised_tokens: int = 0
     loss: float | None = None
-    loss_scale: float = 1.0
+    loss_scale: float = INITIAL_SCALE
     good_steps: int = 0
     skipped_steps: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -67,7 +67,8 @@ class LoopParts:
     save: Callable[[LoopState], None]
     evaluate: Callable[[], dict[str, float]] | None
     is_better: Callable[[float, float | None], bool]
-    best_metric: str | None
+    watched_metric: str | None  # what best and patience look at
+    saves_best: bool
     patience: int | None
     stop_signal: Callable[[], int]  # 0, or the number of the signal that asked to stop
     peak_bytes: Callable[[], int]
@@ -112,7 +113,7 @@ def _make_step(parts: LoopParts, state: LoopState, window: Window) -> StepRecord
     window = parts.objective.prepare(parts.model, window)
     units, counts = _step_counts(parts, window)
     parts.optimizer.zero_gradients()
-    parts.engine.loss_scale = parts.scale.scale
+    parts.engine.loss_scale = parts.scale.factor
     total, _ = parts.engine.run_window(parts.model, parts.objective, window, units, int(counts[2]))
     if parts.model.adapter is not None:
         parts.model.adapter.after_backward()
@@ -155,7 +156,7 @@ def _step_counts(parts: LoopParts, window: Window) -> tuple[Tensor, list[float]]
 def _clip(parts: LoopParts, loss: Tensor) -> tuple[float, float, Tensor]:
     """Unscale, take the one norm of the whole step, clip by it. Returns loss, norm before clipping, found_inf ()."""
     if parts.scale.enabled:
-        parts.optimizer.scale_gradients(1.0 / parts.scale.scale)
+        parts.optimizer.scale_gradients(1.0 / parts.scale.factor)
     norm = parts.optimizer.gradient_norm()  # () float32
     found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).to(torch.float32)
     if parts.settings.max_grad_norm is not None:
@@ -207,12 +208,12 @@ def _evaluate_if_due(parts: LoopParts, state: LoopState) -> bool:
         return False
     state.evaluated_step = state.step
     parts.record(EvaluationRecord(state.step, metrics))
-    if parts.best_metric is None:
+    if parts.watched_metric is None:
         return False
-    value = metrics[parts.best_metric]
+    value = metrics[parts.watched_metric]
     if parts.is_better(value, state.best_value):
         state.best_step, state.best_value, state.evaluations_without_gain = state.step, value, 0
-        return True
+        return parts.saves_best
     state.evaluations_without_gain += 1
     state.stopped_early = parts.patience is not None and state.evaluations_without_gain >= parts.patience
     return False
@@ -227,9 +228,9 @@ def _stop_if_asked(parts: LoopParts, state: LoopState, saved: bool) -> None:
     number = parts.devices.any(parts.stop_signal())
     if not number:
         return
-    if not saved:
+    if state.step and not saved:
         _save(parts, state)
-    raise Stopped(
-        f"stopped by {Signals(number).name} after step {state.step}; the checkpoint is written, go on with --resume",
-        number,
-    )
+    name = Signals(number).name
+    if not state.step:
+        raise Stopped(f"stopped by {name} before the first step; nothing was trained yet", number)
+    raise Stopped(f"stopped by {name} after step {state.step}; the checkpoint is written, go on with --resume", number)

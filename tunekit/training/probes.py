@@ -42,7 +42,7 @@ def packing_leak(model: TunedModel, vocabulary_size: int) -> float:
 
 
 def logprob_difference(model: TunedModel, vocabulary_size: int) -> float:
-    """Largest difference, relative to the largest loss, between our chunked losses and those of the net's own logits."""
+    """Largest difference, relative to the largest loss, of our chunked losses and those of the net's own logits."""
     ids = _probe_ids(vocabulary_size, 2)
     index, targets = (part.to(model.device) for part in supervised_positions(ids))
     with undisturbed(model):

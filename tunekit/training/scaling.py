@@ -15,16 +15,17 @@ GROWTH_INTERVAL_STEPS = 2000
 
 @dataclass
 class LossScale:
-    """`scale` is a power of two, so scaling and unscaling are exact; 1.0 and fixed where `enabled` is false."""
+    """`scale` is a power of two, so scaling and unscaling are exact; `factor` is 1 where `enabled` is false."""
 
     enabled: bool
-    scale: float = 1.0
+    scale: float = INITIAL_SCALE
     good_steps: int = 0
     skipped_steps: int = 0
 
-    def __post_init__(self) -> None:
-        if self.enabled and self.scale == 1.0:
-            self.scale = INITIAL_SCALE
+    @property
+    def factor(self) -> float:
+        """What the loss is multiplied by."""
+        return self.scale if self.enabled else 1.0
 
     def update(self, finite: bool, step: int) -> None:
         """Double after GROWTH_INTERVAL_STEPS finite steps, halve after an overflow.

@@ -1,0 +1,317 @@
+"""`tunekit train`: the whole run on one page: plan, load, attach, probe, loop, save, report.
+
+Comes in: a recipe.  Goes out: the run folder.  Every decision was plan's; this file only obeys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.folder import load_into
+from tunekit.artifacts.checkpoint import load_checkpoint
+from tunekit.artifacts.environment import read_environment
+from tunekit.artifacts.host_memory import read_host_memory
+from tunekit.artifacts.report.write import write_report
+from tunekit.artifacts.run import RunFolder, is_finished
+from tunekit.artifacts.signals import StopSignals
+from tunekit.console import Console
+from tunekit.data.batches import TrainingWindows, evaluation_batches, longest_batch
+from tunekit.decisions import Plan, bytes_text
+from tunekit.errors import Problem, RecipeError, ResourceError, TunekitError
+from tunekit.memory.checkpointing import prepare_layers
+from tunekit.model.load import load_model
+from tunekit.objectives.base import make_objective
+from tunekit.plan import Prepared, make_plan
+from tunekit.protocols import Objective, Window
+from tunekit.recipe.load import dump_recipe, load_recipe
+from tunekit.training.answers import Question
+from tunekit.training.devices import Trackers, make_devices
+from tunekit.training.evaluator import Evaluator, is_better
+from tunekit.training.finish import export_adapter, report_facts
+from tunekit.training.loop import LoopParts, LoopState, run_loop
+from tunekit.training.optimizers import Optimizer
+from tunekit.training.resident import ResidentEngine
+from tunekit.training.saved_state import restore
+from tunekit.training.scaling import LossScale
+from tunekit.training.session import (
+    Session,
+    make_optimizer,
+    make_recorder,
+    make_saver,
+    probe_model,
+    try_longest_batch,
+)
+from tunekit.training.tuned import TunedModel
+
+OPTIMIZER_COPIES = 3  # weights and two moments: what a checkpoint holds of each trained number, in float32
+
+
+def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool) -> None:
+    """Run the recipe. Raises: TunekitError, whose exit code the command line returns."""
+    loaded = load_recipe(recipe_path, overrides)
+    devices = make_devices()
+    console = Console(enabled=devices.is_main)
+    for rewrite in loaded.rewrites:
+        console.info(rewrite)
+    try:
+        with StopSignals(announce=devices.is_main) as signals:
+            session = Session(loaded, devices, console, signals)
+            session.baseline_bytes = read_host_memory().resident_bytes or 0
+            if dry_run:
+                _try_out(session)
+            else:
+                _train_in_folder(session, resume)
+    finally:
+        devices.close()
+
+
+def _train_in_folder(session: Session, resume: bool) -> None:
+    """Hold the run folder while training, and leave in status.json how it ended."""
+    devices, path = session.devices, Path(session.loaded.recipe.output.dir)
+    if devices.from_main(devices.is_main and resume and is_finished(path)):
+        session.console.info(f"{path} holds a finished run; nothing to do")
+        return
+    open_folder = RunFolder.open_resume if resume else RunFolder.open_new
+    session.folder = devices.on_main(lambda: open_folder(path, warn=session.console.warn))
+    try:
+        _train(session, resume)
+    except TunekitError as error:
+        _leave_status(session.folder, error.exit_code, str(error))
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _leave_status(session.folder, ResourceError.exit_code, "out of memory")
+        raise session.out_of_memory() from error
+    except BaseException as error:
+        _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
+        raise
+    finally:
+        if session.folder is not None:
+            session.folder.close()
+
+
+def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None:
+    """Best effort: on a full disk the error itself matters more."""
+    if folder is not None:
+        try:
+            folder.status(exit_code, reason)
+        except TunekitError as error:
+            folder.warn(f"status.json could not be written: {error}")
+
+
+def _train(session: Session, resume: bool) -> None:
+    checkpoint = session.newest_checkpoint() if resume else None
+    plan, prepared = _plan(session)
+    if session.folder is not None:
+        session.folder.status(None, "running")
+        session.folder.require_free_bytes(_written_bytes(plan, session.loaded.recipe.training.keep_checkpoints))
+    model, adapter, objective = _load(session, plan)
+    fingerprint = session.fingerprint(prepared.rows.fingerprint, model.base.fingerprint)
+    if checkpoint is not None:
+        session.require_same(checkpoint.facts["fingerprint"], fingerprint)
+    probe_model(session, plan, model)
+    optimizer = make_optimizer(session, adapter)
+    state = LoopState()
+    if checkpoint is not None:
+        state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
+        session.console.info(f"going on after step {state.step} of {plan.steps}")
+    for part, seconds in session.seconds.items():
+        state.seconds[part] = state.seconds.get(part, 0.0) + seconds
+    _begin_folder(session, plan, state.step)
+    trackers = _make_trackers(session, state.step)
+    with session.console.progress(plan.steps, first_step=state.step) as progress:
+        record = make_recorder(session, progress, trackers)
+        save = make_saver(session, optimizer, adapter, fingerprint)
+        run_loop(_parts(session, plan, prepared, model, objective, optimizer, state, record, save), state)
+    if trackers is not None:
+        trackers.close()
+    if session.folder is not None:
+        _finish(session, session.folder, plan, prepared, model, adapter, optimizer, state)
+    session.devices.wait()
+
+
+def _plan(session: Session) -> tuple[Plan, Prepared]:
+    """Decide everything; the main rank first, so that rows are encoded once."""
+    with session.timed("data"):
+        plan, prepared = session.devices.main_first(lambda: make_plan(session.loaded, device=session.devices.device))
+    if plan.refusals:
+        file = str(session.loaded.path)
+        raise RecipeError.of(
+            [Problem(refusal.message, "", file, refusal.line, refusal.key) for refusal in plan.refusals]
+        )
+    facts = plan.model
+    quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"
+    session.console.info(
+        f"{facts.name_or_path}: {facts.model_type}, computed in {facts.dtype}{quantized}; "
+        f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters trained"
+    )
+    session.console.info(
+        f"{plan.rows.trained:,} rows, {plan.rows.dropped:,} dropped, {plan.steps:,} steps, "
+        f"{plan.supervised_tokens:,} supervised tokens; predicted peak {bytes_text(plan.peak_bytes.total)}"
+    )
+    for note in plan.notes:
+        session.console.info(note)
+    return plan, prepared
+
+
+def _written_bytes(plan: Plan, keep: int) -> int:
+    """Checkpoints (one more than are kept, while saving) and the adapter."""
+    return plan.trainable_parameters * 4 * (OPTIMIZER_COPIES * (keep + 1) + 1)
+
+
+def _load(session: Session, plan: Plan) -> tuple[TunedModel, AttachedAdapter, Objective]:
+    """Base, adapter and objective, ready for the device."""
+    recipe = session.loaded.recipe
+    with session.timed("load"):
+        base = load_model(recipe.model, device=session.devices.device)
+        adapter = attach_adapter(
+            base.net, recipe.adapter, seed=recipe.training.seed, head_name=base.family.head_name(base.net)
+        )
+        if recipe.adapter.init_from is not None:
+            load_into(adapter, Path(recipe.adapter.init_from))
+        prepare_layers([layer for _, layer in base.family.layers(base.net)], plan.checkpointed_layers)
+    if session.devices.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the report's peak is the training's, not the loader's
+    objective = make_objective(recipe.objective, logits_chunk_tokens=plan.logits_chunk_tokens)
+    return TunedModel(base, adapter), adapter, objective
+
+
+def _begin_folder(session: Session, plan: Plan, step: int) -> None:
+    """Leave in the run folder what is run; on a resume, forget what was logged after the checkpoint."""
+
+    def write() -> None:
+        folder = session.folder
+        if folder is None:
+            return
+        folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
+        folder.write_json("environment.json", read_environment(device=str(session.devices.device)))
+        folder.truncate_metrics(step)
+        folder.write_json("plan.json", asdict(plan))
+
+    session.devices.on_main(write)
+
+
+def _make_trackers(session: Session, step: int) -> Trackers | None:
+    recipe = session.loaded.recipe
+    if session.folder is None or not recipe.output.report_to:
+        return None
+    return Trackers(recipe.output.report_to, session.folder.path / "tracking", step)
+
+
+def _parts(
+    session: Session,
+    plan: Plan,
+    prepared: Prepared,
+    model: TunedModel,
+    objective: Objective,
+    optimizer: Optimizer,
+    state: LoopState,
+    record: Any,
+    save: Any,
+) -> LoopParts:
+    recipe, devices = session.loaded.recipe, session.devices
+    evaluator = _make_evaluator(session, prepared, model, objective)
+    watched = (recipe.evaluation.best or "eval.loss").removeprefix("eval.")
+
+    def evaluate() -> dict[str, float]:
+        return evaluator.evaluate(lambda: session.signals.requested is not None)[1]
+
+    return LoopParts(
+        model=model,
+        objective=objective,
+        engine=ResidentEngine(recipe.training.seed),
+        optimizer=optimizer,
+        devices=devices,
+        windows=TrainingWindows(prepared.rows.train, prepared.batch_settings, rank=devices.rank, world=devices.world),
+        settings=recipe.training,
+        warmup_steps=plan.warmup_steps,
+        scale=LossScale(model.base.dtype == torch.float16, state.loss_scale, state.good_steps, state.skipped_steps),
+        record=record,
+        save=save,
+        evaluate=None if prepared.rows.evaluation is None else evaluate,
+        is_better=lambda value, best: is_better(watched, value, best),
+        watched_metric=watched if recipe.evaluation.best or recipe.evaluation.patience else None,
+        saves_best=recipe.evaluation.best is not None,
+        patience=recipe.evaluation.patience,
+        stop_signal=lambda: session.signals.requested or 0,
+        peak_bytes=session.peak_bytes,
+    )
+
+
+def _make_evaluator(session: Session, prepared: Prepared, model: TunedModel, objective: Objective) -> Evaluator:
+    settings, rows = session.loaded.recipe.evaluation, prepared.rows
+    return Evaluator(
+        model=model,
+        objective=objective,
+        tokenizer=prepared.tokenizer,
+        devices=session.devices,
+        batches=lambda: evaluation_batches(
+            rows.evaluation,
+            batch_size=settings.batch_size,
+            pad_id=prepared.tokenizer.pad_id,
+            max_length=session.loaded.recipe.data.max_length,
+        ),
+        questions=lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        metric_names=settings.metrics,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+    )
+
+
+def _finish(
+    session: Session,
+    folder: RunFolder,
+    plan: Plan,
+    prepared: Prepared,
+    model: TunedModel,
+    adapter: AttachedAdapter,
+    optimizer: Optimizer,
+    state: LoopState,
+) -> None:
+    """Export the best or the last state, report, and say that it is finished, in this order."""
+    recipe = session.loaded.recipe
+    saves_best = recipe.evaluation.best is not None and state.best_step is not None
+    if saves_best and state.best_step != state.step:
+        best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
+        restore(best.tensors, best.facts, optimizer, adapter)
+    template = Path(recipe.data.chat_template).read_text(encoding="utf-8") if recipe.data.chat_template else None
+    adapter_bytes = export_adapter(folder, model.base, adapter, template)
+    facts = report_facts(
+        plan, state, prepared.rows.counts, session.measured(model), adapter_bytes, folder, session.reactions, saves_best
+    )
+    write_report(folder, facts, plan)
+    folder.status(0, "stopped early: no gain" if state.stopped_early else "finished")
+    console = session.console
+    console.info(f"adapter: {folder.path / 'adapter'} ({bytes_text(adapter_bytes)})")
+    console.info(f"report:  {folder.path / 'report.md'}")
+
+
+def _try_out(session: Session) -> None:
+    """--dry-run: load, attach, probe, the longest batch forward and backward; no update, nothing written."""
+    plan, prepared = _plan(session)
+    try:
+        model, adapter, objective = _load(session, plan)
+        probe_model(session, plan, model)
+        make_optimizer(session, adapter)
+        batch = longest_batch(prepared.rows.train, prepared.batch_settings)
+        try_longest_batch(session, model, objective, Window(0, 0.0, (0,), (batch,)))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise session.out_of_memory() from error
+    measured = session.measured(model)
+    peak = measured.peak_allocated_bytes or measured.host_growth_bytes
+    session.console.panel(
+        "dry run: everything worked, nothing was written",
+        {
+            "longest micro-batch": f"{batch.input_ids.shape[0]} x {batch.input_ids.shape[1]} tokens",
+            "predicted peak": bytes_text(plan.peak_bytes.total),
+            "measured peak": bytes_text(peak),
+            "base": bytes_text(measured.base_bytes),
+            "trained parameters": plan.trainable_parameters,
+            "steps": plan.steps,
+        },
+    )

@@ -1,0 +1,60 @@
+"""One evaluation of the eval rows, as the recipe's `evaluation:` asks for it.
+
+Comes in: model, rows, settings.  Goes out: metrics by name, loss and perplexity always.  Next: loop.py, evaluate.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from tunekit.protocols import Batch, Objective, Tokenizer
+from tunekit.recipe.names import facts_of, needs_generation
+from tunekit.training.answers import Question, answer_questions, text_metrics
+from tunekit.training.devices import Devices
+from tunekit.training.evaluation import LossSums, summed_evaluation
+from tunekit.training.tuned import TunedModel
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Computes `metric_names` over one set of rows."""
+
+    model: TunedModel
+    objective: Objective
+    tokenizer: Tokenizer
+    devices: Devices
+    batches: Callable[[], Iterable[Batch]]
+    questions: Callable[[], Sequence[Question]]  # asked for only where a metric needs answers
+    metric_names: tuple[str, ...]
+    max_new_tokens: int
+    batch_size: int
+
+    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[LossSums, dict[str, float]]:
+        """The sums, and every metric by name. Raises: EvaluationStopped where `stop` says so."""
+        sums = summed_evaluation(self.model, self.objective, self.batches(), self.devices, stop)
+        computed = sums.metrics()
+        wanted = ["loss", "perplexity", *(name for name in self.metric_names if name not in ("loss", "perplexity"))]
+        texts = [name for name in wanted if needs_generation(name)]
+        if texts:
+            questions = self.questions()
+            answers = answer_questions(
+                self.model,
+                self.tokenizer,
+                questions,
+                self.devices,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+            )
+            computed |= text_metrics(texts, answers, [question.reference for question in questions])
+        return sums, {name: computed[name] for name in wanted}
+
+
+def is_better(metric: str, value: float, best: float | None) -> bool:
+    """Whether `value` beats `best` in the metric's own direction; NaN never does."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value > best if facts_of("metrics", metric).HIGHER_IS_BETTER else value < best

@@ -1,0 +1,93 @@
+"""The end of a run: the adapter in PEFT's format, and the facts of the report.
+
+Comes in: the trained model, the plan, what was measured.  Goes out: adapter/, report.json, report.md, status 0.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.folder import save_adapter_folder
+from tunekit.artifacts.run import RunFolder
+from tunekit.decisions import Plan, Reaction, ReportFacts, RowCounts
+from tunekit.model.load import LoadedModel
+from tunekit.training.loop import LoopState
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured; None where this device has no such number."""
+
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    peak_host_bytes: int
+    host_growth_bytes: int  # peak_host_bytes less what the process had before it loaded anything of the run
+    base_bytes: int
+
+
+def export_adapter(run: RunFolder, base: LoadedModel, adapter: AttachedAdapter, chat_template: str | None) -> int:
+    """Write adapter/ whole or not at all; returns its bytes. `chat_template`: the recipe's own, kept beside it."""
+    folder = run.path / "adapter"
+    with run.staged("adapter") as staging:
+        written = save_adapter_folder(
+            adapter,
+            staging,
+            base_name=base_reference(base.name_or_path, folder),
+            base_fingerprint=base.fingerprint,
+            revision=base.revision,
+            facts={
+                "dtype": base.facts.dtype,
+                "quantization": base.quantization,
+                "double_quantization": base.double_quantization,
+            },
+        )
+        if chat_template is not None:
+            (staging / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    return written
+
+
+def base_reference(name_or_path: str, adapter_folder: Path) -> str:
+    """A hub id as it is; a local base relative to the adapter folder, so that no path of this machine is exported."""
+    if not Path(name_or_path).exists():
+        return name_or_path
+    return Path(os.path.relpath(name_or_path, adapter_folder)).as_posix()
+
+
+def report_facts(
+    plan: Plan,
+    state: LoopState,
+    rows: RowCounts,
+    measured: Measured,
+    adapter_bytes: int,
+    run: RunFolder,
+    reactions: list[Reaction],
+    saved_best: bool,
+) -> ReportFacts:
+    """Everything report.json says, all legs of a resumed run together."""
+    train_seconds = state.seconds.get("train", 0.0)
+    device = "cpu" if measured.peak_allocated_bytes is None else "cuda"
+    peak = measured.host_growth_bytes if device == "cpu" else measured.peak_allocated_bytes
+    return ReportFacts(
+        peak_allocated_bytes=measured.peak_allocated_bytes,
+        peak_reserved_bytes=measured.peak_reserved_bytes,
+        peak_host_bytes=measured.peak_host_bytes,
+        tokens_per_second=state.tokens / train_seconds if train_seconds else None,
+        supervised_tokens_per_second=state.supervised_tokens / train_seconds if train_seconds else None,
+        seconds={name: round(value, 3) for name, value in sorted(state.seconds.items())},
+        rows={"read": rows.read, "trained": rows.trained, "dropped": rows.dropped, "truncated": rows.truncated},
+        tokens=state.tokens,
+        supervised_tokens=state.supervised_tokens,
+        predicted_bytes={device: plan.peak_bytes.total},
+        measured_bytes={device: int(peak or 0)},
+        adapter_bytes=adapter_bytes,
+        base_bytes=measured.base_bytes,
+        trainable_parameters=plan.trainable_parameters,
+        best_step=state.best_step if saved_best else None,
+        final_step=state.step,
+        final_loss=state.loss,
+        evaluations=[record for record in run.read_metrics() if "eval" in record],
+        reactions=reactions,
+    )

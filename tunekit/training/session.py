@@ -1,0 +1,203 @@
+"""One process of a run: what it has at hand, and the steps around the loop that train.py puts in order.
+
+Comes in: the recipe, devices, console, signals.  Goes out: optimizer, probes, fingerprint, saving.  Next: train.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.artifacts.checkpoint import Checkpoint, load_newest, save_checkpoint
+from tunekit.artifacts.environment import accelerator_names, library_versions
+from tunekit.artifacts.fingerprint import make_fingerprint, require_same, resume_notes
+from tunekit.artifacts.host_memory import peak_host_bytes
+from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.signals import StopSignals
+from tunekit.console import Console, Progress
+from tunekit.decisions import EvaluationRecord, Plan, Reaction, StepRecord
+from tunekit.errors import ModelError, ResourceError
+from tunekit.model.weights import stored_bytes
+from tunekit.protocols import Objective, Window
+from tunekit.recipe.load import LoadedRecipe
+from tunekit.training.devices import Devices, Trackers
+from tunekit.training.finish import Measured
+from tunekit.training.loop import LoopState
+from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.probes import logprob_difference, packing_leak, tolerance
+from tunekit.training.resident import ResidentEngine
+from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
+from tunekit.training.tuned import TunedModel
+
+
+@dataclass
+class Session:
+    """What one process has at hand; `folder` only on the main rank of a run that writes."""
+
+    loaded: LoadedRecipe
+    devices: Devices
+    console: Console
+    signals: StopSignals
+    folder: RunFolder | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    reactions: list[Reaction] = field(default_factory=list)
+    baseline_bytes: int = 0  # what the process had before anything of the run was loaded
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the block's time to `part` of the report's seconds."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint, the same on every rank."""
+
+        def read() -> Checkpoint | None:
+            return None if self.folder is None else load_newest(self.folder)
+
+        checkpoint: Checkpoint | None = self.devices.from_main(self.devices.on_main(read))
+        if checkpoint is not None:
+            torch.set_num_threads(int(checkpoint.facts["threads"]))  # the order of sums depends on it
+        return checkpoint
+
+    def require_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Refuse to go on with another recipe, data, base or version. Raises: RunFolderError naming each difference."""
+        require_same(old, new, lines=self.loaded.lines, file=str(self.loaded.path))
+        for note in resume_notes(old, new):
+            self.console.warn(note)
+
+    def fingerprint(self, data: str, base: str | None) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        names = accelerator_names()
+        return make_fingerprint(
+            self.loaded.recipe.model_dump(mode="json"),
+            data=data,
+            base=base or "",
+            versions=library_versions(),
+            device=self.devices.device.type,
+            accelerator=names[0] if self.devices.device.type == "cuda" else None,
+            threads=torch.get_num_threads(),
+        )
+
+    def out_of_memory(self) -> ResourceError:
+        """The one-line error for a process that ran out of memory, with what it had."""
+        if self.devices.device.type == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            had = f"peak {allocated} bytes allocated, {reserved} reserved"
+        else:
+            had = f"peak {peak_host_bytes()} bytes on the host"
+        return ResourceError(
+            f"out of memory ({had})",
+            "lower training.micro_batch_size or data.max_length, set memory.gradient_checkpointing: true, or "
+            "quantize the base with model.quantization: nf4",
+        )
+
+    def measured(self, model: TunedModel) -> Measured:
+        """Peaks of this process."""
+        cuda = self.devices.device.type == "cuda"
+        peak = peak_host_bytes()
+        return Measured(
+            peak_allocated_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+            peak_reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
+            peak_host_bytes=peak,
+            host_growth_bytes=max(0, peak - self.baseline_bytes),
+            base_bytes=stored_bytes(model.base.net),
+        )
+
+    def peak_bytes(self) -> int:
+        """Peak so far: allocated on a CUDA device, of the process on a CPU."""
+        return torch.cuda.max_memory_allocated() if self.devices.device.type == "cuda" else peak_host_bytes()
+
+
+def make_optimizer(session: Session, adapter: AttachedAdapter) -> Optimizer:
+    """The optimizer over the adapter's groups."""
+    training = session.loaded.recipe.training
+    groups = [Group(tuple(names), rate, decays) for names, rate, decays in adapter.groups(training)]
+    return Optimizer(training, groups, adapter.trained())
+
+
+def probe_model(session: Session, plan: Plan, model: TunedModel) -> None:
+    """Make the load-time probes and act as plan announced. Raises: ModelError where a result could not be trusted."""
+    vocabulary = plan.model.vocabulary_size
+    limit = tolerance(model.base.dtype)
+    if plan.packing:
+        leak = packing_leak(model, vocabulary)
+        if not leak <= limit:
+            raise ModelError(
+                f"packed rows see each other in {plan.model.model_type} (hidden states differ by {leak:.1e})",
+                "set data.packing: false",
+                key="data.packing",
+            )
+    difference = logprob_difference(model, vocabulary)
+    if not difference <= limit:
+        raise ModelError(
+            f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)",
+            "this architecture's output projection is not supported; choose another base",
+            key="model.name_or_path",
+        )
+
+
+def try_longest_batch(session: Session, model: TunedModel, objective: Objective, window: Window) -> None:
+    """Forward and backward of the longest micro-batch, without an update; leaves no gradient behind."""
+    engine = ResidentEngine(session.loaded.recipe.training.seed)
+    units = objective.units(window.batches[0])
+    with model.training_mode(True):
+        engine.run_window(model, objective, window, units)
+    for parameter in model.base.net.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+
+
+def make_recorder(
+    session: Session, progress: Progress, trackers: Trackers | None
+) -> Callable[[StepRecord | EvaluationRecord], None]:
+    """Where records go: metrics.jsonl, the progress line, the trackers; nowhere on other ranks."""
+
+    def record(value: StepRecord | EvaluationRecord) -> None:
+        if session.folder is None:
+            return
+        session.folder.append_metrics(value)
+        if isinstance(value, StepRecord):
+            progress.update(value)
+            numbers = {"loss": value.loss, "learning_rate": value.learning_rate, "grad_norm": value.grad_norm}
+            numbers["tokens_per_second"] = value.tokens_per_second
+        else:
+            progress.evaluation(value)
+            numbers = {f"eval/{name}": number for name, number in value.metrics.items()}
+        if trackers is not None:
+            trackers.log(numbers, value.step)
+
+    return record
+
+
+def make_saver(
+    session: Session, optimizer: Optimizer, adapter: AttachedAdapter, fingerprint: dict[str, Any]
+) -> Callable[[LoopState], None]:
+    """Writes a checkpoint on the main rank; an error of it stops every rank."""
+    recipe = session.loaded.recipe
+
+    def save(state: LoopState) -> None:
+        def write() -> None:
+            if session.folder is None:
+                return
+            protected = {state.best_step} if recipe.evaluation.best and state.best_step is not None else set()
+            with session.signals.critical():
+                save_checkpoint(
+                    session.folder,
+                    state.step,
+                    checkpoint_tensors(optimizer, adapter),
+                    checkpoint_facts(optimizer, state, fingerprint),
+                    keep=recipe.training.keep_checkpoints,
+                    protect=protected,
+                )
+
+        session.devices.on_main(write)
+
+    return save
