@@ -32,7 +32,7 @@ class Draft:
     """Values (dicts, lists, scalars) with their places, the problems so far and the rewrites made."""
 
     file: str
-    values: dict[str, Any] = field(default_factory=dict)
+    values: Any = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     rewrites: list[str] = field(default_factory=list)
@@ -45,12 +45,9 @@ class Draft:
         """The value at a key, `default` where it is not written."""
         value: Any = self.values
         for part in key:
-            if isinstance(value, dict) and part in value:
-                value = value[part]
-            elif isinstance(value, list) and isinstance(part, int) and 0 <= part < len(value):
-                value = value[part]
-            else:
+            if not has_item(value, part):
                 return default
+            value = value[part]
         return value
 
     def place(self, key: KeyPath) -> Place:
@@ -65,10 +62,7 @@ class Draft:
         self.forget(key)
         holder: Any = self.values
         for length, part in enumerate(key[:-1], 1):
-            if isinstance(holder, dict):
-                holder = holder.setdefault(part, {})
-            else:
-                holder = holder[part]
+            holder = holder.setdefault(part, {}) if isinstance(holder, dict) else holder[part]
             self.places.setdefault(key[:length], place)
         last = key[-1]
         if isinstance(holder, list) and last == len(holder):
@@ -130,6 +124,13 @@ class Draft:
                 known = (*prefix, position - 1, *known[depth + 1 :])
             moved[known] = place
         self.places = moved
+
+
+def has_item(value: Any, part: str | int) -> bool:
+    """Whether a mapping has this key, or a list this index."""
+    if isinstance(value, list):
+        return isinstance(part, int) and 0 <= part < len(value)
+    return isinstance(value, dict) and part in value
 
 
 def inner_items(value: Any) -> list[tuple[str | int, Any]]:

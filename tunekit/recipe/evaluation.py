@@ -19,7 +19,7 @@ def _best(value: Any) -> Any:
 
 
 class EvaluationSection(Section):
-    """`best: eval.loss` exports the checkpoint where that metric was best; `patience` counts on it, else on eval.loss."""
+    """`best: eval.loss` exports the checkpoint where that metric was best; `patience` counts on it, or on eval.loss."""
 
     metrics: Several[Text] = Field(("loss",), description="what is measured; loss always is")
     generate: bool = Field(False, description="generate an answer for every eval row, for the metrics that need one")

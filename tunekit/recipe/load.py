@@ -9,10 +9,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from tunekit.errors import Problem, RecipeError
+from tunekit.recipe.aliases import rewrite_aliases
 from tunekit.recipe.checks import check_across, check_secrets, settle_generation, settle_pairs
 from tunekit.recipe.draft import COMMAND_LINE, Draft, KeyPath
 from tunekit.recipe.names import known_names
@@ -50,9 +52,35 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     path = Path(path)
     draft = read_recipe_file(path)
     expand_shorthands(draft)
+    rewrite_aliases(draft)
+    expand_shorthands(draft)
     apply_overrides(draft, overrides)
     recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
     return LoadedRecipe(recipe, path, draft.lines(), draft.rewrites)
+
+
+def load_target_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Overrides of eval, generate and merge: the written fields of model.* and of evaluation.*, checked.
+
+    A key of another section is refused. Paths are relative to the working folder: no recipe file is involved.
+    """
+    draft = Draft(COMMAND_LINE)
+    apply_overrides(draft, overrides)
+    settle_generation(draft)
+    resolve_paths(draft, Path.cwd())
+    model, evaluation = draft.values.get("model", {}), draft.values.get("evaluation", {})
+    for name in [name for name in draft.values if name not in ("model", "evaluation")]:
+        draft.add_problem((name,), "cannot be overridden here", "only model.* and evaluation.* can")
+    if isinstance(model, dict):
+        draft.values["model"] = {"name_or_path": "any", **model}  # required, and not what an override is about
+    sections = {name: section for name in ("model", "evaluation") if (section := _make_section(name, draft))}
+    check_across(draft, sections)
+    if draft.problems:
+        raise RecipeError.of(draft.problems)
+    return (
+        {name: getattr(sections["model"], name) for name in model},
+        {name: getattr(sections["evaluation"], name) for name in evaluation},
+    )
 
 
 def make_recipe(draft: Draft, folder: Path) -> Recipe:
@@ -86,7 +114,7 @@ def _make_sections(draft: Draft) -> dict[str, Section]:
 
 
 def _make_section(name: str, draft: Draft) -> Section | None:
-    values = draft.values[name]
+    values = draft.values.get(name, {})
     owner = section_class(name, values)
     key: KeyPath = (name,)
     if owner is None:

@@ -6,7 +6,7 @@ A new file is a new name; there is no other list.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ Kind = Literal["adapters", "objectives", "starts", "formats", "metrics"]
 SettingsKind = Literal["adapters", "objectives"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def known_names(kind: Kind) -> tuple[str, ...]:
     """Every name of a kind, sorted: the files of recipe/KIND/."""
     folder = Path(__file__).parent / kind

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunekit.errors import Problem
-from tunekit.recipe.alias_names import alias_target
+from tunekit.recipe.alias_table import alias_target
 from tunekit.recipe.data import Source
-from tunekit.recipe.draft import Draft, KeyPath, dotted
+from tunekit.recipe.draft import Draft, KeyPath, dotted, has_item
 from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 from tunekit.recipe.section import Section
@@ -150,9 +150,7 @@ def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -
     value: Any = draft.values
     key: list[str | int] = []
     for position, part in enumerate(loc):
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+        if has_item(value, part):
             value = value[part]
         elif not (keep_last and position == len(loc) - 1):
             continue
