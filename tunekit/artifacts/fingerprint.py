@@ -1,7 +1,7 @@
 """What must be the same for a resume to go on bit by bit, and in which words a difference is told.
 
 Comes in: the recipe as plain values, fingerprints of data and base, versions.  Goes out: a plain dict for the facts of
-a checkpoint; differences as lines.  Next: train.py.  The number of processes is not in it: a window does not depend on it.
+a checkpoint; differences as lines.  Next: train.py.  The number of processes is not in it: no window depends on it.
 """
 
 from __future__ import annotations

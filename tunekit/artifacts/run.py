@@ -27,7 +27,7 @@ FOLDERS = ("checkpoints", "adapter", "model", "tracking")
 RUN_SIGNS = ("plan.json", "checkpoints")
 PART = re.compile(r"\.(?P<name>.+)\.part-\d+")
 STAGING = re.compile(r"\.staging-\d+")
-STAGING_MARK = "made-by-tunekit"
+STAGING_MARK = "tunekit-staging"  # sorts after all else in the folder, so that removal takes it last
 DELETING = re.compile(r"\.deleting-.+-\d+")
 
 
@@ -114,7 +114,7 @@ class RunFolder:
         if durable.is_real_folder(staging):
             durable.remove_tree(staging)
         durable.make_folder(staging)
-        durable.write_bytes(staging / STAGING_MARK, b"")
+        durable.DurableFile(staging / STAGING_MARK).close()
         try:
             durable.make_folder(staging / name)
             yield staging / name
@@ -160,20 +160,23 @@ def is_finished(path: Path | str) -> bool:
 def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder:
     """Refuse, make, lock, refuse again under the lock, probe, tidy: nothing is written before the lock is held."""
     path = Path(os.path.abspath(path))
-    _refuse(path, resume=resume)
-    made = _make_folders(path)
+    made: list[Path] = []
     lock = None
     try:
+        _refuse(path, resume=resume)
+        _make_folders(path, made)
         lock = FolderLock(path)
         _refuse(path, resume=resume, ours=True)
         _probe(path)
         _tidy(path)
-    except BaseException:
+    except BaseException as error:
         if lock is not None:
             lock.remove() if made else lock.release()
         for folder in reversed(made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        if isinstance(error, OSError):
+            raise durable.explain(error, "use", path) from error
         raise
     return RunFolder(path, lock, warn)
 
@@ -205,14 +208,13 @@ def _refuse(path: Path, *, resume: bool, ours: bool = False) -> None:
         )
 
 
-def _make_folders(path: Path) -> list[Path]:
-    """Make the folder and its missing parents; returns those made, outermost first."""
+def _make_folders(path: Path, made: list[Path]) -> None:
+    """Make the folder and its missing parents; adds those it made to `made`, outermost first."""
     missing = []
     folder = path
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
-    made: list[Path] = []
     for folder in reversed(missing):
         try:
             durable.perform("mkdir", folder, folder.mkdir)
@@ -222,7 +224,6 @@ def _make_folders(path: Path) -> list[Path]:
             raise durable.explain(error, "make", folder) from error
         made.append(folder)
         durable.sync_folder(folder.parent)
-    return made
 
 
 def _probe(path: Path) -> None:
