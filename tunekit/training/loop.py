@@ -193,7 +193,7 @@ def _advance(parts: LoopParts, state: LoopState, finite: bool, loss: float, coun
     state.loss_scale, state.good_steps = parts.scale.scale, parts.scale.good_steps
     state.skipped_steps = parts.scale.skipped_steps
     if finite and parts.model.adapter is not None:
-        parts.model.adapter.after_step(state.step, parts.windows.steps)
+        parts.model.adapter.after_step(state.step - 1, parts.windows.steps)
 
 
 def _evaluate_if_due(parts: LoopParts, state: LoopState) -> bool:

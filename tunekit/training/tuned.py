@@ -32,7 +32,10 @@ class TunedModel:
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, T, D) after the final norm."""
         placed = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        return self.base.family.hidden(self.base.net, placed)
+        if self.adapter is None:
+            return self.base.family.hidden(self.base.net, placed)
+        hidden = self.base.family.hidden(self.base.net, self.adapter.inputs(placed))
+        return self.adapter.outputs(hidden)
 
     def head(self) -> Head:
         """The output projection, with whatever adapter it carries."""

@@ -1,0 +1,108 @@
+"""`tunekit eval`: loss, perplexity and text metrics of a run, an adapter, a model, or a recipe's untuned base.
+
+Comes in: TARGET and, for what has no recipe, --data.  Goes out: a table, and --json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunekit.artifacts.durable import write_json
+from tunekit.console import Console
+from tunekit.data.batches import evaluation_batches
+from tunekit.errors import InputError, RecipeError
+from tunekit.objectives.base import make_objective
+from tunekit.plan import logits_chunk_tokens
+from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.names import known_names
+from tunekit.recipe.recipe import make_objective_settings
+from tunekit.rows import RowSet, load_rows
+from tunekit.target import LoadedTarget, Target, find_target, load_target
+from tunekit.training.answers import Question
+from tunekit.training.devices import Devices, make_devices
+from tunekit.training.evaluator import Evaluator
+
+
+def evaluate_verb(
+    target: str,
+    base: str | None,
+    data: str | None,
+    format: str | None,
+    metrics: Sequence[str],
+    json_file: str | None,
+    overrides: Sequence[str],
+) -> None:
+    """Evaluate TARGET. Raises: TunekitError, whose exit code the command line returns."""
+    _check_metrics(metrics)
+    found = find_target(target, base, overrides)
+    section = _data_section(found, data, format)
+    devices = make_devices()
+    console = Console(enabled=devices.is_main)
+    try:
+        loaded = load_target(found, devices.device)
+        rows = devices.main_first(lambda: load_rows(section, loaded.tokenizer, seed=found.seed))
+        for note in rows.notes:
+            console.info(note)
+        values = evaluate_rows(loaded, rows, section, tuple(metrics) or found.evaluation.metrics, devices)
+    finally:
+        devices.close()
+    if devices.is_main:
+        console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
+        if json_file is not None:
+            write_json(Path(json_file), values)
+
+
+def _check_metrics(names: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in known_names("metrics")]
+    if unknown:
+        raise RecipeError(
+            f"unknown metric {unknown[0]!r}", f"known metrics: {', '.join(known_names('metrics'))}", key="--metric"
+        )
+
+
+def _data_section(target: Target, data: str | None, format: str | None) -> DataSection:
+    """The rows to evaluate: --data as an eval source, or the eval rows of the run or recipe."""
+    if data is not None:
+        path = str(Path(data).resolve()) if Path(data).exists() else data
+        source = Source(path=path, format=format or "auto")
+        own = target.data
+        if own is None:
+            return DataSection(train=(source,), eval=(source,))
+        return own.model_copy(update={"train": (source,), "eval": (source,)})
+    if format is not None:
+        raise InputError("--format says how to read --data, which is not given", "give --data FILE")
+    if target.data is None:
+        raise InputError("there is nothing to evaluate on: this target has no recipe", "give the rows with --data FILE")
+    if target.data.eval is None:
+        raise InputError(
+            "the recipe has no data.eval, so there is nothing to evaluate on", "give the rows with --data FILE"
+        )
+    return target.data
+
+
+def evaluate_rows(
+    loaded: LoadedTarget, rows: RowSet, data: DataSection, metrics: Sequence[str], devices: Devices
+) -> dict[str, float | int]:
+    """Every metric by name, and what it was measured on."""
+    settings, model = loaded.target.evaluation, loaded.model
+    chunk = logits_chunk_tokens(model.base.facts.vocabulary_size)
+    assert rows.evaluation is not None
+    evaluator = Evaluator(
+        model=model,
+        objective=make_objective(make_objective_settings({}), logits_chunk_tokens=chunk),
+        tokenizer=loaded.tokenizer,
+        devices=devices,
+        batches=lambda: evaluation_batches(
+            rows.evaluation,
+            batch_size=settings.batch_size,
+            pad_id=loaded.tokenizer.pad_id,
+            max_length=data.max_length,
+        ),
+        questions=lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        metric_names=tuple(metrics),
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+    )
+    sums, values = evaluator.evaluate()
+    return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": sums.supervised_tokens}

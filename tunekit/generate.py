@@ -1,0 +1,95 @@
+"""`tunekit generate`: the answer of a target to one prompt, or to each line of a file.
+
+Comes in: TARGET and --prompt or --prompts.  Goes out: text; for a file, one JSON object per line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tunekit.console import Console
+from tunekit.errors import DataError, InputError
+from tunekit.model.sample import generate_texts
+from tunekit.target import LoadedTarget, find_target, load_target
+from tunekit.training.devices import make_devices
+from tunekit.training.evaluation import undisturbed
+
+
+def generate_verb(
+    target: str, base: str | None, prompt: str | None, prompts: str | None, overrides: Sequence[str]
+) -> None:
+    """Generate. Raises: TunekitError, whose exit code the command line returns."""
+    if (prompt is None) == (prompts is None):
+        raise InputError("give either --prompt TEXT or --prompts FILE")
+    texts = [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
+    found = find_target(target, base, overrides)
+    devices = make_devices()
+    try:
+        answers = answer(load_target(found, devices.device), texts)
+    finally:
+        devices.close()
+    console = Console(enabled=devices.is_main)
+    if prompt is not None:
+        console.info(answers[0])
+        return
+    for text, reply in zip(texts, answers, strict=True):
+        console.info(json.dumps({"prompt": text, "answer": reply}, ensure_ascii=False))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`.
+
+    Raises: DataError naming the line.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read: {error}", "give a UTF-8 text file", file=str(path)) from error
+    prompts = [
+        _prompt_of(line.rstrip("\r"), path, number) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+    if not prompts:
+        raise DataError("there is no prompt in it", "write one prompt a line", file=str(path))
+    return prompts
+
+
+def _prompt_of(line: str, path: Path, number: int) -> str:
+    if path.suffix != ".jsonl":
+        return line
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not JSON ({error})", 'write {"prompt": "..."}', file=str(path), line=number) from error
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise DataError("has no text under 'prompt'", 'write {"prompt": "..."}', file=str(path), line=number)
+    return str(value["prompt"])
+
+
+@torch.no_grad()
+def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
+    """The greedy answer to each text: a user's turn where there is a chat template, else a text to go on with."""
+    tokenizer, settings = loaded.tokenizer, loaded.target.evaluation
+    with undisturbed(loaded.model):
+        ids = generate_texts(
+            loaded.model.base,
+            tokenizer,
+            [_prompt_ids(loaded, text) for text in texts],
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+        )
+    return [tokenizer.decode(of_one, skip_special_tokens=True) for of_one in ids]
+
+
+def _prompt_ids(loaded: LoadedTarget, text: str) -> list[int]:
+    """Ids up to where the answer begins. A text that spells special tokens creates none."""
+    tokenizer, template = loaded.tokenizer, loaded.target.chat_template
+    if template is None and tokenizer.chat_template is None:
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return [*start, *tokenizer.encode(text, special_tokens_in_text=False)]
+    from tunekit.data.render import prompt_ids
+
+    return prompt_ids([{"role": "user", "content": text}], tokenizer, template)

@@ -1,0 +1,175 @@
+"""TARGET of eval, generate and merge: what it is, and the loaded model with its adapter.
+
+Comes in: a path, hub id or recipe, --base, overrides.  Goes out: Target (nothing loaded), then LoadedTarget.
+Next: evaluate.py, generate.py, merge.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunekit.adapters.folder import AdapterConfig, attach_adapter_folder, read_adapter_config
+from tunekit.errors import InputError, ModelError
+from tunekit.model.load import load_model
+from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.recipe.data import DataSection
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.load import load_recipe, load_target_overrides
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.recipe import Recipe
+from tunekit.training.tuned import TunedModel
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What TARGET names. `adapter` is a folder, or None for a bare model; `recipe` where one belongs to it."""
+
+    kind: str  # adapter, run, model, recipe
+    model: ModelSection
+    adapter: Path | None
+    recipe: Recipe | None
+    evaluation: EvaluationSection
+    chat_template: str | None  # the text of a template other than the tokenizer's own
+
+    @property
+    def data(self) -> DataSection | None:
+        """The data section of the run or recipe."""
+        return None if self.recipe is None else self.recipe.data
+
+    @property
+    def seed(self) -> int:
+        """The seed that splits the eval rows off."""
+        return 0 if self.recipe is None else self.recipe.training.seed
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A target with its model and tokenizer."""
+
+    target: Target
+    model: TunedModel
+    tokenizer: LoadedTokenizer
+
+
+def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Target:
+    """What TARGET is, from the files it has; nothing is loaded.
+
+    Raises: InputError where it is nothing, or where no base can be found for an adapter.
+    """
+    model_overrides, evaluation_overrides = load_target_overrides(overrides)
+    if base is not None:
+        model_overrides["name_or_path"] = str(Path(base).resolve()) if Path(base).exists() else base
+    path = Path(target).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        recipe = load_recipe(path).recipe
+        return _from_recipe("recipe", recipe, None, model_overrides, evaluation_overrides)
+    if path.is_dir():
+        return _from_folder(path.resolve(), model_overrides, evaluation_overrides)
+    if path.exists() and path.suffix != ".gguf":
+        raise InputError(f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)")
+    name = str(path.resolve()) if path.exists() else target
+    return _bare_model(name, model_overrides, evaluation_overrides)
+
+
+def _from_folder(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
+    if (folder / "adapter_config.json").exists():
+        return _from_adapter(folder, model, evaluation)
+    if (folder / "plan.json").exists():
+        recipe = load_recipe(folder / "recipe.yaml").recipe
+        if not (folder / "adapter" / "adapter_config.json").exists():
+            raise InputError(f"{folder} is a run without a result yet", "finish it with: tunekit train RECIPE --resume")
+        return _from_recipe("run", recipe, folder / "adapter", model, evaluation)
+    if (folder / "config.json").exists():
+        return _bare_model(str(folder), model, evaluation)
+    raise InputError(
+        f"{folder} holds neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
+    )
+
+
+def _from_recipe(
+    kind: str, recipe: Recipe, adapter: Path | None, model: dict[str, Any], evaluation: dict[str, Any]
+) -> Target:
+    return Target(
+        kind=kind,
+        model=recipe.model.model_copy(update=model),
+        adapter=adapter,
+        recipe=recipe,
+        evaluation=recipe.evaluation.model_copy(update=evaluation),
+        chat_template=_read_template(recipe.data.chat_template),
+    )
+
+
+def _from_adapter(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
+    """An adapter folder; in a run folder it also has that run's data."""
+    run = folder.parent
+    if folder.name == "adapter" and (run / "plan.json").exists():
+        recipe = load_recipe(run / "recipe.yaml").recipe
+        return _from_recipe("adapter", recipe, folder, model, evaluation)
+    config = read_adapter_config(folder)
+    fields = _base_fields(folder, config, model)
+    template = folder / TEMPLATE_FILE
+    return Target(
+        kind="adapter",
+        model=ModelSection.model_validate(fields | model),
+        adapter=folder,
+        recipe=None,
+        evaluation=EvaluationSection().model_copy(update=evaluation),
+        chat_template=_read_template(str(template) if template.exists() else None),
+    )
+
+
+def _base_fields(folder: Path, config: AdapterConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The model section that the adapter was trained on, as far as its folder tells."""
+    fields: dict[str, Any] = {key: value for key, value in config.base_facts.items() if value is not None}
+    if "name_or_path" in overrides:
+        return fields
+    name = config.base_name_or_path
+    if not name:
+        raise InputError(f"{folder} does not say which base it belongs to", "give it with --base")
+    local = folder / name
+    if local.exists():
+        return fields | {"name_or_path": str(local.resolve())}
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ModelError(f"{folder} belongs to the base {name}, which is not there", "give the base with --base")
+    return fields | {"name_or_path": name} | ({"revision": config.revision} if config.revision else {})
+
+
+def _bare_model(name: str, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
+    return Target(
+        kind="model",
+        model=ModelSection.model_validate({"name_or_path": name} | model),
+        adapter=None,
+        recipe=None,
+        evaluation=EvaluationSection().model_copy(update=evaluation),
+        chat_template=None,
+    )
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the chat template {path} cannot be read: {error}") from error
+
+
+def load_target(target: Target, device: torch.device) -> LoadedTarget:
+    """Load the base, put the adapter into it, and load the tokenizer; ready for evaluation."""
+    base = load_model(target.model, device=device)
+    adapter = None
+    if target.adapter is not None:
+        adapter = attach_adapter_folder(
+            base.net,
+            target.adapter,
+            head_name=base.family.head_name(base.net),
+            base_fingerprint=base.fingerprint,
+        )
+    return LoadedTarget(target, TunedModel(base, adapter), load_tokenizer(target.model))
