@@ -22,6 +22,8 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     pad_id: int  # any existing id: padding is always masked by length, never by id
+    adds_bos: bool  # whether the tokenizer by itself puts bos_id before a text; encode never does
+    special_ids: frozenset[int]  # control tokens
     vocabulary_size: int
     fingerprint: str  # sha256 of everything that changes ids or templates
     chat_template: str | None

@@ -48,7 +48,7 @@ def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSett
 
 
 def cut_micro_batches(groups: Sequence[Group], lengths: Sequence[int], settings: BatchSettings) -> list[MicroBatch]:
-    """Consecutive groups: micro_batch_size of them, or as many as fit micro_batch_tokens padded tokens, at least one."""
+    """Consecutive groups: micro_batch_size of them, or as many as fit micro_batch_tokens padded tokens (at least 1)."""
     if settings.micro_batch_size is not None:
         size = settings.micro_batch_size
         return [tuple(groups[start : start + size]) for start in range(0, len(groups), size)]

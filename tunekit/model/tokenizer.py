@@ -47,6 +47,7 @@ class LoadedTokenizer:
         self.backend = _make_backend(native)
         self.bos_id: int | None = native.bos_token_id
         self.eos_id: int | None = native.eos_token_id
+        self.adds_bos: bool = self.bos_id is not None and native("a")["input_ids"][:1] == [self.bos_id]
         ids = self.backend.get_vocab(with_added_tokens=True).values()
         self.vocabulary_size: int = max(ids, default=-1) + 1
         # Padding is masked by length, so that any existing id will do.
