@@ -30,6 +30,7 @@ class Target:
     trainable_parameters: int
     r: int | None = None
     alpha: float | None = None
+    experts: int | None = None  # of a fused 3-D parameter (experts, out, in)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,260 @@
+"""Puts an adapter into a base and holds on to it: state by name, optimizer groups, hooks, and the way back.
+
+Comes in: the network, settings, the run's seed.  Goes out: AttachedAdapter.  Next: folder.py, training/.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.adapters.base import (
+    KINDS,
+    LayerAdapter,
+    Method,
+    ModelAdapter,
+    Part,
+    SharedPart,
+    Slot,
+    Wrapper,
+    full_name,
+    load_method,
+)
+from tunekit.adapters.copies import TrainedCopy
+from tunekit.adapters.fused_parameters import ParameterAdapter, ParameterHost, own_parameter
+from tunekit.adapters.targets import base_modules, find_targets
+from tunekit.decisions import Target
+from tunekit.errors import AdapterError
+from tunekit.model.call import current_call, seed_for
+from tunekit.recipe.training import TrainingSection
+
+
+class AttachedAdapter:
+    """An adapter in place. Only its tensors require a gradient; every name is sorted."""
+
+    def __init__(self, net: nn.Module, settings: Any, method: Method, targets: list[Target]) -> None:
+        self.net, self.settings, self.method, self.targets = net, settings, method, targets
+        self.head_name: str | None = None
+        self.shared: SharedPart | None = None
+        self.layers: dict[str, LayerAdapter] = {}
+        self.parameters: dict[str, ParameterAdapter] = {}
+        self.copies: dict[str, TrainedCopy] = {}
+        self.model_adapter: ModelAdapter | None = None
+        self._places: list[tuple[nn.Module, str, nn.Module]] = []  # parent, own name, what stood there
+        self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in net.modules():
+            for own, child in parent.named_children():
+                self._parents.setdefault(id(child), []).append((parent, own))
+
+    def parts(self) -> list[Part]:
+        """Everything with state."""
+        whole = [part for part in (self.shared, self.model_adapter) if part is not None]
+        return [*whole, *self.layers.values(), *self.parameters.values(), *self.copies.values()]
+
+    def slots(self) -> dict[str, tuple[type[Part], Slot]]:
+        """Every tensor of the state as it was declared, by full name."""
+        return {
+            name: (type(part), slot)
+            for name, part, slot in sorted(
+                (full_name(part.place, slot.suffix), part, slot) for part in self.parts() for slot in part.held.values()
+            )
+        }
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors, float32, sorted by name."""
+        return {
+            name: tensor for name, tensor in self._tensors(("trained",)).items() if isinstance(tensor, nn.Parameter)
+        }
+
+    def state(self, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
+        """State of these kinds (trained, saved, resume) without gradient, sorted by name; not copies."""
+        return {name: tensor.detach() for name, tensor in self._tensors(kinds).items()}
+
+    def _tensors(self, kinds: Sequence[str]) -> dict[str, Tensor]:
+        found = {name: tensor for part in self.parts() for name, tensor in part.state(kinds).items()}
+        return dict(sorted(found.items()))
+
+    def load_state(self, tensors: Mapping[str, Tensor], kinds: Sequence[str] = KINDS) -> None:
+        """Fill the state in place from tensors of exactly these names and shapes.
+
+        Raises: AdapterError naming every missing, extra or misshaped tensor, before anything is changed.
+        """
+        own = self._tensors(kinds)
+        wrong = [f"{name} is missing" for name in own if name not in tensors]
+        wrong += [f"{name} has no place" for name in tensors if name not in own]
+        wrong += [
+            f"{name} has shape {list(tensors[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ]
+        if wrong:
+            raise AdapterError(f"the state does not fit this adapter: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    def no_decay(self) -> set[str]:
+        """Names of trained tensors that weight decay never touches."""
+        return {name for name, (_, slot) in self.slots().items() if slot.kind == "trained" and not slot.decays}
+
+    def lora_b(self) -> set[str]:
+        """Names of trained tensors that LoRA+ speeds up."""
+        return {name for name, (_, slot) in self.slots().items() if slot.kind == "trained" and slot.rate == "b"}
+
+    def groups(self, training: TrainingSection) -> list[tuple[tuple[str, ...], float, bool]]:
+        """Optimizer groups (names, learning-rate multiplier, whether weight decay applies): every trained name once.
+
+        LoRA+ (Hayou et al. 2024) multiplies the rate of the matrices on the output side. The factors of an embedding
+        form a group of their own at the plain rate: its input is one-hot, so that the width argument does not apply.
+        """
+        grouped: dict[tuple[str, bool], list[str]] = {}
+        for name, (_, slot) in self.slots().items():
+            if slot.kind == "trained":
+                rate = slot.rate if training.loraplus_ratio is not None else ""
+                grouped.setdefault((rate, slot.decays), []).append(name)
+        ratio = training.loraplus_ratio or 1.0
+        return [
+            (tuple(names), ratio if rate == "b" else 1.0, decays) for (rate, decays), names in sorted(grouped.items())
+        ]
+
+    def starts_as_identity(self) -> bool:
+        """Whether the bypassed adapter is the model at step 0."""
+        return all(part.starts_as_identity for part in self.parts())
+
+    def penalty(self) -> Tensor | None:
+        """() float32: sum of the parts' penalties, or None."""
+        found = [penalty for part in self.parts() for penalty in [part.penalty()] if penalty is not None]
+        return torch.stack(found).sum() if found else None
+
+    def after_backward(self) -> None:
+        """Once per optimizer step, before clipping."""
+        for part in self.parts():
+            part.after_backward()
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """After the update of `step` (0-based)."""
+        for part in self.parts():
+            part.after_step(step, total_steps)
+
+    def inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the network is called with, changed by a whole-model adapter."""
+        if self.model_adapter is None or current_call().bypassed:
+            return inputs
+        return self.model_adapter.inputs(self.net, inputs)
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, D) of the real positions."""
+        if self.model_adapter is None or current_call().bypassed:
+            return hidden
+        return self.model_adapter.outputs(hidden)
+
+    def adapted_modules(self) -> dict[str, LayerAdapter]:
+        """Adapted layers by the base's module name, sorted."""
+        return dict(sorted(self.layers.items()))
+
+    def put(self, name: str, wrapper: nn.Module) -> None:
+        """Put a wrapper wherever the base holds the module of this name."""
+        old = self.net.get_submodule(name)
+        wrapper.train(old.training)
+        for parent, own in self._parents[id(old)]:
+            setattr(parent, own, wrapper)
+            self._places.append((parent, own, old))
+
+    def detach(self) -> None:
+        """Take the adapter out: the plain base stands again, module for module. The state stays here."""
+        for parent, own, old in reversed(self._places):
+            setattr(parent, own, old)
+        self._places.clear()
+        if self.model_adapter is not None:
+            self.model_adapter.detach(self.net)
+
+
+def attach_adapter(
+    net: nn.Module,
+    settings: Any,
+    *,
+    seed: int,
+    head_name: str | None,
+    device: torch.device | None = None,
+    method: Method | None = None,
+    targets: list[Target] | None = None,
+) -> AttachedAdapter:
+    """Freeze the base and put a fresh adapter into it, in place.
+
+    Each tensor's first value depends on the seed and its module's name alone. `device`: where its tensors lie;
+    by default where the base lies (on a meta base they have no values).
+    Raises: RecipeError where an entry of the settings fits nothing.
+    """
+    method = method or load_method(settings.method)
+    if targets is None:
+        targets = find_targets(net, settings, head_name=head_name, method=method)
+    attached = AttachedAdapter(net, settings, method, targets)
+    attached.head_name = head_name
+    net.requires_grad_(False)
+    meta = device.type == "meta" if device else _device_of(net).type == "meta"
+    _build(attached, meta)
+    for part in attached.parts():
+        if part.held and not meta:
+            part.initialise(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, part.place)))
+            part.move(device or _home(part, net))
+    return attached
+
+
+def _home(part: Part, net: nn.Module) -> torch.device:
+    """Where the part's own piece of the base lies."""
+    if isinstance(part, ParameterAdapter):
+        return part.parameter.device
+    return _device_of(part.base_layer if isinstance(part, Wrapper) else net)
+
+
+def _build(attached: AttachedAdapter, meta: bool) -> None:
+    """Make every part and put the wrappers in place."""
+    net, settings, method, targets = attached.net, attached.settings, attached.method, attached.targets
+    if method.shared is not None:
+        attached.shared = method.shared(settings, targets, meta=meta)
+    hosts: dict[str, dict[str, ParameterAdapter]] = {}
+    for target in targets:
+        if target.kind == "parameter":
+            assert method.parameter is not None
+            _, own, parameter = own_parameter(net, target.name)
+            attached.parameters[target.name] = method.parameter(parameter, settings, target, meta=meta)
+            hosts.setdefault(target.name.rpartition(".")[0], {})[own] = attached.parameters[target.name]
+        else:
+            assert method.layer is not None
+            base = net.get_submodule(target.name)
+            attached.layers[target.name] = method.layer(base, settings, target, attached.shared, meta=meta)
+            attached.put(target.name, attached.layers[target.name])
+    for name, adapters in hosts.items():
+        attached.put(name, ParameterHost(net.get_submodule(name), adapters))
+    for name in copy_names(net, method.copies(settings)):
+        attached.copies[name] = TrainedCopy(net.get_submodule(name), name, meta=meta)
+        attached.put(name, attached.copies[name])
+    if method.model is not None:
+        attached.model_adapter = method.model(net, settings, meta=meta)
+        attached.model_adapter.attach(net)
+
+
+def copy_names(net: nn.Module, entries: Sequence[str]) -> list[str]:
+    """Names of the modules that the entries (whole names or endings) ask to train as copies.
+
+    Raises: AdapterError where an entry matches nothing.
+    """
+    names = [name for name in base_modules(net) if name]
+    found: set[str] = set()
+    for entry in entries:
+        matching = [name for name in names if name == entry or name.endswith(f".{entry}")]
+        if not matching:
+            raise AdapterError(f"'{entry}' matches no module of the base", "name a module of the base")
+        found.update(matching)
+    return sorted(found)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module's first tensor lies."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,235 @@
+"""What every adapter is made of: declared state, a layer's adapter, a module trained once for all layers, a prompt.
+
+Comes in: a module of the base, the method's settings, a Target.  Goes out: modules that attach.py puts in place.
+Next: copies.py and fused_parameters.py (the two other ways to change a base), attach.py, folder.py.
+
+A method is one file: a subclass of one of these classes and a METHOD that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.decisions import Target
+from tunekit.errors import AdapterError
+from tunekit.model.call import current_call
+
+if TYPE_CHECKING:
+    from tunekit.adapters.fused_parameters import ParameterAdapter
+    from tunekit.adapters.peft_side import PeftSide
+
+KINDS = ("trained", "saved", "resume")  # trained; saved with the adapter but not trained; in checkpoints only
+
+
+class NotMergeable(AdapterError):
+    """This adapter is no change of the layer's weight and bias; the message says why."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an adapter's state, declared before anything is allocated.
+
+    `suffix` is its name in PEFT's files, after the module's; `rate` is "b" where LoRA+ speeds it up, "embedding" for
+    the factors of an embedding; `decays` says whether weight decay may touch it.
+    """
+
+    suffix: str
+    shape: tuple[int, ...]
+    kind: str = "trained"
+    decays: bool = True
+    rate: str = ""
+    dtype: torch.dtype = torch.float32
+
+
+class Part(nn.Module):
+    """Anything with adapter state. A subclass declares `slots`; the tensors then are attributes of those names."""
+
+    starts_as_identity: ClassVar[bool] = True  # False: the adapted model differs from the base before any step
+    file_prefix: ClassVar[str] = "base_model.model."
+
+    place: str  # name of the adapted module ("" for what belongs to no layer)
+    held: dict[str, Slot]  # attribute -> slot
+
+    def hold(self, place: str, slots: Mapping[str, Slot], *, meta: bool) -> None:
+        """Register the declared tensors, unset: on the CPU (or the meta device), whatever device the base is on."""
+        self.place, self.held = place, dict(slots)
+        for attribute, slot in slots.items():
+            tensor = torch.empty(slot.shape, dtype=slot.dtype, device="meta" if meta else "cpu")
+            if slot.kind == "trained":
+                self.register_parameter(attribute, nn.Parameter(tensor))
+            else:
+                self.register_buffer(attribute, tensor, persistent=False)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fill every held tensor; all randomness comes from `generator` (a CPU one, seeded by the module's name)."""
+        raise NotImplementedError(f"{type(self).__name__} has state but no initialise")
+
+    def move(self, device: torch.device) -> None:
+        """Bring the held tensors, and nothing of the base, to `device`."""
+        for attribute in self.held:
+            tensor = getattr(self, attribute)
+            tensor.data = tensor.data.to(device)
+
+    def state(self, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
+        """Held tensors of these kinds by full name, such as model.layers.0.mlp.up_proj.lora_A.weight."""
+        return {
+            full_name(self.place, slot.suffix): getattr(self, attribute)
+            for attribute, slot in self.held.items()
+            if slot.kind in kinds
+        }
+
+    @classmethod
+    def file_key(cls, name: str) -> str:
+        """The tensor's key in adapter_model.safetensors."""
+        return cls.file_prefix + name
+
+    def penalty(self) -> Tensor | None:
+        """() float32 added to the step's loss, or None."""
+        return None
+
+    def after_backward(self) -> None:
+        """Called once per optimizer step, between the last backward and clipping."""
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Called after the update of step `step` (0-based) of `total_steps`."""
+
+
+def full_name(place: str, suffix: str) -> str:
+    """Module name and tensor name joined."""
+    return f"{place}.{suffix}" if place else suffix
+
+
+class SharedPart(Part):
+    """A module made once and given to every layer of the adapter, saved once."""
+
+    file_prefix = "base_model."
+
+    def __init__(self, settings: Any, targets: Sequence[Target], *, meta: bool = False) -> None:
+        super().__init__()
+        self.settings = settings
+        self.hold("", self.slots(settings, targets), meta=meta)
+
+    @classmethod
+    def slots(cls, settings: Any, targets: Sequence[Target]) -> dict[str, Slot]:
+        """The state, from settings and targets alone."""
+        raise NotImplementedError
+
+
+class Wrapper(nn.Module):
+    """Sits in the base's place of one module; whatever it does not know itself, it asks that module."""
+
+    base_layer: Any
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None:
+                raise
+            return getattr(base, name)
+
+
+class LayerAdapter(Wrapper, Part):
+    """One adapted layer: y = adapted(x), or base_layer(x) where the call bypasses adapters.
+
+    A subclass gives `slots`, `initialise`, `adapted` and `merged`.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})  # of model.weights.layer_kind
+
+    def __init__(
+        self, base: nn.Module, settings: Any, target: Target, shared: SharedPart | None = None, *, meta: bool = False
+    ) -> None:
+        super().__init__(base)
+        self.settings, self.target = settings, target
+        self.__dict__["shared"] = shared  # not a submodule: it belongs to all layers, and is saved once
+        self.hold(target.name, self.slots(settings, target), meta=meta)
+
+    @classmethod
+    def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
+        """The state of one layer, from settings and shapes alone: an adapter file is checked against it unread."""
+        raise NotImplementedError
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """The layer's output with the adapter: x (..., I) -> (..., O)."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight (O, I) and bias (O,), float32, of the plain layer that computes the same.
+
+        Raises: NotMergeable.
+        """
+        raise NotMergeable(f"{type(self).__name__} cannot be written into the weights of {self.target.name}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.base_layer(x) if current_call().bypassed else self.adapted(x)
+        return output
+
+
+class ModelAdapter(Part):
+    """An adapter of the whole network, such as a prompt: it changes what goes in and what comes out.
+
+    A subclass gives `slots` and `initialise`, and any of the other methods. Where the call bypasses adapters, none of
+    `inputs` and `outputs` is used.
+    """
+
+    file_prefix = ""
+
+    def __init__(self, net: nn.Module, settings: Any, *, meta: bool = False) -> None:
+        super().__init__()
+        self.settings = settings
+        self.hold("", self.slots(settings, net), meta=meta)
+
+    @classmethod
+    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        """The state, from settings and the network's shapes."""
+        raise NotImplementedError
+
+    def attach(self, net: nn.Module) -> None:
+        """Put in place whatever is needed inside the network."""
+
+    def detach(self, net: nn.Module) -> None:
+        """Take it out again."""
+
+    def inputs(self, net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the network is called with (embeddings, mask, positions); in generation, for the first step only."""
+        return inputs
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, D) of the real positions."""
+        return hidden
+
+
+def no_names(settings: Any) -> tuple[str, ...]:
+    """The default of Method.copies and Method.parameters."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method's file declares as METHOD: the classes it is made of, and its side of PEFT's format."""
+
+    peft: PeftSide
+    layer: type[LayerAdapter] | None = None
+    shared: type[SharedPart] | None = None
+    parameter: type[ParameterAdapter] | None = None
+    model: type[ModelAdapter] | None = None
+    parameters: Callable[[Any], Sequence[str]] = no_names  # settings -> names of fused 3-D parameters
+    copies: Callable[[Any], Sequence[str]] = no_names  # settings -> names of modules trained as full copies
+
+
+def load_method(name: str) -> Method:
+    """METHOD of adapters/NAME.py; the recipe has checked that the name is one of ours."""
+    method: Method = import_module(f"tunekit.adapters.{name}").METHOD
+    return method

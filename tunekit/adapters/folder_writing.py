@@ -1,0 +1,145 @@
+"""Writes adapter folders in PEFT's format, whole or not at all, with tunekit's own facts beside them in tunekit.json.
+
+Comes in: an attached adapter.  Goes out: a folder that peft loads without a warning, the same bytes each time.
+Next: folder.py reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunekit import __version__
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.configuration import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TENSORS_NAME
+from tunekit.adapters.peft_targets import concrete_pattern, concrete_targets
+from tunekit.adapters.targets import base_modules
+from tunekit.artifacts import durable
+from tunekit.artifacts.tensor_file import write_tensors
+from tunekit.errors import AdapterError
+
+OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME}
+
+
+def save_adapter_folder(
+    attached: AttachedAdapter,
+    folder: Path,
+    *,
+    base_name: str,
+    base_fingerprint: str | None,
+    revision: str | None,
+    task_type: str = "CAUSAL_LM",
+    base_dtype: str | None = None,
+    quantization: str = "none",
+    double_quantization: bool = False,
+) -> int:
+    """Write the folder whole or not at all; returns its bytes. A local base is named relative to the folder.
+
+    Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
+    """
+    folder = Path(os.path.abspath(folder))
+    config = peft_config(attached)
+    config |= {"base_model_name_or_path": _portable(base_name, folder), "revision": revision, "task_type": task_type}
+    base = {
+        "fingerprint": base_fingerprint,
+        "revision": revision,
+        "dtype": base_dtype,
+        "quantization": quantization,
+        "double_quantization": double_quantization,
+    }
+    _refuse_foreign_files(folder)
+    temporary = durable.temporary_name(folder)
+    if durable.is_real_folder(temporary):  # of a killed process that had our id
+        durable.remove_tree(temporary)
+    durable.make_folder(temporary)
+    try:
+        size_bytes = _write_files(attached, temporary, config, base)
+        durable.sync_folder(temporary)
+        _put_in_place(temporary, folder)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            if durable.is_real_folder(temporary):
+                durable.remove_tree(temporary)
+        raise
+    return size_bytes
+
+
+def _write_files(attached: AttachedAdapter, folder: Path, config: dict[str, Any], base: dict[str, Any]) -> int:
+    """The three files, each flushed to the disk; returns their bytes."""
+    state = attached.state()
+    saved = {name: part for name, (part, slot) in attached.slots().items() if slot.kind != "resume"}
+    tensors = {part.file_key(name): state[name] for name, part in saved.items()}
+    tensor_bytes, digest = write_tensors(folder / TENSORS_NAME, tensors, {"format": "pt"})
+    config_bytes, config_digest = _write_json(folder / CONFIG_NAME, config)
+    files = {
+        TENSORS_NAME: {"bytes": tensor_bytes, "sha256": digest},
+        CONFIG_NAME: {"bytes": config_bytes, "sha256": config_digest},
+    }
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "tunekit_version": __version__,
+        "settings": attached.settings.model_dump(mode="json", exclude={"init_from"}),  # a path of this machine
+        "base": base,
+        "files": files,
+    }
+    facts_bytes, _ = _write_json(folder / FACTS_NAME, facts)
+    return tensor_bytes + config_bytes + facts_bytes
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> tuple[int, str]:
+    with durable.DurableFile(path) as file:
+        file.write(durable.json_bytes(value))
+    return file.size_bytes, file.sha256
+
+
+def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
+    """Every field of PEFT's configuration, with concrete targets and patterns that mean the same in any order."""
+    settings, targets = attached.settings, [target for target in attached.targets if target.kind != "parameter"]
+    config = attached.method.peft.write(settings)
+    if "target_modules" in config:
+        names = [target.name for target in targets]
+        config["target_modules"] = concrete_targets(names, list(base_modules(attached.net)))
+        config["exclude_modules"] = None
+    for key, default, resolved in (
+        ("rank_pattern", "r", {target.name: target.r for target in targets}),
+        ("alpha_pattern", "alpha", {target.name: target.alpha for target in targets}),
+    ):
+        if key in config:
+            config[key] = concrete_pattern(getattr(settings, key), resolved, getattr(settings, default))
+    if "fan_in_fan_out" in config:
+        config["fan_in_fan_out"] = any(target.kind == "conv1d" for target in targets)
+    return config
+
+
+def _portable(base_name: str, folder: Path) -> str:
+    """A hub id as it is; a local base relative to the adapter folder, so that no user's path leaves the machine."""
+    base = Path(base_name).expanduser()
+    if not base.is_absolute() and not base.exists():
+        return base_name
+    relative = os.path.relpath(base.resolve(), folder.resolve())
+    return relative if relative.startswith("..") else os.path.join(".", relative)
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    """Only an adapter's own files are ever replaced."""
+    if not os.path.lexists(folder):
+        return
+    if not durable.is_real_folder(folder):
+        raise AdapterError("is in the way", "choose another folder", file=str(folder))
+    foreign = sorted(set(os.listdir(folder)) - OUR_FILES)
+    if foreign:
+        raise AdapterError(f"holds files of others ({foreign[0]})", "choose another folder", file=str(folder))
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename into place; what stood there goes only after the new folder stands."""
+    old = temporary.with_name(temporary.name + ".old")
+    if durable.is_real_folder(folder):
+        durable.rename(folder, old)
+    durable.rename(temporary, folder)
+    if durable.is_real_folder(old):
+        durable.remove_tree(old)
+        durable.sync_folder(folder.parent)

@@ -1,0 +1,70 @@
+"""LoRA and rsLoRA.  Comes in: a linear layer, a Conv1D or an embedding, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED
+from tunekit.adapters.peft_side import PeftSide
+from tunekit.decisions import Target
+from tunekit.recipe.adapters.lora import LoraSettings
+
+
+class Lora(LayerAdapter):
+    """Low-rank update: y = W x + s B A x, s = alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).  Of an embedding: ids x (...), A (R, V), B (D, R), y = (W + s
+    (B A)^T)[x].
+    Units: alpha unitless.    Starts as the identity: B = 0 (embedding: A = 0).    A and B are cast to x's dtype.
+    Source: Hu et al. 2021, eq. 3; Kalajdzievski 2023.
+    """
+
+    kinds = frozenset({"linear", "conv1d", "embedding"})
+    settings: LoraSettings
+    A: nn.Parameter
+    B: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: LoraSettings, target: Target) -> dict[str, Slot]:
+        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
+        if target.kind == "embedding":
+            a = Slot("lora_embedding_A", (rank, inputs), rate="embedding")
+            return {"A": a, "B": Slot("lora_embedding_B", (outputs, rank), rate="embedding")}
+        return {"A": Slot("lora_A.weight", (rank, inputs)), "B": Slot("lora_B.weight", (outputs, rank), rate="b")}
+
+    def initialise(self, generator: torch.Generator) -> None:
+        if self.target.kind == "embedding":
+            nn.init.zeros_(self.A)
+            nn.init.normal_(self.B, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(self.B)
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        rank, alpha = self.target.r or self.settings.r, self.target.alpha
+        alpha = self.settings.alpha if alpha is None else alpha
+        return alpha / math.sqrt(rank) if self.settings.use_rslora else alpha / rank
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        if self.target.kind == "embedding":
+            rows = F.embedding(x, self.A.t().to(y.dtype), self.base_layer.padding_idx)  # (..., R)
+            scale = self.scaling * getattr(self.base_layer, "embed_scale", 1.0)  # Gemma multiplies W[x] as well
+            return y + F.linear(rows, self.B.to(y.dtype)) * scale
+        x = F.dropout(x, self.settings.dropout, self.training)
+        low = F.linear(x, self.A.to(x.dtype))  # (..., R)
+        return y + F.linear(low, self.B.to(x.dtype)) * self.scaling
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        delta = self.B.detach() @ self.A.detach() * self.scaling  # (O, I), of an embedding (D, V)
+        return weight + (delta.t() if self.target.kind == "embedding" else delta).to(weight.device), bias
+
+
+METHOD = Method(peft=PeftSide("LORA", LoraSettings, LORA_FIELDS, LORA_FIXED), layer=Lora)

@@ -1,0 +1,46 @@
+"""The fields of PEFT's LoraConfig, as every method of peft_type LORA shares them.
+
+Comes in: nothing.  Goes out: tables for PeftSide.  Next: lora.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunekit.adapters.peft_side import ANY
+
+LORA_FIELDS: dict[str, tuple[str, Any]] = {  # PEFT's field -> our setting, PEFT's default
+    "r": ("r", 8),
+    "lora_alpha": ("alpha", 8),
+    "lora_dropout": ("dropout", 0.0),
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+    "rank_pattern": ("rank_pattern", {}),
+    "alpha_pattern": ("alpha_pattern", {}),
+    "use_rslora": ("use_rslora", False),
+}
+LORA_FIXED: dict[str, tuple[Any, ...]] = {  # first the value written, then the others that change nothing
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "bias": ("none",),
+    "corda_config": (None, ANY),  # how A and B were first filled: init_lora_weights decides
+    "ensure_weight_tying": (False,),
+    "eva_config": (None, ANY),
+    "fan_in_fan_out": (False, True),  # the layer's own class decides
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others have changed the base
+    "kasa_config": (None,),
+    "layer_replication": (None, []),
+    "loftq_config": ({}, None),
+    "lora_bias": (False,),
+    "lora_ga_config": (None, ANY),
+    "megatron_config": (None,),
+    "megatron_core": ("megatron.core", None),
+    "monteclora_config": (None,),
+    "qalora_group_size": (16, ANY),  # of use_qalora
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (None,),
+}

@@ -1,0 +1,282 @@
+"""Which layers of the base an adapter sits on, decided by structure and by whole names, with rank and alpha of each.
+
+Comes in: the base (also on the meta device, also with adapters in place) and settings.  Goes out: Targets sorted by
+name, or every entry that matches nothing with the nearest names.  Next: attach.py, plan.py.
+
+`all-linear` is every linear layer but the output head; a list holds whole names or endings after a dot; any other text
+is one regular expression for the whole name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from tunekit.adapters.base import Method, Slot, Wrapper, load_method
+from tunekit.adapters.fused_parameters import fused_shape
+from tunekit.adapters.patterns import Budget, Pattern
+from tunekit.decisions import Target
+from tunekit.errors import AdapterError, Problem, RecipeError
+from tunekit.model.weights import layer_kind, weight_of
+
+ALL_LINEAR = "all-linear"
+OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's, before they were fused
+
+
+def base_modules(net: nn.Module) -> dict[str, nn.Module]:
+    """The base's own modules by name, whatever wraps them and without what adapters add; shared ones once."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        while isinstance(module, Wrapper):
+            module = module.base_layer
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[name] = module
+        for own, child in module.named_children():
+            visit(f"{name}.{own}" if name else own, child)
+
+    visit("", net)
+    return found
+
+
+def fused_parameters(net: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    """3-D parameters by name with their owners: the experts of a mixture, which are no layers of their own."""
+    return {
+        f"{name}.{own}": (module, parameter)
+        for name, module in base_modules(net).items()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+
+
+def find_targets(
+    net: nn.Module, settings: Any, *, head_name: str | None, method: Method | None = None, file: str | None = None
+) -> list[Target]:
+    """Every layer (and fused parameter) that the adapter will sit on, sorted by name.
+
+    `file`: the settings come from this adapter configuration. There an entry without a match is harmless, since its
+    tensors are compared both ways, but two patterns for one module are not, since nobody knows which one was meant.
+    Raises: RecipeError (AdapterError with `file`) with every problem found.
+    """
+    search = Search(net, settings, method or load_method(settings.method), head_name, file)
+    targets = search.layers() + search.parameters()
+    if not targets and not search.problems and (search.method.layer or search.method.parameter):
+        search.report("target_modules", "no layer of the base is left to adapt", "name other layers")
+    if search.problems:
+        raise (AdapterError if file else RecipeError).of(search.problems)
+    return sorted(targets, key=lambda target: target.name)
+
+
+def unreached_experts(net: nn.Module, settings: Any, targets: Sequence[Target]) -> list[str]:
+    """Names of fused expert parameters that stay as they are although layers of such a name are asked for."""
+    entries = getattr(settings, "target_modules", ())
+    entries = None if isinstance(entries, str) else entries
+    adapted = {target.name for target in targets}
+    return [
+        name
+        for name in fused_parameters(net)
+        if name not in adapted and (entries is None or any(_is_fused_in(entry, name) for entry in entries))
+    ]
+
+
+def slot_count(slots: Iterable[Slot]) -> int:
+    """Trained numbers in these slots."""
+    return sum(math.prod(slot.shape) for slot in slots if slot.kind == "trained")
+
+
+class Search:
+    """One pass over one base; `problems` grows as entries fail."""
+
+    def __init__(self, net: nn.Module, settings: Any, method: Method, head_name: str | None, file: str | None) -> None:
+        self.settings, self.method, self.head_name, self.file = settings, method, head_name, file
+        self.modules = base_modules(net)
+        self.fused = fused_parameters(net)
+        self.kinds = method.layer.kinds if method.layer else frozenset()
+        self.budget = Budget(error=AdapterError if file else RecipeError, file=file)
+        self.problems: list[Problem] = []
+        self.by_ending: dict[str, list[str]] = {}
+        for name in self.modules:
+            for ending in _endings(name):
+                self.by_ending.setdefault(ending, []).append(name)
+
+    def report(self, key: str, what: str, how: str) -> None:
+        """Note one problem of one settings key."""
+        self.problems.append(Problem(what, how, self.file, None, self._full_key(key)))
+
+    def _full_key(self, key: str) -> str:
+        return key if self.file else f"adapter.{key}"
+
+    def _pattern(self, key: str, text: str) -> Pattern:
+        self.budget.key = self._full_key(key)
+        return self.budget.pattern(text)
+
+    def layers(self) -> list[Target]:
+        """Targets of the method's layer class."""
+        if self.method.layer is None:
+            return []
+        excluded = self._matched("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
+        names = self._matched("target_modules", self.settings.target_modules) - excluded
+        names -= set(self._copies())
+        targets = [self._layer_target(name) for name in sorted(names)]
+        for key in ("rank_pattern", "alpha_pattern"):
+            self._check_pattern_keys(key, [target.name for target in targets])
+        return targets
+
+    def parameters(self) -> list[Target]:
+        """Targets of the method's class for fused parameters."""
+        names = {
+            name: None
+            for entry in self.method.parameters(self.settings)
+            for name in [n for n in self.fused if entry in _endings(n)] or self._miss("target_parameters", entry)
+        }
+        return [self._parameter_target(name) for name in sorted(names)]
+
+    def _copies(self) -> list[str]:
+        return [name for entry in self.method.copies(self.settings) for name in self.by_ending.get(entry, ())]
+
+    def _matched(self, key: str, entries: str | Sequence[str]) -> set[str]:
+        """Names of adaptable layers (for exclude_modules: of any modules) that the entries match."""
+        targets = key == "target_modules"
+        if targets and entries == ALL_LINEAR:
+            linear = self.kinds & {"linear", "conv1d"}
+            return {n for n, m in self.modules.items() if layer_kind(m) in linear and n != self.head_name}
+        found: set[str] = set()
+        for entry in [entries] if isinstance(entries, str) else entries:
+            regex = isinstance(entries, str)
+            names = self._regex_matches(key, entry) if regex else self.by_ending.get(entry, [])
+            if not names and not self.file:
+                self._miss(key, entry)
+            found.update(self._adaptable(entry, names, regex) if targets else names)
+        return found
+
+    def _regex_matches(self, key: str, pattern: str) -> list[str]:
+        compiled = self._pattern(key, pattern)
+        return [name for name in self.modules if name and compiled.matches(name)]
+
+    def _adaptable(self, entry: str, names: Sequence[str], regex: bool) -> list[str]:
+        """The names whose layers the method adapts; another layer in the way is a problem.
+
+        A regular expression may run over containers and layers without parameters; a list may not.
+        """
+        good = [name for name in names if layer_kind(self.modules[name]) in self.kinds]
+        for name in names:
+            module = self.modules[name]
+            empty = next(module.parameters(), None) is None
+            passed_over = regex and good and (empty or next(module.children(), None) is not None)
+            if layer_kind(module) in self.kinds or passed_over:
+                continue
+            inside = sorted({n.rpartition(".")[2] for n in self._adaptable_names() if n.startswith(name + ".")})
+            self.report(
+                "target_modules",
+                f"'{entry}' matches '{name}' ({type(module).__name__}), which {self.settings.method} cannot adapt",
+                f"name the layers inside it: {', '.join(inside[:8])}" if inside else "leave it out",
+            )
+            break
+        return good
+
+    def _adaptable_names(self) -> list[str]:
+        return [name for name, module in self.modules.items() if layer_kind(module) in self.kinds]
+
+    def _miss(self, key: str, entry: str) -> list[str]:
+        """Report an entry without a match; returns no names."""
+        fused = [name for name in self.fused if _is_fused_in(entry, name)]
+        if fused:
+            more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
+            what = f"'{entry}' exists only inside the fused expert parameter '{fused[0]}'{more}"
+            self.report(key, what, f"{self.settings.method} adapts layers; leave the entry out")
+        elif entry == ALL_LINEAR:
+            self.report(
+                key, f"'{ALL_LINEAR}' is not a module name", f"write target_modules: {ALL_LINEAR}, not in a list"
+            )
+        else:
+            self.report(key, f"'{entry}' matches no module of the base", self._nearest(key, entry))
+        return []
+
+    def _nearest(self, key: str, entry: str) -> str:
+        names = [name for name in self.modules if name] if key == "exclude_modules" else self._adaptable_names()
+        endings = sorted(
+            {ending for name in names for ending in _endings(name) if ending.count(".") <= entry.count(".")}
+        )
+        near = difflib.get_close_matches(entry, endings, n=3, cutoff=0.5) if len(entry) <= 200 else []
+        if near:
+            return f"did you mean {' or '.join(repr(name) for name in near)}?"
+        last = sorted({name.rpartition(".")[2] for name in names})
+        return f"its layers are {', '.join(last[:12])}"
+
+    def _layer_target(self, name: str) -> Target:
+        module = self.modules[name]
+        weight, kind = weight_of(module), layer_kind(module)
+        assert weight is not None
+        assert kind is not None
+        outputs, inputs = weight.shape if kind != "embedding" else weight.shape[::-1]
+        return self._sized(Target(name, kind, inputs, outputs, 0, self._rank(name), self._alpha(name)))
+
+    def _parameter_target(self, name: str) -> Target:
+        experts, outputs, inputs = fused_shape(*self.fused[name])
+        rank, alpha = self._rank(name), self._alpha(name)
+        return self._sized(Target(name, "parameter", inputs, outputs, 0, rank, alpha, experts=experts))
+
+    def _sized(self, target: Target) -> Target:
+        """The target with its number of trained parameters; a rank beyond the matrix is a problem."""
+        kind = self.method.parameter if target.kind == "parameter" else self.method.layer
+        assert kind is not None
+        smallest, largest = sorted((target.in_features, target.out_features))
+        if target.r is not None and target.r > (largest if self.file else smallest):
+            shape = f"({target.out_features} x {target.in_features})"
+            self.report("r", f"rank {target.r} is too large for '{target.name}' {shape}", f"use at most {smallest}")
+            return target
+        return dataclasses.replace(target, trainable_parameters=slot_count(kind.slots(self.settings, target).values()))
+
+    def _rank(self, name: str) -> int | None:
+        rank: int | None = self._by_pattern("rank_pattern", name, getattr(self.settings, "r", None))
+        return rank
+
+    def _alpha(self, name: str) -> float | None:
+        alpha: float | None = self._by_pattern("alpha_pattern", name, getattr(self.settings, "alpha", None))
+        return alpha
+
+    def _by_pattern(self, key: str, name: str, default: Any) -> Any:
+        """The value of the longest pattern that matches, as PEFT matches them; PEFT takes the first in file order.
+
+        Two that differ are a problem in an adapter file, and in a recipe where they are equally long.
+        """
+        patterns: dict[str, Any] = getattr(self.settings, key, {})
+        matching = sorted((p for p in patterns if self._pattern(key, p).matches_ending(name)), key=len)
+        if not matching:
+            return default
+        longest = patterns[matching[-1]]
+        rivals = [p for p in matching if self.file or len(p) == len(matching[-1])]
+        for rival in rivals:
+            if patterns[rival] != longest:
+                text = f"'{rival}' and '{matching[-1]}' both match '{name}' with different values"
+                self.report(key, text, "keep one of them")
+                break
+        return longest
+
+    def _check_pattern_keys(self, key: str, names: Sequence[str]) -> None:
+        for pattern in getattr(self.settings, key, {}) if not self.file else ():
+            compiled = self._pattern(key, pattern)
+            if not any(compiled.matches_ending(name) for name in names):
+                self.report(key, f"'{pattern}' matches no adapted layer", self._nearest(key, pattern))
+
+
+def _endings(name: str) -> list[str]:
+    """The name and what follows each of its dots: a.b.c, b.c, c."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _is_fused_in(entry: str, parameter_name: str) -> bool:
+    """gate_proj is in gate_up_proj: every piece of the entry's last name is a piece of the parameter's."""
+    own = parameter_name.rpartition(".")[2]
+    last = entry.rpartition(".")[2]
+    last = OLD_EXPERT_NAMES.get(last, last)
+    return bool(last) and set(last.split("_")) <= set(own.split("_"))
