@@ -47,7 +47,7 @@ class PeakBytes:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the rows of the training (or evaluation) sources; supervised counts are loss tokens of one epoch."""
+    """What became of the rows of the sources; supervised tokens are loss tokens of one epoch."""
 
     read: int
     trained: int

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tunekit.adapters.folder import AdapterConfig, attach_adapter_folder, read_adapter_config
+from tunekit.adapters.configuration import AdapterConfig, read_adapter_config
+from tunekit.adapters.folder import attach_adapter_folder
 from tunekit.errors import InputError, ModelError
 from tunekit.model.load import load_model
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
@@ -113,7 +114,7 @@ def _from_adapter(folder: Path, model: dict[str, Any], evaluation: dict[str, Any
         recipe = load_recipe(run / "recipe.yaml").recipe
         return _from_recipe("adapter", recipe, folder, model, evaluation)
     config = read_adapter_config(folder)
-    fields = _base_fields(folder, config, model)
+    fields = _base_fields(config, model)
     template = folder / TEMPLATE_FILE
     return Target(
         kind="adapter",
@@ -125,19 +126,20 @@ def _from_adapter(folder: Path, model: dict[str, Any], evaluation: dict[str, Any
     )
 
 
-def _base_fields(folder: Path, config: AdapterConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+def _base_fields(config: AdapterConfig, overrides: dict[str, Any]) -> dict[str, Any]:
     """The model section that the adapter was trained on, as far as its folder tells."""
-    fields: dict[str, Any] = {key: value for key, value in config.base_facts.items() if value is not None}
+    facts = {
+        "dtype": config.base_dtype,
+        "quantization": config.quantization,
+        "double_quantization": config.double_quantization,
+    }
+    fields: dict[str, Any] = {name: value for name, value in facts.items() if value is not None}
     if "name_or_path" in overrides:
         return fields
-    name = config.base_name_or_path
-    if not name:
-        raise InputError(f"{folder} does not say which base it belongs to", "give it with --base")
-    local = folder / name
-    if local.exists():
-        return fields | {"name_or_path": str(local.resolve())}
-    if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise ModelError(f"{folder} belongs to the base {name}, which is not there", "give the base with --base")
+    name = config.base_location()
+    if name is None:
+        wanted = config.base_name_or_path or "a base that it does not name"
+        raise ModelError(f"{config.folder} belongs to {wanted}, which is not there", "give the base with --base")
     return fields | {"name_or_path": name} | ({"revision": config.revision} if config.revision else {})
 
 

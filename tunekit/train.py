@@ -279,8 +279,7 @@ def _finish(
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, optimizer, adapter)
-    template = Path(recipe.data.chat_template).read_text(encoding="utf-8") if recipe.data.chat_template else None
-    adapter_bytes = export_adapter(folder, model.base, adapter, template)
+    adapter_bytes = export_adapter(folder, model.base, adapter)
     facts = report_facts(
         plan, state, prepared.rows.counts, session.measured(model), adapter_bytes, folder, session.reactions, saves_best
     )

@@ -5,12 +5,10 @@ Comes in: the trained model, the plan, what was measured.  Goes out: adapter/, r
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.folder import save_adapter_folder
+from tunekit.adapters.folder_writing import save_adapter_folder
 from tunekit.artifacts.run import RunFolder
 from tunekit.decisions import Plan, Reaction, ReportFacts, RowCounts
 from tunekit.model.load import LoadedModel
@@ -28,32 +26,18 @@ class Measured:
     base_bytes: int
 
 
-def export_adapter(run: RunFolder, base: LoadedModel, adapter: AttachedAdapter, chat_template: str | None) -> int:
-    """Write adapter/ whole or not at all; returns its bytes. `chat_template`: the recipe's own, kept beside it."""
-    folder = run.path / "adapter"
-    with run.staged("adapter") as staging:
-        written = save_adapter_folder(
-            adapter,
-            staging,
-            base_name=base_reference(base.name_or_path, folder),
-            base_fingerprint=base.fingerprint,
-            revision=base.revision,
-            facts={
-                "dtype": base.facts.dtype,
-                "quantization": base.quantization,
-                "double_quantization": base.double_quantization,
-            },
-        )
-        if chat_template is not None:
-            (staging / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    return written
-
-
-def base_reference(name_or_path: str, adapter_folder: Path) -> str:
-    """A hub id as it is; a local base relative to the adapter folder, so that no path of this machine is exported."""
-    if not Path(name_or_path).exists():
-        return name_or_path
-    return Path(os.path.relpath(name_or_path, adapter_folder)).as_posix()
+def export_adapter(run: RunFolder, base: LoadedModel, adapter: AttachedAdapter) -> int:
+    """Write adapter/ whole or not at all; returns its bytes."""
+    return save_adapter_folder(
+        adapter,
+        run.path / "adapter",
+        base_name=base.name_or_path,
+        base_fingerprint=base.fingerprint,
+        revision=base.revision,
+        base_dtype=base.facts.dtype,
+        quantization=base.quantization,
+        double_quantization=base.double_quantization,
+    )
 
 
 def report_facts(

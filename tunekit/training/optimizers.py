@@ -140,9 +140,7 @@ class Optimizer:
         if self.gated:  # fused AdamW keeps its step counter on the device
             self.native.state[data] = {key: value.to(data.device, copy=True) for key, value in state.items()}
             return
-        native: Any = self.native  # bitsandbytes makes its own buffers (paged ones are not ordinary tensors)
-        native.init_state(native.param_groups[number], data, number, 0)
-        made = native.state[data]
+        made = self.native.state[data]  # bitsandbytes made its own buffers: paged ones are no ordinary tensors
         for key, value in state.items():
             if isinstance(made[key], Tensor):
                 made[key].copy_(value)
@@ -157,12 +155,25 @@ def _as_tensor(value: Any) -> Tensor:
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(options, fused=True)
-    import bitsandbytes
+    return _make_bitsandbytes(name, options)
 
+
+def _make_bitsandbytes(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """With its state made at once: it would say on the first step what plan has said already (no paging on a CPU)."""
+    from tunekit.model.codec import import_bitsandbytes
+    from tunekit.model.quiet import quiet
+
+    library = import_bitsandbytes().optim
     classes = {
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "adamw_8bit": library.AdamW8bit,
+        "paged_adamw": library.PagedAdamW32bit,
+        "paged_adamw_8bit": library.PagedAdamW8bit,
     }
-    optimizer: torch.optim.Optimizer = classes[name](options)
-    return optimizer
+    with quiet():
+        optimizer: Any = classes[name](options)
+        optimizer.check_overrides()
+        for number, group in enumerate(optimizer.param_groups):
+            optimizer.init_state(group, group["params"][0], number, 0)
+        optimizer.initialized = True
+    native: torch.optim.Optimizer = optimizer
+    return native

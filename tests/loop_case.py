@@ -1,0 +1,148 @@
+"""A small training run put together by hand, for tests of the loop that need no recipe and no run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.data.batches import BatchSettings, TrainingWindows
+from tunekit.decisions import EvaluationRecord, StepRecord
+from tunekit.memory.checkpointing import prepare_layers
+from tunekit.model.load import load_model
+from tunekit.objectives.base import make_objective
+from tunekit.protocols import EncodedRow
+from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.training import TrainingSection
+from tunekit.training.devices import make_devices
+from tunekit.training.loop import LoopParts, LoopState, run_loop
+from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.resident import ResidentEngine
+from tunekit.training.scaling import LossScale
+from tunekit.training.schedules import warmup_steps
+from tunekit.training.tuned import TunedModel
+
+
+class ListedRows:
+    """EncodedRows over a list."""
+
+    def __init__(self, rows: Sequence[EncodedRow]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EncodedRow:
+        return self.rows[index]
+
+    @property
+    def lengths(self) -> Any:
+        return np.array([len(row.ids) for row in self.rows], dtype=np.int64)
+
+    @property
+    def supervised(self) -> Any:
+        return np.array([row.supervised_tokens for row in self.rows], dtype=np.int64)
+
+
+def make_rows(count: int, *, vocabulary: int = 256, shortest: int = 2, longest: int = 31, seed: int = 0) -> ListedRows:
+    """Random rows of shortest..longest tokens; the first half of each is a prompt, the last token always a target."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        length = shortest + number % (longest - shortest + 1)
+        ids = generator.integers(3, vocabulary, length).astype(np.int32)
+        trained = np.arange(length) >= length // 2
+        trained[-1] = True
+        rows.append(EncodedRow(ids, trained, f"rows:{number + 1}"))
+    return ListedRows(rows)
+
+
+@dataclass
+class Case:
+    """What a test looks at after (or between) steps."""
+
+    model: TunedModel
+    adapter: AttachedAdapter
+    windows: TrainingWindows
+    optimizer: Optimizer
+    training: TrainingSection
+    parts: LoopParts
+    records: list[StepRecord | EvaluationRecord] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+
+    def run(self, state: LoopState | None = None) -> LoopState:
+        return run_loop(self.parts, state or LoopState())
+
+    @property
+    def losses(self) -> list[float]:
+        return [record.loss for record in self.records if isinstance(record, StepRecord)]
+
+
+def make_case(
+    folder: Path,
+    rows: ListedRows,
+    *,
+    training: TrainingSection,
+    adapter: LoraSettings | None = None,
+    model: ModelSection | None = None,
+    packing: bool = False,
+    max_length: int = 64,
+    checkpointed: int = 0,
+    chunk: int = 16,
+    base_dropout: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> Case:
+    devices = make_devices()
+    base = load_model(model or ModelSection(name_or_path=str(folder), dtype="float32"), device=torch.device("cpu"))
+    attached = attach_adapter(
+        base.net, adapter or LoraSettings(r=4, alpha=8.0), seed=training.seed, head_name=base.family.head_name(base.net)
+    )
+    layers = [layer for _, layer in base.family.layers(base.net)]
+    prepare_layers(layers, checkpointed)
+    tuned = TunedModel(base, attached)
+    settings = BatchSettings(
+        micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=training.micro_batch_tokens,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_length=max_length,
+        packing=packing,
+        shuffle=True,
+        seed=training.seed,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        pad_id=0,
+    )
+    windows = TrainingWindows(rows, settings, rank=rank, world=world)
+    groups = [Group(tuple(names), rate, decays) for names, rate, decays in attached.groups(training)]
+    optimizer = Optimizer(training, groups, attached.trained())
+    records: list[StepRecord | EvaluationRecord] = []
+    saved: list[int] = []
+    parts = LoopParts(
+        model=tuned,
+        objective=make_objective(SftSettings(), logits_chunk_tokens=chunk),
+        engine=ResidentEngine(training.seed),
+        optimizer=optimizer,
+        devices=devices,
+        windows=windows,
+        settings=training,
+        warmup_steps=warmup_steps(training, windows.steps),
+        scale=LossScale(base.dtype == torch.float16),
+        record=records.append,
+        save=lambda state: saved.append(state.step),
+        evaluate=None,
+        is_better=lambda value, best: best is None or value < best,
+        watched_metric=None,
+        saves_best=False,
+        patience=None,
+        stop_signal=lambda: 0,
+        peak_bytes=lambda: 0,
+    )
+    return Case(tuned, attached, windows, optimizer, training, parts, records, saved)

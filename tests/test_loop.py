@@ -1,0 +1,199 @@
+"""The loop's promises: windows, recomputation, non-finite numbers, evaluation without effect, resume, early stop."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.loop_case import Case, make_case, make_rows
+from tunekit.data.batches import evaluation_batches
+from tunekit.decisions import EvaluationRecord, StepRecord
+from tunekit.errors import NumericsError, Stopped
+from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.training import TrainingSection
+from tunekit.training.evaluation import summed_evaluation
+from tunekit.training.loop import LoopState
+from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
+
+
+def training(**changes: Any) -> TrainingSection:
+    values: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "epochs": None,
+        "max_steps": 6,
+        "warmup_ratio": None,
+    }
+    return TrainingSection(**(values | changes))
+
+
+def weights(case: Case) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in case.adapter.trained().items()}
+
+
+def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def test_the_last_partial_window_is_stepped_with_its_own_count(tiny_llama: Path) -> None:
+    rows = make_rows(23)
+    case = make_case(tiny_llama, rows, training=training(gradient_accumulation_steps=5, epochs=1.0, max_steps=None))
+    state = case.run()
+    steps = [record for record in case.records if isinstance(record, StepRecord)]
+    assert [record.step for record in steps] == [1, 2, 3]
+    assert state.step == case.windows.steps == 3
+    assert sum(record.tokens for record in steps) == int(rows.lengths.sum())
+    assert sum(record.supervised_tokens for record in steps) == int(rows.supervised.sum())
+    assert steps[2].tokens < steps[0].tokens
+    assert steps[2].epoch == 1.0
+    assert case.saved == [3]
+
+
+def test_checkpointed_layers_change_no_bit_with_dropout(tiny_llama: Path) -> None:
+    rows = make_rows(23)
+    adapter = LoraSettings(r=4, dropout=0.3)
+    results = []
+    for checkpointed in (0, 1, 2):
+        case = make_case(tiny_llama, rows, training=training(), adapter=adapter, checkpointed=checkpointed)
+        case.run()
+        results.append((case.losses, weights(case)))
+    plain = make_case(tiny_llama, rows, training=training(), adapter=LoraSettings(r=4))
+    plain.run()
+    assert plain.losses != results[0][0]  # dropout was really on
+    for losses, own in results[1:]:
+        assert losses == results[0][0]
+        assert_same_bits(own, results[0][1])
+
+
+def test_micro_batch_size_is_only_a_memory_knob(tiny_llama: Path) -> None:
+    rows = make_rows(40)
+    curves = []
+    for size, accumulation in ((1, 8), (2, 4), (8, 1)):
+        section = training(micro_batch_size=size, gradient_accumulation_steps=accumulation)
+        case = make_case(tiny_llama, rows, training=section)
+        case.run()
+        curves.append(case.losses)
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_resume_between_any_two_steps_changes_no_bit(tiny_llama: Path) -> None:
+    rows, section, adapter = make_rows(23), training(max_steps=5), LoraSettings(r=4, dropout=0.2)
+    whole = make_case(tiny_llama, rows, training=section, adapter=adapter)
+    whole.run()
+    for stop in (1, 3):
+        first = make_case(tiny_llama, rows, training=section, adapter=adapter)
+        first.parts.stop_signal = lambda first=first, stop=stop: 15 if len(first.losses) >= stop else 0
+        state = LoopState()
+        with pytest.raises(Stopped) as caught:
+            first.run(state)
+        assert caught.value.exit_code == 143
+        assert first.saved == [stop]
+        tensors = {name: value.clone() for name, value in checkpoint_tensors(first.optimizer, first.adapter).items()}
+        facts = checkpoint_facts(first.optimizer, state, {})
+        second = make_case(tiny_llama, rows, training=section, adapter=adapter)
+        second.run(restore(tensors, facts, second.optimizer, second.adapter))
+        assert first.losses + second.losses == whole.losses
+        assert_same_bits(weights(second), weights(whole))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_bitsandbytes_optimizers_train_and_resume_bit_for_bit(tiny_llama: Path, optimizer: str) -> None:
+    rows, section = make_rows(12), training(max_steps=4, optimizer=optimizer)
+    whole = make_case(tiny_llama, rows, training=section)
+    whole.run()
+    first = make_case(tiny_llama, rows, training=section)
+    first.parts.stop_signal = lambda: 15 if len(first.losses) >= 2 else 0
+    state = LoopState()
+    with pytest.raises(Stopped):
+        first.run(state)
+    tensors = {name: value.clone() for name, value in checkpoint_tensors(first.optimizer, first.adapter).items()}
+    second = make_case(tiny_llama, rows, training=section)
+    facts = checkpoint_facts(first.optimizer, state, {})
+    second.run(restore(tensors, facts, second.optimizer, second.adapter))
+    assert_same_bits(weights(second), weights(whole))
+    assert whole.losses[-1] != whole.losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_step_and_rows(tiny_llama: Path) -> None:
+    case = make_case(tiny_llama, make_rows(8), training=training(learning_rate=1e-3, max_steps=4))
+    embedding = case.model.base.net.get_input_embeddings().weight
+    bad_id = int(case.windows._rows[5].ids[0])
+    with torch.no_grad():
+        embedding[bad_id] = float("nan")
+    guilty = [row.origin for row in case.windows._rows.rows if bad_id in row.ids.tolist()]
+    snapshots = [weights(case)]
+    case.parts.record = lambda record: (case.records.append(record), snapshots.append(weights(case)))
+    with pytest.raises(NumericsError) as caught:
+        case.run()
+    assert_same_bits(weights(case), snapshots[-1])
+    message = str(caught.value)
+    assert caught.value.exit_code == 3
+    assert f"step {len(case.losses) + 1}: the loss is not finite" in message
+    assert any(origin in message for origin in guilty)
+    assert all(math.isfinite(loss) for loss in case.losses)
+    assert case.saved == []
+
+
+def test_an_infinite_learning_rate_ends_in_a_message_not_in_nan_weights(tiny_llama: Path) -> None:
+    case = make_case(tiny_llama, make_rows(23), training=training(learning_rate=1e30, scheduler="constant"))
+    with pytest.raises(NumericsError, match=r"step 2: the (loss|gradient) is not finite"):
+        case.run()
+
+
+def test_evaluation_changes_nothing(tiny_llama: Path) -> None:
+    rows, adapter = make_rows(23), LoraSettings(r=4, dropout=0.3)
+    plain = make_case(tiny_llama, rows, training=training(), adapter=adapter)
+    plain.run()
+    case = make_case(tiny_llama, rows, training=training(eval_steps=1), adapter=adapter)
+    modes = {}
+
+    def evaluate() -> dict[str, float]:
+        torch.rand(3)  # a metric that draws numbers
+        modes["inside"] = case.model.base.net.training
+        batches = evaluation_batches(rows, batch_size=4, pad_id=0)
+        sums = summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices)
+        modes["after"] = case.model.base.net.training
+        return sums.metrics()
+
+    case.parts.evaluate = evaluate
+    case.run()
+    assert case.losses == plain.losses
+    assert_same_bits(weights(case), weights(plain))
+    assert modes == {"inside": True, "after": True}
+    assert len([record for record in case.records if isinstance(record, EvaluationRecord)]) == 6
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tiny_llama: Path) -> None:
+    rows = make_rows(23)
+    case = make_case(tiny_llama, rows, training=training(max_steps=2))
+    case.run()
+    found = []
+    for size in (1, 4, 23):
+        batches = evaluation_batches(rows, batch_size=size, pad_id=0)
+        found.append(summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices))
+    for sums in found:
+        assert sums.loss / sums.supervised_tokens == pytest.approx(found[0].loss / found[0].supervised_tokens, rel=1e-6)
+        assert (sums.supervised_tokens, sums.tokens, sums.rows) == (
+            int(rows.supervised.sum()),
+            int(rows.lengths.sum()),
+            23,
+        )
+        assert sums.correct == found[0].correct
+
+
+def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
+    case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, eval_steps=1))
+    values = iter([3.0, float("nan"), 2.0, 2.5, 2.0, 1.0])
+    case.parts.evaluate = lambda: {"loss": next(values)}
+    case.parts.is_better = lambda value, best: not math.isnan(value) and (best is None or value < best)
+    case.parts.watched_metric, case.parts.saves_best, case.parts.patience = "loss", True, 2
+    state = case.run()
+    assert (state.step, state.best_step, state.best_value, state.stopped_early) == (5, 3, 2.0, True)
+    assert case.saved == [1, 3, 5]
