@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_disk import KILLED, FaultyDisk, count_events, in_child
 from safetensors.torch import load_file
 
+from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
 from tunekit.artifacts import durable
 from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_newest, save_checkpoint
 from tunekit.artifacts.run import RunFolder

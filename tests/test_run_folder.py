@@ -12,12 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulty_disk import KILLED, FaultyDisk, count_events, in_child
 
+from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
 from tunekit.artifacts import durable
 from tunekit.artifacts.environment import library_versions, read_environment
 from tunekit.artifacts.host_memory import peak_host_bytes, read_host_memory
@@ -214,12 +215,22 @@ def test_a_folder_that_cannot_be_written_to_is_found_at_once(
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
 
 
-@pytest.mark.skipif(ROOT, reason="root may write everywhere")
-def test_a_real_folder_without_permission(tmp_path: Path) -> None:
-    place = tmp_path / "run"
-    place.mkdir(mode=0o500)
-    with pytest.raises(RunFolderError, match="Permission denied"):
-        RunFolder.open_new(place)
+def test_a_real_folder_without_permission() -> None:
+    """In a child that gives up root's rights, where it has them."""
+    with tempfile.TemporaryDirectory() as base:
+        os.chmod(base, 0o755)
+        place = Path(base, "run")
+        place.mkdir(mode=0o555)
+        child = os.fork()
+        if child == 0:
+            if ROOT:
+                os.setuid(65534)
+            try:
+                RunFolder.open_new(place)
+            except RunFolderError as error:
+                os._exit(error.exit_code if "Permission denied" in str(error) else 99)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
 def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,18 +7,16 @@ output (warnings and errors: standard error).  Next: the verbs.  rich is importe
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from tunekit.decisions import EvaluationRecord, StepRecord, bytes_text
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
 
 PIPE_COLUMNS = 120  # where output is not a terminal and COLUMNS is not set
 LIVE_SECONDS = 0.1  # between two drawings of the live line
@@ -48,12 +46,12 @@ class Console:
     @property
     def output(self) -> TextIO:
         """Standard output, or what was given instead."""
-        return self._output or sys.stdout
+        return self._output or sys.stdout or Nowhere()
 
     @property
     def errors(self) -> TextIO:
         """Standard error, or what was given instead."""
-        return self._errors or sys.stderr
+        return self._errors or sys.stderr or Nowhere()
 
     @property
     def is_terminal(self) -> bool:
@@ -146,16 +144,11 @@ class Console:
         """Lay out with rich into text, then write it as all else is written."""
         if not self.enabled:
             return
-        rich_console = self._rich()
-        with rich_console.capture() as capture:
-            rich_console.print(thing, markup=False, highlight=False, emoji=False)
-        self.write("\n".join(line.rstrip(" ") for line in capture.get().split("\n")))
-
-    def _rich(self) -> RichConsole:
         from rich.console import Console as RichConsole
 
-        return RichConsole(
-            file=self.output,
+        paper = Paper(self.output.encoding or "utf-8")
+        rich_console = RichConsole(
+            file=paper,
             force_terminal=self.is_terminal,
             no_color=not self.has_colours,
             color_system="auto" if self.has_colours else None,
@@ -163,6 +156,8 @@ class Console:
             legacy_windows=False,
             safe_box=True,
         )
+        rich_console.print(thing, markup=False, highlight=False, emoji=False)
+        self.write("\n".join(line.rstrip(" ") for line in paper.getvalue().split("\n")))
 
     def write(self, text: str, stream: TextIO | None = None) -> None:
         """Write text as it is. A reader that has gone (a closed pipe, a hung-up terminal) never stops a run."""
@@ -177,6 +172,27 @@ class Console:
         except (OSError, ValueError):
             self._gone.add(id(stream))
             redirect_to_nothing(stream)
+
+
+class Paper(io.StringIO):
+    """Where rich lays out text; it has the encoding of the stream that the text is for."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Rich draws frames in ASCII where this cannot do better."""
+        return self._encoding
+
+
+class Nowhere(io.StringIO):
+    """Instead of a standard stream that was closed before Python began."""
+
+    def write(self, text: str) -> int:
+        """Forget it."""
+        return len(text)
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -276,6 +292,7 @@ class Progress:
         self._began = clock()
         self._told = float("-inf")
         self._last: StepRecord | None = None
+        self._told_record: StepRecord | None = None
         self._pace: deque[tuple[int, float]] = deque([(first_step, self._began)], maxlen=RATE_STEPS + 1)
         self._live = LiveLine(console) if console.is_terminal else None
 
@@ -288,6 +305,8 @@ class Progress:
             self._live.draw(self.line(self._last))
             self._console._live = None
             self._console.write("\n")
+        elif self._last is not None and self._last is not self._told_record:
+            self._console.info(self.line(self._last))
         self._console._live = None
 
     def update(self, record: StepRecord) -> None:
@@ -296,16 +315,14 @@ class Progress:
         self._last = record
         self._pace.append((record.step, now))
         last = record.step >= self._total
+        wait = LIVE_SECONDS if self._live is not None else max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
+        if not last and now - self._told < wait:
+            return
+        self._told, self._told_record = now, record
         if self._live is not None:
-            due = now - self._told >= LIVE_SECONDS or last
-            if due:
-                self._live.draw(self.line(record))
+            self._live.draw(self.line(record))
         else:
-            due = now - self._told >= max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began)) or last
-            if due:
-                self._console.info(self.line(record))
-        if due:
-            self._told = now
+            self._console.info(self.line(record))
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """An evaluation is done; it stays on the screen."""

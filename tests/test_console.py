@@ -1,0 +1,294 @@
+"""What a person sees, on terminals of every kind and on none."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from tunekit.console import Console, Progress, cell_text, time_text, visible
+from tunekit.decisions import EvaluationRecord, StepRecord
+
+
+class Terminal(io.StringIO):
+    """Text output that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "COLUMNS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+def record(step: int, loss: float = 1.25) -> StepRecord:
+    return StepRecord(step, step / 10, loss, 1e-4, 0.5, 100, 40, 0.25, 1234.0, 3 << 29)
+
+
+def both(console_is_terminal: bool = False) -> tuple[Console, io.StringIO, io.StringIO]:
+    output, errors = (Terminal(), Terminal()) if console_is_terminal else (io.StringIO(), io.StringIO())
+    return Console(output=output, errors=errors), output, errors
+
+
+def test_lines_go_where_they_belong() -> None:
+    console, output, errors = both()
+    console.info("hello [red]x[/red]")
+    console.warn("careful")
+    console.error("recipe.yaml:3: wrong")
+    assert output.getvalue() == "hello [red]x[/red]\n"
+    assert errors.getvalue() == "warning: careful\nerror: recipe.yaml:3: wrong\n"
+
+
+def test_colours_only_on_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, _, errors = both(True)
+    console.warn("careful")
+    assert errors.getvalue() == "\x1b[33mwarning:\x1b[0m careful\n"
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            console, output, errors = both(True)
+            console.warn("careful")
+            console.print_segments([("question", False), ("answer", True)])
+            assert errors.getvalue() == "warning: careful\n"
+            assert output.getvalue() == "question⟦answer⟧\n"
+
+
+def test_data_cannot_command_the_terminal() -> None:
+    evil = "\x1b[2J\x1b]0;title\x07 \x9b31m \r\x00 ok\ttab"
+    console, output, errors = both()
+    console.info(evil)
+    console.warn(evil)
+    console.table([evil], [[evil]], title=evil)
+    console.panel(evil, {evil: evil})
+    console.print_segments([(evil, True)])
+    with console.progress(1) as progress:
+        progress.evaluation(EvaluationRecord(1, {evil: 1.0}))
+    for letter in "\x1b\x07\x9b\r\x00":
+        assert letter not in output.getvalue() + errors.getvalue()
+    assert visible("\x1b[0m") == "\\x1b[0m"
+
+
+def test_markup_in_data_stays_text() -> None:
+    console, output, _ = both()
+    console.table(["[b]name[/b]"], [["[link=x]y[/link]"], [":smile:"], ["[/]"]], title="[i]t[/i]")
+    console.panel("[red]", {"[a]": "[/a]"})
+    console.print_segments([("[bold]", True), ("[/nothing]", False)])
+    for text in ("[b]name[/b]", "[link=x]y[/link]", ":smile:", "[/]", "[i]t[/i]", "[red]", "[a]", "[/a]", "⟦[bold]⟧"):
+        assert text in output.getvalue()
+
+
+def test_tables_hold_all_text_however_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    monkeypatch.setenv("COLUMNS", "20")
+    console, output, _ = both()
+    console.table(["module", "parameters"], [[name, 123456]])
+    lines = output.getvalue().splitlines()
+    assert all(len(line) <= 20 for line in lines)
+    assert "123,456" in output.getvalue()
+    first_column = "".join(line.split()[0] for line in lines[2:] if line.split())
+    assert name in first_column.replace("123,456", "")
+    monkeypatch.setenv("COLUMNS", "nonsense")
+    console.table(["module"], [[name]])
+    assert name in output.getvalue()
+
+
+def test_a_table_in_a_pipe_is_wide_and_aligned() -> None:
+    console, output, _ = both()
+    console.table(["part", "bytes"], [["weights", 5], ["logits", 12345], ["x", None]])
+    lines = [line for line in output.getvalue().splitlines() if line]
+    assert lines[2].endswith("     5")
+    assert lines[3].endswith("12,345")
+    console.table(["a"], [])
+
+
+def test_cells() -> None:
+    assert [cell_text(value) for value in (None, True, 1234567, 0.123456, 1e-9, "x")] == [
+        "", "yes", "1,234,567", "0.1235", "1e-09", "x"
+    ]  # fmt: skip
+    assert [time_text(value) for value in (-1, 0.4, 75, 3725)] == ["0s", "0s", "1m15s", "1h02m"]
+
+
+def test_segments_are_coloured_joined_and_complete() -> None:
+    console, output, _ = both(True)
+    console.print_segments([("user\n", False), ("yes", True), (" sir", True), ("", False)])
+    assert "\x1b[1;32myes sir\x1b[0m" in output.getvalue()
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(output=output).print_segments([("a", False), ("é", True)])
+    output.seek(0)
+    assert output.read() == "a[[\\xe9]]\n"
+
+
+def test_other_ranks_print_nothing() -> None:
+    console = Console(enabled=False, output=(output := io.StringIO()), errors=(errors := io.StringIO()))
+    console.info("x")
+    console.warn("x")
+    console.error("x")
+    console.table(["a"], [[1]])
+    console.panel("x", {"a": 1})
+    console.print_segments([("x", True)])
+    with console.progress(2) as progress:
+        progress.update(record(1))
+        progress.evaluation(EvaluationRecord(1, {"loss": 1.0}))
+    assert output.getvalue() == errors.getvalue() == ""
+
+
+# --- progress ------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_plain_lines_first_last_and_now_and_then() -> None:
+    console, output, _ = both()
+    clock = Clock()
+    with Progress(console, 1000, 0, clock) as progress:
+        for step in range(1, 1001):
+            clock.now += 1.0
+            progress.update(record(step))
+    lines = output.getvalue().splitlines()
+    assert lines[0].startswith("step 1/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  1.5 GiB  16m39s left")
+    assert lines[-1] == "step 1000/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  1.5 GiB"
+    assert 40 < len(lines) <= 101
+    assert "\r" not in output.getvalue()
+
+
+def test_the_last_step_is_told_once_and_an_early_end_keeps_the_last_line() -> None:
+    console, output, _ = both()
+    with console.progress(1) as progress:
+        progress.update(record(1))
+    assert output.getvalue().count("step 1/1") == 1
+    console, output, _ = both()
+    clock = Clock()
+    with Progress(console, 100, 0, clock) as progress:
+        for step in (1, 2, 3):
+            progress.update(record(step))
+    assert [line.split()[1] for line in output.getvalue().splitlines()] == ["1/100", "3/100"]
+
+
+def test_time_left_after_a_resume_counts_this_leg_only() -> None:
+    console, _, _ = both()
+    clock = Clock()
+    progress = Progress(console, 100, 90, clock)
+    assert progress.seconds_left() is None
+    clock.now += 3.0
+    progress.update(record(91))
+    assert progress.seconds_left() == pytest.approx(27.0)
+
+
+def test_one_live_line_that_steps_aside() -> None:
+    console, output, _ = both(True)
+    with console.progress(3) as progress:
+        progress.update(record(1))
+        console.info("a message")
+        progress.update(record(3, loss=0.5))
+        progress.evaluation(EvaluationRecord(3, {"loss": 0.5, "accuracy": 1.0}))
+    text = output.getvalue()
+    assert text.startswith("\rstep 1/3  loss 1.2500")
+    assert "\r\x1b[Ka message\n" in text
+    assert "step 3  eval  accuracy 1.0000  loss 0.5000\n" in text
+    assert text.endswith("\n")
+    assert text.splitlines()[-1].endswith("step 3/3  loss 0.5000  lr 1.00e-04  1,234 tok/s  1.5 GiB\x1b[K")
+
+
+def test_the_live_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    console, output, _ = both(True)
+    with console.progress(3) as progress:
+        progress.update(record(1))
+    drawn = output.getvalue().replace("\x1b[K", "").replace("\n", "").split("\r")
+    assert all(len(line) <= 19 for line in drawn)
+
+
+# --- readers that go away ------------------------------------------------------------------------------------------
+
+
+class Gone(io.StringIO):
+    """A pipe whose reader has gone, or a terminal that hung up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.calls = number, 0
+
+    def write(self, text: str) -> int:
+        self.calls += 1
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO])
+def test_a_reader_that_has_gone_is_given_up(number: int) -> None:
+    gone, errors = Gone(number), io.StringIO()
+    console = Console(output=gone, errors=errors)
+    console.info("x")
+    console.table(["a"], [[1]])
+    with console.progress(2) as progress:
+        progress.update(record(1))
+    console.warn("still here")
+    assert gone.calls == 1
+    assert errors.getvalue() == "warning: still here\n"
+
+
+def test_closed_streams_are_no_error() -> None:
+    output = io.StringIO()
+    output.close()
+    Console(output=output, errors=output).info("x")
+    Console(output=output, errors=output).warn("x")
+
+
+PIPED = """
+from tunekit.console import Console
+from tunekit.decisions import StepRecord
+console = Console()
+for step in range(20000):
+    console.info("a line of text")
+with console.progress(1) as progress:
+    progress.update(StepRecord(1, 0.1, 1.0, 1e-4, 0.5, 10, 5, 0.1, 100.0, 1))
+"""
+
+
+def test_head_ends_a_pipe_without_a_traceback() -> None:
+    code = f"\"{sys.executable}\" -c '{PIPED}' | head -1; echo status ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "a line of text\nstatus 0\n"
+    assert done.stderr == ""
+
+
+def test_a_closed_standard_output() -> None:
+    code = f"\"{sys.executable}\" -c '{PIPED}' >&-; echo status $?"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "status 0\n"
+    assert done.stderr == ""
+
+
+def test_a_real_terminal() -> None:
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 40))
+    code = "from tunekit.console import Console; c = Console(); print(c.is_terminal, c.has_colours, c.columns)"
+    done = subprocess.Popen([sys.executable, "-c", code], stdout=follower, stdin=follower)
+    os.close(follower)
+    assert done.wait(60) == 0
+    assert os.read(leader, 100).decode().strip() == "True True 40"
+    os.close(leader)
+
+
+def test_plain_lines_need_no_rich() -> None:
+    code = (
+        "import sys; from tunekit.console import Console; c = Console(); c.info('x'); c.warn('y'); c.error('z');"
+        "sys.exit('rich' in sys.modules or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

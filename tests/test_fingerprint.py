@@ -1,0 +1,119 @@
+"""What forbids a resume, and in which words."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from tunekit.artifacts.fingerprint import compare_fingerprints, make_fingerprint, require_same, resume_notes
+from tunekit.errors import RunFolderError
+
+RECIPE: dict[str, Any] = {
+    "model": {"name_or_path": "/models/a", "quantization": "none", "revision": None},
+    "data": {"train": [{"path": "/data/train.jsonl", "columns": {}, "weight": 1.0}], "eval": 0.05, "max_length": 2048},
+    "adapter": {"method": "lora", "r": 16, "target_modules": ["q_proj", "v_proj"]},
+    "training": {"learning_rate": 2e-4, "optimizer": "adamw", "save_steps": 100, "keep_checkpoints": 2},
+    "output": {"dir": "/runs/first", "report_to": []},
+}
+VERSIONS = {"tunekit": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "bitsandbytes": "0.50.2", "numpy": "2.0"}
+
+
+def facts(recipe: dict[str, Any] = RECIPE, **changes: Any) -> dict[str, Any]:
+    values = {"data": "d", "base": "b", "versions": VERSIONS, "device": "cpu", "threads": 2, **changes}
+    return make_fingerprint(recipe, **values)
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    recipe = copy.deepcopy(RECIPE)
+    place: Any = recipe
+    *way, last = key.split(".")
+    for part in way:
+        place = place[int(part)] if part.isdigit() else place[part]
+    place[last] = value
+    return recipe
+
+
+def test_the_same_is_the_same_also_through_json() -> None:
+    assert compare_fingerprints(facts(), facts()) == []
+    assert compare_fingerprints(json.loads(json.dumps(facts(), allow_nan=False)), facts()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("output.report_to", ["tensorboard"]),
+        ("output.dir", "/elsewhere"),
+        ("training.save_steps", 1),
+        ("training.keep_checkpoints", 9),
+        ("model.name_or_path", "/moved/models/a"),
+        ("data.train.0.path", "/moved/train.jsonl"),
+    ],
+)
+def test_what_may_change(key: str, value: Any) -> None:
+    assert compare_fingerprints(facts(), facts(changed(key, value))) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.learning_rate", 1e-4),
+        ("adapter.r", 8),
+        ("adapter.target_modules", ["q_proj"]),
+        ("adapter.target_modules", "all-linear"),
+        ("model.name_or_path", "hub/name"),
+        ("model.quantization", "nf4"),
+        ("data.train.0.weight", 2.0),
+        ("data.train.0.columns", {"a": "b"}),
+        ("data.eval", None),
+        ("model.revision", "main"),
+    ],
+)
+def test_what_may_not_change_is_named(key: str, value: Any) -> None:
+    found = compare_fingerprints(facts(), facts(changed(key, value)))
+    assert any(name == key or name.startswith(f"{key}.") for name, _ in found), found
+
+
+def test_data_base_versions_and_device_are_told_apart() -> None:
+    assert [name for name, _ in compare_fingerprints(facts(), facts(data="other"))] == ["data"]
+    assert [name for name, _ in compare_fingerprints(facts(), facts(base="other"))] == ["model"]
+    assert [name for name, _ in compare_fingerprints(facts(), facts(device="cuda"))] == ["device"]
+    found = compare_fingerprints(facts(), facts(versions={**VERSIONS, "torch": "2.14.0"}))
+    assert found == [("torch", "was version 2.13.0, is 2.14.0")]
+    assert compare_fingerprints(facts(), facts(versions={**VERSIONS, "numpy": "3"})) == []
+
+
+def test_bitsandbytes_counts_only_where_it_computes() -> None:
+    other = {**VERSIONS, "bitsandbytes": "0.51.0"}
+    assert compare_fingerprints(facts(), facts(versions=other)) == []
+    for recipe in (changed("model.quantization", "nf4"), changed("training.optimizer", "paged_adamw_8bit")):
+        assert [name for name, _ in compare_fingerprints(facts(recipe), facts(recipe, versions=other))] == [
+            "bitsandbytes"
+        ]
+
+
+def test_threads_are_kept_but_never_refused() -> None:
+    assert facts(threads=3)["threads"] == 3
+    assert compare_fingerprints(facts(), facts(threads=3)) == []
+
+
+def test_another_accelerator_is_a_note() -> None:
+    old, new = facts(accelerator="A100"), facts(accelerator="H100")
+    assert compare_fingerprints(old, new) == []
+    assert "A100" in resume_notes(old, new)[0]
+    assert resume_notes(old, old) == []
+
+
+def test_a_refusal_names_all_differences_with_their_lines() -> None:
+    new = facts(changed("training.learning_rate", 1e-4), data="other")
+    with pytest.raises(RunFolderError) as caught:
+        require_same(facts(), new, lines={"training.learning_rate": 7}, file="recipe.yaml")
+    assert caught.value.exit_code == 2
+    lines = [str(problem) for problem in caught.value.problems]
+    assert lines[0].startswith(
+        "recipe.yaml:7: training.learning_rate: changed since the checkpoint: was 0.0002, is 0.0001"
+    )
+    assert lines[1].startswith("data: changed since the checkpoint")
+    require_same(facts(), facts(), lines={}, file="recipe.yaml")
