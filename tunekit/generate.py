@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from tunekit.console import Console
+from tunekit.data.examples import ChatExample, CompletionExample, Message
+from tunekit.data.render import Renderer
 from tunekit.errors import DataError, InputError
 from tunekit.model.sample import generate_texts
 from tunekit.target import LoadedTarget, find_target, load_target
@@ -85,11 +87,10 @@ def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
 
 
 def _prompt_ids(loaded: LoadedTarget, text: str) -> list[int]:
-    """Ids up to where the answer begins. A text that spells special tokens creates none."""
-    tokenizer, template = loaded.tokenizer, loaded.target.chat_template
-    if template is None and tokenizer.chat_template is None:
-        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return [*start, *tokenizer.encode(text, special_tokens_in_text=False)]
-    from tunekit.data.render import prompt_ids
-
-    return prompt_ids([{"role": "user", "content": text}], tokenizer, template)
+    """Ids up to where the answer begins, made as the training rows were."""
+    renderer = Renderer(loaded.tokenizer, "assistant", loaded.target.chat_template)
+    question, answer = Message("user", text), Message("assistant", "answer")
+    plain = CompletionExample(text, "answer")
+    prompt = renderer.prompt(ChatExample((question, answer)) if renderer.has_template else plain)
+    assert prompt is not None
+    return prompt[0]

@@ -24,7 +24,7 @@ def prepare_layers(layers: Sequence[nn.Module], checkpointed: int) -> None:
     """
     for number, layer in enumerate(layers):
         run = _seeded(layer.forward, number)
-        layer.forward = _checkpointed(layer, run) if number < checkpointed else run  # type: ignore[method-assign]
+        layer.forward = _checkpointed(layer, run) if number < checkpointed else run
 
 
 def seed_layer(call: Call, number: int) -> None:

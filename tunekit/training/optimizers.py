@@ -86,7 +86,9 @@ class Optimizer:
 
     def gradient_norm(self) -> Tensor:
         """() float32: the 2-norm of all gradients together."""
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat.gradient) for flat in self.groups]))
+        norms: list[Tensor] = [torch.linalg.vector_norm(flat.gradient) for flat in self.groups]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     def scale_gradients(self, factor: Tensor | float) -> None:
         """Multiply every gradient in place."""
