@@ -17,6 +17,7 @@ from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.aliases import rewrite_aliases
 from tunekit.recipe.checks import check_across, check_secrets, settle_generation, settle_pairs
 from tunekit.recipe.draft import COMMAND_LINE, Draft, KeyPath
+from tunekit.recipe.dump import dump_recipe
 from tunekit.recipe.names import known_names
 from tunekit.recipe.overrides import apply_overrides
 from tunekit.recipe.paths import resolve_paths
@@ -26,6 +27,8 @@ from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 from tunekit.recipe.section import Section
 from tunekit.recipe.shorthands import expand_shorthands
 from tunekit.recipe.suggest import did_you_mean, show
+
+__all__ = ["LoadedRecipe", "dump_recipe", "load_recipe", "load_target_overrides", "make_recipe"]
 
 
 @dataclass(frozen=True)

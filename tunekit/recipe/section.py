@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
 LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
 
@@ -92,8 +92,12 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
 Text = Annotated[str, Field(min_length=1)]
-AutoOrBool = Annotated[str | bool, BeforeValidator(_auto_or_bool)]
-AutoBoolOrCount = Annotated[str | bool | int, BeforeValidator(_auto_bool_or_count)]
+AutoOrBool = Annotated[str | bool, BeforeValidator(_auto_or_bool), WithJsonSchema({"enum": ["auto", True, False]})]
+AutoBoolOrCount = Annotated[
+    str | bool | int,
+    BeforeValidator(_auto_bool_or_count),
+    WithJsonSchema({"anyOf": [{"enum": ["auto", True, False]}, {"type": "integer", "minimum": 0}]}),
+]
 TextOrTexts = Annotated[str | tuple[str, ...], BeforeValidator(_text_or_texts)]
 Item = TypeVar("Item")
 Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kept as a tuple

@@ -1,0 +1,230 @@
+"""The commands: parses the command line, calls one verb, prints what went wrong and sets the exit code.
+
+Comes in: sys.argv.  Goes out: an exit code (README and `tunekit --help` list them).  A verb's module is imported only
+when the verb is called, so that --help and validate never wait for torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from tunekit import __version__
+from tunekit.errors import TunekitError
+from tunekit.recipe.suggest import hide_secrets
+
+EXIT_FAULT, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 4, 130, 141
+ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products; read when CUDA starts
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+app = typer.Typer(
+    name="tunekit",
+    help="Fine-tune language models from a YAML recipe.",
+    epilog="Exit codes: 0 done; 1 a fault of tunekit; 2 the recipe or an input is wrong; 3 the numbers went wrong; "
+    "4 memory, disk or another resource ran out; 129, 130, 143 hung up, interrupted, terminated.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one"),
+]
+Target = Annotated[
+    str, typer.Argument(metavar="TARGET", help="a run, an adapter, a model folder, a recipe or a hub name")
+]
+Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result there, as JSON")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tunekit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Fine-tune language models from a YAML recipe."""
+    context.obj = debug
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@app.command()
+def validate(context: typer.Context, recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check a recipe, without loading anything."""
+    _call(context, "tunekit.validate:validate_verb", recipe, overrides or [])
+
+
+@app.command()
+def plan(context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+    """Show what train would do: targets, parameters, steps, memory, refusals."""
+    _call(context, "tunekit.plan:plan_verb", recipe, overrides or [], json_file)
+
+
+@app.command()
+def preview(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("-n", metavar="N", min=1, help="how many rows")] = 3,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="write a page there")] = None,
+) -> None:
+    """Show real training rows: which tokens are trained on, which not, and why."""
+    _call(context, "tunekit.preview:preview_verb", recipe, overrides or [], rows, html)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="load and try the longest batch; write nothing")] = False,
+) -> None:
+    """Train, and write the run folder."""
+    _call(context, "tunekit.train:train_verb", recipe, overrides or [], resume, dry_run)
+
+
+@app.command("eval")
+def evaluate(
+    context: typer.Context,
+    target: Target,
+    overrides: Overrides = None,
+    base: Base = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="rows to evaluate on")] = None,
+    data_format: Annotated[str | None, typer.Option("--format", metavar="NAME", help="what a row is")] = None,
+    metrics: Annotated[list[str] | None, typer.Option("--metric", metavar="NAME", help="may be repeated")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a run, an adapter or a model."""
+    values = (target, base, data, data_format, metrics or [], json_file, overrides or [])
+    _call(context, "tunekit.evaluate:evaluate_verb", *values)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    target: Target,
+    overrides: Overrides = None,
+    base: Base = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="one prompt")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="a file of prompts")] = None,
+) -> None:
+    """Generate answers."""
+    _call(context, "tunekit.generate:generate_verb", target, base, prompt, prompts, overrides or [])
+
+
+@app.command()
+def merge(
+    context: typer.Context,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder or a run")],
+    output: Annotated[str, typer.Option("--output", metavar="DIR", help="the new model folder")],
+    overrides: Overrides = None,
+    base: Base = None,
+    onto: Annotated[
+        str | None, typer.Option("--onto", metavar="dequantized|full|quantized", help="which base weights to add to")
+    ] = None,
+) -> None:
+    """Merge an adapter into its base."""
+    _call(context, "tunekit.merge:merge_verb", adapter, output, base, onto, overrides or [])
+
+
+@app.command()
+def recipes(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="print this one")] = None,
+    copy_to: Annotated[str | None, typer.Option("--copy", metavar="PATH", help="copy it there, with its data")] = None,
+) -> None:
+    """List, print or copy the recipes that come with tunekit."""
+    _call(context, "tunekit.recipes:recipes_verb", name, copy_to)
+
+
+@app.command()
+def init(
+    context: typer.Context, path: Annotated[str, typer.Argument(metavar="[PATH]", help="the new file")] = "recipe.yaml"
+) -> None:
+    """Write a first recipe to edit."""
+    _call(context, "tunekit.init:init_verb", path)
+
+
+@app.command()
+def schema(
+    context: typer.Context,
+    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="write it there")] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="a text for people instead of JSON Schema")] = False,
+) -> None:
+    """Print the JSON Schema of recipes."""
+    _call(context, "tunekit.schema:schema_verb", output, reference)
+
+
+def _call(context: typer.Context, verb: str, *values: Any) -> None:
+    """Import a verb, call it, and turn whatever happens into words on stderr and an exit code."""
+    module, _, name = verb.partition(":")
+    code = 0
+    try:
+        code = getattr(import_module(module), name)(*values) or 0
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        if context.obj and not isinstance(error, BrokenPipeError):
+            traceback.print_exc()
+        code = _report(error)
+    raise typer.Exit(code)
+
+
+def _report(error: BaseException) -> int:
+    """Print one line for each problem; the exit code."""
+    if isinstance(error, TunekitError):
+        return _say("\n".join(str(problem) for problem in error.problems), error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
+        return EXIT_BROKEN_PIPE
+    if isinstance(error, KeyboardInterrupt):
+        return _say("interrupted", EXIT_INTERRUPTED)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _say("memory ran out; lower training.micro_batch_size or data.max_length", EXIT_RESOURCE)
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return _say(f"{_named(error)}no space left; free some, or choose another place", EXIT_RESOURCE)
+    if isinstance(error, OSError) and error.filename is not None:
+        return _say(f"{_named(error)}{error.strerror}; check the path and its permissions", EXIT_INPUT)
+    words = " ".join(str(error).split())[:300]
+    what = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return _say(f"this is a fault of tunekit: {what}; run `tunekit --debug ...` for the traceback", EXIT_FAULT)
+
+
+def _named(error: OSError) -> str:
+    return f"{error.filename}: " if error.filename is not None else ""
+
+
+def _say(text: str, code: int) -> int:
+    print(hide_secrets(text), file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """The `tunekit` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no error
+    app()

@@ -1,0 +1,42 @@
+"""ROUGE-L: the longest common subsequence of words of the answer and the reference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def score(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Mean over the pairs of F1 = 2 LCS / (words of p + words of r); 1 where both have none.
+
+    Words are runs of letters, digits and underscores, lower-cased, not stemmed.
+    Raises: ValueError without pairs, or where the lengths differ.    Source: Lin 2004, with beta = 1.
+    """
+    scores = [
+        _f1(_words(prediction), _words(reference))
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+    if not scores:
+        raise ValueError("no answers to compare")
+    return sum(scores) / len(scores)
+
+
+def _f1(prediction: list[str], reference: list[str]) -> float:
+    total = len(prediction) + len(reference)
+    return 2 * _common_subsequence(prediction, reference) / total if total else 1.0
+
+
+def _common_subsequence(first: list[str], second: list[str]) -> int:
+    """Length of the longest common subsequence, one row of the table at a time: O(len x len) time, O(len) memory."""
+    row = [0] * (len(second) + 1)
+    for word in first:
+        diagonal = 0
+        for index, other in enumerate(second, 1):
+            above = row[index]
+            row[index] = diagonal + 1 if word == other else max(above, row[index - 1])
+            diagonal = above
+    return row[-1]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())

@@ -1,0 +1,170 @@
+"""What a recipe may hold, for editors (JSON Schema) and for people (reference text).
+
+Comes in: the section classes.  Goes out: a JSON Schema with the shorthands of structure and the other tools' names, and
+a text that lists each key with its type, default and meaning.  Next: the schema and init verbs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunekit.recipe.alias_table import IN_ADAPTER, PRECISION_KEYS, QUANTIZATION_KEYS, TOP_LEVEL, alias_target
+from tunekit.recipe.data import Source
+from tunekit.recipe.draft import dotted
+from tunekit.recipe.dump import yaml_scalar
+from tunekit.recipe.names import facts_of, known_names, settings_class
+from tunekit.recipe.problems import kind_of, section_class
+from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+JsonSchema = dict[str, Any]
+_STANDARD = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
+
+
+def make_schema() -> JsonSchema:
+    """The JSON Schema of a recipe file."""
+    definitions: JsonSchema = {}
+    properties: JsonSchema = {}
+    for name in Recipe.model_fields:
+        if name in DEFAULT_METHOD:
+            properties[name] = _named_schema(name, definitions)
+            continue
+        owner = section_class(name, None)
+        if owner is not None:
+            properties[name] = _schema_of(owner, definitions)
+    properties["model"] = {"anyOf": [{"type": "string", "minLength": 1}, properties["model"]]}
+    _add_source_shorthands(properties["data"]["properties"])
+    _add_known_names(definitions["Source"], properties["evaluation"])
+    foreign = {name: _alias_schema(name) for name in (*TOP_LEVEL, *QUANTIZATION_KEYS, *PRECISION_KEYS)}
+    return {
+        "$schema": DIALECT,
+        "title": "tunekit recipe",
+        "type": "object",
+        "properties": {**properties, **foreign},
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
+
+
+def make_reference() -> str:
+    """Each key with its type, default and meaning, a line each, section by section."""
+    lines: list[str] = []
+    for name in Recipe.model_fields:
+        if name not in DEFAULT_METHOD:
+            lines += _reference_of(name, section_class(name, None))
+            continue
+        for method in known_names(kind_of(name)):
+            lines += _reference_of(name, settings_class(kind_of(name), method))
+    lines += _reference_of("data.train.N", Source)
+    for kind in ("formats", "metrics"):
+        lines += [f"{kind}:", *(f"  {name:<20} {facts_of(kind, name).DESCRIPTION}" for name in known_names(kind)), ""]
+    lines.append("names of other tools, accepted where they put them:")
+    for name in sorted({*TOP_LEVEL, *QUANTIZATION_KEYS, *PRECISION_KEYS}):
+        target = alias_target(name)
+        if target:
+            lines.append(f"  {name:<30} {dotted(target)}")
+    return "\n".join(lines) + "\n"
+
+
+def _schema_of(owner: Any, definitions: JsonSchema) -> JsonSchema:
+    """One section's schema; what it refers to goes into the definitions."""
+    schema: JsonSchema = _in_standard_words(owner.model_json_schema())
+    definitions.update(schema.pop("$defs", {}))
+    return schema
+
+
+def _in_standard_words(schema: Any) -> Any:
+    """Bounds that pydantic leaves in its own words, because a validator stands before them, in JSON Schema's."""
+    if isinstance(schema, list):
+        return [_in_standard_words(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {_STANDARD.get(name, name): _in_standard_words(value) for name, value in schema.items()}
+
+
+def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:
+    """`adapter` and `objective`: a name, or the settings of one method; the default method need not be named."""
+    methods = known_names(kind_of(name))
+    choices = [_schema_of(settings_class(kind_of(name), method), definitions) for method in methods]
+    for method, choice in zip(methods, choices, strict=True):
+        choice["properties"]["method"] = {"const": method, "default": method}
+        if method != DEFAULT_METHOD[name]:
+            choice["required"] = [*choice.get("required", []), "method"]
+        if name == "adapter":
+            choice["properties"].update({alias: _alias_schema(alias) for alias in IN_ADAPTER})
+    names = list(methods) + (["qlora"] if name == "adapter" else [])
+    return {"anyOf": [{"enum": names}, *choices]}
+
+
+def _add_source_shorthands(data: JsonSchema) -> None:
+    """A path, a source, or a list of either."""
+    path: JsonSchema = {"type": "string", "minLength": 1}
+    source: JsonSchema = {"$ref": "#/$defs/Source"}
+    several = {"type": "array", "minItems": 1, "items": {"anyOf": [path, source]}}
+    fraction = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    for name, choices in (("train", []), ("eval", [fraction, {"type": "null"}])):
+        description = data[name].get("description", "")
+        data[name] = {"description": description, "anyOf": [path, source, several, *choices]}
+
+
+def _add_known_names(source: JsonSchema, evaluation: JsonSchema) -> None:
+    source["properties"]["format"]["enum"] = ["auto", *known_names("formats")]
+    evaluation["properties"]["metrics"]["items"] = {"enum": list(known_names("metrics"))}
+
+
+def _alias_schema(name: str) -> JsonSchema:
+    target = alias_target(name)
+    return {
+        "deprecated": True,
+        "description": f"another tool's name of {dotted(target)}" if target else "another tool's",
+    }
+
+
+def _reference_of(title: str, owner: Any) -> list[str]:
+    """One section of the reference text."""
+    schema: JsonSchema = owner.model_json_schema()
+    lines = [f"{title}: {schema.get('description', '').splitlines()[0]}"]
+    for name, field in schema["properties"].items():
+        default = "required" if name in schema.get("required", []) else _default_words(field.get("default", {}))
+        lines.append(f"  {name:<28} {_type_words(field):<52} {default:<12} {field.get('description', '')}".rstrip())
+    return [*lines, ""]
+
+
+def _default_words(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, list) else yaml_scalar(value)
+
+
+def _type_words(field: JsonSchema) -> str:
+    """A JSON Schema type in a few words."""
+    if "enum" in field:
+        return "|".join(choice if isinstance(choice, str) else yaml_scalar(choice) for choice in field["enum"])
+    if "const" in field:
+        return str(field["const"])
+    for group in ("anyOf", "oneOf"):
+        if group in field:
+            return "|".join(_type_words(choice) for choice in field[group])
+    if "$ref" in field:
+        return "source"
+    if field.get("type") == "array":
+        return f"[{_type_words(field.get('items', {}))}]"
+    if field.get("type") == "object" and "additionalProperties" in field:
+        return f"{{name: {_type_words(field['additionalProperties'])}}}"
+    words = {"string": "text", "integer": "whole number", "boolean": "true|false"}
+    return words.get(field.get("type", ""), str(field.get("type", "anything")))
+
+
+def make_commented_recipe(written: dict[str, str]) -> str:
+    """A recipe with the given dotted keys written and every other key as a comment with its default and meaning."""
+    lines = ["# What is trained, on what, and how. A comment `# key: value` shows a default; remove the # to write it."]
+    for name in Recipe.model_fields:
+        method = DEFAULT_METHOD.get(name)
+        owner: Any = settings_class(kind_of(name), method) if method else section_class(name, None)
+        mine = {**written, f"{name}.method": method} if method else written
+        fields = owner.model_json_schema()["properties"].items()
+        is_open = any(f"{name}.{key}" in mine for key, _ in fields)
+        lines += ["", f"{name}:" if is_open else f"# {name}:"]
+        for key, field in fields:
+            value = mine.get(f"{name}.{key}")
+            text = f"{key}: {value if value else _default_words(field.get('default', {}))}"
+            lines.append(f"  {text if value else f'# {text}':<50} # {field.get('description', '')}")
+    return "\n".join(lines) + "\n"

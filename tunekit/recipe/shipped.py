@@ -1,0 +1,27 @@
+"""Where the shipped recipes and their data lie: inside an installed package, or beside it in a clone.
+
+Comes in: nothing.  Goes out: a folder, and the recipes in it by name.  Next: the recipes verb.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunekit.errors import InputError
+
+
+def shipped_folder() -> Path:
+    """The folder of shipped recipes: `tunekit/shipped_recipes` of a wheel, else `recipes` of the clone.
+
+    Raises: InputError where neither exists.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "shipped_recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise InputError(f"the shipped recipes are missing beside {package}", "install tunekit again")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Every shipped recipe by name ("sft-lora"), sorted."""
+    return {file.stem: file for file in sorted(shipped_folder().glob("*.yaml"))}

@@ -1,0 +1,71 @@
+"""`tunekit recipes`: the recipes that come with tunekit: list them, print one, or copy one with its data.
+
+Comes in: a name or none.  Goes out: lines on stdout, or files at a new place.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from pathlib import Path
+
+from tunekit.errors import RecipeError
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.suggest import did_you_mean
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+ENDINGS = (".yaml", ".yml")
+
+
+def recipes_verb(name: str | None, copy_to: str | None) -> None:
+    """List, print or copy. Raises RecipeError for an unknown name or where a file is in the way."""
+    folder = find_recipes_folder()
+    known = {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
+    if name is None:
+        if copy_to is not None:
+            raise RecipeError("--copy needs the name of a recipe", f"known recipes: {', '.join(known)}")
+        for each, file in known.items():
+            print(f"{each:<20} {first_comment(file)}".rstrip())
+        return
+    if name not in known:
+        raise RecipeError(f"unknown recipe '{name}'", did_you_mean(name, known, "known recipes"))
+    if copy_to is None:
+        print(known[name].read_text(encoding="utf-8"), end="")
+        return
+    for file in copy_recipe(known[name], Path(copy_to)):
+        print(f"wrote {file}")
+
+
+def find_recipes_folder() -> Path:
+    """recipes/ of a checkout, or the folder that the wheel installed."""
+    candidates = [CHECKOUT / "recipes", Path(sysconfig.get_path("data")) / "share" / "tunekit" / "recipes"]
+    for folder in candidates if (CHECKOUT / "pyproject.toml").exists() else candidates[1:]:
+        if folder.is_dir():
+            return folder
+    raise RecipeError("the shipped recipes are not installed", f"they belong in {candidates[-1]}")
+
+
+def first_comment(recipe: Path) -> str:
+    """What a recipe says of itself: its first line, if that is a comment."""
+    with recipe.open(encoding="utf-8") as opened:
+        line = opened.readline().strip()
+    return line.removeprefix("#").strip() if line.startswith("#") else ""
+
+
+def copy_recipe(recipe: Path, target: Path) -> list[Path]:
+    """Copy a recipe and the files it names beside it, to the same relative places; nothing is overwritten."""
+    target = target if target.suffix in ENDINGS else target / recipe.name
+    loaded = load_recipe(recipe).recipe
+    sources = [*loaded.data.train, *(loaded.data.eval if isinstance(loaded.data.eval, tuple) else ())]
+    named = [loaded.model.name_or_path, loaded.data.chat_template, *(source.path for source in sources)]
+    pairs = {target: recipe}
+    for path in named:
+        if path and Path(path).is_file() and Path(path).is_relative_to(recipe.parent):
+            pairs[target.parent / Path(path).relative_to(recipe.parent)] = Path(path)
+    for copy, original in pairs.items():
+        if copy.exists() and (not copy.is_file() or copy.read_bytes() != original.read_bytes()):
+            raise RecipeError("exists already and is something else", "name another place", file=str(copy))
+    for copy, original in pairs.items():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(original, copy)
+    return list(pairs)

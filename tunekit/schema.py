@@ -1,0 +1,22 @@
+"""`tunekit schema`: what a recipe may hold, as JSON Schema for an editor or as a text for a person.
+
+Comes in: an optional file.  Goes out: the schema there or on stdout; a file ending in .txt or .md gets the text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tunekit.recipe.schema import make_reference, make_schema
+
+
+def schema_verb(output: str | None, reference: bool) -> None:
+    """Write the schema, or the reference text."""
+    as_text = reference or (output is not None and output.endswith((".txt", ".md")))
+    text = make_reference() if as_text else json.dumps(make_schema(), indent=2) + "\n"
+    if output is None:
+        print(text, end="")
+        return
+    Path(output).write_text(text, encoding="utf-8")
+    print(f"wrote {output}")
