@@ -1,0 +1,110 @@
+"""Follows every live storage of a computation, real or without values on the meta device, and keeps the highest sum.
+
+Comes in: torch operations, while the tracker is entered.  Goes out: peak bytes by part.  Next: estimate.py.
+
+A storage counts from the operation that makes it until it is freed; views count once, a storage resized in place
+counts with its new size. What kernels allocate inside is unseen by torch's dispatch: workspace.py adds it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tunekit.memory.values import IntegerValues
+from tunekit.memory.workspace import workspace_bytes
+
+CUDA_BLOCK_BYTES = 512  # the CUDA caching allocator rounds every allocation up to this
+
+
+class StorageTracker(TorchDispatchMode):
+    """Live bytes by part, and their largest sum since `reset_peak`.
+
+    `device`: where the computation will really run; it decides rounding and kernel workspaces.
+    """
+
+    def __init__(self, device: torch.device, *, with_workspaces: bool = True) -> None:
+        super().__init__()
+        self.device = device
+        self.part = "activations"
+        self.live: Counter[str] = Counter()
+        self.total = 0
+        self.peak: dict[str, int] = {}
+        self.peak_total = 0
+        self._values = IntegerValues()
+        self._with_workspaces = with_workspaces
+        self._known: dict[int, tuple[str, int, Any]] = {}  # storage id -> part, bytes, finalizer
+
+    def adopt(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count tensors that already exist."""
+        with self.counting_as(part):
+            for tensor in tensors:
+                self._follow(tensor)
+
+    @contextmanager
+    def counting_as(self, part: str) -> Iterator[None]:
+        """What is allocated inside the block belongs to `part`."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is live now."""
+        self.peak, self.peak_total = dict(self.live), self.total
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return self._values.scalar(args[0])
+        output = func(*args, **named)
+        self._values.follow(func, args, named, output)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        if self._with_workspaces:
+            extra = workspace_bytes(func, args, output, self.device)
+            if self.total + extra > self.peak_total:
+                self.peak = dict(self.live) | {self.part: self.live[self.part] + extra}
+                self.peak_total = self.total + extra
+        return output
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, self._rounded(storage.nbytes())
+        known = self._known.get(key)
+        if known is None:
+            # A closure over plain values only: the finalizer must not keep the storage alive.
+            finalizer = weakref.finalize(storage, self._forget, key)
+            finalizer.atexit = False
+            self._known[key] = (self.part, size, finalizer)
+            self._add(self.part, size)
+        elif known[1] != size:
+            self._known[key] = (known[0], size, known[2])
+            self._add(known[0], size - known[1])
+
+    def _forget(self, key: int) -> None:
+        part, size, _ = self._known.pop(key)
+        self._add(part, -size)
+
+    def _add(self, part: str, size: int) -> None:
+        self.live[part] += size
+        self.total += size
+        if self.total > self.peak_total:
+            self.peak, self.peak_total = dict(self.live), self.total
+
+    def _rounded(self, size: int) -> int:
+        if self.device.type == "cuda":
+            return -(-size // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
+        return size
+
+

@@ -1,0 +1,51 @@
+"""Values of the small integer and bool tensors of a simulated computation.
+
+Comes in: every operation of a run on the meta device.  Goes out: what `.item()` would have read.  Next: tracker.py.
+
+Shapes and control flow of a forward depend on ids, positions and masks, never on activations. So these, and only
+these, are computed for real beside the simulation: the mask of packed rows is then the one that the real run builds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+LARGEST_ELEMENTS = 1 << 26  # a mask of 8192 x 8192; beyond it a value is unknown and read as zero
+
+
+class IntegerValues:
+    """Real CPU twins of integer and bool meta tensors."""
+
+    def __init__(self) -> None:
+        self._twins: Any = WeakTensorKeyDictionary()
+
+    def follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Compute the twin of `output`, where it is an integer and every input has a twin or a value."""
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not made or not all(self._wanted(tensor) for tensor in made):
+            return
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not all(tensor in self._twins or not tensor.is_meta for tensor in inputs):
+            return
+        twin = func(*tree_map(self._real, args), **tree_map(self._real, kwargs))
+        for tensor, value in zip(made, (leaf for leaf in tree_leaves(twin) if isinstance(leaf, Tensor)), strict=True):
+            self._twins[tensor] = value
+
+    def scalar(self, tensor: Tensor) -> Any:
+        """The value of a one-element tensor; zero where it is unknown."""
+        twin = self._twins.get(tensor)
+        return torch.zeros((), dtype=tensor.dtype).item() if twin is None else twin.item()
+
+    def _wanted(self, tensor: Tensor) -> bool:
+        integer = not tensor.is_floating_point() and not tensor.is_complex()
+        return tensor.is_meta and integer and tensor.numel() <= LARGEST_ELEMENTS
+
+    def _real(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return self._twins.get(leaf, leaf)
+        return torch.device("cpu") if leaf == torch.device("meta") else leaf
