@@ -55,8 +55,8 @@ class AdapterConfig:
         return None if name.startswith((".", "/", "~")) else name
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read and check both configuration files.
+def read_adapter_config(folder: Path, method: Method | None = None) -> AdapterConfig:
+    """Read and check both configuration files; `method` is found from peft_type where it is not given.
 
     Raises: AdapterError for whatever is missing, malformed or not supported, by name; no tensor is looked at.
     """
@@ -65,7 +65,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise AdapterError("is not an adapter folder", "name a folder that holds adapter_config.json", file=str(folder))
     path = folder / CONFIG_NAME
     fields = parse_json(read_small(path), str(path))
-    method = method_of(fields, str(path))
+    method = method or method_of(fields, str(path))
     config = AdapterConfig(
         folder=folder,
         method=method,

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.base import Method
 from tunekit.adapters.configuration import FACTS_NAME, TENSORS_NAME, AdapterConfig
 from tunekit.adapters.configuration import read_adapter_config as read_adapter_config
 from tunekit.adapters.expected import expected_tensors
@@ -37,14 +38,15 @@ def attach_adapter_folder(
     base_fingerprint: str | None = None,
     device: torch.device | None = None,
     base_weight: BaseWeight | None = None,
+    method: Method | None = None,
 ) -> AttachedAdapter:
     """Put the folder's adapter, ours or peft's, into the base.
 
     `base_weight(module name)`: the base's matrix (O, I) where the net itself is on the meta device; asked only for
-    files of peft that carry a copy of an embedding.
+    files of peft that carry a copy of an embedding. `method`: found from the folder's peft_type by default.
     Raises: AdapterError for everything that is not exactly as the configuration says, before the base is touched.
     """
-    config = read_adapter_config(folder)
+    config = read_adapter_config(folder, method)
     _check_fingerprint(config, base_fingerprint)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     tensors = _read_tensors(config, net, targets, head_name, base_weight)

@@ -1,0 +1,218 @@
+"""The contract that every layer adapter keeps, over every method and every way a base stores its matrices.
+
+A new method is one more line in METHODS; nothing else here changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.base import LayerAdapter, Method, NotMergeable
+from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.model.call import Call, calling
+from tunekit.model.weights import pack_linear, weight_of
+from tunekit.recipe.adapters.lora import LoraSettings
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",)),
+    "rslora": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",), use_rslora=True),
+}
+STORAGES = ("dense", "no_bias", "bfloat16", "conv1d", "embedding", "nf4", "fp4", "int8_weight_only", "int8")
+INPUTS, OUTPUTS, VOCABULARY = 64, 48, 50
+
+
+class Base(nn.Module):
+    """A head over one layer, so that the layer's input also gets a gradient."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Linear(INPUTS, INPUTS)
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.before(x) if x.is_floating_point() else x)
+
+
+def make_base(storage: str) -> Base:
+    torch.manual_seed(3)
+    if storage == "embedding":
+        return Base(nn.Embedding(VOCABULARY, OUTPUTS, padding_idx=0)).eval()
+    if storage == "conv1d":
+        layer: nn.Module = Conv1D(OUTPUTS, INPUTS)
+        nn.init.normal_(layer.weight, std=0.3)
+    else:
+        layer = nn.Linear(INPUTS, OUTPUTS, bias=storage != "no_bias")
+    if storage in ("nf4", "fp4", "int8_weight_only", "int8"):
+        layer = pack_linear(layer, storage, storage == "nf4", torch.float32)
+    base = Base(layer).eval()
+    return base.to(torch.bfloat16) if storage == "bfloat16" else base
+
+
+def make_input(storage: str) -> Tensor:
+    torch.manual_seed(4)
+    if storage == "embedding":
+        return torch.randint(0, VOCABULARY, (2, 7))
+    return torch.randn(2, 7, INPUTS, dtype=torch.bfloat16 if storage == "bfloat16" else torch.float32)
+
+
+def attach(base: Base, method: str, seed: int = 5) -> AttachedAdapter:
+    return attach_adapter(base, METHODS[method](), seed=seed, head_name=None)
+
+
+def randomise(attached: AttachedAdapter) -> None:
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in attached.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+every = pytest.mark.parametrize(("method", "storage"), [(m, s) for m in METHODS for s in STORAGES])
+
+
+@every
+def test_starts_as_identity_and_bypass_is_the_base(method: str, storage: str) -> None:
+    base, x = make_base(storage), make_input(storage)
+    plain = base(x)
+    attached = attach(base, method)
+    if attached.starts_as_identity():
+        assert torch.equal(base(x), plain)
+    randomise(attached)
+    assert not torch.equal(base(x), plain)
+    with calling(Call(bypassed=True)):
+        assert torch.equal(base(x), plain)
+
+
+@every
+def test_only_its_tensors_get_gradients_and_the_base_stays(method: str, storage: str) -> None:
+    base = make_base(storage)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    attached = attach(base, method)
+    randomise(attached)
+    trained = attached.trained()
+    base(make_input(storage)).float().square().sum().backward()
+    assert {id(p) for p in base.parameters() if p.requires_grad} == {id(p) for p in trained.values()}
+    assert list(trained) == sorted(trained)
+    for name, parameter in trained.items():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    assert all(p.grad is None for p in base.parameters() if not p.requires_grad)
+    attached.detach()
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@every
+def test_forward_is_the_base_layer_with_merged_weight(method: str, storage: str) -> None:
+    base, x = make_base(storage), make_input(storage)
+    plain = base(x)
+    attached = attach(base, method)
+    randomise(attached)
+    layer = attached.adapted_modules()["layer"]
+    weight = weight_of(layer.base_layer)
+    assert weight is not None
+    matrix, bias = layer.merged(weight.read(), weight.bias)
+    assert matrix.shape == weight.shape
+    assert matrix.dtype == torch.float32
+    running = (base(x) - plain).float()
+    if storage == "embedding":
+        merged = nn.functional.embedding(x, matrix - weight.read())
+    else:
+        assert (bias is None) == (weight.bias is None)
+        hidden = base.before(x).float()
+        merged = nn.functional.linear(hidden, matrix - weight.read())
+    # The layer's own rounding (bfloat16, LLM.int8's inputs) is in `plain` as well and cancels.
+    torch.testing.assert_close(running, merged, rtol=0, atol=0.15 if storage == "bfloat16" else 1e-5)
+
+
+@every
+def test_save_and_load_is_bitwise(method: str, storage: str, tmp_path: Path) -> None:
+    base, x = make_base(storage), make_input(storage)
+    attached = attach(base, method)
+    randomise(attached)
+    save_adapter_folder(attached, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
+    other = make_base(storage)
+    read = attach_adapter_folder(other, tmp_path / "a", head_name=None)
+    assert read.state().keys() == attached.state().keys()
+    assert all(torch.equal(read.state()[name], tensor) for name, tensor in attached.state().items())
+    assert torch.equal(other(x), base(x))
+    save_adapter_folder(read, tmp_path / "b", base_name="org/base", base_fingerprint=None, revision=None)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_values_depend_on_seed_and_module_name_alone(method: str) -> None:
+    def first(seed: int, extra: bool) -> Tensor:
+        base = make_base("dense")
+        settings = METHODS[method]()
+        if extra:
+            settings = settings.model_copy(update={"target_modules": ("before", "layer")})
+        torch.manual_seed(seed + extra)  # the global generator has no part in it
+        state = attach_adapter(base, settings, seed=seed, head_name=None).state()
+        return torch.cat([tensor.flatten() for name, tensor in state.items() if name.startswith("layer.")])
+
+    assert torch.equal(first(1, False), first(1, True))
+    assert not torch.equal(first(1, False), first(2, False))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_meta_base_allocates_nothing(method: str) -> None:
+    with torch.device("meta"):
+        base = make_base("dense")
+    attached = attach(base, method)
+    assert all(tensor.is_meta for tensor in attached.state().values())
+    counted = sum(target.trainable_parameters for target in attached.targets)
+    assert counted == sum(parameter.numel() for parameter in attached.trained().values()) > 0
+
+
+def test_dropout_only_while_training() -> None:
+    base, x = make_base("dense"), make_input("dense")
+    settings = LoraSettings(r=4, dropout=0.5, target_modules=("layer",))
+    attached = attach_adapter(base, settings, seed=0, head_name=None)
+    randomise(attached)
+    assert torch.equal(base(x), base(x))
+    base.train()
+    torch.manual_seed(0)
+    first, second = base(x), base(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(base(x), first)
+
+
+def test_unknown_attributes_are_the_base_layers() -> None:
+    base = make_base("dense")
+    base.layer.stride = (1,)
+    attached = attach(base, "lora")
+    assert base.layer.in_features == INPUTS
+    assert base.layer.stride == (1,)
+    assert base.layer.weight is attached.adapted_modules()["layer"].base_layer.weight
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = base.layer.no_such
+
+
+def test_a_layer_that_cannot_merge_says_so() -> None:
+    class Gate(LayerAdapter):
+        @classmethod
+        def slots(cls, settings: Any, target: Any) -> dict[str, Any]:
+            return {}
+
+        def adapted(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) * x.mean()
+
+    base = make_base("dense")
+    lora = attach(base, "lora")
+    lora.detach()
+    gated = Method(peft=lora.method.peft, layer=Gate)
+    attached = attach_adapter(base, METHODS["lora"](), seed=0, head_name=None, method=gated)
+    with pytest.raises(NotMergeable, match="Gate cannot be written into the weights of layer"):
+        attached.adapted_modules()["layer"].merged(torch.zeros(1, 1), None)
