@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
 from tunekit.artifacts import durable
-from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_newest, save_checkpoint
+from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.tensor_file import write_tensors
 from tunekit.errors import ResourceError, RunFolderError
@@ -330,6 +330,16 @@ def test_none_whole_is_refused_and_names_each(run: RunFolder) -> None:
         RunFolderError, match=r"step-000002: manifest\.json is missing; step-000001: state\.json is missing"
     ):
         load_newest(run)
+
+
+def test_one_asked_for_by_name_is_refused_if_damaged(run: RunFolder) -> None:
+    folder = save(run, 1)
+    require_state(load_checkpoint(folder), 1)
+    flip(folder / "tensors.safetensors", 900)
+    with pytest.raises(RunFolderError, match=r"step-000001 is damaged: tensors\.safetensors differs"):
+        load_checkpoint(folder)
+    with pytest.raises(RunFolderError, match="step-000007 is damaged"):
+        load_checkpoint(run.checkpoints / "step-000007")
 
 
 def test_a_newer_format_is_refused_not_passed_over(run: RunFolder) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -305,61 +304,39 @@ def test_leftovers_are_tidied_only_if_ours(tmp_path: Path) -> None:
     for name in (*ours, *others):
         (place / name).write_text("")
     (place / ".status.json.part-1").symlink_to(tmp_path)
-    (place / ".staging-5").mkdir()
-    (place / ".staging-5" / "thesis.txt").write_text("")
-    (place / ".staging-6").mkdir()
-    (place / ".staging-6" / "tunekit-staging").write_text("")
-    (place / ".staging-6" / "adapter").mkdir()
-    (place / ".staging-7").mkdir()
+    for name, inside in (
+        (".adapter.part-5", "tunekit.json"),
+        (".adapter.part-6", "thesis.txt"),
+        (".model.part-7", "x"),
+    ):
+        (place / name).mkdir()
+        (place / name / inside).write_text("")
+    (place / ".adapter.part-8").symlink_to(place / ".adapter.part-6")
     RunFolder.open_new(place).close()
     left = {entry.name for entry in place.iterdir()}
-    assert left == {LOCK_NAME, *others, ".status.json.part-1", ".staging-5"}
-    assert (place / ".staging-5" / "thesis.txt").exists()
+    assert left == {
+        LOCK_NAME,
+        *others,
+        ".status.json.part-1",
+        ".adapter.part-6",
+        ".model.part-7",
+        ".adapter.part-8",
+    }
+    assert (place / ".adapter.part-6" / "thesis.txt").exists()
 
 
-def test_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Killed at every event of replacing adapter/: the old or the new, after the next opening nothing else."""
-    template = tmp_path / "template"
-
-    def fill(place: Path, text: str) -> None:
-        with RunFolder.open_resume(place) as run, run.staged("adapter") as folder:
-            (folder / "one").write_text(text)
-            (folder / "two").write_text(text)
-
-    fill(template, "old")
-    shutil.copytree(template, tmp_path / "counted")
-    count = len(count_events(lambda: fill(tmp_path / "counted", "new")))
-    assert count > 15
-    for index in range(count):
-        place = tmp_path / f"run-{index}"
-        shutil.copytree(template, place)
-        assert in_child(lambda place=place: fill(place, "new"), FaultyDisk(index, "kill")) == KILLED  # type: ignore[misc]
-        with RunFolder.open_resume(place):
-            texts = {name: (place / "adapter" / name).read_text() for name in ("one", "two")}
-            assert texts in ({"one": "old", "two": "old"}, {"one": "new", "two": "new"})
-            assert {entry.name for entry in place.iterdir()} == {LOCK_NAME, "adapter"}
-
-
-def test_a_staged_folder_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunFolder.open_new(tmp_path / "run")
-    with run.staged("adapter") as folder:
-        (folder / "one").write_text("old")
-
-    def fill() -> None:
-        with run.staged("adapter") as folder:
-            (folder / "one").write_text("new")
-
-    count = len(count_events(fill))
-    for index in range(count):
-        with monkeypatch.context() as patch:
-            patch.setattr(durable, "perform", FaultyDisk(index, "fail").perform)
-            with contextlib.suppress(ResourceError):  # the removal of the staging folder may fail softly
-                fill()
-        assert (run.path / "adapter" / "one").read_text() in ("old", "new")
-    with pytest.raises(KeyError), run.staged("model"):
-        raise KeyError("the caller failed")
-    fill()
-    assert {entry.name for entry in run.path.iterdir()} == {LOCK_NAME, "adapter"}
+@pytest.mark.parametrize("stands", [True, False])
+def test_an_adapter_that_had_stepped_aside_comes_back_unless_the_new_one_stands(tmp_path: Path, stands: bool) -> None:
+    place = tmp_path / "run"
+    RunFolder.open_new(place).close()
+    (place / ".adapter.part-5.old").mkdir()
+    (place / ".adapter.part-5.old" / "adapter_config.json").write_text("old")
+    if stands:
+        (place / "adapter").mkdir()
+        (place / "adapter" / "adapter_config.json").write_text("new")
+    RunFolder.open_resume(place).close()
+    assert {entry.name for entry in place.iterdir()} == {LOCK_NAME, "adapter"}
+    assert (place / "adapter" / "adapter_config.json").read_text() == ("new" if stands else "old")
 
 
 def test_status_says_whether_a_run_ended_well(tmp_path: Path) -> None:

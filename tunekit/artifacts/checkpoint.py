@@ -233,7 +233,15 @@ def _file_sha256(path: Path) -> str:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Verify one checkpoint and read it. Raises DamagedError, or RunFolderError where a newer tunekit wrote it."""
+    """Verify one checkpoint and read it. Raises RunFolderError where it is damaged or a newer tunekit wrote it."""
+    try:
+        return _load(folder)
+    except DamagedError as error:
+        raise RunFolderError(f"checkpoint {folder} is damaged: {error}", "restore it from a copy") from error
+
+
+def _load(folder: Path) -> Checkpoint:
+    """As load_checkpoint, but raises DamagedError, after which load_newest tries another."""
     manifest = _read_manifest(folder)
     try:
         _verify(folder, manifest)
@@ -254,7 +262,7 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
     damaged = []
     for _, folder in list_checkpoints(run):
         try:
-            checkpoint = load_checkpoint(folder)
+            checkpoint = _load(folder)
         except DamagedError as error:
             damaged.append(f"{folder.name}: {error}")
             continue

@@ -155,14 +155,6 @@ def sync_file(path: Path) -> None:
     effect("fsync", path, sync)
 
 
-def sync_tree(folder: Path) -> None:
-    """Make every file and name under a folder durable, deepest first."""
-    for root, _, names in os.walk(folder, topdown=False):
-        for name in sorted(names):
-            sync_file(Path(root, name))
-        sync_folder(Path(root))
-
-
 def make_folder(folder: Path) -> None:
     """A new folder; its name is durable only after sync_folder(parent)."""
     effect("mkdir", folder, lambda: os.mkdir(folder))

@@ -1,6 +1,6 @@
 """The run folder: taken by one process, checked before a model loads, written so that a kill leaves it readable.
 
-Comes in: output.dir.  Goes out: recipe.yaml, plan.json, environment.json, status.json, metrics.jsonl, staged folders.
+Comes in: output.dir.  Goes out: recipe.yaml, plan.json, environment.json, status.json, metrics.jsonl.
 Next: checkpoint.py, report/.  In a run of several ranks only rank 0 has one.
 """
 
@@ -11,8 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,8 @@ from tunekit.errors import ResourceError, RunFolderError
 FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.md")
 FOLDERS = ("checkpoints", "adapter", "model", "tracking")
 RUN_SIGNS = ("plan.json", "checkpoints")
-PART = re.compile(r"\.(?P<name>.+)\.part-\d+")
-STAGING = re.compile(r"\.staging-\d+")
-STAGING_MARK = "tunekit-staging"  # sorts after all else in the folder, so that removal takes it last
-DELETING = re.compile(r"\.deleting-.+-\d+")
+PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # durable.temporary_name, and what stepped aside for it
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tunekit.json"}
 
 
 def print_warning(text: str) -> None:
@@ -106,29 +103,6 @@ class RunFolder:
     def status(self, exit_code: int | None, reason: str) -> None:
         """Write status.json; None while the run goes on, 0 once all results are durable."""
         self.write_json("status.json", {"exit_code": exit_code, "reason": redact(reason)})
-
-    @contextmanager
-    def staged(self, name: str) -> Iterator[Path]:
-        """A folder to fill, which becomes RUN/name whole when the block ends and never exists if it fails."""
-        staging = self.path / f".staging-{os.getpid()}"
-        if durable.is_real_folder(staging):
-            durable.remove_tree(staging)
-        durable.make_folder(staging)
-        durable.DurableFile(staging / STAGING_MARK).close()
-        try:
-            durable.make_folder(staging / name)
-            yield staging / name
-            durable.sync_tree(staging / name)
-            if durable.is_real_folder(self.path / name):
-                durable.rename(self.path / name, staging / f"old-{name}")
-            durable.rename(staging / name, self.path / name)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.rename(staging / f"old-{name}", self.path / name)
-            raise
-        finally:
-            with contextlib.suppress(OSError, ResourceError, RunFolderError):
-                durable.remove_tree(staging)
 
     def close(self) -> None:
         """Let another process in."""
@@ -241,22 +215,25 @@ def _probe(path: Path) -> None:
 
 
 def _tidy(path: Path) -> None:
-    """Remove what killed runs left half done: only names we give, and folders only with our mark."""
+    """Remove what killed runs left half done: only under names we give, and folders only if all in them is ours."""
     for entry in sorted(path.iterdir()):
         part = PART.fullmatch(entry.name)
-        if part and part["name"] in (*FILES, "probe") and durable.is_real_file(entry):
+        if part is None:
+            continue
+        if durable.is_real_file(entry) and part["name"] in (*FILES, "probe") and not part["old"]:
             durable.unlink(entry)
-        elif STAGING.fullmatch(entry.name) and durable.is_real_folder(entry):
-            _tidy_staging(path, entry)
+        elif durable.is_real_folder(entry) and part["name"] == "adapter" and _holds_only(entry, ADAPTER_FILES):
+            _tidy_adapter(path / "adapter", entry, moved_aside=bool(part["old"]))
 
 
-def _tidy_staging(path: Path, staging: Path) -> None:
-    """Remove a staging folder that has our mark (or nothing at all), first putting back a result it had moved aside."""
-    names = sorted(entry.name for entry in staging.iterdir())
-    if names and not durable.is_real_file(staging / STAGING_MARK):
-        return
-    for name in names:
-        result = name.removeprefix("old-")
-        if result != name and result in FOLDERS and not os.path.lexists(path / result):
-            durable.rename(staging / name, path / result)
-    durable.remove_tree(staging)
+def _tidy_adapter(adapter: Path, entry: Path, *, moved_aside: bool) -> None:
+    """A half-written adapter goes; one that had stepped aside for it comes back, unless the new one stands."""
+    if moved_aside and not os.path.lexists(adapter):
+        durable.rename(entry, adapter)
+    else:
+        durable.remove_tree(entry)
+
+
+def _holds_only(folder: Path, names: set[str]) -> bool:
+    """Whether a folder holds regular files of these names and nothing else."""
+    return all(entry.name in names and durable.is_real_file(entry) for entry in folder.iterdir())

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tunekit.artifacts.redact import redact
 from tunekit.artifacts.report.totals import Totals
 from tunekit.decisions import Plan, ReportFacts, bytes_text
 
@@ -23,8 +24,8 @@ SECONDS_ORDER = ("load", "data", "train", "evaluate", "save")
 
 
 def escape(value: object) -> str:
-    """Text from a recipe or a file as Markdown shows it: on one line, none of it a command."""
-    flat = " ".join(str(value).split())
+    """Text from a recipe or a file as Markdown shows it: on one line, none of it a command or a secret."""
+    flat = " ".join(redact(str(value)).split())
     return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in flat)
 
 

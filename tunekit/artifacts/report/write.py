@@ -9,7 +9,6 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from tunekit.artifacts.redact import redact
 from tunekit.artifacts.report.page import make_page
 from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.run import RunFolder
@@ -43,4 +42,4 @@ def _measured(value: Any) -> Any:
 def write_report(run: RunFolder, facts: ReportFacts, plan: Plan) -> None:
     """Write report.json, then report.md, each whole or not at all."""
     run.write_json("report.json", report_values(facts))
-    run.write_text("report.md", redact(make_page(run.path, facts, plan, sum_metrics(run.read_metrics()))))
+    run.write_text("report.md", make_page(run.path, facts, plan, sum_metrics(run.read_metrics())))

@@ -1,0 +1,245 @@
+"""report.json holds what was measured and nothing else; report.md tells the same to a person."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunekit.artifacts.report.page import curve, escape, make_page
+from tunekit.artifacts.report.totals import sum_metrics
+from tunekit.artifacts.report.write import report_values, write_report
+from tunekit.artifacts.run import RunFolder
+from tunekit.decisions import (
+    EvaluationRecord,
+    ModelFacts,
+    PeakBytes,
+    Plan,
+    Reaction,
+    ReportFacts,
+    RowCounts,
+    StepRecord,
+    Target,
+)
+
+MIB = 1 << 20
+FACTS = ReportFacts(
+    peak_allocated_bytes=None,
+    peak_reserved_bytes=None,
+    peak_host_bytes=900 * MIB,
+    tokens_per_second=1234.5,
+    supervised_tokens_per_second=400.25,
+    seconds={"save": 0.5, "load": 2.0, "train": 30.0, "data": 1.0, "evaluate": 4.0},
+    rows={"read": 100, "trained": 90, "dropped": 10, "truncated": 3},
+    tokens=5000,
+    supervised_tokens=2000,
+    predicted_bytes={"cpu": 110 * MIB},
+    measured_bytes={"cpu": 100 * MIB},
+    adapter_bytes=2 * MIB,
+    base_bytes=200 * MIB,
+    trainable_parameters=500_000,
+    best_step=2,
+    final_step=4,
+    final_loss=1.25,
+    evaluations=[
+        {"step": 0, "eval": {"loss": 3.0}},
+        {"step": 2, "eval": {"loss": 1.0, "accuracy": 0.75}},
+        {"step": 4, "eval": {"loss": 1.5, "accuracy": 0.5}},
+    ],
+    reactions=[Reaction("longest batch", "micro-batches are split in two", 0)],
+)
+
+
+def make_plan(**changes: Any) -> Plan:
+    plan = Plan(
+        tunekit_version="0.1.0",
+        recipe={"adapter": {"method": "lora", "r": 16}, "data": {"train": [{"path": "train.jsonl"}]}},
+        model=ModelFacts(
+            "models/tiny_llama", None, "causal", "llama", "float32", "nf4", True, "sdpa", 1_000_000, 2, 64, 262, "f"
+        ),
+        device="cpu",
+        targets=[Target("model.layers.0.self_attn.q_proj", "linear", 64, 64, 500_000, 16, 32.0)],
+        trainable_parameters=500_000,
+        total_parameters=100_000_000,
+        steps=4,
+        steps_per_epoch=2,
+        warmup_steps=0,
+        micro_batches_per_epoch=4,
+        rows=RowCounts(100, 90, 10, 3, 5000, 2000, 99, dropped_reasons={"longer than max_length": 10}),
+        eval_rows=None,
+        supervised_tokens=2000,
+        packing=True,
+        packing_reason="auto: rows are isolated",
+        checkpointed_layers=0,
+        logits_chunk_tokens=128,
+        engine="resident",
+        peak_bytes=PeakBytes(50 * MIB, 2 * MIB, 4 * MIB, 40 * MIB, 14 * MIB, 110 * MIB),
+        refusals=[],
+    )
+    return dataclasses.replace(plan, **changes)
+
+
+def step(number: int, loss: float) -> StepRecord:
+    return StepRecord(number, number / 2, loss, 1e-4, 0.5, 100, 40, 0.5, 200.0, MIB)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    run = RunFolder.open_new(tmp_path / "first")
+    for number, loss in enumerate((3.0, 2.0, 1.5, 1.25), start=1):
+        run.append_metrics(step(number, loss))
+    run.append_metrics(EvaluationRecord(4, {"loss": 1.5}))
+    return run
+
+
+def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> None:
+    write_report(run, FACTS, make_plan())
+    report = json.loads((run.path / "report.json").read_text())
+    assert "peak_allocated_bytes" not in report
+    assert "peak_reserved_bytes" not in report
+    assert report["peak_host_bytes"] == 900 * MIB
+    assert report["seconds"] == FACTS.seconds
+    assert report["rows"] == FACTS.rows
+    assert report["predicted_bytes"] == {"cpu": 110 * MIB}
+    assert report["reactions"] == [{"probe": "longest batch", "action": "micro-batches are split in two", "step": 0}]
+    assert {field.name for field in dataclasses.fields(ReportFacts)} - set(report) == {
+        "peak_allocated_bytes",
+        "peak_reserved_bytes",
+    }
+
+
+def test_what_was_not_measured_is_absent_never_null_zero_or_nan() -> None:
+    facts = dataclasses.replace(
+        FACTS,
+        peak_host_bytes=None,
+        tokens_per_second=math.nan,
+        final_loss=math.inf,
+        seconds={},
+        predicted_bytes={},
+        measured_bytes={},
+        best_step=None,
+        reactions=[],
+        evaluations=[{"step": 1, "eval": {"loss": 1.0, "accuracy": math.nan}}],
+    )
+    values = report_values(facts)
+    absent = (
+        "peak_host_bytes",
+        "tokens_per_second",
+        "final_loss",
+        "seconds",
+        "predicted_bytes",
+        "measured_bytes",
+        "best_step",
+    )
+    assert not set(absent) & set(values)
+    assert values["reactions"] == []  # looked for, and there were none
+    assert values["evaluations"] == [{"step": 1, "eval": {"loss": 1.0}}]
+    json.dumps(values, allow_nan=False)
+
+
+def test_true_zeros_stay() -> None:
+    values = report_values(dataclasses.replace(FACTS, best_step=0, final_loss=0.0, adapter_bytes=0))
+    assert (values["best_step"], values["final_loss"], values["adapter_bytes"]) == (0, 0.0, 0)
+
+
+def test_the_page_tells_all_of_it(run: RunFolder) -> None:
+    write_report(run, FACTS, make_plan())
+    page = (run.path / "report.md").read_text()
+    for text in (
+        "# first",
+        "lora of rank 16 on **models/tiny\\_llama**",
+        "500,000 parameters (0.50%) in 1 modules",
+        "for 4 steps (2.00 epochs)",
+        "| 0 (before training) | 3 |  |",
+        "| 2 (best) | 1 | 0.75 |",
+        "| 4 | 1.5 | 0.5 |",
+        "Training loss: 3 at the first step, 1.25 at the last.",
+        "those after **step 2**, the best evaluation",
+        "| activations | 40.0 MiB |",
+        "| cpu | 110.0 MiB | 100.0 MiB | +10.0% |",
+        "| tokens per second | 1,234 |",
+        "padding never counted",
+        "| dropped | 10 |",
+        "10 longer than max\\_length",
+        "1.00% of the base's 200.0 MiB",
+        "| longest batch | micro-batches are split in two | 0 |",
+        "tunekit generate ",
+        "first/adapter --output ",
+    ):
+        assert text in page, text
+    order = [page.index(f"| {part} |") for part in ("load", "data", "train", "evaluate", "save")]
+    assert order == sorted(order)
+
+
+def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
+    facts = dataclasses.replace(
+        FACTS,
+        peak_host_bytes=None,
+        tokens_per_second=None,
+        supervised_tokens_per_second=None,
+        seconds={},
+        rows={},
+        predicted_bytes={},
+        measured_bytes={},
+        adapter_bytes=None,
+        base_bytes=None,
+        best_step=None,
+        final_loss=None,
+        evaluations=[],
+        reactions=[],
+    )
+    page = make_page(
+        run.path, facts, make_plan(steps_per_epoch=None, recipe={"adapter": {"method": "full"}}), sum_metrics([])
+    )
+    assert "None" not in page.replace("None: every check", "")
+    assert "nan" not in page.lower()
+    assert "those after **step 4**, the last" in page
+    assert "merge" not in page
+    assert "## Rows" not in page
+
+
+def test_text_of_others_is_never_markup(run: RunFolder) -> None:
+    evil = "a|b`c`\n# heading <script>[x](http://y) ![i](z) ```sh\nrm -rf"
+    model = dataclasses.replace(make_plan().model, name_or_path=evil)
+    facts = dataclasses.replace(FACTS, reactions=[Reaction(evil, "https://bob:pw123@host hf_abcdefghijklmnop", 0)])
+    write_report(run, facts, make_plan(model=model))
+    page = (run.path / "report.md").read_text()
+    assert "<script>" not in page.replace("\\<script", "")
+    assert "\n# heading" not in page
+    assert "a\\|b\\`c\\`" in page
+    assert "](http" not in page.replace("\\](http", "")
+    assert "pw123" not in page
+    assert "abcdefghijklmnop" not in page
+    assert escape("plain words, 1.5") == "plain words, 1.5"
+
+
+def test_totals_add_all_legs_of_a_run(run: RunFolder) -> None:
+    totals = sum_metrics(run.read_metrics())
+    assert (totals.steps, totals.tokens, totals.supervised_tokens, totals.seconds) == (4, 400, 160, 2.0)
+    assert totals.losses == (3.0, 2.0, 1.5, 1.25)
+    assert totals.evaluations == ({"step": 4, "eval": {"loss": 1.5}},)
+    assert totals.tokens_per_second == 200.0
+    assert totals.supervised_tokens_per_second == 80.0
+    assert sum_metrics([]).tokens_per_second is None
+
+
+def test_the_curve_falls_with_the_loss() -> None:
+    bars, _, words = curve([4.0, 3.0, 2.0, 1.0]).partition("  ")
+    assert bars == "█▆▃▁"
+    assert words == "4 to 1"
+    assert len(curve([float(value) for value in range(1000)]).partition("  ")[0]) == 60
+    assert curve([2.0, 2.0, 2.0]).startswith("▁▁▁")
+
+
+def test_many_evaluations_are_thinned_but_keep_first_best_and_last(run: RunFolder) -> None:
+    evaluations = [{"step": number, "eval": {"loss": 1.0 + number}} for number in range(500)]
+    page = make_page(
+        run.path, dataclasses.replace(FACTS, evaluations=evaluations, best_step=123), make_plan(), sum_metrics([])
+    )
+    for label in ("| 0 (before training) |", "| 123 (best) |", "| 499 |"):
+        assert label in page
+    assert page.count("\n| ") < 60
