@@ -41,10 +41,10 @@ def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> Tunek
         wanted = f"{bytes_text(size_bytes)} ({size_bytes} bytes) for " if size_bytes else ""
         return ResourceError(
             f"no room for {wanted}{path}: {reason}{_free_text(path)}",
-            "free some space or raise the limit, then go on with --resume",
+            "free some space or raise the limit; a run then goes on with --resume",
         )
     if error.errno in FORBIDDEN:
-        return RunFolderError(f"cannot {kind} {path}: {reason}", "choose an output.dir that you may write to")
+        return RunFolderError(f"cannot {kind} {path}: {reason}", "choose a place that you may write to")
     if error.errno in BROKEN:
         return ResourceError(f"cannot {kind} {path}: {reason}", "the disk or the system failed; see its log")
     return RunFolderError(f"cannot {kind} {path}: {reason}")
