@@ -1,0 +1,100 @@
+"""The token cache: encoded rows of a source, kept under a hash of everything that decides them.
+
+Comes in: a key and a function that encodes.  Goes out: TokenStore and the facts stored beside it.  An entry is written
+beside its place and renamed into it; one that does not match its own checksums is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tunekit.data.files import content_hash
+from tunekit.data.store import FILES, StoreWriter, TokenStore, map_store, memory_streams, store_from_memory
+
+Facts = dict[str, Any]
+Fill = Callable[[StoreWriter], Facts]
+
+
+def default_cache_folder() -> Path:
+    """TUNEKIT_CACHE, else $XDG_CACHE_HOME/tunekit, else ~/.cache/tunekit."""
+    if named := os.environ.get("TUNEKIT_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()) / "tunekit"
+
+
+def hash_of(value: Any) -> str:
+    """sha256 of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def code_version() -> str:
+    """Changes with any line of the code that decides ids and masks, and with the libraries under it."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    for package in ("tunekit", "transformers", "tokenizers", "jinja2"):
+        try:
+            digest.update(f"{package}={version(package)}".encode())
+        except PackageNotFoundError:
+            digest.update(f"{package} is not installed".encode())
+    return digest.hexdigest()
+
+
+def cached_store(folder: Path, key: str, fill: Fill) -> tuple[TokenStore, Facts]:
+    """The entry `key`, made by `fill` if it is absent or damaged; kept in memory if the folder cannot be written."""
+    place = folder / "tokens" / key
+    found = _load_entry(place)
+    if found is not None:
+        return found
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{key[:12]}-", dir=place.parent))
+    except OSError:
+        return _fill_memory(fill)
+    try:
+        _fill_folder(work, fill)
+        if place.exists():
+            shutil.rmtree(place)
+        work.rename(place)
+    except OSError:  # a full disk, or another process that was faster
+        found = _load_entry(place)
+        return found if found is not None else _fill_memory(fill)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return _load_entry(place) or _fill_memory(fill)
+
+
+def _fill_memory(fill: Fill) -> tuple[TokenStore, Facts]:
+    streams = memory_streams()
+    facts = fill(StoreWriter(streams))
+    return store_from_memory(streams), facts
+
+
+def _fill_folder(work: Path, fill: Fill) -> None:
+    with ExitStack() as stack:
+        writer = StoreWriter([stack.enter_context((work / name).open("wb")) for name in FILES])
+        facts = fill(writer)
+    meta = {"sha256": writer.hashes(), "facts": facts}
+    (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _load_entry(place: Path) -> tuple[TokenStore, Facts] | None:
+    """The entry if it is whole: every file has the checksum noted for it."""
+    try:
+        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
+        if any(content_hash(place / name) != meta["sha256"][name] for name in FILES):
+            return None
+        facts: Facts = meta["facts"]
+        return map_store(place), facts
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

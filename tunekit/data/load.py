@@ -1,0 +1,101 @@
+"""One source, encoded: from the token cache if nothing that decides its ids has changed.
+
+Comes in: a Source, a Tokenizer, EncodeOptions.  Goes out: EncodedSource.  Next: rows.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tunekit.data.cache import Facts, cached_store, code_version, hash_of
+from tunekit.data.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.examples import Example
+from tunekit.data.files import content_hash, inspect_file
+from tunekit.data.lines import RawRow
+from tunekit.data.problems import Problems
+from tunekit.data.render import Renderer
+from tunekit.data.source import hub_fingerprint, is_hub_name, read_source
+from tunekit.data.store import StoreWriter, TokenStore
+from tunekit.errors import DataError
+from tunekit.protocols import Tokenizer
+from tunekit.recipe.data import Source
+
+
+@dataclass(frozen=True)
+class EncodedSource:
+    """A source's rows, what became of them, and what to tell the user."""
+
+    source: Source
+    store: TokenStore
+    name: str
+    counts: SourceCounts
+    notices: tuple[str, ...]
+    fingerprint: str
+
+
+def load_source(source: Source, tokenizer: Tokenizer, options: EncodeOptions, *, cache_folder: Path) -> EncodedSource:
+    """The encoded rows of a source. Raises: DataError with every wrong row found, by file and line."""
+    fingerprint = source_fingerprint(source, tokenizer, options)
+    name = Path(source.path).name
+
+    def fill(writer: StoreWriter) -> Facts:
+        return _encode_into(writer, source, tokenizer, options)
+
+    store, facts = cached_store(cache_folder, hash_of([fingerprint, code_version()]), fill)
+    counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
+    lead = f"{name}: format {facts['format']} ({facts['reason']})"
+    notices = (lead, *(f"{name}: {number} {what}" for what, number in facts["notices"].items()))
+    return EncodedSource(source, store, name, counts, notices, fingerprint)
+
+
+def source_fingerprint(source: Source, tokenizer: Tokenizer, options: EncodeOptions) -> str:
+    """sha256 over the source's content and everything that decides how it is encoded; its path is no part of it."""
+    hub = is_hub_name(source.path)
+    content = hub_fingerprint(source) if hub else content_hash(inspect_file(Path(source.path)).path)
+    reading = source.model_dump(mode="json", include={"format", "columns", "max_rows"})
+    return hash_of([content, Path(source.path).suffixes, reading, tokenizer.fingerprint, asdict(options)])
+
+
+def _encode_into(writer: StoreWriter, source: Source, tokenizer: Tokenizer, options: EncodeOptions) -> Facts:
+    problems, counts = Problems(), SourceCounts()
+    renderer = Renderer(tokenizer, options.train_on, options.template)
+    rows, format_name, reason = open_rows(source, problems)
+    encoded = encode_rows(
+        rows, format_maker(format_name), renderer, options, name=source.path, problems=problems, counts=counts
+    )
+    for row, line, digest in encoded:
+        if not problems.count:
+            writer.add(row, line, digest)
+    problems.raise_if_any()
+    facts: dict[str, Any] = {"format": format_name, "reason": reason}
+    return {**facts, "counts": {**vars(counts), "dropped": dict(counts.dropped)}, "notices": dict(renderer.notices)}
+
+
+def open_rows(source: Source, problems: Problems) -> tuple[Iterator[RawRow], str, str]:
+    """The raw rows of a source, its format and why. Raises: DataError where there is no row at all."""
+    rows = read_source(source, problems)
+    first = next(rows, None)
+    if first is None:
+        problems.raise_if_any()
+        raise DataError("there is no row in it", "", file=source.path)
+    try:
+        format_name, reason = choose_format(source.format, first.values)
+    except DataError as error:
+        problem = error.problems[0]
+        raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
+    return chain([first], rows), format_name, reason
+
+
+def read_examples(source: Source, lines: Container[int]) -> Iterator[tuple[int, Example]]:
+    """The examples at some lines of a source that was encoded before."""
+    problems = Problems()
+    rows, format_name, _ = open_rows(source, problems)
+    make_example = format_maker(format_name)
+    for raw in rows:
+        if raw.line in lines:
+            yield raw.line, make_example(raw.values)
