@@ -16,7 +16,8 @@ class BuildWithRecipes(build_py):
             return
         source, target = Path("recipes"), Path(self.build_lib, "tunekit", "shipped_recipes")
         shutil.rmtree(target, ignore_errors=True)
-        for file in sorted([*source.glob("*.yaml"), *source.glob("data/**/*.*")]):
+        recipes = (file for file in source.rglob("*.yaml") if "runs" not in file.parts)
+        for file in sorted([*recipes, *source.glob("data/**/*.*")]):
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)

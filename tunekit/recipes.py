@@ -6,21 +6,19 @@ Comes in: a name or none.  Goes out: lines on stdout, or files at a new place.
 from __future__ import annotations
 
 import shutil
-import sysconfig
 from pathlib import Path
 
 from tunekit.errors import RecipeError
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.shipped import shipped_recipes
 from tunekit.recipe.suggest import did_you_mean
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 ENDINGS = (".yaml", ".yml")
 
 
 def recipes_verb(name: str | None, copy_to: str | None) -> None:
     """List, print or copy. Raises RecipeError for an unknown name or where a file is in the way."""
-    folder = find_recipes_folder()
-    known = {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
+    known = shipped_recipes()
     if name is None:
         if copy_to is not None:
             raise RecipeError("--copy needs the name of a recipe", f"known recipes: {', '.join(known)}")
@@ -34,15 +32,6 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
         return
     for file in copy_recipe(known[name], Path(copy_to)):
         print(f"wrote {file}")
-
-
-def find_recipes_folder() -> Path:
-    """recipes/ of a checkout, or the folder that the wheel installed."""
-    candidates = [CHECKOUT / "recipes", Path(sysconfig.get_path("data")) / "share" / "tunekit" / "recipes"]
-    for folder in candidates if (CHECKOUT / "pyproject.toml").exists() else candidates[1:]:
-        if folder.is_dir():
-            return folder
-    raise RecipeError("the shipped recipes are not installed", f"they belong in {candidates[-1]}")
 
 
 def first_comment(recipe: Path) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tunekit.errors import InputError
 
+RUNS = "runs"  # where the recipes of a clone leave their run folders, each with a recipe.yaml of its own
+
 
 def shipped_folder() -> Path:
     """The folder of shipped recipes: `tunekit/shipped_recipes` of a wheel, else `recipes` of the clone.
@@ -23,5 +25,7 @@ def shipped_folder() -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Every shipped recipe by name ("sft-lora"), sorted."""
-    return {file.stem: file for file in sorted(shipped_folder().glob("*.yaml"))}
+    """Every shipped recipe by name, sorted: "sft-lora", or "folder/name" in a folder below."""
+    folder = shipped_folder()
+    files = {file.relative_to(folder): file for file in sorted(folder.rglob("*.yaml"))}
+    return {name.with_suffix("").as_posix(): file for name, file in files.items() if name.parts[0] != RUNS}
