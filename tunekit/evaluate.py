@@ -17,7 +17,7 @@ from tunekit.plan import logits_chunk_tokens
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
 from tunekit.recipe.recipe import make_objective_settings
-from tunekit.rows import RowSet, load_rows
+from tunekit.rows import RowSet, load_evaluation_rows
 from tunekit.target import LoadedTarget, Target, find_target, load_target
 from tunekit.training.answers import Question
 from tunekit.training.devices import Devices, make_devices
@@ -41,7 +41,7 @@ def evaluate_verb(
     console = Console(enabled=devices.is_main)
     try:
         loaded = load_target(found, devices.device)
-        rows = devices.main_first(lambda: load_rows(section, loaded.tokenizer, seed=found.seed))
+        rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.tokenizer, seed=found.seed))
         for note in rows.notes:
             console.info(note)
         values = evaluate_rows(loaded, rows, section, tuple(metrics) or found.evaluation.metrics, devices)

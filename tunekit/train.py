@@ -21,7 +21,7 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console
-from tunekit.data.batches import TrainingWindows, evaluation_batches, longest_batch
+from tunekit.data.batches import evaluation_batches, longest_batch
 from tunekit.decisions import Plan, bytes_text
 from tunekit.errors import Problem, RecipeError, ResourceError, TunekitError
 from tunekit.memory.checkpointing import prepare_layers
@@ -227,7 +227,7 @@ def _parts(
         engine=ResidentEngine(recipe.training.seed),
         optimizer=optimizer,
         devices=devices,
-        windows=TrainingWindows(prepared.rows.train, prepared.batch_settings, rank=devices.rank, world=devices.world),
+        windows=prepared.rows.windows(prepared.batch_settings, rank=devices.rank, world=devices.world),
         settings=recipe.training,
         warmup_steps=plan.warmup_steps,
         scale=LossScale(model.base.dtype == torch.float16, state.loss_scale, state.good_steps, state.skipped_steps),
