@@ -112,8 +112,9 @@ def _train(session: Session, resume: bool) -> None:
         session.folder.require_free_bytes(_written_bytes(plan, session.loaded.recipe.training.keep_checkpoints))
     model, adapter, objective = _load(session, plan)
     fingerprint = session.fingerprint(prepared.rows.fingerprint, model.base.fingerprint)
-    if checkpoint is not None:
-        session.require_same(checkpoint.facts["fingerprint"], fingerprint)
+    before = checkpoint.facts["fingerprint"] if checkpoint is not None else session.begun_fingerprint()
+    if before is not None:
+        session.require_same(before, fingerprint)
     probe_model(session, plan, model)
     optimizer = make_optimizer(session, adapter)
     state = LoopState()
@@ -122,7 +123,7 @@ def _train(session: Session, resume: bool) -> None:
         session.console.info(f"going on after step {state.step} of {plan.steps}")
     for part, seconds in session.seconds.items():
         state.seconds[part] = state.seconds.get(part, 0.0) + seconds
-    _begin_folder(session, plan, state.step)
+    _begin_folder(session, plan, state.step, fingerprint)
     trackers = _make_trackers(session, state.step)
     with session.console.progress(plan.steps, first_step=state.step) as progress:
         record = make_recorder(session, progress, trackers)
@@ -181,7 +182,7 @@ def _load(session: Session, plan: Plan) -> tuple[TunedModel, AttachedAdapter, Ob
     return TunedModel(base, adapter), adapter, objective
 
 
-def _begin_folder(session: Session, plan: Plan, step: int) -> None:
+def _begin_folder(session: Session, plan: Plan, step: int, fingerprint: dict[str, Any]) -> None:
     """Leave in the run folder what is run; on a resume, forget what was logged after the checkpoint."""
 
     def write() -> None:
@@ -189,7 +190,8 @@ def _begin_folder(session: Session, plan: Plan, step: int) -> None:
         if folder is None:
             return
         folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
-        folder.write_json("environment.json", read_environment(device=str(session.devices.device)))
+        environment = read_environment(device=str(session.devices.device), more={"fingerprint": fingerprint})
+        folder.write_json("environment.json", environment)
         folder.truncate_metrics(step)
         folder.write_json("plan.json", asdict(plan))
 

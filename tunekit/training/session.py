@@ -67,6 +67,16 @@ class Session:
             torch.set_num_threads(int(checkpoint.facts["threads"]))  # the order of sums depends on it
         return checkpoint
 
+    def begun_fingerprint(self) -> dict[str, Any] | None:
+        """The fingerprint of a run that was begun in this folder and has no checkpoint yet."""
+
+        def read() -> Any:
+            begun = self.folder is not None and (self.folder.path / "plan.json").exists()
+            return self.folder.read_json("environment.json") if self.folder is not None and begun else None
+
+        environment = self.devices.from_main(self.devices.on_main(read))
+        return None if environment is None else environment.get("fingerprint")
+
     def require_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Refuse to go on with another recipe, data, base or version. Raises: RunFolderError naming each difference."""
         require_same(old, new, lines=self.loaded.lines, file=str(self.loaded.path))
