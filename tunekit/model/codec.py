@@ -142,3 +142,11 @@ def outlier_product(
     product: Callable[..., Any] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
     output, _ = product(x, quantized, packed, scales, absmax, outliers, bias)
     return output  # type: ignore[no-any-return]
+
+
+def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
+    """A (O, I) matrix packed to 4 bits as transformers saves it: tensors by what follows the weight's name."""
+    packed, state = import_bitsandbytes().functional.quantize_4bit(
+        matrix.contiguous(), blocksize=BLOCK, compress_statistics=double_quantization, quant_type=quantization
+    )
+    return {"": packed, **{f".{name}": tensor for name, tensor in state.as_dict(packed=True).items()}}

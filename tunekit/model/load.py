@@ -15,7 +15,7 @@ from torch import nn
 
 from tunekit.decisions import ModelFacts
 from tunekit.errors import ModelError
-from tunekit.model import inspection
+from tunekit.model import codec, inspection
 from tunekit.model.devices import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, text_config
 from tunekit.model.quiet import quiet
@@ -81,6 +81,18 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     if section.quantization != "none":
         notes += quantize_layers(net, section, dtype, torch.device("meta"))
     return _finish(net, section, source, dtype, torch.device("meta"), None, notes)
+
+
+def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedModel:
+    """A folder of ours whose weights are packed as bitsandbytes packs them, read by transformers; to measure it."""
+    dtype = resolve_dtype(section, device)
+    source = find_source(section, weights=True)
+    codec.import_bitsandbytes()
+    with _model_errors(section), quiet():
+        net = _auto_model().from_pretrained(
+            str(source.folder), dtype=dtype, attn_implementation=section.attention, local_files_only=True
+        )
+    return _finish(net, section, source, dtype, device, None, [])
 
 
 def base_fingerprint(section: ModelSection) -> str:

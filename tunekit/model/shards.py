@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tunekit.errors import ModelError
+from tunekit.errors import ModelError, ResourceError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
@@ -215,8 +215,13 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        save_file(self._pending, str(path), metadata={"format": "pt"})
-        _sync(path)
+        try:
+            save_file(self._pending, str(path), metadata={"format": "pt"})
+            _sync(path)
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(
+                f"{path.parent} cannot take {self._pending_bytes} bytes of weights ({error})", "free space there"
+            ) from error
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
