@@ -1,0 +1,164 @@
+"""`tunekit preview`: real training rows, token by token: which are trained on, which not, and why.
+
+Comes in: a recipe.  Goes out: rows and statistics on the screen, and --html FILE.  Reads tokenizer and data only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from tunekit.artifacts.durable import write_text
+from tunekit.console import Console, visible
+from tunekit.data.order import epoch_rows
+from tunekit.decisions import RowCounts
+from tunekit.model.tokenizer import load_tokenizer
+from tunekit.protocols import EncodedRow, Tokenizer
+from tunekit.recipe.load import load_recipe
+from tunekit.rows import RowSet, load_rows
+
+TRAINED = "trained on"
+FIRST = "not trained on: nothing before it predicts the first token"
+PROMPT = "not trained on: prompt"
+BETWEEN = "not trained on: another turn, or the template's own text"
+AFTER = "not trained on: after the last answer"
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token as it is shown."""
+
+    text: str
+    token_id: int
+    trained: bool
+    why: str
+
+
+def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: str | None) -> None:
+    """Show `rows` training rows in training order. Raises: TunekitError, whose exit code the command line returns."""
+    recipe = load_recipe(recipe_path, overrides).recipe
+    tokenizer = load_tokenizer(recipe.model)
+    loaded = load_rows(recipe.data, tokenizer, seed=recipe.training.seed)
+    order = epoch_rows(loaded.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)
+    shown = [loaded.train[int(index)] for index in order[:rows]]
+    console = Console()
+    for note in loaded.notes:
+        console.info(note)
+    for row in shown:
+        console.info(f"\n{heading(row)}")
+        console.print_segments(segments(row, tokenizer))
+    console.info(
+        "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
+    )
+    facts = statistics(loaded)
+    console.table(["rows", "value"], facts)
+    if html is not None:
+        write_text(Path(html), page(shown, tokenizer, facts, loaded.notes))
+        console.info(f"written to {html}")
+
+
+def heading(row: EncodedRow) -> str:
+    """Where a row stands, and how much of it is trained on."""
+    return f"{row.origin}: {len(row.ids)} tokens, {row.supervised_tokens} of them trained on"
+
+
+def explain_tokens(row: EncodedRow, tokenizer: Tokenizer) -> list[Token]:
+    """Every token with the reason why it is trained on or not."""
+    trained = row.trained.copy()  # (T,)
+    trained[:1] = False
+    places = np.flatnonzero(trained)
+    first, last = (int(places[0]), int(places[-1])) if len(places) else (len(trained), -1)
+    tokens = []
+    for index, token_id in enumerate(row.ids.tolist()):
+        why = TRAINED
+        if not trained[index]:
+            why = FIRST if index == 0 else PROMPT if index < first else AFTER if index > last else BETWEEN
+        tokens.append(Token(tokenizer.token_text(token_id), token_id, bool(trained[index]), why))
+    return tokens
+
+
+def segments(row: EncodedRow, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Stretches of text that are trained on or not; decoded whole, so that split characters are shown right."""
+    trained = row.trained.copy()  # (T,)
+    trained[:1] = False
+    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
+    pairs = pairwise(borders)
+    return [(tokenizer.decode(row.ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairs]
+
+
+def statistics(rows: RowSet) -> list[tuple[str, object]]:
+    """Counts and lengths of the training rows, as names and values."""
+    counts = rows.counts
+    lengths = np.asarray(rows.train.lengths)  # (rows,)
+    share = counts.supervised_tokens / max(counts.tokens, 1)
+    facts: list[tuple[str, object]] = [
+        ("read", counts.read),
+        ("trained on", counts.trained),
+        *((f"dropped: {reason}", number) for reason, number in counts.dropped_reasons.items()),
+        ("truncated", counts.truncated),
+        ("tokens of an epoch", counts.tokens),
+        ("trained-on tokens of an epoch", counts.supervised_tokens),
+        ("share trained on", f"{100 * share:.1f} %"),
+        ("shortest", int(lengths.min(initial=counts.longest_tokens))),
+        ("median length", int(np.median(lengths))),
+        ("95 % are no longer than", int(np.quantile(lengths, 0.95, method="higher"))),
+        ("longest", counts.longest_tokens),
+    ]
+    if counts.estimated:
+        facts.append(("counts", "estimated from the first rows (streamed)"))
+    return [*facts, *_evaluation_facts(rows.eval_counts)]
+
+
+def _evaluation_facts(counts: RowCounts | None) -> list[tuple[str, object]]:
+    if counts is None:
+        return []
+    dropped = [(f"evaluation, dropped: {reason}", number) for reason, number in counts.dropped_reasons.items()]
+    return [("evaluation rows", counts.trained), ("evaluation tokens", counts.tokens), *dropped]
+
+
+def page(
+    rows: Sequence[EncodedRow], tokenizer: Tokenizer, facts: Sequence[tuple[str, object]], notes: Sequence[str]
+) -> str:
+    """A page that stands alone. Everything that comes from the data is escaped."""
+    shown = "\n".join(_row_section(row, tokenizer) for row in rows)
+    lines = "\n".join(f"<p>{escape(visible(note))}</p>" for note in notes)
+    cells = "\n".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in facts)
+    return _PAGE.format(notes=lines, rows=shown, facts=cells)
+
+
+def _row_section(row: EncodedRow, tokenizer: Tokenizer) -> str:
+    spans = []
+    for token in explain_tokens(row, tokenizer):
+        shown = escape(visible(token.text)).replace("\n", "&#9166;\n")
+        title = escape(f"{token.token_id}: {token.why}")
+        spans.append(f'<span class="{"t" if token.trained else "n"}" title="{title}">{shown}</span>')
+    return f"<h2>{escape(visible(heading(row)))}</h2>\n<pre>{''.join(spans)}</pre>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>tunekit preview</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>
+body {{ font-family: sans-serif; margin: 2em; max-width: 70em; }}
+pre {{ white-space: pre-wrap; line-height: 1.7; }}
+span {{ border-radius: 3px; outline: 1px solid #ddd; }}
+.t {{ background: #b9eab9; }}
+.n {{ background: #f2f2f2; color: #666; }}
+td {{ padding: 0 1em 0 0; }}
+</style></head><body>
+<h1>Training rows</h1>
+<p><span class="t">trained on</span> <span class="n">not trained on</span>; hold the pointer over a token for its id and
+the reason.</p>
+{notes}
+{rows}
+<h2>All rows</h2>
+<table>
+{facts}
+</table>
+</body></html>
+"""
