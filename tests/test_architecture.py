@@ -1,0 +1,307 @@
+"""Who may import whom, which third-party package has which door, pairs of files, sizes and names: read from the source.
+
+Every import counts, also inside a function, under TYPE_CHECKING, or by importlib with a name that begins in the source.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "tunekit"
+
+LEVELS = {
+    "": 0,  # tunekit/__init__.py: the version
+    "errors": 0,
+    "decisions": 0,
+    "recipe": 1,
+    "protocols": 2,
+    "console": 2,
+    "artifacts": 2,
+    "metrics": 2,
+    "model": 3,
+    "data": 3,
+    "adapters": 4,
+    "objectives": 4,
+    "memory": 4,
+    "training": 5,
+    "plan": 6,
+    "target": 6,
+    "rows": 6,
+    "cli": 8,
+    "__main__": 9,
+}
+VERB_LEVEL = 7  # every other file of the package
+SAME_LEVEL = {("plan", "rows"), ("plan", "target")}  # beside protocols, which every room from level 2 on may import
+
+DOORS = {
+    "yaml": ("recipe",),
+    "pydantic": ("recipe",),
+    "pydantic_core": ("recipe",),
+    "typer": ("cli",),
+    "rich": ("console",),
+    "datasets": ("data/source",),
+    "pyarrow": ("data/source",),
+    "pandas": ("data/source",),
+    "accelerate": ("training/devices",),
+    "transformers": ("model",),
+    "tokenizers": ("model",),
+    "huggingface_hub": ("model",),
+    "gguf": ("model",),
+    "jinja2": ("model",),
+    "bitsandbytes": ("model", "training/optimizers"),
+    "safetensors": ("model", "adapters/folder", "artifacts/checkpoint"),
+}
+ARRAYS = {"numpy", "torch"}  # from level 2 up
+DRAWERS = re.compile(r"^(utils?|commons?|helpers?|misc|core|base_utils)$")
+PAIRS = {  # kind -> the folder of its torch half, and the names that make a file there one of the kind
+    "adapters": ("adapters", {"METHOD"}),
+    "objectives": ("objectives", {"make"}),
+    "starts": ("adapters/starts", {"make_start"}),
+    "formats": ("data/formats", {"make_example"}),
+    "metrics": ("metrics", {"score", "from_sums"}),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: the file as "data/batches", the dotted module, the line."""
+
+    importer: str
+    module: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"tunekit/{self.importer}.py:{self.line} imports {self.module}"
+
+
+def source_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(file: Path) -> str:
+    """tunekit/data/batches.py -> "data/batches"; a package's __init__ is its folder."""
+    parts = list(file.relative_to(PACKAGE).with_suffix("").parts)
+    return "/".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(dotted: str) -> bool:
+    path = REPOSITORY.joinpath(*dotted.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def read_imports(importer: str, text: str) -> Iterator[Import]:
+    """Every import of a source text; a relative one is written as it stands ("..model")."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (Import(importer, alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            for alias in node.names:
+                full = f"{module}.{alias.name}"
+                yield Import(importer, full if full.startswith("tunekit") and is_module(full) else module, node.lineno)
+        elif isinstance(node, ast.Call) and _called_name(node) in ("import_module", "__import__") and node.args:
+            module = _start_of(node.args[0])
+            if module:
+                yield Import(importer, module, node.lineno)
+
+
+def _called_name(call: ast.Call) -> str | None:
+    function = call.func
+    return function.id if isinstance(function, ast.Name) else getattr(function, "attr", None)
+
+
+def _start_of(argument: ast.expr) -> str | None:
+    """What a module name surely begins with: the whole of a text, the first part of an f-string."""
+    if isinstance(argument, ast.JoinedStr) and argument.values:
+        argument = argument.values[0]
+    if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+        return argument.value.strip(".") or None
+    return None
+
+
+def room_of(name: str) -> str:
+    """The room of "data/batches" or "tunekit.data.batches": data."""
+    return name.replace(".", "/").removeprefix("tunekit").strip("/").partition("/")[0]
+
+
+def level_of(room: str) -> int:
+    return LEVELS.get(room, VERB_LEVEL)
+
+
+def fault_of(found: Import) -> str | None:
+    """Why an import is not allowed; None where it is."""
+    if found.module.startswith("."):
+        return f"{found}: relative; write the full name"
+    top = found.module.partition(".")[0]
+    if top == "tunekit":
+        return _own_fault(found)
+    if top in sys.stdlib_module_names:
+        return None
+    if top in ARRAYS:
+        return None if level_of(room_of(found.importer)) >= 2 else f"{found}: numpy and torch begin at level 2"
+    if top not in DOORS:
+        return f"{found}: a package without a door; list it in tests/test_architecture.py, or do without"
+    if any(found.importer == door or found.importer.startswith(f"{door}/") for door in DOORS[top]):
+        return None
+    return f"{found}: its door is {' or '.join(DOORS[top])}"
+
+
+def _own_fault(found: Import) -> str | None:
+    importer, imported = room_of(found.importer), room_of(found.module)
+    if importer == imported or level_of(imported) < level_of(importer):
+        return None
+    if imported == "protocols" and level_of(importer) >= 2:
+        return None
+    if (importer, imported) in SAME_LEVEL:
+        return None
+    return f"{found}: level {level_of(importer)} may import only lower levels, and that is level {level_of(imported)}"
+
+
+def all_imports() -> list[Import]:
+    return [found for file in source_files() for found in read_imports(name_of(file), file.read_text("utf-8"))]
+
+
+def test_rooms_import_only_lower_rooms_and_packages_have_one_door() -> None:
+    faults = [fault for found in all_imports() if (fault := fault_of(found))]
+    assert not faults, "\n" + "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("importer", "text"),
+    [
+        ("data/batches", "def late():\n    from tunekit.model.load import load_model"),
+        ("recipe/data", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+        ("model/load", "from importlib import import_module\nimport_module('tunekit.training.loop')"),
+        ("model/load", "import importlib\nimportlib.import_module(f'tunekit.adapters.{1}')"),
+        ("merge", "from tunekit import evaluate"),
+        ("data/render", "import transformers.utils"),
+        ("training/loop", "from bitsandbytes.optim import AdamW8bit"),
+        ("plan", "import requests"),
+        ("plan", "from tunekit.cli import main"),
+        ("model/load", "from . import tokenizer"),
+        ("console", "from tunekit.artifacts.run import RunFolder"),
+        ("rows", "from tunekit.plan import make_plan"),
+        ("training/loop", "import peft"),
+    ],
+)
+def test_a_forbidden_import_is_found(importer: str, text: str) -> None:
+    assert [fault for found in read_imports(importer, text) if (fault := fault_of(found))]
+
+
+@pytest.mark.parametrize(
+    ("importer", "text"),
+    [
+        ("data/batches", "from tunekit.protocols import Batch\nfrom tunekit.data import pack\nimport numpy"),
+        ("plan", "from tunekit.rows import load_rows"),
+        ("merge", "from tunekit.target import open_target\nimport torch, os"),
+        ("training/optimizers", "import bitsandbytes"),
+        ("artifacts/run", "from tunekit.protocols import Batch"),
+    ],
+)
+def test_an_allowed_import_is_not(importer: str, text: str) -> None:
+    assert not [fault for found in read_imports(importer, text) if (fault := fault_of(found))]
+
+
+def test_no_other_fine_tuning_library_is_imported() -> None:
+    assert not [str(found) for found in all_imports() if found.module.partition(".")[0] in ("peft", "trl")]
+
+
+def test_only_recipe_modules_load_before_torch_is_needed() -> None:
+    """The table says that level 0 and 1 are free of torch; this asks the interpreter."""
+    code = "import sys, tunekit.cli, tunekit.validate, tunekit.recipe.load; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def top_level_names(file: Path) -> set[str]:
+    """Functions, classes and assigned names of a module."""
+    names: set[str] = set()
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(target.id for target in targets if isinstance(target, ast.Name))
+    return names
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_every_name_is_a_pair_of_files(kind: str) -> None:
+    folder, marks = PAIRS[kind]
+    halves = {file.stem for file in (PACKAGE / "recipe" / kind).glob("*.py") if file.stem != "__init__"}
+    others = {file.stem for file in (PACKAGE / folder).glob("*.py") if top_level_names(file) & marks}
+    assert halves == others
+
+
+def functions_of(file: Path) -> Iterator[tuple[str, int]]:
+    """Each function's name and how many lines it has, its docstring and decorators left out."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body
+            documented = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+            docstring_lines = (body[0].end_lineno or 0) - body[0].lineno + 1 if documented else 0
+            yield f"{name_of(file)}.{node.name}", (node.end_lineno or 0) - node.lineno + 1 - docstring_lines
+
+
+def test_files_and_functions_stay_short() -> None:
+    long_files = [name_of(file) for file in source_files() if len(file.read_text("utf-8").splitlines()) > 400]
+    lengths = dict(pair for file in source_files() for pair in functions_of(file))
+    long_functions = {name: length for name, length in lengths.items() if length > 60}
+    assert not long_files
+    assert not long_functions
+    assert statistics.median(lengths.values()) <= 14
+
+
+def test_the_loop_fits_on_a_page() -> None:
+    assert len((PACKAGE / "training" / "loop.py").read_text("utf-8").splitlines()) <= 200
+
+
+def test_names_say_what_a_file_is() -> None:
+    parts = {part for file in source_files() for part in file.relative_to(PACKAGE).with_suffix("").parts}
+    assert not [part for part in parts if DRAWERS.match(part)]
+    classes = [
+        f"{name_of(file)}.{node.name}"
+        for file in source_files()
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef) and re.search(r"(Manager|Handler|Factory)$", node.name)
+    ]
+    assert not classes
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [name_of(file) for file in source_files() if file.read_text("utf-8").strip()]
+    assert not [name for name in silent if not ast.get_docstring(ast.parse(_text_of(name)))]
+
+
+def _text_of(name: str) -> str:
+    file = PACKAGE / f"{name}.py"
+    return (file if file.is_file() else PACKAGE / name / "__init__.py").read_text("utf-8")
+
+
+def tracked_files() -> list[Path]:
+    """Files that git holds; in an unpacked archive, those of the package, the recipes, the scripts and the tests."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if listed.returncode == 0:
+        return [REPOSITORY / name for name in listed.stdout.split("\0") if name and (REPOSITORY / name).is_file()]
+    folders = ("tunekit", "recipes", "scripts", "tests")
+    return [file for folder in folders for file in (REPOSITORY / folder).rglob("*") if file.is_file()]
+
+
+def test_no_path_of_one_machine_is_written_anywhere() -> None:
+    machine_path = re.compile(r"(?<![\w.$}])/(?:home|Users|root|work|mnt|scratch|farm)/[a-z]")
+    found: list[str] = []
+    for file in tracked_files():
+        if file == Path(__file__).resolve() or file.suffix in (".safetensors", ".gguf", ".parquet"):
+            continue
+        text = file.read_text("utf-8", errors="replace")
+        found += [f"{file.relative_to(REPOSITORY)}: {match.group()}" for match in machine_path.finditer(text)]
+    assert not found
