@@ -150,3 +150,16 @@ def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: boo
         matrix.contiguous(), blocksize=BLOCK, compress_statistics=double_quantization, quant_type=quantization
     )
     return {"": packed, **{f".{name}": tensor for name, tensor in state.as_dict(packed=True).items()}}
+
+
+def tensors_of_state(packed: torch.Tensor, state: Any) -> tuple[dict[str, torch.Tensor], str]:
+    """Our named tensors, and the quantization, of a weight that bitsandbytes packed.
+
+    Raises: ModelError for blocks of another size than ours.
+    """
+    if state.blocksize != BLOCK or (state.nested and state.state2.blocksize != NESTED_BLOCK):
+        raise ModelError(f"weights in blocks of {state.blocksize} cannot be read", f"pack them in blocks of {BLOCK}")
+    tensors = {"packed": packed.reshape(-1, 1), "absmax": state.absmax}
+    if state.nested:
+        tensors |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
+    return tensors, str(state.quant_type)

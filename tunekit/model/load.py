@@ -21,7 +21,7 @@ from tunekit.model.families import Family, text_config
 from tunekit.model.quiet import quiet
 from tunekit.model.shards import read_headers
 from tunekit.model.source import ModelSource, find_source
-from tunekit.model.weights import element_count, layer_kind, pack_linear, packed_layers
+from tunekit.model.weights import adopt_packed, element_count, layer_kind, pack_linear, packed_layers
 from tunekit.recipe.model import ModelSection
 
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
@@ -92,6 +92,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
         net = _auto_model().from_pretrained(
             str(source.folder), dtype=dtype, attn_implementation=section.attention, local_files_only=True
         )
+    adopt_packed(net)
     return _finish(net, section, source, dtype, device, None, [])
 
 

@@ -122,6 +122,20 @@ def pack_linear(
     return PackedLinear(shape[1], shape[0], quantization, double_quantization, tensors, frozen)
 
 
+def adopt_packed(net: nn.Module) -> None:
+    """Put a PackedLinear, over the same tensors, in the place of every 4-bit layer that bitsandbytes made."""
+    kind = codec.import_bitsandbytes().nn.Linear4bit
+    for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, kind)]:
+        parameter: Any = module.weight
+        tensors, quantization = codec.tensors_of_state(parameter.data, parameter.quant_state)
+        bias = None if module.bias is None else nn.Parameter(module.bias.data, requires_grad=False)
+        layer = PackedLinear(
+            module.in_features, module.out_features, quantization, "nested_absmax" in tensors, tensors, bias
+        )
+        parent_name, _, attribute = name.rpartition(".")
+        setattr(net.get_submodule(parent_name), attribute, layer)
+
+
 @dataclass(frozen=True)
 class Weight:
     """Handle of one module's matrix: `shape` is (O, I) however it is stored; for an embedding (vocabulary, D)."""
