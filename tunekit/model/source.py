@@ -1,4 +1,4 @@
-"""Where a base lies: a local folder, a .gguf file, or a hub name brought into the hub's cache.
+"""Where a base lies: a local folder, a .gguf file, a built-in model, or a hub name brought into the hub's cache.
 
 Comes in: the model section.  Goes out: `ModelSource`, always local from here on, so that nothing later needs a network.
 Next: inspection.py looks at its files, load.py reads them.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.errors import ModelError
+from tunekit.model.tiny import tiny_model_folder
 from tunekit.recipe.model import ModelSection
 
 KEY = "model.name_or_path"
@@ -36,6 +37,9 @@ def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
     Raises: ModelError where there is no such folder, file, repository or revision.
     """
     name = section.name_or_path
+    built_in = tiny_model_folder(name)
+    if built_in is not None:
+        return ModelSource(name, built_in)
     path = Path(name).expanduser()
     try:
         mode = path.stat().st_mode
