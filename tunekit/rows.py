@@ -7,26 +7,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.data.batches import BatchSettings, TrainingWindows
-from tunekit.data.cache import default_cache_folder, hash_of
+from tunekit.data.batches import BatchSettings, TrainingWindows, filled_batch, longest_batch
+from tunekit.data.cache import hash_of
 from tunekit.data.encode import EncodeOptions
-from tunekit.data.load import EncodedSource, load_source, read_examples
-from tunekit.data.order import Share, draw_raw, epoch_rows
+from tunekit.data.load import EncodedSource, encode_options, load_sources, read_examples
+from tunekit.data.order import Share, epoch_rows, held_out
 from tunekit.data.render import Renderer
+from tunekit.data.sample import sample_source, scaled
+from tunekit.data.shards import machine_memory_bytes, must_stream
 from tunekit.data.store import ChosenRows, Part
+from tunekit.data.stream import StreamedSource, StreamedWindows
 from tunekit.decisions import RowCounts
-from tunekit.errors import DataError, Problem, RecipeError, TunekitError
-from tunekit.protocols import EncodedRows, Tokenizer, WindowSource
-from tunekit.recipe.data import DataSection, Source
-
-LONGEST_TEMPLATE_BYTES = 2**20
+from tunekit.errors import DataError, RecipeError, TunekitError
+from tunekit.protocols import Batch, EncodedRows, Tokenizer
+from tunekit.recipe.data import DataSection
 
 
 class Prompt(NamedTuple):
@@ -47,13 +48,27 @@ class RowSet:
     eval_counts: RowCounts | None
     fingerprint: str
     draws: tuple[Share, ...]
-    streamed: bool
+    streams: tuple[StreamedSource, ...]
     notes: tuple[str, ...]
     read_prompts: Callable[[], list[Prompt]]
 
-    def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> WindowSource:
+    @property
+    def streamed(self) -> bool:
+        """Whether training rows are read on the fly; `train` is then a sample of them."""
+        return bool(self.streams)
+
+    def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
         """The windows to train on, with the sources' weights."""
+        if self.streams:
+            return StreamedWindows(self.streams, settings, rank=rank, world=world)
         return TrainingWindows(self.train, settings, rank=rank, world=world, draws=self.draws)
+
+    def longest_batch(self, settings: BatchSettings) -> Batch:
+        """A micro-batch as large as any that training can meet; of a stream, one of rows of max_length."""
+        if not self.streams:
+            return longest_batch(self.train, settings)
+        count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // settings.max_length, 1)
+        return filled_batch(self.train, settings, count, settings.max_length)
 
     def evaluation_prompts(self) -> list[Prompt]:
         """Every evaluation row that has an answer, as a prompt with that answer."""
@@ -63,6 +78,9 @@ class RowSet:
 def load_rows(data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: Path | None = None) -> RowSet:
     """Encoded training and evaluation rows. Raises: DataError naming every wrong row, or that none is left."""
     options = encode_options(data)
+    memory_bytes = machine_memory_bytes()
+    if any(must_stream(source, memory_bytes) for source in data.train):
+        return _load_streamed(data, tokenizer, options, seed, cache_dir)
     sources = load_sources(data.train, tokenizer, options, cache_dir)
     train, held = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)
     eval_sources, evaluation = sources, held
@@ -85,7 +103,7 @@ def load_rows(data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: 
         eval_counts=_count_evaluation(eval_sources, eval_rows, own) if eval_rows is not None else None,
         fingerprint=_fingerprint(data, sources, eval_sources if own else (), seed),
         draws=draws,
-        streamed=False,
+        streams=(),
         notes=(*dict.fromkeys(notes), *_leaks(data, train_rows, eval_rows)),
         read_prompts=lambda: _prompts(eval_sources, evaluation, tokenizer, options),
     )
@@ -110,45 +128,49 @@ def load_evaluation_rows(
             eval_counts=counts,
             fingerprint=_fingerprint(data, (), sources, seed),
             draws=(),
-            streamed=False,
+            streams=(),
             notes=notes,
             read_prompts=lambda: _prompts(sources, parts, tokenizer, options),
         )
     return load_rows(data, tokenizer, seed=seed, cache_dir=cache_dir)
 
 
-def encode_options(data: DataSection) -> EncodeOptions:
-    """The data section's options that decide ids, with the template read from its file."""
-    template = None if data.chat_template is None else _read_template(Path(data.chat_template))
-    return EncodeOptions(data.train_on, template, data.max_length, data.excess_length)
-
-
-def _read_template(path: Path) -> str:
-    try:
-        if not path.is_file() or path.stat().st_size > LONGEST_TEMPLATE_BYTES:
-            raise RecipeError("this is no template file", "name a Jinja file", file=str(path), key="data.chat_template")
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
+def _load_streamed(
+    data: DataSection, tokenizer: Tokenizer, options: EncodeOptions, seed: int, cache_dir: Path | None
+) -> RowSet:
+    """Training rows on the fly: `train` holds each source's first rows, and every count is estimated from them."""
+    if isinstance(data.eval, float):
         raise RecipeError(
-            f"the template cannot be read: {error}", "name a Jinja file", file=str(path), key="data.chat_template"
-        ) from None
-
-
-def load_sources(
-    sources: Sequence[Source], tokenizer: Tokenizer, options: EncodeOptions, cache_dir: Path | None
-) -> list[EncodedSource]:
-    """Every source, encoded; the problems of all are raised together."""
-    folder = cache_dir or default_cache_folder()
-    loaded: list[EncodedSource] = []
-    problems: list[Problem] = []
-    for source in sources:
-        try:
-            loaded.append(load_source(source, tokenizer, options, cache_folder=folder))
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError.of(list(dict.fromkeys(problems)))
-    return loaded
+            "a training source is streamed (by its size, or as the recipe says), and no fraction can be taken of it",
+            "name an eval source of its own",
+            key="data.eval",
+        )
+    sampled = [sample_source(source, number, tokenizer, options) for number, source in enumerate(data.train)]
+    samples = [replace(one.sample, counts=scaled(one.sample.counts, one.scale or 1.0)) for one in sampled]
+    rows = ChosenRows([_whole(sample) for sample in samples])
+    _require_rows(rows, samples, "data.train")
+    draws = _shares(rows, [source.weight for source in data.train])
+    counts = _sum_counts(samples, rows, np.arange(len(rows), dtype=np.int64), 0)
+    scale = counts.trained / len(rows)
+    own = None if data.eval is None else load_evaluation_rows(data, tokenizer, seed=seed, cache_dir=cache_dir)
+    fingerprint = [_fingerprint(data, samples, (), seed), own.fingerprint if own else None, "streamed"]
+    notes = [note for sample in samples for note in sample.notices]
+    return RowSet(
+        train=rows,
+        evaluation=own.evaluation if own else None,
+        counts=replace(
+            counts,
+            tokens=round(counts.tokens * scale),
+            supervised_tokens=round(counts.supervised_tokens * scale),
+            estimated=True,
+        ),
+        eval_counts=own.eval_counts if own else None,
+        fingerprint=hash_of(fingerprint),
+        draws=draws,
+        streams=tuple(one.stream for one in sampled),
+        notes=tuple(dict.fromkeys([*notes, *(own.notes if own else ())])),
+        read_prompts=own.read_prompts if own else list,
+    )
 
 
 def _whole(source: EncodedSource) -> Part:
@@ -165,28 +187,6 @@ def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) 
         train.append(Part(source.store, np.flatnonzero(~chosen).astype(np.int64), source.name))
         held.append(Part(source.store, np.flatnonzero(chosen).astype(np.int64), source.name))
     return train, held
-
-
-def held_out(digests: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """(rows,) which rows are held out: the nearest whole number of rows to the fraction, one at least.
-
-    Rows are ordered by a seeded hash of their content. A group of equal rows at the border goes to training.
-    """
-    if len(digests) == 0:
-        return np.zeros(0, dtype=np.bool_)
-    key = draw_raw(1, "eval", seed)[0]
-    mixed = np.asarray(digests) ^ key  # (rows,)
-    with np.errstate(over="ignore"):
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    wanted = max(1, int(len(digests) * fraction + 0.5))
-    values = np.sort(mixed)  # (rows,)
-    limit = values[min(wanted, len(values) - 1)]
-    chosen: NDArray[np.bool_] = mixed < limit
-    if not chosen.any():
-        chosen = mixed == values[0]
-    return chosen
 
 
 def _require_rows(rows: ChosenRows, sources: Sequence[EncodedSource], key: str) -> None:

@@ -164,9 +164,11 @@ def evaluation_batches(
 
 def longest_batch(rows: EncodedRows, settings: BatchSettings) -> Batch:
     """A micro-batch as large as any that an epoch can produce: the longest rows, or packs filled to the brim."""
-    if settings.packing:
-        return _fullest_packs(rows, settings)
     lengths = np.asarray(rows.lengths)  # (rows,)
+    if settings.packing:
+        capacity = min(settings.max_length, int(lengths.sum()))
+        count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // capacity, 1)
+        return filled_batch(rows, settings, min(count, len(rows)), capacity)
     order = np.argsort(-lengths, kind="stable")  # (rows,), longest first
     count, first = settings.micro_batch_size or 1, 0
     if settings.micro_batch_tokens is not None:
@@ -175,19 +177,17 @@ def longest_batch(rows: EncodedRows, settings: BatchSettings) -> Batch:
         counts = np.minimum(fitting, len(order) - np.arange(len(order)))  # rows at least as short
         first = int(np.argmax(counts * widths))
         count = int(counts[first])
-    return collate(rows, [(int(row),) for row in order[first : first + count]], pad_id=settings.pad_id, packed=False)
+    chosen = [(int(row),) for row in order[first : first + count]]
+    return collate(rows, chosen, pad_id=settings.pad_id, packed=False)
 
 
-def _fullest_packs(rows: EncodedRows, settings: BatchSettings) -> Batch:
-    """Packs of exactly max_length tokens (the last row cut to fit), or of all rows where those are fewer."""
-    lengths = np.asarray(rows.lengths)  # (rows,)
-    order = np.argsort(-lengths, kind="stable").tolist()
-    capacity = min(settings.max_length, int(lengths.sum()))
-    count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // capacity, 1)
+def filled_batch(rows: EncodedRows, settings: BatchSettings, count: int, capacity: int) -> Batch:
+    """`count` sequences of exactly `capacity` tokens, of the longest rows; the last row of each is cut to fit."""
+    order = np.argsort(-np.asarray(rows.lengths), kind="stable").tolist()
     sequences: list[list[EncodedRow]] = []
     indices: list[Group] = []
     position = 0
-    for _ in range(min(count, len(order))):
+    for _ in range(count):
         sequence, used, room = [], [], capacity
         while room:
             row = rows[order[position % len(order)]]

@@ -99,20 +99,27 @@ def decode(raw: bytes, name: str, number: int, problems: Problems) -> str | None
 def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
     """One object a line; blank lines are skipped."""
     for number, text in iterate_lines(file, problems):
-        if not text.strip():
-            continue
-        try:
-            stripped = text.strip(" \t\r")
-            value, end = parse_json(stripped)
-            if end != len(stripped):
-                raise JsonFault(f"more text after the JSON value (character {end + 1})")
-        except JsonFault as fault:
-            problems.add(str(file.path), number, str(fault), "write one JSON object a line")
-            continue
-        if not isinstance(value, dict):
-            problems.add(str(file.path), number, f"{kind_of(value)}, not an object", "write {...}")
-            continue
-        yield RawRow(number, value)
+        row = parse_line(text, number, str(file.path), problems)
+        if row is not None:
+            yield row
+
+
+def parse_line(text: str, number: int, name: str, problems: Problems) -> RawRow | None:
+    """The object of one line; None for a blank line, or with a problem."""
+    stripped = text.strip(" \t\r")
+    if not stripped:
+        return None
+    try:
+        value, end = parse_json(stripped)
+        if end != len(stripped):
+            raise JsonFault(f"more text after the JSON value (character {end + 1})")
+    except JsonFault as fault:
+        problems.add(name, number, str(fault), "write one JSON object a line")
+        return None
+    if not isinstance(value, dict):
+        problems.add(name, number, f"{kind_of(value)}, not an object", "write {...}")
+        return None
+    return RawRow(number, value)
 
 
 def read_json_array(file: DataFile, problems: Problems) -> Iterator[RawRow]:

@@ -6,13 +6,13 @@ Comes in: a Source, a Tokenizer, EncodeOptions.  Goes out: EncodedSource.  Next:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tunekit.data.cache import Facts, cached_store, code_version, hash_of
+from tunekit.data.cache import Facts, cached_store, code_version, default_cache_folder, hash_of
 from tunekit.data.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
 from tunekit.data.examples import Example
 from tunekit.data.files import content_hash, inspect_file
@@ -21,9 +21,11 @@ from tunekit.data.problems import Problems
 from tunekit.data.render import Renderer
 from tunekit.data.source import hub_fingerprint, is_hub_name, read_source
 from tunekit.data.store import StoreWriter, TokenStore
-from tunekit.errors import DataError
+from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.protocols import Tokenizer
-from tunekit.recipe.data import Source
+from tunekit.recipe.data import DataSection, Source
+
+LONGEST_TEMPLATE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,40 @@ class EncodedSource:
     counts: SourceCounts
     notices: tuple[str, ...]
     fingerprint: str
+
+
+def encode_options(data: DataSection) -> EncodeOptions:
+    """The data section's options that decide ids, with the template read from its file."""
+    template = None if data.chat_template is None else _read_template(Path(data.chat_template))
+    return EncodeOptions(data.train_on, template, data.max_length, data.excess_length)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        if not path.is_file() or path.stat().st_size > LONGEST_TEMPLATE_BYTES:
+            raise RecipeError("this is no template file", "name a Jinja file", file=str(path), key="data.chat_template")
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"the template cannot be read: {error}", "name a Jinja file", file=str(path), key="data.chat_template"
+        ) from None
+
+
+def load_sources(
+    sources: Sequence[Source], tokenizer: Tokenizer, options: EncodeOptions, cache_dir: Path | None
+) -> list[EncodedSource]:
+    """Every source, encoded; the problems of all are raised together."""
+    folder = cache_dir or default_cache_folder()
+    loaded: list[EncodedSource] = []
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            loaded.append(load_source(source, tokenizer, options, cache_folder=folder))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError.of(list(dict.fromkeys(problems)))
+    return loaded
 
 
 def load_source(source: Source, tokenizer: Tokenizer, options: EncodeOptions, *, cache_folder: Path) -> EncodedSource:

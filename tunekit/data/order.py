@@ -49,3 +49,25 @@ def epoch_rows(shares: tuple[Share, ...], *, seed: int, epoch: int, shuffle: boo
             parts.append(rows[np.sort(chosen)])
     joined = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)  # (rows of the epoch,)
     return joined[permutation(len(joined), "order", seed, epoch)] if shuffle else joined
+
+
+def held_out(digests: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """(rows,) which rows are held out: the nearest whole number of rows to the fraction, one at least.
+
+    Rows are ordered by a seeded hash of their content. A group of equal rows at the border goes to training.
+    """
+    if len(digests) == 0:
+        return np.zeros(0, dtype=np.bool_)
+    key = draw_raw(1, "eval", seed)[0]
+    mixed = np.asarray(digests) ^ key  # (rows,)
+    with np.errstate(over="ignore"):
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    wanted = max(1, int(len(digests) * fraction + 0.5))
+    values = np.sort(mixed)  # (rows,)
+    limit = values[min(wanted, len(values) - 1)]
+    chosen: NDArray[np.bool_] = mixed < limit
+    if not chosen.any():
+        chosen = mixed == values[0]
+    return chosen

@@ -10,7 +10,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,15 @@ def is_hub_name(path: str) -> bool:
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 
 
-def source_name(source: Source) -> str:
-    """How rows of a source are named in messages: the file's path, or the hub's name."""
-    return source.path
-
-
 def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
     """The first max_rows rows, columns renamed. Raises: DataError where the source cannot be read at all."""
     rows = _read_hub(source) if is_hub_name(source.path) else read_file(inspect_file(Path(source.path)), problems)
-    for index, row in enumerate(islice(rows, source.max_rows)):
+    return prepare_rows(islice(rows, source.max_rows), source)
+
+
+def prepare_rows(rows: Iterable[RawRow], source: Source) -> Iterator[RawRow]:
+    """Columns renamed. Raises: DataError where the first row lacks a column that is mapped."""
+    for index, row in enumerate(rows):
         if index == 0:
             _check_columns(source, row)
         yield RawRow(row.line, rename_columns(row.values, source.columns)) if source.columns else row
@@ -133,18 +133,35 @@ def _check_header(cells: list[str], name: str) -> list[str]:
 
 
 def _read_parquet(file: DataFile, problems: Problems) -> Iterator[RawRow]:
+    yield from read_row_groups(file, None, 0, problems)
+
+
+def read_row_groups(file: DataFile, groups: list[int] | None, before: int, problems: Problems) -> Iterator[RawRow]:
+    """Rows of some row groups of a Parquet file, or of all; `before` rows precede them."""
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    number = before
     try:
         with pyarrow.parquet.ParquetFile(file.path) as parquet:
-            for batch in parquet.iter_batches(batch_size=1000):
+            for batch in parquet.iter_batches(batch_size=1000, row_groups=groups):
                 for values in batch.to_pylist():
                     number += 1
                     yield RawRow(number, values)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         problems.add(str(file.path), number + 1, f"the Parquet file is damaged: {str(error).splitlines()[0]}", "")
+
+
+def row_group_sizes(file: DataFile) -> list[int]:
+    """Rows of each row group of a Parquet file. Raises: DataError where it is damaged."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            return [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"the Parquet file is damaged: {str(error).splitlines()[0]}", "", file=str(file.path)) from None
 
 
 def _read_hub(source: Source) -> Iterator[RawRow]:
