@@ -5,7 +5,9 @@ A new method is one more line in METHODS; nothing else here changes.
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import tunekit.adapters
+import tunekit.recipe.adapters
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import LayerAdapter, Method, NotMergeable
 from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
@@ -216,3 +220,11 @@ def test_a_layer_that_cannot_merge_says_so() -> None:
     attached = attach_adapter(base, METHODS["lora"](), seed=0, head_name=None, method=gated)
     with pytest.raises(NotMergeable, match="Gate cannot be written into the weights of layer"):
         attached.adapted_modules()["layer"].merged(torch.zeros(1, 1), None)
+
+
+def test_settings_and_method_files_come_in_pairs() -> None:
+    settings = {module.name for module in pkgutil.iter_modules(tunekit.recipe.adapters.__path__)}
+    modules = {module.name for module in pkgutil.iter_modules(tunekit.adapters.__path__) if not module.ispkg}
+    methods = {name for name in modules if hasattr(import_module(f"tunekit.adapters.{name}"), "METHOD")}
+    assert settings == methods
+    assert {make().method for make in METHODS.values()} == methods, "a method without contract tests"

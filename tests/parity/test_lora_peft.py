@@ -145,3 +145,23 @@ def test_a_tied_head_leaves_the_embedding_alone() -> None:
     close(net.lm_head(hidden), hidden @ (before + 32 / 4 * b @ a).T)
     assert torch.equal(embedding.weight, before)
     assert net.lm_head.weight is embedding.weight
+
+
+@pytest.mark.parametrize("order", [("self_attn.q_proj", "q_proj"), ("q_proj", "self_attn.q_proj")])
+def test_overlapping_patterns_mean_the_same_in_peft(order: tuple[str, str], tmp_path: Path) -> None:
+    values = {"self_attn.q_proj": 6, "q_proj": 2}
+    ranks = {key: values[key] for key in order}
+    settings = LoraSettings(r=4, rank_pattern=ranks, alpha_pattern={key: float(rank) for key, rank in ranks.items()})
+    net = make_llama()
+    attached = attach_adapter(net, settings, seed=1, head_name="lm_head")
+    randomise(list(attached.trained().values()))
+    assert {target.r for target in attached.targets if target.name.endswith("q_proj")} == {6}
+    save_adapter_folder(attached, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
+    theirs = peft.PeftModel.from_pretrained(make_llama(), str(tmp_path / "a")).eval()
+    theirs.save_pretrained(str(tmp_path / "b"))  # peft sorts the keys
+    again = peft.PeftModel.from_pretrained(make_llama(), str(tmp_path / "b")).eval()
+    for other in (theirs, again):
+        close(logits_of(other), logits_of(net))
+    read = make_llama()
+    attach_adapter_folder(read, tmp_path / "b", head_name="lm_head")
+    close(logits_of(read), logits_of(net))

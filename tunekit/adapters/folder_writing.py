@@ -7,6 +7,7 @@ Next: folder.py reads it.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,9 +52,8 @@ def save_adapter_folder(
         "double_quantization": double_quantization,
     }
     _refuse_foreign_files(folder)
+    _remove_left_overs(folder)
     temporary = durable.temporary_name(folder)
-    if durable.is_real_folder(temporary):  # of a killed process that had our id
-        durable.remove_tree(temporary)
     durable.make_folder(temporary)
     try:
         size_bytes = _write_files(attached, temporary, config, base)
@@ -132,6 +132,13 @@ def _refuse_foreign_files(folder: Path) -> None:
     foreign = sorted(set(os.listdir(folder)) - OUR_FILES)
     if foreign:
         raise AdapterError(f"holds files of others ({foreign[0]})", "choose another folder", file=str(folder))
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Unfinished folders of killed processes; one that holds anything else is none of ours."""
+    for other in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.part-*")):
+        if durable.is_real_folder(other) and set(os.listdir(other)) <= OUR_FILES:
+            durable.remove_tree(other)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

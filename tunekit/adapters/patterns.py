@@ -1,8 +1,9 @@
 """Regular expressions over module names, with a bound on the work: a hostile pattern is refused, it never hangs.
 
 Comes in: a pattern and module names.  Goes out: whether the whole name matches, as re.fullmatch would say.
-Next: targets.py.  Python's own matcher backtracks without a limit; this one carries the set of positions that each
-part of the pattern can reach, which is polynomial, and counts its steps.
+Next: targets.py.  Python's own matcher, which peft and others run on the same patterns, backtracks without a limit.
+This one carries the positions that each part of the pattern can reach, with the number of ways to reach them: that
+takes little time itself, and tells how long a backtracking matcher would take, which is what is limited.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ MAX_PATTERN_CHARACTERS = 100_000
 MAX_STEPS = 100_000  # for one pattern against one name; an everyday pattern takes a few hundred
 MAX_STEPS_TOGETHER = 20_000_000  # for all patterns of one adapter against all names: a few seconds
 REFUSED_FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL | re.LOCALE | re.ASCII
+SINGLE = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
+Ways = dict[int, int]  # position -> in how many ways a backtracking matcher would come there
 CLASSES: dict[str, Callable[[str], bool]] = {
     "CATEGORY_DIGIT": str.isdecimal,
     "CATEGORY_SPACE": str.isspace,
@@ -77,38 +80,43 @@ class Pattern:
 
     def matches(self, name: str) -> bool:
         """re.fullmatch(pattern, name)."""
-        return self._reaches_end(name, frozenset([0]))
+        return self._reaches_end(name, [0])
 
     def matches_ending(self, name: str) -> bool:
         """re.match(rf"(.*\\.)?({pattern})$", name): how rank and alpha patterns match in PEFT."""
-        return self._reaches_end(name, frozenset([0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]))
+        return self._reaches_end(name, [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")])
 
-    def _reaches_end(self, name: str, starts: frozenset[int]) -> bool:
+    def _reaches_end(self, name: str, starts: Iterable[int]) -> bool:
         self.steps = 0
         try:
-            return len(name) in self._sequence(self.parsed, name, starts)
+            return len(name) in self._sequence(self.parsed, name, dict.fromkeys(starts, 1))
         except RecursionError as error:
             raise self._error("is nested too deeply") from error
         finally:
             self.budget.steps += self.steps
 
-    def _sequence(self, items: Iterable[Any], name: str, starts: frozenset[int]) -> frozenset[int]:
-        """Positions where the items, one after the other, can end when they begin at any of `starts`."""
+    def _spend(self, steps: int, name: str) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS or self.budget.steps + self.steps > MAX_STEPS_TOGETHER:
+            raise self._error(f"takes too many steps to compare with the name '{name}'")
+
+    def _sequence(self, items: Iterable[Any], name: str, starts: Ways) -> Ways:
+        """Where the items, one after the other, can end when they begin at `starts`, and in how many ways."""
         for code, argument in items:
             if not starts:
                 return starts
-            self.steps += len(starts)
-            if self.steps > MAX_STEPS or self.budget.steps + self.steps > MAX_STEPS_TOGETHER:
-                raise self._error(f"takes too many steps to compare with the name '{name}'")
+            self._spend(sum(starts.values()), name)
             starts = self._item(str(code), argument, name, starts)
         return starts
 
-    def _item(self, code: str, argument: Any, name: str, starts: frozenset[int]) -> frozenset[int]:
-        if code in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+    def _item(self, code: str, argument: Any, name: str, starts: Ways) -> Ways:
+        if code in SINGLE:
             accepts = _single(code, argument)
-            return frozenset(i + 1 for i in starts if i < len(name) and accepts(name[i]))
+            return {i + 1: ways for i, ways in starts.items() if i < len(name) and accepts(name[i])}
         if code in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, items = argument
+            if len(items) == 1 and str(items[0][0]) in SINGLE:
+                return self._run(least, int(most), _single(str(items[0][0]), items[0][1]), name, starts)
             return self._repeat(least, int(most), items, name, starts)
         if code == "SUBPATTERN":
             _, added, removed, items = argument
@@ -116,31 +124,48 @@ class Pattern:
                 raise self._error("sets flags inside a group")
             return self._sequence(items, name, starts)
         if code == "BRANCH":
-            return frozenset().union(*(self._sequence(items, name, starts) for items in argument[1]))
+            return _together(self._sequence(items, name, starts) for items in argument[1])
         if code == "AT":
-            return frozenset(i for i in starts if self._holds(str(argument), name, i))
+            return {i: ways for i, ways in starts.items() if self._holds(str(argument), name, i)}
         if code in ("ASSERT", "ASSERT_NOT"):
             direction, items = argument
             wanted = code == "ASSERT"
-            return frozenset(i for i in starts if self._looks(direction, items, name, i) == wanted)
+            return {i: ways for i, ways in starts.items() if self._looks(direction, items, name, i, ways) == wanted}
         raise self._error("uses back references, conditions or atomic groups")
 
-    def _repeat(self, least: int, most: int, items: Any, name: str, starts: frozenset[int]) -> frozenset[int]:
-        """Repeat until nothing new can come: the reachable set is empty, stands still, or has been seen before."""
-        reached: frozenset[int] = starts if least == 0 else frozenset()
-        current, count, seen = starts, 0, {starts}
-        while count < most:
-            current = self._sequence(items, name, current)
-            count += 1
-            if count >= least:
-                reached |= current
+    def _run(self, least: int, most: int, accepts: Callable[[str], bool], name: str, starts: Ways) -> Ways:
+        """A repeated single character."""
+        reached: Ways = {}
+        for start, ways in starts.items():
+            end = start
+            while end < len(name) and end - start < most and accepts(name[end]):
+                end += 1
+            self._spend(ways * (end - start), name)
+            for position in range(start + least, end + 1):
+                reached[position] = reached.get(position, 0) + ways
+        return reached
+
+    def _repeat(self, least: int, most: int, items: Any, name: str, starts: Ways) -> Ways:
+        """A repeated group. Rounds that match nothing are not counted, but any number of them can fill up `least`."""
+        reached: Ways = dict(starts) if least == 0 else {}
+        current = {(start, False): ways for start, ways in starts.items()}  # position, whether an empty round was seen
+        for done in range(min(most, len(name) + 1)):
+            following: dict[tuple[int, bool], int] = {}
+            for (start, free), ways in current.items():
+                ends = self._sequence(items, name, {start: ways})
+                if start in ends and not free:
+                    free = True
+                    if done < least:
+                        reached[start] = reached.get(start, 0) + ways
+                for end, more in ends.items():
+                    if end > start:
+                        following[end, free] = following.get((end, free), 0) + more
+            current = following
+            for (end, free), ways in current.items():
+                if done + 1 >= least or free:
+                    reached[end] = reached.get(end, 0) + ways
             if not current:
                 break
-            if current in seen:
-                # The sets move right or stand still, so a set seen before is a fixed point: `least` is met as well.
-                reached |= current
-                break
-            seen.add(current)
         return reached
 
     def _holds(self, place: str, name: str, position: int) -> bool:
@@ -155,13 +180,21 @@ class Pattern:
         after = position < len(name) and word(name[position])
         return (before != after) == (place == "AT_BOUNDARY")
 
-    def _looks(self, direction: int, items: Any, name: str, position: int) -> bool:
+    def _looks(self, direction: int, items: Any, name: str, position: int, ways: int) -> bool:
         if direction > 0:
-            return bool(self._sequence(items, name, frozenset([position])))
-        return any(position in self._sequence(items, name, frozenset([start])) for start in range(position + 1))
+            return bool(self._sequence(items, name, {position: ways}))
+        return any(position in self._sequence(items, name, {start: ways}) for start in range(position + 1))
 
 
-def _single(code: str, argument: Any) -> Any:
+def _together(many: Iterable[Ways]) -> Ways:
+    found: Ways = {}
+    for ways in many:
+        for position, number in ways.items():
+            found[position] = found.get(position, 0) + number
+    return found
+
+
+def _single(code: str, argument: Any) -> Callable[[str], bool]:
     """The test of one character for a literal, a dot or a set."""
     if code == "LITERAL":
         return lambda character: ord(character) == argument

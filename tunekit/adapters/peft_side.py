@@ -74,15 +74,23 @@ class PeftSide:
         ]
         if problems:
             raise AdapterError.of(problems)
-        values = {
-            own: tuple(value) if isinstance(value, list) else value
-            for name, (own, default) in self.fields.items()
-            for value in [config.get(name, default)]
-        }
+        values: dict[str, Any] = {}
+        for name, (own, default) in self.fields.items():
+            value = config.get(name, default)
+            if value in (None, [], {}) and default in (None, {}):
+                value = default  # nothing, in any of the spellings that peft has used
+            values[own] = tuple(value) if isinstance(value, list) else value
         try:
             return self.settings(**values)
-        except ValueError as error:  # pydantic's, whose lines name our settings
-            raise AdapterError(f"malformed field: {shown(str(error), 600)}", file=file) from error
+        except ValueError as error:  # pydantic's: one entry per field
+            raise AdapterError.of(self._malformed(error, file)) from error
+
+    def _malformed(self, error: Any, file: str) -> list[Problem]:
+        names = {own: name for name, (own, _) in self.fields.items()}
+        return [
+            Problem(f"malformed: {shown(entry['msg'])}", "", file, None, names.get(entry["loc"][0], self.peft_type))
+            for entry in error.errors(include_url=False, include_input=False)
+        ]
 
     def _accepts(self, name: str, value: Any) -> bool:
         if name in self.claims:
