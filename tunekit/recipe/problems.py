@@ -15,6 +15,7 @@ from tunekit.recipe.alias_table import alias_target
 from tunekit.recipe.data import Source
 from tunekit.recipe.draft import Draft, KeyPath, dotted, has_item
 from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.reader import read_scalar
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 from tunekit.recipe.section import Section
 from tunekit.recipe.suggest import did_you_mean, nearest, show
@@ -137,7 +138,7 @@ def _mend(what: str, value: Any) -> str:
         return f"write {meant}" if meant else ""
     if "number" in what and isinstance(value, str):
         bare = value.replace("_", "").replace(",", "")
-        return f"write {bare} without quotes" if bare.replace(".", "", 1).replace("-", "").isdigit() else ""
+        return f"write {bare} without quotes" if isinstance(read_scalar(bare), int | float) else ""
     if "list" in what and isinstance(value, str):
         return f"write [{value}]"
     if value is None:

@@ -1,0 +1,45 @@
+"""Metrics by hand-computed values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tunekit.metrics import contains, exact_match, loss, perplexity, rouge_l, token_accuracy, token_f1
+
+
+def test_exact_match() -> None:
+    assert exact_match.score(["a", " b\n", "c"], ["a", "b", "C"]) == pytest.approx(2 / 3)
+
+
+def test_contains() -> None:
+    assert contains.score(["the answer is 7.", "8", "", "x"], ["7", "7", "", ""]) == pytest.approx(2 / 4)
+
+
+def test_token_f1() -> None:
+    assert token_f1.score(["The cat sat"], ["the cat, the dog"]) == pytest.approx(2 * 2 / (3 + 4))
+    assert token_f1.score(["", "a", "..."], ["", "", "b"]) == pytest.approx(1 / 3)
+
+
+def test_rouge_l() -> None:
+    assert rouge_l.score(["police kill the gunman"], ["police killed the gunman"]) == pytest.approx(2 * 3 / 8)
+    assert rouge_l.score(["the gunman kill police"], ["police killed the gunman"]) == pytest.approx(2 * 2 / 8)
+    assert rouge_l.score(["été à Paris"], ["Été à paris"]) == 1.0
+
+
+@pytest.mark.parametrize("metric", [exact_match, contains, token_f1, rouge_l])
+def test_no_answers_and_uneven_lists_are_no_scores(metric: object) -> None:
+    for predictions, references in (([], []), (["a"], [])):
+        with pytest.raises(ValueError):
+            metric.score(predictions, references)  # type: ignore[attr-defined]
+
+
+def test_from_sums() -> None:
+    assert loss.from_sums(6.0, 1, 4) == 1.5
+    assert perplexity.from_sums(6.0, 1, 4) == pytest.approx(math.exp(1.5))
+    assert perplexity.from_sums(1e6, 0, 1) == math.inf
+    assert token_accuracy.from_sums(6.0, 1, 4) == 0.25
+    for metric in (loss, perplexity, token_accuracy):
+        with pytest.raises(ValueError):
+            metric.from_sums(0.0, 0, 0)

@@ -1,0 +1,73 @@
+"""The schema and the reference name every key; the recipe that init writes is valid, with comments and without."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from tests.recipe_mutator import VALUES
+from tunekit.init import WRITTEN
+from tunekit.recipe.alias_table import IN_ADAPTER, TOP_LEVEL, alias_target
+from tunekit.recipe.draft import Draft
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
+from tunekit.recipe.problems import fields_at
+from tunekit.recipe.schema import make_commented_recipe, make_reference, make_schema
+
+
+def test_the_schema_has_every_key_and_shorthand() -> None:
+    schema = json.loads(json.dumps(make_schema()))
+    for key in VALUES:
+        section, _, rest = key.partition(".")
+        found = schema["properties"][section]
+        if rest.startswith("train.0."):
+            assert rest.removeprefix("train.0.") in schema["$defs"]["Source"]["properties"]
+            continue
+        choices = [choice for choice in found.get("anyOf", [found]) if "properties" in choice]
+        assert any(rest in choice["properties"] for choice in choices), key
+    assert {"type": "string", "minLength": 1} in schema["properties"]["model"]["anyOf"]
+    assert {"enum": ["lora", "qlora"]} in schema["properties"]["adapter"]["anyOf"]
+    train = schema["properties"]["data"]["properties"]["train"]["anyOf"]
+    assert [choice.get("type", "source") for choice in train] == ["string", "source", "array"]
+    assert schema["properties"]["data"]["properties"]["max_length"]["minimum"] == 2
+    assert schema["properties"]["num_train_epochs"]["deprecated"] is True
+
+
+def test_the_reference_has_a_meaning_for_every_key() -> None:
+    reference = make_reference()
+    for key in VALUES:
+        leaf = key.rpartition(".")[2]
+        line = re.search(rf"^  {leaf} .*$", reference, re.MULTILINE)
+        assert line is not None, key
+        assert len(line.group().split()) > 3, f"{key} has no meaning: {line.group()}"
+
+
+def test_init_writes_a_valid_recipe_with_the_defaults_in_its_comments(tmp_path: Path) -> None:
+    text = make_commented_recipe(WRITTEN)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    recipe = load_recipe(path).recipe
+    path.write_text(re.sub(r"^( *)# ([a-z_]+:)", r"\1\2", text, flags=re.MULTILINE), encoding="utf-8")
+    assert load_recipe(path).recipe == recipe
+
+
+def test_every_alias_leads_to_a_key_that_exists() -> None:
+    draft = Draft("x")
+    for name in (*TOP_LEVEL, *IN_ADAPTER):
+        target = alias_target(name)
+        assert target is None or target[-1] in fields_at(target[:-1], draft), name
+
+
+def test_every_named_file_states_its_facts() -> None:
+    for name in known_names("metrics"):
+        assert facts_of("metrics", name).COMPUTED_FROM in ("loss", "generation")
+        assert isinstance(facts_of("metrics", name).HIGHER_IS_BETTER, bool)
+    assert needs_generation("exact_match")
+    assert not needs_generation("perplexity")
+    for name in known_names("formats"):
+        assert facts_of("formats", name).FIELDS
+        assert facts_of("formats", name).DESCRIPTION
+    for kind in ("adapters", "objectives"):
+        for name in known_names(kind):
+            assert settings_class(kind, name)(method=name).method == name
