@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.errors import RecipeError
 from tunekit.model.weights import weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
 
@@ -165,3 +166,17 @@ def test_overlapping_patterns_mean_the_same_in_peft(order: tuple[str, str], tmp_
     read = make_llama()
     attach_adapter_folder(read, tmp_path / "b", head_name="lm_head")
     close(logits_of(read), logits_of(net))
+
+
+def test_a_rank_above_the_smaller_side_is_read_but_not_made(tmp_path: Path) -> None:
+    fields = {"target_modules": ["k_proj"], "r": 20, "lora_alpha": 8}  # k_proj is 16 x 32
+    theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval()
+    randomise(list(peft_parameters(theirs).values()))
+    theirs.save_pretrained(str(tmp_path))
+    net = make_llama()
+    attach_adapter_folder(net, tmp_path, head_name="lm_head")
+    close(logits_of(net), logits_of(theirs))
+    with pytest.raises(
+        RecipeError, match=r"rank 20 is too large for 'model\.layers\.0\.self_attn\.k_proj' \(16 x 32\)"
+    ):
+        attach_adapter(make_llama(), settings_of(fields), seed=0, head_name="lm_head")

@@ -214,6 +214,7 @@ def _home(part: Part, net: nn.Module) -> torch.device:
 def _build(attached: AttachedAdapter, meta: bool) -> None:
     """Make every part and put the wrappers in place."""
     net, settings, method, targets = attached.net, attached.settings, attached.method, attached.targets
+    copied = copy_names(net, method.copies(settings))
     if method.shared is not None:
         attached.shared = method.shared(settings, targets, meta=meta)
     hosts: dict[str, dict[str, ParameterAdapter]] = {}
@@ -230,7 +231,7 @@ def _build(attached: AttachedAdapter, meta: bool) -> None:
             attached.put(target.name, attached.layers[target.name])
     for name, adapters in hosts.items():
         attached.put(name, ParameterHost(net.get_submodule(name), adapters))
-    for name in copy_names(net, method.copies(settings)):
+    for name in copied:
         attached.copies[name] = TrainedCopy(net.get_submodule(name), name, meta=meta)
         attached.put(name, attached.copies[name])
     if method.model is not None:

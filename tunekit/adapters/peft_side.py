@@ -57,7 +57,7 @@ class PeftSide:
     def write(self, settings: Any) -> dict[str, Any]:
         """PEFT's fields for `settings`, every one that PEFT 0.21.2 writes for this type."""
         written = {name: values[0] for name, values in {**COMMON, **MODULES, **self.fixed}.items()}
-        written |= {name: plain(getattr(settings, own)) for name, (own, _) in self.fields.items()}
+        written |= {name: plain(getattr(settings, own), default) for name, (own, default) in self.fields.items()}
         return {**written, **self.claims, "peft_type": self.peft_type}
 
     def read(self, config: Mapping[str, Any], file: str) -> Any:
@@ -99,9 +99,10 @@ class PeftSide:
         return any(other is ANY or same(value, other) for other in accepted)
 
 
-def plain(value: Any) -> Any:
-    """A setting as JSON holds it: whole floats as integers (PEFT's lora_alpha is one), tuples as sorted lists."""
-    if isinstance(value, float) and value.is_integer():
+def plain(value: Any, default: Any = None) -> Any:
+    """A setting as JSON holds it: a whole float as an integer (lora_alpha) but where PEFT's default is a float, a tuple
+    as a sorted list."""
+    if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
         return int(value)
     if isinstance(value, tuple):
         return sorted(value)
