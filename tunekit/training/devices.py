@@ -90,6 +90,10 @@ class Devices:
         value = self.on_main(work)
         return work() if value is None else value
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.state.wait_for_everyone()
+
     def close(self) -> None:
         """Leave the process group."""
         if self.world > 1 and torch.distributed.is_initialized():
