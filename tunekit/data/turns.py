@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunekit.data.control import ControlTokens
@@ -23,6 +23,7 @@ ONLY_LAST = "rows of which only the last answer is trained on: the chat template
 TOOLS_IGNORED = "rows whose tools the chat template does not write"
 SHORTENED = "answers that the chat template does not write as they are"
 _OPENING, _CLOSING = "\ue001", "\ue002"
+_PROBE = "\ue003tunekit\ue003"
 _MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
@@ -160,11 +161,22 @@ class TurnFinder:
         bare = self.render(messages[:index], tools) if bare is None else bare
         if not upto.startswith(bare):
             return None
-        return self._after_header(messages[index].content.strip(), upto, len(bare), before)
+        place = self._content_place(messages[: index + 1], tools, upto)
+        return self._after_header(place, upto, len(bare), before)
 
-    def _after_header(self, content: str, upto: str, bare: int, before: str) -> int:
+    def _content_place(self, messages: Sequence[Message], tools: Any, upto: str) -> int:
+        """Where the last message's content begins, found by writing another content there; -1 if that changes more."""
+        probe = replace(messages[-1], content=_PROBE)
+        try:
+            place = self.render([*messages[:-1], probe], tools).find(_PROBE)
+        except DataError:
+            return -1
+        content = messages[-1].content
+        there = place >= 0 and (upto.startswith(content, place) or upto.startswith(content.strip(), place))
+        return place if there else -1
+
+    def _after_header(self, place: int, upto: str, bare: int, before: str) -> int:
         """Start of an answer whose header ("<|im_start|>assistant") is no generation prompt, or another one."""
-        place = upto.find(content, bare) if content else -1
         if len(before) > bare:
             shared = common_prefix(before, upto)
             return min(shared, place) if place >= 0 else shared
@@ -213,10 +225,10 @@ def mark_generation(template: str) -> str | None:
     if not _MARKER.search(template):
         return None
 
-    def replace(match: re.Match[str]) -> str:
+    def visible_mark(match: re.Match[str]) -> str:
         left, ending, right = match.groups()
         mark = _CLOSING if ending else _OPENING
         # A block, not an expression, so that the whitespace around it is trimmed just as around the original.
         return f"{{%{left} if true %}}{{{{ '{mark}' }}}}{{% endif {right}%}}"
 
-    return _MARKER.sub(replace, template)
+    return _MARKER.sub(visible_mark, template)

@@ -1,0 +1,202 @@
+"""The order of training: every row once an epoch, the same for any rank count and after any interruption."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from tests.data_case import Rows, settings
+from tunekit.data.batches import TrainingWindows, evaluation_batches, longest_batch
+from tunekit.data.collate import collate
+from tunekit.data.order import Share, epoch_rows, held_out
+from tunekit.protocols import IGNORED, Batch, Window
+
+LENGTHS = [2 + (7 * index) % 30 for index in range(23)]  # 2 .. 31 tokens
+
+
+def rows_of(window: Window) -> list[int]:
+    return [row for batch in window.batches for group in batch.row_ids for row in group]
+
+
+def same(one: Batch, other: Batch) -> bool:
+    tensors = ((one.input_ids, other.input_ids), (one.labels, other.labels), (one.position_ids, other.position_ids))
+    return one.row_ids == other.row_ids and all(torch.equal(left, right) for left, right in tensors)
+
+
+def test_the_last_partial_window_is_stepped() -> None:
+    windows = TrainingWindows(Rows(LENGTHS), settings())
+    assert (windows.steps, windows.steps_per_epoch, windows.micro_batches_per_epoch) == (3, 3, 12)
+    found = list(windows.windows(0))
+    assert [len(window.batches) for window in found] == [5, 5, 2]
+    assert [len(rows_of(window)) for window in found] == [10, 10, 3]
+    assert sorted(row for window in found for row in rows_of(window)) == list(range(23))
+    assert [window.epoch for window in found] == [1 / 3, 2 / 3, 1.0]
+
+
+def test_without_shuffling_the_order_is_the_file_s() -> None:
+    found = [
+        rows_of(window) for window in TrainingWindows(Rows(LENGTHS), settings(shuffle=False, epochs=2.0)).windows(0)
+    ]
+    assert [row for rows in found for row in rows] == [*range(23), *range(23)]
+
+
+def test_epochs_differ_and_seeds_differ_and_both_repeat() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return epoch_rows((Share(0, 23),), seed=seed, epoch=epoch, shuffle=True).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1, 2**32 - 1) for epoch in (0, 1, 2)}) == 9
+
+
+def test_the_order_does_not_depend_on_the_process() -> None:
+    code = (
+        "from tunekit.data.order import Share, epoch_rows;"
+        "print(epoch_rows((Share(0, 9), Share(9, 20, 1.5)), seed=7, epoch=3, shuffle=True).tolist())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+    assert len(json.loads(found.pop())) == 9 + 11 + 6
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 3), (0.1, 1), (0.5, 2), (1.5, 5), (2.0, 6), (2.34, 8)])
+def test_fractional_epochs_round_their_last_part_up(epochs: float, steps: int) -> None:
+    assert TrainingWindows(Rows(LENGTHS), settings(epochs=epochs)).steps == steps
+
+
+def test_max_steps_goes_through_as_many_epochs_as_it_needs() -> None:
+    found = list(TrainingWindows(Rows(LENGTHS), settings(epochs=None, max_steps=7)).windows(0))
+    assert [round(window.epoch, 6) for window in found] == [round(step / 3, 6) for step in range(1, 8)]
+    assert sorted(row for window in found[3:6] for row in rows_of(window)) == list(range(23))
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 70}])
+def test_resuming_at_any_step_gives_the_same_windows(changes: dict[str, object]) -> None:
+    def make() -> TrainingWindows:
+        return TrainingWindows(Rows(LENGTHS), settings(epochs=3.0, gradient_accumulation_steps=2, **changes))
+
+    whole = list(make().windows(0))
+    assert len(whole) == make().steps
+    for first in range(len(whole)):
+        rest = list(make().windows(first))
+        assert [window.step for window in rest] == list(range(first, len(whole)))
+        for window, expected in zip(rest, whole[first:], strict=True):
+            assert window.epoch == expected.epoch
+            assert all(same(*pair) for pair in zip(window.batches, expected.batches, strict=True))
+    assert list(make().windows(len(whole))) == []
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_each_window(world: int) -> None:
+    one = list(TrainingWindows(Rows(LENGTHS), settings()).windows(0))
+    ranks = [
+        list(TrainingWindows(Rows(LENGTHS), settings(), rank=rank, world=world).windows(0)) for rank in range(world)
+    ]
+    for step, window in enumerate(one):
+        parts = [windows[step] for windows in ranks]
+        together = {index: batch for part in parts for index, batch in zip(part.indices, part.batches, strict=True)}
+        assert sorted(together) == list(window.indices)
+        assert all(index % world == rank for rank, part in enumerate(parts) for index in part.indices)
+        assert all(same(together[index], batch) for index, batch in zip(window.indices, window.batches, strict=True))
+    assert len(ranks[-1][2].batches) == (1 if world == 2 else 0)  # the last window may leave a rank without work
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_packs_hold_every_token_once_within_max_length(seed: int) -> None:
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, 64) for _ in range(draw.randint(1, 90))]
+    windows = TrainingWindows(Rows(lengths), settings(packing=True, seed=seed, epochs=2.0))
+    found = list(windows.windows(0))
+    assert len(found) == windows.steps
+    batches = [batch for window in found for batch in window.batches]
+    assert all(length <= 64 for batch in batches for length in batch.lengths)
+    tokens = Counter(
+        token
+        for batch in batches
+        for ids, length in zip(batch.input_ids, batch.lengths, strict=True)
+        for token in ids[:length].tolist()
+    )
+    assert tokens == Counter({1000 * row + at: 2 for row, length in enumerate(lengths) for at in range(length)})
+    supervised = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    assert supervised == 2 * sum(length - 1 for length in lengths)
+
+
+def test_steps_are_counted_from_packs() -> None:
+    windows = TrainingWindows(Rows([8] * 64), settings(packing=True, micro_batch_size=1, gradient_accumulation_steps=2))
+    assert windows.micro_batches_per_epoch == 8
+    assert windows.steps == 4
+
+
+def test_micro_batches_by_padded_tokens() -> None:
+    windows = TrainingWindows(Rows(LENGTHS), settings(micro_batch_size=None, micro_batch_tokens=40))
+    batches = [batch for window in windows.windows(0) for batch in window.batches]
+    assert all(batch.input_ids.numel() <= 40 for batch in batches)
+    assert max(len(batch.lengths) for batch in batches) > 1
+    assert sorted(row for batch in batches for group in batch.row_ids for row in group) == list(range(23))
+    alone = TrainingWindows(Rows([50, 3]), settings(micro_batch_size=None, micro_batch_tokens=40, shuffle=False))
+    assert [batch.lengths for window in alone.windows(0) for batch in window.batches] == [(50,), (3,)]
+
+
+def test_collation_restarts_positions_and_hides_first_labels() -> None:
+    batch = collate(Rows([3, 2, 4]), [(0, 1), (2,), (1,)], pad_id=9, packed=True)
+    assert batch.input_ids.tolist() == [[0, 1, 2, 1000, 1001], [2000, 2001, 2002, 2003, 9], [1000, 1001, 9, 9, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0], [0, 1, 0, 1, 2]]
+    assert batch.labels.tolist() == [
+        [-100, 1, 2, -100, 1001],
+        [-100, 2001, 2002, 2003, -100],
+        [-100, 1001, -100, -100, -100],
+    ]
+    assert (batch.lengths, batch.tokens) == ((5, 4, 2), 11)
+    assert batch.origins == (("rows:0", "rows:1"), ("rows:2",), ("rows:1",))
+
+
+def test_weights_take_whole_copies_and_a_fresh_draw_of_the_rest() -> None:
+    shares = (Share(0, 10, 2.3), Share(10, 30, 0.5), Share(30, 33, 1.0))
+    epochs = [Counter(epoch_rows(shares, seed=1, epoch=epoch, shuffle=True).tolist()) for epoch in (0, 1)]
+    for counts in epochs:
+        assert sorted(counts[row] for row in range(10)) == [2] * 7 + [3] * 3
+        assert sum(counts[row] for row in range(10, 30)) == 10
+        assert max(counts[row] for row in range(10, 30)) == 1
+        assert [counts[row] for row in range(30, 33)] == [1, 1, 1]
+    assert epochs[0] != epochs[1]
+
+
+def test_evaluation_sees_every_row_once() -> None:
+    for packing in (False, True):
+        batches = list(evaluation_batches(Rows(LENGTHS), batch_size=4, pad_id=0, packing=packing, max_length=64))
+        assert sorted(row for batch in batches for group in batch.row_ids for row in group) == list(range(23))
+        assert sum(int((batch.labels != IGNORED).sum()) for batch in batches) == sum(LENGTHS) - 23
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 70}])
+def test_no_epoch_has_a_larger_batch_than_the_longest(changes: dict[str, object]) -> None:
+    chosen = settings(epochs=20.0, **changes)
+    longest = longest_batch(Rows(LENGTHS), chosen).input_ids.numel()
+    found = [batch for window in TrainingWindows(Rows(LENGTHS), chosen).windows(0) for batch in window.batches]
+    assert max(batch.input_ids.numel() for batch in found) <= longest
+
+
+def test_held_out_rows_are_the_nearest_number_and_equal_rows_stay_together() -> None:
+    digests = np.arange(1000, dtype=np.uint64)
+    assert held_out(digests, 0.05, 0).sum() == 50
+    assert (held_out(digests, 0.05, 0) != held_out(digests, 0.05, 1)).any()
+    assert held_out(digests[:3], 0.05, 0).sum() == 1
+    twice = np.concatenate([digests, digests[::-1]])
+    chosen = held_out(twice, 0.101, 3)
+    assert chosen.tolist()[:1000] == chosen.tolist()[:999:-1]
