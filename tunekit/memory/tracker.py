@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,14 +26,24 @@ from tunekit.memory.workspace import workspace_bytes
 CUDA_BLOCK_BYTES = 512  # the CUDA caching allocator rounds every allocation up to this
 
 
-class StorageTracker(TorchDispatchMode):
-    """Live bytes by part, and their largest sum since `reset_peak`.
+@dataclass(frozen=True)
+class Simulation:
+    """Highest sum of live bytes, by part, and every allocation (+bytes) and release in order, from `held` on."""
+
+    peak: dict[str, int]
+    total: int
+    held: int
+    trace: list[tuple[int, int]] = field(repr=False)  # (number of the storage, bytes)
+
+
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Live bytes by part, and their largest sum since `start`.
 
     `device`: where the computation will really run; it decides rounding and kernel workspaces.
     """
 
     def __init__(self, device: torch.device, *, with_workspaces: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.part = "activations"
         self.live: Counter[str] = Counter()
@@ -41,7 +52,10 @@ class StorageTracker(TorchDispatchMode):
         self.peak_total = 0
         self._values = IntegerValues()
         self._with_workspaces = with_workspaces
-        self._known: dict[int, tuple[str, int, Any]] = {}  # storage id -> part, bytes, finalizer
+        self._known: dict[int, tuple[str, int, int]] = {}  # storage id -> part, bytes, number
+        self._held = 0
+        self._number = 0
+        self._trace: list[tuple[int, int]] = []
 
     def adopt(self, tensors: Iterable[Tensor], part: str) -> None:
         """Count tensors that already exist."""
@@ -58,9 +72,23 @@ class StorageTracker(TorchDispatchMode):
         finally:
             self.part = before
 
-    def reset_peak(self) -> None:
-        """Start a new peak from what is live now."""
-        self.peak, self.peak_total = dict(self.live), self.total
+    def move(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count tensors under another part than they were made in."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            old, size, number = self._known[key]
+            self._known[key] = (part, size, number)
+            self.live[old] -= size
+            self.live[part] += size
+
+    def start(self) -> None:
+        """Start a new peak and a new trace from what is live now."""
+        self.peak, self.peak_total, self._held = dict(self.live), self.total, self.total
+        self._trace.clear()
+
+    def result(self) -> Simulation:
+        """What was seen since `start`."""
+        return Simulation(dict(self.peak), self.peak_total, self._held, list(self._trace))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -76,6 +104,9 @@ class StorageTracker(TorchDispatchMode):
             if self.total + extra > self.peak_total:
                 self.peak = dict(self.live) | {self.part: self.live[self.part] + extra}
                 self.peak_total = self.total + extra
+            if extra:
+                self._number += 1
+                self._trace += [(self._number, extra), (self._number, -extra)]
         return output
 
     def _follow(self, tensor: Tensor) -> None:
@@ -83,22 +114,23 @@ class StorageTracker(TorchDispatchMode):
         key, size = storage._cdata, self._rounded(storage.nbytes())
         known = self._known.get(key)
         if known is None:
-            # A closure over plain values only: the finalizer must not keep the storage alive.
-            finalizer = weakref.finalize(storage, self._forget, key)
-            finalizer.atexit = False
-            self._known[key] = (self.part, size, finalizer)
-            self._add(self.part, size)
+            # The finalizer knows a key, not the storage, and does not keep it alive.
+            weakref.finalize(storage, self._forget, key).atexit = False
+            self._number += 1
+            self._known[key] = (self.part, size, self._number)
+            self._add(self.part, size, self._number)
         elif known[1] != size:
             self._known[key] = (known[0], size, known[2])
-            self._add(known[0], size - known[1])
+            self._add(known[0], size - known[1], known[2])
 
     def _forget(self, key: int) -> None:
-        part, size, _ = self._known.pop(key)
-        self._add(part, -size)
+        part, size, number = self._known.pop(key)
+        self._add(part, -size, number)
 
-    def _add(self, part: str, size: int) -> None:
+    def _add(self, part: str, size: int, number: int) -> None:
         self.live[part] += size
         self.total += size
+        self._trace.append((number, size))
         if self.total > self.peak_total:
             self.peak, self.peak_total = dict(self.live), self.total
 
@@ -106,5 +138,3 @@ class StorageTracker(TorchDispatchMode):
         if self.device.type == "cuda":
             return -(-size // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
         return size
-
-

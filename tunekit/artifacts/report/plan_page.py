@@ -1,0 +1,50 @@
+"""A plan in words and tables.
+
+Comes in: a Plan.  Goes out: names and values, rows of tables.  Next: plan.py prints them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from tunekit.decisions import Plan, Target, bytes_text
+
+
+def facts(plan: Plan) -> dict[str, object]:
+    """What the run is, by name; None where there is nothing to say."""
+    model, rows = plan.model, plan.rows
+    per_epoch = "" if plan.steps_per_epoch is None else f", {plan.steps_per_epoch:,} an epoch"
+    share = plan.trainable_parameters / max(plan.total_parameters, 1)
+    about = "about " if rows.estimated else ""
+    return {
+        "model": f"{model.model_type}, {model.layers} layers, computed in {model.dtype} on {plan.device}",
+        "weights": "as they are" if model.quantization == "none" else model.quantization,
+        "parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} trained ({share:.2%})",
+        "rows": f"{rows.trained:,} of {rows.read:,} ({rows.dropped:,} dropped, {rows.truncated:,} truncated)",
+        "tokens": f"{about}{rows.tokens:,} an epoch; {about}{plan.supervised_tokens:,} supervised in the run",
+        "evaluation rows": None if plan.eval_rows is None else f"{plan.eval_rows.trained:,}",
+        "packing": f"{'yes' if plan.packing else 'no'}: {plan.packing_reason}",
+        "steps": f"{plan.steps:,}{per_epoch}; {plan.warmup_steps:,} of warm-up",
+        "recomputed": f"{plan.checkpointed_layers} of {model.layers} layers",
+        "logits": f"{plan.logits_chunk_tokens:,} positions at a time",
+    }
+
+
+def target_rows(plan: Plan) -> list[list[object]]:
+    """One line for each name ending, shape and rank: name, layers, shape, rank, parameters."""
+    grouped: dict[tuple[str, str, int | None], list[Target]] = {}
+    for target in plan.targets:
+        shape = f"{target.in_features} -> {target.out_features}"
+        grouped.setdefault((target.name.rpartition(".")[2], shape, target.r), []).append(target)
+    return [
+        [name, len(group), shape, rank, sum(target.trainable_parameters for target in group)]
+        for (name, shape, rank), group in grouped.items()
+    ]
+
+
+def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
+    """One line for each part of the peak, and the total against what is free."""
+    parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
+    free = "" if available is None else f" of {bytes_text(available)} free"
+    lines: list[list[object]] = [[name, bytes_text(size)] for name, size in parts.items()]
+    return [*lines, ["total", bytes_text(plan.peak_bytes.total) + free]]

@@ -1,0 +1,344 @@
+"""`tunekit plan`: everything decided before a weight is loaded; `train` obeys.
+
+Comes in: a LoadedRecipe.  Goes out: Plan (plan.json) and Prepared, which train would make twice.  Next: train.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+import tunekit
+from tunekit.adapters.base import load_method
+from tunekit.adapters.configuration import read_adapter_config
+from tunekit.adapters.targets import find_targets, unreached_experts
+from tunekit.artifacts.durable import write_json
+from tunekit.artifacts.report import plan_page
+from tunekit.console import Console
+from tunekit.data.batches import BatchSettings, TrainingWindows, evaluation_batches, longest_batch
+from tunekit.decisions import ModelFacts, PeakBytes, Plan, Refusal, RowCounts, Target, bytes_text
+from tunekit.errors import InputError, Problem, RecipeError, TunekitError
+from tunekit.memory.estimate import peak_bytes
+from tunekit.memory.fit import checkpointed_layers
+from tunekit.memory.machine import available_bytes
+from tunekit.model.load import LoadedModel, make_meta_model
+from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.load import LoadedRecipe, load_recipe
+from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.supported import refuse_unsupported
+from tunekit.rows import RowSet, load_rows
+from tunekit.training import refusals
+from tunekit.training.devices import make_devices
+from tunekit.training.schedules import warmup_steps
+from tunekit.training.simulation import SimulatedRun
+
+Made = TypeVar("Made")
+CHUNK_BYTES = 64 * 2**20  # of logits in float32
+LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What plan made on the way and train needs again."""
+
+    tokenizer: LoadedTokenizer
+    rows: RowSet
+    batch_settings: BatchSettings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the recipe names, read as far as it can be without a weight."""
+
+    base: LoadedModel
+    tokenizer: LoadedTokenizer
+    rows: RowSet
+    targets: list[Target]
+
+
+class Findings:
+    """Problems of every part, collected so that all are shown at once."""
+
+    def __init__(self, loaded: LoadedRecipe) -> None:
+        self._loaded = loaded
+        self.problems: list[Problem] = []
+        self._errors: list[TunekitError] = []
+
+    def add(self, problems: Sequence[Problem]) -> None:
+        """Note problems; one without a file is the recipe's."""
+        self.problems += [self._loaded.locate(problem) if problem.file is None else problem for problem in problems]
+
+    def attempt(self, work: Callable[[], Made]) -> Made | None:
+        """The result of `work`, or None and its problems noted."""
+        try:
+            return work()
+        except TunekitError as error:
+            self._errors.append(error)
+            self.add(error.problems)
+            return None
+
+    def error(self) -> TunekitError:
+        """All problems as one error, of the kind that all of them are."""
+        kinds = {type(error) for error in self._errors}
+        kind = kinds.pop() if len(kinds) == 1 else RecipeError
+        return kind.of(self.problems)
+
+
+def make_plan(
+    loaded: LoadedRecipe, *, device: torch.device | None = None, check_folder: bool = False
+) -> tuple[Plan, Prepared]:
+    """Decide everything; what would make the run fail is in `plan.refusals`.
+
+    `check_folder`: look at output.dir too (train holds it already).
+    Raises: TunekitError with every problem found, where model, data or targets cannot be read at all.
+    """
+    recipe, device = loaded.recipe, device or make_devices().device
+    findings = Findings(loaded)
+    findings.add(refuse_unsupported(recipe))
+    findings.add(list(refusals.library_problems(recipe)))
+    if check_folder:
+        findings.add(list(refusals.folder_problems(recipe)))
+    inputs = _read_inputs(recipe, device, findings)
+    if inputs is None:
+        raise findings.error()
+    packing, reason = _packing(recipe, inputs.base, findings)
+    settings = _batch_settings(recipe, inputs.tokenizer, packing)
+    windows = findings.attempt(lambda: TrainingWindows(inputs.rows.train, settings, draws=inputs.rows.draws))
+    if windows is None:
+        raise findings.error()
+    findings.add(_model_problems(inputs))
+    memory = _plan_memory(recipe, inputs, settings, device, findings)
+    plan = _assemble(loaded, device, inputs, windows, packing, reason, memory, findings)
+    return plan, Prepared(inputs.tokenizer, inputs.rows, settings)
+
+
+def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
+    """Model, tokenizer, rows and targets; the problems of all of them are noted."""
+    base = findings.attempt(lambda: make_meta_model(recipe.model, device=device))
+    tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
+    rows = targets = None
+    if tokenizer is not None:
+        rows = findings.attempt(lambda: load_rows(recipe.data, tokenizer, seed=recipe.training.seed))
+    if base is not None:
+        head = base.family.head_name(base.net)
+        targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
+    start = getattr(recipe.adapter, "init_from", None)
+    if start is not None:
+        findings.attempt(lambda: read_adapter_config(Path(start)))
+    if base is None or tokenizer is None or rows is None or targets is None:
+        return None
+    return Inputs(base, tokenizer, rows, targets)
+
+
+def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[bool, str]:
+    """Whether rows are packed, and why."""
+    asked = recipe.data.packing
+    if asked is False:
+        return False, "as the recipe says"
+    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
+    whole_model = load_method(recipe.adapter.method).model is not None
+    obstacle = refusals.packing_obstacle(base, objective.packable, whole_model)
+    if obstacle is None:
+        return True, "as the recipe says" if asked is True else "adapter, objective and model allow it"
+    if asked is True:
+        findings.add([Problem(obstacle, "write packing: auto or false", key="data.packing")])
+    return False, obstacle
+
+
+def _batch_settings(recipe: Recipe, tokenizer: LoadedTokenizer, packing: bool) -> BatchSettings:
+    training, data = recipe.training, recipe.data
+    return BatchSettings(
+        micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=training.micro_batch_tokens,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_length=data.max_length,
+        packing=packing,
+        shuffle=data.shuffle,
+        seed=training.seed,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def _longest_tokens(rows: RowSet) -> int:
+    return max(rows.counts.longest_tokens, rows.eval_counts.longest_tokens if rows.eval_counts else 0)
+
+
+def _model_problems(inputs: Inputs) -> list[Problem]:
+    """Rows that the model cannot take."""
+    problems = list(refusals.position_problems(inputs.base, _longest_tokens(inputs.rows)))
+    for rows in (inputs.rows.train, inputs.rows.evaluation):
+        if rows is not None and not problems:
+            problems += refusals.vocabulary_problems(inputs.base, inputs.tokenizer, rows)
+    return problems
+
+
+def logits_chunk_tokens(vocabulary_size: int) -> int:
+    """Positions projected at a time: 64 MiB of float32 logits, within 64 and 1,024; the vocabulary alone decides."""
+    return max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocabulary_size)))
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """Recomputed layers and the peak with them."""
+
+    layers: int
+    reason: str
+    peak: PeakBytes
+    available: int | None
+
+
+def _plan_memory(
+    recipe: Recipe, inputs: Inputs, settings: BatchSettings, device: torch.device, findings: Findings
+) -> PlannedMemory:
+    """Simulate the longest batches and choose how many layers are recomputed."""
+    facts, rows = inputs.base.facts, inputs.rows
+    chunk = logits_chunk_tokens(facts.vocabulary_size)
+    run = SimulatedRun(recipe.model, recipe.adapter, recipe.objective, recipe.training, chunk, device)
+    batch = longest_batch(rows.train, settings)
+    others = []
+    if rows.evaluation is not None:
+        size = recipe.evaluation.batch_size
+        others.append(run.evaluation(next(iter(evaluation_batches(rows.evaluation, batch_size=size, pad_id=0)))))
+    predicted: dict[int, PeakBytes] = {}
+
+    def predict(layers: int) -> int:
+        if layers not in predicted:
+            predicted[layers] = peak_bytes(run.training_step(batch, layers), others)
+        return predicted[layers].total
+
+    available = available_bytes(device)
+    layers, reason = checkpointed_layers(recipe.memory.gradient_checkpointing, facts.layers, predict, available)
+    needed = predict(layers)
+    if available is not None and needed > available:
+        findings.add([_too_large(needed, available, layers < facts.layers)])
+    return PlannedMemory(layers, reason, predicted[layers], available)
+
+
+def _too_large(needed: int, available: int, can_recompute: bool) -> Problem:
+    how = "lower training.micro_batch_size or data.max_length, or quantize the base with model.quantization: nf4"
+    if can_recompute:
+        how = "set memory.gradient_checkpointing: auto"
+    what = f"the run needs {bytes_text(needed)} at its peak, and {bytes_text(available)} are free"
+    return Problem(what, how, key="memory.gradient_checkpointing" if can_recompute else "training.micro_batch_size")
+
+
+def _assemble(
+    loaded: LoadedRecipe,
+    device: torch.device,
+    inputs: Inputs,
+    windows: TrainingWindows,
+    packing: bool,
+    packing_reason: str,
+    memory: PlannedMemory,
+    findings: Findings,
+) -> Plan:
+    recipe, facts, rows = loaded.recipe, inputs.base.facts, inputs.rows
+    trainable = sum(target.trainable_parameters for target in inputs.targets)
+    return Plan(
+        tunekit_version=tunekit.__version__,
+        recipe=recipe.model_dump(mode="json"),
+        model=facts,
+        device=str(device),
+        targets=inputs.targets,
+        trainable_parameters=trainable,
+        total_parameters=facts.total_parameters + trainable,
+        steps=windows.steps,
+        steps_per_epoch=windows.steps_per_epoch,
+        warmup_steps=warmup_steps(recipe.training, windows.steps),
+        micro_batches_per_epoch=windows.micro_batches_per_epoch,
+        rows=rows.counts,
+        eval_rows=rows.eval_counts,
+        supervised_tokens=_supervised_tokens(windows, rows, recipe.training.gradient_accumulation_steps),
+        packing=packing,
+        packing_reason=packing_reason,
+        checkpointed_layers=memory.layers,
+        logits_chunk_tokens=logits_chunk_tokens(facts.vocabulary_size),
+        engine="resident",
+        peak_bytes=memory.peak,
+        refusals=[_refusal(problem) for problem in findings.problems],
+        notes=_notes(recipe, device, inputs, memory),
+    )
+
+
+def _refusal(problem: Problem) -> Refusal:
+    message = f"{problem.what}; {problem.how}" if problem.how else problem.what
+    return Refusal(problem.key or "", problem.line, message)
+
+
+def _supervised_tokens(windows: TrainingWindows, rows: RowSet, micro_batches_per_step: int) -> int:
+    """Loss tokens of the whole run, step by step as the windows will be."""
+    supervised = np.asarray(rows.train.supervised)  # (rows,)
+    total, left, epoch = 0, windows.steps, 0
+    while left > 0:
+        micro_batches = windows.micro_batches(epoch)[: left * micro_batches_per_step]
+        total += sum(int(supervised[list(group)].sum()) for batch in micro_batches for group in batch)
+        left -= -(-len(micro_batches) // micro_batches_per_step)
+        epoch += 1
+    return total
+
+
+def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: PlannedMemory) -> list[str]:
+    experts = unreached_experts(inputs.base.net, recipe.adapter, inputs.targets)
+    notes = [*inputs.base.notes, *inputs.rows.notes]
+    if experts:
+        notes.append(f"{len(experts)} fused expert parameters stay as they are, {experts[0]} for one")
+    notes += refusals.position_notes(inputs.base, _longest_tokens(inputs.rows))
+    notes += refusals.run_notes(recipe, inputs.base, device)
+    notes.append(f"recomputed in the backward pass: {memory.reason}")
+    return notes
+
+
+def plan_from_json(value: dict[str, Any]) -> Plan:
+    """The Plan that `dataclasses.asdict` and JSON made `value` of. Raises: InputError where it is no plan."""
+    try:
+        return Plan(
+            **{
+                **value,
+                "model": ModelFacts(**value["model"]),
+                "targets": [Target(**target) for target in value["targets"]],
+                "rows": RowCounts(**value["rows"]),
+                "eval_rows": None if value["eval_rows"] is None else RowCounts(**value["eval_rows"]),
+                "peak_bytes": PeakBytes(**value["peak_bytes"]),
+                "refusals": [Refusal(**refusal) for refusal in value["refusals"]],
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"this is no plan of this version ({error})", "make it again with `tunekit plan`") from error
+
+
+def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
+    """Print what train would do. Raises: TunekitError with every refusal."""
+    loaded = load_recipe(recipe_path, overrides)
+    devices = make_devices()
+    console = Console(enabled=devices.is_main)
+    try:
+        for rewrite in loaded.rewrites:
+            console.info(rewrite)
+        plan, _ = make_plan(loaded, device=devices.device, check_folder=True)
+        print_plan(console, plan, available_bytes(devices.device))
+        if json_file is not None and devices.is_main:
+            write_json(Path(json_file), asdict(plan))
+    finally:
+        devices.close()
+    if plan.refusals:
+        file = str(loaded.path)
+        raise RecipeError.of(
+            [Problem(refusal.message, "", file, refusal.line, refusal.key) for refusal in plan.refusals]
+        )
+
+
+def print_plan(console: Console, plan: Plan, available: int | None) -> None:
+    """The plan as a page."""
+    console.panel(plan.model.name_or_path, plan_page.facts(plan))
+    console.table(["target", "layers", "shape", "rank", "parameters"], plan_page.target_rows(plan))
+    console.table(["memory", "at the peak"], plan_page.memory_rows(plan, available))
+    for note in plan.notes:
+        console.info(note)

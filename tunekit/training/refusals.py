@@ -1,0 +1,131 @@
+"""What would make a run fail or surprise, found before a weight is loaded.
+
+Comes in: the recipe, the model without weights, tokenizer, rows.  Goes out: Problems with their keys, and notes.
+Next: plan.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tunekit.errors import Problem
+from tunekit.model.families import text_config
+from tunekit.model.load import LoadedModel
+from tunekit.model.tokenizer import LoadedTokenizer
+from tunekit.protocols import EncodedRows
+from tunekit.recipe.recipe import Recipe
+
+LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
+
+
+def library_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Libraries that the recipe needs and that are not installed."""
+    if find_spec("bitsandbytes") is None:
+        if recipe.model.quantization not in ("none", "int8_weight_only"):
+            how = "run: pip install bitsandbytes, or write int8_weight_only or none"
+            yield Problem(f"{recipe.model.quantization} needs bitsandbytes", how, key="model.quantization")
+        if recipe.training.optimizer != "adamw":
+            how = "run: pip install bitsandbytes, or write adamw"
+            yield Problem(f"{recipe.training.optimizer} needs bitsandbytes", how, key="training.optimizer")
+    for tracker in recipe.output.report_to:
+        if find_spec(tracker) is None and find_spec("tensorboardX") is None:
+            yield Problem(f"{tracker} is not installed", f"run: pip install {tracker}", key="output.report_to")
+
+
+def folder_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Why `train` could not begin in output.dir; looks only, and makes nothing."""
+    path = Path(recipe.output.dir)
+    key = "output.dir"
+    if path.exists() and not path.is_dir():
+        yield Problem(f"{path} is not a folder", "choose another output.dir", key=key)
+        return
+    for name in ("plan.json", "checkpoints"):
+        if (path / name).exists():
+            how = "go on with `tunekit train RECIPE --resume`, or choose another output.dir"
+            yield Problem(f"{path} already holds a run ({name})", how, key=key)
+            return
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        yield Problem(f"{existing} cannot be written to", "choose another output.dir, or change its mode", key=key)
+
+
+def vocabulary_problems(base: LoadedModel, tokenizer: LoadedTokenizer, rows: EncodedRows) -> Iterator[Problem]:
+    """Ids in the rows beyond the model's embedding."""
+    size = base.facts.vocabulary_size
+    if tokenizer.vocabulary_size <= size:
+        return
+    for index in range(len(rows)):
+        row = rows[index]
+        largest = int(row.ids.max(initial=0))
+        if largest >= size:
+            text = tokenizer.token_text(largest)
+            what = f"{row.origin} holds the token {text!r} ({largest}), but the model's embedding ends at {size - 1}"
+            yield Problem(what, "use the tokenizer that belongs to the base", key="model.name_or_path")
+            return
+
+
+def position_problems(base: LoadedModel, longest_tokens: int) -> Iterator[Problem]:
+    """Rows longer than a learned table of positions, which cannot be looked up at all."""
+    table = _learned_positions(base)
+    if table is not None and longest_tokens > table:
+        what = f"the longest row has {longest_tokens} tokens, and the model's positions end at {table}"
+        yield Problem(what, f"set data.max_length to at most {table}", key="data.max_length")
+
+
+def position_notes(base: LoadedModel, longest_tokens: int) -> Iterator[str]:
+    """Rows longer than what the model was trained for, where positions are computed and not looked up."""
+    trained = getattr(text_config(base.net), "max_position_embeddings", None)
+    if isinstance(trained, int) and longest_tokens > trained and _learned_positions(base) is None:
+        yield (
+            f"warning: the longest row has {longest_tokens} tokens, and the model was made for {trained}; "
+            "beyond them its attention extrapolates"
+        )
+
+
+def _learned_positions(base: LoadedModel) -> int | None:
+    """Usable rows of a learned table of positions; None where positions are computed."""
+    declared = getattr(text_config(base.net), "max_position_embeddings", None)
+    token_embedding = base.family.embedding_name(base.net)
+    for name, module in base.net.named_modules():
+        if isinstance(module, nn.Embedding) and name != token_embedding and isinstance(declared, int):
+            offset = module.num_embeddings - declared
+            if 0 <= offset <= 2:  # OPT's table begins with two rows that no position uses
+                return declared
+    return None
+
+
+def packing_obstacle(base: LoadedModel, packable_objective: bool, whole_model_adapter: bool) -> str | None:
+    """Why rows cannot be packed, or None."""
+    config = text_config(base.net)
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
+    if not packable_objective:
+        return "the objective takes rows one by one"
+    if whole_model_adapter:
+        return "the adapter puts virtual tokens before each row"
+    if not base.family.takes_positions(base.net):
+        return f"{config.model_type} takes no position ids, so that packed rows would see each other"
+    if getattr(base.net, "_is_stateful", False) or any(kind in name for name in kinds for kind in LINEAR_KINDS):
+        return f"{config.model_type} carries a state from token to token, so that packed rows would see each other"
+    return None
+
+
+def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterator[str]:
+    """What holds only with reservations."""
+    training = recipe.training
+    dropout = getattr(recipe.adapter, "dropout", 0.0) > 0 or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in base.net.modules()
+    )
+    if dropout:
+        yield "dropout is on: other micro-batch sizes or rank counts draw other masks and give slightly other curves"
+    if training.optimizer != "adamw":
+        yield f"{training.optimizer}: whether gradients are finite is read before each update, a wait for the device"
+    if training.optimizer.startswith("paged") and device.type == "cpu":
+        yield f"{training.optimizer}: nothing is paged on a CPU"
+    if device.type == "cuda":
+        yield "predicted bytes are allocated ones; what the allocator reserves beyond them is not predicted"

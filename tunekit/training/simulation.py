@@ -1,0 +1,126 @@
+"""A training step and an evaluation without values: the same model, adapter, engine and optimizer on the meta device.
+
+Comes in: the recipe's sections and the longest batches.  Goes out: memory.estimate.Simulation.  Next: plan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.memory.attention import attention_as_on
+from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.tracker import Simulation, StorageTracker
+from tunekit.model.load import LoadedModel, make_meta_model
+from tunekit.objectives.base import make_objective
+from tunekit.protocols import Batch, Head, Loss, Objective, Window
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.section import AdapterSettings, ObjectiveSettings
+from tunekit.recipe.training import TrainingSection
+from tunekit.training.evaluation import undisturbed
+from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.resident import ResidentEngine
+from tunekit.training.tuned import TunedModel
+
+MOMENTS = 2  # AdamW's, which torch makes in its first step
+UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # state of the same size
+
+
+@dataclass(frozen=True)
+class SimulatedRun:
+    """What decides a run's memory; `device` is the one it is planned for."""
+
+    model: ModelSection
+    adapter: AdapterSettings
+    objective: ObjectiveSettings
+    training: TrainingSection
+    logits_chunk_tokens: int
+    device: torch.device
+
+    def training_step(self, batch: Batch, checkpointed_layers: int) -> Simulation:
+        """Forward, backward and update of one micro-batch, the second of its step: gradients and moments exist."""
+        base = make_meta_model(self.model, device=self.device)
+        tuned, tracker = self._tuned(base, checkpointed_layers), StorageTracker(self.device)
+        assert tuned.adapter is not None
+        objective = _LogitsApart(self._objective(), tracker)
+        with torch.random.fork_rng(devices=[]), attention_as_on(self.device), tracker:
+            self._adopt(tracker, tuned)
+            optimizer = _make_optimizer(tracker, tuned.adapter, self.training)
+            tracker.start()
+            units = objective.units(batch)
+            with tuned.training_mode(True):
+                ResidentEngine(self.training.seed).run_window(tuned, objective, Window(0, 0.0, (0,), (batch,)), units)
+            optimizer.gradient_norm()
+        return tracker.result()
+
+    def evaluation(self, batch: Batch) -> Simulation:
+        """The forward of one evaluation batch, with the optimizer's state beside it."""
+        base = make_meta_model(self.model, device=self.device)
+        tuned, tracker = self._tuned(base, 0), StorageTracker(self.device)
+        assert tuned.adapter is not None
+        objective = _LogitsApart(self._objective(), tracker)
+        with attention_as_on(self.device), tracker:
+            self._adopt(tracker, tuned)
+            optimizer = _make_optimizer(tracker, tuned.adapter, self.training)
+            tracker.start()
+            with undisturbed(tuned):
+                objective.loss(tuned.hidden(objective.inputs(batch)), tuned.head(), batch)
+        del optimizer
+        return tracker.result()
+
+    def _tuned(self, base: LoadedModel, checkpointed_layers: int) -> TunedModel:
+        head = base.family.head_name(base.net)
+        adapter = attach_adapter(base.net, self.adapter, seed=self.training.seed, head_name=head)
+        prepare_layers([layer for _, layer in base.family.layers(base.net)], checkpointed_layers)
+        return TunedModel(replace(base, device=torch.device("meta")), adapter)
+
+    def _objective(self) -> Objective:
+        return make_objective(self.objective, logits_chunk_tokens=self.logits_chunk_tokens)
+
+    @staticmethod
+    def _adopt(tracker: StorageTracker, tuned: TunedModel) -> None:
+        """Count what exists before the step: the adapter's state, then everything else of the network."""
+        assert tuned.adapter is not None
+        net = tuned.base.net
+        tracker.adopt(tuned.adapter.state().values(), "adapter")
+        tracker.adopt([*net.parameters(), *net.buffers()], "weights")
+
+
+def _make_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:
+    """The real optimizer, whose flat buffers replace the adapter's own tensors; AdamW's moments made at once."""
+    groups = [Group(tuple(names), rate, decays) for names, rate, decays in adapter.groups(training)]
+    training = training.model_copy(update={"optimizer": UNPAGED.get(training.optimizer, training.optimizer)})
+    with tracker.counting_as("optimizer"):
+        optimizer = Optimizer(training, groups, adapter.trained())
+        for flat in optimizer.groups:
+            tracker.move([flat.data], "adapter")
+            if optimizer.gated:
+                flat_moments = [torch.zeros_like(flat.data, requires_grad=False) for _ in range(MOMENTS)]
+                optimizer.native.state[flat.data] = {"moments": flat_moments}
+    return optimizer
+
+
+class _LogitsApart:
+    """An objective whose `loss` is counted as logits."""
+
+    def __init__(self, objective: Objective, tracker: StorageTracker) -> None:
+        self._objective, self._tracker = objective, tracker
+        self.family, self.packable = objective.family, objective.packable
+        self.needs_reference = objective.needs_reference
+
+    def prepare(self, model: object, window: Window) -> Window:
+        return self._objective.prepare(model, window)
+
+    def units(self, batch: Batch) -> Tensor:
+        return self._objective.units(batch)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return self._objective.inputs(batch)
+
+    def loss(self, output: Tensor, head: Head, batch: Batch, head_parameters: Sequence[Tensor] = ()) -> Loss:
+        with self._tracker.counting_as("logits"):
+            return self._objective.loss(output, head, batch, head_parameters)
