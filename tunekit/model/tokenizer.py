@@ -57,6 +57,8 @@ class LoadedTokenizer:
         self.special_ids = frozenset(
             token_id for token_id, token in native.added_tokens_decoder.items() if _is_control(token)
         )
+        # A character that the tokenizer does not know becomes the unknown token without anyone spelling it.
+        self._forbidden_in_text = self.special_ids - {native.unk_token_id}
         self.fingerprint = self._fingerprint()
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
@@ -73,8 +75,8 @@ class LoadedTokenizer:
         except (TypeError, UnicodeError) as error:
             raise DataError("text holds characters that are no valid Unicode (a lone surrogate)") from error
         ids: list[int] = encoding.ids
-        if not special_tokens_in_text and not self.special_ids.isdisjoint(ids):
-            found = next(token_id for token_id in ids if token_id in self.special_ids)
+        if not special_tokens_in_text and not self._forbidden_in_text.isdisjoint(ids):
+            found = next(token_id for token_id in ids if token_id in self._forbidden_in_text)
             raise DataError(f"text spells the special token {self.token_text(found)!r} and cannot be encoded as text")
         return ids, encoding.offsets
 
