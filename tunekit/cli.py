@@ -224,6 +224,9 @@ def _say(text: str, code: int) -> int:
 
 def main() -> None:
     """The `tunekit` script."""
+    if sys.stdout is None or sys.stderr is None:  # closed by the caller (`>&-`)
+        silent = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
+        sys.stdout, sys.stderr = sys.stdout or silent, sys.stderr or silent
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no error

@@ -1,0 +1,254 @@
+"""The command line: exit codes, a line for each problem, no traceback; --help and validate import nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tunekit.validate
+from tests.test_recipe_reader import SMALL
+from tunekit.cli import ENVIRONMENT, main
+from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.shipped import shipped_recipes
+
+HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "peft", "rich", "tunekit.model", "tunekit.train")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Call main() in this process; the exit code."""
+    monkeypatch.setattr(sys, "argv", ["tunekit", *words])
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, os.environ.get(name, ENVIRONMENT[name]))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def call(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m tunekit` in a process of its own."""
+    command = [sys.executable, "-m", "tunekit", *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SMALL, encoding="utf-8")
+    return path
+
+
+def test_validate_says_so_and_prints_rewrites(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "validate", str(recipe), "num_epochs=2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["command line: num_epochs -> training.epochs", f"{recipe}: valid"]
+
+
+def test_problems_go_to_stderr_a_line_each(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(f"{SMALL}training:\n  epoch: 3\n  seed: x\n", encoding="utf-8")
+    assert run(monkeypatch, "validate", str(recipe)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        f"{recipe}:5: training.epoch: unknown key; did you mean 'epochs'?",
+        f"{recipe}:6: training.seed: must be a whole number, not 'x'",
+    ]
+
+
+def test_validate_refuses_what_cannot_be_obeyed(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(f"{SMALL}memory:\n  budget: 8GiB\n", encoding="utf-8")
+    assert run(monkeypatch, "validate", str(recipe)) == 2
+    assert capsys.readouterr().err.startswith(f"{recipe}:5: memory.budget: a memory budget cannot be kept")
+
+
+@pytest.mark.parametrize(
+    "words", [["~training.epochs", "training.max_steps=-1"], ["training.max_steps=-1", "~training.epochs"]]
+)
+def test_overrides_are_no_options(
+    words: list[str], recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "validate", str(recipe), *words) == 2
+    assert capsys.readouterr().err == "command line: training.max_steps: must be at least 1, not -1\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (RecipeError.of([Problem("a", file="x", line=1), Problem("b", "c")]), 2, "x:1: a\nb; c\n"),
+        (NumericsError("loss is not finite"), 3, "loss is not finite\n"),
+        (ResourceError("no memory"), 4, "no memory\n"),
+        (Stopped("stopped", 15), 143, "stopped\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (MemoryError(), 4, "memory ran out"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 4, "/x/y: no space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x: Permission denied"),
+        (BrokenPipeError(), 141, ""),
+        (KeyError("x\ny"), 1, "this is a fault of tunekit: KeyError: 'x\\ny'; run `tunekit --debug ...`"),
+        (RecursionError(), 1, "this is a fault of tunekit: RecursionError; run"),
+        (ValueError("token hf_abcdefghijkl"), 1, "this is a fault of tunekit: ValueError: token ***; run"),
+    ],
+)
+def test_whatever_happens_becomes_words_and_a_code(
+    error: BaseException,
+    code: int,
+    words: str,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*values: object) -> None:
+        raise error
+
+    monkeypatch.setattr(tunekit.validate, "validate_verb", fail)
+    monkeypatch.setattr(os, "dup2", lambda *values: None)
+    assert run(monkeypatch, "validate", str(recipe)) == code
+    err = capfd.readouterr().err
+    assert err.startswith(words)
+    assert "Traceback" not in err
+    if not isinstance(error, BrokenPipeError):
+        assert run(monkeypatch, "--debug", "validate", str(recipe)) == code
+        assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"], ["validate", "RECIPE"], ["schema"]])
+def test_nothing_heavy_is_imported(words: list[str], recipe: Path) -> None:
+    arguments = [str(recipe) if word == "RECIPE" else word for word in words]
+    program = (
+        "import sys, atexit\n"
+        f"sys.argv = ['tunekit', *{arguments!r}]\n"
+        "def show(): print('\\nMODULES', *sys.modules)\n"
+        "atexit.register(show)\n"
+        "from tunekit.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    modules = done.stdout.rpartition("MODULES")[2].split()
+    assert "tunekit.cli" in modules
+    assert [name for name in modules if name.startswith(HEAVY)] == []
+
+
+def test_help_lists_the_verbs_and_every_verb_exists() -> None:
+    done = call("--help", COLUMNS="20", TERM="dumb", LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    verbs = ["validate", "plan", "preview", "train", "eval", "generate", "merge", "recipes", "init", "schema"]
+    listed = [
+        line.split()[0]
+        for line in done.stdout.partition("Commands:")[2].splitlines()
+        if line.startswith("  ") and line[2] != " "
+    ]
+    assert [verb for verb in verbs if verb in listed] == verbs
+    assert call().stderr.startswith("Usage")
+
+
+def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
+    package = Path(tunekit.validate.__file__).parent
+    calls = re.findall(
+        r'"tunekit\.(\w+):(\w+)", (.*)\)$', (package / "cli.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(calls) == 10
+    for module, name, values in calls:
+        tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))
+        verbs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        assert len(verbs) == 1, f"{module}:{name}"
+        given = 7 if values == "*values" else len(values.split(", "))
+        assert len(verbs[0].args.args) == given, f"{module}:{name}"
+
+
+def test_usage_errors() -> None:
+    for words in [
+        ["validate"],
+        ["frobnicate"],
+        ["validate", "x.yaml", "--frobnicate"],
+        ["preview", "x.yaml", "-n", "0"],
+    ]:
+        done = call(*words)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+    done = call("validate", "absent.yaml")
+    assert (done.returncode, done.stderr) == (2, "absent.yaml: no such file; `tunekit init` writes a start\n")
+
+
+def test_a_reader_that_leaves_is_no_fault() -> None:
+    shell = f"{sys.executable} -m tunekit schema | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.stdout == "{"
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)  # 0 where the pipe took everything before its reader left
+    closed = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m tunekit schema >&-"], capture_output=True, text=True, check=False
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_names_outside_ascii_on_a_plain_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "rezept-ü.yaml"
+    path.write_text("modell: ä\n", encoding="utf-8")
+    done = call("validate", str(path), LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2
+    assert "unknown key; did you mean 'model'?" in done.stderr
+
+
+def test_init_writes_a_valid_recipe_and_never_over_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "init") == 0
+    text = Path("recipe.yaml").read_text(encoding="utf-8")
+    assert run(monkeypatch, "validate", "recipe.yaml") == 0
+    assert run(monkeypatch, "init") == 2
+    assert "recipe.yaml: exists already" in capsys.readouterr().err
+    assert Path("recipe.yaml").read_text(encoding="utf-8") == text
+    assert run(monkeypatch, "init", "absent/x.yaml") == 2
+
+
+def test_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "schema") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert run(monkeypatch, "schema", "--output", str(tmp_path / "s.json")) == 0
+    assert json.loads((tmp_path / "s.json").read_text(encoding="utf-8")) == printed
+    assert run(monkeypatch, "schema", "--reference") == 0
+    assert "learning_rate" in capsys.readouterr().out
+
+
+def test_shipped_recipes_are_listed_and_copied_with_their_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = shipped_recipes()
+    names = list(shipped)
+    assert run(monkeypatch, "recipes") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names
+    for name in names:
+        assert run(monkeypatch, "recipes", name) == 0
+        assert capsys.readouterr().out == shipped[name].read_text(encoding="utf-8")
+        assert run(monkeypatch, "recipes", name, "--copy", str(tmp_path / name / "mine.yaml")) == 0
+        assert capsys.readouterr().out.startswith(f"wrote {tmp_path / name / 'mine.yaml'}\n")
+        copied = load_recipe(tmp_path / name / "mine.yaml").recipe
+        for source in load_recipe(shipped[name]).recipe.data.train:
+            if Path(source.path).is_file():
+                copy = tmp_path / name / Path(source.path).relative_to(shipped[name].parent)
+                assert str(copy) in [each.path for each in copied.data.train]
+                assert copy.read_bytes() == Path(source.path).read_bytes()
+    first = tmp_path / names[0] / "mine.yaml"
+    assert run(monkeypatch, "recipes", names[0], "--copy", str(first)) == 0, "copying the same again changes nothing"
+    first.write_text("mine\n", encoding="utf-8")
+    assert run(monkeypatch, "recipes", names[0], "--copy", str(first)) == 2
+    assert first.read_text(encoding="utf-8") == "mine\n"
+    shutil.rmtree(tmp_path / names[0])
+    capsys.readouterr()
+    assert run(monkeypatch, "recipes", names[0][:-1]) == 2
+    assert f"did you mean '{names[0]}'?" in capsys.readouterr().err
