@@ -29,7 +29,7 @@ NOT_COUNTS = [
     "12:30",
     "0b1",
 ]
-NOT_POSITIVE = ["0", "-1e-4", "true", '"1e-4"', "abc", ".inf", "-.inf", ".nan", "1e400", "{a: 1}", "1,5", "2024-01-01"]
+NOT_POSITIVE = ["0", "-1e-4", "true", '"1e-4"', "abc", ".inf", "-.inf", ".nan", "1e400", "{a: 1}", "1 000", "2024-01-01"]
 NOT_NEGATIVE = ["-1", "-1e-9", "true", '"0.1"', "no", ".inf", ".NaN", "[0]", "~"]
 NOT_FRACTIONS = ["1", "1.0", "-0.1", "true", '"0.1"', ".nan", "ten", "[0.1]", "null"]
 COUNTS = ["1", "7", "100", "1e2", "+3", "010", "0x10"]
@@ -192,8 +192,7 @@ def make_bad_case(draw: random.Random, focus: str) -> Case:
         text = draw.choice(VALUES[focus][1])
         if kind == "override" and "\n" not in text:
             return Case(write(draw, chosen), [f"{focus}={text}"], False, f"{focus}={text[:40]}", keys, focus)
-        chosen[focus] = text
-        return Case(write(draw, chosen, plain=True), [], False, f"{focus}: {text[:40]}", keys, focus)
+        return make_bad_value_case(draw, focus, text)
     if kind == "typo":
         section, _, leaf = focus.rpartition(".")
         wrong = f"{section}.{misspell(draw, leaf)}"
@@ -212,6 +211,14 @@ def make_bad_case(draw: random.Random, focus: str) -> Case:
     text = write(draw, chosen, plain=True)
     damage = repeat if kind == "repeat" else draw.choice(STRUCTURE) if kind == "structure" else draw.choice(SYNTAX)
     return Case(damage(text, draw), [], False, f"{kind}: {damage.__name__}", keys)
+
+
+def make_bad_value_case(draw: random.Random, focus: str, text: str) -> Case:
+    """A valid recipe but for one value."""
+    chosen = choose(draw, focus, {})
+    keys = set(chosen)
+    chosen[focus] = text
+    return Case(write(draw, chosen, plain=True), [], False, f"{focus}: {text[:40]}", keys, focus)
 
 
 def choose(draw: random.Random, focus: str | None, only: dict[str, list[str]]) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from tests.recipe_mutator import VALUES, Case, make_cases
+from tests.recipe_mutator import VALUES, Case, make_bad_value_case, make_cases, make_valid_case
 from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.data import Source
 from tunekit.recipe.dump import dump_recipe
@@ -54,6 +55,17 @@ def test_valid_recipes_are_read_and_written_back_equal(cases: Iterable[Case], tm
         copy.write_text(dump_recipe(recipe, elsewhere), encoding="utf-8")
         assert load_recipe(copy).recipe == recipe, f"seed {SEED}: {case}"
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_every_text_of_every_key(key: str, tmp_path: Path) -> None:
+    for text in VALUES[key][0]:
+        case = make_valid_case(random.Random(text), key, {key: [text]})
+        assert find_problems(write_case(case, tmp_path), case) == (), case
+    for text in VALUES[key][1]:
+        case = make_bad_value_case(random.Random(text), key, text)
+        lines = [str(problem) for problem in find_problems(write_case(case, tmp_path), case)]
+        assert any(f": {key}" in line for line in lines), f"{lines}\n{case}"
 
 
 def test_bad_recipes_are_refused_with_a_place(cases: Iterable[Case], tmp_path: Path) -> None:

@@ -130,3 +130,29 @@ def test_what_cannot_be_obeyed_is_named(tmp_path: Path) -> None:
         "memory.budget",
     ]
     assert refuse_unsupported(load(SMALL, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training.epochs: 3", "recipe.yaml:4: training.epochs: unknown key; write training: {epochs: ...}"),
+        ('"a\\nb": 1', "recipe.yaml:4: the key 'a\\nb' is no name; write KEY: VALUE"),
+        ("? \n: x", "recipe.yaml:4: an empty key; write KEY: VALUE"),
+        ("adapter: {method: [lora]}", "recipe.yaml:4: adapter.method: unknown adapter a list; known adapters: lora"),
+        (
+            "memory: {budget: '" + "x" * 500 + "'}",
+            "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, no",
+        ),
+    ],
+)
+def test_odd_keys_and_values_stay_on_one_line(text: str, expected: str, tmp_path: Path) -> None:
+    lines = problems_of(f"{SMALL}{text}\n", tmp_path)
+    assert len(lines) == 1
+    assert lines[0].startswith(expected)
+
+
+def test_what_an_alias_could_not_write_is_not_also_missing(tmp_path: Path) -> None:
+    text = "model: m\ndatasets: [{path: a.jsonl, shards: 4}]\nsequence_len: 9\noutput: {dir: out}\n"
+    assert problems_of(text, tmp_path) == [
+        "recipe.yaml:2: datasets: 'shards' would be lost; write the source under data.train"
+    ]

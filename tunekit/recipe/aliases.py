@@ -44,6 +44,7 @@ def _rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
         ours = alias.translate(value)
     except NotExact as lost:
         draft.problems.append(_problem_at(place, dotted(key), lost.what, lost.how))
+        draft.untranslated.add(alias.target or key)
         return None
     if ours is NOTHING or alias.target is None:
         return _record(draft, place, dotted(key), "nothing (it changes nothing here)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from tunekit.recipe.section import AutoOrBool, Count, Number, Positive, Section, Several, Text
 
@@ -22,6 +22,13 @@ class Source(Section):
     streaming: bool = Field(False, description="larger than memory: read on the fly (needs training.max_steps)")
 
 
+def _eval_rows(value: Any) -> Any:
+    """Neither true nor a text in quotes is a fraction; a path has become a source before this."""
+    if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
+        raise ValueError("must be a fraction, a file, or a list of sources")
+    return value
+
+
 def _eval_kind(value: Any) -> str:
     return "sources" if isinstance(value, list | tuple) else "fraction"
 
@@ -30,6 +37,7 @@ EvalFraction = Annotated[Number, Field(gt=0, lt=1)]
 EvalRows = Annotated[
     Annotated[EvalFraction, Tag("fraction")] | Annotated[Several[Source], Field(min_length=1), Tag("sources")],
     Discriminator(_eval_kind),
+    BeforeValidator(_eval_rows),
 ]
 
 

@@ -36,6 +36,7 @@ class Draft:
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     rewrites: list[str] = field(default_factory=list)
+    untranslated: set[KeyPath] = field(default_factory=set)  # keys an alias meant but could not write: not "missing"
 
     def has(self, key: KeyPath) -> bool:
         """Whether the key is written (also as null)."""

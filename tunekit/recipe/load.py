@@ -107,7 +107,7 @@ def _make_sections(draft: Draft) -> dict[str, Section]:
             draft.problems.append(unknown_key((name,), draft))
     for name, field_info in Recipe.model_fields.items():
         if name not in draft.values:
-            if field_info.is_required():
+            if field_info.is_required() and name not in {key[0] for key in draft.untranslated}:
                 draft.problems.append(_missing(name, draft))
             continue
         section = _make_section(name, draft)

@@ -107,7 +107,7 @@ def parse_key(name: str, draft: Draft) -> KeyPath | None:
     Below a key whose value maps free names (rank_pattern, columns) the rest is one name, dots and all.
     """
     parts = name.split(".")
-    if not all(parts) or any(part != part.strip() for part in parts):
+    if not all(parts) or not name.isprintable() or any(part != part.strip() for part in parts):
         return None
     key: list[str | int] = []
     for position, part in enumerate(parts):

@@ -41,7 +41,7 @@ _EMPTY = {"too_short", "string_too_short"}
 def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[Problem]:
     """Every finding of one section's validation, in our words."""
     findings = [dict(finding) for finding in error.errors(include_url=False)]
-    return [_problem(finding, section, draft) for finding in findings if not _is_echo(finding)]
+    return [_problem(finding, section, draft) for finding in findings if not _is_echo(finding, section, draft)]
 
 
 def unknown_key(key: KeyPath, draft: Draft) -> Problem:
@@ -50,7 +50,10 @@ def unknown_key(key: KeyPath, draft: Draft) -> Problem:
     here = list(fields_at(key[:-1], draft))
     target = alias_target(name)
     elsewhere = _leaf_elsewhere(name)
-    if target and dotted(target[:-1]) == dotted(key[:-1]):
+    section, dot, rest = name.partition(".")
+    if dot and section in Recipe.model_fields:
+        how = f"write {section}: {{{rest}: ...}}"
+    elif target and dotted(target[:-1]) == dotted(key[:-1]):
         how = f"did you mean '{target[-1]}'?"
     elif target or (elsewhere and not nearest(name, here)):
         how = f"did you mean '{dotted(target or elsewhere or ())}'?"
@@ -94,8 +97,10 @@ def _leaf_elsewhere(name: str) -> KeyPath | None:
     return ("data", "train", 0, name) if name in Source.model_fields else None
 
 
-def _is_echo(finding: dict[str, Any]) -> bool:
-    """A list whose items are all wrong is not also too short."""
+def _is_echo(finding: dict[str, Any], section: KeyPath, draft: Draft) -> bool:
+    """A list whose items are all wrong is not also too short; what an alias failed to write is not also missing."""
+    if finding["type"] == "missing":
+        return (*section, *finding["loc"]) in draft.untranslated
     return finding["type"] == "too_short" and len(finding["input"]) > 0
 
 
@@ -129,9 +134,9 @@ def _words(kind: str, context: dict[str, Any], value: Any, message: str) -> tupl
 
 def _mend(what: str, value: Any) -> str:
     """How to write what was probably meant."""
+    if value is None:
+        return "write a value or remove the key"
     if "must be text" in what:
-        if value is None:
-            return "write a value or remove the key"
         return "put it in quotes" if isinstance(value, bool | int | float) else ""
     if "true" in what and isinstance(value, str):
         meant = _YES_NO.get(value.lower())
@@ -141,8 +146,6 @@ def _mend(what: str, value: Any) -> str:
         return f"write {bare} without quotes" if isinstance(read_scalar(bare), int | float) else ""
     if "list" in what and isinstance(value, str):
         return f"write [{value}]"
-    if value is None:
-        return "remove the key to take the default"
     return ""
 
 

@@ -186,7 +186,10 @@ class _Reader:
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             name = self._name(event, key)
             inner = (*key, name)
-            if name == "<<" and event.style is None:
+            if not name.isprintable() or not name:
+                self._note(event, key, f"the key {name!r} is no name" if name else "an empty key", "write KEY: VALUE")
+                self._skip(next(self._events))
+            elif name == "<<" and event.style is None:
                 self._note(event, inner, "merge keys are not allowed", "write the keys out")
                 self._skip(next(self._events))
             elif name in found:
@@ -204,9 +207,7 @@ class _Reader:
         if not isinstance(event, yaml.ScalarEvent):
             self._fail(event, "a key must be a name, not a list, mapping or alias", "write KEY: VALUE")
         if event.anchor is not None or event.tag is not None:
-            self._note(event, (*key, event.value), "an anchor or tag on a key is not allowed", "remove it")
-        if event.value == "":
-            self._note(event, key, "an empty key", "write KEY: VALUE")
+            self._note(event, key, "an anchor or tag on a key is not allowed", "remove it")
         return str(event.value)
 
     def _skip(self, event: Any) -> None:

@@ -6,6 +6,7 @@ Comes in: a Draft as read.  Goes out: the same Draft with mappings and lists whe
 from __future__ import annotations
 
 from tunekit.recipe.draft import Draft, KeyPath
+from tunekit.recipe.reader import read_scalar
 
 NAMED_BY_TEXT = {"model": "name_or_path", "adapter": "method", "objective": "method"}
 SOURCE_LISTS: tuple[KeyPath, ...] = (("data", "train"), ("data", "eval"))
@@ -23,6 +24,8 @@ def expand_shorthands(draft: Draft) -> None:
 def _expand_sources(draft: Draft, key: KeyPath) -> None:
     """A path, a mapping, or a list of either -> a list of mappings."""
     value = draft.get(key)
+    if key[-1] == "eval" and isinstance(value, str) and not isinstance(read_scalar(value), str):
+        return  # "0.05" in quotes is no file name but a mistake, and is refused as it stands
     if isinstance(value, str | dict):
         draft.wrap(key, 0)
     sources = draft.get(key)
