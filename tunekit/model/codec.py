@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tunekit.errors import ModelError
+from tunekit.model.native_code import no_fetched_code
 
 BLOCK = 64  # elements that share one scale
 NESTED_BLOCK = 256  # scales that share one scale of their own, with double quantization
@@ -32,13 +33,13 @@ def import_bitsandbytes() -> Any:
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
     logger = logging.getLogger("bitsandbytes")
-    kernels, compiler, level = sys.modules.get("kernels"), torch.compile, logger.level
-    sys.modules["kernels"] = None  # type: ignore[assignment]
+    compiler, level = torch.compile, logger.level
     torch.compile = _uncompiled  # type: ignore[assignment]
     logger.setLevel(logging.CRITICAL)
     try:
-        import bitsandbytes
-        import bitsandbytes.functional
+        with no_fetched_code():
+            import bitsandbytes
+            import bitsandbytes.functional
     except ImportError as error:
         raise ModelError(
             f"bitsandbytes cannot be imported ({error})",
@@ -48,9 +49,6 @@ def import_bitsandbytes() -> Any:
     finally:
         torch.compile = compiler
         logger.setLevel(level)
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
     return bitsandbytes
 
 

@@ -18,6 +18,8 @@ from tunekit.errors import ModelError
 from tunekit.model import codec, inspection
 from tunekit.model.devices import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, text_config
+from tunekit.model.gguf_reading import gguf_arguments, parsed_once
+from tunekit.model.native_code import no_fetched_code
 from tunekit.model.quiet import quiet
 from tunekit.model.shards import read_headers
 from tunekit.model.source import ModelSource, find_source
@@ -53,11 +55,12 @@ def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
     """
     dtype = resolve_dtype(section, device)
     source = find_source(section, weights=True)
-    config = _read_configuration(source, section)
-    if source.gguf_file is None:
-        read_headers(source.folder)
-    attention = resolve_attention(section, config, device)
-    net, notes = _read_weights(source, section, config, dtype, attention)
+    with parsed_once(source):
+        config = _read_configuration(source, section)
+        if source.gguf_file is None:
+            read_headers(source.folder)
+        attention = resolve_attention(section, config, device)
+        net, notes = _read_weights(source, section, config, dtype, attention)
     if section.quantization != "none":
         notes += quantize_layers(net, section, dtype, device)
     net = net.to(device)
@@ -73,7 +76,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     source = find_source(section, weights=False)
     config = _read_configuration(source, section)
     attention = resolve_attention(section, config, device)
-    with _model_errors(section), quiet(), torch.device("meta"):
+    with _ModelErrors(section), quiet(), torch.device("meta"):
         net = _auto_model().from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
         )
@@ -88,7 +91,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
     dtype = resolve_dtype(section, device)
     source = find_source(section, weights=True)
     codec.import_bitsandbytes()
-    with _model_errors(section), quiet():
+    with _ModelErrors(section), quiet():
         net = _auto_model().from_pretrained(
             str(source.folder), dtype=dtype, attn_implementation=section.attention, local_files_only=True
         )
@@ -107,7 +110,7 @@ def _auto_model() -> Any:
     return AutoModelForCausalLM
 
 
-class _model_errors:
+class _ModelErrors:
     """Turns what transformers raises while reading a model into ModelError, first line only."""
 
     def __init__(self, section: ModelSection) -> None:
@@ -142,7 +145,7 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> Any:
         raw = inspection.read_config(source)
         inspection.check_quantized(raw, section)
         inspection.check_family(raw, section)
-    with _model_errors(section), quiet():
+    with _ModelErrors(section), quiet():
         config = AutoConfig.from_pretrained(str(source.folder), **arguments)
     _check_known(config, section)
     config.use_cache = False
@@ -168,8 +171,8 @@ def _read_weights(
     source: ModelSource, section: ModelSection, config: Any, dtype: torch.dtype, attention: str
 ) -> tuple[nn.Module, list[str]]:
     """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
-    arguments: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
-    with _model_errors(section), quiet():
+    arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
+    with _ModelErrors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
         net, loading = _auto_model().from_pretrained(
             str(source.folder),
             config=config,

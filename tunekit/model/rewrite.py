@@ -175,6 +175,8 @@ class Rewriter:
         else:
             self.config.use_cache = True
             config = self.config.to_dict() | {"dtype": str(self.compute_dtype).removeprefix("torch.")}
+            config.pop("quantization_config", None)
+            config.setdefault("architectures", [type(self.net).__name__])
         if self.unties(changes):
             config["tie_word_embeddings"] = False
         if self.onto == "quantized":
