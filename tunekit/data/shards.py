@@ -96,6 +96,7 @@ def _scan(file: DataFile) -> tuple[tuple[Shard, ...], int, str]:
     digest = hashlib.sha256()
     shards: list[Shard] = []
     start = position = lines = before = 0
+    last = b"\n"
     with file.path.open("rb") as stream:
         while chunk := stream.read(SHARD_BYTES):
             digest.update(chunk)
@@ -107,9 +108,10 @@ def _scan(file: DataFile) -> tuple[tuple[Shard, ...], int, str]:
                 start = stop
             lines += chunk.count(b"\n")
             position += len(chunk)
+            last = chunk[-1:]
     if start < position:
         shards.append(Shard(start, position, before))
-    return tuple(shards), lines + (start < position), digest.hexdigest()
+    return tuple(shards), lines + (last != b"\n"), digest.hexdigest()
 
 
 def _row_groups(file: DataFile) -> tuple[tuple[Shard, ...], int]:

@@ -1,0 +1,107 @@
+"""Each format's rows become the examples they mean; names of formats have both their halves."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tunekit.data.encode import choose_format, format_maker
+from tunekit.data.examples import ChatExample, CompletionExample, Message, TextExample
+from tunekit.errors import DataError
+from tunekit.recipe.names import facts_of, known_names
+
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+SHARE = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+QA = (Message("user", "q"), Message("assistant", "a"))
+
+
+def make(name: str, row: dict[str, Any]) -> Any:
+    return format_maker(name)(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (CHAT, "chat"),
+        (SHARE, "sharegpt"),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca"),
+        ({"prompt": "q", "completion": "a", "id": 3}, "prompt_completion"),
+        ({"text": "t", "source": "x"}, "text"),
+    ],
+)
+def test_auto_names_the_format_and_why(row: dict[str, Any], name: str) -> None:
+    found, reason = choose_format("auto", row)
+    assert found == name
+    assert f"'{facts_of('formats', name).REQUIRED[0]}'" in reason
+    assert choose_format("text", row)[0] == "text"
+
+
+def test_every_format_has_both_halves() -> None:
+    for name in known_names("formats"):
+        assert callable(format_maker(name))
+        assert set(facts_of("formats", name).REQUIRED) <= set(facts_of("formats", name).FIELDS)
+
+
+def test_chat() -> None:
+    assert make("chat", CHAT) == ChatExample(QA)
+    parts = {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}
+    assert make("chat", {"messages": [parts]}).messages[0].content == "qr"
+    untrained = make("chat", {"messages": [{"role": "assistant", "content": "a", "weight": 0}]})
+    assert not untrained.messages[0].trained
+
+
+def test_chat_with_tools_reads_arguments_and_null_content() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    messages = [
+        {"role": "user", "content": "q", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "assistant", "content": "a"},
+    ]
+    example = make("chat", {"messages": messages, "tools": tools})
+    assert example.tools == tuple(tools)
+    assert example.messages[1].content == ""
+    assert example.messages[1].extra["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert example.messages[2].as_dict() == {"role": "tool", "content": "2", "tool_call_id": "1"}
+    assert make("chat", {"messages": messages, "tools": json.dumps(tools)}).tools == tuple(tools)
+    assert make("chat", {**CHAT, "tools": None}).tools is None
+
+
+def test_only_the_assistant_calls_tools() -> None:
+    bad = {"role": "user", "content": "q", "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(DataError, match="only the assistant"):
+        make("chat", {"messages": [bad]})
+
+
+def test_sharegpt() -> None:
+    assert make("sharegpt", SHARE) == ChatExample(QA)
+    assert make("sharegpt", {**SHARE, "system": "s"}).messages == (Message("system", "s"), *QA)
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
+    found = make("sharegpt", {"conversations": [call, {"from": "observation", "value": "2"}]}).messages
+    assert found[0].extra["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert found[1].role == "tool"
+
+
+def test_alpaca() -> None:
+    found = make("alpaca", {"instruction": "q", "input": "i", "output": "a"})
+    assert found.messages == (Message("user", "q\ni"), Message("assistant", "a"))
+    assert found.without_template.prompt.endswith("### Instruction:\nq\n\n### Input:\ni\n\n### Response:\n")
+    assert make("alpaca", {"instruction": "q", "input": None, "output": "a"}).messages == QA
+    full = make("alpaca", {"instruction": "q", "output": "a", "system": "s", "history": [["x", "y"]]})
+    assert [message.content for message in full.messages] == ["s", "x", "y", "q", "a"]
+    assert full.without_template is None
+
+
+def test_prompt_completion() -> None:
+    assert make("prompt_completion", {"prompt": " q\n", "completion": "a "}) == CompletionExample(" q\n", "a ")
+    turns = make("prompt_completion", {"prompt": CHAT["messages"], "completion": CHAT["messages"][1:]})
+    assert [message.trained for message in turns.messages] == [False, False, True]
+    with pytest.raises(DataError, match="both"):
+        make("prompt_completion", {"prompt": CHAT["messages"], "completion": "a"})
+
+
+def test_text_keeps_every_byte() -> None:
+    assert make("text", {"text": " \u2028\x85 a\r\n"}) == TextExample(" \u2028\x85 a\r\n")

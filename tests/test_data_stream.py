@@ -1,0 +1,220 @@
+"""Streamed sources: every row once a pass, bounded, the same for any rank count and after any interruption."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.data_case import settings, tokenizer_of, write_lines
+from tunekit.data import shards, stream
+from tunekit.data.files import inspect_file
+from tunekit.data.lines import read_json_lines
+from tunekit.data.problems import Problems
+from tunekit.data.shards import must_stream, shard_source
+from tunekit.errors import DataError, RecipeError, TunekitError
+from tunekit.model.tokenizer import LoadedTokenizer
+from tunekit.protocols import Window
+from tunekit.recipe.data import DataSection, Source
+from tunekit.rows import RowSet, load_rows
+
+ROWS = 200
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_llama: Path) -> LoadedTokenizer:
+    return tokenizer_of(tiny_llama)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 700)
+    monkeypatch.setattr(stream, "BUFFER_ROWS", 30)
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+
+
+def write_rows(path: Path, mark: str = "r") -> Path:
+    return write_lines(path, [{"text": f"{mark}{index:03d}" + "x" * (index % 7)} for index in range(ROWS)])
+
+
+def load(tokenizer: LoadedTokenizer, *sources: Source, **changes: Any) -> RowSet:
+    return load_rows(DataSection(train=sources, max_length=32, **changes), tokenizer, seed=0)
+
+
+def streamed(path: Path, **changes: Any) -> Source:
+    return Source(path=str(path), streaming=True, **changes)
+
+
+def origins(windows: list[Window]) -> list[str]:
+    return [o for window in windows for batch in window.batches for group in batch.origins for o in group]
+
+
+@pytest.mark.parametrize("size", [1, 37, 700, 701, 1400, 100_000])
+def test_shards_cover_the_file_with_its_line_numbers(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", size)
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\n" + write_rows(path).read_bytes().replace(b"\n", b"\r\n\n").rstrip())
+    sharded = shard_source(Source(path=str(path)))
+    problems = Problems()
+    found = [row for shard in sharded.shards for row in sharded.read(shard, problems)]
+    assert found == list(read_json_lines(inspect_file(path), problems))
+    assert (len(found), problems.count) == (ROWS, 0)
+    assert sharded.lines == 2 * ROWS
+    assert (len(sharded.shards) > 1) == (size < 10_000)
+
+
+def test_one_pass_holds_every_row_once_in_another_order_each_time(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    rows = load(tiny, streamed(write_rows(tmp_path / "d.jsonl")))
+    windows = rows.windows(settings(micro_batch_size=4, max_steps=30, epochs=None))
+    found = origins(list(windows.windows(0)))
+    passes = [found[start : start + ROWS] for start in (0, ROWS, 2 * ROWS)]
+    assert all(Counter(part) == Counter(f"d.jsonl:{line}" for line in range(1, ROWS + 1)) for part in passes)
+    assert len({tuple(part) for part in passes}) == 3
+    near = sum(abs(int(one.split(":")[1]) - int(two.split(":")[1])) < 3 for one, two in pairwise(found))
+    assert near < len(found) / 4
+
+
+def test_without_shuffling_the_order_is_the_file_s(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    rows = load(tiny, streamed(write_rows(tmp_path / "d.jsonl")), shuffle=False)
+    windows = rows.windows(settings(micro_batch_size=4, max_steps=10, epochs=None, shuffle=False))
+    assert origins(list(windows.windows(0))) == [f"d.jsonl:{line}" for line in range(1, ROWS + 1)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 64}])
+def test_resume_and_ranks(tiny: LoadedTokenizer, tmp_path: Path, changes: dict[str, Any]) -> None:
+    rows = load(
+        tiny, streamed(write_rows(tmp_path / "d.jsonl"), weight=2.0), streamed(write_rows(tmp_path / "e.jsonl", "s"))
+    )
+    chosen = settings(max_steps=12, epochs=None, max_length=32, gradient_accumulation_steps=3, **changes)
+    whole = list(rows.windows(chosen).windows(0))
+    assert [window.step for window in whole] == list(range(12))
+    for first in (1, 7, 11, 12):
+        rest = list(rows.windows(chosen).windows(first))
+        assert [window.epoch for window in rest] == [window.epoch for window in whole[first:]]
+        assert origins(rest) == origins(whole[first:])
+    parts = [list(rows.windows(chosen, rank=rank, world=2).windows(0)) for rank in (0, 1)]
+    for step, window in enumerate(whole):
+        assert parts[0][step].indices + parts[1][step].indices == (0, 2, 1)
+        for index, batch in enumerate(window.batches):
+            other = parts[index % 2][step].batches[index // 2]
+            assert torch.equal(batch.input_ids, other.input_ids)
+            assert torch.equal(batch.labels, other.labels)
+    assert all(length <= 32 for window in whole for batch in window.batches for length in batch.lengths)
+
+
+def test_packed_streams_lose_no_row_of_a_block(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    rows = load(tiny, streamed(write_rows(tmp_path / "d.jsonl")))
+    chosen = settings(max_steps=80, epochs=None, max_length=32, gradient_accumulation_steps=1, packing=True)
+    counts = Counter(origins(list(rows.windows(chosen).windows(0))))
+    assert set(counts.values()) <= {max(counts.values()), max(counts.values()) - 1, max(counts.values()) - 2}
+    assert len(counts) == ROWS
+
+
+def test_sources_are_drawn_in_proportion_to_their_weights(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    sources = streamed(write_rows(tmp_path / "d.jsonl"), weight=3.0), Source(path=str(write_rows(tmp_path / "e.jsonl")))
+    windows = load(tiny, *sources).windows(settings(micro_batch_size=10, max_steps=40, epochs=None))
+    share = sum(o.startswith("d.jsonl") for o in origins(list(windows.windows(0)))) / 2000
+    assert abs(share - 0.75) < 0.04
+
+
+def test_counts_are_estimated_and_marked(
+    tiny: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunekit.data import sample
+
+    monkeypatch.setattr(sample, "SAMPLE_ROWS", 50)
+    path = write_rows(tmp_path / "d.jsonl")
+    exact = load(tiny, Source(path=str(path))).counts
+    rows = load(tiny, streamed(path))
+    assert (rows.streamed, rows.counts.estimated, exact.estimated) == (True, True, False)
+    assert rows.counts.read == exact.read == ROWS
+    assert rows.counts.tokens == pytest.approx(exact.tokens, rel=0.05)
+    assert len(rows.train) == 50
+    longest = rows.longest_batch(settings(max_length=32))
+    assert longest.lengths == (32, 32)
+
+
+def test_what_streaming_needs(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.jsonl")
+    with pytest.raises(TunekitError, match=r"training\.max_steps"):
+        load(tiny, streamed(path)).windows(settings())
+    with pytest.raises(RecipeError, match=r"data\.eval"):
+        load(tiny, streamed(path), eval=0.1)
+    array = tmp_path / "d.json"
+    array.write_text(json.dumps([{"text": "a"}]), encoding="utf-8")
+    with pytest.raises(DataError, match="JSON Lines"):
+        load(tiny, streamed(array))
+    held = write_rows(tmp_path / "e.jsonl", "s")
+    rows = load(tiny, streamed(path), eval=(Source(path=str(held)),))
+    assert rows.evaluation is not None
+    assert len(rows.evaluation) == ROWS
+
+
+def test_a_file_beyond_a_quarter_of_memory_is_streamed(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.jsonl")
+    size = path.stat().st_size
+    assert must_stream(Source(path=str(path)), 4 * size)
+    assert not must_stream(Source(path=str(path)), 4 * size + 4)
+    assert not must_stream(Source(path=str(tmp_path / "absent.jsonl")), 1)
+
+
+def test_a_wrong_row_stops_with_its_line(
+    tiny: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunekit.data import sample
+
+    monkeypatch.setattr(sample, "SAMPLE_ROWS", 50)
+    path = write_rows(tmp_path / "d.jsonl")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    lines[150] = "3"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    windows = load(tiny, streamed(path)).windows(settings(max_steps=40, epochs=None))
+    with pytest.raises(DataError, match=r"d\.jsonl:151: a number, not an object"):
+        list(windows.windows(0))
+
+
+def test_only_what_is_asked_for_is_read(tiny: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load(tiny, streamed(write_rows(tmp_path / "d.jsonl")))
+    read: list[Any] = []
+    original = shards.Sharded.read
+
+    def counting(self: shards.Sharded, shard: shards.Shard, problems: Problems) -> Any:
+        read.append(shard)
+        return original(self, shard, problems)
+
+    monkeypatch.setattr(shards.Sharded, "read", counting)
+    windows = rows.windows(settings(max_steps=1000, epochs=None))
+    list(islice(windows.windows(0), 2))  # 20 rows: one buffer of 30, about 30 rows a shard
+    assert 0 < len(read) <= 3
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.jsonl.gz", "d.parquet"])
+def test_other_kinds_stream_too(name: str, tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    import gzip
+
+    texts = [f"r{index:03d}" for index in range(ROWS)]
+    path = tmp_path / name
+    if name == "d.csv":
+        path.write_text("text\n" + "\n".join(texts), encoding="utf-8")
+    elif name == "d.parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=40)
+    else:
+        path.write_bytes(gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)))
+    rows = load(tiny, streamed(path))
+    windows = list(rows.windows(settings(micro_batch_size=4, max_steps=10, epochs=None)).windows(0))
+    found = [
+        tiny.decode(ids[:n].tolist())
+        for w in windows
+        for b in w.batches
+        for ids, n in zip(b.input_ids, b.lengths, strict=True)
+    ]
+    assert sorted(found) == [text + "<|im_end|>" for text in texts]
+    assert found != sorted(found)

@@ -1,0 +1,290 @@
+"""Rows of a data section: counted, split, weighted, cached by content."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data_case import settings, tokenizer_of, write_lines
+from tunekit.data.cache import default_cache_folder
+from tunekit.data.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
+from tunekit.data.render import EMPTY_ANSWER
+from tunekit.errors import DataError, RecipeError
+from tunekit.model.tokenizer import LoadedTokenizer
+from tunekit.recipe.data import DataSection, Source
+from tunekit.rows import RowSet, load_evaluation_rows, load_rows
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_llama: Path) -> LoadedTokenizer:
+    return tokenizer_of(tiny_llama)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pairs(*lengths: int) -> list[dict[str, str]]:
+    """Rows of one prompt token, `length` completion tokens and the end."""
+    return [{"prompt": "p", "completion": chr(97 + index % 26) * length} for index, length in enumerate(lengths)]
+
+
+def load(tokenizer: LoadedTokenizer, *paths: Path, seed: int = 0, **changes: Any) -> RowSet:
+    return load_rows(
+        DataSection(train=tuple(Source(path=str(path)) for path in paths), **changes), tokenizer, seed=seed
+    )
+
+
+def test_counts(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [*pairs(3, 20, 5), {"prompt": "p", "completion": ""}])
+    rows = load(tiny, path, max_length=10)
+    counts = rows.counts
+    assert (counts.read, counts.trained, counts.dropped, counts.truncated) == (4, 2, 2, 0)
+    assert counts.dropped_reasons == {EMPTY_ANSWER: 1, TOO_LONG: 1}
+    assert (counts.tokens, counts.supervised_tokens, counts.longest_tokens) == (5 + 7, 4 + 6, 7)
+    assert [rows.train[index].origin for index in range(2)] == ["d.jsonl:1", "d.jsonl:3"]
+    assert rows.notes == ("d.jsonl: format prompt_completion (the first row has 'prompt' and 'completion')",)
+
+
+def test_truncation_keeps_the_start_and_invents_no_end(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [*pairs(20), {"prompt": "q" * 30, "completion": "a"}])
+    rows = load(tiny, path, max_length=10, excess_length="truncate")
+    assert tiny.decode(rows.train[0].ids.tolist()) == "p" + "a" * 9
+    assert (rows.counts.trained, rows.counts.truncated, rows.counts.dropped_reasons) == (1, 1, {NO_TARGET_LEFT: 1})
+
+
+def test_splitting_keeps_every_token(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    text = "".join(chr(97 + index % 26) for index in range(101))
+    path = write_lines(tmp_path / "d.jsonl", [{"text": text}])
+    rows = load(tiny, path, max_length=10, excess_length="split")
+    pieces = [rows.train[index] for index in range(len(rows.train))]
+    assert "".join(tiny.decode(piece.ids.tolist()) for piece in pieces) == text + "<|im_end|>"
+    assert {piece.origin for piece in pieces} == {"d.jsonl:1"}
+    assert (rows.counts.trained, len(pieces)) == (1, 11)
+
+
+def test_excess_length_error_names_the_rows(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", pairs(3, 20, 30))
+    with pytest.raises(DataError) as failed:
+        load(tiny, path, max_length=10, excess_length="error")
+    assert [(problem.file, problem.line) for problem in failed.value.problems] == [(str(path), 2), (str(path), 3)]
+
+
+def test_a_row_of_one_token_has_no_target(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"text": "<|im_end|>"}])
+    with pytest.raises(DataError, match=f"1 {NO_TARGET}"):
+        load(tiny, path)
+
+
+def test_problems_of_all_sources_are_raised_together(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    one, two = write_lines(tmp_path / "a.jsonl", [3]), write_lines(tmp_path / "b.jsonl", [*pairs(1), {"prompt": "p"}])
+    with pytest.raises(DataError) as failed:
+        load(tiny, one, two)
+    assert [problem.file for problem in failed.value.problems] == [str(one), str(two)]
+
+
+def test_the_eval_fraction_is_taken_by_content_before_weights(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{index:02d}", "completion": "c"} for index in range(100)]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    mixed = write_lines(tmp_path / "e.jsonl", rows[::-1])
+
+    def split(path: Path, seed: int, weight: float = 1.0) -> tuple[set[str], set[str], RowSet]:
+        data = DataSection(train=(Source(path=str(path), weight=weight),), eval=0.1)
+        found = load_rows(data, tiny, seed=seed)
+        assert found.evaluation is not None
+        parts = [
+            {tiny.decode(part[i].ids.tolist()) for i in range(len(part))} for part in (found.train, found.evaluation)
+        ]
+        return parts[0], parts[1], found
+
+    train, held, found = split(path, 0, weight=2.5)
+    assert (len(train), len(held), train & held) == (90, 10, set())
+    assert found.eval_counts is not None
+    assert (found.counts.read, found.counts.trained, found.eval_counts.trained) == (90, 90, 10)
+    assert found.counts.tokens == 225 * found.train.lengths[0]
+    assert split(mixed, 0)[1] == held
+    assert split(path, 1)[1] != held
+    assert len(found.evaluation_prompts()) == 10
+
+
+def test_equal_rows_never_stand_on_both_sides(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{index // 4}", "completion": "c"} for index in range(100)]
+    found = load(tiny, write_lines(tmp_path / "d.jsonl", rows), eval=0.1)
+    assert found.evaluation is not None
+    assert len(found.evaluation) in (8, 12)
+    assert not any(note.startswith("warning") for note in found.notes)
+
+
+def test_leaks_are_told(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", pairs(1, 2, 3))
+    other = write_lines(tmp_path / "e.jsonl", pairs(1, 2, 9))
+    found = load(tiny, path, eval=(Source(path=str(other)),))
+    assert found.notes[-1] == "warning: 2 of 3 evaluation rows stand in the training rows too"
+    same = load(tiny, path, eval=(Source(path=str(path)),))
+    assert [note for note in same.notes if note.startswith("warning")] == [
+        f"warning: {path} is both in data.train and data.eval",
+        "warning: 3 of 3 evaluation rows stand in the training rows too",
+    ]
+    alone = load_evaluation_rows(
+        DataSection(train=(Source(path="absent.jsonl"),), eval=(Source(path=str(path)),)), tiny, seed=0
+    )
+    assert alone.evaluation is not None
+    assert len(alone.evaluation) == 3
+
+
+def test_prompts_of_evaluation_rows(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = write_lines(tmp_path / "d.jsonl", [{"messages": messages}, {"messages": messages[:1]}])
+    found = load(tiny, path, eval=(Source(path=str(path)),)).evaluation_prompts()
+    assert [(tiny.decode(ids), reference, origin) for ids, reference, origin in found] == [
+        ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a", "d.jsonl:1")
+    ]
+
+
+def test_weights_reach_the_windows(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    one, two = write_lines(tmp_path / "a.jsonl", pairs(*[1] * 10)), write_lines(tmp_path / "b.jsonl", pairs(*[2] * 10))
+    data = DataSection(train=(Source(path=str(one), weight=3.0), Source(path=str(two), weight=0.5)))
+    rows = load_rows(data, tiny, seed=0)
+    windows = rows.windows(settings(gradient_accumulation_steps=1))
+    origins = [o for w in windows.windows(0) for b in w.batches for group in b.origins for o in group]
+    assert sum(origin.startswith("a.jsonl") for origin in origins) == 30
+    assert sum(origin.startswith("b.jsonl") for origin in origins) == 5
+    assert rows.counts.tokens == 30 * 3 + 5 * 4
+
+
+def test_a_custom_template_is_read_from_its_file(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}", encoding="utf-8")
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = write_lines(tmp_path / "d.jsonl", [row])
+    rows = load(tiny, path, chat_template=str(template))
+    assert tiny.decode(rows.train[0].ids.tolist()) == "<|im_start|>q<|im_end|><|im_start|>a<|im_end|>"
+    with pytest.raises(RecipeError, match=r"data\.chat_template"):
+        load(tiny, path, chat_template=str(tmp_path))
+
+
+class Counting:
+    """A tokenizer that counts how often it encodes."""
+
+    def __init__(self, tokenizer: LoadedTokenizer) -> None:
+        self._tokenizer, self.calls = tokenizer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("encode"):
+            self.calls += 1
+        return getattr(self._tokenizer, name)
+
+
+def test_the_cache_is_keyed_by_everything_that_matters(tiny: LoadedTokenizer, tmp_path: Path, cache: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", pairs(3, 4))
+    counting: Any = Counting(tiny)
+
+    def encodes(data_path: Path = path, **changes: Any) -> bool:
+        before = counting.calls
+        load(counting, data_path, **changes)
+        return bool(counting.calls > before)
+
+    assert encodes()
+    assert not encodes()
+    assert not encodes(write_lines(tmp_path / "copy.jsonl", pairs(3, 4)))  # content, not name
+    assert encodes(max_length=7)
+    assert encodes(train_on="all")
+    assert encodes(excess_length="split")
+    template = tmp_path / "t.jinja"
+    template.write_text("x", encoding="utf-8")
+    assert encodes(chat_template=str(template))
+    write_lines(path, pairs(3, 5))
+    assert encodes()
+    assert not encodes()
+    assert not [name for name in os.listdir(cache / "tokens") if name.startswith(".")]
+
+
+@pytest.mark.parametrize("file", ["ids.bin", "trained.bin", "rows.bin", "meta.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_cache_is_made_anew(
+    tiny: LoadedTokenizer, tmp_path: Path, cache: Path, file: str, damage: str
+) -> None:
+    path = write_lines(tmp_path / "d.jsonl", pairs(3, 4))
+    good = [load(tiny, path).train[index].ids.tolist() for index in range(2)]
+    (entry,) = (cache / "tokens").iterdir()
+    content = bytearray((entry / file).read_bytes())
+    if damage == "remove":
+        (entry / file).unlink()
+    elif damage == "cut":
+        (entry / file).write_bytes(content[:-3])
+    else:
+        content[2] ^= 1
+        (entry / file).write_bytes(content)
+    assert [load(tiny, path).train[index].ids.tolist() for index in range(2)] == good
+    counting: Any = Counting(tiny)
+    load(counting, path)
+    assert counting.calls == 0
+
+
+def test_no_cache_folder_is_no_obstacle(tiny: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("", encoding="utf-8")
+    monkeypatch.setenv("TUNEKIT_CACHE", str(blocked / "cache"))
+    assert len(load(tiny, write_lines(tmp_path / "d.jsonl", pairs(3, 4))).train) == 2
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEKIT_CACHE", "/a")
+    assert default_cache_folder() == Path("/a")
+    monkeypatch.delenv("TUNEKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert default_cache_folder() == Path("/b/tunekit")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/c")
+    assert default_cache_folder() == Path("/c/.cache/tunekit")
+
+
+def test_the_fingerprint_follows_content_and_options(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", pairs(*[3] * 30))
+    first = load(tiny, path).fingerprint
+    assert load(tiny, path, seed=1).fingerprint == first
+    assert load(tiny, path, eval=0.1).fingerprint != first
+    assert load(tiny, path, eval=0.1).fingerprint != load(tiny, path, eval=0.1, seed=1).fingerprint
+    weighted = DataSection(train=(Source(path=str(path), weight=2.0),))
+    assert load_rows(weighted, tiny, seed=0).fingerprint != first
+    os.utime(path, (1, 1))
+    assert load(tiny, path).fingerprint == first
+    write_lines(path, pairs(*[3] * 29, 4))
+    assert load(tiny, path).fingerprint != first
+
+
+def test_notes_and_counts_come_from_the_cache_too(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [*pairs(3), {"prompt": "p", "completion": ""}])
+    one, two = load(tiny, path), load(tiny, path)
+    assert (one.notes, one.counts) == (two.notes, two.counts)
+
+
+def test_stored_rows_are_copies(tiny: LoadedTokenizer, tmp_path: Path, cache: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", pairs(3))
+    rows = load(tiny, path)
+    rows.train[0].ids[:] = 7
+    assert not np.array_equal(rows.train[0].ids, np.full(5, 7))
+    with pytest.raises(IndexError):
+        rows.train[1]
+
+
+def test_real_chat_rows_train_exactly_their_answers(smollm2: Path, shared: Path, cache: Path) -> None:
+    tokenizer = tokenizer_of(smollm2)
+    path = shared / "data" / "chat_multiturn" / "fastchat_identity.jsonl"
+    data = DataSection(train=(Source(path=str(path)),))
+    loaded = load_rows(data, tokenizer, seed=0)
+    written = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+    assert loaded.counts.trained == len(written)
+    for index, messages in enumerate(written):
+        row = loaded.train[index]
+        answers = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
+        assert tokenizer.decode(row.ids[row.trained].tolist()) == "".join(answers)
+        expected = tokenizer.native.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        assert row.ids.tolist() == expected
