@@ -122,6 +122,19 @@ def test_equal_rows_never_stand_on_both_sides(tiny: LoadedTokenizer, tmp_path: P
     assert not any(note.startswith("warning") for note in found.notes)
 
 
+def test_pieces_of_one_text_can_be_held_out_but_a_single_row_cannot(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "d.txt"
+    path.write_text("".join(f"line {index}\n" for index in range(200)), encoding="utf-8")
+    found = load(tiny, path, eval=0.1, max_length=20, excess_length="split")
+    assert found.evaluation is not None
+    assert (len(found.train), len(found.evaluation)) == (76, 9)
+    assert found.eval_counts is not None
+    assert (found.counts.read, found.counts.trained, found.eval_counts.trained) == (1, 1, 1)
+    assert found.counts.tokens + found.eval_counts.tokens == 1691
+    with pytest.raises(DataError, match="only one row"):
+        load(tiny, write_lines(tmp_path / "d.jsonl", pairs(3)), eval=0.1)
+
+
 def test_leaks_are_told(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", pairs(1, 2, 3))
     other = write_lines(tmp_path / "e.jsonl", pairs(1, 2, 9))

@@ -88,6 +88,12 @@ def load_rows(data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: 
         eval_sources = load_sources(data.eval, tokenizer, options, cache_dir)
         evaluation = [_whole(source) for source in eval_sources]
     train_rows = ChosenRows(train)
+    if held and not len(train_rows) and len(ChosenRows(held)):
+        raise DataError(
+            "there is only one row (or only equal ones), so that no fraction can be held out",
+            "name an eval source of its own",
+            key="data.eval",
+        )
     _require_rows(train_rows, sources, "data.train")
     draws = _shares(train_rows, [source.source.weight for source in sources])
     own = isinstance(data.eval, tuple)
@@ -99,8 +105,8 @@ def load_rows(data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: 
     return RowSet(
         train=train_rows,
         evaluation=eval_rows,
-        counts=_count(sources, train_rows, draws, seed, held=0 if own else len(ChosenRows(held))),
-        eval_counts=_count_evaluation(eval_sources, eval_rows, own) if eval_rows is not None else None,
+        counts=_count(sources, train_rows, epoch_rows(draws, seed=seed, epoch=0, shuffle=False)),
+        eval_counts=None if eval_rows is None else _count(eval_sources if own else (), eval_rows),
         fingerprint=_fingerprint(data, sources, eval_sources if own else (), seed),
         draws=draws,
         streams=(),
@@ -119,7 +125,7 @@ def load_evaluation_rows(
         parts = [_whole(source) for source in sources]
         rows = ChosenRows(parts)
         _require_rows(rows, sources, "data.eval")
-        counts = _count_evaluation(sources, rows, own=True)
+        counts = _count(sources, rows)
         notes = tuple(dict.fromkeys(note for source in sources for note in source.notices))
         return RowSet(
             train=ChosenRows([]),
@@ -150,8 +156,9 @@ def _load_streamed(
     rows = ChosenRows([_whole(sample) for sample in samples])
     _require_rows(rows, samples, "data.train")
     draws = _shares(rows, [source.weight for source in data.train])
-    counts = _sum_counts(samples, rows, np.arange(len(rows), dtype=np.int64), 0)
-    scale = counts.trained / len(rows)
+    counts = _count(samples, rows)
+    trained = sum(sample.counts.kept for sample in samples)
+    scale = trained / counts.trained
     own = None if data.eval is None else load_evaluation_rows(data, tokenizer, seed=seed, cache_dir=cache_dir)
     fingerprint = [_fingerprint(data, samples, (), seed), own.fingerprint if own else None, "streamed"]
     notes = [note for sample in samples for note in sample.notices]
@@ -160,6 +167,8 @@ def _load_streamed(
         evaluation=own.evaluation if own else None,
         counts=replace(
             counts,
+            read=trained + counts.dropped,
+            trained=trained,
             tokens=round(counts.tokens * scale),
             supervised_tokens=round(counts.supervised_tokens * scale),
             estimated=True,
@@ -208,31 +217,22 @@ def _shares(rows: ChosenRows, weights: Sequence[float]) -> tuple[Share, ...]:
     return tuple(Share(bounds[index], bounds[index + 1], weight) for index, weight in enumerate(weights))
 
 
-def _count(
-    sources: Sequence[EncodedSource], rows: ChosenRows, draws: tuple[Share, ...], seed: int, *, held: int
-) -> RowCounts:
-    """Counts of training rows; tokens are those of the first epoch, weights applied."""
-    order = epoch_rows(draws, seed=seed, epoch=0, shuffle=False)  # (rows of the epoch,)
-    return _sum_counts(sources, rows, order, held)
+def _count(sources: Sequence[EncodedSource], rows: ChosenRows, order: NDArray[np.int64] | None = None) -> RowCounts:
+    """What became of the sources' rows; tokens are those of the rows in `order`, of every row once by default.
 
-
-def _count_evaluation(sources: Sequence[EncodedSource], rows: ChosenRows, own: bool) -> RowCounts:
-    order = np.arange(len(rows), dtype=np.int64)  # (rows,)
-    if own:
-        return _sum_counts(sources, rows, order, 0)
-    return _sum_counts((), rows, order, -len(rows))
-
-
-def _sum_counts(sources: Sequence[EncodedSource], rows: ChosenRows, order: NDArray[np.int64], held: int) -> RowCounts:
+    A row that was split counts once. Rows held out for evaluation are not among those read for training.
+    """
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
-    lengths = rows.lengths  # (rows,)
+    lengths, supervised = rows.lengths, rows.supervised  # (rows,)
+    order = np.arange(len(rows), dtype=np.int64) if order is None else order
+    trained = sum(part.distinct_lines for part in rows.parts)
     return RowCounts(
-        read=sum(source.counts.read for source in sources) - held,
-        trained=sum(source.counts.kept for source in sources) - held,
+        read=trained + sum(reasons.values()),
+        trained=trained,
         dropped=sum(reasons.values()),
         truncated=sum(source.counts.truncated for source in sources),
         tokens=int(lengths[order].sum()),
-        supervised_tokens=int(rows.supervised[order].sum()),
+        supervised_tokens=int(supervised[order].sum()),
         longest_tokens=int(lengths.max(initial=0)),
         dropped_reasons=dict(sorted(reasons.items())),
     )

@@ -105,9 +105,8 @@ def encode_rows(
             problems.add_error(name, raw.line, error)
             continue
         counts.kept += 1
-        digest = digest_of(row)
         for piece in pieces:
-            yield piece, raw.line, digest
+            yield piece, raw.line, digest_of(piece)
 
 
 def cut_row(row: EncodedRow, options: EncodeOptions, counts: SourceCounts) -> list[EncodedRow]:
@@ -141,6 +140,6 @@ def cut_row(row: EncodedRow, options: EncodeOptions, counts: SourceCounts) -> li
 
 
 def digest_of(row: EncodedRow) -> int:
-    """64 bits of the whole row's ids: equal rows have equal digests, whatever file they stand in."""
+    """64 bits of the row's ids: equal rows have equal digests, whatever file they stand in."""
     raw = np.ascontiguousarray(row.ids, dtype="<i4").tobytes()
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")

@@ -23,7 +23,7 @@ TYPES = (np.dtype("<i4"), np.dtype(np.bool_), RECORD)
 
 
 class TokenStore:
-    """Rows of one source. `line` is where a row began, `digest` a hash of its whole example."""
+    """Rows of one source. `line` is where a row began, `digest` a hash of its ids."""
 
     def __init__(self, ids: NDArray[Any], trained: NDArray[Any], records: NDArray[Any]) -> None:
         self.ids, self.trained, self.records = ids, trained, records  # (tokens,) (tokens,) (rows,)
@@ -88,8 +88,14 @@ class Part:
     """Chosen rows of one store, under the name that their origins carry."""
 
     store: TokenStore
-    chosen: NDArray[np.int64]  # (rows,)
+    chosen: NDArray[np.int64]  # (rows,), ascending
     name: str
+
+    @property
+    def distinct_lines(self) -> int:
+        """Rows as they were written: the pieces of a split row count once."""
+        lines = self.store.records["line"][self.chosen]  # (rows,), ascending
+        return int(np.count_nonzero(np.diff(lines))) + bool(len(lines))
 
 
 class ChosenRows:
@@ -125,5 +131,5 @@ class ChosenRows:
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """(rows,) hash of each row's example: equal rows have equal ones."""
+        """(rows,) hash of each row: equal rows have equal ones."""
         return self._column("digest", np.uint64)
