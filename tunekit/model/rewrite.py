@@ -100,6 +100,7 @@ class Rewriter:
         self.embedding = self.family.embedding_name(self.net)
         self.tied = self.family.tied(self.net)
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
+        self.generation_config: Any = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
         self.names = frozenset(self.tensors.names())
 
@@ -108,8 +109,9 @@ class Rewriter:
             parameters = frozenset(self.net.state_dict())
             return BaseTensors(self.source.folder, parameters, str(getattr(self.net, "base_model_prefix", "")))
         wide = plain.model_copy(update={"dtype": "float32"})
-        net = load_model(wide, device=torch.device("cpu")).net
-        return LoadedTensors(net, self.head if self.tied else None, self.compute_dtype)
+        loaded = load_model(wide, device=torch.device("cpu"))
+        self.generation_config = loaded.generation_config
+        return LoadedTensors(loaded.net, self.head if self.tied else None, self.compute_dtype)
 
     def fingerprint(self) -> str:
         """The base's fingerprint."""
@@ -143,6 +145,9 @@ class Rewriter:
             writer.add(name, tensor)
         writer.close()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.generation_config is not None:
+            self.generation_config.use_cache = True
+            self.generation_config.save_pretrained(str(folder))
 
     def _check(self, changes: Changes) -> None:
         """Every change must have its tensor."""
@@ -174,8 +179,9 @@ class Rewriter:
             config = inspection.read_config(self.source)
         else:
             self.config.use_cache = True
-            config = self.config.to_dict() | {"dtype": str(self.compute_dtype).removeprefix("torch.")}
-            config.pop("quantization_config", None)
+            config = json.loads(self.config.to_json_string()) | {"dtype": str(self.compute_dtype)[6:]}
+            for key in ("quantization_config", "_name_or_path"):  # the file's packing, and a path of this machine
+                config.pop(key, None)
             config.setdefault("architectures", [type(self.net).__name__])
         if self.unties(changes):
             config["tie_word_embeddings"] = False
