@@ -16,7 +16,7 @@ from torch import nn
 from tunekit.decisions import ModelFacts
 from tunekit.errors import ModelError
 from tunekit.model import codec, inspection
-from tunekit.model.devices import resolve_attention, resolve_dtype
+from tunekit.model.devices import give_back_memory, resolve_attention, resolve_dtype
 from tunekit.model.families import Family, text_config
 from tunekit.model.gguf_reading import gguf_arguments, parsed_once
 from tunekit.model.native_code import no_fetched_code
@@ -208,7 +208,10 @@ def quantize_layers(net: nn.Module, section: ModelSection, dtype: torch.dtype, d
         packed = pack_linear(dense.to(device), section.quantization, section.double_quantization, dtype)
         setattr(parent, attribute, packed)
         del dense
+    for parameter in net.parameters():
+        parameter.data = parameter.data.clone()  # a view into the mapped file would keep all of it mapped
     gc.collect()
+    give_back_memory()
     layers = packed_layers(net)
     if not layers:
         raise ModelError("the model has no linear layer to quantize", key="model.quantization")
