@@ -35,5 +35,9 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         room[node] -= length
         while node > 1:
             node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
+            left, right = room[2 * node], room[2 * node + 1]
+            most = left if left >= right else right
+            if room[node] == most:
+                break
+            room[node] = most
     return packs

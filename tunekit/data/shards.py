@@ -21,7 +21,7 @@ from tunekit.data.source import is_hub_name, prepare_rows, read_row_groups, read
 from tunekit.errors import DataError
 from tunekit.recipe.data import Source
 
-SHARD_BYTES = 4 * 2**20
+SHARD_BYTES = 2**20
 STREAM_SHARE = 0.25  # of the machine's memory: a larger file is streamed
 
 

@@ -26,7 +26,7 @@ from tunekit.errors import DataError
 from tunekit.protocols import Batch, EncodedRow, Tokenizer, Window
 
 BUFFER_ROWS = 10_000
-BUFFER_TOKENS = 4_000_000
+BUFFER_TOKENS = 1_000_000  # some shards, and a few seconds of encoding before the first step
 PACKED_WINDOWS = 8  # rows of so many windows are packed at a time
 DRAWS = 4096
 
