@@ -22,8 +22,9 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.devices import make_devices
-from tunekit.training.loop import LoopParts, LoopState, run_loop
+from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.parts import LoopParts, LoopState
 from tunekit.training.resident import ResidentEngine
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import warmup_steps

@@ -16,7 +16,7 @@ from tunekit.errors import NumericsError, Stopped
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.evaluation import summed_evaluation
-from tunekit.training.loop import LoopState
+from tunekit.training.parts import LoopState
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 
 

@@ -34,8 +34,9 @@ from tunekit.training.answers import Question
 from tunekit.training.devices import Trackers, make_devices
 from tunekit.training.evaluator import Evaluator, is_better
 from tunekit.training.finish import export_adapter, report_facts
-from tunekit.training.loop import LoopParts, LoopState, run_loop
+from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Optimizer
+from tunekit.training.parts import LoopParts, LoopState
 from tunekit.training.resident import ResidentEngine
 from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
@@ -174,7 +175,7 @@ def _load(session: Session, plan: Plan) -> tuple[TunedModel, AttachedAdapter, Ob
             base.net, recipe.adapter, seed=recipe.training.seed, head_name=base.family.head_name(base.net)
         )
         if recipe.adapter.init_from is not None:
-            load_into(adapter, Path(recipe.adapter.init_from))
+            load_into(adapter, Path(recipe.adapter.init_from), base_fingerprint=base.fingerprint)
         prepare_layers([layer for _, layer in base.family.layers(base.net)], plan.checkpointed_layers)
     if session.devices.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the report's peak is the training's, not the loader's

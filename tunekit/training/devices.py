@@ -21,10 +21,10 @@ Value = TypeVar("Value")
 class Devices:
     """One process of a run. With a single process every method is the identity."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu: bool) -> None:
         from accelerate.state import PartialState
 
-        self.state = PartialState()
+        self.state = PartialState(cpu=cpu)  # without `cpu`, ranks on a machine that has no accelerator stay strangers
         self.device: torch.device = self.state.device
         self.rank: int = self.state.process_index
         self.world: int = self.state.num_processes
@@ -103,17 +103,15 @@ class Devices:
 def make_devices() -> Devices:
     """The devices of this process.
 
-    TUNEKIT_DEVICE=cpu keeps a run off the GPU, as accelerate's own ACCELERATE_USE_CPU does.
+    TUNEKIT_DEVICE=cpu keeps a run off the GPU.
     Raises: RecipeError where TUNEKIT_DEVICE names anything else.
     """
     wanted = os.environ.get("TUNEKIT_DEVICE", "")
     if wanted not in ("", "cpu", "cuda"):
         raise RecipeError(f"TUNEKIT_DEVICE is {wanted!r}", "set it to cpu or cuda, or leave it unset")
-    if wanted == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RecipeError("TUNEKIT_DEVICE is cuda, but torch sees no CUDA device")
-    return Devices()
+    return Devices(cpu=wanted == "cpu" or not torch.cuda.is_available())
 
 
 class Trackers:

@@ -12,7 +12,7 @@ from tunekit.adapters.folder_writing import save_adapter_folder
 from tunekit.artifacts.run import RunFolder
 from tunekit.decisions import Plan, Reaction, ReportFacts, RowCounts
 from tunekit.model.load import LoadedModel
-from tunekit.training.loop import LoopState
+from tunekit.training.parts import LoopState
 
 
 @dataclass(frozen=True)

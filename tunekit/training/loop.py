@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from signal import Signals
 
 import torch
@@ -18,64 +17,11 @@ from torch import Tensor
 
 from tunekit.decisions import EvaluationRecord, StepRecord
 from tunekit.errors import NumericsError, Stopped
-from tunekit.protocols import Batch, Engine, Objective, Window, WindowSource
-from tunekit.recipe.training import TrainingSection
-from tunekit.training.devices import Devices
+from tunekit.protocols import Batch, Window
 from tunekit.training.evaluation import EvaluationStopped
-from tunekit.training.optimizers import Optimizer
-from tunekit.training.scaling import INITIAL_SCALE, LossScale
-from tunekit.training.schedules import rate_multiplier
-from tunekit.training.tuned import TunedModel
+from tunekit.training.parts import LoopParts, LoopState
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
-
-
-@dataclass
-class LoopState:
-    """Where the run is; plain values, so that a checkpoint can hold them all."""
-
-    step: int = 0  # optimizer steps made, skipped ones counted
-    updates: int = 0  # steps that changed weights; the schedule's clock
-    evaluated_step: int = 0
-    best_step: int | None = None
-    best_value: float | None = None
-    evaluations_without_gain: int = 0
-    stopped_early: bool = False
-    tokens: int = 0
-    supervised_tokens: int = 0
-    loss: float | None = None
-    loss_scale: float = INITIAL_SCALE
-    good_steps: int = 0
-    skipped_steps: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class LoopParts:
-    """What the loop works with. `evaluate` and `save` run on every rank; `record` does its work on the main one."""
-
-    model: TunedModel
-    objective: Objective
-    engine: Engine
-    optimizer: Optimizer
-    devices: Devices
-    windows: WindowSource
-    settings: TrainingSection
-    warmup_steps: int
-    scale: LossScale
-    record: Callable[[StepRecord | EvaluationRecord], None]
-    save: Callable[[LoopState], None]
-    evaluate: Callable[[], dict[str, float]] | None
-    is_better: Callable[[float, float | None], bool]
-    watched_metric: str | None  # what best and patience look at
-    saves_best: bool
-    patience: int | None
-    stop_signal: Callable[[], int]  # 0, or the number of the signal that asked to stop
-    peak_bytes: Callable[[], int]
-
-    def rate(self, updates: int) -> float:
-        """Multiplier of the learning rate of the next update."""
-        return rate_multiplier(self.settings.scheduler, updates, self.windows.steps, self.warmup_steps)
 
 
 def run_loop(parts: LoopParts, state: LoopState) -> LoopState:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.errors import RunFolderError
-from tunekit.training.loop import LoopState
 from tunekit.training.optimizers import Optimizer
+from tunekit.training.parts import LoopState
 
 BUFFER_PREFIX = "adapter."  # adapter state that is not trained: seeds, indices, importances
 

@@ -28,8 +28,8 @@ from tunekit.protocols import Objective, Window
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.training.devices import Devices, Trackers
 from tunekit.training.finish import Measured
-from tunekit.training.loop import LoopState
 from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.parts import LoopState
 from tunekit.training.probes import logprob_difference, packing_leak, tolerance
 from tunekit.training.resident import ResidentEngine
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors

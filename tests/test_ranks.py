@@ -1,0 +1,84 @@
+"""Two CPU processes give the curve of one: torchrun and accelerate launch, on 23 uneven rows."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train_case import records, train_in_child, write_recipe
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch"]
+CONFIGURATION = """compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+machine_rank: 0
+main_process_ip: 127.0.0.1
+main_process_port: {port}
+main_training_function: main
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+use_cpu: true
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def run_two(launcher: list[str], recipe: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    module = ["-m", "tunekit"]
+    if launcher is ACCELERATE:
+        run.parent.mkdir(exist_ok=True)
+        (run.parent / "accelerate.yaml").write_text(CONFIGURATION.format(port=free_port()))
+        module = ["--config_file", str(run.parent / "accelerate.yaml"), "--module", "tunekit"]
+    command = [sys.executable, *launcher, *module, "train", str(recipe), f"output.dir={run}", *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TUNEKIT_DEVICE": "cpu"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 rows in micro-batches of 2, 11 a step: the second step of an epoch has one, so one rank has none."""
+    os.environ["TUNEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return write_recipe(
+        tmp_path_factory.mktemp("ranks"),
+        tiny_llama,
+        data={"eval": None},
+        adapter={"dropout": 0.0},
+        training={"gradient_accumulation_steps": 11, "epochs": 3.0},
+    )
+
+
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"]
+)
+def test_two_processes_give_the_curve_of_one(recipe: Path, tmp_path: Path, launcher: list[str]) -> None:
+    one = train_in_child(recipe, tmp_path / "one")
+    assert one.code == 0, one.output
+    two = run_two(launcher, recipe, tmp_path / "two")
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert two.stdout.count("report:") == 1  # only the main rank prints
+    single, double = records(tmp_path / "one"), records(tmp_path / "two")
+    assert len(single) == len(double) == 6
+    for left, right in zip(single, double, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-5)
+        assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
+        for name in ("step", "epoch", "learning_rate", "tokens", "supervised_tokens"):
+            assert right[name] == left[name]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_told_once(recipe: Path, tmp_path: Path) -> None:
+    ended = run_two(TORCHRUN, recipe, tmp_path / "run", "training.learning_rate=1e30", "training.scheduler=constant")
+    assert ended.returncode != 0
+    assert ended.stderr.count("is not finite") == 1
+    assert '"exit_code": 3' in (tmp_path / "run" / "status.json").read_text()
