@@ -219,7 +219,10 @@ def _named(error: OSError) -> str:
 
 
 def _say(text: str, code: int) -> int:
-    print(hide_secrets(text), file=sys.stderr)
+    """Print what went wrong, once: what ends a run with these codes, the main rank (of torchrun) says for all."""
+    told_by_main = code not in (EXIT_FAULT, EXIT_RESOURCE) and os.environ.get("RANK", "0") != "0"
+    if not told_by_main:
+        print(hide_secrets(text), file=sys.stderr)
     return code
 
 

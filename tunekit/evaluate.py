@@ -87,14 +87,15 @@ def evaluate_rows(
     """Every metric by name, and what it was measured on."""
     settings, model = loaded.target.evaluation, loaded.model
     chunk = logits_chunk_tokens(model.base.facts.vocabulary_size)
-    assert rows.evaluation is not None
+    evaluation = rows.evaluation
+    assert evaluation is not None  # _data_section saw to it
     evaluator = Evaluator(
         model=model,
         objective=make_objective(make_objective_settings({}), logits_chunk_tokens=chunk),
         tokenizer=loaded.tokenizer,
         devices=devices,
         batches=lambda: evaluation_batches(
-            rows.evaluation,
+            evaluation,
             batch_size=settings.batch_size,
             pad_id=loaded.tokenizer.pad_id,
             max_length=data.max_length,

@@ -5,7 +5,7 @@ Comes in: a recipe.  Goes out: the run folder.  Every decision was plan's; this 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console
-from tunekit.data.batches import evaluation_batches, longest_batch
+from tunekit.data.batches import evaluation_batches
 from tunekit.decisions import Plan, bytes_text
 from tunekit.errors import Problem, RecipeError, ResourceError, TunekitError
 from tunekit.memory.checkpointing import prepare_layers
@@ -218,11 +218,7 @@ def _parts(
     save: Any,
 ) -> LoopParts:
     recipe, devices = session.loaded.recipe, session.devices
-    evaluator = _make_evaluator(session, prepared, model, objective)
     watched = (recipe.evaluation.best or "eval.loss").removeprefix("eval.")
-
-    def evaluate() -> dict[str, float]:
-        return evaluator.evaluate(lambda: session.signals.requested is not None)[1]
 
     return LoopParts(
         model=model,
@@ -236,7 +232,7 @@ def _parts(
         scale=LossScale(model.base.dtype == torch.float16, state.loss_scale, state.good_steps, state.skipped_steps),
         record=record,
         save=save,
-        evaluate=None if prepared.rows.evaluation is None else evaluate,
+        evaluate=_make_evaluate(session, prepared, model, objective),
         is_better=lambda value, best: is_better(watched, value, best),
         watched_metric=watched if recipe.evaluation.best or recipe.evaluation.patience else None,
         saves_best=recipe.evaluation.best is not None,
@@ -246,24 +242,30 @@ def _parts(
     )
 
 
-def _make_evaluator(session: Session, prepared: Prepared, model: TunedModel, objective: Objective) -> Evaluator:
-    settings, rows = session.loaded.recipe.evaluation, prepared.rows
-    return Evaluator(
+def _make_evaluate(
+    session: Session, prepared: Prepared, model: TunedModel, objective: Objective
+) -> Callable[[], dict[str, float]] | None:
+    """One evaluation of the eval rows; None where the recipe has none."""
+    settings, rows = session.loaded.recipe.evaluation, prepared.rows.evaluation
+    if rows is None:
+        return None
+    evaluator = Evaluator(
         model=model,
         objective=objective,
         tokenizer=prepared.tokenizer,
         devices=session.devices,
         batches=lambda: evaluation_batches(
-            rows.evaluation,
+            rows,
             batch_size=settings.batch_size,
             pad_id=prepared.tokenizer.pad_id,
             max_length=session.loaded.recipe.data.max_length,
         ),
-        questions=lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        questions=lambda: [Question(ids, reference) for ids, reference, _ in prepared.rows.evaluation_prompts()],
         metric_names=settings.metrics,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
     )
+    return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]
 
 
 def _finish(
@@ -300,7 +302,7 @@ def _try_out(session: Session) -> None:
         model, adapter, objective = _load(session, plan)
         probe_model(session, plan, model)
         make_optimizer(session, adapter)
-        batch = longest_batch(prepared.rows.train, prepared.batch_settings)
+        batch = prepared.rows.longest_batch(prepared.batch_settings)
         try_longest_batch(session, model, objective, Window(0, 0.0, (0,), (batch,)))
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise session.out_of_memory() from error
