@@ -32,7 +32,7 @@ def save_adapter_folder(
     base_name: str,
     base_fingerprint: str | None,
     revision: str | None,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
     base_dtype: str | None = None,
     quantization: str = "none",
     double_quantization: bool = False,

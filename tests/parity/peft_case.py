@@ -1,0 +1,258 @@
+"""One cell of the parity table: a method's settings and peft's configuration of the same thing, on one small base.
+
+`run_cell(...)` makes the five checks, each from adapters that are not as they start:
+forward   same tensors in both: same logits             gradients   of a fixed sum of logits, tensor by tensor
+merged    the plain base with the merged weights: same logits as the running adapter
+written   peft reads the file written here without a warning: same logits
+read      the file that peft wrote is read here: same tensors, same logits
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.model.weights import weight_of
+
+CHECKS = ("forward", "gradients", "merged", "written", "read")
+TOLERANCE = 1e-5
+VOCABULARY, HIDDEN, LAYERS, HEADS = 97, 32, 2, 4
+IDS = torch.arange(3, 27).reshape(2, 12)
+# What peft says of every adapter of a tied layer, or of GPT-2's Linear head beside its Conv1Ds.
+HARMLESS_WARNINGS = ("tie_word_embeddings", "is_gradient_checkpointing", "torch.nn.Linear")
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS}
+
+
+def make_llama() -> nn.Module:
+    """4 query heads and 2 key heads, so that k_proj and v_proj are not square."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=HEADS, num_key_value_heads=2)).eval()
+
+
+def make_gpt2() -> nn.Module:
+    """Conv1D layers with biases that are not zero."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}
+    return _with_biases(GPT2LMHeadModel(GPT2Config(**sizes)).eval())
+
+
+def make_t5() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS}
+    return T5ForConditionalGeneration(T5Config(**sizes, num_heads=HEADS, decoder_start_token_id=0)).eval()
+
+
+def make_bert() -> nn.Module:
+    """A classifier of three labels; biases that are not zero."""
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES, num_attention_heads=HEADS, max_position_embeddings=64, num_labels=3)
+    return _with_biases(BertForSequenceClassification(config).eval())
+
+
+def make_mixtral() -> nn.Module:
+    """Four experts in fused 3-D parameters."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**SIZES, **heads)).eval()
+
+
+def _with_biases(net: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return net
+
+
+@dataclass(frozen=True)
+class Base:
+    """One family: its maker, its head, peft's task (None: peft adds no head of its own), and layers worth adapting."""
+
+    make: Callable[[], nn.Module]
+    head_name: str
+    task_type: str | None
+    attention: tuple[str, ...]  # some attention layers, by ending
+    feedforward: tuple[str, ...]  # what leads out of the feed-forward block
+    norms: tuple[str, ...]
+    inputs: dict[str, Tensor] = field(default_factory=lambda: {"input_ids": IDS})
+
+
+BASES: dict[str, Base] = {
+    "llama": Base(
+        make_llama, "lm_head", "CAUSAL_LM", ("q_proj", "k_proj", "v_proj"), ("down_proj",), ("input_layernorm", "norm")
+    ),
+    "gpt2": Base(make_gpt2, "lm_head", "CAUSAL_LM", ("c_attn",), ("mlp.c_proj",), ("ln_1", "ln_f")),
+    "t5": Base(
+        make_t5,
+        "lm_head",
+        None,
+        ("q", "k", "v"),
+        ("wo",),
+        ("layer_norm", "final_layer_norm"),
+        {"input_ids": IDS, "decoder_input_ids": IDS[:, :7] + 40},
+    ),
+    "bert": Base(make_bert, "classifier", None, ("query", "value"), ("output.dense",), ("LayerNorm",)),
+    "mixtral": Base(make_mixtral, "lm_head", "CAUSAL_LM", ("q_proj", "v_proj"), ("o_proj",), ("input_layernorm",)),
+}
+
+
+@dataclass
+class Cell:
+    """What came of the five checks; `failures` says why one did not pass."""
+
+    passed: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def check(self, name: str, action: Callable[[], None]) -> None:
+        """Run one check; whatever it raises is its failure."""
+        try:
+            action()
+            self.passed.append(name)
+        except Exception as error:
+            self.failures[name] = f"{type(error).__name__}: {error}"
+
+
+def run_cell(
+    settings: Any, peft_config: Any, family: str, folder: Path, *, spread: float = 0.2, mergeable: bool = True
+) -> Cell:
+    """All five checks of one (settings, peft configuration, family); `folder` is an empty one.
+
+    `peft_config` gets the family's task_type here.  Trained tensors are moved from their start by `spread` times
+    normal numbers.  `mergeable` False leaves the merged check out, for methods that mathematics forbids to merge.
+    """
+    base, cell = BASES[family], Cell()
+    peft_config.task_type = base.task_type
+    theirs = peft.get_peft_model(base.make(), peft_config).eval()
+    move_from_start([p for p in theirs.parameters() if p.requires_grad], spread)
+    theirs.save_pretrained(str(folder / "theirs"))
+    tensors = load_file(folder / "theirs" / "adapter_model.safetensors")
+    ours = attach_adapter(base.make(), settings, seed=1, head_name=base.head_name)
+    plain, expected = logits_of(base.make(), base).detach(), logits_of(theirs, base).detach()
+
+    def same_logits() -> None:
+        saved = {n: part.file_key(n) for n, (part, slot) in ours.slots().items() if slot.kind != "resume"}
+        ours.load_state({name: tensors[key] for name, key in saved.items()}, ("trained", "saved"))
+        assert (expected - plain).abs().max() > 1e-3, "the adapter changes nothing"
+        close(logits_of(ours.net, base), expected)
+
+    cell.check("forward", same_logits)
+    cell.check("gradients", lambda: compare_gradients(ours, theirs, tensors, base))
+    if mergeable:
+        cell.check("merged", lambda: close(logits_of(merged_net(ours, base), base), expected))
+    cell.check("written", lambda: peft_reads(settings, base, folder / "ours", spread))
+    cell.check("read", lambda: tunekit_reads(folder / "theirs", base, tensors, expected))
+    return cell
+
+
+def move_from_start(parameters: Sequence[nn.Parameter], spread: float) -> None:
+    """Add normal numbers, the same each time."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
+
+
+def logits_of(net: nn.Module, base: Base) -> Tensor:
+    """(B, T, V), of a classifier (B, labels)."""
+    logits: Tensor = net(**base.inputs).logits
+    return logits
+
+
+def close(left: Tensor, right: Tensor) -> None:
+    torch.testing.assert_close(left, right, rtol=0, atol=TOLERANCE)
+
+
+def gradients_of(net: nn.Module, parameters: dict[str, nn.Parameter], base: Base) -> dict[str, Tensor]:
+    """Of a fixed sum of logits, by name."""
+    logits = logits_of(net, base)
+    total = (logits * torch.linspace(-1, 1, logits.shape[-1])).sum()
+    return dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
+
+
+def compare_gradients(ours: AttachedAdapter, theirs: nn.Module, tensors: dict[str, Tensor], base: Base) -> None:
+    """Every trained tensor of one side is one of the other, with the same gradient."""
+    slots = ours.slots()
+    own = {slots[name][0].file_key(name): parameter for name, parameter in ours.trained().items()}
+    other = {
+        name.replace(".default", "") if name.replace(".default", "") in tensors else name.removesuffix(".default"): p
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    assert own.keys() == other.keys()
+    left, right = gradients_of(ours.net, own, base), gradients_of(theirs, other, base)
+    for key, gradient in left.items():
+        assert gradient.abs().max() > 0, f"{key} gets no gradient"
+        scale = max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(
+            gradient / scale, right[key] / scale, rtol=0, atol=TOLERANCE, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def merged_net(ours: AttachedAdapter, base: Base) -> nn.Module:
+    """A plain net with every layer's merged weight and bias, every merged parameter and every trained copy."""
+    net = base.make()
+    with torch.no_grad():
+        for name, layer in ours.adapted_modules().items():
+            module = net.get_submodule(name)
+            weight = weight_of(module)
+            assert weight is not None
+            matrix, bias = layer.merged(weight.read(), weight.bias)
+            weight.replace(matrix)
+            assert (bias is None) == (weight.bias is None), f"{name} gains or loses a bias"
+            if bias is not None:
+                module.bias = nn.Parameter(bias)
+        for name, adapter in ours.parameters.items():
+            parameter = net.get_parameter(name)
+            parameter.copy_(adapter.merged(parameter))
+        for name, copy in ours.copies.items():
+            for own, tensor in copy.copied().items():
+                net.get_parameter(f"{name}.{own}").copy_(tensor)
+    return net
+
+
+def peft_reads(settings: Any, base: Base, folder: Path, spread: float) -> None:
+    """A file written here, from a start of our own, computes the same in peft, which finds nothing to warn of."""
+    ours = attach_adapter(base.make(), settings, seed=3, head_name=base.head_name)
+    move_from_start(list(ours.trained().values()), spread)
+    save_adapter_folder(
+        ours, folder, base_name="org/base", base_fingerprint="f", revision=None, task_type=base.task_type
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        theirs = peft.PeftModel.from_pretrained(base.make(), str(folder)).eval()
+    said = [str(w.message) for w in caught if not any(text in str(w.message) for text in HARMLESS_WARNINGS)]
+    assert not said, said
+    close(logits_of(theirs, base), logits_of(ours.net, base))
+
+
+def tunekit_reads(folder: Path, base: Base, tensors: dict[str, Tensor], expected: Tensor) -> None:
+    """A file of peft's is read tensor for tensor, and computes the same."""
+    read = attach_adapter_folder(base.make(), folder, head_name=base.head_name)
+    slots, state = read.slots(), read.state(("trained", "saved"))
+    assert {slots[name][0].file_key(name) for name in state} == set(tensors)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, tensors[slots[name][0].file_key(name)].to(tensor.dtype)), name
+    close(logits_of(read.net, base), expected)
