@@ -301,3 +301,13 @@ def test_real_chat_rows_train_exactly_their_answers(smollm2: Path, shared: Path,
         assert tokenizer.decode(row.ids[row.trained].tolist()) == "".join(answers)
         expected = tokenizer.native.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         assert row.ids.tolist() == expected
+
+
+def test_rows_of_a_json_array_on_one_line_are_rows_of_their_own(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(pairs(*range(3, 23))), encoding="utf-8")
+    rows = load(tiny, path, eval=0.2)
+    assert rows.evaluation is not None
+    assert rows.eval_counts is not None
+    assert rows.counts.trained + rows.eval_counts.trained == rows.counts.read + rows.eval_counts.trained == 20
+    assert len(rows.evaluation_prompts()) == len(rows.evaluation) < 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,27 @@ def test_another_base_is_refused(tmp_path: Path, whole: Path) -> None:
     ended = train_in_child(recipe, tmp_path / "run", resume=True)
     assert ended.code == 2
     assert "base" in ended.output
+
+
+@pytest.mark.parametrize("where", ["tunekit.train.make_plan", "tunekit.train.load_model"])
+def test_a_stop_signal_before_training_ends_the_run_at_once(recipe: Path, tmp_path: Path, where: str) -> None:
+    def before() -> None:
+        import tunekit.train
+
+        def stopped(*_: object, **__: object) -> None:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except Exception:
+                print("swallowed")
+            print("went on")
+
+        setattr(tunekit.train, where.rpartition(".")[2], stopped)
+
+    ended = train_in_child(recipe, tmp_path / "run", before=before)
+    assert ended.code == 143, ended.output
+    assert "stopped by SIGTERM before training began" in ended.output
+    assert "went on" not in ended.output
+    assert "swallowed" not in ended.output
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["exit_code"] == 143
+    assert train_in_child(recipe, tmp_path / "run").code == 0  # nothing is in the way of a new start

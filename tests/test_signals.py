@@ -16,6 +16,7 @@ import torch
 from tunekit.artifacts.checkpoint import load_newest, save_checkpoint
 from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.signals import STOP_SIGNALS, StopSignals
+from tunekit.errors import Stopped
 
 
 def send(number: int) -> None:
@@ -90,6 +91,35 @@ def test_one_signal_in_a_critical_section_only_asks() -> None:
             os._exit(7 if signals.requested == signal.SIGHUP else 8)
 
     assert child_status(work) == 7
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_where_nothing_is_there_to_save_the_first_ends_the_block(number: int) -> None:
+    went_on: list[str] = []
+
+    def work(signals: StopSignals) -> None:
+        with signals.at_once("before it began"):
+            try:
+                send(number)
+            except Exception:  # what a library catches is not the end of the stop
+                went_on.append("caught")
+            went_on.append("went on")
+
+    with StopSignals(announce=False) as signals:
+        with pytest.raises(Stopped, match=f"stopped by {signal.Signals(number).name} before it began") as stopped:
+            work(signals)
+        assert stopped.value.exit_code == 128 + number
+        assert went_on == []
+        with pytest.raises(Stopped), signals.at_once("either"):  # asked for already
+            pass
+
+
+def test_after_the_block_the_first_only_asks() -> None:
+    with StopSignals(announce=False) as signals:
+        with signals.at_once("before it began"):
+            pass
+        send(signal.SIGTERM)
+        assert signals.requested == signal.SIGTERM
 
 
 def test_a_save_under_fire_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

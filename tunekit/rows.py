@@ -225,7 +225,7 @@ def _count(sources: Sequence[EncodedSource], rows: ChosenRows, order: NDArray[np
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
     lengths, supervised = rows.lengths, rows.supervised  # (rows,)
     order = np.arange(len(rows), dtype=np.int64) if order is None else order
-    trained = sum(part.distinct_lines for part in rows.parts)
+    trained = sum(part.written_rows for part in rows.parts)
     return RowCounts(
         read=trained + sum(reasons.values()),
         trained=trained,
@@ -267,8 +267,8 @@ def _prompts(
     renderer = Renderer(tokenizer, options.train_on, options.template)
     prompts: list[Prompt] = []
     for source, part in zip(sources, parts, strict=True):
-        lines = set(source.store.records["line"][part.chosen].tolist())
-        for line, example in read_examples(source.source, lines):
+        numbers = set(source.store.records["number"][part.chosen].tolist())
+        for line, example in read_examples(source.source, numbers):
             try:
                 found = renderer.prompt(example)
             except TunekitError as error:

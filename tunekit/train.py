@@ -6,7 +6,7 @@ Comes in: a recipe.  Goes out: the run folder.  Every decision was plan's; this 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run
             session = Session(loaded, devices, console, signals)
             session.baseline_bytes = read_host_memory().resident_bytes or 0
             if dry_run:
-                _try_out(session)
+                with signals.at_once("in the dry run; nothing was written"):
+                    _try_out(session)
             else:
                 _train_in_folder(session, resume)
     finally:
@@ -105,7 +106,38 @@ def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None
             folder.warn(f"status.json could not be written: {error}")
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """Everything that the loop and the end of the run need."""
+
+    plan: Plan
+    prepared: Prepared
+    model: TunedModel
+    adapter: AttachedAdapter
+    objective: Objective
+    optimizer: Optimizer
+    fingerprint: dict[str, Any]
+    state: LoopState
+
+
 def _train(session: Session, resume: bool) -> None:
+    with session.signals.at_once("before training began; nothing was trained"):
+        ready = _prepare(session, resume)
+    plan, state = ready.plan, ready.state
+    trackers = _make_trackers(session, state.step)
+    with session.console.progress(plan.steps, first_step=state.step) as progress:
+        record = make_recorder(session, progress, trackers)
+        save = make_saver(session, ready.optimizer, ready.adapter, ready.fingerprint)
+        run_loop(_parts(session, ready, record, save), state)
+    if trackers is not None:
+        trackers.close()
+    if session.folder is not None:
+        _finish(session, session.folder, ready)
+    session.devices.wait()
+
+
+def _prepare(session: Session, resume: bool) -> _Ready:
+    """Plan, load, check against what is resumed, probe, and leave in the run folder what is about to run."""
     checkpoint = session.newest_checkpoint() if resume else None
     plan, prepared = _plan(session)
     if session.folder is not None:
@@ -125,16 +157,7 @@ def _train(session: Session, resume: bool) -> None:
     for part, seconds in session.seconds.items():
         state.seconds[part] = state.seconds.get(part, 0.0) + seconds
     _begin_folder(session, plan, state.step, fingerprint)
-    trackers = _make_trackers(session, state.step)
-    with session.console.progress(plan.steps, first_step=state.step) as progress:
-        record = make_recorder(session, progress, trackers)
-        save = make_saver(session, optimizer, adapter, fingerprint)
-        run_loop(_parts(session, plan, prepared, model, objective, optimizer, state, record, save), state)
-    if trackers is not None:
-        trackers.close()
-    if session.folder is not None:
-        _finish(session, session.folder, plan, prepared, model, adapter, optimizer, state)
-    session.devices.wait()
+    return _Ready(plan, prepared, model, adapter, objective, optimizer, fingerprint, state)
 
 
 def _plan(session: Session) -> tuple[Plan, Prepared]:
@@ -206,25 +229,15 @@ def _make_trackers(session: Session, step: int) -> Trackers | None:
     return Trackers(recipe.output.report_to, session.folder.path / "tracking", step)
 
 
-def _parts(
-    session: Session,
-    plan: Plan,
-    prepared: Prepared,
-    model: TunedModel,
-    objective: Objective,
-    optimizer: Optimizer,
-    state: LoopState,
-    record: Any,
-    save: Any,
-) -> LoopParts:
+def _parts(session: Session, ready: _Ready, record: Any, save: Any) -> LoopParts:
     recipe, devices = session.loaded.recipe, session.devices
+    plan, prepared, model, state = ready.plan, ready.prepared, ready.model, ready.state
     watched = (recipe.evaluation.best or "eval.loss").removeprefix("eval.")
-
     return LoopParts(
         model=model,
-        objective=objective,
+        objective=ready.objective,
         engine=ResidentEngine(recipe.training.seed),
-        optimizer=optimizer,
+        optimizer=ready.optimizer,
         devices=devices,
         windows=prepared.rows.windows(prepared.batch_settings, rank=devices.rank, world=devices.world),
         settings=recipe.training,
@@ -232,7 +245,7 @@ def _parts(
         scale=LossScale(model.base.dtype == torch.float16, state.loss_scale, state.good_steps, state.skipped_steps),
         record=record,
         save=save,
-        evaluate=_make_evaluate(session, prepared, model, objective),
+        evaluate=_make_evaluate(session, prepared, model, ready.objective),
         is_better=lambda value, best: is_better(watched, value, best),
         watched_metric=watched if recipe.evaluation.best or recipe.evaluation.patience else None,
         saves_best=recipe.evaluation.best is not None,
@@ -268,27 +281,25 @@ def _make_evaluate(
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]
 
 
-def _finish(
-    session: Session,
-    folder: RunFolder,
-    plan: Plan,
-    prepared: Prepared,
-    model: TunedModel,
-    adapter: AttachedAdapter,
-    optimizer: Optimizer,
-    state: LoopState,
-) -> None:
+def _finish(session: Session, folder: RunFolder, ready: _Ready) -> None:
     """Export the best or the last state, report, and say that it is finished, in this order."""
-    recipe = session.loaded.recipe
+    recipe, state, adapter = session.loaded.recipe, ready.state, ready.adapter
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
-        restore(best.tensors, best.facts, optimizer, adapter)
-    adapter_bytes = export_adapter(folder, model.base, adapter)
+        restore(best.tensors, best.facts, ready.optimizer, adapter)
+    adapter_bytes = export_adapter(folder, ready.model.base, adapter)
     facts = report_facts(
-        plan, state, prepared.rows.counts, session.measured(model), adapter_bytes, folder, session.reactions, saves_best
+        ready.plan,
+        state,
+        ready.prepared.rows.counts,
+        session.measured(ready.model),
+        adapter_bytes,
+        folder,
+        session.reactions,
+        saves_best,
     )
-    write_report(folder, facts, plan)
+    write_report(folder, facts, ready.plan)
     folder.status(0, "stopped early: no gain" if state.stopped_early else "finished")
     console = session.console
     console.info(f"adapter: {folder.path / 'adapter'} ({bytes_text(adapter_bytes)})")

@@ -1,4 +1,4 @@
-"""Stop signals: the first asks the run to save and stop, the second ends it at once.
+"""Stop signals: the first asks the run to save and stop, or ends what has nothing to save; the second ends it at once.
 
 Comes in: SIGINT, SIGTERM, SIGHUP.  Goes out: `requested`, which every loop looks at.  Next: training/loop.py.
 """
@@ -13,7 +13,13 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from tunekit.errors import Stopped
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _StopNow(KeyboardInterrupt):
+    """Raised wherever the process is; no KeyboardInterrupt is caught by what catches every Exception."""
 
 
 class StopSignals:
@@ -27,6 +33,7 @@ class StopSignals:
         self.requested: int | None = None
         self._announce = announce
         self._critical = 0
+        self._at_once = False
         self._exit_code: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -49,7 +56,10 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = number
-            self._tell(f"\n{signal.Signals(number).name}: saving and stopping; once more ends at once\n")
+            if self._at_once and not self._critical:
+                raise _StopNow
+            if not self._at_once:
+                self._tell(f"\n{signal.Signals(number).name}: saving and stopping; once more ends at once\n")
         elif self._critical:
             self._exit_code = 128 + number
         else:
@@ -60,6 +70,18 @@ class StopSignals:
         if self._announce:
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())
+
+    @contextlib.contextmanager
+    def at_once(self, what: str) -> Iterator[None]:
+        """Inside, where nothing is there to save yet, the first signal ends the block. Raises: Stopped."""
+        self._at_once = self.requested is None
+        with contextlib.suppress(_StopNow):
+            try:
+                yield
+            finally:
+                self._at_once = False
+        if self.requested is not None:
+            raise Stopped(f"stopped by {signal.Signals(self.requested).name} {what}", self.requested)
 
     @contextlib.contextmanager
     def critical(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """A source's raw rows to encoded rows: format, rendering, excess length, and the count of what became of each.
 
-Comes in: RawRows, a Renderer, EncodeOptions.  Goes out: (row, line, digest) and SourceCounts.  Next: cache.py, rows.py.
+Comes in: RawRows, a Renderer, EncodeOptions.  Goes out: Encoded rows and SourceCounts.  Next: cache.py, rows.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,15 @@ class EncodeOptions:
     template: str | None
     max_length: int
     excess_length: str
+
+
+class Encoded(NamedTuple):
+    """A row or a piece of one, and where it was written: several rows of a JSON array may share a line."""
+
+    row: EncodedRow
+    line: int
+    number: int  # of the row in its source, from 0
+    digest: int
 
 
 def choose_format(named: str, values: Mapping[str, Any]) -> tuple[str, str]:
@@ -91,9 +100,9 @@ def encode_rows(
     name: str,
     problems: Problems,
     counts: SourceCounts,
-) -> Iterator[tuple[EncodedRow, int, int]]:
-    """Every row that can be trained on, with its line and digest; wrong rows go into `problems`."""
-    for raw in rows:
+) -> Iterator[Encoded]:
+    """Every row that can be trained on; wrong rows go into `problems`."""
+    for number, raw in enumerate(rows):
         counts.read += 1
         try:
             row = renderer.encode(make_example(raw.values), f"{name}:{raw.line}")
@@ -106,7 +115,7 @@ def encode_rows(
             continue
         counts.kept += 1
         for piece in pieces:
-            yield piece, raw.line, digest_of(piece)
+            yield Encoded(piece, raw.line, number, digest_of(piece))
 
 
 def cut_row(row: EncodedRow, options: EncodeOptions, counts: SourceCounts) -> list[EncodedRow]:

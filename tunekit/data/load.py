@@ -104,9 +104,9 @@ def _encode_into(writer: StoreWriter, source: Source, tokenizer: Tokenizer, opti
     encoded = encode_rows(
         rows, format_maker(format_name), renderer, options, name=source.path, problems=problems, counts=counts
     )
-    for row, line, digest in encoded:
+    for piece in encoded:
         if not problems.count:
-            writer.add(row, line, digest)
+            writer.add(*piece)
     problems.raise_if_any()
     facts: dict[str, Any] = {"format": format_name, "reason": reason}
     return {**facts, "counts": {**vars(counts), "dropped": dict(counts.dropped)}, "notices": dict(renderer.notices)}
@@ -127,11 +127,11 @@ def open_rows(source: Source, problems: Problems) -> tuple[Iterator[RawRow], str
     return chain([first], rows), format_name, reason
 
 
-def read_examples(source: Source, lines: Container[int]) -> Iterator[tuple[int, Example]]:
-    """The examples at some lines of a source that was encoded before."""
+def read_examples(source: Source, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
+    """Some examples of a source that was encoded before, by their numbers from 0, each with its line."""
     problems = Problems()
     rows, format_name, _ = open_rows(source, problems)
     make_example = format_maker(format_name)
-    for raw in rows:
-        if raw.line in lines:
+    for number, raw in enumerate(rows):
+        if number in numbers:
             yield raw.line, make_example(raw.values)

@@ -48,8 +48,8 @@ def sample_source(source: Source, number: int, tokenizer: Tokenizer, options: En
     encoded = encode_rows(
         rows, format_maker(format_name), renderer, options, name=source.path, problems=problems, counts=counts
     )
-    for row, line, digest in encoded:
-        writer.add(row, line, digest)
+    for piece in encoded:
+        writer.add(*piece)
     problems.raise_if_any()
     name = Path(source.path).name
     notices = [f"{name}: format {format_name} ({reason}); streamed, shuffled by shard and buffer"]

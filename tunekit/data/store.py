@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 
 from tunekit.protocols import EncodedRow
 
-RECORD = np.dtype([("length", "<i8"), ("supervised", "<i8"), ("line", "<i8"), ("digest", "<u8")])
+RECORD = np.dtype([("length", "<i8"), ("supervised", "<i8"), ("line", "<i8"), ("number", "<i8"), ("digest", "<u8")])
 FILES = ("ids.bin", "trained.bin", "rows.bin")
 TYPES = (np.dtype("<i4"), np.dtype(np.bool_), RECORD)
 
 
 class TokenStore:
-    """Rows of one source. `line` is where a row began, `digest` a hash of its ids."""
+    """Rows of one source. `line` is where a row began, `number` its place among the rows as written, from 0, and
+    `digest` a hash of its ids.
+    """
 
     def __init__(self, ids: NDArray[Any], trained: NDArray[Any], records: NDArray[Any]) -> None:
         self.ids, self.trained, self.records = ids, trained, records  # (tokens,) (tokens,) (rows,)
@@ -57,9 +59,9 @@ class StoreWriter:
         self._streams = streams
         self._hashes = [hashlib.sha256() for _ in streams]
 
-    def add(self, row: EncodedRow, line: int, digest: int) -> None:
+    def add(self, row: EncodedRow, line: int, number: int, digest: int) -> None:
         """One row more."""
-        record = np.array([(len(row.ids), row.supervised_tokens, line, digest)], dtype=RECORD)  # (1,)
+        record = np.array([(len(row.ids), row.supervised_tokens, line, number, digest)], dtype=RECORD)  # (1,)
         for stream, digester, values, kind in zip(
             self._streams, self._hashes, (row.ids, row.trained, record), TYPES, strict=True
         ):
@@ -92,10 +94,10 @@ class Part:
     name: str
 
     @property
-    def distinct_lines(self) -> int:
+    def written_rows(self) -> int:
         """Rows as they were written: the pieces of a split row count once."""
-        lines = self.store.records["line"][self.chosen]  # (rows,), ascending
-        return int(np.count_nonzero(np.diff(lines))) + bool(len(lines))
+        numbers = self.store.records["number"][self.chosen]  # (rows,), ascending
+        return int(np.count_nonzero(np.diff(numbers))) + bool(len(numbers))
 
 
 class ChosenRows:

@@ -92,7 +92,7 @@ class StreamedSource:
         )
         buffer: list[EncodedRow] = []
         tokens = 0
-        for row, line, _ in encoded:
+        for row, line, _, _ in encoded:
             buffer.append(EncodedRow(row.ids, row.trained, f"{Path(self.sharded.source.path).name}:{line}"))
             tokens += len(row.ids)
             if len(buffer) >= BUFFER_ROWS or tokens >= BUFFER_TOKENS:
