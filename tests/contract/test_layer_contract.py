@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 import tunekit.adapters
 import tunekit.recipe.adapters
+from tests.contract.product_methods import PRODUCTS
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.base import LayerAdapter, Method, NotMergeable
+from tunekit.adapters.base import LayerAdapter, Method, NotMergeable, load_method
 from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
 from tunekit.model.call import Call, calling
 from tunekit.model.weights import pack_linear, weight_of
@@ -28,6 +29,7 @@ from tunekit.recipe.adapters.lora import LoraSettings
 METHODS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",)),
     "rslora": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",), use_rslora=True),
+    **PRODUCTS,
 }
 STORAGES = ("dense", "no_bias", "bfloat16", "conv1d", "embedding", "nf4", "fp4", "int8_weight_only", "int8")
 INPUTS, OUTPUTS, VOCABULARY = 64, 48, 50
@@ -78,7 +80,14 @@ def randomise(attached: AttachedAdapter) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
-every = pytest.mark.parametrize(("method", "storage"), [(m, s) for m in METHODS for s in STORAGES])
+def fits(method: str, storage: str) -> bool:
+    """Whether the method adapts layers of this kind at all."""
+    layer = load_method(METHODS[method]().method).layer
+    return storage not in ("embedding", "conv1d") or (layer is not None and storage in layer.kinds)
+
+
+pairs = [(method, storage) for method in METHODS for storage in STORAGES if fits(method, storage)]
+every = pytest.mark.parametrize(("method", "storage"), pairs)
 
 
 @every

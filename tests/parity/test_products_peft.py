@@ -1,0 +1,71 @@
+"""Products and rotations against peft, both ways, on five families; where peft refuses a family, so does its cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+
+from tests.parity.peft_case import BASES, CHECKS, run_cell
+from tunekit.adapters.base import load_method
+from tunekit.recipe.adapters.loha import LohaSettings
+from tunekit.recipe.adapters.lokr import LokrSettings
+
+LINEAR = ("llama", "t5", "bert", "mixtral")  # of methods for which peft adapts nn.Linear only
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One method's settings, peft's configuration of the same, and the families that peft adapts with it.
+
+    `ours` and `theirs` name the fields in which the two differ; `patterns` those that hold one layer's own value.
+    """
+
+    settings: Any
+    config: Any
+    fields: dict[str, Any]
+    ours: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] = field(default_factory=dict)
+    patterns: dict[str, float] = field(default_factory=dict)
+    families: tuple[str, ...] = LINEAR
+    spread: float = 0.2
+
+    def make(self, names: Sequence[str]) -> tuple[Any, Any]:
+        shared = self.fields | {name: {names[0]: value} for name, value in self.patterns.items()}
+        ours = self.settings(**shared, **self.ours, target_modules=tuple(names))
+        return ours, self.config(**shared, **self.theirs, target_modules=list(names))
+
+
+BOTH = {"r": 1, "alpha": 1, "decompose_both": True, "decompose_factor": 4}
+PAIRS = {
+    "loha": Pair(LohaSettings, peft.LoHaConfig, {"r": 4, "alpha": 6}, patterns={"rank_pattern": 2, "alpha_pattern": 3}),
+    "lokr": Pair(LokrSettings, peft.LoKrConfig, {"r": 2, "alpha": 3}, patterns={"rank_pattern": 3, "alpha_pattern": 4}),
+    "lokr-both": Pair(LokrSettings, peft.LoKrConfig, BOTH, spread=0.5),
+    "lokr-whole": Pair(LokrSettings, peft.LoKrConfig, {"r": 8, "alpha": 8}),
+}
+CELLS = [(name, family) for name, pair in PAIRS.items() for family in pair.families]
+
+
+@pytest.mark.parametrize(("name", "family"), CELLS)
+def test_cell(name: str, family: str, tmp_path: Path) -> None:
+    base = BASES[family]
+    settings, config = PAIRS[name].make(base.attention + base.feedforward)
+    cell = run_cell(settings, config, family, tmp_path, spread=PAIRS[name].spread)
+    assert not cell.failures
+    assert tuple(cell.passed) == CHECKS
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_field_of_pefts_configuration_is_written(name: str) -> None:
+    settings, config = PAIRS[name].make(("q_proj",))
+    assert load_method(settings.method).peft.write(settings).keys() == config.to_dict().keys()
+
+
+@pytest.mark.parametrize("name", [name for name, pair in PAIRS.items() if "gpt2" not in pair.families])
+def test_peft_refuses_conv1d(name: str) -> None:
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=r"not supported|Unsupported"):
+        peft.get_peft_model(BASES["gpt2"].make(), PAIRS[name].make(("c_attn",))[1])

@@ -1,0 +1,43 @@
+"""x times a matrix that exists only while it is used: what the backward pass keeps is its small factors.
+
+Comes in: an input, a function that makes the matrix, its factors.  Goes out: the product.
+Next: loha.py, hira.py, miss.py, shira.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def delta_product(x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    """y = x D^T, D = make(*factors), made again in the backward pass.
+
+    Shapes: x (..., I); D (O, I) -> y (..., O).    D is made in the factors' dtype and cast to that of x.
+    """
+    product: Tensor = _DeltaProduct.apply(x, make, *factors)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _DeltaProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+        ctx.make = make
+        ctx.save_for_backward(x, *factors)
+        return F.linear(x, make(*factors).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients  # (..., O)
+        x, *factors = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [factor.detach().requires_grad_(factor.is_floating_point()) for factor in factors]
+            delta = ctx.make(*leaves)  # (O, I)
+        of_x = gradient @ delta.detach().to(gradient.dtype) if ctx.needs_input_grad[0] else None  # (..., I)
+        flat, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, O), (N, I)
+        of_delta = (flat.t() @ inputs).to(delta.dtype)  # (O, I)
+        return of_x, None, *torch.autograd.grad(delta, leaves, of_delta)

@@ -1,0 +1,27 @@
+"""`adapter: {method: lokr}` settings of LoKr, the low-rank Kronecker product (Yeh et al. 2024; LyCORIS)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import LARGEST_COUNT, AdapterSettings, Count, NotNegative, Text, TextOrTexts, Whole
+
+
+class LokrSettings(AdapterSettings):
+    """The update is a Kronecker product of a small matrix and a larger one, each of them low-rank where r is small."""
+
+    method: Literal["lokr"] = Field("lokr", description="a Kronecker product of two small matrices")
+    r: Count = Field(8, description="rank of the larger matrix; from half of its larger side on, it is kept whole")
+    alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
+    decompose_both: bool = Field(False, description="the smaller matrix is low-rank as well")
+    decompose_factor: Annotated[Whole, Field(ge=-1, le=LARGEST_COUNT)] = Field(
+        -1, description="larger bound of the smaller matrix's sides; -1: the divisor next to the square root"
+    )
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+    rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
+    alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
