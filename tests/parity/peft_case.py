@@ -43,6 +43,7 @@ IDS = torch.arange(3, 27).reshape(2, 12)
 # What peft says of every adapter of a tied layer, or of GPT-2's Linear head beside its Conv1Ds.
 HARMLESS_WARNINGS = ("tie_word_embeddings", "is_gradient_checkpointing", "torch.nn.Linear")
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS}
+SIZES["initializer_range"] = SPREAD = 0.1  # large enough for a wrong layer to show in the logits
 
 
 def make_llama() -> nn.Module:
@@ -55,6 +56,7 @@ def make_gpt2() -> nn.Module:
     """Conv1D layers with biases that are not zero."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}
+    sizes["initializer_range"] = SPREAD
     return _with_biases(GPT2LMHeadModel(GPT2Config(**sizes)).eval())
 
 
@@ -196,11 +198,7 @@ def compare_gradients(ours: AttachedAdapter, theirs: nn.Module, tensors: dict[st
     """Every trained tensor of one side is one of the other, with the same gradient."""
     slots = ours.slots()
     own = {slots[name][0].file_key(name): parameter for name, parameter in ours.trained().items()}
-    other = {
-        name.replace(".default", "") if name.replace(".default", "") in tensors else name.removesuffix(".default"): p
-        for name, p in theirs.named_parameters()
-        if p.requires_grad
-    }
+    other = {file_key(name, tensors): p for name, p in theirs.named_parameters() if p.requires_grad}
     assert own.keys() == other.keys()
     left, right = gradients_of(ours.net, own, base), gradients_of(theirs, other, base)
     for key, gradient in left.items():
@@ -209,6 +207,15 @@ def compare_gradients(ours: AttachedAdapter, theirs: nn.Module, tensors: dict[st
         torch.testing.assert_close(
             gradient / scale, right[key] / scale, rtol=0, atol=TOLERANCE, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+def file_key(name: str, tensors: dict[str, Tensor]) -> str:
+    """The key in peft's file of one of its parameters: without the adapter's name, and for some without .weight."""
+    plain = name.replace(".default", "")
+    for key in (plain, plain.removesuffix(".weight"), name.removesuffix(".default")):
+        if key in tensors:
+            return key
+    return name
 
 
 def merged_net(ours: AttachedAdapter, base: Base) -> nn.Module:

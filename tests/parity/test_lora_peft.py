@@ -16,6 +16,7 @@ from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
 from tunekit.errors import RecipeError
 from tunekit.model.weights import weight_of
+from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -46,15 +47,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: base, fields as peft c
     "tied-head": ("tied", {"target_modules": ["lm_head", "q_proj"], "r": 4, "lora_alpha": 6}),
     "embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "r": 4, "lora_alpha": 6}),
     "tied-embeddings": ("tied", {"target_modules": ["embed_tokens", "o_proj"], "r": 4, "lora_alpha": 6}),
+    "dora-embeddings": (
+        "llama",
+        {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "r": 4, "lora_alpha": 6, "use_dora": True},
+    ),
+    "dora-positions": ("gpt2", {"target_modules": ["c_attn", "wpe", "wte"], "r": 4, "lora_alpha": 6, "use_dora": True}),
     "conv1d": ("gpt2", {"target_modules": "all-linear", "r": 4, "lora_alpha": 6}),
     "conv1d-positions": ("gpt2", {"target_modules": ["c_attn", "wpe", "wte", "mlp.c_proj"], "r": 4, "lora_alpha": 6}),
 }
 OURS = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
-def settings_of(fields: dict[str, Any]) -> LoraSettings:
+def settings_of(fields: dict[str, Any]) -> LoraSettings | DoraSettings:
     values = {OURS.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-    return LoraSettings(**{"alpha": 8, **values})
+    settings = DoraSettings if values.pop("use_dora", False) else LoraSettings
+    return settings(**{"alpha": 8, **values})
 
 
 def randomise(parameters: list[nn.Parameter]) -> None:
@@ -75,7 +82,9 @@ def gradients_of(net: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[st
 
 def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
+        name.removeprefix("base_model.model.")
+        .replace("vector.default.weight", "vector")
+        .replace(".default", ""): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -130,7 +139,7 @@ def test_tunekit_reads_what_peft_wrote(case: str, tmp_path: Path) -> None:
     for name, layer in attached.adapted_modules().items():
         weight = weight_of(net.get_submodule(name))
         assert weight is not None
-        weight.replace(layer.merged(weight.read(), weight.bias)[0])  # unties: the partner keeps its own
+        weight.replace(layer.merged(weight.read(), weight.bias)[0].detach())  # unties: the partner keeps its own
     close(logits_of(net), running)
 
 

@@ -211,6 +211,20 @@ class ModelAdapter(Part):
         return hidden
 
 
+@dataclass(frozen=True)
+class Misfit:
+    """A setting that does not fit the layers: the recipe key, what is wrong, how to mend it."""
+
+    key: str
+    what: str
+    how: str
+
+
+def no_misfits(settings: Any, targets: Sequence[Target], file: bool) -> tuple[Misfit, ...]:
+    """The default of Method.misfits."""
+    return ()
+
+
 def no_names(settings: Any) -> tuple[str, ...]:
     """The default of Method.copies and Method.parameters."""
     return ()
@@ -227,6 +241,8 @@ class Method:
     model: type[ModelAdapter] | None = None
     parameters: Callable[[Any], Sequence[str]] = no_names  # settings -> names of fused 3-D parameters
     copies: Callable[[Any], Sequence[str]] = no_names  # settings -> names of modules trained as full copies
+    misfits: Callable[[Any, Sequence[Target], bool], Sequence[Misfit]] = no_misfits  # True: settings of a file
+    read_as: str | None = None  # the method as which its folder is read, where the two differ only in training
 
 
 def load_method(name: str) -> Method:

@@ -87,6 +87,7 @@ def method_of(fields: dict[str, Any], file: str) -> Method:
         method
         for method in methods
         if method.peft.peft_type == wanted
+        and method.read_as is None
         and all(name in fields and same(fields[name], value) for name, value in method.peft.claims.items())
     ]
     if not fitting:

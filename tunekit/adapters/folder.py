@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.base import Method
+from tunekit.adapters.base import Method, load_method
 from tunekit.adapters.configuration import FACTS_NAME, TENSORS_NAME, AdapterConfig
 from tunekit.adapters.configuration import read_adapter_config as read_adapter_config
 from tunekit.adapters.expected import expected_tensors
@@ -63,6 +63,8 @@ def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str 
     Raises: AdapterError as attach_adapter_folder, or naming what differs.
     """
     config = read_adapter_config(folder)
+    if attached.method.read_as and load_method(attached.method.read_as) is config.method:
+        config = read_adapter_config(folder, attached.method)
     _check_fingerprint(config, base_fingerprint)
     net, head_name = attached.net, attached.head_name
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)

@@ -13,6 +13,7 @@ from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED
 from tunekit.adapters.peft_side import PeftSide
 from tunekit.decisions import Target
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.low_rank import LowRankSettings
 
 
 class Lora(LayerAdapter):
@@ -25,12 +26,12 @@ class Lora(LayerAdapter):
     """
 
     kinds = frozenset({"linear", "conv1d", "embedding"})
-    settings: LoraSettings
+    settings: LowRankSettings
     A: nn.Parameter
     B: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: LoraSettings, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
         rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         if target.kind == "embedding":
             a = Slot("lora_embedding_A", (rank, inputs), rate="embedding")
@@ -52,19 +53,27 @@ class Lora(LayerAdapter):
         alpha = self.settings.alpha if alpha is None else alpha
         return alpha / math.sqrt(rank) if self.settings.use_rslora else alpha / rank
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
+    def delta(self) -> Tensor:
+        """s B A as a change of the matrix: (O, I), of an embedding (V, D); where A and B lie."""
+        delta = self.B.detach() @ self.A.detach() * self.scaling
+        return delta.t() if self.target.kind == "embedding" else delta
+
+    def update(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """s B A x, (..., O) in `dtype`."""
         if self.target.kind == "embedding":
-            rows = F.embedding(x, self.A.t().to(y.dtype), self.base_layer.padding_idx)  # (..., R)
+            rows = F.embedding(x, self.A.t().to(dtype), self.base_layer.padding_idx)  # (..., R)
             scale = self.scaling * getattr(self.base_layer, "embed_scale", 1.0)  # Gemma multiplies W[x] as well
-            return y + F.linear(rows, self.B.to(y.dtype)) * scale
+            return F.linear(rows, self.B.to(dtype)) * scale
         x = F.dropout(x, self.settings.dropout, self.training)
         low = F.linear(x, self.A.to(x.dtype))  # (..., R)
-        return y + F.linear(low, self.B.to(x.dtype)) * self.scaling
+        return F.linear(low, self.B.to(x.dtype)) * self.scaling
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        return y + self.update(x, y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        delta = self.B.detach() @ self.A.detach() * self.scaling  # (O, I), of an embedding (D, V)
-        return weight + (delta.t() if self.target.kind == "embedding" else delta).to(weight.device), bias
+        return weight + self.delta().to(weight.device), bias
 
 
 METHOD = Method(peft=PeftSide("LORA", LoraSettings, LORA_FIELDS, LORA_FIXED), layer=Lora)

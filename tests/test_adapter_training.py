@@ -1,0 +1,59 @@
+"""Every method of the LoRA family through the real loop: four steps on a tiny llama, and a resume in the middle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.loop_case import Case, make_case, make_rows
+from tunekit.errors import Stopped
+from tunekit.recipe.names import settings_class
+from tunekit.recipe.training import TrainingSection
+from tunekit.training.parts import LoopState
+from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "dora": ("dora", {}),
+    "lora_fa": ("lora_fa", {}),
+}
+
+
+def start(folder: Path, case: str, learning_rate: float = 0.02) -> Case:
+    method, own = CASES[case]
+    adapter = settings_class("adapters", method)(**{"r": 4, "alpha": 8.0, **own})
+    training = TrainingSection(
+        learning_rate=learning_rate, scheduler="constant", warmup_steps=0, epochs=4, micro_batch_size=2,
+        gradient_accumulation_steps=2, weight_decay=0.1,
+    )  # fmt: skip
+    return make_case(folder, make_rows(4, shortest=8, longest=15), training=training, adapter=adapter)  # one row set
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_four_steps_train_everything_and_lower_the_loss(tiny_llama: Path, case: str) -> None:
+    trained, still = start(tiny_llama, case), start(tiny_llama, case, learning_rate=0.0)
+    before = {name: tensor.clone() for name, tensor in trained.adapter.state(("trained",)).items()}
+    trained.run()
+    still.run()
+    assert len(trained.losses) == len(still.losses) == 4
+    assert trained.losses[-1] < still.losses[-1] - 0.01
+    same = [name for name, tensor in trained.adapter.state(("trained",)).items() if torch.equal(tensor, before[name])]
+    assert same == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resume_changes_no_bit(tiny_llama: Path, case: str) -> None:
+    whole, first, second = (start(tiny_llama, case) for _ in range(3))
+    whole.run()
+    first.parts.stop_signal = lambda: 15 if len(first.losses) >= 2 else 0
+    state = LoopState()
+    with pytest.raises(Stopped):
+        first.run(state)
+    tensors = {name: value.clone() for name, value in checkpoint_tensors(first.optimizer, first.adapter).items()}
+    second.run(restore(tensors, checkpoint_facts(first.optimizer, state, {}), second.optimizer, second.adapter))
+    assert first.losses + second.losses == whole.losses
+    ours, theirs = second.adapter.state(), whole.adapter.state()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

@@ -1,0 +1,15 @@
+"""`adapter: {method: dora}` settings of DoRA (Liu et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.low_rank import LowRankSettings
+
+
+class DoraSettings(LowRankSettings):
+    """Direction by a low-rank update, magnitude by a trained vector; the base may be quantized."""
+
+    method: Literal["dora"] = Field("dora", description="a low-rank direction and a trained magnitude of each output")

@@ -1,0 +1,15 @@
+"""`adapter: {method: lora_fa}` settings of LoRA-FA (Zhang et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.low_rank import LowRankSettings
+
+
+class LoraFaSettings(LowRankSettings):
+    """LoRA whose A stays as it was drawn: half the trained parameters, and no stored inputs of full width."""
+
+    method: Literal["lora_fa"] = Field("lora_fa", description="lora with the matrix A frozen")
