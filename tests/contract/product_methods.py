@@ -7,6 +7,7 @@ from typing import Any
 
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.recipe.adapters.lokr import LokrSettings
+from tunekit.recipe.adapters.oft import OftSettings
 
 NAMES = ("layer",)
 PRODUCTS: dict[str, Callable[[], Any]] = {
@@ -14,4 +15,8 @@ PRODUCTS: dict[str, Callable[[], Any]] = {
     "lokr": lambda: LokrSettings(r=2, alpha=3, target_modules=NAMES),
     "lokr-both": lambda: LokrSettings(r=1, alpha=1, decompose_both=True, decompose_factor=4, target_modules=NAMES),
     "lokr-whole": lambda: LokrSettings(r=8, alpha=8, target_modules=NAMES),
+    "oft": lambda: OftSettings(block_size=16, target_modules=NAMES),
+    "oft-shared": lambda: OftSettings(blocks=8, block_share=True, target_modules=NAMES),
+    "oft-exact": lambda: OftSettings(block_size=8, use_cayley_neumann=False, target_modules=NAMES),
 }
+ROTATIONS = {"oft", "oft-shared", "oft-exact"}  # the rounding of the layer's inputs (LLM.int8) is not that of the base

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tunekit.adapters
 import tunekit.recipe.adapters
-from tests.contract.product_methods import PRODUCTS
+from tests.contract.product_methods import PRODUCTS, ROTATIONS
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import LayerAdapter, Method, NotMergeable, load_method
 from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
@@ -148,7 +148,7 @@ def test_forward_is_the_base_layer_with_merged_weight(method: str, storage: str)
         hidden = base.before(x).float()
         merged = nn.functional.linear(hidden, matrix - weight.read())
     # The layer's own rounding (bfloat16, LLM.int8's inputs) is in `plain` as well and cancels, unless it is scaled too.
-    coarse = storage == "bfloat16" or (storage == "int8" and method in {"dora", *SCALED_OUTPUTS})
+    coarse = storage == "bfloat16" or (storage == "int8" and method in {"dora", *SCALED_OUTPUTS, *ROTATIONS})
     torch.testing.assert_close(running, merged, rtol=0, atol=0.15 if coarse else 1e-5)
 
 
@@ -180,7 +180,8 @@ def test_first_values_depend_on_seed_and_module_name_alone(method: str) -> None:
         return torch.cat([tensor.flatten() for name, tensor in state.items() if name.startswith("layer.")])
 
     assert torch.equal(first(1, False), first(1, True))
-    assert not torch.equal(first(1, False), first(2, False))
+    constant = first(1, False).unique().numel() <= 2  # zeros and ones depend on nothing
+    assert constant or not torch.equal(first(1, False), first(2, False))
 
 
 @pytest.mark.parametrize("method", METHODS)

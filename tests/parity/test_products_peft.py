@@ -12,8 +12,10 @@ import pytest
 
 from tests.parity.peft_case import BASES, CHECKS, run_cell
 from tunekit.adapters.base import load_method
+from tunekit.adapters.oft import block_size
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.recipe.adapters.lokr import LokrSettings
+from tunekit.recipe.adapters.oft import OftSettings
 
 LINEAR = ("llama", "t5", "bert", "mixtral")  # of methods for which peft adapts nn.Linear only
 
@@ -46,6 +48,16 @@ PAIRS = {
     "lokr": Pair(LokrSettings, peft.LoKrConfig, {"r": 2, "alpha": 3}, patterns={"rank_pattern": 3, "alpha_pattern": 4}),
     "lokr-both": Pair(LokrSettings, peft.LoKrConfig, BOTH, spread=0.5),
     "lokr-whole": Pair(LokrSettings, peft.LoKrConfig, {"r": 8, "alpha": 8}),
+    "oft": Pair(OftSettings, peft.OFTConfig, {}, {"block_size": 16}, {"oft_block_size": 16}),
+    "oft-shared": Pair(
+        OftSettings, peft.OFTConfig, {"block_share": True}, {"blocks": 4}, {"r": 4, "oft_block_size": 0}
+    ),
+    "oft-exact": Pair(
+        OftSettings, peft.OFTConfig, {"use_cayley_neumann": False}, {"block_size": 8}, {"oft_block_size": 8}
+    ),
+    "oft-three-terms": Pair(
+        OftSettings, peft.OFTConfig, {"num_cayley_neumann_terms": 3}, {"block_size": 4}, {"oft_block_size": 4}
+    ),
 }
 CELLS = [(name, family) for name, pair in PAIRS.items() for family in pair.families]
 
@@ -69,3 +81,12 @@ def test_every_field_of_pefts_configuration_is_written(name: str) -> None:
 def test_peft_refuses_conv1d(name: str) -> None:
     with pytest.raises((ValueError, TypeError, NotImplementedError), match=r"not supported|Unsupported"):
         peft.get_peft_model(BASES["gpt2"].make(), PAIRS[name].make(("c_attn",))[1])
+
+
+@pytest.mark.parametrize("inputs", [1, 31, 48, 96, 100])
+def test_a_block_that_divides_no_layer_becomes_pefts_divisor(inputs: int) -> None:
+    layer = peft.tuners.oft.layer.OFTLayer.adjust_oft_parameters
+    for size in range(1, 120):
+        fitting = size if inputs % size == 0 else layer(None, inputs, size)
+        assert block_size(OftSettings(block_size=size), inputs) == fitting
+        assert inputs // block_size(OftSettings(blocks=size), inputs) == fitting

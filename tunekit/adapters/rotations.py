@@ -1,0 +1,48 @@
+"""Orthogonal matrices in blocks, from free parameters, and their product with the inputs of a layer.
+
+Comes in: numbers to train.  Goes out: blocks of rotations and rotated inputs.  Next: oft.py, boft.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def skew_of(upper: Tensor, size: int) -> Tensor:
+    """Skew-symmetric Q (blocks, b, b) with the rows of `upper` (blocks, b (b - 1) / 2) above its diagonal."""
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    matrix = upper.new_zeros(upper.shape[0], size, size).index_put(
+        (torch.arange(upper.shape[0], device=upper.device)[:, None], rows, columns), upper
+    )
+    return matrix - matrix.transpose(1, 2)
+
+
+def cayley(q: Tensor) -> Tensor:
+    """R = (I - Q) (I + Q)^-1 of each block: orthogonal for skew-symmetric Q (blocks, b, b)."""
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    rotation: Tensor = torch.linalg.solve(identity + q, identity - q, left=False)
+    return rotation
+
+
+def cayley_neumann(q: Tensor, terms: int) -> Tensor:
+    """I + 2 Q + 2 Q^2 + ... + Q^last, in Horner's form: the series of (I + Q) (I - Q)^-1, cut off.
+
+    One term is I, two are I + 2 Q; the last power of more is max(3, terms - 1) and has the factor 1, as in peft.
+    """
+    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
+    if terms == 1:
+        return identity + 0 * q
+    if terms == 2:
+        return identity + 2 * q
+    power = q
+    for _ in range(max(3, terms - 1) - 1):
+        power = q @ (2 * identity + power)
+    return identity + power
+
+
+def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """x R: each run of b numbers of x (..., I) times its block (blocks, b, b), or all times the only one."""
+    size = blocks.shape[-1]
+    parts = x.reshape(*x.shape[:-1], -1, 1, size)  # (..., I / b, 1, b)
+    return (parts @ blocks).flatten(-3)

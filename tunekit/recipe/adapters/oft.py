@@ -1,0 +1,41 @@
+"""`adapter: {method: oft}` settings of OFT, orthogonal fine-tuning (Qiu et al. 2023; OFTv2, Qiu et al. 2025)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, TextOrTexts
+
+
+class OftSettings(AdapterSettings):
+    """A rotation of each layer's inputs, block by block. Of block_size and blocks one is given; the other is 0."""
+
+    method: Literal["oft"] = Field("oft", description="a block-diagonal rotation of each layer's inputs")
+    block_size: CountOrZero = Field(
+        32, description="inputs rotated together; where it does not divide them, the nearest divisor"
+    )
+    blocks: CountOrZero = Field(0, description="number of blocks, instead of block_size")
+    block_share: bool = Field(False, description="one rotation for all blocks of a layer")
+    use_cayley_neumann: bool = Field(
+        True, description="a power series in place of the exact Cayley transform: faster, orthogonal only nearly"
+    )
+    num_cayley_neumann_terms: Count = Field(5, le=100, description="terms of that series")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_voids_the_other(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("blocks") and "block_size" not in values:
+            return {**values, "block_size": 0}
+        return values
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> OftSettings:
+        if bool(self.block_size) == bool(self.blocks):
+            raise ValueError("give block_size or blocks, not both and not neither")
+        return self
