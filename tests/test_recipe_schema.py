@@ -27,7 +27,7 @@ def test_the_schema_has_every_key_and_shorthand() -> None:
         choices = [choice for choice in found.get("anyOf", [found]) if "properties" in choice]
         assert any(rest in choice["properties"] for choice in choices), key
     assert {"type": "string", "minLength": 1} in schema["properties"]["model"]["anyOf"]
-    assert {"enum": ["lora", "qlora"]} in schema["properties"]["adapter"]["anyOf"]
+    assert {"enum": [*known_names("adapters"), "qlora"]} in schema["properties"]["adapter"]["anyOf"]
     train = schema["properties"]["data"]["properties"]["train"]["anyOf"]
     assert [choice.get("type", "source") for choice in train] == ["string", "source", "array"]
     assert schema["properties"]["data"]["properties"]["max_length"]["minimum"] == 2

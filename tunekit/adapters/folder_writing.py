@@ -111,7 +111,8 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
             config[key] = concrete_pattern(getattr(settings, key), resolved, getattr(settings, default))
     if "fan_in_fan_out" in config:
         config["fan_in_fan_out"] = any(target.kind == "conv1d" for target in targets)
-    return config
+    resolve = attached.method.peft.resolve
+    return {**config, **(resolve(settings, targets, config) if resolve else {})}
 
 
 def _portable(base_name: str, folder: Path) -> str:

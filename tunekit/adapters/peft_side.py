@@ -6,10 +6,11 @@ field.  Next: folder.py.  The format is that of PEFT 0.21.2: every field it writ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunekit.decisions import Target
 from tunekit.errors import AdapterError, Problem
 
 PEFT_VERSION = "0.21.2"  # whose files ours are equal to, field by field
@@ -46,6 +47,8 @@ class PeftSide:
     `fields`: PEFT's name -> (our setting, PEFT's default where a file leaves the field out).
     `fixed`: PEFT's name -> values accepted, the first of which is written; any other value is refused by name.
     `claims`: fields by which this method is told from others of the same peft_type.
+    `absent`: fields of MODULES that PEFT's class does not have, and warns of.
+    `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
     """
 
     peft_type: str
@@ -53,10 +56,13 @@ class PeftSide:
     fields: Mapping[str, tuple[str, Any]]
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     claims: Mapping[str, Any] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
+    resolve: Callable[[Any, Sequence[Target], Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def write(self, settings: Any) -> dict[str, Any]:
         """PEFT's fields for `settings`, every one that PEFT 0.21.2 writes for this type."""
-        written = {name: values[0] for name, values in {**COMMON, **MODULES, **self.fixed}.items()}
+        known = {**COMMON, **MODULES, **self.fixed}
+        written = {name: values[0] for name, values in known.items() if name not in self.absent}
         written |= {name: plain(getattr(settings, own), default) for name, (own, default) in self.fields.items()}
         return {**written, **self.claims, "peft_type": self.peft_type}
 

@@ -24,6 +24,15 @@ def concrete_targets(names: Collection[str], all_names: Collection[str]) -> list
     return "|".join(re.escape(name) for name in sorted(names))
 
 
+def entries_for(names: Collection[str], all_names: Collection[str], entries: list[str] | str) -> list[str] | str:
+    """Those of the target entries that mean exactly `names` where PEFT compares plain endings; else an expression."""
+    if isinstance(entries, list):
+        chosen = tuple(entry for entry in entries if any(name.endswith(entry) for name in names))
+        if {name for name in all_names if name.endswith(chosen)} == set(names):
+            return sorted(chosen)
+    return "|".join(re.escape(name) for name in sorted(names))
+
+
 def concrete_pattern(pattern: Mapping[str, Any], resolved: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """A pattern from which PEFT reads `resolved` (layer -> value), whatever the order of its keys.
 

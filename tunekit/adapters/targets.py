@@ -70,6 +70,9 @@ def find_targets(
     targets = search.layers() + search.parameters()
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
         search.report("target_modules", "no layer of the base is left to adapt", "name other layers")
+    if not search.problems:
+        for misfit in search.method.misfits(settings, targets, file is not None):
+            search.report(misfit.key, misfit.what, misfit.how)
     if search.problems:
         raise (AdapterError if file else RecipeError).of(search.problems)
     return sorted(targets, key=lambda target: target.name)
