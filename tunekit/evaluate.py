@@ -68,7 +68,8 @@ def _data_section(target: Target, data: str | None, format: str | None) -> DataS
         source = Source(path=path, format=format or "auto")
         own = target.data
         if own is None:
-            return DataSection(train=(source,), eval=(source,))
+            template = None if target.template_file is None else str(target.template_file)
+            return DataSection(train=(source,), eval=(source,), chat_template=template)
         return own.model_copy(update={"train": (source,), "eval": (source,)})
     if format is not None:
         raise InputError("--format says how to read --data, which is not given", "give --data FILE")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.configuration import TEMPLATE_NAME
 from tunekit.adapters.folder import attach_adapter_folder
 from tunekit.artifacts.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
 from tunekit.console import Console
@@ -25,7 +26,7 @@ from tunekit.model.rewrite import Changes, Rewriter
 from tunekit.model.source import find_source
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.rows import load_rows
-from tunekit.target import TEMPLATE_FILE, Target, find_target, load_target
+from tunekit.target import Target, find_target, load_target
 
 REPORT = "merge_report.json"
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
@@ -72,7 +73,10 @@ def merge_verb(adapter: str, output: str, base: str | None, onto: str | None, ov
         f"logits differ from the running adapter's by {difference.largest:.3g} at most and {difference.mean:.3g} on "
         f"average (their spread is {difference.spread:.3g}), on {difference.tokens} tokens of {difference.rows}"
     )
-    console.info(f"loss there: {difference.running_loss:.5f} running, {difference.merged_loss:.5f} merged")
+    console.info(
+        f"loss over all these tokens, prompts included: {difference.running_loss:.5f} running, "
+        f"{difference.merged_loss:.5f} merged"
+    )
     console.info(f"written to {result.folder}")
 
 
@@ -200,7 +204,7 @@ def _copy_companions(target: Target, base: Path, folder: Path) -> None:
         for path in sorted(path for pattern in patterns for path in base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
     if target.chat_template is not None:
-        (folder / TEMPLATE_FILE).write_text(target.chat_template, encoding="utf-8")
+        (folder / TEMPLATE_NAME).write_text(target.chat_template, encoding="utf-8")
 
 
 def _report(onto: str, reason: str, difference: Difference) -> dict[str, object]:

@@ -41,13 +41,14 @@ class Token:
 
 def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: str | None) -> None:
     """Show `rows` training rows in training order. Raises: TunekitError, whose exit code the command line returns."""
-    recipe = load_recipe(recipe_path, overrides).recipe
+    written = load_recipe(recipe_path, overrides)
+    recipe = written.recipe
     tokenizer = load_tokenizer(recipe.model)
     loaded = load_rows(recipe.data, tokenizer, seed=recipe.training.seed)
     order = epoch_rows(loaded.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)
     shown = [loaded.train[int(index)] for index in order[:rows]]
     console = Console()
-    for note in loaded.notes:
+    for note in (*written.rewrites, *loaded.notes):
         console.info(note)
     for row in shown:
         console.info(f"\n{heading(row)}")

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from tunekit.adapters.configuration import AdapterConfig, read_adapter_config
+from tunekit.adapters.configuration import TEMPLATE_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder import attach_adapter_folder
+from tunekit.data.load import read_template
 from tunekit.errors import InputError, ModelError
 from tunekit.model.load import load_model
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
@@ -24,8 +25,6 @@ from tunekit.recipe.load import load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
 from tunekit.training.tuned import TunedModel
-
-TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,20 @@ class Target:
     adapter: Path | None
     recipe: Recipe | None
     evaluation: EvaluationSection
-    chat_template: str | None  # the text of a template other than the tokenizer's own
+    template_file: Path | None  # a chat template other than the tokenizer's own
 
     @property
     def data(self) -> DataSection | None:
-        """The data section of the run or recipe."""
-        return None if self.recipe is None else self.recipe.data
+        """The data section of the run or recipe, with the template that belongs to the adapter."""
+        if self.recipe is None:
+            return None
+        template = None if self.template_file is None else str(self.template_file)
+        return self.recipe.data.model_copy(update={"chat_template": template})
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the template file. Raises: RecipeError where it cannot be read."""
+        return None if self.template_file is None else read_template(self.template_file)
 
     @property
     def seed(self) -> int:
@@ -97,13 +104,14 @@ def _from_folder(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]
 def _from_recipe(
     kind: str, recipe: Recipe, adapter: Path | None, model: dict[str, Any], evaluation: dict[str, Any]
 ) -> Target:
+    named = recipe.data.chat_template
     return Target(
         kind=kind,
         model=recipe.model.model_copy(update=model),
         adapter=adapter,
         recipe=recipe,
         evaluation=recipe.evaluation.model_copy(update=evaluation),
-        chat_template=_read_template(recipe.data.chat_template),
+        template_file=_own_template(adapter) or (Path(named) if named is not None else None),
     )
 
 
@@ -115,14 +123,13 @@ def _from_adapter(folder: Path, model: dict[str, Any], evaluation: dict[str, Any
         return _from_recipe("adapter", recipe, folder, model, evaluation)
     config = read_adapter_config(folder)
     fields = _base_fields(config, model)
-    template = folder / TEMPLATE_FILE
     return Target(
         kind="adapter",
         model=ModelSection.model_validate(fields | model),
         adapter=folder,
         recipe=None,
         evaluation=EvaluationSection().model_copy(update=evaluation),
-        chat_template=_read_template(str(template) if template.exists() else None),
+        template_file=_own_template(folder),
     )
 
 
@@ -150,17 +157,14 @@ def _bare_model(name: str, model: dict[str, Any], evaluation: dict[str, Any]) ->
         adapter=None,
         recipe=None,
         evaluation=EvaluationSection().model_copy(update=evaluation),
-        chat_template=None,
+        template_file=None,
     )
 
 
-def _read_template(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the chat template {path} cannot be read: {error}") from error
+def _own_template(adapter: Path | None) -> Path | None:
+    """The template in the adapter's folder, which is the one it was trained with."""
+    path = None if adapter is None else adapter / TEMPLATE_NAME
+    return path if path is not None and path.exists() else None
 
 
 def load_target(target: Target, device: torch.device) -> LoadedTarget:

@@ -22,6 +22,7 @@ from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console
 from tunekit.data.batches import evaluation_batches
+from tunekit.data.load import read_template
 from tunekit.decisions import Plan, bytes_text
 from tunekit.errors import Problem, RecipeError, ResourceError, TunekitError
 from tunekit.memory.checkpointing import prepare_layers
@@ -288,7 +289,9 @@ def _finish(session: Session, folder: RunFolder, ready: _Ready) -> None:
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, ready.optimizer, adapter)
-    adapter_bytes = export_adapter(folder, ready.model.base, adapter)
+    named = recipe.data.chat_template
+    template = None if named is None else read_template(Path(named))
+    adapter_bytes = export_adapter(folder, ready.model.base, adapter, template)
     facts = report_facts(
         ready.plan,
         state,

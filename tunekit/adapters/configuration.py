@@ -20,6 +20,7 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 FACTS_NAME = "tunekit.json"
+TEMPLATE_NAME = "chat_template.jinja"  # only where the adapter was trained with another template than the base's
 FORMAT_VERSION = 1  # of tunekit.json
 
 
@@ -117,7 +118,11 @@ def _own_facts(folder: Path) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise AdapterError(f"has format version {version}", "update tunekit", file=str(path))
     base, files = facts.get("base"), facts.get("files")
-    if not isinstance(base, dict) or not isinstance(files, dict) or set(files) != {CONFIG_NAME, TENSORS_NAME}:
+    if (
+        not isinstance(base, dict)
+        or not isinstance(files, dict)
+        or set(files) - {TEMPLATE_NAME} != {CONFIG_NAME, TENSORS_NAME}
+    ):
         raise AdapterError("is malformed: base or files", "delete it to read the folder as peft's", file=str(path))
     double = base.get("double_quantization")
     return {

@@ -15,14 +15,14 @@ from typing import Any
 
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.configuration import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TENSORS_NAME
+from tunekit.adapters.configuration import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
 from tunekit.adapters.peft_targets import concrete_pattern, concrete_targets
 from tunekit.adapters.targets import base_modules
 from tunekit.artifacts import durable
 from tunekit.artifacts.tensor_file import write_tensors
 from tunekit.errors import AdapterError
 
-OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME}
+OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME, TEMPLATE_NAME}
 
 
 def save_adapter_folder(
@@ -36,8 +36,11 @@ def save_adapter_folder(
     base_dtype: str | None = None,
     quantization: str = "none",
     double_quantization: bool = False,
+    chat_template: str | None = None,
 ) -> int:
     """Write the folder whole or not at all; returns its bytes. A local base is named relative to the folder.
+
+    `chat_template`: the text of one other than the base's own; it then belongs to the adapter.
 
     Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
     """
@@ -56,7 +59,7 @@ def save_adapter_folder(
     temporary = durable.temporary_name(folder)
     durable.make_folder(temporary)
     try:
-        size_bytes = _write_files(attached, temporary, config, base)
+        size_bytes = _write_files(attached, temporary, config, base, chat_template)
         durable.sync_folder(temporary)
         _put_in_place(temporary, folder)
     except BaseException:
@@ -67,8 +70,10 @@ def save_adapter_folder(
     return size_bytes
 
 
-def _write_files(attached: AttachedAdapter, folder: Path, config: dict[str, Any], base: dict[str, Any]) -> int:
-    """The three files, each flushed to the disk; returns their bytes."""
+def _write_files(
+    attached: AttachedAdapter, folder: Path, config: dict[str, Any], base: dict[str, Any], chat_template: str | None
+) -> int:
+    """The three files, and the template if there is one, each flushed to the disk; returns their bytes."""
     state = attached.state()
     saved = {name: part for name, (part, slot) in attached.slots().items() if slot.kind != "resume"}
     tensors = {part.file_key(name): state[name] for name, part in saved.items()}
@@ -78,6 +83,12 @@ def _write_files(attached: AttachedAdapter, folder: Path, config: dict[str, Any]
         TENSORS_NAME: {"bytes": tensor_bytes, "sha256": digest},
         CONFIG_NAME: {"bytes": config_bytes, "sha256": config_digest},
     }
+    template_bytes = 0
+    if chat_template is not None:
+        with durable.DurableFile(folder / TEMPLATE_NAME) as file:
+            file.write(chat_template.encode())
+        template_bytes = file.size_bytes
+        files[TEMPLATE_NAME] = {"bytes": template_bytes, "sha256": file.sha256}
     facts = {
         "format_version": FORMAT_VERSION,
         "tunekit_version": __version__,
@@ -86,7 +97,7 @@ def _write_files(attached: AttachedAdapter, folder: Path, config: dict[str, Any]
         "files": files,
     }
     facts_bytes, _ = _write_json(folder / FACTS_NAME, facts)
-    return tensor_bytes + config_bytes + facts_bytes
+    return tensor_bytes + config_bytes + facts_bytes + template_bytes
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> tuple[int, str]:

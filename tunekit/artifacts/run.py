@@ -25,7 +25,7 @@ FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics
 FOLDERS = ("checkpoints", "adapter", "model", "tracking")
 RUN_SIGNS = ("plan.json", "checkpoints")
 PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # durable.temporary_name, and what stepped aside for it
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tunekit.json"}
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tunekit.json", "chat_template.jinja"}
 
 
 def print_warning(text: str) -> None:

@@ -42,11 +42,12 @@ class EncodedSource:
 
 def encode_options(data: DataSection) -> EncodeOptions:
     """The data section's options that decide ids, with the template read from its file."""
-    template = None if data.chat_template is None else _read_template(Path(data.chat_template))
+    template = None if data.chat_template is None else read_template(Path(data.chat_template))
     return EncodeOptions(data.train_on, template, data.max_length, data.excess_length)
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The text of a chat template. Raises: RecipeError where there is none."""
     try:
         if not path.is_file() or path.stat().st_size > LONGEST_TEMPLATE_BYTES:
             raise RecipeError("this is no template file", "name a Jinja file", file=str(path), key="data.chat_template")

@@ -26,7 +26,9 @@ class Measured:
     base_bytes: int
 
 
-def export_adapter(run: RunFolder, base: LoadedModel, adapter: AttachedAdapter) -> int:
+def export_adapter(
+    run: RunFolder, base: LoadedModel, adapter: AttachedAdapter, chat_template: str | None = None
+) -> int:
     """Write adapter/ whole or not at all; returns its bytes."""
     return save_adapter_folder(
         adapter,
@@ -37,6 +39,7 @@ def export_adapter(run: RunFolder, base: LoadedModel, adapter: AttachedAdapter) 
         base_dtype=base.facts.dtype,
         quantization=base.quantization,
         double_quantization=base.double_quantization,
+        chat_template=chat_template,
     )
 
 

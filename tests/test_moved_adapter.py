@@ -1,0 +1,63 @@
+"""An adapter folder that is moved away from its run: the chat template it was trained with goes with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.train_case import train_in_child, write_recipe
+from tunekit.evaluate import evaluate_verb
+from tunekit.generate import _prompt_ids
+from tunekit.target import LoadedTarget, find_target, load_target
+from tunekit.training.devices import make_devices
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture
+def run(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    recipe = write_recipe(tmp_path, tiny_llama)
+    (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
+    ended = train_in_child(recipe, tmp_path / "run", "data.chat_template=own.jinja")
+    assert ended.code == 0, ended.output
+    return tmp_path / "run"
+
+
+def prompt_of(loaded: LoadedTarget) -> str:
+    return loaded.tokenizer.decode(_prompt_ids(loaded, "q"))
+
+
+def test_the_template_goes_with_the_adapter(run: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "adapter"
+    shutil.copytree(run / "adapter", moved)
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "that"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    (tmp_path / "own.jinja").unlink()  # the run, too, needs only its own folder
+    values = []
+    for target in (run, moved):
+        place = tmp_path / "values.json"
+        evaluate_verb(str(target), str(tiny_llama), str(rows), None, [], str(place), [])
+        values.append(json.loads(place.read_text()))
+        loaded = load_target(find_target(str(target), str(tiny_llama), []), make_devices().device)
+        assert prompt_of(loaded) == "[user] q<|im_end|>[assistant] "
+    assert values[0] == values[1]
+
+
+def test_a_changed_template_is_refused_and_peft_reads_the_folder(run: Path, tiny_llama: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), run / "adapter")
+    (run / "adapter" / "chat_template.jinja").write_text("other", encoding="utf-8")
+    from tunekit.errors import AdapterError
+
+    with pytest.raises(AdapterError, match=r"chat_template\.jinja.*is not the file that tunekit wrote"):
+        load_target(find_target(str(run), None, []), make_devices().device)
