@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tunekit.recipe.adapters.hira import HiraSettings
+from tunekit.recipe.adapters.hra import HraSettings
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.recipe.adapters.lokr import LokrSettings
+from tunekit.recipe.adapters.miss import MissSettings
 from tunekit.recipe.adapters.oft import OftSettings
 
 NAMES = ("layer",)
@@ -18,5 +21,11 @@ PRODUCTS: dict[str, Callable[[], Any]] = {
     "oft": lambda: OftSettings(block_size=16, target_modules=NAMES),
     "oft-shared": lambda: OftSettings(blocks=8, block_share=True, target_modules=NAMES),
     "oft-exact": lambda: OftSettings(block_size=8, use_cayley_neumann=False, target_modules=NAMES),
+    "hra": lambda: HraSettings(r=4, target_modules=NAMES),
+    "hra-orthogonal": lambda: HraSettings(r=3, orthogonal=True, target_modules=NAMES),
+    "miss": lambda: MissSettings(r=5, target_modules=NAMES),
+    "miss-bat": lambda: MissSettings(r=8, variant="bat", target_modules=NAMES),
+    "miss-mini": lambda: MissSettings(r=8, variant="mini", mini_r=4, target_modules=NAMES),
+    "hira": lambda: HiraSettings(r=4, target_modules=NAMES),
 }
-ROTATIONS = {"oft", "oft-shared", "oft-exact"}  # the rounding of the layer's inputs (LLM.int8) is not that of the base
+ROTATIONS = {"oft", "oft-shared", "oft-exact", "hra", "hra-orthogonal"}  # LLM.int8 rounds other inputs

@@ -13,8 +13,11 @@ import pytest
 from tests.parity.peft_case import BASES, CHECKS, run_cell
 from tunekit.adapters.base import load_method
 from tunekit.adapters.oft import block_size
+from tunekit.recipe.adapters.hira import HiraSettings
+from tunekit.recipe.adapters.hra import HraSettings
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.recipe.adapters.lokr import LokrSettings
+from tunekit.recipe.adapters.miss import MissSettings
 from tunekit.recipe.adapters.oft import OftSettings
 
 LINEAR = ("llama", "t5", "bert", "mixtral")  # of methods for which peft adapts nn.Linear only
@@ -58,6 +61,14 @@ PAIRS = {
     "oft-three-terms": Pair(
         OftSettings, peft.OFTConfig, {"num_cayley_neumann_terms": 3}, {"block_size": 4}, {"oft_block_size": 4}
     ),
+    "hra": Pair(HraSettings, peft.HRAConfig, {"r": 4}),
+    "hra-orthogonal": Pair(HraSettings, peft.HRAConfig, {"r": 4}, {"orthogonal": True}, {"apply_GS": True}),
+    "miss": Pair(MissSettings, peft.MissConfig, {"r": 5}),
+    "miss-bat": Pair(MissSettings, peft.MissConfig, {"r": 8}, {"variant": "bat"}, {"init_weights": "bat"}),
+    "miss-mini": Pair(
+        MissSettings, peft.MissConfig, {"r": 8, "mini_r": 4}, {"variant": "mini"}, {"init_weights": "mini"}
+    ),
+    "hira": Pair(HiraSettings, peft.HiraConfig, {"r": 4}, families=tuple(BASES)),
 }
 CELLS = [(name, family) for name, pair in PAIRS.items() for family in pair.families]
 

@@ -118,7 +118,7 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
         ("rank_pattern", "r", {target.name: target.r for target in targets}),
         ("alpha_pattern", "alpha", {target.name: target.alpha for target in targets}),
     ):
-        if key in config:
+        if key in attached.method.peft.fields:
             config[key] = concrete_pattern(getattr(settings, key), resolved, getattr(settings, default))
     if "fan_in_fan_out" in config:
         config["fan_in_fan_out"] = any(target.kind == "conv1d" for target in targets)

@@ -1,0 +1,21 @@
+"""`adapter: {method: hira}` settings of HiRA, Hadamard high-rank adaptation (Huang et al. 2025)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import AdapterSettings, Count, Fraction, TextOrTexts
+
+
+class HiraSettings(AdapterSettings):
+    """A low-rank factor that scales each number of the base's matrix."""
+
+    method: Literal["hira"] = Field("hira", description="the base's matrix times a low-rank one, number by number")
+    r: Count = Field(32, description="rank of the factor")
+    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")

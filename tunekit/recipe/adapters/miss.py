@@ -1,0 +1,25 @@
+"""`adapter: {method: miss}` settings of MiSS, matrix shard sharing (Kang and Yin 2024, also called Bone)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import AdapterSettings, Count, Fraction, TextOrTexts
+
+
+class MissSettings(AdapterSettings):
+    """One trained shard, shared by all column blocks of a matrix."""
+
+    method: Literal["miss"] = Field("miss", description="one trained shard for all column blocks of a matrix")
+    r: Count = Field(64, description="columns of a block")
+    variant: Literal["balance", "bat", "mini"] = Field(
+        "balance", description="bat: the update also depends on the base's matrix; mini: a narrower shard, repeated"
+    )
+    mini_r: Count = Field(1, description="of mini: the shard's width; it divides the layer's outputs")
+    dropout: Fraction = Field(0.0, description="on the update's input, while training; not of bat")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
