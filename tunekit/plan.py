@@ -20,10 +20,10 @@ from tunekit.adapters.targets import find_targets, unreached_experts
 from tunekit.artifacts.durable import write_json
 from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
-from tunekit.data.batches import BatchSettings, TrainingWindows, evaluation_batches, longest_batch
+from tunekit.data.batches import BatchSettings, TrainingWindows, evaluation_batches
+from tunekit.data.stream import StreamedWindows
 from tunekit.decisions import ModelFacts, PeakBytes, Plan, Refusal, RowCounts, Target, bytes_text
 from tunekit.errors import InputError, Problem, RecipeError, TunekitError
-from tunekit.memory.estimate import peak_bytes
 from tunekit.memory.fit import checkpointed_layers
 from tunekit.memory.machine import available_bytes
 from tunekit.model.load import LoadedModel, make_meta_model
@@ -32,13 +32,16 @@ from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.supported import refuse_unsupported
+from tunekit.recipe.training import TrainingSection
 from tunekit.rows import RowSet, load_rows
 from tunekit.training import refusals
 from tunekit.training.devices import make_devices
+from tunekit.training.forecast import Forecast, largest_batch
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.simulation import SimulatedRun
 
 Made = TypeVar("Made")
+Windows = TrainingWindows | StreamedWindows
 CHUNK_BYTES = 64 * 2**20  # of logits in float32
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
 
@@ -109,11 +112,11 @@ def make_plan(
         raise findings.error()
     packing, reason = _packing(recipe, inputs.base, findings)
     settings = _batch_settings(recipe, inputs.tokenizer, packing)
-    windows = findings.attempt(lambda: TrainingWindows(inputs.rows.train, settings, draws=inputs.rows.draws))
+    windows = findings.attempt(lambda: inputs.rows.windows(settings))
     if windows is None:
         raise findings.error()
     findings.add(_model_problems(inputs))
-    memory = _plan_memory(recipe, inputs, settings, device, findings)
+    memory = _plan_memory(recipe, inputs, windows, settings, device, findings)
     plan = _assemble(loaded, device, inputs, windows, packing, reason, memory, findings)
     return plan, Prepared(inputs.tokenizer, inputs.rows, settings)
 
@@ -192,26 +195,19 @@ class PlannedMemory:
     layers: int
     reason: str
     peak: PeakBytes
-    available: int | None
 
 
 def _plan_memory(
-    recipe: Recipe, inputs: Inputs, settings: BatchSettings, device: torch.device, findings: Findings
+    recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device, findings: Findings
 ) -> PlannedMemory:
-    """Simulate the longest batches and choose how many layers are recomputed."""
-    facts, rows = inputs.base.facts, inputs.rows
-    chunk = logits_chunk_tokens(facts.vocabulary_size)
-    run = SimulatedRun(recipe.model, recipe.adapter, recipe.objective, recipe.training, chunk, device)
-    batch = longest_batch(rows.train, settings)
-    others = []
-    if rows.evaluation is not None:
-        size = recipe.evaluation.batch_size
-        others.append(run.evaluation(next(iter(evaluation_batches(rows.evaluation, batch_size=size, pad_id=0)))))
+    """Simulate the largest batches and choose how many layers are recomputed."""
+    facts = inputs.base.facts
+    forecast = _forecast(recipe, inputs, windows, settings, device)
     predicted: dict[int, PeakBytes] = {}
 
     def predict(layers: int) -> int:
         if layers not in predicted:
-            predicted[layers] = peak_bytes(run.training_step(batch, layers), others)
+            predicted[layers] = forecast.peak(layers)
         return predicted[layers].total
 
     available = available_bytes(device)
@@ -219,7 +215,25 @@ def _plan_memory(
     needed = predict(layers)
     if available is not None and needed > available:
         findings.add([_too_large(needed, available, layers < facts.layers)])
-    return PlannedMemory(layers, reason, predicted[layers], available)
+    return PlannedMemory(layers, reason, predicted[layers])
+
+
+def _forecast(
+    recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
+) -> Forecast:
+    rows, chunk = inputs.rows, logits_chunk_tokens(inputs.base.facts.vocabulary_size)
+    run = SimulatedRun(recipe.model, recipe.adapter, recipe.objective, recipe.training, chunk, device)
+    if isinstance(windows, TrainingWindows):
+        batch = largest_batch(windows, rows.train, settings)
+    else:
+        batch = rows.longest_batch(settings)
+    evaluation, answers = None, 0
+    if rows.evaluation is not None and rows.eval_counts is not None:
+        size = recipe.evaluation.batch_size
+        evaluation = next(iter(evaluation_batches(rows.evaluation, batch_size=size, pad_id=settings.pad_id)))
+        if recipe.evaluation.generate:
+            answers = rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
+    return Forecast(run, inputs.base, batch, windows.steps, rows.train, evaluation, answers)
 
 
 def _too_large(needed: int, available: int, can_recompute: bool) -> Problem:
@@ -234,7 +248,7 @@ def _assemble(
     loaded: LoadedRecipe,
     device: torch.device,
     inputs: Inputs,
-    windows: TrainingWindows,
+    windows: Windows,
     packing: bool,
     packing_reason: str,
     memory: PlannedMemory,
@@ -256,7 +270,7 @@ def _assemble(
         micro_batches_per_epoch=windows.micro_batches_per_epoch,
         rows=rows.counts,
         eval_rows=rows.eval_counts,
-        supervised_tokens=_supervised_tokens(windows, rows, recipe.training.gradient_accumulation_steps),
+        supervised_tokens=_supervised_tokens(windows, rows, recipe.training),
         packing=packing,
         packing_reason=packing_reason,
         checkpointed_layers=memory.layers,
@@ -273,14 +287,17 @@ def _refusal(problem: Problem) -> Refusal:
     return Refusal(problem.key or "", problem.line, message)
 
 
-def _supervised_tokens(windows: TrainingWindows, rows: RowSet, micro_batches_per_step: int) -> int:
-    """Loss tokens of the whole run, step by step as the windows will be."""
-    supervised = np.asarray(rows.train.supervised)  # (rows,)
+def _supervised_tokens(windows: Windows, rows: RowSet, settings: TrainingSection) -> int:
+    """Loss tokens of the whole run, step by step as the windows will be; of a stream, as its sample has them."""
+    supervised, per_step = np.asarray(rows.train.supervised), settings.gradient_accumulation_steps  # (rows,)
+    if not isinstance(windows, TrainingWindows):
+        tokens = windows.steps * per_step * (settings.micro_batch_size or 1)
+        return round(tokens * float(supervised.mean()))
     total, left, epoch = 0, windows.steps, 0
     while left > 0:
-        micro_batches = windows.micro_batches(epoch)[: left * micro_batches_per_step]
+        micro_batches = windows.micro_batches(epoch)[: left * per_step]
         total += sum(int(supervised[list(group)].sum()) for batch in micro_batches for group in batch)
-        left -= -(-len(micro_batches) // micro_batches_per_step)
+        left -= -(-len(micro_batches) // per_step)
         epoch += 1
     return total
 

@@ -1,21 +1,64 @@
-"""From simulated steps to the peak of a run, by part.
+"""From simulated work to the peak of a run, by part.
 
 Comes in: Simulations of the longest batches, what loading the base takes.  Goes out: PeakBytes.  Next: plan.py.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 
 from tunekit.decisions import PeakBytes
+from tunekit.memory.heap import Heap
 from tunekit.memory.tracker import Simulation
 
+SETTLING_STEPS = 3  # after so many the heap's shape repeats
+PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
 
-def peak_bytes(step: Simulation, others: Sequence[Simulation] = (), load_bytes: int = 0) -> PeakBytes:
-    """The highest of a training step, of other simulated work and of loading; its parts, if that is not the loading.
 
-    Parts are what is live at the highest moment; their sum is the total.
+@dataclass(frozen=True)
+class Work:
+    """What a run does, in order: the longest training step, then an evaluation and the cache of generated answers."""
+
+    step: Simulation
+    steps: int
+    evaluation: Simulation | None = None
+    cache_blocks: Sequence[int] = ()  # bytes of each key and each value tensor
+    load_bytes: int = 0  # the most that loading the base takes
+
+    def live(self) -> Simulation:
+        """The part with the highest sum of live bytes."""
+        found = [self.step] if self.evaluation is None else [self.step, self.evaluation]
+        return max(found, key=lambda simulation: simulation.total)
+
+
+def peak_bytes(work: Work, device: torch.device) -> PeakBytes:
+    """Parts are what is live at the highest moment of a step or an evaluation; `total` is the peak of the run.
+
+    On a GPU that is their sum. On the host it is what the process has resident: with what malloc keeps of freed
+    blocks, and with the loading of the base, where that takes more.
     """
-    highest = max([step, *others], key=lambda simulation: simulation.total)
-    parts = {name: highest.peak.get(name, 0) for name in ("weights", "adapter", "optimizer", "activations", "logits")}
-    return PeakBytes(**parts, total=max(highest.total, load_bytes))
+    highest = work.live()
+    parts = {name: highest.peak.get(name, 0) for name in PARTS}
+    cache = sum(work.cache_blocks)
+    if device.type != "cpu":
+        evaluated = 0 if work.evaluation is None else work.evaluation.total + cache
+        return PeakBytes(**parts, total=max(highest.total, evaluated))
+    return PeakBytes(**parts, total=max(host_bytes(work), work.load_bytes))
+
+
+def host_bytes(work: Work) -> int:
+    """Highest number of resident bytes from the first step on."""
+    if platform.libc_ver()[0] != "glibc":
+        return max(work.live().total, work.evaluation.total + sum(work.cache_blocks) if work.evaluation else 0)
+    heap = Heap()
+    for step in range(min(work.steps, SETTLING_STEPS)):
+        heap.replay(work.step.trace, step)
+    if work.evaluation is not None:
+        heap.replay(work.evaluation.trace, SETTLING_STEPS)
+        for number, size in enumerate(work.cache_blocks):
+            heap.allocate(("cache", number), size)
+    return work.step.held + heap.peak_bytes

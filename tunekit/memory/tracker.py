@@ -42,7 +42,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     `device`: where the computation will really run; it decides rounding and kernel workspaces.
     """
 
-    def __init__(self, device: torch.device, *, with_workspaces: bool = True) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.part = "activations"
@@ -51,7 +51,6 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak: dict[str, int] = {}
         self.peak_total = 0
         self._values = IntegerValues()
-        self._with_workspaces = with_workspaces
         self._known: dict[int, tuple[str, int, int]] = {}  # storage id -> part, bytes, number
         self._held = 0
         self._number = 0
@@ -99,14 +98,11 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
-        if self._with_workspaces:
-            extra = workspace_bytes(func, args, output, self.device)
-            if self.total + extra > self.peak_total:
-                self.peak = dict(self.live) | {self.part: self.live[self.part] + extra}
-                self.peak_total = self.total + extra
-            if extra:
-                self._number += 1
-                self._trace += [(self._number, extra), (self._number, -extra)]
+        extra = workspace_bytes(func, args)
+        if extra:
+            self._number += 1
+            self._add(self.part, extra, self._number)
+            self._add(self.part, -extra, self._number)
         return output
 
     def _follow(self, tensor: Tensor) -> None:

@@ -150,10 +150,13 @@ def _left_as_found(net: nn.Module) -> Iterator[None]:
     devices = [parameter.device for parameter in net.parameters() if parameter.is_cuda][:1]
     net.eval()
     holder.config.use_cache, holder.generation_config = True, GenerationConfig()
+    # A head that is given a slice (each row's last position) would be copied once for each row of the batch.
+    contiguous = holder.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        contiguous.remove()
         holder.config.use_cache, holder.generation_config = use_cache, defaults
         for module, mode in modes.items():
             module.training = mode

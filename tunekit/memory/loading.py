@@ -1,0 +1,59 @@
+"""The most that loading a base takes on the host, and what of a mapped file stays untouched.
+
+Comes in: the stored tensors' sizes and dtypes, the model without weights.  Goes out: bytes.  Next: plan.py.
+
+The file is mapped: its pages count as resident once they are read. A tensor of another dtype than the computation's
+is copied while its file is still mapped; to be packed, every matrix is read. A tensor of the same dtype is the mapped
+file itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+FAULT_BYTES = 64 * 1024  # Linux maps this much around each page that is touched (fault_around_bytes)
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """The base on disk: bytes in all, whether some tensor has another dtype than the computation, and the container."""
+
+    file_bytes: int
+    converted: bool
+    gguf: bool = False
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the loaded weights, if they are not packed, are the mapped file itself."""
+        return not self.converted and not self.gguf
+
+
+def stored_base(sizes: Iterable[tuple[int, torch.dtype]], dtype: torch.dtype) -> StoredBase:
+    """From bytes and dtype of every stored tensor of a safetensors folder."""
+    pairs = list(sizes)
+    converted = any(kind.is_floating_point and kind != dtype for _, kind in pairs)
+    return StoredBase(sum(size for size, _ in pairs), converted)
+
+
+def load_bytes(stored: StoredBase, dense_bytes: int, held_bytes: int, largest_elements: int, packed: bool) -> int:
+    """Peak of loading: `dense_bytes` is the base in the computation's dtype, `held_bytes` what it takes once loaded.
+
+    Of a GGUF file each tensor is unpacked to float32 and copied from there, so that the largest exists twice more.
+    To be packed, a matrix is copied once.
+    """
+    if stored.gguf:
+        return stored.file_bytes + dense_bytes + 2 * 4 * largest_elements
+    if stored.converted:
+        return stored.file_bytes + dense_bytes
+    return stored.file_bytes + held_bytes + 4 * largest_elements if packed else held_bytes
+
+
+def untouched_bytes(ids: NDArray[np.int64], row_bytes: int, table_bytes: int) -> int:
+    """Bytes of a mapped embedding that rows with these ids never read."""
+    touched = np.unique(np.asarray(ids, dtype=np.int64) * row_bytes // FAULT_BYTES)
+    return max(0, table_bytes - len(touched) * FAULT_BYTES)

@@ -1,0 +1,139 @@
+"""The peak memory of a run, foreseen: its largest batches simulated, its base loaded on paper.
+
+Comes in: sections, the model without weights, rows.  Goes out: PeakBytes for a number of recomputed layers.
+Next: plan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunekit.data.batches import BatchSettings, TrainingWindows
+from tunekit.data.collate import collate
+from tunekit.decisions import PeakBytes
+from tunekit.errors import ModelError
+from tunekit.memory.estimate import Work, peak_bytes
+from tunekit.memory.loading import StoredBase, load_bytes, stored_base, untouched_bytes
+from tunekit.memory.tracker import Simulation
+from tunekit.model.families import text_config
+from tunekit.model.load import LoadedModel
+from tunekit.model.shards import read_headers
+from tunekit.model.source import find_source
+from tunekit.model.weights import packed_layers, stored_bytes, weight_of
+from tunekit.protocols import Batch, EncodedRows
+from tunekit.training.simulation import SimulatedRun
+
+EXAMINED_EPOCHS = 8  # packs differ from epoch to epoch, though hardly in size
+SAMPLED_ROWS = 20_000  # for the ids that occur
+
+
+def largest_batch(windows: TrainingWindows, rows: EncodedRows, settings: BatchSettings) -> Batch:
+    """The micro-batch with most padded tokens among those that the run will really make."""
+    lengths = np.asarray(rows.lengths)  # (rows,)
+    best, best_size, left = None, (-1, -1), windows.steps
+    for epoch in range(EXAMINED_EPOCHS):
+        micro_batches = windows.micro_batches(epoch)[: left * settings.gradient_accumulation_steps]
+        left -= -(-len(micro_batches) // settings.gradient_accumulation_steps)
+        for micro_batch in micro_batches:
+            widest = max(int(lengths[list(group)].sum()) for group in micro_batch)
+            size = (widest * len(micro_batch), widest)
+            if size > best_size:
+                best, best_size = micro_batch, size
+        if left <= 0:
+            break
+    assert best is not None
+    return collate(rows, best, pad_id=settings.pad_id, packed=settings.packing)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What decides a run's memory. `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated."""
+
+    run: SimulatedRun
+    base: LoadedModel
+    batch: Batch
+    steps: int
+    rows: EncodedRows
+    evaluation_batch: Batch | None = None
+    answer_tokens: int = 0
+
+    def peak(self, checkpointed_layers: int) -> PeakBytes:
+        """With this number of layers recomputed in the backward pass."""
+        step = self._really_held(self.run.training_step(self.batch, checkpointed_layers))
+        work = Work(step, self.steps, self._evaluation, self._cache_blocks, self._load_bytes)
+        return peak_bytes(work, self.run.device)
+
+    @cached_property
+    def _evaluation(self) -> Simulation | None:
+        if self.evaluation_batch is None:
+            return None
+        return self._really_held(self.run.evaluation(self.evaluation_batch))
+
+    @cached_property
+    def _cache_blocks(self) -> Sequence[int]:
+        """Bytes of each layer's keys and values at the end of an answer."""
+        if not self.answer_tokens or self.evaluation_batch is None:
+            return ()
+        config = text_config(self.base.net)
+        heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        rows = self.evaluation_batch.input_ids.shape[0]
+        block = rows * heads * self.answer_tokens * width * self.base.dtype.itemsize
+        return [block] * (2 * self.base.facts.layers)
+
+    @cached_property
+    def _stored(self) -> StoredBase | None:
+        """The base's files; what the configuration says of them, where they are not here yet."""
+        source = find_source(self.run.model, weights=False)
+        if source.gguf_file is not None:
+            return StoredBase((source.folder / source.gguf_file).stat().st_size, False, gguf=True)
+        try:
+            headers = read_headers(Path(source.folder)).values()
+        except ModelError:
+            declared = getattr(self.base.config, "dtype", None)
+            kind = declared if isinstance(declared, torch.dtype) else self.base.dtype
+            return stored_base([(self.base.facts.total_parameters * kind.itemsize, kind)], self.base.dtype)
+        return stored_base([(header.size_bytes, header.dtype) for header in headers], self.base.dtype)
+
+    @cached_property
+    def _load_bytes(self) -> int:
+        packed = packed_layers(self.base.net)
+        matrices = list(packed.values()) if packed else list(self.base.net.modules())
+        largest = max((weight.elements for weight in map(weight_of, matrices) if weight is not None), default=0)
+        dense = self.base.facts.total_parameters * self.base.dtype.itemsize
+        assert self._stored is not None
+        return load_bytes(self._stored, dense, stored_bytes(self.base.net), largest, bool(packed))
+
+    def _really_held(self, simulation: Simulation) -> Simulation:
+        """Without the rows of a mapped embedding that no token reads; on the host only."""
+        unread = self._unread_bytes
+        peak = simulation.peak | {"weights": simulation.peak.get("weights", 0) - unread}
+        return replace(simulation, peak=peak, total=simulation.total - unread, held=simulation.held - unread)
+
+    @cached_property
+    def _unread_bytes(self) -> int:
+        family, net = self.base.family, self.base.net
+        name = family.embedding_name(net)
+        mapped = self._stored is not None and self._stored.mapped and not packed_layers(net)
+        if self.run.device.type != "cpu" or not mapped or name is None or family.tied(net):
+            return 0
+        embedding = weight_of(net.get_submodule(name))
+        if embedding is None:
+            return 0
+        row_bytes = embedding.shape[1] * self.base.dtype.itemsize
+        return untouched_bytes(_ids(self.rows), row_bytes, embedding.shape[0] * row_bytes)
+
+
+def _ids(rows: EncodedRows) -> NDArray[np.int64]:
+    """(ids,) that occur in the rows (in the first of very many)."""
+    found: set[int] = set()
+    for index in range(min(len(rows), SAMPLED_ROWS)):
+        found.update(rows[index].ids.tolist())
+    return np.array(sorted(found), dtype=np.int64)
