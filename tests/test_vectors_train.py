@@ -18,6 +18,7 @@ from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, r
 RATE = 2e-2
 NAMES = ("q_proj", "v_proj", "down_proj")
 CHANGES: dict[str, dict[str, Any]] = {"ia3-feedforward": {"feedforward_modules": ("down_proj",)}}
+RATES: dict[str, float] = {"c3a": 1.0}
 
 
 def start(folder: Path, name: str, rate: float, checkpointed: int = 0) -> Case:
@@ -54,7 +55,8 @@ def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_four_steps(name: str, tiny_llama: Path) -> None:
-    still, whole = run(tiny_llama, name, 0.0), start(tiny_llama, name, RATE)
+    rate = RATES.get(name, RATE)
+    still, whole = run(tiny_llama, name, 0.0), start(tiny_llama, name, rate)
     before = state(whole)
     whole.run()
     after = state(whole)
@@ -62,8 +64,8 @@ def test_four_steps(name: str, tiny_llama: Path) -> None:
     assert [key for key in trained if torch.equal(before[key], after[key])] == []
     assert [key for key in after if key not in trained and not torch.equal(before[key], after[key])] == []
     assert whole.losses[-1] < still.losses[-1]
-    assert_same_bits(state(run(tiny_llama, name, RATE, checkpointed=2)), after)
-    stopped, resumed = start(tiny_llama, name, RATE), start(tiny_llama, name, RATE)
+    assert_same_bits(state(run(tiny_llama, name, rate, checkpointed=2)), after)
+    stopped, resumed = start(tiny_llama, name, rate), start(tiny_llama, name, rate)
     stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= 2 else 0
     reached = LoopState()
     with pytest.raises(Stopped):

@@ -123,7 +123,8 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     if "fan_in_fan_out" in config:
         config["fan_in_fan_out"] = any(target.kind == "conv1d" for target in targets)
     resolve = attached.method.peft.resolve
-    return {**config, **(resolve(settings, targets, config) if resolve else {})}
+    config |= resolve(settings, targets, config) if resolve else {}
+    return {name: value for name, value in config.items() if name not in attached.method.peft.absent}
 
 
 def _portable(base_name: str, folder: Path) -> str:

@@ -1,0 +1,25 @@
+"""Frozen random matrices drawn as PEFT draws them, so that a file without them means the same.
+
+Comes in: a shape and a seed's generator.  Goes out: values.  Next: vera.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from tunekit.adapters.base import Slot
+
+
+def projection_slot(settings: Any, suffix: str, shape: tuple[int, ...]) -> Slot:
+    """In the adapter's file, or, where that says so, only in checkpoints: it follows from the seed."""
+    return Slot(suffix, shape, kind="saved" if settings.save_projection else "resume")
+
+
+def kaiming_uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Uniform within sqrt(6 / fan-in), the fan-in being all dimensions but the first."""
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(math.prod(shape[1:])))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

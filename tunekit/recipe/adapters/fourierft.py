@@ -1,0 +1,23 @@
+"""`adapter: {method: fourierft}` settings of FourierFT (Gao et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Positive, TextOrTexts
+
+
+class FourierftSettings(AdapterSettings):
+    """A few trained coefficients of the update's two-dimensional Fourier spectrum. 5000 coefficients and a scale of 300
+    are those of PEFT's MetaMathQA comparison (Llama-3.2-3B)."""
+
+    method: Literal["fourierft"] = Field("fourierft", description="a sparse Fourier spectrum of the update")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+    n_frequency: Count = Field(5000, description="trained coefficients per layer (PEFT's MetaMathQA comparison)")
+    scaling: Positive = Field(300.0, description="scale of the update (PEFT's MetaMathQA comparison)")
+    random_loc_seed: CountOrZero = Field(777, description="seed of the coefficients' places, as PEFT draws them")

@@ -1,0 +1,24 @@
+"""`adapter: {method: road}` settings of RoAd (Liao and Monz 2024)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import AdapterSettings, Count, TextOrTexts
+
+
+class RoadSettings(AdapterSettings):
+    """Rotates and scales pairs of each layer's outputs. The initial values are those of PEFT's RoadConfig; its
+    MetaMathQA comparison used a learning rate of 1e-3."""
+
+    method: Literal["road"] = Field("road", description="trained rotations of pairs of outputs")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+    variant: Literal["road_1", "road_2", "road_4"] = Field(
+        "road_1", description="trained numbers per pair of outputs: 2, 4 or 8"
+    )
+    group_size: Count = Field(64, description="outputs are paired within groups of this even size")
