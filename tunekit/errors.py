@@ -46,9 +46,10 @@ class TunekitError(Exception):
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> TunekitError:
         """Wrap every problem of one pass in one error."""
+        problems = tuple(dict.fromkeys(problems))  # two parts may have found the same one
         first = problems[0]
         error = cls(first.what, first.how, file=first.file, line=first.line, key=first.key)
-        error.problems = tuple(problems)
+        error.problems = problems
         error.args = ("\n".join(str(problem) for problem in problems),)
         return error
 

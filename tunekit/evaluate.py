@@ -11,9 +11,10 @@ from pathlib import Path
 from tunekit.artifacts.durable import write_json
 from tunekit.console import Console
 from tunekit.data.batches import evaluation_batches
-from tunekit.errors import InputError, RecipeError
+from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.objectives.base import make_objective
 from tunekit.plan import logits_chunk_tokens
+from tunekit.protocols import EncodedRows
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
 from tunekit.recipe.recipe import make_objective_settings
@@ -22,6 +23,7 @@ from tunekit.target import LoadedTarget, Target, find_target, load_target
 from tunekit.training.answers import Question
 from tunekit.training.devices import Devices, make_devices
 from tunekit.training.evaluator import Evaluator
+from tunekit.training.refusals import position_problems, vocabulary_problems
 
 
 def evaluate_verb(
@@ -90,6 +92,7 @@ def evaluate_rows(
     chunk = logits_chunk_tokens(model.base.facts.vocabulary_size)
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
+    _check_rows(loaded, evaluation)
     evaluator = Evaluator(
         model=model,
         objective=make_objective(make_objective_settings({}), logits_chunk_tokens=chunk),
@@ -108,3 +111,14 @@ def evaluate_rows(
     )
     sums, values = evaluator.evaluate()
     return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": sums.supervised_tokens}
+
+
+def _check_rows(loaded: LoadedTarget, rows: EncodedRows) -> None:
+    """Refuse rows that the model cannot look up: too long for its positions, or with ids beyond its embedding."""
+    longest = max(int(length) for length in rows.lengths)
+    problems = [
+        *position_problems(loaded.model.base, longest),
+        *vocabulary_problems(loaded.model.base, loaded.tokenizer, rows),
+    ]
+    if problems:
+        raise ModelError.of(problems)

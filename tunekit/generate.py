@@ -16,6 +16,7 @@ from tunekit.data.examples import ChatExample, CompletionExample, Message
 from tunekit.data.render import Renderer
 from tunekit.errors import DataError, InputError
 from tunekit.model.sample import generate_texts
+from tunekit.model.vocabulary import check_vocabulary
 from tunekit.target import LoadedTarget, find_target, load_target
 from tunekit.training.devices import make_devices
 from tunekit.training.evaluation import undisturbed
@@ -75,11 +76,14 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
 def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
     """The greedy answer to each text: a user's turn where there is a chat template, else a text to go on with."""
     tokenizer, settings = loaded.tokenizer, loaded.target.evaluation
+    prompts = [_prompt_ids(loaded, text) for text in texts]
+    largest = max((max(ids, default=0) for ids in prompts), default=0)
+    check_vocabulary(tokenizer, loaded.model.base.facts.vocabulary_size, largest)
     with undisturbed(loaded.model):
         ids = generate_texts(
             loaded.model.base,
             tokenizer,
-            [_prompt_ids(loaded, text) for text in texts],
+            prompts,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
         )
