@@ -1,4 +1,4 @@
-"""Fixtures that many test files share. Real files are found through two environment variables and skipped where absent."""
+"""Fixtures that many test files share. Real files are found through two environment variables, else skipped."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def write_tiny_llama(folder: Path, *, layers: int = 2, hidden: int = 64, seed: i
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet])}
+    vocabulary = {
+        token: index for index, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
