@@ -31,6 +31,7 @@ class Target:
     r: int | None = None
     alpha: float | None = None
     experts: int | None = None  # of a fused 3-D parameter (experts, out, in)
+    has_bias: bool = False
 
 
 @dataclass(frozen=True)

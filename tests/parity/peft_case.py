@@ -223,7 +223,8 @@ def compare_gradients(ours: AttachedAdapter, theirs: nn.Module, tensors: dict[st
 def file_key(name: str, tensors: dict[str, Tensor]) -> str:
     """The key in peft's file of one of its parameters: without the adapter's name, and for some without .weight."""
     plain = name.replace(".default", "")
-    for key in (plain, plain.removesuffix(".weight"), name.removesuffix(".default")):
+    copy = name.replace(".modules_to_save.default.", ".")
+    for key in (plain, plain.removesuffix(".weight"), copy, name.removesuffix(".default")):
         if key in tensors:
             return key
     shared = f"base_model.{plain.rpartition('.')[2]}"  # named after the first layer that holds it
@@ -248,7 +249,8 @@ def merged_net(ours: AttachedAdapter, base: Base) -> nn.Module:
             parameter.copy_(adapter.merged(parameter))
         for name, copy in ours.copies.items():
             for own, tensor in copy.copied().items():
-                net.get_parameter(f"{name}.{own}").copy_(tensor)
+                owner, _, last = f"{name}.{own}".rpartition(".")
+                setattr(net.get_submodule(owner), last, nn.Parameter(tensor.clone()))  # a tied partner keeps its own
     return net
 
 

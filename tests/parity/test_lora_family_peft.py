@@ -12,16 +12,39 @@ from tests.parity.peft_case import BASES, CHECKS, run_cell
 from tunekit.recipe.names import settings_class
 
 FAMILIES = ("llama", "gpt2", "t5", "bert", "mixtral")
+HEADS, NORMS = ("heads",), ("norms",)  # stand for the family's own
 TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # case: method, our settings, peft's fields
     "lora": ("lora", {}, {}),
     "dora": ("dora", {}, {"use_dora": True}),
     "dora-rslora": ("dora", {"use_rslora": True}, {"use_dora": True, "use_rslora": True}),
+    "bias-all": ("lora", {"bias": "all"}, {"bias": "all"}),
+    "bias-lora_only": ("lora", {"bias": "lora_only"}, {"bias": "lora_only"}),
+    "dora-bias": ("dora", {"bias": "all"}, {"bias": "all", "use_dora": True}),
+    "layers": ("lora", {"layers_to_transform": (1,)}, {"layers_to_transform": [1]}),
+    "layers-pattern": (
+        "dora",
+        {"layers_to_transform": (0,), "layers_pattern": ("layers", "h", "block", "layer")},
+        {"layers_to_transform": 0, "layers_pattern": ["layers", "h", "block", "layer"], "use_dora": True},
+    ),
+    "modules_to_save": ("lora", {"modules_to_save": HEADS}, {"modules_to_save": list(HEADS)}),
+    "modules_to_save-dora": ("dora", {"modules_to_save": NORMS}, {"modules_to_save": list(NORMS), "use_dora": True}),
+}
+# Each base has some of these; peft lets the others pass, and in a recipe they would be errors.
+OF_FAMILY = {
+    "llama": {HEADS: ("lm_head", "embed_tokens"), NORMS: ("input_layernorm",)},
+    "gpt2": {HEADS: ("wte",), NORMS: ("ln_f",)},
+    "t5": {HEADS: ("lm_head",), NORMS: ("final_layer_norm",)},
+    "bert": {HEADS: ("classifier",), NORMS: ("pooler",)},
+    "mixtral": {HEADS: ("lm_head",), NORMS: ("post_attention_layernorm", "gate")},
 }
 
 
 def settings_and_config(case: str, family: str) -> tuple[Any, peft.PeftConfig]:
     method, own, fields = TABLE[case]
     base = BASES[family]
+    if "modules_to_save" in own:
+        names = OF_FAMILY[family][own["modules_to_save"]]
+        own, fields = {**own, "modules_to_save": names}, {**fields, "modules_to_save": list(names)}
     targets = (*base.attention, *base.feedforward)
     settings = settings_class("adapters", method)(**{"r": 4, "alpha": 6.0, "target_modules": targets, **own})
     return settings, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": list(targets), **fields})

@@ -24,6 +24,7 @@ from tunekit.adapters.base import (
     full_name,
     load_method,
 )
+from tunekit.adapters.copied_places import copied_places
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.fused_parameters import ParameterAdapter, ParameterHost, own_parameter
 from tunekit.adapters.targets import base_modules, find_targets
@@ -214,7 +215,7 @@ def _home(part: Part, net: nn.Module) -> torch.device:
 def _build(attached: AttachedAdapter, meta: bool) -> None:
     """Make every part and put the wrappers in place."""
     net, settings, method, targets = attached.net, attached.settings, attached.method, attached.targets
-    copied = copy_names(net, method.copies(settings))
+    copied = copied_places(base_modules(net), method, settings, targets)
     if method.shared is not None:
         attached.shared = method.shared(settings, targets, meta=meta)
     hosts: dict[str, dict[str, ParameterAdapter]] = {}
@@ -231,27 +232,12 @@ def _build(attached: AttachedAdapter, meta: bool) -> None:
             attached.put(target.name, attached.layers[target.name])
     for name, adapters in hosts.items():
         attached.put(name, ParameterHost(net.get_submodule(name), adapters))
-    for name in copied:
-        attached.copies[name] = TrainedCopy(net.get_submodule(name), name, meta=meta)
+    for name, only in copied.items():
+        attached.copies[name] = TrainedCopy(net.get_submodule(name), name, only, meta=meta)
         attached.put(name, attached.copies[name])
     if method.model is not None:
         attached.model_adapter = method.model(net, settings, meta=meta)
         attached.model_adapter.attach(net)
-
-
-def copy_names(net: nn.Module, entries: Sequence[str]) -> list[str]:
-    """Names of the modules that the entries (whole names or endings) ask to train as copies.
-
-    Raises: AdapterError where an entry matches nothing.
-    """
-    names = [name for name in base_modules(net) if name]
-    found: set[str] = set()
-    for entry in entries:
-        matching = [name for name in names if name == entry or name.endswith(f".{entry}")]
-        if not matching:
-            raise AdapterError(f"'{entry}' matches no module of the base", "name a module of the base")
-        found.update(matching)
-    return sorted(found)
 
 
 def _device_of(module: nn.Module) -> torch.device:

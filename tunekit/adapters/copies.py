@@ -12,10 +12,20 @@ from typing import Any
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from tunekit.adapters.base import Part, Slot, Wrapper
+from tunekit.adapters.base import Method, Part, Slot, Wrapper
+from tunekit.adapters.copied_places import copied_places
+from tunekit.adapters.targets import base_modules, slot_count
+from tunekit.decisions import Target
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
 from tunekit.model.weights import weight_of
+
+
+def copied_parameters(net: nn.Module, method: Method, settings: Any, targets: Sequence[Target]) -> int:
+    """Trained numbers in copies, beside those of the targets; allocates nothing."""
+    modules = base_modules(net)
+    places = copied_places(modules, method, settings, targets)
+    return sum(slot_count(TrainedCopy.slots(modules[name], name, only).values()) for name, only in places.items())
 
 
 class TrainedCopy(Wrapper, Part):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import Method, Slot
 from tunekit.adapters.lora import Lora
-from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED
+from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules
 from tunekit.adapters.peft_side import PeftSide
 from tunekit.decisions import Target
 from tunekit.model.weights import weight_of
@@ -55,8 +55,8 @@ class Dora(Lora):
         return self.magnitude / norm
 
     def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
-        scale, bias = self._scale(), getattr(self.base_layer, "bias", None)  # (O,)
+        y = self.base_output(x)  # (..., O)
+        scale, bias = self._scale(), self.used_bias()  # (O,)
         unbiased = y if bias is None else y - bias.to(y.dtype)
         return y + unbiased * (scale - 1).to(y.dtype) + self.update(x, y.dtype) * scale.to(y.dtype)
 
@@ -69,4 +69,5 @@ class Dora(Lora):
 METHOD = Method(
     peft=PeftSide("LORA", DoraSettings, LORA_FIELDS, {**LORA_FIXED, "use_dora": (True,)}, claims={"use_dora": True}),
     layer=Dora,
+    copies=saved_modules,
 )

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunekit.adapters.attach import copy_names
 from tunekit.adapters.base import Method, Part, Slot, full_name
+from tunekit.adapters.copied_places import copied_places
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.peft_side import shown
 from tunekit.adapters.strict_files import TensorEntry
@@ -109,6 +109,6 @@ def expected_tensors(
         expected.add(method.shared, "", method.shared.slots(settings, targets))
     if method.model is not None:
         expected.add(method.model, "", method.model.slots(settings, net))
-    for name in copy_names(net, method.copies(settings)):
-        expected.add(TrainedCopy, name, TrainedCopy.slots(modules[name], name))
+    for name, only in copied_places(modules, method, settings, targets).items():
+        expected.add(TrainedCopy, name, TrainedCopy.slots(modules[name], name, only))
     return expected

@@ -26,6 +26,7 @@ from tunekit.errors import AdapterError, Problem
 from tunekit.model.weights import weight_of
 
 NOT_MEANING = {"dropout", "target_modules", "exclude_modules", "r", "alpha", "rank_pattern", "alpha_pattern"}
+NOT_MEANING |= {"layers_to_transform", "layers_pattern", "modules_to_save"}  # the targets and tensors are compared
 NOT_MEANING |= {"method", "start", "init_from"}  # settings that differ without changing what the adapter computes
 BaseWeight = Callable[[str], Tensor]
 

@@ -16,6 +16,7 @@ from typing import Any
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.configuration import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
+from tunekit.adapters.copied_places import named_copies, plain_entries
 from tunekit.adapters.peft_targets import concrete_pattern, concrete_targets
 from tunekit.adapters.targets import base_modules
 from tunekit.artifacts import durable
@@ -113,7 +114,12 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     if "target_modules" in config:
         names = [target.name for target in targets]
         config["target_modules"] = concrete_targets(names, list(base_modules(attached.net)))
-        config["exclude_modules"] = None
+        config |= {"exclude_modules": None} if "exclude_modules" in config else {}
+    if attached.copies and config.get("modules_to_save"):
+        named = named_copies(base_modules(attached.net), attached.method.copies(settings))
+        config["modules_to_save"] = plain_entries(named, base_modules(attached.net))
+    config |= {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}
+    config |= {"modules_to_save": None} if config.get("modules_to_save") == [] else {}
     for key, default, resolved in (
         ("rank_pattern", "r", {target.name: target.r for target in targets}),
         ("alpha_pattern", "alpha", {target.name: target.alpha for target in targets}),

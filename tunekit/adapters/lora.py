@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Method, Slot
-from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED
+from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules
 from tunekit.adapters.peft_side import PeftSide
 from tunekit.decisions import Target
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -29,6 +29,7 @@ class Lora(LayerAdapter):
     settings: LowRankSettings
     A: nn.Parameter
     B: nn.Parameter
+    own_bias: nn.Parameter  # where biases are trained: in place of the base's
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
@@ -36,7 +37,10 @@ class Lora(LayerAdapter):
         if target.kind == "embedding":
             a = Slot("lora_embedding_A", (rank, inputs), rate="embedding")
             return {"A": a, "B": Slot("lora_embedding_B", (outputs, rank), rate="embedding")}
-        return {"A": Slot("lora_A.weight", (rank, inputs)), "B": Slot("lora_B.weight", (outputs, rank), rate="b")}
+        slots = {"A": Slot("lora_A.weight", (rank, inputs)), "B": Slot("lora_B.weight", (outputs, rank), rate="b")}
+        if settings.bias != "none" and target.has_bias:
+            slots["own_bias"] = Slot("base_layer.bias", (outputs,), decays=False)
+        return slots
 
     def initialise(self, generator: torch.Generator) -> None:
         if self.target.kind == "embedding":
@@ -45,6 +49,9 @@ class Lora(LayerAdapter):
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
             nn.init.zeros_(self.B)
+        if "own_bias" in self.held:
+            bias = self.base_layer.bias
+            self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
 
     @property
     def scaling(self) -> float:
@@ -68,12 +75,23 @@ class Lora(LayerAdapter):
         low = F.linear(x, self.A.to(x.dtype))  # (..., R)
         return F.linear(low, self.B.to(x.dtype)) * self.scaling
 
+    def used_bias(self) -> Tensor | None:
+        """The bias in use (O,)."""
+        bias: Tensor | None = self.own_bias if "own_bias" in self.held else getattr(self.base_layer, "bias", None)
+        return bias
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """W x with the bias in use, (..., O)."""
+        y: Tensor = self.base_layer(x)
+        return y + (self.own_bias - self.base_layer.bias).to(y.dtype) if "own_bias" in self.held else y
+
     def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
+        y = self.base_output(x)
         return y + self.update(x, y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        bias = self.own_bias.detach().to(weight.device) if "own_bias" in self.held else bias
         return weight + self.delta().to(weight.device), bias
 
 
-METHOD = Method(peft=PeftSide("LORA", LoraSettings, LORA_FIELDS, LORA_FIXED), layer=Lora)
+METHOD = Method(peft=PeftSide("LORA", LoraSettings, LORA_FIELDS, LORA_FIXED), layer=Lora, copies=saved_modules)

@@ -5,9 +5,11 @@ Comes in: nothing.  Goes out: tables for PeftSide.  Next: lora.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tunekit.adapters.peft_side import ANY
+from tunekit.recipe.low_rank import LowRankSettings
 
 LORA_FIELDS: dict[str, tuple[str, Any]] = {  # PEFT's field -> our setting, PEFT's default
     "r": ("r", 8),
@@ -18,11 +20,14 @@ LORA_FIELDS: dict[str, tuple[str, Any]] = {  # PEFT's field -> our setting, PEFT
     "rank_pattern": ("rank_pattern", {}),
     "alpha_pattern": ("alpha_pattern", {}),
     "use_rslora": ("use_rslora", False),
+    "bias": ("bias", "none"),
+    "modules_to_save": ("modules_to_save", []),
+    "layers_to_transform": ("layers_to_transform", []),
+    "layers_pattern": ("layers_pattern", None),
 }
 LORA_FIXED: dict[str, tuple[Any, ...]] = {  # first the value written, then the others that change nothing
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
-    "bias": ("none",),
     "corda_config": (None, ANY),  # how A and B were first filled: init_lora_weights decides
     "ensure_weight_tying": (False,),
     "eva_config": (None, ANY),
@@ -44,3 +49,8 @@ LORA_FIXED: dict[str, tuple[Any, ...]] = {  # first the value written, then the 
     "use_qalora": (False,),
     "velora_config": (None,),
 }
+
+
+def saved_modules(settings: LowRankSettings) -> Sequence[str]:
+    """Modules trained whole, as Method.copies asks for them."""
+    return settings.modules_to_save

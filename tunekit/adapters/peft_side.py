@@ -28,7 +28,7 @@ COMMON: dict[str, tuple[Any, ...]] = {  # of every PEFT type: what we write, the
     "peft_type": ("", ANY),  # read by folder.py
     "peft_version": (PEFT_VERSION, ANY),
     "revision": (None, ANY),  # read by folder.py
-    "task_type": ("CAUSAL_LM", None),
+    "task_type": ("CAUSAL_LM", None, "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
 }
 UNWRITTEN: dict[str, tuple[Any, ...]] = {"runtime_config": (ANY,)}  # PEFT ignores it in files, and so do we
 MODULES: dict[str, tuple[Any, ...]] = {  # of every PEFT type that adapts modules, unless the method says otherwise
@@ -83,7 +83,7 @@ class PeftSide:
         values: dict[str, Any] = {}
         for name, (own, default) in self.fields.items():
             value = config.get(name, default)
-            if value in (None, [], {}) and default in (None, {}):
+            if value in (None, [], {}, "") and default in (None, {}, []):
                 value = default  # nothing, in any of the spellings that peft has used
             values[own] = tuple(value) if isinstance(value, list) else value
         try:

@@ -18,7 +18,9 @@ from typing import Any
 from torch import nn
 
 from tunekit.adapters.base import Method, Slot, Wrapper, load_method
+from tunekit.adapters.copied_places import is_within, named_copies, wrong_entries
 from tunekit.adapters.fused_parameters import fused_shape
+from tunekit.adapters.layer_range import in_chosen_layers, outside
 from tunekit.adapters.patterns import Budget, Pattern
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError, Problem, RecipeError
@@ -127,7 +129,8 @@ class Search:
             return []
         excluded = self._matched("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
         names = self._matched("target_modules", self.settings.target_modules) - excluded
-        names -= set(self._copies())
+        copies = self._copies()
+        names = {name for name in self._in_layers(names) if not is_within(name, copies)}
         targets = [self._layer_target(name) for name in sorted(names)]
         for key in ("rank_pattern", "alpha_pattern"):
             self._check_pattern_keys(key, [target.name for target in targets])
@@ -143,7 +146,19 @@ class Search:
         return [self._parameter_target(name) for name in sorted(names)]
 
     def _copies(self) -> list[str]:
-        return [name for entry in self.method.copies(self.settings) for name in self.by_ending.get(entry, ())]
+        """Modules trained as copies, which are no targets, nor is anything inside them."""
+        entries = self.method.copies(self.settings)
+        for what, how in wrong_entries(self.modules, entries, self.file is not None):
+            self.report("modules_to_save", what, how)
+        return named_copies(self.modules, entries)
+
+    def _in_layers(self, names: set[str]) -> set[str]:
+        """Those in the chosen layers; a number without a layer is a problem."""
+        missing, there = outside(self.modules, self.settings)
+        if missing and not self.file:
+            text = f"the base has no layer {', '.join(map(str, missing))}"
+            self.report("layers_to_transform", text, f"its layers are {there[0]} to {there[-1]}" if there else "")
+        return in_chosen_layers(names, self.settings)
 
     def _matched(self, key: str, entries: str | Sequence[str]) -> set[str]:
         """Names of adaptable layers (for exclude_modules: of any modules) that the entries match."""
@@ -220,7 +235,8 @@ class Search:
         assert weight is not None
         assert kind is not None
         outputs, inputs = weight.shape if kind != "embedding" else weight.shape[::-1]
-        return self._sized(Target(name, kind, inputs, outputs, 0, self._rank(name), self._alpha(name)))
+        bias = weight.bias is not None
+        return self._sized(Target(name, kind, inputs, outputs, 0, self._rank(name), self._alpha(name), has_bias=bias))
 
     def _parameter_target(self, name: str) -> Target:
         experts, outputs, inputs = fused_shape(*self.fused[name])

@@ -155,9 +155,9 @@ LOST: dict[str, Alias] = {
     "neftune_noise_alpha": Alias(None, lost("there is no embedding noise")),
     "tf32": Alias(None, lost("matrix products keep their precision")),
     "template": Alias(None, lost("templates have no names here", "write data.chat_template: FILE, or nothing")),
-    "lora_modules_to_save": Alias(None, lost("only the adapter is trained")),
-    "peft_use_dora": Alias(None, lost("it is an adapter of its own")),
-    "use_dora": Alias(None, lost("it is an adapter of its own")),
+    "lora_modules_to_save": _to("adapter.modules_to_save"),
+    "peft_use_dora": Alias(None, lost("it is an adapter of its own", "write adapter.method: dora")),
+    "use_dora": Alias(None, lost("it is an adapter of its own", "write adapter.method: dora")),
     "wandb_project": Alias(None, lost("that tracker is not served", "write output.report_to")),
     "push_to_hub": Alias(None, lost("nothing is uploaded")),
     "hub_model_id": Alias(None, lost("nothing is uploaded")),
@@ -172,12 +172,10 @@ IN_ADAPTER: dict[str, Alias] = {
     "lora_alpha": _to("adapter.alpha"),
     "lora_dropout": _to("adapter.dropout"),
     "task_type": Alias(None, one_of({"CAUSAL_LM": _NOTHING})),
-    "bias": Alias(None, one_of({"none": _NOTHING}, "biases are not trained")),
     "init_lora_weights": Alias(None, one_of({True: _NOTHING}, "write adapter.start")),
     "fan_in_fan_out": Alias(None, always_so("it follows from the layer")),
     "inference_mode": Alias(None, one_of({False: _NOTHING})),
-    "modules_to_save": Alias(None, lost("only the adapter is trained")),
-    "use_dora": Alias(None, lost("it is an adapter of its own")),
+    "use_dora": Alias(None, lost("it is an adapter of its own", "write adapter.method: dora")),
 }
 # Keys that aliases.py reads together, because other tools spread one decision over several.
 QUANTIZATION_KEYS = ("load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "quantization_type")

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Any, Literal
 
-from tunekit.recipe.section import AdapterSettings, Count, Fraction, NotNegative, Text, TextOrTexts
+from pydantic import BeforeValidator, Field, model_validator
+
+from tunekit.recipe.section import (
+    AdapterSettings,
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    Several,
+    Text,
+    TextOrTexts,
+)
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class LowRankSettings(AdapterSettings):
@@ -20,3 +35,21 @@ class LowRankSettings(AdapterSettings):
     rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
     alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="which of the base's biases are trained as well: all, or those of adapted layers"
+    )
+    modules_to_save: Several[Text] = Field(
+        (), description="modules trained whole, such as a head: names or name endings"
+    )
+    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(_one_or_several)] = Field(
+        (), description="numbers of the layers adapted; none: all"
+    )
+    layers_pattern: TextOrTexts | None = Field(
+        None, description="name of the list that holds the layers, where a module's name has several numbers"
+    )
+
+    @model_validator(mode="after")
+    def _pattern_needs_layers(self) -> LowRankSettings:
+        if self.layers_pattern is not None and not self.layers_to_transform:
+            raise ValueError("layers_pattern says nothing without layers_to_transform")
+        return self
