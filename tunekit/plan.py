@@ -17,7 +17,7 @@ import tunekit
 from tunekit.adapters.base import load_method
 from tunekit.adapters.configuration import read_adapter_config
 from tunekit.adapters.copies import copied_parameters
-from tunekit.adapters.targets import find_targets, unreached_experts
+from tunekit.adapters.targets import find_targets, trained_count, unreached_experts
 from tunekit.artifacts.durable import write_json
 from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
@@ -256,7 +256,7 @@ def _assemble(
     findings: Findings,
 ) -> Plan:
     recipe, facts, rows = loaded.recipe, inputs.base.facts, inputs.rows
-    trainable = sum(target.trainable_parameters for target in inputs.targets)
+    trainable = trained_count(load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
     trainable += copied_parameters(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
     return Plan(
         tunekit_version=tunekit.__version__,

@@ -23,6 +23,7 @@ from tests.contract.vector_methods import SCALED_OUTPUTS, VECTORS
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import LayerAdapter, Method, NotMergeable, load_method
 from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.targets import trained_count
 from tunekit.model.call import Call, calling
 from tunekit.model.weights import pack_linear, weight_of
 from tunekit.recipe.adapters.dora import DoraSettings
@@ -117,7 +118,8 @@ def test_only_its_tensors_get_gradients_and_the_base_stays(method: str, storage:
     randomise(attached)
     trained = attached.trained()
     base(make_input(storage)).float().square().sum().backward()
-    assert {id(p) for p in base.parameters() if p.requires_grad} == {id(p) for p in trained.values()}
+    shared = {id(p) for p in attached.shared.parameters()} if attached.shared else set()  # belongs to no layer
+    assert {id(p) for p in base.parameters() if p.requires_grad} | shared == {id(p) for p in trained.values()}
     assert list(trained) == sorted(trained)
     for name, parameter in trained.items():
         assert parameter.dtype == torch.float32
@@ -196,7 +198,7 @@ def test_meta_base_allocates_nothing(method: str) -> None:
         base = make_base("dense")
     attached = attach(base, method)
     assert all(tensor.is_meta for tensor in attached.state().values())
-    counted = sum(target.trainable_parameters for target in attached.targets)
+    counted = trained_count(attached.method, attached.settings, attached.targets)
     assert counted == sum(parameter.numel() for parameter in attached.trained().values()) > 0
 
 

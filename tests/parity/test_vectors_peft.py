@@ -18,6 +18,7 @@ from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.recipe.adapters.road import RoadSettings
+from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.recipe.adapters.vera import VeraSettings
 
 Made = tuple[Any, Any]  # our settings, peft's configuration
@@ -57,6 +58,11 @@ def fourierft(base: Base) -> Made:
     )
 
 
+def vblora(base: Base) -> Made:
+    names, values = (*base.attention, *base.feedforward), {"r": 3, "num_vectors": 12, "vector_length": 8, "topk": 3}
+    return VbloraSettings(target_modules=names, **values), peft.VBLoRAConfig(target_modules=list(names), **values)
+
+
 def road(variant: str) -> Callable[[Base], Made]:
     def make(base: Base) -> Made:
         names, values = (*base.attention, *base.feedforward), {"group_size": 8, "variant": variant}
@@ -81,6 +87,7 @@ CASES: dict[str, tuple[Callable[[Base], Made], tuple[str, ...], dict[str, Any]]]
     "vera": (vera, FAMILIES, {}),
     "vera-unsaved": (vera_unsaved, ("llama", "gpt2"), {"known_warnings": ("Specified to not",)}),
     "fourierft": (fourierft, FAMILIES, {}),
+    "vblora": (vblora, FAMILIES, {}),
     "road_1": (road("road_1"), LINEAR, {}),
     "road_2": (road("road_2"), ("llama", "bert"), {}),
     "road_4": (road("road_4"), ("llama", "bert"), {}),

@@ -1,7 +1,7 @@
 """Settings that must divide the sides of every adapted layer.
 
 Comes in: targets, a key with its value.  Goes out: a Misfit that names values that fit.
-Next: road.py, c3a.py.
+Next: vblora.py, road.py, c3a.py.
 """
 
 from __future__ import annotations

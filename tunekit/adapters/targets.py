@@ -97,6 +97,12 @@ def slot_count(slots: Iterable[Slot]) -> int:
     return sum(math.prod(slot.shape) for slot in slots if slot.kind == "trained")
 
 
+def trained_count(method: Method, settings: Any, targets: Sequence[Target]) -> int:
+    """Trained numbers of an adapter: its layers' and those that the layers share."""
+    shared = slot_count(method.shared.slots(settings, targets).values()) if method.shared else 0
+    return shared + sum(target.trainable_parameters for target in targets)
+
+
 class Search:
     """One pass over one base; `problems` grows as entries fail."""
 
