@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tunekit.recipe.adapters.boft import BoftSettings
+from tunekit.recipe.adapters.delora import DeloraSettings
+from tunekit.recipe.adapters.gralora import GraloraSettings
 from tunekit.recipe.adapters.hira import HiraSettings
 from tunekit.recipe.adapters.hra import HraSettings
 from tunekit.recipe.adapters.loha import LohaSettings
@@ -27,5 +30,18 @@ PRODUCTS: dict[str, Callable[[], Any]] = {
     "miss-bat": lambda: MissSettings(r=8, variant="bat", target_modules=NAMES),
     "miss-mini": lambda: MissSettings(r=8, variant="mini", mini_r=4, target_modules=NAMES),
     "hira": lambda: HiraSettings(r=4, target_modules=NAMES),
+    "boft": lambda: BoftSettings(target_modules=NAMES),
+    "boft-butterfly": lambda: BoftSettings(block_size=8, butterfly_factors=3, target_modules=NAMES),
+    "gralora": lambda: GraloraSettings(r=4, k=2, alpha=4, target_modules=NAMES),
+    "gralora-hybrid": lambda: GraloraSettings(r=4, k=4, alpha=4, hybrid_r=2, target_modules=NAMES),
+    "delora": lambda: DeloraSettings(r=4, delora_lambda=2, target_modules=NAMES),
 }
-ROTATIONS = {"oft", "oft-shared", "oft-exact", "hra", "hra-orthogonal"}  # LLM.int8 rounds other inputs
+ROTATIONS = {
+    "boft",
+    "boft-butterfly",
+    "oft",
+    "oft-shared",
+    "oft-exact",
+    "hra",
+    "hra-orthogonal",
+}  # LLM.int8 rounds other inputs

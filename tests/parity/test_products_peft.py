@@ -9,10 +9,15 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+from torch import Tensor
 
 from tests.parity.peft_case import BASES, CHECKS, run_cell
 from tunekit.adapters.base import load_method
 from tunekit.adapters.oft import block_size
+from tunekit.recipe.adapters.boft import BoftSettings
+from tunekit.recipe.adapters.delora import DeloraSettings
+from tunekit.recipe.adapters.gralora import GraloraSettings
 from tunekit.recipe.adapters.hira import HiraSettings
 from tunekit.recipe.adapters.hra import HraSettings
 from tunekit.recipe.adapters.loha import LohaSettings
@@ -69,8 +74,43 @@ PAIRS = {
         MissSettings, peft.MissConfig, {"r": 8, "mini_r": 4}, {"variant": "mini"}, {"init_weights": "mini"}
     ),
     "hira": Pair(HiraSettings, peft.HiraConfig, {"r": 4}, families=tuple(BASES)),
+    "boft": Pair(BoftSettings, peft.BOFTConfig, {}, {"block_size": 8}, {"boft_block_size": 8}),
+    "boft-butterfly": Pair(
+        BoftSettings,
+        peft.BOFTConfig,
+        {},
+        {"block_size": 4, "butterfly_factors": 3},
+        {"boft_block_size": 4, "boft_n_butterfly_factor": 3},
+    ),
+    "boft-blocks": Pair(BoftSettings, peft.BOFTConfig, {}, {"blocks": 4}, {"boft_block_size": 0, "boft_block_num": 4}),
+    "gralora": Pair(
+        GraloraSettings, peft.GraloraConfig, {"r": 4, "alpha": 6}, {"k": 2}, {"gralora_k": 2}, families=tuple(BASES)
+    ),
+    "gralora-hybrid": Pair(
+        GraloraSettings,
+        peft.GraloraConfig,
+        {"r": 4, "alpha": 6, "hybrid_r": 3},
+        {"k": 4},
+        {"gralora_k": 4},
+        families=tuple(BASES),
+    ),
+    "delora": Pair(DeloraSettings, peft.DeloraConfig, {"r": 4, "delora_lambda": 2}, patterns={"rank_pattern": 2}),
 }
 CELLS = [(name, family) for name, pair in PAIRS.items() for family in pair.families]
+
+
+class PlainBlockDiagonal:
+    """What peft's CUDA extension computes, without which it takes one butterfly factor whatever is asked for."""
+
+    @staticmethod
+    def apply(blocks: Tensor) -> Tensor:
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+@pytest.fixture(autouse=True)
+def butterflies_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(peft.tuners.boft.layer, "FastBlockDiag", PlainBlockDiagonal)
 
 
 @pytest.mark.parametrize(("name", "family"), CELLS)

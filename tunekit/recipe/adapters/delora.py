@@ -1,0 +1,23 @@
+"""`adapter: {method: delora}` settings of DeLoRA, decoupled low-rank adaptation (Bini et al. 2025)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import AdapterSettings, Count, Fraction, NotNegative, Text, TextOrTexts
+
+
+class DeloraSettings(AdapterSettings):
+    """A low-rank update of normalised factors, whose strength is one trained number per layer."""
+
+    method: Literal["delora"] = Field("delora", description="a low-rank update of unit factors and trained strength")
+    r: Count = Field(8, description="rank")
+    delora_lambda: NotNegative = Field(15.0, description="the strength at the start; it bounds the update's norm")
+    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+    rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")

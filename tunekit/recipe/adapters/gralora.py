@@ -1,0 +1,24 @@
+"""`adapter: {method: gralora}` settings of GraLoRA, granular low-rank adaptation (Jung et al. 2025)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Fraction, NotNegative, TextOrTexts
+
+
+class GraloraSettings(AdapterSettings):
+    """Each matrix in k x k blocks, each with a low-rank update of its own of rank r / k."""
+
+    method: Literal["gralora"] = Field("gralora", description="a low-rank update of each of k x k blocks")
+    r: Count = Field(32, description="rank; k divides it")
+    k: Count = Field(2, description="blocks on either side; it divides every layer's inputs and outputs")
+    hybrid_r: CountOrZero = Field(0, description="rank of a plain LoRA beside the blocks")
+    alpha: NotNegative = Field(64.0, description="the update is scaled by alpha / (r + hybrid_r)")
+    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
