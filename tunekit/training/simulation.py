@@ -49,7 +49,7 @@ class SimulatedRun:
         objective = _LogitsApart(self._objective(), tracker)
         with torch.random.fork_rng(devices=[]), attention_as_on(self.device), tracker:
             self._adopt(tracker, tuned)
-            optimizer = _make_optimizer(tracker, tuned.adapter, self.training)
+            optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
             tracker.start()
             units = objective.units(batch)
             with tuned.training_mode(True):
@@ -65,7 +65,7 @@ class SimulatedRun:
         objective = _LogitsApart(self._objective(), tracker)
         with attention_as_on(self.device), tracker:
             self._adopt(tracker, tuned)
-            optimizer = _make_optimizer(tracker, tuned.adapter, self.training)
+            optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
             tracker.start()
             with undisturbed(tuned):
                 objective.loss(tuned.hidden(objective.inputs(batch)), tuned.head(), batch)
@@ -90,7 +90,7 @@ class SimulatedRun:
         tracker.adopt([*net.parameters(), *net.buffers()], "weights")
 
 
-def _make_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:
+def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:
     """The real optimizer, whose flat buffers replace the adapter's own tensors; AdamW's moments made at once."""
     groups = [Group(tuple(names), rate, decays) for names, rate, decays in adapter.groups(training)]
     training = training.model_copy(update={"optimizer": UNPAGED.get(training.optimizer, training.optimizer)})

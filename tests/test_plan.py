@@ -1,0 +1,233 @@
+"""Plan: decided without a weight, every refusal at once, and the same numbers that training then meets."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.recipe_mutator import make_valid_case
+from tests.train_case import write_recipe
+from tunekit import plan as plan_module
+from tunekit.decisions import Plan
+from tunekit.errors import InputError, ModelError, RecipeError, TunekitError
+from tunekit.plan import Prepared, logits_chunk_tokens, make_plan, plan_from_json, plan_verb
+from tunekit.recipe.load import load_recipe
+
+CPU = torch.device("cpu")
+# what a mutated recipe may draw so that a tiny llama over chat rows can take it
+PLANNABLE: dict[str, list[str]] = {
+    "model.dtype": ["auto", "float32", "bfloat16"],
+    "model.attention": ["auto", "eager", "sdpa"],
+    "data.train.0.format": ["auto", "chat"],
+    "data.train.0.columns": ["{}"],
+    "data.train.0.max_rows": ["null", "10"],
+    "data.train.0.weight": ["1", "1.", "0.5", "3"],
+    "data.eval": ["0.3", "null", "eval.jsonl", "[eval.jsonl]"],
+    "data.chat_template": ["null"],
+    "data.max_length": ["512", "2048", "2e3"],
+    "data.excess_length": ["drop", "truncate"],
+    "adapter.r": ["1", "8"],
+    "adapter.exclude_modules": ["null", "[k_proj]"],
+    "adapter.rank_pattern": ["{}", "{q_proj: 4}"],
+    "training.max_steps": ["1", "10"],
+}
+
+
+def plan_of(path: Path, *overrides: str) -> tuple[Plan, Prepared]:
+    return make_plan(load_recipe(path, overrides), device=CPU)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_llama: Path) -> Path:
+    return write_recipe(tmp_path / "recipe", tiny_llama)
+
+
+def test_a_plan_needs_no_weight(tmp_path: Path, tiny_llama: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_llama, bare)
+    whole, _ = plan_of(write_recipe(tmp_path / "whole", tiny_llama))
+    (bare / "model.safetensors").unlink()
+    plan, _ = plan_of(write_recipe(tmp_path / "recipe", bare))
+    assert plan.peak_bytes == whole.peak_bytes
+    assert plan.targets == whole.targets
+    assert not plan.refusals
+
+
+def test_a_plan_survives_json(recipe: Path) -> None:
+    plan, _ = plan_of(recipe)
+    assert plan_from_json(json.loads(json.dumps(asdict(plan)))) == plan
+    with pytest.raises(InputError, match="no plan"):
+        plan_from_json({"steps": 3})
+
+
+def test_counts_are_those_of_the_windows(recipe: Path) -> None:
+    for overrides in (
+        (),
+        ("data.packing=true",),
+        ("training.epochs=1.5",),
+        ("~training.epochs", "training.max_steps=4"),
+    ):
+        plan, prepared = plan_of(recipe, *overrides)
+        windows = list(prepared.rows.windows(prepared.batch_settings).windows(0))
+        supervised = sum(int((batch.labels != -100).sum()) for window in windows for batch in window.batches)
+        assert plan.steps == len(windows)
+        assert plan.supervised_tokens == supervised
+        assert plan.packing == ("data.packing=true" in overrides)
+
+
+def test_parameters_are_counted_by_target(recipe: Path) -> None:
+    plan, _ = plan_of(recipe, "adapter.target_modules=[q_proj]", "adapter.r=4")
+    assert [target.name for target in plan.targets] == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    assert plan.trainable_parameters == 2 * 4 * (64 + 64)
+    packed, _ = plan_of(recipe, "adapter.target_modules=[q_proj]", "adapter.r=4", "model.quantization=int8_weight_only")
+    assert packed.total_parameters == plan.total_parameters, "a packed matrix counts as the numbers that it stands for"
+    assert packed.peak_bytes.weights < plan.peak_bytes.weights
+
+
+def test_warm_up_and_chunks_follow_their_rules(recipe: Path) -> None:
+    plan, _ = plan_of(recipe, "training.warmup_ratio=0.3")
+    assert (plan.steps, plan.warmup_steps) == (6, 2)
+    assert [logits_chunk_tokens(size) for size in (300, 32_000, 49_152, 151_936, 1_000_000)] == [
+        1024,
+        524,
+        341,
+        110,
+        64,
+    ]
+    assert plan.logits_chunk_tokens == 1024
+
+
+def test_packing_is_decided_by_the_model(tmp_path: Path, tiny_llama: Path, recipe: Path) -> None:
+    plan, _ = plan_of(recipe, "data.packing=auto")
+    assert plan.packing
+    assert "allow" in plan.packing_reason
+    bloom = write_other(tmp_path / "bloom", tiny_llama, "bloom", hidden_size=64, n_layer=2, n_head=4)
+    other = write_recipe(tmp_path / "other", bloom)
+    plan, _ = plan_of(other, "data.packing=auto")
+    assert not plan.packing
+    assert "position ids" in plan.packing_reason
+    plan, _ = plan_of(other, "data.packing=true")
+    assert [refusal.key for refusal in plan.refusals] == ["data.packing"]
+
+
+def write_other(folder: Path, tokenizer: Path, kind: str, **sizes: Any) -> Path:
+    """A configuration without weights beside the tiny llama's tokenizer."""
+    from transformers import AutoConfig
+
+    shutil.copytree(tokenizer, folder)
+    (folder / "model.safetensors").unlink()
+    vocabulary = sizes.pop("vocab_size", 264)
+    config = AutoConfig.for_model(kind, vocab_size=vocabulary, bos_token_id=0, eos_token_id=2, **sizes)
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_rows_beyond_a_table_of_positions_are_refused(tmp_path: Path, tiny_llama: Path, recipe: Path) -> None:
+    gpt2 = write_other(tmp_path / "gpt2", tiny_llama, "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=40)
+    plan, _ = plan_of(write_recipe(tmp_path / "other", gpt2))
+    assert [refusal.key for refusal in plan.refusals] == ["data.max_length"]
+    assert "end at 40" in plan.refusals[0].message
+    config = json.loads((tiny_llama / "config.json").read_text())
+    llama = tmp_path / "short"
+    shutil.copytree(tiny_llama, llama)
+    (llama / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    plan, _ = plan_of(write_recipe(tmp_path / "short-recipe", llama))
+    assert not plan.refusals
+    assert any("made for 40" in note for note in plan.notes)
+
+
+def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    small = write_other(tmp_path / "small", tiny_llama, "gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=60)
+    plan, _ = plan_of(write_recipe(tmp_path / "other", small))
+    assert [refusal.key for refusal in plan.refusals] == ["model.name_or_path"]
+    assert "59" in plan.refusals[0].message
+
+
+def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = plan_of(recipe, "data.packing=true", "data.max_length=512", "memory.gradient_checkpointing=false")
+    every, _ = plan_of(recipe, "data.packing=true", "data.max_length=512", "memory.gradient_checkpointing=true")
+    one, _ = plan_of(recipe, "data.packing=true", "data.max_length=512", "memory.gradient_checkpointing=1")
+    assert [plan.checkpointed_layers for plan in (plain, one, every)] == [0, 1, 2]
+    assert plain.peak_bytes.total > every.peak_bytes.total
+    overrides = ("data.packing=true", "data.max_length=512", "memory.gradient_checkpointing=auto")
+    for available, layers, refused in (
+        (plain.peak_bytes.total, 0, False),
+        (plain.peak_bytes.total - 1, 1 if one.peak_bytes.total < plain.peak_bytes.total else 2, False),
+        (every.peak_bytes.total, 2 if every.peak_bytes.total < one.peak_bytes.total else 1, False),
+        (1000, 2, True),
+    ):
+        monkeypatch.setattr(plan_module, "available_bytes", lambda device, free=available: free)
+        plan, _ = plan_of(recipe, *overrides)
+        assert plan.checkpointed_layers == layers
+        assert bool(plan.refusals) == refused
+    assert plan.refusals[0].key == "training.micro_batch_size"
+
+
+def test_all_problems_are_told_at_once(recipe: Path, tmp_path: Path) -> None:
+    (recipe.parent / "train.jsonl").write_text("{}\n")
+    with pytest.raises(TunekitError) as caught:
+        plan_of(recipe, "adapter.target_modules=[q_prj]", "memory.budget=8GiB", "memory.streaming=disk")
+    text = str(caught.value)
+    assert caught.value.exit_code == 2
+    for words in ("did you mean 'q_proj'", "memory.budget", "memory.streaming", "train.jsonl:1"):
+        assert words in text
+
+
+def test_a_model_that_is_not_there_is_told_with_the_data(recipe: Path) -> None:
+    with pytest.raises(ModelError, match="no folder"):
+        plan_of(recipe, "model.name_or_path=./nothing")
+
+
+def test_ranks_too_large_are_refused(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="rank 33 is too large for"):
+        plan_of(recipe, "adapter.r=33")
+
+
+def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunekit.training.refusals.find_spec", lambda name: None)
+    loaded = ("model.quantization=nf4", "training.optimizer=adamw", "output.report_to=[tensorboard]")
+    plan, _ = plan_of(recipe, *loaded)
+    assert sorted(refusal.key for refusal in plan.refusals) == ["model.quantization", "output.report_to"]
+    plan, _ = plan_of(recipe, "model.quantization=int8_weight_only")
+    assert not plan.refusals
+
+
+def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan_verb(str(recipe), ["training.epochs=1"], str(tmp_path / "plan.json"))
+    text = capsys.readouterr().out
+    for words in ("q_proj", "trained", "total", "free", "3 an epoch", "dropout is on"):
+        assert words in text
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["steps"] == 3
+    assert set(written["peak_bytes"]) == {"weights", "adapter", "optimizer", "activations", "logits", "total"}
+    assert not (recipe.parent / "run").exists(), "plan makes no folder"
+
+
+def test_the_verb_refuses_a_folder_that_holds_a_run(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "used" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for name, words in (("used", "already holds a run"), ("file", "not a folder")):
+        with pytest.raises(RecipeError, match=words) as caught:
+            plan_verb(str(recipe), [f"output.dir={tmp_path / name}"], str(tmp_path / "plan.json"))
+        assert caught.value.problems[0].key == "output.dir"
+        assert json.loads((tmp_path / "plan.json").read_text())["refusals"]
+
+
+def test_thirty_valid_recipes_are_planned(tmp_path: Path, tiny_llama: Path) -> None:
+    path = write_recipe(tmp_path / "recipe", tiny_llama)
+    shutil.copy(path.parent / "train.jsonl", path.parent / "eval.jsonl")
+    for number in range(30):
+        case = make_valid_case(random.Random(f"plan-{number}"), only=PLANNABLE)
+        path.write_bytes(case.text.encode())
+        overrides = [*case.overrides, f"model.name_or_path={tiny_llama}", f"output.dir={tmp_path / 'run'}"]
+        plan, _ = plan_of(path, *overrides)
+        assert not plan.refusals, f"{plan.refusals}\n{case}"
+        assert plan.steps > 0
+        assert plan.peak_bytes.total > 0
