@@ -250,4 +250,5 @@ def test_settings_and_method_files_come_in_pairs() -> None:
     modules = {module.name for module in pkgutil.iter_modules(tunekit.adapters.__path__) if not module.ispkg}
     methods = {name for name in modules if hasattr(import_module(f"tunekit.adapters.{name}"), "METHOD")}
     assert settings == methods
-    assert {make().method for make in METHODS.values()} == methods, "a method without contract tests"
+    elsewhere = {"bitfit", "ln_tuning"}  # test_copies_contract.py
+    assert {make().method for make in METHODS.values()} | elsewhere == methods, "a method without contract tests"

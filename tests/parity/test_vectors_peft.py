@@ -17,6 +17,7 @@ from tunekit.adapters.attach import attach_adapter
 from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.recipe.adapters.ia3 import Ia3Settings
+from tunekit.recipe.adapters.ln_tuning import LnTuningSettings
 from tunekit.recipe.adapters.road import RoadSettings
 from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.recipe.adapters.vera import VeraSettings
@@ -79,6 +80,10 @@ def c3a(base: Base) -> Made:
     )
 
 
+def ln_tuning(base: Base) -> Made:
+    return LnTuningSettings(target_modules=base.norms), peft.LNTuningConfig(target_modules=list(base.norms))
+
+
 FAMILIES = tuple(BASES)
 LINEAR = tuple(family for family in BASES if family != "gpt2")  # peft refuses Conv1D there
 CASES: dict[str, tuple[Callable[[Base], Made], tuple[str, ...], dict[str, Any]]] = {
@@ -91,6 +96,7 @@ CASES: dict[str, tuple[Callable[[Base], Made], tuple[str, ...], dict[str, Any]]]
     "road_1": (road("road_1"), LINEAR, {}),
     "road_2": (road("road_2"), ("llama", "bert"), {}),
     "road_4": (road("road_4"), ("llama", "bert"), {}),
+    "ln_tuning": (ln_tuning, FAMILIES, {"known_warnings": ("Unsupported layer type",)}),
     "c3a": (c3a, LINEAR, {"spread": 2.0, "peft_backward": False}),
 }
 CELLS = [(name, family) for name, (_, families, _) in CASES.items() for family in families]

@@ -233,7 +233,7 @@ def _build(attached: AttachedAdapter, meta: bool) -> None:
     for name, adapters in hosts.items():
         attached.put(name, ParameterHost(net.get_submodule(name), adapters))
     for name, only in copied.items():
-        attached.copies[name] = TrainedCopy(net.get_submodule(name), name, only, meta=meta)
+        attached.copies[name] = (method.copy or TrainedCopy)(net.get_submodule(name), name, only, meta=meta)
         attached.put(name, attached.copies[name])
     if method.model is not None:
         attached.model_adapter = method.model(net, settings, meta=meta)

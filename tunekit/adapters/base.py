@@ -21,6 +21,7 @@ from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
 
 if TYPE_CHECKING:
+    from tunekit.adapters.copies import TrainedCopy
     from tunekit.adapters.fused_parameters import ParameterAdapter
     from tunekit.adapters.peft_side import PeftSide
 
@@ -241,6 +242,9 @@ class Method:
     model: type[ModelAdapter] | None = None
     parameters: Callable[[Any], Sequence[str]] = no_names  # settings -> names of fused 3-D parameters
     copies: Callable[[Any], Sequence[str]] = no_names  # settings -> names of modules trained as full copies
+    places: Callable[[Mapping[str, nn.Module], Any], Mapping[str, tuple[str, ...] | None]] | None = None
+    # of a method that is nothing but copies: the base's modules, settings -> module name and its parameters (None: all)
+    copy: type[TrainedCopy] | None = None  # the class of its copies, where their names in the file differ
     misfits: Callable[[Any, Sequence[Target], bool], Sequence[Misfit]] = no_misfits  # True: settings of a file
     read_as: str | None = None  # the method as which its folder is read, where the two differ only in training
 

@@ -54,6 +54,7 @@ def copied_places(modules: Mapping[str, nn.Module], method: Method, settings: An
             owns = any(own == "bias" for own, _ in module.named_parameters(recurse=False))
             if owns and name not in adapted and not is_within(name, whole):
                 places[name] = ("bias",)
+    places |= method.places(modules, settings) if method.places else {}
     return dict(sorted(places.items()))
 
 

@@ -110,5 +110,5 @@ def expected_tensors(
     if method.model is not None:
         expected.add(method.model, "", method.model.slots(settings, net))
     for name, only in copied_places(modules, method, settings, targets).items():
-        expected.add(TrainedCopy, name, TrainedCopy.slots(modules[name], name, only))
+        expected.add(method.copy or TrainedCopy, name, TrainedCopy.slots(modules[name], name, only))
     return expected

@@ -112,7 +112,7 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     settings, targets = attached.settings, [target for target in attached.targets if target.kind != "parameter"]
     config = attached.method.peft.write(settings)
     if "target_modules" in config:
-        names = [target.name for target in targets]
+        names = sorted(attached.copies) if attached.method.places else [target.name for target in targets]
         config["target_modules"] = concrete_targets(names, list(base_modules(attached.net)))
         config |= {"exclude_modules": None} if "exclude_modules" in config else {}
     if attached.copies and config.get("modules_to_save"):

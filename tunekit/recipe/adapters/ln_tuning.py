@@ -1,0 +1,18 @@
+"""`adapter: {method: ln_tuning}` settings of LN tuning (Zhao et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import AdapterSettings, TextOrTexts
+
+
+class LnTuningSettings(AdapterSettings):
+    """Trains the weights and biases of the norms alone; all norms are those of PEFT's MetaMathQA comparison."""
+
+    method: Literal["ln_tuning"] = Field("ln_tuning", description="the base's norms themselves")
+    target_modules: TextOrTexts = Field(
+        "all-norms", description="all-norms, a list of names or name endings, or a regular expression"
+    )
