@@ -19,6 +19,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "dora": ("dora", {}),
     "lora_fa": ("lora_fa", {}),
+    "gaussian": ("lora", {"start": "gaussian"}),
+    "orthogonal": ("dora", {"start": "orthogonal"}),
     "copies": ("lora", {"modules_to_save": ("lm_head", "embed_tokens")}),
     "second layer": ("dora", {"layers_to_transform": (1,)}),
 }

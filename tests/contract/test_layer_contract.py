@@ -34,6 +34,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",)),
     "dora": lambda: DoraSettings(r=4, alpha=6, target_modules=("layer",)),
     "lora_fa": lambda: LoraFaSettings(r=4, alpha=6, target_modules=("layer",)),
+    "gaussian": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",), start="gaussian"),
+    "orthogonal": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",), start="orthogonal"),
     "rslora": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",), use_rslora=True),
     **VECTORS,
     **PRODUCTS,
@@ -103,7 +105,10 @@ def test_starts_as_identity_and_bypass_is_the_base(method: str, storage: str) ->
     plain = base(x)
     attached = attach(base, method)
     if attached.starts_as_identity():
-        assert torch.equal(base(x), plain)
+        if method == "orthogonal":  # B A is 0 only up to rounding
+            torch.testing.assert_close(base(x), plain, rtol=0, atol=0.05 if storage == "bfloat16" else 1e-5)
+        else:
+            assert torch.equal(base(x), plain)
     randomise(attached)
     assert not torch.equal(base(x), plain)
     with calling(Call(bypassed=True)):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 
+import tunekit.adapters.starts as adapter_starts
+import tunekit.recipe.starts as recipe_starts
 from tests.parity.peft_case import BASES, CHECKS, run_cell
+from tunekit.adapters.attach import attach_adapter
 from tunekit.recipe.names import settings_class
 
 FAMILIES = ("llama", "gpt2", "t5", "bert", "mixtral")
@@ -57,3 +62,27 @@ def test_cell(case: str, family: str, tmp_path: Path) -> None:
     cell = run_cell(settings, config, family, tmp_path)
     assert not cell.failures, cell.failures
     assert tuple(cell.passed) == CHECKS
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_starts_draw_from_the_distributions_of_peft(start: str) -> None:
+    """Size of A and B, and of B A, over all layers: the generators differ, so that only these can be compared."""
+    targets = BASES["llama"].attention
+    settings = settings_class("adapters", "lora")(r=8, alpha=8.0, target_modules=targets, start=start)
+    ours = attach_adapter(BASES["llama"].make(), settings, seed=1, head_name="lm_head")
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=list(targets), init_lora_weights=start)
+    torch.manual_seed(1)
+    other = {n: p for n, p in peft.get_peft_model(BASES["llama"].make(), config).named_parameters() if p.requires_grad}
+    for letter in ("lora_A", "lora_B"):
+        left = torch.cat([p.detach().flatten() for n, p in ours.trained().items() if letter in n])
+        right = torch.cat([p.detach().flatten() for n, p in other.items() if letter in n])
+        assert abs(left.std() - right.std()) <= 0.1 * right.std()
+        assert (start == "orthogonal" or letter == "lora_A") == bool(left.abs().max() > 0)
+    for layer in ours.adapted_modules().values():
+        assert layer.delta().abs().max() < 1e-6
+
+
+def test_starts_are_the_files_of_both_halves() -> None:
+    named = set(settings_class("adapters", "lora").model_fields["start"].annotation.__args__) - {"default"}
+    halves = [{m.name for m in pkgutil.iter_modules(package.__path__)} for package in (recipe_starts, adapter_starts)]
+    assert halves == [named, named]

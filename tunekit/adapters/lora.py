@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Method, Slot
-from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules
+from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules, start_misfits
 from tunekit.adapters.peft_side import PeftSide
 from tunekit.decisions import Target
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -49,6 +50,10 @@ class Lora(LayerAdapter):
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
             nn.init.zeros_(self.B)
+            if self.settings.start != "default":
+                (rank, inputs), outputs = self.A.shape, self.B.shape[0]
+                start = import_module(f"tunekit.adapters.starts.{self.settings.start}")
+                self.A.data, self.B.data = start.make_start(inputs, outputs, rank, generator)
         if "own_bias" in self.held:
             bias = self.base_layer.bias
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
@@ -94,4 +99,9 @@ class Lora(LayerAdapter):
         return weight + self.delta().to(weight.device), bias
 
 
-METHOD = Method(peft=PeftSide("LORA", LoraSettings, LORA_FIELDS, LORA_FIXED), layer=Lora, copies=saved_modules)
+METHOD = Method(
+    peft=PeftSide("LORA", LoraSettings, LORA_FIELDS, LORA_FIXED),
+    layer=Lora,
+    copies=saved_modules,
+    misfits=start_misfits,
+)

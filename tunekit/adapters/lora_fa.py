@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tunekit.adapters.base import Method, Slot
 from tunekit.adapters.lora import Lora
-from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules
+from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules, start_misfits
 from tunekit.adapters.peft_side import PeftSide
 from tunekit.decisions import Target
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
@@ -33,5 +33,9 @@ class LoraFa(Lora):
 
 
 METHOD = Method(
-    peft=PeftSide("LORA", LoraFaSettings, LORA_FIELDS, LORA_FIXED), layer=LoraFa, copies=saved_modules, read_as="lora"
+    peft=PeftSide("LORA", LoraFaSettings, LORA_FIELDS, LORA_FIXED),
+    layer=LoraFa,
+    copies=saved_modules,
+    misfits=start_misfits,
+    read_as="lora",
 )

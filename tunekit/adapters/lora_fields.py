@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tunekit.adapters.base import Misfit
 from tunekit.adapters.peft_side import ANY
+from tunekit.decisions import Target
 from tunekit.recipe.low_rank import LowRankSettings
+from tunekit.recipe.names import facts_of
 
 LORA_FIELDS: dict[str, tuple[str, Any]] = {  # PEFT's field -> our setting, PEFT's default
     "r": ("r", 8),
@@ -54,3 +57,12 @@ LORA_FIXED: dict[str, tuple[Any, ...]] = {  # first the value written, then the 
 def saved_modules(settings: LowRankSettings) -> Sequence[str]:
     """Modules trained whole, as Method.copies asks for them."""
     return settings.modules_to_save
+
+
+def start_misfits(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+    """Odd ranks under a start that halves the rank, as Method.misfits reports them; a file's start is long past."""
+    if file or settings.start == "default" or not facts_of("starts", settings.start).NEEDS_EVEN_RANK:
+        return []
+    odd = [target.name for target in targets if target.kind != "embedding" and (target.r or settings.r) % 2]
+    what = f"start: {settings.start} needs an even rank, and that of {len(odd)} layers is odd (such as {odd[:1]})"
+    return [Misfit("r", what, "write an even r")] if odd else []

@@ -35,6 +35,9 @@ class LowRankSettings(AdapterSettings):
     rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
     alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    start: Literal["default", "gaussian", "orthogonal"] = Field(
+        "default", description="initial A and B of linear layers: a uniform A, a normal A, or two that cancel out"
+    )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="which of the base's biases are trained as well: all, or those of adapted layers"
     )

@@ -13,4 +13,3 @@ class LoraSettings(LowRankSettings):
     """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
 
     method: Literal["lora"] = Field("lora", description="a low-rank update of each targeted matrix")
-    start: Literal["default"] = Field("default", description="initial A and B")
