@@ -14,6 +14,7 @@ from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.recipe.adapters.lokr import LokrSettings
 from tunekit.recipe.adapters.miss import MissSettings
 from tunekit.recipe.adapters.oft import OftSettings
+from tunekit.recipe.adapters.shira import ShiraSettings
 
 NAMES = ("layer",)
 PRODUCTS: dict[str, Callable[[], Any]] = {
@@ -35,6 +36,7 @@ PRODUCTS: dict[str, Callable[[], Any]] = {
     "gralora": lambda: GraloraSettings(r=4, k=2, alpha=4, target_modules=NAMES),
     "gralora-hybrid": lambda: GraloraSettings(r=4, k=4, alpha=4, hybrid_r=2, target_modules=NAMES),
     "delora": lambda: DeloraSettings(r=4, delora_lambda=2, target_modules=NAMES),
+    "shira": lambda: ShiraSettings(r=2, target_modules=NAMES),
 }
 ROTATIONS = {
     "boft",

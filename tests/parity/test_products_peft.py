@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from tests.parity.peft_case import BASES, CHECKS, run_cell
+from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.base import load_method
 from tunekit.adapters.oft import block_size
+from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.boft import BoftSettings
 from tunekit.recipe.adapters.delora import DeloraSettings
 from tunekit.recipe.adapters.gralora import GraloraSettings
@@ -24,6 +26,7 @@ from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.recipe.adapters.lokr import LokrSettings
 from tunekit.recipe.adapters.miss import MissSettings
 from tunekit.recipe.adapters.oft import OftSettings
+from tunekit.recipe.adapters.shira import ShiraSettings
 
 LINEAR = ("llama", "t5", "bert", "mixtral")  # of methods for which peft adapts nn.Linear only
 
@@ -95,6 +98,7 @@ PAIRS = {
         families=tuple(BASES),
     ),
     "delora": Pair(DeloraSettings, peft.DeloraConfig, {"r": 4, "delora_lambda": 2}, patterns={"rank_pattern": 2}),
+    "shira": Pair(ShiraSettings, peft.ShiraConfig, {"r": 3}),
 }
 CELLS = [(name, family) for name, pair in PAIRS.items() for family in pair.families]
 
@@ -141,3 +145,13 @@ def test_a_block_that_divides_no_layer_becomes_pefts_divisor(inputs: int) -> Non
         fitting = size if inputs % size == 0 else layer(None, inputs, size)
         assert block_size(OftSettings(block_size=size), inputs) == fitting
         assert inputs // block_size(OftSettings(blocks=size), inputs) == fitting
+
+
+@pytest.mark.parametrize("place", [-1, 32])
+def test_places_outside_of_the_matrix_are_refused(place: int) -> None:
+    settings = ShiraSettings(r=2, target_modules=("q_proj",))
+    attached = attach_adapter(BASES["llama"].make(), settings, seed=0, head_name="lm_head")
+    state = {name: tensor.clone() for name, tensor in attached.state().items()}
+    next(tensor for name, tensor in state.items() if name.endswith("shira_indices"))[1, 5] = place
+    with pytest.raises(AdapterError, match="places outside of the matrix"):
+        attached.load_state(state)

@@ -97,6 +97,8 @@ class AttachedAdapter:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
+        for part in self.parts():
+            part.check_state()
 
     def no_decay(self) -> set[str]:
         """Names of trained tensors that weight decay never touches."""

@@ -85,6 +85,12 @@ class Part(nn.Module):
             if slot.kind in kinds
         }
 
+    def check_state(self) -> None:
+        """Called whenever the state was filled from outside.
+
+        Raises: AdapterError where values that are not trained, such as places, cannot be right.
+        """
+
     @classmethod
     def file_key(cls, name: str) -> str:
         """The tensor's key in adapter_model.safetensors."""
