@@ -8,6 +8,7 @@ from typing import Any
 from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.recipe.adapters.ia3 import Ia3Settings
+from tunekit.recipe.adapters.randlora import RandloraSettings
 from tunekit.recipe.adapters.road import RoadSettings
 from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.recipe.adapters.vera import VeraSettings
@@ -18,6 +19,7 @@ VECTORS: dict[str, Callable[[], Any]] = {
     "ia3-feedforward": lambda: Ia3Settings(target_modules=NAMES, feedforward_modules=NAMES),
     "vera": lambda: VeraSettings(r=8, target_modules=NAMES),
     "fourierft": lambda: FourierftSettings(n_frequency=200, scaling=20.0, target_modules=NAMES),
+    "randlora": lambda: RandloraSettings(r=10, alpha=20, target_modules=NAMES),
     "vblora": lambda: VbloraSettings(num_vectors=12, vector_length=8, target_modules=NAMES),
     "road_1": lambda: RoadSettings(group_size=16, target_modules=NAMES),
     "road_2": lambda: RoadSettings(group_size=16, variant="road_2", target_modules=NAMES),

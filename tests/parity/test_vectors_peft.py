@@ -10,14 +10,18 @@ import peft
 import pytest
 import torch
 from peft.tuners.c3a.utils import get_circulant_fast
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.parity.peft_case import BASES, CHECKS, Base, run_cell
 from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.folder import attach_adapter_folder
+from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.recipe.adapters.ln_tuning import LnTuningSettings
+from tunekit.recipe.adapters.randlora import RandloraSettings
 from tunekit.recipe.adapters.road import RoadSettings
 from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.recipe.adapters.vera import VeraSettings
@@ -59,6 +63,23 @@ def fourierft(base: Base) -> Made:
     )
 
 
+def randlora(base: Base) -> Made:
+    """Rank 5 divides no side: the last random matrix is cut."""
+    names = (*base.attention, *base.feedforward)
+    return (
+        RandloraSettings(r=5, alpha=3, target_modules=names),
+        peft.RandLoraConfig(r=5, randlora_alpha=3, target_modules=list(names)),
+    )
+
+
+def randlora_sparse(base: Base) -> Made:
+    fields = {"r": 4, "sparse": True, "save_projection": False, "projection_prng_key": 9}
+    return (
+        RandloraSettings(alpha=2, target_modules=base.attention, **fields),
+        peft.RandLoraConfig(randlora_alpha=2, target_modules=list(base.attention), **fields),
+    )
+
+
 def vblora(base: Base) -> Made:
     names, values = (*base.attention, *base.feedforward), {"r": 3, "num_vectors": 12, "vector_length": 8, "topk": 3}
     return VbloraSettings(target_modules=names, **values), peft.VBLoRAConfig(target_modules=list(names), **values)
@@ -97,6 +118,8 @@ CASES: dict[str, tuple[Callable[[Base], Made], tuple[str, ...], dict[str, Any]]]
     "road_2": (road("road_2"), ("llama", "bert"), {}),
     "road_4": (road("road_4"), ("llama", "bert"), {}),
     "ln_tuning": (ln_tuning, FAMILIES, {"known_warnings": ("Unsupported layer type",)}),
+    "randlora": (randlora, FAMILIES, {"known_warnings": ("missing adapter keys",)}),  # repeats under each layer
+    "randlora-sparse": (randlora_sparse, ("llama",), {"known_warnings": ("Specified to not",)}),
     "c3a": (c3a, LINEAR, {"spread": 2.0, "peft_backward": False}),
 }
 CELLS = [(name, family) for name, (_, families, _) in CASES.items() for family in families]
@@ -124,3 +147,16 @@ def test_c3a_gradients_are_those_of_the_block_circulant_matrix() -> None:
     other = torch.autograd.grad(((plain(x) + x @ dense.T) * weights).sum(), [x, kernels])
     for left, right in zip(own, other, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+
+
+def test_a_repeat_that_differs_from_what_it_repeats_is_refused(tmp_path: Path) -> None:
+    base = BASES["llama"]
+    _, config = randlora(base)
+    peft.get_peft_model(base.make(), config).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(name for name in tensors if name.endswith("q_proj.randlora_A"))
+    tensors[key] = tensors[key] + 1
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match="which it repeats"):
+        attach_adapter_folder(base.make(), tmp_path, head_name="lm_head")

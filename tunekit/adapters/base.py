@@ -244,6 +244,7 @@ class Method:
     peft: PeftSide
     layer: type[LayerAdapter] | None = None
     shared: type[SharedPart] | None = None
+    repeats_shared: bool = False  # PEFT's files repeat the shared tensors under each layer
     parameter: type[ParameterAdapter] | None = None
     model: type[ModelAdapter] | None = None
     parameters: Callable[[Any], Sequence[str]] = no_names  # settings -> names of fused 3-D parameters

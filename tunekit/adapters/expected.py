@@ -41,6 +41,7 @@ class Expected:
     slots: dict[str, Slot] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     base_copies: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # key -> module, shape
+    repeats: dict[str, str] = field(default_factory=dict)  # key of a layer's copy of a shared tensor -> its own key
     base_names: frozenset[str] = frozenset()  # the base's own parameters
 
     def add(self, part: type[Part], place: str, slots: Mapping[str, Slot]) -> None:
@@ -62,6 +63,8 @@ class Expected:
                 wrong += self._compare(key, entry, self.slots[key])
             elif key in self.base_copies and entry.shape == self.base_copies[key][1] and entry.dtype in FLOATS:
                 copies[key] = self.base_copies[key][0]
+            elif key in self.repeats and self.repeats[key] in header:
+                wrong += self._compare(key, entry, self.slots[self.repeats[key]])
             else:
                 wrong.append(f"'{shown(key, 200)}' is no tensor of this adapter{self._hint(key)}")
         if wrong:
@@ -106,7 +109,11 @@ def expected_tensors(
             assert weight is not None
             expected.base_copies[f"base_model.model.{target.name}{BASE_COPY}"] = target.name, weight.shape
     if method.shared is not None:
-        expected.add(method.shared, "", method.shared.slots(settings, targets))
+        shared = method.shared.slots(settings, targets)
+        expected.add(method.shared, "", shared)
+        for slot in shared.values() if method.repeats_shared else ():
+            own = method.shared.file_key(slot.suffix)
+            expected.repeats |= {f"{Part.file_prefix}{target.name}.{slot.suffix}": own for target in targets}
     if method.model is not None:
         expected.add(method.model, "", method.model.slots(settings, net))
     for name, only in copied_places(modules, method, settings, targets).items():

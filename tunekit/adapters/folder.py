@@ -121,6 +121,9 @@ def _read_tensors(
         broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
         if broken:
             raise AdapterError(f"{broken[0]} holds NaN or infinity ({len(broken)} such tensors)", file=str(path))
+        for key in header.keys() & expected.repeats.keys():
+            if not torch.equal(file.get_tensor(key), file.get_tensor(expected.repeats[key])):
+                raise AdapterError(f"'{key}' differs from '{expected.repeats[key]}', which it repeats", file=str(path))
         for key, module in copies.items():
             _check_base_copy(file.get_tensor(key), base_modules(net)[module], module, base_weight, str(path))
     return tensors

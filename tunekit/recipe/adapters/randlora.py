@@ -1,0 +1,27 @@
+"""`adapter: {method: randlora}` settings of RandLoRA (Albert et al. 2025)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Fraction, NotNegative, TextOrTexts
+
+
+class RandloraSettings(AdapterSettings):
+    """Sums of frozen random low-rank matrices, of full rank together, each scaled by trained diagonals. The initial
+    values are those of PEFT's RandLoraConfig, with which its MetaMathQA comparison was run."""
+
+    method: Literal["randlora"] = Field("randlora", description="trained scales of many frozen random updates")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+    r: Count = Field(32, description="rank of each random matrix; a smaller one means more trained numbers")
+    alpha: NotNegative = Field(640.0, description="the update is scaled by alpha / r")
+    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    sparse: bool = Field(False, description="random matrices of -1, 0 and 1, of which 0 two thirds")
+    very_sparse: bool = Field(False, description="the same with one in sqrt(D) not 0, D the smaller side")
+    projection_prng_key: CountOrZero = Field(0, description="seed of the frozen random matrices, as PEFT draws them")
+    save_projection: bool = Field(True, description="whether the adapter's file holds the frozen matrices")
