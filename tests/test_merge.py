@@ -18,6 +18,7 @@ from tunekit.errors import InputError, ModelError, NumericsError, ResourceError
 from tunekit.merge import REPORT, merge_adapter
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.rewrite import Rewriter
+from tunekit.model.weights import packed_layers
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.target import find_target
@@ -187,6 +188,12 @@ def test_requantized_on_request_with_its_error(tmp_path: Path) -> None:
     logits = merged_logits(tmp_path / "merged")
     assert 0.001 < (logits - running).abs().mean() < running.std() / 2
     assert result.difference.largest > 0.001
+    read = load_model(
+        find_target(str(tmp_path / "merged"), None, ["model.dtype=float32"]).model, device=torch.device("cpu")
+    )
+    assert packed_layers(read.net)  # eval and generate take the merged folder as it is
+    with torch.no_grad():
+        torch.testing.assert_close(read.net(input_ids=IDS).logits.float(), logits, rtol=1e-3, atol=1e-3)
 
 
 def test_conv1d_of_a_quantized_base(tmp_path: Path) -> None:

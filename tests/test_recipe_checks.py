@@ -117,6 +117,8 @@ def test_writing_one_voids_the_default_of_the_other(tmp_path: Path) -> None:
 def test_a_generation_metric_turns_generation_on(tmp_path: Path) -> None:
     assert load(f"{SMALL}evaluation: {{metrics: [loss, rouge_l]}}\n", tmp_path).evaluation.generate is True
     assert load(SMALL, tmp_path).evaluation.generate is False
+    asked = load(f"{SMALL}evaluation: {{generate: true}}\n", tmp_path).evaluation
+    assert asked.metrics == ("loss", "exact_match")  # never answers that nothing scores
 
 
 def test_what_cannot_be_obeyed_is_named(tmp_path: Path) -> None:

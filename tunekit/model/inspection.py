@@ -84,6 +84,12 @@ def check_family(config: dict[str, Any], section: ModelSection) -> None:
         raise ModelError(f"{name} {reason}", mend, key="model.name_or_path")
 
 
+def is_packed_by_bitsandbytes(config: dict[str, Any]) -> bool:
+    """Whether the weights are stored in bitsandbytes' 4 bits, as merging onto a quantized base writes them."""
+    stored = config.get("quantization_config")
+    return isinstance(stored, dict) and bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
+
+
 def check_quantized(config: dict[str, Any], section: ModelSection) -> None:
     """Refuse a base whose weights are stored quantized: alone by method, with a quantization of ours as a conflict.
 

@@ -51,10 +51,16 @@ class LoadedModel:
 def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
     """Load the base from safetensors or GGUF, pack it where the section asks for it, freeze it, move it to `device`.
 
-    Raises: ModelError for anything that is not a complete, unquantized, decoder-only language model.
+    A folder stored in bitsandbytes' 4 bits is read as it is: it can be evaluated, though plan refuses to train on it.
+    Raises: ModelError for anything that is not a complete, decoder-only language model.
     """
     dtype = resolve_dtype(section, device)
     source = find_source(section, weights=True)
+    if section.quantization == "none" and source.gguf_file is None:
+        raw = inspection.read_config(source)
+        if inspection.is_packed_by_bitsandbytes(raw):
+            inspection.check_family(raw, section)
+            return load_packed_folder(section, device)
     with parsed_once(source):
         config = _read_configuration(source, section)
         if source.gguf_file is None:
@@ -87,13 +93,20 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
 
 
 def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedModel:
-    """A folder of ours whose weights are packed as bitsandbytes packs them, read by transformers; to measure it."""
+    """A folder of ours whose weights are packed as bitsandbytes packs them, read by transformers."""
     dtype = resolve_dtype(section, device)
     source = find_source(section, weights=True)
+    read_headers(source.folder)
     codec.import_bitsandbytes()
+    attention = None if section.attention == "auto" else section.attention
     with _ModelErrors(section), quiet():
         net = _auto_model().from_pretrained(
-            str(source.folder), dtype=dtype, attn_implementation=section.attention, local_files_only=True
+            str(source.folder),
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=section.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
         )
     adopt_packed(net)
     return _finish(net, section, source, dtype, device, None, [])

@@ -17,6 +17,7 @@ from tunekit.recipe.suggest import did_you_mean, holds_secret
 
 EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
 _ONE_NEEDED = (("epochs", "max_steps"), ("micro_batch_size", "micro_batch_tokens"))
+ANSWER_METRIC = "exact_match"
 
 
 def settle_pairs(draft: Draft) -> None:
@@ -40,11 +41,14 @@ def settle_pairs(draft: Draft) -> None:
 
 
 def settle_generation(draft: Draft) -> None:
-    """A metric that compares generated answers turns evaluation.generate on, unless the recipe says false."""
-    evaluation, metrics = draft.values.get("evaluation"), draft.get(("evaluation", "metrics"))
+    """A metric that compares generated answers turns evaluation.generate on, unless the recipe says false; generate
+    without such a metric adds exact_match."""
+    evaluation, metrics = draft.values.get("evaluation"), draft.get(("evaluation", "metrics"), ["loss"])
     if not isinstance(evaluation, dict) or not isinstance(metrics, list):
         return
     generated = [name for name in metrics if name in known_names("metrics") and needs_generation(name)]
+    if not generated and evaluation.get("generate") is True:
+        evaluation["metrics"] = [*metrics, ANSWER_METRIC]  # answers that nobody scores would be made for nothing
     if generated and "generate" not in evaluation:
         evaluation["generate"] = True
     elif generated and evaluation["generate"] is False:

@@ -118,12 +118,18 @@ class Session:
             peak_reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
             peak_host_bytes=peak,
             host_growth_bytes=max(0, peak - self.baseline_bytes),
-            base_bytes=stored_bytes(model.base.net),
+            base_bytes=stored_bytes(model.base.net) - _adapter_bytes(model),
         )
 
     def peak_bytes(self) -> int:
         """Peak so far: allocated on a CUDA device, of the process on a CPU."""
         return torch.cuda.max_memory_allocated() if self.devices.device.type == "cuda" else peak_host_bytes()
+
+
+def _adapter_bytes(model: TunedModel) -> int:
+    """Bytes of the adapter's own tensors, which lie inside the network."""
+    state = {} if model.adapter is None else model.adapter.state()
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 def make_optimizer(session: Session, adapter: AttachedAdapter) -> Optimizer:
