@@ -138,8 +138,10 @@ print(json.dumps({{"plan": asdict(plan), "modules": sorted(sys.modules)}}))
 """
 
 MEASURE = """
-import importlib, json, sys
+import importlib, json, os, sys
 sys.path.insert(0, {repository!r})
+from tunekit.cli import ENVIRONMENT
+os.environ.update(ENVIRONMENT)
 def memory(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))
