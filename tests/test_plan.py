@@ -231,3 +231,24 @@ def test_thirty_valid_recipes_are_planned(tmp_path: Path, tiny_llama: Path) -> N
         assert not plan.refusals, f"{plan.refusals}\n{case}"
         assert plan.steps > 0
         assert plan.peak_bytes.total > 0
+
+
+def test_experts_are_simulated_in_every_dtype(tmp_path: Path, tiny_llama: Path) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 4}
+    mixtral = write_other(tmp_path / "mixtral", tiny_llama, "mixtral", hidden_size=64, intermediate_size=128, **heads)
+    plan, _ = plan_of(write_recipe(tmp_path / "other", mixtral))
+    assert plan.peak_bytes.activations > 0
+    assert any("fused expert" in note for note in plan.notes)
+
+
+def test_a_model_that_cannot_be_simulated_is_said_to_be(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("needs values\nand more")
+
+    whole, _ = plan_of(recipe)
+    monkeypatch.setattr("tunekit.training.simulation.SimulatedRun.training_step", fail)
+    plan, _ = plan_of(recipe)
+    assert not plan.refusals
+    assert any("warning: activations of llama" in note and "(needs values)" in note for note in plan.notes)
+    assert plan.peak_bytes.activations == 0
+    assert plan.peak_bytes.weights >= whole.peak_bytes.weights > 0

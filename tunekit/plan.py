@@ -206,9 +206,15 @@ def _plan_memory(
     forecast = _forecast(recipe, inputs, windows, settings, device)
     predicted: dict[int, PeakBytes] = {}
 
+    unknown: list[str] = []
+
     def predict(layers: int) -> int:
         if layers not in predicted:
-            predicted[layers] = forecast.peak(layers)
+            try:
+                predicted[layers] = forecast.peak(layers)
+            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:  # the model's own code
+                unknown.append(str(error).strip().partition("\n")[0])
+                predicted[layers] = forecast.without_activations()
         return predicted[layers].total
 
     available = available_bytes(device)
@@ -216,6 +222,8 @@ def _plan_memory(
     needed = predict(layers)
     if available is not None and needed > available:
         findings.add([_too_large(needed, available, layers < facts.layers)])
+    if unknown:
+        reason += f"; warning: activations of {facts.model_type} are not in the predicted peak ({unknown[0]})"
     return PlannedMemory(layers, reason, predicted[layers])
 
 

@@ -70,6 +70,12 @@ class Forecast:
         work = Work(step, self.steps, self._evaluation, self._cache_blocks, self._load_bytes)
         return peak_bytes(work, self.run.device)
 
+    def without_activations(self) -> PeakBytes:
+        """What is known of a model whose own code does not run without values."""
+        held = self.run.before_a_step()
+        parts = {name: held.get(name, 0) for name in ("weights", "adapter", "optimizer")}
+        return PeakBytes(**parts, activations=0, logits=0, total=sum(parts.values()))
+
     @cached_property
     def _evaluation(self) -> Simulation | None:
         if self.evaluation_batch is None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.memory.attention import attention_as_on
 from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.kernels import kernels_as_on
 from tunekit.memory.tracker import Simulation, StorageTracker
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.objectives.base import make_objective
@@ -47,7 +47,7 @@ class SimulatedRun:
         tuned, tracker = self._tuned(base, checkpointed_layers), StorageTracker(self.device)
         assert tuned.adapter is not None
         objective = _LogitsApart(self._objective(), tracker)
-        with torch.random.fork_rng(devices=[]), attention_as_on(self.device), tracker:
+        with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), tracker:
             self._adopt(tracker, tuned)
             optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
             tracker.start()
@@ -57,13 +57,24 @@ class SimulatedRun:
             optimizer.gradient_norm()
         return tracker.result()
 
+    def before_a_step(self) -> dict[str, int]:
+        """Bytes by part of what exists before the first step."""
+        tuned, tracker = self._tuned(make_meta_model(self.model, device=self.device), 0), StorageTracker(self.device)
+        assert tuned.adapter is not None
+        with tracker:
+            self._adopt(tracker, tuned)
+            optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
+            live = dict(tracker.live)
+        del optimizer
+        return live
+
     def evaluation(self, batch: Batch) -> Simulation:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
         base = make_meta_model(self.model, device=self.device)
         tuned, tracker = self._tuned(base, 0), StorageTracker(self.device)
         assert tuned.adapter is not None
         objective = _LogitsApart(self._objective(), tracker)
-        with attention_as_on(self.device), tracker:
+        with kernels_as_on(self.device), tracker:
             self._adopt(tracker, tuned)
             optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
             tracker.start()

@@ -1,7 +1,7 @@
-"""scaled_dot_product_attention of a simulated computation, by the kernel that the real device would pick.
+"""Functions that behave otherwise on the meta device, put right for a simulated computation.
 
-Comes in: attention calls on the meta device, where torch itself always takes the kernel that makes all scores.
-Goes out: the same call through the real device's kernel, without values.  Next: training/simulation.py.
+Comes in: calls of attention and of grouped products on the meta device.  Goes out: the same calls, without values, as
+the real device would make them.  Next: training/simulation.py.
 """
 
 from __future__ import annotations
@@ -17,23 +17,36 @@ from torch.nn.attention import SDPBackend
 
 
 @contextmanager
-def attention_as_on(device: torch.device) -> Iterator[None]:
-    """Inside the block attention on the meta device goes as on `device`.
+def kernels_as_on(device: torch.device) -> Iterator[None]:
+    """Inside the block the meta device takes `device`'s kernels: for attention, where torch would take the one that
+    makes all scores, and for the product of grouped rows (experts), where it knows bfloat16 only.
 
-    The function itself is exchanged, because a torch function mode is not active in recomputation.
+    The functions themselves are exchanged, because a torch function mode is not active in recomputation.
     """
-    original = functional.scaled_dot_product_attention
+    changed: Any = functional
+    attention: Any = functional.scaled_dot_product_attention
+    product: Any = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
 
     def attend(query: Tensor, *inputs: Any, **named: Any) -> Tensor:
         if query.is_meta:
-            return _attend(original, device, query, *inputs, **named)
-        return original(query, *inputs, **named)
+            return _attend(attention, device, query, *inputs, **named)
+        return attention(query, *inputs, **named)  # type: ignore[no-any-return]
 
-    functional.scaled_dot_product_attention = attend
+    def multiply(rows: Tensor, matrices: Tensor, **named: Any) -> Tensor:
+        """Shapes: rows (S, I), matrices (E, I, O) -> (S, O): the size of the product with any one of them."""
+        if rows.is_meta:
+            return rows @ matrices[0]
+        return product(rows, matrices, **named)  # type: ignore[no-any-return]
+
+    changed.scaled_dot_product_attention = attend
+    if product is not None:
+        changed.grouped_mm = multiply
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = original
+        changed.scaled_dot_product_attention = attention
+        if product is not None:
+            changed.grouped_mm = product
 
 
 def _attend(
