@@ -47,4 +47,7 @@ def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
     parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
     free = "" if available is None else f" of {bytes_text(available)} free"
     lines: list[list[object]] = [[name, bytes_text(size)] for name, size in parts.items()]
+    kept = plan.peak_bytes.total - sum(parts.values())
+    if kept > 0:
+        lines.append(["freed, but kept by malloc; or loading", bytes_text(kept)])
     return [*lines, ["total", bytes_text(plan.peak_bytes.total) + free]]
