@@ -217,13 +217,15 @@ def test_a_heap_maps_large_blocks_until_one_has_been_freed() -> None:
     assert heap.mapped_bytes >= 40 * MIB, "it never rises beyond 32 MiB"
 
 
-def test_a_heap_gives_back_a_large_top() -> None:
-    heap = Heap(MIB)
-    for number in range(8):
-        heap.allocate(number, MIB - 4096)
-    for number in reversed(range(8)):
+def test_a_heap_keeps_its_top_and_maps_the_largest_blocks() -> None:
+    heap = Heap(32 * MIB)
+    for number in range(48):
+        heap.allocate(number, MIB)
+    for number in reversed(range(48)):
         heap.release(number)
-    assert heap.resident_bytes < 3 * MIB
+    assert heap.resident_bytes >= 48 * MIB
+    heap.allocate("large", 40 * MIB)
+    assert heap.mapped_bytes >= 40 * MIB, "although as much is free"
 
 
 def test_a_heap_never_overlaps_blocks() -> None:

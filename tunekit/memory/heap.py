@@ -2,9 +2,12 @@
 
 Comes in: the trace of a Simulation.  Goes out: the highest number of resident bytes.  Next: estimate.py.
 
-On a CPU a tensor's memory is malloc's. A block under the mmap threshold comes from one contiguous heap, by best fit; a
-freed one stays resident until everything above it is free too. That is a quarter of a training step's memory, so it
-is replayed: the constants are those of glibc's malloc.c, and nothing in here is fitted.
+On a CPU a tensor's memory is malloc's. A block under the mmap threshold comes from one contiguous heap, by best fit,
+and a freed one stays resident: up to a quarter of a training step's memory, so it is replayed. The constants are
+those of glibc's malloc.c, and nothing in here is fitted.
+
+The process has more in its heap than tensors: small objects and compiled kernels that stay, scattered. So the heap's
+top is never free enough to be given back, and no free stretch is as long as the largest blocks, which are mapped.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ HEADER, UNIT, LEAST = 8, 16, 32  # SIZE_SZ, MALLOC_ALIGNMENT, MINSIZE
 TOP_PAD = 128 * 1024  # M_TOP_PAD
 FIRST_THRESHOLD = 128 * 1024  # M_MMAP_THRESHOLD, which grows with each mapped block that is freed
 LARGEST_THRESHOLD = 32 * 2**20  # up to here
-CONSOLIDATE = 64 * 1024  # FASTBIN_CONSOLIDATION_THRESHOLD: a freed block of this size may trim the top
 
 
 class Heap:
@@ -26,7 +28,6 @@ class Heap:
 
     def __init__(self, mmap_threshold: int = FIRST_THRESHOLD) -> None:
         self.mmap_threshold = mmap_threshold
-        self.trim_threshold = FIRST_THRESHOLD if mmap_threshold == FIRST_THRESHOLD else 2 * mmap_threshold
         self.mapped_bytes = 0
         self.top = 0  # where the top chunk begins
         self.end = 0  # the program break
@@ -41,7 +42,7 @@ class Heap:
     @property
     def resident_bytes(self) -> int:
         """Heap pages that were written, and mapped blocks."""
-        return min(self.touched, self.end) + self.mapped_bytes
+        return self.touched + self.mapped_bytes
 
     def replay(self, trace: Iterable[tuple[int, int]], run: int = 0) -> None:
         """Allocate and free as the trace says; `run` tells equal numbers of different runs apart."""
@@ -61,6 +62,8 @@ class Heap:
 
     def _take(self, chunk: int, padded: int) -> tuple[int, int]:
         """A place for `chunk` bytes, found as for `padded` ones, with what is too much given back."""
+        if padded > LARGEST_THRESHOLD:
+            return self._map(padded)
         self._sort(padded)
         index = bisect_left(self._by_size, (padded, 0))
         if index < len(self._by_size):
@@ -71,9 +74,7 @@ class Heap:
             address, size = self.top, padded
             self.top += padded
         elif padded >= self.mmap_threshold:
-            mapped = -(-(padded + HEADER) // PAGE) * PAGE
-            self.mapped_bytes += mapped
-            return -1, mapped
+            return self._map(padded)
         else:
             grown = self.top + padded + TOP_PAD + LEAST
             self.end = max(self.end, -(-grown // PAGE) * PAGE)
@@ -84,6 +85,11 @@ class Heap:
             self._give_back(address + chunk, size - chunk)
             size = chunk
         return address, size
+
+    def _map(self, padded: int) -> tuple[int, int]:
+        mapped = -(-(padded + HEADER) // PAGE) * PAGE
+        self.mapped_bytes += mapped
+        return -1, mapped
 
     def _sort(self, wanted: int) -> None:
         """Move the unsorted chunks into the bins, but stop at one of just the size that is wanted."""
@@ -109,10 +115,10 @@ class Heap:
             return
         self.mapped_bytes -= size
         if self.mmap_threshold < size <= LARGEST_THRESHOLD:
-            self.mmap_threshold, self.trim_threshold = size, 2 * size
+            self.mmap_threshold = size
 
     def _give_back(self, address: int, size: int) -> None:
-        """Join a chunk with its free neighbours; at the top, with the top, which is trimmed if it is large."""
+        """Join a chunk with its free neighbours; at the top, with the top."""
         before = self._free_ends.get(address)
         if before is not None:
             length = self._free[before]
@@ -127,11 +133,6 @@ class Heap:
                 size += after
             self._free[address], self._free_ends[address + size] = size, address
             self._unsorted[address] = None
-        if size >= CONSOLIDATE and self.end - self.top >= self.trim_threshold:
-            extra = (self.end - self.top - LEAST - 1 - TOP_PAD) // PAGE * PAGE
-            if extra > 0:
-                self.end -= extra
-                self.touched = min(self.touched, self.end)
 
     def _drop(self, address: int, size: int) -> None:
         self._forget(address, size)
