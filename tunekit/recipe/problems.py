@@ -113,7 +113,7 @@ def _problem(finding: dict[str, Any], section: KeyPath, draft: Draft) -> Problem
         return draft.problem(key, "is required", f"write {_example(key)}")
     if kind in _EMPTY:
         return draft.problem(key, "must not be empty")
-    if kind == "value_error" and not finding["loc"]:  # of several keys together: the first word names one of them
+    if kind == "value_error" and not finding["loc"] and isinstance(value, dict):  # its first word names the key
         name, _, rest = str(context["error"]).partition(" ")
         return draft.problem((*key, name), rest) if name in value else draft.problem(key, f"{name} {rest}")
     what, how = _words(kind, context, value, str(finding["msg"]))
