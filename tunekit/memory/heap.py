@@ -4,10 +4,12 @@ Comes in: the trace of a Simulation.  Goes out: the highest number of resident b
 
 On a CPU a tensor's memory is malloc's. A block under the mmap threshold comes from one contiguous heap, by best fit,
 and a freed one stays resident: up to a quarter of a training step's memory, so it is replayed. The constants are
-those of glibc's malloc.c, and nothing in here is fitted.
+those of glibc's malloc.c; none is fitted.
 
 The process has more in its heap than tensors: small objects and compiled kernels that stay, scattered. So the heap's
 top is never free enough to be given back, and no free stretch is as long as the largest blocks, which are mapped.
+These two simplifications were chosen after rows of `scripts/bench estimate` had missed, so those rows (seed 0) are no
+independent check of them: judge with another --seed.
 """
 
 from __future__ import annotations
