@@ -197,3 +197,21 @@ def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
     state = case.run()
     assert (state.step, state.best_step, state.best_value, state.stopped_early) == (5, 3, 2.0, True)
     assert case.saved == [1, 3, 5]
+
+
+def test_the_metrics_are_those_of_the_metrics_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunekit.metrics import token_accuracy
+    from tunekit.training.evaluation import LossSums
+
+    sums = LossSums(loss=6.0, correct=1, supervised_tokens=4, tokens=9, rows=1)
+    assert sums.metrics() == {"loss": 1.5, "perplexity": pytest.approx(math.exp(1.5))}
+    monkeypatch.setattr(token_accuracy, "from_sums", lambda *sums: 0.125)
+    assert sums.metrics(["token_accuracy"]) == {"token_accuracy": 0.125}
+
+
+def test_an_evaluation_that_is_not_finite_leaves_a_log_that_can_be_read(tmp_path: Path) -> None:
+    from tunekit.artifacts.metrics_log import append_line, read_metrics, record_line
+
+    log = tmp_path / "metrics.jsonl"
+    append_line(log, record_line(EvaluationRecord(3, {"loss": math.nan, "perplexity": math.inf, "exact_match": 0.5})))
+    assert read_metrics(log) == [{"step": 3, "eval": {"exact_match": 0.5}}]

@@ -5,6 +5,7 @@ Comes in: TARGET and, for what has no recipe, --data.  Goes out: a table, and --
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def evaluate_verb(
     if devices.is_main:
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
         if json_file is not None:
-            write_json(Path(json_file), values)
+            write_json(Path(json_file), {name: value for name, value in values.items() if math.isfinite(value)})
 
 
 def _check_metrics(names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ Comes in: StepRecord, EvaluationRecord.  Goes out: the file, and its records rea
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,9 +21,10 @@ METRICS_NAME = "metrics.jsonl"
 
 
 def record_line(record: StepRecord | EvaluationRecord) -> bytes:
-    """A record as its line: a step's fields flat, an evaluation as {step, eval: {...}}."""
+    """A record as its line: a step's fields flat, an evaluation as {step, eval: {...}} without what is not finite."""
     if isinstance(record, EvaluationRecord):
-        value: dict[str, Any] = {"step": record.step, "eval": dict(record.metrics)}
+        finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}  # JSON has no NaN
+        value: dict[str, Any] = {"step": record.step, "eval": finite}
     else:
         value = asdict(record)
     return (json.dumps(value, allow_nan=False) + "\n").encode("ascii")

@@ -5,10 +5,10 @@ Comes in: a TunedModel and evaluation batches.  Goes out: metrics by name.  Next
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 
@@ -16,6 +16,8 @@ from tunekit.model.call import Call, calling
 from tunekit.protocols import Batch, Objective
 from tunekit.training.devices import Devices
 from tunekit.training.tuned import TunedModel
+
+LOSS_METRICS = ("loss", "perplexity")  # always measured
 
 
 class EvaluationStopped(Exception):
@@ -32,14 +34,10 @@ class LossSums:
     tokens: int
     rows: int
 
-    def metrics(self) -> dict[str, float]:
-        """loss (nats a token), perplexity and token accuracy, all weighted by token."""
-        mean = self.loss / self.supervised_tokens
-        return {
-            "loss": mean,
-            "perplexity": math.exp(mean) if mean < 700 else math.inf,
-            "token_accuracy": self.correct / self.supervised_tokens,
-        }
+    def metrics(self, names: Sequence[str] = LOSS_METRICS) -> dict[str, float]:
+        """The named metrics of metrics/ that follow from the sums, all weighted by token."""
+        sums = (self.loss, self.correct, self.supervised_tokens)
+        return {name: import_module(f"tunekit.metrics.{name}").from_sums(*sums) for name in names}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from tunekit.protocols import Batch, Objective, Tokenizer
 from tunekit.recipe.names import facts_of, needs_generation
 from tunekit.training.answers import Question, answer_questions, text_metrics
 from tunekit.training.devices import Devices
-from tunekit.training.evaluation import LossSums, summed_evaluation
+from tunekit.training.evaluation import LOSS_METRICS, LossSums, summed_evaluation
 from tunekit.training.tuned import TunedModel
 
 
@@ -34,9 +34,9 @@ class Evaluator:
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[LossSums, dict[str, float]]:
         """The sums, and every metric by name. Raises: EvaluationStopped where `stop` says so."""
         sums = summed_evaluation(self.model, self.objective, self.batches(), self.devices, stop)
-        computed = sums.metrics()
-        wanted = ["loss", "perplexity", *(name for name in self.metric_names if name not in ("loss", "perplexity"))]
+        wanted = list(dict.fromkeys([*LOSS_METRICS, *self.metric_names]))
         texts = [name for name in wanted if needs_generation(name)]
+        computed = sums.metrics([name for name in wanted if name not in texts])
         if texts:
             questions = self.questions()
             answers = answer_questions(
