@@ -140,6 +140,14 @@ def test_every_problem_is_reported_at_once(llama: nn.Module) -> None:
     assert len(caught.value.problems) == 4
 
 
+def test_ranks_too_large_are_one_problem(llama: nn.Module) -> None:
+    with pytest.raises(RecipeError) as caught:
+        find(llama, r=40)
+    (problem,) = caught.value.problems
+    assert problem.what == "rank 40 is too large for 'model.layers.0.self_attn.k_proj' (16 x 32) and 13 more"
+    assert problem.how == "use at most 16"
+
+
 def test_exclusion(llama: nn.Module) -> None:
     kept = find(llama, exclude_modules=("down_proj", "layers.0.mlp.up_proj"))
     assert len(kept) == 11

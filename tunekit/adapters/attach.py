@@ -24,10 +24,11 @@ from tunekit.adapters.base import (
     full_name,
     load_method,
 )
+from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import copied_places
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.fused_parameters import ParameterAdapter, ParameterHost, own_parameter
-from tunekit.adapters.targets import base_modules, find_targets
+from tunekit.adapters.targets import find_targets
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call, seed_for

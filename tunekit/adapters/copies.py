@@ -13,8 +13,9 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from tunekit.adapters.base import Method, Part, Slot, Wrapper
+from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import copied_places
-from tunekit.adapters.targets import base_modules, slot_count
+from tunekit.adapters.targets import slot_count
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call

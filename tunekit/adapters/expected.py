@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from tunekit.adapters.base import Method, Part, Slot, full_name
+from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import copied_places
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.peft_side import shown
 from tunekit.adapters.strict_files import TensorEntry
-from tunekit.adapters.targets import base_modules
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError, Problem
 from tunekit.model.weights import weight_of

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import Method, load_method
+from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.configuration import FACTS_NAME, TENSORS_NAME, AdapterConfig
 from tunekit.adapters.configuration import read_adapter_config as read_adapter_config
 from tunekit.adapters.expected import expected_tensors
 from tunekit.adapters.folder_writing import save_adapter_folder as save_adapter_folder
 from tunekit.adapters.strict_files import read_tensor_header, sha256_of
-from tunekit.adapters.targets import base_modules, find_targets
+from tunekit.adapters.targets import find_targets
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError, Problem
 from tunekit.model.weights import weight_of

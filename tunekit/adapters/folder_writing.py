@@ -15,10 +15,10 @@ from typing import Any
 
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.configuration import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
 from tunekit.adapters.copied_places import named_copies, plain_entries
 from tunekit.adapters.peft_targets import concrete_pattern, concrete_targets
-from tunekit.adapters.targets import base_modules
 from tunekit.artifacts import durable
 from tunekit.artifacts.tensor_file import write_tensors
 from tunekit.errors import AdapterError

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from tunekit.adapters.base import Method, Slot, Wrapper, load_method
+from tunekit.adapters.base import Method, Slot, load_method
+from tunekit.adapters.base_modules import base_modules, endings, fused_parameters, is_fused_in
 from tunekit.adapters.copied_places import is_within, named_copies, wrong_entries
 from tunekit.adapters.fused_parameters import fused_shape
 from tunekit.adapters.layer_range import in_chosen_layers, outside
@@ -27,36 +28,6 @@ from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.weights import layer_kind, weight_of
 
 ALL_LINEAR = "all-linear"
-OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's, before they were fused
-
-
-def base_modules(net: nn.Module) -> dict[str, nn.Module]:
-    """The base's own modules by name, whatever wraps them and without what adapters add; shared ones once."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def visit(name: str, module: nn.Module) -> None:
-        while isinstance(module, Wrapper):
-            module = module.base_layer
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found[name] = module
-        for own, child in module.named_children():
-            visit(f"{name}.{own}" if name else own, child)
-
-    visit("", net)
-    return found
-
-
-def fused_parameters(net: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """3-D parameters by name with their owners: the experts of a mixture, which are no layers of their own."""
-    return {
-        f"{name}.{own}": (module, parameter)
-        for name, module in base_modules(net).items()
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
-    }
 
 
 def find_targets(
@@ -70,6 +41,7 @@ def find_targets(
     """
     search = Search(net, settings, method or load_method(settings.method), head_name, file)
     targets = search.layers() + search.parameters()
+    search.report_large_ranks()
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
         search.report("target_modules", "no layer of the base is left to adapt", "name other layers")
     if not search.problems:
@@ -88,7 +60,7 @@ def unreached_experts(net: nn.Module, settings: Any, targets: Sequence[Target]) 
     return [
         name
         for name in fused_parameters(net)
-        if name not in adapted and (entries is None or any(_is_fused_in(entry, name) for entry in entries))
+        if name not in adapted and (entries is None or any(is_fused_in(entry, name) for entry in entries))
     ]
 
 
@@ -113,9 +85,10 @@ class Search:
         self.kinds = method.layer.kinds if method.layer else frozenset()
         self.budget = Budget(error=AdapterError if file else RecipeError, file=file)
         self.problems: list[Problem] = []
+        self.too_large: list[Target] = []
         self.by_ending: dict[str, list[str]] = {}
         for name in self.modules:
-            for ending in _endings(name):
+            for ending in endings(name):
                 self.by_ending.setdefault(ending, []).append(name)
 
     def report(self, key: str, what: str, how: str) -> None:
@@ -147,7 +120,7 @@ class Search:
         names = {
             name: None
             for entry in self.method.parameters(self.settings)
-            for name in [n for n in self.fused if entry in _endings(n)] or self._miss("target_parameters", entry)
+            for name in [n for n in self.fused if entry in endings(n)] or self._miss("target_parameters", entry)
         }
         return [self._parameter_target(name) for name in sorted(names)]
 
@@ -211,7 +184,7 @@ class Search:
 
     def _miss(self, key: str, entry: str) -> list[str]:
         """Report an entry without a match; returns no names."""
-        fused = [name for name in self.fused if _is_fused_in(entry, name)]
+        fused = [name for name in self.fused if is_fused_in(entry, name)]
         if fused:
             more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
             what = f"'{entry}' exists only inside the fused expert parameter '{fused[0]}'{more}"
@@ -226,10 +199,8 @@ class Search:
 
     def _nearest(self, key: str, entry: str) -> str:
         names = [name for name in self.modules if name] if key == "exclude_modules" else self._adaptable_names()
-        endings = sorted(
-            {ending for name in names for ending in _endings(name) if ending.count(".") <= entry.count(".")}
-        )
-        near = difflib.get_close_matches(entry, endings, n=3, cutoff=0.5) if len(entry) <= 200 else []
+        known = sorted({ending for name in names for ending in endings(name) if ending.count(".") <= entry.count(".")})
+        near = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) if len(entry) <= 200 else []
         if near:
             return f"did you mean {' or '.join(repr(name) for name in near)}?"
         last = sorted({name.rpartition(".")[2] for name in names})
@@ -255,10 +226,19 @@ class Search:
         assert kind is not None
         smallest, largest = sorted((target.in_features, target.out_features))
         if target.r is not None and target.r > (largest if self.file else smallest):
-            shape = f"({target.out_features} x {target.in_features})"
-            self.report("r", f"rank {target.r} is too large for '{target.name}' {shape}", f"use at most {smallest}")
+            self.too_large.append(target)
             return target
         return dataclasses.replace(target, trainable_parameters=slot_count(kind.slots(self.settings, target).values()))
+
+    def report_large_ranks(self) -> None:
+        """One problem for all ranks beyond their matrix: the smallest matrix, and how many more there are."""
+        if not self.too_large:
+            return
+        first = min(self.too_large, key=lambda target: (min(target.in_features, target.out_features), target.name))
+        more = f" and {len(self.too_large) - 1} more" if len(self.too_large) > 1 else ""
+        shape = f"({first.out_features} x {first.in_features})"
+        what = f"rank {first.r} is too large for '{first.name}' {shape}{more}"
+        self.report("r", what, f"use at most {min(first.in_features, first.out_features)}")
 
     def _rank(self, name: str) -> int | None:
         rank: int | None = self._by_pattern("rank_pattern", name, getattr(self.settings, "r", None))
@@ -291,17 +271,3 @@ class Search:
             compiled = self._pattern(key, pattern)
             if not any(compiled.matches_ending(name) for name in names):
                 self.report(key, f"'{pattern}' matches no adapted layer", self._nearest(key, pattern))
-
-
-def _endings(name: str) -> list[str]:
-    """The name and what follows each of its dots: a.b.c, b.c, c."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
-
-
-def _is_fused_in(entry: str, parameter_name: str) -> bool:
-    """gate_proj is in gate_up_proj: every piece of the entry's last name is a piece of the parameter's."""
-    own = parameter_name.rpartition(".")[2]
-    last = entry.rpartition(".")[2]
-    last = OLD_EXPERT_NAMES.get(last, last)
-    return bool(last) and set(last.split("_")) <= set(own.split("_"))
