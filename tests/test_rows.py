@@ -90,6 +90,19 @@ def test_problems_of_all_sources_are_raised_together(tiny: LoadedTokenizer, tmp_
     assert [problem.file for problem in failed.value.problems] == [str(one), str(two)]
 
 
+def test_a_problem_of_the_template_is_said_once(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = write_lines(tmp_path / "d.jsonl", [row] * 30)
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ raise_exception('no such role') }}", encoding="utf-8")
+    with pytest.raises(DataError) as failed:
+        load(tiny, path, chat_template=str(template))
+    assert str(failed.value) == (
+        f"{path}:1: data.chat_template: the chat template refused the row: no such role"
+        " (29 more: line 2, 3, 4, 5, 6, ...)"
+    )
+
+
 def test_the_eval_fraction_is_taken_by_content_before_weights(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{index:02d}", "completion": "c"} for index in range(100)]
     path = write_lines(tmp_path / "d.jsonl", rows)

@@ -92,7 +92,8 @@ class Renderer:
         if not self.has_template:
             raise DataError(
                 "a conversation, but the tokenizer has no chat template",
-                "name a Jinja file under data.chat_template",
+                "name a Jinja file",
+                key="data.chat_template",
             )
 
     def _encode_chat(self, example: ChatExample, origin: str) -> EncodedRow:

@@ -106,7 +106,8 @@ class TurnFinder:
         if len(found) < len(spans):
             raise DataError(
                 "the chat template writes an answer differently once more turns follow, so that its place is unknown",
-                "give a template with {% generation %} markers under data.chat_template",
+                "give a template with {% generation %} markers",
+                key="data.chat_template",
             )
         self._check(messages, wanted, found, text, tools)
         neutral = text
@@ -191,7 +192,7 @@ class TurnFinder:
             for call in messages[index].extra.get("tool_calls", ()):
                 if call["function"]["name"] not in turn:
                     raise DataError(
-                        "the chat template does not write tool calls", "give one that does under data.chat_template"
+                        "the chat template does not write tool calls", "give one that does", key="data.chat_template"
                     )
             if messages[index].content.strip() not in turn:
                 self._notices[SHORTENED] += 1

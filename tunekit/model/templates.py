@@ -17,6 +17,7 @@ from typing import Any
 
 from tunekit.errors import DataError
 
+KEY = "data.chat_template"
 LIMIT_SECONDS = 5.0
 LIMIT_CHARACTERS = 50_000_000
 LIMIT_EXTRA_BYTES = 2 * 2**30
@@ -50,14 +51,14 @@ def render_template(
                 tokenize=False,
             )
     except _TimeUp as error:
-        raise DataError(f"the chat template took more than {LIMIT_SECONDS:g} seconds") from error
+        raise DataError(f"the chat template took more than {LIMIT_SECONDS:g} seconds", key=KEY) from error
     except MemoryError as error:
         raise DataError("the chat template asked for too much memory") from error
     except RecursionError as error:
         raise DataError("the chat template, or the row, nests too deeply") from error
     except Exception as error:  # a template may raise anything
         reason = str(error).strip() or type(error).__name__
-        raise DataError(f"the chat template refused the row: {reason}") from error
+        raise DataError(f"the chat template refused the row: {reason}", key=KEY) from error
     if len(text) > LIMIT_CHARACTERS:
         raise DataError(f"the chat template wrote {len(text)} characters")
     return str(text)
