@@ -6,6 +6,7 @@ Comes in: a folder, ours or peft's.  Goes out: AdapterConfig.  Next: folder.py.
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,19 @@ class AdapterConfig:
         return None if name.startswith((".", "/", "~")) else name
 
 
-def read_adapter_config(folder: Path, method: Method | None = None) -> AdapterConfig:
+def read_adapter_config(
+    folder: Path, method: Method | None = None, instead: Mapping[str, Any] | None = None
+) -> AdapterConfig:
     """Read and check both configuration files; `method` is found from peft_type where it is not given.
 
+    `instead`: values that stand for those of the file, where the caller deals with what the file's own would mean.
     Raises: AdapterError for whatever is missing, malformed or not supported, by name; no tensor is looked at.
     """
     folder = Path(folder)
     if not folder.is_dir() or folder.is_symlink():
         raise AdapterError("is not an adapter folder", "name a folder that holds adapter_config.json", file=str(folder))
     path = folder / CONFIG_NAME
-    fields = parse_json(read_small(path), str(path))
+    fields = {**parse_json(read_small(path), str(path)), **(instead or {})}
     method = method or method_of(fields, str(path))
     config = AdapterConfig(
         folder=folder,
@@ -76,7 +80,7 @@ def read_adapter_config(folder: Path, method: Method | None = None) -> AdapterCo
         task_type=_text(fields, "task_type", path),
         **_own_facts(folder),
     )
-    _refuse_pickle(folder)
+    refuse_pickle(folder)
     return config
 
 
@@ -141,7 +145,7 @@ def _sha256(entry: Any, path: Path) -> str:
     return digest
 
 
-def _refuse_pickle(folder: Path) -> None:
+def refuse_pickle(folder: Path) -> None:
     """A pickle is never read. Beside a safetensors file it is passed over; alone it is refused."""
     try:
         (folder / TENSORS_NAME).lstat()

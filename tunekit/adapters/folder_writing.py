@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base_modules import base_modules
@@ -47,7 +49,7 @@ def save_adapter_folder(
     """
     folder = Path(os.path.abspath(folder))
     config = peft_config(attached)
-    config |= {"base_model_name_or_path": _portable(base_name, folder), "revision": revision, "task_type": task_type}
+    config |= {"base_model_name_or_path": portable(base_name, folder), "revision": revision, "task_type": task_type}
     base = {
         "fingerprint": base_fingerprint,
         "revision": revision,
@@ -55,12 +57,30 @@ def save_adapter_folder(
         "quantization": quantization,
         "double_quantization": double_quantization,
     }
+    parts = attached.slots()
+    tensors = {parts[name][0].file_key(name): tensor for name, tensor in sorted(attached.exported().items())}
+    return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template)
+
+
+def write_adapter_folder(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    settings: Any,
+    base: Mapping[str, Any],
+    chat_template: str | None = None,
+) -> int:
+    """Write tensors by file key, PEFT's configuration and our own facts, whole or not at all; returns their bytes.
+
+    `base`: fingerprint, revision, dtype, quantization and double_quantization of the base.
+    Raises: as save_adapter_folder.
+    """
     _refuse_foreign_files(folder)
     _remove_left_overs(folder)
     temporary = durable.temporary_name(folder)
     durable.make_folder(temporary)
     try:
-        size_bytes = _write_files(attached, temporary, config, base, chat_template)
+        size_bytes = _write_files(temporary, tensors, config, settings, base, chat_template)
         durable.sync_folder(temporary)
         _put_in_place(temporary, folder)
     except BaseException:
@@ -72,12 +92,14 @@ def save_adapter_folder(
 
 
 def _write_files(
-    attached: AttachedAdapter, folder: Path, config: dict[str, Any], base: dict[str, Any], chat_template: str | None
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    settings: Any,
+    base: Mapping[str, Any],
+    chat_template: str | None,
 ) -> int:
     """The three files, and the template if there is one, each flushed to the disk; returns their bytes."""
-    state = attached.state()
-    saved = {name: part for name, (part, slot) in attached.slots().items() if slot.kind != "resume"}
-    tensors = {part.file_key(name): state[name] for name, part in saved.items()}
     tensor_bytes, digest = write_tensors(folder / TENSORS_NAME, tensors, {"format": "pt"})
     config_bytes, config_digest = _write_json(folder / CONFIG_NAME, config)
     files = {
@@ -93,8 +115,8 @@ def _write_files(
     facts = {
         "format_version": FORMAT_VERSION,
         "tunekit_version": __version__,
-        "settings": attached.settings.model_dump(mode="json", exclude={"init_from"}),  # a path of this machine
-        "base": base,
+        "settings": settings.model_dump(mode="json", exclude={"init_from"}),  # a path of this machine
+        "base": dict(base),
         "files": files,
     }
     facts_bytes, _ = _write_json(folder / FACTS_NAME, facts)
@@ -124,16 +146,18 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
         ("rank_pattern", "r", {target.name: target.r for target in targets}),
         ("alpha_pattern", "alpha", {target.name: target.alpha for target in targets}),
     ):
-        if key in attached.method.peft.fields:
+        if attached.method.peft.fields.get(key, ("",))[0] == key:
             config[key] = concrete_pattern(getattr(settings, key), resolved, getattr(settings, default))
     if "fan_in_fan_out" in config:
         config["fan_in_fan_out"] = any(target.kind == "conv1d" for target in targets)
     resolve = attached.method.peft.resolve
     config |= resolve(settings, targets, config) if resolve else {}
+    for part in attached.parts():
+        config |= part.file_fields()
     return {name: value for name, value in config.items() if name not in attached.method.peft.absent}
 
 
-def _portable(base_name: str, folder: Path) -> str:
+def portable(base_name: str, folder: Path) -> str:
     """A hub id as it is; a local base relative to the adapter folder, so that no user's path leaves the machine."""
     base = Path(base_name).expanduser()
     if not base.is_absolute() and not base.exists():

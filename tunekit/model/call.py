@@ -16,10 +16,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Call:
-    """One forward: adapters bypassed or not, which step and micro-batch (for seeds), segments of packed rows, and
-    whatever routes rows to adapters."""
+    """One forward: adapters bypassed or not, which of several adapters, which step and micro-batch (for seeds),
+    segments of packed rows, and whatever routes rows to adapters."""
 
     bypassed: bool = False
+    adapter: str | None = None  # of several that are loaded at once; None: the one switched to
     step: int = 0
     micro_batch: int = 0
     seed: int = 0
