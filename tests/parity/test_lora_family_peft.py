@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import peft
 import pytest
 import torch
 
-import tunekit.adapters.starts as adapter_starts
-import tunekit.recipe.starts as recipe_starts
 from tests.parity.peft_case import BASES, CHECKS, run_cell
 from tunekit.adapters.attach import attach_adapter
 from tunekit.recipe.names import settings_class
@@ -81,8 +78,3 @@ def test_starts_draw_from_the_distributions_of_peft(start: str) -> None:
     for layer in ours.adapted_modules().values():
         assert layer.delta().abs().max() < 1e-6
 
-
-def test_starts_are_the_files_of_both_halves() -> None:
-    named = set(settings_class("adapters", "lora").model_fields["start"].annotation.__args__) - {"default"}
-    halves = [{m.name for m in pkgutil.iter_modules(package.__path__)} for package in (recipe_starts, adapter_starts)]
-    assert halves == [named, named]

@@ -34,12 +34,21 @@ class Dora(Lora):
 
     def initialise(self, generator: torch.Generator) -> None:
         super().initialise(generator)
+        self._set_magnitude()
+
+    def begin(self, generator: torch.Generator, evidence: Any = None) -> None:
+        super().begin(generator, evidence)
+        if evidence is not None:
+            self._set_magnitude()
+
+    def _set_magnitude(self) -> None:
+        """m = n: neither changes W + s B A at the start."""
         weight = weight_of(self.base_layer)
         assert weight is not None
         if weight.device.type == "meta":  # the values are loaded afterwards
             self.magnitude.data.fill_(1)
         else:
-            self.magnitude.data.copy_(self._norm(weight.read()))
+            self.magnitude.data.copy_(self._norm(weight.read().add_(self.delta().to(weight.device))))
 
     def _norm(self, weight: Tensor) -> Tensor:
         """|weight| (O,) over inputs; of an embedding (V, D) over the vocabulary, as PEFT has it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tunekit.adapters.base import LayerAdapter, Method, Slot
 from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules, start_misfits
 from tunekit.adapters.peft_side import PeftSide
+from tunekit.adapters.starting import begin
 from tunekit.decisions import Target
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.low_rank import LowRankSettings
@@ -22,7 +23,8 @@ class Lora(LayerAdapter):
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).  Of an embedding: ids x (...), A (R, V), B (D, R), y = (W + s
     (B A)^T)[x].
-    Units: alpha unitless.    Starts as the identity: B = 0 (embedding: A = 0).    A and B are cast to x's dtype.
+    Units: alpha unitless.    Starts as the identity: B = 0 (embedding: A = 0), or as adapters/starts/ say.
+    A and B are cast to x's dtype.
     Source: Hu et al. 2021, eq. 3; Kalajdzievski 2023.
     """
 
@@ -31,6 +33,8 @@ class Lora(LayerAdapter):
     A: nn.Parameter
     B: nn.Parameter
     own_bias: nn.Parameter  # where biases are trained: in place of the base's
+    start_A: Tensor  # A' (R, I) and B' (O, R) of starts that move a part of W into A and B
+    start_B: Tensor
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
@@ -41,6 +45,9 @@ class Lora(LayerAdapter):
         slots = {"A": Slot("lora_A.weight", (rank, inputs)), "B": Slot("lora_B.weight", (outputs, rank), rate="b")}
         if settings.bias != "none" and target.has_bias:
             slots["own_bias"] = Slot("base_layer.bias", (outputs,), decays=False)
+        if settings.start.moves_weights:  # y = W x + s (B A - B' A') x: exactly W x at the start, and W is not touched
+            slots["start_A"] = Slot("start_A", (rank, inputs), kind="resume")
+            slots["start_B"] = Slot("start_B", (outputs, rank), kind="resume")
         return slots
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -48,15 +55,14 @@ class Lora(LayerAdapter):
             nn.init.zeros_(self.A)
             nn.init.normal_(self.B, generator=generator)
         else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
-            nn.init.zeros_(self.B)
-            if self.settings.start != "default":
-                (rank, inputs), outputs = self.A.shape, self.B.shape[0]
-                start = import_module(f"tunekit.adapters.starts.{self.settings.start}")
-                self.A.data, self.B.data = start.make_start(inputs, outputs, rank, generator)
+            self.begin(generator)
         if "own_bias" in self.held:
             bias = self.base_layer.bias
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
+
+    def begin(self, generator: torch.Generator, evidence: Any = None) -> None:
+        """Fill A and B as the recipe's start says."""
+        begin(self, generator, evidence)
 
     @property
     def scaling(self) -> float:
@@ -65,9 +71,19 @@ class Lora(LayerAdapter):
         alpha = self.settings.alpha if alpha is None else alpha
         return alpha / math.sqrt(rank) if self.settings.use_rslora else alpha / rank
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B; where a start has moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B', B'] (O, 2R).
+
+        So written, nothing large cancels, in whatever precision they are multiplied.
+        """
+        if "start_A" not in self.held:
+            return self.A, self.B
+        return torch.cat([self.A, self.A - self.start_A]), torch.cat([self.B - self.start_B, self.start_B], dim=1)
+
     def delta(self) -> Tensor:
         """s B A as a change of the matrix: (O, I), of an embedding (V, D); where A and B lie."""
-        delta = self.B.detach() @ self.A.detach() * self.scaling
+        a, b = self.factors()
+        delta = b.detach() @ a.detach() * self.scaling
         return delta.t() if self.target.kind == "embedding" else delta
 
     def update(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,8 +93,9 @@ class Lora(LayerAdapter):
             scale = self.scaling * getattr(self.base_layer, "embed_scale", 1.0)  # Gemma multiplies W[x] as well
             return F.linear(rows, self.B.to(dtype)) * scale
         x = F.dropout(x, self.settings.dropout, self.training)
-        low = F.linear(x, self.A.to(x.dtype))  # (..., R)
-        return F.linear(low, self.B.to(x.dtype)) * self.scaling
+        a, b = self.factors()
+        low = F.linear(x, a.to(x.dtype))  # (..., R)
+        return F.linear(low, b.to(x.dtype)) * self.scaling
 
     def used_bias(self) -> Tensor | None:
         """The bias in use (O,)."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from tunekit.adapters.base import Misfit
 from tunekit.adapters.peft_side import ANY
+from tunekit.adapters.starting import LINEAR
 from tunekit.decisions import Target
 from tunekit.recipe.low_rank import LowRankSettings
-from tunekit.recipe.names import facts_of
 
 LORA_FIELDS: dict[str, tuple[str, Any]] = {  # PEFT's field -> our setting, PEFT's default
     "r": ("r", 8),
@@ -60,9 +60,21 @@ def saved_modules(settings: LowRankSettings) -> Sequence[str]:
 
 
 def start_misfits(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
-    """Odd ranks under a start that halves the rank, as Method.misfits reports them; a file's start is long past."""
-    if file or settings.start == "default" or not facts_of("starts", settings.start).NEEDS_EVEN_RANK:
+    """What a start cannot fill, as Method.misfits reports it; a file's start is long past."""
+    start, linear = settings.start, [target for target in targets if target.kind in LINEAR]
+    if file:
         return []
-    odd = [target.name for target in targets if target.kind != "embedding" and (target.r or settings.r) % 2]
-    what = f"start: {settings.start} needs an even rank, and that of {len(odd)} layers is odd (such as {odd[:1]})"
-    return [Misfit("r", what, "write an even r")] if odd else []
+    misfits = []
+    odd = [target.name for target in linear if (target.r or settings.r) % 2]
+    if start.needs_even_rank and odd:
+        what = f"start: {start.method} needs an even rank, and that of {len(odd)} layers is odd (such as {odd[:1]})"
+        misfits.append(Misfit("r", what, "write an even r"))
+    still = [target.name for target in linear if (settings.alpha if target.alpha is None else target.alpha) == 0]
+    if start.divides_by_scaling and still:
+        what = f"start: {start.method} divides by the scaling, and alpha is 0 for {len(still)} layers ({still[0]})"
+        misfits.append(Misfit("alpha", what, "write an alpha above 0"))
+    narrow = [target.name for target in linear if 2 * (target.r or 0) > min(target.in_features, target.out_features)]
+    if start.method == "lora_ga" and narrow:
+        what = f"start: lora_ga needs 2 r singular vectors, and {len(narrow)} layers have fewer ({narrow[0]})"
+        misfits.append(Misfit("r", what, "write a smaller r"))
+    return misfits

@@ -16,9 +16,11 @@ from tunekit.recipe.section import (
     Text,
     TextOrTexts,
 )
+from tunekit.recipe.start_choice import StartChoice
 
 
-def _one_or_several(value: Any) -> Any:
+def one_or_several(value: Any) -> Any:
+    """A single number as a list of one; anything else is left to the type."""
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -35,8 +37,8 @@ class LowRankSettings(AdapterSettings):
     rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
     alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
-    start: Literal["default", "gaussian", "orthogonal"] = Field(
-        "default", description="initial A and B of linear layers: a uniform A, a normal A, or two that cancel out"
+    start: StartChoice = Field(
+        "default", validate_default=True, description="how A and B of linear layers are first filled"
     )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="which of the base's biases are trained as well: all, or those of adapted layers"
@@ -44,7 +46,7 @@ class LowRankSettings(AdapterSettings):
     modules_to_save: Several[Text] = Field(
         (), description="modules trained whole, such as a head: names or name endings"
     )
-    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(_one_or_several)] = Field(
+    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(one_or_several)] = Field(
         (), description="numbers of the layers adapted; none: all"
     )
     layers_pattern: TextOrTexts | None = Field(
@@ -55,4 +57,10 @@ class LowRankSettings(AdapterSettings):
     def _pattern_needs_layers(self) -> LowRankSettings:
         if self.layers_pattern is not None and not self.layers_to_transform:
             raise ValueError("layers_pattern says nothing without layers_to_transform")
+        return self
+
+    @model_validator(mode="after")
+    def _start_or_init_from(self) -> LowRankSettings:
+        if self.init_from is not None and self.start.method != "default":
+            raise ValueError(f"start cannot be {self.start.method} where init_from names the adapter to continue")
         return self

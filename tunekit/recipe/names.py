@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tunekit.recipe.section import MethodSettings
 
 Kind = Literal["adapters", "objectives", "starts", "formats", "metrics"]
-SettingsKind = Literal["adapters", "objectives"]
+SettingsKind = Literal["adapters", "objectives", "starts"]
 
 
 @cache

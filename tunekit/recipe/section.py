@@ -6,7 +6,7 @@ Comes in: plain values read from YAML.  Goes out: validated, immutable settings.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
@@ -35,6 +35,19 @@ class AdapterSettings(MethodSettings):
 
 class ObjectiveSettings(MethodSettings):
     """What every objective has; the settings of one are in recipe/objectives/NAME.py."""
+
+
+class StartSettings(MethodSettings):
+    """What every start of the LoRA family has; the settings of one are in recipe/starts/NAME.py.
+
+    `looks_at` is what it needs besides the layer's own weight: "" nothing, "inputs" or "gradients" of the base on the
+    run's first batches, "original" the weight that was quantized.
+    """
+
+    needs_even_rank: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = False  # a part of W goes into A and B; W as it was less that part stays frozen
+    divides_by_scaling: ClassVar[bool] = False  # so that alpha must not be 0
+    looks_at: ClassVar[str] = ""
 
 
 def _is_number(value: Any) -> bool:
@@ -101,3 +114,9 @@ AutoBoolOrCount = Annotated[
 TextOrTexts = Annotated[str | tuple[str, ...], BeforeValidator(_text_or_texts)]
 Item = TypeVar("Item")
 Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kept as a tuple
+
+
+class CalibratedStart(StartSettings):
+    """A start that looks at the run's own data before step 1."""
+
+    batches: Count = Field(8, description="micro-batches of the training data that are looked at, before step 1")

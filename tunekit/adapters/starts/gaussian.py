@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+
+from tunekit.adapters.starting import StartLayer
 
 
-def make_start(inputs: int, outputs: int, rank: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
     """A (R, I) ~ N(0, 1 / R^2), B (O, R) = 0, as diffusers and PEFT have it."""
-    return torch.randn(rank, inputs, generator=generator) / rank, torch.zeros(outputs, rank)
+    a = torch.randn(layer.rank, layer.inputs, generator=layer.generator) / layer.rank
+    return a, torch.zeros(layer.outputs, layer.rank)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+
+from tunekit.adapters.starting import StartLayer
 
 SHRINK = 10.0  # PEFT's
 
 
-def make_start(inputs: int, outputs: int, rank: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) with B A = 0 although neither is 0. R is even.
 
     With Q (R, R) orthogonal: A = Q_even^T N / 10, B = N' Q_odd / 10, N and N' normal; Q_odd Q_even^T = 0.
     Source: datta0.github.io/posts/rethink-lora-init.
     """
+    rank, generator = layer.rank, layer.generator
     q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))  # (R, R)
-    a = q[0::2].t() @ torch.randn(rank // 2, inputs, generator=generator) / SHRINK
-    return a, torch.randn(outputs, rank // 2, generator=generator) @ q[1::2] / SHRINK
+    a = q[0::2].t() @ torch.randn(rank // 2, layer.inputs, generator=generator) / SHRINK
+    return a, torch.randn(layer.outputs, rank // 2, generator=generator) @ q[1::2] / SHRINK

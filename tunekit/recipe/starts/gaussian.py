@@ -2,4 +2,14 @@
 
 from __future__ import annotations
 
-NEEDS_EVEN_RANK = False
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import StartSettings
+
+
+class GaussianSettings(StartSettings):
+    """A normal, B = 0."""
+
+    method: Literal["gaussian"] = Field("gaussian", description="A normal with deviation 1 / r, B = 0")

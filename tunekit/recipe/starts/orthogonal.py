@@ -2,4 +2,16 @@
 
 from __future__ import annotations
 
-NEEDS_EVEN_RANK = True
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import StartSettings
+
+
+class OrthogonalSettings(StartSettings):
+    """A and B that cancel out."""
+
+    needs_even_rank: ClassVar[bool] = True
+
+    method: Literal["orthogonal"] = Field("orthogonal", description="A and B are not 0, but B A is")

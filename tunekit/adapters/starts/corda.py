@@ -1,0 +1,71 @@
+"""CorDA start of LoRA.  Comes in: W and the covariance of its inputs.  Goes out: A and B.  Next: lora.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.starting import Seen, StartLayer
+from tunekit.decisions import Target
+from tunekit.errors import NumericsError
+from tunekit.recipe.starts.corda import CordaSettings
+
+DAMPING, WORST_INVERSE = 0.01, 0.05  # the authors'
+MOST_DAMPING = 1e6
+FLOAT_BYTES = 4
+
+
+class Statistics:
+    """C (I, I) = mean over rows of X^T X, each row's X (T, I) divided by its largest element, as the authors do."""
+
+    def __init__(self, settings: CordaSettings, target: Target) -> None:
+        self.count = 0
+        self.covariance = torch.zeros(0)
+
+    def add(self, seen: Seen) -> None:
+        """Take in one micro-batch."""
+        for row in set(seen.rows.tolist()):
+            x = seen.inputs[seen.rows == row]  # (T, I)
+            largest = x.max().abs()
+            x = x / torch.where(largest > 0, largest, x.abs().max().clamp(min=torch.finfo(x.dtype).tiny))
+            product = x.t() @ x
+            self.covariance = product if not self.count else self.covariance.add_(product)
+            self.count += 1
+
+    def finish(self) -> Tensor:
+        """C (I, I)."""
+        return self.covariance / max(self.count, 1)
+
+
+def statistics_bytes(settings: CordaSettings, target: Target) -> int:
+    """What Statistics keeps of one layer."""
+    return FLOAT_BYTES * target.in_features**2
+
+
+def make_start(settings: CordaSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """s B A = the R largest (ipm) or smallest (kpm) parts of W C = U S V^T, taken back by C^-1.
+
+    A (R, I) = sqrt(S / s) V^T C^-1, B (O, R) = U sqrt(S / s); C is damped until it can be inverted.  In float64.
+    Source: Yang et al. 2024, eq. 3 to 6.
+    """
+    weight = layer.weight().double()
+    covariance, inverse = _invertible(layer.evidence.to(weight.device, weight.dtype), layer.name)
+    u, s, vh = torch.linalg.svd(weight @ covariance, full_matrices=False)
+    chosen = slice(None, layer.rank) if settings.mode == "ipm" else slice(len(s) - layer.rank, None)
+    root = (s[chosen] / layer.scaling).sqrt()  # (R,)
+    return root[:, None] * (vh[chosen] @ inverse), u[:, chosen] * root
+
+
+def _invertible(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """C + d mean(diag C) 1 (I, I) and its inverse; d doubles until the inverse is one."""
+    one = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    mean, damping = covariance.diagonal().mean(), DAMPING
+    while damping < MOST_DAMPING:
+        damped = covariance + damping * mean * one
+        inverse, failed = torch.linalg.inv_ex(damped)
+        if not failed and torch.dist(damped @ inverse, one) < WORST_INVERSE:
+            return damped, inverse
+        damping *= 2
+    raise NumericsError(
+        f"the covariance of the inputs of {name} cannot be inverted", "look at the rows, or at the base"
+    )

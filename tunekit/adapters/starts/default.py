@@ -1,0 +1,17 @@
+"""Uniform start of LoRA.  Comes in: the shapes of A and B.  Goes out: their values.  Next: lora.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.adapters.starting import StartLayer
+
+
+def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """A (R, I) uniform within 1 / sqrt(I), B (O, R) = 0, as Hu et al. and PEFT have it."""
+    a = torch.empty(layer.rank, layer.inputs)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=layer.generator)
+    return a, torch.zeros(layer.outputs, layer.rank)

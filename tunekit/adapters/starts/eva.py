@@ -1,0 +1,118 @@
+"""EVA start of LoRA.  Comes in: a layer's inputs by batch.  Goes out: A, and how ranks are shared.  Next: lora.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.starting import Seen, StartLayer
+from tunekit.decisions import Target
+from tunekit.errors import DataError
+from tunekit.recipe.starts.eva import EvaSettings
+
+DOUBLE_BYTES = 8
+
+
+class Statistics:
+    """The principal components of all inputs so far, by incremental decomposition; only they are kept.
+
+    Shapes: components (C, I), C = rho R; mean (I,).    Source: Ross et al. 2008, as PEFT's IncrementalPCA.
+    """
+
+    def __init__(self, settings: EvaSettings, target: Target) -> None:
+        self.supervised_only = settings.supervised_only
+        self.wanted = component_count(settings, target)
+        self.count, self.squares = 0, 0.0  # rows, and the sum of their squared distances from the mean
+        self.mean = torch.zeros(0)
+        self.parts = torch.zeros(0, 0)  # (C, I): components times their singular values, float64
+
+    def add(self, seen: Seen) -> None:
+        """Take in one micro-batch."""
+        rows = seen.inputs[seen.supervised] if self.supervised_only else seen.inputs
+        rows = rows.double()  # (N, I)
+        if not len(rows):
+            return
+        mean, count = rows.mean(0), len(rows)
+        centred = rows - mean
+        stacked = [centred]
+        self.squares += float(centred.square().sum())
+        if self.count:
+            shift = (self.mean - mean) * (self.count * count / (self.count + count)) ** 0.5
+            stacked = [self.parts, centred, shift[None]]
+            self.squares += float(shift.square().sum())
+        else:
+            self.mean = torch.zeros_like(mean)
+        self.parts = _leading(torch.cat(stacked), self.wanted)
+        self.mean = (self.mean * self.count + mean * count) / (self.count + count)
+        self.count += count
+
+    def finish(self) -> dict[str, Tensor]:
+        """Components (C, I), their singular values (C,) and their shares of the variance (C,)."""
+        values = torch.linalg.vector_norm(self.parts, dim=1)
+        tiny = torch.finfo(torch.float64).tiny
+        shares = values.square() / max(self.squares, tiny)
+        return {"components": self.parts / values.clamp(min=tiny)[:, None], "values": values, "shares": shares}
+
+
+def component_count(settings: EvaSettings, target: Target) -> int:
+    """C: the most that a layer could be given."""
+    assert target.r is not None
+    return min(round(target.r * settings.rho), target.in_features, target.out_features)
+
+
+def statistics_bytes(settings: EvaSettings, target: Target) -> int:
+    """What Statistics keeps of one layer."""
+    return DOUBLE_BYTES * target.in_features * (component_count(settings, target) + 1)
+
+
+def _leading(matrix: Tensor, count: int) -> Tensor:
+    """The `count` largest S V^T (C, I) of a matrix (N, I) in float64, through the smaller of its two Gram matrices."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        _, u = torch.linalg.eigh(matrix @ matrix.t())  # ascending
+        parts: Tensor = u[:, -count:].flip(1).t() @ matrix
+        return parts
+    values, v = torch.linalg.eigh(matrix.t() @ matrix)
+    roots = values[-count:].flip(0).clamp(min=0).sqrt()  # (C,)
+    return torch.mul(v[:, -count:].flip(1).t(), roots[:, None])
+
+
+def share_ranks(
+    settings: EvaSettings, targets: Sequence[Target], evidence: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, int]:
+    """Layer -> rank: the sum of all ranks goes to the components with the largest shares of their layer's variance.
+
+    Source: Paischer et al. 2024, section 3.3.
+    """
+    linear = [target for target in targets if target.name in evidence]
+    if settings.rho == 1:
+        return {target.name: target.r or 0 for target in linear}
+    budget = sum(target.r or 0 for target in linear)
+    ranked = sorted(
+        (-share, place, target.name)
+        for target in linear
+        for place, share in enumerate(evidence[target.name]["shares"].tolist())
+    )
+    ranks = {target.name: 0 for target in linear}
+    for _, _, name in ranked[:budget]:
+        ranks[name] += 1
+    return ranks
+
+
+def make_start(settings: EvaSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """A (R, I) = the R first principal components of the inputs, B (O, R) = 0.
+
+    Raises: DataError where the batches held fewer tokens than the rank.    Source: Paischer et al. 2024, algorithm 1.
+    """
+    components, values = layer.evidence["components"], layer.evidence["values"]
+    if len(components) < layer.rank:
+        raise DataError(
+            f"the first batches hold {len(components)} tokens to look at, fewer than a rank of {layer.rank}",
+            "raise adapter.start.batches, or lower adapter.r",
+            key="adapter.start",
+        )
+    a = components[: layer.rank]
+    if settings.whiten:
+        a = a / values[: layer.rank, None].sqrt()
+    return a, torch.zeros(layer.outputs, layer.rank)

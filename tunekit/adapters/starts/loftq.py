@@ -1,0 +1,22 @@
+"""LoftQ start of LoRA.  Comes in: W as it was before quantization, and as it is.  Goes out: A and B.  Next: lora.py."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tunekit.adapters.starting import StartLayer
+from tunekit.adapters.starts.decompose import largest_parts
+
+
+def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """s B A = the R largest parts of D = W - dequantized(W), D = U S V^T.
+
+    A (R, I) = sqrt(S / s) V^T, B (O, R) = U sqrt(S / s).  This is the first round of the paper's algorithm. Its further
+    rounds would quantize W - s B A anew; here the base keeps the packing it has, which other adapters share.
+    Evidence: W (O, I).    Source: Li et al. 2023, algorithm 1.
+    """
+    packed = layer.weight()
+    lost = layer.evidence.to(packed.device, packed.dtype) - packed  # (O, I)
+    u, s, vh = largest_parts(lost, layer.rank, None, layer.generator)
+    root = (s / layer.scaling).sqrt()  # (R,)
+    return root[:, None] * vh, u * root

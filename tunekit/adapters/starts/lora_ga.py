@@ -1,0 +1,60 @@
+"""LoRA-GA start of LoRA.  Comes in: the gradient of W.  Goes out: A and B along it.  Next: lora.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.starting import Seen, StartLayer
+from tunekit.decisions import Target
+from tunekit.errors import NumericsError
+from tunekit.recipe.starts.lora_ga import LoraGaSettings
+
+FLOAT_BYTES = 4
+
+
+class Statistics:
+    """G (O, I) float32: the gradient of the mean loss over all batches."""
+
+    def __init__(self, settings: LoraGaSettings, target: Target) -> None:
+        self.gradient = torch.zeros(0)
+
+    def add(self, seen: Seen) -> None:
+        """Take in one micro-batch, whose loss is divided by the number of units in all of them."""
+        assert seen.gradients is not None
+        product = seen.gradients.t() @ seen.inputs
+        self.gradient = product if not self.gradient.numel() else self.gradient.add_(product)
+
+    def finish(self) -> Tensor:
+        """G (O, I)."""
+        return self.gradient
+
+
+def statistics_bytes(settings: LoraGaSettings, target: Target) -> int:
+    """What Statistics keeps of one layer."""
+    return FLOAT_BYTES * target.in_features * target.out_features
+
+
+def make_start(settings: LoraGaSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) from different ones of the first 2 R singular vectors of G = U S V^T.
+
+    stable: A = f V^T, B = f U, f = O^(1/4) / sqrt(gamma).    unit: f = 1.    peft: A = V^T, B = f U S, as PEFT 0.21
+    has it (but for Conv1D, where its f takes inputs for outputs).
+    Raises: NumericsError for a layer without a gradient.    Source: Wang et al. 2024, algorithm 1, theorem 3.2.
+    """
+    gradient = layer.evidence
+    if not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
+        raise NumericsError(f"the gradient of {layer.name} is 0 or not finite", "choose another adapter.start")
+    u, s, vh = torch.linalg.svd(gradient, full_matrices=False)
+    of_a, of_b = _places(settings.direction, layer.rank)
+    a, b = vh[of_a], u[:, of_b]
+    factor = 1.0 if settings.scale == "unit" else layer.outputs**0.25 / settings.gamma**0.5
+    return (a, b * s[of_b] * factor) if settings.scale == "peft" else (a * factor, b * factor)
+
+
+def _places(direction: str, rank: int) -> tuple[slice, slice]:
+    """Which singular vectors A and B take."""
+    first, second = slice(0, rank), slice(rank, 2 * rank)
+    if direction == "ArBr":
+        return slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)
+    return (first, second) if direction == "ArB2r" else (second, first)

@@ -1,0 +1,17 @@
+"""OLoRA start of LoRA.  Comes in: W.  Goes out: A and B, a part of its QR decomposition.  Next: lora.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.starting import StartLayer
+
+
+def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """B (O, R) = the first R columns of Q and A (R, I) = the first R rows of R, W = Q R.
+
+    Source: Büyükakyüz 2024, algorithm 1.
+    """
+    q, r = torch.linalg.qr(layer.weight())  # (O, min), (min, I)
+    return r[: layer.rank], q[:, : layer.rank]

@@ -1,0 +1,22 @@
+"""`start: corda`: A and B take a part of each matrix weighed by the covariance of its inputs (Yang et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import CalibratedStart
+
+
+class CordaSettings(CalibratedStart):
+    """Context-oriented decomposition: of W C, C the covariance of the inputs."""
+
+    looks_at: ClassVar[str] = "inputs"
+    moves_weights: ClassVar[bool] = True
+    divides_by_scaling: ClassVar[bool] = True
+
+    method: Literal["corda"] = Field("corda", description="a part of W weighed by the covariance of its inputs")
+    mode: Literal["ipm", "kpm"] = Field(
+        "ipm", description="ipm: the r largest parts for these data, to learn them; kpm: the r smallest, to keep them"
+    )

@@ -1,0 +1,23 @@
+"""`start: eva`: A spans the directions in which each layer's inputs vary most (Paischer et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import CalibratedStart, Number
+
+
+class EvaSettings(CalibratedStart):
+    """Principal components of each layer's inputs as A, B = 0."""
+
+    looks_at: ClassVar[str] = "inputs"
+
+    method: Literal["eva"] = Field("eva", description="principal components of each layer's inputs")
+    rho: Annotated[Number, Field(ge=1, le=1000)] = Field(
+        1.0, description="ranks are shared out by explained variance, up to rho x r for a layer; 1: every layer has r"
+    )
+    supervised_only: bool = Field(True, description="look only at the positions that the loss is taken over")
+    whiten: bool = Field(False, description="divide each component by the square root of its singular value")
+    adjust_alpha: bool = Field(True, description="a layer's alpha follows its rank, so that its scaling stays")

@@ -1,0 +1,26 @@
+"""`start: lora_ga`: A and B are singular vectors of each matrix's gradient (Wang et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import CalibratedStart, Positive
+
+
+class LoraGaSettings(CalibratedStart):
+    """The first steps then follow those of full fine-tuning."""
+
+    looks_at: ClassVar[str] = "gradients"
+    moves_weights: ClassVar[bool] = True
+
+    method: Literal["lora_ga"] = Field("lora_ga", description="singular vectors of each matrix's gradient")
+    direction: Literal["ArB2r", "A2rBr", "ArBr"] = Field(
+        "ArB2r", description="A from the first r and B from the next r, the reverse, or by turns"
+    )
+    scale: Literal["stable", "unit", "peft"] = Field(
+        "stable",
+        description="stable: both times outputs^(1/4) / sqrt(gamma); unit: 1; peft: B alone, times singular values too",
+    )
+    gamma: Positive = Field(16.0, description="divides the size of A and B under stable and peft")

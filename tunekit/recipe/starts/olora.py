@@ -1,0 +1,17 @@
+"""`start: olora`: A and B are the first r columns and rows of each matrix's QR decomposition (Büyükakyüz 2024)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import StartSettings
+
+
+class OloraSettings(StartSettings):
+    """Orthonormal B, by a QR decomposition of W."""
+
+    moves_weights: ClassVar[bool] = True
+
+    method: Literal["olora"] = Field("olora", description="the first r columns and rows of W = Q R")

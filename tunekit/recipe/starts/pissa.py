@@ -1,0 +1,21 @@
+"""`start: pissa`: A and B take the r largest singular values of each matrix (Meng et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import Count, StartSettings
+
+
+class PissaSettings(StartSettings):
+    """The principal part of W, by a singular value decomposition: exact, or fast."""
+
+    moves_weights: ClassVar[bool] = True
+    divides_by_scaling: ClassVar[bool] = True
+
+    method: Literal["pissa"] = Field("pissa", description="the r largest singular values of W")
+    iterations: Count | None = Field(
+        None, description="power iterations of a fast, randomized decomposition (4 to 16); null: the exact one"
+    )
