@@ -14,11 +14,11 @@ import torch
 
 from tests.recipe_mutator import make_valid_case
 from tests.train_case import write_recipe
-from tunekit import plan as plan_module
 from tunekit.decisions import Plan
 from tunekit.errors import InputError, ModelError, RecipeError, TunekitError
-from tunekit.plan import Prepared, logits_chunk_tokens, make_plan, plan_from_json, plan_verb
+from tunekit.plan import Prepared, make_plan, plan_from_json, plan_verb
 from tunekit.recipe.load import load_recipe
+from tunekit.training.planned_memory import logits_chunk_tokens
 
 CPU = torch.device("cpu")
 # what a mutated recipe may draw so that a tiny llama over chat rows can take it
@@ -163,7 +163,7 @@ def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatc
         (every.peak_bytes.total, 2 if every.peak_bytes.total < one.peak_bytes.total else 1, False),
         (1000, 2, True),
     ):
-        monkeypatch.setattr(plan_module, "available_bytes", lambda device, free=available: free)
+        monkeypatch.setattr("tunekit.training.planned_memory.available_bytes", lambda device, free=available: free)
         plan, _ = plan_of(recipe, *overrides)
         assert plan.checkpointed_layers == layers
         assert bool(plan.refusals) == refused
@@ -186,8 +186,27 @@ def test_a_model_that_is_not_there_is_told_with_the_data(recipe: Path) -> None:
 
 
 def test_ranks_too_large_are_refused(recipe: Path) -> None:
-    with pytest.raises(RecipeError, match="rank 33 is too large for"):
+    with pytest.raises(RecipeError, match=r"^command line: adapter\.r: rank 33 is too large for"):
         plan_of(recipe, "adapter.r=33")
+
+
+def test_a_refusal_says_where_it_was_written(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(TunekitError) as caught:
+        plan_verb(str(recipe), ["memory.budget=1GiB", f"output.dir={tmp_path / 'run'}"], str(tmp_path / "plan.json"))
+    assert str(caught.value).startswith("command line: memory.budget: a memory budget cannot be kept")
+    (refusal,) = json.loads((tmp_path / "plan.json").read_text())["refusals"]
+    assert (refusal["key"], refusal["line"], refusal["file"]) == ("memory.budget", None, "command line")
+
+
+def test_a_problem_of_an_adapter_folder_names_its_file(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("[]", encoding="utf-8")
+    plan, _ = plan_of(recipe, f"adapter.init_from={folder}")
+    (refusal,) = plan.refusals
+    assert refusal.file == str(folder / "adapter_config.json")
+    with pytest.raises(TunekitError, match=f"^{folder / 'adapter_config.json'}: "):
+        plan_verb(str(recipe), [f"adapter.init_from={folder}", f"output.dir={tmp_path / 'run'}"], None)
 
 
 def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why `train` would refuse: the recipe key, its line (None if not written), and the message with its mend."""
+    """Why `train` would refuse: the recipe key, its line (None if not written), the message with its mend, and the
+    file of that line (the recipe, another input, or `command line`)."""
 
     key: str
     line: int | None
     message: str
+    file: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from tunekit.console import Console
 from tunekit.data.batches import evaluation_batches
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.objectives.base import make_objective
-from tunekit.plan import logits_chunk_tokens
 from tunekit.protocols import EncodedRows
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
@@ -24,6 +23,7 @@ from tunekit.target import LoadedTarget, Target, find_target, load_target
 from tunekit.training.answers import Question
 from tunekit.training.devices import Devices, make_devices
 from tunekit.training.evaluator import Evaluator
+from tunekit.training.planned_memory import logits_chunk_tokens
 from tunekit.training.refusals import position_problems, vocabulary_problems
 
 

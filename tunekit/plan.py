@@ -5,10 +5,10 @@ Comes in: a LoadedRecipe.  Goes out: Plan (plan.json) and Prepared, which train 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,8 @@ from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
 from tunekit.data.batches import BatchSettings, TrainingWindows, evaluation_batches
 from tunekit.data.stream import StreamedWindows
-from tunekit.decisions import ModelFacts, PeakBytes, Plan, Refusal, RowCounts, Target, bytes_text
-from tunekit.errors import InputError, Problem, RecipeError, TunekitError
-from tunekit.memory.fit import checkpointed_layers
+from tunekit.decisions import ModelFacts, PeakBytes, Plan, Refusal, RowCounts, Target
+from tunekit.errors import InputError, Problem
 from tunekit.memory.machine import available_bytes
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
@@ -37,14 +36,13 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.rows import RowSet, load_rows
 from tunekit.training import refusals
 from tunekit.training.devices import make_devices
+from tunekit.training.findings import Findings, raise_refusals
 from tunekit.training.forecast import Forecast, largest_batch
+from tunekit.training.planned_memory import LEAST_CHUNK_TOKENS, PlannedMemory, logits_chunk_tokens, plan_memory
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.simulation import SimulatedRun
 
-Made = TypeVar("Made")
 Windows = TrainingWindows | StreamedWindows
-CHUNK_BYTES = 64 * 2**20  # of logits in float32
-LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -64,34 +62,6 @@ class Inputs:
     tokenizer: LoadedTokenizer
     rows: RowSet
     targets: list[Target]
-
-
-class Findings:
-    """Problems of every part, collected so that all are shown at once."""
-
-    def __init__(self, loaded: LoadedRecipe) -> None:
-        self._loaded = loaded
-        self.problems: list[Problem] = []
-        self._errors: list[TunekitError] = []
-
-    def add(self, problems: Sequence[Problem]) -> None:
-        """Note problems; one without a file is the recipe's."""
-        self.problems += [self._loaded.locate(problem) if problem.file is None else problem for problem in problems]
-
-    def attempt(self, work: Callable[[], Made]) -> Made | None:
-        """The result of `work`, or None and its problems noted."""
-        try:
-            return work()
-        except TunekitError as error:
-            self._errors.append(error)
-            self.add(error.problems)
-            return None
-
-    def error(self) -> TunekitError:
-        """All problems as one error, of the kind that all of them are."""
-        kinds = {type(error) for error in self._errors}
-        kind = kinds.pop() if len(kinds) == 1 else RecipeError
-        return kind.of(self.problems)
 
 
 def make_plan(
@@ -117,7 +87,8 @@ def make_plan(
     if windows is None:
         raise findings.error()
     findings.add(_model_problems(inputs))
-    memory = _plan_memory(recipe, inputs, windows, settings, device, findings)
+    forecast = _forecast(recipe, inputs, windows, settings, device)
+    memory = plan_memory(forecast, recipe.memory.gradient_checkpointing, inputs.base.facts, findings)
     plan = _assemble(loaded, device, inputs, windows, packing, reason, memory, findings)
     return plan, Prepared(inputs.tokenizer, inputs.rows, settings)
 
@@ -184,49 +155,6 @@ def _model_problems(inputs: Inputs) -> list[Problem]:
     return problems
 
 
-def logits_chunk_tokens(vocabulary_size: int) -> int:
-    """Positions projected at a time: 64 MiB of float32 logits, within 64 and 1,024; the vocabulary alone decides."""
-    return max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, CHUNK_BYTES // (4 * vocabulary_size)))
-
-
-@dataclass(frozen=True)
-class PlannedMemory:
-    """Recomputed layers and the peak with them."""
-
-    layers: int
-    reason: str
-    peak: PeakBytes
-
-
-def _plan_memory(
-    recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device, findings: Findings
-) -> PlannedMemory:
-    """Simulate the largest batches and choose how many layers are recomputed."""
-    facts = inputs.base.facts
-    forecast = _forecast(recipe, inputs, windows, settings, device)
-    predicted: dict[int, PeakBytes] = {}
-
-    unknown: list[str] = []
-
-    def predict(layers: int) -> int:
-        if layers not in predicted:
-            try:
-                predicted[layers] = forecast.peak(layers)
-            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:  # the model's own code
-                unknown.append(str(error).strip().partition("\n")[0])
-                predicted[layers] = forecast.without_activations()
-        return predicted[layers].total
-
-    available = available_bytes(device)
-    layers, reason = checkpointed_layers(recipe.memory.gradient_checkpointing, facts.layers, predict, available)
-    needed = predict(layers)
-    if available is not None and needed > available:
-        findings.add([_too_large(needed, available, layers < facts.layers)])
-    if unknown:
-        reason += f"; warning: activations of {facts.model_type} are not in the predicted peak ({unknown[0]})"
-    return PlannedMemory(layers, reason, predicted[layers])
-
-
 def _forecast(
     recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
 ) -> Forecast:
@@ -243,14 +171,6 @@ def _forecast(
         if recipe.evaluation.generate:
             answers = rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     return Forecast(run, inputs.base, batch, windows.steps, rows.train, evaluation, answers)
-
-
-def _too_large(needed: int, available: int, can_recompute: bool) -> Problem:
-    how = "lower training.micro_batch_size or data.max_length, or quantize the base with model.quantization: nf4"
-    if can_recompute:
-        how = "set memory.gradient_checkpointing: auto"
-    what = f"the run needs {bytes_text(needed)} at its peak, and {bytes_text(available)} are free"
-    return Problem(what, how, key="memory.gradient_checkpointing" if can_recompute else "training.micro_batch_size")
 
 
 def _assemble(
@@ -287,14 +207,9 @@ def _assemble(
         logits_chunk_tokens=logits_chunk_tokens(facts.vocabulary_size),
         engine="resident",
         peak_bytes=memory.peak,
-        refusals=[_refusal(problem) for problem in findings.problems],
+        refusals=findings.refusals(),
         notes=_notes(recipe, device, inputs, memory),
     )
-
-
-def _refusal(problem: Problem) -> Refusal:
-    message = f"{problem.what}; {problem.how}" if problem.how else problem.what
-    return Refusal(problem.key or "", problem.line, message)
 
 
 def _supervised_tokens(windows: Windows, rows: RowSet, settings: TrainingSection) -> int:
@@ -355,11 +270,7 @@ def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None)
             write_json(Path(json_file), asdict(plan))
     finally:
         devices.close()
-    if plan.refusals:
-        file = str(loaded.path)
-        raise RecipeError.of(
-            [Problem(refusal.message, "", file, refusal.line, refusal.key) for refusal in plan.refusals]
-        )
+    raise_refusals(plan)
 
 
 def print_plan(console: Console, plan: Plan, available: int | None) -> None:

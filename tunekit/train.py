@@ -24,7 +24,7 @@ from tunekit.console import Console
 from tunekit.data.batches import evaluation_batches
 from tunekit.data.load import read_template
 from tunekit.decisions import Plan, bytes_text
-from tunekit.errors import Problem, RecipeError, ResourceError, TunekitError
+from tunekit.errors import ResourceError, TunekitError
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
@@ -34,6 +34,7 @@ from tunekit.recipe.load import dump_recipe, load_recipe
 from tunekit.training.answers import Question
 from tunekit.training.devices import Trackers, make_devices
 from tunekit.training.evaluator import Evaluator, is_better
+from tunekit.training.findings import raise_refusals
 from tunekit.training.finish import export_adapter, report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Optimizer
@@ -165,11 +166,7 @@ def _plan(session: Session) -> tuple[Plan, Prepared]:
     """Decide everything; the main rank first, so that rows are encoded once."""
     with session.timed("data"):
         plan, prepared = session.devices.main_first(lambda: make_plan(session.loaded, device=session.devices.device))
-    if plan.refusals:
-        file = str(session.loaded.path)
-        raise RecipeError.of(
-            [Problem(refusal.message, "", file, refusal.line, refusal.key) for refusal in plan.refusals]
-        )
+    raise_refusals(plan)
     facts = plan.model
     quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"
     session.console.info(

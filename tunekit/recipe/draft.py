@@ -109,6 +109,10 @@ class Draft:
         """Dotted key -> line, for keys written in the file."""
         return {dotted(key): place.line for key, place in self.places.items() if place.line is not None}
 
+    def written_in(self, file: str) -> frozenset[str]:
+        """Dotted keys that were written in this file (or on the command line)."""
+        return frozenset(dotted(key) for key, place in self.places.items() if place.file == file)
+
     def _mark(self, key: KeyPath, value: Any, place: Place) -> None:
         self.places[key] = place
         for part, inner in inner_items(value):

@@ -38,6 +38,7 @@ class LoadedRecipe:
     recipe: Recipe
     path: Path
     lines: dict[str, int] = field(default_factory=dict)
+    overridden: frozenset[str] = frozenset()  # dotted keys that the command line wrote
     rewrites: list[str] = field(default_factory=list)
 
     def line_of(self, key: str) -> int | None:
@@ -45,7 +46,9 @@ class LoadedRecipe:
         return self.lines.get(key)
 
     def locate(self, problem: Problem) -> Problem:
-        """The same problem with this file and the line of its key."""
+        """The same problem with this file and the line of its key, or `command line`."""
+        if problem.key in self.overridden:
+            return Problem(problem.what, problem.how, file=COMMAND_LINE, key=problem.key)
         line = self.line_of(problem.key) if problem.key else None
         return Problem(problem.what, problem.how, file=str(self.path), line=line, key=problem.key)
 
@@ -59,7 +62,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     expand_shorthands(draft)
     apply_overrides(draft, overrides)
     recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
-    return LoadedRecipe(recipe, path, draft.lines(), draft.rewrites)
+    return LoadedRecipe(recipe, path, draft.lines(), draft.written_in(COMMAND_LINE), draft.rewrites)
 
 
 def load_target_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
