@@ -87,6 +87,7 @@ def make_plan(
     if windows is None:
         raise findings.error()
     findings.add(_model_problems(inputs))
+    findings.add(_run_problems(recipe, windows.steps))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     memory = plan_memory(forecast, recipe.memory.gradient_checkpointing, inputs.base.facts, findings)
     plan = _assemble(loaded, device, inputs, windows, packing, reason, memory, findings)
@@ -153,6 +154,12 @@ def _model_problems(inputs: Inputs) -> list[Problem]:
         if rows is not None and not problems:
             problems += refusals.vocabulary_problems(inputs.base, inputs.tokenizer, rows)
     return problems
+
+
+def _run_problems(recipe: Recipe, steps: int) -> list[Problem]:
+    """Settings of the adapter that a run of so many steps cannot obey."""
+    found = load_method(recipe.adapter.method).run_misfits(recipe.adapter, steps)
+    return [Problem(misfit.what, misfit.how, key=f"adapter.{misfit.key}") for misfit in found]
 
 
 def _forecast(

@@ -26,6 +26,7 @@ from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.targets import trained_count
 from tunekit.model.call import Call, calling
 from tunekit.model.weights import pack_linear, weight_of
+from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
@@ -37,6 +38,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "gaussian": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",), start="gaussian"),
     "orthogonal": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",), start="orthogonal"),
     "rslora": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",), use_rslora=True),
+    "adalora": lambda: AdaloraSettings(init_r=4, target_r=2, alpha=6, target_modules=("layer",)),
     **VECTORS,
     **PRODUCTS,
 }

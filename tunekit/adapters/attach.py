@@ -76,6 +76,10 @@ class AttachedAdapter:
         """State of these kinds (trained, saved, resume) without gradient, sorted by name; not copies."""
         return {name: tensor.detach() for name, tensor in self._tensors(kinds).items()}
 
+    def exported(self) -> dict[str, Tensor]:
+        """What the adapter's file holds, by name."""
+        return {name: tensor for part in self.parts() for name, tensor in part.exported().items()}
+
     def _tensors(self, kinds: Sequence[str]) -> dict[str, Tensor]:
         found = {name: tensor for part in self.parts() for name, tensor in part.state(kinds).items()}
         return dict(sorted(found.items()))
@@ -150,8 +154,15 @@ class AttachedAdapter:
             return inputs
         return self.model_adapter.inputs(self.net, inputs)
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that stand before each row, of those that the network has."""
+        if self.model_adapter is None or current_call().bypassed:
+            return 0
+        return self.model_adapter.virtual_tokens(self.settings)
+
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D) of the real positions."""
+        """Hidden states (B, T, D), or logits, of the real positions."""
         if self.model_adapter is None or current_call().bypassed:
             return hidden
         return self.model_adapter.outputs(hidden)
@@ -186,11 +197,12 @@ def attach_adapter(
     device: torch.device | None = None,
     method: Method | None = None,
     targets: list[Target] | None = None,
+    finished: bool = False,
 ) -> AttachedAdapter:
     """Freeze the base and put a fresh adapter into it, in place.
 
     Each tensor's first value depends on the seed and its module's name alone. `device`: where its tensors lie;
-    by default where the base lies (on a meta base they have no values).
+    by default where the base lies (on a meta base they have no values). `finished`: nothing but what folders hold.
     Raises: RecipeError where an entry of the settings fits nothing.
     """
     method = method or load_method(settings.method)
@@ -200,10 +212,11 @@ def attach_adapter(
     attached.head_name = head_name
     net.requires_grad_(False)
     meta = device.type == "meta" if device else _device_of(net).type == "meta"
-    _build(attached, meta)
+    _build(attached, meta, finished)
     for part in attached.parts():
         if part.held and not meta:
-            part.initialise(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, part.place)))
+            if not (finished and isinstance(part, ModelAdapter)):  # its values come from the folder, all of them
+                part.initialise(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, part.place)))
             part.move(device or _home(part, net))
     return attached
 
@@ -215,7 +228,7 @@ def _home(part: Part, net: nn.Module) -> torch.device:
     return _device_of(part.base_layer if isinstance(part, Wrapper) else net)
 
 
-def _build(attached: AttachedAdapter, meta: bool) -> None:
+def _build(attached: AttachedAdapter, meta: bool, finished: bool) -> None:
     """Make every part and put the wrappers in place."""
     net, settings, method, targets = attached.net, attached.settings, attached.method, attached.targets
     copied = copied_places(base_modules(net), method, settings, targets)
@@ -233,13 +246,15 @@ def _build(attached: AttachedAdapter, meta: bool) -> None:
             base = net.get_submodule(target.name)
             attached.layers[target.name] = method.layer(base, settings, target, attached.shared, meta=meta)
             attached.put(target.name, attached.layers[target.name])
+    if attached.shared is not None:
+        attached.shared.see(attached.layers)
     for name, adapters in hosts.items():
         attached.put(name, ParameterHost(net.get_submodule(name), adapters))
     for name, only in copied.items():
         attached.copies[name] = (method.copy or TrainedCopy)(net.get_submodule(name), name, only, meta=meta)
         attached.put(name, attached.copies[name])
     if method.model is not None:
-        attached.model_adapter = method.model(net, settings, meta=meta)
+        attached.model_adapter = method.model(net, settings, meta=meta, finished=finished)
         attached.model_adapter.attach(net)
 
 

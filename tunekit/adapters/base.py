@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
+from tunekit.protocols import Tokenizer
 
 if TYPE_CHECKING:
     from tunekit.adapters.copies import TrainedCopy
@@ -85,6 +86,14 @@ class Part(nn.Module):
             if slot.kind in kinds
         }
 
+    def exported(self) -> dict[str, Tensor]:
+        """What the adapter's file holds, by full name."""
+        return {name: tensor.detach() for name, tensor in self.state(("trained", "saved")).items()}
+
+    def file_fields(self) -> dict[str, Any]:
+        """Fields of PEFT's configuration that the state decides."""
+        return {}
+
     def check_state(self) -> None:
         """Called whenever the state was filled from outside.
 
@@ -126,6 +135,9 @@ class SharedPart(Part):
     def slots(cls, settings: Any, targets: Sequence[Target]) -> dict[str, Slot]:
         """The state, from settings and targets alone."""
         raise NotImplementedError
+
+    def see(self, layers: Mapping[str, LayerAdapter]) -> None:
+        """Called once, when every layer is made: a part that decides over all of them keeps them."""
 
 
 class Wrapper(nn.Module):
@@ -188,23 +200,33 @@ class ModelAdapter(Part):
     """An adapter of the whole network, such as a prompt: it changes what goes in and what comes out.
 
     A subclass gives `slots` and `initialise`, and any of the other methods. Where the call bypasses adapters, none of
-    `inputs` and `outputs` is used.
+    `inputs` and `outputs` is used. `finished`: made from a folder, with nothing but what folders hold.
     """
 
     file_prefix = ""
 
-    def __init__(self, net: nn.Module, settings: Any, *, meta: bool = False) -> None:
+    def __init__(self, net: nn.Module, settings: Any, *, meta: bool = False, finished: bool = False) -> None:
         super().__init__()
-        self.settings = settings
-        self.hold("", self.slots(settings, net), meta=meta)
+        self.settings, self.finished = settings, finished
+        self.hold("", (self.file_slots if finished else self.slots)(settings, net), meta=meta)
 
     @classmethod
     def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
-        """The state, from settings and the network's shapes."""
+        """The state while training, from settings and the network's shapes."""
         raise NotImplementedError
 
+    @classmethod
+    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        """What the adapter's folder holds, where that is not the state itself but computed from it (by `exported`)."""
+        return {attribute: slot for attribute, slot in cls.slots(settings, net).items() if slot.kind != "resume"}
+
+    @classmethod
+    def virtual_tokens(cls, settings: Any) -> int:
+        """Positions that stand before each row, of those that the network has."""
+        return 0
+
     def attach(self, net: nn.Module) -> None:
-        """Put in place whatever is needed inside the network."""
+        """Put in place whatever is needed inside the network; called before `initialise`."""
 
     def detach(self, net: nn.Module) -> None:
         """Take it out again."""
@@ -214,7 +236,7 @@ class ModelAdapter(Part):
         return inputs
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D) of the real positions."""
+        """Hidden states (B, T, D), or logits, of the real positions."""
         return hidden
 
 
@@ -232,9 +254,19 @@ def no_misfits(settings: Any, targets: Sequence[Target], file: bool) -> tuple[Mi
     return ()
 
 
+def no_run_misfits(settings: Any, steps: int) -> tuple[Misfit, ...]:
+    """The default of Method.run_misfits."""
+    return ()
+
+
 def no_names(settings: Any) -> tuple[str, ...]:
     """The default of Method.copies and Method.parameters."""
     return ()
+
+
+def as_written(settings: Any, tokenizer: Tokenizer) -> Any:
+    """The default of Method.with_tokenizer."""
+    return settings
 
 
 @dataclass(frozen=True)
@@ -253,6 +285,8 @@ class Method:
     # of a method that is nothing but copies: the base's modules, settings -> module name and its parameters (None: all)
     copy: type[TrainedCopy] | None = None  # the class of its copies, where their names in the file differ
     misfits: Callable[[Any, Sequence[Target], bool], Sequence[Misfit]] = no_misfits  # True: settings of a file
+    run_misfits: Callable[[Any, int], Sequence[Misfit]] = no_run_misfits  # settings, optimizer steps of the run
+    with_tokenizer: Callable[[Any, Tokenizer], Any] = as_written  # the recipe's settings with its texts as token ids
     read_as: str | None = None  # the method as which its folder is read, where the two differ only in training
 
 

@@ -57,8 +57,7 @@ def save_adapter_folder(
         "quantization": quantization,
         "double_quantization": double_quantization,
     }
-    parts = attached.slots()
-    tensors = {parts[name][0].file_key(name): tensor for name, tensor in sorted(attached.exported().items())}
+    tensors = {part.file_key(name): tensor for part in attached.parts() for name, tensor in part.exported().items()}
     return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template)
 
 

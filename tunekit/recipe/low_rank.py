@@ -16,7 +16,7 @@ from tunekit.recipe.section import (
     Text,
     TextOrTexts,
 )
-from tunekit.recipe.start_choice import StartChoice
+from tunekit.recipe.start_choice import DEFAULT_START, StartChoice
 
 
 def one_or_several(value: Any) -> Any:
@@ -37,9 +37,7 @@ class LowRankSettings(AdapterSettings):
     rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
     alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
-    start: StartChoice = Field(
-        "default", validate_default=True, description="how A and B of linear layers are first filled"
-    )
+    start: StartChoice = Field(DEFAULT_START, description="how A and B of linear layers are first filled")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="which of the base's biases are trained as well: all, or those of adapted layers"
     )
