@@ -145,7 +145,19 @@ def test_nothing_heavy_is_imported(words: list[str], recipe: Path) -> None:
 def test_help_lists_the_verbs_and_every_verb_exists() -> None:
     done = call("--help", COLUMNS="20", TERM="dumb", LC_ALL="C", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
-    verbs = ["validate", "plan", "preview", "train", "eval", "generate", "merge", "recipes", "init", "schema"]
+    verbs = [
+        "validate",
+        "plan",
+        "preview",
+        "train",
+        "eval",
+        "generate",
+        "merge",
+        "adapter",
+        "recipes",
+        "init",
+        "schema",
+    ]
     listed = [
         line.split()[0]
         for line in done.stdout.partition("Commands:")[2].splitlines()
@@ -160,7 +172,7 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
     calls = re.findall(
         r'"tunekit\.(\w+):(\w+)", (.*)\)$', (package / "cli.py").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert len(calls) == 10
+    assert len(calls) == 11
     for module, name, values in calls:
         tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))
         verbs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]

@@ -44,6 +44,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+adapter_app = typer.Typer(help="Work on adapter folders.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(adapter_app, name="adapter")
+
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
 Overrides = Annotated[
     list[str] | None,
@@ -154,6 +157,16 @@ def merge(
 ) -> None:
     """Merge an adapter into its base."""
     _call(context, "tunekit.merge:merge_verb", adapter, output, base, onto, overrides or [])
+
+
+@adapter_app.command("show")
+def adapter_show(
+    context: typer.Context,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
+    json_file: JsonFile = None,
+) -> None:
+    """Tell what an adapter folder holds; no base model is needed."""
+    _call(context, "tunekit.adapter:show_verb", adapter, json_file)
 
 
 @app.command()
