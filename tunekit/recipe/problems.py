@@ -68,6 +68,8 @@ def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, Any]:
         return Recipe.model_fields
     if section[0] == "data" and len(section) == 3 and isinstance(section[2], int):
         return Source.model_fields
+    if section == ("adapter", "start"):
+        return start_class(draft.get((*section, "method"))).model_fields
     owner = section_class(str(section[0]), draft.values.get(str(section[0]))) if len(section) == 1 else None
     return owner.model_fields if owner else {}
 
@@ -81,6 +83,11 @@ def section_class(name: str, values: Any) -> type[Section] | None:
     method = values.get("method", DEFAULT_METHOD[name]) if isinstance(values, dict) else DEFAULT_METHOD[name]
     kind = kind_of(name)
     return settings_class(kind, method) if method in known_names(kind) else None
+
+
+def start_class(name: Any) -> type[Section]:
+    """The settings class of a start; of the default one where there is none of this name."""
+    return settings_class("starts", name if name in known_names("starts") else "default")
 
 
 def kind_of(section: str) -> Any:

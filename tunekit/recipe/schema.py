@@ -55,6 +55,8 @@ def make_reference() -> str:
             continue
         for method in known_names(kind_of(name)):
             lines += _reference_of(name, settings_class(kind_of(name), method))
+    for start in known_names("starts"):
+        lines += _reference_of("adapter.start", settings_class("starts", start))
     lines += _reference_of("data.train.N", Source)
     for kind in ("formats", "metrics"):
         lines += [f"{kind}:", *(f"  {name:<20} {facts_of(kind, name).DESCRIPTION}" for name in known_names(kind)), ""]
@@ -142,9 +144,9 @@ def _type_words(field: JsonSchema) -> str:
         return str(field["const"])
     for group in ("anyOf", "oneOf"):
         if group in field:
-            return "|".join(_type_words(choice) for choice in field[group])
+            return "|".join(dict.fromkeys(_type_words(choice) for choice in field[group]))
     if "$ref" in field:
-        return "source"
+        return "source" if field["$ref"].endswith("/Source") else "mapping"
     if field.get("type") == "array":
         return f"[{_type_words(field.get('items', {}))}]"
     if field.get("type") == "object" and "additionalProperties" in field:

@@ -6,6 +6,7 @@ Comes in: a Draft as read.  Goes out: the same Draft with mappings and lists whe
 from __future__ import annotations
 
 from tunekit.recipe.draft import Draft, KeyPath
+from tunekit.recipe.names import known_names
 from tunekit.recipe.reader import read_scalar
 
 NAMED_BY_TEXT = {"model": "name_or_path", "adapter": "method", "objective": "method"}
@@ -17,6 +18,8 @@ def expand_shorthands(draft: Draft) -> None:
     for section, inner in NAMED_BY_TEXT.items():
         if isinstance(draft.values.get(section), str):
             draft.wrap((section,), inner)
+    if draft.get(("adapter", "start")) in known_names("starts"):  # an unknown one is refused as it stands
+        draft.wrap(("adapter", "start"), "method")
     for key in SOURCE_LISTS:
         _expand_sources(draft, key)
 

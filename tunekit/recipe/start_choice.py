@@ -16,6 +16,7 @@ from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.section import StartSettings
 
 _NAMES = known_names("starts")
+DEFAULT_START: Any = settings_class("starts", "default")(method="default")
 _CLASSES: tuple[Any, ...] = tuple(settings_class("starts", name) for name in _NAMES)
 _Settings: Any = Annotated[reduce(operator.or_, _CLASSES), Field(discriminator="method")]
 _NamedOrSettings: Any = Literal.__getitem__(_NAMES) | _Settings

@@ -5,8 +5,11 @@ Comes in: a valid Recipe.  Goes out: one Problem per option, with its key.  Next
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tunekit.errors import Problem
 from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.section import StartSettings
 
 
 def refuse_unsupported(recipe: Recipe) -> list[Problem]:
@@ -25,4 +28,25 @@ def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     if recipe.memory.budget is not None:
         what = "a memory budget cannot be kept; `tunekit plan` predicts the peak"
         refuse("memory.budget", what, "remove it, or lower micro_batch_size or data.max_length")
+    _refuse_start(recipe, refuse)
     return problems
+
+
+def _refuse_start(recipe: Recipe, refuse: Callable[[str, str, str], None]) -> None:
+    """Starts of the LoRA family that do not fit how the base is stored."""
+    start, quantization = getattr(recipe.adapter, "start", None), recipe.model.quantization
+    if not isinstance(start, StartSettings):
+        return
+    if start.moves_weights and quantization != "none":
+        what = (
+            f"{start.method} moves a part of each weight into the adapter, and what is left of a {quantization} base "
+        )
+        refuse("adapter.start", f"{what}would have to be quantized anew", "write start: loftq, or quantization: none")
+    if start.looks_at != "original":
+        return
+    if quantization == "none":
+        what = f"{start.method} makes up for what quantization took, and this base is not quantized"
+        refuse("adapter.start", what, "write model.quantization: nf4, or another start")
+    elif recipe.model.name_or_path.endswith(".gguf"):
+        what = f"{start.method} needs the weights from before quantization, and a GGUF file need not hold them"
+        refuse("adapter.start", what, "give the safetensors folder of the base, or another start")
