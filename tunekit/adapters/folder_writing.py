@@ -21,6 +21,8 @@ from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.configuration import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
 from tunekit.adapters.copied_places import named_copies, plain_entries
 from tunekit.adapters.peft_targets import concrete_pattern, concrete_targets
+from tunekit.adapters.plain_lora import as_plain_lora
+from tunekit.adapters.token_rows import written_indices
 from tunekit.artifacts import durable
 from tunekit.artifacts.tensor_file import write_tensors
 from tunekit.errors import AdapterError
@@ -48,7 +50,8 @@ def save_adapter_folder(
     Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
     """
     folder = Path(os.path.abspath(folder))
-    config = peft_config(attached)
+    plain = as_plain_lora(attached)
+    config = peft_config(plain)
     config |= {"base_model_name_or_path": portable(base_name, folder), "revision": revision, "task_type": task_type}
     base = {
         "fingerprint": base_fingerprint,
@@ -57,7 +60,7 @@ def save_adapter_folder(
         "quantization": quantization,
         "double_quantization": double_quantization,
     }
-    tensors = {part.file_key(name): tensor for part in attached.parts() for name, tensor in part.exported().items()}
+    tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.exported().items()}
     return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template)
 
 
@@ -141,6 +144,8 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
         config["modules_to_save"] = plain_entries(named, base_modules(attached.net))
     config |= {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}
     config |= {"modules_to_save": None} if config.get("modules_to_save") == [] else {}
+    if "trainable_token_indices" in attached.method.peft.fields:
+        config["trainable_token_indices"] = written_indices(settings, attached.tokens)
     for key, default, resolved in (
         ("rank_pattern", "r", {target.name: target.r for target in targets}),
         ("alpha_pattern", "alpha", {target.name: target.alpha for target in targets}),
