@@ -9,9 +9,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from tunekit.artifacts.durable import write_json
+from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.console import Console
-from tunekit.data.batches import evaluation_batches
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.objectives.base import make_objective
 from tunekit.protocols import EncodedRows
@@ -22,7 +21,7 @@ from tunekit.rows import RowSet, load_evaluation_rows
 from tunekit.target import LoadedTarget, Target, find_target, load_target
 from tunekit.training.answers import Question
 from tunekit.training.devices import Devices, make_devices
-from tunekit.training.evaluator import Evaluator
+from tunekit.training.evaluator import make_evaluator
 from tunekit.training.planned_memory import logits_chunk_tokens
 from tunekit.training.refusals import position_problems, vocabulary_problems
 
@@ -38,16 +37,20 @@ def evaluate_verb(
 ) -> None:
     """Evaluate TARGET. Raises: TunekitError, whose exit code the command line returns."""
     _check_metrics(metrics)
+    if json_file is not None:
+        require_writable(Path(json_file))
     found = find_target(target, base, overrides)
     section = _data_section(found, data, format)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
+    for rewrite in found.rewrites:
+        console.info(rewrite)
     try:
         loaded = load_target(found, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.tokenizer, seed=found.seed))
         for note in rows.notes:
             console.info(note)
-        values = evaluate_rows(loaded, rows, section, tuple(metrics) or found.evaluation.metrics, devices)
+        values = evaluate_rows(loaded, rows, section, metrics, devices)
     finally:
         devices.close()
     if devices.is_main:
@@ -94,21 +97,16 @@ def evaluate_rows(
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
     _check_rows(loaded, evaluation)
-    evaluator = Evaluator(
-        model=model,
-        objective=make_objective(make_objective_settings({}), logits_chunk_tokens=chunk),
-        tokenizer=loaded.tokenizer,
-        devices=devices,
-        batches=lambda: evaluation_batches(
-            evaluation,
-            batch_size=settings.batch_size,
-            pad_id=loaded.tokenizer.pad_id,
-            max_length=data.max_length,
-        ),
-        questions=lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+    evaluator = make_evaluator(
+        model,
+        make_objective(make_objective_settings({}), logits_chunk_tokens=chunk),
+        loaded.tokenizer,
+        devices,
+        evaluation,
+        lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        settings,
+        max_length=data.max_length,
         metric_names=tuple(metrics),
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
     )
     sums, values = evaluator.evaluate()
     return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": sums.supervised_tokens}

@@ -31,11 +31,13 @@ def generate_verb(
     texts = [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
     devices = make_devices()
+    console = Console(enabled=devices.is_main)
+    for rewrite in found.rewrites:
+        console.warn(rewrite)  # standard output holds the answers alone
     try:
         answers = answer(load_target(found, devices.device), texts)
     finally:
         devices.close()
-    console = Console(enabled=devices.is_main)
     if prompt is not None:
         console.info(answers[0])
         return

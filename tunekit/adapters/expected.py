@@ -115,7 +115,7 @@ def expected_tensors(
             own = method.shared.file_key(slot.suffix)
             expected.repeats |= {f"{Part.file_prefix}{target.name}.{slot.suffix}": own for target in targets}
     if method.model is not None:
-        expected.add(method.model, "", method.model.slots(settings, net))
+        expected.add(method.model, "", method.model.file_slots(settings, net))
     for name, only in copied_places(modules, method, settings, targets).items():
         expected.add(method.copy or TrainedCopy, name, TrainedCopy.slots(modules[name], name, only))
     return expected

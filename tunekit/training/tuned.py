@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,23 @@ class TunedModel:
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, T, D) after the final norm."""
         placed = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        if self.adapter is None:
-            return self.base.family.hidden(self.base.net, placed)
-        hidden = self.base.family.hidden(self.base.net, self.adapter.inputs(placed))
-        return self.adapter.outputs(hidden)
+        hidden = self.base.family.hidden(self.base.net, self.adapted(placed))
+        return hidden if self.adapter is None else self.adapter.outputs(hidden)
+
+    def adapted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the network is called with; in generation, for the first step."""
+        return inputs if self.adapter is None else self.adapter.inputs(inputs)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the adapter puts before each row."""
+        return 0 if self.adapter is None else self.adapter.virtual_tokens
+
+    def own_logits(self, input_ids: Tensor) -> Tensor:
+        """The network's own logits (B, T, V), whole: for a few tokens only."""
+        net: Any = self.base.net
+        logits: Tensor = net(**self.adapted({"input_ids": input_ids.to(self.device)}), use_cache=False).logits
+        return logits if self.adapter is None else self.adapter.outputs(logits)
 
     def head(self) -> Head:
         """The output projection, with whatever adapter it carries."""
