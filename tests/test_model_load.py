@@ -53,7 +53,7 @@ def test_loaded_model_is_frozen_exact_and_described(tiny_llama: Path) -> None:
     facts = model.facts
     assert facts.total_parameters == sum(tensor.numel() for tensor in stored.values())
     assert (facts.layers, facts.hidden_size, facts.vocabulary_size) == (2, 64, 264)
-    assert (facts.dtype, facts.attention, facts.model_type) == ("float32", "sdpa", "llama")
+    assert (facts.dtype, facts.attention, facts.model_type) == ("float32", "sdpa_per_document", "llama")
     assert facts.fingerprint == base_fingerprint(section(tiny_llama))
 
 
@@ -288,7 +288,7 @@ def test_attention_that_would_leave_something_out_is_refused(tmp_path: Path) -> 
     from tests.test_model_families import make_net
 
     make_net("gemma2").save_pretrained(tmp_path)
-    assert make_meta_model(section(tmp_path), device=CPU).facts.attention == "eager"
+    assert make_meta_model(section(tmp_path), device=CPU).facts.attention == "eager_per_document"
     with pytest.raises(ModelError, match="sdpa"):
         make_meta_model(section(tmp_path, attention="sdpa"), device=CPU)
     with pytest.raises(ModelError, match="CUDA"):

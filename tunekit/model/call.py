@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from tunekit.model.segments import Segments
+
 
 @dataclass(frozen=True)
 class Call:
@@ -24,7 +26,7 @@ class Call:
     step: int = 0
     micro_batch: int = 0
     seed: int = 0
-    segments: tuple[Any, ...] | None = None
+    segments: Segments | None = None
     rows: Any = None
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from tunekit.decisions import ModelFacts
 from tunekit.errors import ModelError
 from tunekit.model import codec, inspection
+from tunekit.model.attention import attend_per_document
 from tunekit.model.devices import give_back_memory, resolve_attention, resolve_dtype
 from tunekit.model.families import Family, text_config
 from tunekit.model.gguf_reading import gguf_arguments, parsed_once
@@ -70,6 +71,7 @@ def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
     if section.quantization != "none":
         notes += quantize_layers(net, section, dtype, device)
     net = net.to(device)
+    attend_per_document(net, device, dtype)
     return _finish(net, section, source, dtype, device, inspection.fingerprint(source), notes)
 
 
@@ -89,6 +91,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     notes: list[str] = []
     if section.quantization != "none":
         notes += quantize_layers(net, section, dtype, torch.device("meta"))
+    attend_per_document(net, device, dtype)
     return _finish(net, section, source, dtype, torch.device("meta"), None, notes)
 
 
@@ -109,6 +112,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
             use_safetensors=True,
         )
     adopt_packed(net)
+    attend_per_document(net, device, dtype)
     return _finish(net, section, source, dtype, device, None, [])
 
 

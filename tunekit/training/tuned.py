@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.model.call import calling, current_call
 from tunekit.model.load import LoadedModel
+from tunekit.model.segments import Segments, find_segments
 from tunekit.protocols import Head
 
 
@@ -31,10 +33,17 @@ class TunedModel:
         return self.base.device
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Last hidden states (B, T, D) after the final norm."""
+        """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""
         placed = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        hidden = self.base.family.hidden(self.base.net, self.adapted(placed))
+        with calling(replace(current_call(), segments=self._segments(inputs))):
+            hidden = self.base.family.hidden(self.base.net, self.adapted(placed))
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
+
+    def _segments(self, inputs: dict[str, Tensor]) -> Segments | None:
+        """The documents of the rows; None for rows with a mask of their own, or with virtual tokens."""
+        if "position_ids" not in inputs or "attention_mask" in inputs or self.virtual_tokens:
+            return None
+        return find_segments(inputs["position_ids"])
 
     def adapted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the network is called with; in generation, for the first step."""

@@ -9,6 +9,12 @@ from dataclasses import asdict
 
 from tunekit.decisions import Plan, Target, bytes_text
 
+ATTENTION = {
+    "sdpa_per_document": "sdpa, each document of a row by itself",
+    "eager_per_document": "eager, each document of a row by itself",
+    "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it does not fit",
+}
+
 
 def facts(plan: Plan) -> dict[str, object]:
     """What the run is, by name; None where there is nothing to say."""
@@ -23,6 +29,7 @@ def facts(plan: Plan) -> dict[str, object]:
         "rows": f"{rows.trained:,} of {rows.read:,} ({rows.dropped:,} dropped, {rows.truncated:,} truncated)",
         "tokens": f"{about}{rows.tokens:,} an epoch; {about}{plan.supervised_tokens:,} supervised in the run",
         "evaluation rows": None if plan.eval_rows is None else f"{plan.eval_rows.trained:,}",
+        "attention": ATTENTION.get(model.attention, f"{model.attention}, with a mask over whole rows"),
         "packing": f"{'yes' if plan.packing else 'no'}: {plan.packing_reason}",
         "steps": f"{plan.steps:,}{per_epoch}; {plan.warmup_steps:,} of warm-up",
         "recomputed": f"{plan.checkpointed_layers} of {model.layers} layers",
