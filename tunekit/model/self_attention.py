@@ -1,0 +1,112 @@
+"""Each decoder layer's self-attention: where it is, its key heads, how far back it sees.
+
+Comes in: a net as transformers builds it.  Goes out: SelfAttention places, or why there are none.
+Next: earlier_keys.py, adapters/prefix.py and adapters/llama_adapter.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tunekit.errors import ModelError
+from tunekit.model.families import text_config
+
+KEY = "adapter.method"
+CACHE_NAMES = ("cache", "layer_past", "past_key_values")
+MASK_NAMES = ("attention_mask", "mask")
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """One layer's self-attention: H key and value heads of width D; `window`: how many tokens back it sees."""
+
+    name: str
+    module: nn.Module
+    layer: int
+    heads: int
+    width: int
+    window: int | None = None
+
+
+def self_attentions(net: nn.Module) -> list[SelfAttention]:
+    """The self-attention of every decoder layer, in order.
+
+    Raises: ModelError naming why keys and values cannot be put before its own.
+    """
+    config = _decoder_config(net)
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in decoder(net).named_modules():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and layer not in found and parameter_of(module, CACHE_NAMES) is not None:
+            found[layer] = name, module  # a layer's cross-attention comes after its self-attention
+    if not found or not all(getattr(module, "is_causal", True) for _, module in found.values()):
+        raise no_way_in(config, "has no causal self-attention")
+    if sorted(found) != list(range(int(config.num_hidden_layers))):
+        raise no_way_in(config, f"has attention in {len(found)} of its {config.num_hidden_layers} layers only")
+    prefix = _name_in(net, decoder(net))
+    return [_place(config, f"{prefix}{name}", module, layer) for layer, (name, module) in sorted(found.items())]
+
+
+def decoder(net: nn.Module) -> nn.Module:
+    """The module that makes positions and masks for the decoder layers."""
+    get: Any = getattr(net, "get_decoder", None)
+    module = get() if get is not None else net
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _decoder_config(net: nn.Module) -> Any:
+    return getattr(decoder(net), "config", None) or text_config(net)
+
+
+def _name_in(net: nn.Module, wanted: nn.Module) -> str:
+    """The name of a module inside the net, with a dot at its end; "" for the net itself."""
+    name = next(name for name, module in net.named_modules() if module is wanted)
+    return f"{name}." if name else ""
+
+
+def _place(config: Any, name: str, module: nn.Module, layer: int) -> SelfAttention:
+    """One place with its sizes. Raises: ModelError where a layer is of a kind that prefixes were not made for."""
+    parameters = parameters_of(module)
+    if ("alibi" in parameters and getattr(config, "alibi", True)) or (
+        "position_bias" in parameters and not hasattr(module, "compute_bias")
+    ):
+        raise no_way_in(config, "gets its positions as a bias of fixed size")
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[layer] not in ("full_attention", "sliding_attention"):
+        raise no_way_in(config, f"has layers of {kinds[layer]}")
+    window = getattr(config, "sliding_window", None)
+    heads, width = heads_and_width(config)
+    place = SelfAttention(name, module, layer, heads, width, None if kinds and "full" in kinds[layer] else window)
+    for own in ("k_proj", "k"):
+        outputs = getattr(getattr(module, own, None), "out_features", heads * width)
+        if outputs != heads * width:
+            raise no_way_in(config, f"has {outputs} key numbers in {name}, not {heads} heads of {width}")
+    return place
+
+
+def heads_and_width(config: Any) -> tuple[int, int]:
+    """Key and value heads, and the width of one."""
+    queries = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_key_value_heads", None) or queries)
+    width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or int(config.hidden_size) // queries
+    return heads, int(width)
+
+
+def no_way_in(config: Any, why: str) -> ModelError:
+    what = f"{config.model_type} {why}, so that no keys and values can be put before its own"
+    return ModelError(what, "choose another adapter.method, such as lora or prompt", key=KEY)
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of what the module's forward takes, in order."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def parameter_of(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The first of these names that the module's forward takes."""
+    return next((name for name in names if name in parameters_of(module)), None)

@@ -1,0 +1,19 @@
+"""`adapter: {method: llama_adapter}` settings of LLaMA-Adapter, PEFT's adaption prompt (Zhang et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import AdapterSettings, Count
+
+
+class LlamaAdapterSettings(AdapterSettings):
+    """Trained tokens to which the upper layers attend apart from all others, through a gate that starts closed. Wants a
+    learning rate of 5e-3: PEFT's MetaMathQA comparison (Llama-3.2-3B, these defaults) measured .381 with it, against
+    .212 at 5e-4."""
+
+    method: Literal["llama_adapter"] = Field("llama_adapter", description="trained tokens behind gates that start at 0")
+    adapter_len: Count = Field(100, description="trained tokens of each layer")
+    adapter_layers: Count | None = Field(None, description="how many layers, from the top; all by default")
