@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+pytest_plugins = ["tests.parity.table"]  # gathers the parity table from every process and prints it
 
 
 @pytest.fixture(scope="session")

@@ -5,17 +5,26 @@ forward   same tensors in both: same logits             gradients   of a fixed s
 merged    the plain base with the merged weights: same logits as the running adapter
 written   peft reads the file written here without a warning: same logits
 read      the file that peft wrote is read here: same tensors, same logits
+
+Every `Cell` made while a test runs is put into the parity table (table.py), which any pytest run prints at its end and
+a whole run holds: run_cell needs nothing more for that. A test that compares by hand makes its cell itself:
+    cell = Cell(method="prompt", family=family); cell.check("forward", compare); assert not cell.failures
+Each row needs a cell on every family. What peft refuses too, or mathematics forbids, is said with its reason:
+    peft_refuses("prompt", "bert", "peft has no ...", lambda: peft.get_peft_model(...))      the whole cell
+    run_cell(..., refused={"merged": "it scales the bias"})                                  some of its checks
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,12 +41,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.parity.table import CHECKS as CHECKS
+from tests.parity.table import FAMILIES as FAMILIES
+from tests.parity.table import Cell as Cell
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
 from tunekit.model.weights import weight_of
 
-CHECKS = ("forward", "gradients", "merged", "written", "read")
 TOLERANCE = 1e-5
+NO_CONV1D = "peft adapts no Conv1D with this method, and GPT-2 has nothing else"
 VOCABULARY, HIDDEN, LAYERS, HEADS = 97, 32, 2, 4
 IDS = torch.arange(3, 27).reshape(2, 12)
 # What peft says of every adapter of a tied layer, or of GPT-2's Linear head beside its Conv1Ds.
@@ -121,22 +133,6 @@ BASES: dict[str, Base] = {
 }
 
 
-@dataclass
-class Cell:
-    """What came of the five checks; `failures` says why one did not pass."""
-
-    passed: list[str] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def check(self, name: str, action: Callable[[], None]) -> None:
-        """Run one check; whatever it raises is its failure."""
-        try:
-            action()
-            self.passed.append(name)
-        except Exception as error:
-            self.failures[name] = f"{type(error).__name__}: {error}"
-
-
 def run_cell(
     settings: Any,
     peft_config: Any,
@@ -145,19 +141,25 @@ def run_cell(
     *,
     spread: float = 0.2,
     mergeable: bool = True,
-    peft_backward: bool = True,
+    backward: Callable[[], AbstractContextManager[object]] = nullcontext,
     known_warnings: tuple[str, ...] = (),
+    refused: Mapping[str, str] | None = None,
+    row: str = "",
+    prepare: Callable[[nn.Module], None] = lambda theirs: None,
 ) -> Cell:
     """All five checks of one (settings, peft configuration, family); `folder` is an empty one.
 
     `peft_config` gets the family's task_type here.  Trained tensors are moved from their start by `spread` times
-    normal numbers.  `mergeable` False leaves the merged check out, for methods that mathematics forbids to merge;
-    `peft_backward` False the gradients, where peft's own are wrong.  `known_warnings`: what peft says of its own files
-    of this kind too.
+    normal numbers.  `refused`: check -> why it is left out; `mergeable` False is short for a method that mathematics
+    forbids to merge.  `backward` is entered for the gradients, where peft's own are wrong and need another oracle.
+    `known_warnings`: what peft says of its own files of this kind too.  `row`: the name in the table.
+    `prepare` gets peft's model as it starts, to freeze there what peft leaves to an optimizer.
     """
-    base, cell = BASES[family], Cell()
+    base, cell = BASES[family], Cell(method=settings.method, family=family, row=row)
+    cell.refused |= refused or ({} if mergeable else {"merged": "it is no change of a weight and a bias"})
     peft_config.task_type = base.task_type
     theirs = peft.get_peft_model(base.make(), peft_config).eval()
+    prepare(theirs)
     move_from_start([p for p in theirs.parameters() if p.requires_grad], spread)
     theirs.save_pretrained(str(folder / "theirs"))
     tensors = load_file(folder / "theirs" / "adapter_model.safetensors")
@@ -170,13 +172,29 @@ def run_cell(
         assert (expected - plain).abs().max() > 1e-3, "the adapter changes nothing"
         close(logits_of(ours.net, base), expected)
 
-    cell.check("forward", same_logits)
-    if peft_backward:
-        cell.check("gradients", lambda: compare_gradients(ours, theirs, tensors, base))
-    if mergeable:
-        cell.check("merged", lambda: close(logits_of(merged_net(ours, base), base), expected))
-    cell.check("written", lambda: peft_reads(settings, base, folder / "ours", spread, known_warnings))
-    cell.check("read", lambda: tunekit_reads(folder / "theirs", base, tensors, expected))
+    def same_gradients() -> None:
+        with backward():
+            compare_gradients(ours, theirs, tensors, base)
+
+    checks: dict[str, Callable[[], None]] = {
+        "forward": same_logits,
+        "gradients": same_gradients,
+        "merged": lambda: close(logits_of(merged_net(ours, base), base), expected),
+        "written": lambda: peft_reads(settings, base, folder / "ours", spread, known_warnings),
+        "read": lambda: tunekit_reads(folder / "theirs", base, tensors, expected),
+    }
+    for name, action in checks.items():
+        if name not in cell.refused:
+            cell.check(name, action)
+    return cell
+
+
+def peft_refuses(method: str, family: str, reason: str, refusal: Callable[[], object], *, row: str = "") -> Cell:
+    """The cell of a family for which peft refuses the method, which `refusal` shows by raising."""
+    cell = Cell(method=method, family=family, row=row)
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=r"(?i)support|target|only"):
+        refusal()
+    cell.refuse(reason)
     return cell
 
 
@@ -247,6 +265,10 @@ def merged_net(ours: AttachedAdapter, base: Base) -> nn.Module:
         for name, adapter in ours.parameters.items():
             parameter = net.get_parameter(name)
             parameter.copy_(adapter.merged(parameter))
+        for name, tokens in ours.tokens.items():
+            weight = nn.Parameter(tokens.merged(net.get_submodule(name).weight))
+            for place in (name, *ours.tied_tokens.get(name, ())):
+                net.get_submodule(place).weight = weight
         for name, copy in ours.copies.items():
             for own, tensor in copy.copied().items():
                 owner, _, last = f"{name}.{own}".rpartition(".")

@@ -8,15 +8,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
 
-from tests.parity.peft_case import BASES, CHECKS, run_cell
+from tests.parity.peft_case import BASES, CHECKS, FAMILIES, run_cell
 from tunekit.adapters.attach import attach_adapter
 from tunekit.recipe.names import settings_class
 
-FAMILIES = ("llama", "gpt2", "t5", "bert", "mixtral")
 HEADS, NORMS = ("heads",), ("norms",)  # stand for the family's own
 TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # case: method, our settings, peft's fields
     "lora": ("lora", {}, {}),
+    "lora_fa": ("lora_fa", {}, {}),
     "dora": ("dora", {}, {"use_dora": True}),
     "dora-rslora": ("dora", {"use_rslora": True}, {"use_dora": True, "use_rslora": True}),
     "bias-all": ("lora", {"bias": "all"}, {"bias": "all"}),
@@ -52,11 +53,21 @@ def settings_and_config(case: str, family: str) -> tuple[Any, peft.PeftConfig]:
     return settings, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": list(targets), **fields})
 
 
+def leave_as_it_is(theirs: nn.Module) -> None:
+    """Train what peft trains."""
+
+
+def freeze_a(theirs: nn.Module) -> None:
+    """LoRA-FA, which peft leaves to an optimizer."""
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", TABLE)
 def test_cell(case: str, family: str, tmp_path: Path) -> None:
     settings, config = settings_and_config(case, family)
-    cell = run_cell(settings, config, family, tmp_path)
+    cell = run_cell(settings, config, family, tmp_path, prepare=freeze_a if case == "lora_fa" else leave_as_it_is)
     assert not cell.failures, cell.failures
     assert tuple(cell.passed) == CHECKS
 
@@ -77,4 +88,3 @@ def test_starts_draw_from_the_distributions_of_peft(start: str) -> None:
         assert (start == "orthogonal" or letter == "lora_A") == bool(left.abs().max() > 0)
     for layer in ours.adapted_modules().values():
         assert layer.delta().abs().max() < 1e-6
-
