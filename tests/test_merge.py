@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder import save_adapter_folder
 from tunekit.errors import InputError, ModelError, NumericsError, ResourceError
-from tunekit.merge import REPORT, merge_adapter
+from tunekit.merge import REPORT, merge_adapter, merge_verb
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.rewrite import Rewriter
 from tunekit.model.weights import packed_layers
@@ -278,6 +281,15 @@ def test_numbers_that_overflow_are_refused_and_leave_nothing(tmp_path: Path) -> 
         merge(adapter, tmp_path / "merged", dtype="float32")
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".merged*"))
+
+
+def test_a_terminated_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, _ = prepared(tmp_path, "llama")
+    monkeypatch.setattr("tunekit.merge.measure_difference", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    ended = in_child(lambda: merge_verb(str(adapter), str(tmp_path / "merged"), None, None, []), tmp_path / "merge.log")
+    assert ended.code == 143, ended.output
+    assert "stopped by SIGTERM in the merge; what it had written is removed" in ended.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merge.log"]
 
 
 def test_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

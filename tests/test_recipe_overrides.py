@@ -217,8 +217,12 @@ def test_aliases_that_do_not_translate(text: str, expected: str, tmp_path: Path)
 
 
 def test_overrides_of_a_target() -> None:
-    model, evaluation = load_target_overrides(["load_in_4bit=true", "evaluation.metrics=[exact_match]"])
-    assert (model, evaluation) == ({"quantization": "nf4"}, {"metrics": ("exact_match",), "generate": True})
+    found = load_target_overrides(["load_in_4bit=true", "evaluation.metrics=[exact_match]"])
+    assert (found.model, found.evaluation) == (
+        {"quantization": "nf4"},
+        {"metrics": ("exact_match",), "generate": True},
+    )
+    assert found.rewrites == ["command line: load_in_4bit -> model.quantization: nf4"]
     with pytest.raises(RecipeError, match="training: cannot be overridden here"):
         load_target_overrides(["training.seed=3"])
     with pytest.raises(RecipeError, match="did you mean 'quantization'"):

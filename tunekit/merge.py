@@ -18,6 +18,7 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.configuration import TEMPLATE_NAME
 from tunekit.adapters.folder import attach_adapter_folder
 from tunekit.artifacts.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
+from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console
 from tunekit.decisions import bytes_text
 from tunekit.errors import AdapterError, InputError, ResourceError
@@ -66,7 +67,11 @@ class MergeResult:
 def merge_verb(adapter: str, output: str, base: str | None, onto: str | None, overrides: Sequence[str]) -> None:
     """Merge. Raises: TunekitError, whose exit code the command line returns."""
     console = Console()
-    result = merge_adapter(find_target(adapter, base, overrides), Path(output), onto)
+    target = find_target(adapter, base, overrides)
+    for rewrite in target.rewrites:
+        console.info(rewrite)
+    with StopSignals(announce=False) as signals, signals.at_once("in the merge; what it had written is removed"):
+        result = merge_adapter(target, Path(output), onto)
     difference = result.difference
     console.info(f"merged onto {result.onto}: {result.reason}")
     console.info(

@@ -18,7 +18,7 @@ from tunekit.adapters.base import load_method
 from tunekit.adapters.configuration import read_adapter_config
 from tunekit.adapters.copies import copied_parameters
 from tunekit.adapters.targets import find_targets, trained_count, unreached_experts
-from tunekit.artifacts.durable import write_json
+from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
 from tunekit.data.batches import BatchSettings, TrainingWindows, evaluation_batches
@@ -266,6 +266,8 @@ def plan_from_json(value: dict[str, Any]) -> Plan:
 def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
     """Print what train would do. Raises: TunekitError with every refusal."""
     loaded = load_recipe(recipe_path, overrides)
+    if json_file is not None:
+        require_writable(Path(json_file))
     devices = make_devices()
     console = Console(enabled=devices.is_main)
     try:

@@ -7,7 +7,7 @@ Next: evaluate.py, generate.py, merge.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tunekit.adapters.folder import attach_adapter_folder
 from tunekit.data.load import read_template
 from tunekit.errors import InputError, ModelError
 from tunekit.model.load import load_model
+from tunekit.model.source import find_source
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
@@ -37,6 +38,7 @@ class Target:
     recipe: Recipe | None
     evaluation: EvaluationSection
     template_file: Path | None  # a chat template other than the tokenizer's own
+    rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
 
     @property
     def data(self) -> DataSection | None:
@@ -71,19 +73,36 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
 
     Raises: InputError where it is nothing, or where no base can be found for an adapter.
     """
-    model_overrides, evaluation_overrides = load_target_overrides(overrides)
+    given = load_target_overrides(overrides)
     if base is not None:
-        model_overrides["name_or_path"] = str(Path(base).resolve()) if Path(base).exists() else base
-    path = Path(target).expanduser()
+        given.model["name_or_path"] = str(Path(base).resolve()) if Path(base).exists() else base
+    path, rewrites = Path(target).expanduser(), given.rewrites
     if path.suffix in (".yaml", ".yml"):
-        recipe = load_recipe(path).recipe
-        return _from_recipe("recipe", recipe, None, model_overrides, evaluation_overrides)
-    if path.is_dir():
-        return _from_folder(path.resolve(), model_overrides, evaluation_overrides)
-    if path.exists() and path.suffix != ".gguf":
+        loaded = load_recipe(path)
+        rewrites = [*loaded.rewrites, *rewrites]
+        found = _from_recipe("recipe", loaded.recipe, None, given.model, given.evaluation)
+    elif path.is_dir():
+        found = _from_folder(path.resolve(), given.model, given.evaluation)
+    elif path.exists() and path.suffix != ".gguf":
         raise InputError(f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)")
-    name = str(path.resolve()) if path.exists() else target
-    return _bare_model(name, model_overrides, evaluation_overrides)
+    elif path.exists():
+        found = _bare_model(str(path.resolve()), given.model, given.evaluation)
+    else:
+        found = _bare_model(target, given.model, given.evaluation)
+        _require_model(target, found.model)
+    return replace(found, rewrites=tuple(rewrites))
+
+
+def _require_model(target: str, section: ModelSection) -> None:
+    """Refuse a name that is nothing on this machine and no model of the hub. Raises: InputError."""
+    try:
+        find_source(section, weights=False)
+    except ModelError as error:
+        raise InputError(
+            f"{target} is no folder and no recipe (.yaml) or .gguf file here, nor can it be had as a model of the hub "
+            f"({error.problems[0].what})",
+            "check the path; TARGET is a run, an adapter or a model folder, a recipe, a .gguf file or a hub name",
+        ) from error
 
 
 def _from_folder(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:

@@ -6,7 +6,7 @@ Comes in: a recipe.  Goes out: the run folder.  Every decision was plan's; this 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ import torch
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder import load_into
 from tunekit.artifacts.checkpoint import load_checkpoint
-from tunekit.artifacts.environment import read_environment
 from tunekit.artifacts.host_memory import read_host_memory
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console
-from tunekit.data.batches import evaluation_batches
 from tunekit.data.load import read_template
 from tunekit.decisions import Plan, bytes_text
 from tunekit.errors import ResourceError, TunekitError
@@ -30,16 +28,17 @@ from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.plan import Prepared, make_plan
 from tunekit.protocols import Objective, Window
-from tunekit.recipe.load import dump_recipe, load_recipe
+from tunekit.recipe.load import load_recipe
 from tunekit.training.answers import Question
-from tunekit.training.devices import Trackers, make_devices
-from tunekit.training.evaluator import Evaluator, is_better
+from tunekit.training.devices import make_devices
+from tunekit.training.evaluator import is_better, make_evaluator
 from tunekit.training.findings import raise_refusals
 from tunekit.training.finish import export_adapter, report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.parts import LoopParts, LoopState
 from tunekit.training.resident import ResidentEngine
+from tunekit.training.run_files import begin_folder, leave_status, make_trackers, written_bytes
 from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import (
@@ -51,8 +50,6 @@ from tunekit.training.session import (
     try_longest_batch,
 )
 from tunekit.training.tuned import TunedModel
-
-OPTIMIZER_COPIES = 3  # weights and two moments: what a checkpoint holds of each trained number, in float32
 
 
 def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool) -> None:
@@ -86,26 +83,17 @@ def _train_in_folder(session: Session, resume: bool) -> None:
     try:
         _train(session, resume)
     except TunekitError as error:
-        _leave_status(session.folder, error.exit_code, str(error))
+        leave_status(session.folder, error.exit_code, str(error))
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        _leave_status(session.folder, ResourceError.exit_code, "out of memory")
+        leave_status(session.folder, ResourceError.exit_code, "out of memory")
         raise session.out_of_memory() from error
     except BaseException as error:
-        _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
+        leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
         raise
     finally:
         if session.folder is not None:
             session.folder.close()
-
-
-def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None:
-    """Best effort: on a full disk the error itself matters more."""
-    if folder is not None:
-        try:
-            folder.status(exit_code, reason)
-        except TunekitError as error:
-            folder.warn(f"status.json could not be written: {error}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,7 @@ def _train(session: Session, resume: bool) -> None:
     with session.signals.at_once("before training began; nothing was trained"):
         ready = _prepare(session, resume)
     plan, state = ready.plan, ready.state
-    trackers = _make_trackers(session, state.step)
+    trackers = make_trackers(session, state.step)
     with session.console.progress(plan.steps, first_step=state.step) as progress:
         record = make_recorder(session, progress, trackers)
         save = make_saver(session, ready.optimizer, ready.adapter, ready.fingerprint)
@@ -144,7 +132,7 @@ def _prepare(session: Session, resume: bool) -> _Ready:
     plan, prepared = _plan(session)
     if session.folder is not None:
         session.folder.status(None, "running")
-        session.folder.require_free_bytes(_written_bytes(plan, session.loaded.recipe.training.keep_checkpoints))
+        session.folder.require_free_bytes(written_bytes(plan, session.loaded.recipe.training.keep_checkpoints))
     model, adapter, objective = _load(session, plan)
     fingerprint = session.fingerprint(prepared.rows.fingerprint, model.base.fingerprint)
     before = checkpoint.facts["fingerprint"] if checkpoint is not None else session.begun_fingerprint()
@@ -158,7 +146,7 @@ def _prepare(session: Session, resume: bool) -> _Ready:
         session.console.info(f"going on after step {state.step} of {plan.steps}")
     for part, seconds in session.seconds.items():
         state.seconds[part] = state.seconds.get(part, 0.0) + seconds
-    _begin_folder(session, plan, state.step, fingerprint)
+    begin_folder(session, plan, state.step, fingerprint)
     return _Ready(plan, prepared, model, adapter, objective, optimizer, fingerprint, state)
 
 
@@ -182,11 +170,6 @@ def _plan(session: Session) -> tuple[Plan, Prepared]:
     return plan, prepared
 
 
-def _written_bytes(plan: Plan, keep: int) -> int:
-    """Checkpoints (one more than are kept, while saving) and the adapter."""
-    return plan.trainable_parameters * 4 * (OPTIMIZER_COPIES * (keep + 1) + 1)
-
-
 def _load(session: Session, plan: Plan) -> tuple[TunedModel, AttachedAdapter, Objective]:
     """Base, adapter and objective, ready for the device."""
     recipe = session.loaded.recipe
@@ -202,29 +185,6 @@ def _load(session: Session, plan: Plan) -> tuple[TunedModel, AttachedAdapter, Ob
         torch.cuda.reset_peak_memory_stats()  # the report's peak is the training's, not the loader's
     objective = make_objective(recipe.objective, logits_chunk_tokens=plan.logits_chunk_tokens)
     return TunedModel(base, adapter), adapter, objective
-
-
-def _begin_folder(session: Session, plan: Plan, step: int, fingerprint: dict[str, Any]) -> None:
-    """Leave in the run folder what is run; on a resume, forget what was logged after the checkpoint."""
-
-    def write() -> None:
-        folder = session.folder
-        if folder is None:
-            return
-        folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
-        environment = read_environment(device=str(session.devices.device), more={"fingerprint": fingerprint})
-        folder.write_json("environment.json", environment)
-        folder.truncate_metrics(step)
-        folder.write_json("plan.json", asdict(plan))
-
-    session.devices.on_main(write)
-
-
-def _make_trackers(session: Session, step: int) -> Trackers | None:
-    recipe = session.loaded.recipe
-    if session.folder is None or not recipe.output.report_to:
-        return None
-    return Trackers(recipe.output.report_to, session.folder.path / "tracking", step)
 
 
 def _parts(session: Session, ready: _Ready, record: Any, save: Any) -> LoopParts:
@@ -257,24 +217,18 @@ def _make_evaluate(
     session: Session, prepared: Prepared, model: TunedModel, objective: Objective
 ) -> Callable[[], dict[str, float]] | None:
     """One evaluation of the eval rows; None where the recipe has none."""
-    settings, rows = session.loaded.recipe.evaluation, prepared.rows.evaluation
-    if rows is None:
+    recipe, rows = session.loaded.recipe, prepared.rows
+    if rows.evaluation is None:
         return None
-    evaluator = Evaluator(
-        model=model,
-        objective=objective,
-        tokenizer=prepared.tokenizer,
-        devices=session.devices,
-        batches=lambda: evaluation_batches(
-            rows,
-            batch_size=settings.batch_size,
-            pad_id=prepared.tokenizer.pad_id,
-            max_length=session.loaded.recipe.data.max_length,
-        ),
-        questions=lambda: [Question(ids, reference) for ids, reference, _ in prepared.rows.evaluation_prompts()],
-        metric_names=settings.metrics,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
+    evaluator = make_evaluator(
+        model,
+        objective,
+        prepared.tokenizer,
+        session.devices,
+        rows.evaluation,
+        lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        recipe.evaluation,
+        max_length=recipe.data.max_length,
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]
 

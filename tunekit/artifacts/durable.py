@@ -225,6 +225,17 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def require_writable(path: Path) -> None:
+    """Before the work whose result `path` will hold. Raises: RunFolderError where it could not be written."""
+    if path.is_dir():
+        raise RunFolderError(f"{path} is a folder", "name a file")
+    if not path.parent.is_dir():
+        raise RunFolderError(f"there is no folder {path.parent} for {path.name}", "make it, or name another file")
+    temporary = temporary_name(path)
+    write_bytes(temporary, b"")
+    unlink(temporary)
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))

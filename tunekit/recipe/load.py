@@ -65,7 +65,16 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     return LoadedRecipe(recipe, path, draft.lines(), draft.written_in(COMMAND_LINE), draft.rewrites)
 
 
-def load_target_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+@dataclass(frozen=True)
+class TargetOverrides:
+    """The written fields of model.* and of evaluation.*, and which of other tools' spellings were rewritten."""
+
+    model: dict[str, Any]
+    evaluation: dict[str, Any]
+    rewrites: list[str]
+
+
+def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
     """Overrides of eval, generate and merge: the written fields of model.* and of evaluation.*, checked.
 
     A key of another section is refused. Paths are relative to the working folder: no recipe file is involved.
@@ -83,9 +92,10 @@ def load_target_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dic
     check_across(draft, sections)
     if draft.problems:
         raise RecipeError.of(draft.problems)
-    return (
-        {name: getattr(sections["model"], name) for name in model},
-        {name: getattr(sections["evaluation"], name) for name in evaluation},
+    return TargetOverrides(
+        model={name: getattr(sections["model"], name) for name in model},
+        evaluation={name: getattr(sections["evaluation"], name) for name in evaluation},
+        rewrites=draft.rewrites,
     )
 
 

@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tunekit.protocols import Batch, Objective, Tokenizer
+from tunekit.data.batches import evaluation_batches
+from tunekit.protocols import Batch, EncodedRows, Objective, Tokenizer
+from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, needs_generation
 from tunekit.training.answers import Question, answer_questions, text_metrics
 from tunekit.training.devices import Devices
@@ -49,6 +51,34 @@ class Evaluator:
             )
             computed |= text_metrics(texts, answers, [question.reference for question in questions])
         return sums, {name: computed[name] for name in wanted}
+
+
+def make_evaluator(
+    model: TunedModel,
+    objective: Objective,
+    tokenizer: Tokenizer,
+    devices: Devices,
+    rows: EncodedRows,
+    questions: Callable[[], Sequence[Question]],
+    settings: EvaluationSection,
+    *,
+    max_length: int,
+    metric_names: tuple[str, ...] = (),
+) -> Evaluator:
+    """The evaluator of `rows`, with the section's metrics unless others are named."""
+    return Evaluator(
+        model=model,
+        objective=objective,
+        tokenizer=tokenizer,
+        devices=devices,
+        batches=lambda: evaluation_batches(
+            rows, batch_size=settings.batch_size, pad_id=tokenizer.pad_id, max_length=max_length
+        ),
+        questions=questions,
+        metric_names=metric_names or settings.metrics,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+    )
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:
