@@ -222,7 +222,7 @@ def test_overrides_of_a_target() -> None:
         {"quantization": "nf4"},
         {"metrics": ("exact_match",), "generate": True},
     )
-    assert found.rewrites == ["command line: load_in_4bit -> model.quantization: nf4"]
+    assert found.rewrites == ["command line: load_in_4bit -> model.quantization: 'nf4'"]
     with pytest.raises(RecipeError, match="training: cannot be overridden here"):
         load_target_overrides(["training.seed=3"])
     with pytest.raises(RecipeError, match="did you mean 'quantization'"):

@@ -38,10 +38,10 @@ def test_a_path_that_is_nothing_says_so_without_the_hub() -> None:
 
 def test_rewritten_overrides_are_printed(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_lines(tmp_path / "rows.jsonl", ROWS)
-    rewrite = "command line: load_in_4bit -> model.quantization"
-    evaluate_verb(str(tiny_llama), None, str(rows), None, [], None, ["load_in_4bit=false"])
+    rewrite = "command line: torch_dtype -> model.dtype"
+    evaluate_verb(str(tiny_llama), None, str(rows), None, [], None, ["torch_dtype=float32"])
     assert rewrite in capsys.readouterr().out
-    generate_verb(str(tiny_llama), None, "a", None, ["load_in_4bit=false", "evaluation.max_new_tokens=1"])
+    generate_verb(str(tiny_llama), None, "a", None, ["torch_dtype=float32", "evaluation.max_new_tokens=1"])
     printed = capsys.readouterr()
     assert rewrite in printed.err
     assert rewrite not in printed.out

@@ -99,8 +99,8 @@ def _require_model(target: str, section: ModelSection) -> None:
         find_source(section, weights=False)
     except ModelError as error:
         raise InputError(
-            f"{target} is no folder and no recipe (.yaml) or .gguf file here, nor can it be had as a model of the hub "
-            f"({error.problems[0].what})",
+            f"{target} is no folder and no recipe (.yaml) or .gguf file here, and no model of the hub: "
+            f"{error.problems[0].what}",
             "check the path; TARGET is a run, an adapter or a model folder, a recipe, a .gguf file or a hub name",
         ) from error
 
