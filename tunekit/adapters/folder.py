@@ -53,7 +53,14 @@ def attach_adapter_folder(
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     tensors = _read_tensors(config, net, targets, head_name, base_weight)
     attached = attach_adapter(
-        net, config.settings, seed=0, head_name=head_name, device=device, method=config.method, targets=targets
+        net,
+        config.settings,
+        seed=0,
+        head_name=head_name,
+        device=device,
+        method=config.method,
+        targets=targets,
+        finished=True,
     )
     attached.load_state(tensors, ("trained", "saved"))
     return attached

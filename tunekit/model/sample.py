@@ -6,7 +6,7 @@ Next: training/answers.py and generate.py decode them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.quiet import quiet
 from tunekit.protocols import Tokenizer
 
+Inputs = dict[str, torch.Tensor]
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 
 
@@ -34,15 +35,19 @@ def generate_texts(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
+    adapt: Callable[[Inputs], Inputs] | None = None,
+    virtual_tokens: int = 0,
 ) -> list[list[int]]:
     """New ids of each prompt, in order, without the stop token that ended it.
 
     Prompts of similar length share a batch, padded on the left with a mask and position ids. The base's own
-    generation defaults (penalties, top-k) are not used. `stop_ids`: by default those of find_stop_ids.
+    generation defaults (penalties, top-k) are not used. `stop_ids`: by default those of find_stop_ids. `adapt`: what
+    an adapter of the whole model makes of the first step's inputs, which then have `virtual_tokens` more positions.
     Raises: DataError for an empty prompt, or one as long as the model's table of positions.
     """
     stops = sorted(set(find_stop_ids(model, tokenizer) if stop_ids is None else stop_ids))
     longest = _position_table(model)
+    longest = None if longest is None else longest - virtual_tokens
     for number, prompt in enumerate(prompts_ids):
         if not len(prompt):
             raise DataError(f"prompt {number + 1} is empty", "write at least one character")
@@ -57,7 +62,7 @@ def generate_texts(
             new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest - widest)
             torch.manual_seed(seed_for("generate", seed, start))
             settings = _settings(model, tokenizer.pad_id, new_tokens, temperature, top_p, stops)
-            produced = _generate(model, [prompts_ids[index] for index in rows], tokenizer.pad_id, settings)
+            produced = _generate(model, [prompts_ids[index] for index in rows], tokenizer.pad_id, settings, adapt)
             for index, ids in zip(rows, produced, strict=True):
                 results[index] = _up_to_stop(ids, stops)
     return results
@@ -107,7 +112,13 @@ def _settings(
 
 
 @torch.no_grad()
-def _generate(model: LoadedModel, prompts: list[Sequence[int]], pad_id: int, settings: Any) -> list[list[int]]:
+def _generate(
+    model: LoadedModel,
+    prompts: list[Sequence[int]],
+    pad_id: int,
+    settings: Any,
+    adapt: Callable[[Inputs], Inputs] | None,
+) -> list[list[int]]:
     """One batch: new ids of each row, with whatever follows a stop token."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)  # (B, T)
@@ -116,11 +127,11 @@ def _generate(model: LoadedModel, prompts: list[Sequence[int]], pad_id: int, set
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
         mask[row, width - len(prompt) :] = 1
     net: Any = model.net
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    inputs = inputs if adapt is None else adapt(inputs)
     with quiet():
-        output = net.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-        )
-    return output[:, width:].tolist()  # type: ignore[no-any-return]
+        output = net.generate(**inputs, generation_config=settings)
+    return output[:, width if "input_ids" in inputs else 0 :].tolist()  # type: ignore[no-any-return]
 
 
 def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:

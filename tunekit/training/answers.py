@@ -37,7 +37,15 @@ def answer_questions(
     mine = list(range(devices.rank, len(questions), devices.world))
     prompts = [list(questions[index].prompt_ids) for index in mine]
     with undisturbed(model):
-        ids = generate_texts(model.base, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        ids = generate_texts(
+            model.base,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            adapt=model.adapted,
+            virtual_tokens=model.virtual_tokens,
+        )
     texts = [tokenizer.decode(of_one, skip_special_tokens=True) for of_one in ids]
     gathered = dict(devices.gather(list(zip(mine, texts, strict=True))))
     return [gathered[index] for index in range(len(questions))]

@@ -48,7 +48,7 @@ def logprob_difference(model: TunedModel, vocabulary_size: int) -> float:
     with undisturbed(model):
         hidden = model.hidden({"input_ids": ids, "position_ids": torch.arange(PROBE_TOKENS)[None]})
         ours, _ = scored_positions(select_positions(hidden, index), targets, model.head(), 5)
-        logits = model.base.net(input_ids=ids.to(model.device), use_cache=False).logits.float()  # (1, T, V)
+        logits = model.own_logits(ids).float()  # (1, T, V)
         own = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="none")
     return _relative_difference(ours, own)
 
