@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Method, ModelAdapter, Slot
@@ -31,7 +30,7 @@ MODULE_NAMES = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  #
 class FileLlamaAdapterSettings(LlamaAdapterSettings):
     """The settings of a folder, and the name that it gives the attention modules."""
 
-    target_modules: str | None = Field(None, exclude=True)
+    _target_modules: str | None = None
 
 
 class LlamaAdapter(ModelAdapter):
@@ -131,12 +130,12 @@ def _upper(settings: Any, net: nn.Module) -> list[SelfAttention]:
         what = f"{kind} has no LLaMA-Adapter: PEFT defines it for {', '.join(MODULE_NAMES)}"
         raise ModelError(what, "choose another adapter.method, such as prefix or lora", key="adapter.method")
     places, wanted = self_attentions(net), settings.adapter_layers
-    file = isinstance(settings, FileLlamaAdapterSettings)
+    file = settings if isinstance(settings, FileLlamaAdapterSettings) else None
     if wanted is not None and wanted > len(places):
         what = f"{wanted} layers are asked for, and the base has {len(places)}"
         error = AdapterError if file else RecipeError
         raise error(what, "leave it out for all of them", key="adapter_layers" if file else "adapter.adapter_layers")
-    if file and settings.target_modules not in (None, MODULE_NAMES[kind]):
+    if file and file._target_modules not in (None, MODULE_NAMES[kind]):
         what = f"names modules that are not {kind}'s attention ({MODULE_NAMES[kind]})"
         raise AdapterError(what, "name the right base with --base", key="target_modules")
     if getattr(getattr(places[0].module, "o_proj", None), "bias", None) is not None:
@@ -158,7 +157,9 @@ class LlamaAdapterSide(PeftSide):
             problems.append(Problem("names no attention modules that PEFT knows", "", file, None, "target_modules"))
         if problems:
             raise AdapterError.of(problems)
-        return FileLlamaAdapterSettings(**{**settings.model_dump(), "target_modules": target})
+        found = FileLlamaAdapterSettings(**settings.model_dump())
+        found._target_modules = target
+        return found
 
 
 METHOD = Method(

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Method, ModelAdapter, Slot
@@ -35,10 +34,7 @@ SHAPES = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_sub
 class FilePrefixSettings(PrefixSettings):
     """The settings of a folder, and what its configuration says of the base: compared with it, and nothing more."""
 
-    token_dim: int | None = Field(None, exclude=True)
-    num_attention_heads: int | None = Field(None, exclude=True)
-    num_layers: int | None = Field(None, exclude=True)
-    num_transformer_submodules: int | None = Field(None, exclude=True)
+    _facts: tuple[tuple[str, int], ...] = ()
 
 
 class Prefix(ModelAdapter):
@@ -209,15 +205,13 @@ class PrefixSide(PeftSide):
     def read(self, config: Mapping[str, Any], file: str) -> Any:
         """Our settings for PEFT's fields. Raises: AdapterError."""
         settings = super().read(config, file)
-        facts = {name: config.get(name) for name in SHAPES}
-        wrong = [
-            Problem("must be a whole number", "", file, None, name)
-            for name, value in facts.items()
-            if value is not None and type(value) is not int
-        ]
+        facts = {name: config[name] for name in SHAPES if config.get(name) is not None}
+        wrong = [name for name, value in facts.items() if type(value) is not int]
         if wrong:
-            raise AdapterError.of(wrong)
-        return FilePrefixSettings(**{**settings.model_dump(), **facts})
+            raise AdapterError.of([Problem("must be a whole number", "", file, None, name) for name in wrong])
+        found = FilePrefixSettings(**settings.model_dump())
+        found._facts = tuple(facts.items())
+        return found
 
 
 METHOD = Method(

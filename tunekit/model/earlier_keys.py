@@ -76,7 +76,7 @@ class _Entry:
             mask = _causal_mask(queries, keys, seen - first, self.place.window, hidden.device)
         if not isinstance(mask, Tensor):
             raise ModelError(f"a prefix cannot extend masks of the kind {type(mask).__name__}", key="model.attention")
-        if mask.dim() == 2:
+        if mask.dim() == 2:  # of tokens, which flash kernels take
             return torch.cat([mask.new_ones(mask.shape[0], self.length), mask], dim=1)
         visible = self._visible(positions, queries, seen, mask.device)
         if mask.dtype != torch.bool:
@@ -92,8 +92,8 @@ class _Entry:
             return torch.ones(1, 1, queries, self.length, dtype=torch.bool, device=device)
         if not isinstance(positions, Tensor):  # without them, padding on the left takes part in the distance
             positions = torch.arange(queries, device=device)[None] + seen + self.length
-        distances = positions[:, None, :, None] - torch.arange(self.length, device=device)
-        return distances < self.place.window
+        reached: Tensor = positions[:, None, :, None] - torch.arange(self.length, device=device) < self.place.window
+        return reached
 
 
 def _causal_mask(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:
