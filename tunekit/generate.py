@@ -88,6 +88,8 @@ def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
             prompts,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
+            adapt=loaded.model.adapted,
+            virtual_tokens=loaded.model.virtual_tokens,
         )
     return [tokenizer.decode(of_one, skip_special_tokens=True) for of_one in ids]
 
