@@ -166,6 +166,16 @@ class ReportFacts:
     final_loss: float | None
     evaluations: list[dict[str, Any]]
     reactions: list[Reaction]
+    calibration: dict[str, Any] | None = None
+
+
+def calibration_text(facts: dict[str, Any]) -> str:
+    """What the pass over the data before step 1 was and cost, in a sentence."""
+    backward = f" and {facts['backward_passes']:,} backward" if facts["backward_passes"] else ""
+    return (
+        f"start: {facts['start']} looked at {facts['micro_batches']:,} micro-batches ({facts['tokens']:,} tokens) "
+        f"before step 1: {facts['forward_passes']:,} forward{backward} passes in {facts['seconds']:.1f} s"
+    )
 
 
 def bytes_text(count: float) -> str:

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder import load_into
-from tunekit.artifacts.checkpoint import load_checkpoint
+from tunekit.artifacts.checkpoint import Checkpoint, load_checkpoint
 from tunekit.artifacts.host_memory import read_host_memory
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console
 from tunekit.data.load import read_template
-from tunekit.decisions import Plan, bytes_text
+from tunekit.decisions import Plan, bytes_text, calibration_text
 from tunekit.errors import ResourceError, TunekitError
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.model.load import load_model
@@ -30,6 +30,7 @@ from tunekit.plan import Prepared, make_plan
 from tunekit.protocols import Objective, Window
 from tunekit.recipe.load import load_recipe
 from tunekit.training.answers import Question
+from tunekit.training.begin import Begun, begin_adapter, needed_batches, with_targets
 from tunekit.training.devices import make_devices
 from tunekit.training.evaluator import is_better, make_evaluator
 from tunekit.training.findings import raise_refusals
@@ -133,14 +134,15 @@ def _prepare(session: Session, resume: bool) -> _Ready:
     if session.folder is not None:
         session.folder.status(None, "running")
         session.folder.require_free_bytes(written_bytes(plan, session.loaded.recipe.training.keep_checkpoints))
-    model, adapter, objective = _load(session, plan)
+    model, begun, objective = _load(session, plan, prepared, checkpoint)
+    adapter, plan = begun.adapter, with_targets(plan, begun.adapter)
     fingerprint = session.fingerprint(prepared.rows.fingerprint, model.base.fingerprint)
     before = checkpoint.facts["fingerprint"] if checkpoint is not None else session.begun_fingerprint()
     if before is not None:
         session.require_same(before, fingerprint)
     probe_model(session, plan, model)
     optimizer = make_optimizer(session, adapter)
-    state = LoopState()
+    state = LoopState(calibration=begun.calibration)
     if checkpoint is not None:
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
         session.console.info(f"going on after step {state.step} of {plan.steps}")
@@ -170,21 +172,33 @@ def _plan(session: Session) -> tuple[Plan, Prepared]:
     return plan, prepared
 
 
-def _load(session: Session, plan: Plan) -> tuple[TunedModel, AttachedAdapter, Objective]:
+def _load(
+    session: Session, plan: Plan, prepared: Prepared, checkpoint: Checkpoint | None = None
+) -> tuple[TunedModel, Begun, Objective]:
     """Base, adapter and objective, ready for the device."""
     recipe = session.loaded.recipe
     with session.timed("load"):
         base = load_model(recipe.model, device=session.devices.device)
-        adapter = attach_adapter(
-            base.net, recipe.adapter, seed=recipe.training.seed, head_name=base.family.head_name(base.net)
+        prepare_layers([layer for _, layer in base.family.layers(base.net)], plan.checkpointed_layers)
+    objective = make_objective(recipe.objective, logits_chunk_tokens=plan.logits_chunk_tokens)
+    with session.timed("load" if needed_batches(recipe.adapter) == 0 else "calibrate"):
+        begun = begin_adapter(
+            base,
+            prepared.adapter,
+            recipe.model,
+            seed=recipe.training.seed,
+            devices=session.devices,
+            objective=objective,
+            windows=lambda: prepared.rows.windows(prepared.batch_settings),
+            resumed=None if checkpoint is None else checkpoint.facts["layout"],
         )
         if recipe.adapter.init_from is not None:
-            load_into(adapter, Path(recipe.adapter.init_from), base_fingerprint=base.fingerprint)
-        prepare_layers([layer for _, layer in base.family.layers(base.net)], plan.checkpointed_layers)
+            load_into(begun.adapter, Path(recipe.adapter.init_from), base_fingerprint=base.fingerprint)
+    if begun.calibration is not None:
+        session.console.info(calibration_text(begun.calibration))
     if session.devices.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the report's peak is the training's, not the loader's
-    objective = make_objective(recipe.objective, logits_chunk_tokens=plan.logits_chunk_tokens)
-    return TunedModel(base, adapter), adapter, objective
+    return TunedModel(base, begun.adapter), begun, objective
 
 
 def _parts(session: Session, ready: _Ready, record: Any, save: Any) -> LoopParts:
@@ -264,7 +278,8 @@ def _try_out(session: Session) -> None:
     """--dry-run: load, attach, probe, the longest batch forward and backward; no update, nothing written."""
     plan, prepared = _plan(session)
     try:
-        model, adapter, objective = _load(session, plan)
+        model, begun, objective = _load(session, plan, prepared)
+        adapter = begun.adapter
         probe_model(session, plan, model)
         make_optimizer(session, adapter)
         batch = prepared.rows.longest_batch(prepared.batch_settings)

@@ -77,4 +77,5 @@ def report_facts(
         final_loss=state.loss,
         evaluations=[record for record in run.read_metrics() if "eval" in record],
         reactions=reactions,
+        calibration=state.calibration,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tunekit.decisions import EvaluationRecord, StepRecord
 from tunekit.protocols import Engine, Objective, WindowSource
@@ -36,6 +37,7 @@ class LoopState:
     good_steps: int = 0
     skipped_steps: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None  # the pass over the data before step 1
 
 
 @dataclass

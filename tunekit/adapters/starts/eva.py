@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from tunekit.adapters.starting import Seen, StartLayer
 from tunekit.decisions import Target
 from tunekit.errors import DataError
+from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.recipe.starts.eva import EvaSettings
 
 DOUBLE_BYTES = 8
@@ -98,6 +100,15 @@ def share_ranks(
     for _, _, name in ranked[:budget]:
         ranks[name] += 1
     return ranks
+
+
+def alpha_of(settings: LowRankSettings, target: Target, rank: int) -> float | None:
+    """A layer's alpha with another rank: the scaling stays, unless the recipe says otherwise."""
+    assert isinstance(settings.start, EvaSettings)
+    if not settings.start.adjust_alpha or target.alpha is None or not target.r:
+        return target.alpha
+    growth = rank / target.r
+    return target.alpha * (math.sqrt(growth) if settings.use_rslora else growth)
 
 
 def make_start(settings: EvaSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,13 @@ from typing import Any
 
 from tunekit.artifacts.redact import redact
 from tunekit.artifacts.report.totals import Totals
-from tunekit.decisions import Plan, ReportFacts, bytes_text
+from tunekit.decisions import Plan, ReportFacts, bytes_text, calibration_text
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_COLUMNS = 60
 SPECIAL = "\\`*_{}[]<>#|!~&"
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
-SECONDS_ORDER = ("load", "data", "train", "evaluate", "save")
+SECONDS_ORDER = ("load", "data", "calibrate", "train", "evaluate", "save")
 
 
 def escape(value: object) -> str:
@@ -169,6 +169,8 @@ def _speed(facts: ReportFacts, totals: Totals) -> str:
     seconds = sorted(facts.seconds.items(), key=lambda item: _place(SECONDS_ORDER, item[0]))
     if seconds:
         lines.append(_table(["time for", "seconds"], [[escape(name), f"{value:,.1f}"] for name, value in seconds]))
+    if facts.calibration is not None:
+        lines.append(escape(calibration_text(facts.calibration).capitalize()) + ".")
     lines.append(f"{facts.tokens:,} tokens were seen, {facts.supervised_tokens:,} of them supervised.")
     return "\n\n".join(lines)
 

@@ -1,0 +1,143 @@
+"""A fresh adapter in the base, filled as its start says: from nothing, from W, from the data, or from W unquantized.
+
+Comes in: the loaded base, the sections, a way to the training windows.  Goes out: Begun.  Next: train.py.
+What a resumed run restores from its checkpoint is not gathered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.base import load_method
+from tunekit.adapters.starting import begin_all, start_module
+from tunekit.adapters.targets import find_targets, slot_count
+from tunekit.decisions import Plan, Target
+from tunekit.errors import ModelError
+from tunekit.model.load import LoadedModel
+from tunekit.model.rewrite import Rewriter
+from tunekit.model.weights import packed_layers
+from tunekit.protocols import Objective, WindowSource
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.section import CalibratedStart
+from tunekit.training.calibrate import calibrate
+from tunekit.training.devices import Devices
+
+Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint: names with [start, *shape], group by group
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The adapter in place, and what a pass over the data cost, if one was made."""
+
+    adapter: AttachedAdapter
+    calibration: dict[str, Any] | None = None
+
+
+def needed_batches(settings: Any) -> int:
+    """How many micro-batches the adapter's start looks at."""
+    start = getattr(settings, "start", None)
+    return start.batches if isinstance(start, CalibratedStart) else 0
+
+
+def with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
+    """The plan with the layers and ranks that the start chose, where it had a choice."""
+    if adapter.targets == plan.targets:
+        return plan
+    trained = sum(parameter.numel() for parameter in adapter.trained().values())
+    total = plan.total_parameters - plan.trainable_parameters + trained
+    return replace(plan, targets=adapter.targets, trainable_parameters=trained, total_parameters=total)
+
+
+def begin_adapter(
+    base: LoadedModel,
+    settings: Any,
+    model: ModelSection,
+    *,
+    seed: int,
+    devices: Devices,
+    objective: Objective,
+    windows: Callable[[], WindowSource],
+    resumed: Layout | None,
+) -> Begun:
+    """Attach the adapter and fill it; `resumed`: the layout of the checkpoint that will be restored into it.
+
+    Raises: RecipeError, DataError or ModelError where a start lacks what it looks at.
+    """
+    start, head_name = getattr(settings, "start", None), base.family.head_name(base.net)
+    looks_at = getattr(start, "looks_at", "")
+    if not isinstance(start, CalibratedStart):
+        adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name)
+        if looks_at == "original" and resumed is None:
+            begin_all(adapter, seed, _originals(adapter, model))
+        return Begun(adapter)
+    targets = find_targets(base.net, settings, head_name=head_name)
+    if resumed is not None:
+        ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
+        targets = with_ranks(settings, targets, ranks)
+        return Begun(attach_adapter(base.net, settings, seed=seed, head_name=head_name, targets=targets))
+    found = calibrate(base, start, targets, windows(), objective, seed=seed)
+    share = getattr(start_module(start.method), "share_ranks", None)
+    if share is not None:
+        targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
+    adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name, targets=targets)
+    begin_all(adapter, seed, found.evidence)
+    _as_on_main(adapter, devices)
+    return Begun(adapter, found.facts)
+
+
+def with_ranks(settings: Any, targets: Sequence[Target], ranks: Mapping[str, int | None]) -> list[Target]:
+    """The targets with new ranks, without those of rank 0; one without an entry keeps its own."""
+    layer = load_method(settings.method).layer
+    assert layer is not None
+    changed: list[Target] = []
+    for target in targets:
+        rank = ranks.get(target.name)
+        if rank is None or rank == target.r or target.r is None:
+            changed.append(target)
+        elif rank:
+            alpha = start_module(settings.start.method).alpha_of(settings, target, rank)
+            new = replace(target, r=rank, alpha=alpha)
+            changed.append(replace(new, trainable_parameters=slot_count(layer.slots(settings, new).values())))
+    return changed
+
+
+def _resumed_rank(target: Target, layout: Layout) -> int | None:
+    """The rank of a layer in a checkpoint, 0 where it has none; None for what no start fills."""
+    if target.kind not in ("linear", "conv1d"):
+        return None
+    shapes = [group[f"{target.name}.lora_B.weight"] for group in layout if f"{target.name}.lora_B.weight" in group]
+    return shapes[0][-1] if shapes else 0
+
+
+def _originals(adapter: AttachedAdapter, model: ModelSection) -> Callable[[str], Tensor | None]:
+    """A layer's name -> its matrix (O, I) from before quantization, read from the base's files one at a time."""
+    rewriter, layers = Rewriter(model, "full"), adapter.adapted_modules()
+    packed = {name for name, layer in layers.items() if packed_layers(layer.base_layer)}
+
+    def read(name: str) -> Tensor | None:
+        if name not in packed:  # left as it was: there is nothing to make up for
+            return None
+        try:
+            return rewriter.base_weight(name).float()
+        except KeyError as error:
+            what = f"loftq needs the weight of '{name}' from before quantization, which the base's files do not hold"
+            raise ModelError(what, "choose another adapter.start", key="adapter.start") from error
+
+    return read
+
+
+def _as_on_main(adapter: AttachedAdapter, devices: Devices) -> None:
+    """The main rank's values on every rank: decompositions on two devices may differ by a sign."""
+    if devices.world == 1:
+        return
+    with torch.no_grad():
+        tensors = list(adapter.state().values())
+        for tensor in tensors:
+            tensor.mul_(float(devices.is_main))
+        devices.sum_in_place(tensors)

@@ -1,0 +1,172 @@
+"""One pass over the run's first batches before step 1: what each layer's inputs and gradients are, for its start.
+
+Comes in: the bare base, the start's settings, the training windows.  Goes out: Calibration.  Next: begin.py.
+The statistics themselves are in adapters/starts/; nothing of the base is changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.adapters.starting import LINEAR, Seen, start_module
+from tunekit.decisions import Target
+from tunekit.errors import RecipeError
+from tunekit.model.load import LoadedModel
+from tunekit.protocols import IGNORED, Batch, Objective, Window, WindowSource
+from tunekit.recipe.section import CalibratedStart
+from tunekit.training.evaluation import undisturbed
+from tunekit.training.resident import ResidentEngine
+from tunekit.training.tuned import TunedModel
+
+HALF_SCALE = 1024.0  # float16's gradients would underflow
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was gathered of each layer, by module name, and what the pass cost."""
+
+    evidence: dict[str, Any]
+    facts: dict[str, Any]
+
+
+class Watch:
+    """The statistics of every watched layer, and the micro-batch that is running."""
+
+    def __init__(self, start: CalibratedStart, targets: Sequence[Target]) -> None:
+        make = start_module(start.method).Statistics
+        self.statistics = {target.name: make(start, target) for target in targets if target.kind in LINEAR}
+        self.reached: set[str] = set()
+        self.scale = 1.0
+        self.batch: Batch | None = None
+
+    def add(self, name: str, inputs: Tensor, gradients: Tensor | None = None) -> None:
+        """One layer's inputs (..., I) of the running micro-batch, and the gradients (..., O) of its output."""
+        assert self.batch is not None
+        with torch.no_grad():
+            self.statistics[name].add(_seen(self.batch, inputs.detach(), gradients, self.scale))
+        self.reached.add(name)
+
+
+def _seen(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) -> Seen:
+    """Real tokens only; a layer that sees other rows than the batch's (an expert's) is given all of them."""
+    flat = inputs.reshape(-1, inputs.shape[-1]).float()  # (N, I)
+    of_output = None if gradients is None else gradients.reshape(-1, gradients.shape[-1]).float() / scale  # (N, O)
+    rows_count, tokens = batch.input_ids.shape
+    if len(flat) != rows_count * tokens:
+        rows = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
+        return Seen(flat, rows, torch.ones_like(rows, dtype=torch.bool), of_output)
+    lengths = torch.tensor(batch.lengths)[:, None]  # (B, 1)
+    real = (torch.arange(tokens)[None] < lengths).reshape(-1).to(flat.device)  # (N,)
+    rows = torch.arange(rows_count).repeat_interleave(tokens).to(flat.device)
+    supervised = (batch.labels != IGNORED).reshape(-1).to(flat.device)
+    return Seen(flat[real], rows[real], supervised[real], None if of_output is None else of_output[real])
+
+
+@contextmanager
+def _watching(net: nn.Module, watch: Watch, gradients: bool) -> Iterator[None]:
+    """Hooks on every watched layer while the block runs."""
+    handles = []
+    for name in watch.statistics:
+        module = net.get_submodule(name)
+        if gradients:
+            handles.append(module.register_forward_pre_hook(_begin_gradients))
+        handles.append(module.register_forward_hook(_hook(watch, name, gradients)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _begin_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Nothing in a frozen base asks for gradients; the first layers that are watched do."""
+    if not torch.is_grad_enabled() or inputs[0].requires_grad:
+        return None
+    return (inputs[0].detach().requires_grad_(), *inputs[1:])
+
+
+def _hook(watch: Watch, name: str, gradients: bool) -> Any:
+    def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not gradients:
+            watch.add(name, inputs[0])
+        elif output.requires_grad:  # not in the forward of a layer that is recomputed
+            output.register_hook(lambda gradient: watch.add(name, inputs[0], gradient))  # type: ignore[no-untyped-call]
+
+    return look
+
+
+def first_windows(windows: WindowSource, batches: int) -> Iterator[Window]:
+    """The windows of the first `batches` micro-batches, the last of them cut short; fewer where the run has fewer."""
+    left = batches
+    for window in windows.windows(0):
+        if len(window.batches) >= left:
+            yield Window(window.step, window.epoch, window.indices[:left], window.batches[:left])
+            return
+        left -= len(window.batches)
+        yield window
+
+
+def calibrate(
+    base: LoadedModel,
+    start: CalibratedStart,
+    targets: Sequence[Target],
+    windows: WindowSource,
+    objective: Objective,
+    *,
+    seed: int,
+) -> Calibration:
+    """Make the pass.
+
+    Raises: RecipeError where a layer takes no part in it.
+    """
+    started = time.monotonic()
+    model, watch, backward = TunedModel(base, None), Watch(start, targets), start.looks_at == "gradients"
+    chosen = [objective.prepare(model, window) for window in first_windows(windows, start.batches)]
+    batches = [batch for window in chosen for batch in window.batches]
+    with _watching(base.net, watch, backward):
+        if backward:
+            _run_backward(model, watch, objective, chosen, seed)
+        else:
+            _run_forward(model, watch, objective, batches)
+    missed = sorted(watch.statistics.keys() - watch.reached)
+    if missed:
+        what = f"{start.method} needs the {start.looks_at} of '{missed[0]}', which the first batches do not reach"
+        raise RecipeError(what, "leave it out of adapter.target_modules, or choose another start", key="adapter.start")
+    facts = {
+        "start": start.method,
+        "micro_batches": len(batches),
+        "tokens": sum(batch.tokens for batch in batches),
+        "forward_passes": len(batches),
+        "backward_passes": len(batches) if backward else 0,
+    }
+    evidence = {name: statistics.finish() for name, statistics in watch.statistics.items()}
+    return Calibration(evidence, facts | {"seconds": round(time.monotonic() - started, 3)})
+
+
+def _run_forward(model: TunedModel, watch: Watch, objective: Objective, batches: Sequence[Batch]) -> None:
+    with undisturbed(model):
+        for batch in batches:
+            watch.batch = batch
+            model.hidden(objective.inputs(batch))
+
+
+def _run_backward(model: TunedModel, watch: Watch, objective: Objective, windows: Sequence[Window], seed: int) -> None:
+    """The gradient of the mean loss over all these batches, one micro-batch at a time."""
+    engine = ResidentEngine(seed)
+    engine.loss_scale = watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
+    units = sum(
+        (objective.units(batch) for window in windows for batch in window.batches), torch.zeros(1, dtype=torch.float64)
+    )
+    devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), model.training_mode(True):
+        for window in windows:
+            for index, batch in zip(window.indices, window.batches, strict=True):
+                watch.batch = batch
+                engine.run_window(model, objective, Window(window.step, window.epoch, (index,), (batch,)), units)
