@@ -114,9 +114,10 @@ def evaluate_rows(
 
 def _check_rows(loaded: LoadedTarget, rows: EncodedRows) -> None:
     """Refuse rows that the model cannot look up: too long for its positions, or with ids beyond its embedding."""
-    longest = max(int(length) for length in rows.lengths) + loaded.model.virtual_tokens
+    virtual = loaded.model.virtual_tokens
+    longest = max(int(length) for length in rows.lengths) + virtual
     problems = [
-        *position_problems(loaded.model.base, longest),
+        *position_problems(loaded.model.base, longest, virtual),
         *vocabulary_problems(loaded.model.base, loaded.tokenizer, rows),
     ]
     if problems:

@@ -17,7 +17,7 @@ import tunekit
 from tunekit.adapters.base import load_method
 from tunekit.adapters.configuration import read_adapter_config
 from tunekit.adapters.copies import copied_parameters
-from tunekit.adapters.targets import find_targets, trained_count, unreached_experts
+from tunekit.adapters.targets import find_targets, slot_count, trained_count, unreached_experts
 from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
@@ -31,6 +31,7 @@ from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.supported import refuse_unsupported
 from tunekit.recipe.training import TrainingSection
 from tunekit.rows import RowSet, load_rows
@@ -52,6 +53,7 @@ class Prepared:
     tokenizer: LoadedTokenizer
     rows: RowSet
     batch_settings: BatchSettings
+    adapter: AdapterSettings  # with its texts as token ids
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ class Inputs:
     tokenizer: LoadedTokenizer
     rows: RowSet
     targets: list[Target]
+    adapter: AdapterSettings  # with its texts as token ids
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the adapter puts before each row."""
+        model = load_method(self.adapter.method).model
+        return 0 if model is None else model.virtual_tokens(self.adapter)
 
 
 def make_plan(
@@ -81,6 +90,7 @@ def make_plan(
     inputs = _read_inputs(recipe, device, findings)
     if inputs is None:
         raise findings.error()
+    recipe = recipe.model_copy(update={"adapter": inputs.adapter})
     packing, reason = _packing(recipe, inputs.base, findings)
     settings = _batch_settings(recipe, inputs.tokenizer, packing)
     windows = findings.attempt(lambda: inputs.rows.windows(settings))
@@ -91,15 +101,17 @@ def make_plan(
     forecast = _forecast(recipe, inputs, windows, settings, device)
     memory = plan_memory(forecast, recipe.memory.gradient_checkpointing, inputs.base.facts, findings)
     plan = _assemble(loaded, device, inputs, windows, packing, reason, memory, findings)
-    return plan, Prepared(inputs.tokenizer, inputs.rows, settings)
+    return plan, Prepared(inputs.tokenizer, inputs.rows, settings, inputs.adapter)
 
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
     """Model, tokenizer, rows and targets; the problems of all of them are noted."""
     base = findings.attempt(lambda: make_meta_model(recipe.model, device=device))
     tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
-    rows = targets = None
+    rows = targets = adapter = None
     if tokenizer is not None:
+        with_tokenizer = load_method(recipe.adapter.method).with_tokenizer
+        adapter = findings.attempt(lambda: with_tokenizer(recipe.adapter, tokenizer))
         rows = findings.attempt(lambda: load_rows(recipe.data, tokenizer, seed=recipe.training.seed))
     if base is not None:
         head = base.family.head_name(base.net)
@@ -107,9 +119,9 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
     start = getattr(recipe.adapter, "init_from", None)
     if start is not None:
         findings.attempt(lambda: read_adapter_config(Path(start)))
-    if base is None or tokenizer is None or rows is None or targets is None:
+    if base is None or tokenizer is None or rows is None or targets is None or adapter is None:
         return None
-    return Inputs(base, tokenizer, rows, targets)
+    return Inputs(base, tokenizer, rows, targets, adapter)
 
 
 def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[bool, str]:
@@ -143,13 +155,15 @@ def _batch_settings(recipe: Recipe, tokenizer: LoadedTokenizer, packing: bool) -
     )
 
 
-def _longest_tokens(rows: RowSet) -> int:
-    return max(rows.counts.longest_tokens, rows.eval_counts.longest_tokens if rows.eval_counts else 0)
+def _longest_tokens(inputs: Inputs) -> int:
+    """Of a row with the adapter's tokens before it."""
+    of_evaluation = inputs.rows.eval_counts.longest_tokens if inputs.rows.eval_counts else 0
+    return max(inputs.rows.counts.longest_tokens, of_evaluation) + inputs.virtual_tokens
 
 
 def _model_problems(inputs: Inputs) -> list[Problem]:
     """Rows that the model cannot take."""
-    problems = list(refusals.position_problems(inputs.base, _longest_tokens(inputs.rows)))
+    problems = list(refusals.position_problems(inputs.base, _longest_tokens(inputs), inputs.virtual_tokens))
     for rows in (inputs.rows.train, inputs.rows.evaluation):
         if rows is not None and not problems:
             problems += refusals.vocabulary_problems(inputs.base, inputs.tokenizer, rows)
@@ -176,7 +190,7 @@ def _forecast(
         size = recipe.evaluation.batch_size
         evaluation = next(iter(evaluation_batches(rows.evaluation, batch_size=size, pad_id=settings.pad_id)))
         if recipe.evaluation.generate:
-            answers = rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
+            answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     return Forecast(run, inputs.base, batch, windows.steps, rows.train, evaluation, answers)
 
 
@@ -191,8 +205,7 @@ def _assemble(
     findings: Findings,
 ) -> Plan:
     recipe, facts, rows = loaded.recipe, inputs.base.facts, inputs.rows
-    trainable = trained_count(load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
-    trainable += copied_parameters(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
+    trainable = _trained_numbers(inputs)
     return Plan(
         tunekit_version=tunekit.__version__,
         recipe=recipe.model_dump(mode="json"),
@@ -219,6 +232,14 @@ def _assemble(
     )
 
 
+def _trained_numbers(inputs: Inputs) -> int:
+    """In the adapter's layers, in copies, and in what is of the whole model."""
+    net, settings, targets = inputs.base.net, inputs.adapter, inputs.targets
+    method = load_method(settings.method)
+    whole = 0 if method.model is None else slot_count(method.model.slots(settings, net).values())
+    return whole + trained_count(method, settings, targets) + copied_parameters(net, method, settings, targets)
+
+
 def _supervised_tokens(windows: Windows, rows: RowSet, settings: TrainingSection) -> int:
     """Loss tokens of the whole run, step by step as the windows will be; of a stream, as its sample has them."""
     supervised, per_step = np.asarray(rows.train.supervised), settings.gradient_accumulation_steps  # (rows,)
@@ -239,7 +260,9 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes = [*inputs.base.notes, *inputs.rows.notes]
     if experts:
         notes.append(f"{len(experts)} fused expert parameters stay as they are, {experts[0]} for one")
-    notes += refusals.position_notes(inputs.base, _longest_tokens(inputs.rows))
+    if inputs.virtual_tokens:
+        notes.append(f"{inputs.virtual_tokens:,} virtual tokens before each row, beyond data.max_length")
+    notes += refusals.position_notes(inputs.base, _longest_tokens(inputs))
     notes += refusals.run_notes(recipe, inputs.base, device)
     notes.append(f"recomputed in the backward pass: {memory.reason}")
     return notes

@@ -70,12 +70,17 @@ def vocabulary_problems(base: LoadedModel, tokenizer: LoadedTokenizer, rows: Enc
             return
 
 
-def position_problems(base: LoadedModel, longest_tokens: int) -> Iterator[Problem]:
-    """Rows longer than a learned table of positions, which cannot be looked up at all."""
+def position_problems(base: LoadedModel, longest_tokens: int, virtual_tokens: int = 0) -> Iterator[Problem]:
+    """Rows longer than a learned table of positions, which cannot be looked up at all; `virtual_tokens` of them are the
+    adapter's."""
     table = _learned_positions(base)
     if table is not None and longest_tokens > table:
-        what = f"the longest row has {longest_tokens} tokens, and the model's positions end at {table}"
-        yield Problem(what, f"set data.max_length to at most {table}", key="data.max_length")
+        own = f", {virtual_tokens} of them virtual" if virtual_tokens else ""
+        what = f"the longest row has {longest_tokens} tokens{own}, and the model's positions end at {table}"
+        if virtual_tokens >= table:
+            yield Problem(what, f"make the prompt shorter than {table} tokens", key="adapter.num_virtual_tokens")
+        else:
+            yield Problem(what, f"set data.max_length to at most {table - virtual_tokens}", key="data.max_length")
 
 
 def position_notes(base: LoadedModel, longest_tokens: int) -> Iterator[str]:
