@@ -29,6 +29,7 @@ from tunekit.model.weights import weight_of
 NOT_MEANING = {"dropout", "target_modules", "exclude_modules", "r", "alpha", "rank_pattern", "alpha_pattern"}
 NOT_MEANING |= {"layers_to_transform", "layers_pattern", "modules_to_save"}  # the targets and tensors are compared
 NOT_MEANING |= {"method", "start", "init_from"}  # settings that differ without changing what the adapter computes
+NOT_MEANING |= {"init", "init_text", "init_ids", "encoder_hidden_size", "adapter_layers"}  # first values; shapes
 BaseWeight = Callable[[str], Tensor]
 
 
