@@ -91,6 +91,10 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "adapter.bias": (["none", "all", "lora_only"], ["some", "true", "null", "5"]),
     "adapter.modules_to_save": (["[]", "[lm_head]"], ["lm_head", "5", "true", "[5]", "{a: b}"]),
+    "adapter.trainable_token_indices": (
+        ["[]", "[3, 4]", "{lm_head: [5]}", "{embed_tokens: [0, 1], lm_head: [7]}"],
+        ["5", "true", "[x]", "[-1]", "[1.5]", "[3, 3]", "{lm_head: 3}", "{lm_head: [x]}", "embed_tokens"],
+    ),
     "adapter.layers_to_transform": (["[]", "[0]", "1", "[0, 1]"], ["[-1]", "[x]", "true", "1.5"]),
     "adapter.layers_pattern": (["null"], ["{a: b}", "5", "true", "[]"]),
     "adapter.init_from": (["null", "~"], ["5", "true", "[a]", '"a\\0b"']),

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gaussian": ("lora", {"start": "gaussian"}),
     "orthogonal": ("dora", {"start": "orthogonal"}),
     "copies": ("lora", {"modules_to_save": ("lm_head", "embed_tokens")}),
+    "tokens": ("lora", {"trainable_token_indices": {"embed_tokens": tuple(range(3, 64)), "lm_head": (9, 4)}}),
     "second layer": ("dora", {"layers_to_transform": (1,)}),
 }
 

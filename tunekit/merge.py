@@ -193,6 +193,11 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     for place, copy in attached.copies.items():
         for own_name, tensor in copy.copied().items():
             parameters[f"{place}.{own_name}"] = _constant(tensor.detach().float())
+    for place, tokens in attached.tokens.items():
+        change = tokens.merged  # one and the same for a tied head, so that it stays tied
+        parameters[f"{place}.weight"] = change
+        if attached.head_name in attached.tied_tokens.get(place, ()):
+            parameters[f"{attached.head_name}.weight"] = change
     return Changes(layers={name: layer.merged for name, layer in attached.layers.items()}, parameters=parameters)
 
 

@@ -29,6 +29,8 @@ from tunekit.adapters.copied_places import copied_places
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.fused_parameters import ParameterAdapter, ParameterHost, own_parameter
 from tunekit.adapters.targets import find_targets
+from tunekit.adapters.token_places import token_rows
+from tunekit.adapters.token_rows import TrainedTokens
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call, seed_for
@@ -45,6 +47,8 @@ class AttachedAdapter:
         self.layers: dict[str, LayerAdapter] = {}
         self.parameters: dict[str, ParameterAdapter] = {}
         self.copies: dict[str, TrainedCopy] = {}
+        self.tokens: dict[str, TrainedTokens] = {}
+        self.tied_tokens: dict[str, list[str]] = {}  # of those, the modules that use their rows
         self.model_adapter: ModelAdapter | None = None
         self._places: list[tuple[nn.Module, str, nn.Module]] = []  # parent, own name, what stood there
         self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -55,7 +59,7 @@ class AttachedAdapter:
     def parts(self) -> list[Part]:
         """Everything with state."""
         whole = [part for part in (self.shared, self.model_adapter) if part is not None]
-        return [*whole, *self.layers.values(), *self.parameters.values(), *self.copies.values()]
+        return [*whole, *self.layers.values(), *self.parameters.values(), *self.copies.values(), *self.tokens.values()]
 
     def slots(self) -> dict[str, tuple[type[Part], Slot]]:
         """Every tensor of the state as it was declared, by full name."""
@@ -231,7 +235,7 @@ def _home(part: Part, net: nn.Module) -> torch.device:
 def _build(attached: AttachedAdapter, meta: bool, finished: bool) -> None:
     """Make every part and put the wrappers in place."""
     net, settings, method, targets = attached.net, attached.settings, attached.method, attached.targets
-    copied = copied_places(base_modules(net), method, settings, targets)
+    copied, rows = copied_places(base_modules(net), method, settings, targets), token_rows(net, settings)
     if method.shared is not None:
         attached.shared = method.shared(settings, targets, meta=meta)
     hosts: dict[str, dict[str, ParameterAdapter]] = {}
@@ -253,6 +257,14 @@ def _build(attached: AttachedAdapter, meta: bool, finished: bool) -> None:
     for name, only in copied.items():
         attached.copies[name] = (method.copy or TrainedCopy)(net.get_submodule(name), name, only, meta=meta)
         attached.put(name, attached.copies[name])
+    for name, places in sorted(rows.items(), key=lambda each: each[1].owner is not None):  # owners first
+        owner = attached.tokens[places.owner] if places.owner else None
+        part = TrainedTokens(net.get_submodule(name), name, places, owner, meta=meta)
+        if places.owner is None:
+            attached.tokens[name] = part
+        else:
+            attached.tied_tokens.setdefault(places.owner, []).append(name)
+        attached.put(name, part)
     if method.model is not None:
         attached.model_adapter = method.model(net, settings, meta=meta, finished=finished)
         attached.model_adapter.attach(net)

@@ -16,6 +16,7 @@ from tunekit.adapters.base import Method, Part, Slot, Wrapper
 from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import copied_places
 from tunekit.adapters.targets import slot_count
+from tunekit.adapters.token_rows import token_slots
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
@@ -23,10 +24,11 @@ from tunekit.model.weights import weight_of
 
 
 def copied_parameters(net: nn.Module, method: Method, settings: Any, targets: Sequence[Target]) -> int:
-    """Trained numbers in copies, beside those of the targets; allocates nothing."""
+    """Trained numbers in copies and in rows of tokens, beside those of the targets; allocates nothing."""
     modules = base_modules(net)
     places = copied_places(modules, method, settings, targets)
-    return sum(slot_count(TrainedCopy.slots(modules[name], name, only).values()) for name, only in places.items())
+    copied = [TrainedCopy.slots(modules[name], name, only) for name, only in places.items()]
+    return sum(slot_count(slots.values()) for slots in (*copied, *token_slots(net, settings).values()))
 
 
 class TrainedCopy(Wrapper, Part):

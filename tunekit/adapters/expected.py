@@ -18,6 +18,7 @@ from tunekit.adapters.copied_places import copied_places
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.peft_side import shown
 from tunekit.adapters.strict_files import TensorEntry
+from tunekit.adapters.token_rows import TrainedTokens, token_slots
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError, Problem
 from tunekit.model.weights import weight_of
@@ -118,4 +119,6 @@ def expected_tensors(
         expected.add(method.model, "", method.model.file_slots(settings, net))
     for name, only in copied_places(modules, method, settings, targets).items():
         expected.add(method.copy or TrainedCopy, name, TrainedCopy.slots(modules[name], name, only))
+    for name, slots in token_slots(net, settings).items():
+        expected.add(TrainedTokens, name, slots)
     return expected

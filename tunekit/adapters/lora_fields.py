@@ -27,6 +27,7 @@ LORA_FIELDS: dict[str, tuple[str, Any]] = {  # PEFT's field -> our setting, PEFT
     "modules_to_save": ("modules_to_save", []),
     "layers_to_transform": ("layers_to_transform", []),
     "layers_pattern": ("layers_pattern", None),
+    "trainable_token_indices": ("trainable_token_indices", []),
 }
 LORA_FIXED: dict[str, tuple[Any, ...]] = {  # first the value written, then the others that change nothing
     "alora_invocation_tokens": (None, []),
@@ -46,7 +47,6 @@ LORA_FIXED: dict[str, tuple[Any, ...]] = {  # first the value written, then the 
     "monteclora_config": (None,),
     "qalora_group_size": (16, ANY),  # of use_qalora
     "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None, False),
     "use_dora": (False,),
     "use_qalora": (False,),

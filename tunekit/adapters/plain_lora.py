@@ -34,6 +34,7 @@ def as_plain_lora(attached: AttachedAdapter) -> AttachedAdapter:
     targets = [_target(target, settings) if target.name in moved else target for target in attached.targets]
     plain = AttachedAdapter(attached.net, settings, attached.method, targets)
     plain.head_name, plain.copies, plain.parameters = attached.head_name, attached.copies, attached.parameters
+    plain.tokens, plain.tied_tokens = attached.tokens, attached.tied_tokens
     for target in targets:
         if target.name in attached.layers:
             layer = attached.layers[target.name]

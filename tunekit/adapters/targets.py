@@ -23,6 +23,7 @@ from tunekit.adapters.copied_places import is_within, named_copies, wrong_entrie
 from tunekit.adapters.fused_parameters import fused_shape
 from tunekit.adapters.layer_range import in_chosen_layers, outside
 from tunekit.adapters.patterns import Budget, Pattern
+from tunekit.adapters.token_places import wrong_tokens
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.weights import layer_kind, weight_of
@@ -41,6 +42,7 @@ def find_targets(
     """
     search = Search(net, settings, method or load_method(settings.method), head_name, file)
     targets = search.layers() + search.parameters()
+    search.tokens([target.name for target in targets])
     search.report_large_ranks()
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
         search.report("target_modules", "no layer of the base is left to adapt", "name other layers")
@@ -80,7 +82,7 @@ class Search:
 
     def __init__(self, net: nn.Module, settings: Any, method: Method, head_name: str | None, file: str | None) -> None:
         self.settings, self.method, self.head_name, self.file = settings, method, head_name, file
-        self.modules = base_modules(net)
+        self.net, self.modules = net, base_modules(net)
         self.fused = fused_parameters(net)
         self.kinds = method.layer.kinds if method.layer else frozenset()
         self.budget = Budget(error=AdapterError if file else RecipeError, file=file)
@@ -123,6 +125,12 @@ class Search:
             for name in [n for n in self.fused if entry in endings(n)] or self._miss("target_parameters", entry)
         }
         return [self._parameter_target(name) for name in sorted(names)]
+
+    def tokens(self, targets: Sequence[str]) -> None:
+        """Report what cannot be trained by rows."""
+        copies = named_copies(self.modules, self.method.copies(self.settings))
+        for what, how in wrong_tokens(self.net, self.settings, targets, copies):
+            self.report("trainable_token_indices", what, how)
 
     def _copies(self) -> list[str]:
         """Modules trained as copies, which are no targets, nor is anything inside them."""

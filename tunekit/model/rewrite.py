@@ -160,7 +160,10 @@ class Rewriter:
             )
 
     def unties(self, changes: Changes) -> bool:
-        """Whether head and embedding were one matrix and are two afterwards."""
+        """Whether head and embedding were one matrix and are two afterwards. The same change of both keeps them one."""
+        head, embedding = (changes.parameters.get(f"{name}.weight") for name in (self.head, self.embedding))
+        if head is not None and head is embedding:
+            return False
         pair = {self.head, self.embedding}
         touched = pair & set(changes.layers) or {f"{name}.weight" for name in pair} & set(changes.parameters)
         return self.tied and bool(touched)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from tunekit.recipe.section import (
+    LARGEST_COUNT,
     AdapterSettings,
     Count,
     CountOrZero,
@@ -22,6 +23,23 @@ from tunekit.recipe.start_choice import DEFAULT_START, StartChoice
 def one_or_several(value: Any) -> Any:
     """A single number as a list of one; anything else is left to the type."""
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _token_ids(value: Any) -> Any:
+    """Ids of tokens, each once; or a mapping of modules to such lists."""
+    if isinstance(value, dict) and all(isinstance(name, str) and name for name in value):
+        return {name: _listed_ids(ids) for name, ids in value.items()}
+    return _listed_ids(value)
+
+
+def _listed_ids(value: Any) -> tuple[int, ...]:
+    ids = tuple(value) if isinstance(value, list | tuple) else None
+    if ids is None or not all(type(each) is int and 0 <= each <= LARGEST_COUNT for each in ids):
+        raise ValueError("must be a list of token ids, or a mapping of modules to such lists")
+    if len(set(ids)) < len(ids):
+        twice = next(each for each in ids if ids.count(each) > 1)
+        raise ValueError(f"names the token {twice} twice")
+    return ids
 
 
 class LowRankSettings(AdapterSettings):
@@ -43,6 +61,9 @@ class LowRankSettings(AdapterSettings):
     )
     modules_to_save: Several[Text] = Field(
         (), description="modules trained whole, such as a head: names or name endings"
+    )
+    trainable_token_indices: Annotated[tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(_token_ids)] = (
+        Field((), description="ids of tokens whose embeddings are trained as well; or a module: ids")
     )
     layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(one_or_several)] = Field(
         (), description="numbers of the layers adapted; none: all"
