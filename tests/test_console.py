@@ -12,7 +12,8 @@ import termios
 
 import pytest
 
-from tunekit.console import Console, Progress, cell_text, time_text, visible
+from tunekit.console import Console, Progress, visible
+from tunekit.console.text import cell_text, time_text
 from tunekit.decisions import EvaluationRecord, StepRecord
 
 

@@ -7,7 +7,6 @@ manifest.json}; read back bit by bit.  Next: training/loop.py.  Only tensors and
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -20,19 +19,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tunekit.artifacts import durable
+from tunekit.artifacts.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    OUR_NAMES,
+    STATE,
+    TENSORS,
+    DamagedError,
+    checkpoint_name,
+    has_sizes,
+    is_ours,
+    read_manifest,
+    verify,
+)
 from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.tensor_file import write_tensors
 from tunekit.errors import RunFolderError, TunekitError
 
-FORMAT = "tunekit-checkpoint"
-FORMAT_VERSION = 1
-MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
-OUR_NAMES = {MANIFEST, TENSORS, STATE}
 STEP_NAME = re.compile(r"step-(\d{6,})")
 TEMPORARY_NAME = re.compile(r"\.tmp-step-\d{6,}-\d+(-\d+)?")
 DELETING_NAME = re.compile(r"\.deleting-step-\d{6,}-\d+(-\d+)?")
 REPLACED_NAME = re.compile(r"\.replaced-(step-\d{6,})-\d+(-\d+)?")
-READ_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,6 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
     facts: dict[str, Any]
     path: Path
-
-
-class DamagedError(Exception):
-    """Why one checkpoint folder cannot be believed; load_newest then tries the one before."""
-
-
-def checkpoint_name(step: int) -> str:
-    """step-000100."""
-    return f"step-{step:06d}"
 
 
 def save_checkpoint(
@@ -105,7 +104,7 @@ def _put_in_place(run: RunFolder, temporary: Path, folder: Path) -> None:
     if not os.path.lexists(folder):
         durable.rename(temporary, folder)
         return
-    if not _is_ours(folder):
+    if not is_ours(folder):
         aside = _free_name(folder.with_name(f"damaged-{folder.name}"))
         run.warn(f"{folder} is in the way and not a whole checkpoint; it is kept as {aside.name}")
         durable.rename(folder, aside)
@@ -162,73 +161,6 @@ def list_checkpoints(run: RunFolder) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises DamagedError; RunFolderError where a newer tunekit wrote it."""
-    if not durable.is_real_folder(folder):
-        raise DamagedError("is not a folder of its own (a symbolic link is not followed)")
-    path = folder / MANIFEST
-    if not durable.is_real_file(path):
-        raise DamagedError(f"{MANIFEST} is missing")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{MANIFEST} cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DamagedError(f"{MANIFEST} is not a tunekit manifest")
-    version, step = manifest.get("version"), manifest.get("step")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise RunFolderError(
-            f"{folder} was written by a newer tunekit (checkpoint format {version}, this one reads {FORMAT_VERSION})",
-            "resume with the version that wrote it",
-        )
-    files = manifest.get("files")
-    if version != FORMAT_VERSION or not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
-        raise DamagedError(f"{MANIFEST} is incomplete")
-    if not all(isinstance(expected, dict) for expected in files.values()):
-        raise DamagedError(f"{MANIFEST} is incomplete")
-    if not isinstance(step, int) or checkpoint_name(step) != folder.name:
-        raise DamagedError(f"{MANIFEST} is of step {step}")
-    return manifest
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder has our manifest and nothing that we did not write."""
-    try:
-        _read_manifest(folder)
-        return {entry.name for entry in folder.iterdir()} <= OUR_NAMES
-    except (DamagedError, RunFolderError, OSError):
-        return False
-
-
-def _has_sizes(folder: Path) -> bool:
-    """A quick look: every file is there with the size its manifest says."""
-    files = _read_manifest(folder)["files"]
-    return all(
-        durable.is_real_file(folder / name) and (folder / name).stat().st_size == expected.get("bytes")
-        for name, expected in files.items()
-    )
-
-
-def _verify(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare every file's size, then its sha256, with the manifest. Raises DamagedError naming the file."""
-    for name, expected in sorted(manifest["files"].items()):
-        path = folder / name
-        if not durable.is_real_file(path):
-            raise DamagedError(f"{name} is missing")
-        if path.stat().st_size != expected.get("bytes"):
-            raise DamagedError(f"{name} has {path.stat().st_size} bytes, its manifest says {expected.get('bytes')}")
-        if _file_sha256(path) != expected.get("sha256"):
-            raise DamagedError(f"{name} differs from its sha256 in the manifest")
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 # --- reading back --------------------------------------------------------------------------------------------------
 
 
@@ -242,9 +174,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def _load(folder: Path) -> Checkpoint:
     """As load_checkpoint, but raises DamagedError, after which load_newest tries another."""
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     try:
-        _verify(folder, manifest)
+        verify(folder, manifest)
         state = json.loads((folder / STATE).read_bytes())
         with safe_open(folder / TENSORS, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
@@ -285,8 +217,8 @@ def _rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) -
 
     Those after `step` are left: they were damaged when this run went back behind them, and it will come by again.
     """
-    ours = [(number, folder) for number, folder in list_checkpoints(run) if number <= step and _is_ours(folder)]
-    newest = {number for number, _ in [item for item in ours if _has_sizes(item[1])][: max(keep, 1)]} | {step}
+    ours = [(number, folder) for number, folder in list_checkpoints(run) if number <= step and is_ours(folder)]
+    newest = {number for number, _ in [item for item in ours if has_sizes(item[1])][: max(keep, 1)]} | {step}
     for number, folder in ours:
         if number not in newest and number not in protect:
             _delete(run, folder, folder.name)

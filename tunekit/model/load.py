@@ -20,6 +20,7 @@ from tunekit.model.attention import attend_per_document
 from tunekit.model.devices import give_back_memory, resolve_attention, resolve_dtype
 from tunekit.model.families import Family, text_config
 from tunekit.model.gguf_reading import gguf_arguments, parsed_once
+from tunekit.model.loading_errors import ModelErrors
 from tunekit.model.native_code import no_fetched_code
 from tunekit.model.quiet import quiet
 from tunekit.model.shards import read_headers
@@ -84,7 +85,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     source = find_source(section, weights=False)
     config = _read_configuration(source, section)
     attention = resolve_attention(section, config, device)
-    with _ModelErrors(section), quiet(), torch.device("meta"):
+    with ModelErrors(section), quiet(), torch.device("meta"):
         net = _auto_model().from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
         )
@@ -102,7 +103,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
     read_headers(source.folder)
     codec.import_bitsandbytes()
     attention = None if section.attention == "auto" else section.attention
-    with _ModelErrors(section), quiet():
+    with ModelErrors(section), quiet():
         net = _auto_model().from_pretrained(
             str(source.folder),
             dtype=dtype,
@@ -127,29 +128,6 @@ def _auto_model() -> Any:
     return AutoModelForCausalLM
 
 
-class _ModelErrors:
-    """Turns what transformers raises while reading a model into ModelError, first line only."""
-
-    def __init__(self, section: ModelSection) -> None:
-        self.section = section
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, ModelError):
-            return
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return
-        name = self.section.name_or_path
-        text = str(error)
-        if "trust_remote_code" in text:
-            how = "read that code, and set model.trust_remote_code: true if you trust it"
-            raise ModelError(f"{name} runs code of its own", how, key="model.trust_remote_code") from error
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-        raise ModelError(f"{name} cannot be loaded: {lines[0]}", key="model.name_or_path") from error
-
-
 def _read_configuration(source: ModelSource, section: ModelSection) -> Any:
     """The configuration object, checked: family, stored quantization, remote code."""
     from transformers import AutoConfig
@@ -162,7 +140,7 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> Any:
         raw = inspection.read_config(source)
         inspection.check_quantized(raw, section)
         inspection.check_family(raw, section)
-    with _ModelErrors(section), quiet():
+    with ModelErrors(section), quiet():
         config = AutoConfig.from_pretrained(str(source.folder), **arguments)
     _check_known(config, section)
     config.use_cache = False
@@ -189,7 +167,7 @@ def _read_weights(
 ) -> tuple[nn.Module, list[str]]:
     """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
-    with _ModelErrors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
+    with ModelErrors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
         net, loading = _auto_model().from_pretrained(
             str(source.folder),
             config=config,

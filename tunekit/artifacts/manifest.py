@@ -1,0 +1,97 @@
+"""The manifest of a checkpoint: its presence says that the other files are whole, its sha256 that they still are.
+
+Comes in: a checkpoint folder.  Goes out: the manifest, or why the folder cannot be believed.  Next: checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunekit.artifacts import durable
+from tunekit.errors import RunFolderError
+
+FORMAT = "tunekit-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
+OUR_NAMES = {MANIFEST, TENSORS, STATE}
+READ_BYTES = 4 * 1024 * 1024
+
+
+class DamagedError(Exception):
+    """Why one checkpoint folder cannot be believed; load_newest then tries the one before."""
+
+
+def checkpoint_name(step: int) -> str:
+    """step-000100."""
+    return f"step-{step:06d}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises DamagedError; RunFolderError where a newer tunekit wrote it."""
+    if not durable.is_real_folder(folder):
+        raise DamagedError("is not a folder of its own (a symbolic link is not followed)")
+    path = folder / MANIFEST
+    if not durable.is_real_file(path):
+        raise DamagedError(f"{MANIFEST} is missing")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DamagedError(f"{MANIFEST} is not a tunekit manifest")
+    version, step = manifest.get("version"), manifest.get("step")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise RunFolderError(
+            f"{folder} was written by a newer tunekit (checkpoint format {version}, this one reads {FORMAT_VERSION})",
+            "resume with the version that wrote it",
+        )
+    files = manifest.get("files")
+    if version != FORMAT_VERSION or not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
+        raise DamagedError(f"{MANIFEST} is incomplete")
+    if not all(isinstance(expected, dict) for expected in files.values()):
+        raise DamagedError(f"{MANIFEST} is incomplete")
+    if not isinstance(step, int) or checkpoint_name(step) != folder.name:
+        raise DamagedError(f"{MANIFEST} is of step {step}")
+    return manifest
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder has our manifest and nothing that we did not write."""
+    try:
+        read_manifest(folder)
+        return {entry.name for entry in folder.iterdir()} <= OUR_NAMES
+    except (DamagedError, RunFolderError, OSError):
+        return False
+
+
+def has_sizes(folder: Path) -> bool:
+    """A quick look: every file is there with the size its manifest says."""
+    files = read_manifest(folder)["files"]
+    return all(
+        durable.is_real_file(folder / name) and (folder / name).stat().st_size == expected.get("bytes")
+        for name, expected in files.items()
+    )
+
+
+def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every file's size, then its sha256, with the manifest. Raises DamagedError naming the file."""
+    for name, expected in sorted(manifest["files"].items()):
+        path = folder / name
+        if not durable.is_real_file(path):
+            raise DamagedError(f"{name} is missing")
+        if path.stat().st_size != expected.get("bytes"):
+            raise DamagedError(f"{name} has {path.stat().st_size} bytes, its manifest says {expected.get('bytes')}")
+        if _file_sha256(path) != expected.get("sha256"):
+            raise DamagedError(f"{name} differs from its sha256 in the manifest")
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

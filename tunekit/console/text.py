@@ -1,0 +1,46 @@
+"""Text for a terminal: safe to show, and values, pieces and durations in words.
+
+Comes in: plain values.  Goes out: text.  Next: the console.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
+
+
+def visible(text: str) -> str:
+    """`text` with control characters spelled out, so that data cannot command the terminal."""
+    return text.translate(CONTROL)
+
+
+def cell_text(value: object) -> str:
+    """A value in a table: whole numbers grouped by thousands, fractions to four digits."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def join_segments(segments: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Neighbours of one kind put together."""
+    joined: list[tuple[str, bool]] = []
+    for piece, trained in segments:
+        if joined and joined[-1][1] == trained:
+            joined[-1] = (joined[-1][0] + piece, trained)
+        else:
+            joined.append((piece, trained))
+    return joined
+
+
+def time_text(seconds: float) -> str:
+    """A duration as a person reads it: 75 -> "1m15s"."""
+    whole = max(round(seconds), 0)
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
