@@ -127,9 +127,10 @@ class Session:
 
 
 def _adapter_bytes(model: TunedModel) -> int:
-    """Bytes of the adapter's own tensors, which lie inside the network."""
-    state = {} if model.adapter is None else model.adapter.state()
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    """Bytes of the adapter's own tensors that lie inside the network; those of the whole model lie beside it."""
+    parts = [] if model.adapter is None else model.adapter.parts()
+    inside = [part for part in parts if part is not (model.adapter and model.adapter.model_adapter)]
+    return sum(tensor.numel() * tensor.element_size() for part in inside for tensor in part.state().values())
 
 
 def make_optimizer(session: Session, adapter: AttachedAdapter) -> Optimizer:

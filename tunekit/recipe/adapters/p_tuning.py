@@ -1,0 +1,38 @@
+"""`adapter: {method: p_tuning}` settings of p-tuning (Liu et al. 2021)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tunekit.recipe.section import Count, Fraction
+from tunekit.recipe.virtual_tokens import VirtualTokenSettings
+
+MLP_LAYERS = 2  # PEFT's word for its three matrices; no other number has a meaning there
+
+
+class PTuningSettings(VirtualTokenSettings):
+    """Vectors before each row that a small network makes of a trained table. The network is in checkpoints; folders
+    hold the vectors that it made."""
+
+    method: Literal["p_tuning"] = Field("p_tuning", description="vectors before each row, made by a trained encoder")
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
+        "MLP", description="what makes the vectors: three matrices, or a bidirectional LSTM and two"
+    )
+    encoder_hidden_size: Count | None = Field(None, description="width of that network; by default the base's")
+    encoder_num_layers: Count = Field(MLP_LAYERS, description="layers of the LSTM")
+    encoder_dropout: Fraction = Field(0.0, description="between layers of the LSTM, while training")
+
+    @model_validator(mode="after")
+    def _what_the_encoder_has(self) -> PTuningSettings:
+        if self.init_from is not None:
+            raise ValueError(
+                "init_from cannot be continued by p_tuning: a folder holds the vectors, not the network that made them"
+            )
+        lstm = self.encoder_reparameterization_type == "LSTM"
+        if not lstm and (self.encoder_num_layers != MLP_LAYERS or self.encoder_dropout):
+            raise ValueError("encoder_num_layers and encoder_dropout belong to encoder_reparameterization_type: LSTM")
+        if lstm and self.encoder_dropout and self.encoder_num_layers == 1:
+            raise ValueError("encoder_dropout is between layers, so it needs encoder_num_layers of 2 or more")
+        return self
