@@ -116,12 +116,20 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
     if base is not None:
         head = base.family.head_name(base.net)
         targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
+        if adapter is not None and not _fits_the_model(adapter, base, findings):
+            return None
     start = getattr(recipe.adapter, "init_from", None)
     if start is not None:
         findings.attempt(lambda: read_adapter_config(Path(start)))
     if base is None or tokenizer is None or rows is None or targets is None or adapter is None:
         return None
     return Inputs(base, tokenizer, rows, targets, adapter)
+
+
+def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findings) -> bool:
+    """Whether an adapter of the whole model can enter this one."""
+    whole = load_method(adapter.method).model
+    return whole is None or findings.attempt(lambda: whole.slots(adapter, base.net)) is not None
 
 
 def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[bool, str]:
