@@ -1,18 +1,23 @@
-"""`tunekit adapter show`: what an adapter folder holds.
+"""`tunekit adapter show` and `combine`: what an adapter folder holds; several made into one.
 
 Comes in: folders, or runs.  Goes out: tables, JSON files.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from tunekit.adapters.configuration import CONFIG_NAME
+from tunekit.adapters.combine import Mixture, check_mixture, combine
+from tunekit.adapters.configuration import CONFIG_NAME, read_adapter_config
+from tunekit.adapters.linear_methods import combine_linear, read_linear
+from tunekit.adapters.loose_lora import read_loose_lora
+from tunekit.adapters.loose_writing import BaseFacts, base_of, check_new_folder, write_loose, write_lora
 from tunekit.adapters.summary import AdapterSummary, summarise_adapter
 from tunekit.artifacts.durable import write_json
 from tunekit.console import Console
 from tunekit.decisions import bytes_text
+from tunekit.errors import AdapterError, InputError
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 
@@ -24,6 +29,76 @@ def show_verb(adapter: str, json_file: str | None) -> None:
     _show(console, summary)
     if json_file is not None:
         write_json(Path(json_file), asdict(summary))
+
+
+def combine_verb(
+    adapters: list[str],
+    weights: str | None,
+    kind: str,
+    density: float | None,
+    rank: int | None,
+    majority_sign: str,
+    seed: int,
+    base: str | None,
+    output: str,
+) -> None:
+    """Write one adapter made of several. Raises: InputError where they, or the options, do not go together."""
+    console = Console()
+    folders = [adapter_folder(name) for name in adapters]
+    given = _numbers(weights) if weights is not None else (1 / len(folders),) * len(folders)
+    mixture = Mixture(kind, given, density, rank, majority_sign, seed)
+    check_mixture(mixture, len(folders))
+    place = check_new_folder(Path(output), folders)
+    configs = [read_adapter_config(folder) for folder in folders]
+    facts = base_of(configs, base)
+    methods = {config.settings.method for config in configs}
+    if methods == {"lora"}:
+        _combine_loras(console, folders, mixture, facts, place)
+    elif len(methods) > 1:
+        what = f"the adapters are of different methods: {', '.join(sorted(methods))}"
+        raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R")
+    else:
+        _combine_others(folders, mixture, facts, place)
+    for note in facts.notes:
+        console.warn(note)
+    console.info(f"{kind} of {' and '.join(f'{w:g} x {f}' for w, f in zip(given, folders, strict=True))}")
+    console.info(f"written to {place}")
+
+
+def _combine_loras(console: Console, folders: list[Path], mixture: Mixture, facts: BaseFacts, place: Path) -> None:
+    loras = [read_loose_lora(folder) for folder in folders]
+    combined = combine(loras, mixture)
+    same = next((lora for lora in loras if lora.updates.keys() == combined.updates.keys()), loras[0])
+    conv1d = any(lora.fan_in_fan_out for lora in loras)
+    write_lora(place, facts, replace(same, rest=combined.rest, fan_in_fan_out=conv1d), combined.updates)
+    ranks = sorted({update.rank for update in combined.updates.values()})
+    console.info(f"{len(combined.updates)} layers of rank {', '.join(map(str, ranks))}")
+    name, worst = combined.worst
+    console.info(
+        f"the update differs from the weighted sum of the adapters' updates by {combined.distance:.2%} of its norm "
+        f"(at most {worst:.2%}, in {name})"
+    )
+
+
+def _combine_others(folders: list[Path], mixture: Mixture, facts: BaseFacts, place: Path) -> None:
+    """Adapters of another method than LoRA, where that can be."""
+    loose = [read_linear(folder) for folder in folders]
+    config = loose[0].config
+    if mixture.kind != "linear":
+        what = f"{config.settings.method} adapters are combined by linear alone, and not by {mixture.kind}"
+        raise AdapterError(what, "use --method linear, or make a LoRA of each first", key="--method")
+    tensors = combine_linear(loose, mixture.weights)
+    kept = ("target_modules", "fan_in_fan_out")
+    fields: dict[str, object] = {key: loose[0].fields[key] for key in kept if key in loose[0].fields}
+    write_loose(place, facts, config.method, config.settings, tensors, fields)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """0.7,0.3 as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"'{text}' is no list of numbers", "write them as 0.7,0.3", key="--weights") from None
 
 
 def adapter_folder(name: str) -> Path:

@@ -56,6 +56,7 @@ Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="a run, an adapter, a model folder, a recipe or a hub name")
 ]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
+Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result there, as JSON")]
 
 
@@ -167,6 +168,37 @@ def adapter_show(
 ) -> None:
     """Tell what an adapter folder holds; no base model is needed."""
     _call(context, "tunekit.adapter:show_verb", adapter, json_file)
+
+
+@adapter_app.command("combine")
+def adapter_combine(
+    context: typer.Context,
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="two or more, of one base")],
+    output: Output,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="W,W...", help="such as 0.7,0.3; default: equal, with sum 1")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four with _svd",
+        ),
+    ] = "cat",
+    density: Annotated[
+        float | None, typer.Option("--density", metavar="D", help="share of numbers that pruning keeps")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="rank of the result of an svd")] = None,
+    majority_sign: Annotated[
+        str, typer.Option("--majority-sign", metavar="total|frequency", help="how ties finds the sign of a number")
+    ] = "total",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="of dare's random choice")] = 0,
+    base: Base = None,
+) -> None:
+    """Make one adapter of several."""
+    values = (adapters, weights, method, density, rank, majority_sign, seed, base, output)
+    _call(context, "tunekit.adapter:combine_verb", *values)
 
 
 @app.command()

@@ -31,6 +31,7 @@ FACTORS = {  # suffix -> which factor, and whether of an embedding
     ".lora_embedding_B": ("B", True),
 }
 BASE_COPY = ".base_layer.weight"  # peft's copy of an embedding's own weight
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding trained one by one
 SHOWN_PROBLEMS = 6
 
 
@@ -124,12 +125,14 @@ def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dic
 
 
 def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> bool:
-    """A copy of a module in modules_to_save, a trained bias, or the base's own embedding."""
+    """A copy of a module in modules_to_save, trained rows or biases, or the base's own embedding."""
     if not key.startswith(PREFIX):
         return False
     module = key.removeprefix(PREFIX).rpartition(".")[0]
     saved = [f".{entry}." for entry in config.settings.modules_to_save]
     if any(entry in f".{module}." for entry in saved):
+        return True
+    if key.endswith(TOKEN_ROWS) and config.settings.trainable_token_indices:
         return True
     if key.endswith(".bias") and config.settings.bias != "none":
         return config.settings.bias == "all" or module.removesuffix(".base_layer") in factors

@@ -1,0 +1,384 @@
+"""`tunekit adapter combine`: every kind against PEFT's add_weighted_adapter, and what may not go together."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import tunekit.adapters.task_arithmetic
+from tests.contract.test_layer_contract import METHODS, attach, make_base, make_input, randomise
+from tests.parity.peft_case import BASES, HARMLESS_WARNINGS, logits_of
+from tests.test_cli import run
+from tunekit.adapter import combine_verb
+from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.combine import FACTOR_WISE, KINDS, Mixture, combine
+from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.loose_lora import read_loose_lora
+from tunekit.adapters.low_rank import LowRank, decompose, reduce_rank, weighted_sum
+from tunekit.adapters.task_arithmetic import weighted
+from tunekit.errors import TunekitError
+from tunekit.recipe.adapters.lora import LoraSettings
+
+peft = pytest.importorskip("peft")
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = (0.7, -0.4)
+PRUNED = {
+    kind: 0.6 for kind in KINDS if kind.removesuffix("_svd") in ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+}
+
+
+def write(folder: Path, seed: int, family: str = "llama", fingerprint: str | None = "f", **values: Any) -> Path:
+    base = BASES[family]
+    settings = LoraSettings(**{"r": 4, "alpha": 6, "target_modules": base.attention, **values})
+    attached = attach_adapter(base.make(), settings, seed=seed, head_name=base.head_name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in attached.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    save_adapter_folder(
+        attached, folder, base_name="org/base", base_fingerprint=fingerprint, revision=None, task_type=base.task_type
+    )
+    return folder
+
+
+def call(
+    output: Path,
+    folders: list[Path],
+    kind: str,
+    weights: str | None = "0.7,-0.4",
+    density: float | None = None,
+    rank: int | None = None,
+    sign: str = "total",
+    base: str | None = None,
+) -> Path:
+    combine_verb([str(f) for f in folders], weights, kind, density, rank, sign, 0, base, str(output))
+    return output
+
+
+def logits_here(folder: Path, family: str = "llama") -> Tensor:
+    base = BASES[family]
+    return logits_of(attach_adapter_folder(base.make(), folder, head_name=base.head_name).net, base).detach()
+
+
+def logits_by_peft(folder: Path, family: str = "llama") -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for text in HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message=f".*{text}.*")
+        theirs = peft.PeftModel.from_pretrained(BASES[family].make(), str(folder)).eval()
+    return logits_of(theirs, BASES[family]).detach()
+
+
+def combined_by_peft(folders: list[Path], family: str = "llama", **values: Any) -> Tensor:
+    """Logits with what add_weighted_adapter makes."""
+    theirs = peft.PeftModel.from_pretrained(BASES[family].make(), str(folders[0]), adapter_name="a")
+    theirs.load_adapter(str(folders[1]), adapter_name="b")
+    theirs.base_model.add_weighted_adapter(["a", "b"], list(WEIGHTS), "new", **values)
+    theirs.set_adapter("new")
+    return logits_of(theirs.eval(), BASES[family]).detach()
+
+
+@pytest.fixture
+def same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random choice of both sides follows from each number alone."""
+
+    def theirs(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+        return tensor * ((tensor.abs() * 37) % 1 < density) / density
+
+    monkeypatch.setattr("peft.utils.merge_utils.random_pruning", theirs)
+    monkeypatch.setattr(
+        tunekit.adapters.task_arithmetic, "keep_random", lambda tensor, density, _: theirs(tensor, density, True)
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("same_choice")
+def test_every_kind_is_pefts(kind: str, family: str, tmp_path: Path) -> None:
+    folders = [write(tmp_path / "a", 1, family), write(tmp_path / "b", 2, family, alpha=3, use_rslora=True)]
+    new = call(
+        tmp_path / "new", folders, kind, density=PRUNED.get(kind), sign="frequency" if "ties" in kind else "total"
+    )
+    sign = {"majority_sign_method": "frequency"} if "ties" in kind else {}
+    expected = combined_by_peft(folders, family, combination_type=kind, density=PRUNED.get(kind), **sign)
+    plain = logits_of(BASES[family].make(), BASES[family]).detach()
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(logits_here(new, family), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_by_peft(new, family), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd", "dare_linear_svd"])
+@pytest.mark.usefixtures("same_choice")
+def test_ranks_and_layers_may_differ(kind: str, tmp_path: Path) -> None:
+    folders = [
+        write(tmp_path / "a", 1, target_modules=("q_proj", "v_proj"), rank_pattern={"v_proj": 3}),
+        write(
+            tmp_path / "b", 2, r=2, target_modules=("q_proj", "down_proj"), alpha_pattern={"layers.1.mlp.down_proj": 9}
+        ),
+    ]
+    new = call(tmp_path / "new", folders, kind, density=PRUNED.get(kind))
+    expected = combined_by_peft(folders, combination_type=kind, density=PRUNED.get(kind))
+    torch.testing.assert_close(logits_here(new), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_by_peft(new), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_embeddings_are_combined_too(kind: str, tmp_path: Path) -> None:
+    folders = [write(tmp_path / n, s, target_modules=("embed_tokens", "v_proj")) for n, s in (("a", 1), ("b", 2))]
+    new = call(tmp_path / "new", folders, kind)
+    expected = combined_by_peft(folders, combination_type=kind)
+    torch.testing.assert_close(logits_here(new), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_by_peft(new), expected, rtol=0, atol=2e-5)
+
+
+def test_a_lower_rank_is_the_nearest(tmp_path: Path) -> None:
+    folders = [write(tmp_path / "a", 1), write(tmp_path / "b", 2)]
+    new = call(tmp_path / "new", folders, "svd", rank=3)
+    expected = combined_by_peft(folders, combination_type="svd", svd_rank=3)
+    torch.testing.assert_close(logits_here(new), expected, rtol=0, atol=2e-5)
+    assert json.loads((new / CONFIG).read_text())["r"] == 3
+
+
+def test_layers_of_few_adapters_do_not_bring_patterns(tmp_path: Path) -> None:
+    folders = [write(tmp_path / "a", 1, target_modules=("q_proj",)), write(tmp_path / "b", 2, r=2)]
+    config = json.loads((call(tmp_path / "new", folders, "cat") / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (6, 6, {}, {})
+
+
+def test_targets_stay_as_they_were_named(tmp_path: Path) -> None:
+    folders = [write(tmp_path / n, s, layers_to_transform=(1,)) for n, s in (("a", 1), ("b", 2))]
+    old, new = (json.loads((f / CONFIG).read_text()) for f in (folders[0], call(tmp_path / "new", folders, "cat")))
+    assert new.keys() == old.keys()
+    assert new["target_modules"] == old["target_modules"]
+    assert (new["base_model_name_or_path"], new["task_type"]) == ("org/base", "CAUSAL_LM")
+
+
+def test_what_it_says_is_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = write(tmp_path / "a", 1), write(tmp_path / "b", 2)
+    words = ["adapter", "combine", str(a), str(b), "--weights", "0.5,0.5", "--method", "linear"]
+    assert run(monkeypatch, *words, "--output", str(tmp_path / "new")) == 0
+    out = capsys.readouterr().out
+    left, right, new = (read_loose_lora(folder).updates for folder in (a, b, tmp_path / "new"))
+    errors = [new[n].dense() - 0.5 * (left[n].dense() + right[n].dense()) for n in new]
+    sums = [0.5 * (left[n].dense() + right[n].dense()) for n in new]
+    distance = torch.cat([e.flatten() for e in errors]).norm() / torch.cat([s.flatten() for s in sums]).norm()
+    assert f"by {float(distance):.2%} of its norm" in out
+    assert out.splitlines()[-1] == f"written to {tmp_path / 'new'}"
+    assert combine([read_loose_lora(a), read_loose_lora(b)], Mixture("cat", (0.5, 0.5))).distance < 1e-6
+
+
+def test_random_choices_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    adapters = [read_loose_lora(write(tmp_path / n, s)) for n, s in (("a", 1), ("b", 2))]
+    made = [combine(adapters, Mixture("dare_ties", WEIGHTS, 0.5, seed=seed)).updates for seed in (3, 3, 4)]
+    name = next(iter(made[0]))
+    assert torch.equal(made[0][name].a, made[1][name].a)
+    assert not torch.equal(made[0][name].a, made[2][name].a)
+    kept = torch.cat([update.a.flatten() for update in made[0].values()]).ne(0).float().mean()
+    assert 0.65 < kept < 0.85  # of two tensors, either keeps half
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FACTOR_WISE if "dare" not in kind])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_sums_are_pefts_number_by_number(kind: str, density: float) -> None:
+    from peft.utils import merge_utils
+
+    tensors = [torch.randn(7, 5, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    theirs = {"linear": merge_utils.task_arithmetic, "ties": merge_utils.ties}.get(kind, merge_utils.magnitude_prune)
+    more = () if kind == "linear" else (density,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = theirs(tensors, torch.tensor([1.0, -0.5, 0.2]), *more)
+    assert torch.equal(weighted(kind, tensors, [1.0, -0.5, 0.2], density=density), expected)
+
+
+def test_low_rank_numbers_are_those_of_the_matrix() -> None:
+    torch.manual_seed(0)
+    first, second = (LowRank(torch.randn(3, 20), torch.randn(11, 3), 0.7) for _ in range(2))
+    one, two = first.dense(), second.dense()
+    assert first.norm() == pytest.approx(float(one.norm()), rel=1e-5)
+    assert first.inner(second) == pytest.approx(float((one * two).sum()), rel=1e-4)
+    total = weighted_sum([first, second], [2.0, -3.0])
+    torch.testing.assert_close(total.dense(), 2 * one - 3 * two, rtol=1e-4, atol=1e-4)
+    values = torch.linalg.svdvals(total.dense())
+    for made in (reduce_rank(total, 4), decompose(total.dense(), 4)):
+        error = weighted_sum([made, total], [1.0, -1.0]).norm()
+        assert error == pytest.approx(float(values[4:].norm()), rel=1e-4)
+    torch.testing.assert_close(first.padded(5).dense(), one)
+
+
+LINEAR = ("fourierft", "c3a", "shira", "miss", "ia3")
+
+
+@pytest.mark.parametrize("method", LINEAR)
+def test_linear_methods_add_their_updates(method: str, tmp_path: Path) -> None:
+    x, changes = make_input("dense"), []
+    base = make_base("dense")
+    plain = base(x).detach()
+    for name in ("a", "b"):
+        attached = attach(make_base("dense"), method)
+        randomise(attached)
+        if name == "b":
+            with torch.no_grad():
+                for parameter in attached.trained().values():
+                    parameter.mul_(-0.7).add_(0.1)
+        save_adapter_folder(attached, tmp_path / name, base_name="org/base", base_fingerprint="f", revision=None)
+        changes.append(attached.net(x).detach() - plain)
+    new = call(tmp_path / "new", [tmp_path / "a", tmp_path / "b"], "linear")
+    got = attach_adapter_folder(base, new, head_name=None).net(x).detach() - plain
+    expected = 0.7 * changes[0] - 0.4 * changes[1]
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+OTHERS = [name for name, make in METHODS.items() if make().method not in (*LINEAR, "lora", "lora_fa")]
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        attached = attach(make_base("dense"), method)
+        save_adapter_folder(attached, tmp_path / name, base_name="org/base", base_fingerprint="f", revision=None)
+    with pytest.raises(TunekitError, match=r"adapter convert|weights sum to"):
+        call(tmp_path / "new", [tmp_path / "a", tmp_path / "b"], "linear")
+    assert not (tmp_path / "new").exists()
+
+
+def test_copies_are_averaged_where_weights_sum_to_one(tmp_path: Path) -> None:
+    folders = [write(tmp_path / n, s, modules_to_save=("lm_head",)) for n, s in (("a", 1), ("b", 2))]
+    with pytest.raises(TunekitError, match=r"sum to 0\.3"):
+        call(tmp_path / "new", folders, "cat")
+    with pytest.raises(TunekitError, match="ties cannot combine"):
+        call(tmp_path / "new", folders, "ties", "0.7,0.3", density=0.5)
+    new = call(tmp_path / "new", folders, "cat", "0.7,0.3")
+    key = "base_model.model.lm_head.weight"
+    a, b, got = (load_file(folder / TENSORS)[key] for folder in (*folders, new))
+    torch.testing.assert_close(got, 0.7 * a + 0.3 * b)
+    torch.testing.assert_close(logits_here(new), logits_by_peft(new), rtol=0, atol=2e-5)
+    write(tmp_path / "c", 3)
+    with pytest.raises(TunekitError, match="only by 1 of the 2 adapters"):
+        call(tmp_path / "other", [folders[0], tmp_path / "c"], "cat", "0.7,0.3")
+
+
+def test_rows_of_tokens_are_averaged_where_they_are_the_same_tokens(tmp_path: Path) -> None:
+    folders = [write(tmp_path / n, s, trainable_token_indices=(5, 9)) for n, s in (("a", 1), ("b", 2))]
+    new = call(tmp_path / "new", folders, "svd", "0.7,0.3")
+    key = next(key for key in load_file(new / TENSORS) if "trainable_tokens" in key)
+    a, b, got = (load_file(folder / TENSORS)[key] for folder in (*folders, new))
+    torch.testing.assert_close(got, 0.7 * a + 0.3 * b)
+    torch.testing.assert_close(logits_here(new), logits_by_peft(new), rtol=0, atol=2e-5)
+    write(tmp_path / "c", 3, trainable_token_indices=(5, 8))
+    with pytest.raises(TunekitError, match="rows of other tokens"):
+        call(tmp_path / "other", [folders[0], tmp_path / "c"], "cat", "0.7,0.3")
+
+
+def edit(folder: Path, **fields: Any) -> Path:
+    (folder / "tunekit.json").unlink(missing_ok=True)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("is no way to combine", {"kind": "sum"}),
+        ("1 weights for 2 adapters", {"weights": "1"}),
+        ("is no list of numbers", {"weights": "a,b"}),
+        ("a number other than 0", {"weights": "nan,1"}),
+        ("a number other than 0", {"weights": "0,1"}),
+        ("needs a density", {"kind": "ties"}),
+        ("needs a density", {"kind": "dare_linear_svd", "density": 0.0}),
+        ("a density says nothing", {"density": 0.5}),
+        ("follows from the adapters'", {"rank": 4}),
+        ("rank must be at least 1", {"kind": "svd", "rank": 0}),
+        ("is no majority", {"sign": "most"}),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(words: str, options: dict[str, Any], tmp_path: Path) -> None:
+    folders = [write(tmp_path / "a", 1), write(tmp_path / "b", 2)]
+    with pytest.raises(TunekitError, match=words):
+        call(tmp_path / "new", folders, **{"kind": "cat", **options})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", 1)
+    cases = {
+        "another base": write(tmp_path / "b", 2, fingerprint="g"),
+        "linear adds factors of one rank": write(tmp_path / "c", 2, r=3),
+        "different tasks": edit(write(tmp_path / "d", 2), task_type="SEQ_CLS"),
+        r"org/other \(revision None\), and": edit(write(tmp_path / "e", 2), base_model_name_or_path="org/other"),
+    }
+    for words, other in cases.items():
+        with pytest.raises(TunekitError, match=words):
+            call(tmp_path / "new", [a, other], "linear")
+    named = call(tmp_path / "new", [a, tmp_path / "e"], "linear", base="org/base")
+    assert json.loads((named / CONFIG).read_text())["base_model_name_or_path"] == "org/base"
+    wide = write(tmp_path / "g", 2, "gpt2", target_modules=("c_attn",))
+    edit(wide, task_type="CAUSAL_LM")
+    tensors = {
+        key.replace("transformer.h.0.attn.c_attn", "model.layers.0.self_attn.q_proj"): t
+        for key, t in load_file(wide / TENSORS).items()
+    }
+    save_file(tensors, wide / TENSORS)
+    with pytest.raises(TunekitError, match=r"'model.layers.0.self_attn.q_proj' is \[96, 32\] there and \[32, 32\]"):
+        call(tmp_path / "other", [a, wide], "cat")
+    ia3 = attach_adapter(make_base("dense"), METHODS["ia3"](), seed=0, head_name=None)
+    save_adapter_folder(ia3, tmp_path / "ia3", base_name="org/base", base_fingerprint="f", revision=None)
+    with pytest.raises(TunekitError, match="different methods: ia3, lora"):
+        call(tmp_path / "other", [a, tmp_path / "ia3"], "linear")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: {**t, "base_model.model.model.norm.weight": torch.ones(32)}, "is no tensor of this adapter"),
+        (
+            lambda t: {key: value for key, value in t.items() if "layers.0.self_attn.q_proj.lora_B" not in key},
+            "not a pair",
+        ),
+        (lambda t: {key: value[:3] if "lora_A" in key else value for key, value in t.items()}, "is not rank 4"),
+        (lambda t: {key: value.to(torch.int8) for key, value in t.items()}, "have type I8"),
+        (lambda t: {key: value * float("nan") for key, value in t.items()}, "holds NaN or infinity"),
+        (lambda t: {key.replace("base_model.model.", ""): value for key, value in t.items()}, "is no tensor"),
+    ],
+)
+def test_a_malformed_folder_is_refused(change: Any, words: str, tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", 1), edit(write(tmp_path / "b", 2))
+    save_file(change(load_file(b / TENSORS)), b / TENSORS)
+    with pytest.raises(TunekitError, match=words):
+        call(tmp_path / "new", [a, b], "cat")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_output_is_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = write(tmp_path / "a", 1), write(tmp_path / "b", 2)
+    before = (a / TENSORS).read_bytes()
+    for output, words in ((a, "is not empty"), (tmp_path, "is not empty"), (a / CONFIG, "exists and is not a folder")):
+        assert run(monkeypatch, "adapter", "combine", str(a), str(b), "--output", str(output)) == 2
+        assert words in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run(monkeypatch, "adapter", "combine", str(a), str(b), "--output", str(tmp_path / "empty")) == 0
+    assert (a / TENSORS).read_bytes() == before
+    assert "0.5 x" in capsys.readouterr().out
+
+
+def test_a_local_base_is_named_from_the_new_place(tmp_path: Path) -> None:
+    for folder in ("base", "runs", "made/of"):
+        (tmp_path / folder).mkdir(parents=True)
+    folders = [
+        edit(write(tmp_path / "runs" / n, s), base_model_name_or_path="../../base") for n, s in (("a", 1), ("b", 2))
+    ]
+    new = call(tmp_path / "made" / "of" / "both", folders, "cat")
+    assert json.loads((new / CONFIG).read_text())["base_model_name_or_path"] == "../../../base"
