@@ -20,6 +20,7 @@ from tunekit.recipe.adapters.prefix import PrefixSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.parts import LoopState
+from tunekit.training.probes import packing_leak
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 
 TEXT_IDS = tuple(range(40, 46))
@@ -172,3 +173,11 @@ def test_a_base_in_half_precision_is_prefixed_in_its_own(tiny_llama: Path) -> No
     case = run(tiny_llama, "projection", dtype="bfloat16")
     assert all(parameter.dtype == torch.float32 for parameter in case.adapter.trained().values())
     assert case.losses[-1] < run(tiny_llama, "projection", 0.0, dtype="bfloat16").losses[-1]
+
+
+def test_packed_rows_of_a_llama_adapter_are_as_alone(tiny_llama: Path) -> None:
+    case = start(tiny_llama, "llama_adapter")
+    with torch.no_grad():
+        for parameter in case.adapter.trained().values():
+            parameter.add_(0.5)
+    assert packing_leak(case.model, 262) < 1e-5

@@ -138,8 +138,9 @@ def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[boo
     if asked is False:
         return False, "as the recipe says"
     objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
-    whole_model = load_method(recipe.adapter.method).model is not None
-    obstacle = refusals.packing_obstacle(base, objective.packable, whole_model)
+    whole = load_method(recipe.adapter.method).model
+    prefixed = whole is not None and whole.virtual_tokens(recipe.adapter) > 0
+    obstacle = refusals.packing_obstacle(base, objective.packable, prefixed)
     if obstacle is None:
         return True, "as the recipe says" if asked is True else "adapter, objective and model allow it"
     if asked is True:
