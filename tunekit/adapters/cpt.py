@@ -99,8 +99,7 @@ class Cpt(VirtualTokens):
     def file_fields(self) -> dict[str, Any]:
         ids, types = list(self.settings.token_ids or ()), list(self.settings.token_types or ())
         mine = {"cpt_token_ids": ids, "cpt_tokens_type_mask": types, "cpt_mask": [1] * len(ids)}
-        # PEFT's class sets these three to null, and finds them in the base when it loads.
-        return {**mine, "num_virtual_tokens": len(ids), **dict.fromkeys(BASE_FIELDS), "num_transformer_submodules": 1}
+        return {**super().file_fields(), **mine, "num_virtual_tokens": len(ids), "num_transformer_submodules": 1}
 
 
 def with_context_ids(settings: CptSettings, tokenizer: Tokenizer) -> CptSettings:
