@@ -237,7 +237,7 @@ def _assemble(
         engine="resident",
         peak_bytes=memory.peak,
         refusals=findings.refusals(),
-        notes=_notes(recipe, device, inputs, memory),
+        notes=[*loaded.defaults, *_notes(recipe, device, inputs, memory)],
     )
 
 

@@ -15,8 +15,8 @@ from tunekit.recipe.supported import refuse_unsupported
 def validate_verb(recipe_path: str, overrides: Sequence[str]) -> None:
     """Check a recipe and say so. Raises RecipeError with every problem."""
     loaded = validate(recipe_path, overrides)
-    for rewrite in loaded.rewrites:
-        print(rewrite)
+    for line in (*loaded.rewrites, *loaded.defaults):
+        print(line)
     print(f"{recipe_path}: valid")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.draft import Draft, KeyPath
 from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.recipe.names import facts_of, known_names, needs_generation
+from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
 from tunekit.recipe.section import Section
 from tunekit.recipe.suggest import did_you_mean, holds_secret
 
@@ -54,6 +54,18 @@ def settle_generation(draft: Draft) -> None:
     elif generated and evaluation["generate"] is False:
         how = "set evaluation.generate: true, or remove the metric"
         draft.add_problem(("evaluation", "generate"), f"the metric {generated[0]} needs generated answers", how)
+
+
+def settle_learning_rate(draft: Draft) -> None:
+    """Where no learning rate is written, the adapter's published one, if it has one."""
+    written, training = draft.values.get("adapter"), draft.values.get("training", {})
+    method = written.get("method") if isinstance(written, dict) else None
+    if method not in known_names("adapters") or not isinstance(training, dict) or "learning_rate" in training:
+        return
+    rate = getattr(settings_class("adapters", method), "default_learning_rate", None)
+    if rate is not None:
+        draft.values["training"] = {**training, "learning_rate": rate.value}
+        draft.defaults.append(f"training.learning_rate {rate.value:g}: the default of {method} ({rate.source})")
 
 
 def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:

@@ -36,6 +36,7 @@ class Draft:
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     rewrites: list[str] = field(default_factory=list)
+    defaults: list[str] = field(default_factory=list)  # of one key that follow from another, in words
     untranslated: set[KeyPath] = field(default_factory=set)  # keys an alias meant but could not write: not "missing"
 
     def has(self, key: KeyPath) -> bool:

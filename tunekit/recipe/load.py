@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.aliases import rewrite_aliases
-from tunekit.recipe.checks import check_across, check_secrets, settle_generation, settle_pairs
+from tunekit.recipe.checks import check_across, check_secrets, settle_generation, settle_learning_rate, settle_pairs
 from tunekit.recipe.draft import COMMAND_LINE, Draft, KeyPath
 from tunekit.recipe.dump import dump_recipe
 from tunekit.recipe.names import known_names
@@ -33,13 +33,14 @@ __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe", "load_target_overrides"
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe, where each key was written, and which of other tools' spellings were rewritten."""
+    """A valid recipe, where each key was written, and in words: spellings rewritten, defaults that depend on others."""
 
     recipe: Recipe
     path: Path
     lines: dict[str, int] = field(default_factory=dict)
     overridden: frozenset[str] = frozenset()  # dotted keys that the command line wrote
     rewrites: list[str] = field(default_factory=list)
+    defaults: list[str] = field(default_factory=list)  # of one key that follow from another, in words
 
     def line_of(self, key: str) -> int | None:
         """The line of a dotted key; None where the file does not write it."""
@@ -62,7 +63,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     expand_shorthands(draft)
     apply_overrides(draft, overrides)
     recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
-    return LoadedRecipe(recipe, path, draft.lines(), draft.written_in(COMMAND_LINE), draft.rewrites)
+    return LoadedRecipe(recipe, path, draft.lines(), draft.written_in(COMMAND_LINE), draft.rewrites, draft.defaults)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def make_recipe(draft: Draft, folder: Path) -> Recipe:
     check_secrets(draft)
     settle_pairs(draft)
     settle_generation(draft)
+    settle_learning_rate(draft)
     resolve_paths(draft, folder)
     sections = _make_sections(draft)
     check_across(draft, sections)

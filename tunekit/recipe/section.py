@@ -6,10 +6,12 @@ Comes in: plain values read from YAML.  Goes out: validated, immutable settings.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
+METAMATH = "huggingface/peft, method_comparison/MetaMathQA/experiments"  # on Llama-3.2-3B
 LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
 
 
@@ -25,8 +27,21 @@ class MethodSettings(Section):
     method: str
 
 
+@dataclass(frozen=True)
+class PublishedRate:
+    """The learning rate with which a method was published or compared, and where that can be read."""
+
+    value: float
+    source: str
+
+
 class AdapterSettings(MethodSettings):
-    """What every adapter has; the settings of one method are in recipe/adapters/NAME.py."""
+    """What every adapter has; the settings of one method are in recipe/adapters/NAME.py.
+
+    `default_learning_rate`: training.learning_rate where the recipe does not write it; None: the recipe's own default.
+    """
+
+    default_learning_rate: ClassVar[PublishedRate | None] = None
 
     init_from: str | None = Field(
         None, description="an existing adapter folder, ours or peft's, that training continues"

@@ -18,7 +18,9 @@ class TrainingSection(Section):
     the other's default: it is None here.
     """
 
-    learning_rate: NotNegative = Field(2e-4, description="the schedule's highest learning rate")
+    learning_rate: NotNegative = Field(
+        2e-4, description="the schedule's highest; not written: the adapter's published one, if it has one"
+    )
     scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape after the warm-up")
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         0.03, description="warm-up as a share of all steps"

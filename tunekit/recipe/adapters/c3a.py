@@ -6,12 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, TextOrTexts
+from tunekit.recipe.section import METAMATH, AdapterSettings, Count, PublishedRate, TextOrTexts
 
 
 class C3aSettings(AdapterSettings):
     """The update is made of circulant blocks. Wants a high learning rate: PEFT's MetaMathQA comparison (Llama-3.2-3B)
     used 3e-1 with blocks of 64."""
+
+    default_learning_rate = PublishedRate(3e-1, f"{METAMATH}/c3a/llama-3.2-3B-default")
 
     method: Literal["c3a"] = Field("c3a", description="an update of circulant blocks")
     target_modules: TextOrTexts = Field(

@@ -6,11 +6,22 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, Fraction, NotNegative, Text, TextOrTexts
+from tunekit.recipe.section import (
+    METAMATH,
+    AdapterSettings,
+    Count,
+    Fraction,
+    NotNegative,
+    PublishedRate,
+    Text,
+    TextOrTexts,
+)
 
 
 class DeloraSettings(AdapterSettings):
     """A low-rank update of normalised factors, whose strength is one trained number per layer."""
+
+    default_learning_rate = PublishedRate(1e-3, f"{METAMATH}/delora/llama-3.2-3B-rank32")
 
     method: Literal["delora"] = Field("delora", description="a low-rank update of unit factors and trained strength")
     r: Count = Field(8, description="rank")

@@ -6,11 +6,22 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Fraction, NotNegative, TextOrTexts
+from tunekit.recipe.section import (
+    METAMATH,
+    AdapterSettings,
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    PublishedRate,
+    TextOrTexts,
+)
 
 
 class GraloraSettings(AdapterSettings):
     """Each matrix in k x k blocks, each with a low-rank update of its own of rank r / k."""
+
+    default_learning_rate = PublishedRate(2e-4, f"{METAMATH}/gralora/llama-3.2-3B-rank32")
 
     method: Literal["gralora"] = Field("gralora", description="a low-rank update of each of k x k blocks")
     r: Count = Field(32, description="rank; k divides it")

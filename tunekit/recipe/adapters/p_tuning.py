@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import Count, Fraction
+from tunekit.recipe.section import Count, Fraction, PublishedRate
 from tunekit.recipe.virtual_tokens import VirtualTokenSettings
 
 MLP_LAYERS = 2  # PEFT's word for its three matrices; no other number has a meaning there
@@ -15,6 +15,10 @@ MLP_LAYERS = 2  # PEFT's word for its three matrices; no other number has a mean
 class PTuningSettings(VirtualTokenSettings):
     """Vectors before each row that a small network makes of a trained table. The network is in checkpoints; folders
     hold the vectors that it made."""
+
+    default_learning_rate = PublishedRate(
+        1e-4, "huggingface/peft, pull request 3356: MetaMathQA with 20 tokens of an MLP, .382 against .353 at 5e-4"
+    )
 
     method: Literal["p_tuning"] = Field("p_tuning", description="vectors before each row, made by a trained encoder")
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(

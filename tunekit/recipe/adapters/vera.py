@@ -6,12 +6,23 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Fraction, Number, TextOrTexts
+from tunekit.recipe.section import (
+    METAMATH,
+    AdapterSettings,
+    Count,
+    CountOrZero,
+    Fraction,
+    Number,
+    PublishedRate,
+    TextOrTexts,
+)
 
 
 class VeraSettings(AdapterSettings):
     """Two trained vectors per layer around random matrices that all layers share. The initial values are those of
     PEFT's VeraConfig, with which its MetaMathQA comparison was run."""
+
+    default_learning_rate = PublishedRate(1e-3, f"{METAMATH}/vera/llama-3.2-3B-default")
 
     method: Literal["vera"] = Field("vera", description="trained scales of one frozen random update")
     target_modules: TextOrTexts = Field(
