@@ -30,6 +30,7 @@ NOT_MEANING = {"dropout", "target_modules", "exclude_modules", "r", "alpha", "ra
 NOT_MEANING |= {"layers_to_transform", "layers_pattern", "modules_to_save"}  # the targets and tensors are compared
 NOT_MEANING |= {"method", "start", "init_from"}  # settings that differ without changing what the adapter computes
 NOT_MEANING |= {"init", "init_text", "init_ids", "encoder_hidden_size", "adapter_layers"}  # first values; shapes
+NOT_MEANING |= {"task"}  # one of those that the folder holds
 BaseWeight = Callable[[str], Tensor]
 
 
@@ -77,6 +78,7 @@ def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str 
         config = read_adapter_config(folder, attached.method)
     _check_fingerprint(config, base_fingerprint)
     net, head_name = attached.net, attached.head_name
+    _refuse_computed(attached, config)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     _refuse_difference(attached, config, targets)
     attached.load_state(_read_tensors(config, net, targets, head_name, None), ("trained", "saved"))
@@ -100,6 +102,17 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
     if differences:
         how = "give the recipe the values of the folder that init_from names"
         raise AdapterError.of([Problem(text, how, config.file) for text in differences[:6]])
+
+
+def _refuse_computed(attached: AttachedAdapter, config: AdapterConfig) -> None:
+    """A folder that holds what was computed from the trained state cannot give that state back."""
+    model = attached.method.model
+    if model is None or attached.method is not config.method:
+        return
+    trained = {slot.suffix for slot in model.slots(attached.settings, attached.net).values() if slot.kind == "trained"}
+    if not trained <= {slot.suffix for slot in model.file_slots(attached.settings, attached.net).values()}:
+        what = "cannot be continued: it holds what was made of it, not what was trained"
+        raise AdapterError(what, "train anew, or resume the run from its checkpoints", file=str(config.folder))
 
 
 def _check_fingerprint(config: AdapterConfig, base_fingerprint: str | None) -> None:
