@@ -1,23 +1,29 @@
-"""`tunekit adapter show` and `combine`: what an adapter folder holds; several made into one.
+"""`tunekit adapter show`, `combine` and `convert`: what a folder holds; several made into one; any made a LoRA.
 
 Comes in: folders, or runs.  Goes out: tables, JSON files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from tunekit.adapters.combine import Mixture, check_mixture, combine
-from tunekit.adapters.configuration import CONFIG_NAME, read_adapter_config
+from tunekit.adapters.configuration import CONFIG_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.linear_methods import combine_linear, read_linear
-from tunekit.adapters.loose_lora import read_loose_lora
+from tunekit.adapters.loose_lora import LooseLora, read_loose_lora
 from tunekit.adapters.loose_writing import BaseFacts, base_of, check_new_folder, write_loose, write_lora
+from tunekit.adapters.low_rank import LowRank, reduce_rank
+from tunekit.adapters.moved_starts import FROM_BASE, HOW, START, read_moved, start_of, subtract_initial, subtract_start
+from tunekit.adapters.nearest_lora import Loss, loss_between, nearest_lora, total
+from tunekit.adapters.on_base import attach_to_base, base_section
 from tunekit.adapters.summary import AdapterSummary, summarise_adapter
 from tunekit.artifacts.durable import write_json
 from tunekit.console import Console
 from tunekit.decisions import bytes_text
 from tunekit.errors import AdapterError, InputError
+from tunekit.model.rewrite import Rewriter
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 
@@ -91,6 +97,93 @@ def _combine_others(folders: list[Path], mixture: Mixture, facts: BaseFacts, pla
     kept = ("target_modules", "fan_in_fan_out")
     fields: dict[str, object] = {key: loose[0].fields[key] for key in kept if key in loose[0].fields}
     write_loose(place, facts, config.method, config.settings, tensors, fields)
+
+
+def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str | None, output: str) -> None:
+    """Write the adapter as plain LoRA. Raises: AdapterError where that cannot be, or needs what was not given."""
+    console = Console()
+    folder = adapter_folder(adapter)
+    if rank is not None and rank < 1:
+        raise InputError("the rank must be at least 1", key="--rank")
+    place = check_new_folder(Path(output), [folder])
+    start = start_of(folder)
+    config = read_adapter_config(folder, instead={START: True} if start else None)
+    facts = base_of([config], base)
+    if config.settings.method != "lora":
+        _convert_method(console, folder, config, rank, initial, base, place)
+        return
+    lora = read_loose_lora(folder, {START: True} if start else None)
+    updates = _untouched(console, lora, start, initial, base)
+    if rank is not None:
+        reduced = {name: reduce_rank(update, min(rank, update.rank)) for name, update in updates.items()}
+        losses = {name: loss_between(name, updates[name], reduced[name]) for name in updates}
+        _tell_losses(console, losses, rank)
+        updates = reduced
+    write_lora(place, facts, lora, updates)
+    ranks = sorted({update.rank for update in updates.values()})
+    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))}, {len(updates)} layers")
+    console.info(f"written to {place}")
+
+
+def _untouched(
+    console: Console, lora: LooseLora, start: str | None, initial: str | None, base: str | None
+) -> dict[str, LowRank]:
+    """The updates of the base as it is before any start."""
+    if initial is not None:
+        first = adapter_folder(initial)
+        console.info(f"what the start moved into the adapter is taken from {first}")
+        return subtract_initial(lora, read_moved(first))
+    if start is None:
+        return lora.updates
+    if start not in FROM_BASE:
+        what = f"the start {start} moved weights of the base into the adapter, and cannot be computed again"
+        raise AdapterError(what, HOW, file=lora.config.file, key=START)
+    section = base_section(lora.config, base, f"{HOW}, or --base MODEL, from which {start} can be computed again")
+    if section.quantization != "none":
+        what = f"the start {start} on a {section.quantization} base cannot be computed again"
+        raise AdapterError(what, HOW, file=lora.config.file, key=START)
+    rewriter = Rewriter(section, "full")
+    if lora.config.base_fingerprint and lora.config.base_fingerprint != rewriter.fingerprint():
+        raise AdapterError("was trained on another base", "name the right one with --base", file=lora.config.file)
+    console.info(
+        f"the start {start} is computed again from {section.name_or_path}: right where training began from exactly "
+        "these weights, not quantized"
+    )
+    return subtract_start(lora, start, lambda name: rewriter.trained_on(name)[0])
+
+
+def _convert_method(
+    console: Console,
+    folder: Path,
+    config: AdapterConfig,
+    rank: int | None,
+    initial: str | None,
+    base: str | None,
+    place: Path,
+) -> None:
+    """Another method than LoRA, by the nearest LoRA of a rank."""
+    method = config.settings.method
+    if initial is not None:
+        raise InputError(f"an initial adapter says nothing of {method}", "leave it out", key="--initial")
+    if rank is None:
+        what = f"no LoRA computes exactly what a {method} adapter does"
+        raise AdapterError(what, "--rank R writes the nearest of that rank, and tells the error", file=config.file)
+    section = base_section(config, base, "name it with --base MODEL")
+    attached, rewriter = attach_to_base(folder, section)
+    found = nearest_lora(attached, config, rewriter.trained_on, rank)
+    _tell_losses(console, found.losses, rank)
+    write_lora(place, base_of([config], base), found.lora, found.lora.updates)
+    console.info(f"written to {place}")
+
+
+def _tell_losses(console: Console, losses: Mapping[str, Loss], rank: int) -> None:
+    """What a lower rank loses, layer by layer."""
+    rows = [(loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}") for loss in losses.values()]
+    console.table(["layer", "norm of the update", "error", "energy kept"], rows)
+    whole = total(losses)
+    console.info(
+        f"rank {rank}: error {whole.share:.2%} of the norm of all updates, {whole.kept:.2%} of the energy kept"
+    )
 
 
 def _numbers(text: str) -> tuple[float, ...]:

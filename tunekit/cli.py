@@ -201,6 +201,24 @@ def adapter_combine(
     _call(context, "tunekit.adapter:combine_verb", *values)
 
 
+@adapter_app.command("convert")
+def adapter_convert(
+    context: typer.Context,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
+    output: Output,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", help="write the nearest LoRA of this rank, and tell the error")
+    ] = None,
+    initial: Annotated[
+        str | None,
+        typer.Option("--initial", metavar="DIR", help="the adapter before training, of PiSSA, OLoRA, CorDA, LoRA-GA"),
+    ] = None,
+    base: Base = None,
+) -> None:
+    """Write an adapter as plain LoRA for the untouched base."""
+    _call(context, "tunekit.adapter:convert_verb", adapter, rank, initial, base, output)
+
+
 @app.command()
 def recipes(
     context: typer.Context,

@@ -122,6 +122,12 @@ class Rewriter:
         stored = self.tensors.read(self._weight_name(module_name))
         return stored.t() if layer_kind(self.modules[module_name]) == "conv1d" else stored
 
+    def trained_on(self, module_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The matrix (O, I) and bias (O,), float32, that training saw: of a packed layer what its packed form means."""
+        matrix, bias_name = self.base_weight(module_name).float(), f"{module_name}.bias"
+        bias = self.tensors.read(bias_name).float() if bias_name in self.names else None
+        return self._through_packing(matrix) if self.is_packed(module_name) else matrix, bias
+
     def _weight_name(self, module_name: str) -> str:
         """Name of the matrix of a module; a tied head's is the embedding's."""
         name = f"{module_name}.weight"
