@@ -42,6 +42,7 @@ from tunekit.training.forecast import Forecast, largest_batch
 from tunekit.training.planned_memory import LEAST_CHUNK_TOKENS, PlannedMemory, logits_chunk_tokens, plan_memory
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.simulation import SimulatedRun
+from tunekit.training.start_plan import start_bytes, start_notes, start_problems
 
 Windows = TrainingWindows | StreamedWindows
 
@@ -97,6 +98,7 @@ def make_plan(
     if windows is None:
         raise findings.error()
     findings.add(_model_problems(inputs))
+    findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(_run_problems(recipe, windows.steps))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     memory = plan_memory(forecast, recipe.memory.gradient_checkpointing, inputs.base.facts, findings)
@@ -200,7 +202,8 @@ def _forecast(
         evaluation = next(iter(evaluation_batches(rows.evaluation, batch_size=size, pad_id=settings.pad_id)))
         if recipe.evaluation.generate:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
-    return Forecast(run, inputs.base, batch, windows.steps, rows.train, evaluation, answers)
+    beside = start_bytes(recipe.adapter, inputs.targets)
+    return Forecast(run, inputs.base, batch, windows.steps, rows.train, evaluation, answers, beside)
 
 
 def _assemble(
@@ -273,6 +276,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
         notes.append(f"{inputs.virtual_tokens:,} virtual tokens before each row, beyond data.max_length")
     notes += refusals.position_notes(inputs.base, _longest_tokens(inputs))
     notes += refusals.run_notes(recipe, inputs.base, device)
+    notes += start_notes(recipe.adapter, inputs.targets)
     notes.append(f"recomputed in the backward pass: {memory.reason}")
     return notes
 

@@ -54,7 +54,10 @@ def largest_batch(windows: TrainingWindows, rows: EncodedRows, settings: BatchSe
 
 @dataclass(frozen=True)
 class Forecast:
-    """What decides a run's memory. `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated."""
+    """What decides a run's memory. `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated.
+
+    `start_bytes`: the most that the adapter's start keeps beside the base, before there is an optimizer.
+    """
 
     run: SimulatedRun
     base: LoadedModel
@@ -63,12 +66,16 @@ class Forecast:
     rows: EncodedRows
     evaluation_batch: Batch | None = None
     answer_tokens: int = 0
+    start_bytes: int = 0
 
     def peak(self, checkpointed_layers: int) -> PeakBytes:
         """With this number of layers recomputed in the backward pass."""
         step = self._really_held(self.run.training_step(self.batch, checkpointed_layers))
         work = Work(step, self.steps, self._evaluation, self._cache_blocks, self._load_bytes)
-        return peak_bytes(work, self.run.device)
+        peak = peak_bytes(work, self.run.device)
+        if not self.start_bytes:
+            return peak
+        return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))
 
     def without_activations(self) -> PeakBytes:
         """What is known of a model whose own code does not run without values."""
