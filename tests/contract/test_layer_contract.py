@@ -258,4 +258,5 @@ def test_settings_and_method_files_come_in_pairs() -> None:
     methods = {name for name in modules if hasattr(import_module(f"tunekit.adapters.{name}"), "METHOD")}
     assert settings == methods
     elsewhere = {"bitfit", "ln_tuning"}  # test_copies_contract.py
+    elsewhere |= {"prefix", "llama_adapter"}  # test_prefix_contract.py
     assert {make().method for make in METHODS.values()} | elsewhere == methods, "a method without contract tests"

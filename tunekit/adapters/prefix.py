@@ -175,16 +175,15 @@ def _facts(net: nn.Module, places: list[SelfAttention]) -> dict[str, int]:
 def _compare(settings: Any, net: nn.Module, places: list[SelfAttention]) -> None:
     """Raises: AdapterError with every fact of a folder that is not this base's; RecipeError for a senseless start."""
     facts = _facts(net, places)
-    wrong = [
-        Problem(
-            f"is {getattr(settings, name)}, and this base needs {fact}", "name the right base with --base", key=name
-        )
-        for name, fact in facts.items()
-        if getattr(settings, name, None) not in (None, fact)
-    ]
-    if wrong:
-        raise AdapterError.of(wrong)
-    if settings.start == "text" and _encoder_decoder(net) and not isinstance(settings, FilePrefixSettings):
+    if isinstance(settings, FilePrefixSettings):
+        wrong = [
+            Problem(f"is {value}, and this base needs {facts[name]}", "name the right base with --base", key=name)
+            for name, value in settings._facts
+            if value != facts[name]
+        ]
+        if wrong:
+            raise AdapterError.of(wrong)
+    elif settings.start == "text" and _encoder_decoder(net):
         what = "an encoder-decoder's prefix cannot be made of a text: PEFT's format gives two layers the same one"
         raise RecipeError(what, "write init: random", key="adapter.init")
 
