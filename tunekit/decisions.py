@@ -34,6 +34,8 @@ class Target:
     alpha: float | None = None
     experts: int | None = None  # of a fused 3-D parameter (experts, out, in)
     has_bias: bool = False
+    transposed: bool = False  # of a fused parameter: stored as (experts, in, out)
+    wrapped: int = 0  # of a fused parameter: how many adapted ones of the same module come after it
 
 
 @dataclass(frozen=True)

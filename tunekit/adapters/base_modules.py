@@ -31,6 +31,12 @@ def base_modules(net: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def parameter_names(net: nn.Module) -> list[str]:
+    """Names of the base's own parameters."""
+    modules = base_modules(net)
+    return [f"{name}.{own}" for name, module in modules.items() for own, _ in module.named_parameters(recurse=False)]
+
+
 def fused_parameters(net: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
     """3-D parameters by name with their owners: the experts of a mixture, which are no layers of their own."""
     return {

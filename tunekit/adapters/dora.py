@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import Method, Slot
 from tunekit.adapters.lora import Lora
-from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules, start_misfits
+from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules
 from tunekit.adapters.peft_side import PeftSide
 from tunekit.decisions import Target
 from tunekit.model.weights import weight_of
@@ -79,5 +79,5 @@ METHOD = Method(
     peft=PeftSide("LORA", DoraSettings, LORA_FIELDS, {**LORA_FIXED, "use_dora": (True,)}, claims={"use_dora": True}),
     layer=Dora,
     copies=saved_modules,
-    misfits=start_misfits,
+    misfits=misfits,
 )

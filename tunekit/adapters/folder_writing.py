@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.base_modules import base_modules
+from tunekit.adapters.base_modules import base_modules, parameter_names
 from tunekit.adapters.configuration import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
 from tunekit.adapters.copied_places import named_copies, plain_entries
 from tunekit.adapters.peft_targets import concrete_pattern, concrete_targets
@@ -133,10 +133,12 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> tuple[int, str]:
 
 def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     """Every field of PEFT's configuration, with concrete targets and patterns that mean the same in any order."""
-    settings, targets = attached.settings, [target for target in attached.targets if target.kind != "parameter"]
+    settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)
     if "target_modules" in config:
-        names = sorted(attached.copies) if attached.method.places else [target.name for target in targets]
+        names = (
+            sorted(attached.copies) if attached.method.places else [t.name for t in targets if t.kind != "parameter"]
+        )
         config["target_modules"] = concrete_targets(names, list(base_modules(attached.net)))
         config |= {"exclude_modules": None} if "exclude_modules" in config else {}
     if attached.copies and config.get("modules_to_save"):
@@ -144,6 +146,9 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
         config["modules_to_save"] = plain_entries(named, base_modules(attached.net))
     config |= {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}
     config |= {"modules_to_save": None} if config.get("modules_to_save") == [] else {}
+    if "target_parameters" in config:
+        fused = [target.name for target in targets if target.kind == "parameter"]
+        config["target_parameters"] = concrete_targets(fused, parameter_names(attached.net)) if fused else None
     if "trainable_token_indices" in attached.method.peft.fields:
         config["trainable_token_indices"] = written_indices(settings, attached.tokens)
     for key, default, resolved in (

@@ -1,24 +1,25 @@
 """Adapters of a bare parameter, such as the fused weights of all experts (E, O, I) of a mixture-of-experts block.
 
 Comes in: the module that owns the parameter.  Goes out: a wrapper under which the module reads W + delta wherever it
-reads W.  Next: attach.py.
+reads W.  Next: changed_parameter.py, attach.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Part, Slot, Wrapper
+from tunekit.adapters.changed_parameter import EVERYTHING, ChangedParameter, Factors
 from tunekit.decisions import Target
 from tunekit.model.call import current_call
 
 
 class ParameterAdapter(Part):
-    """The change of one parameter. A subclass gives `slots`, `initialise` and `delta`."""
+    """The change of one parameter. A subclass gives `slots`, `initialise`, and `factors` or `delta`."""
 
     parameter: nn.Parameter
 
@@ -33,36 +34,19 @@ class ParameterAdapter(Part):
         """The state, from settings and shapes alone; `target.experts` is E."""
         raise NotImplementedError
 
+    def factors(self, index: Any) -> Factors | None:
+        """L (..., P, R) and R (..., R, Q), whose product is the change of parameter[index], float32; None: `delta`."""
+        return None
+
     def delta(self, index: Any) -> Tensor:
         """The change of parameter[index], in the adapter's float32."""
-        raise NotImplementedError
+        factors = self.factors(index)
+        assert factors is not None, "a subclass gives factors or delta"
+        return factors[0] @ factors[1]
 
     def merged(self, parameter: Tensor) -> Tensor:
         """The whole changed parameter (E, O, I) from the float32 `parameter`."""
-        return parameter + self.delta(slice(None))
-
-
-class ChangedParameter:
-    """Stands where a module reads its parameter: indexing changes only what is read, any other use makes it whole."""
-
-    def __init__(self, adapter: ParameterAdapter) -> None:
-        self.adapter = adapter
-        self.parameter: Tensor = adapter.parameter
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.parameter[index] + self.adapter.delta(index).to(self.parameter.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self[slice(None)] if callable(getattr(Tensor, name, None)) else self.parameter, name)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Sequence[type], inputs: Any = (), named: Any = None
-    ) -> Any:
-        def whole(value: Any) -> Any:
-            return value[slice(None)] if isinstance(value, ChangedParameter) else value
-
-        return function(*[whole(value) for value in inputs], **{key: whole(v) for key, v in (named or {}).items()})
+        return parameter + self.delta(EVERYTHING).detach().to(parameter.device)
 
 
 class ParameterHost(Wrapper):
@@ -93,7 +77,12 @@ class ParameterHost(Wrapper):
 def fused_shape(owner: nn.Module, parameter: Tensor) -> tuple[int, int, int]:
     """(E, O, I) of a fused parameter; some blocks store (E, I, O) and say so with `is_transposed`."""
     experts, rows, columns = parameter.shape
-    return (experts, columns, rows) if getattr(owner, "is_transposed", False) else (experts, rows, columns)
+    return (experts, columns, rows) if stored_transposed(owner) else (experts, rows, columns)
+
+
+def stored_transposed(owner: nn.Module) -> bool:
+    """Whether the module stores (E, I, O)."""
+    return bool(getattr(owner, "is_transposed", False))
 
 
 def own_parameter(net: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:

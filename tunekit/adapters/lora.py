@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Method, Slot
-from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules, start_misfits
+from tunekit.adapters.expert_lora import ExpertLora
+from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules, target_parameters
 from tunekit.adapters.peft_side import PeftSide
 from tunekit.adapters.starting import begin
 from tunekit.decisions import Target
@@ -120,5 +121,7 @@ METHOD = Method(
     peft=PeftSide("LORA", LoraSettings, LORA_FIELDS, LORA_FIXED),
     layer=Lora,
     copies=saved_modules,
-    misfits=start_misfits,
+    parameter=ExpertLora,
+    parameters=target_parameters,
+    misfits=misfits,
 )

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.expert_lora import ExpertLoraFa
 from tunekit.adapters.lora import Lora
-from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, saved_modules, start_misfits
+from tunekit.adapters.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules, target_parameters
 from tunekit.adapters.peft_side import PeftSide
 from tunekit.decisions import Target
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
@@ -36,6 +37,8 @@ METHOD = Method(
     peft=PeftSide("LORA", LoraFaSettings, LORA_FIELDS, LORA_FIXED),
     layer=LoraFa,
     copies=saved_modules,
-    misfits=start_misfits,
+    parameter=ExpertLoraFa,
+    parameters=target_parameters,
+    misfits=misfits,
     read_as="lora",
 )

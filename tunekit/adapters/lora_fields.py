@@ -27,6 +27,7 @@ LORA_FIELDS: dict[str, tuple[str, Any]] = {  # PEFT's field -> our setting, PEFT
     "modules_to_save": ("modules_to_save", []),
     "layers_to_transform": ("layers_to_transform", []),
     "layers_pattern": ("layers_pattern", None),
+    "target_parameters": ("target_parameters", []),
     "trainable_token_indices": ("trainable_token_indices", []),
 }
 LORA_FIXED: dict[str, tuple[Any, ...]] = {  # first the value written, then the others that change nothing
@@ -46,7 +47,6 @@ LORA_FIXED: dict[str, tuple[Any, ...]] = {  # first the value written, then the 
     "megatron_core": ("megatron.core", None),
     "monteclora_config": (None,),
     "qalora_group_size": (16, ANY),  # of use_qalora
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
     "use_dora": (False,),
     "use_qalora": (False,),
@@ -57,6 +57,37 @@ LORA_FIXED: dict[str, tuple[Any, ...]] = {  # first the value written, then the 
 def saved_modules(settings: LowRankSettings) -> Sequence[str]:
     """Modules trained whole, as Method.copies asks for them."""
     return settings.modules_to_save
+
+
+def target_parameters(settings: LowRankSettings) -> Sequence[str]:
+    """Fused parameters, as Method.parameters asks for them."""
+    return settings.target_parameters
+
+
+def misfits(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+    """What does not fit the layers or fused parameters, as Method.misfits reports it."""
+    found = start_misfits(settings, targets, file)
+    if not settings.target_parameters:
+        return found
+    if settings.method == "dora":
+        what = "a fused parameter has no output to scale, and PEFT's files no place for its magnitudes"
+        return [*found, Misfit("target_parameters", what, "use the method lora for it")]
+    if settings.dropout:
+        what = "fused parameters are changed themselves, and their input is not at hand to drop from"
+        found.append(Misfit("lora_dropout" if file else "dropout", what, "write dropout: 0, or no target_parameters"))
+    if not file and settings.start.method not in ("default", "gaussian"):
+        what = f"start: {settings.start.method} cannot fill fused parameters"
+        found.append(Misfit("start", what, "write start: default or gaussian, or no target_parameters"))
+    copied = [target.name for target in targets for name in settings.modules_to_save if _inside(target.name, name)]
+    if copied:
+        what = f"'{copied[0]}' is inside a module of modules_to_save, which is trained whole"
+        found.append(Misfit("target_parameters", what, "leave it out of one of them"))
+    return found
+
+
+def _inside(parameter: str, module: str) -> bool:
+    """Whether a module named by a whole name or an ending holds the parameter."""
+    return f".{module}." in f".{parameter}"
 
 
 def start_misfits(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:

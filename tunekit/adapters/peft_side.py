@@ -92,11 +92,13 @@ class PeftSide:
             raise AdapterError.of(self._malformed(error, file)) from error
 
     def _malformed(self, error: Any, file: str) -> list[Problem]:
-        names = {own: name for name, (own, _) in self.fields.items()}
-        return [
-            Problem(f"malformed: {shown(entry['msg'])}", "", file, None, names.get(entry["loc"][0], self.peft_type))
-            for entry in error.errors(include_url=False, include_input=False)
-        ]
+        names, problems = {own: name for name, (own, _) in self.fields.items()}, []
+        for entry in error.errors(include_url=False, include_input=False):
+            said = entry["msg"].removeprefix("Value error, ")
+            own = entry["loc"][0] if entry["loc"] else said.split()[0]  # a check of all settings begins with the first
+            key = names.get(own, self.peft_type)
+            problems.append(Problem(f"malformed: {shown(said)}", "", file, None, key))
+        return problems
 
     def _accepts(self, name: str, value: Any) -> bool:
         if name in self.claims:

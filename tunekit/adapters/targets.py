@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ from torch import nn
 from tunekit.adapters.base import Method, Slot, load_method
 from tunekit.adapters.base_modules import base_modules, endings, fused_parameters, is_fused_in
 from tunekit.adapters.copied_places import is_within, named_copies, wrong_entries
-from tunekit.adapters.fused_parameters import fused_shape
+from tunekit.adapters.fused_parameters import fused_shape, stored_transposed
 from tunekit.adapters.layer_range import in_chosen_layers, outside
 from tunekit.adapters.patterns import Budget, Pattern
 from tunekit.adapters.token_places import wrong_tokens
@@ -42,6 +42,7 @@ def find_targets(
     """
     search = Search(net, settings, method or load_method(settings.method), head_name, file)
     targets = search.layers() + search.parameters()
+    search.check_patterns([target.name for target in targets])
     search.tokens([target.name for target in targets])
     search.report_large_ranks()
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
@@ -112,10 +113,7 @@ class Search:
         names = self._matched("target_modules", self.settings.target_modules) - excluded
         copies = self._copies()
         names = {name for name in self._in_layers(names) if not is_within(name, copies)}
-        targets = [self._layer_target(name) for name in sorted(names)]
-        for key in ("rank_pattern", "alpha_pattern"):
-            self._check_pattern_keys(key, [target.name for target in targets])
-        return targets
+        return [self._layer_target(name) for name in sorted(names)]
 
     def parameters(self) -> list[Target]:
         """Targets of the method's class for fused parameters."""
@@ -124,7 +122,8 @@ class Search:
             for entry in self.method.parameters(self.settings)
             for name in [n for n in self.fused if entry in endings(n)] or self._miss("target_parameters", entry)
         }
-        return [self._parameter_target(name) for name in sorted(names)]
+        chosen = set(names) if self.file else self._in_layers(set(names))
+        return [self._parameter_target(name, chosen) for name in sorted(chosen)]
 
     def tokens(self, targets: Sequence[str]) -> None:
         """Report what cannot be trained by rows."""
@@ -193,10 +192,16 @@ class Search:
     def _miss(self, key: str, entry: str) -> list[str]:
         """Report an entry without a match; returns no names."""
         fused = [name for name in self.fused if is_fused_in(entry, name)]
-        if fused:
+        if key == "target_parameters":
+            what = f"'{entry}' matches no fused parameter of the base"
+            self.report(key, what, self._nearest_of(entry, self.fused) or "it has none: every weight is a layer's own")
+        elif fused:
             more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
             what = f"'{entry}' exists only inside the fused expert parameter '{fused[0]}'{more}"
-            self.report(key, what, f"{self.settings.method} adapts layers; leave the entry out")
+            how = "leave the entry out"
+            if self.method.parameter is not None:
+                how = f"write target_parameters: [{'.'.join(fused[0].split('.')[-2:])}]"
+            self.report(key, what, f"{self.settings.method} adapts layers; {how}")
         elif entry == ALL_LINEAR:
             self.report(
                 key, f"'{ALL_LINEAR}' is not a module name", f"write target_modules: {ALL_LINEAR}, not in a list"
@@ -207,12 +212,15 @@ class Search:
 
     def _nearest(self, key: str, entry: str) -> str:
         names = [name for name in self.modules if name] if key == "exclude_modules" else self._adaptable_names()
+        last = sorted({name.rpartition(".")[2] for name in names})
+        return self._nearest_of(entry, names) or f"its layers are {', '.join(last[:12])}"
+
+    def _nearest_of(self, entry: str, names: Iterable[str]) -> str:
+        """A question after the names most like the entry; of few names all of them are; empty where there are none."""
         known = sorted({ending for name in names for ending in endings(name) if ending.count(".") <= entry.count(".")})
         near = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) if len(entry) <= 200 else []
-        if near:
-            return f"did you mean {' or '.join(repr(name) for name in near)}?"
-        last = sorted({name.rpartition(".")[2] for name in names})
-        return f"its layers are {', '.join(last[:12])}"
+        near = near or (known if len(known) <= 3 else [])
+        return f"did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
 
     def _layer_target(self, name: str) -> Target:
         module = self.modules[name]
@@ -223,10 +231,19 @@ class Search:
         bias = weight.bias is not None
         return self._sized(Target(name, kind, inputs, outputs, 0, self._rank(name), self._alpha(name), has_bias=bias))
 
-    def _parameter_target(self, name: str) -> Target:
-        experts, outputs, inputs = fused_shape(*self.fused[name])
-        rank, alpha = self._rank(name), self._alpha(name)
-        return self._sized(Target(name, "parameter", inputs, outputs, 0, rank, alpha, experts=experts))
+    def _parameter_target(self, name: str, chosen: Collection[str]) -> Target:
+        owner, parameter = self.fused[name]
+        experts, outputs, inputs = fused_shape(owner, parameter)
+        own_names = [own for own, _ in owner.named_parameters(recurse=False)]
+        place, _, own = name.rpartition(".")
+        later = own_names[own_names.index(own) + 1 :]
+        target = Target(
+            *(name, "parameter", inputs, outputs, 0, self._rank(name), self._alpha(name)),
+            experts=experts,
+            transposed=stored_transposed(owner),
+            wrapped=sum(f"{place}.{other}" in chosen for other in later),
+        )
+        return self._sized(target)
 
     def _sized(self, target: Target) -> Target:
         """The target with its number of trained parameters; a rank beyond the matrix is a problem."""
@@ -274,8 +291,10 @@ class Search:
                 break
         return longest
 
-    def _check_pattern_keys(self, key: str, names: Sequence[str]) -> None:
-        for pattern in getattr(self.settings, key, {}) if not self.file else ():
-            compiled = self._pattern(key, pattern)
-            if not any(compiled.matches_ending(name) for name in names):
-                self.report(key, f"'{pattern}' matches no adapted layer", self._nearest(key, pattern))
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Report patterns of ranks and alphas that match nothing adapted."""
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self.settings, key, {}) if not self.file else ():
+                compiled = self._pattern(key, pattern)
+                if not any(compiled.matches_ending(name) for name in names):
+                    self.report(key, f"'{pattern}' matches no adapted layer", self._nearest(key, pattern))

@@ -16,6 +16,7 @@ from tunekit.recipe.section import (
     Several,
     Text,
     TextOrTexts,
+    text_or_texts,
 )
 from tunekit.recipe.start_choice import DEFAULT_START, StartChoice
 
@@ -23,6 +24,11 @@ from tunekit.recipe.start_choice import DEFAULT_START, StartChoice
 def one_or_several(value: Any) -> Any:
     """A single number as a list of one; anything else is left to the type."""
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _names_or_nothing(value: Any) -> Any:
+    """Text or texts, as everywhere; nothing too, where other things are adapted."""
+    return () if value is None or value == [] or value == () else text_or_texts(value)
 
 
 def _token_ids(value: Any) -> Any:
@@ -48,8 +54,12 @@ class LowRankSettings(AdapterSettings):
     r: Count = Field(16, description="rank")
     alpha: NotNegative = Field(32.0, description="the update is scaled by alpha / r")
     dropout: Fraction = Field(0.0, description="on the update's input, while training")
-    target_modules: TextOrTexts = Field(
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_names_or_nothing)] = Field(
         "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    target_parameters: Several[Text] = Field(
+        (),
+        description="fused expert weights adapted as well, such as experts.down_proj; with target_modules: [] only they",
     )
     exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
     rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
@@ -74,6 +84,8 @@ class LowRankSettings(AdapterSettings):
 
     @model_validator(mode="after")
     def _pattern_needs_layers(self) -> LowRankSettings:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules names no layer, and there are no target_parameters")
         if self.layers_pattern is not None and not self.layers_to_transform:
             raise ValueError("layers_pattern says nothing without layers_to_transform")
         return self

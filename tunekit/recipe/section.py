@@ -104,7 +104,8 @@ def _auto_bool_or_count(value: Any) -> Any:
     return int(value)
 
 
-def _text_or_texts(value: Any) -> Any:
+def text_or_texts(value: Any) -> Any:
+    """A text, or texts as a tuple; neither may be empty."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, list | tuple) and value and all(isinstance(item, str) and item for item in value):
@@ -126,7 +127,7 @@ AutoBoolOrCount = Annotated[
     BeforeValidator(_auto_bool_or_count),
     WithJsonSchema({"anyOf": [{"enum": ["auto", True, False]}, {"type": "integer", "minimum": 0}]}),
 ]
-TextOrTexts = Annotated[str | tuple[str, ...], BeforeValidator(_text_or_texts)]
+TextOrTexts = Annotated[str | tuple[str, ...], BeforeValidator(text_or_texts)]
 Item = TypeVar("Item")
 Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kept as a tuple
 
