@@ -1,0 +1,316 @@
+"""Prompt methods through the real loop and through recipes: training, resume, evaluation and generation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.loop_case import Case, make_case, make_rows
+from tests.train_case import in_child, kill_self, records, result_bytes, train_in_child, without_times, write_recipe
+from tunekit.adapters.attach import attach_adapter
+from tunekit.errors import RecipeError, Stopped
+from tunekit.model.load import LoadedModel, load_model
+from tunekit.model.sample import generate_texts
+from tunekit.model.tokenizer import load_tokenizer
+from tunekit.plan import make_plan
+from tunekit.recipe.adapters.cpt import ContextExample, CptSettings
+from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
+from tunekit.recipe.adapters.p_tuning import PTuningSettings
+from tunekit.recipe.adapters.prompt import PromptSettings
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.training import TrainingSection
+from tunekit.training.findings import raise_refusals
+from tunekit.training.parts import LoopState
+from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
+from tunekit.training.tuned import TunedModel
+
+LSTM: dict[str, Any] = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12, "encoder_dropout": 0.1}
+WIDE: dict[str, Any] = {"opt_projection_epsilon": 9.0, "opt_projection_format_epsilon": 9.0}
+METHODS: dict[str, Any] = {
+    "prompt": PromptSettings(num_virtual_tokens=6),
+    "p_tuning": PTuningSettings(num_virtual_tokens=6, encoder_hidden_size=16),
+    "p_tuning lstm": PTuningSettings(num_virtual_tokens=6, **LSTM),
+    "multitask_prompt": MultitaskPromptSettings(num_virtual_tokens=6, num_ranks=2),
+    "cpt": CptSettings(token_ids=(40, 41, 42, 43, 44), token_types=(1, 2, 2, 3, 4), **WIDE),
+}
+RATES = {"multitask_prompt": 0.3}  # a product of small factors
+every = pytest.mark.parametrize("name", METHODS)
+
+
+def start(folder: Path, name: str, rate: float | None = None, checkpointed: int = 0, **model: Any) -> Case:
+    """Four steps over the same eight rows, so that the losses of two rates can be compared."""
+    section = TrainingSection(
+        learning_rate=RATES.get(name, 2e-2) if rate is None else rate,
+        scheduler="constant",
+        warmup_ratio=None,
+        epochs=None,
+        max_steps=4,
+        micro_batch_size=4,
+        gradient_accumulation_steps=2,
+        weight_decay=0.1,
+    )
+    base = ModelSection(**{"name_or_path": str(folder), "dtype": "float32", **model})
+    adapter = METHODS[name]
+    return make_case(folder, make_rows(8), training=section, adapter=adapter, checkpointed=checkpointed, model=base)
+
+
+def run(folder: Path, name: str, rate: float | None = None, checkpointed: int = 0, **model: Any) -> Case:
+    case = start(folder, name, rate, checkpointed, **model)
+    case.run()
+    return case
+
+
+def state(case: Case) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in case.adapter.state().items()}
+
+
+def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@every
+def test_four_steps(name: str, tiny_llama: Path) -> None:
+    still, whole = run(tiny_llama, name, 0.0), start(tiny_llama, name)
+    before = state(whole)
+    whole.run()
+    after = state(whole)
+    assert [key for key in whole.adapter.trained() if torch.equal(before[key], after[key])] == []
+    assert whole.losses[-1] < still.losses[-1]
+    assert_same_bits(state(run(tiny_llama, name, checkpointed=2)), after)
+    stopped, resumed = start(tiny_llama, name), start(tiny_llama, name)
+    stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= 2 else 0
+    reached = LoopState()
+    with pytest.raises(Stopped):
+        stopped.run(reached)
+    tensors = {key: value.clone() for key, value in checkpoint_tensors(stopped.optimizer, stopped.adapter).items()}
+    facts = checkpoint_facts(stopped.optimizer, reached, {})
+    resumed.run(restore(tensors, facts, resumed.optimizer, resumed.adapter))
+    assert_same_bits(state(resumed), after)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@every
+def test_four_steps_on_a_quantized_base(name: str, storage: str, tiny_llama: Path) -> None:
+    still = run(tiny_llama, name, 0.0, quantization=storage)
+    case = run(tiny_llama, name, quantization=storage, checkpointed=1)
+    assert case.losses[-1] < still.losses[-1]
+    assert all(torch.isfinite(tensor).all() for tensor in state(case).values())
+
+
+def test_a_base_in_half_precision(tiny_llama: Path) -> None:
+    case = run(tiny_llama, "p_tuning", dtype="bfloat16")
+    assert all(parameter.dtype == torch.float32 for parameter in case.adapter.trained().values())
+    assert case.losses[-1] < run(tiny_llama, "p_tuning", 0.0, dtype="bfloat16").losses[-1]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_micro_batches_are_one_batch_to_a_prompt(micro_batch_size: int, tiny_llama: Path) -> None:
+    """Rows of different lengths, padded or alone: the same step."""
+    sections = [
+        TrainingSection(
+            learning_rate=0.02, scheduler="constant", warmup_ratio=None, epochs=None, max_steps=2,
+            micro_batch_size=size, gradient_accumulation_steps=8 // size,
+        )
+        for size in (4, micro_batch_size)
+    ]  # fmt: skip
+    cases = [make_case(tiny_llama, make_rows(8), training=s, adapter=METHODS["prompt"]) for s in sections]
+    for case in cases:
+        case.run()
+    assert cases[0].losses == pytest.approx(cases[1].losses, abs=1e-5)
+
+
+def tuned(folder: Path, name: str) -> TunedModel:
+    """An adapter that is not as it starts."""
+    base = load_model(ModelSection(name_or_path=str(folder), dtype="float32"), device=torch.device("cpu"))
+    attached = attach_adapter(base.net, METHODS[name], seed=0, head_name="lm_head")
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in attached.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return TunedModel(base, attached)
+
+
+def greedy(model: TunedModel, prompt: list[int], count: int) -> list[int]:
+    """Token by token, the whole row anew for each."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model.own_logits(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@every
+def test_with_a_cache_as_without_one_token_for_token(name: str, tiny_llama: Path) -> None:
+    """Prompts of different lengths share a batch, padded on the left; each answers as it does alone."""
+    model = tuned(tiny_llama, name)
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
+    prompts = [[60, 61, 62], [70, 71, 72, 73, 74, 75, 76], [80]]
+    with torch.no_grad(), model.training_mode(False):
+        expected = [greedy(model, prompt, 12) for prompt in prompts]
+        found = generate_texts(
+            model.base,
+            tokenizer,
+            prompts,
+            max_new_tokens=12,
+            batch_size=3,
+            stop_ids=[],
+            adapt=model.adapted,
+            virtual_tokens=model.virtual_tokens,
+        )
+    assert found == expected
+    base: LoadedModel = model.base
+    plain = generate_texts(base, tokenizer, prompts, max_new_tokens=12, batch_size=3, stop_ids=[])
+    assert found != plain
+
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "prompt": {"method": "prompt", "num_virtual_tokens": 5, "init": "text", "init_text": "Say it."},
+    "p_tuning": {"method": "p_tuning", "num_virtual_tokens": 5, **LSTM},
+    "multitask_prompt": {"method": "multitask_prompt", "num_virtual_tokens": 5, "num_tasks": 2, "task": 1},
+    "cpt": {
+        "method": "cpt",
+        "examples": [{"input": "say 3", "output": "3"}, {"input": "say 5", "output": "so 5"}],
+        **WIDE,
+    },
+}
+
+
+def recipe_of(folder: Path, model: Path, name: str, **data: Any) -> Path:
+    """A recipe whose adapter section is this one and nothing else of what write_recipe writes there."""
+    path = write_recipe(folder, model, rows=9, data={"packing": "auto", **data}, evaluation={"batch_size": 4})
+    values = json.loads(path.read_text())
+    values["adapter"] = SECTIONS[name]
+    values["training"] |= {"gradient_accumulation_steps": 1, "max_steps": 4, "learning_rate": RATES.get(name, 0.05)}
+    del values["training"]["epochs"]
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_recipe_trains_resumes_evaluates_and_generates(
+    name: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe_of(tmp_path, tiny_llama, name)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    ended = train_in_child(path, whole)
+    assert ended.code == 0, ended.output
+    assert "virtual tokens before each row" in ended.output
+
+    def die_in_step_3() -> None:
+        from tunekit.training.resident import ResidentEngine
+
+        plain = ResidentEngine.run_window
+
+        def run_window(self: Any, model: Any, objective: Any, window: Any, *more: Any) -> Any:
+            if window.step == 3:
+                kill_self()
+            return plain(self, model, objective, window, *more)
+
+        ResidentEngine.run_window = run_window  # type: ignore[method-assign]
+
+    assert train_in_child(path, cut, before=die_in_step_3).code != 0
+    ended = train_in_child(path, cut, resume=True)
+    assert ended.code == 0, ended.output
+    assert result_bytes(cut) == result_bytes(whole)
+    assert without_times(records(cut)) == without_times(records(whole))
+    still = tmp_path / "still"
+    assert train_in_child(path, still, "training.learning_rate=0").code == 0
+    losses = [[entry["loss"] for entry in records(each) if "loss" in entry] for each in (whole, still)]
+    assert losses[0][-1] < losses[1][-1]
+
+    alone = tmp_path / "elsewhere"
+    (whole / "adapter").rename(alone)
+
+    def use_the_folder() -> None:
+        from tunekit.evaluate import evaluate_verb
+        from tunekit.generate import generate_verb
+
+        base = str(tiny_llama)
+        evaluate_verb(str(alone), base, str(tmp_path / "train.jsonl"), None, [], str(tmp_path / "eval.json"), [])
+        generate_verb(str(alone), base, "say 4", None, ["evaluation.max_new_tokens=4"])
+
+    used = in_child(use_the_folder, tmp_path / "use.log")
+    assert used.code == 0, used.output
+    assert json.loads((tmp_path / "eval.json").read_text())["loss"] > 0
+
+
+def test_merge_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, tiny_llama, "prompt")
+    assert train_in_child(path, tmp_path / "run").code == 0
+
+    def merge() -> None:
+        from tunekit.merge import merge_verb
+
+        merge_verb(str(tmp_path / "run" / "adapter"), str(tmp_path / "merged"), None, None, [])
+
+    ended = in_child(merge, tmp_path / "merge.log")
+    assert ended.code == 2, ended.output
+    assert "a prompt adapter is not a change of weights and cannot be merged" in ended.output
+    assert not (tmp_path / "merged").exists()
+
+
+def test_init_from_continues_a_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, tiny_llama, "prompt")
+    assert train_in_child(path, tmp_path / "first").code == 0
+    second = train_in_child(
+        path, tmp_path / "second", f"adapter.init_from={tmp_path / 'first' / 'adapter'}", "training.learning_rate=0"
+    )
+    assert second.code == 0, second.output
+    name = "adapter_model.safetensors"
+    assert result_bytes(tmp_path / "second")[name] == result_bytes(tmp_path / "first")[name]
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("prompt", 5 * 64), ("multitask_prompt", 5 * 64 + 2 * (5 + 64))])
+def test_plan_counts_the_vectors(name: str, numbers: int, tiny_llama: Path, tmp_path: Path) -> None:
+    plan, prepared = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name)))
+    assert plan.refusals == []
+    assert plan.trainable_parameters == numbers
+    assert (plan.packing, plan.packing_reason) == (False, "the adapter puts virtual tokens before each row")
+    assert any(note.startswith("5 virtual tokens before each row") for note in plan.notes)
+    assert "activations of" not in str(plan.notes)
+    longer, _ = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name), ["adapter.num_virtual_tokens=300"]))
+    assert longer.peak_bytes.activations > plan.peak_bytes.activations
+    assert prepared.adapter.method == name
+
+
+def test_texts_become_ids_before_anything_is_planned(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
+    _, prepared = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, "cpt")))
+    settings: Any = prepared.adapter
+    pieces = [("input: ", 1), ("say 3", 2), ("\n", 1), ("output: ", 3), ("3", 4), ("\n", 3)]
+    ids = [token for text, _ in pieces for token in tokenizer.encode(text)]
+    types = [kind for text, kind in pieces for _ in tokenizer.encode(text)]
+    assert list(settings.token_ids[: len(ids)]) == ids
+    assert list(settings.token_types[: len(ids)]) == types
+    assert settings.examples[1] == ContextExample(input="say 5", output="so 5")
+    assert max(settings.token_types) == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.packing=true"], "the adapter puts virtual tokens before each row"),
+        (["adapter.init=text"], "init: text needs init_text"),
+        (["adapter.init_text=hello"], "belongs to init: text"),
+        (["adapter.opt_weighted_loss_type=decay"], "unknown key"),
+        (["adapter.method=p_tuning", "adapter.init_from=x"], "not the network that made them"),
+        (["adapter.method=p_tuning", "adapter.encoder_dropout=0.1"], "LSTM"),
+        (["adapter.method=multitask_prompt", "adapter.task=1"], "counted from 0"),
+        (["adapter.method=cpt", "~adapter.num_virtual_tokens"], "must hold the context"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    overrides: list[str], message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    path = recipe_of(tmp_path, tiny_llama, "prompt")
+    values = json.loads(path.read_text())
+    values["adapter"] = {"method": "prompt", "num_virtual_tokens": 5}
+    path.write_text(json.dumps(values))
+    with pytest.raises(RecipeError, match=message):
+        raise_refusals(make_plan(load_recipe(path, overrides))[0])
