@@ -97,7 +97,8 @@ class SimulatedRun:
         """Count what exists before the step: the adapter's state, then everything else of the network."""
         assert tuned.adapter is not None
         net = tuned.base.net
-        tracker.adopt(tuned.adapter.state().values(), "adapter")
+        with tracker.counting_as("adapter"):  # where state() detaches a tensor, that alone brings it to notice
+            tracker.adopt(tuned.adapter.state().values(), "adapter")
         tracker.adopt([*net.parameters(), *net.buffers()], "weights")
 
 
