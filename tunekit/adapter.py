@@ -1,4 +1,5 @@
-"""`tunekit adapter show`, `combine` and `convert`: what a folder holds; several made into one; any made a LoRA.
+"""`tunekit adapter show`, `combine`, `convert`, `diff`: what a folder holds; several made one; any made a LoRA; how far
+two are apart.
 
 Comes in: folders, or runs.  Goes out: tables, JSON files.
 """
@@ -11,10 +12,12 @@ from pathlib import Path
 
 from tunekit.adapters.combine import Mixture, check_mixture, combine
 from tunekit.adapters.configuration import CONFIG_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.difference import Difference, compare, extract, plain_lora, read_changes, together
 from tunekit.adapters.linear_methods import combine_linear, read_linear
 from tunekit.adapters.loose_lora import LooseLora, read_loose_lora
 from tunekit.adapters.loose_writing import BaseFacts, base_of, check_new_folder, write_loose, write_lora
 from tunekit.adapters.low_rank import LowRank, reduce_rank
+from tunekit.adapters.model_difference import compare_models, extract_models
 from tunekit.adapters.moved_starts import FROM_BASE, HOW, START, read_moved, start_of, subtract_initial, subtract_start
 from tunekit.adapters.nearest_lora import Loss, loss_between, nearest_lora, total
 from tunekit.adapters.on_base import attach_to_base, base_section
@@ -24,6 +27,8 @@ from tunekit.console import Console
 from tunekit.decisions import bytes_text
 from tunekit.errors import AdapterError, InputError
 from tunekit.model.rewrite import Rewriter
+from tunekit.model.source import find_source
+from tunekit.recipe.model import ModelSection
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 
@@ -174,6 +179,84 @@ def _convert_method(
     _tell_losses(console, found.losses, rank)
     write_lora(place, base_of([config], base), found.lora, found.lora.updates)
     console.info(f"written to {place}")
+
+
+def diff_verb(
+    left: str, right: str, rank: int | None, base: str | None, json_file: str | None, output: str | None
+) -> None:
+    """Compare two adapters or two models. Raises: InputError where they are not two of a kind."""
+    console = Console()
+    if (rank is None) != (output is None) or (rank is not None and rank < 1):
+        raise InputError("to extract a LoRA takes a rank and a folder", "give --extract-rank R --output DIR")
+    folders = [adapter_folder(left), adapter_folder(right)]
+    adapters = [(folder / CONFIG_NAME).exists() for folder in folders]
+    if adapters[0] != adapters[1]:
+        raise InputError(f"{left} and {right} are an adapter and a model", "name two adapters, or two models")
+    if all(adapters):
+        place = None if output is None else check_new_folder(Path(output), folders)
+        differences = _diff_adapters(console, folders, rank, base, place)
+    else:
+        differences = _diff_models(console, [left, right], rank, None if output is None else Path(output))
+    if json_file is not None:
+        write_json(Path(json_file), [asdict(difference) for difference in differences])
+
+
+def _diff_adapters(
+    console: Console, folders: list[Path], rank: int | None, base: str | None, place: Path | None
+) -> list[Difference]:
+    first, second = (read_changes(folder, base) for folder in folders)
+    facts = base_of([first.config, second.config], base)
+    differences = [compare(name, first.of(name), second.of(name)) for name in sorted({*first.updates, *second.updates})]
+    _tell_differences(console, "updates of layers", differences)
+    others = [compare(key, first.rest.get(key), second.rest.get(key)) for key in sorted({*first.rest, *second.rest})]
+    if others:
+        _tell_differences(console, "tensors trained whole", others)
+    if rank is not None and place is not None:
+        lora, losses = extract(first, second, rank)
+        changed = [other.name for other in others if not other.equal]
+        _list(console, "tensors differ that a LoRA cannot hold, and are left out", changed)
+        _write_extracted(console, place, facts, lora, losses, rank)
+    return differences + others
+
+
+def _diff_models(console: Console, names: list[str], rank: int | None, output: Path | None) -> list[Difference]:
+    sections = [ModelSection(name_or_path=str(Path(n).resolve()) if Path(n).exists() else n) for n in names]
+    sources = [find_source(section, weights=True) for section in sections]
+    packed = next((source.gguf_file for source in sources if source.gguf_file), None)
+    if packed:
+        raise InputError(f"{packed} is a GGUF file", "two models are compared as folders of safetensors")
+    place = None if output is None else check_new_folder(output, [source.folder for source in sources])
+    differences = list(compare_models(sources[0].folder, sources[1].folder))
+    _tell_differences(console, "tensors", differences)
+    if rank is not None and place is not None:
+        one, two = (Rewriter(section, "full") for section in sections)
+        found = extract_models(one, two, rank)
+        facts = BaseFacts(sections[0].name_or_path, fingerprint=one.fingerprint(), task_type="CAUSAL_LM")
+        lora = plain_lora(found.updates, conv1d=found.conv1d, target_modules=found.target_modules)
+        _list(console, "tensors differ that a LoRA cannot hold, and are left out", list(found.left_out))
+        _write_extracted(console, place, facts, lora, found.losses, rank)
+    return differences
+
+
+def _write_extracted(
+    console: Console, place: Path, facts: BaseFacts, lora: LooseLora, losses: Mapping[str, Loss], rank: int
+) -> None:
+    _tell_losses(console, losses, rank)
+    write_lora(place, facts, lora, lora.updates)
+    console.info(f"A with this adapter is near B; written to {place}")
+
+
+def _tell_differences(console: Console, what: str, differences: list[Difference]) -> None:
+    """Those that differ, and the whole."""
+    rows = [(d.name, d.left, d.right, d.distance, d.cosine) for d in differences if not d.equal]
+    if rows:
+        console.table(["name", "|A|", "|B|", "|B - A|", "cosine"], rows)
+    whole = together(differences)
+    equal = len(differences) - len(rows)
+    console.info(f"{len(differences)} {what}: {equal} equal, {len(rows)} different")
+    if rows and whole.left:
+        cosine = "" if whole.cosine is None else f", cosine {whole.cosine:.4f}"
+        console.info(f"|A| {whole.left:.4g}, |B| {whole.right:.4g}, |B - A| {whole.distance:.4g}{cosine}")
 
 
 def _tell_losses(console: Console, losses: Mapping[str, Loss], rank: int) -> None:

@@ -219,6 +219,22 @@ def adapter_convert(
     _call(context, "tunekit.adapter:convert_verb", adapter, rank, initial, base, output)
 
 
+@adapter_app.command("diff")
+def adapter_diff(
+    context: typer.Context,
+    left: Annotated[str, typer.Argument(metavar="A", help="an adapter folder, a run, or a model folder")],
+    right: Annotated[str, typer.Argument(metavar="B", help="another of its kind")],
+    rank: Annotated[
+        int | None, typer.Option("--extract-rank", metavar="R", help="write B minus A as a LoRA of this rank")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="where to write that LoRA")] = None,
+    base: Base = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare two adapters, or two models, layer by layer."""
+    _call(context, "tunekit.adapter:diff_verb", left, right, rank, base, json_file, output)
+
+
 @app.command()
 def recipes(
     context: typer.Context,

@@ -68,13 +68,19 @@ def layer_changes(attached: AttachedAdapter, base_layer: BaseLayer) -> Iterator[
     if attached.parameters or not attached.layers:
         what = "expert parameters" if attached.parameters else "copies of whole modules, and no layer"
         raise AdapterError(f"the adapter changes {what}, which LoRA of layers cannot", "merge it instead")
-    for name, layer in attached.adapted_modules().items():
-        weight, bias = base_layer(name)
-        embedding = layer.target.kind == "embedding"
-        changed, new_bias = layer.merged(weight, bias)
-        moves = new_bias is not None and bias is not None and not _same(new_bias, bias)
-        delta = (changed - weight).t() if embedding else changed - weight
-        yield LayerChange(name, delta.detach(), embedding, None if new_bias is None else new_bias.detach(), moves)
+    for name in attached.adapted_modules():
+        yield layer_change(attached, name, base_layer)
+
+
+def layer_change(attached: AttachedAdapter, name: str, base_layer: BaseLayer) -> LayerChange:
+    """One adapted layer's change of the base."""
+    layer = attached.layers[name]
+    weight, bias = base_layer(name)
+    embedding = layer.target.kind == "embedding"
+    changed, new_bias = layer.merged(weight, bias)
+    moves = new_bias is not None and bias is not None and not _same(new_bias, bias)
+    delta = (changed - weight).t() if embedding else changed - weight
+    return LayerChange(name, delta.detach(), embedding, None if new_bias is None else new_bias.detach(), moves)
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
