@@ -27,7 +27,10 @@ from tunekit.adapters.base import (
 from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import copied_places
 from tunekit.adapters.copies import TrainedCopy
+from tunekit.adapters.fused import Group, fuse
 from tunekit.adapters.fused_parameters import ParameterAdapter, ParameterHost, own_parameter
+from tunekit.adapters.fused_products import Casts
+from tunekit.adapters.lora import Lora
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.token_places import token_rows
 from tunekit.adapters.token_rows import TrainedTokens
@@ -50,6 +53,8 @@ class AttachedAdapter:
         self.tokens: dict[str, TrainedTokens] = {}
         self.tied_tokens: dict[str, list[str]] = {}  # of those, the modules that use their rows
         self.model_adapter: ModelAdapter | None = None
+        self.casts = Casts()
+        self.fused: list[Group] = []  # names of layers that are computed together
         self._places: list[tuple[nn.Module, str, nn.Module]] = []  # parent, own name, what stood there
         self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
         for parent in net.modules():
@@ -222,6 +227,8 @@ def attach_adapter(
             if not (finished and isinstance(part, ModelAdapter)):  # its values come from the folder, all of them
                 part.initialise(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, part.place)))
             part.move(device or _home(part, net))
+    if method.layer is Lora:
+        attached.fused = fuse(net, attached.layers, settings, targets, attached.casts)
     return attached
 
 

@@ -36,6 +36,7 @@ class Lora(LayerAdapter):
     own_bias: nn.Parameter  # where biases are trained: in place of the base's
     start_A: Tensor  # A' (R, I) and B' (O, R) of starts that move a part of W into A and B
     start_B: Tensor
+    fused: Any = None  # fused.py's way to compute this layer together with its neighbours
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
@@ -109,6 +110,9 @@ class Lora(LayerAdapter):
         return y + (self.own_bias - self.base_layer.bias).to(y.dtype) if "own_bias" in self.held else y
 
     def adapted(self, x: Tensor) -> Tensor:
+        fused: Tensor | None = None if self.fused is None else self.fused.product(self, x)
+        if fused is not None:
+            return fused
         y = self.base_output(x)
         return y + self.update(x, y.dtype)
 

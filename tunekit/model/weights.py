@@ -27,6 +27,8 @@ class PackedLinear(nn.Module):
     The backward pass unpacks W again: what is kept for it is this module, never a dense W.
     """
 
+    weight = None  # T5 asks its layers for the dtype of their matrix, where they have one
+
     def __init__(
         self,
         in_features: int,
@@ -195,6 +197,17 @@ class Weight:
         old = _dense(self.module)
         stored = (matrix.t() if self.transposed else matrix).to(device=old.device, dtype=old.dtype, copy=True)
         self.module.weight = nn.Parameter(stored.contiguous(), requires_grad=old.requires_grad)
+
+
+def multiplies_exactly(module: nn.Module) -> bool:
+    """Whether the module is x W^T + b, with W what product_matrix gives: no subclass with a forward of its own, and
+    not LLM.int8, which rounds x."""
+    return type(module) is nn.Linear or (isinstance(module, PackedLinear) and module.quantization != "int8")
+
+
+def product_matrix(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """W (O, I) of such a module for a product in `dtype`: the stored one where it is dense, else unpacked anew."""
+    return module.dequantize(dtype) if isinstance(module, PackedLinear) else _dense(module).detach()
 
 
 def _dense(module: nn.Module) -> torch.Tensor:

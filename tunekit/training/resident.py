@@ -37,18 +37,19 @@ class ResidentEngine:
         divisor = units.to(model.device)
         metrics: dict[str, float] = defaultdict(float)
         self.losses = []
-        for index, batch in zip(window.indices, window.batches, strict=True):
-            call = Call(step=window.step, micro_batch=index, seed=self.seed)
-            with calling(call):
-                seed_layer(call, OUTSIDE_LAYERS)
-                hidden = model.hidden(objective.inputs(batch))
-                loss = objective.loss(hidden, model.head(), batch, model.head_parameters())
-                del hidden
-                _backward(loss, divisor, micro_batches, self.loss_scale, model)
-            self.losses.append(loss.total.detach().to(torch.float64))
-            total += self.losses[-1] / divisor
-            for name, value in loss.metrics.items():
-                metrics[name] += value
+        with model.unchanged_weights():
+            for index, batch in zip(window.indices, window.batches, strict=True):
+                call = Call(step=window.step, micro_batch=index, seed=self.seed)
+                with calling(call):
+                    seed_layer(call, OUTSIDE_LAYERS)
+                    hidden = model.hidden(objective.inputs(batch))
+                    loss = objective.loss(hidden, model.head(), batch, model.head_parameters())
+                    del hidden
+                    _backward(loss, divisor, micro_batches, self.loss_scale, model)
+                self.losses.append(loss.total.detach().to(torch.float64))
+                total += self.losses[-1] / divisor
+                for name, value in loss.metrics.items():
+                    metrics[name] += value
         return total, dict(metrics)
 
 

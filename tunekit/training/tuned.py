@@ -6,7 +6,7 @@ Comes in: LoadedModel and AttachedAdapter.  Goes out: hidden states and the head
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,10 @@ class TunedModel:
         net: Any = self.base.net
         logits: Tensor = net(**self.adapted({"input_ids": input_ids.to(self.device)}), use_cache=False).logits
         return logits if self.adapter is None else self.adapter.outputs(logits)
+
+    def unchanged_weights(self) -> AbstractContextManager[None]:
+        """A block in which no trained weight changes, so that each is cast to the compute dtype once."""
+        return nullcontext() if self.adapter is None else self.adapter.casts.kept()
 
     def head(self) -> Head:
         """The output projection, with whatever adapter it carries."""

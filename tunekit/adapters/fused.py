@@ -1,0 +1,145 @@
+"""LoRA of projections that belong together, as one autograd function each: queries, keys and values; the gated MLP.
+
+Comes in: an attached adapter of method lora.  Goes out: the same products, which keep less and pass over memory less.
+Next: attach.py puts them in place; plan says which layers they are.
+
+What is kept for the backward pass is the input and a handle of the base layer, of the MLP gate and up besides: never a
+dense W of a packed layer, a base output, a low-rank product, or what lies between gate and down. They are made again.
+Equal to the plain path up to the order of sums. Whatever does not fit (dropout, another method, a watched module)
+takes the plain path of lora.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tunekit.adapters.fused_products import Casts, Gated, Member, Products, gated_product, products
+from tunekit.adapters.gated import is_gated_mlp
+from tunekit.adapters.lora import Lora
+from tunekit.decisions import Target
+from tunekit.model.call import current_call
+from tunekit.model.weights import multiplies_exactly
+
+JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, where they are given the same input
+GATED = ("gate_proj", "up_proj", "down_proj")
+Group = tuple[str, ...]  # module names
+
+
+def find_groups(net: nn.Module, modules: Mapping[str, nn.Module], settings: Any, targets: list[Target]) -> list[Group]:
+    """The groups in which the layers of a LoRA are computed. `modules`: the base's layer under each target's name."""
+    children: dict[str, set[str]] = {}
+    for target in targets:
+        if _is_plain(settings, target) and multiplies_exactly(modules[target.name]):
+            parent, _, own = target.name.rpartition(".")
+            children.setdefault(parent, set()).add(own)
+    inputs = {target.name: target.in_features for target in targets}
+    groups: list[Group] = []
+    for parent, own_names in children.items():
+        whole = own_names & set(GATED) and is_gated_mlp(net.get_submodule(parent))
+        sets = [GATED] if whole and own_names >= set(GATED) else []
+        widths = {inputs[f"{parent}.{own}"] for own in own_names & set(JOINED)}
+        sets += [JOINED] if len(widths) == 1 and len(own_names & set(JOINED)) > 1 else []
+        together = [tuple(own for own in each if own in own_names) for each in sets]
+        alone = own_names - {own for each in together for own in each}
+        together += [(own,) for own in sorted(alone)]
+        groups += [tuple(f"{parent}.{own}" for own in each) for each in together]
+    return groups
+
+
+def _is_plain(settings: Any, target: Target) -> bool:
+    """Whether a layer is y = W x + s B A x with A and B alone, without dropout."""
+    return (
+        target.kind == "linear"
+        and "." in target.name
+        and not settings.dropout
+        and set(Lora.slots(settings, target)) == {"A", "B"}
+    )
+
+
+def describe(groups: Sequence[Group]) -> str:
+    """How many layers of each kind are computed in one go."""
+    counts: dict[str, int] = {}
+    for group in groups:
+        kind = " + ".join(name.rpartition(".")[2] for name in group)
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
+
+
+def fuse(net: nn.Module, layers: Mapping[str, Any], settings: Any, targets: list[Target], casts: Casts) -> list[Group]:
+    """Let the layers of a LoRA (by module name, in place in `net`) compute in groups; returns the groups."""
+    groups = find_groups(net, {name: layer.base_layer for name, layer in layers.items()}, settings, targets)
+    for group in groups:
+        members = [layers[name] for name in group]
+        if [name.rpartition(".")[2] for name in group] == list(GATED):
+            mlp: Any = net.get_submodule(group[0].rpartition(".")[0])
+            mlp.forward = GatedMlp(mlp, members, casts)
+        else:
+            joined = JoinedLayers(members, casts)
+            for layer in members:
+                layer.fused = joined
+    return groups
+
+
+def _member(layer: Any) -> Member:
+    return Member(layer.base_layer, layer.scaling, layer.A.shape[0])
+
+
+def _factors(layers: Sequence[Any]) -> list[Tensor]:
+    return [factor for layer in layers for factor in (layer.A, layer.B)]
+
+
+def _watched(layer: Any) -> bool:
+    """Whether somebody wants to see the layer's or its base's inputs and outputs."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        for module in (layer, layer.base_layer)
+    )
+
+
+class JoinedLayers:
+    """Layers that get the same input: the first that is called computes all, the others take what it has left."""
+
+    def __init__(self, layers: Sequence[Any], casts: Casts) -> None:
+        self.layers, self.casts = list(layers), casts
+        self.together = len(layers) > 1
+        self.whole = Products([_member(layer) for layer in layers], casts)
+        self.single = {id(layer): Products([_member(layer)], casts) for layer in layers}
+        self._input: Tensor | None = None
+        self._left: dict[int, Tensor] = {}
+
+    def product(self, layer: Any, x: Tensor) -> Tensor | None:
+        """W x + s B A x of one of the layers; None where the plain path must be taken."""
+        if _watched(layer):
+            return None
+        if not self.together:
+            return products(self.single[id(layer)], x, _factors([layer]))[0]
+        if self._input is not x or id(layer) not in self._left:
+            if self._left:  # somebody was given another input, so they are no group after all
+                self.together, self._input, self._left = False, None, {}
+                return self.product(layer, x)
+            made = products(self.whole, x, _factors(self.layers))
+            self._input = x
+            self._left = {id(each): output for each, output in zip(self.layers, made, strict=True)}
+        output = self._left.pop(id(layer))
+        if not self._left:
+            self._input = None
+        return output
+
+
+class GatedMlp:
+    """down(act(gate(x)) * up(x)) in one go; stands where the module's forward stood."""
+
+    def __init__(self, mlp: Any, layers: Sequence[Any], casts: Casts) -> None:
+        self.mlp, self.layers = mlp, list(layers)
+        gate, up, down = (_member(layer) for layer in layers)
+        self.gated = Gated(Products([gate, up], casts), mlp.act_fn, Products([down], casts))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        in_place = all(getattr(self.mlp, own) is layer for own, layer in zip(GATED, self.layers, strict=True))
+        if not in_place or current_call().bypassed or any(_watched(layer) for layer in self.layers):
+            plain: Tensor = type(self.mlp).forward(self.mlp, x)
+            return plain
+        return gated_product(self.gated, x, _factors(self.layers))

@@ -1,0 +1,170 @@
+"""The autograd functions of fused.py: several adapted products of one input, and a gated MLP.
+
+Comes in: base layers with scalings, x (..., I), factors A (R, I) and B (O, R) in float32.  Goes out: (..., O) each.
+With y = W x + s B A x and g = dL/dy:  dx = g W + s (g B) A,  dB = s g^T (x A^T),  dA = s (g B)^T x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunekit.model.weights import product_matrix
+
+
+class Casts:
+    """Factors in the compute dtype, made once for as long as no weight changes, else for every use."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Tensor] | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside the block the trained weights do not change: what was cast is used again."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, or gave before under this key."""
+        if self._kept is None:
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One adapted layer of a group."""
+
+    base: nn.Module
+    scaling: float
+    rank: int
+
+
+class Products:
+    """W_p x + s_p B_p A_p x for each layer p of a group. `factors`: A_1, B_1, A_2, B_2, ..."""
+
+    def __init__(self, members: Sequence[Member], casts: Casts) -> None:
+        self.members, self.casts = tuple(members), casts
+        starts = [sum(member.rank for member in members[:index]) for index in range(len(members))]
+        self.places = [slice(start, start + member.rank) for start, member in zip(starts, members, strict=True)]
+
+    def _joined_a(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """(sum of R, I): every A, one below the other."""
+        if len(self.members) == 1:
+            return self._cast(factors[0], (id(self), "a"), dtype)
+        return self.casts.get((id(self), "a", dtype), lambda: torch.cat([a.detach() for a in factors[::2]]).to(dtype))
+
+    def _cast(self, factor: Tensor, key: Any, dtype: torch.dtype) -> Tensor:
+        factor = factor.detach()
+        return factor if factor.dtype == dtype else self.casts.get((*key, dtype), lambda: factor.to(dtype))
+
+    def _b(self, index: int, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return self._cast(factors[2 * index + 1], (id(self), index), dtype)
+
+    def forward(self, x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+        """Shapes: x (..., I) -> (..., O) of each layer."""
+        low = x.reshape(-1, x.shape[-1]) @ self._joined_a(factors, x.dtype).t()  # (N, sum of R)
+        outputs = []
+        for index, member in enumerate(self.members):
+            bias: Any = member.base.bias
+            y = F.linear(x, product_matrix(member.base, x.dtype), None if bias is None else bias.to(x.dtype))
+            y.view(-1, y.shape[-1]).addmm_(low[:, self.places[index]], self._b(index, factors, x.dtype).t(),
+                                           alpha=member.scaling)  # fmt: skip
+            outputs.append(y)
+        return outputs
+
+    def backward(
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """dx (..., I), None unless wanted, and the factors' gradients in float32. A gradient of None is zero."""
+        flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
+        low = flat @ a.t()  # (N, sum of R)
+        through = torch.zeros_like(low)  # (N, sum of R): s g B
+        of_x: Tensor | None = None  # (N, I), summed in place
+        of_factors = [torch.zeros_like(factor) for factor in factors]
+        for index, (member, gradient) in enumerate(zip(self.members, gradients, strict=True)):
+            if gradient is None:
+                continue
+            g, place = gradient.reshape(-1, gradient.shape[-1]), self.places[index]  # (N, O)
+            through[:, place] = (g @ self._b(index, factors, x.dtype)).mul_(member.scaling)
+            of_factors[2 * index + 1].copy_((g.t() @ low[:, place]).mul_(member.scaling))
+            if wants_x:
+                w = product_matrix(member.base, x.dtype)  # (O, I)
+                of_x = g @ w if of_x is None else of_x.addmm_(g, w)
+                del w
+        of_a = through.t() @ flat  # (sum of R, I)
+        for index, place in enumerate(self.places):
+            of_factors[2 * index].copy_(of_a[place])
+        return None if of_x is None else of_x.addmm_(through, a).view(x.shape), of_factors
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Products, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *factors)
+        return tuple(group.forward(x, factors))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        of_x, of_factors = ctx.group.backward(x, factors, gradients, ctx.needs_input_grad[1])
+        return None, of_x, *of_factors
+
+
+def products(group: Products, x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The output of each layer of the group."""
+    outputs: tuple[Tensor, ...] = _Products.apply(group, x, *factors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """y = down(act(gate(x)) * up(x)); `inner` is gate and up."""
+
+    inner: Products
+    activation: Callable[[Tensor], Tensor]
+    down: Products
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps x, gate and up; the activation and its product with up are made again."""
+
+    @staticmethod
+    def forward(ctx: Any, gated: Gated, x: Tensor, *factors: Tensor) -> Tensor:
+        ctx.gated = gated
+        gate, up = gated.inner.forward(x, factors[:4])
+        ctx.save_for_backward(x, gate, up, *factors)
+        return gated.down.forward(gated.activation(gate).mul_(up), factors[4:])[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gated, (x, gate, up, *factors) = ctx.gated, ctx.saved_tensors
+        with torch.enable_grad():
+            source = gate.detach().requires_grad_()
+            activated = gated.activation(source)
+        active = activated.detach()  # (..., H)
+        of_hidden, of_down = gated.down.backward(active * up, factors[4:], gradients, True)
+        of_up = of_hidden * active
+        (of_gate,) = torch.autograd.grad(activated, source, of_hidden.mul_(up))
+        del activated, active, of_hidden
+        of_x, of_inner = gated.inner.backward(x, factors[:4], (of_gate, of_up), ctx.needs_input_grad[1])
+        return None, of_x, *of_inner, *of_down
+
+
+def gated_product(gated: Gated, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """The MLP's output. `factors`: A and B of gate, up and down."""
+    output: Tensor = _Gated.apply(gated, x, *factors)  # type: ignore[no-untyped-call]
+    return output

@@ -1,0 +1,50 @@
+"""Whether an MLP computes down(act(gate(x)) * up(x)) and nothing else, read from its own code.
+
+Comes in: a module.  Goes out: yes or no.  Next: fused.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+EXPRESSIONS = (
+    "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",
+    "self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))",
+)
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether the module's forward is one of EXPRESSIONS; an activation with weights of its own does not count."""
+    activation = getattr(module, "act_fn", None)
+    if not callable(activation) or (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
+        return False
+    kind: Any = type(module)
+    return _computes_gated(kind)
+
+
+@cache
+def _computes_gated(kind: Any) -> bool:
+    """Whether the body of `forward(self, x)` is a return of one of EXPRESSIONS, perhaps through one name."""
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list or len(function.args.args) != 2:
+        return False
+    argument, body = function.args.args[1].arg, list(function.body)
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):  # a docstring
+        body = body[1:]
+    text = "\n".join(ast.unparse(statement) for statement in body)
+    return any(text in _forms(expression.replace("(x)", f"({argument})")) for expression in EXPRESSIONS)
+
+
+def _forms(expression: str) -> list[str]:
+    """The statements that come to the same."""
+    named = [f"{name} = {expression}\nreturn {name}" for name in ("down_proj", "output", "hidden_states", "x")]
+    return [f"return {expression}", *named]
