@@ -48,7 +48,10 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
     if sorted(found) != list(range(int(config.num_hidden_layers))):
         raise no_way_in(config, f"has attention in {len(found)} of its {config.num_hidden_layers} layers only")
     prefix = _name_in(net, decoder(net))
-    return [_place(config, f"{prefix}{name}", module, layer) for layer, (name, module) in sorted(found.items())]
+    places = [_place(config, f"{prefix}{name}", module, layer) for layer, (name, module) in sorted(found.items())]
+    if len({(place.heads, place.width) for place in places}) > 1 or getattr(config, "num_kv_shared_layers", None):
+        raise no_way_in(config, "has keys that differ from layer to layer")
+    return places
 
 
 def decoder(net: nn.Module) -> nn.Module:
@@ -80,7 +83,8 @@ def _place(config: Any, name: str, module: nn.Module, layer: int) -> SelfAttenti
     if kinds and kinds[layer] not in ("full_attention", "sliding_attention"):
         raise no_way_in(config, f"has layers of {kinds[layer]}")
     window = getattr(config, "sliding_window", None)
-    heads, width = heads_and_width(config)
+    varied = getattr(config, "per_layer_config", None)
+    heads, width = heads_and_width(config if varied is None else varied[layer])
     place = SelfAttention(name, module, layer, heads, width, None if kinds and "full" in kinds[layer] else window)
     for own in ("k_proj", "k"):
         outputs = getattr(getattr(module, own, None), "out_features", heads * width)
@@ -98,6 +102,7 @@ def heads_and_width(config: Any) -> tuple[int, int]:
 
 
 def no_way_in(config: Any, why: str) -> ModelError:
+    """The refusal of a family, with its reason."""
     what = f"{config.model_type} {why}, so that no keys and values can be put before its own"
     return ModelError(what, "choose another adapter.method, such as lora or prompt", key=KEY)
 
