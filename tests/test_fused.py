@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tests.test_model_families import make_net
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.fused import GatedMlp, describe, find_groups
+from tunekit.adapters.base import load_method
+from tunekit.adapters.fused import GatedMlp, describe, find_groups, planned_groups
 from tunekit.adapters.fused_products import Casts
 from tunekit.adapters.targets import find_targets
 from tunekit.memory.checkpointing import prepare_layers
@@ -181,7 +182,8 @@ def test_plan_finds_the_same_groups_without_an_adapter() -> None:
     settings = LoraSettings(r=3)
     net = make_net("llama")
     targets = find_targets(net, settings, head_name="lm_head")
-    groups = find_groups(net, dict(net.named_modules()), settings, targets)
+    groups = planned_groups(net, load_method("lora"), settings, targets)
+    assert planned_groups(net, load_method("dora"), settings, targets) == []
     assert groups == adapted("llama")[1].fused
     assert describe(groups) == ("3 x gate_proj + up_proj + down_proj, 3 x o_proj, 3 x q_proj + k_proj + v_proj")
     packed = PackedLinear(4, 4, "int8", False, {}, None)

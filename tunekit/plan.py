@@ -17,6 +17,7 @@ import tunekit
 from tunekit.adapters.base import load_method
 from tunekit.adapters.configuration import read_adapter_config
 from tunekit.adapters.copies import copied_parameters
+from tunekit.adapters.fused import describe, planned_groups
 from tunekit.adapters.targets import find_targets, slot_count, trained_count, unreached_experts
 from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.artifacts.report import plan_page
@@ -277,6 +278,9 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes += refusals.position_notes(inputs.base, _longest_tokens(inputs))
     notes += refusals.run_notes(recipe, inputs.base, device)
     notes += start_notes(recipe.adapter, inputs.targets)
+    groups = planned_groups(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
+    if groups:
+        notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")
     notes.append(f"recomputed in the backward pass: {memory.reason}")
     return notes
 

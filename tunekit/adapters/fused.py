@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tunekit.adapters.base import Method
 from tunekit.adapters.fused_products import Casts, Gated, Member, Products, gated_product, products
 from tunekit.adapters.gated import is_gated_mlp
 from tunekit.adapters.lora import Lora
@@ -57,6 +58,13 @@ def _is_plain(settings: Any, target: Target) -> bool:
         and not settings.dropout
         and set(Lora.slots(settings, target)) == {"A", "B"}
     )
+
+
+def planned_groups(net: nn.Module, method: Method, settings: Any, targets: list[Target]) -> list[Group]:
+    """The groups that attaching an adapter to this base will make; none for other methods than lora."""
+    if method.layer is not Lora:
+        return []
+    return find_groups(net, dict(net.named_modules(remove_duplicate=False)), settings, targets)
 
 
 def describe(groups: Sequence[Group]) -> str:
