@@ -27,6 +27,7 @@ from tunekit.recipe.adapters.cpt import SLOT, CptSettings
 TYPES = 4  # input template, input, output template, output; the next example's are 4 higher
 INPUT, OUTPUT = 2, 0  # of a type modulo 4
 SMALLEST = 1e-10  # PEFT's bound for what does not move
+HOW = "write adapter.examples as a list of {input: ..., output: ...}"
 PAPER_WIDTH = 2048  # for which the bounds are meant
 
 
@@ -106,6 +107,8 @@ def with_context_ids(settings: CptSettings, tokenizer: Tokenizer) -> CptSettings
     """The settings with their examples as ids and types, piece by piece."""
     if settings.token_ids is not None:
         return settings
+    if not settings.examples:
+        raise RecipeError("cpt puts examples before each row, and none are written", HOW, key="adapter.examples")
     pieces = [(tokenizer.encode(text), kind) for text, kind in _pieces(settings) if text]
     ids = tuple(token for tokens, _ in pieces for token in tokens)
     types = tuple(kind for tokens, kind in pieces for _ in tokens)
@@ -131,6 +134,8 @@ class CptSide(PeftSide):
         """Our settings for PEFT's fields. Raises: AdapterError."""
         settings = super().read(config, file)
         count = config.get("num_virtual_tokens")
+        if settings.token_ids is None:
+            raise AdapterError("is missing", file=file, key="cpt_token_ids")
         if count is not None and count != len(settings.token_ids):
             what = f"is {shown(count)}, and cpt_token_ids are {len(settings.token_ids)}"
             raise AdapterError(what, file=file, key="num_virtual_tokens")

@@ -44,8 +44,8 @@ class CptSettings(AdapterSettings):
             raise ValueError(
                 "init_from cannot be continued by cpt: a folder does not hold from where its vectors moved"
             )
-        if bool(self.examples) == (self.token_ids is not None):
-            raise ValueError("examples (or token_ids) must hold the context, and only one of them")
+        if self.examples and self.token_ids is not None:
+            raise ValueError("examples and token_ids both hold the context; write one of them")
         for name in ("input_template", "output_template"):
             if getattr(self, name).count(SLOT) != 1:
                 raise ValueError(f"{name} must hold {SLOT} once")
