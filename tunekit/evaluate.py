@@ -23,7 +23,7 @@ from tunekit.training.answers import Question
 from tunekit.training.devices import Devices, make_devices
 from tunekit.training.evaluator import make_evaluator
 from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.refusals import position_problems, vocabulary_problems
+from tunekit.training.refusals import check_family, position_problems, vocabulary_problems
 
 
 def evaluate_verb(
@@ -96,10 +96,12 @@ def evaluate_rows(
     chunk = logits_chunk_tokens(model.base.facts.vocabulary_size)
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
+    objective = make_objective(make_objective_settings({}), logits_chunk_tokens=chunk)
+    check_family(model.base, objective)
     _check_rows(loaded, evaluation)
     evaluator = make_evaluator(
         model,
-        make_objective(make_objective_settings({}), logits_chunk_tokens=chunk),
+        objective,
         loaded.tokenizer,
         devices,
         evaluation,

@@ -21,7 +21,7 @@ from tunekit.artifacts.durable import free_bytes, remove_tree, rename, sync_file
 from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console
 from tunekit.decisions import bytes_text
-from tunekit.errors import AdapterError, InputError, ResourceError
+from tunekit.errors import AdapterError, InputError, ModelError, ResourceError
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder, make_meta_model
 from tunekit.model.rewrite import Changes, Rewriter
 from tunekit.model.source import find_source
@@ -98,6 +98,9 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
     output = output.expanduser().absolute()
     _check_output(output, [source.folder, target.adapter])
     rewriter = Rewriter(target.model, chosen)
+    if not rewriter.family.answers:
+        what = f"{target.model.name_or_path} is a {rewriter.family.text}, whose merge this version cannot measure"
+        raise ModelError(what, "use it as an adapter")
     changes = collect_changes(_attach(target, rewriter))
     _check_space(output, rewriter.output_bytes(changes))
     staging = output.with_name(f".{output.name}.part-{os.getpid()}")
@@ -267,7 +270,8 @@ def _rows(target: Target, tokenizer: LoadedTokenizer, vocabulary_size: int) -> t
 def _logits(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     """(T, V) float32 of one row (1, T)."""
     positions = torch.arange(ids.shape[1])[None]
-    hidden = model.family.hidden(model.net, {"input_ids": ids, "position_ids": positions})
+    answer = {"decoder_input_ids": ids} if model.family.reads_source else {}  # the row is source and answer at once
+    hidden = model.family.hidden(model.net, {"input_ids": ids, "position_ids": positions, **answer})
     return model.family.head(model.net).logits(hidden[0])
 
 

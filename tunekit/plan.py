@@ -109,7 +109,8 @@ def make_plan(
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
     """Model, tokenizer, rows and targets; the problems of all of them are noted."""
-    base = findings.attempt(lambda: make_meta_model(recipe.model, device=device))
+    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
+    base = findings.attempt(lambda: refusals.check_family(make_meta_model(recipe.model, device=device), objective))
     tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
     rows = targets = adapter = None
     if tokenizer is not None:

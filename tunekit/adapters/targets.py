@@ -150,8 +150,8 @@ class Search:
         """Names of adaptable layers (for exclude_modules: of any modules) that the entries match."""
         targets = key == "target_modules"
         if targets and entries == ALL_LINEAR:
-            linear = self.kinds & {"linear", "conv1d"}
-            return {n for n, m in self.modules.items() if layer_kind(m) in linear and n != self.head_name}
+            linear, head = self.kinds & {"linear", "conv1d"}, [self.head_name] if self.head_name else []
+            return {n for n, m in self.modules.items() if layer_kind(m) in linear and not is_within(n, head)}
         found: set[str] = set()
         for entry in [entries] if isinstance(entries, str) else entries:
             regex = isinstance(entries, str)

@@ -58,15 +58,15 @@ def _cpu_has_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
-def resolve_attention(section: ModelSection, config: Any, device: torch.device) -> str:
+def resolve_attention(section: ModelSection, config: Any, device: torch.device, auto_class: Any) -> str:
     """The attention implementation; auto is torch's fused one where the model has it, else the plain one.
 
+    `auto_class`: transformers' class that loads models of this family.
     Raises: ModelError where the asked one is not available.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    fused = bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)) if known else False
+    classes = auto_class._model_mapping
+    known = type(config) in classes
+    fused = bool(getattr(classes[type(config)], "_supports_sdpa", False)) if known else False
     if section.attention == "auto":
         return "sdpa" if fused else "eager"
     if section.attention == "flash_attention_2" and device.type != "cuda":

@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TextHead:
-    """logits = cap * tanh(scale * head(h) / cap), without the cap where the model has none.
+    """logits = cap * tanh(scale * head(h) / cap) + offset, without the cap or the offset where the model has none.
 
     Shapes: h (N, D) -> (N, V).    The module is looked up at each call, so that an adapter around it takes part.
     """
@@ -25,6 +25,7 @@ class TextHead:
     scale: float = 1.0
     divisor: float = 1.0
     soft_cap: float | None = None
+    offset_name: str | None = None  # of a buffer (1, V)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, D) -> (N, V) in float32."""
@@ -35,7 +36,7 @@ class TextHead:
             logits = logits * self.scale
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        return logits
+        return logits if self.offset_name is None else logits + self.net.get_buffer(self.offset_name)
 
 
 def make_head(net: nn.Module, name: str, config: Any) -> TextHead:
@@ -45,9 +46,12 @@ def make_head(net: nn.Module, name: str, config: Any) -> TextHead:
         scale = float(getattr(config, "logit_scale", None) or 1.0)
     elif config.model_type == "falcon_h1":
         scale = float(config.lm_head_multiplier)
+    elif getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head
+        scale = float(config.d_model) ** -0.5
     if config.model_type.startswith("granite"):
         divisor = float(getattr(config, "logits_scaling", None) or 1.0)
     cap = None
     for field in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
         cap = cap if cap is not None else getattr(config, field, None)
-    return TextHead(net, name, scale, divisor, None if cap is None else float(cap))
+    offset = "final_logits_bias" if "final_logits_bias" in dict(net.named_buffers(recurse=False)) else None  # BART
+    return TextHead(net, name, scale, divisor, None if cap is None else float(cap), offset)

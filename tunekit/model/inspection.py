@@ -22,10 +22,15 @@ SAMPLED_CHUNKS = 16
 GGUF_HEAD_BYTES = 2**20
 # What saving a model again changes, although the model stays the same.
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation")
+HEADS = {  # ending of the architecture's name -> family
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForConditionalGeneration": "seq2seq",
+    "MTModel": "seq2seq",  # MarianMTModel
+    "ForSequenceClassification": "classifier",
+}
 OTHER_HEADS = {
     "ForMaskedLM": "is a masked language model (it fills gaps and does not continue text)",
-    "ForConditionalGeneration": "is an encoder-decoder or multimodal model",
-    "ForSequenceClassification": "is a classifier",
     "ForTokenClassification": "is a token classifier",
     "ForQuestionAnswering": "is a question-answering model",
     "ForSpeechSeq2Seq": "is a speech model",
@@ -33,6 +38,7 @@ OTHER_HEADS = {
     "ForImageClassification": "is an image classifier",
     "ForPreTraining": "is a model with pre-training heads",
 }
+MEND = "choose a causal language model, an encoder-decoder such as T5 or BART, or a sequence classifier"
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -60,28 +66,36 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     return read_json(source.folder / "config.json")
 
 
-def check_family(config: dict[str, Any], section: ModelSection) -> None:
-    """Refuse by name what is not a decoder-only language model.
+def find_family(config: dict[str, Any], section: ModelSection) -> str:
+    """The family of a base, by the architecture that its configuration names; `model.family` must say the same.
 
-    Raises: ModelError with the reason.
+    Raises: ModelError with the reason for what is none of causal, seq2seq and classifier.
     """
-    mend = "choose a causal language model"
-    if section.family not in ("auto", "causal"):
-        raise ModelError(f"family {section.family} cannot be trained by this version", mend, key="model.family")
+    if section.family in ("speech", "diffusion"):
+        what = f"family {section.family} cannot be loaded by this version"
+        raise ModelError(what, MEND, key="model.family")
     kind = str(config.get("model_type", "unknown"))
     name = f"{section.name_or_path} ({kind})"
     architectures = config.get("architectures") or []
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    family = next((family for ending, family in HEADS.items() if architecture.endswith(ending)), None)
     reason = None
     if any(key in config for key in ("vision_config", "audio_config", "vq_config", "speech_config")):
         reason = "is a vision-language or audio-language model"
-    elif config.get("is_encoder_decoder"):
-        reason = "is an encoder-decoder model"
-    elif architecture and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    elif architecture and family is None:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
-        reason = next(known, f"has the architecture {architecture}, which is no causal language model")
+        reason = next(known, f"has the architecture {architecture}, which is none that tunekit knows")
     if reason:
-        raise ModelError(f"{name} {reason}", mend, key="model.name_or_path")
+        raise ModelError(f"{name} {reason}", MEND, key="model.name_or_path")
+    found = family or ("seq2seq" if config.get("is_encoder_decoder") else "causal")
+    if section.family not in ("auto", found):
+        raise ModelError(
+            f"{name} is of the family {found}, by its architecture {architecture or '(none named)'}, and model.family "
+            f"is {section.family}",
+            "write family: auto, or choose another base",
+            key="model.family",
+        )
+    return found
 
 
 def is_packed_by_bitsandbytes(config: dict[str, Any]) -> bool:

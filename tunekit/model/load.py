@@ -18,7 +18,7 @@ from tunekit.errors import ModelError
 from tunekit.model import codec, inspection
 from tunekit.model.attention import attend_per_document
 from tunekit.model.devices import give_back_memory, resolve_attention, resolve_dtype
-from tunekit.model.families import Family, text_config
+from tunekit.model.families import Family, make_family, text_config
 from tunekit.model.gguf_reading import gguf_arguments, parsed_once
 from tunekit.model.loading_errors import ModelErrors
 from tunekit.model.native_code import no_fetched_code
@@ -54,26 +54,25 @@ def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
     """Load the base from safetensors or GGUF, pack it where the section asks for it, freeze it, move it to `device`.
 
     A folder stored in bitsandbytes' 4 bits is read as it is: it can be evaluated, though plan refuses to train on it.
-    Raises: ModelError for anything that is not a complete, decoder-only language model.
+    Raises: ModelError for anything that is not a complete model of a family that tunekit knows.
     """
     dtype = resolve_dtype(section, device)
     source = find_source(section, weights=True)
     if section.quantization == "none" and source.gguf_file is None:
         raw = inspection.read_config(source)
         if inspection.is_packed_by_bitsandbytes(raw):
-            inspection.check_family(raw, section)
+            inspection.find_family(raw, section)
             return load_packed_folder(section, device)
     with parsed_once(source):
-        config = _read_configuration(source, section)
+        config, family = _read_configuration(source, section)
         if source.gguf_file is None:
             read_headers(source.folder)
-        attention = resolve_attention(section, config, device)
-        net, notes = _read_weights(source, section, config, dtype, attention)
+        attention = resolve_attention(section, config, device, family.auto_class())
+        net, notes = _read_weights(source, section, config, family, dtype, attention)
     if section.quantization != "none":
-        notes += quantize_layers(net, section, dtype, device)
+        notes += quantize_layers(net, family, section, dtype, device)
     net = net.to(device)
-    attend_per_document(net, device, dtype)
-    return _finish(net, section, source, dtype, device, inspection.fingerprint(source), notes)
+    return _finish(net, family, section, source, dtype, device, inspection.fingerprint(source), notes)
 
 
 def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
@@ -83,17 +82,16 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     """
     dtype = resolve_dtype(section, device)
     source = find_source(section, weights=False)
-    config = _read_configuration(source, section)
-    attention = resolve_attention(section, config, device)
+    config, family = _read_configuration(source, section)
+    attention = resolve_attention(section, config, device, family.auto_class())
     with ModelErrors(section), quiet(), torch.device("meta"):
-        net = _auto_model().from_config(
+        net = family.auto_class().from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
         )
     notes: list[str] = []
     if section.quantization != "none":
-        notes += quantize_layers(net, section, dtype, torch.device("meta"))
-    attend_per_document(net, device, dtype)
-    return _finish(net, section, source, dtype, torch.device("meta"), None, notes)
+        notes += quantize_layers(net, family, section, dtype, torch.device("meta"))
+    return _finish(net, family, section, source, dtype, torch.device("meta"), None, notes, planned_for=device)
 
 
 def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedModel:
@@ -102,9 +100,10 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
     source = find_source(section, weights=True)
     read_headers(source.folder)
     codec.import_bitsandbytes()
+    family = make_family(inspection.find_family(inspection.read_config(source), section))
     attention = None if section.attention == "auto" else section.attention
     with ModelErrors(section), quiet():
-        net = _auto_model().from_pretrained(
+        net = family.auto_class().from_pretrained(
             str(source.folder),
             dtype=dtype,
             attn_implementation=attention,
@@ -113,8 +112,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
             use_safetensors=True,
         )
     adopt_packed(net)
-    attend_per_document(net, device, dtype)
-    return _finish(net, section, source, dtype, device, None, [])
+    return _finish(net, family, section, source, dtype, device, None, [])
 
 
 def base_fingerprint(section: ModelSection) -> str:
@@ -122,15 +120,11 @@ def base_fingerprint(section: ModelSection) -> str:
     return inspection.fingerprint(find_source(section, weights=True))
 
 
-def _auto_model() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM
-
-
-def _read_configuration(source: ModelSource, section: ModelSection) -> Any:
-    """The configuration object, checked: family, stored quantization, remote code."""
+def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Any, Family]:
+    """The configuration object and the base's family, checked: architecture, stored quantization, remote code."""
     from transformers import AutoConfig
+
+    family = make_family("causal")
 
     arguments: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "local_files_only": True}
     if source.gguf_file is not None:
@@ -139,36 +133,34 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> Any:
     else:
         raw = inspection.read_config(source)
         inspection.check_quantized(raw, section)
-        inspection.check_family(raw, section)
+        family = make_family(inspection.find_family(raw, section))
     with ModelErrors(section), quiet():
         config = AutoConfig.from_pretrained(str(source.folder), **arguments)
-    _check_known(config, section)
+    _check_known(config, family, section)
     config.use_cache = False
     if hasattr(config, "transformers_weights"):
         del config.transformers_weights  # it would name another file than the one that was checked
-    return config
+    return config, family
 
 
-def _check_known(config: Any, section: ModelSection) -> None:
-    """Refuse a configuration that transformers has no causal language model for."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or section.trust_remote_code:
+def _check_known(config: Any, family: Family, section: ModelSection) -> None:
+    """Refuse a configuration for which transformers has no model of this family."""
+    if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
         return
     raise ModelError(
-        f"{section.name_or_path} ({config.model_type}) is no causal language model that transformers knows",
+        f"{section.name_or_path} ({config.model_type}) is no {family.text} that transformers knows",
         "choose another base, or a newer transformers",
         key="model.name_or_path",
     )
 
 
 def _read_weights(
-    source: ModelSource, section: ModelSection, config: Any, dtype: torch.dtype, attention: str
+    source: ModelSource, section: ModelSection, config: Any, family: Family, dtype: torch.dtype, attention: str
 ) -> tuple[nn.Module, list[str]]:
     """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
     with ModelErrors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
-        net, loading = _auto_model().from_pretrained(
+        net, loading = family.auto_class().from_pretrained(
             str(source.folder),
             config=config,
             dtype=dtype,
@@ -190,12 +182,14 @@ def _read_weights(
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
 
 
-def quantize_layers(net: nn.Module, section: ModelSection, dtype: torch.dtype, device: torch.device) -> list[str]:
+def quantize_layers(
+    net: nn.Module, family: Family, section: ModelSection, dtype: torch.dtype, device: torch.device
+) -> list[str]:
     """Pack every linear layer but the head, one at a time, so that only one is ever held twice. Returns notes."""
-    head = Family().head_name(net)
+    head = family.head_name(net)
     names = [name for name, module in net.named_modules() if layer_kind(module) in ("linear", "conv1d")]
     for name in names:
-        if name == head:
+        if head is not None and f"{name}.".startswith(f"{head}."):
             continue
         parent_name, _, attribute = name.rpartition(".")
         parent = net.get_submodule(parent_name)
@@ -224,17 +218,21 @@ def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
 
 def _finish(
     net: nn.Module,
+    family: Family,
     section: ModelSection,
     source: ModelSource,
     dtype: torch.dtype,
     device: torch.device,
     fingerprint: str | None,
     notes: list[str],
+    *,
+    planned_for: torch.device | None = None,
 ) -> LoadedModel:
-    """Freeze, set eval mode and collect the facts."""
+    """Freeze, set eval mode and collect the facts. `planned_for`: the device of a net that lies on meta."""
     net.requires_grad_(False)
     net.eval()
-    family = Family()
+    if family.name == "causal":
+        attend_per_document(net, planned_for or device, dtype)
     config: Any = net.config
     config.use_cache = False
     facts = _facts(net, family, section, source, dtype, fingerprint)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunekit.errors import DataError
+from tunekit.errors import DataError, ModelError
 from tunekit.model.call import seed_for
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
@@ -40,18 +40,23 @@ def generate_texts(
 ) -> list[list[int]]:
     """New ids of each prompt, in order, without the stop token that ended it.
 
-    Prompts of similar length share a batch, padded on the left with a mask and position ids. The base's own
-    generation defaults (penalties, top-k) are not used. `stop_ids`: by default those of find_stop_ids. `adapt`: what
-    an adapter of the whole model makes of the first step's inputs, which then have `virtual_tokens` more positions.
-    Raises: DataError for an empty prompt, or one as long as the model's table of positions.
+    Prompts of similar length share a batch, padded with a mask: on the left, but where an encoder reads them on the
+    right, since its positions count from the start of the row. The base's own generation defaults (penalties, top-k)
+    are not used. `stop_ids`: by default those of find_stop_ids. `adapt`: what an adapter of the whole model makes of
+    the first step's inputs, which then have `virtual_tokens` more positions.
+    Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
+    gives no text.
     """
+    if not model.family.answers:
+        raise ModelError(f"{model.name_or_path} is a {model.family.text}, which gives no text", "read its logits")
     stops = sorted(set(find_stop_ids(model, tokenizer) if stop_ids is None else stop_ids))
     longest = _position_table(model)
     longest = None if longest is None else longest - virtual_tokens
+    apart = model.family.reads_source  # then the answer has a table of positions to itself
     for number, prompt in enumerate(prompts_ids):
         if not len(prompt):
             raise DataError(f"prompt {number + 1} is empty", "write at least one character")
-        if longest is not None and len(prompt) >= longest:
+        if longest is not None and len(prompt) >= longest + apart:
             raise DataError(f"prompt {number + 1} has {len(prompt)} tokens, and the model's positions end at {longest}")
     order = sorted(range(len(prompts_ids)), key=lambda index: (len(prompts_ids[index]), index))
     results: list[list[int]] = [[] for _ in prompts_ids]
@@ -59,7 +64,7 @@ def generate_texts(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             widest = max(len(prompts_ids[index]) for index in rows)
-            new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest - widest)
+            new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest - widest * (not apart))
             torch.manual_seed(seed_for("generate", seed, start))
             settings = _settings(model, tokenizer.pad_id, new_tokens, temperature, top_p, stops)
             produced = _generate(model, [prompts_ids[index] for index in rows], tokenizer.pad_id, settings, adapt)
@@ -99,6 +104,7 @@ def _settings(
     """transformers' GenerationConfig with nothing but what is asked for."""
     from transformers import GenerationConfig
 
+    ends = _answer_ends(model) if model.family.reads_source else {}
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=new_tokens,
@@ -107,8 +113,26 @@ def _settings(
         bos_token_id=getattr(text_config(model.net), "bos_token_id", None),
         use_cache=True,
         num_beams=1,
-        **({"do_sample": False} | sampling),
+        **({"do_sample": False} | sampling | ends),
     )
+
+
+def _answer_ends(model: LoadedModel) -> dict[str, int]:
+    """The tokens with which an answer of an encoder-decoder begins, and ends where it is cut, whatever the source.
+
+    Raises: ModelError where neither the configuration nor the generation settings name the first one.
+    """
+    found: dict[str, int] = {}
+    for holder in (model.config, model.generation_config):  # the second one is newer, where the two differ
+        for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+            value = getattr(holder, name, None)
+            found |= {} if value is None else {name: int(value)}
+    if "decoder_start_token_id" not in found:
+        raise ModelError(
+            f"{model.name_or_path} does not say with which token its answers begin",
+            "write decoder_start_token_id into its config.json",
+        )
+    return found
 
 
 @torch.no_grad()
@@ -123,15 +147,18 @@ def _generate(
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)  # (B, T)
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)  # (B, T)
+    apart = model.family.reads_source
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, width - len(prompt) :] = 1
+        place = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)
+        ids[row, place] = torch.tensor(list(prompt))
+        mask[row, place] = 1
     net: Any = model.net
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     inputs = inputs if adapt is None else adapt(inputs)
     with quiet():
         output = net.generate(**inputs, generation_config=settings)
-    return output[:, width if "input_ids" in inputs else 0 :].tolist()  # type: ignore[no-any-return]
+    repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
+    return output[:, repeated:].tolist()  # type: ignore[no-any-return]
 
 
 def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:

@@ -80,6 +80,14 @@ class LoadedTokenizer:
             raise DataError(f"text spells the special token {self.token_text(found)!r} and cannot be encoded as text")
         return ids, encoding.offsets
 
+    def encode_source(self, text: str) -> list[int]:
+        """Ids of a whole text for an encoder, with the special tokens that the tokenizer puts around one."""
+        try:
+            ids: list[int] = self.native(text, truncation=False, padding=False, verbose=False)["input_ids"]
+        except (TypeError, UnicodeError) as error:
+            raise DataError("text holds characters that are no valid Unicode (a lone surrogate)") from error
+        return ids
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`."""
         text: str = self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunekit.errors import Problem
+from tunekit.errors import ModelError, Problem
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.tokenizer import LoadedTokenizer
-from tunekit.protocols import EncodedRows
+from tunekit.protocols import EncodedRows, Objective
 from tunekit.recipe.recipe import Recipe
 
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
@@ -53,6 +53,21 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         yield Problem(f"{existing} cannot be written to", "choose another output.dir, or change its mode", key=key)
+
+
+def check_family(base: LoadedModel, objective: Objective) -> LoadedModel:
+    """The base again, if the objective is one of its family.
+
+    Raises: ModelError.
+    """
+    if base.family.name == objective.family:
+        return base
+    what = f"{base.name_or_path} ({base.facts.model_type}) is a {base.family.text}"
+    raise ModelError(
+        f"{what}, and no objective of this version reads what it computes: it can be loaded, adapted and called",
+        "choose a causal language model",
+        key="model.name_or_path",
+    )
 
 
 def vocabulary_problems(base: LoadedModel, tokenizer: LoadedTokenizer, rows: EncodedRows) -> Iterator[Problem]:

@@ -1,12 +1,10 @@
-"""What a family of models has in common: where its layers, its head and its hidden states are.
+"""Causal language models, and what the other families share with them.
 
-Comes in: a net as transformers builds it.  Goes out: `Family`, found by structure, not by class names.
-Next: objectives/ read hidden states and head, memory/ and training/ read layers and stages.
+Comes in: a net as transformers builds it.  Goes out: `Family`.  Next: seq2seq.py and classifier.py say what differs.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +12,14 @@ import torch
 from torch import nn
 
 from tunekit.errors import ModelError
+from tunekit.model.families.structure import (
+    accepted_names,
+    base_name,
+    call_accepted,
+    last_hidden,
+    name_of,
+    text_config,
+)
 from tunekit.model.heads import TextHead, make_head
 from tunekit.model.stages import make_stages
 from tunekit.protocols import Stages
@@ -24,6 +30,16 @@ class Family:
     """Causal language models: tokens in, hidden states (B, T, D), a head (D) -> (V)."""
 
     name: str = "causal"
+    task_type: str = "CAUSAL_LM"  # as PEFT's adapter folders name the family
+    text: str = "causal language model"
+    answers: bool = True  # whether it generates text
+    reads_source: bool = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
+
+    def auto_class(self) -> Any:
+        """transformers' class that loads a base of this family."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """The decoder layers in order, with their module names."""
@@ -35,16 +51,16 @@ class Family:
 
         Of `inputs` (input_ids or inputs_embeds, position_ids, attention_mask) the base takes what it accepts.
         """
-        base = net.get_submodule(base_name(net))
-        accepted = _accepted(base)
-        taken = {key: value for key, value in inputs.items() if key in accepted}
-        switches = {"use_cache": False} if "use_cache" in accepted else {}
-        output = base(**taken, **switches)
-        return output[0] if isinstance(output, tuple) else output.last_hidden_state  # type: ignore[no-any-return]
+        return last_hidden(call_accepted(net.get_submodule(base_name(net)), inputs))
+
+    def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The net's own logits, whole: (B, T, V), of a classifier (B, C). Training reads hidden states and head."""
+        logits: torch.Tensor = call_accepted(net, inputs).logits
+        return logits
 
     def takes_positions(self, net: nn.Module) -> bool:
         """Whether the base accepts position ids; without them rows cannot be packed or padded on the left."""
-        return "position_ids" in _accepted(net.get_submodule(base_name(net)))
+        return "position_ids" in accepted_names(net.get_submodule(base_name(net)))
 
     def head(self, net: nn.Module) -> TextHead:
         """The output projection, with its scale and soft cap."""
@@ -55,11 +71,11 @@ class Family:
 
     def head_name(self, net: nn.Module) -> str | None:
         """Module name of the output projection."""
-        return _name_of(net, _call(net, "get_output_embeddings"))
+        return name_of(net, _call(net, "get_output_embeddings"))
 
     def embedding_name(self, net: nn.Module) -> str | None:
         """Module name of the token embedding."""
-        return _name_of(net, _call(net, "get_input_embeddings"))
+        return name_of(net, _call(net, "get_input_embeddings"))
 
     def tied(self, net: nn.Module) -> bool:
         """Whether the head and the token embedding are one matrix."""
@@ -75,36 +91,8 @@ class Family:
         return make_stages(net.get_submodule(base_name(net)), name, layers, text_config(net))
 
 
-def text_config(net: nn.Module) -> Any:
-    """The configuration of the text model."""
-    config: Any = net.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def base_name(net: nn.Module) -> str:
-    """Module name of the net without its head."""
-    prefix: Any = getattr(net, "base_model_prefix", "")
-    if not prefix or not isinstance(getattr(net, str(prefix), None), nn.Module):
-        raise ModelError(
-            f"{type(net).__name__} has no base model apart from its head", "choose a causal language model"
-        )
-    return str(prefix)
-
-
 def _call(net: nn.Module, method: str) -> Any:
     return getattr(net, method)()
-
-
-def _accepted(base: nn.Module) -> frozenset[str]:
-    """Names that the base's forward declares; what it would swallow as **kwargs does not count."""
-    return frozenset(inspect.signature(base.forward).parameters)
-
-
-def _name_of(net: nn.Module, wanted: Any) -> str | None:
-    """The name under which a module hangs in the net, also where an adapter has been put around it."""
-    if wanted is None:
-        return None
-    return next((name for name, module in net.named_modules(remove_duplicate=False) if module is wanted), None)
 
 
 def _find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:

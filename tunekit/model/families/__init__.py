@@ -1,0 +1,23 @@
+"""The families of models, a small class each: where layers, head and hidden states are, how a net is called.
+
+Comes in: a family's name, found in the base's configuration by model/inspection.py.  Goes out: `Family`.
+Next: objectives/ read hidden states and head, memory/ and training/ read layers and stages.
+"""
+
+from __future__ import annotations
+
+from tunekit.model.families.causal import Family as Family
+from tunekit.model.families.classifier import ClassifierFamily
+from tunekit.model.families.seq2seq import Seq2SeqFamily
+from tunekit.model.families.structure import text_config as text_config
+
+FAMILIES: dict[str, type[Family]] = {
+    "causal": Family,
+    "seq2seq": Seq2SeqFamily,
+    "classifier": ClassifierFamily,
+}
+
+
+def make_family(name: str) -> Family:
+    """The family of this name; inspection.find_family gives no other."""
+    return FAMILIES[name]()

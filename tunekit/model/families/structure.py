@@ -1,0 +1,56 @@
+"""What every family looks up in a net: by structure and declared names, never by class names.
+
+Comes in: a net as transformers builds it.  Goes out: names and modules.  Next: the other files here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.errors import ModelError
+
+
+def text_config(net: nn.Module) -> Any:
+    """The configuration of the text model."""
+    config: Any = net.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def base_name(net: nn.Module) -> str:
+    """Module name of the net without its head."""
+    prefix: Any = getattr(net, "base_model_prefix", "")
+    if not prefix or not isinstance(getattr(net, str(prefix), None), nn.Module):
+        raise ModelError(
+            f"{type(net).__name__} has no base model apart from its head", "choose a causal language model"
+        )
+    return str(prefix)
+
+
+def accepted_names(module: nn.Module) -> frozenset[str]:
+    """Names that the module's forward declares; what it would swallow as **kwargs does not count."""
+    return frozenset(inspect.signature(module.forward).parameters)
+
+
+def call_accepted(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+    """The module's output for those of the inputs that it accepts; no cache is made."""
+    accepted = accepted_names(module)
+    taken = {key: value for key, value in inputs.items() if key in accepted}
+    switches = {"use_cache": False} if "use_cache" in accepted else {}
+    return module(**taken, **switches)
+
+
+def last_hidden(output: Any) -> torch.Tensor:
+    """(B, T, D) of a base's output."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
+    return hidden
+
+
+def name_of(net: nn.Module, wanted: Any) -> str | None:
+    """The name under which a module hangs in the net, also where an adapter has been put around it."""
+    if wanted is None:
+        return None
+    return next((name for name, module in net.named_modules(remove_duplicate=False) if module is wanted), None)
