@@ -17,6 +17,7 @@ from torch import nn
 
 from tunekit.errors import ModelError, NumericsError
 from tunekit.model import codec, inspection
+from tunekit.model.converted import StoredPieces
 from tunekit.model.devices import resolve_dtype
 from tunekit.model.families import Family
 from tunekit.model.load import load_model, make_meta_model
@@ -100,6 +101,7 @@ class Rewriter:
         self.embedding = self.family.embedding_name(self.net)
         self.tied = self.family.tied(self.net)
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
+        self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
         self.generation_config: Any = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
         self.names = frozenset(self.tensors.names())
@@ -159,6 +161,10 @@ class Rewriter:
         """Every change must have its tensor."""
         wanted = [f"{module}.weight" for module in changes.layers] + list(changes.parameters)
         absent = sorted(name for name in wanted if self._stored_name(name) not in self.names)
+        for name in [name for name in absent if name in changes.parameters]:
+            pieces = StoredPieces(self.net, name, self.names)
+            self.pieces |= dict.fromkeys(pieces.names, pieces)
+            absent = [other for other in absent if other != name or not pieces.names]
         if absent:
             raise ModelError(
                 f"the base's files hold no tensor {absent[0]}, which the adapter changes ({len(absent)} such)",
@@ -214,6 +220,10 @@ class Rewriter:
             module_name, _, suffix = name.rpartition(".")
             if name in done or (suffix == "bias" and module_name in changes.layers):
                 continue  # a changed layer's bias comes with its weight
+            if name in self.pieces:
+                done.update(self.pieces[name].names)
+                yield from self._in_pieces(self.pieces[name], changes)
+                continue
             module = self.modules.get(module_name)
             if suffix == "weight" and module is not None and layer_kind(module) is not None:
                 bias_name = f"{module_name}.bias"
@@ -228,6 +238,11 @@ class Rewriter:
         if self.unties(changes) and head_name not in done:
             stored = self.tensors.read(f"{self.embedding}.weight")
             yield from self._layer(str(self.head), stored, None, changes)
+
+    def _in_pieces(self, pieces: StoredPieces, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
+        changed = changes.parameters[pieces.parameter](pieces.join(self.tensors.read))
+        for name, tensor in pieces.split(changed).items():
+            yield name, self._cast(name, tensor)
 
     def _parameter(self, name: str, changes: Changes) -> torch.Tensor:
         stored = self.tensors.read(name)

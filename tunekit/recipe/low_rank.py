@@ -59,7 +59,7 @@ class LowRankSettings(AdapterSettings):
     )
     target_parameters: Several[Text] = Field(
         (),
-        description="fused expert weights adapted as well, such as experts.down_proj; with target_modules: [] only they",
+        description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone",
     )
     exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
     rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")

@@ -1,0 +1,41 @@
+"""Parameters that a checkpoint stores in pieces: a mixture's experts one by one, where the net has them fused.
+
+Comes in: the net, without values, and the names in its files.  Goes out: the fused parameter from its pieces, and back.
+Next: rewrite.py.  What belongs where is asked of transformers, which made one of the other at load.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+
+class StoredPieces:
+    """One parameter of the net and its pieces in the files; `names` is empty where the files have no such pieces."""
+
+    def __init__(self, net: nn.Module, parameter: str, stored: Collection[str]) -> None:
+        self.net, self.parameter = net, parameter
+        self.shape = net.get_parameter(parameter).shape
+        pieces = self.split(torch.empty(self.shape, device="meta"))
+        sizes = sum(piece.numel() for piece in pieces.values())
+        fits = all(name in stored for name in pieces) and sizes == math.prod(self.shape)
+        self.names = sorted(pieces) if fits else []
+
+    def split(self, whole: Tensor) -> dict[str, Tensor]:
+        """The pieces by their names in the files."""
+        net: Any = self.net
+        pieces: dict[str, Tensor] = revert_weight_conversion(net, {self.parameter: whole})
+        return pieces
+
+    def join(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter in float32, from pieces that `read` gives by name."""
+        whole = torch.empty(math.prod(self.shape))
+        places = self.split(torch.arange(whole.numel(), dtype=torch.int32).reshape(self.shape))
+        for name, place in places.items():
+            whole[place.flatten().long()] = read(name).flatten().float()
+        return whole.reshape(self.shape)
