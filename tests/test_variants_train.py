@@ -1,4 +1,7 @@
-"""Four steps of training with every product and rotation: it learns, every tensor moves, and a resume is exact."""
+"""Four steps of training with variants of methods: it learns, every trained tensor moves, and a resume is exact.
+
+What each method does as it is stands in test_every_method_trains.py.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,23 @@ import pytest
 import torch
 
 from tests.contract.product_methods import PRODUCTS
+from tests.contract.vector_methods import VECTORS
 from tests.loop_case import Case, make_case, make_rows
 from tunekit.errors import Stopped
+from tunekit.recipe.names import known_names
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.parts import LoopState
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 
 RATES = {"lokr-both": 1e-1}
+CHANGES: dict[str, dict[str, Any]] = {"ia3-feedforward": {"feedforward_modules": ("down_proj",)}}
+VARIANTS = {name: make for name, make in (PRODUCTS | VECTORS).items() if name not in known_names("adapters")}
 
 
 def settings_of(name: str) -> Any:
-    return PRODUCTS[name]().model_copy(update={"target_modules": ("q_proj", "v_proj", "down_proj")})
+    return VARIANTS[name]().model_copy(
+        update={"target_modules": ("q_proj", "v_proj", "down_proj"), **CHANGES.get(name, {})}
+    )
 
 
 def run(folder: Path, name: str, rate: float, checkpointed: int = 0) -> Case:
@@ -38,6 +47,7 @@ def start(folder: Path, name: str, rate: float, checkpointed: int = 0) -> Case:
         max_steps=4,
         micro_batch_size=4,
         gradient_accumulation_steps=2,
+        weight_decay=0.1,
     )
     return make_case(folder, make_rows(8), training=section, adapter=settings_of(name), checkpointed=checkpointed)
 
@@ -51,7 +61,7 @@ def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_four_steps(name: str, tiny_llama: Path) -> None:
     rate = RATES.get(name, 2e-2)
     still = run(tiny_llama, name, 0.0)
@@ -60,6 +70,8 @@ def test_four_steps(name: str, tiny_llama: Path) -> None:
     first.run()
     after = weights(first)
     assert all(not torch.equal(before[key], after[key]) for key in first.adapter.trained())
+    trained = first.adapter.trained()
+    assert [key for key in after if key not in trained and not torch.equal(before[key], after[key])] == []
     assert first.losses[-1] < still.losses[-1]
     assert_same_bits(weights(run(tiny_llama, name, rate, checkpointed=2)), after)
     stopped = start(tiny_llama, name, rate)
