@@ -19,7 +19,6 @@ from tunekit.errors import ModelError, NumericsError
 from tunekit.model import codec, inspection
 from tunekit.model.converted import StoredPieces
 from tunekit.model.devices import resolve_dtype
-from tunekit.model.families import Family
 from tunekit.model.load import load_model, make_meta_model
 from tunekit.model.shards import ShardReader, ShardWriter
 from tunekit.model.source import ModelSource, find_source
@@ -96,7 +95,7 @@ class Rewriter:
         self.source: ModelSource = find_source(section, weights=True)
         plain = section.model_copy(update={"quantization": "none"})
         meta = make_meta_model(plain, device=device)
-        self.family, self.net, self.config = Family(), meta.net, meta.config
+        self.family, self.net, self.config = meta.family, meta.net, meta.config
         self.head = self.family.head_name(self.net)
         self.embedding = self.family.embedding_name(self.net)
         self.tied = self.family.tied(self.net)
