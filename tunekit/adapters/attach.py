@@ -188,6 +188,10 @@ class AttachedAdapter:
             setattr(parent, own, wrapper)
             self._places.append((parent, own, old))
 
+    def placed(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        """Each wrapper in place: the module that holds it, under which name, the wrapper."""
+        return [(parent, own, getattr(parent, own)) for parent, own, _ in self._places]
+
     def detach(self) -> None:
         """Take the adapter out: the plain base stands again, module for module. The state stays here."""
         for parent, own, old in reversed(self._places):
