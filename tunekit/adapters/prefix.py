@@ -118,7 +118,7 @@ class Prefix(ModelAdapter):
         return keys, values
 
     def initialise(self, generator: torch.Generator) -> None:
-        start = self.settings.start
+        start = self.settings.first_values
         if start == "text":
             with torch.no_grad():
                 self.prefix.copy_(self._of_text())
@@ -183,14 +183,14 @@ def _compare(settings: Any, net: nn.Module, places: list[SelfAttention]) -> None
         ]
         if wrong:
             raise AdapterError.of(wrong)
-    elif settings.start == "text" and _encoder_decoder(net):
+    elif settings.first_values == "text" and _encoder_decoder(net):
         what = "an encoder-decoder's prefix cannot be made of a text: PEFT's format gives two layers the same one"
         raise RecipeError(what, "write init: random", key="adapter.init")
 
 
 def with_tokenizer(settings: Any, tokenizer: Tokenizer) -> Any:
     """The settings with init_text as ids, behind the token that begins texts, where the tokenizer puts one there."""
-    if settings.start != "text" or settings.init_ids is not None:
+    if settings.first_values != "text" or settings.init_ids is not None:
         return settings
     ids = tokenizer.encode(settings.init_text)
     begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []

@@ -53,6 +53,6 @@ class PrefixSettings(AdapterSettings):
         return self
 
     @property
-    def start(self) -> str:
+    def first_values(self) -> str:
         """The init that is meant."""
         return self.init or ("random" if self.prefix_projection else "text")
