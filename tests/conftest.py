@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytest_plugins = ["tests.parity.table"]  # gathers the parity table from every process and prints it
 
 
@@ -26,13 +27,22 @@ def stories(shared: Path) -> Path:
     return shared / "models" / "stories260k"
 
 
+def find_smollm2(repository: Path, named: str | None) -> Path | None:
+    """SmolLM2-135M-Instruct as a folder or a GGUF file: the one named, else one in .cache (scripts/fetch_model)."""
+    cache = repository / ".cache"
+    places = [Path(named)] if named else [cache / "smollm2", cache / "smollm2-gguf" / SMOLLM2_FILE]
+    fitting = [place for place in places if place.is_file() or (place / "config.json").is_file()]
+    return fitting[0] if fitting else None
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a folder (TUNEKIT_SMOLLM2)."""
-    folder = Path(os.environ.get("TUNEKIT_SMOLLM2", REPOSITORY / ".cache" / "smollm2"))
-    if not (folder / "config.json").exists():
-        pytest.skip(f"SmolLM2-135M-Instruct is absent ({folder}); set TUNEKIT_SMOLLM2")
-    return folder
+    """SmolLM2-135M-Instruct, as a folder or a GGUF file."""
+    named = os.environ.get("TUNEKIT_SMOLLM2")
+    found = find_smollm2(REPOSITORY, named)
+    if found is None:
+        pytest.skip(f"SmolLM2-135M-Instruct is absent ({named or '.cache'}): run scripts/fetch_model")
+    return found
 
 
 CHAT_TEMPLATE = (
