@@ -382,3 +382,16 @@ def test_a_local_base_is_named_from_the_new_place(tmp_path: Path) -> None:
     ]
     new = call(tmp_path / "made" / "of" / "both", folders, "cat")
     assert json.loads((new / CONFIG).read_text())["base_model_name_or_path"] == "../../../base"
+
+
+def test_adapters_of_experts_are_refused_as_by_peft(tmp_path: Path) -> None:
+    experts = {"target_modules": ("q_proj",), "target_parameters": ("gate_up_proj",)}
+    folders = [write(tmp_path / n, s, "mixtral", **experts) for n, s in (("a", 1), ("b", 2))]
+    with pytest.raises(TunekitError, match="adapts fused expert parameters"):
+        call(tmp_path / "new", folders, "cat")
+
+
+def test_a_start_that_moved_weights_is_converted_first(tmp_path: Path) -> None:
+    folders = [write(tmp_path / "a", 1), edit(write(tmp_path / "b", 2), init_lora_weights="pissa")]
+    with pytest.raises(TunekitError, match=r"init_lora_weights: .* tunekit adapter convert writes plain LoRA"):
+        call(tmp_path / "new", folders, "cat")

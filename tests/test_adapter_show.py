@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.contract.test_layer_contract import METHODS, attach, make_base, randomise
+from tests.parity.peft_case import BASES
 from tests.test_adapter_folder import CONFIG, FACTS, PICKLE, Q0, TENSORS, copy_as_peft, make_adapter, make_llama, save
 from tests.test_cli import run
+from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.summary import split_name, summarise_adapter
 from tunekit.errors import AdapterError
+from tunekit.recipe.adapters.lora import LoraSettings
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +206,15 @@ def test_no_folder_is_one_line(
     assert capsys.readouterr().err.splitlines() == [
         f"{tmp_path / 'none'}: is not an adapter folder; name a folder that holds adapter_config.json"
     ]
+
+
+def test_experts_have_no_rank_of_their_tensors(tmp_path: Path) -> None:
+    base = BASES["mixtral"]
+    settings = LoraSettings(r=2, target_modules=("q_proj",), target_parameters=("gate_up_proj", "down_proj"))
+    attached = attach_adapter(base.make(), settings, seed=1, head_name=base.head_name)
+    summary = summarise_adapter(save(attached, tmp_path / "adapter"))
+    told = {layer.name: (layer.rank, layer.update_norm) for layer in summary.layers}
+    assert told["model.layers.0.self_attn.q_proj"] == (2, 0.0)
+    assert told["model.layers.0.mlp.experts"] == (None, None)
+    assert summary.parameters == sum(p.numel() for p in attached.trained().values())
+    assert summary.ranks == {2: 2}

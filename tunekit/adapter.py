@@ -22,7 +22,7 @@ from tunekit.adapters.moved_starts import FROM_BASE, HOW, START, read_moved, sta
 from tunekit.adapters.nearest_lora import Loss, loss_between, nearest_lora, total
 from tunekit.adapters.on_base import attach_to_base, base_section
 from tunekit.adapters.summary import AdapterSummary, summarise_adapter
-from tunekit.artifacts.durable import write_json
+from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.console import Console
 from tunekit.decisions import bytes_text
 from tunekit.errors import AdapterError, InputError
@@ -35,6 +35,8 @@ LISTED = 12  # names printed of a list; a JSON file has them all
 
 def show_verb(adapter: str, json_file: str | None) -> None:
     """Tell what is in the folder. Raises: AdapterError where it cannot be read as an adapter at all."""
+    if json_file is not None:
+        require_writable(Path(json_file))
     console = Console()
     summary = summarise_adapter(adapter_folder(adapter))
     _show(console, summary)
@@ -185,6 +187,8 @@ def diff_verb(
     left: str, right: str, rank: int | None, base: str | None, json_file: str | None, output: str | None
 ) -> None:
     """Compare two adapters or two models. Raises: InputError where they are not two of a kind."""
+    if json_file is not None:
+        require_writable(Path(json_file))
     console = Console()
     if (rank is None) != (output is None) or (rank is not None and rank < 1):
         raise InputError("to extract a LoRA takes a rank and a folder", "give --extract-rank R --output DIR")
@@ -231,7 +235,7 @@ def _diff_models(console: Console, names: list[str], rank: int | None, output: P
     if rank is not None and place is not None:
         one, two = (Rewriter(section, "full") for section in sections)
         found = extract_models(one, two, rank)
-        facts = BaseFacts(sections[0].name_or_path, fingerprint=one.fingerprint(), task_type="CAUSAL_LM")
+        facts = BaseFacts(sections[0].name_or_path, fingerprint=one.fingerprint(), task_type=one.family.task_type)
         lora = plain_lora(found.updates, conv1d=found.conv1d, target_modules=found.target_modules)
         _list(console, "tensors differ that a LoRA cannot hold, and are left out", list(found.left_out))
         _write_extracted(console, place, facts, lora, found.losses, rank)

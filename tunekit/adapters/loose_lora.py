@@ -62,6 +62,9 @@ def read_loose_lora(folder: Path, instead: Mapping[str, Any] | None = None) -> L
     if config.settings.method != "lora":
         how = "tunekit adapter convert --rank R writes a LoRA that is near it"
         raise AdapterError(f"holds a {config.settings.method} adapter, and not a LoRA", how, file=config.file)
+    if config.settings.target_parameters:
+        what = "adapts fused expert parameters, whose factors are of all experts at once: PEFT cannot add such adapters"
+        raise AdapterError(what, "merge it instead", file=config.file, key="target_parameters")
     fields = parse_json(read_small(config.folder / CONFIG_NAME), config.file)
     path = config.folder / TENSORS_NAME
     header = read_tensor_header(path)

@@ -37,6 +37,9 @@ MODULES: dict[str, tuple[Any, ...]] = {  # of every PEFT type that adapts module
     "layers_to_transform": (None, []),
     "modules_to_save": (None, []),
 }
+MENDS = {  # PEFT's name -> what to do about a value that is refused
+    "init_lora_weights": "such a start may have moved weights of the base: tunekit adapter convert writes plain LoRA",
+}
 OFF: tuple[Any, ...] = (None, False, [], {}, "")  # an unknown field with one of these values changes nothing
 
 
@@ -73,7 +76,11 @@ class PeftSide:
         """
         problems = [
             Problem(
-                f"the field has the value {shown(value)}, which tunekit does not support here", "", file, None, name
+                f"the field has the value {shown(value)}, which tunekit does not support here",
+                MENDS.get(name, ""),
+                file,
+                None,
+                name,
             )
             for name, value in sorted(config.items())
             if name not in self.fields and not self._accepts(name, value)

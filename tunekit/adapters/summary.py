@@ -25,7 +25,7 @@ from tunekit.adapters.configuration import (
     read_adapter_config,
     refuse_pickle,
 )
-from tunekit.adapters.loose_lora import FACTORS, PREFIX, Scalings
+from tunekit.adapters.loose_lora import FACTORS, PREFIX, Resolved, Scalings
 from tunekit.adapters.low_rank import LowRank
 from tunekit.adapters.peft_side import shown
 from tunekit.adapters.strict_files import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of
@@ -98,8 +98,10 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
         tensors.append(_summarise(name, header[name], tensor))
         suffix = next((suffix for suffix in FACTORS if name.endswith(suffix)), None)
         if suffix and tensor.dim() == 2:
-            factors.setdefault(split_name(name)[0], {})[FACTORS[suffix][0]] = tensor
+            factors.setdefault(name.removeprefix(PREFIX).removesuffix(suffix), {})[FACTORS[suffix][0]] = tensor
     try:
+        if config is not None and getattr(config.settings, "target_parameters", None):
+            factors = _without_experts(factors, config)
         norms = _update_norms(factors, config)
     except AdapterError as error:  # patterns that nobody can read
         norms = {}
@@ -187,6 +189,16 @@ def _layers(
             )
         )
     return layers
+
+
+def _without_experts(factors: dict[str, dict[str, Tensor]], config: AdapterConfig) -> dict[str, dict[str, Tensor]]:
+    """Those of layers: the factors of fused experts lie in one tensor, whose first side is no rank."""
+    ranks = Resolved(config, "rank_pattern")
+    return {
+        name: pair
+        for name, pair in factors.items()
+        if "A" in pair and len(pair["A"]) == ranks.of(name, config.settings.r)
+    }
 
 
 def _update_norms(factors: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig | None) -> dict[str, float]:
