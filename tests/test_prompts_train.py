@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.loop_case import Case, make_case, make_rows
+from tests.parity.peft_case import BASES
 from tests.train_case import in_child, kill_self, records, result_bytes, train_in_child, without_times, write_recipe
 from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import RecipeError, Stopped
-from tunekit.model.load import LoadedModel, load_model
+from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.sample import generate_texts
 from tunekit.model.tokenizer import load_tokenizer
 from tunekit.plan import make_plan
@@ -27,6 +28,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.findings import raise_refusals
 from tunekit.training.parts import LoopState
+from tunekit.training.refusals import position_problems
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.tuned import TunedModel
 
@@ -167,6 +169,43 @@ def test_with_a_cache_as_without_one_token_for_token(name: str, tiny_llama: Path
     base: LoadedModel = model.base
     plain = generate_texts(base, tokenizer, prompts, max_new_tokens=12, batch_size=3, stop_ids=[])
     assert found != plain
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_answers_behind_a_prompt(family: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """The encoder has the vectors; with a cache as without one, sources padded as alone."""
+    BASES[family].make().save_pretrained(tmp_path / "base")
+    base = load_model(ModelSection(name_or_path=str(tmp_path / "base"), dtype="float32"), device=torch.device("cpu"))
+    attached = attach_adapter(
+        base.net, PromptSettings(num_virtual_tokens=4, init="random"), seed=0, head_name="lm_head"
+    )
+    model, net = TunedModel(base, attached), base.net
+    start: Any = net.config
+    prompts = [[60, 61, 62], [70, 71, 72, 73, 74, 75, 76]]
+    expected = []
+    with torch.no_grad(), model.training_mode(False):
+        for prompt in prompts:
+            answer = [start.decoder_start_token_id]
+            for _ in range(6):
+                ids = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([answer])}
+                hidden = model.hidden(ids)  # (1, answer, D)
+                answer.append(int(model.head().logits(hidden[0, -1:]).argmax()))
+            expected.append(answer[1:])
+        tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
+        found = generate_texts(
+            base, tokenizer, prompts, max_new_tokens=6, batch_size=2, stop_ids=[],
+            adapt=model.adapted, virtual_tokens=model.virtual_tokens,
+        )  # fmt: skip
+    assert found == expected
+
+
+@pytest.mark.parametrize(("virtual", "key"), [(60, "data.max_length"), (64, "adapter.num_virtual_tokens")])
+def test_a_table_of_positions_must_hold_the_vectors_too(virtual: int, key: str, tmp_path: Path) -> None:
+    BASES["gpt2"].make().save_pretrained(tmp_path / "base")
+    base = make_meta_model(ModelSection(name_or_path=str(tmp_path / "base")), device=torch.device("cpu"))
+    (problem,) = position_problems(base, 12 + virtual, virtual)
+    assert (problem.key, f"{virtual} of them virtual" in problem.what) == (key, True)
+    assert list(position_problems(base, 64, virtual)) == []
 
 
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BartConfig, BartForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from tests.parity.peft_case import BASES, IDS, Base, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
@@ -193,6 +194,23 @@ def test_the_encoder_of_a_file_is_never_built(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder_hidden_size": 10**9}))
     read = attach_adapter_folder(BASES["llama"].make(), folder, head_name="lm_head")
     assert list(read.state()) == ["prompt_embeddings"]
+
+
+def test_a_classifier_that_looks_at_ids_is_refused_or_called_with_whole_rows() -> None:
+    config = BartConfig(vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32)
+    with pytest.raises(AdapterError, match="looks in the ids"):
+        attach_adapter(BartForSequenceClassification(config), PROMPTS["random"], seed=1, head_name=None)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    net: Any = LlamaForSequenceClassification(LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0)).eval()
+    attached = attach_adapter(net, PROMPTS["random"], seed=1, head_name="score")
+    alone = net(**attached.inputs({"input_ids": IDS[:1, 5:]})).logits
+    mask = torch.ones_like(IDS[:1])
+    mask[:, :5] = 0
+    padded = net(**attached.inputs({"input_ids": IDS[:1], "attention_mask": mask})).logits
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
+    with pytest.raises(AdapterError, match="cannot see where a padded row ends"):
+        attached.inputs({"input_ids": IDS[:1], "attention_mask": mask.flip(1)})
 
 
 def test_lstm_dropout_is_off_outside_training() -> None:

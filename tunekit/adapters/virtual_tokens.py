@@ -54,6 +54,11 @@ class VirtualTokens(ModelAdapter):
     def attach(self, net: nn.Module) -> None:
         self.__dict__["net"] = net  # not a submodule of its own adapter
         self.__dict__["real"] = None  # (B, T): where the last call's tokens stand; None: after all vectors
+        if is_encoder_decoder(net) and self.net.get_output_embeddings() is None:
+            what = (
+                f"{type(net).__name__} looks in the ids for the place that it reads, and a prompt gives it embeddings"
+            )
+            raise AdapterError(what, "adapt its layers, with lora for one", key="adapter.method")
 
     @classmethod
     def virtual_tokens(cls, settings: Any) -> int:
@@ -81,6 +86,7 @@ class VirtualTokens(ModelAdapter):
         length, vectors = self.virtual_tokens(self.settings), self.vectors(given.pop("task_ids", None))
         vectors = vectors.to(rows).expand(rows.shape[0], -1, -1)  # (B, P, D)
         order = _order(given.get("attention_mask"), length)
+        self._refuse_hidden_ends(given.get("attention_mask"))
         self.__dict__["real"] = None if order is None else (order >= length).nonzero()[:, 1].view(rows.shape[0], -1)
         given["inputs_embeds"] = _join(vectors[:, :length], rows, order)
         for name, before in (("attention_mask", 1), ("token_type_ids", 0)):
@@ -98,6 +104,16 @@ class VirtualTokens(ModelAdapter):
         """The embeddings that are given, or those of the ids, which are taken out."""
         tokens = given.pop(ids, None)
         return given[embeddings] if tokens is None else self.net.get_input_embeddings()(tokens)
+
+    def _refuse_hidden_ends(self, mask: Tensor | None) -> None:
+        """A decoder's classifier finds the end of a row by its padding ids, and here it gets embeddings."""
+        if (
+            mask is not None
+            and isinstance(getattr(self.net, "score", None), nn.Module)
+            and bool((mask[:, -1] == 0).any())
+        ):
+            what = f"{type(self.net).__name__} reads each row's last token, and cannot see where a padded row ends in "
+            raise AdapterError(what + "a prompt's embeddings", "pad on the left, or call rows of one length")
 
     def _before_decoder(self, given: dict[str, Tensor], vectors: Tensor) -> None:
         """The decoder's own vectors before its tokens, where the call names those."""
