@@ -15,7 +15,7 @@ from tests.loop_case import Case, make_case, make_rows
 from tests.test_merge import write_base
 from tests.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import find_targets, trained_count
 from tunekit.errors import AdapterError, RecipeError, Stopped
 from tunekit.merge import merge_adapter
@@ -207,6 +207,18 @@ def test_files_are_refused_by_name(mixture: Path, tmp_path: Path) -> None:
         path.write_text(json.dumps(config | changes))
         with pytest.raises(AdapterError, match=message):
             attach_adapter_folder(load(mixture), tmp_path / "a", head_name="lm_head")
+
+
+def test_training_goes_on_from_a_folder(mixture: Path, tmp_path: Path) -> None:
+    first = attach(load(mixture), LoraSettings(**FIELDS))
+    move(first)
+    save_adapter_folder(first, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
+    second = attach(load(mixture), LoraSettings(**{**FIELDS, "target_parameters": ("gate_up_proj", "down_proj")}))
+    load_into(second, tmp_path / "a")
+    assert all(torch.equal(second.state()[name], tensor) for name, tensor in first.state().items())
+    other = attach(load(mixture), LoraSettings(**{**FIELDS, "target_parameters": BOTH[:1]}))
+    with pytest.raises(AdapterError, match="down_proj is adapted there and not by the recipe"):
+        load_into(other, tmp_path / "a")
 
 
 def start(folder: Path, rate: float = 0.02, checkpointed: int = 0) -> Case:

@@ -16,7 +16,7 @@ from tests.test_merge import write_base
 from tests.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.copies import copied_parameters
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import find_targets
 from tunekit.errors import AdapterError, RecipeError
 from tunekit.merge import merge_adapter
@@ -168,6 +168,18 @@ def test_a_file_with_other_rows_is_refused(tiny_llama: Path, tmp_path: Path) -> 
         path.write_text(json.dumps(config | {"trainable_token_indices": value}))
         with pytest.raises(AdapterError, match=message):
             attach_adapter_folder(load(tiny_llama), tmp_path / "a", head_name="lm_head")
+
+
+def test_training_goes_on_from_a_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    first = attach(load(tiny_llama), (40, 9))
+    move(first)
+    save_adapter_folder(first, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
+    second = attach(load(tiny_llama), {"model.embed_tokens": (40, 9)})
+    load_into(second, tmp_path / "a")
+    assert all(torch.equal(second.state()[name], tensor) for name, tensor in first.state().items())
+    for asked in ((9, 40), (40, 8), ()):
+        with pytest.raises(AdapterError, match="the trained tokens are others"):
+            load_into(attach(load(tiny_llama), asked), tmp_path / "a")
 
 
 def test_gradient_checkpointing_changes_no_bit(tiny_llama: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.parity.peft_case import BASES, CHECKS, IDS, close, logits_of, move_from_start, peft_reads, run_cell
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 
@@ -174,6 +174,20 @@ def test_wrong_rank_patterns_are_refused(tmp_path: Path, pattern: dict[str, list
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": pattern}))
     with pytest.raises(AdapterError, match=message):
         attach_adapter_folder(LLAMA.make(), tmp_path / "a", head_name="lm_head")
+
+
+def test_training_goes_on_from_a_folder_of_full_ranks_alone(tmp_path: Path) -> None:
+    whole, cut = (
+        attach_adapter(LLAMA.make(), settings(LLAMA.attention), seed=1, head_name="lm_head"),
+        cut_down(patterns(empty=False)),
+    )
+    for name, adapter in (("whole", whole), ("cut", cut)):
+        save_adapter_folder(adapter, tmp_path / name, base_name="org/base", base_fingerprint=None, revision=None)
+    again = attach_adapter(LLAMA.make(), settings(LLAMA.attention, tinit=0, beta1=0.5), seed=0, head_name="lm_head")
+    load_into(again, tmp_path / "whole")
+    assert all(torch.equal(again.state()[name], tensor) for name, tensor in whole.trained().items())
+    with pytest.raises(AdapterError, match="self_attn.k_proj has 196 numbers, in the recipe 294"):
+        load_into(again, tmp_path / "cut")
 
 
 def test_peft_reads_an_untouched_one(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from tunekit.adapters.configuration import FACTS_NAME, TENSORS_NAME, AdapterConf
 from tunekit.adapters.configuration import read_adapter_config as read_adapter_config
 from tunekit.adapters.expected import expected_tensors
 from tunekit.adapters.folder_writing import save_adapter_folder as save_adapter_folder
+from tunekit.adapters.peft_side import shown
 from tunekit.adapters.strict_files import read_tensor_header, sha256_of
 from tunekit.adapters.targets import find_targets
+from tunekit.adapters.token_places import token_rows
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError, Problem
 from tunekit.model.weights import weight_of
@@ -31,6 +33,8 @@ NOT_MEANING |= {"layers_to_transform", "layers_pattern", "modules_to_save"}  # t
 NOT_MEANING |= {"method", "start", "init_from"}  # settings that differ without changing what the adapter computes
 NOT_MEANING |= {"init", "init_text", "init_ids", "encoder_hidden_size", "adapter_layers"}  # first values; shapes
 NOT_MEANING |= {"task"}  # one of those that the folder holds
+NOT_MEANING |= {"target_parameters", "trainable_token_indices"}  # spellings: targets and rows are compared
+NOT_MEANING |= {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}  # of adalora's training
 BaseWeight = Callable[[str], Tensor]
 
 
@@ -95,10 +99,15 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
         here = ours.get(name, there)
         if here != there:
             text = f"{name} has rank {there.r} and alpha {there.alpha}, in the recipe {here.r} and {here.alpha}"
+            if (here.r, here.alpha) == (there.r, there.alpha):
+                text = f"{name} has {there.trainable_parameters} numbers, in the recipe {here.trainable_parameters}"
             differences.append(text)
     for key, value in config.settings.model_dump(exclude=NOT_MEANING).items():
         if getattr(attached.settings, key) != value:
-            differences.append(f"{key} is {value} there, in the recipe {getattr(attached.settings, key)}")
+            own = shown(getattr(attached.settings, key))
+            differences.append(f"{key} is {shown(value)} there, in the recipe {own}")
+    if token_rows(attached.net, config.settings) != token_rows(attached.net, attached.settings):
+        differences.append("the trained tokens are others there than in the recipe, or in another order")
     if differences:
         how = "give the recipe the values of the folder that init_from names"
         raise AdapterError.of([Problem(text, how, config.file) for text in differences[:6]])
