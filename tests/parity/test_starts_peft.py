@@ -263,7 +263,7 @@ def test_lora_ga(family: str, direction: Any, tmp_path: Path) -> None:
     preprocess_loraga(net, config, train_step)
     gradients = {n: m._peft_loraga_grad for n, m in net.named_modules() if hasattr(m, "_peft_loraga_grad")}
     theirs = peft.get_peft_model(net, config)
-    start = {"method": "lora_ga", "batches": 1, "direction": direction, "scale": "peft"}
+    start = {"method": "lora_ga", "batches": 1, "direction": direction, "scale": "peft", "iterations": None}
     adapter = ours(family, tmp_path / "peft", start, windows)
     if family == "gpt2":  # peft's factor is of the inputs there
         with torch.no_grad():

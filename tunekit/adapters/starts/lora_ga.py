@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.starting import Seen, StartLayer
+from tunekit.adapters.starts.decompose import largest_parts
 from tunekit.decisions import Target
 from tunekit.errors import NumericsError
 from tunekit.recipe.starts.lora_ga import LoraGaSettings
@@ -45,7 +46,7 @@ def make_start(settings: LoraGaSettings, layer: StartLayer) -> tuple[Tensor, Ten
     gradient = layer.evidence
     if not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
         raise NumericsError(f"the gradient of {layer.name} is 0 or not finite", "choose another adapter.start")
-    u, s, vh = torch.linalg.svd(gradient, full_matrices=False)
+    u, s, vh = largest_parts(gradient, 2 * layer.rank, settings.iterations, layer.generator)
     of_a, of_b = _places(settings.direction, layer.rank)
     a, b = vh[of_a], u[:, of_b]
     factor = 1.0 if settings.scale == "unit" else layer.outputs**0.25 / settings.gamma**0.5

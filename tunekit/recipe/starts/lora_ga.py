@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import CalibratedStart, Positive
+from tunekit.recipe.section import CalibratedStart, Count, Positive
 
 
 class LoraGaSettings(CalibratedStart):
@@ -24,3 +24,6 @@ class LoraGaSettings(CalibratedStart):
         description="stable: both times outputs^(1/4) / sqrt(gamma); unit: 1; peft: B alone, times singular values too",
     )
     gamma: Positive = Field(16.0, description="divides the size of A and B under stable and peft")
+    iterations: Count | None = Field(
+        4, description="power iterations of a fast, randomized decomposition; null: the exact one, which takes long"
+    )
