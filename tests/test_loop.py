@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.loop_case import Case, make_case, make_rows
 from tunekit.data.batches import evaluation_batches
@@ -215,3 +216,91 @@ def test_an_evaluation_that_is_not_finite_leaves_a_log_that_can_be_read(tmp_path
     log = tmp_path / "metrics.jsonl"
     append_line(log, record_line(EvaluationRecord(3, {"loss": math.nan, "perplexity": math.inf, "exact_match": 0.5})))
     assert read_metrics(log) == [{"step": 3, "eval": {"exact_match": 0.5}}]
+
+
+@pytest.fixture
+def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device."""
+    monkeypatch.setattr("tunekit.training.parts.LoopParts.reads_later", True)
+
+
+class ReadsForbidden(TorchDispatchMode):
+    """Any read of a device's value would have to wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a step waits for a value"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, 5), (2, 5), (100, 5)])
+def test_numbers_read_one_step_later_are_the_same(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, every: int, steps: int
+) -> None:
+    rows, section = make_rows(23), training(max_steps=steps, save_steps=every)
+    plain = make_case(tiny_llama, rows, training=section)
+    plain.run()
+    monkeypatch.setattr("tunekit.training.parts.LoopParts.reads_later", True)
+    case = make_case(tiny_llama, rows, training=section)
+    known: list[int] = []
+    case.parts.save = lambda state: (case.saved.append(state.step), known.append(len(case.losses)))
+    state = case.run()
+    assert case.losses == plain.losses
+    assert_same_bits(weights(case), weights(plain))
+    assert case.saved == plain.saved == known, "a checkpoint waits for the numbers of its step"
+    assert state.loss == plain.losses[-1]
+    records = [record for record in case.records if isinstance(record, StepRecord)]
+    assert [record.step for record in records] == list(range(1, steps + 1))
+    assert all(record.seconds > 0 for record in records)
+
+
+@pytest.mark.usefixtures("read_later")
+def test_no_step_reads_a_value(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunekit.training import loop
+
+    case = make_case(tiny_llama, make_rows(23), training=training(max_steps=4))
+    order: list[str] = []
+    make_step, read = loop._make_step, loop.Reading.read
+
+    def step(*values: Any) -> Any:
+        order.append("step")
+        with ReadsForbidden():
+            return make_step(*values)
+
+    monkeypatch.setattr(
+        loop, "_step_counts", lambda parts, window, plain=loop._step_counts: unwatched(plain, parts, window)
+    )
+    monkeypatch.setattr(loop, "_make_step", step)
+    monkeypatch.setattr(loop.Reading, "read", lambda self: (order.append("read"), read(self))[1])
+    case.run()
+    assert order == ["step", "step", "read", "step", "read", "step", "read", "read"]
+
+
+def unwatched(plain: Any, *values: Any) -> Any:
+    """Counts of tokens are the host's own."""
+    with _disable_current_modes():
+        return plain(*values)
+
+
+@pytest.mark.usefixtures("read_later")
+def test_an_error_that_is_read_later_names_its_own_step_and_no_checkpoint_holds_it(tiny_llama: Path) -> None:
+    case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, save_steps=2))
+    poisoned, window = 3, list(case.windows.windows(0))[2]
+    run = case.parts.engine.run_window
+    seen: dict[int, Any] = {}
+
+    def run_window(model: Any, objective: Any, window: Any, units: Any, count: int = 1) -> Any:
+        seen[window.step + 1] = weights(case)
+        total, metrics = run(model, objective, window, units, count)
+        if window.step + 1 == poisoned:
+            case.parts.engine.losses[1].fill_(float("nan"))
+            total = total * float("nan")
+        return total, metrics
+
+    case.parts.engine.run_window = run_window  # type: ignore[method-assign]
+    with pytest.raises(NumericsError) as caught:
+        case.run()
+    assert "step 3: the loss is not finite" in str(caught.value)
+    assert all(origin in str(caught.value) for origins in window.batches[1].origins for origin in origins)
+    assert not any(origin + "," in str(caught.value) for origins in window.batches[0].origins for origin in origins)
+    assert_same_bits(seen[4], seen[3])
+    assert (case.saved, len(case.losses)) == ([2], 2)

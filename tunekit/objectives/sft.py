@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tunekit.model.placing import placed
 from tunekit.objectives.logprobs import scored_positions, select_positions, summed_loss, supervised_positions
 from tunekit.protocols import Batch, Head, Loss, Window
 from tunekit.recipe.objectives.sft import SftSettings
@@ -39,7 +40,7 @@ class Sft:
 
     def loss(self, output: Tensor, head: Head, batch: Batch, head_parameters: Sequence[Tensor] = ()) -> Loss:
         """Shapes: output (B, T, D) -> total (1,). Without gradient, metrics also count `correct` tokens."""
-        index, targets = (part.to(output.device, non_blocking=True) for part in supervised_positions(batch.labels))
+        index, targets = (placed(part, output.device) for part in supervised_positions(batch.labels))
         hidden = select_positions(output, index)  # (N, D)
         if torch.is_grad_enabled():
             return Loss(summed_loss(hidden, targets, head, self.logits_chunk_tokens, head_parameters)[None])

@@ -1,6 +1,7 @@
 """The training loop: gather a window, run the engine, clip, check, step, record; evaluate, save and stop when due.
 
 Comes in: LoopParts, everything made by train.py, and a LoopState (fresh, or from a checkpoint).
+On a GPU no step waits for its own numbers: they are read one step later, and the update itself is gated on them.
 Goes out: the final LoopState; records through the callbacks.  Next: train.py exports the adapter.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import Signals
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from tunekit.decisions import EvaluationRecord, StepRecord
-from tunekit.errors import NumericsError, Stopped
-from tunekit.protocols import Batch, Window
+from tunekit.errors import Stopped
+from tunekit.protocols import Window
 from tunekit.training.evaluation import EvaluationStopped
 from tunekit.training.parts import LoopParts, LoopState
+from tunekit.training.readings import Reading, Waiting, check_finite, start_reading
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
@@ -28,17 +30,22 @@ def run_loop(parts: LoopParts, state: LoopState) -> LoopState:
     """Train from `state` to the last step. Raises: NumericsError, Stopped (after a checkpoint)."""
     with parts.model.training_mode(True):
         _evaluate_if_due(parts, state)  # a signal may have cut it short before the resume
-        _stop_if_asked(parts, state, saved=True)
+        waiting = Waiting()
+        _stop_if_asked(parts, state, True, waiting)
         if state.stopped_early:
             return state
         for window in parts.windows.windows(state.step):
-            parts.record(_make_step(parts, state, window))
+            reading = _make_step(parts, state, window)
+            _settle(parts, state, waiting)  # the step before: its numbers came while this one was sent off
+            waiting.readings.append(reading)
+            if not parts.reads_later or _pauses(parts, state):
+                _settle(parts, state, waiting)
             saved_best = _evaluate_if_due(parts, state)
             last = state.step == parts.windows.steps or state.stopped_early
             saved = saved_best or last or state.step % parts.settings.save_steps == 0
             if saved:
                 _save(parts, state)
-            _stop_if_asked(parts, state, saved)
+            _stop_if_asked(parts, state, saved, waiting)
             if last:
                 break
     return state
@@ -53,8 +60,8 @@ def _timed(state: LoopState, part: str) -> Iterator[None]:
         state.seconds[part] = state.seconds.get(part, 0.0) + time.monotonic() - started
 
 
-def _make_step(parts: LoopParts, state: LoopState, window: Window) -> StepRecord:
-    """One optimizer step; state is advanced, and the step's record returned."""
+def _make_step(parts: LoopParts, state: LoopState, window: Window) -> Reading:
+    """One optimizer step; state is advanced, and the step's numbers are on their way."""
     started = time.monotonic()
     window = parts.objective.prepare(parts.model, window)
     units, counts = _step_counts(parts, window)
@@ -65,26 +72,49 @@ def _make_step(parts: LoopParts, state: LoopState, window: Window) -> StepRecord
         parts.model.adapter.after_backward()
     parts.devices.sum_in_place(parts.optimizer.gradients())
     loss, norm, found_inf = _clip(parts, parts.devices.sum(total).sum())
-    _check_finite(parts, window, loss, norm, state.step + 1)
-    rate = parts.optimizer.step(parts.rate(state.updates), found_inf)
-    finite = not bool(found_inf)
-    parts.scale.update(finite, state.step + 1)
-    _advance(parts, state, finite, loss, counts)
-    seconds = time.monotonic() - started
-    state.seconds["train"] = state.seconds.get("train", 0.0) + seconds
-    tokens = int(counts[0])
-    return StepRecord(
-        step=state.step,
-        epoch=window.epoch,
-        loss=loss,
-        learning_rate=rate,
-        grad_norm=norm,
-        tokens=tokens,
-        supervised_tokens=int(counts[1]),
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        peak_bytes=parts.peak_bytes(),
-    )
+    reading = start_reading(state.step + 1, window, parts.engine.losses, counts, loss, norm)
+    reading.started, finite = started, True
+    if not parts.reads_later:
+        numbers = reading.read()
+        check_finite(reading, *numbers, parts.devices, may_overflow=parts.scale.enabled)
+        finite = math.isfinite(numbers[1])
+    reading.rate = parts.optimizer.step(parts.rate(state.updates), found_inf)
+    parts.scale.update(finite, reading.step)
+    _advance(parts, state, finite, counts)
+    return reading
+
+
+def _settle(parts: LoopParts, state: LoopState, waiting: Waiting) -> None:
+    """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
+    for reading in waiting.readings:
+        loss, norm = reading.read()
+        check_finite(reading, loss, norm, parts.devices, may_overflow=parts.scale.enabled)
+        now = time.monotonic()
+        seconds = now - max(reading.started, waiting.settled)  # of a step that began before the last one was read
+        waiting.settled, state.loss = now, loss
+        state.seconds["train"] = state.seconds.get("train", 0.0) + seconds
+        tokens = int(reading.counts[0])
+        record = StepRecord(
+            step=reading.step,
+            epoch=reading.window.epoch,
+            loss=loss,
+            learning_rate=reading.rate,
+            grad_norm=norm,
+            tokens=tokens,
+            supervised_tokens=int(reading.counts[1]),
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            peak_bytes=parts.peak_bytes(),
+        )
+        parts.record(record)
+    waiting.readings.clear()
+
+
+def _pauses(parts: LoopParts, state: LoopState) -> bool:
+    """Whether something follows this step that must know its numbers: an evaluation, a checkpoint, the end."""
+    settings, last = parts.settings, state.step == parts.windows.steps
+    evaluates = parts.evaluate is not None and state.step % settings.eval_steps == 0
+    return last or evaluates or state.step % settings.save_steps == 0
 
 
 def _step_counts(parts: LoopParts, window: Window) -> tuple[Tensor, list[float]]:
@@ -99,8 +129,8 @@ def _step_counts(parts: LoopParts, window: Window) -> tuple[Tensor, list[float]]
     return together[3:], together[:3].tolist()
 
 
-def _clip(parts: LoopParts, loss: Tensor) -> tuple[float, float, Tensor]:
-    """Unscale, take the one norm of the whole step, clip by it. Returns loss, norm before clipping, found_inf ()."""
+def _clip(parts: LoopParts, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unscale, take the one norm of the whole step, clip by it: loss, norm before clipping, found_inf; () each."""
     if parts.scale.enabled:
         parts.optimizer.scale_gradients(1.0 / parts.scale.factor)
     norm = parts.optimizer.gradient_norm()  # () float32
@@ -108,32 +138,12 @@ def _clip(parts: LoopParts, loss: Tensor) -> tuple[float, float, Tensor]:
     if parts.settings.max_grad_norm is not None:
         factor = (parts.settings.max_grad_norm / (norm + CLIPPING_EPSILON)).clamp(max=1.0)
         parts.optimizer.scale_gradients(factor)
-    return float(loss), float(norm), found_inf
+    return loss, norm, found_inf
 
 
-def _check_finite(parts: LoopParts, window: Window, loss: float, norm: float, step: int) -> None:
-    """Stop before the update where the numbers are wrong; only float16's overflow is the loss scale's business."""
-    if math.isfinite(loss) and (math.isfinite(norm) or parts.scale.enabled):
-        return
-    what = "loss" if not math.isfinite(loss) else "gradient"
-    finite = [bool(torch.isfinite(value).all()) for value in parts.engine.losses]
-    bad = [batch for batch, is_finite in zip(window.batches, finite, strict=True) if not is_finite]
-    rows = parts.devices.gather(_rows_of(bad)) or parts.devices.gather(_rows_of(window.batches))
-    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    raise NumericsError(
-        f"step {step}: the {what} is not finite; rows {', '.join(rows[:8])}{more}. No weight was changed by this step",
-        "lower training.learning_rate, or look at these rows",
-    )
-
-
-def _rows_of(batches: Sequence[Batch]) -> list[str]:
-    return [origin for batch in batches for origins in batch.origins for origin in origins]
-
-
-def _advance(parts: LoopParts, state: LoopState, finite: bool, loss: float, counts: list[float]) -> None:
+def _advance(parts: LoopParts, state: LoopState, finite: bool, counts: list[float]) -> None:
     state.step += 1
     state.updates += int(finite)
-    state.loss = loss
     state.tokens += int(counts[0])
     state.supervised_tokens += int(counts[1])
     state.loss_scale, state.good_steps = parts.scale.scale, parts.scale.good_steps
@@ -170,10 +180,11 @@ def _save(parts: LoopParts, state: LoopState) -> None:
         parts.save(state)
 
 
-def _stop_if_asked(parts: LoopParts, state: LoopState, saved: bool) -> None:
+def _stop_if_asked(parts: LoopParts, state: LoopState, saved: bool, waiting: Waiting) -> None:
     number = parts.devices.any(parts.stop_signal())
     if not number:
         return
+    _settle(parts, state, waiting)
     if state.step and not saved:
         _save(parts, state)
     name = Signals(number).name

@@ -63,6 +63,11 @@ class LoopParts:
     stop_signal: Callable[[], int]  # 0, or the number of the signal that asked to stop
     peak_bytes: Callable[[], int]
 
+    @property
+    def reads_later(self) -> bool:
+        """Whether a step's numbers are read one step later: where the device itself keeps a non-finite update off."""
+        return self.optimizer.gated and not self.scale.enabled and self.model.device.type == "cuda"
+
     def rate(self, updates: int) -> float:
         """Multiplier of the learning rate of the next update."""
         return rate_multiplier(self.settings.scheduler, updates, self.windows.steps, self.warmup_steps)

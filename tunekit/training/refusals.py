@@ -145,6 +145,8 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
         yield "dropout is on: other micro-batch sizes or rank counts draw other masks and give slightly other curves"
     if training.optimizer != "adamw":
         yield f"{training.optimizer}: whether gradients are finite is read before each update, a wait for the device"
+    elif base.dtype == torch.float16:
+        yield "float16: whether gradients overflow is read before each update, a wait for the device"
     if training.optimizer.startswith("paged") and device.type == "cpu":
         yield f"{training.optimizer}: nothing is paged on a CPU"
     if device.type == "cuda":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tunekit.memory.checkpointing import seed_layer
 from tunekit.model.call import Call, calling
+from tunekit.model.placing import placed
 from tunekit.protocols import Loss, Objective, Window
 from tunekit.training.tuned import TunedModel
 
@@ -34,7 +35,7 @@ class ResidentEngine:
         `micro_batches`: how many the whole step has, over all ranks; per-step terms are averaged over them.
         """
         total = torch.zeros(units.shape, dtype=torch.float64, device=model.device)
-        divisor = units.to(model.device)
+        divisor = placed(units, model.device)
         metrics: dict[str, float] = defaultdict(float)
         self.losses = []
         with model.unchanged_weights():

@@ -16,6 +16,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.model.call import calling, current_call
 from tunekit.model.load import LoadedModel
+from tunekit.model.placing import placed
 from tunekit.model.segments import Segments, find_segments
 from tunekit.protocols import Head
 
@@ -34,9 +35,9 @@ class TunedModel:
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""
-        placed = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
         with calling(replace(current_call(), segments=self._segments(inputs))):
-            hidden = self.base.family.hidden(self.base.net, self.adapted(placed))
+            hidden = self.base.family.hidden(self.base.net, self.adapted(there))
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
 
     def _segments(self, inputs: dict[str, Tensor]) -> Segments | None:

@@ -1,0 +1,86 @@
+"""A step's loss and gradient norm on their way to the host, and the error where they are not finite.
+
+Comes in: numbers on the device.  Goes out: floats, one step later where waiting for them would cost.  Next: loop.py.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.errors import NumericsError
+from tunekit.protocols import Batch, Window
+from tunekit.training.devices import Devices
+
+
+@dataclass
+class Reading:
+    """What a step will say of itself once its numbers are here. `counts`: tokens, supervised tokens, micro-batches."""
+
+    step: int
+    window: Window
+    losses: Sequence[Tensor]  # of each micro-batch
+    counts: Sequence[float]
+    numbers: Tensor  # (2,) float64 on the host: loss, norm before clipping
+    copied: Any  # the CUDA event after which `numbers` hold, None on a CPU
+    rate: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def read(self) -> tuple[float, float]:
+        """Loss and norm, waited for."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, norm = self.numbers.tolist()
+        return loss, norm
+
+
+@dataclass
+class Waiting:
+    """Steps whose numbers have not been read yet, and when the last ones were."""
+
+    readings: list[Reading] = field(default_factory=list)
+    settled: float = 0.0
+
+
+def start_reading(
+    step: int, window: Window, losses: Sequence[Tensor], counts: Sequence[float], loss: Tensor, norm: Tensor
+) -> Reading:
+    """Begin the one copy of a step's numbers to the host; nothing waits for it yet."""
+    numbers = torch.stack([loss.detach().to(torch.float64), norm.detach().to(torch.float64)])  # (2,)
+    copied = None
+    if numbers.is_cuda:
+        pinned = torch.empty(2, dtype=torch.float64, pin_memory=True)
+        numbers = pinned.copy_(numbers, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+    return Reading(step, window, losses, counts, numbers, copied)
+
+
+def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *, may_overflow: bool) -> None:
+    """Stop where the numbers are wrong; only float16's overflow is the loss scale's business.
+
+    Raises: NumericsError naming step and rows.
+    """
+    if math.isfinite(loss) and (math.isfinite(norm) or may_overflow):
+        return
+    what = "loss" if not math.isfinite(loss) else "gradient"
+    finite = [bool(torch.isfinite(value).all()) for value in reading.losses]
+    batches = reading.window.batches
+    bad = [batch for batch, is_finite in zip(batches, finite, strict=True) if not is_finite]
+    rows = devices.gather(_rows_of(bad)) or devices.gather(_rows_of(batches))
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    raise NumericsError(
+        f"step {reading.step}: the {what} is not finite; rows {', '.join(rows[:8])}{more}. "
+        "No weight was changed by this step",
+        "lower training.learning_rate, or look at these rows",
+    )
+
+
+def _rows_of(batches: Sequence[Batch]) -> list[str]:
+    return [origin for batch in batches for origins in batch.origins for origin in origins]
