@@ -32,10 +32,14 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from tests.parity.peft_case import make_t5
+from tests.parity.test_prefix_peft import make_bart
+from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import ModelError
 from tunekit.model.call import Call, calling
 from tunekit.model.earlier_keys import enter, keys_and_values
 from tunekit.model.self_attention import self_attentions
+from tunekit.recipe.adapters.prefix import PrefixSettings
 
 LENGTH, WINDOW = 3, 6
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -133,6 +137,25 @@ def test_a_prefix_of_real_tokens_is_the_row_with_them(family: str) -> None:
     )
     with calling(Call(bypassed=True)):
         assert torch.equal(net(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@torch.no_grad()
+def test_an_encoder_decoder_answers_the_same_with_and_without_a_cache(family: str) -> None:
+    base: Any = {"t5": make_t5, "bart": make_bart}[family]()
+    settings = PrefixSettings(num_virtual_tokens=LENGTH, init="random")
+    asked = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    asked["attention_mask"][0, 8:] = 0
+    how = {"max_new_tokens": 8, "do_sample": False, "num_beams": 1, "pad_token_id": 0, "eos_token_id": None}
+    how |= {"forced_eos_token_id": None, "forced_bos_token_id": None, "decoder_start_token_id": 2}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    plain = base.generate(**asked, **how)
+    attach_adapter(base, settings, seed=0, head_name="lm_head")
+    with_cache, without = (base.generate(**asked, **how, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(with_cache.sequences, without.sequences)
+    for step, (cached, whole) in enumerate(zip(with_cache.logits, without.logits, strict=True)):
+        torch.testing.assert_close(cached, whole, rtol=0, atol=1e-5)
+        assert (cached - plain.logits[step]).abs().max() > 1e-2
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
