@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.test_ranks import TORCHRUN, run_two
 from tests.train_case import in_child, kill_self, records, result_bytes, train_in_child, without_times, write_recipe
 from tunekit.adapters.folder import read_adapter_config
 from tunekit.errors import RecipeError
@@ -136,6 +137,17 @@ def _check_cost(case: str, output: str, run: Path) -> None:
     assert words.replace("(", "").split(" tokens")[0].split()[-1] in (run / "report.md").read_text()
     trained = sum(target["trainable_parameters"] for target in json.loads((run / "plan.json").read_text())["targets"])
     assert report["trainable_parameters"] == trained
+
+
+@pytest.mark.parametrize("case", ["eva-ranks", pytest.param("lora_ga", marks=pytest.mark.slow)])
+def test_two_processes_start_as_one(case: str, tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_llama, case)
+    one, two = train_in_child(recipe, tmp_path / "one"), run_two(TORCHRUN, recipe, tmp_path / "two")
+    assert (one.code, two.returncode) == (0, 0), one.output + two.stderr
+    assert two.stdout.count("looked at") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    plans = [json.loads((tmp_path / name / "plan.json").read_text()) for name in ("one", "two")]
+    assert plans[0]["targets"] == plans[1]["targets"]
 
 
 @pytest.mark.parametrize("case", ["pissa", "lora_ga", "eva-ranks", "loftq-nf4"])
