@@ -139,6 +139,29 @@ def test_a_prefix_of_real_tokens_is_the_row_with_them(family: str) -> None:
         assert torch.equal(net(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
+def test_layers_of_one_window_share_a_mask() -> None:
+    net = make("gemma2 with every second layer in one")
+    net = prefixed(net, torch.randn(LENGTH, 2 * 2 * 2 * 8))
+    seen: list[Tensor] = []
+    for place in self_attentions(net):
+        place.module.register_forward_pre_hook(
+            lambda module, inputs, named: seen.append(named["attention_mask"]), with_kwargs=True
+        )
+    llama = prefixed(make("llama"), torch.randn(LENGTH, 2 * 2 * 2 * 8))
+    for place in self_attentions(llama):
+        place.module.register_forward_pre_hook(
+            lambda module, inputs, named: seen.append(named["attention_mask"]), with_kwargs=True
+        )
+    for each in (net, llama):
+        each(input_ids=IDS)
+    assert seen[0] is not seen[1]
+    assert seen[2] is seen[3]
+    assert seen[2].dtype == torch.float32
+    with torch.inference_mode():
+        llama(input_ids=IDS)
+    llama(input_ids=IDS).logits.sum().backward()  # no tensor of inference mode is left over
+
+
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @torch.no_grad()
 def test_an_encoder_decoder_answers_the_same_with_and_without_a_cache(family: str) -> None:

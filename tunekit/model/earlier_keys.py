@@ -38,16 +38,31 @@ def enter(net: nn.Module, places: list[SelfAttention], length: int, keys_values:
 
     The tokens' own positions then begin at `length`. Returns the hooks; `remove()` takes one out again.
     """
-    entries = [_Entry(place, length, keys_values) for place in places]
+    masks: dict[int | None, _Mask] = {}
+    entries = [_Entry(place, length, keys_values, masks) for place in places]
     handles = [entry.place.module.register_forward_pre_hook(entry, with_kwargs=True) for entry in entries]
     return [*handles, *_shift_positions(net, places, length)]
+
+
+class _Mask:
+    """A mask that was made, and what of: the next layer of the same window takes it too, not one of its own."""
+
+    def __init__(self, made_of: tuple[Any, ...], mask: Tensor | None) -> None:
+        self.made_of, self.mask = made_of, mask
+
+    def fits(self, made_of: tuple[Any, ...]) -> bool:
+        """Whether it would be made of the same: tensors are compared as objects."""
+        pairs = zip(self.made_of, made_of, strict=True)
+        return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
 
 
 class _Entry:
     """The hook of one attention module: an earlier past, and a mask that shows it."""
 
-    def __init__(self, place: SelfAttention, length: int, keys_values: KeysAndValues) -> None:
-        self.place, self.length, self.keys_values = place, length, keys_values
+    def __init__(
+        self, place: SelfAttention, length: int, keys_values: KeysAndValues, masks: dict[int | None, _Mask]
+    ) -> None:
+        self.place, self.length, self.keys_values, self.masks = place, length, keys_values, masks
         self.names = parameters_of(place.module)
         self.cache_name = parameter_of(place.module, CACHE_NAMES)
         self.mask_name = parameter_of(place.module, MASK_NAMES)
@@ -60,13 +75,19 @@ class _Entry:
         past = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder's pair of caches
         named[self.cache_name or ""] = EarlierPast(past, self.place, *self.keys_values(self.place.layer))
         if self.mask_name is not None:
-            named[self.mask_name] = self._mask(named.get(self.mask_name), past, hidden, named.get("position_ids"))
+            seen = int(past.get_seq_length(self.place.layer)) if past is not None else 0
+            own, positions = named.get(self.mask_name), named.get("position_ids")
+            inference = torch.is_inference_mode_enabled()  # no backward pass takes what is made in it
+            made_of = (own, positions, tuple(hidden.shape[:2]), seen, hidden.dtype, hidden.device, inference)
+            made = self.masks.get(self.place.window)
+            if made is None or not made.fits(made_of):
+                made = self.masks[self.place.window] = _Mask(made_of, self._mask(own, past, seen, hidden, positions))
+            named[self.mask_name] = made.mask
         return (), named
 
-    def _mask(self, mask: Any, past: Any, hidden: Tensor, positions: Any) -> Tensor | None:
+    def _mask(self, mask: Any, past: Any, seen: int, hidden: Tensor, positions: Any) -> Tensor | None:
         """The layer's mask with `length` columns before its own; None where all is seen anyway."""
         queries = hidden.shape[1]
-        seen = past.get_seq_length(self.place.layer) if past is not None else 0
         if mask is None:
             implementation = str(getattr(getattr(self.place.module, "config", None), "_attn_implementation", ""))
             windowed = self.place.window is not None and seen + queries + self.length > self.place.window
@@ -79,12 +100,9 @@ class _Entry:
         if mask.dim() == 2:  # of tokens, which flash kernels take
             return torch.cat([mask.new_ones(mask.shape[0], self.length), mask], dim=1)
         visible = self._visible(positions, queries, seen, mask.device)
-        if mask.dtype != torch.bool:
-            lowest = torch.finfo(mask.dtype).min
-            visible = torch.zeros(visible.shape, dtype=mask.dtype, device=mask.device).masked_fill(~visible, lowest)
         rows = max(mask.shape[0], visible.shape[0])
-        parts = [part.expand(rows, mask.shape[1], queries, part.shape[-1]) for part in (visible, mask)]
-        return torch.cat(parts, dim=-1)
+        parts = [_added(part, hidden.dtype) for part in (visible, mask)]  # booleans would become one such in each layer
+        return torch.cat([part.expand(rows, mask.shape[1], queries, part.shape[-1]) for part in parts], dim=-1)
 
     def _visible(self, positions: Any, queries: int, seen: int, device: torch.device) -> Tensor:
         """(1 or B, 1, T, P) bool: which of the earlier keys each query sees; in a window, those it still reaches."""
@@ -94,6 +112,13 @@ class _Entry:
             positions = torch.arange(queries, device=device)[None] + seen + self.length
         reached: Tensor = positions[:, None, :, None] - torch.arange(self.length, device=device) < self.place.window
         return reached
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to scores: 0 where a key is seen."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _causal_mask(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:
