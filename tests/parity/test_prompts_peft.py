@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tests.parity.peft_case import BASES, HARMLESS_WARNINGS, IDS, Base, Cell, close, move_from_start, peft_refuses
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import load_method
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.cpt import CptSettings
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
@@ -234,6 +234,46 @@ def test_a_mask_and_token_types_are_those_of_peft() -> None:
     types[:, 5:] = 1
     inputs = {"input_ids": IDS, "attention_mask": mask, "token_type_ids": types}
     close(ours.net(**ours.inputs(inputs)).logits, theirs(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "init"), [(2, "EXACT_SOURCE_TASK"), ("average", "AVERAGE_SOURCE_TASKS"), ("none", "ONLY_SOURCE_SHARED")]
+)
+def test_a_prompt_goes_on_from_the_tasks_of_another(chosen: Any, init: str, tmp_path: Path) -> None:
+    """As peft starts from a file of three tasks; what it draws anew for "none" is drawn here by the run's seed."""
+    pair = Pair("multitask_prompt", "llama")
+    source = pair.ours()
+    move_from_start(list(source.trained().values()), SPREAD)
+    save_adapter_folder(source, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
+    path = str(tmp_path / "a" / "adapter_model.safetensors")
+    config = peft.MultitaskPromptTuningConfig(
+        num_virtual_tokens=LENGTH,
+        num_ranks=2,
+        task_type="CAUSAL_LM",
+        prompt_tuning_init=init,
+        prompt_tuning_init_state_dict_path=path,
+        prompt_tuning_init_task=2,
+    )
+    theirs = peft.get_peft_model(pair.base.make(), config).prompt_encoder["default"]
+    fields: dict[str, Any] = {"num_virtual_tokens": LENGTH, "num_ranks": 2, "init_from": "a"}
+    settings = MultitaskPromptSettings(**fields, init_from_tasks=chosen)
+    ours = attach_adapter(pair.base.make(), settings, seed=1, head_name="lm_head")
+    drawn = {name: tensor.clone() for name, tensor in ours.state().items()}
+    load_into(ours, tmp_path / "a")
+    state = ours.state()
+    close(state["prompt_embeddings"], theirs.embedding.weight)
+    for name in ("prefix_task_cols", "prefix_task_rows"):
+        close(state[name], drawn[name] if chosen == "none" else getattr(theirs, name))
+
+
+def test_a_task_that_a_folder_lacks_is_refused(tmp_path: Path) -> None:
+    pair = Pair("multitask_prompt", "llama")
+    save_adapter_folder(pair.ours(), tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
+    fields: dict[str, Any] = {"num_virtual_tokens": LENGTH, "num_ranks": 2, "init_from": "a"}
+    for chosen, message in ((3, "none is number 3"), ("all", "num_tasks is 3 there")):
+        settings = MultitaskPromptSettings(**fields, init_from_tasks=chosen)
+        with pytest.raises(AdapterError, match=message):
+            load_into(attach_adapter(pair.base.make(), settings, seed=1, head_name="lm_head"), tmp_path / "a")
 
 
 def test_a_row_of_a_task_that_is_not_there_is_refused() -> None:

@@ -225,6 +225,15 @@ class ModelAdapter(Part):
         """Positions that stand before each row, of those that the network has."""
         return 0
 
+    def taken_over(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state to continue with, by name, made of that of the folder that init_from names."""
+        return tensors
+
+    @classmethod
+    def may_differ(cls, settings: Any) -> frozenset[str]:
+        """Settings in which that folder may differ, since `taken_over` deals with them."""
+        return frozenset()
+
     def attach(self, net: nn.Module) -> None:
         """Put in place whatever is needed inside the network; called before `initialise`."""
 
@@ -260,8 +269,14 @@ def no_run_misfits(settings: Any, steps: int) -> tuple[Misfit, ...]:
 
 
 def no_names(settings: Any) -> tuple[str, ...]:
-    """The default of Method.copies and Method.parameters."""
+    """The default of Method.parameters."""
     return ()
+
+
+def saved_modules(settings: Any) -> Sequence[str]:
+    """The default of Method.copies: modules trained whole."""
+    names: Sequence[str] = getattr(settings, "modules_to_save", ())
+    return names
 
 
 def as_written(settings: Any, tokenizer: Tokenizer) -> Any:
@@ -280,7 +295,7 @@ class Method:
     parameter: type[ParameterAdapter] | None = None
     model: type[ModelAdapter] | None = None
     parameters: Callable[[Any], Sequence[str]] = no_names  # settings -> names of fused 3-D parameters
-    copies: Callable[[Any], Sequence[str]] = no_names  # settings -> names of modules trained as full copies
+    copies: Callable[[Any], Sequence[str]] = saved_modules  # settings -> names of modules trained as full copies
     places: Callable[[Mapping[str, nn.Module], Any], Mapping[str, tuple[str, ...] | None]] | None = None
     # of a method that is nothing but copies: the base's modules, settings -> module name and its parameters (None: all)
     copy: type[TrainedCopy] | None = None  # the class of its copies, where their names in the file differ

@@ -32,7 +32,7 @@ NOT_MEANING = {"dropout", "target_modules", "exclude_modules", "r", "alpha", "ra
 NOT_MEANING |= {"layers_to_transform", "layers_pattern", "modules_to_save"}  # the targets and tensors are compared
 NOT_MEANING |= {"method", "start", "init_from"}  # settings that differ without changing what the adapter computes
 NOT_MEANING |= {"init", "init_text", "init_ids", "encoder_hidden_size", "adapter_layers"}  # first values; shapes
-NOT_MEANING |= {"task"}  # one of those that the folder holds
+NOT_MEANING |= {"task", "init_from_tasks"}  # which of those that the folder holds
 NOT_MEANING |= {"target_parameters", "trainable_token_indices"}  # spellings: targets and rows are compared
 NOT_MEANING |= {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}  # of adalora's training
 BaseWeight = Callable[[str], Tensor]
@@ -85,7 +85,10 @@ def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str 
     _refuse_computed(attached, config)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     _refuse_difference(attached, config, targets)
-    attached.load_state(_read_tensors(config, net, targets, head_name, None), ("trained", "saved"))
+    tensors = _read_tensors(config, net, targets, head_name, None)
+    if attached.model_adapter is not None:
+        tensors = attached.model_adapter.taken_over(tensors)
+    attached.load_state(tensors, ("trained", "saved"))
 
 
 def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets: list[Target]) -> None:
@@ -102,7 +105,9 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
             if (here.r, here.alpha) == (there.r, there.alpha):
                 text = f"{name} has {there.trainable_parameters} numbers, in the recipe {here.trainable_parameters}"
             differences.append(text)
-    for key, value in config.settings.model_dump(exclude=NOT_MEANING).items():
+    model = attached.method.model
+    free = NOT_MEANING if model is None else NOT_MEANING | model.may_differ(attached.settings)
+    for key, value in config.settings.model_dump(exclude=free).items():
         if getattr(attached.settings, key) != value:
             own = shown(getattr(attached.settings, key))
             differences.append(f"{key} is {shown(value)} there, in the recipe {own}")

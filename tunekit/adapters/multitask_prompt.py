@@ -69,6 +69,28 @@ class MultitaskPrompt(VirtualTokens):
             raise AdapterError(f"a row is of a task that is not there: {self.settings.num_tasks} tasks have a matrix")
         return self.prompt * torch.bmm(self.columns[tasks], self.rows[tasks])  # (B, P, D)
 
+    @classmethod
+    def may_differ(cls, settings: Any) -> frozenset[str]:
+        return frozenset() if settings.init_from_tasks == "all" else frozenset({"num_tasks"})
+
+    def taken_over(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """PEFT's EXACT_SOURCE_TASK (a number), AVERAGE_SOURCE_TASKS and ONLY_SOURCE_SHARED (none).
+
+        Raises: AdapterError where the folder has no such task.
+        """
+        chosen, factors = self.settings.init_from_tasks, ("prefix_task_cols", "prefix_task_rows")
+        if chosen == "all":
+            return tensors
+        if chosen == "none":
+            return {**tensors, **{name: self.state()[name].detach() for name in factors}}
+        if chosen == "average":
+            return {**tensors, **{name: tensors[name].mean(0, keepdim=True) for name in factors}}
+        there = len(tensors[factors[0]])
+        if chosen >= there:
+            what = f"the folder has {there} tasks, counted from 0, and none is number {chosen}"
+            raise AdapterError(what, "choose another", key="adapter.init_from_tasks")
+        return {**tensors, **{name: tensors[name][chosen : chosen + 1] for name in factors}}
+
     def exported(self) -> dict[str, Tensor]:
         """The factors as they are: a file serves all tasks."""
         return self.state(("trained",))
