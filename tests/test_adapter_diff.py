@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,33 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tunekit.adapters.difference
-from tests.parity.peft_case import BASES, logits_of
+from tests.parity.peft_case import BASES, logits_of, move_from_start
 from tests.test_adapter_combine import CONFIG, logits_by_peft, logits_here, write
 from tests.test_adapter_convert import bases as bases  # a fixture
 from tests.test_adapter_convert import trained
 from tests.test_cli import run
 from tunekit.adapter import diff_verb
+from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.difference import compare
-from tunekit.adapters.folder import attach_adapter_folder
+from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.low_rank import LowRank
+from tunekit.adapters.several import AdapterSet
 from tunekit.errors import TunekitError
 from tunekit.merge import merge_adapter
+from tunekit.model.load import load_model
+from tunekit.model.tiny import write_tiny_llama
+from tunekit.model.tokenizer import load_tokenizer
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.adapters.prompt import PromptSettings
+from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.model import ModelSection
+from tunekit.rows import load_evaluation_rows
 from tunekit.target import find_target
+from tunekit.training.adapter_losses import adapter_losses
+from tunekit.training.devices import make_devices
 
 MODEL = "model.safetensors"
 
@@ -35,7 +48,7 @@ MODEL = "model.safetensors"
 def diff(left: Any, right: Any, tmp_path: Path, rank: int | None = None, base: Any = None) -> dict[str, dict[str, Any]]:
     """Call the verb; its differences by name."""
     place = None if rank is None else str(tmp_path / "new")
-    diff_verb(str(left), str(right), rank, None if base is None else str(base), str(tmp_path / "out.json"), place)
+    diff_verb(str(left), str(right), rank, None, None if base is None else str(base), str(tmp_path / "out.json"), place)
     return {entry["name"]: entry for entry in json.loads((tmp_path / "out.json").read_text())}
 
 
@@ -171,9 +184,6 @@ def test_every_kind_of_layer_is_extracted_and_the_rest_is_told(
 
 def test_an_extracted_lora_can_be_merged(bases: Callable[[str], Path], tmp_path: Path) -> None:
     """From folder to folder: A and the LoRA make B, through the merge of the command line."""
-    pytest.importorskip("tokenizers")
-    from tunekit.model.tiny import write_tiny_llama
-
     base, other = tmp_path / "base", tmp_path / "other"
     for folder in (base, other):
         folder.mkdir()
@@ -231,6 +241,7 @@ def test_what_is_no_pair_is_refused(
         ([a, a, "--extract-rank", "4"], "takes a rank and a folder"),
         ([a, a, "--extract-rank", "0", "--output", tmp_path / "new"], "takes a rank and a folder"),
         ([a, a, "--output", tmp_path / "new"], "takes a rank and a folder"),
+        ([bases("llama"), bases("llama"), "--data", "x.jsonl"], "measures two adapters on one base"),
         ([bases("llama"), tmp_path / "none"], "there is no folder"),
         ([bases("llama"), bases("llama"), "--extract-rank", "4", "--output", tmp_path / "new"], "nothing to extract"),
         ([bases("llama"), bases("gpt2"), "--extract-rank", "4", "--output", tmp_path / "new"], "other modules"),
@@ -240,3 +251,51 @@ def test_what_is_no_pair_is_refused(
         assert run(monkeypatch, "adapter", "diff", *map(str, words)) == 2, message
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_losses_are_measured_over_one_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `tunekit eval` measures each by itself."""
+    base = tmp_path / "base"
+    base.mkdir()
+    write_tiny_llama(base)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n} + {n} =", "completion": f" {2 * n}"}) + "\n" for n in range(5)))
+    net = load_model(ModelSection(name_or_path=str(base)), device=torch.device("cpu"))
+    kinds = {"a": LoraSettings(r=2, target_modules=("q_proj", "up_proj")), "b": PromptSettings(num_virtual_tokens=3)}
+    expected = {}
+    for name, settings in kinds.items():
+        attached = attach_adapter(net.net, settings, seed=1, head_name="lm_head")
+        move_from_start(list(attached.trained().values()), 0.3)
+        save_adapter_folder(attached, tmp_path / name, base_name=str(base), base_fingerprint=None, revision=None)
+        attached.detach()
+    for target in (base, tmp_path / "a", tmp_path / "b"):
+        json_file = str(tmp_path / "eval.json")
+        assert run(monkeypatch, "eval", str(target), "--data", str(rows), "--json", json_file) == 0
+        expected[target.name] = json.loads(Path(json_file).read_text())["loss"]
+    assert len({round(loss, 3) for loss in expected.values()}) == 3
+    second = tmp_path / "c"
+    settings = LoraSettings(r=3, target_modules=("v_proj",))
+    attached = attach_adapter(net.net, settings, seed=2, head_name="lm_head")
+    move_from_start(list(attached.trained().values()), 0.3)
+    save_adapter_folder(attached, second, base_name=str(base), base_fingerprint=None, revision=None)
+    attached.detach()
+    capsys.readouterr()
+    assert run(monkeypatch, "adapter", "diff", str(tmp_path / "a"), str(second), "--data", str(rows)) == 0
+    out = capsys.readouterr().out
+    told = [float(line.split()[-1]) for line in out.splitlines() if line.strip().startswith(("the base", "with "))]
+    assert told[:2] == pytest.approx([expected["base"], expected["a"]], rel=1e-3)
+    assert len(told) == 3
+    model = load_model(ModelSection(name_or_path=str(base)), device=torch.device("cpu"))
+    adapters = AdapterSet(model.net)
+    for name in ("a", "b"):
+        adapters.add(name, partial(attach_adapter_folder, model.net, tmp_path / name, head_name="lm_head"))
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(base)))
+    section = DataSection(train=(Source(path=str(rows)),), eval=(Source(path=str(rows)),))
+    encoded = load_evaluation_rows(section, tokenizer, seed=0).evaluation
+    assert encoded is not None
+    devices = make_devices()
+    losses = adapter_losses(model, adapters, tokenizer, encoded, devices, EvaluationSection(), max_length=64)
+    devices.close()
+    assert losses == pytest.approx({None: expected["base"], "a": expected["a"], "b": expected["b"]}, rel=1e-5)

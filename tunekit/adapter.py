@@ -6,13 +6,16 @@ Comes in: folders, or runs.  Goes out: tables, JSON files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.combine import Mixture, check_mixture, combine
 from tunekit.adapters.configuration import CONFIG_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.difference import Difference, compare, extract, plain_lora, read_changes, together
+from tunekit.adapters.folder import attach_adapter_folder
 from tunekit.adapters.linear_methods import combine_linear, read_linear
 from tunekit.adapters.loose_lora import LooseLora, read_loose_lora
 from tunekit.adapters.loose_writing import BaseFacts, base_of, check_new_folder, write_loose, write_lora
@@ -21,14 +24,22 @@ from tunekit.adapters.model_difference import compare_models, extract_models
 from tunekit.adapters.moved_starts import FROM_BASE, HOW, START, read_moved, start_of, subtract_initial, subtract_start
 from tunekit.adapters.nearest_lora import Loss, loss_between, nearest_lora, total
 from tunekit.adapters.on_base import attach_to_base, base_section
-from tunekit.adapters.summary import AdapterSummary, summarise_adapter
+from tunekit.adapters.several import AdapterSet
+from tunekit.adapters.summary import AdapterSummary, in_order, summarise_adapter
 from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.console import Console
 from tunekit.decisions import bytes_text
 from tunekit.errors import AdapterError, InputError
+from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.rewrite import Rewriter
 from tunekit.model.source import find_source
+from tunekit.model.tokenizer import load_tokenizer
+from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
+from tunekit.rows import load_evaluation_rows
+from tunekit.target import find_target
+from tunekit.training.adapter_losses import adapter_losses
+from tunekit.training.devices import make_devices
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 
@@ -184,7 +195,13 @@ def _convert_method(
 
 
 def diff_verb(
-    left: str, right: str, rank: int | None, base: str | None, json_file: str | None, output: str | None
+    left: str,
+    right: str,
+    rank: int | None,
+    data: str | None,
+    base: str | None,
+    json_file: str | None,
+    output: str | None,
 ) -> None:
     """Compare two adapters or two models. Raises: InputError where they are not two of a kind."""
     if json_file is not None:
@@ -196,6 +213,8 @@ def diff_verb(
     adapters = [(folder / CONFIG_NAME).exists() for folder in folders]
     if adapters[0] != adapters[1]:
         raise InputError(f"{left} and {right} are an adapter and a model", "name two adapters, or two models")
+    if data is not None and not all(adapters):
+        raise InputError("--data measures two adapters on one base", "measure a model with: tunekit eval", key="--data")
     if all(adapters):
         place = None if output is None else check_new_folder(Path(output), folders)
         differences = _diff_adapters(console, folders, rank, base, place)
@@ -203,6 +222,36 @@ def diff_verb(
         differences = _diff_models(console, [left, right], rank, None if output is None else Path(output))
     if json_file is not None:
         write_json(Path(json_file), [asdict(difference) for difference in differences])
+    if data is not None:
+        labels = ("the base alone", f"with A ({left})", f"with B ({right})")
+        console.table(["", "loss"], list(zip(labels, _measure(folders, data, base), strict=True)), title=data)
+
+
+def _measure(folders: Sequence[Path], data: str, base: str | None) -> list[float]:
+    """Losses of the base, of A and of B on the same rows; the base is loaded once, with both over it."""
+    target = find_target(str(folders[0]), base, [])
+    source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
+    template = None if target.template_file is None else str(target.template_file)
+    section = DataSection(train=(source,), eval=(source,), chat_template=template)
+    devices = make_devices()
+    try:
+        tokenizer = load_tokenizer(target.model)
+        rows = load_evaluation_rows(section, tokenizer, seed=target.seed).evaluation
+        assert rows is not None  # the section asks for them
+        model = load_model(target.model, device=devices.device)
+        adapters = AdapterSet(model.net)
+        for name, folder in zip("AB", folders, strict=True):
+            adapters.add(name, partial(_attach, model, folder))
+        length, settings = section.max_length, target.evaluation
+        losses = adapter_losses(model, adapters, tokenizer, rows, devices, settings, max_length=length)
+    finally:
+        devices.close()
+    return [losses[name] for name in (None, "A", "B")]
+
+
+def _attach(model: LoadedModel, folder: Path) -> AttachedAdapter:
+    head_name = model.family.head_name(model.net)
+    return attach_adapter_folder(model.net, folder, head_name=head_name, base_fingerprint=model.fingerprint)
 
 
 def _diff_adapters(
@@ -210,7 +259,10 @@ def _diff_adapters(
 ) -> list[Difference]:
     first, second = (read_changes(folder, base) for folder in folders)
     facts = base_of([first.config, second.config], base)
-    differences = [compare(name, first.of(name), second.of(name)) for name in sorted({*first.updates, *second.updates})]
+    differences = [
+        compare(name, first.of(name), second.of(name))
+        for name in sorted({*first.updates, *second.updates}, key=in_order)
+    ]
     _tell_differences(console, "updates of layers", differences)
     others = [compare(key, first.rest.get(key), second.rest.get(key)) for key in sorted({*first.rest, *second.rest})]
     if others:
@@ -265,7 +317,10 @@ def _tell_differences(console: Console, what: str, differences: list[Difference]
 
 def _tell_losses(console: Console, losses: Mapping[str, Loss], rank: int) -> None:
     """What a lower rank loses, layer by layer."""
-    rows = [(loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}") for loss in losses.values()]
+    rows = [
+        (loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}")
+        for loss in sorted(losses.values(), key=lambda loss: in_order(loss.name))
+    ]
     console.table(["layer", "norm of the update", "error", "energy kept"], rows)
     whole = total(losses)
     console.info(

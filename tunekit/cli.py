@@ -228,11 +228,14 @@ def adapter_diff(
         int | None, typer.Option("--extract-rank", metavar="R", help="write B minus A as a LoRA of this rank")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="where to write that LoRA")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="rows on which the losses of both are measured")
+    ] = None,
     base: Base = None,
     json_file: JsonFile = None,
 ) -> None:
     """Compare two adapters, or two models, layer by layer."""
-    _call(context, "tunekit.adapter:diff_verb", left, right, rank, base, json_file, output)
+    _call(context, "tunekit.adapter:diff_verb", left, right, rank, data, base, json_file, output)
 
 
 @app.command()

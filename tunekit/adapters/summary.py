@@ -176,7 +176,7 @@ def _layers(
         module, own = split_name(tensor.name)
         found.setdefault(module or own, []).append(tensor)
     layers = []
-    for name, held in sorted(found.items()):
+    for name, held in sorted(found.items(), key=lambda item: in_order(item[0])):
         finite = not any(tensor.not_finite for tensor in held)
         rank = factors[name]["A"].shape[0] if "A" in factors.get(name, {}) else None
         layers.append(
@@ -199,6 +199,11 @@ def _without_experts(factors: dict[str, dict[str, Tensor]], config: AdapterConfi
         for name, pair in factors.items()
         if "A" in pair and len(pair["A"]) == ranks.of(name, config.settings.r)
     }
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 9 before layer 10."""
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
 
 
 def _update_norms(factors: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig | None) -> dict[str, float]:
