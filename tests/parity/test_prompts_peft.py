@@ -30,7 +30,8 @@ from tunekit.recipe.adapters.prompt import PromptSettings
 
 LENGTH, TASK, SPREAD = 5, 1, 0.2
 NO_MERGE = {"merged": "a prompt is no change of a weight"}
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "mixtral": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS"}
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "mixtral": "CAUSAL_LM", "bert": "SEQ_CLS"}
+TASKS |= {"t5": "SEQ_2_SEQ_LM", "bart": "SEQ_2_SEQ_LM"}
 IDS_OF_CONTEXT, TYPES = (7, 3, 50, 12, 9, 61, 8), (1, 2, 2, 3, 4, 0, 5)
 Made = tuple[Any, peft.PeftConfig]
 
@@ -52,7 +53,7 @@ def p_tuning_lstm(family: str) -> Made:
 
 
 def multitask_prompt(family: str) -> Made:
-    sides = 2 if family == "t5" else 1
+    sides = 2 if TASKS[family] == "SEQ_2_SEQ_LM" else 1
     fields: dict[str, Any] = {"num_virtual_tokens": LENGTH, "num_tasks": 3, "num_ranks": 2}
     fields["num_transformer_submodules"] = sides
     ours = MultitaskPromptSettings(**fields, task=TASK, modules_to_save=heads(family))
@@ -117,9 +118,8 @@ class Pair:
             if "decoder_input_ids" in inputs:  # peft looks for embeddings alone there
                 inputs["decoder_inputs_embeds"] = theirs.word_embeddings(inputs.pop("decoder_input_ids"))
         logits: Tensor = theirs(**inputs).logits
-        seen = {"t5": 0, "bert": 0}.get(self.family, theirs.active_peft_config.num_virtual_tokens)
-        seen = LENGTH if self.family == "t5" and self.multitask else seen
-        return logits[:, seen:] if seen else logits
+        before_tokens = TASKS[self.family] == "CAUSAL_LM" or (self.multitask and self.family != "bert")
+        return logits[:, theirs.active_peft_config.num_virtual_tokens :] if before_tokens else logits
 
     def state_name(self, name: str) -> str:
         """Our name of one of peft's parameters."""
