@@ -109,7 +109,16 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
     assert {field.name for field in dataclasses.fields(ReportFacts)} - set(report) == {
         "peak_allocated_bytes",
         "peak_reserved_bytes",
+        "calibration",
     }
+
+
+def test_the_pass_before_step_1_is_reported(run: RunFolder) -> None:
+    counts = {"micro_batches": 8, "tokens": 1234, "forward_passes": 8, "backward_passes": 8, "seconds": 2.5}
+    write_report(run, dataclasses.replace(FACTS, calibration={"start": "lora_ga", **counts}), make_plan())
+    assert json.loads((run.path / "report.json").read_text())["calibration"] == {"start": "lora_ga", **counts}
+    words = "looked at 8 micro-batches (1,234 tokens) before step 1: 8 forward and 8 backward passes in 2.5 s."
+    assert words in (run.path / "report.md").read_text().replace("\\", "")
 
 
 def test_what_was_not_measured_is_absent_never_null_zero_or_nan() -> None:
