@@ -140,6 +140,8 @@ def test_what_is_needed_is_said(tmp_path: Path, bases: Callable[[str], Path]) ->
     edit(final, init_lora_weights="pissa")
     with pytest.raises(TunekitError, match=r"k_proj' is .16, 32. there and .64, 64."):
         convert(final, new, base=wider(tmp_path / "wider"))
+    with pytest.raises(TunekitError, match=r"adapts 'model\.layers\.0\.self_attn\.k_proj', which .* does not have"):
+        convert(final, new, base=bases("gpt2"))
     edit(initial, lora_alpha=7)
     with pytest.raises(TunekitError, match="another shape, rank or scaling"):
         convert(final, new, initial=initial)

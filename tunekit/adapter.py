@@ -163,6 +163,10 @@ def _untouched(
     rewriter = Rewriter(section, "full")
     if lora.config.base_fingerprint and lora.config.base_fingerprint != rewriter.fingerprint():
         raise AdapterError("was trained on another base", "name the right one with --base", file=lora.config.file)
+    absent = [name for name in lora.updates if name not in rewriter.modules]
+    if absent:
+        what = f"adapts '{absent[0]}', which {section.name_or_path} does not have"
+        raise AdapterError(what, "name the right base with --base", file=lora.config.file)
     console.info(
         f"the start {start} is computed again from {section.name_or_path}: right where training began from exactly "
         "these weights, not quantized"
@@ -215,6 +219,7 @@ def diff_verb(
         raise InputError(f"{left} and {right} are an adapter and a model", "name two adapters, or two models")
     if data is not None and not all(adapters):
         raise InputError("--data measures two adapters on one base", "measure a model with: tunekit eval", key="--data")
+    losses = None if data is None else _measure(folders, data, base)
     if all(adapters):
         place = None if output is None else check_new_folder(Path(output), folders)
         differences = _diff_adapters(console, folders, rank, base, place)
@@ -222,9 +227,9 @@ def diff_verb(
         differences = _diff_models(console, [left, right], rank, None if output is None else Path(output))
     if json_file is not None:
         write_json(Path(json_file), [asdict(difference) for difference in differences])
-    if data is not None:
+    if losses is not None:
         labels = ("the base alone", f"with A ({left})", f"with B ({right})")
-        console.table(["", "loss"], list(zip(labels, _measure(folders, data, base), strict=True)), title=data)
+        console.table(["", "loss"], list(zip(labels, losses, strict=True)), title=data)
 
 
 def _measure(folders: Sequence[Path], data: str, base: str | None) -> list[float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -19,9 +19,8 @@ from tunekit.adapters.task_arithmetic import PRUNING, SIGNS, weighted
 from tunekit.errors import AdapterError, InputError
 from tunekit.model.call import seed_for
 
-FACTOR_WISE = ("linear", *PRUNING)  # the sum is taken of the factors A and B, each by itself
 OF_MATRICES = tuple(f"{kind}_svd" for kind in PRUNING)  # the sum is taken of s B A, and cut to a rank
-KINDS = ("linear", "cat", "svd", *PRUNING, *OF_MATRICES)
+KINDS = ("linear", "cat", "svd", *PRUNING, *OF_MATRICES)  # linear and PRUNING: of A and of B, each by itself
 MAY_ADD_COPIES = ("linear", "cat", "svd")  # sums in which a trained copy has a meaning without the base
 
 
@@ -46,7 +45,6 @@ class Combined:
     rest: dict[str, Tensor]
     distance: float
     worst: tuple[str, float]
-    sizes: dict[str, float] = field(default_factory=dict)  # layer -> |new|
 
 
 def check_mixture(mixture: Mixture, count: int) -> None:
@@ -101,8 +99,7 @@ def combine(adapters: Sequence[LooseLora], mixture: Mixture) -> Combined:
     relative = {name: errors[name] / norms[name] if norms[name] else 0.0 for name in names}
     worst = max(names, key=lambda name: relative[name])
     distance = math.hypot(*errors.values()) / (math.hypot(*norms.values()) or 1.0)
-    sizes = {name: update.norm() for name, update in updates.items()}
-    return Combined(updates, _combine_rest(adapters, mixture), distance, (worst, relative[worst]), sizes)
+    return Combined(updates, _combine_rest(adapters, mixture), distance, (worst, relative[worst]))
 
 
 def _refuse_other_shapes(name: str, updates: Sequence[LowRank], adapters: Sequence[LooseLora]) -> None:

@@ -40,10 +40,6 @@ class LowRank:
         """D (O, I), float32."""
         return self.b @ self.a * self.scaling
 
-    def scaled(self, factor: float) -> LowRank:
-        """factor D."""
-        return LowRank(self.a, self.b, self.scaling * factor, self.embedding)
-
     def inner(self, other: LowRank) -> float:
         """The sum over all numbers of D * E, E = s' B' A': the sum of (B^T B') * (A A'^T) times s s'."""
         left = self.b.double().t() @ other.b.double()  # (R, R')
@@ -75,13 +71,6 @@ def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRan
     a = torch.cat([update.a * (weight * update.scaling) for update, weight in zip(updates, weights, strict=True)])
     b = torch.cat([update.b for update in updates], dim=1)
     return LowRank(a, b, 1.0, updates[0].embedding)
-
-
-def relative_error(got: LowRank, wanted: LowRank) -> float:
-    """|got - wanted| / |wanted|; 0 where both are 0."""
-    size = wanted.norm()
-    error = weighted_sum([got, wanted], [1.0, -1.0]).norm()
-    return error / size if size else (0.0 if not error else math.inf)
 
 
 def reduce_rank(update: LowRank, rank: int) -> LowRank:

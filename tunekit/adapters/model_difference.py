@@ -84,7 +84,11 @@ def extract_models(left: Rewriter, right: Rewriter, rank: int) -> ModelDifferenc
 
 def _extract_module(found: ModelDifference, name: str, kind: str, left: Rewriter, right: Rewriter, rank: int) -> None:
     """One layer's update, if it differs."""
-    one, two = left.base_weight(name).float(), right.base_weight(name).float()
+    try:
+        one, two = left.base_weight(name).float(), right.base_weight(name).float()
+    except KeyError:  # one of them stores the layer in another form
+        found.left_out[f"{name}.weight"] = None
+        return
     if one.shape != two.shape:
         found.left_out[f"{name}.weight"] = None
         return
