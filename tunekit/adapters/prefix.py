@@ -25,7 +25,7 @@ from tunekit.model.call import calling, current_call
 from tunekit.model.earlier_keys import enter, keys_and_values
 from tunekit.model.self_attention import SelfAttention, decoder, self_attentions
 from tunekit.protocols import Tokenizer
-from tunekit.recipe.adapters.prefix import PrefixSettings
+from tunekit.recipe.adapters.prefix import INIT_TEXT, PrefixSettings
 
 FILE_NAME = "prompt_embeddings"
 SHAPES = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")  # PEFT's facts of the base
@@ -192,7 +192,7 @@ def with_tokenizer(settings: Any, tokenizer: Tokenizer) -> Any:
     """The settings with init_text as ids, behind the token that begins texts, where the tokenizer puts one there."""
     if settings.first_values != "text" or settings.init_ids is not None:
         return settings
-    ids = tokenizer.encode(settings.init_text)
+    ids = tokenizer.encode(settings.init_text or INIT_TEXT)
     begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     more = ids * (settings.num_virtual_tokens // max(1, len(ids)) + 1)  # the beginning is not repeated with the text
     return settings.model_copy(update={"init_ids": tuple(begin + more)[: settings.num_virtual_tokens]})

@@ -29,8 +29,10 @@ class PrefixSettings(AdapterSettings):
         description="first values: the base's own keys and values of init_text (that comparison's best, the default), "
         "normal numbers (the default with a projection), or zeros",
     )
-    init_text: Text = Field(
-        INIT_TEXT, description="a real prefix, best of the task at hand; repeated or cut to num_virtual_tokens"
+    init_text: Text | None = Field(
+        None,
+        description="a real prefix, best of the task at hand; repeated or cut to num_virtual_tokens; a general "
+        "instruction where none is given",
     )
     init_ids: Several[CountOrZero] | None = Field(None, description="a real prefix as token ids, instead of init_text")
     prefix_projection: bool = Field(
