@@ -14,9 +14,10 @@ import torch
 
 from tests.recipe_mutator import make_valid_case
 from tests.train_case import write_recipe
+from tunekit.artifacts.plan_file import plan_from_json
 from tunekit.decisions import Plan
 from tunekit.errors import InputError, ModelError, RecipeError, TunekitError
-from tunekit.plan import Prepared, make_plan, plan_from_json, plan_verb
+from tunekit.plan import Prepared, make_plan, plan_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.training.planned_memory import logits_chunk_tokens
 
@@ -34,6 +35,9 @@ PLANNABLE: dict[str, list[str]] = {
     "data.max_length": ["512", "2048", "2e3"],
     "data.excess_length": ["drop", "truncate"],
     "adapter.r": ["1", "8"],
+    # what these may be depends on others: on alpha and the rank, on modules_to_save
+    "adapter.start": ["default", "gaussian"],
+    "adapter.trainable_token_indices": ["[]", "{embed_tokens: [3, 4]}"],
     "adapter.exclude_modules": ["null", "[k_proj]"],
     "adapter.rank_pattern": ["{}", "{q_proj: 4}"],
     "training.max_steps": ["1", "10"],

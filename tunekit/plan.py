@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 import tunekit
@@ -24,8 +22,8 @@ from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
 from tunekit.data.batches import BatchSettings, TrainingWindows, evaluation_batches
 from tunekit.data.stream import StreamedWindows
-from tunekit.decisions import ModelFacts, PeakBytes, Plan, Refusal, RowCounts, Target
-from tunekit.errors import InputError, Problem
+from tunekit.decisions import Plan, Target
+from tunekit.errors import Problem
 from tunekit.memory.machine import available_bytes
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
@@ -34,12 +32,11 @@ from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.supported import refuse_unsupported
-from tunekit.recipe.training import TrainingSection
 from tunekit.rows import RowSet, load_rows
 from tunekit.training import refusals
 from tunekit.training.devices import make_devices
 from tunekit.training.findings import Findings, raise_refusals
-from tunekit.training.forecast import Forecast, largest_batch
+from tunekit.training.forecast import Forecast, largest_batch, supervised_tokens
 from tunekit.training.planned_memory import LEAST_CHUNK_TOKENS, PlannedMemory, logits_chunk_tokens, plan_memory
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.simulation import SimulatedRun
@@ -234,7 +231,7 @@ def _assemble(
         micro_batches_per_epoch=windows.micro_batches_per_epoch,
         rows=rows.counts,
         eval_rows=rows.eval_counts,
-        supervised_tokens=_supervised_tokens(windows, rows, recipe.training),
+        supervised_tokens=supervised_tokens(windows, rows.train, recipe.training),
         packing=packing,
         packing_reason=packing_reason,
         checkpointed_layers=memory.layers,
@@ -254,21 +251,6 @@ def _trained_numbers(inputs: Inputs) -> int:
     return whole + trained_count(method, settings, targets) + copied_parameters(net, method, settings, targets)
 
 
-def _supervised_tokens(windows: Windows, rows: RowSet, settings: TrainingSection) -> int:
-    """Loss tokens of the whole run, step by step as the windows will be; of a stream, as its sample has them."""
-    supervised, per_step = np.asarray(rows.train.supervised), settings.gradient_accumulation_steps  # (rows,)
-    if not isinstance(windows, TrainingWindows):
-        tokens = windows.steps * per_step * (settings.micro_batch_size or 1)
-        return round(tokens * float(supervised.mean()))
-    total, left, epoch = 0, windows.steps, 0
-    while left > 0:
-        micro_batches = windows.micro_batches(epoch)[: left * per_step]
-        total += sum(int(supervised[list(group)].sum()) for batch in micro_batches for group in batch)
-        left -= -(-len(micro_batches) // per_step)
-        epoch += 1
-    return total
-
-
 def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: PlannedMemory) -> list[str]:
     experts = unreached_experts(inputs.base.net, recipe.adapter, inputs.targets)
     notes = [*inputs.base.notes, *inputs.rows.notes]
@@ -284,24 +266,6 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
         notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")
     notes.append(f"recomputed in the backward pass: {memory.reason}")
     return notes
-
-
-def plan_from_json(value: dict[str, Any]) -> Plan:
-    """The Plan that `dataclasses.asdict` and JSON made `value` of. Raises: InputError where it is no plan."""
-    try:
-        return Plan(
-            **{
-                **value,
-                "model": ModelFacts(**value["model"]),
-                "targets": [Target(**target) for target in value["targets"]],
-                "rows": RowCounts(**value["rows"]),
-                "eval_rows": None if value["eval_rows"] is None else RowCounts(**value["eval_rows"]),
-                "peak_bytes": PeakBytes(**value["peak_bytes"]),
-                "refusals": [Refusal(**refusal) for refusal in value["refusals"]],
-            }
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"this is no plan of this version ({error})", "make it again with `tunekit plan`") from error
 
 
 def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tunekit.data.batches import BatchSettings, TrainingWindows
 from tunekit.data.collate import collate
+from tunekit.data.stream import StreamedWindows
 from tunekit.decisions import PeakBytes
 from tunekit.errors import ModelError
 from tunekit.memory.estimate import Work, peak_bytes
@@ -28,6 +29,7 @@ from tunekit.model.shards import read_headers
 from tunekit.model.source import find_source
 from tunekit.model.weights import packed_layers, stored_bytes, weight_of
 from tunekit.protocols import Batch, EncodedRows
+from tunekit.recipe.training import TrainingSection
 from tunekit.training.simulation import SimulatedRun
 
 EXAMINED_EPOCHS = 8  # packs differ from epoch to epoch, though hardly in size
@@ -50,6 +52,21 @@ def largest_batch(windows: TrainingWindows, rows: EncodedRows, settings: BatchSe
             break
     assert best is not None
     return collate(rows, best, pad_id=settings.pad_id, packed=settings.packing)
+
+
+def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: EncodedRows, settings: TrainingSection) -> int:
+    """Loss tokens of the whole run, step by step as the windows will be; of a stream, as its sample has them."""
+    supervised, per_step = np.asarray(rows.supervised), settings.gradient_accumulation_steps  # (rows,)
+    if not isinstance(windows, TrainingWindows):
+        tokens = windows.steps * per_step * (settings.micro_batch_size or 1)
+        return round(tokens * float(supervised.mean()))
+    total, left, epoch = 0, windows.steps, 0
+    while left > 0:
+        micro_batches = windows.micro_batches(epoch)[: left * per_step]
+        total += sum(int(supervised[list(group)].sum()) for batch in micro_batches for group in batch)
+        left -= -(-len(micro_batches) // per_step)
+        epoch += 1
+    return total
 
 
 @dataclass(frozen=True)
