@@ -74,7 +74,7 @@ def test_prefix(family: str, tmp_path: Path) -> None:
     assert not cell.failures, cell.failures
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mixtral", "bart"])
 @pytest.mark.parametrize("row", ["projection"])
 def test_prefix_with_a_projection(row: str, family: str, tmp_path: Path) -> None:
     """Encoders tensor by tensor; files hold what they make, and are read as that."""
@@ -133,7 +133,7 @@ def test_llama_adapter(row: str, family: str, tmp_path: Path) -> None:
     assert not cell.failures, cell.failures
 
 
-@pytest.mark.parametrize("family", ["t5", "bert", "mixtral"])
+@pytest.mark.parametrize("family", ["t5", "bert", "mixtral", "bart"])
 @pytest.mark.parametrize("row", ["all layers", "upper layer"])
 def test_llama_adapter_is_refused_where_peft_refuses_it(row: str, family: str) -> None:
     base = BASES[family]
