@@ -24,6 +24,7 @@ from tunekit.training.planned_memory import logits_chunk_tokens
 CPU = torch.device("cpu")
 # what a mutated recipe may draw so that a tiny llama over chat rows can take it
 PLANNABLE: dict[str, list[str]] = {
+    "adapter.start": ["default", "gaussian", "{method: eva, rho: 2, batches: 1}"],  # on any base, with any alpha
     "model.dtype": ["auto", "float32", "bfloat16"],
     "model.attention": ["auto", "eager", "sdpa"],
     "data.train.0.format": ["auto", "chat"],
