@@ -11,7 +11,8 @@ from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Positive
 
 class FourierftSettings(AdapterSettings):
     """A few trained coefficients of the update's two-dimensional Fourier spectrum. 5000 coefficients and a scale of 300
-    are those of PEFT's MetaMathQA comparison (Llama-3.2-3B)."""
+    are those of PEFT's MetaMathQA comparison (Llama-3.2-3B), which measured .120 at its general rate of
+    1e-4: try a higher one."""
 
     method: Literal["fourierft"] = Field("fourierft", description="a sparse Fourier spectrum of the update")
     target_modules: TextOrTexts = Field(
