@@ -171,7 +171,7 @@ def test_with_a_cache_as_without_one_token_for_token(name: str, tiny_llama: Path
     assert found != plain
 
 
-@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("family", [family for family in ("t5", "bart") if family in BASES])
 def test_an_encoder_decoder_answers_behind_a_prompt(family: str, tiny_llama: Path, tmp_path: Path) -> None:
     """The encoder has the vectors; with a cache as without one, sources padded as alone."""
     BASES[family].make().save_pretrained(tmp_path / "base")
