@@ -80,6 +80,16 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live[old] -= size
             self.live[part] += size
 
+    def pass_through(self, sizes: Iterable[int]) -> None:
+        """Count blocks that are taken one after the other, held together and given back."""
+        numbers = []
+        for size in sizes:
+            self._number += 1
+            numbers.append((self._number, self._rounded(size)))
+            self._add(self.part, numbers[-1][1], self._number)
+        for number, size in numbers:
+            self._add(self.part, -size, number)
+
     def start(self) -> None:
         """Start a new peak and a new trace from what is live now."""
         self.peak, self.peak_total, self._held = dict(self.live), self.total, self.total
@@ -100,9 +110,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._follow(leaf)
         extra = workspace_bytes(func, args)
         if extra:
-            self._number += 1
-            self._add(self.part, extra, self._number)
-            self._add(self.part, -extra, self._number)
+            self.pass_through([extra])
         return output
 
     def _follow(self, tensor: Tensor) -> None:

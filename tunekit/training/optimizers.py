@@ -75,6 +75,18 @@ class Optimizer:
         """Whether the update itself honours found_inf on the device."""
         return self.name == "adamw"
 
+    def update_blocks(self, device: torch.device) -> list[int]:
+        """Bytes of the temporary tensors that one update holds at once, of the largest group.
+
+        The fused AdamW has none, nor have bitsandbytes' kernels on CUDA. On a CPU bitsandbytes computes in whole
+        float32 tensors: gradient, root and denominator (of 8-bit states both moments too).
+        Source: bitsandbytes/backends/cpu/ops.py, _optimizer_update_32bit_cpu, _optimizer_update_8bit_blockwise_cpu.
+        """
+        if self.gated or device.type != "cpu":
+            return []
+        largest = max(flat.data.numel() for flat in self.groups) * torch.float32.itemsize
+        return [largest] * (5 if self.name.endswith("8bit") else 3)
+
     def zero_gradients(self) -> None:
         """Clear the flat gradients; their views stay where they are."""
         for flat in self.groups:

@@ -23,6 +23,7 @@ from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console, Progress
 from tunekit.decisions import EvaluationRecord, Plan, Reaction, StepRecord
 from tunekit.errors import ModelError, ResourceError
+from tunekit.memory.heap import trim_heap
 from tunekit.model.weights import stored_bytes
 from tunekit.protocols import Objective, Window
 from tunekit.recipe.load import LoadedRecipe
@@ -137,7 +138,9 @@ def make_optimizer(session: Session, adapter: AttachedAdapter) -> Optimizer:
     """The optimizer over the adapter's groups."""
     training = session.loaded.recipe.training
     groups = [Group(tuple(names), rate, decays) for names, rate, decays in adapter.groups(training)]
-    return Optimizer(training, groups, adapter.trained())
+    optimizer = Optimizer(training, groups, adapter.trained())
+    trim_heap()  # of what the adapter's own tensors left
+    return optimizer
 
 
 def probe_model(session: Session, plan: Plan, model: TunedModel) -> None:

@@ -55,6 +55,8 @@ class SimulatedRun:
             with tuned.training_mode(True):
                 ResidentEngine(self.training.seed).run_window(tuned, objective, Window(0, 0.0, (0,), (batch,)), units)
             optimizer.gradient_norm()
+            with tracker.counting_as("optimizer"):
+                tracker.pass_through(optimizer.update_blocks(self.device))
         return tracker.result()
 
     def before_a_step(self) -> dict[str, int]:
