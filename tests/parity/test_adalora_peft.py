@@ -18,7 +18,6 @@ from tunekit.adapters.folder import attach_adapter_folder, load_into, save_adapt
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 
-FAMILIES = ("llama", "gpt2", "t5", "bert", "mixtral")
 SCHEDULE = {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 6, "deltaT": 3, "orth_reg_weight": 0.3}
 STEPS = 20
 LLAMA = BASES["llama"]
@@ -33,7 +32,7 @@ def config(names: tuple[str, ...], task_type: str | None = None) -> peft.AdaLora
     return peft.AdaLoraConfig(**fields, task_type=task_type)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BASES)
 def test_cell(family: str, tmp_path: Path) -> None:
     names = (*BASES[family].attention, *BASES[family].feedforward)
     cell = run_cell(settings(names), config(names), family, tmp_path, spread=0.3)
@@ -186,7 +185,7 @@ def test_training_goes_on_from_a_folder_of_full_ranks_alone(tmp_path: Path) -> N
     again = attach_adapter(LLAMA.make(), settings(LLAMA.attention, tinit=0, beta1=0.5), seed=0, head_name="lm_head")
     load_into(again, tmp_path / "whole")
     assert all(torch.equal(again.state()[name], tensor) for name, tensor in whole.trained().items())
-    with pytest.raises(AdapterError, match="self_attn.k_proj has 196 numbers, in the recipe 294"):
+    with pytest.raises(AdapterError, match="k_proj has 196 numbers, in the recipe 294"):
         load_into(again, tmp_path / "cut")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.parity.peft_case import BASES, CHECKS, FAMILIES, HEADS, IDS, SIZES, Base, close, logits_of, run_cell
+from tests.parity.peft_case import BASES, CHECKS, HEADS, IDS, SIZES, Base, close, logits_of, run_cell
 from tunekit.adapters.attach import attach_adapter
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -20,6 +20,7 @@ ASKED = {
     "llama": {"lm_head": (9, 4), "embed_tokens": IDS_IN_USE},
     "gpt2": {"wte": IDS_IN_USE},
     "t5": {"shared": IDS_IN_USE},
+    "bart": {"shared": IDS_IN_USE},
     "bert": {"word_embeddings": IDS_IN_USE},
     "mixtral": {"lm_head": (3, 96)},
 }
@@ -36,14 +37,14 @@ def cell_of(family: str, folder: Path, asked: Any, *, dora: bool = False, row: s
     return run_cell(settings, config, family, folder, row=row)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BASES)
 def test_ids_of_the_embedding(family: str, tmp_path: Path) -> None:
     cell = cell_of(family, tmp_path, IDS_IN_USE, row="lora-tokens")
     assert not cell.failures, cell.failures
     assert tuple(cell.passed) == CHECKS
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BASES)
 def test_ids_by_module(family: str, tmp_path: Path) -> None:
     cell = cell_of(family, tmp_path, ASKED[family], dora=True, row="dora-tokens")
     assert not cell.failures, cell.failures
