@@ -24,7 +24,6 @@ from tunekit.training.planned_memory import logits_chunk_tokens
 CPU = torch.device("cpu")
 # what a mutated recipe may draw so that a tiny llama over chat rows can take it
 PLANNABLE: dict[str, list[str]] = {
-    "adapter.start": ["default", "gaussian", "{method: eva, rho: 2, batches: 1}"],  # on any base, with any alpha
     "model.dtype": ["auto", "float32", "bfloat16"],
     "model.attention": ["auto", "eager", "sdpa"],
     "data.train.0.format": ["auto", "chat"],
@@ -37,7 +36,7 @@ PLANNABLE: dict[str, list[str]] = {
     "data.excess_length": ["drop", "truncate"],
     "adapter.r": ["1", "8"],
     # what these may be depends on others: on alpha and the rank, on modules_to_save
-    "adapter.start": ["default", "gaussian"],
+    "adapter.start": ["default", "gaussian", "{method: eva, rho: 2, batches: 1}"],
     "adapter.trainable_token_indices": ["[]", "{embed_tokens: [3, 4]}"],
     "adapter.exclude_modules": ["null", "[k_proj]"],
     "adapter.rank_pattern": ["{}", "{q_proj: 4}"],
