@@ -26,7 +26,7 @@ from tunekit.adapters.base import (
 )
 from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import copied_places
-from tunekit.adapters.copies import TrainedCopy
+from tunekit.adapters.copies import TrainedCopy, copy_class
 from tunekit.adapters.fused import Group, fuse
 from tunekit.adapters.fused_parameters import ParameterAdapter, ParameterHost, own_parameter
 from tunekit.adapters.fused_products import Casts
@@ -266,7 +266,7 @@ def _build(attached: AttachedAdapter, meta: bool, finished: bool) -> None:
     for name, adapters in hosts.items():
         attached.put(name, ParameterHost(net.get_submodule(name), adapters))
     for name, only in copied.items():
-        attached.copies[name] = (method.copy or TrainedCopy)(net.get_submodule(name), name, only, meta=meta)
+        attached.copies[name] = copy_class(method, settings, name)(net.get_submodule(name), name, only, meta=meta)
         attached.put(name, attached.copies[name])
     for name, places in sorted(rows.items(), key=lambda each: each[1].owner is not None):  # owners first
         owner = attached.tokens[places.owner] if places.owner else None

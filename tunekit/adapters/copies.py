@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from tunekit.adapters.base import Method, Part, Slot, Wrapper
 from tunekit.adapters.base_modules import base_modules
-from tunekit.adapters.copied_places import copied_places
+from tunekit.adapters.copied_places import copied_places, named_copies
 from tunekit.adapters.targets import slot_count
 from tunekit.adapters.token_rows import token_slots
 from tunekit.decisions import Target
@@ -78,3 +78,9 @@ class TrainedCopy(Wrapper, Part):
         if current_call().bypassed:
             return self.base_layer(*inputs, **named)
         return functional_call(self.base_layer, self.copied(), inputs, named)
+
+
+def copy_class(method: Method, settings: Any, name: str) -> type[TrainedCopy]:
+    """The class of this module's copy: the method's own but for what is trained whole beside the adapter."""
+    whole = bool(named_copies({name: nn.Identity()}, method.copies(settings)))
+    return TrainedCopy if whole else method.copy or TrainedCopy

@@ -15,7 +15,7 @@ from torch import nn
 from tunekit.adapters.base import Method, Part, Slot, full_name
 from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import copied_places
-from tunekit.adapters.copies import TrainedCopy
+from tunekit.adapters.copies import TrainedCopy, copy_class
 from tunekit.adapters.peft_side import shown
 from tunekit.adapters.strict_files import TensorEntry
 from tunekit.adapters.token_rows import TrainedTokens, token_slots
@@ -118,7 +118,7 @@ def expected_tensors(
     if method.model is not None:
         expected.add(method.model, "", method.model.file_slots(settings, net))
     for name, only in copied_places(modules, method, settings, targets).items():
-        expected.add(method.copy or TrainedCopy, name, TrainedCopy.slots(modules[name], name, only))
+        expected.add(copy_class(method, settings, name), name, TrainedCopy.slots(modules[name], name, only))
     for name, slots in token_slots(net, settings).items():
         expected.add(TrainedTokens, name, slots)
     return expected

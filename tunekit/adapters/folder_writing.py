@@ -135,14 +135,13 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     """Every field of PEFT's configuration, with concrete targets and patterns that mean the same in any order."""
     settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)
+    named = named_copies(base_modules(attached.net), attached.method.copies(settings))
     if "target_modules" in config:
-        names = (
-            sorted(attached.copies) if attached.method.places else [t.name for t in targets if t.kind != "parameter"]
-        )
+        chosen = [name for name in sorted(attached.copies) if name not in named]
+        names = chosen if attached.method.places else [t.name for t in targets if t.kind != "parameter"]
         config["target_modules"] = concrete_targets(names, list(base_modules(attached.net)))
         config |= {"exclude_modules": None} if "exclude_modules" in config else {}
     if attached.copies and config.get("modules_to_save"):
-        named = named_copies(base_modules(attached.net), attached.method.copies(settings))
         config["modules_to_save"] = plain_entries(named, base_modules(attached.net))
     config |= {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}
     config |= {"modules_to_save": None} if config.get("modules_to_save") == [] else {}

@@ -62,6 +62,12 @@ class PeftSide:
     absent: frozenset[str] = frozenset()
     resolve: Callable[[Any, Sequence[Target], Mapping[str, Any]], Mapping[str, Any]] | None = None
 
+    def __post_init__(self) -> None:
+        """Settings that name modules to train whole do so in PEFT's field of that name."""
+        name = "modules_to_save"
+        if name in self.settings.model_fields and name not in {**self.fields, **self.fixed} and name not in self.absent:
+            object.__setattr__(self, "fields", {**self.fields, name: (name, [])})
+
     def write(self, settings: Any) -> dict[str, Any]:
         """PEFT's fields for `settings`, every one that PEFT 0.21.2 writes for this type."""
         known = {**COMMON, **MODULES, **self.fixed}

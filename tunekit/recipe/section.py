@@ -132,6 +132,14 @@ Item = TypeVar("Item")
 Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kept as a tuple
 
 
+class LayerSettings(AdapterSettings):
+    """What the adapters of layers have."""
+
+    modules_to_save: Several[Text] = Field(
+        (), description="modules trained whole, such as a head: names or name endings"
+    )
+
+
 class CalibratedStart(StartSettings):
     """A start that looks at the run's own data before step 1."""
 

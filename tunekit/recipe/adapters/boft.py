@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, TextOrTexts
+from tunekit.recipe.section import Count, CountOrZero, LayerSettings, TextOrTexts
 
 
-class BoftSettings(AdapterSettings):
+class BoftSettings(LayerSettings):
     """A product of block rotations of each layer's inputs, and a scale of each output. One of the first two is 0."""
 
     method: Literal["boft"] = Field("boft", description="a product of block rotations of each layer's inputs")

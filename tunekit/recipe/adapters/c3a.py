@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, AdapterSettings, Count, PublishedRate, TextOrTexts
+from tunekit.recipe.section import METAMATH, Count, LayerSettings, PublishedRate, TextOrTexts
 
 
-class C3aSettings(AdapterSettings):
+class C3aSettings(LayerSettings):
     """The update is made of circulant blocks. Wants a high learning rate: PEFT's MetaMathQA comparison (Llama-3.2-3B)
     used 3e-1 with blocks of 64."""
 

@@ -8,9 +8,9 @@ from pydantic import Field
 
 from tunekit.recipe.section import (
     METAMATH,
-    AdapterSettings,
     Count,
     Fraction,
+    LayerSettings,
     NotNegative,
     PublishedRate,
     Text,
@@ -18,7 +18,7 @@ from tunekit.recipe.section import (
 )
 
 
-class DeloraSettings(AdapterSettings):
+class DeloraSettings(LayerSettings):
     """A low-rank update of normalised factors, whose strength is one trained number per layer."""
 
     default_learning_rate = PublishedRate(1e-3, f"{METAMATH}/delora/llama-3.2-3B-rank32")

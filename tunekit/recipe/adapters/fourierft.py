@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Positive, TextOrTexts
+from tunekit.recipe.section import Count, CountOrZero, LayerSettings, Positive, TextOrTexts
 
 
-class FourierftSettings(AdapterSettings):
+class FourierftSettings(LayerSettings):
     """A few trained coefficients of the update's two-dimensional Fourier spectrum. 5000 coefficients and a scale of 300
     are those of PEFT's MetaMathQA comparison (Llama-3.2-3B), which measured .120 at its general rate of
     1e-4: try a higher one."""

@@ -8,17 +8,17 @@ from pydantic import Field
 
 from tunekit.recipe.section import (
     METAMATH,
-    AdapterSettings,
     Count,
     CountOrZero,
     Fraction,
+    LayerSettings,
     NotNegative,
     PublishedRate,
     TextOrTexts,
 )
 
 
-class GraloraSettings(AdapterSettings):
+class GraloraSettings(LayerSettings):
     """Each matrix in k x k blocks, each with a low-rank update of its own of rank r / k."""
 
     default_learning_rate = PublishedRate(2e-4, f"{METAMATH}/gralora/llama-3.2-3B-rank32")

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, AdapterSettings, Count, Fraction, PublishedRate, TextOrTexts
+from tunekit.recipe.section import METAMATH, Count, Fraction, LayerSettings, PublishedRate, TextOrTexts
 
 
-class HiraSettings(AdapterSettings):
+class HiraSettings(LayerSettings):
     """A low-rank factor that scales each number of the base's matrix."""
 
     default_learning_rate = PublishedRate(4.5e-3, f"{METAMATH}/hira/llama-3.2-3B-rank32-lr4.5e-3")

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, TextOrTexts
+from tunekit.recipe.section import Count, LayerSettings, TextOrTexts
 
 
-class HraSettings(AdapterSettings):
+class HraSettings(LayerSettings):
     """A chain of r reflections of each layer's inputs."""
 
     method: Literal["hra"] = Field("hra", description="a chain of reflections of each layer's inputs")

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, AdapterSettings, PublishedRate, TextOrTexts
+from tunekit.recipe.section import METAMATH, LayerSettings, PublishedRate, TextOrTexts
 
 
-class Ia3Settings(AdapterSettings):
+class Ia3Settings(LayerSettings):
     """One number per output (or input) of each layer. Wants a learning rate of 5e-3: with that, all linear layers and
     the feed-forward block's inputs, PEFT's MetaMathQA comparison (Llama-3.2-3B) measured .455, against .311 with its
     two attention layers and one feed-forward layer at 1e-3."""

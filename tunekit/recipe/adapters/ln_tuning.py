@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, TextOrTexts
+from tunekit.recipe.section import LayerSettings, TextOrTexts
 
 
-class LnTuningSettings(AdapterSettings):
+class LnTuningSettings(LayerSettings):
     """Trains the weights and biases of the norms alone; all norms are those of PEFT's MetaMathQA comparison,
     which at its general rate of 1e-4 learned nothing (accuracy 0): try higher."""
 

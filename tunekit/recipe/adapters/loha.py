@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, NotNegative, Text, TextOrTexts
+from tunekit.recipe.section import Count, LayerSettings, NotNegative, Text, TextOrTexts
 
 
-class LohaSettings(AdapterSettings):
+class LohaSettings(LayerSettings):
     """The update is the elementwise product of two low-rank matrices: its rank reaches r * r."""
 
     method: Literal["loha"] = Field("loha", description="an elementwise product of two low-rank updates")

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import LARGEST_COUNT, AdapterSettings, Count, NotNegative, Text, TextOrTexts, Whole
+from tunekit.recipe.section import LARGEST_COUNT, Count, LayerSettings, NotNegative, Text, TextOrTexts, Whole
 
 
-class LokrSettings(AdapterSettings):
+class LokrSettings(LayerSettings):
     """The update is a Kronecker product of a small matrix and a larger one, each of them low-rank where r is small."""
 
     method: Literal["lokr"] = Field("lokr", description="a Kronecker product of two small matrices")

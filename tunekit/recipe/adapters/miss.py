@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, Fraction, TextOrTexts
+from tunekit.recipe.section import Count, Fraction, LayerSettings, TextOrTexts
 
 
-class MissSettings(AdapterSettings):
+class MissSettings(LayerSettings):
     """One trained shard, shared by all column blocks of a matrix."""
 
     method: Literal["miss"] = Field("miss", description="one trained shard for all column blocks of a matrix")

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, TextOrTexts
+from tunekit.recipe.section import Count, CountOrZero, LayerSettings, TextOrTexts
 
 
-class OftSettings(AdapterSettings):
+class OftSettings(LayerSettings):
     """A rotation of each layer's inputs, block by block. Of block_size and blocks one is given; the other is 0."""
 
     method: Literal["oft"] = Field("oft", description="a block-diagonal rotation of each layer's inputs")

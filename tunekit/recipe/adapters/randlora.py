@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Fraction, NotNegative, TextOrTexts
+from tunekit.recipe.section import Count, CountOrZero, Fraction, LayerSettings, NotNegative, TextOrTexts
 
 
-class RandloraSettings(AdapterSettings):
+class RandloraSettings(LayerSettings):
     """Sums of frozen random low-rank matrices, of full rank together, each scaled by trained diagonals. The initial
     values are those of PEFT's RandLoraConfig, with which its MetaMathQA comparison was run."""
 

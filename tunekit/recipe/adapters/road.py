@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, AdapterSettings, Count, PublishedRate, TextOrTexts
+from tunekit.recipe.section import METAMATH, Count, LayerSettings, PublishedRate, TextOrTexts
 
 
-class RoadSettings(AdapterSettings):
+class RoadSettings(LayerSettings):
     """Rotates and scales pairs of each layer's outputs. The initial values are those of PEFT's RoadConfig; its
     MetaMathQA comparison used a learning rate of 1e-3."""
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, AdapterSettings, Count, PublishedRate, TextOrTexts
+from tunekit.recipe.section import METAMATH, Count, LayerSettings, PublishedRate, TextOrTexts
 
 
-class ShiraSettings(AdapterSettings):
+class ShiraSettings(LayerSettings):
     """A few single numbers of each matrix, drawn at random by the run's seed, are trained."""
 
     default_learning_rate = PublishedRate(3e-4, f"{METAMATH}/shira/llama-3.2-3B-lr_0.0003-random_seed_42")

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, Fraction, Positive, TextOrTexts
+from tunekit.recipe.section import Count, Fraction, LayerSettings, Positive, TextOrTexts
 
 
-class VbloraSettings(AdapterSettings):
+class VbloraSettings(LayerSettings):
     """Both factors of every layer's update are made of a few vectors of one shared bank. The initial values are those
     of PEFT's VBLoRAConfig, with which its MetaMathQA comparison was run."""
 

@@ -8,17 +8,17 @@ from pydantic import Field
 
 from tunekit.recipe.section import (
     METAMATH,
-    AdapterSettings,
     Count,
     CountOrZero,
     Fraction,
+    LayerSettings,
     Number,
     PublishedRate,
     TextOrTexts,
 )
 
 
-class VeraSettings(AdapterSettings):
+class VeraSettings(LayerSettings):
     """Two trained vectors per layer around random matrices that all layers share. The initial values are those of
     PEFT's VeraConfig, with which its MetaMathQA comparison was run."""
 
