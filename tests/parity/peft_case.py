@@ -29,6 +29,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -42,6 +44,7 @@ from transformers import (
 )
 
 from tests.parity.table import CHECKS as CHECKS
+from tests.parity.table import COLUMNS as COLUMNS
 from tests.parity.table import FAMILIES as FAMILIES
 from tests.parity.table import Cell as Cell
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
@@ -76,6 +79,15 @@ def make_t5() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS}
     return T5ForConditionalGeneration(T5Config(**sizes, num_heads=HEADS, decoder_start_token_id=0)).eval()
+
+
+def make_bart() -> nn.Module:
+    """Learned positions, and biases that are not zero."""
+    torch.manual_seed(0)
+    stacks = {"layers": LAYERS, "attention_heads": HEADS, "ffn_dim": 48}
+    sizes = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in stacks.items()}
+    config = BartConfig(**sizes, vocab_size=VOCABULARY, d_model=HIDDEN, max_position_embeddings=64, init_std=SPREAD)
+    return _with_biases(BartForConditionalGeneration(config).eval())
 
 
 def make_bert() -> nn.Module:
@@ -114,6 +126,7 @@ class Base:
     inputs: dict[str, Tensor] = field(default_factory=lambda: {"input_ids": IDS})
 
 
+OF_ENCODER_DECODERS = {"input_ids": IDS, "decoder_input_ids": IDS[:, :7] + 40}
 BASES: dict[str, Base] = {
     "llama": Base(
         make_llama, "lm_head", "CAUSAL_LM", ("q_proj", "k_proj", "v_proj"), ("down_proj",), ("input_layernorm", "norm")
@@ -122,11 +135,20 @@ BASES: dict[str, Base] = {
     "t5": Base(
         make_t5,
         "lm_head",
-        None,
+        "SEQ_2_SEQ_LM",
         ("q", "k", "v"),
         ("wo",),
         ("layer_norm", "final_layer_norm"),
-        {"input_ids": IDS, "decoder_input_ids": IDS[:, :7] + 40},
+        OF_ENCODER_DECODERS,
+    ),
+    "bart": Base(
+        make_bart,
+        "lm_head",
+        "SEQ_2_SEQ_LM",
+        ("q_proj", "k_proj", "v_proj"),
+        ("fc2",),
+        ("final_layer_norm", "layernorm_embedding"),
+        OF_ENCODER_DECODERS,
     ),
     "bert": Base(make_bert, "classifier", None, ("query", "value"), ("output.dense",), ("LayerNorm",)),
     "mixtral": Base(make_mixtral, "lm_head", "CAUSAL_LM", ("q_proj", "v_proj"), ("o_proj",), ("input_layernorm",)),

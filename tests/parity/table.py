@@ -23,6 +23,7 @@ import tunekit.recipe.adapters as adapter_settings
 CHECKS = ("forward", "gradients", "merged", "written", "read")
 FAMILIES = ("llama", "gpt2", "t5", "bert", "mixtral")  # every row has these
 MORE_FAMILIES = ("bart",)  # some have these too
+COLUMNS = FAMILIES + MORE_FAMILIES
 WITHOUT_A_ROW = {"bitfit": "peft has no such type", "full": "an adapter of no kind: the weights themselves"}
 PROPERTY = "parity cell"
 FOLDER = Path(__file__).resolve().parent
@@ -69,7 +70,7 @@ Entry = dict[str, Any]  # a Cell as plain values: method, row, family, passed, f
 def entry_of(cell: Cell, parameters: Mapping[str, Any]) -> Entry:
     """The cell with its names filled in from the parameters of the test that made it."""
     texts = [value for value in parameters.values() if isinstance(value, str)]
-    family = cell.family or next((text for text in texts if text in FAMILIES + MORE_FAMILIES), "")
+    family = cell.family or next((text for text in texts if text in COLUMNS), "")
     row = cell.row or next((text for text in texts if text != family and text not in CHECKS), "")
     method = cell.method or row
     named = row if not method or row.startswith(method) else f"{method} {row}".strip()
@@ -118,7 +119,7 @@ class Table:
 
     def lines(self) -> list[str]:
         """One line a row: a capital for each check passed, - where refused, ! where failed, . where not run."""
-        families = [f for f in FAMILIES + MORE_FAMILIES if any(f in cells for cells in self.rows.values())]
+        families = [f for f in COLUMNS if any(f in cells for cells in self.rows.values())]
         reasons: dict[str, int] = {}
         width = max((len(row) for row in self.rows), default=0) + 2
         lines = [" " * width + "".join(f"{family:9}" for family in families)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.parity.peft_case import BASES, CHECKS, FAMILIES, run_cell
+from tests.parity.peft_case import BASES, CHECKS, COLUMNS, run_cell
 from tunekit.adapters.attach import attach_adapter
 from tunekit.recipe.names import settings_class
 
@@ -37,6 +37,7 @@ OF_FAMILY = {
     "llama": {HEADS: ("lm_head", "embed_tokens"), NORMS: ("input_layernorm",)},
     "gpt2": {HEADS: ("wte",), NORMS: ("ln_f",)},
     "t5": {HEADS: ("lm_head",), NORMS: ("final_layer_norm",)},
+    "bart": {HEADS: ("lm_head",), NORMS: ("final_layer_norm",)},
     "bert": {HEADS: ("classifier",), NORMS: ("pooler",)},
     "mixtral": {HEADS: ("lm_head",), NORMS: ("post_attention_layernorm", "gate")},
 }
@@ -63,7 +64,7 @@ def freeze_a(theirs: nn.Module) -> None:
         parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COLUMNS)
 @pytest.mark.parametrize("case", TABLE)
 def test_cell(case: str, family: str, tmp_path: Path) -> None:
     settings, config = settings_and_config(case, family)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity.peft_case import BASES, CHECKS, FAMILIES, NO_CONV1D, peft_refuses, run_cell
+from tests.parity.peft_case import BASES, CHECKS, COLUMNS, NO_CONV1D, peft_refuses, run_cell
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.base import load_method
 from tunekit.adapters.oft import block_size
@@ -28,7 +28,7 @@ from tunekit.recipe.adapters.miss import MissSettings
 from tunekit.recipe.adapters.oft import OftSettings
 from tunekit.recipe.adapters.shira import ShiraSettings
 
-LINEAR = ("llama", "t5", "bert", "mixtral")  # of methods for which peft adapts nn.Linear only
+LINEAR = tuple(family for family in COLUMNS if family != "gpt2")  # of methods for which peft adapts nn.Linear only
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ PAIRS = {
     "miss-mini": Pair(
         MissSettings, peft.MissConfig, {"r": 8, "mini_r": 4}, {"variant": "mini"}, {"init_weights": "mini"}
     ),
-    "hira": Pair(HiraSettings, peft.HiraConfig, {"r": 4}, families=FAMILIES),
+    "hira": Pair(HiraSettings, peft.HiraConfig, {"r": 4}, families=COLUMNS),
     "boft": Pair(BoftSettings, peft.BOFTConfig, {}, {"block_size": 8}, {"boft_block_size": 8}),
     "boft-butterfly": Pair(
         BoftSettings,
@@ -87,7 +87,7 @@ PAIRS = {
     ),
     "boft-blocks": Pair(BoftSettings, peft.BOFTConfig, {}, {"blocks": 4}, {"boft_block_size": 0, "boft_block_num": 4}),
     "gralora": Pair(
-        GraloraSettings, peft.GraloraConfig, {"r": 4, "alpha": 6}, {"k": 2}, {"gralora_k": 2}, families=FAMILIES
+        GraloraSettings, peft.GraloraConfig, {"r": 4, "alpha": 6}, {"k": 2}, {"gralora_k": 2}, families=COLUMNS
     ),
     "gralora-hybrid": Pair(
         GraloraSettings,
@@ -95,7 +95,7 @@ PAIRS = {
         {"r": 4, "alpha": 6, "hybrid_r": 3},
         {"k": 4},
         {"gralora_k": 4},
-        families=FAMILIES,
+        families=COLUMNS,
     ),
     "delora": Pair(DeloraSettings, peft.DeloraConfig, {"r": 4, "delora_lambda": 2}, patterns={"rank_pattern": 2}),
     "shira": Pair(ShiraSettings, peft.ShiraConfig, {"r": 3}),
@@ -116,7 +116,7 @@ def butterflies_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.tuners.boft.layer, "FastBlockDiag", PlainBlockDiagonal)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COLUMNS)
 @pytest.mark.parametrize("name", PAIRS)
 def test_cell(name: str, family: str, tmp_path: Path) -> None:
     base = BASES[family]

@@ -13,7 +13,7 @@ from peft.tuners.c3a.utils import get_circulant_fast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.parity.peft_case import BASES, CHECKS, FAMILIES, NO_CONV1D, Base, peft_refuses, run_cell
+from tests.parity.peft_case import BASES, CHECKS, COLUMNS, NO_CONV1D, Base, peft_refuses, run_cell
 from tunekit.adapters.folder import attach_adapter_folder
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.c3a import C3aSettings
@@ -122,23 +122,23 @@ def ln_tuning(base: Base) -> Made:
 
 LINEAR = tuple(family for family in BASES if family != "gpt2")  # peft refuses Conv1D there
 CASES: dict[str, tuple[Callable[[Base], Made], tuple[str, ...], dict[str, Any]]] = {
-    "ia3": (ia3, FAMILIES, {}),
-    "ia3-regex": (ia3_regex, FAMILIES, {}),
-    "vera": (vera, FAMILIES, {}),
-    "vera-unsaved": (vera_unsaved, FAMILIES, {"known_warnings": ("Specified to not",)}),
-    "fourierft": (fourierft, FAMILIES, {}),
-    "vblora": (vblora, FAMILIES, {}),
+    "ia3": (ia3, COLUMNS, {}),
+    "ia3-regex": (ia3_regex, COLUMNS, {}),
+    "vera": (vera, COLUMNS, {}),
+    "vera-unsaved": (vera_unsaved, COLUMNS, {"known_warnings": ("Specified to not",)}),
+    "fourierft": (fourierft, COLUMNS, {}),
+    "vblora": (vblora, COLUMNS, {}),
     "road_1": (road("road_1"), LINEAR, {}),
     "road_2": (road("road_2"), LINEAR, {}),
     "road_4": (road("road_4"), LINEAR, {}),
-    "ln_tuning": (ln_tuning, FAMILIES, {"known_warnings": ("Unsupported layer type",)}),
-    "randlora": (randlora, FAMILIES, {"known_warnings": ("missing adapter keys",)}),  # repeats under each layer
-    "randlora-sparse": (randlora_sparse, FAMILIES, {"known_warnings": ("Specified to not",)}),
+    "ln_tuning": (ln_tuning, COLUMNS, {"known_warnings": ("Unsupported layer type",)}),
+    "randlora": (randlora, COLUMNS, {"known_warnings": ("missing adapter keys",)}),  # repeats under each layer
+    "randlora-sparse": (randlora_sparse, COLUMNS, {"known_warnings": ("Specified to not",)}),
     "c3a": (c3a, LINEAR, {"spread": 2.0, "backward": dense_c3a}),
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COLUMNS)
 @pytest.mark.parametrize("name", CASES)
 def test_cell(name: str, family: str, tmp_path: Path) -> None:
     make, families, options = CASES[name]

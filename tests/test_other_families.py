@@ -1,0 +1,261 @@
+"""Encoder-decoders and classifiers: load, attach every method, call, generate; plan refuses to train them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from tests.conftest import write_tiny_llama
+from tests.parity.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY
+from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.targets import find_targets
+from tunekit.errors import ModelError, TunekitError
+from tunekit.evaluate import evaluate_verb
+from tunekit.generate import answer
+from tunekit.model.load import LoadedModel, load_model, make_meta_model
+from tunekit.model.sample import generate_texts
+from tunekit.model.tokenizer import load_tokenizer
+from tunekit.plan import make_plan
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.names import settings_class
+from tunekit.target import find_target, load_target
+
+CPU = torch.device("cpu")
+
+
+def make_bart_classifier() -> nn.Module:
+    """Its head is a network of two layers."""
+    config: Any = BASES["bart"].make().config
+    config.num_labels = LABELS
+    torch.manual_seed(0)
+    return BartForSequenceClassification(config).eval()
+
+
+def make_llama_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, num_attention_heads=HEADS, num_labels=LABELS, pad_token_id=0)
+    return LlamaForSequenceClassification(config).eval()
+
+
+LABELS, WIDTH = 3, 12
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "t5": BASES["t5"].make,
+    "bart": BASES["bart"].make,
+    "bert": BASES["bert"].make,
+    "llama-classifier": make_llama_classifier,
+    "bart-classifier": make_bart_classifier,
+}
+FACTS = {  # family, head, layers
+    "t5": ("seq2seq", "lm_head", 2 * LAYERS),
+    "bart": ("seq2seq", "lm_head", 2 * LAYERS),
+    "bert": ("classifier", "classifier", LAYERS),
+    "llama-classifier": ("classifier", "score", LAYERS),
+    "bart-classifier": ("classifier", "classification_head", 2 * LAYERS),
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder for each maker."""
+    root = tmp_path_factory.mktemp("families")
+    for name, make in MAKERS.items():
+        make().save_pretrained(root / name)
+    return root
+
+
+def load(folder: Path, **values: Any) -> LoadedModel:
+    return load_model(ModelSection(name_or_path=str(folder), dtype="float32", **values), device=CPU)
+
+
+def inputs_of(name: str) -> dict[str, Tensor]:
+    """Two rows, the second one padded at its end; each has the token at whose place BART's classifier reads."""
+    ids = torch.arange(3, 3 + 2 * WIDTH).reshape(2, WIDTH)
+    ids[:, 8] = 2
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    answer = {"decoder_input_ids": ids[:, :7] + 40} if FACTS[name][0] == "seq2seq" else {}
+    return {"input_ids": ids, "attention_mask": mask, **answer}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_it_loads_and_computes_as_transformers_does(name: str, folders: Path, quantization: str) -> None:
+    model, inputs = load(folders / name, quantization=quantization), inputs_of(name)
+    family, head, layers = FACTS[name]
+    assert (model.facts.family, model.family.head_name(model.net), model.facts.layers) == (family, head, layers)
+    assert model.facts.vocabulary_size == VOCABULARY
+    assert not any(parameter.requires_grad for parameter in model.net.parameters())
+    logits = model.family.logits(model.net, inputs)
+    assert logits.shape == ((2, 7, VOCABULARY) if family == "seq2seq" else (2, LABELS))
+    hidden = model.family.hidden(model.net, inputs)
+    if family == "seq2seq":
+        again = model.family.head(model.net).logits(hidden.flatten(0, 1)).reshape(logits.shape)
+        torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
+    plain = MAKERS[name]()(**inputs).logits
+    if quantization == "none":
+        torch.testing.assert_close(logits, plain, rtol=0, atol=1e-5)
+    else:
+        assert 0 < (logits - plain).abs().mean() < 0.3 * plain.std()
+    meta = make_meta_model(ModelSection(name_or_path=str(folders / name), quantization=quantization), device=CPU)
+    assert meta.facts.total_parameters == model.facts.total_parameters
+    assert meta.family == model.family
+
+
+@pytest.mark.parametrize("said", ["causal", "seq2seq", "classifier", "speech"])
+def test_a_family_that_is_not_the_base_s_is_refused(name: str, folders: Path, said: str) -> None:
+    if said == FACTS[name][0]:
+        assert load(folders / name, family=said).facts.family == said
+        return
+    with pytest.raises(ModelError, match=said) as caught:
+        load(folders / name, family=said)
+    assert caught.value.problems[0].key == "model.family"
+
+
+def test_all_linear_is_every_linear_layer_but_the_head(name: str) -> None:
+    """As peft finds them, which passes over a head of one layer only."""
+    net, head = MAKERS[name](), FACTS[name][1]
+    settings = settings_class("adapters", "lora")(r=2)
+    ours = {target.name for target in find_targets(net, settings, head_name=head)}
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type=peft.TaskType.SEQ_CLS if "c" in head else None)
+    theirs = peft.get_peft_model(net, config).targeted_module_names
+    inside = {other for other in theirs if f".{other}.".startswith(f".{head}.")}
+    assert ours == set(theirs) - inside
+    assert not any(f"{other}.".startswith(f"{head}.") for other in ours)
+
+
+METHODS = {"lora": {"r": 4}, "ia3": {}, "ln_tuning": {}}  # a product, a scale, copies; parity/ has all of them
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_attach_compute_and_come_back_from_their_folders(
+    name: str, folders: Path, method: str, tmp_path: Path
+) -> None:
+    settings = settings_class("adapters", method)(**METHODS[method])
+    model, inputs = load(folders / name), inputs_of(name)
+    head = model.family.head_name(model.net)
+    attached = attach_adapter(model.net, settings, seed=1, head_name=head)
+    trained = attached.trained()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    logits = model.family.logits(model.net, inputs)
+    gradients = torch.autograd.grad(logits.square().sum(), list(trained.values()), allow_unused=True)
+    without = [n for n, g in zip(trained, gradients, strict=True) if g is None or not bool(g.abs().max() > 0)]
+    assert not without
+    facts = {"base_name": "org/base", "base_fingerprint": "f", "revision": None}
+    save_adapter_folder(attached, tmp_path / "a", **facts, task_type=model.family.task_type)
+    again = load(folders / name)
+    attach_adapter_folder(again.net, tmp_path / "a", head_name=head)
+    assert torch.equal(again.family.logits(again.net, inputs), logits)
+
+
+PROMPTS = [[3, 4, 5], list(range(6, 30)), [40, 41], [50] * 9]
+
+
+def write_encoder_decoder(folder: Path, name: str) -> Path:
+    """A T5 or BART of 267 tokens with the byte-level tokenizer of the tiny llama."""
+    write_tiny_llama(folder)
+    (folder / "model.safetensors").unlink()
+    net: Any = MAKERS[name]()
+    net.config.vocab_size = 267
+    torch.manual_seed(0)
+    net = type(net)(net.config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(3)
+    net.config.eos_token_id = net.generation_config.eos_token_id = 2
+    net.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["t5", "bart"])
+def encoder_decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder_decoder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_greedy_answers_equal_those_of_transformers(encoder_decoder: Path) -> None:
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(encoder_decoder)))
+    plain: Any = AutoModelForSeq2SeqLM.from_pretrained(encoder_decoder, dtype=torch.float32).eval()
+    expected = [
+        plain.generate(input_ids=torch.tensor([ids]), max_new_tokens=11, do_sample=False, num_beams=1)[0, 1:].tolist()
+        for ids in PROMPTS
+    ]
+    assert len({tuple(ids) for ids in expected}) > 1
+    for batch_size in (1, 4):
+        model = load(encoder_decoder)
+        own = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=11, batch_size=batch_size)
+        for ours, theirs in zip(own, expected, strict=True):
+            ended = theirs.index(2) if 2 in theirs else len(theirs)
+            assert ours == theirs[:ended]
+
+
+def test_the_answer_of_an_adapter_s_folder_equals_peft_s(encoder_decoder: Path, tmp_path: Path) -> None:
+    """`tunekit generate ADAPTER --prompt TEXT`, whose source gets the special tokens of the tokenizer."""
+    model = load(encoder_decoder)
+    settings = settings_class("adapters", "lora")(r=4, target_modules="all-linear")
+    attached = attach_adapter(model.net, settings, seed=1, head_name=model.family.head_name(model.net))
+    with torch.no_grad():
+        for parameter in attached.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.3)
+    save_adapter_folder(
+        attached,
+        tmp_path / "adapter",
+        base_name=str(encoder_decoder),
+        base_fingerprint=model.fingerprint,
+        revision=None,
+        task_type=model.family.task_type,
+    )
+    loaded = load_target(
+        find_target(str(tmp_path / "adapter"), None, ["model.dtype=float32", "evaluation.max_new_tokens=9"]), CPU
+    )
+    (text,) = answer(loaded, ["a few words"])
+    plain: Any = AutoModelForSeq2SeqLM.from_pretrained(encoder_decoder, dtype=torch.float32)
+    theirs: Any = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    native = loaded.tokenizer.native
+    ids = native("a few words", return_tensors="pt")["input_ids"]
+    output = theirs.generate(input_ids=ids, max_new_tokens=9, do_sample=False, num_beams=1)
+    assert type(theirs).__name__ == "PeftModelForSeq2SeqLM"
+    assert text == native.decode(output[0, 1:], skip_special_tokens=True)
+
+
+def test_a_classifier_gives_no_text_and_pads_only_with_a_padding_token(folders: Path) -> None:
+    model, inputs = load(folders / "llama-classifier"), inputs_of("llama-classifier")
+    tokenizer: Any = None
+    with pytest.raises(ModelError, match="gives no text"):
+        generate_texts(model, tokenizer, [[3]], max_new_tokens=1, batch_size=1)
+    with pytest.raises(ModelError, match="one row of logits per text"):
+        model.family.head(model.net)
+    model.net.config.pad_token_id = None  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match="names no padding token"):
+        model.family.logits(model.net, inputs)
+
+
+def test_plan_and_eval_refuse_what_no_objective_reads(encoder_decoder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {encoder_decoder}\ndata: {{train: {rows}}}\noutput: {{dir: {tmp_path / 'run'}}}\n")
+    with pytest.raises(TunekitError, match="encoder-decoder, and no objective") as caught:
+        make_plan(load_recipe(recipe), device=CPU)
+    assert [problem.key for problem in caught.value.problems] == ["model.name_or_path"]
+    with pytest.raises(ModelError, match="no objective"):
+        evaluate_verb(str(encoder_decoder), None, str(rows), "prompt_completion", [], None, [])
