@@ -161,17 +161,17 @@ def test_bitsandbytes_update_holds_the_blocks_that_are_counted(name: Any) -> Non
     kernels = importlib.import_module("bitsandbytes.backends.cpu.ops")
     parameter = torch.nn.Parameter(torch.randn(2**16))
     optimizer = Optimizer(TrainingSection(optimizer=name), [Group(("w",))], {"w": parameter})
-    optimizer.gradients()[0].normal_()
-    flat = optimizer.groups[0].data
+    flat, gradient = optimizer.groups[0].data, optimizer.gradients()[0]
+    gradient.normal_()
     state = optimizer.native.state[flat]
     shared = {"beta1": 0.9, "beta2": 0.999, "beta3": 0.0, "alpha": 0.0, "eps": 1e-8, "step": 1, "lr": 1e-3}
     shared |= {"weight_decay": 0.01, "gnorm_scale": 1.0}
     tracker = StorageTracker(CPU)
-    tracker.adopt([flat, flat.grad, *(value for value in state.values() if isinstance(value, torch.Tensor))], "held")
+    tracker.adopt([flat, gradient, *(value for value in state.values() if isinstance(value, torch.Tensor))], "held")
     tracker.start()
     held = tracker.total
     with torch.no_grad(), tracker:
-        given = ("adam", flat.grad, flat, state["state1"], state["state2"])
+        given = ("adam", gradient, flat, state["state1"], state["state2"])
         if name == "adamw_8bit":
             maps = {key: state[key] for key in ("qmap1", "qmap2", "absmax1", "absmax2")}
             kernels._optimizer_update_8bit_blockwise_cpu(*given, **shared, **maps)
