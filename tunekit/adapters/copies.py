@@ -81,6 +81,6 @@ class TrainedCopy(Wrapper, Part):
 
 
 def copy_class(method: Method, settings: Any, name: str) -> type[TrainedCopy]:
-    """The class of this module's copy: the method's own but for what is trained whole beside the adapter."""
-    whole = bool(named_copies({name: nn.Identity()}, method.copies(settings)))
+    """The class of this module's copy: the method's own, but for what is trained whole beside copies of the method."""
+    whole = method.places is not None and bool(named_copies({name: nn.Identity()}, method.copies(settings)))
     return TrainedCopy if whole else method.copy or TrainedCopy
