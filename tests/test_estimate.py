@@ -354,3 +354,25 @@ def test_a_fresh_process_grows_as_predicted(quantization: str, tmp_path: Path) -
     result = bench.judge(bench.make_row("row", recipe, model, {"count": 6, "tokens": 256}, tmp_path), tmp_path)
     assert result["measured"] > 300e6
     assert abs(result["error"]) < 0.15, result
+
+
+def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Planning imports the libraries: they are no part of what is compared with the prediction."""
+    train = importlib.import_module("tunekit.train")
+    order: list[str] = []
+
+    def noted(name: str) -> Any:
+        original = getattr(train, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            result = original(*given, **named)
+            order.append(name)
+            return result
+
+        return call
+
+    for name in ("make_plan", "read_host_memory", "load_model"):
+        monkeypatch.setattr(train, name, noted(name))
+    recipe = Path(__file__).parent.parent / "recipes" / "smoke.yaml"
+    train.train_verb(str(recipe), [f"output.dir={tmp_path / 'run'}"], False, True)
+    assert order == ["make_plan", "read_host_memory", "load_model"]

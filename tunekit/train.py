@@ -63,7 +63,6 @@ def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run
     try:
         with StopSignals(announce=devices.is_main) as signals:
             session = Session(loaded, devices, console, signals)
-            session.baseline_bytes = read_host_memory().resident_bytes or 0
             if dry_run:
                 with signals.at_once("in the dry run; nothing was written"):
                     _try_out(session)
@@ -156,6 +155,7 @@ def _plan(session: Session) -> tuple[Plan, Prepared]:
     """Decide everything; the main rank first, so that rows are encoded once."""
     with session.timed("data"):
         plan, prepared = session.devices.main_first(lambda: make_plan(session.loaded, device=session.devices.device))
+    session.baseline_bytes = read_host_memory().resident_bytes or 0  # planning has imported what the run needs
     raise_refusals(plan)
     facts = plan.model
     quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"

@@ -22,7 +22,7 @@ class Measured:
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     peak_host_bytes: int
-    host_growth_bytes: int  # peak_host_bytes less what the process had before it loaded anything of the run
+    host_growth_bytes: int  # peak_host_bytes less what the process had before it loaded the base
     base_bytes: int
 
 

@@ -48,7 +48,7 @@ class Session:
     folder: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     reactions: list[Reaction] = field(default_factory=list)
-    baseline_bytes: int = 0  # what the process had before anything of the run was loaded
+    baseline_bytes: int = 0  # what the process had, libraries imported, before the base was loaded
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
