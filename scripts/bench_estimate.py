@@ -47,6 +47,7 @@ def shipped_rows() -> list[Row]:
         overrides += ["model.dtype=auto"] if "dtype: float16" in text else []  # a CPU has no float16
         if "method: adalora" in text:  # a schedule of ranks that so few steps can hold
             overrides += ["adapter.tinit=0", "adapter.tfinal=1"]
+        overrides += ["~adapter.adapter_layers"] if "adapter_layers:" in text else []  # more than the model has
         found.append(Row(path.stem, str(path), overrides, {"family": family, "layers": 12, "hidden": 768}))
     return found
 
