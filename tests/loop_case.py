@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.data.batches import BatchSettings, TrainingWindows
 from tunekit.decisions import EvaluationRecord, StepRecord
+from tunekit.errors import Stopped
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
@@ -26,6 +28,7 @@ from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.training.parts import LoopParts, LoopState
 from tunekit.training.resident import ResidentEngine
+from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.tuned import TunedModel
@@ -80,6 +83,18 @@ class Case:
 
     def run(self, state: LoopState | None = None) -> LoopState:
         return run_loop(self.parts, state or LoopState())
+
+    def run_after_a_stop(self, stopped: Case, steps: int) -> None:
+        """Stop `stopped` by a signal after so many steps, and go on here from what a checkpoint holds of it."""
+        stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= steps else 0
+        reached = LoopState()
+        with pytest.raises(Stopped):
+            stopped.run(reached)
+        tensors = {
+            name: value.clone() for name, value in checkpoint_tensors(stopped.optimizer, stopped.adapter).items()
+        }
+        facts = checkpoint_facts(stopped.optimizer, reached, {})
+        self.run(restore(tensors, facts, self.optimizer, self.adapter))
 
     @property
     def losses(self) -> list[float]:

@@ -14,13 +14,11 @@ from torch import Tensor
 from tests.loop_case import Case, make_case, make_rows
 from tests.train_case import result_bytes, train_in_child, write_recipe
 from tunekit.adapters.rank_budget import RankBudget
-from tunekit.errors import RecipeError, Stopped
+from tunekit.errors import RecipeError
 from tunekit.plan import make_plan
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.parts import LoopState
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 
 NAMES = ("q_proj", "v_proj", "down_proj")
 ADAPTER = {"method": "adalora", "init_r": 4, "target_r": 2, "alpha": 8.0, "target_modules": list(NAMES)}
@@ -62,12 +60,7 @@ def test_it_learns_and_ends_at_the_target(tiny_llama: Path) -> None:
 def test_a_resume_changes_no_bit(tiny_llama: Path, stop: int) -> None:
     whole, first, second = (start(tiny_llama) for _ in range(3))
     expected = run(whole)
-    first.parts.stop_signal = lambda: 15 if len(first.losses) >= stop else 0
-    state = LoopState()
-    with pytest.raises(Stopped):
-        first.run(state)
-    tensors = {name: value.clone() for name, value in checkpoint_tensors(first.optimizer, first.adapter).items()}
-    second.run(restore(tensors, checkpoint_facts(first.optimizer, state, {}), second.optimizer, second.adapter))
+    second.run_after_a_stop(first, stop)
     assert first.losses + second.losses == whole.losses
     assert all(torch.equal(second.adapter.state()[name], tensor) for name, tensor in expected.items())
 

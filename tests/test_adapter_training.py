@@ -9,11 +9,8 @@ import pytest
 import torch
 
 from tests.loop_case import Case, make_case, make_rows
-from tunekit.errors import Stopped
 from tunekit.recipe.names import settings_class
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.parts import LoopState
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
@@ -53,12 +50,7 @@ def test_four_steps_train_everything_and_lower_the_loss(tiny_llama: Path, case: 
 def test_a_resume_changes_no_bit(tiny_llama: Path, case: str) -> None:
     whole, first, second = (start(tiny_llama, case) for _ in range(3))
     whole.run()
-    first.parts.stop_signal = lambda: 15 if len(first.losses) >= 2 else 0
-    state = LoopState()
-    with pytest.raises(Stopped):
-        first.run(state)
-    tensors = {name: value.clone() for name, value in checkpoint_tensors(first.optimizer, first.adapter).items()}
-    second.run(restore(tensors, checkpoint_facts(first.optimizer, state, {}), second.optimizer, second.adapter))
+    second.run_after_a_stop(first, 2)
     assert first.losses + second.losses == whole.losses
     ours, theirs = second.adapter.state(), whole.adapter.state()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

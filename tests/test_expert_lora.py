@@ -17,7 +17,7 @@ from tests.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import find_targets, trained_count
-from tunekit.errors import AdapterError, RecipeError, Stopped
+from tunekit.errors import AdapterError, RecipeError
 from tunekit.merge import merge_adapter
 from tunekit.model.call import Call, calling
 from tunekit.model.load import load_model
@@ -28,8 +28,6 @@ from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.target import find_target
-from tunekit.training.parts import LoopState
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 
 BOTH = ("experts.gate_up_proj", "experts.down_proj")
 FIELDS: dict[str, Any] = {"r": 3, "alpha": 6.0, "target_parameters": BOTH, "target_modules": ("o_proj",)}
@@ -245,12 +243,7 @@ def test_four_steps(mixture: Path) -> None:
     again = run(start(mixture, checkpointed=2))
     assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
     first, second = start(mixture), start(mixture)
-    first.parts.stop_signal = lambda: 15 if len(first.losses) >= 2 else 0
-    state = LoopState()
-    with pytest.raises(Stopped):
-        first.run(state)
-    tensors = {name: value.clone() for name, value in checkpoint_tensors(first.optimizer, first.adapter).items()}
-    second.run(restore(tensors, checkpoint_facts(first.optimizer, state, {}), second.optimizer, second.adapter))
+    second.run_after_a_stop(first, 2)
     assert all(torch.equal(second.adapter.state()[name], tensor) for name, tensor in after.items())
 
 

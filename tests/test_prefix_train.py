@@ -12,16 +12,14 @@ from torch import Tensor
 from tests.loop_case import Case, make_case, make_rows
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder import attach_adapter_folder, load_into, save_adapter_folder
-from tunekit.errors import AdapterError, Stopped
+from tunekit.errors import AdapterError
 from tunekit.model.call import Call, calling
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
 from tunekit.recipe.adapters.prefix import PrefixSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.parts import LoopState
 from tunekit.training.probes import packing_leak
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 
 TEXT_IDS = tuple(range(40, 46))
 METHODS: dict[str, Any] = {
@@ -74,13 +72,7 @@ def test_four_steps(name: str, tiny_llama: Path) -> None:
     assert whole.losses[-1] < still.losses[-1]
     assert_same_bits(state(run(tiny_llama, name, checkpointed=2)), after)
     stopped, resumed = start(tiny_llama, name), start(tiny_llama, name)
-    stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= 2 else 0
-    reached = LoopState()
-    with pytest.raises(Stopped):
-        stopped.run(reached)
-    tensors = {key: value.clone() for key, value in checkpoint_tensors(stopped.optimizer, stopped.adapter).items()}
-    facts = checkpoint_facts(stopped.optimizer, reached, {})
-    resumed.run(restore(tensors, facts, resumed.optimizer, resumed.adapter))
+    resumed.run_after_a_stop(stopped, 2)
     assert_same_bits(state(resumed), after)
 
 

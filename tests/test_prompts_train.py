@@ -14,7 +14,7 @@ from tests.loop_case import Case, make_case, make_rows
 from tests.parity.peft_case import BASES
 from tests.train_case import in_child, kill_self, records, result_bytes, train_in_child, without_times, write_recipe
 from tunekit.adapters.attach import attach_adapter
-from tunekit.errors import RecipeError, Stopped
+from tunekit.errors import RecipeError
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.sample import generate_texts
 from tunekit.model.tokenizer import load_tokenizer
@@ -27,9 +27,7 @@ from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.findings import raise_refusals
-from tunekit.training.parts import LoopState
 from tunekit.training.refusals import position_problems
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.tuned import TunedModel
 
 LSTM: dict[str, Any] = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12, "encoder_dropout": 0.1}
@@ -87,13 +85,7 @@ def test_four_steps(name: str, tiny_llama: Path) -> None:
     assert whole.losses[-1] < still.losses[-1]
     assert_same_bits(state(run(tiny_llama, name, checkpointed=2)), after)
     stopped, resumed = start(tiny_llama, name), start(tiny_llama, name)
-    stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= 2 else 0
-    reached = LoopState()
-    with pytest.raises(Stopped):
-        stopped.run(reached)
-    tensors = {key: value.clone() for key, value in checkpoint_tensors(stopped.optimizer, stopped.adapter).items()}
-    facts = checkpoint_facts(stopped.optimizer, reached, {})
-    resumed.run(restore(tensors, facts, resumed.optimizer, resumed.adapter))
+    resumed.run_after_a_stop(stopped, 2)
     assert_same_bits(state(resumed), after)
 
 

@@ -14,11 +14,8 @@ import torch
 from tests.contract.product_methods import PRODUCTS
 from tests.contract.vector_methods import VECTORS
 from tests.loop_case import Case, make_case, make_rows
-from tunekit.errors import Stopped
 from tunekit.recipe.names import known_names
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.parts import LoopState
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 
 RATES = {"lokr-both": 1e-1}
 CHANGES: dict[str, dict[str, Any]] = {"ia3-feedforward": {"feedforward_modules": ("down_proj",)}}
@@ -75,12 +72,6 @@ def test_four_steps(name: str, tiny_llama: Path) -> None:
     assert first.losses[-1] < still.losses[-1]
     assert_same_bits(weights(run(tiny_llama, name, rate, checkpointed=2)), after)
     stopped = start(tiny_llama, name, rate)
-    stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= 2 else 0
-    state = LoopState()
-    with pytest.raises(Stopped):
-        stopped.run(state)
-    tensors = {key: value.clone() for key, value in checkpoint_tensors(stopped.optimizer, stopped.adapter).items()}
     resumed = start(tiny_llama, name, rate)
-    facts = checkpoint_facts(stopped.optimizer, state, {})
-    resumed.run(restore(tensors, facts, resumed.optimizer, resumed.adapter))
+    resumed.run_after_a_stop(stopped, 2)
     assert_same_bits(weights(resumed), after)

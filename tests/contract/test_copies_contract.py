@@ -15,14 +15,12 @@ from tests.loop_case import Case, make_case, make_rows
 from tests.parity.peft_case import BASES, Base, logits_of, merged_net, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
-from tunekit.errors import AdapterError, Stopped
+from tunekit.errors import AdapterError
 from tunekit.model.call import Call, calling
 from tunekit.model.weights import pack_linear
 from tunekit.recipe.adapters.bitfit import BitfitSettings
 from tunekit.recipe.adapters.ln_tuning import LnTuningSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.parts import LoopState
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 
 SETTINGS = {"bitfit": BitfitSettings(), "ln_tuning": LnTuningSettings()}
 STORAGES = ("none", "bfloat16", "nf4", "int8_weight_only", "int8")
@@ -124,11 +122,6 @@ def test_four_steps(method: str, biased_llama: Path) -> None:
     after = whole.adapter.state()
     assert [name for name in after if torch.equal(before[name], after[name]) and "k_proj" not in name] == []
     assert whole.losses[-1] < still.losses[-1]
-    stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= 2 else 0
-    reached = LoopState()
-    with pytest.raises(Stopped):
-        stopped.run(reached)
-    tensors = {key: value.clone() for key, value in checkpoint_tensors(stopped.optimizer, stopped.adapter).items()}
-    resumed.run(restore(tensors, checkpoint_facts(stopped.optimizer, reached, {}), resumed.optimizer, resumed.adapter))
+    resumed.run_after_a_stop(stopped, 2)
     for other in (again, resumed):
         assert all(torch.equal(other.adapter.state()[name], tensor) for name, tensor in after.items())
