@@ -78,6 +78,12 @@ class Adalora(LayerAdapter):
         norms: Tensor = torch.linalg.matrix_norm(torch.stack([self.A @ self.A.T - one, self.B.T @ self.B - one]))
         return norms.sum()
 
+    def penalty(self) -> Tensor | None:
+        """This layer's share of the mean over all layers, halved as PEFT has it."""
+        if not self.settings.orth_reg_weight:
+            return None
+        return self.nonorthogonality() * (self.settings.orth_reg_weight / (2 * self.shared.layer_count))
+
     @torch.no_grad()
     def measure(self) -> None:
         """Move the averages on by the step just made: |value * gradient|, and how far it is from its average."""

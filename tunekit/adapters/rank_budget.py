@@ -47,11 +47,10 @@ class RankBudget(SharedPart):
         layers: Sequence[Adalora] = self.__dict__["layers"]
         return layers
 
-    def penalty(self) -> Tensor | None:
-        if not self.settings.orth_reg_weight:
-            return None
-        norms = torch.stack([layer.nonorthogonality().to(self.total_steps.device) for layer in self._layers])
-        return self.settings.orth_reg_weight * norms.sum() / (2 * len(norms))
+    @property
+    def layer_count(self) -> int:
+        """Layers that share the budget."""
+        return len(self._layers)
 
     def after_step(self, step: int, total_steps: int) -> None:
         self.total_steps.fill_(total_steps)

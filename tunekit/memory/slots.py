@@ -61,6 +61,8 @@ class LayerSlots:
             Slot(torch.empty(largest, dtype=torch.uint8, device=self.device)) for _ in range(count)
         ]  # (bytes,) each
         self._held: int | None = None
+        for slot in self.slots if self.poison else ():
+            slot.memory.fill_(UNSET_BYTE)
         for blob in self.blobs:
             blob.unbind(self.device)
 
