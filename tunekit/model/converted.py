@@ -1,7 +1,7 @@
 """Parameters that a checkpoint stores in pieces: a mixture's experts one by one, where the net has them fused.
 
 Comes in: the net, without values, and the names in its files.  Goes out: the fused parameter from its pieces, and back.
-Next: rewrite.py.  What belongs where is asked of transformers, which made one of the other at load.
+Next: rewrite.py, reading.py.  What belongs where is asked of transformers, which made one of the other at load.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import revert_weight_conversion
 
 
@@ -32,6 +33,13 @@ class StoredPieces:
         pieces: dict[str, Tensor] = revert_weight_conversion(net, {self.parameter: whole})
         return pieces
 
+    def places(self, whole: Tensor) -> dict[str, Tensor] | None:
+        """The parts of `whole` that the pieces are, as views to read them into; None where one is no such part."""
+        with _NoCopies():
+            parts = self.split(whole)
+        root = whole if whole._base is None else whole._base
+        return parts if all(part is whole or part._base is root for part in parts.values()) else None
+
     def join(self, read: Callable[[str], Tensor]) -> Tensor:
         """The parameter in float32, from pieces that `read` gives by name."""
         whole = torch.empty(math.prod(self.shape))
@@ -39,3 +47,10 @@ class StoredPieces:
         for name, place in places.items():
             whole[place.flatten().long()] = read(name).flatten().float()
         return whole.reshape(self.shape)
+
+
+class _NoCopies(TorchFunctionMode):
+    """Inside the block a tensor is taken for contiguous, so that a split gives views."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))

@@ -41,11 +41,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where a tensor lies and what it is, from the file's header alone."""
+    """Where a tensor lies and what it is, from the file's header alone; `offset_bytes` counts from the file's start."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset_bytes: int
 
     @property
     def size_bytes(self) -> int:
@@ -124,7 +125,7 @@ def read_file_header(path: Path) -> dict[str, TensorHeader]:
             raise ModelError(f"describes {tensor} in a way that cannot be read ({error})", file=str(path)) from error
         if min((*shape, start), default=0) < 0 or math.prod(shape) * item_bytes != end - start:
             raise ModelError(f"gives {tensor} a shape that does not fit its bytes", "fetch it again", file=str(path))
-        headers[tensor] = TensorHeader(path.name, dtype, shape)
+        headers[tensor] = TensorHeader(path.name, dtype, shape, 8 + raw[0] + start)
         spans.append((start, end))
     _check_tiling(path, sorted(spans), size - 8 - raw[0])
     return headers
