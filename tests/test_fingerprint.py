@@ -88,10 +88,12 @@ def test_data_base_versions_and_device_are_told_apart() -> None:
 def test_bitsandbytes_counts_only_where_it_computes() -> None:
     other = {**VERSIONS, "bitsandbytes": "0.51.0"}
     assert compare_fingerprints(facts(), facts(versions=other)) == []
-    for recipe in (changed("model.quantization", "nf4"), changed("training.optimizer", "paged_adamw_8bit")):
-        assert [name for name, _ in compare_fingerprints(facts(recipe), facts(recipe, versions=other))] == [
-            "bitsandbytes"
-        ]
+    int8, nf4 = (changed("model.quantization", name) for name in ("int8", "nf4"))
+    paged = changed("training.optimizer", "paged_adamw_8bit")
+    for recipe, device in ((int8, "cpu"), (paged, "cpu"), (nf4, "cuda")):
+        old, new = (facts(recipe, versions=versions, device=device) for versions in (VERSIONS, other))
+        assert [name for name, _ in compare_fingerprints(old, new)] == ["bitsandbytes"]
+    assert compare_fingerprints(facts(nf4), facts(nf4, versions=other)) == []  # our own code on a CPU
 
 
 def test_threads_are_kept_but_never_refused() -> None:

@@ -20,6 +20,7 @@ from tunekit.errors import InputError, ModelError, RecipeError, TunekitError
 from tunekit.plan import Prepared, make_plan, plan_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.training.planned_memory import logits_chunk_tokens
+from tunekit.training.refusals import library_problems
 
 CPU = torch.device("cpu")
 # what a mutated recipe may draw so that a tiny llama over chat rows can take it
@@ -215,11 +216,21 @@ def test_a_problem_of_an_adapter_folder_names_its_file(recipe: Path, tmp_path: P
 
 def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunekit.training.refusals.find_spec", lambda name: None)
-    loaded = ("model.quantization=nf4", "training.optimizer=adamw", "output.report_to=[tensorboard]")
+    loaded = ("model.quantization=int8", "training.optimizer=adamw", "output.report_to=[tensorboard]")
     plan, _ = plan_of(recipe, *loaded)
     assert sorted(refusal.key for refusal in plan.refusals) == ["model.quantization", "output.report_to"]
-    plan, _ = plan_of(recipe, "model.quantization=int8_weight_only")
-    assert not plan.refusals
+    for quantization in ("int8_weight_only", "nf4", "fp4"):
+        plan, _ = plan_of(recipe, f"model.quantization={quantization}")
+        assert not plan.refusals
+
+
+def test_four_bits_need_bitsandbytes_on_a_gpu_only(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunekit.training.refusals.find_spec", lambda name: None)
+    wanted = load_recipe(recipe, ["model.quantization=nf4"]).recipe
+    assert not list(library_problems(wanted, torch.device("cpu")))
+    (problem,) = library_problems(wanted, torch.device("cuda"))
+    assert (problem.key, problem.what) == ("model.quantization", "nf4 needs bitsandbytes")
+    assert problem.how == "run: pip install bitsandbytes, or write int8_weight_only or none"
 
 
 def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def make_fingerprint(
     threads: int,
 ) -> dict[str, Any]:
     """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda."""
-    names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe) else RESULT_VERSIONS
+    names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
     return {
         "recipe": {key: value for key, value in sorted(_flat(recipe)) if key not in FREE_KEYS},
         "data": data,
@@ -42,10 +42,12 @@ def make_fingerprint(
     }
 
 
-def _uses_bitsandbytes(recipe: Mapping[str, Any]) -> bool:
+def _uses_bitsandbytes(recipe: Mapping[str, Any], device: str) -> bool:
+    """Whether its kernels compute: 4 bits on a CPU are our own code's."""
     quantization = (recipe.get("model") or {}).get("quantization", "none")
     optimizer = (recipe.get("training") or {}).get("optimizer", "adamw")
-    return bool(quantization != "none" or optimizer != "adamw")
+    kernels = ("int8",) if device == "cpu" else ("int8", "nf4", "fp4")
+    return bool(quantization in kernels or optimizer != "adamw")
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

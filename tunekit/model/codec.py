@@ -1,24 +1,25 @@
 """Numbers to packed numbers and back: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale for each row.
 
 Comes in: a dense matrix (O, I).  Goes out: named tensors that hold it packed, and the dense matrix again.
-Next: weights.py keeps those tensors in a module.  bitsandbytes is imported here only, and only when it is used.
+Next: weights.py keeps those tensors in a module.  bitsandbytes is imported here only, and only when it is used: for
+4 bits beside the CPU, and for LLM.int8.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
 
 from tunekit.errors import ModelError
+from tunekit.model import four_bit
+from tunekit.model.four_bit import BLOCK, NESTED_BLOCK
 from tunekit.model.native_code import no_fetched_code
 
-BLOCK = 64  # elements that share one scale
-NESTED_BLOCK = 256  # scales that share one scale of their own, with double quantization
 FOUR_BIT = ("nf4", "fp4")
 EIGHT_BIT = ("int8", "int8_weight_only")
 
@@ -81,6 +82,8 @@ def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> 
     matrix = matrix.detach().contiguous()  # (O, I)
     if quantization in EIGHT_BIT:
         return _pack_rows(matrix)
+    if matrix.device.type == "cpu":
+        return four_bit.pack(matrix, quantization, double_quantization)
     functional = import_bitsandbytes().functional
     packed, state = functional.quantize_4bit(
         matrix, blocksize=BLOCK, compress_statistics=double_quantization, quant_type=quantization
@@ -110,25 +113,20 @@ def unpack(
         return torch.empty(shape, dtype=dtype, device="meta")
     if quantization in EIGHT_BIT:
         return packed.to(dtype).mul_((absmax / 127.0)[:, None])  # (O, I); one rounding: 8 bits fit every dtype
+    # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
+    elements = shape[0] * shape[1]
+    if packed.device.type == "cpu":
+        return four_bit.unpack(tensors, elements, quantization, dtype).reshape(shape)
     import_bitsandbytes()
     operations = torch.ops.bitsandbytes
     if "nested_absmax" in tensors:
-        code = _nested_code(str(absmax.device))  # (256,)
+        code = four_bit.nested_values().to(absmax.device)  # (256,)
         absmax = operations.dequantize_blockwise.default(
             absmax, tensors["nested_absmax"], code, NESTED_BLOCK, torch.float32
         )  # (blocks,)
         absmax = absmax + tensors["offset"]
-    # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
-    elements = shape[0] * shape[1]
     dense = operations.dequantize_4bit.default(packed, absmax, BLOCK, quantization, (elements,), dtype)
     return dense.reshape(shape)  # type: ignore[no-any-return]
-
-
-@cache
-def _nested_code(device: str) -> torch.Tensor:
-    """(256,) bitsandbytes' dynamic 8-bit values, in which double quantization writes the scales."""
-    code: torch.Tensor = import_bitsandbytes().functional.create_dynamic_map()
-    return code.to(device)
 
 
 def outlier_product(
@@ -144,10 +142,16 @@ def outlier_product(
 
 def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
     """A (O, I) matrix packed to 4 bits as transformers saves it: tensors by what follows the weight's name."""
-    packed, state = import_bitsandbytes().functional.quantize_4bit(
-        matrix.contiguous(), blocksize=BLOCK, compress_statistics=double_quantization, quant_type=quantization
-    )
-    return {"": packed, **{f".{name}": tensor for name, tensor in state.as_dict(packed=True).items()}}
+    tensors = pack(matrix, quantization, double_quantization)
+    facts: dict[str, Any] = {"quant_type": quantization, "blocksize": BLOCK}
+    facts |= {"dtype": str(matrix.dtype).removeprefix("torch."), "shape": list(matrix.shape)}
+    saved = {"": tensors["packed"], ".absmax": tensors["absmax"], ".quant_map": four_bit.values_of(quantization)}
+    if double_quantization:
+        saved |= {".nested_absmax": tensors["nested_absmax"], ".nested_quant_map": four_bit.nested_values()}
+        offset = float(tensors["offset"])
+        facts |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    text = torch.tensor(list(json.dumps(facts).encode("utf-8")), dtype=torch.uint8)
+    return saved | {f".quant_state.bitsandbytes__{quantization}": text}
 
 
 def tensors_of_state(packed: torch.Tensor, state: Any) -> tuple[dict[str, torch.Tensor], str]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tunekit.errors import ModelError, Problem
+from tunekit.model.codec import FOUR_BIT
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.tokenizer import LoadedTokenizer
@@ -24,11 +25,12 @@ from tunekit.recipe.recipe import Recipe
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
 
 
-def library_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Libraries that the recipe needs and that are not installed."""
+def library_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
+    """Libraries that the recipe needs on this device and that are not installed."""
     if find_spec("bitsandbytes") is None:
-        if recipe.model.quantization not in ("none", "int8_weight_only"):
-            how = "run: pip install bitsandbytes, or write int8_weight_only or none"
+        free = ("none", "int8_weight_only", *(FOUR_BIT if device.type == "cpu" else ()))
+        if recipe.model.quantization not in free:
+            how = f"run: pip install bitsandbytes, or write {', '.join(free[1:])} or none"
             yield Problem(f"{recipe.model.quantization} needs bitsandbytes", how, key="model.quantization")
         if recipe.training.optimizer != "adamw":
             how = "run: pip install bitsandbytes, or write adamw"

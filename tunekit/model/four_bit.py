@@ -1,0 +1,187 @@
+"""NF4 and FP4 in plain torch on a CPU, bit for bit what bitsandbytes packs and unpacks.
+
+Comes in: a dense matrix.  Goes out: its packed tensors, and the dense matrix again.  Next: codec.py, which takes
+bitsandbytes' kernels on other devices.
+
+A block of 64 numbers is divided by its largest magnitude, and each becomes the nearest of 16 values, two in a byte, the
+first in the high half.  With double quantization the blocks' magnitudes, less their mean, are packed too: 256 of them
+share a scale, and each is the nearest of 256 values.  Source: Dettmers et al. 2023 (QLoRA), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # elements that share one scale
+NESTED_BLOCK = 256  # scales that share one scale of their own, with double quantization
+CHUNK_ELEMENTS = 2**18  # worked on at a time, so that what lies between input and output stays in the cache
+HALF_STEPS = 32767.5
+SMALLEST_SCALE = 1e-38  # a block is divided by no less
+ALWAYS_ABOVE = 9.0  # a bound that no scaled number reaches
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+FP4_VALUES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # of 12; the other eight are these, negated
+
+
+@cache
+def values_of(quantization: str) -> Tensor:
+    """(16,) float32: what each half of a byte stands for, times its block's scale."""
+    if quantization == "nf4":
+        return torch.tensor(NF4_VALUES, dtype=torch.float32)
+    positive = torch.tensor(FP4_VALUES, dtype=torch.float32) / max(FP4_VALUES)
+    return torch.cat([positive, 0.0 - positive])  # the second zero is a plain one too
+
+
+@cache
+def nested_values() -> Tensor:
+    """(256,) float32, ascending: what the packed scales stand for, times their own scale.
+
+    Seven decades; in each, twice as many values as in the one below, at the middles of equal steps from 0.1 to 1; both
+    signs; 0 and 1.  Source: Dettmers 2015, 8-bit approximations for parallelism in deep learning.
+    """
+    found = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
+        found += middles + [-value for value in middles]
+    return torch.tensor(sorted(found), dtype=torch.float32)
+
+
+def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[str, Tensor]:
+    """The packed tensors of a contiguous matrix on the CPU, by the names of codec.packed_shapes."""
+    flat = matrix.reshape(-1)
+    elements = flat.numel()
+    packed = torch.empty(-(-elements // 2), 1, dtype=torch.uint8)
+    absmax = torch.empty(-(-elements // BLOCK), dtype=torch.float32)  # (blocks,)
+    for first in range(0, elements, CHUNK_ELEMENTS):
+        part = flat[first : first + CHUNK_ELEMENTS].float()
+        scaled = _scaled(part, absmax[first // BLOCK : -(-(first + part.numel()) // BLOCK)])
+        packed[first // 2 : (first + scaled.numel()) // 2, 0] = _halves(scaled, quantization)
+    if not double_quantization:
+        return {"packed": packed, "absmax": absmax}
+    offset = absmax.mean()
+    nested, nested_absmax = _pack_scales(absmax - offset)
+    return {"packed": packed, "absmax": nested, "nested_absmax": nested_absmax, "offset": offset}
+
+
+def _scaled(part: Tensor, absmax: Tensor) -> Tensor:
+    """(n,) float32 divided by their blocks' magnitudes, which are written to `absmax`; an even number of them.
+
+    bitsandbytes multiplies whole blocks by the inverse and divides what is left at the end: so both are done here.
+    """
+    whole = part.numel() // BLOCK * BLOCK
+    blocks = part[:whole].view(-1, BLOCK)
+    torch.amax(blocks.abs(), dim=1, out=absmax[: len(blocks)])
+    inverse = 1.0 / absmax[: len(blocks)].clamp(min=SMALLEST_SCALE)
+    scaled = (blocks * inverse[:, None]).clamp_(-1, 1).view(-1)
+    if whole == part.numel():
+        return scaled
+    rest = part[whole:]
+    absmax[-1] = rest.abs().max().clamp(min=SMALLEST_SCALE)
+    padding = scaled.new_zeros(part.numel() % 2)
+    return torch.cat([scaled, (rest / absmax[-1]).clamp_(-1, 1), padding])
+
+
+@cache
+def _cells(quantization: str) -> tuple[Tensor, Tensor, Tensor]:
+    """For each upper half (65536) of a float32: how many bounds between neighbouring values lie below all numbers with
+    it, and the one bound that may lie among them; and what a byte of ranks (256) becomes.
+
+    A search among the 15 bounds for every number takes ten times as long.
+    """
+    values = values_of(quantization)
+    order = torch.argsort(values)  # rank -> half byte; NF4's values are in order
+    bounds = (values[order[:-1]] + values[order[1:]]) / 2  # (15,)
+    upper = torch.arange(2**16, dtype=torch.int64) << 16
+    edges = torch.stack([upper, upper | 0xFFFF]).to(torch.int32).view(torch.float32)  # (2, 65536)
+    edges[:, (upper >> 16 & 0x7FFF) >= 0x7F80] = ALWAYS_ABOVE  # no numbers
+    lowest, highest = edges.aminmax(dim=0)
+    below = torch.bucketize(lowest, bounds)
+    if int((torch.bucketize(highest, bounds) - below).max()) > 1:
+        raise AssertionError("two bounds share the upper half of a float32")
+    bound = torch.cat([bounds, torch.tensor([ALWAYS_ABOVE])])[below]
+    ranks = torch.arange(256)
+    return below.float(), bound, ((order[ranks >> 4 & 15] << 4) | order[ranks & 15]).to(torch.uint8)
+
+
+def _halves(scaled: Tensor, quantization: str) -> Tensor:
+    """(n / 2,) bytes of the nearest values of (n,) numbers from -1 to 1; of two equally near ones the lower."""
+    below, bound, recoded = _cells(quantization)
+    cell = scaled.view(torch.uint16)[1::2].to(torch.int32)  # (n,) upper halves; the machine is little-endian
+    bounds = torch.index_select(bound, 0, cell)
+    ranks = torch.index_select(below, 0, cell).add_(torch.gt(scaled, bounds, out=bounds)).to(torch.uint8)
+    pairs = ranks.view(torch.int16)  # the first in the low byte
+    bytes_of_ranks = ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
+    return bytes_of_ranks if quantization == "nf4" else torch.index_select(recoded, 0, bytes_of_ranks.to(torch.int32))
+
+
+@cache
+def _nearest_nested() -> Tensor:
+    """(65536,) int32: for each of so many equal steps from -1 to 1, which of the 256 values is nearest."""
+    values, steps = nested_values(), torch.arange(2**16).float() / HALF_STEPS - 1.0
+    right = torch.searchsorted(values, steps).clamp_(1, len(values) - 1)
+    left = right - 1
+    return torch.where(values[right] - steps < steps - values[left], right, left).to(torch.int32)
+
+
+def _pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """(blocks,) float32 -> (blocks,) uint8 and (blocks / 256,) float32.
+
+    A scale is rounded to one of 65536 steps first, as bitsandbytes 0.50 does on a CPU; among zeros to the first.
+    """
+    blocks = -(-scales.numel() // NESTED_BLOCK)
+    padded = torch.nn.functional.pad(scales, (0, blocks * NESTED_BLOCK - scales.numel())).view(blocks, NESTED_BLOCK)
+    absmax = padded.abs().amax(dim=1)  # (blocks,)
+    normed = (padded * (1.0 / absmax)[:, None]).clamp_(-1, 1).view(-1)[: scales.numel()]
+    steps = torch.nan_to_num(normed, nan=-1.0).add_(1.0).mul_(HALF_STEPS).add_(0.5).to(torch.int32)
+    return torch.index_select(_nearest_nested(), 0, steps).to(torch.uint8), absmax
+
+
+def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtype: torch.dtype) -> Tensor:
+    """(elements,) numbers: value times scale in float32, rounded once to `dtype`."""
+    packed, absmax = tensors["packed"].reshape(-1), _scales(tensors)
+    pairs = _pairs(quantization)
+    dense = torch.empty(elements, dtype=dtype)
+    whole = elements // BLOCK * BLOCK
+    most = min(CHUNK_ELEMENTS, whole)
+    index = torch.empty(most // 2, dtype=torch.int32)
+    looked_up = torch.empty(most // 2, dtype=torch.int64)
+    for first in range(0, whole, CHUNK_ELEMENTS):
+        count = min(CHUNK_ELEMENTS, whole - first)
+        places, found = index[: count // 2], looked_up[: count // 2]
+        places.copy_(packed[first // 2 : (first + count) // 2])
+        torch.index_select(pairs, 0, places, out=found)
+        numbers = found.view(torch.float32).view(-1, BLOCK)
+        scales, out = absmax[first // BLOCK : (first + count) // BLOCK, None], dense[first : first + count]
+        if dtype == torch.float32:
+            torch.mul(numbers, scales, out=out.view(-1, BLOCK))
+        else:
+            out.view(-1, BLOCK).copy_(numbers.mul_(scales))
+    if whole < elements:
+        rest = torch.index_select(pairs, 0, packed[whole // 2 :].to(torch.int32)).view(torch.float32)
+        dense[whole:] = rest[: elements - whole] * absmax[-1]
+    return dense
+
+
+@cache
+def _pairs(quantization: str) -> Tensor:
+    """(256,) int64, each the two float32 values of a byte: one look-up for two numbers."""
+    values, byte = values_of(quantization), torch.arange(256)
+    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).reshape(-1)
+
+
+def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
+    """(blocks,) float32 scales, unpacked where they are packed."""
+    absmax = tensors["absmax"]
+    if "nested_absmax" not in tensors:
+        return absmax
+    nested = tensors["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+    return torch.index_select(nested_values(), 0, absmax.to(torch.int32)).mul_(nested).add_(tensors["offset"])
