@@ -16,6 +16,7 @@ from tunekit.data.batches import BatchSettings, TrainingWindows
 from tunekit.decisions import EvaluationRecord, StepRecord
 from tunekit.errors import Stopped
 from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.offload import BoundaryStore
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.protocols import EncodedRow
@@ -111,6 +112,7 @@ def make_case(
     packing: bool = False,
     max_length: int = 64,
     checkpointed: int = 0,
+    store: BoundaryStore | None = None,
     chunk: int = 16,
     base_dropout: bool = False,
     rank: int = 0,
@@ -122,8 +124,8 @@ def make_case(
         base.net, adapter or LoraSettings(r=4, alpha=8.0), seed=training.seed, head_name=base.family.head_name(base.net)
     )
     layers = [layer for _, layer in base.family.layers(base.net)]
-    prepare_layers(layers, checkpointed)
-    tuned = TunedModel(base, attached)
+    prepare_layers(layers, checkpointed, store)
+    tuned = TunedModel(base, attached, store)
     settings = BatchSettings(
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
