@@ -17,6 +17,7 @@ from tunekit.decisions import EvaluationRecord, StepRecord
 from tunekit.errors import Stopped
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
@@ -113,6 +114,7 @@ def make_case(
     packing: bool = False,
     max_length: int = 64,
     checkpointed: int = 0,
+    store: BoundaryStore | None = None,
     chunk: int = 16,
     base_dropout: bool = False,
     rank: int = 0,
@@ -127,7 +129,7 @@ def make_case(
         base.net, adapter or LoraSettings(r=4, alpha=8.0), seed=training.seed, head_name=base.family.head_name(base.net)
     )
     layers = [layer for _, layer in base.family.layers(base.net)]
-    prepare_layers(layers, checkpointed)
+    prepare_layers(layers, checkpointed, store)
     engine: Engine = ResidentEngine(training.seed)
     if streaming is not None:
         settings_of_slots = dict(streaming)
@@ -135,7 +137,7 @@ def make_case(
         slots = make_slots(weights, torch.device("cpu"), **{"tier": "host", "poison": True, **settings_of_slots})
         stream_layers(layers, slots)
         engine = StreamingEngine(training.seed, slots, pass_size)
-    tuned = TunedModel(base, attached)
+    tuned = TunedModel(base, attached, store)
     settings = BatchSettings(
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,

@@ -307,8 +307,9 @@ def test_an_embedding_that_is_mapped_counts_the_rows_that_are_read() -> None:
         ("auto", 1000, 0),
         ("auto", 700, 3),
         ("auto", 699, 4),
-        ("auto", 200, 8),
-        ("auto", 100, 8),
+        ("auto", 300, 7),
+        ("auto", 200, 7),
+        ("auto", 100, 7),
     ],
 )
 def test_the_fewest_layers_that_fit_are_recomputed(setting: Any, available: int | None, expected: int) -> None:

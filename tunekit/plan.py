@@ -34,6 +34,7 @@ from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.supported import refuse_unsupported
 from tunekit.rows import RowSet, load_rows
 from tunekit.training import refusals
+from tunekit.training.activations import activation_notes
 from tunekit.training.devices import make_devices
 from tunekit.training.findings import Findings, raise_refusals
 from tunekit.training.forecast import Forecast, largest_batch, supervised_tokens
@@ -190,7 +191,7 @@ def _forecast(
     recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
 ) -> Forecast:
     rows, chunk = inputs.rows, logits_chunk_tokens(inputs.base.facts.vocabulary_size)
-    run = SimulatedRun(recipe.model, recipe.adapter, recipe.objective, recipe.training, chunk, device)
+    run = SimulatedRun(recipe.model, recipe.adapter, recipe.objective, recipe.training, chunk, device, recipe.memory)
     if isinstance(windows, TrainingWindows):
         batch = largest_batch(windows, rows.train, settings)
     else:
@@ -265,7 +266,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     if groups:
         notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")
     notes.append(f"recomputed in the backward pass: {memory.reason}")
-    return notes
+    return [*notes, *activation_notes(recipe.memory, device, memory.layers, memory.offloaded_bytes)]
 
 
 def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:

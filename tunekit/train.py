@@ -24,6 +24,8 @@ from tunekit.data.load import read_template
 from tunekit.decisions import Plan, bytes_text, calibration_text
 from tunekit.errors import ResourceError, TunekitError
 from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.offload import make_store
+from tunekit.memory.tiling import tile_mlps
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.plan import Prepared, make_plan
@@ -179,7 +181,8 @@ def _load(
     recipe = session.loaded.recipe
     with session.timed("load"):
         base = load_model(recipe.model, device=session.devices.device)
-        prepare_layers([layer for _, layer in base.family.layers(base.net)], plan.checkpointed_layers)
+        layers, store = base.family.layers(base.net), make_store(recipe.memory.activation_offload, base.device)
+        prepare_layers([layer for _, layer in layers], plan.checkpointed_layers, store)
     objective = make_objective(recipe.objective, logits_chunk_tokens=plan.logits_chunk_tokens)
     with session.timed("load" if needed_batches(recipe.adapter) == 0 else "calibrate"):
         begun = begin_adapter(
@@ -194,11 +197,14 @@ def _load(
         )
         if recipe.adapter.init_from is not None:
             load_into(begun.adapter, Path(recipe.adapter.init_from), base_fingerprint=base.fingerprint)
+    if recipe.memory.mlp_tile_tokens is not None:
+        hidden = torch.empty(0, plan.model.hidden_size, dtype=base.dtype, device=base.device)
+        tile_mlps(layers, recipe.memory.mlp_tile_tokens, hidden)
     if begun.calibration is not None:
         session.console.info(calibration_text(begun.calibration))
     if session.devices.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the report's peak is the training's, not the loader's
-    return TunedModel(base, begun.adapter), begun, objective
+    return TunedModel(base, begun.adapter, store), begun, objective
 
 
 def _parts(session: Session, ready: _Ready, record: Any, save: Any) -> LoopParts:

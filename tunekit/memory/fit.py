@@ -13,7 +13,8 @@ def checkpointed_layers(
 ) -> tuple[int, str]:
     """The number of layers, from the first on, and why.
 
-    `auto`: none if the step fits, else the fewest that fit, else every one. More layers never need more memory.
+    `auto`: none if the step fits, else the fewest that fit, but never the last layer: its recomputation would come at
+    once, and keep no less. More layers never need more memory.
     """
     if setting is True:
         return layers, "every layer, as the recipe says"
@@ -25,9 +26,10 @@ def checkpointed_layers(
         return 0, "none: the system does not tell how much memory is free"
     if peak_bytes(0) <= available:
         return 0, "none: the step fits without"
-    if peak_bytes(layers) > available:
-        return layers, "every layer: the step needs more memory than is free"
-    low, high = 0, layers  # low does not fit, high does
+    most = layers - 1
+    if peak_bytes(most) > available:
+        return most, "every layer but the last: the step needs more memory than is free"
+    low, high = 0, most  # low does not fit, high does
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if peak_bytes(middle) <= available else (middle, high)

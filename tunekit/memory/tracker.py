@@ -28,12 +28,16 @@ CUDA_BLOCK_BYTES = 512  # the CUDA caching allocator rounds every allocation up 
 
 @dataclass(frozen=True)
 class Simulation:
-    """Highest sum of live bytes, by part, and every allocation (+bytes) and release in order, from `held` on."""
+    """Highest sum of live bytes, by part, and every allocation (+bytes) and release in order, from `held` on.
+
+    `offloaded`: bytes of the host's pinned memory beside a GPU's.
+    """
 
     peak: dict[str, int]
     total: int
     held: int
     trace: list[tuple[int, int]] = field(repr=False)  # (number of the storage, bytes)
+    offloaded: int = 0
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tunekit.recipe.section import AutoBoolOrCount, Section
+from tunekit.recipe.section import AutoBoolOrCount, AutoOrBool, Count, Section
 
 _SIZE = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})? ?(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)")
 
@@ -19,10 +19,22 @@ def _size(value: Any) -> Any:
 
 
 class MemorySection(Section):
-    """`gradient_checkpointing`: auto, true (every layer), false, or the number of layers (from the first)."""
+    """`gradient_checkpointing`: auto (what the step needs, never the last layer), true (every layer), false, or the
+    number of layers (from the first).
+
+    `activation_offload`: the inputs of recomputed layers wait in the host's memory. auto: on CUDA, inputs of at least
+    2 MiB and 512 tokens; true: every input, on a CPU too, where it only costs. Not a bit changes.
+    `mlp_tile_tokens`: MLPs compute so many tokens at a time. Sums over tokens are then taken in tiles.
+    """
 
     gradient_checkpointing: AutoBoolOrCount = Field(
         "auto", description="recompute activations: auto, true (every layer), false, or a number of layers"
+    )
+    activation_offload: AutoOrBool = Field(
+        "auto", description="recomputed layers' inputs wait on the host: auto (large ones, on CUDA), true, false"
+    )
+    mlp_tile_tokens: Count | None = Field(
+        None, description="tokens that an MLP computes at a time, for very long rows; sums are taken in tiles"
     )
     streaming: Literal["auto", "off", "host", "disk"] = Field("auto", description="where base weights wait")
     budget: Annotated[str, BeforeValidator(_size)] | None = Field(None, description="memory to stay in, such as 8GiB")

@@ -28,8 +28,21 @@ def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     if recipe.memory.budget is not None:
         what = "a memory budget cannot be kept; `tunekit plan` predicts the peak"
         refuse("memory.budget", what, "remove it, or lower micro_batch_size or data.max_length")
+    _refuse_activations(recipe, refuse)
     _refuse_start(recipe, refuse)
     return problems
+
+
+def _refuse_activations(recipe: Recipe, refuse: Callable[[str, str, str], None]) -> None:
+    """What may be traded for activations, where there is nothing to trade or it would change results."""
+    memory = recipe.memory
+    recomputed = memory.gradient_checkpointing
+    if memory.activation_offload is True and recomputed is not True and recomputed in (0, 1):  # False is 0
+        what = "the inputs of recomputed layers wait on the host, the last one's excepted, and that leaves none"
+        refuse("memory.activation_offload", what, "write auto, or memory.gradient_checkpointing: auto")
+    if memory.mlp_tile_tokens is not None and recipe.model.quantization == "int8":
+        what = "LLM.int8 rounds over all tokens that it is given, so that tiles would change what it computes"
+        refuse("memory.mlp_tile_tokens", what, "remove it, or write model.quantization: int8_weight_only")
 
 
 def _refuse_start(recipe: Recipe, refuse: Callable[[str, str, str], None]) -> None:

@@ -7,7 +7,7 @@ Next: plan.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -84,15 +84,26 @@ class Forecast:
     evaluation_batch: Batch | None = None
     answer_tokens: int = 0
     start_bytes: int = 0
+    _steps: dict[int, Simulation] = field(default_factory=dict, init=False, repr=False)
 
     def peak(self, checkpointed_layers: int) -> PeakBytes:
         """With this number of layers recomputed in the backward pass."""
-        step = self._really_held(self.run.training_step(self.batch, checkpointed_layers))
+        step = self._step(checkpointed_layers)
         work = Work(step, self.steps, self._evaluation, self._cache_blocks, self._load_bytes)
         peak = peak_bytes(work, self.run.device)
         if not self.start_bytes:
             return peak
         return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))
+
+    def offloaded_bytes(self, checkpointed_layers: int) -> int:
+        """Pinned memory of the host beside a GPU's, where inputs of recomputed layers wait."""
+        return self._step(checkpointed_layers).offloaded
+
+    def _step(self, checkpointed_layers: int) -> Simulation:
+        if checkpointed_layers not in self._steps:
+            simulation = self.run.training_step(self.batch, checkpointed_layers)
+            self._steps[checkpointed_layers] = self._really_held(simulation)
+        return self._steps[checkpointed_layers]
 
     def without_activations(self) -> PeakBytes:
         """What is known of a model whose own code does not run without values."""

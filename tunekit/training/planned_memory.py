@@ -26,11 +26,12 @@ def logits_chunk_tokens(vocabulary_size: int) -> int:
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """Recomputed layers and the peak with them."""
+    """Recomputed layers and the peak with them; `offloaded_bytes`: pinned memory of the host beside a GPU's peak."""
 
     layers: int
     reason: str
     peak: PeakBytes
+    offloaded_bytes: int = 0
 
 
 def plan_memory(
@@ -54,10 +55,11 @@ def plan_memory(
     layers, reason = checkpointed_layers(gradient_checkpointing, facts.layers, predict, available)
     needed = predict(layers)
     if available is not None and needed > available:
-        findings.add([too_large_problem(needed, available, layers < facts.layers)])
+        findings.add([too_large_problem(needed, available, layers < facts.layers and gradient_checkpointing != "auto")])
     if unknown:
         reason += f"; warning: activations of {facts.model_type} are not in the predicted peak ({unknown[0]})"
-    return PlannedMemory(layers, reason, predicted[layers])
+    offloaded = 0 if unknown else forecast.offloaded_bytes(layers)
+    return PlannedMemory(layers, reason, predicted[layers], offloaded)
 
 
 def too_large_problem(needed: int, available: int, can_recompute: bool) -> Problem:

@@ -36,7 +36,7 @@ class ResidentEngine:
         divisor = placed(units, model.device)
         metrics: dict[str, float] = defaultdict(float)
         self.losses = []
-        with model.unchanged_weights():
+        with model.unchanged_weights(), model.nothing_left():
             for index, batch in zip(window.indices, window.batches, strict=True):
                 call = Call(step=window.step, micro_batch=index, seed=self.seed)
                 with calling(call):

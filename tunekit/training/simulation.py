@@ -6,7 +6,7 @@ Comes in: the recipe's sections and the longest batches.  Goes out: memory.estim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,10 +14,13 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.kernels import kernels_as_on
+from tunekit.memory.offload import make_store
+from tunekit.memory.tiling import tile_mlps
 from tunekit.memory.tracker import Simulation, StorageTracker
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.objectives.base import make_objective
 from tunekit.protocols import Batch, Head, Loss, Objective, Window
+from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import AdapterSettings, ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
@@ -40,6 +43,7 @@ class SimulatedRun:
     training: TrainingSection
     logits_chunk_tokens: int
     device: torch.device
+    memory: MemorySection = field(default_factory=MemorySection)
 
     def training_step(self, batch: Batch, checkpointed_layers: int) -> Simulation:
         """Forward, backward and update of one micro-batch, the second of its step: gradients and moments exist."""
@@ -57,7 +61,9 @@ class SimulatedRun:
             optimizer.gradient_norm()
             with tracker.counting_as("optimizer"):
                 tracker.pass_through(optimizer.update_blocks(self.device))
-        return tracker.result()
+        assert tuned.boundaries is not None
+        pinned = tuned.boundaries.host_bytes if self.device.type == "cuda" else 0  # on a CPU they are counted already
+        return replace(tracker.result(), offloaded=pinned)
 
     def before_a_step(self) -> dict[str, int]:
         """Bytes by part of what exists before the first step."""
@@ -88,8 +94,13 @@ class SimulatedRun:
     def _tuned(self, base: LoadedModel, checkpointed_layers: int) -> TunedModel:
         head = base.family.head_name(base.net)
         adapter = attach_adapter(base.net, self.adapter, seed=self.training.seed, head_name=head)
-        prepare_layers([layer for _, layer in base.family.layers(base.net)], checkpointed_layers)
-        return TunedModel(replace(base, device=torch.device("meta")), adapter)
+        store = make_store(self.memory.activation_offload, self.device, simulated=True)
+        layers = base.family.layers(base.net)
+        prepare_layers([layer for _, layer in layers], checkpointed_layers, store)
+        if self.memory.mlp_tile_tokens is not None:
+            hidden = torch.empty(0, base.facts.hidden_size, dtype=base.dtype, device="meta")
+            tile_mlps(layers, self.memory.mlp_tile_tokens, hidden)
+        return TunedModel(replace(base, device=torch.device("meta")), adapter, store)
 
     def _objective(self) -> Objective:
         return make_objective(self.objective, logits_chunk_tokens=self.logits_chunk_tokens)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.memory.offload import BoundaryStore
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import placed
@@ -27,6 +28,7 @@ class TunedModel:
 
     base: LoadedModel
     adapter: AttachedAdapter | None
+    boundaries: BoundaryStore | None = None  # where the inputs of recomputed layers wait
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +76,16 @@ class TunedModel:
     def unchanged_weights(self) -> AbstractContextManager[None]:
         """A block in which no trained weight changes, so that each is cast to the compute dtype once."""
         return nullcontext() if self.adapter is None else self.adapter.casts.kept()
+
+    @contextmanager
+    def nothing_left(self) -> Iterator[None]:
+        """A block after whose failure no layer's input is kept: torch's queue may hold on to a graph that broke."""
+        try:
+            yield
+        except BaseException:
+            if self.boundaries is not None:
+                self.boundaries.clear()
+            raise
 
     def head(self) -> Head:
         """The output projection, with whatever adapter it carries."""

@@ -1,0 +1,283 @@
+"""Boundary activations wait on the host: what enters a layer is copied out, and comes back just before it is needed.
+
+Comes in: tensors under keys, in the forward pass.  Goes out: the same tensors, bit for bit, in the backward pass.
+Next: checkpointing.py puts the inputs of recomputed layers here.
+
+Copies run beside the computation, in the order in which they were asked for. Two rules keep them apart:
+- a copy begins after everything that was computed before it was asked for;
+- nobody reads what a copy writes before `wait` on that copy.
+A tensor on its way back lies in one of two buffers. `take` says that everything taken before is done with, so that its
+buffer may be filled again; the backward pass of a layer is over before that of the layer below begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+LEAST_BYTES = 2 * 2**20  # a smaller copy costs more than it frees
+LEAST_TOKENS = 512  # so few are computed faster than they are copied
+BUFFERS = 2
+
+
+class Copies(Protocol):
+    """Memory on both sides, and copies between them beside the computation. A slot is memory on the host."""
+
+    def slot(self, size_bytes: int) -> Any: ...
+
+    def buffer(self, size_bytes: int) -> Tensor:
+        """(size_bytes,) uint8 where the computation is."""
+        ...
+
+    def out(self, tensor: Tensor, slot: Any) -> Any:
+        """Begin to copy to the host; returns what `wait` waits for."""
+        ...
+
+    def back(self, slot: Any, tensor: Tensor) -> Any:
+        """Begin to copy into `tensor`."""
+        ...
+
+    def wait(self, copy: Any) -> None:
+        """What is computed from here on comes after this copy."""
+        ...
+
+    def released(self, memory: Any) -> None:
+        """A slot or buffer whose content nobody needs any more."""
+        ...
+
+
+class CudaCopies:
+    """Pinned memory, and a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def slot(self, size_bytes: int) -> Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def buffer(self, size_bytes: int) -> Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+
+    def out(self, tensor: Tensor, slot: Tensor) -> Any:
+        return self._copy(tensor, shaped(slot, tensor))
+
+    def back(self, slot: Tensor, tensor: Tensor) -> Any:
+        return self._copy(shaped(slot, tensor), tensor)
+
+    def wait(self, copy: Any) -> None:
+        torch.cuda.current_stream(self.device).wait_event(copy)
+
+    def released(self, memory: Tensor) -> None:
+        """Nothing to do: a slot is touched by one stream alone, and a buffer is filled after what was computed."""
+
+    def _copy(self, source: Tensor, destination: Tensor) -> Any:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            destination.copy_(source, non_blocking=True)
+            done = self.stream.record_event()
+        on_device = source if source.is_cuda else destination
+        on_device.record_stream(self.stream)  # its memory is not given to others before the copy is made
+        return done
+
+
+class PlainCopies:
+    """The same on a CPU, or on the meta device: both sides are plain memory, and a copy is made at once.
+
+    It saves nothing. It lets the order of copies and the safety of buffers be tried without a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def slot(self, size_bytes: int) -> Tensor:
+        return self.buffer(size_bytes)
+
+    def buffer(self, size_bytes: int) -> Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+
+    def out(self, tensor: Tensor, slot: Tensor) -> Any:
+        shaped(slot, tensor).copy_(tensor)
+
+    def back(self, slot: Tensor, tensor: Tensor) -> Any:
+        tensor.copy_(shaped(slot, tensor))
+
+    def wait(self, copy: Any) -> None:
+        """It was made at once."""
+
+    def released(self, memory: Tensor) -> None:
+        """Its content may stay."""
+
+
+class UncountedCopies(PlainCopies):
+    """For the simulation of a GPU: buffers are on the meta device, and slots are no part of the device's memory."""
+
+    def slot(self, size_bytes: int) -> Tensor:
+        return self.buffer(0)
+
+    def out(self, tensor: Tensor, slot: Tensor) -> Any:
+        """Without values there is nothing to copy."""
+
+    def back(self, slot: Tensor, tensor: Tensor) -> Any:
+        """As above."""
+
+
+def shaped(memory: Tensor, like: Tensor) -> Tensor:
+    """The first bytes of a (N,) uint8 memory as a tensor of the shape and dtype of `like`."""
+    return memory[: like.nbytes].view(like.dtype).view(like.shape)
+
+
+@dataclass
+class _Waiting:
+    """A tensor on the host: its slot, the copy that brought it there, and how it looked."""
+
+    slot: Any
+    size_bytes: int  # of the slot
+    like: Tensor  # on the meta device
+
+
+@dataclass
+class _Buffer:
+    """Memory for one tensor that comes back: whose it is, the copy that fills it, and whether it is being used."""
+
+    memory: Tensor
+    key: Hashable = None
+    copy: Any = None
+    used: bool = False
+
+
+class BoundaryStore:
+    """Tensors under keys, which wait on the host between `put` and `take`.
+
+    `copies`: how they get there; None: they stay where they are. Smaller tensors than `least_bytes`, with fewer tokens
+    (all dimensions but the last) than `least_tokens`, or with gaps in memory stay too. Slots are used again.
+    Not for several threads that compute at once.
+    """
+
+    def __init__(self, copies: Copies | None, least_bytes: int = LEAST_BYTES, least_tokens: int = LEAST_TOKENS) -> None:
+        self.copies, self.least_bytes, self.least_tokens = copies, least_bytes, least_tokens
+        self.host_bytes = 0  # of all slots, used or not
+        self._entries: dict[Hashable, _Waiting | Tensor] = {}
+        self._free: dict[int, list[Any]] = {}  # slots by size
+        self._buffers: list[_Buffer] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, key: Hashable, tensor: Tensor, *, stays: bool = False) -> None:
+        """Keep a tensor, which nobody may change, under a key that is not in use. `stays`: where it is."""
+        tensor = tensor.detach()
+        if key in self._entries:
+            raise ValueError(f"something is kept under {key!r} already")
+        if self.copies is None or stays or not self._leaves(tensor):
+            self._entries[key] = tensor
+            return
+        size = 1 << (tensor.nbytes - 1).bit_length()  # as CUDA's allocator of pinned memory rounds
+        slot = self._slot(size)
+        self.copies.out(tensor, slot)
+        self._entries[key] = _Waiting(slot, size, torch.empty_like(tensor, device="meta"))
+
+    def prefetch(self, key: Hashable) -> None:
+        """Begin to bring a tensor back, if it is on the host, not on its way, and a buffer is free."""
+        entry = self._entries.get(key)
+        if isinstance(entry, _Waiting) and self._held(key) is None:
+            buffer = self._free_buffer()
+            if buffer is not None:
+                self._fill(buffer, key, entry)
+
+    def take(self, key: Hashable) -> Tensor:
+        """The tensor as it was put; it may be read until the next `take`, or until it is dropped.
+
+        Raises: KeyError where nothing is kept under the key.
+        """
+        entry = self._entries[key]
+        if not isinstance(entry, _Waiting):
+            return entry
+        assert self.copies is not None
+        for buffer in self._buffers:
+            if buffer.used:
+                self._release(buffer)
+        buffer = self._held(key) or self._free_buffer() or self._buffers[0]
+        if buffer.key != key:
+            self._fill(buffer, key, entry)
+        self.copies.wait(buffer.copy)
+        buffer.used = True
+        return shaped(buffer.memory, entry.like)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a tensor, if it is there; its slot may be used again."""
+        entry = self._entries.pop(key, None)
+        if isinstance(entry, _Waiting):
+            assert self.copies is not None
+            held = self._held(key)
+            if held is not None:
+                self._release(held)
+            self.copies.released(entry.slot)
+            self._free.setdefault(entry.size_bytes, []).append(entry.slot)
+        if not self._entries:
+            self._buffers.clear()
+
+    def clear(self) -> None:
+        """Forget every tensor and give all memory back."""
+        for key in list(self._entries):
+            self.drop(key)
+        self._free.clear()
+        self.host_bytes = 0
+
+    def _leaves(self, tensor: Tensor) -> bool:
+        tokens = tensor.numel() // max(1, tensor.shape[-1])
+        large = tensor.nbytes >= max(1, self.least_bytes) and tokens >= self.least_tokens
+        return large and tensor.is_contiguous()
+
+    def _slot(self, size: int) -> Any:
+        free = self._free.get(size)
+        if free:
+            return free.pop()
+        assert self.copies is not None
+        self.host_bytes += size
+        return self.copies.slot(size)
+
+    def _held(self, key: Hashable) -> _Buffer | None:
+        return next((buffer for buffer in self._buffers if buffer.key == key), None)
+
+    def _free_buffer(self) -> _Buffer | None:
+        free = next((buffer for buffer in self._buffers if buffer.key is None), None)
+        if free is None and len(self._buffers) < BUFFERS:
+            assert self.copies is not None
+            free = _Buffer(self.copies.buffer(0))
+            self._buffers.append(free)
+        return free
+
+    def _fill(self, buffer: _Buffer, key: Hashable, entry: _Waiting) -> None:
+        assert self.copies is not None
+        if buffer.memory.numel() < entry.like.nbytes:
+            buffer.memory = self.copies.buffer(entry.like.nbytes)
+        buffer.copy = self.copies.back(entry.slot, shaped(buffer.memory, entry.like))
+        buffer.key, buffer.used = key, False
+
+    def _release(self, buffer: _Buffer) -> None:
+        assert self.copies is not None
+        buffer.key, buffer.copy, buffer.used = None, None, False
+        self.copies.released(buffer.memory)
+
+
+def make_store(setting: str | bool, device: torch.device, *, simulated: bool = False) -> BoundaryStore:
+    """The store that `memory.activation_offload` asks for on this device.
+
+    `auto`: on CUDA, tensors of at least LEAST_BYTES and LEAST_TOKENS leave. `true`: every tensor, on a CPU too.
+    `simulated`: tensors are on the meta device, as they would be on `device`.
+    """
+    on_gpu = device.type == "cuda"
+    if setting is False or (setting == "auto" and not on_gpu):
+        return BoundaryStore(None)
+    copies: Copies
+    if simulated:
+        meta = torch.device("meta")
+        copies = UncountedCopies(meta) if on_gpu else PlainCopies(meta)
+    else:
+        copies = CudaCopies(device) if on_gpu else PlainCopies(device)
+    return BoundaryStore(copies) if setting == "auto" else BoundaryStore(copies, 0, 0)

@@ -1,0 +1,167 @@
+"""MLPs in tiles of tokens, for rows so long that what lies inside an MLP is most of a layer's memory.
+
+Comes in: decoder layers with their adapters in place.  Goes out: the same layers, their MLPs' forward replaced.
+Next: training/resident.py.
+
+An MLP sees each token by itself. Of a tile nothing but input and output is kept; its backward pass computes it again,
+with a graph, whatever adapters are inside. Between input and output a tile's tokens take memory, not a row's. Gradients
+of trained tensors are summed tile by tile: equal up to the order of sums, and dropout draws other masks than untiled.
+Source: Bekman et al. 2025, Arctic Long Sequence Training (tiled MLP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.errors import ModelError
+from tunekit.model.call import Call, calling, current_call, seed_for
+
+KEY = "memory.mlp_tile_tokens"
+NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # of a decoder layer's MLP
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative; one token's share is larger
+PROBED_TOKENS, FIRST_TILE = 5, 2
+
+
+def tile_mlps(layers: Sequence[tuple[str, nn.Module]], tokens: int, hidden: Tensor) -> None:
+    """Let the MLP of every layer (by module name) compute `tokens` tokens at a time.
+
+    `hidden`: an empty tensor (0, D) as hidden states are: their dtype, where they lie.
+    Raises: ModelError with the name of a layer without an MLP, or of an MLP that does not act token by token.
+    """
+    tried: set[type] = set()
+    for number, (name, layer) in enumerate(layers):
+        own = next((each for each in NAMES if isinstance(getattr(layer, each, None), nn.Module)), None)
+        if own is None:
+            raise _refusal(f"{name} ({type(layer).__name__}) has no MLP of its own")
+        mlp: Any = getattr(layer, own)
+        if type(mlp) not in tried:
+            _try_tiles(f"{name}.{own}", mlp, hidden)
+            tried.add(type(mlp))
+        mlp.forward = Tiles(mlp, mlp.forward, tokens, number)
+
+
+def _refusal(what: str) -> ModelError:
+    return ModelError(f"{what}, so it cannot be computed in tiles", f"remove {KEY}", key=KEY)
+
+
+def _try_tiles(name: str, mlp: nn.Module, hidden: Tensor) -> None:
+    """Compare a few tokens computed at once with the same in two tiles. Raises: ModelError."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, PROBED_TOKENS, hidden.shape[-1], generator=generator).to(hidden)  # (1, T, D)
+    before = mlp.training
+    mlp.eval()
+    try:
+        with torch.no_grad():
+            whole = mlp(x)
+            tiles = [mlp(x[:, :FIRST_TILE]), mlp(x[:, FIRST_TILE:])]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _refusal(f"{name} ({type(mlp).__name__}) does not take hidden states alone") from error
+    finally:
+        mlp.train(before)
+    if not isinstance(whole, Tensor) or whole.shape != x.shape:
+        raise _refusal(f"{name} ({type(mlp).__name__}) gives more than hidden states")
+    if whole.is_meta:
+        return
+    difference = (torch.cat(tiles, dim=1) - whole).abs().max() / whole.abs().max().clamp(min=1e-30)
+    if not float(difference) <= TOLERANCE[whole.dtype]:
+        raise _refusal(f"{name} ({type(mlp).__name__}) does not act token by token ({float(difference):.1e} apart)")
+
+
+class Tiles:
+    """A token-wise module computed tile by tile; stands where its forward stood."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Tensor], tokens: int, number: int) -> None:
+        self.module, self.run, self.tokens, self.number = module, run, tokens, number
+        self.trained: list[Tensor] | None = None  # found in the first tile's graph
+
+    def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        """Shapes: x (B, T, D) -> (B, T, D)."""
+        if others or named:
+            raise _refusal(f"{type(self.module).__name__} is given more than hidden states")
+        if x.numel() // x.shape[-1] <= self.tokens or current_call().rows is not None:
+            return self.run(x)
+        if not torch.is_grad_enabled():
+            return self.output(x, None)
+        if self.trained is None:
+            first = next(self.slices(x))
+            self.trained = _trained_leaves(self.run(_flat(x)[:, first].detach()))
+        output: Tensor = _Tiled.apply(self, current_call(), x, *self.trained)  # type: ignore[no-untyped-call]
+        return output
+
+    def slices(self, x: Tensor) -> Iterator[slice]:
+        """Of the tokens of all rows, one after the other."""
+        count = x.numel() // x.shape[-1]
+        return (slice(start, start + self.tokens) for start in range(0, count, self.tokens))
+
+    def output(self, x: Tensor, call: Call | None) -> Tensor:
+        """(B, T, D) without a graph. `call`: seeds each tile, where there may be dropout."""
+        output = torch.empty_like(x, memory_format=torch.contiguous_format)  # (B, T, D)
+        for index, place in enumerate(self.slices(x)):
+            self._seed(call, index)
+            _flat(output)[:, place] = self.run(_flat(x)[:, place])
+        return output
+
+    def gradients(self, x: Tensor, upstream: Tensor, call: Call, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """dx (B, T, D), None unless wanted, and the gradient of each trained tensor."""
+        trained = self.trained or []
+        sums = [torch.zeros_like(tensor, requires_grad=False) for tensor in trained]
+        of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None  # (B, T, D)
+        for index, place in enumerate(self.slices(x)):
+            with calling(call), torch.enable_grad():
+                self._seed(call, index)
+                tile = _flat(x)[:, place].detach().requires_grad_(wants_x)  # (1, n, D)
+                output = self.run(tile)
+            wanted = [tile, *trained] if wants_x else trained
+            found = list(torch.autograd.grad(output, wanted, _flat(upstream)[:, place], allow_unused=True))
+            del output, tile
+            if of_x is not None:
+                _flat(of_x)[:, place] = found.pop(0)
+            for total, part in zip(sums, found, strict=True):
+                if part is not None:
+                    total += part
+        return of_x, sums
+
+    def _seed(self, call: Call | None, index: int) -> None:
+        if call is not None and self.module.training:
+            torch.manual_seed(seed_for("tile", call.seed, call.step, call.micro_batch, self.number, index))
+
+
+class _Tiled(torch.autograd.Function):
+    """Keeps x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, tiles: Tiles, call: Call, x: Tensor, *trained: Tensor) -> Tensor:
+        ctx.tiles, ctx.call = tiles, call
+        ctx.save_for_backward(x)
+        return tiles.output(x, call)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        of_x, of_trained = ctx.tiles.gradients(x, gradients[0], ctx.call, ctx.needs_input_grad[2])
+        return None, None, of_x, *of_trained
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, T, D) -> (1, B T, D)."""
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def _trained_leaves(output: Tensor) -> list[Tensor]:
+    """The tensors that would get a gradient from `output`, wherever they are held."""
+    found: list[Tensor] = []
+    waiting: list[Any] = [output.grad_fn]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
