@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tunekit.model.call import Call, calling, current_call
-from tunekit.model.causal_attention import attend_causally
+from tunekit.model.causal_attention import LONGEST_TOKENS, attend_causally
 from tunekit.model.segments import Segments
 
 SUFFIX = "_per_document"
@@ -183,19 +183,22 @@ def _kernel(module: nn.Module, query: Any, key: Any, value: Any, attention_mask:
 
 
 def _products(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> Any:
-    """Causal attention of whole documents by matrix products; what is otherwise goes to sdpa."""
+    """Causal attention of whole documents by matrix products; what is otherwise, or long, goes to sdpa."""
     asked = named.get("is_causal")
+    rows: tuple[tuple[int, ...], ...] = ()
+    if isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None:
+        rows = attention_mask.segments.rows
+    elif attention_mask is None and query.shape[2] == key.shape[2]:
+        rows = ((query.shape[2],),) * query.shape[0]
+    fits = rows and max(map(max, rows)) <= LONGEST_TOKENS and query.shape[1] % key.shape[1] == 0
     causal = getattr(module, "is_causal", True) if asked is None else asked
-    documents = isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None
-    whole = attention_mask is None and query.shape[2] == key.shape[2]
-    fits = query.shape[1] % key.shape[1] == 0 and named.get("softcap") is None
-    if not (causal and fits and (documents or whole)) or named.get("dropout") or named.get("position_bias") is not None:
+    beyond = any(named.get(name) is not None for name in ("softcap", "position_bias")) or named.get("dropout")
+    if not fits or not causal or beyond:
         return _sdpa(module, query, key, value, attention_mask, **named)
     scaling = named.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    rows = attention_mask.segments.rows if documents else ((query.shape[2],),) * query.shape[0]
     found = [
-        attend_causally(q, k, v, tuple(lengths), scale)  # (T, H, D)
+        attend_causally(q, k, v, lengths, scale)  # (T, H, D)
         for q, k, v, lengths in zip(query.unbind(0), key.unbind(0), value.unbind(0), rows, strict=True)
     ]
     return torch.stack(found) if len(found) > 1 else found[0][None], None  # (B, T, H, D)
