@@ -36,6 +36,12 @@ PROVEN = frozenset(
 )
 
 
+def keeps_documents_apart(net: nn.Module) -> bool:
+    """Whether documents of a row surely do not see each other: attended one by one, in a family that tests prove."""
+    config: Any = net.config
+    return str(config._attn_implementation).endswith(SUFFIX) and _text_type(config) in PROVEN
+
+
 class DocumentMask:
     """Stands where a layer gets its mask: the documents, and what is masked inside one beyond what is to come."""
 
