@@ -112,6 +112,7 @@ def make_case(
     adapter: Any = None,
     model: ModelSection | None = None,
     packing: bool = False,
+    end_to_end: bool = False,
     max_length: int = 64,
     checkpointed: int = 0,
     store: BoundaryStore | None = None,
@@ -149,6 +150,7 @@ def make_case(
         epochs=training.epochs,
         max_steps=training.max_steps,
         pad_id=0,
+        end_to_end=end_to_end,
     )
     windows = TrainingWindows(rows, settings, rank=rank, world=world)
     groups = [Group(tuple(names), rate, decays) for names, rate, decays in attached.groups(training)]

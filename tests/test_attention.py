@@ -9,7 +9,7 @@ import torch
 
 from tests.test_model_families import HEADS, MODELS, make_net
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.model.attention import PROVEN, VARLEN, DocumentMask, attend_per_document
+from tunekit.model.attention import PRODUCTS, PROVEN, VARLEN, DocumentMask, attend_per_document
 from tunekit.model.call import Call, calling
 from tunekit.model.families import Family
 from tunekit.model.segments import Segments, find_segments
@@ -107,7 +107,7 @@ def test_a_net_whose_layers_take_the_mask_apart_keeps_the_dense_one(monkeypatch:
     monkeypatch.setattr(attention, "_tried", {})
     net = make_net("llama")
     attend_per_document(net, CPU, torch.float32)
-    assert net.config._attn_implementation == "sdpa_per_document", "tried without values, and found to work"
+    assert net.config._attn_implementation == PRODUCTS, "tried without values, and found to work"
 
     def forward(self: Any, hidden_states: Any, attention_mask: Any = None, **named: Any) -> Any:
         return plain(self, hidden_states, attention_mask=attention_mask[:, :, :, :], **named)

@@ -166,6 +166,20 @@ def test_collation_restarts_positions_and_hides_first_labels() -> None:
     assert batch.origins == (("rows:0", "rows:1"), ("rows:2",), ("rows:1",))
 
 
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"micro_batch_size": None, "micro_batch_tokens": 64}])
+def test_end_to_end_the_same_rows_are_trained_together_without_padding(changes: dict[str, object]) -> None:
+    rows = Rows(LENGTHS)
+    padded = list(TrainingWindows(rows, settings(**changes)).windows(0))
+    laid = list(TrainingWindows(rows, settings(**changes, end_to_end=True)).windows(0))
+    assert [rows_of(window) for window in laid] == [rows_of(window) for window in padded]
+    for batch in (batch for window in laid for batch in window.batches):
+        lengths = [LENGTHS[row] for group in batch.row_ids for row in group]
+        assert batch.input_ids.shape == (1, sum(lengths))
+        assert batch.position_ids[0].tolist() == [position for length in lengths for position in range(length)]
+        starts = np.cumsum([0, *lengths[:-1]])
+        assert (batch.labels[0, starts] == IGNORED).all()
+
+
 def test_weights_take_whole_copies_and_a_fresh_draw_of_the_rest() -> None:
     shares = (Share(0, 10, 2.3), Share(10, 30, 0.5), Share(30, 33, 1.0))
     epochs = [Counter(epoch_rows(shares, seed=1, epoch=epoch, shuffle=True).tolist()) for epoch in (0, 1)]
@@ -184,9 +198,10 @@ def test_evaluation_sees_every_row_once() -> None:
         assert sum(int((batch.labels != IGNORED).sum()) for batch in batches) == sum(LENGTHS) - 23
 
 
+@pytest.mark.parametrize("end_to_end", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 70}])
-def test_no_epoch_has_a_larger_batch_than_the_longest(changes: dict[str, object]) -> None:
-    chosen = settings(epochs=20.0, **changes)
+def test_no_epoch_has_a_larger_batch_than_the_longest(changes: dict[str, object], end_to_end: bool) -> None:
+    chosen = settings(epochs=20.0, **changes, end_to_end=end_to_end and "packing" not in changes)
     longest = longest_batch(Rows(LENGTHS), chosen).input_ids.numel()
     found = [batch for window in TrainingWindows(Rows(LENGTHS), chosen).windows(0) for batch in window.batches]
     assert max(batch.input_ids.numel() for batch in found) <= longest

@@ -53,7 +53,7 @@ def test_loaded_model_is_frozen_exact_and_described(tiny_llama: Path) -> None:
     facts = model.facts
     assert facts.total_parameters == sum(tensor.numel() for tensor in stored.values())
     assert (facts.layers, facts.hidden_size, facts.vocabulary_size) == (2, 64, 264)
-    assert (facts.dtype, facts.attention, facts.model_type) == ("float32", "sdpa_per_document", "llama")
+    assert (facts.dtype, facts.attention, facts.model_type) == ("float32", "products_per_document", "llama")
     assert facts.fingerprint == base_fingerprint(section(tiny_llama))
 
 

@@ -25,6 +25,7 @@ from tunekit.data.stream import StreamedWindows
 from tunekit.decisions import Plan, Target
 from tunekit.errors import Problem
 from tunekit.memory.machine import available_bytes
+from tunekit.model.attention import keeps_documents_apart
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
@@ -92,7 +93,8 @@ def make_plan(
         raise findings.error()
     recipe = recipe.model_copy(update={"adapter": inputs.adapter})
     packing, reason = _packing(recipe, inputs.base, findings)
-    settings = _batch_settings(recipe, inputs.tokenizer, packing)
+    settings = _batch_settings(recipe, inputs, packing)
+    reason += "; the rows of a micro-batch lie end to end, without padding" if settings.end_to_end else ""
     windows = findings.attempt(lambda: inputs.rows.windows(settings))
     if windows is None:
         raise findings.error()
@@ -150,7 +152,10 @@ def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[boo
     return False, obstacle
 
 
-def _batch_settings(recipe: Recipe, tokenizer: LoadedTokenizer, packing: bool) -> BatchSettings:
+def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSettings:
+    """Rows that are not packed still need no padding where the model takes a micro-batch as documents of one row."""
+    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
+    apart = objective.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
     training, data = recipe.training, recipe.data
     return BatchSettings(
         micro_batch_size=training.micro_batch_size,
@@ -162,7 +167,8 @@ def _batch_settings(recipe: Recipe, tokenizer: LoadedTokenizer, packing: bool) -
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
-        pad_id=tokenizer.pad_id,
+        pad_id=inputs.tokenizer.pad_id,
+        end_to_end=apart and not packing,
     )
 
 

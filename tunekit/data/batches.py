@@ -38,6 +38,9 @@ class BatchSettings:
     epochs: float | None
     max_steps: int | None
     pad_id: int
+    end_to_end: bool = (
+        False  # unpacked rows of a micro-batch lie in one sequence, as documents of their own: no padding
+    )
 
 
 def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSettings) -> list[Group]:
@@ -122,7 +125,14 @@ class TrainingWindows:
         return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches)
 
     def _collate(self, micro_batch: MicroBatch) -> Batch:
-        return collate(self._rows, micro_batch, pad_id=self._settings.pad_id, packed=self._settings.packing)
+        settings = self._settings
+        return collate(
+            self._rows,
+            micro_batch,
+            pad_id=settings.pad_id,
+            packed=settings.packing,
+            end_to_end=settings.end_to_end,
+        )
 
     def _epoch_steps(self, epoch: int) -> int:
         """Steps of an epoch: the last, partial window counts. Packs differ from epoch to epoch, so steps may."""
@@ -169,6 +179,10 @@ def longest_batch(rows: EncodedRows, settings: BatchSettings) -> Batch:
         capacity = min(settings.max_length, int(lengths.sum()))
         count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // capacity, 1)
         return filled_batch(rows, settings, min(count, len(rows)), capacity)
+    if settings.end_to_end and settings.micro_batch_tokens is not None:
+        return filled_batch(
+            rows, settings, 1, min(max(settings.micro_batch_tokens, int(lengths.max())), int(lengths.sum()))
+        )
     order = np.argsort(-lengths, kind="stable")  # (rows,), longest first
     count, first = settings.micro_batch_size or 1, 0
     if settings.micro_batch_tokens is not None:
@@ -178,7 +192,7 @@ def longest_batch(rows: EncodedRows, settings: BatchSettings) -> Batch:
         first = int(np.argmax(counts * widths))
         count = int(counts[first])
     chosen = [(int(row),) for row in order[first : first + count]]
-    return collate(rows, chosen, pad_id=settings.pad_id, packed=False)
+    return collate(rows, chosen, pad_id=settings.pad_id, packed=False, end_to_end=settings.end_to_end)
 
 
 def filled_batch(rows: EncodedRows, settings: BatchSettings, count: int, capacity: int) -> Batch:

@@ -1,4 +1,4 @@
-"""Rows to tensors: one micro-batch, right-padded.
+"""Rows to tensors: one micro-batch, right-padded, or end to end without padding.
 
 Comes in: rows, grouped into sequences of one row or of several (packs).  Goes out: Batch.  Next: batches.py.
 Padding is masked by length, never by id.  Position ids restart at 0 for every segment and for the padding tail.
@@ -14,8 +14,11 @@ import torch
 from tunekit.protocols import IGNORED, Batch, EncodedRow, EncodedRows
 
 
-def collate(rows: EncodedRows, groups: Sequence[Sequence[int]], *, pad_id: int, packed: bool) -> Batch:
-    """The batch whose sequence b holds the rows groups[b] one after the other."""
+def collate(
+    rows: EncodedRows, groups: Sequence[Sequence[int]], *, pad_id: int, packed: bool, end_to_end: bool = False
+) -> Batch:
+    """The batch whose sequence b holds the rows groups[b] one after the other; `end_to_end`: all in one sequence."""
+    groups = [[index for group in groups for index in group]] if end_to_end else groups
     return collate_rows([[rows[index] for index in group] for group in groups], groups, pad_id=pad_id, packed=packed)
 
 

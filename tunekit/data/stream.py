@@ -148,6 +148,8 @@ class StreamedWindows:
         return Window(step, epoch, indices, tuple(self._collate(micro_batches[index]) for index in indices))
 
     def _collate(self, groups: Sequence[Strip]) -> Batch:
+        if self._settings.end_to_end:
+            groups = [Strip(tuple(part for group in groups for part in group.rows))]
         return collate_rows(
             [[part.row for part in group.rows] for group in groups],
             [[part.number for part in group.rows] for group in groups],

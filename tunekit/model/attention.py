@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from tunekit.model.call import Call, calling, current_call
+from tunekit.model.causal_attention import LONGEST_TOKENS, attend_causally
 from tunekit.model.segments import Segments
 
 SUFFIX = "_per_document"
 LOOPED = ("sdpa", "eager")  # attention functions that the loop can call
+PRODUCTS = "products" + SUFFIX  # matrix products, on a CPU in place of sdpa
 VARLEN = "varlen" + SUFFIX  # torch's own kernel over documents, for half precision on CUDA
 
 # Families on which tests compare documents in a packed row with the same documents alone.
@@ -32,6 +34,12 @@ PROVEN = frozenset(
         *("olmo2", "smollm3", "starcoder2", "mixtral", "gpt_neox", "gpt2", "phi", "opt", "gpt_oss"),
     ]
 )
+
+
+def keeps_documents_apart(net: nn.Module) -> bool:
+    """Whether documents of a row surely do not see each other: attended one by one, in a family that tests prove."""
+    config: Any = net.config
+    return str(config._attn_implementation).endswith(SUFFIX) and _text_type(config) in PROVEN
 
 
 class DocumentMask:
@@ -74,7 +82,8 @@ def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype
         return
     _register()
     kernel = plain == "sdpa" and device.type == "cuda" and dtype != torch.float32 and _varlen() is not None
-    config._attn_implementation = VARLEN if kernel else plain + SUFFIX
+    products = plain == "sdpa" and device.type == "cpu"
+    config._attn_implementation = VARLEN if kernel else PRODUCTS if products else plain + SUFFIX
     if not (_text_type(config) in PROVEN or _runs(net)):
         config._attn_implementation = plain
 
@@ -112,8 +121,9 @@ def _register() -> None:
     for plain in LOOPED:
         AttentionInterface.register(plain + SUFFIX, _sdpa if plain == "sdpa" else _eager)
         AttentionMaskInterface.register(plain + SUFFIX, _mask_function(plain))
-    AttentionInterface.register(VARLEN, _kernel)
-    AttentionMaskInterface.register(VARLEN, _mask_function("sdpa"))
+    for name, attend in ((VARLEN, _kernel), (PRODUCTS, _products)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, _mask_function("sdpa"))
     if hasattr(masking_utils, "find_packed_sequence_indices"):
         found = masking_utils.find_packed_sequence_indices
         masking_utils.find_packed_sequence_indices = partial(_documents_of_tokens, found)
@@ -176,6 +186,28 @@ def _kernel(module: nn.Module, query: Any, key: Any, value: Any, attention_mask:
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return output.unflatten(0, (query.shape[0], query.shape[2])), None  # (B, T, H, D)
+
+
+def _products(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> Any:
+    """Causal attention of whole documents by matrix products; what is otherwise, or long, goes to sdpa."""
+    asked = named.get("is_causal")
+    rows: tuple[tuple[int, ...], ...] = ()
+    if isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None:
+        rows = attention_mask.segments.rows
+    elif attention_mask is None and query.shape[2] == key.shape[2]:
+        rows = ((query.shape[2],),) * query.shape[0]
+    fits = rows and max(map(max, rows)) <= LONGEST_TOKENS and query.shape[1] % key.shape[1] == 0
+    causal = getattr(module, "is_causal", True) if asked is None else asked
+    beyond = any(named.get(name) is not None for name in ("softcap", "position_bias")) or named.get("dropout")
+    if not fits or not causal or beyond:
+        return _sdpa(module, query, key, value, attention_mask, **named)
+    scaling = named.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    found = [
+        attend_causally(q, k, v, lengths, scale)  # (T, H, D)
+        for q, k, v, lengths in zip(query.unbind(0), key.unbind(0), value.unbind(0), rows, strict=True)
+    ]
+    return torch.stack(found) if len(found) > 1 else found[0][None], None  # (B, T, H, D)
 
 
 def _varlen() -> Any:

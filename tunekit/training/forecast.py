@@ -37,21 +37,22 @@ SAMPLED_ROWS = 20_000  # for the ids that occur
 
 
 def largest_batch(windows: TrainingWindows, rows: EncodedRows, settings: BatchSettings) -> Batch:
-    """The micro-batch with most padded tokens among those that the run will really make."""
+    """The micro-batch with most tokens, padding included, among those that the run will really make."""
     lengths = np.asarray(rows.lengths)  # (rows,)
     best, best_size, left = None, (-1, -1), windows.steps
     for epoch in range(EXAMINED_EPOCHS):
         micro_batches = windows.micro_batches(epoch)[: left * settings.gradient_accumulation_steps]
         left -= -(-len(micro_batches) // settings.gradient_accumulation_steps)
         for micro_batch in micro_batches:
-            widest = max(int(lengths[list(group)].sum()) for group in micro_batch)
-            size = (widest * len(micro_batch), widest)
+            widths = [int(lengths[list(group)].sum()) for group in micro_batch]
+            tokens = sum(widths) if settings.end_to_end else max(widths) * len(widths)
+            size = (tokens, max(widths))
             if size > best_size:
                 best, best_size = micro_batch, size
         if left <= 0:
             break
     assert best is not None
-    return collate(rows, best, pad_id=settings.pad_id, packed=settings.packing)
+    return collate(rows, best, pad_id=settings.pad_id, packed=settings.packing, end_to_end=settings.end_to_end)
 
 
 def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: EncodedRows, settings: TrainingSection) -> int:

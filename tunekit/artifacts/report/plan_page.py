@@ -10,6 +10,7 @@ from dataclasses import asdict
 from tunekit.decisions import Plan, Target, bytes_text
 
 ATTENTION = {
+    "products_per_document": "matrix products, each document of a row by itself; sdpa where they do not fit",
     "sdpa_per_document": "sdpa, each document of a row by itself",
     "eager_per_document": "eager, each document of a row by itself",
     "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it does not fit",
