@@ -31,6 +31,7 @@ from tunekit.protocols import Objective, Window
 from tunekit.recipe.load import load_recipe
 from tunekit.training.answers import Question
 from tunekit.training.begin import Begun, begin_adapter, needed_batches, with_targets
+from tunekit.training.compiling import compilable, compile_layers
 from tunekit.training.devices import make_devices
 from tunekit.training.evaluator import is_better, make_evaluator
 from tunekit.training.findings import raise_refusals
@@ -179,7 +180,9 @@ def _load(
     recipe = session.loaded.recipe
     with session.timed("load"):
         base = load_model(recipe.model, device=session.devices.device)
-        prepare_layers([layer for _, layer in base.family.layers(base.net)], plan.checkpointed_layers)
+        layers = [layer for _, layer in base.family.layers(base.net)]
+        forwards = compilable(layers) if plan.compiled else []
+        prepare_layers(layers, plan.checkpointed_layers)
     objective = make_objective(recipe.objective, logits_chunk_tokens=plan.logits_chunk_tokens)
     with session.timed("load" if needed_batches(recipe.adapter) == 0 else "calibrate"):
         begun = begin_adapter(
@@ -194,6 +197,7 @@ def _load(
         )
         if recipe.adapter.init_from is not None:
             load_into(begun.adapter, Path(recipe.adapter.init_from), base_fingerprint=base.fingerprint)
+        compile_layers(forwards)
     if begun.calibration is not None:
         session.console.info(calibration_text(begun.calibration))
     if session.devices.device.type == "cuda":
