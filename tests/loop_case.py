@@ -15,10 +15,12 @@ from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.data.batches import BatchSettings, TrainingWindows
 from tunekit.decisions import EvaluationRecord, StepRecord
 from tunekit.errors import Stopped
+from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
-from tunekit.protocols import EncodedRow
+from tunekit.protocols import EncodedRow, Engine
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
@@ -106,7 +108,7 @@ def make_case(
     rows: ListedRows,
     *,
     training: TrainingSection,
-    adapter: LoraSettings | None = None,
+    adapter: Any = None,
     model: ModelSection | None = None,
     packing: bool = False,
     max_length: int = 64,
@@ -115,14 +117,24 @@ def make_case(
     base_dropout: bool = False,
     rank: int = 0,
     world: int = 1,
+    streaming: dict[str, Any] | None = None,
 ) -> Case:
+    """`streaming`: settings of make_slots, and `pass_size`: the engine is then the one that goes layer by layer."""
     devices = make_devices()
     base = load_model(model or ModelSection(name_or_path=str(folder), dtype="float32"), device=torch.device("cpu"))
+    weights = [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
     attached = attach_adapter(
         base.net, adapter or LoraSettings(r=4, alpha=8.0), seed=training.seed, head_name=base.family.head_name(base.net)
     )
     layers = [layer for _, layer in base.family.layers(base.net)]
     prepare_layers(layers, checkpointed)
+    engine: Engine = ResidentEngine(training.seed)
+    if streaming is not None:
+        settings_of_slots = dict(streaming)
+        pass_size = settings_of_slots.pop("pass_size", 99)
+        slots = make_slots(weights, torch.device("cpu"), **{"tier": "host", "poison": True, **settings_of_slots})
+        stream_layers(layers, slots)
+        engine = StreamingEngine(training.seed, slots, pass_size)
     tuned = TunedModel(base, attached)
     settings = BatchSettings(
         micro_batch_size=training.micro_batch_size,
@@ -144,7 +156,7 @@ def make_case(
     parts = LoopParts(
         model=tuned,
         objective=make_objective(SftSettings(), logits_chunk_tokens=chunk),
-        engine=ResidentEngine(training.seed),
+        engine=engine,
         optimizer=optimizer,
         devices=devices,
         windows=windows,

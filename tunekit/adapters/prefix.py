@@ -110,10 +110,12 @@ class Prefix(ModelAdapter):
         In an encoder-decoder PEFT deals the rows out to self-attention and cross-attention in turn and drops the
         latter's, so that layer i has those of 2 i, counted round.
         """
-        prefix = self._computed() if self._made is None else self._made
+        made = self._made
+        if made is None or (torch.is_grad_enabled() and not made.requires_grad):  # made where no gradient was asked for
+            made = self._computed()
         row = 2 * layer % len(self.places) if self.shared_rows else layer
         place = self.places[layer]
-        rows = prefix.view(prefix.shape[0], len(self.places), 2, place.heads, place.width)[:, row]
+        rows = made.view(made.shape[0], len(self.places), 2, place.heads, place.width)[:, row]
         keys, values = rows.permute(1, 2, 0, 3)
         return keys, values
 

@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tunekit.model.call import Call, calling, current_call, seed_for
 
+# The seeds of what is drawn outside the layers: embedding dropout before them, an adapted head's dropout after them.
+OUTSIDE_LAYERS, AFTER_LAYERS = -1, -2
+
 
 def prepare_layers(layers: Sequence[nn.Module], checkpointed: int) -> None:
     """Seed every layer on entry, and recompute the first `checkpointed` of them in the backward pass.
@@ -28,7 +31,7 @@ def prepare_layers(layers: Sequence[nn.Module], checkpointed: int) -> None:
 
 
 def seed_layer(call: Call, number: int) -> None:
-    """Seed torch for layer `number` (-1: outside the layers) of this call."""
+    """Seed torch for layer `number`, or for OUTSIDE_LAYERS or AFTER_LAYERS, of this call."""
     torch.manual_seed(seed_for(call.seed, call.step, call.micro_batch, number))
 
 

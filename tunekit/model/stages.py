@@ -12,31 +12,34 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunekit.model.families.structure import call_accepted
 from tunekit.protocols import Stages
 
 # Families on which tests compare stages with the plain forward bit for bit.
 PROVEN = frozenset(
     [
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite", "phi3"),
-        *("olmo2", "smollm3", "starcoder2", "mixtral"),
+        *("olmo2", "smollm3", "starcoder2", "mixtral", "gpt_neox", "gpt2", "phi", "opt", "bloom"),
     ]
 )
 NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+TUPLE_LAYERS = frozenset(["bloom"])  # whose layers give (hidden, ...), and whose bases take the first
 
 
 class _Recorder(nn.Module):
     """Stands in for a layer: notes what it is called with and hands the hidden states on."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
         super().__init__()
+        self.in_tuple = in_tuple
         object.__setattr__(self, "layer", layer)  # not a child: it must not be moved or saved twice
         self.arguments: tuple[Any, ...] = ()
         self.keywords: dict[str, Any] = {}
         self.hidden: torch.Tensor | None = None
 
-    def forward(self, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         self.hidden, self.arguments, self.keywords = hidden, arguments, keywords
-        return hidden
+        return (hidden, None) if self.in_tuple else hidden
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -67,10 +70,10 @@ def make_stages(base: nn.Module, layers_name: str, layers: nn.ModuleList, config
     attribute = layers_name.rpartition(".")[2]
 
     def embed(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
-        recorders = nn.ModuleList(_Recorder(layer) for layer in layers)
+        recorders = nn.ModuleList(_Recorder(layer, config.model_type in TUPLE_LAYERS) for layer in layers)
         setattr(parent, attribute, recorders)
         try:
-            base(**inputs, use_cache=False)
+            call_accepted(base, inputs)
         finally:
             setattr(parent, attribute, layers)
         hidden: Any = recorders[0].hidden  # (B, T, D)

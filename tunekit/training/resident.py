@@ -10,13 +10,11 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from tunekit.memory.checkpointing import seed_layer
+from tunekit.memory.checkpointing import AFTER_LAYERS, OUTSIDE_LAYERS, seed_layer
 from tunekit.model.call import Call, calling
 from tunekit.model.placing import placed
 from tunekit.protocols import Loss, Objective, Window
 from tunekit.training.tuned import TunedModel
-
-OUTSIDE_LAYERS = -1  # the seed of what is drawn before the first layer: embedding dropout
 
 
 class ResidentEngine:
@@ -44,6 +42,7 @@ class ResidentEngine:
                 with calling(call):
                     seed_layer(call, OUTSIDE_LAYERS)
                     hidden = model.hidden(objective.inputs(batch))
+                    seed_layer(call, AFTER_LAYERS)
                     loss = objective.loss(hidden, model.head(), batch, model.head_parameters())
                     del hidden
                     _backward(loss, divisor, micro_batches, self.loss_scale, model)

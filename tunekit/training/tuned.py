@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.model.call import calling, current_call
+from tunekit.model.call import Call, calling, current_call
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import placed
 from tunekit.model.segments import Segments, find_segments
@@ -35,9 +35,19 @@ class TunedModel:
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""
-        there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
-        with calling(replace(current_call(), segments=self._segments(inputs))):
-            hidden = self.base.family.hidden(self.base.net, self.adapted(there))
+        with calling(self.call_for(inputs)):
+            return self.leaving(self.base.family.hidden(self.base.net, self.entering(inputs)))
+
+    def call_for(self, inputs: dict[str, Tensor]) -> Call:
+        """The current call with the documents of these inputs."""
+        return replace(current_call(), segments=self._segments(inputs))
+
+    def entering(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the base is called with, on the device."""
+        return self.adapted({name: placed(tensor, self.device) for name, tensor in inputs.items()})
+
+    def leaving(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, D) of the real positions."""
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
 
     def _segments(self, inputs: dict[str, Tensor]) -> Segments | None:

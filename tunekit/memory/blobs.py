@@ -1,0 +1,127 @@
+"""A layer's frozen tensors as one contiguous blob, and where the blob waits until the layer is computed.
+
+Comes in: the tensors of each decoder layer, on the host, perhaps mapped from a file.  Goes out: LayerBlob, which fills
+a slot.  Next: slots.py.
+
+Every tensor begins at a multiple of 64 bytes, as torch's own allocations do: some kernels take another path for other
+addresses, and their sums differ in the last bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT_BYTES = 64
+UNSET_BYTE = 0xFF  # of what is not mapped in: NaN in every floating dtype
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a layer: the object that modules hold, and where it lies in the blob."""
+
+    tensor: Tensor
+    start: int  # in bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor itself."""
+        return self.tensor.numel() * self.dtype.itemsize
+
+    def view(self, blob: Tensor) -> Tensor:
+        """The tensor inside a blob (bytes,) uint8."""
+        return blob[self.start : self.start + self.size_bytes].view(self.dtype).view(self.shape)
+
+
+class LayerBlob:
+    """The frozen tensors of one layer. `source` is where their values wait: one tensor each, in the order of `pieces`.
+
+    The modules keep their tensor objects; what changes is the memory behind them.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.pieces: list[Piece] = []
+        self.size_bytes = 0
+        for tensor in tensors:
+            piece = Piece(tensor, self.size_bytes, tuple(tensor.shape), tensor.dtype)
+            self.pieces.append(piece)
+            self.size_bytes = aligned(self.size_bytes + piece.size_bytes)
+        self.source: list[Tensor] = [tensor.data for tensor in tensors]
+
+    @cached_property
+    def elements(self) -> int:
+        """Numbers in the layer's tensors, packed ones as bytes."""
+        return sum(piece.tensor.numel() for piece in self.pieces)
+
+    def gather(self, *, pinned: bool) -> None:
+        """Copy the values into one blob in memory, which is the source from now on: one copy moves a whole layer."""
+        blob = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=pinned, device=self._home)
+        for piece, values in zip(self.pieces, self.source, strict=True):
+            piece.view(blob).copy_(values)
+        self.source = [blob]
+
+    @property
+    def gathered(self) -> bool:
+        """Whether the source is one blob."""
+        return len(self.source) == 1 and self.source[0].dtype == torch.uint8 and self.source[0].dim() == 1
+
+    def copies(self, slot: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What to copy where, so that `slot` (bytes,) holds the layer: pairs of target and source."""
+        if self.gathered:
+            return [(slot[: self.size_bytes], self.source[0])]
+        return [(piece.view(slot), values) for piece, values in zip(self.pieces, self.source, strict=True)]
+
+    def bind(self, slot: Tensor) -> None:
+        """Let the layer's modules read from the slot."""
+        for piece in self.pieces:
+            piece.tensor.data = piece.view(slot)
+
+    def unbind(self, device: torch.device) -> None:
+        """Let them read NaN: whoever uses a layer that is not mapped in gets no number."""
+        for piece in self.pieces:
+            piece.tensor.data = _unset(piece.dtype, device).expand(piece.shape)
+
+    @property
+    def _home(self) -> torch.device:
+        return self.source[0].device if self.source else torch.device("cpu")
+
+
+def aligned(size_bytes: int) -> int:
+    """The next multiple of ALIGNMENT_BYTES."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _unset(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((dtype.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device).view(dtype)
+
+
+def frozen_tensors(layer: nn.Module) -> list[Tensor]:
+    """Every parameter and buffer of a layer that has no adapter yet, each once, in the order of its modules."""
+    found: dict[int, Tensor] = {}
+    for module in layer.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.setdefault(id(tensor), tensor)
+    return list(found.values())
+
+
+def forget_pages(values: Tensor) -> None:
+    """Tell the system that the pages behind a tensor of a mapped file are not needed here for now.
+
+    They leave this process's resident memory and may stay in the file cache; a later read brings them back. For
+    memory that is no file's this would destroy values: the caller knows.    Source: madvise(2), MADV_DONTNEED.
+    """
+    if values.numel() == 0 or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    page = mmap.PAGESIZE
+    start = values.data_ptr() // page * page
+    stop = -(-(values.data_ptr() + values.numel() * values.element_size()) // page) * page
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)

@@ -1,0 +1,135 @@
+"""Which layers are on the device, and when: a few slots that layers pass through, each copied in before it is needed.
+
+Comes in: LayerBlobs in the order of the layers.  Goes out: `holding(layer)`, a block in which that layer can be
+computed.  Next: streaming.py.
+
+A copy goes on beside the computation (copying.py). Two things make it safe: nothing is computed in a slot before its
+copy has ended, and no copy into a slot begins before what was computed in it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.errors import TunekitError
+from tunekit.memory.blobs import UNSET_BYTE, LayerBlob
+from tunekit.memory.copying import Copier
+
+SLOTS = 2  # one to compute in, one to copy into
+
+
+@dataclass(eq=False)
+class Slot:
+    """Memory for one layer: (bytes,) uint8 on the device."""
+
+    memory: Tensor
+    layer: int | None = None
+    copy: Any = None  # the copy that brings `layer` in, until it has been waited for
+    used: Any = None  # the mark after the last computation in this slot
+
+
+@dataclass
+class Traffic:
+    """What went over the bus: copies of layers, and bytes."""
+
+    copies: int = 0
+    copied_bytes: int = 0
+
+
+@dataclass
+class LayerSlots:
+    """`blobs` pass through `count` slots on `device`. `poison`: overwrite what is evicted with NaN, to prove that
+    nothing reads it; costs a pass over memory."""
+
+    blobs: Sequence[LayerBlob]
+    copier: Copier
+    device: torch.device
+    count: int = SLOTS
+    poison: bool = False
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        largest = max(blob.size_bytes for blob in self.blobs)
+        count = min(max(self.count, SLOTS), len(self.blobs))
+        self.slots = [
+            Slot(torch.empty(largest, dtype=torch.uint8, device=self.device)) for _ in range(count)
+        ]  # (bytes,) each
+        self._held: int | None = None
+        for blob in self.blobs:
+            blob.unbind(self.device)
+
+    def mapped_in(self) -> list[int]:
+        """Layers that lie in a slot or are on their way into one."""
+        return sorted(slot.layer for slot in self.slots if slot.layer is not None)
+
+    @contextmanager
+    def holding(self, layer: int, then: int | None = None) -> Iterator[None]:
+        """A block in which `layer` is in its slot; `then` is copied in meanwhile. Inside a block for the same layer
+        nothing is done."""
+        if self._held == layer:
+            yield
+            return
+        if self._held is not None:
+            raise TunekitError(f"layer {layer} is wanted while layer {self._held} is computed")
+        slot = self._bring(layer, then)
+        if slot.copy is not None:
+            self.copier.wait(slot.copy)
+            slot.copy = None
+        self.blobs[layer].bind(slot.memory)
+        self._held = layer
+        try:
+            if then is not None and len(self.slots) > 1:
+                self._bring(then, layer)
+            yield
+        finally:
+            slot.used = self.copier.mark()
+            self._held = None
+
+    def _bring(self, layer: int, other: int | None) -> Slot:
+        """The slot of `layer`, with its copy begun where it was not there; the layer farthest from it makes room, but
+        not `other`."""
+        for slot in self.slots:
+            if slot.layer == layer:
+                return slot
+        slot = self._free_slot(layer, other)
+        blob = self.blobs[layer]
+        slot.layer = layer
+        slot.copy = self.copier.start(blob.copies(slot.memory), slot.used)
+        self.traffic.copies += 1
+        self.traffic.copied_bytes += blob.size_bytes
+        return slot
+
+    def _free_slot(self, layer: int, other: int | None) -> Slot:
+        """An empty slot, or the one whose layer is farthest away, emptied."""
+        empty = [slot for slot in self.slots if slot.layer is None]
+        if empty:
+            return empty[0]
+        taken = [slot for slot in self.slots if slot.layer not in (self._held, other)]
+        taken = taken or [slot for slot in self.slots if slot.layer != self._held]
+        slot = max(taken, key=lambda each: abs((each.layer or 0) - layer))
+        if slot.copy is not None:  # brought in and never used: its copy may still be under way
+            self.copier.wait(slot.copy)
+            slot.copy = None
+        assert slot.layer is not None
+        self.blobs[slot.layer].unbind(self.device)
+        if self.poison:
+            self.copier.finish(slot.used)
+            slot.memory.fill_(UNSET_BYTE)
+            slot.used = self.copier.mark()
+        slot.layer = None
+        return slot
+
+    def drop(self) -> None:
+        """Empty every slot: the sources were changed, or nothing is computed for a while."""
+        for slot in self.slots:
+            if slot.copy is not None:
+                self.copier.wait(slot.copy)
+            if slot.layer is not None:
+                self.blobs[slot.layer].unbind(self.device)
+            slot.layer = slot.copy = None

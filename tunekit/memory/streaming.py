@@ -1,0 +1,231 @@
+"""The engine for a base whose layers do not stay on the device: layer by layer, all micro-batches through one layer
+before the next, so that weights are copied twice for each pass and not twice for each micro-batch.
+
+Comes in: LayerSlots, a window and the step's units.  Goes out: the same gradient that the resident engine leaves, bit
+for bit where a trained tensor belongs to one layer, else up to the order of sums.  Next: training/engines.py.
+
+Forward: no graph; the input of each layer is kept. Backward: each layer is computed again from its input, with a graph
+for that layer alone. Source of the order: Pudipeddi et al. 2020 (L2L), arXiv 2002.05645.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.errors import ModelError
+from tunekit.memory.blobs import LayerBlob
+from tunekit.memory.checkpointing import AFTER_LAYERS, OUTSIDE_LAYERS, seed_layer
+from tunekit.memory.copying import Copier, CudaCopier, NoCopies, ThreadCopier
+from tunekit.memory.slots import SLOTS, LayerSlots
+from tunekit.model.call import Call, calling
+from tunekit.model.placing import placed
+from tunekit.protocols import Batch, Loss, Objective, Stages, Window
+
+
+def make_slots(
+    tensors: Sequence[Sequence[Tensor]], device: torch.device, *, tier: str, count: int = SLOTS, poison: bool = False
+) -> LayerSlots:
+    """Slots for layers with these frozen tensors, which wait in the host's memory (tier `host`) or stay in the mapped
+    files that they come from (`disk`)."""
+    blobs = [LayerBlob(each) for each in tensors]
+    if tier == "host":
+        for blob in blobs:
+            blob.gather(pinned=device.type == "cuda")
+    return LayerSlots(blobs, _make_copier(device, mapped=tier == "disk"), device, count=count, poison=poison)
+
+
+def _make_copier(device: torch.device, *, mapped: bool) -> Copier:
+    if device.type == "cuda":
+        return CudaCopier(device)
+    return NoCopies() if device.type == "meta" else ThreadCopier(mapped=mapped)
+
+
+def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:
+    """Whoever calls a layer finds it in its slot: evaluation, generation, probes. An engine that holds it already
+    changes nothing."""
+    for number, layer in enumerate(layers):
+        layer.forward = _held(layer.forward, number, (number + 1) % len(layers), slots)
+
+
+def _held(forward: Any, number: int, then: int, slots: LayerSlots) -> Any:
+    def run(*inputs: Any, **named: Any) -> Any:
+        with slots.holding(number, then):
+            return forward(*inputs, **named)
+
+    return run
+
+
+@dataclass
+class Passage:
+    """One micro-batch on its way through the layers."""
+
+    batch: Batch
+    call: Call
+    entered: dict[str, Tensor]  # what the objective calls the network with
+    hidden: Tensor  # (B, T, D) so far; on the way back its gradient
+    keywords: dict[str, Any]  # what every layer is called with
+    inputs: dict[int, Tensor] = field(default_factory=dict)  # of layers: (B, T, D)
+
+
+class StreamingEngine:
+    """Forward and backward of a window, `micro_batches_per_pass` at a time."""
+
+    def __init__(self, seed: int, slots: LayerSlots, micro_batches_per_pass: int) -> None:
+        self.seed, self.slots, self.micro_batches_per_pass = seed, slots, micro_batches_per_pass
+        self.loss_scale = 1.0
+        self.losses: list[Tensor] = []
+        self._stages: Stages | None = None
+        self._trained: list[bool] = []  # of embedding, then of each layer: whether it holds what is trained
+
+    def run_window(
+        self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
+    ) -> tuple[Tensor, dict[str, float]]:
+        """As ResidentEngine.run_window."""
+        self._stages = self._stages or _stages_of(model)
+        work = _Work(model, self._stages, objective, placed(units, model.device), micro_batches, self.loss_scale)
+        total = torch.zeros(units.shape, dtype=torch.float64, device=model.device)
+        metrics: dict[str, float] = defaultdict(float)
+        self.losses = []
+        with model.unchanged_weights():
+            for part in self._parts(window):
+                passages = self._forward(work, window.step, part)
+                for passage in passages:
+                    loss = self._turn(work, passage)
+                    self.losses.append(loss.total.detach().to(torch.float64))
+                    total += self.losses[-1] / work.units
+                    for name, value in loss.metrics.items():
+                        metrics[name] += value
+                self._backward(work, passages)
+        return total, dict(metrics)
+
+    def _parts(self, window: Window) -> Iterator[list[tuple[int, Batch]]]:
+        pairs = list(zip(window.indices, window.batches, strict=True))
+        for start in range(0, len(pairs), self.micro_batches_per_pass):
+            yield pairs[start : start + self.micro_batches_per_pass]
+
+    def _forward(self, work: _Work, step: int, part: Sequence[tuple[int, Batch]]) -> list[Passage]:
+        """Embedding and every layer, without a graph. Of the first micro-batch of all a graph is made, layer by layer,
+        to see which of them hold what is trained."""
+        learning = not self._trained
+        passages = []
+        for index, batch in part:
+            first = learning and not passages
+            passages.append(self._enter(work, Call(step=step, micro_batch=index, seed=self.seed), batch, first))
+        last = len(work.stages.layers) - 1
+        for number, layer in enumerate(work.stages.layers):
+            with self.slots.holding(number, min(number + 1, last)):
+                for passage in passages:
+                    first = learning and passage is passages[0]
+                    if learning or self._trained_up_to(number):
+                        passage.inputs[number] = passage.hidden
+                    with calling(passage.call), torch.set_grad_enabled(first):
+                        seed_layer(passage.call, number)
+                        hidden = layer(passage.hidden, **passage.keywords)
+                    if first:
+                        self._trained.append(hidden.requires_grad)
+                    passage.hidden = hidden.detach()
+                    del hidden
+        return passages
+
+    def _enter(self, work: _Work, plain: Call, batch: Batch, first: bool) -> Passage:
+        """What comes before the first layer."""
+        inputs = work.objective.inputs(batch)
+        with calling(plain):
+            call = work.model.call_for(inputs)
+        with calling(call), torch.set_grad_enabled(first):
+            hidden, keywords = _embedded(work, call, inputs)
+        if first:
+            self._trained.append(hidden.requires_grad)
+        return Passage(batch, call, inputs, hidden.detach(), keywords)
+
+    def _trained_up_to(self, number: int) -> bool:
+        """Whether the embedding or a layer up to this one (-1: the embedding alone) holds what is trained."""
+        return any(self._trained[: number + 2])
+
+    def _turn(self, work: _Work, passage: Passage) -> Loss:
+        """What comes after the last layer, forward and backward; leaves the gradient of the last hidden states."""
+        hidden = passage.hidden.requires_grad_(any(self._trained))
+        with calling(passage.call):
+            seed_layer(passage.call, AFTER_LAYERS)
+            output = work.model.leaving(work.stages.finish(hidden))
+            loss = work.objective.loss(output, work.model.head(), passage.batch, work.model.head_parameters())
+            value = (loss.total / work.units.to(loss.total.dtype)).sum()
+            for term in (loss.per_step, work.penalty(None)):
+                if term is not None:
+                    value = value + term / work.micro_batches
+            (value * work.loss_scale).backward()  # type: ignore[no-untyped-call]
+        assert not hidden.requires_grad or hidden.grad is not None
+        passage.hidden = hidden.grad if hidden.grad is not None else hidden
+        return loss
+
+    def _backward(self, work: _Work, passages: Sequence[Passage]) -> None:
+        """Every layer again, with a graph of its own, down to the lowest that is trained."""
+        for number in reversed(range(len(work.stages.layers))):
+            if not self._trained_up_to(number):
+                return
+            goes_on = self._trained_up_to(number - 1)
+            with self.slots.holding(number, max(number - 1, 0) if goes_on else 0):
+                for passage in passages:
+                    self._back_through(work, passage, number, goes_on)
+        if self._trained[0]:
+            for passage in passages:
+                with calling(passage.call):
+                    _embedded(work, passage.call, passage.entered)[0].backward(passage.hidden)  # type: ignore[no-untyped-call]
+
+    def _back_through(self, work: _Work, passage: Passage, number: int, goes_on: bool) -> None:
+        """One layer computed again; its gradients, and that of its input where something below is trained."""
+        hidden = passage.inputs.pop(number).requires_grad_(goes_on)
+        with calling(passage.call):
+            seed_layer(passage.call, number)
+            output = work.stages.layers[number](hidden, **passage.keywords)
+        roots, gradients = [output], [passage.hidden]
+        penalty = work.penalty(number)
+        if penalty is not None:
+            roots.append(penalty / work.micro_batches * work.loss_scale)
+            gradients.append(torch.ones_like(penalty))
+        torch.autograd.backward(roots, gradients)
+        if hidden.grad is not None:
+            passage.hidden = hidden.grad
+
+
+class _Work:
+    """What stays the same within a window."""
+
+    def __init__(
+        self, model: Any, stages: Stages, objective: Objective, units: Tensor, micro_batches: int, loss_scale: float
+    ) -> None:
+        self.model, self.stages, self.objective = model, stages, objective
+        self.units, self.micro_batches, self.loss_scale = units, micro_batches, loss_scale
+        self._parts: dict[int | None, list[Any]] = defaultdict(list)
+        places = {module: number for number, layer in enumerate(stages.layers) for module in layer.modules()}
+        for part in model.adapter.parts() if model.adapter else []:
+            self._parts[places.get(part)].append(part)
+
+    def penalty(self, number: int | None) -> Tensor | None:
+        """() float32: the penalties of the adapter's parts in one layer, or (None) outside all of them."""
+        found = [penalty for part in self._parts[number] for penalty in [part.penalty()] if penalty is not None]
+        return torch.stack(found).sum() if found else None
+
+
+def _embedded(work: _Work, call: Call, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """(B, T, D), and what every layer is called with."""
+    seed_layer(call, OUTSIDE_LAYERS)
+    return work.stages.embed(work.model.entering(inputs))
+
+
+def _stages_of(model: Any) -> Stages:
+    """Raises: ModelError for a base that nobody has compared layer by layer; plan refuses it before."""
+    stages: Stages | None = model.base.family.stages(model.base.net)
+    if stages is None:
+        raise ModelError(
+            f"{model.base.facts.model_type} cannot be computed layer by layer",
+            "write memory.streaming: off",
+            key="memory.streaming",
+        )
+    return stages
