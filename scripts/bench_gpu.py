@@ -25,15 +25,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER / "gpu"))
-sys.path.insert(0, str(FOLDER.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from arithmetic import Ceilings, as_json
 from shapes import DOUBLES, ROWS, Row
 
-RESULTS = FOLDER / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger_kernel", "flash_attn")
 CEILINGS, LEAST_SECONDS, CEILING_SECONDS = "ceilings", 90.0, 60.0
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from measuring import HostMemory, cap_memory, device_peaks, reset_peaks, speeds
 from planning import adapter_settings, chosen_layers, training_section
-from random_model import random_base
+from random_model import begin_alike, random_base
 from shapes import Row
 from work import Windows
 
@@ -70,6 +68,7 @@ def _parts(
     forwards = compilable(layers) if row.compiled else []
     head = base.family.head_name(base.net)
     adapter = attach_adapter(base.net, adapter_settings(row), seed=0, head_name=head, device=device)
+    begin_alike(adapter.trained().items())
     prepare_layers(layers, checkpointed if row.engine == "resident" else 0)
     compile_layers(forwards)
     engine: Engine = ResidentEngine(0)
@@ -102,15 +101,3 @@ def _parts(
         peak_bytes=lambda: 0,
     )
     return parts, LoopState(), records
-
-
-@contextlib.contextmanager
-def on(device: torch.device) -> Iterator[None]:
-    """The device layer finds a GPU by itself; the double must not."""
-    with contextlib.ExitStack() as stack:
-        if device.type == "cpu":
-            import os
-            from unittest import mock
-
-            stack.enter_context(mock.patch.dict(os.environ, {"TUNEKIT_DEVICE": "cpu"}))
-        yield

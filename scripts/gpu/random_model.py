@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +53,15 @@ def random_matrix(name: str, shape: tuple[int, ...], device: torch.device, dtype
     return values.normal_(0.0, DEVIATION, generator=generator).to(dtype)
 
 
+def begin_alike(adapter: Iterable[tuple[str, Tensor]]) -> None:
+    """Fill every A (R, I) of a LoRA by its name, so that all tools start from the same adapter; B is zero already."""
+    for name, values in adapter:
+        own = name.removeprefix("base_model.model.").replace(".default", "")
+        if own.endswith("lora_A.weight"):
+            with torch.no_grad():
+                values.copy_(random_matrix(own, tuple(values.shape), values.device, values.dtype))
+
+
 def random_base(model: str, quantization: str, device: torch.device, home: torch.device | None = None) -> LoadedModel:
     """The base in bf16, packed where asked. `home`: where the decoder layers lie; by default the device too."""
     with configuration_folder(model) as folder:
@@ -84,10 +93,10 @@ def _fill(name: str, module: nn.Module, net: nn.Module, device: torch.device, ho
         if parameter is not None and parameter.is_meta:
             values = random_matrix(f"{prefix}{own}", tuple(parameter.shape), device, parameter.dtype).to(home)
             made = nn.Parameter(values, requires_grad=False)
-            _replace_everywhere(net, parameter, made)
+            replace_everywhere(net, parameter, made)
 
 
-def _replace_everywhere(net: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+def replace_everywhere(net: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
     """Also where it is tied."""
     for module in net.modules():
         for own, parameter in module._parameters.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from measuring import HostMemory, cap_memory, device_peaks, reset_peaks, speeds
-from random_model import _replace_everywhere, configuration_folder, random_matrix
+from random_model import begin_alike, configuration_folder, random_matrix, replace_everywhere
 from shapes import Row
 from torch import nn
 from work import window
@@ -39,6 +39,7 @@ def run_row(row: Row, device: torch.device) -> dict[str, Any]:
     settings = peft.LoraConfig(r=row.r, lora_alpha=2 * row.r, lora_dropout=0.0, target_modules=names, bias="none")
     settings.task_type = "CAUSAL_LM"
     model = peft.get_peft_model(net, settings)
+    begin_alike(model.named_parameters())
     loaded, found = time.monotonic() - started, reset_peaks(device)
     tried: list[str] = []
     for size, recompute in attempts(row):
@@ -120,7 +121,7 @@ def random_net(row: Row, device: torch.device) -> tuple[Any, str]:
         for own, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 values = random_matrix(f"{prefix}{own}", tuple(parameter.shape), device, parameter.dtype)
-                _replace_everywhere(net, parameter, nn.Parameter(values, requires_grad=False))
+                replace_everywhere(net, parameter, nn.Parameter(values, requires_grad=False))
     return net, attention
 
 

@@ -97,6 +97,8 @@ ROWS: list[Row] = [
     Row("8b-nf4-small", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, checkpointing="every"),
     Row("8b-nf4-small-peft", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, checkpointing="every", **PEFT),
     Row("8b-nf4-streamed", "G4", model="llama-3.1-8b", **NF4, **STREAMED),
+    Row("8b-nf4-small-streamed", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, engine="host",
+        checkpointing="every"),
     Row("8b-nf4-24gb", "G4", **FULL_8B, **NF4, cap_bytes=24 * GIB),
     Row("bloomz-streamed", "G1", model="bloomz-7b1", **SEED, **STREAMED),
     Row("bloomz-peft", "G1", model="bloomz-7b1", **SEED, rows=8, **PEFT),
