@@ -110,6 +110,7 @@ class Plan:
     peak_bytes: PeakBytes
     refusals: list[Refusal]
     notes: list[str] = field(default_factory=list)
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

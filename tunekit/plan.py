@@ -36,6 +36,7 @@ from tunekit.recipe.supported import refuse_unsupported
 from tunekit.rows import RowSet, load_rows
 from tunekit.training import refusals
 from tunekit.training.activations import activation_notes
+from tunekit.training.compiling import compile_notes, compile_problems, planned_compile
 from tunekit.training.devices import make_devices
 from tunekit.training.findings import Findings, raise_refusals
 from tunekit.training.forecast import Forecast, largest_batch, supervised_tokens
@@ -100,7 +101,7 @@ def make_plan(
         raise findings.error()
     findings.add(_model_problems(inputs))
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
-    findings.add(_run_problems(recipe, windows.steps))
+    findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     memory = plan_memory(forecast, recipe.memory.gradient_checkpointing, inputs.base.facts, findings)
     plan = _assemble(loaded, device, inputs, windows, packing, reason, memory, findings)
@@ -187,10 +188,13 @@ def _model_problems(inputs: Inputs) -> list[Problem]:
     return problems
 
 
-def _run_problems(recipe: Recipe, steps: int) -> list[Problem]:
-    """Settings of the adapter that a run of so many steps cannot obey."""
-    found = load_method(recipe.adapter.method).run_misfits(recipe.adapter, steps)
-    return [Problem(misfit.what, misfit.how, key=f"adapter.{misfit.key}") for misfit in found]
+def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
+    """Settings that a run of so many steps cannot obey."""
+    method = load_method(recipe.adapter.method)
+    found = method.run_misfits(recipe.adapter, steps)
+    problems = [Problem(misfit.what, misfit.how, key=f"adapter.{misfit.key}") for misfit in found]
+    compiled, _ = planned_compile(recipe.training.compile, device, steps)
+    return [*problems, *compile_problems(compiled, device, method.model is not None)]
 
 
 def _forecast(
@@ -246,7 +250,12 @@ def _assemble(
         engine="resident",
         peak_bytes=memory.peak,
         refusals=findings.refusals(),
-        notes=[*loaded.defaults, *_notes(recipe, device, inputs, memory)],
+        notes=[
+            *loaded.defaults,
+            *_notes(recipe, device, inputs, memory),
+            *compile_notes(recipe.training.compile, device, windows.steps),
+        ],
+        compiled=planned_compile(recipe.training.compile, device, windows.steps)[0],
     )
 
 

@@ -33,6 +33,7 @@ from tunekit.protocols import Objective, Window
 from tunekit.recipe.load import load_recipe
 from tunekit.training.answers import Question
 from tunekit.training.begin import Begun, begin_adapter, needed_batches, with_targets
+from tunekit.training.compiling import compilable, compile_layers
 from tunekit.training.devices import make_devices
 from tunekit.training.evaluator import is_better, make_evaluator
 from tunekit.training.findings import raise_refusals
@@ -182,6 +183,7 @@ def _load(
     with session.timed("load"):
         base = load_model(recipe.model, device=session.devices.device)
         layers, store = base.family.layers(base.net), make_store(recipe.memory.activation_offload, base.device)
+        forwards = compilable([layer for _, layer in layers]) if plan.compiled else []
         prepare_layers([layer for _, layer in layers], plan.checkpointed_layers, store)
     objective = make_objective(recipe.objective, logits_chunk_tokens=plan.logits_chunk_tokens)
     with session.timed("load" if needed_batches(recipe.adapter) == 0 else "calibrate"):
@@ -197,9 +199,10 @@ def _load(
         )
         if recipe.adapter.init_from is not None:
             load_into(begun.adapter, Path(recipe.adapter.init_from), base_fingerprint=base.fingerprint)
-    if recipe.memory.mlp_tile_tokens is not None:
-        hidden = torch.empty(0, plan.model.hidden_size, dtype=base.dtype, device=base.device)
-        tile_mlps(layers, recipe.memory.mlp_tile_tokens, hidden)
+        if recipe.memory.mlp_tile_tokens is not None:
+            hidden = torch.empty(0, plan.model.hidden_size, dtype=base.dtype, device=base.device)
+            tile_mlps(layers, recipe.memory.mlp_tile_tokens, hidden)
+        compile_layers(forwards)
     if begun.calibration is not None:
         session.console.info(calibration_text(begun.calibration))
     if session.devices.device.type == "cuda":

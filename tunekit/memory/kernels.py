@@ -62,9 +62,12 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Shapes: query (B, H, T, D), key and value (B, G, S, D) -> (B, H, T, D)."""
-    real = (_untouched(tensor, device) for tensor in (query, key, value, attn_mask))
-    choose: Any = torch._fused_sdp_choice
-    choice = SDPBackend(choose(*real, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        choice = _likely_choice(query, attn_mask)
+    else:
+        real = (_untouched(tensor, device) for tensor in (query, key, value, attn_mask))
+        choose: Any = torch._fused_sdp_choice
+        choice = SDPBackend(choose(*real, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa))
     if choice == SDPBackend.MATH:
         return original(  # type: ignore[no-any-return]
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -91,6 +94,15 @@ def _attend(
             query, key, value, mask, True, dropout_p, is_causal, False, scale=scale
         )
     return outputs[0]
+
+
+def _likely_choice(query: Tensor, mask: Tensor | None) -> SDPBackend:
+    """What torch takes on a GPU that is planned for and is not here: flash attention knows half precision and no mask.
+
+    Source: ATen/native/transformers/cuda/sdp_utils.cpp.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return SDPBackend.FLASH_ATTENTION if half and mask is None else SDPBackend.EFFICIENT_ATTENTION
 
 
 def _untouched(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -88,6 +88,16 @@ def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype
         config._attn_implementation = plain
 
 
+def uncompiled_attention() -> None:
+    """Let compiled layers call attention over documents as it is: a kernel, or a loop whose length differs from batch
+    to batch."""
+    from transformers import AttentionInterface
+
+    _register()
+    for name, function in ((LOOPED[0] + SUFFIX, _sdpa), (LOOPED[1] + SUFFIX, _eager), (VARLEN, _kernel)):
+        AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
 def _text_type(config: Any) -> str:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return str(text.model_type)

@@ -41,7 +41,9 @@ def resolve_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run natively on `device`."""
+    """Whether bfloat16 products run natively on `device`; a GPU that is planned for and is not here is taken to."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return True
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and _cpu_has_bfloat16()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, CountOrZero, NotNegative, Number, Positive, Section, Whole
+from tunekit.recipe.section import AutoOrBool, Count, CountOrZero, NotNegative, Number, Positive, Section, Whole
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
@@ -39,6 +39,9 @@ class TrainingSection(Section):
     )
     gradient_accumulation_steps: Count = Field(8, description="micro-batches of one step, shared among the ranks")
     loraplus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B over that of A")
+    compile: AutoOrBool = Field(
+        False, description="decoder layers through torch.compile; auto: on a GPU, in runs of 500 steps or more"
+    )
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="of every random draw")
     save_steps: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept, beside the best one")

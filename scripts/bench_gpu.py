@@ -1,0 +1,273 @@
+"""Full-size random models on one GPU: memory, tokens per second and loss, beside peft's on the same card.
+
+    scripts/bench gpu --dry-run                        the plan of every row; needs no GPU
+    scripts/bench gpu [--rows NAME,...] [--minutes 10] [--json FILE]
+    scripts/bench gpu --table [--json FILE]            scripts/results/gpu.md from what FILE holds
+
+The card's ceilings are measured first. Each row runs in a process of its own under a time limit; out of memory is a
+result. FILE (scripts/results/gpu.json) is written after every row, and rows that it holds for this card are not run
+again unless named: so the whole fits in pieces of ten minutes. A row that is expected to take longer than what is left
+of --minutes waits for the next call. `--device cpu` runs the doubles, which have the same code and a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from arithmetic import Ceilings, as_json
+from shapes import DOUBLES, ROWS, Row
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger_kernel", "flash_attn")
+CEILINGS, LEAST_SECONDS, CEILING_SECONDS = "ceilings", 90.0, 60.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--rows", help="names, separated by commas; default: every row that has no result yet")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    known = {row.name: row for row in (DOUBLES if settings.device == "cpu" else ROWS)}
+    names = settings.rows.split(",") if settings.rows else list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(f"no such row: {', '.join(unknown)}; there are {', '.join(known)}")
+    file = settings.json or RESULTS / ("gpu.json" if settings.device == "cuda" else "gpu-double.json")
+    device = torch.device(settings.device)
+    if settings.child:
+        run_child(settings.child, known, device, file)
+    elif settings.dry_run:
+        dry_run([known[name] for name in names], device, read_results(file), settings.json)
+    elif settings.table:
+        write_table(read_results(file), list(known.values()), device)
+    elif device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device; --dry-run prints the plan of every row, --device cpu runs the doubles")
+    else:
+        chosen = [known[name] for name in names]
+        run_rows(chosen, device, file, settings.minutes, again=bool(settings.rows))
+
+
+def card(device: torch.device) -> dict[str, Any]:
+    """What the figures hold for."""
+    facts: dict[str, Any] = {"device": platform.processor() or platform.machine()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts = {"device": properties.name, "memory_bytes": properties.total_memory}
+        facts |= {"multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda}
+    versions = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    python = {"python": platform.python_version(), "versions": versions}
+    return {**facts, **python, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """{card, ceilings, rows by name} of a results file; empty where there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": {}}
+
+
+def write_results(file: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(file)
+
+
+def known_ceilings(results: dict[str, Any]) -> Ceilings:
+    """Those measured, else an H100's."""
+    found = results.get(CEILINGS)
+    return Ceilings.of(found) if found and "product_flops" in found else Ceilings()
+
+
+def dry_run(rows: list[Row], device: torch.device, results: dict[str, Any], file: Path | None) -> None:
+    """Print the plan of each row."""
+    from planning import plan_row
+
+    ceilings, plans = known_ceilings(results), {}
+    source = "measured" if ceilings.measured else "assumed"
+    print(
+        f"ceilings ({source}): {ceilings.product_flops / 1e12:.0f} TFLOP/s in bf16 products, "
+        f"{ceilings.copy_bytes / 1e12:.1f} TB/s on the device, {ceilings.host_bytes / 1e9:.0f} GB/s from pinned memory"
+    )
+    for row in rows:
+        plans[row.name] = plan_row(row, device, ceilings)
+        print("\n".join(plan_lines(row, plans[row.name])), flush=True)
+    if file is not None:
+        write_results(file, {"ceilings": as_json(ceilings), "plans": plans})
+
+
+def plan_lines(row: Row, plan: dict[str, Any]) -> list[str]:
+    """A row's plan as text."""
+    packed = "" if row.quantization == "none" else f", {row.quantization}"
+    where = "resident" if row.engine == "resident" else f"streamed from {row.engine}"
+    kind = "documents packed into" if row.documents else "rows of"
+    lines = [
+        f"\n{row.name} ({row.goal}, {row.tool}): {row.model}, {plan['parameters'] / 1e9:.2f}e9 parameters{packed}, "
+        f"{gib(plan['stored_bytes'])} stored; {where}{', compiled layers' if row.compiled else ''}",
+        f"  step: {row.micro_batches} x {row.rows} {kind} {row.length:,} = {row.step_tokens:,} tokens; "
+        f"r {row.r} on {row.targets}; {row.steps} steps",
+        f"  largest layer {mib(plan['layer_bytes'])}, two slots {mib(plan['slot_bytes'])}; "
+        f"streaming breaks even from {plan['break_even_tokens']:,} tokens a step",
+    ]
+    if row.cap_bytes:
+        lines.append(f"  the card capped to {gib(row.cap_bytes)}")
+    if "needs" in plan:
+        return [*lines, f"  not run: {plan['needs']}"]
+    lines.append(f"  adapter: {plan['trained_parameters']:,} parameters")
+    if "predicted_bytes" in plan:
+        parts = {name: size for name, size in plan["predicted_bytes"].items() if name != "total"}
+        shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+        lines.append(
+            f"  predicted peak {gib(plan['predicted_bytes']['total'])}: {shown}; "
+            f"{plan['checkpointed_layers']} of {plan['layers']} layers recomputed"
+        )
+    floors = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in plan["floor_seconds"].items())
+    return [
+        *lines,
+        f"  {plan['flops_per_token'] / 1e9:.1f} GFLOP a token; least time of a step: {floors}; "
+        f"at most {plan['floor_tokens_per_second']:,.0f} tokens/s, 4N limit {plan['limit_tokens_per_second']:,.0f}",
+        f"  expected: {plan['expected_minutes']:.1f} minutes with loading, at half of the product ceiling",
+    ]
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def run_rows(rows: list[Row], device: torch.device, file: Path, minutes: float, *, again: bool) -> None:
+    """Ceilings, then each row in a process of its own, as far as the minutes go."""
+    from planning import plan_row
+
+    ends, here = time.monotonic() + 60.0 * minutes, card(device)
+    results = read_results(file)
+    if results.get("card", here)["device"] != here["device"]:
+        sys.exit(f"{file} holds results of {results['card']['device']}; give another --json for {here['device']}")
+    results["card"] = here
+    if CEILINGS not in results:
+        results[CEILINGS] = in_child(CEILINGS, device, file, 4 * CEILING_SECONDS)
+        write_results(file, results)
+        print(f"{CEILINGS}: {json.dumps(results[CEILINGS])}", flush=True)
+    for row in rows:
+        if row.name in results["rows"] and not again:
+            continue
+        if row.needs:
+            results["rows"][row.name] = {"outcome": f"not run: {row.needs}"}
+            write_results(file, results)
+            continue
+        plan, left = plan_row(row, device, known_ceilings(results)), ends - time.monotonic()
+        if left < max(LEAST_SECONDS if device.type == "cuda" else 5.0, 60.0 * plan["expected_minutes"]):
+            print(f"{row.name}: waits for another call ({plan['expected_minutes']:.1f} minutes expected)", flush=True)
+            continue
+        measured = in_child(row.name, device, file, left)
+        measured["when"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        results["rows"][row.name] = {"row": as_json(row), "plan": plan, **measured}
+        write_results(file, results)
+        print(summary(row, results["rows"][row.name]), flush=True)
+    print(f"results: {file}")
+
+
+def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dict[str, Any]:
+    """What the child wrote; how it ended where it wrote nothing."""
+    answer = file.with_name(f".{file.stem}-{name}.json")
+    answer.unlink(missing_ok=True)
+    answer.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--child", name, "--device", device.type, "--json", str(answer)]
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    if device.type == "cpu":
+        environment |= {"TUNEKIT_DEVICE": "cpu"}
+    try:
+        done = subprocess.run(command, timeout=seconds, env=environment, capture_output=True, text=True, check=False)
+    except subprocess.TimeoutExpired:
+        return {"outcome": f"stopped after {seconds:.0f} s"}
+    if answer.exists():
+        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        answer.unlink()
+        return found
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return {"outcome": f"ended with {done.returncode}: {last}", "output": done.stderr[-4000:]}
+
+
+def run_child(name: str, known: dict[str, Row], device: torch.device, answer: Path) -> None:
+    """One row (or the ceilings), whose result goes to `answer`."""
+    from tunekit.errors import TunekitError
+
+    try:
+        found = {"outcome": "ok", **child_work(name, known, device)}
+    except torch.OutOfMemoryError as error:
+        found = {"outcome": "out of memory", "message": str(error).partition("\n")[0]}
+        if device.type == "cuda":
+            found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+    except (TunekitError, ImportError) as error:
+        found = {"outcome": f"not run: {error}"}
+    answer.write_text(json.dumps(found), encoding="utf-8")
+
+
+def child_work(name: str, known: dict[str, Row], device: torch.device) -> dict[str, Any]:
+    """The work of a child by its name."""
+    if name == CEILINGS:
+        from ceilings import measure_ceilings
+        from planning import linear_shapes
+
+        model = "llama-3.1-8b" if device.type == "cuda" else "tiny"
+        return measure_ceilings(device, linear_shapes(model, device), small=device.type == "cpu")
+    if known[name].tool == "peft":
+        import rival
+
+        return rival.run_row(known[name], device)
+    import ours
+
+    return ours.run_row(known[name], device)
+
+
+def summary(row: Row, found: dict[str, Any]) -> str:
+    """A row's result as one line."""
+    if "tokens_per_second" not in found:
+        return f"{row.name}: {found['outcome']}"
+    share = found["tokens_per_second"] / found["plan"]["limit_tokens_per_second"]
+    peak = found.get("peak_allocated_bytes")
+    held = "" if peak is None else f", peak {gib(peak)} allocated, {gib(found['peak_reserved_bytes'])} reserved"
+    return (
+        f"{row.name}: {found['tokens_per_second']:,.0f} tokens/s (least {found['tokens_per_second_least']:,.0f}), "
+        f"{share:.0%} of the 4N limit{held}, host {gib(found['host_anonymous_bytes'])} anonymous, "
+        f"loss {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}"
+    )
+
+
+def write_table(results: dict[str, Any], rows: list[Row], device: torch.device) -> None:
+    """scripts/results/gpu.md."""
+    from table import make_table
+
+    file = RESULTS / ("gpu.md" if device.type == "cuda" else "gpu-double.md")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(make_table(results, rows), encoding="utf-8")
+    print(file)
+
+
+if __name__ == "__main__":
+    main()

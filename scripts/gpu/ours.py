@@ -1,0 +1,103 @@
+"""A row by tunekit: its own loop, engine, optimizer and objective over a random base."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from measuring import HostMemory, cap_memory, device_peaks, reset_peaks, speeds
+from planning import adapter_settings, chosen_layers, training_section
+from random_model import begin_alike, random_base
+from shapes import Row
+from work import Windows
+
+from tunekit.adapters.attach import attach_adapter
+from tunekit.decisions import StepRecord
+from tunekit.memory.blobs import frozen_tensors
+from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
+from tunekit.model.load import LoadedModel
+from tunekit.objectives.base import make_objective
+from tunekit.protocols import Engine
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.training.compiling import compilable, compile_layers
+from tunekit.training.devices import make_devices
+from tunekit.training.loop import run_loop
+from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.parts import LoopParts, LoopState
+from tunekit.training.planned_memory import logits_chunk_tokens
+from tunekit.training.resident import ResidentEngine
+from tunekit.training.scaling import LossScale
+from tunekit.training.tuned import TunedModel
+
+
+def run_row(row: Row, device: torch.device) -> dict[str, Any]:
+    """Build, train, and say what it took."""
+    cap_memory(row, device)
+    host, started = HostMemory(), time.monotonic()
+    host.start()
+    home = device if row.engine == "resident" else torch.device("cpu")
+    base = random_base(row.model, row.quantization, device, home)
+    checkpointed, predicted = chosen_layers(row, device)
+    parts, state, records = _parts(row, base, checkpointed, device)
+    loaded = time.monotonic() - started
+    found = reset_peaks(device)
+    run_loop(parts, state)
+    peaks = device_peaks(device)
+    return {
+        **found,
+        **peaks,
+        **speeds(*zip(*((each.tokens, each.supervised_tokens, each.seconds) for each in records), strict=True)),
+        "host_anonymous_bytes": host.finish(),
+        "losses": [record.loss for record in records],
+        "gradient_norms": [record.grad_norm for record in records],
+        "checkpointed_layers": checkpointed,
+        "predicted_bytes": predicted,
+        "load_seconds": loaded,
+        "attention": base.facts.attention,
+    }
+
+
+def _parts(
+    row: Row, base: LoadedModel, checkpointed: int, device: torch.device
+) -> tuple[LoopParts, LoopState, list[StepRecord]]:
+    layers = [layer for _, layer in base.family.layers(base.net)]
+    frozen = [frozen_tensors(layer) for layer in layers]
+    forwards = compilable(layers) if row.compiled else []
+    head = base.family.head_name(base.net)
+    adapter = attach_adapter(base.net, adapter_settings(row), seed=0, head_name=head, device=device)
+    begin_alike(adapter.trained().items())
+    prepare_layers(layers, checkpointed if row.engine == "resident" else 0)
+    compile_layers(forwards)
+    engine: Engine = ResidentEngine(0)
+    if row.engine != "resident":
+        slots = make_slots(frozen, device, tier=row.engine)
+        stream_layers(layers, slots)
+        engine = StreamingEngine(0, slots, row.micro_batches)
+    training = training_section(row)
+    groups = [Group(tuple(names), rate, decays) for names, rate, decays in adapter.groups(training)]
+    optimizer = Optimizer(training, groups, adapter.trained())
+    records: list[StepRecord] = []
+    parts = LoopParts(
+        model=TunedModel(replace(base, device=device), adapter),
+        objective=make_objective(SftSettings(), logits_chunk_tokens=logits_chunk_tokens(base.facts.vocabulary_size)),
+        engine=engine,
+        optimizer=optimizer,
+        devices=make_devices(),
+        windows=Windows(row),
+        settings=training,
+        warmup_steps=0,
+        scale=LossScale(False),
+        record=lambda record: records.append(record) if isinstance(record, StepRecord) else None,
+        save=lambda state: None,
+        evaluate=None,
+        is_better=lambda value, best: False,
+        watched_metric=None,
+        saves_best=False,
+        patience=None,
+        stop_signal=lambda: 0,
+        peak_bytes=lambda: 0,
+    )
+    return parts, LoopState(), records

@@ -1,0 +1,186 @@
+"""What a row will take, foreseen by tunekit's own estimate on the meta device, and the least time that it needs."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from arithmetic import Ceilings, Size, break_even_tokens, floor_seconds, flops_per_token, least_flops_per_token
+from random_model import configuration_folder, model_section
+from shapes import MODELS, Row
+from work import micro_batch
+
+from tunekit.adapters.base import load_method
+from tunekit.adapters.targets import find_targets, trained_count
+from tunekit.memory.blobs import LayerBlob, frozen_tensors
+from tunekit.memory.estimate import Work, peak_bytes
+from tunekit.memory.machine import available_bytes
+from tunekit.memory.slots import SLOTS
+from tunekit.model.families import text_config
+from tunekit.model.load import LoadedModel, make_meta_model
+from tunekit.model.weights import element_count, stored_bytes, weight_of
+from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.training import TrainingSection
+from tunekit.training.planned_memory import logits_chunk_tokens
+from tunekit.training.simulation import SimulatedRun
+
+CARD_BYTES = 78 * 2**30  # of an H100, where there is none to ask
+SPARE_SHARE = 0.06  # for what the allocator reserves beyond tensors, and the libraries' own
+LIKELY_SHARE = 0.5  # of the product ceiling, for the expected minutes
+START_SECONDS, DRAWN_BYTES_PER_SECOND = 45.0, 20e9
+
+
+def adapter_settings(row: Row) -> LoraSettings:
+    """LoRA with alpha = 2 r and no dropout."""
+    targets = row.targets if row.targets == "all-linear" else tuple(row.targets.split(","))
+    return LoraSettings(r=row.r, alpha=2.0 * row.r, target_modules=targets)
+
+
+def training_section(row: Row) -> TrainingSection:
+    """AdamW at a constant rate, clipped."""
+    return TrainingSection(
+        learning_rate=1e-4,
+        scheduler="constant",
+        warmup_ratio=0.0,
+        epochs=None,
+        max_steps=row.steps,
+        micro_batch_size=row.rows,
+        gradient_accumulation_steps=row.micro_batches,
+        compile=row.compiled,
+    )
+
+
+@cache
+def meta_base(model: str, quantization: str, device: torch.device) -> LoadedModel:
+    """The model without weights, as it will run on `device`."""
+    with configuration_folder(model) as folder:
+        return make_meta_model(model_section(folder, quantization), device=device)
+
+
+def model_size(model: str, device: torch.device) -> Size:
+    """Parameters by what multiplies with them."""
+    base = meta_base(model, "none", device)
+    net, family, config = base.net, base.family, text_config(base.net)
+    tables = {name: net.get_submodule(name) for name in (family.head_name(net), family.embedding_name(net)) if name}
+    counted = {id(module.weight): module.weight.numel() for module in tables.values()}
+    head = weight_of(tables[family.head_name(net)]) if family.head_name(net) else None
+    heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
+    width = heads * int(getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or hidden // heads)
+    return Size(
+        element_count(net) - sum(counted.values()), 0 if head is None else head.elements, base.facts.layers, width
+    )
+
+
+def linear_shapes(model: str, device: torch.device) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the matrices of one layer, by the end of their names."""
+    base = meta_base(model, "none", device)
+    _, layer = base.family.layers(base.net)[-1]
+    found = {name.rpartition(".")[2]: weight_of(module) for name, module in layer.named_modules()}
+    kept = {name: weight for name, weight in found.items() if weight is not None}
+    return {name: (weight.shape[1], weight.shape[0]) for name, weight in kept.items()}
+
+
+def layer_bytes(base: LoadedModel) -> list[int]:
+    """Bytes of each layer's blob, every tensor at a multiple of 64: what a slot holds and what crosses the bus."""
+    return [LayerBlob(frozen_tensors(layer)).size_bytes for _, layer in base.family.layers(base.net)]
+
+
+def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[str, int]:
+    """Peak bytes by part on `device`, for this number of recomputed layers; of streamed rows with their slots."""
+    run_device = torch.device("cuda") if device.type != "cpu" else device
+    with configuration_folder(row.model) as folder:
+        section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
+        chunk = logits_chunk_tokens(base.facts.vocabulary_size)
+        run = SimulatedRun(section, adapter_settings(row), SftSettings(), training_section(row), chunk, run_device)
+        step = run.training_step(micro_batch(row, 0, 0), checkpointed)
+    peak = peak_bytes(Work(step, row.steps), run_device)
+    parts = {name: getattr(peak, name) for name in ("weights", "adapter", "optimizer", "activations", "logits")}
+    return streamed(row, base, parts) if row.engine != "resident" else parts | {"total": peak.total}
+
+
+def streamed(row: Row, base: LoadedModel, parts: dict[str, int]) -> dict[str, int]:
+    """The parts of a resident step with every layer recomputed, changed to those of a streamed one: slots stand for
+    the layers, and every micro-batch of the step keeps each layer's input."""
+    layers = layer_bytes(base)
+    slots = min(SLOTS, len(layers)) * max(layers)
+    boundary = row.rows * row.length * int(text_config(base.net).hidden_size) * base.dtype.itemsize
+    kept = (row.micro_batches - 1) * (len(layers) + 1) * boundary
+    parts = parts | {"weights": parts["weights"] - sum(layers) + slots, "activations": parts["activations"] + kept}
+    return parts | {"total": sum(parts.values())}
+
+
+def chosen_layers(row: Row, device: torch.device) -> tuple[int, dict[str, int]]:
+    """How many layers are recomputed, as plan would choose: the fewest with which the step fits."""
+    layers = meta_base(row.model, row.quantization, device).facts.layers
+    if row.checkpointing == "every" or row.engine != "resident":
+        return layers, simulated_peak(row, device, layers)
+    if isinstance(row.checkpointing, int):
+        return row.checkpointing, simulated_peak(row, device, row.checkpointing)
+    free = CARD_BYTES
+    if device.type == "cuda" and torch.cuda.is_available():
+        held = torch.cuda.memory_allocated(device)  # the base is there already, and counts in the prediction too
+        free = (available_bytes(device) or CARD_BYTES) + held
+    free = int(min(free, row.cap_bytes or free) * (1.0 - SPARE_SHARE))
+    none = simulated_peak(row, device, 0)
+    if none["total"] <= free:
+        return 0, none
+    every = simulated_peak(row, device, layers)
+    if every["total"] > free:
+        return layers, every
+    share = (none["total"] - free) / max(none["total"] - every["total"], 1)  # each layer saves about as much
+    count = min(layers, math.ceil(share * layers) + 1)
+    found = simulated_peak(row, device, count)
+    return (count, found) if found["total"] <= free else (layers, every)
+
+
+def supervised_share(row: Row) -> float:
+    """Supervised tokens of all tokens."""
+    batch = micro_batch(row, 0, 0)
+    return batch.supervised_tokens / batch.tokens
+
+
+def plan_row(row: Row, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
+    """Everything that is known of a row before it runs."""
+    base, size = meta_base(row.model, row.quantization, device), model_size(row.model, device)
+    blobs = layer_bytes(base)
+    facts: dict[str, Any] = {
+        "model": row.model,
+        "architecture": base.facts.model_type,
+        "parameters": base.facts.total_parameters,
+        "stored_bytes": stored_bytes(base.net),
+        "layers": base.facts.layers,
+        "layer_bytes": max(blobs),
+        "slot_bytes": min(SLOTS, len(blobs)) * max(blobs),
+        "step_tokens": row.step_tokens,
+        "break_even_tokens": round(break_even_tokens(sum(blobs), size.body, ceilings)),
+    }
+    if row.needs:
+        return facts | {"needs": row.needs}
+    settings = adapter_settings(row)
+    targets = find_targets(base.net, settings, head_name=base.family.head_name(base.net))
+    facts["trained_parameters"] = trained_count(load_method("lora"), settings, targets)
+    if row.tool != "tunekit":
+        return facts | _times(row, size, 0.0, sum(blobs), facts["stored_bytes"], ceilings)
+    recomputed, peak = chosen_layers(row, device)
+    share = recomputed / base.facts.layers
+    facts |= {"checkpointed_layers": recomputed, "predicted_bytes": peak}
+    return facts | _times(row, size, share, sum(blobs), facts["stored_bytes"], ceilings)
+
+
+def _times(row: Row, size: Size, share: float, layers: float, stored: int, ceilings: Ceilings) -> dict[str, Any]:
+    supervised = supervised_share(row)
+    flops = flops_per_token(size, row, share, supervised)
+    floors = floor_seconds(flops, layers, row, ceilings)
+    least = least_flops_per_token(size, row, supervised)
+    likely = max(max(floors.values()), flops * row.step_tokens / ceilings.product_flops / LIKELY_SHARE)
+    drawn = MODELS[row.model]["vocab_size"] and 2.0 * (size.body + 2 * size.head) / DRAWN_BYTES_PER_SECOND
+    return {
+        "flops_per_token": flops,
+        "limit_tokens_per_second": ceilings.product_flops / least,
+        "floor_seconds": floors,
+        "floor_tokens_per_second": row.step_tokens / max(floors.values()),
+        "expected_minutes": (START_SECONDS + drawn + (row.steps + 1) * likely) / 60.0,
+    }

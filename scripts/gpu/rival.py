@@ -1,0 +1,161 @@
+"""The same row by peft and a plain loop, at settings that its documentation recommends: bf16, fused AdamW, the 4 bits
+of bitsandbytes, recomputation where the step does not fit without."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import torch
+from measuring import HostMemory, cap_memory, device_peaks, reset_peaks, speeds
+from random_model import begin_alike, configuration_folder, random_matrix, replace_everywhere
+from shapes import Row
+from torch import nn
+from work import window
+
+ATTENTION = ("flash_attention_2", "sdpa", "eager")
+
+
+def attempts(row: Row) -> list[tuple[int, bool]]:
+    """Rows of one forward, and whether layers are recomputed, the fastest first: recomputing costs a third."""
+    sizes = [size for size in (8, 4, 2, 1) if size <= row.rows * row.micro_batches and size <= max(row.rows, 1)]
+    if row.checkpointing == "every":
+        return [(size, True) for size in sizes]
+    if row.checkpointing == 0:
+        return [(size, False) for size in sizes]
+    return [*((size, False) for size in sizes), *((size, True) for size in sizes)]
+
+
+def run_row(row: Row, device: torch.device) -> dict[str, Any]:
+    """The first attempt that fits is measured; those that did not are named."""
+    import peft
+
+    cap_memory(row, device)
+    host, started = HostMemory(), time.monotonic()
+    host.start()
+    net, attention = random_net(row, device)
+    names = row.targets if row.targets == "all-linear" else row.targets.split(",")
+    settings = peft.LoraConfig(r=row.r, lora_alpha=2 * row.r, lora_dropout=0.0, target_modules=names, bias="none")
+    settings.task_type = "CAUSAL_LM"
+    model = peft.get_peft_model(net, settings)
+    begin_alike(model.named_parameters())
+    loaded, found = time.monotonic() - started, reset_peaks(device)
+    tried: list[str] = []
+    for size, recompute in attempts(row):
+        try:
+            measured = _train(model, row, device, size, recompute)
+            break
+        except torch.OutOfMemoryError:
+            tried.append(f"{size} rows{', recomputed' if recompute else ''}: out of memory")
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+            found |= {key: value for key, value in reset_peaks(device).items() if key not in found}
+    else:
+        return {"outcome": "out of memory", "tried": tried, **device_peaks(device)}
+    return {
+        **found,
+        **measured,
+        **device_peaks(device),
+        "tried": tried,
+        "host_anonymous_bytes": host.finish(),
+        "load_seconds": loaded,
+        "attention": attention,
+        "peft": peft.__version__,
+    }
+
+
+def _train(model: Any, row: Row, device: torch.device, size: int, recompute: bool) -> dict[str, Any]:
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    else:
+        model.gradient_checkpointing_disable()
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    losses: list[float] = []
+    tokens, supervised, seconds = [], [], []
+    for step in range(row.steps):
+        batches = window(row, step).batches
+        started = time.monotonic()
+        total = sum(batch.supervised_tokens for batch in batches)
+        loss_sum = torch.zeros((), device=device)
+        for batch in batches:
+            for start in range(0, row.rows, size):
+                part = slice(start, start + size)
+                ids, labels = batch.input_ids[part].to(device), batch.labels[part].to(device)
+                # Documents of a row see each other here: peft's loop has no packing of its own.
+                loss = model(input_ids=ids, labels=labels, num_items_in_batch=total, use_cache=False).loss
+                loss.backward()
+                loss_sum += loss.detach()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss_sum))
+        seconds.append(time.monotonic() - started)
+        tokens.append(sum(batch.tokens for batch in batches))
+        supervised.append(total)
+    return {
+        **speeds(tokens, supervised, seconds),
+        "losses": losses,
+        "rows_of_a_forward": size,
+        "recomputed": recompute,
+    }
+
+
+def random_net(row: Row, device: torch.device) -> tuple[Any, str]:
+    """transformers' own model with the weights of random_model.py; packed as bitsandbytes packs them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with configuration_folder(row.model) as folder:
+        config = AutoConfig.from_pretrained(str(folder))
+    net, attention = _meta_net(AutoModelForCausalLM, config, device)
+    if row.quantization == "nf4":
+        _pack(net, device)
+    for name, module in list(net.named_modules()):
+        prefix = f"{name}." if name else ""
+        if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
+            for own, buffer in type(module)(config).named_buffers(recurse=False):
+                module._buffers[own] = buffer.to(device)
+        for own, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                values = random_matrix(f"{prefix}{own}", tuple(parameter.shape), device, parameter.dtype)
+                replace_everywhere(net, parameter, nn.Parameter(values, requires_grad=False))
+    return net, attention
+
+
+def _meta_net(auto_class: Any, config: Any, device: torch.device) -> tuple[Any, str]:
+    """With the first attention that is there."""
+    for attention in ATTENTION[1 if device.type == "cpu" else 0 :]:
+        try:
+            with torch.device("meta"):
+                net = auto_class.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+            return net, attention
+        except (ImportError, ValueError):
+            continue
+    raise RuntimeError("no attention implementation fits this model")
+
+
+def _pack(net: Any, device: torch.device) -> None:
+    """bitsandbytes' Linear4bit in the place of every linear layer but the head."""
+    from tunekit.model.codec import import_bitsandbytes
+
+    library = import_bitsandbytes()
+    for name, module in list(net.named_modules()):
+        if type(module) is not nn.Linear or module is net.get_output_embeddings():
+            continue
+        layer = library.nn.Linear4bit(
+            module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=torch.bfloat16,
+            compress_statistics=True, quant_type="nf4", device="meta",
+        )  # fmt: skip
+        shape = (module.out_features, module.in_features)
+        dense = random_matrix(f"{name}.weight", shape, device, torch.bfloat16)
+        layer.weight = library.nn.Params4bit(
+            dense, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+        ).to(device)
+        if module.bias is not None:
+            layer.bias = nn.Parameter(torch.zeros(shape[0], dtype=torch.bfloat16, device=device), requires_grad=False)
+        parent, _, own = name.rpartition(".")
+        setattr(net.get_submodule(parent), own, layer)
+        del dense

@@ -1,0 +1,131 @@
+"""Full-size models by name, as their published config.json has them, and the rows that scripts/bench gpu measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 2**30
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    shape = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    heads_of = {"num_attention_heads": heads, "num_key_value_heads": 8}
+    rest = {"vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    ids = {"bos_token_id": 128000, "eos_token_id": 128001, "max_position_embeddings": 131072}
+    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **shape, **heads_of, **rest, **ids, **more}
+
+
+def _t5(kind: str, width: int, inner: int, heads: int, vocabulary: int) -> dict[str, Any]:
+    architecture = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}[kind]
+    shape = {"d_model": width, "d_ff": inner, "d_kv": 64, "num_heads": heads, "num_layers": 24}
+    rest = {"num_decoder_layers": 24, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    ids = {"vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    return {"model_type": kind, "architectures": [architecture], **shape, **rest, **ids}
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-3.2-3b": _llama(3072, 8192, 28, 24, head_dim=128, tie_word_embeddings=True),
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32),
+    "qwen2.5-32b": _llama(5120, 27648, 64, 40, vocab_size=152064, rope_theta=1e6, rms_norm_eps=1e-6)
+    | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "bos_token_id": 151643, "eos_token_id": 151645},
+    "llama-70b": _llama(8192, 28672, 80, 64),
+    "bloomz-7b1": {
+        "model_type": "bloom",
+        "architectures": ["BloomForCausalLM"],
+        "hidden_size": 4096,
+        "n_layer": 30,
+        "n_head": 32,
+        "vocab_size": 250880,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    },
+    "t0-3b": _t5("t5", 2048, 5120, 32, 32128),
+    "mt0-xxl": _t5("mt5", 4096, 10240, 64, 250112),
+    # The double of the rest for a machine without a GPU: seconds on a CPU.
+    "tiny": _llama(64, 128, 3, 4, num_key_value_heads=2, vocab_size=512, bos_token_id=0, eos_token_id=1),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured run. `tool`: tunekit or peft; `checkpointing`: auto, or layers recomputed.
+
+    `rows` x `length` tokens are one micro-batch (`documents`: packed from rows of real lengths), `micro_batches` one
+    step. `cap_bytes`: the memory that the process may use, to stand for a smaller card.
+    """
+
+    name: str
+    goal: str
+    model: str
+    tool: str = "tunekit"
+    quantization: str = "none"
+    engine: str = "resident"  # resident, host, disk
+    rows: int = 1
+    length: int = 4096
+    micro_batches: int = 1
+    documents: bool = False
+    r: int = 16
+    targets: str = "all-linear"
+    checkpointing: str | int = "auto"
+    compiled: bool = False
+    steps: int = 8
+    cap_bytes: int | None = None
+    needs: str = ""  # why nothing can run yet
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.rows * self.length * self.micro_batches
+
+
+SEQ2SEQ = "encoder-decoders cannot be trained yet: no objective reads what they compute"
+SEED = {"length": 512, "r": 8, "targets": "all-linear"}  # of the seed table; its own settings are not published
+STREAMED = {"engine": "host", "micro_batches": 8, "rows": 1, "checkpointing": "every"}
+FULL_8B = {"model": "llama-3.1-8b", "rows": 4}
+NF4 = {"quantization": "nf4"}
+PEFT = {"tool": "peft"}
+
+ROWS: list[Row] = [
+    Row("8b-bf16", "G3", **FULL_8B),
+    Row("8b-bf16-compiled", "G3", **FULL_8B, compiled=True),
+    Row("8b-bf16-packed", "G3", **FULL_8B, documents=True),
+    Row("8b-bf16-peft", "G3", **FULL_8B, **PEFT),
+    Row("8b-nf4", "G4", **FULL_8B, **NF4),
+    Row("8b-nf4-peft", "G4", **FULL_8B, **NF4, **PEFT),
+    Row("8b-nf4-small", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, checkpointing="every"),
+    Row("8b-nf4-small-peft", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, checkpointing="every", **PEFT),
+    Row("8b-nf4-streamed", "G4", model="llama-3.1-8b", **NF4, **STREAMED),
+    Row("8b-nf4-small-streamed", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, engine="host",
+        checkpointing="every"),
+    Row("8b-nf4-24gb", "G4", **FULL_8B, **NF4, cap_bytes=24 * GIB),
+    Row("bloomz-streamed", "G1", model="bloomz-7b1", **SEED, **STREAMED),
+    Row("bloomz-peft", "G1", model="bloomz-7b1", **SEED, rows=8, **PEFT),
+    Row("bloomz-nf4", "G2", model="bloomz-7b1", **SEED, **NF4, rows=8),
+    Row("t0-3b-streamed", "G1", model="t0-3b", **SEED, **STREAMED, needs=SEQ2SEQ),
+    Row("t0-3b-nf4", "G2", model="t0-3b", **SEED, **NF4, rows=8, needs=SEQ2SEQ),
+    Row("mt0-xxl-streamed", "G1", model="mt0-xxl", **SEED, **STREAMED, needs=SEQ2SEQ),
+    Row("mt0-xxl-nf4", "G2", model="mt0-xxl", **SEED, **NF4, rows=8, needs=SEQ2SEQ),
+    Row("32b-nf4", "G5", model="qwen2.5-32b", **NF4, rows=2, micro_batches=2, steps=5),
+    Row("32b-nf4-peft", "G5", model="qwen2.5-32b", **NF4, rows=2, micro_batches=2, steps=5, **PEFT),
+    Row("70b-nf4", "G5", model="llama-70b", **NF4, micro_batches=8, steps=4),
+    Row("70b-nf4-streamed", "G5", model="llama-70b", **NF4, **STREAMED, steps=4),
+    Row("70b-nf4-peft", "G5", model="llama-70b", **NF4, micro_batches=8, steps=4, **PEFT),
+    Row("3b-qv", "G10", model="llama-3.2-3b", rows=4, length=768, r=32, targets="q_proj,v_proj", checkpointing=0),
+    Row(
+        "3b-qv-recomputed", "G10", model="llama-3.2-3b", rows=4, length=768, r=32, targets="q_proj,v_proj",
+        checkpointing="every",
+    ),
+    Row("3b-qv-peft", "G10", model="llama-3.2-3b", rows=4, length=768, r=32, targets="q_proj,v_proj", **PEFT),
+]  # fmt: skip
+
+DOUBLES: list[Row] = [
+    Row("tiny-bf16", "double", model="tiny", rows=2, length=64, steps=4),
+    Row("tiny-packed", "double", model="tiny", rows=2, length=256, documents=True, steps=4),
+    Row("tiny-nf4", "double", model="tiny", rows=2, length=64, steps=4, **NF4),
+    Row("tiny-streamed", "double", model="tiny", length=64, steps=4, engine="host", micro_batches=2,
+        checkpointing="every"),
+    Row("tiny-peft", "double", model="tiny", rows=2, length=64, steps=4, **PEFT),
+    Row("tiny-nf4-peft", "double", model="tiny", rows=2, length=64, steps=4, **NF4, **PEFT),
+]  # fmt: skip

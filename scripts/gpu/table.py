@@ -1,0 +1,64 @@
+"""Results as a table in markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shapes import Row
+
+HEAD = (
+    "row", "goal", "tool", "model", "weights", "tokens a step", "tokens/s (least)", "% of 4N limit",
+    "peak allocated", "reserved", "predicted", "host anonymous", "loss, first to last",
+)  # fmt: skip
+
+
+def make_table(results: dict[str, Any], rows: list[Row]) -> str:
+    """Card, ceilings, a line for each row that was run or says why not."""
+    card, ceilings = results.get("card", {}), results.get("ceilings", {})
+    lines = ["# Measured on one GPU", "", "`scripts/bench gpu`; weights are random, rows of random ids.", ""]
+    versions = ", ".join(f"{name} {number}" for name, number in card.get("versions", {}).items())
+    lines += [f"{card.get('device', 'no card yet')}; Python {card.get('python', '?')}; {versions}.", ""]
+    if "product_flops" in ceilings:
+        lines += [
+            f"Ceilings: {ceilings['product_flops'] / 1e12:.1f} TFLOP/s ({ceilings['product_side']}^3, bf16), "
+            f"{ceilings['copy_bytes'] / 1e12:.2f} TB/s copied on the device, "
+            f"{ceilings['host_to_device_bytes'] / 1e9:.1f} GB/s from pinned memory "
+            f"({ceilings['host_to_device_pageable_bytes'] / 1e9:.1f} from pageable).",
+            "",
+        ]
+        for name, found in ceilings["real_products"].items():
+            shape = f"{found['tokens']} x {found['inputs']} x {found['outputs']}"
+            lines.append(f"- {name}, {shape}: {found['flops'] / 1e12:.1f} TFLOP/s")
+        lines.append("")
+    lines += [_line(HEAD), _line(["---"] * len(HEAD))]
+    lines += [_line(_cells(row, results["rows"][row.name])) for row in rows if row.name in results["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _cells(row: Row, found: dict[str, Any]) -> list[str]:
+    weights = "bf16" if row.quantization == "none" else row.quantization
+    weights += "" if row.engine == "resident" else f", streamed from {row.engine}"
+    weights += f", capped to {_gib(row.cap_bytes)}" if row.cap_bytes else ""
+    first = [row.name, row.goal, row.tool, row.model, weights, f"{row.step_tokens:,}"]
+    if "tokens_per_second" not in found:
+        return [*first, found["outcome"], *[""] * (len(HEAD) - len(first) - 1)]
+    share = found["tokens_per_second"] / found["plan"]["limit_tokens_per_second"]
+    predicted = found.get("predicted_bytes", {}).get("total")
+    return [
+        *first,
+        f"{found['tokens_per_second']:,.0f} ({found['tokens_per_second_least']:,.0f})",
+        f"{share:.0%}",
+        _gib(found.get("peak_allocated_bytes")),
+        _gib(found.get("peak_reserved_bytes")),
+        _gib(predicted),
+        _gib(found["host_anonymous_bytes"]),
+        f"{found['losses'][0]:.4f} to {found['losses'][-1]:.4f}",
+    ]
+
+
+def _gib(size: float | None) -> str:
+    return "" if size is None else f"{size / 2**30:.2f} GiB"
