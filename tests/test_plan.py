@@ -178,10 +178,10 @@ def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatc
 def test_all_problems_are_told_at_once(recipe: Path, tmp_path: Path) -> None:
     (recipe.parent / "train.jsonl").write_text("{}\n")
     with pytest.raises(TunekitError) as caught:
-        plan_of(recipe, "adapter.target_modules=[q_prj]", "memory.budget=8GiB", "memory.streaming=disk")
+        plan_of(recipe, "adapter.target_modules=[q_prj]", "memory.streaming=disk")
     text = str(caught.value)
     assert caught.value.exit_code == 2
-    for words in ("did you mean 'q_proj'", "memory.budget", "memory.streaming", "train.jsonl:1"):
+    for words in ("did you mean 'q_proj'", "memory.streaming", "train.jsonl:1"):
         assert words in text
 
 
@@ -197,8 +197,9 @@ def test_ranks_too_large_are_refused(recipe: Path) -> None:
 
 def test_a_refusal_says_where_it_was_written(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(TunekitError) as caught:
-        plan_verb(str(recipe), ["memory.budget=1GiB", f"output.dir={tmp_path / 'run'}"], str(tmp_path / "plan.json"))
-    assert str(caught.value).startswith("command line: memory.budget: a memory budget cannot be kept")
+        plan_verb(str(recipe), ["memory.budget=1MiB", f"output.dir={tmp_path / 'run'}"], str(tmp_path / "plan.json"))
+    assert caught.value.exit_code == 4
+    assert str(caught.value).startswith("command line: memory.budget: the smallest setting of this run needs")
     (refusal,) = json.loads((tmp_path / "plan.json").read_text())["refusals"]
     assert (refusal["key"], refusal["line"], refusal["file"]) == ("memory.budget", None, "command line")
 

@@ -73,6 +73,10 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
         ),
         ("token: hf_" + "a" * 34, "recipe.yaml:4: token: holds what looks like a secret"),
         ("memory: {budget: 8}", "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not 8"),
+        (
+            "memory: {budget: 0GiB}",
+            "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not '0GiB'",
+        ),
     ],
 )
 def test_contradictions(text: str, expected: str, tmp_path: Path) -> None:
@@ -129,9 +133,15 @@ def test_what_cannot_be_obeyed_is_named(tmp_path: Path) -> None:
     assert [problem.key for problem in refuse_unsupported(load(text, tmp_path))] == [
         "model.family",
         "memory.streaming",
-        "memory.budget",
     ]
     assert refuse_unsupported(load(SMALL, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("8GiB", 8 * 2**30), ("1.5 GB", 1_500_000_000), ("700MiB", 700 * 2**20), ("12 B", 12)]
+)
+def test_a_budget_is_a_size(text: str, count: int, tmp_path: Path) -> None:
+    assert load(f"{SMALL}memory: {{budget: {text}}}\n", tmp_path).memory.budget_bytes == count
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,21 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
         "peak_allocated_bytes",
         "peak_reserved_bytes",
         "calibration",
+        "budget_bytes",
     }
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (120, "The budget of 120.0 MiB was kept: 20.0 MiB of it"),
+        (90, "**The budget of 90.0 MiB was exceeded** by 10.0"),
+    ],
+)
+def test_the_page_says_whether_a_budget_was_kept(run: RunFolder, budget: int, words: str) -> None:
+    write_report(run, dataclasses.replace(FACTS, budget_bytes=budget * MIB), make_plan())
+    assert json.loads((run.path / "report.json").read_text())["budget_bytes"] == budget * MIB
+    assert words in (run.path / "report.md").read_text()
 
 
 def test_the_pass_before_step_1_is_reported(run: RunFolder) -> None:

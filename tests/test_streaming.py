@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
-from tests.test_model_families import MODELS, make_net
+from tests.test_model_families import make_net
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
 from tunekit.memory.copying import ThreadCopier, copy_bytes
@@ -119,7 +119,9 @@ def drawn(number: int) -> dict[str, Any]:
 
 
 def check(folder: Path, chosen: dict[str, Any]) -> None:
-    layered = chosen["layers"] is not None and "lm_head" not in chosen["targets"] and "embed" not in chosen["targets"][0]
+    layered = (
+        chosen["layers"] is not None and "lm_head" not in chosen["targets"] and "embed" not in chosen["targets"][0]
+    )
     settings = adapter(
         "lora",
         r=4,

@@ -12,13 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why `train` would refuse: the recipe key, its line (None if not written), the message with its mend, and the
-    file of that line (the recipe, another input, or `command line`)."""
+    """Why `train` would refuse: the recipe key, its line (None if not written), the message with its mend, the
+    file of that line (the recipe, another input, or `command line`), and the exit code (4: too little memory)."""
 
     key: str
     line: int | None
     message: str
     file: str | None = None
+    exit_code: int = 2
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ class Plan:
     peak_bytes: PeakBytes
     refusals: list[Refusal]
     notes: list[str] = field(default_factory=list)
+    micro_batch_size: int | None = None  # as run; within a budget smaller than written, at the same rows a step
+    gradient_accumulation_steps: int = 1  # as run
+    streaming: str = "off"
+    budget_bytes: int | None = None
+    tries_longest_batch: bool = False  # before step 1
+    trial_reason: str = ""
     compiled: bool = False
 
 
@@ -139,7 +146,7 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class Reaction:
-    """A load-time probe that acted: what it found and what was done, at which step (0 before the first)."""
+    """What acted as plan announced: what was found and what was done, at which step (0 before the first)."""
 
     probe: str
     action: str
@@ -170,6 +177,7 @@ class ReportFacts:
     evaluations: list[dict[str, Any]]
     reactions: list[Reaction]
     calibration: dict[str, Any] | None = None
+    budget_bytes: int | None = None
 
 
 def calibration_text(facts: dict[str, Any]) -> str:

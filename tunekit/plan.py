@@ -6,7 +6,8 @@ Comes in: a LoadedRecipe.  Goes out: Plan (plan.json) and Prepared, which train 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -24,11 +25,13 @@ from tunekit.data.batches import BatchSettings, TrainingWindows, evaluation_batc
 from tunekit.data.stream import StreamedWindows
 from tunekit.decisions import Plan, Target
 from tunekit.errors import Problem
+from tunekit.memory.choice import Choice
 from tunekit.memory.machine import available_bytes
 from tunekit.model.attention import keeps_documents_apart
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
+from tunekit.protocols import Batch
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.section import AdapterSettings
@@ -36,11 +39,12 @@ from tunekit.recipe.supported import refuse_unsupported
 from tunekit.rows import RowSet, load_rows
 from tunekit.training import refusals
 from tunekit.training.activations import activation_notes
+from tunekit.training.cheaper import cheapest_changes
 from tunekit.training.compiling import compile_notes, compile_problems, planned_compile
 from tunekit.training.devices import make_devices
 from tunekit.training.findings import Findings, raise_refusals
 from tunekit.training.forecast import Forecast, largest_batch, supervised_tokens
-from tunekit.training.planned_memory import LEAST_CHUNK_TOKENS, PlannedMemory, logits_chunk_tokens, plan_memory
+from tunekit.training.planned_memory import LEAST_CHUNK_TOKENS, Asked, PlannedMemory, plan_memory
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.simulation import SimulatedRun
 from tunekit.training.start_plan import start_bytes, start_notes, start_problems
@@ -54,8 +58,9 @@ class Prepared:
 
     tokenizer: LoadedTokenizer
     rows: RowSet
-    batch_settings: BatchSettings
+    batch_settings: BatchSettings  # with the micro-batches that plan chose
     adapter: AdapterSettings  # with its texts as token ids
+    largest_batch: Batch  # of those that the run makes; of a stream, as large as any could be
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,16 @@ class Inputs:
 
 
 def make_plan(
-    loaded: LoadedRecipe, *, device: torch.device | None = None, check_folder: bool = False
+    loaded: LoadedRecipe,
+    *,
+    device: torch.device | None = None,
+    check_folder: bool = False,
+    begun: Choice | None = None,
 ) -> tuple[Plan, Prepared]:
     """Decide everything; what would make the run fail is in `plan.refusals`.
 
     `check_folder`: look at output.dir too (train holds it already).
+    `begun`: what the plan of a run that goes on had chosen; only the recomputed layers, which change no bit, are anew.
     Raises: TunekitError with every problem found, where model, data or targets cannot be read at all.
     """
     recipe, device = loaded.recipe, device or make_devices().device
@@ -103,9 +113,34 @@ def make_plan(
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
-    memory = plan_memory(forecast, recipe.memory.gradient_checkpointing, inputs.base.facts, findings)
-    plan = _assemble(loaded, device, inputs, windows, packing, reason, memory, findings)
-    return plan, Prepared(inputs.tokenizer, inputs.rows, settings, inputs.adapter)
+    memory = _plan_memory(recipe, inputs, forecast, packing, findings, begun)
+    settings = as_chosen(settings, memory.choice)
+    windows = inputs.rows.windows(settings)
+    plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
+    largest = forecast.largest_batch(settings.micro_batch_size)
+    return plan, Prepared(inputs.tokenizer, inputs.rows, settings, inputs.adapter, largest)
+
+
+def _plan_memory(
+    recipe: Recipe, inputs: Inputs, forecast: Forecast, packing: bool, findings: Findings, begun: Choice | None
+) -> PlannedMemory:
+    training = recipe.training
+    asked = Asked(
+        memory=recipe.memory,
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        start=getattr(recipe.adapter, "start", None),
+        packing=packing,
+        facts=inputs.base.facts,
+        begun=begun,
+    )
+    return plan_memory(forecast, asked, findings, partial(cheapest_changes, recipe, forecast))
+
+
+def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
+    """Batch settings with the chosen micro-batches: each step holds the same rows, in the same order."""
+    rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
+    return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
 
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
@@ -200,12 +235,8 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Prob
 def _forecast(
     recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
 ) -> Forecast:
-    rows, chunk = inputs.rows, logits_chunk_tokens(inputs.base.facts.vocabulary_size)
+    rows, chunk = inputs.rows, LEAST_CHUNK_TOKENS
     run = SimulatedRun(recipe.model, recipe.adapter, recipe.objective, recipe.training, chunk, device, recipe.memory)
-    if isinstance(windows, TrainingWindows):
-        batch = largest_batch(windows, rows.train, settings)
-    else:
-        batch = rows.longest_batch(settings)
     evaluation, answers = None, 0
     if rows.evaluation is not None and rows.eval_counts is not None:
         size = recipe.evaluation.batch_size
@@ -213,7 +244,20 @@ def _forecast(
         if recipe.evaluation.generate:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     beside = start_bytes(recipe.adapter, inputs.targets)
-    return Forecast(run, inputs.base, batch, windows.steps, rows.train, evaluation, answers, beside)
+    largest = cache(partial(_largest_batch, inputs, settings))
+    return Forecast(run, inputs.base, largest, windows.steps, rows.train, evaluation, answers, beside)
+
+
+def _largest_batch(inputs: Inputs, settings: BatchSettings, micro_batch_size: int | None) -> Batch:
+    """The largest micro-batch of this many rows, each step having the same rows as with the recipe's."""
+    rows, written = inputs.rows, settings.micro_batch_size
+    if micro_batch_size is not None and written is not None:
+        steps = max(1, settings.gradient_accumulation_steps * written // micro_batch_size)
+        settings = as_chosen(settings, Choice(micro_batch_size, steps, LEAST_CHUNK_TOKENS))
+    windows = rows.windows(settings)
+    if isinstance(windows, TrainingWindows):
+        return largest_batch(windows, rows.train, settings)
+    return rows.longest_batch(settings)
 
 
 def _assemble(
@@ -221,8 +265,8 @@ def _assemble(
     device: torch.device,
     inputs: Inputs,
     windows: Windows,
-    packing: bool,
-    packing_reason: str,
+    settings: BatchSettings,
+    packing: tuple[bool, str],
     memory: PlannedMemory,
     findings: Findings,
 ) -> Plan:
@@ -242,11 +286,11 @@ def _assemble(
         micro_batches_per_epoch=windows.micro_batches_per_epoch,
         rows=rows.counts,
         eval_rows=rows.eval_counts,
-        supervised_tokens=supervised_tokens(windows, rows.train, recipe.training),
-        packing=packing,
-        packing_reason=packing_reason,
-        checkpointed_layers=memory.layers,
-        logits_chunk_tokens=logits_chunk_tokens(facts.vocabulary_size),
+        supervised_tokens=supervised_tokens(windows, rows.train, settings),
+        packing=packing[0],
+        packing_reason=packing[1],
+        checkpointed_layers=memory.choice.checkpointed_layers,
+        logits_chunk_tokens=memory.choice.logits_chunk_tokens,
         engine="resident",
         peak_bytes=memory.peak,
         refusals=findings.refusals(),
@@ -256,6 +300,12 @@ def _assemble(
             *compile_notes(recipe.training.compile, device, windows.steps),
         ],
         compiled=planned_compile(recipe.training.compile, device, windows.steps)[0],
+        micro_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        streaming=memory.choice.streaming,
+        budget_bytes=recipe.memory.budget_bytes,
+        tries_longest_batch=memory.tries_longest,
+        trial_reason=memory.trial_reason,
     )
 
 
@@ -280,8 +330,8 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     groups = planned_groups(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
     if groups:
         notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")
-    notes.append(f"recomputed in the backward pass: {memory.reason}")
-    return [*notes, *activation_notes(recipe.memory, device, memory.layers, memory.offloaded_bytes)]
+    layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
+    return [*notes, *memory.reasons, *activation_notes(recipe.memory, device, layers, offloaded)]
 
 
 def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,26 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console
+from tunekit.data.batches import evaluation_batches
 from tunekit.data.load import read_template
 from tunekit.decisions import Plan, bytes_text, calibration_text
 from tunekit.errors import ResourceError, TunekitError
 from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.choice import Choice
+from tunekit.memory.machine import limit_bytes
 from tunekit.memory.offload import make_store
+from tunekit.memory.splitting import is_out_of_memory, shape_text
 from tunekit.memory.tiling import tile_mlps
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.plan import Prepared, make_plan
-from tunekit.protocols import Objective, Window
+from tunekit.protocols import Engine, Objective
 from tunekit.recipe.load import load_recipe
 from tunekit.training.answers import Question
 from tunekit.training.begin import Begun, begin_adapter, needed_batches, with_targets
 from tunekit.training.compiling import compilable, compile_layers
 from tunekit.training.devices import make_devices
+from tunekit.training.evaluation import summed_evaluation
 from tunekit.training.evaluator import is_better, make_evaluator
 from tunekit.training.findings import raise_refusals
 from tunekit.training.finish import export_adapter, report_facts
@@ -50,6 +56,8 @@ from tunekit.training.session import (
     make_optimizer,
     make_recorder,
     make_saver,
+    make_splitting,
+    note_split_evaluation,
     probe_model,
     try_longest_batch,
 )
@@ -88,10 +96,10 @@ def _train_in_folder(session: Session, resume: bool) -> None:
     except TunekitError as error:
         leave_status(session.folder, error.exit_code, str(error))
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        leave_status(session.folder, ResourceError.exit_code, "out of memory")
-        raise session.out_of_memory() from error
     except BaseException as error:
+        if is_out_of_memory(error):
+            leave_status(session.folder, ResourceError.exit_code, "out of memory")
+            raise session.out_of_memory() from error
         leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
         raise
     finally:
@@ -109,6 +117,7 @@ class _Ready:
     adapter: AttachedAdapter
     objective: Objective
     optimizer: Optimizer
+    engine: Engine
     fingerprint: dict[str, Any]
     state: LoopState
 
@@ -122,6 +131,8 @@ def _train(session: Session, resume: bool) -> None:
         record = make_recorder(session, progress, trackers)
         save = make_saver(session, ready.optimizer, ready.adapter, ready.fingerprint)
         run_loop(_parts(session, ready, record, save), state)
+    found = session.devices.gather(state.reactions)  # each rank splits its own micro-batches
+    state.reactions = [reaction for place, reaction in enumerate(found) if reaction not in found[:place]]
     if trackers is not None:
         trackers.close()
     if session.folder is not None:
@@ -132,7 +143,7 @@ def _train(session: Session, resume: bool) -> None:
 def _prepare(session: Session, resume: bool) -> _Ready:
     """Plan, load, check against what is resumed, probe, and leave in the run folder what is about to run."""
     checkpoint = session.newest_checkpoint() if resume else None
-    plan, prepared = _plan(session)
+    plan, prepared = _plan(session, session.begun_choice() if resume else None)
     if session.folder is not None:
         session.folder.status(None, "running")
         session.folder.require_free_bytes(written_bytes(plan, session.loaded.recipe.training.keep_checkpoints))
@@ -151,13 +162,19 @@ def _prepare(session: Session, resume: bool) -> _Ready:
     for part, seconds in session.seconds.items():
         state.seconds[part] = state.seconds.get(part, 0.0) + seconds
     begin_folder(session, plan, state.step, fingerprint)
-    return _Ready(plan, prepared, model, adapter, objective, optimizer, fingerprint, state)
+    engine = ResidentEngine(session.loaded.recipe.training.seed, make_splitting(session, state))
+    ready = _Ready(plan, prepared, model, adapter, objective, optimizer, engine, fingerprint, state)
+    if plan.tries_longest_batch:
+        with session.timed("try"):
+            _try_longest(session, ready)
+    return ready
 
 
-def _plan(session: Session) -> tuple[Plan, Prepared]:
+def _plan(session: Session, begun: Choice | None = None) -> tuple[Plan, Prepared]:
     """Decide everything; the main rank first, so that rows are encoded once."""
+    devices = session.devices
     with session.timed("data"):
-        plan, prepared = session.devices.main_first(lambda: make_plan(session.loaded, device=session.devices.device))
+        plan, prepared = devices.main_first(lambda: make_plan(session.loaded, device=devices.device, begun=begun))
     session.baseline_bytes = read_host_memory().resident_bytes or 0  # planning has imported what the run needs
     raise_refusals(plan)
     facts = plan.model
@@ -180,6 +197,8 @@ def _load(
 ) -> tuple[TunedModel, Begun, Objective]:
     """Base, adapter and objective, ready for the device."""
     recipe = session.loaded.recipe
+    if plan.budget_bytes is not None:
+        limit_bytes(session.devices.device, plan.budget_bytes)
     with session.timed("load"):
         base = load_model(recipe.model, device=session.devices.device)
         layers, store = base.family.layers(base.net), make_store(recipe.memory.activation_offload, base.device)
@@ -210,6 +229,17 @@ def _load(
     return TunedModel(base, begun.adapter, store), begun, objective
 
 
+def _try_longest(session: Session, ready: _Ready) -> None:
+    """The longest batch of training and the longest of evaluation, before anything depends on their going well."""
+    try_longest_batch(ready.model, ready.objective, ready.engine, ready.prepared.largest_batch)
+    rows = ready.prepared.rows.evaluation
+    if rows is not None:
+        size = session.loaded.recipe.evaluation.batch_size
+        batches = evaluation_batches(rows, batch_size=size, pad_id=ready.prepared.tokenizer.pad_id)
+        split = partial(note_split_evaluation, session, ready.state)
+        summed_evaluation(ready.model, ready.objective, [next(batches)], session.devices, on_split=split)
+
+
 def _parts(session: Session, ready: _Ready, record: Any, save: Any) -> LoopParts:
     recipe, devices = session.loaded.recipe, session.devices
     plan, prepared, model, state = ready.plan, ready.prepared, ready.model, ready.state
@@ -217,7 +247,7 @@ def _parts(session: Session, ready: _Ready, record: Any, save: Any) -> LoopParts
     return LoopParts(
         model=model,
         objective=ready.objective,
-        engine=ResidentEngine(recipe.training.seed),
+        engine=ready.engine,
         optimizer=ready.optimizer,
         devices=devices,
         windows=prepared.rows.windows(prepared.batch_settings, rank=devices.rank, world=devices.world),
@@ -226,7 +256,7 @@ def _parts(session: Session, ready: _Ready, record: Any, save: Any) -> LoopParts
         scale=LossScale(model.base.dtype == torch.float16, state.loss_scale, state.good_steps, state.skipped_steps),
         record=record,
         save=save,
-        evaluate=_make_evaluate(session, prepared, model, ready.objective),
+        evaluate=_make_evaluate(session, ready),
         is_better=lambda value, best: is_better(watched, value, best),
         watched_metric=watched if recipe.evaluation.best or recipe.evaluation.patience else None,
         saves_best=recipe.evaluation.best is not None,
@@ -236,22 +266,22 @@ def _parts(session: Session, ready: _Ready, record: Any, save: Any) -> LoopParts
     )
 
 
-def _make_evaluate(
-    session: Session, prepared: Prepared, model: TunedModel, objective: Objective
-) -> Callable[[], dict[str, float]] | None:
+def _make_evaluate(session: Session, ready: _Ready) -> Callable[[], dict[str, float]] | None:
     """One evaluation of the eval rows; None where the recipe has none."""
-    recipe, rows = session.loaded.recipe, prepared.rows
+    recipe, prepared = session.loaded.recipe, ready.prepared
+    rows = prepared.rows
     if rows.evaluation is None:
         return None
     evaluator = make_evaluator(
-        model,
-        objective,
+        ready.model,
+        ready.objective,
         prepared.tokenizer,
         session.devices,
         rows.evaluation,
         lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
         recipe.evaluation,
         max_length=recipe.data.max_length,
+        on_split=partial(note_split_evaluation, session, ready.state),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]
 
@@ -273,7 +303,6 @@ def _finish(session: Session, folder: RunFolder, ready: _Ready) -> None:
         session.measured(ready.model),
         adapter_bytes,
         folder,
-        session.reactions,
         saves_best,
     )
     write_report(folder, facts, ready.plan)
@@ -291,16 +320,18 @@ def _try_out(session: Session) -> None:
         adapter = begun.adapter
         probe_model(session, plan, model)
         make_optimizer(session, adapter)
-        batch = prepared.rows.longest_batch(prepared.batch_settings)
-        try_longest_batch(session, model, objective, Window(0, 0.0, (0,), (batch,)))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise session.out_of_memory() from error
+        engine = ResidentEngine(session.loaded.recipe.training.seed)
+        try_longest_batch(model, objective, engine, prepared.largest_batch)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise session.out_of_memory() from error
+        raise
     measured = session.measured(model)
     peak = measured.peak_allocated_bytes or measured.host_growth_bytes
     session.console.panel(
         "dry run: everything worked, nothing was written",
         {
-            "longest micro-batch": f"{batch.input_ids.shape[0]} x {batch.input_ids.shape[1]} tokens",
+            "longest micro-batch": shape_text(prepared.largest_batch),
             "predicted peak": bytes_text(plan.peak_bytes.total),
             "measured peak": bytes_text(peak),
             "base": bytes_text(measured.base_bytes),

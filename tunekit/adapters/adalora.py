@@ -31,6 +31,7 @@ class Adalora(LayerAdapter):
     """
 
     settings: AdaloraSettings
+    shared: RankBudget
     A: nn.Parameter
     E: nn.Parameter
     B: nn.Parameter
@@ -82,7 +83,8 @@ class Adalora(LayerAdapter):
         """This layer's share of the mean over all layers, halved as PEFT has it."""
         if not self.settings.orth_reg_weight:
             return None
-        return self.nonorthogonality() * (self.settings.orth_reg_weight / (2 * self.shared.layer_count))
+        weight: float = self.settings.orth_reg_weight / (2 * self.shared.layer_count)
+        return self.nonorthogonality() * weight
 
     @torch.no_grad()
     def measure(self) -> None:

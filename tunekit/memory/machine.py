@@ -43,3 +43,17 @@ def _group_available(root: Path = CGROUP) -> int | None:
         return max(0, int(limit) - used + int(statistics.get("file", "0")))
     except (OSError, ValueError):
         return None
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """All memory of a GPU, the same for every run on it; None for the host."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def limit_bytes(device: torch.device, budget: int) -> None:
+    """Let a GPU's allocator fail at the budget rather than go beyond it; the host has no such limit."""
+    total = total_bytes(device)
+    if total is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)

@@ -205,9 +205,7 @@ class StreamingEngine:
             for number in range(len(work.stages.layers)):
                 work.store.drop((id(passage), number))
 
-    def _back_through(
-        self, work: _Work, passage: Passage, number: int, goes_on: bool, coming: tuple[int, int]
-    ) -> None:
+    def _back_through(self, work: _Work, passage: Passage, number: int, goes_on: bool, coming: tuple[int, int]) -> None:
         """One layer computed again; its gradients, and that of its input where something below is trained."""
         self._running(passage)
         key = (id(passage), number)

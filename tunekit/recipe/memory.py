@@ -9,13 +9,22 @@ from pydantic import BeforeValidator, Field
 
 from tunekit.recipe.section import AutoBoolOrCount, AutoOrBool, Count, Section
 
-_SIZE = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})? ?(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)")
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)")
+_UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))}
+_UNITS |= {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 
 
 def _size(value: Any) -> Any:
-    if isinstance(value, str) and _SIZE.fullmatch(value):
+    if isinstance(value, str) and _SIZE.fullmatch(value) and size_bytes(value):
         return value
     raise ValueError("must be a size with its unit, such as 8GiB")
+
+
+def size_bytes(text: str) -> int:
+    """8GiB -> 8589934592. `text` is a size that the section took."""
+    found = _SIZE.fullmatch(text)
+    assert found is not None
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 class MemorySection(Section):
@@ -25,6 +34,8 @@ class MemorySection(Section):
     `activation_offload`: the inputs of recomputed layers wait in the host's memory. auto: on CUDA, inputs of at least
     2 MiB and 512 tokens; true: every input, on a CPU too, where it only costs. Not a bit changes.
     `mlp_tile_tokens`: MLPs compute so many tokens at a time. Sums over tokens are then taken in tiles.
+    `budget`: of the device's memory on a GPU; on a CPU, of what the run adds to the process. Within it plan chooses the
+    fastest setting: smaller micro-batches at the same rows a step, recomputed layers, fewer logits at a time.
     """
 
     gradient_checkpointing: AutoBoolOrCount = Field(
@@ -37,4 +48,11 @@ class MemorySection(Section):
         None, description="tokens that an MLP computes at a time, for very long rows; sums are taken in tiles"
     )
     streaming: Literal["auto", "off", "host", "disk"] = Field("auto", description="where base weights wait")
-    budget: Annotated[str, BeforeValidator(_size)] | None = Field(None, description="memory to stay in, such as 8GiB")
+    budget: Annotated[str, BeforeValidator(_size)] | None = Field(
+        None, description="memory to stay in, such as 8GiB: plan chooses the fastest setting that fits"
+    )
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget in bytes."""
+        return None if self.budget is None else size_bytes(self.budget)

@@ -25,9 +25,6 @@ def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     if recipe.memory.streaming in ("host", "disk"):
         what = f"base weights cannot wait on {recipe.memory.streaming}; the model stays on its device"
         refuse("memory.streaming", what, "write off or auto")
-    if recipe.memory.budget is not None:
-        what = "a memory budget cannot be kept; `tunekit plan` predicts the peak"
-        refuse("memory.budget", what, "remove it, or lower micro_batch_size or data.max_length")
     _refuse_activations(recipe, refuse)
     _refuse_start(recipe, refuse)
     return problems

@@ -12,6 +12,8 @@ from importlib import import_module
 
 import torch
 
+from tunekit.data.split import split_batch
+from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
 from tunekit.model.call import Call, calling
 from tunekit.protocols import Batch, Objective
 from tunekit.training.devices import Devices
@@ -54,11 +56,13 @@ def summed_evaluation(
     batches: Iterable[Batch],
     devices: Devices,
     stop: Callable[[], bool] = lambda: False,
+    on_split: Callable[[Batch], None] = lambda batch: None,
 ) -> LossSums:
     """Loss sums of all batches, shared among the ranks.
 
     Sums are token-weighted and in float64, so they do not depend on the batch size beyond a forward's own rounding.
-    Raises: EvaluationStopped where `stop` says so on any rank.
+    `on_split`: told of each batch that ran out of memory and is evaluated in two halves.
+    Raises: EvaluationStopped where `stop` says so on any rank; ResourceError where a single document does not fit.
     """
     sums = torch.zeros(5, dtype=torch.float64)
     stopped = False
@@ -69,14 +73,37 @@ def summed_evaluation(
             stopped = stopped or stop()
             if stopped:
                 break
-            hidden = model.hidden(objective.inputs(batch))
-            loss = objective.loss(hidden, model.head(), batch)
-            rows = sum(len(ids) for ids in batch.row_ids)
-            sums += torch.tensor(
-                [float(loss.total.sum()), loss.metrics["correct"], float(objective.units(batch)), batch.tokens, rows],
-                dtype=torch.float64,
-            )
+            sums += _sums_or_halves(model, objective, batch, on_split)
     if devices.any(int(stopped)):
         raise EvaluationStopped
     total, correct, supervised, tokens, count = devices.sum(sums).tolist()
     return LossSums(total, int(correct), int(supervised), int(tokens), int(count))
+
+
+def _sums_or_halves(
+    model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]
+) -> torch.Tensor:
+    """(5,) float64: the batch's sums; those of its halves, added, where it runs out of memory."""
+    try:
+        return _sums(model, objective, batch)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    # Not inside `except`: there the error still holds the failed attempt's tensors.
+    halves = split_batch(batch)
+    if halves is None:
+        raise document_too_large(batch, reason)
+    on_split(batch)
+    collect_failed()
+    first, second = (_sums_or_halves(model, objective, half, on_split) for half in halves)
+    return first + second
+
+
+def _sums(model: TunedModel, objective: Objective, batch: Batch) -> torch.Tensor:
+    """(5,) float64: loss, correct and supervised tokens, all tokens, rows."""
+    hidden = model.hidden(objective.inputs(batch))
+    loss = objective.loss(hidden, model.head(), batch)
+    rows = sum(len(ids) for ids in batch.row_ids)
+    counts = [float(loss.total.sum()), loss.metrics["correct"], float(objective.units(batch)), batch.tokens, rows]
+    return torch.tensor(counts, dtype=torch.float64)

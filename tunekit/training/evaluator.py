@@ -32,10 +32,11 @@ class Evaluator:
     metric_names: tuple[str, ...]
     max_new_tokens: int
     batch_size: int
+    on_split: Callable[[Batch], None] = lambda batch: None  # told of a batch that ran out of memory
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[LossSums, dict[str, float]]:
         """The sums, and every metric by name. Raises: EvaluationStopped where `stop` says so."""
-        sums = summed_evaluation(self.model, self.objective, self.batches(), self.devices, stop)
+        sums = summed_evaluation(self.model, self.objective, self.batches(), self.devices, stop, self.on_split)
         wanted = list(dict.fromkeys([*LOSS_METRICS, *self.metric_names]))
         texts = [name for name in wanted if needs_generation(name)]
         computed = sums.metrics([name for name in wanted if name not in texts])
@@ -64,6 +65,7 @@ def make_evaluator(
     *,
     max_length: int,
     metric_names: tuple[str, ...] = (),
+    on_split: Callable[[Batch], None] = lambda batch: None,
 ) -> Evaluator:
     """The evaluator of `rows`, with the section's metrics unless others are named."""
     return Evaluator(
@@ -78,6 +80,7 @@ def make_evaluator(
         metric_names=metric_names or settings.metrics,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
+        on_split=on_split,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from tunekit.decisions import Plan, Refusal
-from tunekit.errors import Problem, RecipeError, TunekitError
+from tunekit.errors import Problem, RecipeError, ResourceError, TunekitError
 from tunekit.recipe.load import LoadedRecipe
 
 Made = TypeVar("Made")
@@ -21,11 +21,17 @@ class Findings:
     def __init__(self, loaded: LoadedRecipe) -> None:
         self._loaded = loaded
         self.problems: list[Problem] = []
+        self._lacks: list[Problem] = []  # of them, those of memory
         self._errors: list[TunekitError] = []
 
     def add(self, problems: Sequence[Problem]) -> None:
         """Note problems; one without a file is the recipe's."""
         self.problems += [self._loaded.locate(problem) if problem.file is None else problem for problem in problems]
+
+    def lack(self, problem: Problem) -> None:
+        """Note that there is too little memory: nothing in the recipe is wrong by itself."""
+        self.add([problem])
+        self._lacks.append(self.problems[-1])
 
     def attempt(self, work: Callable[[], Made]) -> Made | None:
         """The result of `work`, or None and its problems noted."""
@@ -44,17 +50,19 @@ class Findings:
 
     def refusals(self) -> list[Refusal]:
         """The problems as a plan holds them."""
-        return [_refusal(problem) for problem in self.problems]
+        return [_refusal(problem, problem in self._lacks) for problem in self.problems]
 
 
-def _refusal(problem: Problem) -> Refusal:
+def _refusal(problem: Problem, of_memory: bool) -> Refusal:
     message = f"{problem.what}; {problem.how}" if problem.how else problem.what
-    return Refusal(problem.key or "", problem.line, message, problem.file)
+    exit_code = ResourceError.exit_code if of_memory else RecipeError.exit_code
+    return Refusal(problem.key or "", problem.line, message, problem.file, exit_code)
 
 
 def raise_refusals(plan: Plan) -> None:
-    """Raises: RecipeError with every refusal of the plan, each at its place."""
-    if plan.refusals:
-        raise RecipeError.of(
-            [Problem(refusal.message, "", refusal.file, refusal.line, refusal.key) for refusal in plan.refusals]
-        )
+    """Raises: RecipeError with every refusal of the plan, each at its place; ResourceError if all are of memory."""
+    if not plan.refusals:
+        return
+    kinds = {refusal.exit_code for refusal in plan.refusals}
+    kind: type[TunekitError] = ResourceError if kinds == {ResourceError.exit_code} else RecipeError
+    raise kind.of([Problem(refusal.message, "", refusal.file, refusal.line, refusal.key) for refusal in plan.refusals])

@@ -50,7 +50,6 @@ def report_facts(
     measured: Measured,
     adapter_bytes: int,
     run: RunFolder,
-    reactions: list[Reaction],
     saved_best: bool,
 ) -> ReportFacts:
     """Everything report.json says, all legs of a resumed run together."""
@@ -76,6 +75,7 @@ def report_facts(
         final_step=state.step,
         final_loss=state.loss,
         evaluations=[record for record in run.read_metrics() if "eval" in record],
-        reactions=reactions,
+        reactions=[Reaction(**reaction) for reaction in state.reactions],
         calibration=state.calibration,
+        budget_bytes=plan.budget_bytes,
     )

@@ -1,12 +1,12 @@
 """The peak memory of a run, foreseen: its largest batches simulated, its base loaded on paper.
 
-Comes in: sections, the model without weights, rows.  Goes out: PeakBytes for a number of recomputed layers.
+Comes in: sections, the model without weights, rows.  Goes out: PeakBytes of a Choice.
 Next: plan.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from tunekit.data.collate import collate
 from tunekit.data.stream import StreamedWindows
 from tunekit.decisions import PeakBytes
 from tunekit.errors import ModelError
+from tunekit.memory.choice import Choice
 from tunekit.memory.estimate import Work, peak_bytes
 from tunekit.memory.loading import StoredBase, load_bytes, stored_base, untouched_bytes
 from tunekit.memory.tracker import Simulation
@@ -29,7 +30,6 @@ from tunekit.model.shards import read_headers
 from tunekit.model.source import find_source
 from tunekit.model.weights import packed_layers, stored_bytes, weight_of
 from tunekit.protocols import Batch, EncodedRows
-from tunekit.recipe.training import TrainingSection
 from tunekit.training.simulation import SimulatedRun
 
 EXAMINED_EPOCHS = 8  # packs differ from epoch to epoch, though hardly in size
@@ -55,7 +55,7 @@ def largest_batch(windows: TrainingWindows, rows: EncodedRows, settings: BatchSe
     return collate(rows, best, pad_id=settings.pad_id, packed=settings.packing, end_to_end=settings.end_to_end)
 
 
-def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: EncodedRows, settings: TrainingSection) -> int:
+def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: EncodedRows, settings: BatchSettings) -> int:
     """Loss tokens of the whole run, step by step as the windows will be; of a stream, as its sample has them."""
     supervised, per_step = np.asarray(rows.supervised), settings.gradient_accumulation_steps  # (rows,)
     if not isinstance(windows, TrainingWindows):
@@ -72,39 +72,45 @@ def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: EncodedR
 
 @dataclass(frozen=True)
 class Forecast:
-    """What decides a run's memory. `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated.
+    """What decides a run's memory. `largest_batch`: of micro-batches of so many rows (None: as written, by tokens).
 
+    `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated.
     `start_bytes`: the most that the adapter's start keeps beside the base, before there is an optimizer.
     """
 
     run: SimulatedRun
     base: LoadedModel
-    batch: Batch
+    largest_batch: Callable[[int | None], Batch]
     steps: int
     rows: EncodedRows
     evaluation_batch: Batch | None = None
     answer_tokens: int = 0
     start_bytes: int = 0
-    _steps: dict[int, Simulation] = field(default_factory=dict, init=False, repr=False)
+    _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
+    _evaluations: dict[int, Simulation] = field(default_factory=dict, init=False, repr=False)  # by logits chunk
 
-    def peak(self, checkpointed_layers: int) -> PeakBytes:
-        """With this number of layers recomputed in the backward pass."""
-        step = self._step(checkpointed_layers)
-        work = Work(step, self.steps, self._evaluation, self._cache_blocks, self._load_bytes)
+    def peak(self, choice: Choice) -> PeakBytes:
+        """Of the run with this choice: the one function that every search for a setting asks."""
+        run = self._run(choice)
+        work = Work(self._step(choice), self.steps, self._evaluation(run), self._cache_blocks, self._load_bytes)
         peak = peak_bytes(work, self.run.device)
         if not self.start_bytes:
             return peak
         return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))
 
-    def offloaded_bytes(self, checkpointed_layers: int) -> int:
+    def offloaded_bytes(self, choice: Choice) -> int:
         """Pinned memory of the host beside a GPU's, where inputs of recomputed layers wait."""
-        return self._step(checkpointed_layers).offloaded
+        return self._step(choice).offloaded
 
-    def _step(self, checkpointed_layers: int) -> Simulation:
-        if checkpointed_layers not in self._steps:
-            simulation = self.run.training_step(self.batch, checkpointed_layers)
-            self._steps[checkpointed_layers] = self._really_held(simulation)
-        return self._steps[checkpointed_layers]
+    def _run(self, choice: Choice) -> SimulatedRun:
+        return replace(self.run, logits_chunk_tokens=choice.logits_chunk_tokens)
+
+    def _step(self, choice: Choice) -> Simulation:
+        if choice not in self._steps:
+            batch = self.largest_batch(choice.micro_batch_size)
+            simulation = self._run(choice).training_step(batch, choice.checkpointed_layers)
+            self._steps[choice] = self._really_held(simulation)
+        return self._steps[choice]
 
     def without_activations(self) -> PeakBytes:
         """What is known of a model whose own code does not run without values."""
@@ -112,11 +118,14 @@ class Forecast:
         parts = {name: held.get(name, 0) for name in ("weights", "adapter", "optimizer")}
         return PeakBytes(**parts, activations=0, logits=0, total=sum(parts.values()))
 
-    @cached_property
-    def _evaluation(self) -> Simulation | None:
+    def _evaluation(self, run: SimulatedRun) -> Simulation | None:
+        """Of the longest evaluation batch; only the logits chunk is of any consequence to it."""
         if self.evaluation_batch is None:
             return None
-        return self._really_held(self.run.evaluation(self.evaluation_batch))
+        known, chunk = self._evaluations, run.logits_chunk_tokens
+        if chunk not in known:
+            known[chunk] = self._really_held(run.evaluation(self.evaluation_batch))
+        return known[chunk]
 
     @cached_property
     def _cache_blocks(self) -> Sequence[int]:

@@ -38,6 +38,8 @@ class LoopState:
     skipped_steps: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None  # the pass over the data before step 1
+    reactions: list[dict[str, Any]] = field(default_factory=list)  # decisions.Reaction as plain values
+    split_tokens: int | None = None  # padded tokens from which on micro-batches are split, once one was too large
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -23,18 +23,21 @@ from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console, Progress
 from tunekit.decisions import EvaluationRecord, Plan, Reaction, StepRecord
 from tunekit.errors import ModelError, ResourceError
+from tunekit.memory.choice import Choice
 from tunekit.memory.heap import trim_heap
+from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.model.weights import stored_bytes
-from tunekit.protocols import Objective, Window
+from tunekit.protocols import Batch, Engine, Objective, Window
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.training.devices import Devices, Trackers
 from tunekit.training.finish import Measured
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.training.parts import LoopState
 from tunekit.training.probes import logprob_difference, packing_leak, tolerance
-from tunekit.training.resident import ResidentEngine
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.tuned import TunedModel
+
+BEFORE_TRAINING = -1  # the step of a window that is only tried
 
 
 @dataclass
@@ -47,7 +50,6 @@ class Session:
     signals: StopSignals
     folder: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    reactions: list[Reaction] = field(default_factory=list)
     baseline_bytes: int = 0  # what the process had, libraries imported, before the base was loaded
 
     @contextmanager
@@ -67,6 +69,19 @@ class Session:
         if checkpoint is not None:
             torch.set_num_threads(int(checkpoint.facts["threads"]))  # the order of sums depends on it
         return checkpoint
+
+    def begun_choice(self) -> Choice | None:
+        """What the plan of the run in this folder had chosen: a resume makes the same micro-batches, whatever is free
+        now."""
+
+        def read() -> Any:
+            return None if self.folder is None else self.folder.read_json("plan.json")
+
+        plan = self.devices.from_main(self.devices.on_main(read))
+        if not isinstance(plan, dict) or "micro_batch_size" not in plan:
+            return None
+        names = [field.name for field in fields(Choice)]
+        return Choice(**{name: plan[name] for name in names})
 
     def begun_fingerprint(self) -> dict[str, Any] | None:
         """The fingerprint of a run that was begun in this folder and has no checkpoint yet."""
@@ -106,7 +121,7 @@ class Session:
             had = f"peak {peak_host_bytes()} bytes on the host"
         return ResourceError(
             f"out of memory ({had})",
-            "lower training.micro_batch_size or data.max_length, set memory.gradient_checkpointing: true, or "
+            "set memory.budget to what the run may take (plan then chooses), lower data.max_length, or "
             "quantize the base with model.quantization: nf4",
         )
 
@@ -164,15 +179,35 @@ def probe_model(session: Session, plan: Plan, model: TunedModel) -> None:
         )
 
 
-def try_longest_batch(session: Session, model: TunedModel, objective: Objective, window: Window) -> None:
-    """Forward and backward of the longest micro-batch, without an update; leaves no gradient behind."""
-    engine = ResidentEngine(session.loaded.recipe.training.seed)
-    units = objective.units(window.batches[0])
-    with model.training_mode(True):
-        engine.run_window(model, objective, window, units)
-    for parameter in model.base.net.parameters():
-        if parameter.grad is not None:
-            parameter.grad.zero_()
+def make_splitting(session: Session, state: LoopState) -> Splitting:
+    """What a micro-batch that runs out of memory leads to: told at once, kept with the state for report and resume."""
+
+    def react(reaction: Reaction) -> None:
+        state.reactions.append(asdict(reaction))
+        state.split_tokens = splitting.tokens
+        session.console.warn(f"step {reaction.step}: {reaction.probe}; {reaction.action}")
+
+    splitting = Splitting(react, state.split_tokens)
+    return splitting
+
+
+def note_split_evaluation(session: Session, state: LoopState, batch: Batch) -> None:
+    """Tell and keep that an evaluation batch ran out of memory; each shape once."""
+    what = f"an evaluation batch of {shape_text(batch)} ran out of memory"
+    if all(reaction["probe"] != what for reaction in state.reactions):
+        state.reactions.append(asdict(Reaction(what, "split in two; its sums are the same", state.step)))
+        session.console.warn(f"step {state.step}: {what}; split in two")
+
+
+def try_longest_batch(model: TunedModel, objective: Objective, engine: Engine, batch: Batch) -> None:
+    """Forward and backward of the longest micro-batch, without an update.
+
+    No gradient and no random number stays behind: what is trained afterwards is the same to the bit.
+    """
+    devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), model.training_mode(True):
+        engine.run_window(model, objective, Window(BEFORE_TRAINING, 0.0, (0,), (batch,)), objective.units(batch))
+    model.clear_gradient()
 
 
 def make_recorder(

@@ -6,6 +6,7 @@ Comes in: the recipe's sections and the longest batches.  Goes out: memory.estim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -44,11 +45,11 @@ class SimulatedRun:
     logits_chunk_tokens: int
     device: torch.device
     memory: MemorySection = field(default_factory=MemorySection)
+    _made: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)
 
     def training_step(self, batch: Batch, checkpointed_layers: int) -> Simulation:
         """Forward, backward and update of one micro-batch, the second of its step: gradients and moments exist."""
-        base = make_meta_model(self.model, device=self.device)
-        tuned, tracker = self._tuned(base, checkpointed_layers), StorageTracker(self.device)
+        tuned, tracker = self._tuned(checkpointed_layers), StorageTracker(self.device)
         assert tuned.adapter is not None
         objective = _LogitsApart(self._objective(), tracker)
         with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), tracker:
@@ -67,7 +68,7 @@ class SimulatedRun:
 
     def before_a_step(self) -> dict[str, int]:
         """Bytes by part of what exists before the first step."""
-        tuned, tracker = self._tuned(make_meta_model(self.model, device=self.device), 0), StorageTracker(self.device)
+        tuned, tracker = self._tuned(0), StorageTracker(self.device)
         assert tuned.adapter is not None
         with tracker:
             self._adopt(tracker, tuned)
@@ -78,8 +79,7 @@ class SimulatedRun:
 
     def evaluation(self, batch: Batch) -> Simulation:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
-        base = make_meta_model(self.model, device=self.device)
-        tuned, tracker = self._tuned(base, 0), StorageTracker(self.device)
+        tuned, tracker = self._tuned(0), StorageTracker(self.device)
         assert tuned.adapter is not None
         objective = _LogitsApart(self._objective(), tracker)
         with kernels_as_on(self.device), tracker:
@@ -91,7 +91,15 @@ class SimulatedRun:
         del optimizer
         return tracker.result()
 
-    def _tuned(self, base: LoadedModel, checkpointed_layers: int) -> TunedModel:
+    def _base(self) -> LoadedModel:
+        """The model without weights and without adapter: made once (a GGUF file takes seconds to read), then copied."""
+        if self.model not in self._made:
+            self._made[self.model] = make_meta_model(self.model, device=self.device)
+        base = self._made[self.model]
+        return replace(base, net=deepcopy(base.net))
+
+    def _tuned(self, checkpointed_layers: int) -> TunedModel:
+        base = self._base()
         head = base.family.head_name(base.net)
         adapter = attach_adapter(base.net, self.adapter, seed=self.training.seed, head_name=head)
         store = make_store(self.memory.activation_offload, self.device, simulated=True)

@@ -87,6 +87,12 @@ class TunedModel:
                 self.boundaries.clear()
             raise
 
+    def clear_gradient(self) -> None:
+        """Zero the gradient, in place."""
+        for parameter in self.adapter.trained().values() if self.adapter else ():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
     def head(self) -> Head:
         """The output projection, with whatever adapter it carries."""
         return self.base.family.head(self.base.net)

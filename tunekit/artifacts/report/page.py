@@ -20,7 +20,7 @@ BARS = "▁▂▃▄▅▆▇█"
 CURVE_COLUMNS = 60
 SPECIAL = "\\`*_{}[]<>#|!~&"
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
-SECONDS_ORDER = ("load", "data", "calibrate", "train", "evaluate", "save")
+SECONDS_ORDER = ("load", "data", "calibrate", "try", "train", "evaluate", "save")
 
 
 def escape(value: object) -> str:
@@ -138,6 +138,8 @@ def _memory(facts: ReportFacts, plan: Plan) -> str:
             for device in both
         ]
         lines.append(_table(["device", "predicted", "measured", "prediction against measurement"], compared))
+    if facts.budget_bytes is not None:
+        lines.append(_budget(facts, both))
     peaks = [
         ("allocated by tensors on the device", facts.peak_allocated_bytes),
         ("reserved from the device by PyTorch", facts.peak_reserved_bytes),
@@ -147,6 +149,17 @@ def _memory(facts: ReportFacts, plan: Plan) -> str:
     if measured:
         lines.append(_table(["measured peak", "bytes"], measured))
     return "\n\n".join(lines)
+
+
+def _budget(facts: ReportFacts, devices: Sequence[str]) -> str:
+    """Whether the budget was kept, by measurement."""
+    budget = facts.budget_bytes or 0
+    measured = max((facts.measured_bytes[device] for device in devices), default=0)
+    if not measured:
+        return f"The budget was {bytes_text(budget)}."
+    if measured <= budget:
+        return f"The budget of {bytes_text(budget)} was kept: {bytes_text(budget - measured)} of it were left."
+    return f"**The budget of {bytes_text(budget)} was exceeded** by {bytes_text(measured - budget)}."
 
 
 def _difference(predicted: int, measured: int) -> str:

@@ -33,9 +33,19 @@ def facts(plan: Plan) -> dict[str, object]:
         "attention": ATTENTION.get(model.attention, f"{model.attention}, with a mask over whole rows"),
         "packing": f"{'yes' if plan.packing else 'no'}: {plan.packing_reason}",
         "steps": f"{plan.steps:,}{per_epoch}; {plan.warmup_steps:,} of warm-up",
+        "micro-batches": _micro_batches(plan),
+        "longest first": f"{'yes' if plan.tries_longest_batch else 'no'}: {plan.trial_reason}",
         "recomputed": f"{plan.checkpointed_layers} of {model.layers} layers",
         "logits": f"{plan.logits_chunk_tokens:,} positions at a time",
     }
+
+
+def _micro_batches(plan: Plan) -> str:
+    """How a step's rows are cut."""
+    unit = ("pack" if plan.packing else "row") + ("" if plan.micro_batch_size == 1 else "s")
+    tokens = plan.recipe.get("training", {}).get("micro_batch_tokens")
+    size = f"{plan.micro_batch_size:,} {unit}" if plan.micro_batch_size else f"{unit} of {tokens:,} padded tokens"
+    return f"{plan.gradient_accumulation_steps:,} a step, of {size} each"
 
 
 def target_rows(plan: Plan) -> list[list[object]]:
@@ -51,11 +61,12 @@ def target_rows(plan: Plan) -> list[list[object]]:
 
 
 def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
-    """One line for each part of the peak, and the total against what is free."""
+    """One line for each part of the peak, and the total against the budget and what is free."""
     parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
-    free = "" if available is None else f" of {bytes_text(available)} free"
+    limits = [(plan.budget_bytes, "in the budget"), (available, "free")]
+    free = ", ".join(f"{bytes_text(size)} {name}" for size, name in limits if size is not None)
     lines: list[list[object]] = [[name, bytes_text(size)] for name, size in parts.items()]
     kept = plan.peak_bytes.total - sum(parts.values())
     if kept > 0:
         lines.append(["the process; freed, but kept by malloc; loading", bytes_text(kept)])
-    return [*lines, ["total", bytes_text(plan.peak_bytes.total) + free]]
+    return [*lines, ["total", bytes_text(plan.peak_bytes.total) + (free and f" of {free}")]]

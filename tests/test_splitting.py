@@ -1,0 +1,260 @@
+"""A micro-batch that runs out of memory is split: the same tokens, the same gradient, the same run; told and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.loop_case import Case, make_case, make_rows
+from tests.train_case import records, train_in_child, write_recipe
+from tunekit.data.collate import collate
+from tunekit.data.split import split_batch
+from tunekit.decisions import Reaction
+from tunekit.errors import ResourceError
+from tunekit.memory.splitting import Splitting, is_out_of_memory
+from tunekit.protocols import IGNORED, Batch, Window
+from tunekit.recipe.training import TrainingSection
+from tunekit.training.evaluation import summed_evaluation
+from tunekit.training.resident import ResidentEngine
+from tunekit.training.session import try_longest_batch
+
+ROWS = make_rows(24, shortest=3, longest=20)
+CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+
+def batch_of(groups: list[tuple[int, ...]], *, packed: bool) -> Batch:
+    return collate(ROWS, groups, pad_id=0, packed=packed)
+
+
+def targets(batch: Batch) -> list[tuple[str, int, int]]:
+    """Every supervised token: its row, its position there, and the token."""
+    found = []
+    for row, (origins, length) in enumerate(zip(batch.origins, batch.lengths, strict=True)):
+        document = -1
+        for at in range(length):
+            position = int(batch.position_ids[row, at])
+            document += position == 0
+            if batch.labels[row, at] != IGNORED:
+                found.append((origins[document], position, int(batch.labels[row, at])))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("groups", "packed"),
+    [([(0,), (5,), (2,)], False), ([(0, 1), (2, 3, 4)], True), ([(7, 1, 4, 9)], True), ([(3, 3)], True)],
+)
+def test_halves_hold_every_target_once_and_in_order(groups: list[tuple[int, ...]], packed: bool) -> None:
+    batch = batch_of(groups, packed=packed)
+    halves = split_batch(batch)
+    assert halves is not None
+    assert [target for half in halves for target in targets(half)] == targets(batch)
+    assert sum(half.supervised_tokens for half in halves) == batch.supervised_tokens
+    assert sum(half.tokens for half in halves) == batch.tokens
+    assert [origin for half in halves for group in half.origins for origin in group] == [
+        origin for group in batch.origins for origin in group
+    ]
+    for half in halves:
+        assert half.input_ids.shape == (len(half.lengths), max(half.lengths)), "no padding that nobody needs"
+        assert half.input_ids.numel() < batch.input_ids.numel()
+
+
+def test_a_single_document_is_not_split() -> None:
+    assert split_batch(batch_of([(4,)], packed=False)) is None
+    assert split_batch(batch_of([(4,)], packed=True)) is None
+
+
+def test_the_allocators_own_errors_are_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**46, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(CUDA_ERROR)
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def make_model(tiny_llama: Path, **changes: Any) -> Case:
+    values: dict[str, Any] = {"learning_rate": 1e-2, "micro_batch_size": 4, "gradient_accumulation_steps": 2}
+    training = TrainingSection(**(values | {"epochs": None, "max_steps": 4, "warmup_ratio": None} | changes))
+    return make_case(tiny_llama, ROWS, training=training)
+
+
+@contextmanager
+def failing(case: Case, *, tokens: int, where: str) -> Iterator[list[int]]:
+    """Batches of so many padded tokens run out of memory: as the forward begins, or in the middle of the backward
+    pass, when some gradients have been added to already. Yields the sizes of those that failed."""
+    hidden, failed = case.model.hidden, []
+
+    def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        size = inputs["input_ids"].numel()
+        if size < tokens:
+            return hidden(inputs)
+        failed.append(size)
+        if where == "forward":
+            raise CUDA_ERROR
+
+        def begin(module: object, given: object, output: Any) -> None:
+            (output[0] if isinstance(output, tuple) else output).register_hook(fail)
+
+        def fail(gradient: torch.Tensor) -> None:  # once the layers behind have their gradients
+            assert any(gradient.any() for gradient in case.optimizer.gradients())
+            raise MemoryError
+
+        handle = case.model.base.net.get_submodule("model.layers.0").register_forward_hook(begin)
+        try:
+            return hidden(inputs)
+        finally:
+            handle.remove()
+
+    case.model.hidden = run  # type: ignore[method-assign]
+    try:
+        yield failed
+    finally:
+        del case.model.hidden
+
+
+def gradient(case: Case, engine: ResidentEngine, window: Window) -> tuple[torch.Tensor, float]:
+    units = sum((case.parts.objective.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64))
+    case.optimizer.zero_gradients()
+    with case.model.training_mode(True):
+        total, _ = engine.run_window(case.model, case.parts.objective, window, units, len(window.batches))
+    return torch.cat(case.optimizer.gradients()).clone(), float(total)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradient_of_a_split_batch_is_that_of_the_whole(tiny_llama: Path, where: str, packed: bool) -> None:
+    case = make_model(tiny_llama)
+    for parameter in case.adapter.trained().values():  # B = 0 would leave half of the gradient 0
+        torch.nn.init.normal_(parameter.data, std=0.05)
+    groups = [(0, 1), (2, 3), (4, 5, 6), (7,)] if packed else [(0,), (9,), (17,), (3,)]
+    last = [(10, 11, 12, 13)] if packed else [(5,), (6,)]
+    window = Window(2, 0.0, (0, 1), (batch_of(groups, packed=packed), batch_of(last, packed=packed)))
+    expected, loss = gradient(case, ResidentEngine(0), window)
+    reactions: list[Reaction] = []
+    engine = ResidentEngine(0, Splitting(reactions.append))
+    limit = 36 if packed else 30
+    with failing(case, tokens=limit, where=where) as failed:
+        found, split_loss = gradient(case, engine, window)
+        assert failed, "something did run out of memory"
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()) + 1e-8)
+        assert split_loss == pytest.approx(loss, rel=1e-6)
+        assert len(engine.losses) == 2, "one for each micro-batch, whatever it was split into"
+        assert {reaction.step for reaction in reactions} == {3}
+        assert len(reactions) == len(failed)
+        before = len(failed)
+        again, _ = gradient(case, engine, window)
+        assert len(failed) == before, "what is as large is split before it fails"
+        assert torch.equal(again, found)
+    assert float(expected.abs().max()) > 0
+
+
+def test_a_document_that_does_not_fit_alone_is_an_error_of_its_own(tiny_llama: Path) -> None:
+    case = make_model(tiny_llama)
+    window = Window(0, 0.0, (0,), (batch_of([(17,), (9,)], packed=False),))
+    with failing(case, tokens=15, where="forward"), pytest.raises(ResourceError) as caught:
+        gradient(case, ResidentEngine(0, Splitting()), window)
+    assert caught.value.exit_code == 4
+    assert "rows:18" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_error_is_not_taken_for_one_of_memory(tiny_llama: Path) -> None:
+    case = make_model(tiny_llama)
+
+    def fail(inputs: object) -> torch.Tensor:
+        raise RuntimeError("shapes do not match")
+
+    case.model.hidden = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="shapes"):
+        gradient(case, ResidentEngine(0, Splitting()), Window(0, 0.0, (0,), (batch_of([(0,), (1,)], packed=False),)))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_run_with_split_batches_is_the_plain_run(tiny_llama: Path, where: str) -> None:
+    plain = make_model(tiny_llama)
+    plain.run()
+    case = make_model(tiny_llama)
+    reactions: list[Reaction] = []
+    case.parts.engine = ResidentEngine(0, Splitting(reactions.append))
+    with failing(case, tokens=30, where=where):
+        case.run()
+    assert reactions
+    assert case.losses == pytest.approx(plain.losses, rel=1e-5)
+    for name, value in plain.adapter.trained().items():
+        torch.testing.assert_close(case.adapter.trained()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_batch_that_does_not_fit_is_split(tiny_llama: Path) -> None:
+    case = make_model(tiny_llama)
+    batches = [batch_of([(0,), (9,), (17,), (3,)], packed=False), batch_of([(1,), (2,)], packed=False)]
+    objective, devices = case.parts.objective, case.parts.devices
+    whole = summed_evaluation(case.model, objective, batches, devices)
+    split: list[Batch] = []
+    with failing(case, tokens=30, where="forward"):
+        found = summed_evaluation(case.model, objective, batches, devices, on_split=split.append)
+    assert split == [batches[0], *split[1:]]
+    assert found.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert (found.supervised_tokens, found.tokens, found.rows) == (whole.supervised_tokens, whole.tokens, whole.rows)
+
+
+def test_trying_the_longest_batch_changes_no_bit(tiny_llama: Path) -> None:
+    results = []
+    for tries in (False, True):
+        case = make_model(tiny_llama)
+        if tries:
+            state = torch.random.get_rng_state()
+            try_longest_batch(case.model, case.parts.objective, case.parts.engine, batch_of([(17,)] * 4, packed=False))
+            assert torch.equal(torch.random.get_rng_state(), state)
+            assert all(not gradient.any() for gradient in case.optimizer.gradients())
+        case.run()
+        results.append((case.losses, {name: value.clone() for name, value in case.adapter.trained().items()}))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(value, results[1][1][name]) for name, value in results[0][1].items())
+
+
+def fail_large(tokens: int) -> Callable[[], None]:
+    """Makes every training forward of so many padded tokens run out of memory, in the process that calls it."""
+
+    def install() -> None:
+        from tunekit.training.tuned import TunedModel
+
+        hidden = TunedModel.hidden
+
+        def run(self: TunedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            if torch.is_grad_enabled() and inputs["input_ids"].numel() >= tokens:
+                raise CUDA_ERROR
+            return hidden(self, inputs)
+
+        TunedModel.hidden = run  # type: ignore[method-assign]
+
+    return install
+
+
+def test_a_whole_run_tells_and_keeps_what_was_split(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe", tiny_llama, adapter={"dropout": 0.0}, training={"epochs": 1.0})
+    for name, before in (("plain", lambda: None), ("split", fail_large(100))):
+        ended = train_in_child(recipe, tmp_path / name, before=before)
+        assert ended.code == 0, ended.output
+    assert "ran out of memory" in ended.output
+    losses = {
+        name: [entry["loss"] for entry in records(tmp_path / name) if "loss" in entry] for name in ("plain", "split")
+    }
+    assert losses["split"] == pytest.approx(losses["plain"], rel=1e-5)
+    report = json.loads((tmp_path / "split" / "report.json").read_text())
+    assert report["reactions"]
+    assert all("ran out of memory" in reaction["probe"] and reaction["step"] >= 1 for reaction in report["reactions"])
+    assert json.loads((tmp_path / "plain" / "report.json").read_text())["reactions"] == []
+
+
+def test_one_row_too_large_ends_the_run_with_code_4(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe", tiny_llama)
+    ended = train_in_child(recipe, tmp_path / "run", before=fail_large(1))
+    assert ended.code == 4
+    assert "single document" in ended.output
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 4
