@@ -12,6 +12,12 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytest_plugins = ["tests.parity.table"]  # gathers the parity table from every process and prints it
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of a test is kept in the user's cache."""
+    os.environ["TUNEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of shared real data and small models (TUNEKIT_SHARED)."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.data_case import settings, tokenizer_of, write_lines
-from tunekit.data.cache import default_cache_folder
+from tunekit.artifacts.cache_folder import default_cache_folder
 from tunekit.data.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
 from tunekit.data.render import EMPTY_ANSWER
 from tunekit.errors import DataError, RecipeError

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,14 +21,6 @@ from tunekit.data.store import FILES, StoreWriter, TokenStore, map_store, memory
 
 Facts = dict[str, Any]
 Fill = Callable[[StoreWriter], Facts]
-
-
-def default_cache_folder() -> Path:
-    """TUNEKIT_CACHE, else $XDG_CACHE_HOME/tunekit, else ~/.cache/tunekit."""
-    if named := os.environ.get("TUNEKIT_CACHE"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()) / "tunekit"
 
 
 def hash_of(value: Any) -> str:

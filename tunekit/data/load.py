@@ -12,7 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tunekit.data.cache import Facts, cached_store, code_version, default_cache_folder, hash_of
+from tunekit.artifacts.cache_folder import default_cache_folder
+from tunekit.data.cache import Facts, cached_store, code_version, hash_of
 from tunekit.data.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
 from tunekit.data.examples import Example
 from tunekit.data.files import content_hash, inspect_file

@@ -96,11 +96,16 @@ def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> 
 
 
 def _pack_rows(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """int8 with one float32 scale for each row: q = round(127 w / absmax(row)), as in LLM.int8."""
-    wide = matrix.float()  # (O, I)
-    absmax = wide.abs().amax(dim=1)  # (O,)
-    scale = torch.where(absmax > 0, 127.0 / absmax, torch.zeros_like(absmax))  # (O,)
-    packed = torch.round(wide * scale[:, None]).clamp_(-127, 127).to(torch.int8)  # (O, I)
+    """int8 with one float32 scale for each row: q = round(127 w / absmax(row)), as in LLM.int8; some rows at a time."""
+    packed = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)  # (O, I)
+    absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)  # (O,)
+    rows = max(1, four_bit.CHUNK_ELEMENTS // max(1, matrix.shape[1]))
+    for first in range(0, matrix.shape[0], rows):
+        wide = matrix[first : first + rows].float()
+        largest = wide.abs().amax(dim=1)
+        scale = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
+        packed[first : first + rows] = torch.round(wide * scale[:, None]).clamp_(-127, 127).to(torch.int8)
+        absmax[first : first + rows] = largest
     return {"packed": packed, "absmax": absmax}
 
 

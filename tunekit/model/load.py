@@ -6,7 +6,6 @@ Next: adapters/attach.py wraps its layers, objectives/ ask its family for hidden
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +16,19 @@ from tunekit.decisions import ModelFacts
 from tunekit.errors import ModelError
 from tunekit.model import codec, inspection
 from tunekit.model.attention import attend_per_document
-from tunekit.model.devices import give_back_memory, resolve_attention, resolve_dtype
+from tunekit.model.devices import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family, text_config
 from tunekit.model.gguf_reading import gguf_arguments, parsed_once
+from tunekit.model.kept import kept_base
 from tunekit.model.loading_errors import ModelErrors
 from tunekit.model.native_code import no_fetched_code
+from tunekit.model.packing import packed_base, quantize_layers
 from tunekit.model.quiet import quiet
+from tunekit.model.reading import load_generation_config, open_base, unfilled_net
 from tunekit.model.shards import read_headers
+from tunekit.model.sidecar import Sidecar
 from tunekit.model.source import ModelSource, find_source
-from tunekit.model.weights import adopt_packed, element_count, layer_kind, pack_linear, packed_layers
+from tunekit.model.weights import adopt_packed, element_count
 from tunekit.recipe.model import ModelSection
 
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
@@ -48,6 +51,7 @@ class LoadedModel:
     facts: ModelFacts
     generation_config: Any
     notes: list[str] = field(default_factory=list)
+    sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
 
 
 def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
@@ -68,11 +72,16 @@ def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
         if source.gguf_file is None:
             read_headers(source.folder)
         attention = resolve_attention(section, config, device, family.auto_class())
-        net, notes = _read_weights(source, section, config, family, dtype, attention)
-    if section.quantization != "none":
+        fingerprint = inspection.fingerprint(source)
+        given = (source, section, config, family, dtype, attention)
+        direct = _packed_from_files(*given, device, fingerprint) if section.quantization != "none" else None
+        net, notes, sidecar = direct or (*_read_weights(*given), None)
+    if direct is None and section.quantization != "none":
         notes += quantize_layers(net, family, section, dtype, device)
     net = net.to(device)
-    return _finish(net, family, section, source, dtype, device, inspection.fingerprint(source), notes)
+    loaded = _finish(net, family, section, source, dtype, device, fingerprint, notes)
+    loaded.sidecar = sidecar
+    return loaded
 
 
 def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
@@ -182,38 +191,29 @@ def _read_weights(
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
 
 
-def quantize_layers(
-    net: nn.Module, family: Family, section: ModelSection, dtype: torch.dtype, device: torch.device
-) -> list[str]:
-    """Pack every linear layer but the head, one at a time, so that only one is ever held twice. Returns notes."""
-    head = family.head_name(net)
-    names = [name for name, module in net.named_modules() if layer_kind(module) in ("linear", "conv1d")]
-    for name in names:
-        if head is not None and f"{name}.".startswith(f"{head}."):
-            continue
-        parent_name, _, attribute = name.rpartition(".")
-        parent = net.get_submodule(parent_name)
-        dense = getattr(parent, attribute)
-        packed = pack_linear(dense.to(device), section.quantization, section.double_quantization, dtype)
-        setattr(parent, attribute, packed)
-        del dense
-    for parameter in net.parameters():
-        parameter.data = parameter.data.clone()  # a view into the mapped file would keep all of it mapped
-    gc.collect()
-    give_back_memory()
-    layers = packed_layers(net)
-    if not layers:
-        raise ModelError("the model has no linear layer to quantize", key="model.quantization")
-    return _left_dense(net, section)
-
-
-def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
-    """Say which large weights stay as they are: fused experts are no linear layers."""
-    fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3]
-    if not fused:
-        return []
-    count = sum(parameter.numel() for parameter in fused)
-    return [f"{count} parameters of fused experts stay unquantized: {section.quantization} packs linear layers only"]
+def _packed_from_files(
+    source: ModelSource,
+    section: ModelSection,
+    config: Any,
+    family: Family,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    fingerprint: str,
+) -> tuple[nn.Module, list[str], Sidecar | None] | None:
+    """The net packed tensor by tensor, or mapped as it was packed before; None where only transformers can read it."""
+    if source.gguf_file is not None or section.trust_remote_code:
+        return None
+    with ModelErrors(section), quiet(), no_fetched_code():
+        net = unfilled_net(family.auto_class(), config, dtype, attention)
+        reader = open_base(net, source.folder, dtype)
+        if reader is None:
+            return None
+        load_generation_config(net, source.folder)
+    net.config.name_or_path = str(source.folder)
+    packed = packed_base(net, reader, family, section, dtype, device)
+    sidecar, notes = kept_base(packed, source, fingerprint)
+    return net, [*packed.notes, *notes], sidecar
 
 
 def _finish(

@@ -75,10 +75,16 @@ class MappedFiles:
         count = math.prod(header.shape)
         if not count:
             return torch.empty(header.shape, dtype=header.dtype)
+        return self._numbers(header.file, header.dtype, count, header.offset_bytes).reshape(header.shape)
+
+    def view_bytes(self, file: str, start: int, count: int) -> Tensor:
+        """(count,) uint8: a part of a file, in the same mapping."""
+        return self._numbers(file, torch.uint8, count, start)
+
+    def _numbers(self, file: str, dtype: torch.dtype, count: int, start: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the mapping cannot be written to, which is intended
-            flat = torch.frombuffer(self._map(header.file), dtype=header.dtype, count=count, offset=header.offset_bytes)
-        return flat.reshape(header.shape)
+            return torch.frombuffer(self._map(file), dtype=dtype, count=count, offset=start)
 
     def read_into(self, name: str, target: Tensor) -> None:
         """Copy the stored tensor into `target` (same shape, any strides and dtype), a piece of the file at a time."""
@@ -276,7 +282,7 @@ def place(net: nn.Module, reader: BaseReader, name: str, tensor: Tensor) -> None
         module = net.get_submodule(path)
         if own in module._parameters:
             module._parameters[own] = holder.setdefault("parameter", nn.Parameter(tensor, requires_grad=False))
-        else:
+        elif own in module._buffers:  # else a layer that is packed now
             module._buffers[own] = tensor
 
 

@@ -116,12 +116,21 @@ def pack_linear(
             for name, (tensor_shape, dtype) in codec.packed_shapes(shape, quantization, double_quantization).items()
         }
     else:
-        matrix = weight.read(compute_dtype)
-        if not bool(torch.isfinite(matrix).all()):
-            raise ModelError("a weight of the base holds NaN or infinity", "check the base's files")
-        tensors = codec.pack(matrix, quantization, double_quantization)
+        tensors = pack_matrix(weight.read(compute_dtype), quantization, double_quantization)
     frozen = None if bias is None else nn.Parameter(bias.detach().to(compute_dtype), requires_grad=False)
     return PackedLinear(shape[1], shape[0], quantization, double_quantization, tensors, frozen)
+
+
+def pack_matrix(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
+    """The packed tensors of a matrix (O, I) of the base.
+
+    Raises: ModelError where it is not finite, which shows in its scales, so that no second matrix is made to see it.
+    """
+    tensors = codec.pack(matrix, quantization, double_quantization)
+    scales = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    if not all(bool(torch.isfinite(each).all()) for each in scales):
+        raise ModelError("a weight of the base holds NaN or infinity", "check the base's files")
+    return tensors
 
 
 def adopt_packed(net: nn.Module) -> None:
