@@ -131,8 +131,6 @@ def check(folder: Path, chosen: dict[str, Any]) -> None:
     )
     section = ModelSection(name_or_path=str(folder), dtype=chosen["dtype"], quantization=chosen["quantization"])
     streaming = {name: chosen[name] for name in ("pass_size", "count", "tier")}
-    if chosen["tier"] == "disk":  # what is not mapped from a file must not be forgotten once it is copied
-        streaming["tier"] = "memory"
     assert same(both(folder, streaming, adapter=settings, model=section, packing=chosen["packing"])), chosen
 
 
@@ -235,7 +233,7 @@ class LateCopier(ThreadCopier):
     """Of one copy it says that it has ended when it has not: it is made after the layer has been computed."""
 
     def __init__(self, late: int) -> None:
-        super().__init__(mapped=False)
+        super().__init__()
         self.late, self.number = late, 0
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.marks_to_come = 2  # after the wait: of the next layer's poisoned slot, and of the computation itself
@@ -280,7 +278,7 @@ class SlowCopier(ThreadCopier):
     """Copies take their time: whoever does not wait reads what was there before."""
 
     def __init__(self) -> None:
-        super().__init__(mapped=False)
+        super().__init__()
 
     def _copy(self, copies: Any) -> None:
         import time

@@ -113,7 +113,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     micro_batch_size: int | None = None  # as run; within a budget smaller than written, at the same rows a step
     gradient_accumulation_steps: int = 1  # as run
-    streaming: str = "off"
+    streaming: str = "off"  # where the layers' weights wait: off (on the device), host, disk
+    pass_micro_batches: int = 1  # of a streamed run: how many pass a layer before the next
     budget_bytes: int | None = None
     tries_longest_batch: bool = False  # before step 1
     trial_reason: str = ""

@@ -48,6 +48,7 @@ from tunekit.training.planned_memory import LEAST_CHUNK_TOKENS, Asked, PlannedMe
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.simulation import SimulatedRun
 from tunekit.training.start_plan import start_bytes, start_notes, start_problems
+from tunekit.training.streamed import allowed_tiers, streaming_notes, tier_break_even
 
 Windows = TrainingWindows | StreamedWindows
 
@@ -124,7 +125,9 @@ def make_plan(
 def _plan_memory(
     recipe: Recipe, inputs: Inputs, forecast: Forecast, packing: bool, findings: Findings, begun: Choice | None
 ) -> PlannedMemory:
-    training = recipe.training
+    training, device = recipe.training, forecast.run.device
+    tiers, problems = allowed_tiers(recipe, inputs.base, device)
+    findings.add(problems)
     asked = Asked(
         memory=recipe.memory,
         micro_batch_size=training.micro_batch_size,
@@ -133,6 +136,8 @@ def _plan_memory(
         packing=packing,
         facts=inputs.base.facts,
         begun=begun,
+        streaming=tiers,
+        break_even=partial(tier_break_even, recipe.model, inputs.base, device),
     )
     return plan_memory(forecast, asked, findings, partial(cheapest_changes, recipe, forecast))
 
@@ -291,7 +296,7 @@ def _assemble(
         packing_reason=packing[1],
         checkpointed_layers=memory.choice.checkpointed_layers,
         logits_chunk_tokens=memory.choice.logits_chunk_tokens,
-        engine="resident",
+        engine="resident" if memory.choice.streaming == "off" else "streaming",
         peak_bytes=memory.peak,
         refusals=findings.refusals(),
         notes=[
@@ -303,6 +308,7 @@ def _assemble(
         micro_batch_size=settings.micro_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         streaming=memory.choice.streaming,
+        pass_micro_batches=memory.choice.pass_micro_batches,
         budget_bytes=recipe.memory.budget_bytes,
         tries_longest_batch=memory.tries_longest,
         trial_reason=memory.trial_reason,
@@ -331,7 +337,9 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     if groups:
         notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")
     layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
-    return [*notes, *memory.reasons, *activation_notes(recipe.memory, device, layers, offloaded)]
+    notes += memory.reasons
+    notes += streaming_notes(recipe, inputs.base, device, memory.choice, memory.largest_tokens)
+    return [*notes, *activation_notes(recipe.memory, device, layers, offloaded)]
 
 
 def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:

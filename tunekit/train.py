@@ -29,6 +29,7 @@ from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.choice import Choice
 from tunekit.memory.machine import limit_bytes
 from tunekit.memory.offload import make_store
+from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import is_out_of_memory, shape_text
 from tunekit.memory.tiling import tile_mlps
 from tunekit.model.load import load_model
@@ -40,6 +41,7 @@ from tunekit.training.answers import Question
 from tunekit.training.begin import Begun, begin_adapter, needed_batches, with_targets
 from tunekit.training.compiling import compilable, compile_layers
 from tunekit.training.devices import make_devices
+from tunekit.training.engines import layer_weights, make_engine, stream_base
 from tunekit.training.evaluation import summed_evaluation
 from tunekit.training.evaluator import is_better, make_evaluator
 from tunekit.training.findings import raise_refusals
@@ -47,7 +49,6 @@ from tunekit.training.finish import export_adapter, report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.parts import LoopParts, LoopState
-from tunekit.training.resident import ResidentEngine
 from tunekit.training.run_files import begin_folder, leave_status, make_trackers, written_bytes
 from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
@@ -147,7 +148,7 @@ def _prepare(session: Session, resume: bool) -> _Ready:
     if session.folder is not None:
         session.folder.status(None, "running")
         session.folder.require_free_bytes(written_bytes(plan, session.loaded.recipe.training.keep_checkpoints))
-    model, begun, objective = _load(session, plan, prepared, checkpoint)
+    model, begun, objective, slots = _load(session, plan, prepared, checkpoint)
     adapter, plan = begun.adapter, with_targets(plan, begun.adapter)
     fingerprint = session.fingerprint(prepared.rows.fingerprint, model.base.fingerprint)
     before = checkpoint.facts["fingerprint"] if checkpoint is not None else session.begun_fingerprint()
@@ -162,7 +163,8 @@ def _prepare(session: Session, resume: bool) -> _Ready:
     for part, seconds in session.seconds.items():
         state.seconds[part] = state.seconds.get(part, 0.0) + seconds
     begin_folder(session, plan, state.step, fingerprint)
-    engine = ResidentEngine(session.loaded.recipe.training.seed, make_splitting(session, state))
+    seed, splitting = session.loaded.recipe.training.seed, make_splitting(session, state)
+    engine = make_engine(seed, slots, plan.pass_micro_batches, splitting)
     ready = _Ready(plan, prepared, model, adapter, objective, optimizer, engine, fingerprint, state)
     if plan.tries_longest_batch:
         with session.timed("try"):
@@ -194,13 +196,14 @@ def _plan(session: Session, begun: Choice | None = None) -> tuple[Plan, Prepared
 
 def _load(
     session: Session, plan: Plan, prepared: Prepared, checkpoint: Checkpoint | None = None
-) -> tuple[TunedModel, Begun, Objective]:
-    """Base, adapter and objective, ready for the device."""
+) -> tuple[TunedModel, Begun, Objective, LayerSlots | None]:
+    """Base, adapter and objective, ready for the device, and the slots of a streamed base."""
     recipe = session.loaded.recipe
     if plan.budget_bytes is not None:
         limit_bytes(session.devices.device, plan.budget_bytes)
     with session.timed("load"):
-        base = load_model(recipe.model, device=session.devices.device)
+        base = load_model(recipe.model, device=session.devices.device, streamed=plan.streaming != "off")
+        weights = layer_weights(base)
         layers, store = base.family.layers(base.net), make_store(recipe.memory.activation_offload, base.device)
         forwards = compilable([layer for _, layer in layers]) if plan.compiled else []
         prepare_layers([layer for _, layer in layers], plan.checkpointed_layers, store)
@@ -222,11 +225,12 @@ def _load(
             hidden = torch.empty(0, plan.model.hidden_size, dtype=base.dtype, device=base.device)
             tile_mlps(layers, recipe.memory.mlp_tile_tokens, hidden)
         compile_layers(forwards)
+        slots = stream_base(base, weights, plan.streaming)
     if begun.calibration is not None:
         session.console.info(calibration_text(begun.calibration))
     if session.devices.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the report's peak is the training's, not the loader's
-    return TunedModel(base, begun.adapter, store), begun, objective
+    return TunedModel(base, begun.adapter, store), begun, objective, slots
 
 
 def _try_longest(session: Session, ready: _Ready) -> None:
@@ -316,11 +320,11 @@ def _try_out(session: Session) -> None:
     """--dry-run: load, attach, probe, the longest batch forward and backward; no update, nothing written."""
     plan, prepared = _plan(session)
     try:
-        model, begun, objective = _load(session, plan, prepared)
+        model, begun, objective, slots = _load(session, plan, prepared)
         adapter = begun.adapter
         probe_model(session, plan, model)
         make_optimizer(session, adapter)
-        engine = ResidentEngine(session.loaded.recipe.training.seed)
+        engine = make_engine(session.loaded.recipe.training.seed, slots, plan.pass_micro_batches)
         try_longest_batch(model, objective, engine, prepared.largest_batch)
     except Exception as error:
         if is_out_of_memory(error):

@@ -61,11 +61,16 @@ class LayerBlob:
         """Numbers in the layer's tensors, packed ones as bytes."""
         return sum(piece.tensor.numel() for piece in self.pieces)
 
-    def gather(self, *, pinned: bool) -> None:
-        """Copy the values into one blob in memory, which is the source from now on: one copy moves a whole layer."""
+    def gather(self, *, pinned: bool, mapped: frozenset[int]) -> None:
+        """Copy the values into one blob in memory, which is the source from now on: one copy moves a whole layer.
+
+        `mapped`: addresses of values whose pages are then given back, since they are those of a file.
+        """
         blob = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=pinned, device=self._home)
         for piece, values in zip(self.pieces, self.source, strict=True):
             piece.view(blob).copy_(values)
+            if values.data_ptr() in mapped:
+                forget_pages(values)
         self.source = [blob]
 
     @property

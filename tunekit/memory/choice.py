@@ -24,7 +24,8 @@ RECOMPUTED = 1 / 2  # of a step: one more forward of 2 N FLOPs a token beside 4 
 class Choice:
     """What plan decides for memory's sake. `micro_batch_size` None: micro-batches are cut by tokens, as written.
 
-    `streaming`: where base weights wait: off (on the device), host, disk.
+    `streaming`: where base weights wait: off (on the device), host, disk. `pass_micro_batches`: how many then pass a
+    layer before the next.
     """
 
     micro_batch_size: int | None
@@ -32,6 +33,7 @@ class Choice:
     logits_chunk_tokens: int
     checkpointed_layers: int = 0
     streaming: str = "off"
+    pass_micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,16 @@ class Freedom:
     gradient_checkpointing: str | bool | int  # as the recipe says: auto leaves the number free
     layers: int
     streaming: Sequence[str] = ("off",)
+    passes: Sequence[int] = ()  # micro-batches of a pass, where that is not free
 
     def grid(self) -> list[Choice]:
         """Every choice, with no layer recomputed."""
         axes = itertools.product(self.streaming, self.micro_batches, self.logits_chunks)
-        return [Choice(rows, steps, chunk, 0, tier) for tier, (rows, steps), chunk in axes]
+        return [
+            Choice(rows, steps, chunk, 0, tier, size)
+            for tier, (rows, steps), chunk in axes
+            for size in self.passes or pass_sizes(tier, steps)
+        ]
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,16 @@ class Workload:
         share = 1.0 if streamed else choice.checkpointed_layers / max(self.layers, 1)
         compute = 1.0 + share * RECOMPUTED
         compute += overhead / max(tokens, 1) + self.head_share * overhead / choice.logits_chunk_tokens
-        waited = self.break_even_tokens.get(choice.streaming, 0.0) / max(self.step_tokens, 1) if streamed else 0.0
+        passed = max(min(choice.pass_micro_batches * tokens, self.step_tokens), 1)  # tokens between two copies
+        waited = self.break_even_tokens.get(choice.streaming, 0.0) / passed if streamed else 0.0
         return compute * max(1.0, waited)
+
+
+def pass_sizes(tier: str, accumulation: int) -> list[int]:
+    """Micro-batches of a pass, most first: all of a step, and halves of that."""
+    if tier == "off":
+        return [1]
+    return sorted({max(1, accumulation >> shift) for shift in range(accumulation.bit_length())}, reverse=True)
 
 
 def break_even_tokens(bytes_per_parameter: float, flops: float, bytes_per_second: float) -> float:
@@ -102,7 +117,7 @@ def fastest(
     with which it would still be faster (by more than the cost is worth) decide whether it is looked at any further.
     """
     fewest, most = layer_range(freedom.gradient_checkpointing, freedom.layers)
-    starts = sorted((replace(choice, checkpointed_layers=fewest) for choice in freedom.grid()), key=time)
+    starts = sorted((_with_layers(choice, fewest) for choice in freedom.grid()), key=time)
     smallest = _smallest(freedom, fewest)
     if any(peak_bytes(choice) <= limit for choice in smallest):
         best = next(start for start in starts if peak_bytes(start) <= limit)
@@ -136,11 +151,22 @@ def smallest_choice(freedom: Freedom, peak_bytes: Callable[[Choice], int]) -> Ch
 def _smallest(freedom: Freedom, layers: int) -> list[Choice]:
     """Of each tier, with so many layers recomputed."""
     rows, steps = freedom.micro_batches[-1]
-    return [Choice(rows, steps, min(freedom.logits_chunks), layers, tier) for tier in freedom.streaming]
+    return [
+        Choice(rows, steps, min(freedom.logits_chunks), 0 if tier != "off" else layers, tier, min(sizes))
+        for tier in freedom.streaming
+        for sizes in [freedom.passes or pass_sizes(tier, steps)]
+    ]
+
+
+def _with_layers(choice: Choice, layers: int) -> Choice:
+    return choice if choice.streaming != "off" else replace(choice, checkpointed_layers=layers)
 
 
 def _deeper(start: Choice, most: int) -> list[Choice]:
-    """The choice with its own and every higher number of recomputed layers."""
+    """The choice with its own and every higher number of recomputed layers; where weights are streamed, every layer
+    is computed again in any case."""
+    if start.streaming != "off":
+        return [start]
     return [replace(start, checkpointed_layers=layers) for layers in range(start.checkpointed_layers, most + 1)]
 
 
@@ -175,6 +201,7 @@ def _needs_no_less(choice: Choice, other: Choice) -> bool:
     """Whether a choice is at least as large as another in every axis."""
     return (
         choice.streaming == other.streaming
+        and choice.pass_micro_batches >= other.pass_micro_batches
         and (choice.micro_batch_size or 0) >= (other.micro_batch_size or 0)
         and choice.logits_chunk_tokens >= other.logits_chunk_tokens
         and choice.checkpointed_layers <= other.checkpointed_layers

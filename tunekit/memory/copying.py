@@ -58,10 +58,10 @@ class NoCopies:
 class ThreadCopier:
     """On a CPU: one thread copies. What is computed on a CPU has ended when its call returns, so marks are nothing.
 
-    `mapped`: the sources are pages of files, which leave this process's memory once they are copied.
+    `mapped`: addresses of sources that are pages of files, which leave this process's memory once they are copied.
     """
 
-    def __init__(self, *, mapped: bool) -> None:
+    def __init__(self, mapped: frozenset[int] = frozenset()) -> None:
         self.mapped = mapped
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tunekit-copy")
 
@@ -80,7 +80,7 @@ class ThreadCopier:
     def _copy(self, copies: Copies) -> None:
         for target, source in copies:
             copy_bytes(target, source)
-            if self.mapped:
+            if source.data_ptr() in self.mapped:
                 forget_pages(source)
 
 
@@ -102,8 +102,8 @@ class CudaCopier:
     by a thread of its own: a copy from pageable memory would wait for the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, mapped: frozenset[int] = frozenset()) -> None:
+        self.device, self.mapped = device, mapped
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tunekit-copy")
         self._ring: list[Tensor] = []
@@ -150,7 +150,8 @@ class CudaCopier:
                 wide, narrow = target.view(-1).view(torch.uint8), source.reshape(-1).view(torch.uint8)
                 for start in range(0, narrow.numel(), RING_BYTES):
                     self._pass_on(wide[start : start + RING_BYTES], narrow[start : start + RING_BYTES])
-                forget_pages(source)
+                if source.data_ptr() in self.mapped:
+                    forget_pages(source)
             return self._record()
 
     def _pass_on(self, target: Tensor, source: Tensor) -> None:

@@ -53,6 +53,7 @@ class LayerSlots:
     count: int = SLOTS
     poison: bool = False
     traffic: Traffic = field(default_factory=Traffic)
+    waiting: Tensor | None = None  # of a simulation: memory that stands for what waits on the host
 
     def __post_init__(self) -> None:
         largest = max(blob.size_bytes for blob in self.blobs)

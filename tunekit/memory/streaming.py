@@ -31,21 +31,27 @@ from tunekit.protocols import Batch, Loss, Objective, Stages, Window
 
 
 def make_slots(
-    tensors: Sequence[Sequence[Tensor]], device: torch.device, *, tier: str, count: int = SLOTS, poison: bool = False
+    tensors: Sequence[Sequence[Tensor]],
+    device: torch.device,
+    *,
+    tier: str,
+    mapped: frozenset[int] = frozenset(),
+    count: int = SLOTS,
+    poison: bool = False,
 ) -> LayerSlots:
-    """Slots for layers with these frozen tensors, which wait in the host's memory (tier `host`) or stay in the mapped
-    files that they come from (`disk`)."""
+    """Slots for layers with these frozen tensors, which wait in the host's memory (tier `host`) or where they are
+    (`disk`). `mapped`: addresses of those that are views into shared read-only mappings: their pages are given back."""
     blobs = [LayerBlob(each) for each in tensors]
     if tier == "host":
         for blob in blobs:
-            blob.gather(pinned=device.type == "cuda")
-    return LayerSlots(blobs, _make_copier(device, mapped=tier == "disk"), device, count=count, poison=poison)
+            blob.gather(pinned=device.type == "cuda", mapped=mapped)
+    return LayerSlots(blobs, _make_copier(device, mapped), device, count=count, poison=poison)
 
 
-def _make_copier(device: torch.device, *, mapped: bool) -> Copier:
+def _make_copier(device: torch.device, mapped: frozenset[int]) -> Copier:
     if device.type == "cuda":
-        return CudaCopier(device)
-    return NoCopies() if device.type == "meta" else ThreadCopier(mapped=mapped)
+        return CudaCopier(device, mapped)
+    return NoCopies() if device.type == "meta" else ThreadCopier(mapped)
 
 
 def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:

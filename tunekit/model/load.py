@@ -21,6 +21,7 @@ from tunekit.model.families import Family, make_family, text_config
 from tunekit.model.gguf_reading import gguf_arguments, parsed_once
 from tunekit.model.kept import kept_base
 from tunekit.model.loading_errors import ModelErrors
+from tunekit.model.mapped import mapped_net
 from tunekit.model.native_code import no_fetched_code
 from tunekit.model.packing import packed_base, quantize_layers
 from tunekit.model.quiet import quiet
@@ -52,10 +53,13 @@ class LoadedModel:
     generation_config: Any
     notes: list[str] = field(default_factory=list)
     sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
+    mapped: frozenset[int] = frozenset()  # of a streamed base: addresses of layers' weights that are views into files
 
 
-def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
+def load_model(section: ModelSection, *, device: torch.device, streamed: bool = False) -> LoadedModel:
     """Load the base from safetensors or GGUF, pack it where the section asks for it, freeze it, move it to `device`.
+
+    `streamed`: the layers stay on the host, as views into files; the rest goes to `device`.
 
     A folder stored in bitsandbytes' 4 bits is read as it is: it can be evaluated, though plan refuses to train on it.
     Raises: ModelError for anything that is not a complete model of a family that tunekit knows.
@@ -74,6 +78,8 @@ def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
         attention = resolve_attention(section, config, device, family.auto_class())
         fingerprint = inspection.fingerprint(source)
         given = (source, section, config, family, dtype, attention)
+        if streamed:
+            return _load_streamed(*given, device, fingerprint)
         direct = _packed_from_files(*given, device, fingerprint) if section.quantization != "none" else None
         net, notes, sidecar = direct or (*_read_weights(*given), None)
     if direct is None and section.quantization != "none":
@@ -81,6 +87,29 @@ def load_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
     net = net.to(device)
     loaded = _finish(net, family, section, source, dtype, device, fingerprint, notes)
     loaded.sidecar = sidecar
+    return loaded
+
+
+def _load_streamed(
+    source: ModelSource,
+    section: ModelSection,
+    config: Any,
+    family: Family,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    fingerprint: str,
+) -> LoadedModel:
+    """The base with its layers in mapped files."""
+    with ModelErrors(section), quiet(), no_fetched_code():
+        net, notes, mapped = mapped_net(source, section, config, family, dtype, attention, fingerprint)
+    stored = [tensor for _, layer in family.layers(net) for tensor in layer.state_dict(keep_vars=True).values()]
+    inside = {id(tensor) for tensor in stored}
+    for tensor in [*net.parameters(), *net.buffers()]:
+        if id(tensor) not in inside:
+            tensor.data = tensor.data.to(device)
+    loaded = _finish(net, family, section, source, dtype, device, fingerprint, notes)
+    loaded.mapped = frozenset(tensor.data_ptr() for tensor in stored) if mapped else frozenset()
     return loaded
 
 

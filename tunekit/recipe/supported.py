@@ -22,9 +22,6 @@ def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     if recipe.model.family not in ("auto", "causal"):
         what = f"the family {recipe.model.family} cannot be trained; causal language models can"
         refuse("model.family", what, "write causal or auto")
-    if recipe.memory.streaming in ("host", "disk"):
-        what = f"base weights cannot wait on {recipe.memory.streaming}; the model stays on its device"
-        refuse("memory.streaming", what, "write off or auto")
     _refuse_activations(recipe, refuse)
     _refuse_start(recipe, refuse)
     return problems

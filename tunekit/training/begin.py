@@ -72,7 +72,7 @@ def begin_adapter(
     start, head_name = getattr(settings, "start", None), base.family.head_name(base.net)
     looks_at = getattr(start, "looks_at", "")
     if not isinstance(start, CalibratedStart):
-        adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name)
+        adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name, device=base.device)
         if looks_at == "original" and resumed is None:
             begin_all(adapter, seed, _originals(adapter, model))
         return Begun(adapter)
@@ -80,12 +80,14 @@ def begin_adapter(
     if resumed is not None:
         ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
         targets = with_ranks(settings, targets, ranks)
-        return Begun(attach_adapter(base.net, settings, seed=seed, head_name=head_name, targets=targets))
+        return Begun(
+            attach_adapter(base.net, settings, seed=seed, head_name=head_name, device=base.device, targets=targets)
+        )
     found = calibrate(base, start, targets, windows(), objective, seed=seed)
     share = getattr(start_module(start.method), "share_ranks", None)
     if share is not None:
         targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
-    adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name, targets=targets)
+    adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name, device=base.device, targets=targets)
     begin_all(adapter, seed, found.evidence)
     _as_on_main(adapter, devices)
     return Begun(adapter, found.facts)

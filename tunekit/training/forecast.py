@@ -33,6 +33,7 @@ from tunekit.protocols import Batch, EncodedRows
 from tunekit.training.simulation import SimulatedRun
 
 EXAMINED_EPOCHS = 8  # packs differ from epoch to epoch, though hardly in size
+SIMULATED = 2  # micro-batches of a pass; of more, each keeps the same
 SAMPLED_ROWS = 20_000  # for the ids that occur
 
 
@@ -87,12 +88,13 @@ class Forecast:
     answer_tokens: int = 0
     start_bytes: int = 0
     _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
-    _evaluations: dict[int, Simulation] = field(default_factory=dict, init=False, repr=False)  # by logits chunk
+    _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
 
     def peak(self, choice: Choice) -> PeakBytes:
         """Of the run with this choice: the one function that every search for a setting asks."""
         run = self._run(choice)
-        work = Work(self._step(choice), self.steps, self._evaluation(run), self._cache_blocks, self._load_bytes)
+        load = self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes
+        work = Work(self._step(choice), self.steps, self._evaluation(run), self._cache_blocks, load)
         peak = peak_bytes(work, self.run.device)
         if not self.start_bytes:
             return peak
@@ -103,14 +105,22 @@ class Forecast:
         return self._step(choice).offloaded
 
     def _run(self, choice: Choice) -> SimulatedRun:
-        return replace(self.run, logits_chunk_tokens=choice.logits_chunk_tokens)
+        return replace(self.run, logits_chunk_tokens=choice.logits_chunk_tokens, streaming=choice.streaming)
 
     def _step(self, choice: Choice) -> Simulation:
         if choice not in self._steps:
-            batch = self.largest_batch(choice.micro_batch_size)
-            simulation = self._run(choice).training_step(batch, choice.checkpointed_layers)
-            self._steps[choice] = self._really_held(simulation)
+            batch, together = self.largest_batch(choice.micro_batch_size), min(choice.pass_micro_batches, SIMULATED)
+            simulation = self._run(choice).training_step(batch, choice.checkpointed_layers, together)
+            more = (choice.pass_micro_batches - together) * self._input_bytes(batch)
+            simulation = _with_inputs(simulation, more, self.run.device)
+            self._steps[choice] = self._really_held(simulation, choice.streaming)
         return self._steps[choice]
+
+    def _input_bytes(self, batch: Batch) -> int:
+        """What one more micro-batch of a pass keeps: the input of every layer."""
+        return int(batch.input_ids.numel()) * self.base.facts.hidden_size * self.base.dtype.itemsize * (
+            self.base.facts.layers + 1
+        )  # fmt: skip
 
     def without_activations(self) -> PeakBytes:
         """What is known of a model whose own code does not run without values."""
@@ -119,13 +129,13 @@ class Forecast:
         return PeakBytes(**parts, activations=0, logits=0, total=sum(parts.values()))
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
-        """Of the longest evaluation batch; only the logits chunk is of any consequence to it."""
+        """Of the longest evaluation batch; of a choice, the logits chunk and the tier are of any consequence to it."""
         if self.evaluation_batch is None:
             return None
         known, chunk = self._evaluations, run.logits_chunk_tokens
-        if chunk not in known:
-            known[chunk] = self._really_held(run.evaluation(self.evaluation_batch))
-        return known[chunk]
+        if (chunk, run.streaming) not in known:
+            known[chunk, run.streaming] = self._really_held(run.evaluation(self.evaluation_batch), run.streaming)
+        return known[chunk, run.streaming]
 
     @cached_property
     def _cache_blocks(self) -> Sequence[int]:
@@ -162,17 +172,23 @@ class Forecast:
         assert self._stored is not None
         return load_bytes(self._stored, dense, stored_bytes(self.base.net), largest, bool(packed))
 
-    def _really_held(self, simulation: Simulation) -> Simulation:
+    @cached_property
+    def _streamed_load_bytes(self) -> int:
+        """Of a base that stays in its files: the largest matrix, as it is read and as it is packed."""
+        packed = packed_layers(self.base.net).values()
+        return max((4 * weight.elements for weight in map(weight_of, packed) if weight is not None), default=0)
+
+    def _really_held(self, simulation: Simulation, streaming: str) -> Simulation:
         """Without the rows of a mapped embedding that no token reads; on the host only."""
-        unread = self._unread_bytes
+        unread = self._unread_bytes(streaming)
         peak = simulation.peak | {"weights": simulation.peak.get("weights", 0) - unread}
         return replace(simulation, peak=peak, total=simulation.total - unread, held=simulation.held - unread)
 
-    @cached_property
-    def _unread_bytes(self) -> int:
+    def _unread_bytes(self, streaming: str) -> int:
         family, net = self.base.family, self.base.net
         name = family.embedding_name(net)
         mapped = self._stored is not None and self._stored.mapped and not packed_layers(net)
+        mapped = mapped or streaming != "off"
         if self.run.device.type != "cpu" or not mapped or name is None or family.tied(net):
             return 0
         embedding = weight_of(net.get_submodule(name))
@@ -180,6 +196,16 @@ class Forecast:
             return 0
         row_bytes = embedding.shape[1] * self.base.dtype.itemsize
         return untouched_bytes(_ids(self.rows), row_bytes, embedding.shape[0] * row_bytes)
+
+
+def _with_inputs(simulation: Simulation, size_bytes: int, device: torch.device) -> Simulation:
+    """With further layers' inputs kept: beside a step's other activations, or on a GPU on the host."""
+    if not size_bytes:
+        return simulation
+    if device.type == "cuda" and simulation.offloaded:
+        return replace(simulation, offloaded=simulation.offloaded + size_bytes)
+    peak = simulation.peak | {"activations": simulation.peak.get("activations", 0) + size_bytes}
+    return replace(simulation, peak=peak, total=simulation.total + size_bytes, held=simulation.held + size_bytes)
 
 
 def _ids(rows: EncodedRows) -> NDArray[np.int64]:

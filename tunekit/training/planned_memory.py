@@ -53,7 +53,8 @@ class Asked:
     packing: bool
     facts: ModelFacts
     begun: Choice | None = None
-    streaming: Sequence[str] = ("off",)  # tiers that the family and the adapter allow
+    streaming: Sequence[str] = ("off",)  # tiers that recipe, family and adapter allow, fastest first
+    break_even: Callable[[str], float] = lambda tier: 0.0  # tokens of a pass that hide a tier's copies; measured
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class PlannedMemory:
     tries_longest: bool
     trial_reason: str
     offloaded_bytes: int = 0  # pinned memory of the host beside a GPU's peak
+    largest_tokens: int = 0  # of a micro-batch, padding included
 
 
 class Peaks:
@@ -119,7 +121,8 @@ def plan_memory(
         reasons.append(what)
     trial = trial_reason(device, needed, available, budget)
     offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
-    return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded)
+    tokens = int(forecast.largest_batch(choice.micro_batch_size).input_ids.numel())
+    return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded, tokens)
 
 
 def make_freedom(asked: Asked, device: torch.device) -> Freedom:
@@ -134,19 +137,30 @@ def make_freedom(asked: Asked, device: torch.device) -> Freedom:
         chunks = [size for size in (chunk, chunk // 4, chunk // 16) if size >= LEAST_CHUNK_TOKENS]
         if not isinstance(asked.start, CalibratedStart):
             micro_batches = smaller_micro_batches(*written)
-    setting = asked.memory.gradient_checkpointing
-    return Freedom(micro_batches, chunks, setting, asked.facts.layers, asked.streaming)
+    tiers, passes = asked.streaming, []
+    if asked.begun is not None and asked.begun.streaming in tiers:
+        tiers, passes = [asked.begun.streaming], [asked.begun.pass_micro_batches]
+    return Freedom(micro_batches, chunks, asked.memory.gradient_checkpointing, asked.facts.layers, tiers, passes)
 
 
 def _within_free_memory(freedom: Freedom, peaks: Peaks, available: int | None) -> tuple[Choice, str]:
-    """Recompute the fewest layers with which the run fits what is free."""
-    (start,) = freedom.grid()[:1]
+    """Recompute the fewest layers with which the run fits what is free; where none do, stream the weights."""
+    start, reason = freedom.grid()[0], "every one: its weights are there only for a while"
+    if start.streaming == "off":
 
-    def peak(layers: int) -> int:
-        return peaks.total(replace(start, checkpointed_layers=layers))
+        def peak(layers: int) -> int:
+            return peaks.total(replace(start, checkpointed_layers=layers))
 
-    layers, reason = checkpointed_layers(freedom.gradient_checkpointing, freedom.layers, peak, available)
-    return replace(start, checkpointed_layers=layers), reason
+        layers, reason = checkpointed_layers(freedom.gradient_checkpointing, freedom.layers, peak, available)
+        choice = replace(start, checkpointed_layers=layers)
+        if available is None or peaks.total(choice) <= available:
+            return choice, reason
+    streamed = [choice for choice in freedom.grid() if choice.streaming != "off"]
+    fitting = (choice for choice in streamed if available is None or peaks.total(choice) <= available)
+    found = next(fitting, None)
+    if found is None:
+        return (choice, reason) if start.streaming == "off" else (streamed[-1], reason)
+    return found, "every one: its weights are there only for a while"
 
 
 def _within_budget(
@@ -178,6 +192,7 @@ def make_workload(forecast: Forecast, asked: Asked) -> Workload:
         row_tokens=tokens if asked.micro_batch_size is not None else rows * tokens,
         step_tokens=rows * tokens * asked.gradient_accumulation_steps,
         head_share=min(1.0, facts.vocabulary_size * facts.hidden_size / max(facts.total_parameters, 1)),
+        break_even_tokens={tier: asked.break_even(tier) for tier in asked.streaming if tier != "off"},
     )
 
 
@@ -189,7 +204,10 @@ def _choice_text(choice: Choice, asked: Asked) -> str:
         parts.append(f"{choice.gradient_accumulation_steps:,} micro-batches of {rows:,} {unit} a step")
         if rows != asked.micro_batch_size:
             parts[-1] += f" (the same as {asked.gradient_accumulation_steps:,} of {asked.micro_batch_size:,})"
-    parts.append(f"{choice.checkpointed_layers:,} of {asked.facts.layers:,} layers recomputed")
+    if choice.streaming == "off":
+        parts.append(f"{choice.checkpointed_layers:,} of {asked.facts.layers:,} layers recomputed")
+    else:
+        parts.append(f"weights streamed (memory.streaming: {choice.streaming})")
     parts.append(f"logits of {choice.logits_chunk_tokens:,} positions at a time")
     return ", ".join(parts)
 

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.kernels import kernels_as_on
 from tunekit.memory.offload import make_store
+from tunekit.memory.slots import LayerSlots
+from tunekit.memory.streaming import make_slots, stream_layers
 from tunekit.memory.tiling import tile_mlps
 from tunekit.memory.tracker import Simulation, StorageTracker
 from tunekit.model.load import LoadedModel, make_meta_model
@@ -25,9 +28,9 @@ from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import AdapterSettings, ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
+from tunekit.training.engines import make_engine
 from tunekit.training.evaluation import undisturbed
 from tunekit.training.optimizers import Group, Optimizer
-from tunekit.training.resident import ResidentEngine
 from tunekit.training.tuned import TunedModel
 
 MOMENTS = 2  # AdamW's, which torch makes in its first step
@@ -45,20 +48,26 @@ class SimulatedRun:
     logits_chunk_tokens: int
     device: torch.device
     memory: MemorySection = field(default_factory=MemorySection)
+    streaming: str = "off"
     _made: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)
 
-    def training_step(self, batch: Batch, checkpointed_layers: int) -> Simulation:
-        """Forward, backward and update of one micro-batch, the second of its step: gradients and moments exist."""
-        tuned, tracker = self._tuned(checkpointed_layers), StorageTracker(self.device)
+    def training_step(self, batch: Batch, checkpointed_layers: int, micro_batches: int = 1) -> Simulation:
+        """Forward, backward and update of one micro-batch, the second of its step: gradients and moments exist.
+
+        `micro_batches`: how many of this size pass through the layers together, where weights are streamed.
+        """
+        (tuned, slots), tracker = self._tuned(checkpointed_layers), StorageTracker(self.device)
         assert tuned.adapter is not None
         objective = _LogitsApart(self._objective(), tracker)
+        engine = make_engine(self.training.seed, slots, micro_batches)
         with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), tracker:
-            self._adopt(tracker, tuned)
+            self._adopt(tracker, tuned, slots)
             optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
             tracker.start()
             units = objective.units(batch)
+            window = Window(0, 0.0, tuple(range(micro_batches)), (batch,) * micro_batches)
             with tuned.training_mode(True):
-                ResidentEngine(self.training.seed).run_window(tuned, objective, Window(0, 0.0, (0,), (batch,)), units)
+                engine.run_window(tuned, objective, window, units)
             optimizer.gradient_norm()
             with tracker.counting_as("optimizer"):
                 tracker.pass_through(optimizer.update_blocks(self.device))
@@ -68,10 +77,10 @@ class SimulatedRun:
 
     def before_a_step(self) -> dict[str, int]:
         """Bytes by part of what exists before the first step."""
-        tuned, tracker = self._tuned(0), StorageTracker(self.device)
+        (tuned, slots), tracker = self._tuned(0), StorageTracker(self.device)
         assert tuned.adapter is not None
         with tracker:
-            self._adopt(tracker, tuned)
+            self._adopt(tracker, tuned, slots)
             optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
             live = dict(tracker.live)
         del optimizer
@@ -79,11 +88,11 @@ class SimulatedRun:
 
     def evaluation(self, batch: Batch) -> Simulation:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
-        tuned, tracker = self._tuned(0), StorageTracker(self.device)
+        (tuned, slots), tracker = self._tuned(0), StorageTracker(self.device)
         assert tuned.adapter is not None
         objective = _LogitsApart(self._objective(), tracker)
         with kernels_as_on(self.device), tracker:
-            self._adopt(tracker, tuned)
+            self._adopt(tracker, tuned, slots)
             optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
             tracker.start()
             with undisturbed(tuned):
@@ -98,8 +107,9 @@ class SimulatedRun:
         base = self._made[self.model]
         return replace(base, net=deepcopy(base.net))
 
-    def _tuned(self, checkpointed_layers: int) -> TunedModel:
+    def _tuned(self, checkpointed_layers: int) -> tuple[TunedModel, LayerSlots | None]:
         base = self._base()
+        weights = [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
         head = base.family.head_name(base.net)
         adapter = attach_adapter(base.net, self.adapter, seed=self.training.seed, head_name=head)
         store = make_store(self.memory.activation_offload, self.device, simulated=True)
@@ -108,19 +118,34 @@ class SimulatedRun:
         if self.memory.mlp_tile_tokens is not None:
             hidden = torch.empty(0, base.facts.hidden_size, dtype=base.dtype, device="meta")
             tile_mlps(layers, self.memory.mlp_tile_tokens, hidden)
-        return TunedModel(replace(base, device=torch.device("meta")), adapter, store)
+        slots = None
+        if self.streaming != "off":
+            slots = make_slots(weights, torch.device("meta"), tier="disk")  # what waits on the host: see _waiting_bytes
+            stream_layers([layer for _, layer in layers], slots)
+        return TunedModel(replace(base, device=torch.device("meta")), adapter, store), slots
 
     def _objective(self) -> Objective:
         return make_objective(self.objective, logits_chunk_tokens=self.logits_chunk_tokens)
 
-    @staticmethod
-    def _adopt(tracker: StorageTracker, tuned: TunedModel) -> None:
+    def _adopt(self, tracker: StorageTracker, tuned: TunedModel, slots: LayerSlots | None) -> None:
         """Count what exists before the step: the adapter's state, then everything else of the network."""
         assert tuned.adapter is not None
         net = tuned.base.net
         with tracker.counting_as("adapter"):  # where state() detaches a tensor, that alone brings it to notice
             tracker.adopt(tuned.adapter.state().values(), "adapter")
         tracker.adopt([*net.parameters(), *net.buffers()], "weights")
+        if slots is not None:
+            waiting = slots.waiting = torch.empty(self._waiting_bytes(slots), dtype=torch.uint8, device="meta")
+            tracker.adopt([*(slot.memory for slot in slots.slots), waiting], "weights")
+
+    def _waiting_bytes(self, slots: LayerSlots) -> int:
+        """What layers outside of slots take of a CPU's memory: all of it, or of mapped files the one tensor that is
+        being copied."""
+        if self.device.type != "cpu":
+            return 0
+        if self.streaming == "host":
+            return sum(blob.size_bytes for blob in slots.blobs)
+        return max(piece.size_bytes for blob in slots.blobs for piece in blob.pieces)
 
 
 def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:

@@ -1,0 +1,41 @@
+"""Which engine runs the windows of a run: the plan's word for where the base's weights wait decides.
+
+Comes in: the base, or its slots.  Goes out: an Engine.  Next: train.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tunekit.memory.blobs import frozen_tensors
+from tunekit.memory.slots import LayerSlots
+from tunekit.memory.splitting import Splitting
+from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
+from tunekit.model.load import LoadedModel
+from tunekit.protocols import Engine
+from tunekit.training.resident import ResidentEngine
+
+
+def make_engine(
+    seed: int, slots: LayerSlots | None, pass_micro_batches: int, splitting: Splitting | None = None
+) -> Engine:
+    """Layer by layer where there are slots, else micro-batch by micro-batch."""
+    if slots is None:
+        return ResidentEngine(seed, splitting)
+    return StreamingEngine(seed, slots, pass_micro_batches, splitting)
+
+
+def layer_weights(base: LoadedModel) -> list[list[Tensor]]:
+    """The frozen tensors of each layer; asked for before an adapter is put into it."""
+    return [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
+
+
+def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: str) -> LayerSlots | None:
+    """Let the layers pass through slots from now on, as the tier says; None where it is off."""
+    if tier == "off":
+        return None
+    slots = make_slots(weights, base.device, tier=tier, mapped=base.mapped)
+    stream_layers([layer for _, layer in base.family.layers(base.net)], slots)
+    return slots
