@@ -23,9 +23,10 @@ from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.estimate import PROCESS_BYTES, Work, host_bytes, peak_bytes
 from tunekit.memory.fit import checkpointed_layers
 from tunekit.memory.heap import Heap
-from tunekit.memory.loading import StoredBase, load_bytes, stored_base, untouched_bytes
+from tunekit.memory.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
 from tunekit.memory.machine import _group_available, _host_available
 from tunekit.memory.tracker import Simulation, StorageTracker
+from tunekit.model.four_bit import WORKING_BYTES
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.protocols import Window
@@ -288,6 +289,10 @@ def test_loading_counts_the_mapped_file_and_what_is_made_of_it() -> None:
     other = stored_base([(400, torch.float32)], torch.bfloat16)
     assert load_bytes(other, 200, 200, 10, packed=False) == 600
     assert load_bytes(StoredBase(100, converted=False, gguf=True), 400, 400, 50, packed=False) == 100 + 400 + 400
+
+
+def test_packing_while_reading_holds_one_matrix_beside_the_packed_base() -> None:
+    assert packing_bytes(100, 10, torch.bfloat16) == 100 + 20 + WORKING_BYTES
 
 
 def test_an_embedding_that_is_mapped_counts_the_rows_that_are_read() -> None:

@@ -3,8 +3,9 @@
 Comes in: the stored tensors' sizes and dtypes, the model without weights.  Goes out: bytes.  Next: plan.py.
 
 The file is mapped: its pages count as resident once they are read. A tensor of another dtype than the computation's
-is copied while its file is still mapped; to be packed, every matrix is read. A tensor of the same dtype is the mapped
-file itself.
+is copied while its file is still mapped. A tensor of the same dtype is the mapped file itself. To be packed, tensors
+are read one after the other and no page of the file is mapped; where only transformers can read the base, every matrix
+is read from the mapped file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from tunekit.model.four_bit import WORKING_BYTES
 
 FAULT_BYTES = 64 * 1024  # Linux maps this much around each page that is touched (fault_around_bytes)
 
@@ -51,6 +54,11 @@ def load_bytes(stored: StoredBase, dense_bytes: int, held_bytes: int, largest_el
     if stored.converted:
         return stored.file_bytes + dense_bytes
     return stored.file_bytes + held_bytes + 4 * largest_elements if packed else held_bytes
+
+
+def packing_bytes(held_bytes: int, largest_elements: int, dtype: torch.dtype) -> int:
+    """Peak of loading a base that is packed while it is read: what is held then, one matrix, and what packing needs."""
+    return held_bytes + largest_elements * dtype.itemsize + WORKING_BYTES
 
 
 def untouched_bytes(ids: NDArray[np.int64], row_bytes: int, table_bytes: int) -> int:

@@ -150,9 +150,13 @@ def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: boo
     tensors = pack(matrix, quantization, double_quantization)
     facts: dict[str, Any] = {"quant_type": quantization, "blocksize": BLOCK}
     facts |= {"dtype": str(matrix.dtype).removeprefix("torch."), "shape": list(matrix.shape)}
-    saved = {"": tensors["packed"], ".absmax": tensors["absmax"], ".quant_map": four_bit.values_of(quantization)}
+    saved = {
+        "": tensors["packed"],
+        ".absmax": tensors["absmax"],
+        ".quant_map": four_bit.values_of(quantization).clone(),
+    }
     if double_quantization:
-        saved |= {".nested_absmax": tensors["nested_absmax"], ".nested_quant_map": four_bit.nested_values()}
+        saved |= {".nested_absmax": tensors["nested_absmax"], ".nested_quant_map": four_bit.nested_values().clone()}
         offset = float(tensors["offset"])
         facts |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     text = torch.tensor(list(json.dumps(facts).encode("utf-8")), dtype=torch.uint8)

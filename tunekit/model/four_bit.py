@@ -19,6 +19,7 @@ from torch import Tensor
 BLOCK = 64  # elements that share one scale
 NESTED_BLOCK = 256  # scales that share one scale of their own, with double quantization
 CHUNK_ELEMENTS = 2**18  # worked on at a time, so that what lies between input and output stays in the cache
+WORKING_BYTES = 8 * 4 * CHUNK_ELEMENTS  # held at most beside a matrix and its packed tensors
 HALF_STEPS = 32767.5
 SMALLEST_SCALE = 1e-38  # a block is divided by no less
 ALWAYS_ABOVE = 9.0  # a bound that no scaled number reaches

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 from tunekit.artifacts.cache_folder import default_cache_folder
 from tunekit.model import sidecar as files
+from tunekit.model.devices import give_back_memory
 from tunekit.model.packing import PackedBase
 from tunekit.model.shards import shard_files
 from tunekit.model.sidecar import Sidecar, open_sidecar, remove_others, write_sidecar
@@ -24,13 +27,29 @@ from tunekit.model.source import ModelSource
 CODE = ("four_bit", "codec", "weights", "packing", "reading", "converted", "sidecar", "kept")
 
 
+def can_be_kept(size_bytes: int) -> bool:
+    """Whether a packed base of this size is going to be a sidecar, as far as the folder and the disk tell now."""
+    folder = _folder()
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    return (
+        size_bytes >= files.LEAST_BYTES
+        and existing.is_dir()
+        and os.access(existing, os.W_OK | os.X_OK)
+        and (shutil.disk_usage(existing).free >= size_bytes + files.SPARE_BYTES)
+    )
+
+
+def _folder() -> Path:
+    return default_cache_folder() / "bases"
+
+
 def kept_base(packed: PackedBase, source: ModelSource, fingerprint: str) -> tuple[Sidecar | None, list[str]]:
     """Give the net its tensors: from the cache folder, or packed now and kept there if it can be. Returns notes."""
     if sum(each.size_bytes for each in packed.layout) < files.LEAST_BYTES:
         packed.fill()
         return None, []
     prefix, key = _names(packed, source, fingerprint)
-    path = default_cache_folder() / "bases" / f"{prefix}{key[:32]}.safetensors"
+    path = _folder() / f"{prefix}{key[:32]}.safetensors"
     opened, notes = open_sidecar(path, key, packed.layout), []
     if opened is None:
         try:
@@ -45,6 +64,7 @@ def kept_base(packed: PackedBase, source: ModelSource, fingerprint: str) -> tupl
         packed.fill()
     else:
         packed.map(opened)
+    give_back_memory()
     return opened, notes
 
 

@@ -54,6 +54,7 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
     mapped: frozenset[int] = frozenset()  # of a streamed base: addresses of layers' weights that are views into files
+    packed_while_read: bool = False  # of a model without weights: whether load_model will need one tensor at a time
 
 
 def load_model(section: ModelSection, *, device: torch.device, streamed: bool = False) -> LoadedModel:
@@ -127,9 +128,23 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
         )
     notes: list[str] = []
+    packed_while_read = False
     if section.quantization != "none":
+        packed_while_read = _can_be_packed_while_read(net, source, section, dtype)
         notes += quantize_layers(net, family, section, dtype, torch.device("meta"))
-    return _finish(net, family, section, source, dtype, torch.device("meta"), None, notes, planned_for=device)
+    loaded = _finish(net, family, section, source, dtype, torch.device("meta"), None, notes, planned_for=device)
+    loaded.packed_while_read = packed_while_read
+    return loaded
+
+
+def _can_be_packed_while_read(net: nn.Module, source: ModelSource, section: ModelSection, dtype: torch.dtype) -> bool:
+    """What _packed_from_files will find; supposed so where the files are not here yet."""
+    if source.gguf_file is not None or section.trust_remote_code:
+        return False
+    try:
+        return open_base(net, source.folder, dtype) is not None
+    except ModelError:
+        return True
 
 
 def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedModel:

@@ -98,7 +98,6 @@ class PackedBase:
         """Hold every tensor in memory of its own."""
         for name, tensor in self.held():
             self._put(name, tensor)
-        give_back_memory()
 
     def map(self, sidecar: Sidecar) -> None:
         """Hold every tensor as a view into the sidecar."""

@@ -22,9 +22,10 @@ from tunekit.decisions import PeakBytes
 from tunekit.errors import ModelError
 from tunekit.memory.choice import Choice
 from tunekit.memory.estimate import Work, peak_bytes
-from tunekit.memory.loading import StoredBase, load_bytes, stored_base, untouched_bytes
+from tunekit.memory.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
 from tunekit.memory.tracker import Simulation
 from tunekit.model.families import text_config
+from tunekit.model.kept import can_be_kept
 from tunekit.model.load import LoadedModel
 from tunekit.model.shards import read_headers
 from tunekit.model.source import find_source
@@ -168,9 +169,16 @@ class Forecast:
         packed = packed_layers(self.base.net)
         matrices = list(packed.values()) if packed else list(self.base.net.modules())
         largest = max((weight.elements for weight in map(weight_of, matrices) if weight is not None), default=0)
-        dense = self.base.facts.total_parameters * self.base.dtype.itemsize
+        dense, held = self.base.facts.total_parameters * self.base.dtype.itemsize, stored_bytes(self.base.net)
+        if self.base.packed_while_read:
+            return packing_bytes(0 if self._kept else held, largest, self.base.dtype)
         assert self._stored is not None
-        return load_bytes(self._stored, dense, stored_bytes(self.base.net), largest, bool(packed))
+        return load_bytes(self._stored, dense, held, largest, bool(packed))
+
+    @cached_property
+    def _kept(self) -> bool:
+        """Whether the packed base is going to be mapped from a sidecar: nothing of it is held while it is packed."""
+        return self.base.packed_while_read and can_be_kept(stored_bytes(self.base.net))
 
     @cached_property
     def _streamed_load_bytes(self) -> int:
@@ -187,8 +195,8 @@ class Forecast:
     def _unread_bytes(self, streaming: str) -> int:
         family, net = self.base.family, self.base.net
         name = family.embedding_name(net)
-        mapped = self._stored is not None and self._stored.mapped and not packed_layers(net)
-        mapped = mapped or streaming != "off"
+        as_stored = self._stored is not None and self._stored.mapped and not packed_layers(net)
+        mapped = as_stored or self._kept or streaming != "off"
         if self.run.device.type != "cpu" or not mapped or name is None or family.tied(net):
             return 0
         embedding = weight_of(net.get_submodule(name))
