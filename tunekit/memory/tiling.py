@@ -87,8 +87,7 @@ class Tiles:
         if not torch.is_grad_enabled():
             return self.output(x, None)
         if self.trained is None:
-            first = next(self.slices(x))
-            self.trained = _trained_leaves(self.run(_flat(x)[:, first].detach()))
+            self.trained = self._find_trained(x)
         output: Tensor = _Tiled.apply(self, current_call(), x, *self.trained)  # type: ignore[no-untyped-call]
         return output
 
@@ -124,6 +123,11 @@ class Tiles:
                 if part is not None:
                     total += part
         return of_x, sums
+
+    def _find_trained(self, x: Tensor) -> list[Tensor]:
+        """What the first tile's graph leads to; a recomputation around this does not count what it saves."""
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return _trained_leaves(self.run(_flat(x)[:, : self.tokens].detach()))
 
     def _seed(self, call: Call | None, index: int) -> None:
         if call is not None and self.module.training:
