@@ -2,6 +2,8 @@
 
 Comes in: base layers with scalings, x (..., I), factors A (R, I) and B (O, R) in float32.  Goes out: (..., O) each.
 With y = W x + s B A x and g = dL/dy:  dx = g W + s (g B) A,  dB = s g^T (x A^T),  dA = s (g B)^T x.
+With dropout, y = W x + s B A (m x), where each layer has a mask m of its own. The state of the generator before the
+masks is kept, not the masks: they are drawn again in the backward pass.
 """
 
 from __future__ import annotations
@@ -72,17 +74,24 @@ class Products:
     def _b(self, index: int, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return self._cast(factors[2 * index + 1], (id(self), index), dtype)
 
-    def forward(self, x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Shapes: x (..., I) -> (..., O) of each layer."""
-        low = x.reshape(-1, x.shape[-1]) @ self._joined_a(factors, x.dtype).t()  # (N, sum of R)
+    def forward(self, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> list[Tensor]:
+        """Shapes: x (..., I) -> (..., O) of each layer. `dropout`: of what goes into the A's."""
         outputs = []
-        for index, member in enumerate(self.members):
+        for index, (member, low) in enumerate(zip(self.members, self._lows(x, factors, dropout), strict=True)):
             bias: Any = member.base.bias
             y = F.linear(x, product_matrix(member.base, x.dtype), None if bias is None else bias.to(x.dtype))
-            y.view(-1, y.shape[-1]).addmm_(low[:, self.places[index]], self._b(index, factors, x.dtype).t(),
-                                           alpha=member.scaling)  # fmt: skip
+            b = self._b(index, factors, x.dtype)
+            y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=member.scaling)
             outputs.append(y)
         return outputs
+
+    def _lows(self, x: Tensor, factors: Sequence[Tensor], dropout: float) -> list[Tensor]:
+        """A x of each layer, (N, R); one product where no mask tells them apart."""
+        flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)  # (N, I), (sum of R, I)
+        if not dropout:
+            low = flat @ a.t()  # (N, sum of R)
+            return [low[:, place] for place in self.places]
+        return [F.dropout(flat, dropout) @ a[place].t() for place in self.places]
 
     def backward(
         self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool
@@ -108,25 +117,87 @@ class Products:
             of_factors[2 * index].copy_(of_a[place])
         return None if of_x is None else of_x.addmm_(through, a).view(x.shape), of_factors
 
+    def dropped_backward(
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, dropout: float
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """As `backward`, where the generator is in the state in which it was before the forward."""
+        flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
+        of_x = torch.zeros_like(flat) if wants_x else None  # (N, I)
+        of_factors = [torch.zeros_like(factor) for factor in factors]
+        for index, (member, gradient, place) in enumerate(zip(self.members, gradients, self.places, strict=True)):
+            mask = F.dropout(torch.ones_like(flat), dropout)  # (N, I): drawn, whether there is a gradient or not
+            if gradient is None:
+                continue
+            g, dropped = gradient.reshape(-1, gradient.shape[-1]), flat * mask  # (N, O), (N, I)
+            through = (g @ self._b(index, factors, x.dtype)).mul_(member.scaling)  # (N, R)
+            of_factors[2 * index].copy_(through.t() @ dropped)
+            of_factors[2 * index + 1].copy_((g.t() @ (dropped @ a[place].t())).mul_(member.scaling))
+            del dropped
+            if of_x is not None:
+                of_x.addcmul_(through @ a[place], mask).addmm_(g, product_matrix(member.base, x.dtype))
+        return None if of_x is None else of_x.view(x.shape), of_factors
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """Of the generator that draws on this device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def drawing_from(state: Tensor, device: torch.device) -> Iterator[None]:
+    """Inside the block the generator goes on from `state`; it is as before after it."""
+    before = generator_state(device)
+    _set_generator(state, device)
+    try:
+        yield
+    finally:
+        _set_generator(before, device)
+
+
+def _set_generator(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: Products, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(ctx: Any, group: Products, dropout: float, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.dropout = group, dropout
+        ctx.state = generator_state(x.device) if dropout else None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *factors)
-        return tuple(group.forward(x, factors))
+        return tuple(group.forward(x, factors, dropout))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *factors = ctx.saved_tensors
-        of_x, of_factors = ctx.group.backward(x, factors, gradients, ctx.needs_input_grad[1])
-        return None, of_x, *of_factors
+        wants_x = ctx.needs_input_grad[2]
+        return None, None, *_backward(ctx.group, x, factors, gradients, wants_x, ctx.dropout, ctx.state)
 
 
-def products(group: Products, x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _backward(
+    group: Products,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    wants_x: bool,
+    dropout: float,
+    state: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """dx, then the factors' gradients."""
+    if state is None:
+        of_x, of_factors = group.backward(x, factors, gradients, wants_x)
+    else:
+        with drawing_from(state, x.device):
+            of_x, of_factors = group.dropped_backward(x, factors, gradients, wants_x, dropout)
+    return of_x, *of_factors
+
+
+def products(group: Products, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """The output of each layer of the group."""
-    outputs: tuple[Tensor, ...] = _Products.apply(group, x, *factors)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = _Products.apply(group, dropout, x, *factors)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -143,11 +214,13 @@ class _Gated(torch.autograd.Function):
     """Keeps x, gate and up; the activation and its product with up are made again."""
 
     @staticmethod
-    def forward(ctx: Any, gated: Gated, x: Tensor, *factors: Tensor) -> Tensor:
-        ctx.gated = gated
-        gate, up = gated.inner.forward(x, factors[:4])
+    def forward(ctx: Any, gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
+        ctx.gated, ctx.dropout = gated, dropout
+        ctx.inner_state = generator_state(x.device) if dropout else None
+        gate, up = gated.inner.forward(x, factors[:4], dropout)
+        ctx.down_state = generator_state(x.device) if dropout else None
         ctx.save_for_backward(x, gate, up, *factors)
-        return gated.down.forward(gated.activation(gate).mul_(up), factors[4:])[0]
+        return gated.down.forward(gated.activation(gate).mul_(up), factors[4:], dropout)[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,15 +229,19 @@ class _Gated(torch.autograd.Function):
             source = gate.detach().requires_grad_()
             activated = gated.activation(source)
         active = activated.detach()  # (..., H)
-        of_hidden, of_down = gated.down.backward(active * up, factors[4:], gradients, True)
+        of_hidden: Any
+        of_hidden, *of_down = _backward(
+            gated.down, active * up, factors[4:], gradients, True, ctx.dropout, ctx.down_state
+        )
         of_up = of_hidden * active
         (of_gate,) = torch.autograd.grad(activated, source, of_hidden.mul_(up))
         del activated, active, of_hidden
-        of_x, of_inner = gated.inner.backward(x, factors[:4], (of_gate, of_up), ctx.needs_input_grad[1])
-        return None, of_x, *of_inner, *of_down
+        of_both, wants_x = (of_gate, of_up), ctx.needs_input_grad[2]
+        of_inner = _backward(gated.inner, x, factors[:4], of_both, wants_x, ctx.dropout, ctx.inner_state)
+        return None, None, *of_inner, *of_down
 
 
-def gated_product(gated: Gated, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def gated_product(gated: Gated, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> Tensor:
     """The MLP's output. `factors`: A and B of gate, up and down."""
-    output: Tensor = _Gated.apply(gated, x, *factors)  # type: ignore[no-untyped-call]
+    output: Tensor = _Gated.apply(gated, dropout, x, *factors)  # type: ignore[no-untyped-call]
     return output
