@@ -2,8 +2,8 @@
 
 Comes in: base layers with scalings, x (..., I), factors A (R, I) and B (O, R) in float32.  Goes out: (..., O) each.
 With y = W x + s B A x and g = dL/dy:  dx = g W + s (g B) A,  dB = s g^T (x A^T),  dA = s (g B)^T x.
-With dropout, y = W x + s B A (m x), where each layer has a mask m of its own. The state of the generator before the
-masks is kept, not the masks: they are drawn again in the backward pass.
+With dropout p each layer has a mask m of its own: m x in place of x beside A, and s / (1 - p) in place of s. A mask is
+kept, a byte an element: to draw it again would cost a CPU more time than all else that dropout does.
 """
 
 from __future__ import annotations
@@ -53,6 +53,25 @@ class Member:
     rank: int
 
 
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """What dropout leaves of the layers' input: (N, I) bool for each layer, or nothing where there is no dropout."""
+
+    each: tuple[Tensor, ...] = ()
+    scale: float = 1.0  # 1 / (1 - p)
+
+
+def draw_masks(x: Tensor, dropout: float, count: int) -> Masks:
+    """Masks for x (..., I) as torch's own dropout would draw them one after the other."""
+    if not dropout:
+        return Masks()
+    flat = x.reshape(-1, x.shape[-1])  # (N, I)
+    if flat.is_cuda:
+        return Masks(tuple(torch.native_dropout(flat, dropout, True)[1] for _ in range(count)), 1 / (1 - dropout))
+    empty = (torch.empty_like(flat, dtype=torch.bool) for _ in range(count))
+    return Masks(tuple(mask.bernoulli_(1 - dropout) for mask in empty), 1 / (1 - dropout))
+
+
 class Products:
     """W_p x + s_p B_p A_p x for each layer p of a group. `factors`: A_1, B_1, A_2, B_2, ..."""
 
@@ -74,24 +93,26 @@ class Products:
     def _b(self, index: int, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return self._cast(factors[2 * index + 1], (id(self), index), dtype)
 
-    def forward(self, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> list[Tensor]:
-        """Shapes: x (..., I) -> (..., O) of each layer. `dropout`: of what goes into the A's."""
+    def forward(self, x: Tensor, factors: Sequence[Tensor], masks: Masks) -> list[Tensor]:
+        """Shapes: x (..., I) -> (..., O) of each layer."""
         outputs = []
-        for index, (member, low) in enumerate(zip(self.members, self._lows(x, factors, dropout), strict=True)):
+        for index, (member, low) in enumerate(zip(self.members, self._lows(x, factors, masks), strict=True)):
             bias: Any = member.base.bias
             y = F.linear(x, product_matrix(member.base, x.dtype), None if bias is None else bias.to(x.dtype))
             b = self._b(index, factors, x.dtype)
-            y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=member.scaling)
+            y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=member.scaling * masks.scale)
             outputs.append(y)
         return outputs
 
-    def _lows(self, x: Tensor, factors: Sequence[Tensor], dropout: float) -> list[Tensor]:
+    def _lows(self, x: Tensor, factors: Sequence[Tensor], masks: Masks) -> list[Tensor]:
         """A x of each layer, (N, R); one product where no mask tells them apart."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)  # (N, I), (sum of R, I)
-        if not dropout:
-            low = flat @ a.t()  # (N, sum of R)
-            return [low[:, place] for place in self.places]
-        return [F.dropout(flat, dropout) @ a[place].t() for place in self.places]
+        if masks.each:
+            return [
+                torch.where(mask, flat, 0) @ a[place].t() for mask, place in zip(masks.each, self.places, strict=True)
+            ]
+        low = flat @ a.t()  # (N, sum of R)
+        return [low[:, place] for place in self.places]
 
     def backward(
         self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool
@@ -117,64 +138,43 @@ class Products:
             of_factors[2 * index].copy_(of_a[place])
         return None if of_x is None else of_x.addmm_(through, a).view(x.shape), of_factors
 
-    def dropped_backward(
-        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, dropout: float
+    def masked_backward(
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: Masks
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """As `backward`, where the generator is in the state in which it was before the forward."""
+        """As `backward`, where each layer has a mask."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
         of_x = torch.zeros_like(flat) if wants_x else None  # (N, I)
         of_factors = [torch.zeros_like(factor) for factor in factors]
-        for index, (member, gradient, place) in enumerate(zip(self.members, gradients, self.places, strict=True)):
-            mask = F.dropout(torch.ones_like(flat), dropout)  # (N, I): drawn, whether there is a gradient or not
+        for index, (member, gradient, mask) in enumerate(zip(self.members, gradients, masks.each, strict=True)):
             if gradient is None:
                 continue
-            g, dropped = gradient.reshape(-1, gradient.shape[-1]), flat * mask  # (N, O), (N, I)
-            through = (g @ self._b(index, factors, x.dtype)).mul_(member.scaling)  # (N, R)
+            own, scaling = a[self.places[index]], member.scaling * masks.scale
+            g, dropped = gradient.reshape(-1, gradient.shape[-1]), torch.where(mask, flat, 0)  # (N, O), (N, I)
+            through = (g @ self._b(index, factors, x.dtype)).mul_(scaling)  # (N, R)
             of_factors[2 * index].copy_(through.t() @ dropped)
-            of_factors[2 * index + 1].copy_((g.t() @ (dropped @ a[place].t())).mul_(member.scaling))
+            of_factors[2 * index + 1].copy_((g.t() @ (dropped @ own.t())).mul_(scaling))
             del dropped
             if of_x is not None:
-                of_x.addcmul_(through @ a[place], mask).addmm_(g, product_matrix(member.base, x.dtype))
+                of_x.add_(torch.where(mask, through @ own, 0)).addmm_(g, product_matrix(member.base, x.dtype))
         return None if of_x is None else of_x.view(x.shape), of_factors
-
-
-def generator_state(device: torch.device) -> Tensor:
-    """Of the generator that draws on this device."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-@contextmanager
-def drawing_from(state: Tensor, device: torch.device) -> Iterator[None]:
-    """Inside the block the generator goes on from `state`; it is as before after it."""
-    before = generator_state(device)
-    _set_generator(state, device)
-    try:
-        yield
-    finally:
-        _set_generator(before, device)
-
-
-def _set_generator(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Products, dropout: float, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.dropout = group, dropout
-        ctx.state = generator_state(x.device) if dropout else None
+        masks = draw_masks(x, dropout, len(group.members))
+        ctx.group, ctx.scale = group, masks.scale
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *factors)
-        return tuple(group.forward(x, factors, dropout))
+        ctx.save_for_backward(x, *factors, *masks.each)
+        return tuple(group.forward(x, factors, masks))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *factors = ctx.saved_tensors
-        wants_x = ctx.needs_input_grad[2]
-        return None, None, *_backward(ctx.group, x, factors, gradients, wants_x, ctx.dropout, ctx.state)
+        x, *others = ctx.saved_tensors
+        count = 2 * len(ctx.group.members)
+        masks = Masks(tuple(others[count:]), ctx.scale)
+        of_x, of_factors = _backward(ctx.group, x, others[:count], gradients, ctx.needs_input_grad[2], masks)
+        return None, None, of_x, *of_factors
 
 
 def _backward(
@@ -183,16 +183,11 @@ def _backward(
     factors: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     wants_x: bool,
-    dropout: float,
-    state: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """dx, then the factors' gradients."""
-    if state is None:
-        of_x, of_factors = group.backward(x, factors, gradients, wants_x)
-    else:
-        with drawing_from(state, x.device):
-            of_x, of_factors = group.dropped_backward(x, factors, gradients, wants_x, dropout)
-    return of_x, *of_factors
+    masks: Masks,
+) -> tuple[Tensor | None, list[Tensor]]:
+    if masks.each:
+        return group.masked_backward(x, factors, gradients, wants_x, masks)
+    return group.backward(x, factors, gradients, wants_x)
 
 
 def products(group: Products, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
@@ -215,30 +210,29 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
-        ctx.gated, ctx.dropout = gated, dropout
-        ctx.inner_state = generator_state(x.device) if dropout else None
-        gate, up = gated.inner.forward(x, factors[:4], dropout)
-        ctx.down_state = generator_state(x.device) if dropout else None
-        ctx.save_for_backward(x, gate, up, *factors)
-        return gated.down.forward(gated.activation(gate).mul_(up), factors[4:], dropout)[0]
+        inner = draw_masks(x, dropout, 2)
+        gate, up = gated.inner.forward(x, factors[:4], inner)
+        hidden = gated.activation(gate).mul_(up)  # (..., H)
+        down = draw_masks(hidden, dropout, 1)
+        ctx.gated, ctx.scale = gated, inner.scale
+        ctx.save_for_backward(x, gate, up, *factors, *inner.each, *down.each)
+        return gated.down.forward(hidden, factors[4:], down)[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gated, (x, gate, up, *factors) = ctx.gated, ctx.saved_tensors
+        gated, (x, gate, up, *others) = ctx.gated, ctx.saved_tensors
+        factors, inner, down = others[:6], Masks(tuple(others[6:8]), ctx.scale), Masks(tuple(others[8:]), ctx.scale)
         with torch.enable_grad():
             source = gate.detach().requires_grad_()
             activated = gated.activation(source)
         active = activated.detach()  # (..., H)
-        of_hidden: Any
-        of_hidden, *of_down = _backward(
-            gated.down, active * up, factors[4:], gradients, True, ctx.dropout, ctx.down_state
-        )
+        of_hidden, of_down = _backward(gated.down, active * up, factors[4:], gradients, True, down)
+        assert of_hidden is not None
         of_up = of_hidden * active
         (of_gate,) = torch.autograd.grad(activated, source, of_hidden.mul_(up))
         del activated, active, of_hidden
-        of_both, wants_x = (of_gate, of_up), ctx.needs_input_grad[2]
-        of_inner = _backward(gated.inner, x, factors[:4], of_both, wants_x, ctx.dropout, ctx.inner_state)
-        return None, None, *of_inner, *of_down
+        of_x, of_inner = _backward(gated.inner, x, factors[:4], (of_gate, of_up), ctx.needs_input_grad[2], inner)
+        return None, None, of_x, *of_inner, *of_down
 
 
 def gated_product(gated: Gated, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> Tensor:
