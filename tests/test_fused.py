@@ -147,6 +147,27 @@ def test_only_inputs_and_what_a_gated_mlp_needs_are_kept() -> None:
     assert kept() >= 4 * (2 * 9 * 48) * 4
 
 
+def test_dropout_keeps_a_byte_an_element() -> None:
+    """Of what goes into each A: a mask; not the masked input, nor a mask of the input's dtype."""
+    net, _ = adapted("llama", dropout=0.1)
+    net.train()
+    block = net.model.layers[1].mlp
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(x)
+    for tensor in (x, *block.parameters()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) == 2 * (18 * 48) * 4 + 18 * (32 + 32 + 48), "gate, up and three masks"
+    net.eval()
+    assert torch.equal(block(x), block(x))
+
+
 def test_bypass_and_hooks_take_the_plain_path() -> None:
     net, attached = adapted("llama")
     attention, mlp = net.model.layers[0].self_attn, net.model.layers[0].mlp
@@ -189,6 +210,7 @@ def test_no_gradient_below_the_lowest_adapted_layer() -> None:
     assert seen == [False, True, True]
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("checkpointed", [0, 3])
 @pytest.mark.parametrize("targets", ["all-linear", ("o_proj", "down_proj")])
 def test_below_the_lowest_adapted_layer_nothing_is_kept_or_computed_again(checkpointed: int, targets: Any) -> None:
