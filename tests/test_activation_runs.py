@@ -34,7 +34,7 @@ def test_a_run_in_tiles_follows_the_plain_one(tmp_path: Path, tiny_llama: Path) 
     for name, tokens in (("plain", "null"), ("tiled", "16")):
         ended = train_in_child(recipe, tmp_path / name, f"memory.mlp_tile_tokens={tokens}", "adapter.dropout=0")
         assert ended.code == 0, ended.output
-    assert "MLPs compute 16 tokens at a time" in ended.output
+    assert "MLPs and norms compute 16 tokens at a time" in ended.output
     plain, tiled = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "tiled"))
     assert any(not torch.equal(plain[name], tiled[name]) for name in plain), "tiles were made"
     losses = [[record["loss"] for record in records(tmp_path / run) if "loss" in record] for run in ("plain", "tiled")]

@@ -26,7 +26,7 @@ from tunekit.data.collate import collate
 from tunekit.errors import ModelError
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
-from tunekit.memory.tiling import Tiles, tile_mlps
+from tunekit.memory.tiling import Tiles, tile_layers
 from tunekit.memory.tracker import Simulation, StorageTracker
 from tunekit.model.call import current_call
 from tunekit.model.families import Family
@@ -110,7 +110,7 @@ def start(folder: Path, method: str, rows: str, dtype: str, checkpointed: int, s
 
 def in_tiles(case: Case, tokens: int) -> Case:
     base = case.model.base
-    tile_mlps(base.family.layers(base.net), tokens, torch.empty(0, base.facts.hidden_size, dtype=base.dtype))
+    tile_layers(base.family.layers(base.net), tokens, torch.empty(0, base.facts.hidden_size, dtype=base.dtype))
     return case
 
 
@@ -194,7 +194,7 @@ def test_dropout_in_tiles_is_that_of_the_forward(
 
 def tiled_error(layer: nn.Module, width: int = 8) -> str:
     with pytest.raises(ModelError) as caught:
-        tile_mlps([("model.layers.0", layer)], 4, torch.empty(0, width))
+        tile_layers([("model.layers.0", layer)], 4, torch.empty(0, width))
     assert caught.value.problems[0].key == "memory.mlp_tile_tokens"
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -260,7 +260,7 @@ def adapted(model_type: str, checkpointed: int, tokens: int | None) -> tuple[Any
     for _, layer in layers:
         layer.training = True  # recomputed all the same
     if tokens is not None:
-        tile_mlps(layers, tokens, torch.empty(0, 32))
+        tile_layers(layers, tokens, torch.empty(0, 32))
     return net, attached
 
 

@@ -25,7 +25,7 @@ from tunekit.decisions import Plan, bytes_text, calibration_text
 from tunekit.errors import ResourceError, TunekitError
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
-from tunekit.memory.tiling import tile_mlps
+from tunekit.memory.tiling import tile_layers
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.plan import Prepared, make_plan
@@ -199,7 +199,7 @@ def _load(
             load_into(begun.adapter, Path(recipe.adapter.init_from), base_fingerprint=base.fingerprint)
     if recipe.memory.mlp_tile_tokens is not None:
         hidden = torch.empty(0, plan.model.hidden_size, dtype=base.dtype, device=base.device)
-        tile_mlps(layers, recipe.memory.mlp_tile_tokens, hidden)
+        tile_layers(layers, recipe.memory.mlp_tile_tokens, hidden)
     if begun.calibration is not None:
         session.console.info(calibration_text(begun.calibration))
     if session.devices.device.type == "cuda":
