@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.loop_case import make_case, make_rows
 from tests.test_model_families import make_net
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import load_method
+from tunekit.adapters.folder import save_adapter_folder
 from tunekit.adapters.fused import GatedMlp, describe, find_groups, planned_groups
 from tunekit.adapters.fused_products import Casts
 from tunekit.adapters.targets import find_targets
 from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.offload import BoundaryStore
 from tunekit.model.call import Call, calling
 from tunekit.model.families import Family
 from tunekit.model.weights import PackedLinear, pack_linear
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.training import TrainingSection
 
 IDS = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -67,6 +75,10 @@ CASES: list[tuple[str, str | None, dict[str, Any]]] = [
     ("phi3", None, {}),  # fused projections
     ("starcoder2", None, {}),  # an MLP without a gate
     ("mixtral", None, {}),
+    ("llama", None, {"dropout": 0.3}),  # with the masks of the plain path
+    ("llama", "int8_weight_only", {"dropout": 0.5, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}),
+    ("qwen2", None, {"dropout": 0.1}),
+    ("starcoder2", None, {"dropout": 0.1}),
 ]
 
 
@@ -135,7 +147,28 @@ def test_only_inputs_and_what_a_gated_mlp_needs_are_kept() -> None:
     assert kept() >= 4 * (2 * 9 * 48) * 4
 
 
-def test_bypass_hooks_and_dropout_take_the_plain_path() -> None:
+def test_dropout_keeps_a_byte_an_element() -> None:
+    """Of what goes into each A: a mask; not the masked input, nor a mask of the input's dtype."""
+    net, _ = adapted("llama", dropout=0.1)
+    net.train()
+    block = net.model.layers[1].mlp
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(x)
+    for tensor in (x, *block.parameters()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) == 2 * (18 * 48) * 4 + 18 * (32 + 32 + 48), "gate, up and three masks"
+    net.eval()
+    assert torch.equal(block(x), block(x))
+
+
+def test_bypass_and_hooks_take_the_plain_path() -> None:
     net, attached = adapted("llama")
     attention, mlp = net.model.layers[0].self_attn, net.model.layers[0].mlp
     x = torch.randn(1, 4, 32)
@@ -150,7 +183,6 @@ def test_bypass_hooks_and_dropout_take_the_plain_path() -> None:
     assert len(seen) == 2
     unfused(net, attached)
     torch.testing.assert_close(fused, mlp(x), rtol=1e-6, atol=1e-6)
-    assert not adapted("llama", dropout=0.1)[1].fused
     detached, other = adapted("llama")
     reference = make_net("llama")
     other.detach()
@@ -178,6 +210,65 @@ def test_no_gradient_below_the_lowest_adapted_layer() -> None:
     assert seen == [False, True, True]
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize("checkpointed", [0, 3])
+@pytest.mark.parametrize("targets", ["all-linear", ("o_proj", "down_proj")])
+def test_below_the_lowest_adapted_layer_nothing_is_kept_or_computed_again(checkpointed: int, targets: Any) -> None:
+    """No tensor of the base's embedding or lower layers is saved, and no kernel of theirs runs in the backward pass."""
+    net, attached = adapted("llama", layers_to_transform=(2,), target_modules=targets)
+    kept: list[tuple[int, ...]] = []
+    runs: list[int] = []
+    for number, layer in enumerate(net.model.layers):
+        for module in layer.modules():
+            module.register_forward_pre_hook(lambda *_, number=number: runs.append(number))  # type: ignore[misc]
+            module.register_full_backward_pre_hook(lambda *_, number=number: runs.append(number + 100))  # type: ignore[misc]
+    where: list[int] = []
+    layer = net.model.layers[2]
+    layer.register_forward_pre_hook(lambda *_: where.append(len(kept)))
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.numel():
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    store = BoundaryStore(None)
+    prepare_layers([each for _, each in Family().layers(net)], checkpointed, store)
+    net.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = Family().hidden(net, {"input_ids": IDS, "position_ids": torch.arange(9).repeat(2, 1)})
+    assert where == [0], "something below was kept"
+    assert len(store) == (1 if checkpointed else 0), "an input below was kept"
+    assert set(runs) == {0, 1, 2}
+    runs.clear()
+    hidden.sum().backward()
+    assert {number % 100 for number in runs} == {2}, "something below ran in the backward pass"
+    assert all(parameter.grad is not None for parameter in attached.trained().values())
+
+
+def test_gradients_against_float64() -> None:
+    """Relative error of each tensor's gradient, in float32 as it is computed: no worse than one layer after another."""
+    exact = {name: value.double() for name, value in double_gradients().items()}
+    errors: dict[str, dict[str, float]] = {}
+    for way in ("fused", "plain"):
+        net, attached = adapted("llama")
+        if way == "plain":
+            unfused(net, attached)
+        found = gradients(net, attached)[1]
+        errors[way] = {name: float((found[name].double() - exact[name]).norm() / exact[name].norm()) for name in exact}
+    print({way: (max(each.values()), sum(each.values()) / len(each)) for way, each in errors.items()})
+    assert max(errors["fused"].values()) < 2e-6
+    assert max(errors["fused"].values()) < 1.2 * max(errors["plain"].values())
+    assert sum(errors["fused"].values()) < 1.2 * sum(errors["plain"].values())
+
+
+def double_gradients() -> dict[str, Tensor]:
+    """The same computed in float64 throughout."""
+    net, attached = adapted("llama")
+    net.double()
+    unfused(net, attached)
+    return gradients(net, attached)[1]
+
+
 def test_plan_finds_the_same_groups_without_an_adapter() -> None:
     settings = LoraSettings(r=3)
     net = make_net("llama")
@@ -202,3 +293,45 @@ def test_casts_are_kept_only_while_weights_stand_still() -> None:
     assert len(made) == 3
     casts.get("a", lambda: made.append(1) or torch.ones(1))  # type: ignore[func-returns-value]
     assert len(made) == 4
+
+
+def test_factors_are_cast_once_a_step(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, over all micro-batches and recomputations of a step; casting every time gives the same weights."""
+    steps, made = 3, []
+    get = Casts.get
+
+    def counted(self: Casts, key: Any, make: Any) -> Tensor:
+        return get(self, key, lambda: made.append(key) or make())  # type: ignore[func-returns-value]
+
+    def run() -> dict[str, Tensor]:
+        section = TrainingSection(
+            learning_rate=1e-2, micro_batch_size=2, gradient_accumulation_steps=3, epochs=None, max_steps=steps,
+            warmup_ratio=None,
+        )  # fmt: skip
+        base = ModelSection(name_or_path=str(tiny_llama), dtype="bfloat16")
+        case = make_case(tiny_llama, make_rows(18), training=section, model=base, checkpointed=1)
+        case.run()
+        return {name: value.clone() for name, value in case.adapter.trained().items()}
+
+    monkeypatch.setattr(Casts, "get", counted)
+    kept = run()
+    assert made
+    assert {made.count(key) for key in made} == {steps}
+    monkeypatch.setattr(Casts, "kept", lambda self: nullcontext())
+    fresh = run()
+    assert len(made) > 10 * steps
+    assert all(torch.equal(kept[name], fresh[name]) for name in kept)
+
+
+def test_a_saved_tensor_brings_none_of_the_flat_buffer_along(tiny_llama: Path, tmp_path: Path) -> None:
+    case = make_case(tiny_llama, make_rows(4), training=TrainingSection())
+    trained = case.adapter.trained()
+    storages = {value.untyped_storage().data_ptr() for value in trained.values()}
+    assert len(storages) == len(case.optimizer.groups) < len(trained), "they are views"
+    save_adapter_folder(case.adapter, tmp_path / "adapter", base_name="base", base_fingerprint=None, revision=None)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    saved = load_file(file)
+    assert len(saved) == len(trained)
+    assert file.stat().st_size < sum(value.nbytes for value in trained.values()) + 200 * len(trained)
+    for name, value in trained.items():
+        assert torch.equal(saved[f"base_model.model.{name}"], value), name

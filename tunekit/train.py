@@ -31,7 +31,7 @@ from tunekit.memory.machine import limit_bytes
 from tunekit.memory.offload import make_store
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import is_out_of_memory, shape_text
-from tunekit.memory.tiling import tile_mlps
+from tunekit.memory.tiling import tile_layers
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.plan import Prepared, make_plan
@@ -223,7 +223,7 @@ def _load(
             load_into(begun.adapter, Path(recipe.adapter.init_from), base_fingerprint=base.fingerprint)
         if recipe.memory.mlp_tile_tokens is not None:
             hidden = torch.empty(0, plan.model.hidden_size, dtype=base.dtype, device=base.device)
-            tile_mlps(layers, recipe.memory.mlp_tile_tokens, hidden)
+            tile_layers(layers, recipe.memory.mlp_tile_tokens, hidden)
         compile_layers(forwards)
         slots = stream_base(base, weights, plan.streaming)
     if begun.calibration is not None:

@@ -5,8 +5,8 @@ Next: attach.py puts them in place; plan says which layers they are.
 
 What is kept for the backward pass is the input and a handle of the base layer, of the MLP gate and up besides: never a
 dense W of a packed layer, a base output, a low-rank product, or what lies between gate and down. They are made again.
-Equal to the plain path up to the order of sums. Whatever does not fit (dropout, another method, a watched module)
-takes the plain path of lora.py.
+Equal to the plain path up to the order of sums, with the same dropout masks. Whatever does not fit (another method, a
+watched module) takes the plain path of lora.py.
 """
 
 from __future__ import annotations
@@ -51,13 +51,8 @@ def find_groups(net: nn.Module, modules: Mapping[str, nn.Module], settings: Any,
 
 
 def _is_plain(settings: Any, target: Target) -> bool:
-    """Whether a layer is y = W x + s B A x with A and B alone, without dropout."""
-    return (
-        target.kind == "linear"
-        and "." in target.name
-        and not settings.dropout
-        and set(Lora.slots(settings, target)) == {"A", "B"}
-    )
+    """Whether a layer is y = W x + s B A x with A and B alone."""
+    return target.kind == "linear" and "." in target.name and set(Lora.slots(settings, target)) == {"A", "B"}
 
 
 def planned_groups(net: nn.Module, method: Method, settings: Any, targets: list[Target]) -> list[Group]:
@@ -99,6 +94,11 @@ def _factors(layers: Sequence[Any]) -> list[Tensor]:
     return [factor for layer in layers for factor in (layer.A, layer.B)]
 
 
+def _dropout(layer: Any) -> float:
+    """Of the layer's inputs in this call."""
+    return float(layer.settings.dropout) if layer.training else 0.0
+
+
 def _watched(layer: Any) -> bool:
     """Whether somebody wants to see the layer's or its base's inputs and outputs."""
     return any(
@@ -112,7 +112,7 @@ class JoinedLayers:
 
     def __init__(self, layers: Sequence[Any], casts: Casts) -> None:
         self.layers, self.casts = list(layers), casts
-        self.together = len(layers) > 1
+        self.together = len(layers) > 1 and not layers[0].settings.dropout  # masks are drawn where a layer is called
         self.whole = Products([_member(layer) for layer in layers], casts)
         self.single = {id(layer): Products([_member(layer)], casts) for layer in layers}
         self._input: Tensor | None = None
@@ -123,7 +123,7 @@ class JoinedLayers:
         if _watched(layer):
             return None
         if not self.together:
-            return products(self.single[id(layer)], x, _factors([layer]))[0]
+            return products(self.single[id(layer)], x, _factors([layer]), _dropout(layer))[0]
         if self._input is not x or id(layer) not in self._left:
             if self._left:  # somebody was given another input, so they are no group after all
                 self.together, self._input, self._left = False, None, {}
@@ -150,4 +150,4 @@ class GatedMlp:
         if not in_place or current_call().bypassed or any(_watched(layer) for layer in self.layers):
             plain: Tensor = type(self.mlp).forward(self.mlp, x)
             return plain
-        return gated_product(self.gated, x, _factors(self.layers))
+        return gated_product(self.gated, x, _factors(self.layers), _dropout(self.layers[0]))

@@ -64,10 +64,10 @@ class CudaCopies:
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
     def out(self, tensor: Tensor, slot: Tensor) -> Any:
-        return self._copy(tensor, shaped(slot, tensor))
+        return self._copy(tensor, _shaped(slot, tensor.shape, tensor.dtype))
 
     def back(self, slot: Tensor, tensor: Tensor) -> Any:
-        return self._copy(shaped(slot, tensor), tensor)
+        return self._copy(_shaped(slot, tensor.shape, tensor.dtype), tensor)
 
     def wait(self, copy: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(copy)
@@ -101,10 +101,10 @@ class PlainCopies:
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
     def out(self, tensor: Tensor, slot: Tensor) -> Any:
-        shaped(slot, tensor).copy_(tensor)
+        _shaped(slot, tensor.shape, tensor.dtype).copy_(tensor)
 
     def back(self, slot: Tensor, tensor: Tensor) -> Any:
-        tensor.copy_(shaped(slot, tensor))
+        tensor.copy_(_shaped(slot, tensor.shape, tensor.dtype))
 
     def wait(self, copy: Any) -> None:
         """It was made at once."""
@@ -126,18 +126,23 @@ class UncountedCopies(PlainCopies):
         """As above."""
 
 
-def shaped(memory: Tensor, like: Tensor) -> Tensor:
-    """The first bytes of a (N,) uint8 memory as a tensor of the shape and dtype of `like`."""
-    return memory[: like.nbytes].view(like.dtype).view(like.shape)
+def _shaped(memory: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The first bytes of a (N,) uint8 memory as a tensor of this shape."""
+    return memory[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 @dataclass
 class _Waiting:
-    """A tensor on the host: its slot, the copy that brought it there, and how it looked."""
+    """A tensor on the host: its slot, the bytes of that, and how it looked."""
 
     slot: Any
-    size_bytes: int  # of the slot
-    like: Tensor  # on the meta device
+    slot_bytes: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 @dataclass
@@ -179,7 +184,7 @@ class BoundaryStore:
         size = 1 << (tensor.nbytes - 1).bit_length()  # as CUDA's allocator of pinned memory rounds
         slot = self._slot(size)
         self.copies.out(tensor, slot)
-        self._entries[key] = _Waiting(slot, size, torch.empty_like(tensor, device="meta"))
+        self._entries[key] = _Waiting(slot, size, tensor.shape, tensor.dtype)
 
     def prefetch(self, key: Hashable) -> None:
         """Begin to bring a tensor back, if it is on the host, not on its way, and a buffer is free."""
@@ -206,7 +211,9 @@ class BoundaryStore:
             self._fill(buffer, key, entry)
         self.copies.wait(buffer.copy)
         buffer.used = True
-        return shaped(buffer.memory, entry.like)
+        if sum(isinstance(each, _Waiting) for each in self._entries.values()) == 1:
+            self._buffers = [buffer]  # there is nothing left to bring back
+        return _shaped(buffer.memory, entry.shape, entry.dtype)
 
     def drop(self, key: Hashable) -> None:
         """Forget a tensor, if it is there; its slot may be used again."""
@@ -217,7 +224,7 @@ class BoundaryStore:
             if held is not None:
                 self._release(held)
             self.copies.released(entry.slot)
-            self._free.setdefault(entry.size_bytes, []).append(entry.slot)
+            self._free.setdefault(entry.slot_bytes, []).append(entry.slot)
         if not self._entries:
             self._buffers.clear()
 
@@ -254,9 +261,9 @@ class BoundaryStore:
 
     def _fill(self, buffer: _Buffer, key: Hashable, entry: _Waiting) -> None:
         assert self.copies is not None
-        if buffer.memory.numel() < entry.like.nbytes:
-            buffer.memory = self.copies.buffer(entry.like.nbytes)
-        buffer.copy = self.copies.back(entry.slot, shaped(buffer.memory, entry.like))
+        if buffer.memory.numel() < entry.bytes:
+            buffer.memory = self.copies.buffer(entry.bytes)
+        buffer.copy = self.copies.back(entry.slot, _shaped(buffer.memory, entry.shape, entry.dtype))
         buffer.key, buffer.used = key, False
 
     def _release(self, buffer: _Buffer) -> None:

@@ -1,11 +1,12 @@
-"""MLPs in tiles of tokens, for rows so long that what lies inside an MLP is most of a layer's memory.
+"""MLPs and norms in tiles of tokens, for rows so long that what lies inside an MLP is most of a layer's memory.
 
-Comes in: decoder layers with their adapters in place.  Goes out: the same layers, their MLPs' forward replaced.
-Next: training/resident.py.
+Comes in: decoder layers with their adapters in place.  Goes out: the same layers, their MLPs' and norms' forward
+replaced.  Next: training/resident.py.
 
-An MLP sees each token by itself. Of a tile nothing but input and output is kept; its backward pass computes it again,
-with a graph, whatever adapters are inside. Between input and output a tile's tokens take memory, not a row's. Gradients
-of trained tensors are summed tile by tile: equal up to the order of sums, and dropout draws other masks than untiled.
+An MLP sees each token by itself, and so does a norm. Of a tile nothing but input and output is kept; its backward pass
+computes it again, with a graph, whatever adapters are inside. Between input and output a tile's tokens take memory, not
+a row's. Gradients of trained tensors are summed tile by tile: equal up to the order of sums, and dropout draws other
+masks than untiled.
 Source: Bekman et al. 2025, Arctic Long Sequence Training (tiled MLP).
 """
 
@@ -22,53 +23,58 @@ from tunekit.model.call import Call, calling, current_call, seed_for
 
 KEY = "memory.mlp_tile_tokens"
 NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # of a decoder layer's MLP
+NORMS = ("LayerNorm", "RMSNorm")  # how their classes' names end
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative; one token's share is larger
 PROBED_TOKENS, FIRST_TILE = 5, 2
 
 
-def tile_mlps(layers: Sequence[tuple[str, nn.Module]], tokens: int, hidden: Tensor) -> None:
-    """Let the MLP of every layer (by module name) compute `tokens` tokens at a time.
+def tile_layers(layers: Sequence[tuple[str, nn.Module]], tokens: int, hidden: Tensor) -> None:
+    """Let the MLP and the norms of every layer (by module name) compute `tokens` tokens at a time.
 
     `hidden`: an empty tensor (0, D) as hidden states are: their dtype, where they lie.
     Raises: ModelError with the name of a layer without an MLP, or of an MLP that does not act token by token.
     """
-    tried: set[type] = set()
+    obstacles: dict[type, str | None] = {}
     for number, (name, layer) in enumerate(layers):
         own = next((each for each in NAMES if isinstance(getattr(layer, each, None), nn.Module)), None)
         if own is None:
             raise _refusal(f"{name} ({type(layer).__name__}) has no MLP of its own")
-        mlp: Any = getattr(layer, own)
-        if type(mlp) not in tried:
-            _try_tiles(f"{name}.{own}", mlp, hidden)
-            tried.add(type(mlp))
-        mlp.forward = Tiles(mlp, mlp.forward, tokens, number)
+        norms = [each for each, child in layer.named_children() if type(child).__name__.endswith(NORMS)]
+        for each in (own, *norms):
+            module: Any = getattr(layer, each)
+            if type(module) not in obstacles:
+                obstacles[type(module)] = _obstacle(module, hidden)
+            obstacle = obstacles[type(module)]
+            if obstacle is None:
+                module.forward = Tiles(module, module.forward, tokens, number)
+            elif each == own:
+                raise _refusal(f"{name}.{own} ({type(module).__name__}) {obstacle}")
 
 
 def _refusal(what: str) -> ModelError:
     return ModelError(f"{what}, so it cannot be computed in tiles", f"remove {KEY}", key=KEY)
 
 
-def _try_tiles(name: str, mlp: nn.Module, hidden: Tensor) -> None:
-    """Compare a few tokens computed at once with the same in two tiles. Raises: ModelError."""
+def _obstacle(module: nn.Module, hidden: Tensor) -> str | None:
+    """Why a module cannot be computed in tiles, from a few tokens at once and in two tiles; None where it can."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBED_TOKENS, hidden.shape[-1], generator=generator).to(hidden)  # (1, T, D)
-    before = mlp.training
-    mlp.eval()
+    before = module.training
+    module.eval()
     try:
         with torch.no_grad():
-            whole = mlp(x)
-            tiles = [mlp(x[:, :FIRST_TILE]), mlp(x[:, FIRST_TILE:])]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise _refusal(f"{name} ({type(mlp).__name__}) does not take hidden states alone") from error
+            whole = module(x)
+            tiles = [module(x[:, :FIRST_TILE]), module(x[:, FIRST_TILE:])]
+    except (TypeError, ValueError, RuntimeError):
+        return "does not take hidden states alone"
     finally:
-        mlp.train(before)
-    if not isinstance(whole, Tensor) or whole.shape != x.shape:
-        raise _refusal(f"{name} ({type(mlp).__name__}) gives more than hidden states")
+        module.train(before)
+    if not isinstance(whole, Tensor) or whole.shape != x.shape or whole.dtype != x.dtype:
+        return "gives more than hidden states"
     if whole.is_meta:
-        return
-    difference = (torch.cat(tiles, dim=1) - whole).abs().max() / whole.abs().max().clamp(min=1e-30)
-    if not float(difference) <= TOLERANCE[whole.dtype]:
-        raise _refusal(f"{name} ({type(mlp).__name__}) does not act token by token ({float(difference):.1e} apart)")
+        return None
+    difference = float((torch.cat(tiles, dim=1) - whole).abs().max() / whole.abs().max().clamp(min=1e-30))
+    return None if difference <= TOLERANCE[whole.dtype] else f"does not act token by token ({difference:.1e} apart)"
 
 
 class Tiles:
@@ -87,8 +93,7 @@ class Tiles:
         if not torch.is_grad_enabled():
             return self.output(x, None)
         if self.trained is None:
-            first = next(self.slices(x))
-            self.trained = _trained_leaves(self.run(_flat(x)[:, first].detach()))
+            self.trained = self._find_trained(x)
         output: Tensor = _Tiled.apply(self, current_call(), x, *self.trained)  # type: ignore[no-untyped-call]
         return output
 
@@ -124,6 +129,11 @@ class Tiles:
                 if part is not None:
                     total += part
         return of_x, sums
+
+    def _find_trained(self, x: Tensor) -> list[Tensor]:
+        """What the first tile's graph leads to; a recomputation around this does not count what it saves."""
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return _trained_leaves(self.run(_flat(x)[:, : self.tokens].detach()))
 
     def _seed(self, call: Call | None, index: int) -> None:
         if call is not None and self.module.training:

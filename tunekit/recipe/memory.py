@@ -33,7 +33,7 @@ class MemorySection(Section):
 
     `activation_offload`: the inputs of recomputed layers wait in the host's memory. auto: on CUDA, inputs of at least
     2 MiB and 512 tokens; true: every input, on a CPU too, where it only costs. Not a bit changes.
-    `mlp_tile_tokens`: MLPs compute so many tokens at a time. Sums over tokens are then taken in tiles.
+    `mlp_tile_tokens`: MLPs and norms compute so many tokens at a time. Sums over tokens are then taken in tiles.
     `budget`: of the device's memory on a GPU; on a CPU, of what the run adds to the process. Within it plan chooses the
     fastest setting: smaller micro-batches at the same rows a step, recomputed layers, fewer logits at a time.
     """

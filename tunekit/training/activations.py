@@ -23,6 +23,6 @@ def activation_notes(memory: MemorySection, device: torch.device, layers: int, o
         yield "the inputs of recomputed layers are copied on a CPU, as on a GPU, which saves nothing here"
     if memory.mlp_tile_tokens is not None:
         yield (
-            f"MLPs compute {memory.mlp_tile_tokens:,} tokens at a time: gradients are summed tile by tile, so not "
-            "bitwise as without, and dropout inside them draws other masks"
+            f"MLPs and norms compute {memory.mlp_tile_tokens:,} tokens at a time: gradients are summed tile by tile, "
+            "so not bitwise as without, and dropout inside them draws other masks"
         )

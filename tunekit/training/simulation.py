@@ -19,7 +19,7 @@ from tunekit.memory.kernels import kernels_as_on
 from tunekit.memory.offload import make_store
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import make_slots, stream_layers
-from tunekit.memory.tiling import tile_mlps
+from tunekit.memory.tiling import tile_layers
 from tunekit.memory.tracker import Simulation, StorageTracker
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.objectives.base import make_objective
@@ -117,7 +117,7 @@ class SimulatedRun:
         prepare_layers([layer for _, layer in layers], checkpointed_layers, store)
         if self.memory.mlp_tile_tokens is not None:
             hidden = torch.empty(0, base.facts.hidden_size, dtype=base.dtype, device="meta")
-            tile_mlps(layers, self.memory.mlp_tile_tokens, hidden)
+            tile_layers(layers, self.memory.mlp_tile_tokens, hidden)
         slots = None
         if self.streaming != "off":
             slots = make_slots(weights, torch.device("meta"), tier="disk")  # what waits on the host: see _waiting_bytes
