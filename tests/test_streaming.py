@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 
 from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
-from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.training import TrainingSection
 
 LAYERS = 5

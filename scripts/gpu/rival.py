@@ -19,7 +19,9 @@ ATTENTION = ("flash_attention_2", "sdpa", "eager")
 
 def attempts(row: Row) -> list[tuple[int, bool]]:
     """Rows of one forward, and whether layers are recomputed, the fastest first: recomputing costs a third."""
-    sizes = [size for size in (8, 4, 2, 1) if size <= row.rows * row.micro_batches and size <= max(row.rows, 1)]
+    sizes = [row.rows]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
     if row.checkpointing == "every":
         return [(size, True) for size in sizes]
     if row.checkpointing == 0:
