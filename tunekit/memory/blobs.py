@@ -100,7 +100,7 @@ def aligned(size_bytes: int) -> int:
 
 
 def _unset(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((dtype.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device).view(dtype)
+    return torch.full((dtype.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device).view(dtype).reshape(())  # ()
 
 
 def frozen_tensors(layer: nn.Module) -> list[Tensor]:
