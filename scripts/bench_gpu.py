@@ -123,10 +123,11 @@ def plan_lines(row: Row, plan: dict[str, Any]) -> list[str]:
     """A row's plan as text."""
     packed = "" if row.quantization == "none" else f", {row.quantization}"
     where = "resident" if row.engine == "resident" else f"streamed from {row.engine}"
+    ways = (", compiled layers" if row.compiled else "") + (", liger kernels" if row.kernels != "none" else "")
     kind = "documents packed into" if row.documents else "rows of"
     lines = [
         f"\n{row.name} ({row.goal}, {row.tool}): {row.model}, {plan['parameters'] / 1e9:.2f}e9 parameters{packed}, "
-        f"{gib(plan['stored_bytes'])} stored; {where}{', compiled layers' if row.compiled else ''}",
+        f"{gib(plan['stored_bytes'])} stored; {where}{ways}",
         f"  step: {row.micro_batches} x {row.rows} {kind} {row.length:,} = {row.step_tokens:,} tokens; "
         f"r {row.r} on {row.targets}; {row.steps} steps",
         f"  largest layer {mib(plan['layer_bytes'])}, two slots {mib(plan['slot_bytes'])}; "

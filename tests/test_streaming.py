@@ -41,3 +41,13 @@ def test_one(folder: Path) -> None:
     plain, streamed = run(folder), run(folder, streaming={})
     assert plain.losses == streamed.losses
     assert torch.equal(weights(plain), weights(streamed))
+
+
+def test_a_scalar_of_a_layer_can_be_unset() -> None:
+    """Double quantization keeps one for each matrix."""
+    from tunekit.memory.blobs import LayerBlob
+
+    tensors = [torch.tensor(1.5), torch.ones(3, 2)]
+    LayerBlob(tensors).unbind(torch.device("cpu"))
+    assert all(tensor.isnan().all() for tensor in tensors)
+    assert [tuple(tensor.shape) for tensor in tensors] == [(), (3, 2)]

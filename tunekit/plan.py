@@ -34,7 +34,7 @@ from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.supported import refuse_unsupported
 from tunekit.rows import RowSet, load_rows
 from tunekit.training import refusals
-from tunekit.training.compiling import compile_notes, compile_problems, planned_compile
+from tunekit.training.compiling import compile_notes, compile_problems, kernel_notes, kernel_problems, planned_compile
 from tunekit.training.devices import make_devices
 from tunekit.training.findings import Findings, raise_refusals
 from tunekit.training.forecast import Forecast, largest_batch, supervised_tokens
@@ -187,7 +187,8 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Prob
     found = method.run_misfits(recipe.adapter, steps)
     problems = [Problem(misfit.what, misfit.how, key=f"adapter.{misfit.key}") for misfit in found]
     compiled, _ = planned_compile(recipe.training.compile, device, steps)
-    return [*problems, *compile_problems(compiled, device, method.model is not None)]
+    problems += compile_problems(compiled, device, method.model is not None)
+    return [*problems, *kernel_problems(recipe.training.kernels, device)]
 
 
 def _forecast(
@@ -247,6 +248,7 @@ def _assemble(
             *loaded.defaults,
             *_notes(recipe, device, inputs, memory),
             *compile_notes(recipe.training.compile, device, windows.steps),
+            *kernel_notes(recipe.training.kernels, inputs.base.net),
         ],
         compiled=planned_compile(recipe.training.compile, device, windows.steps)[0],
     )

@@ -14,6 +14,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder import load_into
+from tunekit.adapters.fused import use_liger
 from tunekit.artifacts.checkpoint import Checkpoint, load_checkpoint
 from tunekit.artifacts.host_memory import read_host_memory
 from tunekit.artifacts.report.write import write_report
@@ -197,6 +198,8 @@ def _load(
         )
         if recipe.adapter.init_from is not None:
             load_into(begun.adapter, Path(recipe.adapter.init_from), base_fingerprint=base.fingerprint)
+        if recipe.training.kernels == "liger":
+            use_liger(base.net)
         compile_layers(forwards)
     if begun.calibration is not None:
         session.console.info(calibration_text(begun.calibration))

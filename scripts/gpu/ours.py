@@ -14,6 +14,7 @@ from shapes import Row
 from work import Windows
 
 from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.fused import use_liger
 from tunekit.decisions import StepRecord
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
@@ -68,6 +69,8 @@ def _parts(
     adapter = attach_adapter(base.net, adapter_settings(row), seed=0, head_name=head, device=device)
     begin_alike(adapter.trained().items())
     prepare_layers(layers, checkpointed if row.engine == "resident" else 0)
+    if row.kernels == "liger":
+        use_liger(base.net)
     compile_layers(forwards)
     engine: Engine = ResidentEngine(0)
     if row.engine != "resident":

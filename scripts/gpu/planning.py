@@ -50,6 +50,7 @@ def training_section(row: Row) -> TrainingSection:
         micro_batch_size=row.rows,
         gradient_accumulation_steps=row.micro_batches,
         compile=row.compiled,
+        kernels=row.kernels,
     )
 
 

@@ -72,6 +72,7 @@ class Row:
     targets: str = "all-linear"
     checkpointing: str | int = "auto"
     compiled: bool = False
+    kernels: str = "none"
     steps: int = 8
     cap_bytes: int | None = None
     needs: str = ""
@@ -97,6 +98,7 @@ PEFT = {"tool": "peft"}
 ROWS: list[Row] = [
     Row("8b-bf16", "G3", **FULL_8B),
     Row("8b-bf16-compiled", "G3", **FULL_8B, compiled=True),
+    Row("8b-bf16-liger", "G3", **FULL_8B, kernels="liger"),
     Row("8b-bf16-packed", "G3", **FULL_8B, documents=True),
     Row("8b-bf16-peft", "G3", **FULL_8B, **PEFT),
     Row("8b-nf4", "G4", **FULL_8B, **NF4),

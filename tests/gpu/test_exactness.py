@@ -13,6 +13,7 @@ from tests.loop_case import Case, ListedRows, make_case, make_rows
 from tests.test_compiling import compiled_case, needs_compiler
 from tests.test_fused import unfused
 from tests.test_loop import assert_same_bits, training, weights
+from tunekit.adapters.fused import use_liger
 from tunekit.data.collate import collate_rows
 from tunekit.model.attention import VARLEN, _varlen
 from tunekit.protocols import Batch, Window
@@ -108,6 +109,18 @@ def test_streamed_layers_change_no_bit(folder: Path, device: torch.device, quant
     streamed.run()
     assert streamed.losses == plain.losses
     assert_same_bits(weights(streamed), weights(plain))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_liger_kernels_give_the_same_gradient(folder: Path, gpu: torch.device, dtype: str) -> None:
+    pytest.importorskip("liger_kernel")
+    case = case_of(folder, gpu, model=section(folder, dtype))
+    batch = next(iter(case.windows.windows(0))).batches[0]
+    plain = gradient_of(case, [batch])
+    use_liger(case.model.base.net)
+    ours = gradient_of(case, [batch])
+    assert difference(ours[0], plain[0]) < TOLERANCE[dtype]
+    assert difference(ours[1], plain[1]) < TOLERANCE[dtype]
 
 
 @pytest.mark.slow

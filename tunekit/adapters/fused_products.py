@@ -138,6 +138,23 @@ class Gated:
     activation: Callable[[Tensor], Tensor]
     down: Products
 
+    def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up; shapes (..., H)."""
+        return self.activation(gate).mul_(up)
+
+    def backward(
+        self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gradients of gate and up, and those of down's factors, which `through_down` takes from act(gate) * up."""
+        with torch.enable_grad():
+            source = gate.detach().requires_grad_()
+            activated = self.activation(source)
+        active = activated.detach()  # (..., H)
+        of_hidden, of_down = through_down(active * up)
+        of_up = of_hidden * active
+        (of_gate,) = torch.autograd.grad(activated, source, of_hidden.mul_(up))
+        return of_gate, of_up, of_down
+
 
 class _Gated(torch.autograd.Function):
     """Keeps x, gate and up; the activation and its product with up are made again."""
@@ -147,19 +164,18 @@ class _Gated(torch.autograd.Function):
         ctx.gated = gated
         gate, up = gated.inner.forward(x, factors[:4])
         ctx.save_for_backward(x, gate, up, *factors)
-        return gated.down.forward(gated.activation(gate).mul_(up), factors[4:])[0]
+        return gated.down.forward(gated.hidden(gate, up), factors[4:])[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gated, (x, gate, up, *factors) = ctx.gated, ctx.saved_tensors
-        with torch.enable_grad():
-            source = gate.detach().requires_grad_()
-            activated = gated.activation(source)
-        active = activated.detach()  # (..., H)
-        of_hidden, of_down = gated.down.backward(active * up, factors[4:], gradients, True)
-        of_up = of_hidden * active
-        (of_gate,) = torch.autograd.grad(activated, source, of_hidden.mul_(up))
-        del activated, active, of_hidden
+
+        def through_down(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+            of_hidden, of_factors = gated.down.backward(hidden, factors[4:], gradients, True)
+            assert of_hidden is not None
+            return of_hidden, of_factors
+
+        of_gate, of_up, of_down = gated.backward(gate, up, through_down)
         of_x, of_inner = gated.inner.backward(x, factors[:4], (of_gate, of_up), ctx.needs_input_grad[1])
         return None, of_x, *of_inner, *of_down
 
