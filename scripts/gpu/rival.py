@@ -50,9 +50,9 @@ def run_row(row: Row, device: torch.device) -> dict[str, Any]:
             break
         except torch.OutOfMemoryError:
             tried.append(f"{size} rows{', recomputed' if recompute else ''}: out of memory")
-            model.zero_grad(set_to_none=True)
-            gc.collect()
-            found |= {key: value for key, value in reset_peaks(device).items() if key not in found}
+        model.zero_grad(set_to_none=True)  # after the error is gone, which holds what its frames held
+        gc.collect()
+        reset_peaks(device)
     else:
         return {"outcome": "out of memory", "tried": tried, **device_peaks(device)}
     return {
