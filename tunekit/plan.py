@@ -84,7 +84,7 @@ def make_plan(
     recipe, device = loaded.recipe, device or make_devices().device
     findings = Findings(loaded)
     findings.add(refuse_unsupported(recipe))
-    findings.add(list(refusals.library_problems(recipe)))
+    findings.add([*refusals.library_problems(recipe), *refusals.device_problems(recipe, device)])
     if check_folder:
         findings.add(list(refusals.folder_problems(recipe)))
     inputs = _read_inputs(recipe, device, findings)

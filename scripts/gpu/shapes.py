@@ -99,6 +99,7 @@ ROWS: list[Row] = [
     Row("8b-bf16", "G3", **FULL_8B),
     Row("8b-bf16-compiled", "G3", **FULL_8B, compiled=True),
     Row("8b-bf16-liger", "G3", **FULL_8B, kernels="liger"),
+    Row("8b-fp8", "G3", **FULL_8B, quantization="fp8"),
     Row("8b-bf16-packed", "G3", **FULL_8B, documents=True),
     Row("8b-bf16-peft", "G3", **FULL_8B, **PEFT),
     Row("8b-nf4", "G4", **FULL_8B, **NF4),

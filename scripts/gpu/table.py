@@ -44,7 +44,7 @@ def _line(cells: Any) -> str:
 
 
 def _cells(row: Row, found: dict[str, Any]) -> list[str]:
-    weights = "bf16" if row.quantization == "none" else row.quantization
+    weights = {"none": "bf16", "fp8": "fp8 (approximate)"}.get(row.quantization, row.quantization)
     weights += "" if row.engine == "resident" else f", streamed from {row.engine}"
     weights += ", compiled layers" if row.compiled else ""
     weights += f", {row.kernels} kernels" if row.kernels != "none" else ""

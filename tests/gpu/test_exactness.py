@@ -139,6 +139,18 @@ def test_compiled_layers_give_the_same_curve(
     assert compiled.losses == pytest.approx(plain.losses, rel=TOLERANCE[dtype])
 
 
+def test_float8_products_are_those_of_the_double(gpu: torch.device) -> None:
+    from tunekit.model import fp8
+
+    if not fp8.computes_fp8(gpu):
+        pytest.skip("this GPU has no float8 products")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(33, 128, generator=generator).bfloat16()
+    tensors = fp8.pack(torch.randn(64, 128, generator=generator) * 0.02)
+    there = fp8.product(x.to(gpu), **{name: tensor.to(gpu) for name, tensor in tensors.items()}).cpu()
+    assert difference(there.float(), fp8.product(x, **tensors).float()) < 5e-3
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_four_bits_are_the_same_on_both_devices(device: torch.device, double: bool) -> None:
     """The CPU's codec against the device's kernels; the offset of doubly quantized scales is a mean, whose order of

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tunekit.errors import ModelError
+from tunekit.model import fp8
 from tunekit.model.native_code import no_fetched_code
 
 BLOCK = 64  # elements that share one scale
@@ -64,6 +65,8 @@ def packed_shapes(
     out_features, in_features = shape
     if quantization in EIGHT_BIT:
         return {"packed": ((out_features, in_features), torch.int8), "absmax": ((out_features,), torch.float32)}
+    if quantization == "fp8":
+        return {"packed": ((out_features, in_features), torch.uint8), "absmax": ((out_features,), torch.float32)}
     elements = out_features * in_features
     blocks = -(-elements // BLOCK)
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"packed": ((-(-elements // 2), 1), torch.uint8)}
@@ -81,6 +84,8 @@ def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> 
     matrix = matrix.detach().contiguous()  # (O, I)
     if quantization in EIGHT_BIT:
         return _pack_rows(matrix)
+    if quantization == "fp8":
+        return fp8.pack(matrix)
     functional = import_bitsandbytes().functional
     packed, state = functional.quantize_4bit(
         matrix, blocksize=BLOCK, compress_statistics=double_quantization, quant_type=quantization
@@ -110,6 +115,8 @@ def unpack(
         return torch.empty(shape, dtype=dtype, device="meta")
     if quantization in EIGHT_BIT:
         return packed.to(dtype).mul_((absmax / 127.0)[:, None])  # (O, I); one rounding: 8 bits fit every dtype
+    if quantization == "fp8":
+        return fp8.unpack(packed, absmax, dtype)
     import_bitsandbytes()
     operations = torch.ops.bitsandbytes
     if "nested_absmax" in tensors:
