@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +35,7 @@ from shapes import DOUBLES, ROWS, Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger_kernel", "flash_attn")
-CEILINGS, LEAST_SECONDS, CEILING_SECONDS = "ceilings", 90.0, 60.0
+CEILINGS, CEILING_SECONDS = "ceilings", 240.0
 
 
 def main() -> None:
@@ -122,10 +123,11 @@ def plan_lines(row: Row, plan: dict[str, Any]) -> list[str]:
     """A row's plan as text."""
     packed = "" if row.quantization == "none" else f", {row.quantization}"
     where = "resident" if row.engine == "resident" else f"streamed from {row.engine}"
+    ways = (", compiled layers" if row.compiled else "") + (", liger kernels" if row.kernels != "none" else "")
     kind = "documents packed into" if row.documents else "rows of"
     lines = [
         f"\n{row.name} ({row.goal}, {row.tool}): {row.model}, {plan['parameters'] / 1e9:.2f}e9 parameters{packed}, "
-        f"{gib(plan['stored_bytes'])} stored; {where}{', compiled layers' if row.compiled else ''}",
+        f"{gib(plan['stored_bytes'])} stored; {where}{ways}",
         f"  step: {row.micro_batches} x {row.rows} {kind} {row.length:,} = {row.step_tokens:,} tokens; "
         f"r {row.r} on {row.targets}; {row.steps} steps",
         f"  largest layer {mib(plan['layer_bytes'])}, two slots {mib(plan['slot_bytes'])}; "
@@ -161,16 +163,15 @@ def mib(size: float) -> str:
 
 
 def run_rows(rows: list[Row], device: torch.device, file: Path, minutes: float, *, again: bool) -> None:
-    """Ceilings, then each row in a process of its own, as far as the minutes go."""
-    from planning import plan_row
+    """Ceilings, then each row in a process of its own, as far as the minutes go.
 
-    ends, here = time.monotonic() + 60.0 * minutes, card(device)
-    results = read_results(file)
-    if results.get("card", here)["device"] != here["device"]:
-        sys.exit(f"{file} holds results of {results['card']['device']}; give another --json for {here['device']}")
-    results["card"] = here
+    This process takes nothing of the card, so that each row has all of it.
+    """
+    from planning import expected_minutes
+
+    ends, results = time.monotonic() + 60.0 * minutes, read_results(file)
     if CEILINGS not in results:
-        results[CEILINGS] = in_child(CEILINGS, device, file, 4 * CEILING_SECONDS)
+        results[CEILINGS] = in_child(CEILINGS, device, file, min(CEILING_SECONDS, 60.0 * minutes))
         write_results(file, results)
         print(f"{CEILINGS}: {json.dumps(results[CEILINGS])}", flush=True)
     for row in rows:
@@ -180,13 +181,13 @@ def run_rows(rows: list[Row], device: torch.device, file: Path, minutes: float, 
             results["rows"][row.name] = {"outcome": f"not run: {row.needs}"}
             write_results(file, results)
             continue
-        plan, left = plan_row(row, device, known_ceilings(results)), ends - time.monotonic()
-        if left < max(LEAST_SECONDS if device.type == "cuda" else 5.0, 60.0 * plan["expected_minutes"]):
-            print(f"{row.name}: waits for another call ({plan['expected_minutes']:.1f} minutes expected)", flush=True)
+        expected, left = expected_minutes(row, device, known_ceilings(results)), ends - time.monotonic()
+        if left < 60.0 * expected:
+            print(f"{row.name}: waits for another call ({expected:.1f} minutes expected)", flush=True)
             continue
         measured = in_child(row.name, device, file, left)
         measured["when"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        results["rows"][row.name] = {"row": as_json(row), "plan": plan, **measured}
+        results["rows"][row.name] = {"row": as_json(row), **measured}
         write_results(file, results)
         print(summary(row, results["rows"][row.name]), flush=True)
     print(f"results: {file}")
@@ -194,13 +195,11 @@ def run_rows(rows: list[Row], device: torch.device, file: Path, minutes: float, 
 
 def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dict[str, Any]:
     """What the child wrote; how it ended where it wrote nothing."""
-    answer = file.with_name(f".{file.stem}-{name}.json")
+    answer = file.with_name(f".{name}-of-{file.name}")
     answer.unlink(missing_ok=True)
     answer.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--child", name, "--device", device.type, "--json", str(answer)]
-    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    if device.type == "cpu":
-        environment |= {"TUNEKIT_DEVICE": "cpu"}
+    environment = os.environ | {"TUNEKIT_DEVICE": device.type}
     try:
         done = subprocess.run(command, timeout=seconds, env=environment, capture_output=True, text=True, check=False)
     except subprocess.TimeoutExpired:
@@ -214,35 +213,44 @@ def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dic
 
 
 def run_child(name: str, known: dict[str, Row], device: torch.device, answer: Path) -> None:
-    """One row (or the ceilings), whose result goes to `answer`."""
+    """One row (or the ceilings), whose result goes to `answer`: what was found until then, if it did not end well."""
     from tunekit.errors import TunekitError
 
+    found: dict[str, Any] = {"card": card(device)}
     try:
-        found = {"outcome": "ok", **child_work(name, known, device)}
+        for part in child_work(name, known, device, answer):
+            found |= part
+        found["outcome"] = found.get("outcome", "ok")
     except torch.OutOfMemoryError as error:
-        found = {"outcome": "out of memory", "message": str(error).partition("\n")[0]}
+        found |= {"outcome": "out of memory", "message": str(error).partition("\n")[0]}
         if device.type == "cuda":
             found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
     except (TunekitError, ImportError) as error:
-        found = {"outcome": f"not run: {error}"}
+        found["outcome"] = f"not run: {error}"
     answer.write_text(json.dumps(found), encoding="utf-8")
 
 
-def child_work(name: str, known: dict[str, Row], device: torch.device) -> dict[str, Any]:
-    """The work of a child by its name."""
+def child_work(name: str, known: dict[str, Row], device: torch.device, answer: Path) -> Iterator[dict[str, Any]]:
+    """The work of a child by its name: first the plan, then what was measured."""
+    from planning import linear_shapes, plan_row
+
     if name == CEILINGS:
         from ceilings import measure_ceilings
-        from planning import linear_shapes
 
         model = "llama-3.1-8b" if device.type == "cuda" else "tiny"
-        return measure_ceilings(device, linear_shapes(model, device), small=device.type == "cpu")
-    if known[name].tool == "peft":
+        yield measure_ceilings(device, linear_shapes(model, device), small=device.type == "cpu")
+        return
+    row = known[name]
+    plan = plan_row(row, device, known_ceilings(read_results(answer.with_name(answer.name.partition("-of-")[2]))))
+    yield {"plan": plan}
+    if row.tool == "peft":
         import rival
 
-        return rival.run_row(known[name], device)
-    import ours
+        yield rival.run_row(row, device)
+    else:
+        import ours
 
-    return ours.run_row(known[name], device)
+        yield ours.run_row(row, device, plan)
 
 
 def summary(row: Row, found: dict[str, Any]) -> str:

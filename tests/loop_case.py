@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
-from tunekit.model.load import load_model
+from tunekit.model.load import LoadedModel, load_model
 from tunekit.objectives.base import make_objective
 from tunekit.protocols import EncodedRow, Engine
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -35,6 +35,8 @@ from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, r
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.tuned import TunedModel
+
+CPU = torch.device("cpu")
 
 
 class ListedRows:
@@ -104,6 +106,17 @@ class Case:
         return [record.loss for record in self.records if isinstance(record, StepRecord)]
 
 
+def place_outside_layers(base: LoadedModel, device: torch.device) -> LoadedModel:
+    """Everything but the decoder layers on the device."""
+    inside = {id(module) for _, layer in base.family.layers(base.net) for module in layer.modules()}
+    for module in base.net.modules():
+        if id(module) not in inside:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    tensor.data = tensor.data.to(device)
+    return replace(base, device=device)
+
+
 def make_case(
     folder: Path,
     rows: ListedRows,
@@ -121,21 +134,23 @@ def make_case(
     rank: int = 0,
     world: int = 1,
     streaming: dict[str, Any] | None = None,
+    device: torch.device = CPU,
 ) -> Case:
     """`streaming`: settings of make_slots, and `pass_size`: the engine is then the one that goes layer by layer."""
-    devices = make_devices()
-    base = load_model(model or ModelSection(name_or_path=str(folder), dtype="float32"), device=torch.device("cpu"))
+    devices, section = make_devices(), model or ModelSection(name_or_path=str(folder), dtype="float32")
+    base = load_model(section, device=device if streaming is None else CPU)
+    if streaming is not None:
+        base = place_outside_layers(base, device)
     weights = [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
-    attached = attach_adapter(
-        base.net, adapter or LoraSettings(r=4, alpha=8.0), seed=training.seed, head_name=base.family.head_name(base.net)
-    )
+    lora, head = adapter or LoraSettings(r=4, alpha=8.0), base.family.head_name(base.net)
+    attached = attach_adapter(base.net, lora, seed=training.seed, head_name=head, device=device)
     layers = [layer for _, layer in base.family.layers(base.net)]
     prepare_layers(layers, checkpointed, store)
     engine: Engine = ResidentEngine(training.seed)
     if streaming is not None:
         settings_of_slots = dict(streaming)
         pass_size = settings_of_slots.pop("pass_size", 99)
-        slots = make_slots(weights, torch.device("cpu"), **{"tier": "host", "poison": True, **settings_of_slots})
+        slots = make_slots(weights, device, **{"tier": "host", "poison": True, **settings_of_slots})
         stream_layers(layers, slots)
         engine = StreamingEngine(training.seed, slots, pass_size)
     tuned = TunedModel(base, attached, store)

@@ -59,6 +59,7 @@ DOORS = {
     "gguf": ("model",),
     "jinja2": ("model",),
     "bitsandbytes": ("model", "training/optimizers"),
+    "liger_kernel": ("adapters/fused",),
     "safetensors": ("model", "adapters/folder", "artifacts/checkpoint"),
 }
 ARRAYS = {"numpy", "torch"}  # from level 2 up

@@ -133,3 +133,15 @@ def test_on_cuda_half_precision_takes_one_kernel_for_all_documents() -> None:
     other = make_net("llama")
     attend_per_document(other, torch.device("cuda"), torch.float32)
     assert other.config._attn_implementation == "sdpa_per_document"
+
+
+def test_a_torch_that_wants_every_head_of_keys_gets_them() -> None:
+    from tunekit.model.attention import _with_all_heads
+
+    seen: list[Any] = []
+    query, key, value = torch.randn(6, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8)
+    _with_all_heads(lambda *given, **named: seen.append((given, named)), query, key, value, 5, enable_gqa=True, scale=1)
+    (_, keys, values, five), named = seen[0]
+    assert torch.equal(keys, key[:, [0, 0, 1, 1]])
+    assert torch.equal(values, value[:, [0, 0, 1, 1]])
+    assert (five, named) == (5, {"scale": 1})

@@ -40,7 +40,7 @@ from tunekit.rows import RowSet, load_rows
 from tunekit.training import refusals
 from tunekit.training.activations import activation_notes
 from tunekit.training.cheaper import cheapest_changes
-from tunekit.training.compiling import compile_notes, compile_problems, planned_compile
+from tunekit.training.compiling import compile_notes, compile_problems, kernel_notes, kernel_problems, planned_compile
 from tunekit.training.devices import make_devices
 from tunekit.training.findings import Findings, raise_refusals
 from tunekit.training.forecast import Forecast, largest_batch, supervised_tokens
@@ -97,7 +97,7 @@ def make_plan(
     recipe, device = loaded.recipe, device or make_devices().device
     findings = Findings(loaded)
     findings.add(refuse_unsupported(recipe))
-    findings.add(list(refusals.library_problems(recipe, device)))
+    findings.add([*refusals.library_problems(recipe, device), *refusals.device_problems(recipe, device)])
     if check_folder:
         findings.add(list(refusals.folder_problems(recipe)))
     inputs = _read_inputs(recipe, device, findings)
@@ -234,7 +234,8 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Prob
     found = method.run_misfits(recipe.adapter, steps)
     problems = [Problem(misfit.what, misfit.how, key=f"adapter.{misfit.key}") for misfit in found]
     compiled, _ = planned_compile(recipe.training.compile, device, steps)
-    return [*problems, *compile_problems(compiled, device, method.model is not None)]
+    problems += compile_problems(compiled, device, method.model is not None)
+    return [*problems, *kernel_problems(recipe.training.kernels, device)]
 
 
 def _forecast(
@@ -303,6 +304,7 @@ def _assemble(
             *loaded.defaults,
             *_notes(recipe, device, inputs, memory),
             *compile_notes(recipe.training.compile, device, windows.steps),
+            *kernel_notes(recipe.training.kernels, inputs.base.net),
         ],
         compiled=planned_compile(recipe.training.compile, device, windows.steps)[0],
         micro_batch_size=settings.micro_batch_size,

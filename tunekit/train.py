@@ -15,6 +15,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder import load_into
+from tunekit.adapters.fused import use_liger
 from tunekit.artifacts.checkpoint import Checkpoint, load_checkpoint
 from tunekit.artifacts.host_memory import read_host_memory
 from tunekit.artifacts.report.write import write_report
@@ -224,6 +225,8 @@ def _load(
         if recipe.memory.mlp_tile_tokens is not None:
             hidden = torch.empty(0, plan.model.hidden_size, dtype=base.dtype, device=base.device)
             tile_layers(layers, recipe.memory.mlp_tile_tokens, hidden)
+        if recipe.training.kernels == "liger":
+            use_liger(base.net)
         compile_layers(forwards)
         slots = stream_base(base, weights, plan.streaming)
     if begun.calibration is not None:

@@ -47,12 +47,12 @@ def least_flops_per_token(size: Size, row: Row, supervised_share: float) -> floa
 
 
 def floor_seconds(flops: float, layer_bytes: float, row: Row, ceilings: Ceilings) -> dict[str, float]:
-    """The least time of one step, by what bounds it; streamed weights cross the bus twice for each step."""
+    """The least time of one step, by what bounds it; streamed weights cross the bus twice for each pass."""
     floors = {"products": flops * row.step_tokens / ceilings.product_flops}
     if row.engine == "resident":
         floors["weights"] = 2.0 * layer_bytes * row.micro_batches / ceilings.copy_bytes
     else:
-        floors["bus"] = 2.0 * layer_bytes / ceilings.host_bytes
+        floors["bus"] = 2.0 * layer_bytes * row.passes / ceilings.host_bytes
     return floors
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from measuring import HostMemory, cap_memory, device_peaks, reset_peaks, speeds
-from planning import adapter_settings, chosen_layers, training_section
+from planning import adapter_settings, training_section
 from random_model import begin_alike, random_base
 from shapes import Row
 from work import Windows
 
 from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.fused import use_liger
 from tunekit.decisions import StepRecord
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
@@ -33,14 +34,14 @@ from tunekit.training.scaling import LossScale
 from tunekit.training.tuned import TunedModel
 
 
-def run_row(row: Row, device: torch.device) -> dict[str, Any]:
-    """Build, train, and say what it took."""
+def run_row(row: Row, device: torch.device, plan: dict[str, Any]) -> dict[str, Any]:
+    """Build, train as the row's plan says, and say what it took."""
     cap_memory(row, device)
     host, started = HostMemory(), time.monotonic()
     host.start()
     home = device if row.engine == "resident" else torch.device("cpu")
     base = random_base(row.model, row.quantization, device, home)
-    checkpointed, predicted = chosen_layers(row, device)
+    checkpointed = plan["checkpointed_layers"]
     parts, state, records = _parts(row, base, checkpointed, device)
     loaded = time.monotonic() - started
     found = reset_peaks(device)
@@ -53,8 +54,6 @@ def run_row(row: Row, device: torch.device) -> dict[str, Any]:
         "host_anonymous_bytes": host.finish(),
         "losses": [record.loss for record in records],
         "gradient_norms": [record.grad_norm for record in records],
-        "checkpointed_layers": checkpointed,
-        "predicted_bytes": predicted,
         "load_seconds": loaded,
         "attention": base.facts.attention,
     }
@@ -70,12 +69,14 @@ def _parts(
     adapter = attach_adapter(base.net, adapter_settings(row), seed=0, head_name=head, device=device)
     begin_alike(adapter.trained().items())
     prepare_layers(layers, checkpointed if row.engine == "resident" else 0)
+    if row.kernels == "liger":
+        use_liger(base.net)
     compile_layers(forwards)
     engine: Engine = ResidentEngine(0)
     if row.engine != "resident":
         slots = make_slots(frozen, device, tier=row.engine)
         stream_layers(layers, slots)
-        engine = StreamingEngine(0, slots, row.micro_batches)
+        engine = StreamingEngine(0, slots, row.pass_size)
     training = training_section(row)
     groups = [Group(tuple(names), rate, decays) for names, rate, decays in adapter.groups(training)]
     optimizer = Optimizer(training, groups, adapter.trained())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from arithmetic import Ceilings, Size, break_even_tokens, floor_seconds, flops_per_token, least_flops_per_token
 from random_model import configuration_folder, model_section
-from shapes import MODELS, Row
+from shapes import Row
 from work import micro_batch
 
 from tunekit.adapters.base import load_method
@@ -50,6 +50,7 @@ def training_section(row: Row) -> TrainingSection:
         micro_batch_size=row.rows,
         gradient_accumulation_steps=row.micro_batches,
         compile=row.compiled,
+        kernels=row.kernels,
     )
 
 
@@ -103,11 +104,11 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
 
 def streamed(row: Row, base: LoadedModel, parts: dict[str, int]) -> dict[str, int]:
     """The parts of a resident step with every layer recomputed, changed to those of a streamed one: slots stand for
-    the layers, and every micro-batch of the step keeps each layer's input."""
+    the layers, and every micro-batch of a pass keeps each layer's input."""
     layers = layer_bytes(base)
     slots = min(SLOTS, len(layers)) * max(layers)
     boundary = row.rows * row.length * int(text_config(base.net).hidden_size) * base.dtype.itemsize
-    kept = (row.micro_batches - 1) * (len(layers) + 1) * boundary
+    kept = (min(row.micro_batches, row.pass_size) - 1) * (len(layers) + 1) * boundary
     parts = parts | {"weights": parts["weights"] - sum(layers) + slots, "activations": parts["activations"] + kept}
     return parts | {"total": sum(parts.values())}
 
@@ -121,8 +122,7 @@ def chosen_layers(row: Row, device: torch.device) -> tuple[int, dict[str, int]]:
         return row.checkpointing, simulated_peak(row, device, row.checkpointing)
     free = CARD_BYTES
     if device.type == "cuda" and torch.cuda.is_available():
-        held = torch.cuda.memory_allocated(device)  # the base is there already, and counts in the prediction too
-        free = (available_bytes(device) or CARD_BYTES) + held
+        free = available_bytes(device) or CARD_BYTES  # nothing lies there yet
     free = int(min(free, row.cap_bytes or free) * (1.0 - SPARE_SHARE))
     none = simulated_peak(row, device, 0)
     if none["total"] <= free:
@@ -134,6 +134,14 @@ def chosen_layers(row: Row, device: torch.device) -> tuple[int, dict[str, int]]:
     count = min(layers, math.ceil(share * layers) + 1)
     found = simulated_peak(row, device, count)
     return (count, found) if found["total"] <= free else (layers, every)
+
+
+def expected_minutes(row: Row, device: torch.device, ceilings: Ceilings) -> float:
+    """With loading, every layer recomputed, at half of the product ceiling; nothing is simulated for it."""
+    base = meta_base(row.model, row.quantization, device)
+    layers = sum(layer_bytes(base))
+    minutes: float = _times(row, model_size(row.model, device), 1.0, layers, ceilings)["expected_minutes"]
+    return minutes
 
 
 def supervised_share(row: Row) -> float:
@@ -163,20 +171,20 @@ def plan_row(row: Row, device: torch.device, ceilings: Ceilings) -> dict[str, An
     targets = find_targets(base.net, settings, head_name=base.family.head_name(base.net))
     facts["trained_parameters"] = trained_count(load_method("lora"), settings, targets)
     if row.tool != "tunekit":
-        return facts | _times(row, size, 0.0, sum(blobs), facts["stored_bytes"], ceilings)
+        return facts | _times(row, size, 0.0, sum(blobs), ceilings)
     recomputed, peak = chosen_layers(row, device)
     share = recomputed / base.facts.layers
     facts |= {"checkpointed_layers": recomputed, "predicted_bytes": peak}
-    return facts | _times(row, size, share, sum(blobs), facts["stored_bytes"], ceilings)
+    return facts | _times(row, size, share, sum(blobs), ceilings)
 
 
-def _times(row: Row, size: Size, share: float, layers: float, stored: int, ceilings: Ceilings) -> dict[str, Any]:
+def _times(row: Row, size: Size, share: float, layers: float, ceilings: Ceilings) -> dict[str, Any]:
     supervised = supervised_share(row)
     flops = flops_per_token(size, row, share, supervised)
     floors = floor_seconds(flops, layers, row, ceilings)
     least = least_flops_per_token(size, row, supervised)
     likely = max(max(floors.values()), flops * row.step_tokens / ceilings.product_flops / LIKELY_SHARE)
-    drawn = MODELS[row.model]["vocab_size"] and 2.0 * (size.body + 2 * size.head) / DRAWN_BYTES_PER_SECOND
+    drawn = 2.0 * (size.body + 2 * size.head) / DRAWN_BYTES_PER_SECOND
     return {
         "flops_per_token": flops,
         "limit_tokens_per_second": ceilings.product_flops / least,

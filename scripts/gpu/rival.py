@@ -19,7 +19,9 @@ ATTENTION = ("flash_attention_2", "sdpa", "eager")
 
 def attempts(row: Row) -> list[tuple[int, bool]]:
     """Rows of one forward, and whether layers are recomputed, the fastest first: recomputing costs a third."""
-    sizes = [size for size in (8, 4, 2, 1) if size <= row.rows * row.micro_batches and size <= max(row.rows, 1)]
+    sizes = [row.rows]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
     if row.checkpointing == "every":
         return [(size, True) for size in sizes]
     if row.checkpointing == 0:
@@ -48,9 +50,9 @@ def run_row(row: Row, device: torch.device) -> dict[str, Any]:
             break
         except torch.OutOfMemoryError:
             tried.append(f"{size} rows{', recomputed' if recompute else ''}: out of memory")
-            model.zero_grad(set_to_none=True)
-            gc.collect()
-            found |= {key: value for key, value in reset_peaks(device).items() if key not in found}
+        model.zero_grad(set_to_none=True)  # after the error is gone, which holds what its frames held
+        gc.collect()
+        reset_peaks(device)
     else:
         return {"outcome": "out of memory", "tried": tried, **device_peaks(device)}
     return {

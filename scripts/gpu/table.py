@@ -14,7 +14,8 @@ HEAD = (
 
 def make_table(results: dict[str, Any], rows: list[Row]) -> str:
     """Card, ceilings, a line for each row that was run or says why not."""
-    card, ceilings = results.get("card", {}), results.get("ceilings", {})
+    ceilings = results.get("ceilings", {})
+    card = ceilings.get("card", {})
     lines = ["# Measured on one GPU", "", "`scripts/bench gpu`; weights are random, rows of random ids.", ""]
     versions = ", ".join(f"{name} {number}" for name, number in card.get("versions", {}).items())
     lines += [f"{card.get('device', 'no card yet')}; Python {card.get('python', '?')}; {versions}.", ""]
@@ -30,6 +31,9 @@ def make_table(results: dict[str, Any], rows: list[Row]) -> str:
             shape = f"{found['tokens']} x {found['inputs']} x {found['outputs']}"
             lines.append(f"- {name}, {shape}: {found['flops'] / 1e12:.1f} TFLOP/s")
         lines.append("")
+    others = {found["card"]["device"] for found in results["rows"].values() if "card" in found} - {card.get("device")}
+    if others:
+        lines += [f"Some rows are of another card: {', '.join(sorted(others))}.", ""]
     lines += [_line(HEAD), _line(["---"] * len(HEAD))]
     lines += [_line(_cells(row, results["rows"][row.name])) for row in rows if row.name in results["rows"]]
     return "\n".join(lines) + "\n"
@@ -40,14 +44,16 @@ def _line(cells: Any) -> str:
 
 
 def _cells(row: Row, found: dict[str, Any]) -> list[str]:
-    weights = "bf16" if row.quantization == "none" else row.quantization
+    weights = {"none": "bf16", "fp8": "fp8 (approximate)"}.get(row.quantization, row.quantization)
     weights += "" if row.engine == "resident" else f", streamed from {row.engine}"
+    weights += ", compiled layers" if row.compiled else ""
+    weights += f", {row.kernels} kernels" if row.kernels != "none" else ""
     weights += f", capped to {_gib(row.cap_bytes)}" if row.cap_bytes else ""
     first = [row.name, row.goal, row.tool, row.model, weights, f"{row.step_tokens:,}"]
     if "tokens_per_second" not in found:
         return [*first, found["outcome"], *[""] * (len(HEAD) - len(first) - 1)]
     share = found["tokens_per_second"] / found["plan"]["limit_tokens_per_second"]
-    predicted = found.get("predicted_bytes", {}).get("total")
+    predicted = found["plan"].get("predicted_bytes", {}).get("total")
     return [
         *first,
         f"{found['tokens_per_second']:,.0f} ({found['tokens_per_second_least']:,.0f})",

@@ -204,6 +204,23 @@ class Gated:
     activation: Callable[[Tensor], Tensor]
     down: Products
 
+    def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up; shapes (..., H)."""
+        return self.activation(gate).mul_(up)
+
+    def backward(
+        self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gradients of gate and up, and those of down's factors, which `through_down` takes from act(gate) * up."""
+        with torch.enable_grad():
+            source = gate.detach().requires_grad_()
+            activated = self.activation(source)
+        active = activated.detach()  # (..., H)
+        of_hidden, of_down = through_down(active * up)
+        of_up = of_hidden * active
+        (of_gate,) = torch.autograd.grad(activated, source, of_hidden.mul_(up))
+        return of_gate, of_up, of_down
+
 
 class _Gated(torch.autograd.Function):
     """Keeps x, gate and up; the activation and its product with up are made again."""
@@ -212,7 +229,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
         inner = draw_masks(x, dropout, 2)
         gate, up = gated.inner.forward(x, factors[:4], inner)
-        hidden = gated.activation(gate).mul_(up)  # (..., H)
+        hidden = gated.hidden(gate, up)  # (..., H)
         down = draw_masks(hidden, dropout, 1)
         ctx.gated, ctx.scale = gated, inner.scale
         ctx.save_for_backward(x, gate, up, *factors, *inner.each, *down.each)
@@ -222,15 +239,13 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gated, (x, gate, up, *others) = ctx.gated, ctx.saved_tensors
         factors, inner, down = others[:6], Masks(tuple(others[6:8]), ctx.scale), Masks(tuple(others[8:]), ctx.scale)
-        with torch.enable_grad():
-            source = gate.detach().requires_grad_()
-            activated = gated.activation(source)
-        active = activated.detach()  # (..., H)
-        of_hidden, of_down = _backward(gated.down, active * up, factors[4:], gradients, True, down)
-        assert of_hidden is not None
-        of_up = of_hidden * active
-        (of_gate,) = torch.autograd.grad(activated, source, of_hidden.mul_(up))
-        del activated, active, of_hidden
+
+        def through_down(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+            of_hidden, of_factors = _backward(gated.down, hidden, factors[4:], gradients, True, down)
+            assert of_hidden is not None
+            return of_hidden, of_factors
+
+        of_gate, of_up, of_down = gated.backward(gate, up, through_down)
         of_x, of_inner = _backward(gated.inner, x, factors[:4], (of_gate, of_up), ctx.needs_input_grad[2], inner)
         return None, None, of_x, *of_inner, *of_down
 

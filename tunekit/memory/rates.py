@@ -31,8 +31,10 @@ class Rates:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, width: int, file: Path | None) -> Rates:
-    """The best of a few products (rows, D) x (D, D), and of a few copies to the device; where a file is named, no faster
-    than it is read: from the system's cache, if it is there."""
+    """The best of a few products (rows, D) x (D, D), and of a few copies to the device.
+
+    With a `file`, copies are no faster than it is read: from the system's cache, if it is there.
+    """
     rows = ROWS[device.type]
     left = torch.ones(rows, width, dtype=dtype, device=device)  # (rows, D)
     right = torch.ones(width, width, dtype=dtype, device=device)  # (D, D)

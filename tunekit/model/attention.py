@@ -11,6 +11,7 @@ mask function keeps the mask it has.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -220,13 +221,24 @@ def _products(module: nn.Module, query: Any, key: Any, value: Any, attention_mas
     return torch.stack(found) if len(found) > 1 else found[0][None], None  # (B, T, H, D)
 
 
+@cache
 def _varlen() -> Any:
-    """torch's attention over documents of different lengths, where this torch has it."""
+    """torch's attention over documents of different lengths, where this torch has it; the first one took no scale."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn
+    names = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= set(names):
+        return None
+    return varlen_attn if "enable_gqa" in names else partial(_with_all_heads, varlen_attn)
+
+
+def _with_all_heads(attend: Any, query: Any, key: Any, value: Any, *rest: Any, enable_gqa: bool, **named: Any) -> Any:
+    """For a torch whose function wants as many heads of keys as of queries. Shapes: (T, H, D), (T, G, D) twice."""
+    groups = query.shape[1] // key.shape[1]
+    whole = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return attend(query, *whole, *rest, **named)
 
 
 def _each_document(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tunekit.errors import ModelError
-from tunekit.model import four_bit
+from tunekit.model import four_bit, fp8
 from tunekit.model.four_bit import BLOCK, NESTED_BLOCK
 from tunekit.model.native_code import no_fetched_code
 
@@ -65,6 +65,8 @@ def packed_shapes(
     out_features, in_features = shape
     if quantization in EIGHT_BIT:
         return {"packed": ((out_features, in_features), torch.int8), "absmax": ((out_features,), torch.float32)}
+    if quantization == "fp8":
+        return {"packed": ((out_features, in_features), torch.uint8), "absmax": ((out_features,), torch.float32)}
     elements = out_features * in_features
     blocks = -(-elements // BLOCK)
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"packed": ((-(-elements // 2), 1), torch.uint8)}
@@ -82,6 +84,8 @@ def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> 
     matrix = matrix.detach().contiguous()  # (O, I)
     if quantization in EIGHT_BIT:
         return _pack_rows(matrix)
+    if quantization == "fp8":
+        return fp8.pack(matrix)
     if matrix.device.type == "cpu":
         return four_bit.pack(matrix, quantization, double_quantization)
     functional = import_bitsandbytes().functional
@@ -118,6 +122,8 @@ def unpack(
         return torch.empty(shape, dtype=dtype, device="meta")
     if quantization in EIGHT_BIT:
         return packed.to(dtype).mul_((absmax / 127.0)[:, None])  # (O, I); one rounding: 8 bits fit every dtype
+    if quantization == "fp8":
+        return fp8.unpack(packed, absmax, dtype)
     # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
     elements = shape[0] * shape[1]
     if packed.device.type == "cpu":

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from tunekit.errors import ModelError
-from tunekit.model import codec
+from tunekit.model import codec, fp8
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8: inputs of this size or more are multiplied in 16 bit
+
+ROUNDS_INPUTS = ("int8", "fp8")
 
 
 class PackedLinear(nn.Module):
@@ -86,6 +88,10 @@ class _PackedProduct(torch.autograd.Function):
             flat = x.reshape(-1, x.shape[-1])  # (N, I)
             product = codec.outlier_product(flat, **layer.tensors(), bias=cast_bias, threshold=OUTLIER_THRESHOLD)
             return product.reshape(*x.shape[:-1], layer.out_features)
+        if layer.quantization == "fp8" and not x.is_meta:
+            product = fp8.product(x.reshape(-1, x.shape[-1]), **layer.tensors())
+            product = product if cast_bias is None else product + cast_bias
+            return product.reshape(*x.shape[:-1], layer.out_features)
         return F.linear(x, layer.dequantize(x.dtype), cast_bias)
 
     @staticmethod
@@ -152,7 +158,7 @@ class Weight:
     """Handle of one module's matrix: `shape` is (O, I) however it is stored; for an embedding (vocabulary, D)."""
 
     module: nn.Module
-    kind: str  # dense, nf4, fp4, int8, int8_weight_only
+    kind: str  # dense, nf4, fp4, int8, int8_weight_only, fp8
     shape: tuple[int, int]
     transposed: bool = False  # stored as (I, O)
 
@@ -210,8 +216,8 @@ class Weight:
 
 def multiplies_exactly(module: nn.Module) -> bool:
     """Whether the module is x W^T + b, with W what product_matrix gives: no subclass with a forward of its own, and
-    not LLM.int8, which rounds x."""
-    return type(module) is nn.Linear or (isinstance(module, PackedLinear) and module.quantization != "int8")
+    neither LLM.int8 nor fp8, which round x."""
+    return type(module) is nn.Linear or (isinstance(module, PackedLinear) and module.quantization not in ROUNDS_INPUTS)
 
 
 def product_matrix(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:

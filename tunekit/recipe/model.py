@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tunekit.recipe.section import Section, Text
 
-Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only"]
+Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "fp8"]
 
 
 class ModelSection(Section):

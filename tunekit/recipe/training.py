@@ -42,6 +42,9 @@ class TrainingSection(Section):
     compile: AutoOrBool = Field(
         False, description="decoder layers through torch.compile; auto: on a GPU, in runs of 500 steps or more"
     )
+    kernels: Literal["none", "liger"] = Field(
+        "none", description="liger: norms and SwiGLU by liger-kernel, on a GPU, where it is installed"
+    )
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="of every random draw")
     save_steps: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept, beside the best one")

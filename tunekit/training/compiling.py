@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from tunekit.adapters.base import Wrapper
+from tunekit.adapters.fused import liger_places
 from tunekit.errors import Problem
 from tunekit.model.attention import uncompiled_attention
 from tunekit.model.weights import packed_layers
@@ -113,6 +114,26 @@ def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: 
         yield Problem("compiling for a GPU needs triton", "run: pip install triton, or write compile: false", key=KEY)
     if device.type == "cpu" and not _has_compiler():
         yield Problem("compiling for a CPU needs a C++ compiler", "install g++, or write compile: false", key=KEY)
+
+
+def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
+    """Why the recipe's kernels cannot be used."""
+    if kernels == "none":
+        return
+    if device.type != "cuda":
+        yield Problem("liger-kernel's kernels run on a GPU only", "write kernels: none", key="training.kernels")
+    elif find_spec("liger_kernel") is None:
+        how = "run: pip install liger-kernel, or write kernels: none"
+        yield Problem("liger-kernel is not installed", how, key="training.kernels")
+
+
+def kernel_notes(kernels: str, net: nn.Module) -> Iterator[str]:
+    """What they will compute."""
+    if kernels == "liger":
+        yield (
+            f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU where the MLP is computed in one go; "
+            "what they save is not in the predicted peak"
+        )
 
 
 def _has_compiler() -> bool:

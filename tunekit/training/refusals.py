@@ -17,6 +17,7 @@ from torch import nn
 from tunekit.errors import ModelError, Problem
 from tunekit.model.codec import FOUR_BIT
 from tunekit.model.families import text_config
+from tunekit.model.fp8 import CAPABILITY, computes_fp8
 from tunekit.model.load import LoadedModel
 from tunekit.model.tokenizer import LoadedTokenizer
 from tunekit.protocols import EncodedRows, Objective
@@ -28,7 +29,7 @@ LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a config
 def library_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
     """Libraries that the recipe needs on this device and that are not installed."""
     if find_spec("bitsandbytes") is None:
-        free = ("none", "int8_weight_only", *(FOUR_BIT if device.type == "cpu" else ()))
+        free = ("none", "int8_weight_only", "fp8", *(FOUR_BIT if device.type == "cpu" else ()))
         if recipe.model.quantization not in free:
             how = f"run: pip install bitsandbytes, or write {', '.join(free[1:])} or none"
             yield Problem(f"{recipe.model.quantization} needs bitsandbytes", how, key="model.quantization")
@@ -38,6 +39,13 @@ def library_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
     for tracker in recipe.output.report_to:
         if find_spec(tracker) is None and find_spec("tensorboardX") is None:
             yield Problem(f"{tracker} is not installed", f"run: pip install {tracker}", key="output.report_to")
+
+
+def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
+    """What the device cannot do."""
+    if recipe.model.quantization == "fp8" and device.type == "cuda" and not computes_fp8(device):
+        what = f"this GPU has no float8 products (compute capability below {'.'.join(map(str, CAPABILITY))})"
+        yield Problem(what, "write quantization: nf4 or int8_weight_only", key="model.quantization")
 
 
 def folder_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -151,5 +159,8 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
         yield "float16: whether gradients overflow is read before each update, a wait for the device"
     if training.optimizer.startswith("paged") and device.type == "cpu":
         yield f"{training.optimizer}: nothing is paged on a CPU"
+    if recipe.model.quantization == "fp8":
+        slow = "" if device.type == "cuda" else "; without float8 units it is slow: for trying a recipe out"
+        yield f"warning: fp8 is approximate: weights and inputs of linear layers are rounded to 8 bits{slow}"
     if device.type == "cuda":
         yield "predicted bytes are allocated ones; what the allocator reserves beyond them is not predicted"

@@ -1,0 +1,56 @@
+"""Weights in float8 (e4m3) with one scale for each row, and products with inputs rounded the same way: approximate.
+
+Comes in: a matrix (O, I), later inputs x (N, I).  Goes out: packed bytes with scales; x W^T.
+Next: codec.py, weights.py.
+
+On a GPU of compute capability 9.0 or more the product runs on the float8 units. Elsewhere the same rounded numbers are
+multiplied in float32, so that a CPU computes what the GPU does up to the order of sums: for trying a recipe out.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LARGEST = 448.0  # the largest number of e4m3
+KIND = torch.float8_e4m3fn
+MULTIPLE = 16  # the units take matrices whose sides are multiples of it
+CAPABILITY = (9, 0)
+
+
+def computes_fp8(device: torch.device) -> bool:
+    """Whether products in float8 run natively on `device`; a GPU that is planned for and is not here is taken to."""
+    if device.type != "cuda":
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+def rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row in e4m3 with a scale of its own: (N, I) -> (N, I) float8, absmax (N,) float32; row = q absmax / 448."""
+    wide = rows.float()
+    absmax = wide.abs().amax(dim=1)  # (N,)
+    scale = torch.where(absmax > 0, LARGEST / absmax, torch.zeros_like(absmax))  # (N,)
+    return (wide * scale[:, None]).clamp_(-LARGEST, LARGEST).to(KIND), absmax
+
+
+def pack(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A dense (O, I) matrix as bytes (O, I) with absmax (O,); the same matrix always gives the same bytes."""
+    values, absmax = rounded(matrix)
+    return {"packed": values.view(torch.uint8), "absmax": absmax}
+
+
+def unpack(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The dense (O, I) matrix in `dtype`."""
+    return (packed.view(KIND).float() * (absmax / LARGEST)[:, None]).to(dtype)
+
+
+def product(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """x (N, I) times packed (O, I), both in float8 -> (N, O) in x's dtype."""
+    values, of_x = rounded(x)
+    sides = (of_x / LARGEST)[:, None], (absmax / LARGEST)[None]  # (N, 1), (1, O)
+    weights = packed.view(KIND).t()  # (I, O), column by column, as the units want it
+    if computes_fp8(x.device) and not any(side % MULTIPLE for side in packed.shape):
+        scaled: torch.Tensor = torch._scaled_mm(
+            values, weights, scale_a=sides[0], scale_b=sides[1].contiguous(), out_dtype=torch.bfloat16
+        )
+        return scaled.to(x.dtype)
+    return ((values.float() @ weights.float()) * sides[0] * sides[1]).to(x.dtype)
