@@ -54,8 +54,8 @@ def page(result: dict) -> list[str]:
     lines += [
         "",
         "Tokens are those that are not padding, of step 3 to the last. Above the weights: peak resident memory less "
-        "what a process holds that has imported the same modules and nothing else, less the base's file. TRL's best flags "
-        "are the fastest of these, each run once:",
+        "what a process holds that has imported the same modules and nothing else, less the base's file. TRL's best "
+        "flags are the fastest of these, each run once:",
         "",
         "| TRL's flags | tokens per CPU second | peak, GB |",
         "|---|--:|--:|",
