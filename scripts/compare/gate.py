@@ -4,6 +4,8 @@ Comes in: a Bench.  Goes out: {"passed", "checks": [{"what", "found", "limit", "
 
 The same initial adapter: ours is exported by a run of one step whose learning rate is 0 (a warm-up's first step), and
 peft loads it. 20 steps of 2 rows, AdamW at a constant rate, gradient norm clipped at 1.
+AdamW's first updates are almost the gradient's signs, so that rounding moves numbers whose gradient is near zero: the
+adapter's change is held to 1e-4, or to 4 times what peft differs from itself when it is given each row without padding.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 STEPS, ROWS, RATE = 20, 2, 2e-4
+LEAST_CHANGE, NOISE = 1e-4, 4.0
 
 
 def run_gate(bench: Any) -> dict:
@@ -26,6 +29,7 @@ def run_gate(bench: Any) -> dict:
     initial = Path(begin["place"]) / "run" / "adapter"
     ours = bench.ours("gate: tunekit float32", model=wide, training=few)
     theirs = _peft(bench, "gate: peft float32", initial, "float32")
+    theirs_alone = _peft(bench, "gate: peft float32, rows alone", initial, "float32", alone=True)
     alone = bench.ours(
         "gate: rows alone", model=wide, training={**few, "micro_batch_size": 1, "gradient_accumulation_steps": ROWS}
     )
@@ -34,26 +38,27 @@ def run_gate(bench: Any) -> dict:
     ours_narrow = bench.ours("gate: tunekit bfloat16", model=narrow, training=few)
     theirs_narrow = _peft(bench, "gate: peft bfloat16", initial, "bfloat16")
     reference = theirs["losses"]
-    delta = _difference(initial, Path(ours["place"]) / "run" / "adapter", Path(theirs["place"]) / "adapter")
+    of_theirs = Path(theirs["place"]) / "adapter"
+    delta = _difference(initial, Path(ours["place"]) / "run" / "adapter", of_theirs)
+    noise = _difference(initial, Path(theirs_alone["place"]) / "adapter", of_theirs)
     narrow_limit = 1.2 * _error(theirs_narrow["losses"], reference)
     same = again["losses"] == plain["losses"] and _bytes(again) == _bytes(plain)
     narrow_error, apart = _error(ours_narrow["losses"], reference), _relative(ours["losses"], alone["losses"])
     checks = [
         _check("float32 losses of 20 steps against peft's, relative", _relative(ours["losses"], reference), 1e-5),
-        _check("float32 change of the adapter against peft's, relative norm", delta, 1e-4),
+        _check("float32 change of the adapter against peft's, relative norm", delta, max(LEAST_CHANGE, NOISE * noise)),
         _check("bfloat16 losses against float32, root mean square, 1.2 of peft's", narrow_error, narrow_limit),
         _check("rows end to end against rows alone, float32, relative", apart, 1e-5),
         _check("recomputed against kept activations, different bits", 0.0 if same else 1.0, 0.0),
     ]
     for check in checks:
         bench.say(f"  {check['what']}: {check['found']:.2e} of {check['limit']:.2e}, {check['passed']}")
-    runs = (ours, theirs, alone, again, plain, ours_narrow, theirs_narrow)
+    runs = (ours, theirs, theirs_alone, alone, again, plain, ours_narrow, theirs_narrow)
     curves = {run["name"].removeprefix("gate: "): run["losses"] for run in runs}
     return {"passed": all(check["passed"] for check in checks), "checks": checks, "losses": curves}
 
 
-def _peft(bench: Any, name: str, initial: Path, dtype: str) -> dict:
-    place = bench.work / "runs" / f"{bench.count + 1:03d}-{name.replace(' ', '-')}"
+def _peft(bench: Any, name: str, initial: Path, dtype: str, alone: bool = False) -> dict:
     return bench.theirs(
         name,
         "loop",
@@ -62,7 +67,8 @@ def _peft(bench: Any, name: str, initial: Path, dtype: str) -> dict:
         steps=STEPS,
         learning_rate=RATE,
         init=str(initial),
-        save=str(place / "adapter"),
+        save="adapter",
+        alone=alone,
     )
 
 

@@ -4,7 +4,7 @@
 
 Specification: kind (trl, loop), model, rows (JSON Lines: input_ids and labels, or prompt and completion), steps_log,
 losses, and for trl: config (fields of SFTConfig), adapters (default, or "bfloat16": in the base's dtype); for loop:
-dtype, rows_per_step, steps, learning_rate; init (an adapter folder to begin from) and save (where to leave it).
+dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one); init (an adapter folder to begin from) and save (where to leave it).
 Nothing but the import of what is used, the usual lines, and one line in steps_log after each optimizer step.
 """
 
@@ -88,8 +88,17 @@ def run_loop() -> list[float]:
             length = len(row["input_ids"])
             ids[number, :length], mask[number, :length] = torch.tensor(row["input_ids"]), 1
             labels[number, :length] = torch.tensor(row["labels"])
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
-        loss.backward()
+        if SPECIFICATION.get("alone"):  # every row by itself, weighted by its share of the step's labels
+            loss, count = torch.zeros(()), int((labels[:, 1:] != -100).sum())
+            for row in chosen:
+                given = {name: torch.tensor(row[name])[None] for name in ("input_ids", "labels")}
+                part = int((given["labels"][:, 1:] != -100).sum()) / count
+                of_row = model(**given, use_cache=False).loss * part
+                of_row.backward()
+                loss += of_row.detach()
+        else:
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
