@@ -1,7 +1,8 @@
 """tunekit against TRL's SFTTrainer and against peft with a plain loop, on one core: speed, memory, start-up, loss.
 
     scripts/bench compare [--repeats 3] [--steps 10] [--only NAME,NAME] [--gate-only | --skip-gate] [--first-step-only]
-                          [--best NAME] [--venv FOLDER] [--work FOLDER] [--data FILE] [--output FOLDER] [--core N] [--force]
+                          [--best NAME] [--venv FOLDER] [--work FOLDER] [--data FILE] [--output FOLDER] [--core N]
+                          [--force]
 
 SmolLM2-135M-Instruct, LoRA r16 on all linear layers, bfloat16, 8 rows of instructions to an optimizer step, the same
 rows in the same order. Every run is a fresh process on one core with one thread; runs are interleaved, and judged on
