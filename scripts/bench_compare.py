@@ -1,6 +1,6 @@
 """tunekit against TRL's SFTTrainer and against peft with a plain loop, on one core: speed, memory, start-up, loss.
 
-    scripts/bench compare [--repeats 3] [--steps 10] [--only NAME,NAME] [--gate-only | --skip-gate] [--first-step-only]
+    scripts/bench compare [--repeats 3] [--steps 6] [--only NAME,NAME] [--gate-only | --skip-gate] [--first-step-only]
                           [--best NAME] [--venv FOLDER] [--work FOLDER] [--data FILE] [--output FOLDER] [--core N]
                           [--force]
 
@@ -52,10 +52,9 @@ TRL = {
     "disable_tqdm": True,
 }
 PLAIN = {"gradient_checkpointing": False}
+ONE_ROW = {"micro_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
-NARROW = {"adapters": "bfloat16", "config": {"bf16": False}}  # base and adapters in bfloat16, no autocast
-CANDIDATES = {  # of TRL's flags for the best speed on a CPU
-    "padded": {"config": PLAIN},
+CANDIDATES = {  # of TRL's flags for the best speed on a CPU; all bfloat16: base and adapters, without autocast
     "padded, all bfloat16": {"adapters": "bfloat16", "config": {**PLAIN, "bf16": False}},
     "group_by_length, all bfloat16": {
         "adapters": "bfloat16",
@@ -262,6 +261,7 @@ def timed_runs(bench: Bench, best: str, wanted: set[str] | None) -> list[dict]:
     loop = {"dtype": "bfloat16", "rows_per_step": ROWS_PER_STEP, "steps": bench.settings.steps, "learning_rate": RATE}
     sides = {
         "tunekit": lambda: bench.ours("tunekit"),
+        "tunekit, one row at a time": lambda: bench.ours("tunekit, one row at a time", training=ONE_ROW),
         "TRL, defaults": lambda: bench.theirs("TRL, defaults", "trl"),
         f"TRL, {best}": lambda: bench.theirs(f"TRL, {best}", "trl", **CANDIDATES[best]),
         "peft, plain loop": lambda: bench.theirs("peft, plain loop", "loop", **loop),
@@ -320,7 +320,7 @@ def summary(runs: list[dict]) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only", help="competitors of the timed runs: tunekit, TRL, peft")
     parser.add_argument("--best", choices=sorted(CANDIDATES), help="TRL's best flags, instead of trying all")
     parser.add_argument("--gate-only", action="store_true")
