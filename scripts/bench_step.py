@@ -41,6 +41,7 @@ VARIANTS = {
     "dense mask": ("sdpa", False),
     "documents": ("sdpa_per_document", False),
     "documents, groups": ("sdpa_per_document", True),
+    "products, groups": ("products_per_document", True),
 }
 
 

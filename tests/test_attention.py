@@ -11,6 +11,7 @@ from tests.test_model_families import HEADS, MODELS, make_net
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.model.attention import PRODUCTS, PROVEN, VARLEN, DocumentMask, attend_per_document
 from tunekit.model.call import Call, calling
+from tunekit.model.causal_attention import attend_causally
 from tunekit.model.families import Family
 from tunekit.model.segments import Segments, find_segments
 
@@ -69,6 +70,22 @@ def test_packed_documents_equal_documents_alone(model_type: str) -> None:
             alone = hidden(net, ids, torch.arange(length)[None], None)
             torch.testing.assert_close(packed[row, start : start + length], alone[0], rtol=1e-5, atol=1e-5)
             start += length
+
+
+def test_long_documents_of_a_row_go_to_torchs_kernel_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make("llama")
+    expected = hidden(net, IDS, POSITIONS, find_segments(POSITIONS))
+    seen: list[tuple[int, ...]] = []
+
+    def attend(query: Any, key: Any, value: Any, lengths: tuple[int, ...], scale: float) -> torch.Tensor:
+        seen.append(lengths)
+        return attend_causally(query, key, value, lengths, scale)
+
+    monkeypatch.setattr("tunekit.model.attention.attend_causally", attend)
+    monkeypatch.setattr("tunekit.model.attention.LONGEST_TOKENS", 8)
+    found = hidden(net, IDS, POSITIONS, find_segments(POSITIONS))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert set(seen) == {(1,), (5,), (3,)}, "not those of 9 and of 12 tokens"
 
 
 def test_no_layer_gets_a_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:

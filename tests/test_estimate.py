@@ -358,7 +358,7 @@ def test_a_fresh_process_grows_as_predicted(quantization: str, tmp_path: Path) -
     }
     model = {"family": "llama", "layers": 8, "hidden": 576, "vocabulary": 16384}
     result = bench.judge(bench.make_row("row", recipe, model, {"count": 6, "tokens": 256}, tmp_path), tmp_path)
-    assert result["measured"] > 300e6
+    assert result["measured"] > 250e6
     assert abs(result["error"]) < 0.15, result
 
 

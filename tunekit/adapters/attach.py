@@ -37,6 +37,7 @@ from tunekit.adapters.token_rows import TrainedTokens
 from tunekit.decisions import Target
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call, seed_for
+from tunekit.model.norms import lighten_norms
 from tunekit.recipe.training import TrainingSection
 
 
@@ -233,6 +234,7 @@ def attach_adapter(
             part.move(device or _home(part, net))
     if method.layer is Lora:
         attached.fused = fuse(net, attached.layers, settings, targets, attached.casts)
+    lighten_norms(net)
     return attached
 
 

@@ -200,18 +200,21 @@ def _kernel(module: nn.Module, query: Any, key: Any, value: Any, attention_mask:
 
 
 def _products(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> Any:
-    """Causal attention of whole documents by matrix products; what is otherwise, or long, goes to sdpa."""
+    """Causal attention of whole documents by matrix products; what is otherwise, or a long document, goes to sdpa."""
     asked = named.get("is_causal")
+    whole = attention_mask is None and query.shape[2] == key.shape[2]
     rows: tuple[tuple[int, ...], ...] = ()
     if isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None:
         rows = attention_mask.segments.rows
-    elif attention_mask is None and query.shape[2] == key.shape[2]:
+    elif whole:
         rows = ((query.shape[2],),) * query.shape[0]
-    fits = rows and max(map(max, rows)) <= LONGEST_TOKENS and query.shape[1] % key.shape[1] == 0
+    longest = max(map(max, rows), default=0)
     causal = getattr(module, "is_causal", True) if asked is None else asked
     beyond = any(named.get(name) is not None for name in ("softcap", "position_bias")) or named.get("dropout")
-    if not fits or not causal or beyond:
+    if not rows or not causal or beyond or query.shape[1] % key.shape[1] or (longest > LONGEST_TOKENS and whole):
         return _sdpa(module, query, key, value, attention_mask, **named)
+    if longest > LONGEST_TOKENS:
+        return _each_document(_products, torch.bool, module, (query, key, value), attention_mask, named)
     scaling = named.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     found = [

@@ -75,11 +75,13 @@ def _chunk_loss_and_gradient(
     with torch.enable_grad():
         inputs = hidden.detach().requires_grad_()
         logits = head.logits(inputs)  # (N, V) float32
-    work = logits.detach()
-    normalizer = torch.logsumexp(work, dim=-1)  # (N,)
-    loss = (normalizer - work.gather(1, targets[:, None])[:, 0]).sum()
-    work.sub_(normalizer[:, None]).exp_()
-    work.scatter_add_(1, targets[:, None], torch.full_like(targets, -1, dtype=work.dtype)[:, None])
+    work, column = logits.detach(), targets[:, None]  # (N, V), (N, 1)
+    aimed = work.gather(1, column)  # (N, 1)
+    largest = work.amax(dim=-1, keepdim=True)  # (N, 1)
+    torch.softmax(work, dim=-1, out=work)
+    normalizer = largest - work.amax(dim=-1, keepdim=True).log()  # the largest logit's chance is exp(it - normalizer)
+    loss = (normalizer - aimed).sum()
+    work.scatter_add_(1, column, torch.full_like(aimed, -1))
     return loss, torch.autograd.grad(logits, [inputs, *parameters], grad_outputs=work)
 
 

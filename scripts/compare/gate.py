@@ -1,0 +1,101 @@
+"""The parity gate: no timing counts unless these hold on the very model and rows that are timed.
+
+Comes in: a Bench.  Goes out: {"passed", "checks": [{"what", "found", "limit", "passed"}]}, with every loss curve.
+
+The same initial adapter: ours is exported by a run of one step whose learning rate is 0 (a warm-up's first step), and
+peft loads it. 20 steps of 2 rows, AdamW at a constant rate, gradient norm clipped at 1.
+AdamW's first updates are almost the gradient's signs, so that rounding moves numbers whose gradient is near zero: the
+adapter's change is held to 1e-4, or to 4 times what peft differs from itself when it is given each row without padding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+STEPS, ROWS, RATE = 20, 2, 2e-4
+LEAST_CHANGE, NOISE = 1e-4, 4.0
+
+
+def run_gate(bench: Any) -> dict:
+    """Every check, each said as it is made."""
+    bench.say("parity gate")
+    few = {"learning_rate": RATE, "max_steps": STEPS, "micro_batch_size": ROWS}
+    wide, narrow = {"dtype": "float32"}, {"dtype": "bfloat16"}
+    begin = bench.ours("gate: initial", model=wide, training={**few, "max_steps": 1, "warmup_steps": 1})
+    initial = Path(begin["place"]) / "run" / "adapter"
+    ours = bench.ours("gate: tunekit float32", model=wide, training=few)
+    theirs = _peft(bench, "gate: peft float32", initial, "float32")
+    theirs_alone = _peft(bench, "gate: peft float32, rows alone", initial, "float32", alone=True)
+    alone = bench.ours(
+        "gate: rows alone", model=wide, training={**few, "micro_batch_size": 1, "gradient_accumulation_steps": ROWS}
+    )
+    again = bench.ours("gate: recomputed", model=wide, training=few, memory={"gradient_checkpointing": True})
+    plain = bench.ours("gate: kept", model=wide, training=few, memory={"gradient_checkpointing": False})
+    ours_narrow = bench.ours("gate: tunekit bfloat16", model=narrow, training=few)
+    theirs_narrow = _peft(bench, "gate: peft bfloat16", initial, "bfloat16")
+    reference = theirs["losses"]
+    of_theirs = Path(theirs["place"]) / "adapter"
+    delta = _difference(initial, Path(ours["place"]) / "run" / "adapter", of_theirs)
+    noise = _difference(initial, Path(theirs_alone["place"]) / "adapter", of_theirs)
+    narrow_limit = 1.2 * _error(theirs_narrow["losses"], reference)
+    same = again["losses"] == plain["losses"] and _bytes(again) == _bytes(plain)
+    narrow_error, apart = _error(ours_narrow["losses"], reference), _relative(ours["losses"], alone["losses"])
+    checks = [
+        _check("float32 losses of 20 steps against peft's, relative", _relative(ours["losses"], reference), 1e-5),
+        _check("float32 change of the adapter against peft's, relative norm", delta, max(LEAST_CHANGE, NOISE * noise)),
+        _check("bfloat16 losses against float32, root mean square, 1.2 of peft's", narrow_error, narrow_limit),
+        _check("rows end to end against rows alone, float32, relative", apart, 1e-5),
+        _check("recomputed against kept activations, different bits", 0.0 if same else 1.0, 0.0),
+    ]
+    for check in checks:
+        bench.say(f"  {check['what']}: {check['found']:.2e} of {check['limit']:.2e}, {check['passed']}")
+    runs = (ours, theirs, theirs_alone, alone, again, plain, ours_narrow, theirs_narrow)
+    curves = {run["name"].removeprefix("gate: "): run["losses"] for run in runs}
+    return {"passed": all(check["passed"] for check in checks), "checks": checks, "losses": curves}
+
+
+def _peft(bench: Any, name: str, initial: Path, dtype: str, alone: bool = False) -> dict:
+    return bench.theirs(
+        name,
+        "loop",
+        dtype=dtype,
+        rows_per_step=ROWS,
+        steps=STEPS,
+        learning_rate=RATE,
+        init=str(initial),
+        save="adapter",
+        alone=alone,
+    )
+
+
+def _check(what: str, found: float, limit: float) -> dict:
+    return {"what": what, "found": float(found), "limit": float(limit), "passed": bool(found <= limit)}
+
+
+def _relative(one: list[float], other: list[float]) -> float:
+    """Largest relative difference of two curves."""
+    assert len(one) == len(other) == STEPS
+    return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
+
+
+def _error(curve: list[float], reference: list[float]) -> float:
+    """Root of the mean squared difference."""
+    return float(np.sqrt(np.mean(np.square(np.array(curve) - np.array(reference)))))
+
+
+def _difference(initial: Path, ours: Path, theirs: Path) -> float:
+    """|change of ours - change of theirs| / |change of theirs| over all tensors."""
+    first, one, other = (load_file(folder / "adapter_model.safetensors") for folder in (initial, ours, theirs))
+    if not set(first) == set(one) == set(other):
+        raise RuntimeError("the adapters hold different tensors")
+    apart = sum(float(np.square((one[name] - other[name]).astype(np.float64)).sum()) for name in first)
+    moved = sum(float(np.square((other[name] - first[name]).astype(np.float64)).sum()) for name in first)
+    return float(np.sqrt(apart / moved))
+
+
+def _bytes(run: dict) -> bytes:
+    return (Path(run["place"]) / "run" / "adapter" / "adapter_model.safetensors").read_bytes()

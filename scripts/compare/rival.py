@@ -1,0 +1,116 @@
+"""The other side: a script with TRL's SFTTrainer, or peft with a plain loop. Runs in the benchmark's own environment.
+
+    rival.py SPECIFICATION      (a JSON file that scripts/bench_compare.py writes)
+
+Specification: kind (trl, loop), model, rows (JSON Lines: input_ids and labels, or prompt and completion), steps_log,
+losses, and for trl: config (fields of SFTConfig), adapters (default, or "bfloat16": in the base's dtype); for loop:
+dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one), init (an adapter folder to begin
+from) and save (where to leave it).
+Nothing but the import of what is used, the usual lines, and one line in steps_log after each optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+SPECIFICATION = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def note(step: int, tokens: int) -> None:
+    with open(SPECIFICATION["steps_log"], "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "tokens": tokens}) + "\n")
+
+
+def run_trl() -> list[float]:
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Counting(SFTTrainer):
+        """Counts the tokens that are not padding."""
+
+        tokens = 0
+
+        def training_step(self, model, inputs, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+            mask = inputs.get("attention_mask")
+            self.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    class Noting(TrainerCallback):
+        def on_step_end(self, arguments, state, control, **named):  # type: ignore[no-untyped-def]
+            note(state.global_step, trainer.tokens)
+
+    dataset = load_dataset("json", data_files=SPECIFICATION["rows"], split="train")
+    model, given = SPECIFICATION["model"], {"peft_config": LoraConfig(**LORA)}
+    if SPECIFICATION.get("adapters") == "bfloat16":
+        import torch
+        from peft import get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        model, given = get_peft_model(base, LoraConfig(**LORA), autocast_adapter_dtype=False), {}
+    if not given:
+        from transformers import AutoTokenizer
+
+        given = {"processing_class": AutoTokenizer.from_pretrained(SPECIFICATION["model"])}
+    trainer = Counting(
+        model=model, args=SFTConfig(**SPECIFICATION["config"]), train_dataset=dataset, callbacks=[Noting()], **given
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def run_loop() -> list[float]:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, SPECIFICATION["dtype"])
+    base = AutoModelForCausalLM.from_pretrained(SPECIFICATION["model"], dtype=dtype)
+    if SPECIFICATION.get("init"):
+        model = PeftModel.from_pretrained(base, SPECIFICATION["init"], is_trainable=True)
+    else:
+        model = get_peft_model(base, LoraConfig(**LORA))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=SPECIFICATION["learning_rate"], weight_decay=0.0)
+    rows = [json.loads(line) for line in Path(SPECIFICATION["rows"]).read_text("utf-8").splitlines()]
+    model.train()
+    losses, tokens, size = [], 0, SPECIFICATION["rows_per_step"]
+    for step in range(SPECIFICATION["steps"]):
+        chosen = rows[step * size : (step + 1) * size]
+        widest = max(len(row["input_ids"]) for row in chosen)
+        ids = torch.zeros(len(chosen), widest, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for number, row in enumerate(chosen):
+            length = len(row["input_ids"])
+            ids[number, :length], mask[number, :length] = torch.tensor(row["input_ids"]), 1
+            labels[number, :length] = torch.tensor(row["labels"])
+        if SPECIFICATION.get("alone"):  # every row by itself, weighted by its share of the step's labels
+            loss, count = torch.zeros(()), int((labels[:, 1:] != -100).sum())
+            for row in chosen:
+                given = {name: torch.tensor(row[name])[None] for name in ("input_ids", "labels")}
+                part = int((given["labels"][:, 1:] != -100).sum()) / count
+                of_row = model(**given, use_cache=False).loss * part
+                of_row.backward()
+                loss += of_row.detach()
+        else:
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        tokens += int(mask.sum())
+        note(step + 1, tokens)
+    if SPECIFICATION.get("save"):
+        model.save_pretrained(SPECIFICATION["save"])
+    return losses
+
+
+if __name__ == "__main__":
+    found = run_trl() if SPECIFICATION["kind"] == "trl" else run_loop()
+    Path(SPECIFICATION["losses"]).write_text(json.dumps(found), encoding="utf-8")

@@ -1,0 +1,104 @@
+"""Run a command in a fresh process on one core and sample it: CPU time, resident memory, when each step was done.
+
+Comes in: argv and a log that the process appends a line to after each optimizer step.
+Goes out: a dict of plain values.  Next: scripts/bench_compare.py.
+
+Every 10 ms: utime + stime of /proc/PID/stat, RssAnon and RssFile of /proc/PID/status, the log's lines. CPU time of a
+step is read when its line is seen. The peak is the kernel's own (ru_maxrss). Both sides are measured by this one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+PERIOD_SECONDS, KEPT_SECONDS = 0.01, 0.25  # between samples; between those that are kept for the plot
+TICKS = os.sysconf("SC_CLK_TCK")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TUNEKIT_DEVICE": "cpu",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def watch(argv: list[str], log: Path, output: Path, *, core: int, environment: dict[str, str] | None = None) -> dict:
+    """Raises: RuntimeError with the end of the process's output where it fails."""
+    log.unlink(missing_ok=True)
+    started = time.monotonic()
+    with output.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            argv,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+        found = _sample(process.pid, log, started)
+    if found.pop("status"):
+        raise RuntimeError(f"{' '.join(argv)}\n{output.read_text('utf-8', errors='replace')[-3000:]}")
+    return {"argv": argv, **found}
+
+
+def _sample(pid: int, log: Path, started: float) -> dict:
+    steps: list[dict[str, float]] = []
+    samples: list[list[float]] = []
+    most = {"RssAnon": 0, "RssFile": 0, "both": 0}
+    while True:
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        now = time.monotonic() - started
+        memory = {} if done else _memory(pid)
+        cpu = usage.ru_utime + usage.ru_stime if done else _cpu_seconds(pid)
+        for _ in range(_lines(log) - len(steps)):
+            steps.append({"cpu_seconds": cpu, "wall_seconds": now, "anonymous_bytes": memory.get("RssAnon", 0)})
+        if done:
+            break
+        if memory:
+            memory["both"] = memory["RssAnon"] + memory["RssFile"]
+            most = {name: max(value, memory[name]) for name, value in most.items()}
+            if not samples or now - samples[-1][0] >= KEPT_SECONDS:
+                samples.append([round(now, 3), memory["RssAnon"], memory["RssFile"]])
+        time.sleep(PERIOD_SECONDS)
+    return {
+        "status": status,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "wall_seconds": now,
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "most_sampled_bytes": most,
+        "steps": steps,
+        "samples": samples,
+    }
+
+
+def _memory(pid: int) -> dict[str, int]:
+    """RssAnon and RssFile in bytes; nothing where the process has just ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text("ascii", errors="replace")
+    except OSError:
+        return {}
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    if "RssAnon" not in fields:
+        return {}
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text("ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICKS  # utime, stime: fields 14 and 15, after the name
+
+
+def _lines(log: Path) -> int:
+    try:
+        return log.read_bytes().count(b"\n")
+    except OSError:
+        return 0

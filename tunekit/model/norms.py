@@ -1,0 +1,88 @@
+"""Root-mean-square norms that keep their input in its own dtype for the backward pass, not a copy of it in float32.
+
+Comes in: a net whose layers are in place.  Goes out: the same net; forward values are the same bits.
+Next: adapters/attach.py puts them in place.
+
+    y = w * n,  n = x r,  r = (mean(x^2) + e)^(-1/2);   with g = w * dL/dy:  dL/dx = r (g - n mean(g n))
+
+Inside in float32, as in transformers. Where the weight is trained, or nothing is, the module's own code runs. Which
+modules compute this is read from their code, as in adapters/gated.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BODY = """\
+input_dtype = hidden_states.dtype
+hidden_states = hidden_states.to(torch.float32)
+variance = hidden_states.pow(2).mean(-1, keepdim=True)
+hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+return self.weight * hidden_states.to(input_dtype)"""
+
+
+def lighten_norms(net: nn.Module) -> int:
+    """Let every norm of the kind above keep less; how many there are."""
+    norms = [module for module in net.modules() if is_mean_square_norm(module)]
+    for norm in norms:
+        norm.forward = LightNorm(norm)
+    return len(norms)
+
+
+def is_mean_square_norm(module: nn.Module) -> bool:
+    """Whether the module's class computes BODY and nothing else."""
+    kind: Any = type(module)
+    return isinstance(getattr(module, "weight", None), nn.Parameter) and _computes_norm(kind)
+
+
+@cache
+def _computes_norm(kind: Any) -> bool:
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+        return False
+    names = [argument.arg for argument in function.args.args]
+    return names == ["self", "hidden_states"] and "\n".join(map(ast.unparse, function.body)) == BODY
+
+
+class LightNorm:
+    """Stands where the module's forward stood."""
+
+    def __init__(self, norm: Any) -> None:
+        self.norm = norm
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        weight = self.norm.weight
+        if weight.requires_grad or not (torch.is_grad_enabled() and hidden_states.requires_grad):
+            plain: Tensor = type(self.norm).forward(self.norm, hidden_states)
+            return plain
+        found: Tensor = _LightNorm.apply(hidden_states, weight, self.norm.variance_epsilon)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _LightNorm(torch.autograd.Function):
+    """Keeps x and r (..., 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.to(torch.float32)
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
+        ctx.save_for_backward(x, scale, weight)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, weight = ctx.saved_tensors
+        normal = x.to(torch.float32) * scale  # (..., D)
+        gradient = (gradients[0] * weight).to(x.dtype).to(torch.float32)
+        shared = (gradient * normal).mean(-1, keepdim=True)  # (..., 1)
+        return normal.mul_(shared).neg_().add_(gradient).mul_(scale).to(x.dtype), None, None
