@@ -156,14 +156,14 @@ def _prepare(session: Session, resume: bool) -> _Ready:
     if checkpoint is not None:
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
         session.console.info(f"going on after step {state.step} of {plan.steps}")
-    for part, seconds in session.seconds.items():
-        state.seconds[part] = state.seconds.get(part, 0.0) + seconds
     begin_folder(session, plan, state.step, fingerprint)
     engine = ResidentEngine(session.loaded.recipe.training.seed, make_splitting(session, state))
     ready = _Ready(plan, prepared, model, adapter, objective, optimizer, engine, fingerprint, state)
     if plan.tries_longest_batch:
         with session.timed("try"):
             _try_longest(session, ready)
+    for part, seconds in session.seconds.items():
+        state.seconds[part] = state.seconds.get(part, 0.0) + seconds
     return ready
 
 

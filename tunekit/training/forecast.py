@@ -36,8 +36,14 @@ EXAMINED_EPOCHS = 8  # packs differ from epoch to epoch, though hardly in size
 SAMPLED_ROWS = 20_000  # for the ids that occur
 
 
-def largest_batch(windows: TrainingWindows, rows: EncodedRows, settings: BatchSettings) -> Batch:
-    """The micro-batch with most padded tokens among those that the run will really make."""
+def largest_batch(
+    windows: TrainingWindows, rows: EncodedRows, settings: BatchSettings, *, by_scores: bool = False
+) -> Batch:
+    """The micro-batch with most padded tokens among those that the run will really make.
+
+    `by_scores`: the one with most attention scores, which grow with the square of a document; of batches cut by tokens
+    that is another one: a single long row.
+    """
     lengths = np.asarray(rows.lengths)  # (rows,)
     best, best_size, left = None, (-1, -1), windows.steps
     for epoch in range(EXAMINED_EPOCHS):
@@ -46,6 +52,9 @@ def largest_batch(windows: TrainingWindows, rows: EncodedRows, settings: BatchSe
         for micro_batch in micro_batches:
             widest = max(int(lengths[list(group)].sum()) for group in micro_batch)
             size = (widest * len(micro_batch), widest)
+            if by_scores:
+                documents = [int(lengths[row]) for group in micro_batch for row in group]
+                size = (sum(length**2 for length in documents), widest)
             if size > best_size:
                 best, best_size = micro_batch, size
         if left <= 0:
