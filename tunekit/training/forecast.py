@@ -97,7 +97,10 @@ class Forecast:
     _evaluations: dict[int, Simulation] = field(default_factory=dict, init=False, repr=False)  # by logits chunk
 
     def peak(self, choice: Choice) -> PeakBytes:
-        """Of the run with this choice: the one function that every search for a setting asks."""
+        """Of the run with this choice: the one function that every search for a setting asks.
+
+        The base is counted as on its device: only the tier `off` is simulated.
+        """
         run = replace(self.run, logits_chunk_tokens=choice.logits_chunk_tokens)
         batch = self.largest_batch(choice.micro_batch_size)
         step = self._really_held(run.training_step(batch, choice.checkpointed_layers))
