@@ -1,10 +1,11 @@
 """Predicted against measured peak memory on a CPU: every shipped recipe with a random model, and drawn recipes.
 
-    scripts/bench estimate [--only NAME] [--drawn N] [--seed N] [--json FILE] [--work FOLDER]
+    scripts/bench estimate [--only NAME] [--drawn N] [--budgets N] [--seed N] [--json FILE] [--work FOLDER]
 
 For each row: a seeded random model of 100M to 200M parameters is written (its own process), the recipe is planned (its
 own process), then a fresh process imports what planning had imported, notes its resident memory and trains a few steps.
 measured = VmHWM - resident memory after imports; error = predicted / measured - 1.  One thread, one row at a time.
+Rows with a budget are given a share of what their recipe needs without one: kept says whether measured <= budget.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ class Row:
     overrides: list[str]
     model: dict[str, object]  # family, layers, hidden, vocabulary, file_dtype
     rows: dict[str, int] = field(default_factory=dict)  # of written data: count, tokens
+    budget_share: float | None = None  # of the total that is predicted without a budget
 
 
 def shipped_rows() -> list[Row]:
@@ -90,6 +92,20 @@ def drawn_rows(count: int, seed: int, folder: Path) -> list[Row]:
         }
         rows = {"count": 24, "tokens": length if not recipe["data"]["packing"] else length // 3}
         found.append(make_row(f"drawn-{number:02d}", recipe, model, rows, folder))
+    return found
+
+
+def budget_rows(count: int, seed: int, folder: Path) -> list[Row]:
+    """Drawn rows in batches of 4, with a share of the memory that they need."""
+    draw = random.Random(f"budget {seed}")
+    found = []
+    for row in drawn_rows(count, seed + 1000, folder / "budget"):
+        recipe = json.loads(Path(row.recipe).read_text(encoding="utf-8"))
+        recipe["training"] |= {"micro_batch_size": 4, "gradient_accumulation_steps": 2}
+        recipe["memory"] = {"gradient_checkpointing": "auto"}
+        name, share = row.name.replace("drawn", "budget"), draw.choice([0.55, 0.7, 0.85])
+        written = make_row(name, recipe, row.model, row.rows | {"count": 48}, folder)
+        found.append(replace(written, budget_share=share))
     return found
 
 
@@ -196,9 +212,12 @@ def judge(row: Row, folder: Path) -> dict:
         write_rows(place / "rows.jsonl", **row.rows)
     overrides = [f"model.name_or_path={model}", f"output.dir={place / 'run'}", *row.overrides]
     planned = run_python(PLAN, row.recipe, *overrides)
+    if row.budget_share is not None:
+        overrides.append(f"memory.budget={round(row.budget_share * planned['plan']['peak_bytes']['total'])}B")
+        planned = run_python(PLAN, row.recipe, *overrides)
     plan = planned["plan"]
     if plan["refusals"]:
-        raise RuntimeError(str(plan["refusals"]))
+        raise RuntimeError("; ".join(refusal["message"] for refusal in plan["refusals"]))
     (place / "modules.json").write_text(json.dumps(planned["modules"]))
     measured = run_python(MEASURE, str(place / "modules.json"), row.recipe, *overrides)
     growth = measured["peak"] - measured["before"]
@@ -210,15 +229,31 @@ def judge(row: Row, folder: Path) -> dict:
         "error": predicted / growth - 1,
         "parts": plan["peak_bytes"],
         "checkpointed": plan["checkpointed_layers"],
+        "micro_batch_size": plan["micro_batch_size"],
+        "logits_chunk_tokens": plan["logits_chunk_tokens"],
+        "budget": plan["budget_bytes"],
+        "kept": None if plan["budget_bytes"] is None else growth <= plan["budget_bytes"],
         "packing": plan["packing"],
         "recipe_values": plan["recipe"],
     }
+
+
+def budget_text(result: dict) -> str:
+    """Of a row with a budget: what it was, whether it was kept, and what plan chose."""
+    if result["budget"] is None:
+        return ""
+    kept = "kept" if result["kept"] else "EXCEEDED"
+    chosen = (
+        f"{result['micro_batch_size']} rows, {result['checkpointed']} layers, {result['logits_chunk_tokens']} logits"
+    )
+    return f"  budget {result['budget'] / 1e6:8.1f} MB {kept} ({chosen})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="names that contain this")
     parser.add_argument("--drawn", type=int, default=10)
+    parser.add_argument("--budgets", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path)
@@ -226,6 +261,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.work or Path(scratch)
         rows = shipped_rows() + drawn_rows(arguments.drawn, arguments.seed, folder)
+        rows += budget_rows(arguments.budgets, arguments.seed, folder)
         rows = [row for row in rows if arguments.only is None or arguments.only in row.name]
         results = []
         for row in rows:
@@ -238,7 +274,7 @@ def main() -> None:
             results.append(result)
             print(
                 f"{row.name:24} predicted {result['predicted'] / 1e6:8.1f} MB"
-                f"  measured {result['measured'] / 1e6:8.1f} MB  error {result['error']:+.1%}",
+                f"  measured {result['measured'] / 1e6:8.1f} MB  error {result['error']:+.1%}{budget_text(result)}",
                 flush=True,
             )
     if arguments.json:

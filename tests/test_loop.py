@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from tests.loop_case import Case, make_case, make_rows
-from tunekit.data.batches import evaluation_batches
+from tests.loop_case import Case, ListedRows, make_case, make_rows
+from tunekit.data.batches import TrainingWindows, evaluation_batches
+from tunekit.data.collate import collate
 from tunekit.decisions import EvaluationRecord, StepRecord
 from tunekit.errors import NumericsError, Stopped
+from tunekit.protocols import Window
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.evaluation import summed_evaluation
@@ -82,6 +85,32 @@ def test_micro_batch_size_is_only_a_memory_knob(tiny_llama: Path) -> None:
         curves.append(case.losses)
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_the_loss_is_exact_over_batches_cut_by_tokens(tiny_llama: Path) -> None:
+    """Batches of 1 to 20 rows: each step's loss is that of its rows one by one, and so are the next."""
+    rows = make_rows(40)
+    section = training(micro_batch_size=None, micro_batch_tokens=60, gradient_accumulation_steps=3, max_steps=3)
+    case, alone = make_case(tiny_llama, rows, training=section), make_case(tiny_llama, rows, training=section)
+    counts = {len(batch.lengths) for window in case.windows.windows(0) for batch in window.batches}
+    assert len(counts) > 2, "they are uneven"
+    case.run()
+    alone.parts.windows = OneByOne(alone.windows, rows)
+    alone.run()
+    assert alone.losses == pytest.approx(case.losses, rel=1e-5)
+
+
+class OneByOne:
+    """The same windows, every row a micro-batch of its own."""
+
+    def __init__(self, windows: TrainingWindows, rows: ListedRows) -> None:
+        self.steps, self._windows, self._rows = windows.steps, windows, rows
+
+    def windows(self, first_step: int) -> Iterator[Window]:
+        for window in self._windows.windows(first_step):
+            groups = [group for batch in window.batches for group in batch.row_ids]
+            batches = tuple(collate(self._rows, [group], pad_id=0, packed=False) for group in groups)
+            yield Window(window.step, window.epoch, tuple(range(len(batches))), batches)
 
 
 def test_resume_between_any_two_steps_changes_no_bit(tiny_llama: Path) -> None:

@@ -187,7 +187,7 @@ def test_a_run_with_split_batches_is_the_plain_run(tiny_llama: Path, where: str)
     assert reactions
     assert case.losses == pytest.approx(plain.losses, rel=1e-5)
     for name, value in plain.adapter.trained().items():
-        torch.testing.assert_close(case.adapter.trained()[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(case.adapter.trained()[name], value, rtol=1e-3, atol=1e-3)
 
 
 def test_an_evaluation_batch_that_does_not_fit_is_split(tiny_llama: Path) -> None:

@@ -115,8 +115,9 @@ def make_plan(
     findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     memory = _plan_memory(recipe, inputs, forecast, packing, findings, begun)
-    settings = as_chosen(settings, memory.choice)
-    windows = inputs.rows.windows(settings)
+    if as_chosen(settings, memory.choice) != settings:
+        settings = as_chosen(settings, memory.choice)
+        windows = inputs.rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
     largest = forecast.largest_batch(settings.micro_batch_size)
     return plan, Prepared(inputs.tokenizer, inputs.rows, settings, inputs.adapter, largest)
@@ -250,20 +251,26 @@ def _forecast(
         if recipe.evaluation.generate:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     beside = start_bytes(recipe.adapter, inputs.targets)
-    largest = cache(partial(_largest_batch, inputs, settings))
+    largest = cache(partial(_largest_batch, inputs, windows, settings, run))
     return Forecast(run, inputs.base, largest, windows.steps, rows.train, evaluation, answers, beside)
 
 
-def _largest_batch(inputs: Inputs, settings: BatchSettings, micro_batch_size: int | None) -> Batch:
-    """The largest micro-batch of this many rows, each step having the same rows as with the recipe's."""
+def _largest_batch(
+    inputs: Inputs, windows: Windows, settings: BatchSettings, run: SimulatedRun, micro_batch_size: int | None
+) -> Batch:
+    """The micro-batch of this many rows that needs most memory; each step has the same rows as in `windows`."""
     rows, written = inputs.rows, settings.micro_batch_size
-    if micro_batch_size is not None and written is not None:
+    if micro_batch_size is not None and written is not None and micro_batch_size != written:
         steps = max(1, settings.gradient_accumulation_steps * written // micro_batch_size)
         settings = as_chosen(settings, Choice(micro_batch_size, steps, LEAST_CHUNK_TOKENS))
-    windows = rows.windows(settings)
-    if isinstance(windows, TrainingWindows):
-        return largest_batch(windows, rows.train, settings)
-    return rows.longest_batch(settings)
+        windows = rows.windows(settings)
+    if not isinstance(windows, TrainingWindows):
+        return rows.longest_batch(settings)
+    largest = largest_batch(windows, rows.train, settings)
+    if not inputs.base.facts.attention.startswith("eager"):
+        return largest
+    other = largest_batch(windows, rows.train, settings, by_scores=True)
+    return other if other.row_ids != largest.row_ids and run.needs_more(other, largest) else largest
 
 
 def _assemble(

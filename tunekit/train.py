@@ -161,16 +161,15 @@ def _prepare(session: Session, resume: bool) -> _Ready:
     if checkpoint is not None:
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
         session.console.info(f"going on after step {state.step} of {plan.steps}")
-    for part, seconds in session.seconds.items():
-        state.seconds[part] = state.seconds.get(part, 0.0) + seconds
     begin_folder(session, plan, state.step, fingerprint)
     seed, splitting = session.loaded.recipe.training.seed, make_splitting(session, state)
     engine = make_engine(seed, slots, plan.pass_micro_batches, splitting)
-    ready = _Ready(plan, prepared, model, adapter, objective, optimizer, engine, fingerprint, state)
     if plan.tries_longest_batch:
         with session.timed("try"):
-            _try_longest(session, ready)
-    return ready
+            _try_longest(session, engine, prepared, model, objective, state)
+    for part, seconds in session.seconds.items():
+        state.seconds[part] = state.seconds.get(part, 0.0) + seconds
+    return _Ready(plan, prepared, model, adapter, objective, optimizer, engine, fingerprint, state)
 
 
 def _plan(session: Session, begun: Choice | None = None) -> tuple[Plan, Prepared]:
@@ -236,15 +235,24 @@ def _load(
     return TunedModel(base, begun.adapter, store), begun, objective, slots
 
 
-def _try_longest(session: Session, ready: _Ready) -> None:
-    """The longest batch of training and the longest of evaluation, before anything depends on their going well."""
-    try_longest_batch(ready.model, ready.objective, ready.engine, ready.prepared.largest_batch)
-    rows = ready.prepared.rows.evaluation
+def _try_longest(
+    session: Session,
+    engine: Engine,
+    prepared: Prepared,
+    model: TunedModel,
+    objective: Objective,
+    state: LoopState,
+) -> None:
+    """The longest batch of training and of evaluation, before anything depends on their going well."""
+    try_longest_batch(model, objective, engine, prepared.largest_batch)
+    rows = prepared.rows.evaluation
     if rows is not None:
         size = session.loaded.recipe.evaluation.batch_size
-        batches = evaluation_batches(rows, batch_size=size, pad_id=ready.prepared.tokenizer.pad_id)
-        split = partial(note_split_evaluation, session, ready.state)
-        summed_evaluation(ready.model, ready.objective, [next(batches)], session.devices, on_split=split)
+        batches = evaluation_batches(rows, batch_size=size, pad_id=prepared.tokenizer.pad_id)
+        split = partial(note_split_evaluation, session, state)
+        summed_evaluation(model, objective, [next(batches)], session.devices, on_split=split)
+    if not state.reactions:
+        session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
 
 
 def _parts(session: Session, ready: _Ready, record: Any, save: Any) -> LoopParts:
@@ -327,8 +335,10 @@ def _try_out(session: Session) -> None:
         adapter = begun.adapter
         probe_model(session, plan, model)
         make_optimizer(session, adapter)
-        engine = make_engine(session.loaded.recipe.training.seed, slots, plan.pass_micro_batches)
-        try_longest_batch(model, objective, engine, prepared.largest_batch)
+        state = LoopState()
+        seed, splitting = session.loaded.recipe.training.seed, make_splitting(session, state)
+        engine = make_engine(seed, slots, plan.pass_micro_batches, splitting)
+        _try_longest(session, engine, prepared, model, objective, state)
     except Exception as error:
         if is_out_of_memory(error):
             raise session.out_of_memory() from error

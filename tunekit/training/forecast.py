@@ -38,8 +38,14 @@ SIMULATED = 2  # micro-batches of a pass; of more, each keeps the same
 SAMPLED_ROWS = 20_000  # for the ids that occur
 
 
-def largest_batch(windows: TrainingWindows, rows: EncodedRows, settings: BatchSettings) -> Batch:
-    """The micro-batch with most tokens, padding included, among those that the run will really make."""
+def largest_batch(
+    windows: TrainingWindows, rows: EncodedRows, settings: BatchSettings, *, by_scores: bool = False
+) -> Batch:
+    """The micro-batch with most tokens, padding included, among those that the run will really make.
+
+    `by_scores`: the one with most attention scores, which grow with the square of a document; of batches cut by tokens
+    that is another one: a single long row.
+    """
     lengths = np.asarray(rows.lengths)  # (rows,)
     best, best_size, left = None, (-1, -1), windows.steps
     for epoch in range(EXAMINED_EPOCHS):
@@ -49,6 +55,9 @@ def largest_batch(windows: TrainingWindows, rows: EncodedRows, settings: BatchSe
             widths = [int(lengths[list(group)].sum()) for group in micro_batch]
             tokens = sum(widths) if settings.end_to_end else max(widths) * len(widths)
             size = (tokens, max(widths))
+            if by_scores:
+                documents = [int(lengths[row]) for group in micro_batch for row in group]
+                size = (sum(length**2 for length in documents), max(widths))
             if size > best_size:
                 best, best_size = micro_batch, size
         if left <= 0:

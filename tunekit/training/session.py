@@ -119,11 +119,12 @@ class Session:
             had = f"peak {allocated} bytes allocated, {reserved} reserved"
         else:
             had = f"peak {peak_host_bytes()} bytes on the host"
-        return ResourceError(
-            f"out of memory ({had})",
-            "set memory.budget to what the run may take (plan then chooses), lower data.max_length, or "
-            "quantize the base with model.quantization: nf4",
+        budget = self.loaded.recipe.memory.budget
+        first = (
+            "set memory.budget to what the run may take (plan then chooses)" if budget is None else "raise the budget"
         )
+        how = f"{first}, lower data.max_length, or quantize the base with model.quantization: nf4"
+        return ResourceError(f"out of memory ({had})", how)
 
     def measured(self, model: TunedModel) -> Measured:
         """Peaks of this process."""

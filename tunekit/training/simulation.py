@@ -75,6 +75,13 @@ class SimulatedRun:
         pinned = tuned.boundaries.host_bytes if self.device.type == "cuda" else 0  # on a CPU they are counted already
         return replace(tracker.result(), offloaded=pinned)
 
+    def needs_more(self, batch: Batch, other: Batch) -> bool:
+        """Whether a step of one batch needs more memory than one of another; False where neither can be simulated."""
+        try:
+            return self.training_step(batch, 0).total > self.training_step(other, 0).total
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):  # the model's own code
+            return False
+
     def before_a_step(self) -> dict[str, int]:
         """Bytes by part of what exists before the first step."""
         (tuned, slots), tracker = self._tuned(0), StorageTracker(self.device)
