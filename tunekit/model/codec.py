@@ -118,15 +118,13 @@ def unpack(
 ) -> torch.Tensor:
     """The dense (O, I) matrix in `dtype`; on the meta device a tensor of that size without values."""
     packed, absmax = tensors["packed"], tensors["absmax"]
-    if packed.is_meta:
-        return torch.empty(shape, dtype=dtype, device="meta")
     if quantization in EIGHT_BIT:
         return packed.to(dtype).mul_((absmax / 127.0)[:, None])  # (O, I); one rounding: 8 bits fit every dtype
     if quantization == "fp8":
         return fp8.unpack(packed, absmax, dtype)
     # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
     elements = shape[0] * shape[1]
-    if packed.device.type == "cpu":
+    if packed.device.type in ("cpu", "meta"):
         return four_bit.unpack(tensors, elements, quantization, dtype).reshape(shape)
     import_bitsandbytes()
     operations = torch.ops.bitsandbytes

@@ -147,14 +147,19 @@ def _pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtype: torch.dtype) -> Tensor:
-    """(elements,) numbers: value times scale in float32, rounded once to `dtype`."""
+    """(elements,) numbers: value times scale in float32, rounded once to `dtype`.
+
+    On the meta device without values, with the same allocations, which a forecast of memory counts.
+    """
     packed, absmax = tensors["packed"].reshape(-1), _scales(tensors)
-    pairs = _pairs(quantization)
-    dense = torch.empty(elements, dtype=dtype)
+    dense = torch.empty(elements, dtype=dtype, device=packed.device)
     whole = elements // BLOCK * BLOCK
     most = min(CHUNK_ELEMENTS, whole)
-    index = torch.empty(most // 2, dtype=torch.int32)
-    looked_up = torch.empty(most // 2, dtype=torch.int64)
+    index = torch.empty(most // 2, dtype=torch.int32, device=packed.device)
+    looked_up = torch.empty(most // 2, dtype=torch.int64, device=packed.device)
+    if packed.is_meta:
+        return dense
+    pairs = _pairs(quantization)
     for first in range(0, whole, CHUNK_ELEMENTS):
         count = min(CHUNK_ELEMENTS, whole - first)
         places, found = index[: count // 2], looked_up[: count // 2]
@@ -185,4 +190,5 @@ def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
     if "nested_absmax" not in tensors:
         return absmax
     nested = tensors["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
-    return torch.index_select(nested_values(), 0, absmax.to(torch.int32)).mul_(nested).add_(tensors["offset"])
+    values = nested_values().to(absmax.device)
+    return torch.index_select(values, 0, absmax.to(torch.int32)).mul_(nested).add_(tensors["offset"])
