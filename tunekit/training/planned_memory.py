@@ -201,7 +201,8 @@ def _choice_text(choice: Choice, asked: Asked) -> str:
     parts, rows = [], choice.micro_batch_size
     if rows is not None:
         unit = ("pack" if asked.packing else "row") + ("" if rows == 1 else "s")
-        parts.append(f"{choice.gradient_accumulation_steps:,} micro-batches of {rows:,} {unit} a step")
+        steps = choice.gradient_accumulation_steps
+        parts.append(f"{steps:,} micro-batch{'' if steps == 1 else 'es'} of {rows:,} {unit} a step")
         if rows != asked.micro_batch_size:
             parts[-1] += f" (the same as {asked.gradient_accumulation_steps:,} of {asked.micro_batch_size:,})"
     if choice.streaming == "off":

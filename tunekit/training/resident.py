@@ -79,6 +79,7 @@ class ResidentEngine:
                     losses += loss.total.detach().to(torch.float64)
                     for name, value in loss.metrics.items():
                         metrics[name] += value
+                    del loss  # its graph's small objects would lie between the freed blocks, and the heap would grow
                 self.losses.append(losses)
                 total += losses / divisor
         return total, dict(metrics)

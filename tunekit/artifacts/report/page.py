@@ -158,7 +158,7 @@ def _budget(facts: ReportFacts, devices: Sequence[str]) -> str:
     if not measured:
         return f"The budget was {bytes_text(budget)}."
     if measured <= budget:
-        return f"The budget of {bytes_text(budget)} was kept: {bytes_text(budget - measured)} of it were left."
+        return f"The budget of {bytes_text(budget)} was kept: {bytes_text(budget - measured)} of it was left."
     return f"**The budget of {bytes_text(budget)} was exceeded** by {bytes_text(measured - budget)}."
 
 
