@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
 from tunekit.data.batches import evaluation_batches
+from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore, CudaCopies, PlainCopies, make_store
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
@@ -285,6 +286,21 @@ def test_two_forwards_may_be_alive_at_once(deep_llama: Path) -> None:
         gradients.append(case.optimizer.gradients()[0].clone())
         assert store is None or len(store) == 0
     assert torch.equal(*gradients)
+
+
+def test_a_layer_may_run_more_than_once_in_a_forward() -> None:
+    gradients = []
+    for store in (None, store_with(TriedCopies(late=True))):
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 4) for _ in range(3)]
+        prepare_layers(layers, 0 if store is None else 3, store)
+        x = torch.ones(2, 3, 4)
+        for number in (0, 1, 1, 0, 0, 2, 1):
+            x = layers[number](x).tanh()
+        x.sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append([layer.weight.grad for layer in layers])
+        assert store is None or len(store) == 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -78,11 +78,13 @@ class _Boundaries:
     def __init__(self, store: BoundaryStore, last: int) -> None:
         self.store, self.last = store, last
         self.forwards = 0  # so far: two may be alive at a time
+        self.newest = -1  # the layer that ran last
 
     def leave(self, run: Callable[..., Any], number: int, hidden: Tensor) -> Callable[..., Any]:
         """`run` for checkpoint(): its first input is `hidden`, which waits in the store for the recomputation."""
-        if number == 0:
+        if number <= self.newest:  # another forward, or a layer that runs more than once in one
             self.forwards += 1
+        self.newest = number
         self.store.put((self.forwards, number), hidden, stays=number == self.last)
         return _Left(self.store, (self.forwards, number), run, hidden)
 
