@@ -25,6 +25,7 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
+from tunekit.training.engines import layer_weights, stream_base
 from tunekit.training.tuned import TunedModel
 
 
@@ -187,8 +188,14 @@ def _own_template(adapter: Path | None) -> Path | None:
 
 
 def load_target(target: Target, device: torch.device) -> LoadedTarget:
-    """Load the base, put the adapter into it, and load the tokenizer; ready for evaluation."""
-    base = load_model(target.model, device=device)
+    """Load the base, put the adapter into it, and load the tokenizer; ready for evaluation.
+
+    Where the recipe streams the base's weights, they are streamed here too.
+    """
+    written = "auto" if target.recipe is None else target.recipe.memory.streaming
+    tier = written if written in ("host", "disk") else "off"
+    base = load_model(target.model, device=device, streamed=tier != "off")
+    weights = layer_weights(base)
     adapter = None
     if target.adapter is not None:
         adapter = attach_adapter_folder(
@@ -196,5 +203,7 @@ def load_target(target: Target, device: torch.device) -> LoadedTarget:
             target.adapter,
             head_name=base.family.head_name(base.net),
             base_fingerprint=base.fingerprint,
+            device=base.device,
         )
+    stream_base(base, weights, tier)
     return LoadedTarget(target, TunedModel(base, adapter), load_tokenizer(target.model))
