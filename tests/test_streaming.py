@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training(**changes: Any) -> TrainingSection:
-    values = {"learning_rate": 1e-2, "max_steps": 3, "epochs": None, "gradient_accumulation_steps": 3}
+    values = {"learning_rate": 1e-2, "max_steps": 2, "epochs": None, "gradient_accumulation_steps": 3}
     return TrainingSection(**{**values, "scheduler": "constant", "warmup_ratio": 0.0, **changes})
 
 
