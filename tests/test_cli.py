@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import errno
+import gc
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -263,3 +266,27 @@ def test_shipped_recipes_are_listed_and_copied_with_their_data(
     capsys.readouterr()
     assert run(monkeypatch, "recipes", names[0][:-1]) == 2
     assert f"did you mean '{names[0]}'?" in capsys.readouterr().err
+
+
+def test_objects_are_collected_as_usual_while_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line puts collection off for the imports; the loop must not run that way."""
+    import tunekit.train
+    from tunekit.cli import WHILE_STARTING
+
+    def stop(*_: object) -> None:
+        raise Reached
+
+    class Reached(Exception):
+        pass
+
+    before = gc.get_threshold()
+    monkeypatch.setattr(tunekit.train, "_prepare", lambda *_: SimpleNamespace(plan=None, state=SimpleNamespace(step=0)))
+    monkeypatch.setattr(tunekit.train, "make_trackers", stop)
+    try:
+        gc.set_threshold(*WHILE_STARTING)
+        session = SimpleNamespace(signals=SimpleNamespace(at_once=lambda _: nullcontext()))
+        with pytest.raises(Reached):
+            tunekit.train._train(session, False)
+        assert gc.get_threshold() == tunekit.train.ORDINARY_COLLECTION
+    finally:
+        gc.set_threshold(*before)

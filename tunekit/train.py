@@ -5,6 +5,7 @@ Comes in: a recipe.  Goes out: the run folder.  Every decision was plan's; this 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,8 @@ from tunekit.training.session import (
     try_longest_batch,
 )
 from tunekit.training.tuned import TunedModel
+
+ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
 def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool) -> None:
@@ -128,6 +131,7 @@ def _train(session: Session, resume: bool) -> None:
     with session.signals.at_once("before training began; nothing was trained"):
         ready = _prepare(session, resume)
     plan, state = ready.plan, ready.state
+    gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = make_trackers(session, state.step)
     with session.console.progress(plan.steps, first_step=state.step) as progress:
         record = make_recorder(session, progress, trackers)
