@@ -13,14 +13,13 @@ from torch import Tensor
 
 from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
-from tests.test_model_families import make_net
+from tests.test_model_families import MODELS, make_net
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
 from tunekit.memory.copying import ThreadCopier, copy_bytes
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import StreamingEngine, make_slots
 from tunekit.model.call import Call, calling
-from tunekit.model.stages import PROVEN
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.training import TrainingSection
@@ -147,7 +146,7 @@ def test_many_drawn_settings_train_alike(folder: Path, number: int) -> None:
     check(folder, drawn(number))
 
 
-@pytest.mark.parametrize("model_type", sorted(PROVEN))
+@pytest.mark.parametrize("model_type", sorted(MODELS))
 def test_every_family_trains_alike(tmp_path: Path, model_type: str) -> None:
     net = make_net(model_type)
     net.save_pretrained(tmp_path)  # type: ignore[operator]

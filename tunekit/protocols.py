@@ -187,17 +187,63 @@ class Engine(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Stages:
-    """A model cut for layer-by-layer execution: embed -> layers -> head input.
-
-    `embed(inputs)` gives the first hidden state (B, T, D) and the keyword arguments that each layer takes;
-    `layers` are called in order with them; `finish(hidden)` is the final norm.
+@dataclass(eq=False)
+class Beside:
+    """A tensor that layers read beside their hidden states, for one micro-batch: what an encoder gave, or what the
+    layer before handed on (T5's position biases). Whoever runs the layers sets `value`, a leaf for those who read it.
     """
 
-    embed: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, Any]]]
+    value: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one layer is called with after its hidden states, for one micro-batch.
+
+    `arguments` and `keywords` hold a Beside in place of each tensor that is one.  `handed_on`: what the layer gives
+    after its hidden states, in order; None where no layer reads it.
+    """
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    handed_on: tuple[Beside | None, ...] = ()
+
+    @property
+    def read(self) -> list[Beside]:
+        """What the layer reads of others, each once."""
+        values = (*self.arguments, *self.keywords.values())
+        return list({id(value): value for value in values if isinstance(value, Beside)}.values())
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that follow one another, each `layer(hidden, call)` -> hidden (B, T, D); the last gives what comes after
+    the stack's final norm.
+
+    `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is what the stack before gave,
+    None for the first.
+    """
+
+    embed: Callable[[dict[str, torch.Tensor], Beside | None], tuple[torch.Tensor, list[LayerCall]]]
     layers: Sequence[torch.nn.Module]
-    finish: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A model cut for layer-by-layer execution: one stack, or an encoder's and then its decoder's."""
+
+    stacks: Sequence[Stack]
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        """The layers of all stacks in order."""
+        return [layer for stack in self.stacks for layer in stack.layers]
+
+    @property
+    def starts(self) -> dict[int, int]:
+        """Number of a layer with which a stack begins -> number of that stack."""
+        counts = [len(stack.layers) for stack in self.stacks]
+        return {sum(counts[:number]): number for number in range(len(counts))}
 
 
 class WindowSource(Protocol):

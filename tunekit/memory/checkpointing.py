@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunekit.memory.offload import BoundaryStore
-from tunekit.model.call import Call, calling, current_call, seed_for
-
-# The seeds of what is drawn outside the layers: embedding dropout before them, an adapted head's dropout after them.
-OUTSIDE_LAYERS, AFTER_LAYERS = -1, -2
+from tunekit.model.call import calling, current_call, seed_layer
 
 
 def prepare_layers(layers: Sequence[nn.Module], checkpointed: int, store: BoundaryStore | None = None) -> None:
@@ -33,11 +30,6 @@ def prepare_layers(layers: Sequence[nn.Module], checkpointed: int, store: Bounda
     for number, layer in enumerate(layers):
         run = _seeded(layer.forward, number)
         layer.forward = _checkpointed(layer, run, number, boundaries) if number < checkpointed else run
-
-
-def seed_layer(call: Call, number: int) -> None:
-    """Seed torch for layer `number`, or for OUTSIDE_LAYERS or AFTER_LAYERS, of this call."""
-    torch.manual_seed(seed_for(call.seed, call.step, call.micro_batch, number))
 
 
 def _seeded(forward: Callable[..., Any], number: int) -> Callable[..., Any]:

@@ -6,13 +6,15 @@ for bit where a trained tensor belongs to one layer, else up to the order of sum
 
 Forward: no graph; the input of each layer is kept. Backward: each layer is computed again from its input, with a graph
 for that layer alone. Source of the order: Pudipeddi et al. 2020 (L2L), arXiv 2002.05645.
+What an encoder gave stays on the device while the decoder's layers run, for each of them reads it; its gradient, like
+that of anything that layers read beside their hidden states, is summed in the order in which one graph would sum it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,14 +22,13 @@ from torch import Tensor, nn
 
 from tunekit.errors import ModelError
 from tunekit.memory.blobs import LayerBlob
-from tunekit.memory.checkpointing import AFTER_LAYERS, OUTSIDE_LAYERS, seed_layer
 from tunekit.memory.copying import Copier, CudaCopier, NoCopies, ThreadCopier
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import SLOTS, LayerSlots
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting
-from tunekit.model.call import Call, calling
+from tunekit.model.call import AFTER_LAYERS, BETWEEN_STACKS, OUTSIDE_LAYERS, Call, calling, seed_layer
 from tunekit.model.placing import placed
-from tunekit.protocols import Batch, Loss, Objective, Stages, Window
+from tunekit.protocols import Batch, Beside, LayerCall, Loss, Objective, Stages, Window
 
 
 def make_slots(
@@ -78,8 +79,28 @@ class Passage:
     batch: Batch
     call: Call
     entered: dict[str, Tensor]  # what the objective calls the network with
-    hidden: Tensor  # (B, T, D) so far; on the way back its gradient
-    keywords: dict[str, Any]  # what every layer is called with
+    hidden: Tensor = field(init=False)  # (B, T, D) so far; on the way back its gradient
+    source: Beside | None = None  # (B, S, D) that the stack before gave
+    calls: list[LayerCall] = field(default_factory=list)  # of the layers of all stacks so far
+
+
+@dataclass
+class Needs:
+    """What a gradient is needed of, since it depends on something trained: seen as the first micro-batch passes."""
+
+    embeddings: list[bool] = field(default_factory=list)  # of each stack
+    layers: list[bool] = field(default_factory=list)  # of each layer: its hidden states
+    handed_on: list[list[bool]] = field(default_factory=list)  # of each layer: what it hands on beside them
+
+    def before(self, number: int, stack: int | None) -> bool:
+        """Of what enters this layer; `stack`: which one begins with it, if any."""
+        return self.layers[number - 1] if stack is None else self.embeddings[stack]
+
+    def learn(self, number: int, stack: int | None, hidden: Tensor, call: LayerCall) -> None:
+        """From what a layer gave, computed with a graph of its own."""
+        self.layers.append(self.before(number, stack) or hidden.requires_grad)
+        values = [None if beside is None else beside.value for beside in call.handed_on]
+        self.handed_on.append([value is not None and value.requires_grad for value in values])
 
 
 class StreamingEngine:
@@ -93,7 +114,7 @@ class StreamingEngine:
         self.loss_scale = 1.0
         self.losses: list[Tensor] = []
         self._stages: Stages | None = None
-        self._trained: list[bool] = []  # of embedding, then of each layer: whether it holds what is trained
+        self._needs: Needs | None = None
 
     def run_window(
         self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
@@ -121,12 +142,13 @@ class StreamingEngine:
         with work.model.unchanged_weights(), work.model.nothing_left():
             for start in range(0, len(entries), self.micro_batches_per_pass):
                 passages = self._forward(work, window.step, entries[start : start + self.micro_batches_per_pass])
+                assert self._needs is not None
                 for passage in passages:
-                    loss = self._turn(work, passage)
+                    loss = self._turn(work, passage, self._needs.layers[-1])
                     losses[passage.index] += loss.total.detach().to(torch.float64)
                     for name, value in loss.metrics.items():
                         metrics[name] += value
-                self._backward(work, passages)
+                self._backward(work, self._needs, passages)
         self.losses = list(losses.values())
         total = torch.zeros_like(work.units)
         for each in self.losses:
@@ -134,55 +156,63 @@ class StreamingEngine:
         return total, dict(metrics)
 
     def _forward(self, work: _Work, step: int, entries: Sequence[tuple[int, int, int, Batch]]) -> list[Passage]:
-        """Embedding and every layer, without a graph. Of the first micro-batch of all a graph is made, layer by layer,
-        to see which of them hold what is trained."""
-        learning = not self._trained
-        passages: list[Passage] = []
-        for index, number, pieces, batch in entries:
-            call = Call(step=step, micro_batch=index + number * PIECE_STRIDE, seed=self.seed)
-            passages.append(self._enter(work, index, pieces, call, batch, learning and not passages))
-        last = len(work.stages.layers) - 1
-        for number, layer in enumerate(work.stages.layers):
+        """Embeddings and every layer, without a graph. Of the first micro-batch of all a graph is made, layer by layer,
+        to see what needs a gradient."""
+        passages = [self._begin(work, step, *entry) for entry in entries]
+        needs, first = (Needs(), passages[0]) if self._needs is None else (self._needs, None)
+        last = len(work.layers) - 1
+        for number in range(len(work.layers)):
+            if number in work.starts:
+                for passage in passages:
+                    self._enter(work, needs, passage, number, passage is first)
             with self.slots.holding(number, min(number + 1, last)):
                 for passage in passages:
-                    self._running(passage)
-                    first = learning and passage is passages[0]
-                    if learning or self._trained_up_to(number):
-                        work.store.put((id(passage), number), passage.hidden, stays=number == last)
-                    with calling(passage.call), torch.set_grad_enabled(first):
-                        seed_layer(passage.call, number)
-                        hidden = layer(passage.hidden, **passage.keywords)
-                    if first:
-                        self._trained.append(hidden.requires_grad)
-                    passage.hidden = hidden.detach()
-                    del hidden
+                    self._through(work, needs, passage, number, passage is first)
+        self._needs = needs  # not before: an attempt that failed half-way has not seen all
         return passages
 
-    def _enter(self, work: _Work, index: int, pieces: int, plain: Call, batch: Batch, first: bool) -> Passage:
-        """What comes before the first layer."""
+    def _begin(self, work: _Work, step: int, index: int, number: int, pieces: int, batch: Batch) -> Passage:
         inputs = work.objective.inputs(batch)
-        with calling(plain):
-            call = work.model.call_for(inputs)
-        with calling(call), torch.set_grad_enabled(first):
-            hidden, keywords = _embedded(work, call, inputs)
-        if first:
-            self._trained.append(hidden.requires_grad)
-        return Passage(index, pieces, batch, call, inputs, hidden.detach(), keywords)
+        with calling(Call(step=step, micro_batch=index + number * PIECE_STRIDE, seed=self.seed)):
+            return Passage(index, pieces, batch, work.model.call_for(inputs), inputs)
 
-    def _trained_up_to(self, number: int) -> bool:
-        """Whether the embedding or a layer up to this one (-1: the embedding alone) holds what is trained."""
-        return any(self._trained[: number + 2])
+    def _enter(self, work: _Work, needs: Needs, passage: Passage, number: int, learning: bool) -> None:
+        """What comes before the first layer of a stack."""
+        if number > 0:
+            passage.source = Beside(passage.hidden.requires_grad_(needs.layers[number - 1]))
+        with calling(passage.call), torch.set_grad_enabled(learning):
+            hidden, calls = _embedded(work, passage, work.starts[number])
+        if learning:
+            needs.embeddings.append(hidden.requires_grad)
+        passage.hidden = hidden.detach()
+        passage.calls += calls
+
+    def _through(self, work: _Work, needs: Needs, passage: Passage, number: int, learning: bool) -> None:
+        """One layer, whose input is kept where it is computed again."""
+        self._running(passage)
+        if learning or needs.layers[number]:
+            work.store.put((id(passage), number), passage.hidden, stays=number == len(work.layers) - 1)
+        call = passage.calls[number]
+        with calling(passage.call), torch.set_grad_enabled(learning):
+            seed_layer(passage.call, number)
+            hidden = work.layers[number](passage.hidden, call)
+        if learning:
+            needs.learn(number, work.starts.get(number), hidden, call)
+        for beside, needed in zip(call.handed_on, needs.handed_on[number], strict=True):
+            if beside is not None and beside.value is not None:
+                beside.value = beside.value.detach().requires_grad_(needed)
+        passage.hidden = hidden.detach()
 
     def _running(self, passage: Passage) -> None:
         if self.splitting is not None:
             self.splitting.running = passage.batch
 
-    def _turn(self, work: _Work, passage: Passage) -> Loss:
+    def _turn(self, work: _Work, passage: Passage, needed: bool) -> Loss:
         """What comes after the last layer, forward and backward; leaves the gradient of the last hidden states."""
         self._running(passage)
-        hidden = passage.hidden.requires_grad_(any(self._trained))
+        hidden = passage.hidden.requires_grad_(needed)
         with calling(passage.call):
-            output = work.model.leaving(work.stages.finish(hidden))
+            output = work.model.leaving(hidden)
             seed_layer(passage.call, AFTER_LAYERS)
             loss = work.objective.loss(output, work.model.head(), passage.batch, work.model.head_parameters())
             value = (loss.total / work.units.to(loss.total.dtype)).sum()
@@ -193,42 +223,65 @@ class StreamingEngine:
         passage.hidden = hidden.grad if hidden.grad is not None else hidden.detach()
         return loss
 
-    def _backward(self, work: _Work, passages: Sequence[Passage]) -> None:
-        """Every layer again, with a graph of its own, down to the lowest that is trained."""
-        for number in reversed(range(len(work.stages.layers))):
-            if not self._trained_up_to(number):
+    def _backward(self, work: _Work, needs: Needs, passages: Sequence[Passage]) -> None:
+        """Every layer again, with a graph of its own, down to the lowest that needs a gradient."""
+        for number in reversed(range(len(work.layers))):
+            if not needs.layers[number]:
                 break
-            goes_on = self._trained_up_to(number - 1)
-            with self.slots.holding(number, max(number - 1, 0) if goes_on else 0):
+            goes_on = number > 0 and needs.layers[number - 1]
+            with self.slots.holding(number, number - 1 if goes_on else 0):
                 for passage, after in zip(passages, [*passages[1:], None], strict=True):
                     coming = (id(passages[0]), number - 1) if after is None else (id(after), number)
-                    self._back_through(work, passage, number, goes_on, coming)
-        if self._trained[0]:
-            for passage in passages:
-                with calling(passage.call):
-                    _embedded(work, passage.call, passage.entered)[0].backward(passage.hidden)  # type: ignore[no-untyped-call]
-        for passage in passages:  # of the first window, layers below the lowest that is trained
-            for number in range(len(work.stages.layers)):
+                    self._back_through(work, needs, passage, number, coming)
+            if number in work.starts:
+                for passage in passages:
+                    _back_below(work, needs, passage, work.starts[number])
+        for passage in passages:  # of the first micro-batch, layers that need none
+            for number in range(len(work.layers)):
                 work.store.drop((id(passage), number))
 
-    def _back_through(self, work: _Work, passage: Passage, number: int, goes_on: bool, coming: tuple[int, int]) -> None:
-        """One layer computed again; its gradients, and that of its input where something below is trained."""
+    def _back_through(self, work: _Work, needs: Needs, passage: Passage, number: int, coming: tuple[int, int]) -> None:
+        """One layer computed again; its gradients, and those of what entered it where something below is trained."""
         self._running(passage)
-        key = (id(passage), number)
-        hidden = work.store.take(key).detach().requires_grad_(goes_on)
+        key, call = (id(passage), number), passage.calls[number]
+        hidden = work.store.take(key).detach().requires_grad_(needs.before(number, work.starts.get(number)))
         work.store.prefetch(coming)
+        above = [(beside, _taken(beside)) for beside in call.handed_on if beside is not None]
+        before = [(beside.value, _taken(beside)) for beside in call.read]
         with calling(passage.call):
             seed_layer(passage.call, number)
-            output = work.stages.layers[number](hidden, **passage.keywords)
-        roots, gradients = [output], [passage.hidden]
+            output = work.layers[number](hidden, call)
+        roots = [(output, passage.hidden), *before, *((beside.value, gradient) for beside, gradient in above)]
         penalty = work.penalty(number)
         if penalty is not None:
-            roots.append(penalty / (work.micro_batches * passage.pieces) * work.loss_scale)
-            gradients.append(torch.ones_like(penalty))
-        torch.autograd.backward(roots, gradients)
+            value = penalty / (work.micro_batches * passage.pieces) * work.loss_scale
+            roots.append((value, torch.ones_like(penalty)))
+        roots = [(root, gradient) for root, gradient in roots if gradient is not None]
+        torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
         work.store.drop(key)
+        for beside, _ in above:
+            beside.value = None
         if hidden.grad is not None:
             passage.hidden = hidden.grad
+
+
+def _taken(beside: Beside) -> Tensor | None:
+    """The gradient that the layers above left; the sum goes on from it as a root of the next graph."""
+    if beside.value is None:
+        return None
+    gradient, beside.value.grad = beside.value.grad, None
+    return gradient
+
+
+def _back_below(work: _Work, needs: Needs, passage: Passage, stack: int) -> None:
+    """What lies below the first layer of a stack: its embedding, and what the stack before gave."""
+    if needs.embeddings[stack]:
+        with calling(passage.call):
+            _embedded(work, passage, stack)[0].backward(passage.hidden)  # type: ignore[no-untyped-call]
+    gradient = None if passage.source is None else _taken(passage.source)
+    if gradient is not None:
+        passage.hidden = gradient
+    passage.source = None
 
 
 class _Work:
@@ -238,10 +291,12 @@ class _Work:
         self, model: Any, stages: Stages, objective: Objective, units: Tensor, micro_batches: int, loss_scale: float
     ) -> None:
         self.model, self.stages, self.objective = model, stages, objective
+        self.layers = stages.layers
+        self.starts = stages.starts
         self.units, self.micro_batches, self.loss_scale = units, micro_batches, loss_scale
         self.store: BoundaryStore = BoundaryStore(None) if model.boundaries is None else model.boundaries
         self._parts: dict[int | None, list[Any]] = defaultdict(list)
-        places = {module: number for number, layer in enumerate(stages.layers) for module in layer.modules()}
+        places = {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
         for part in model.adapter.parts() if model.adapter else []:
             self._parts[places.get(part)].append(part)
 
@@ -251,10 +306,13 @@ class _Work:
         return torch.stack(found).sum() if found else None
 
 
-def _embedded(work: _Work, call: Call, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """(B, T, D), and what every layer is called with."""
-    seed_layer(call, OUTSIDE_LAYERS)
-    return work.stages.embed(work.model.entering(inputs))
+def _embedded(work: _Work, passage: Passage, stack: int) -> tuple[Tensor, list[LayerCall]]:
+    """(B, T, D), and what the layers of the stack are called with."""
+    seed_layer(passage.call, OUTSIDE_LAYERS)
+    inputs = work.model.entering(passage.entered)
+    if stack > 0:
+        seed_layer(passage.call, BETWEEN_STACKS)
+    return work.stages.stacks[stack].embed(inputs, passage.source)
 
 
 def _stages_of(model: Any) -> Stages:

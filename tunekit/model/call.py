@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import torch
+
 from tunekit.model.segments import Segments
+
+# The seeds of what is drawn outside the layers: embedding dropout before them, an adapted head's dropout after them,
+# a decoder's embedding dropout between its own and the encoder's.
+OUTSIDE_LAYERS, AFTER_LAYERS, BETWEEN_STACKS = -1, -2, -3
 
 
 @dataclass(frozen=True)
@@ -56,3 +62,8 @@ def seed_for(*parts: int | str) -> int:
         text = f"{type(part).__name__}:{part}".encode("utf-8", "surrogatepass")
         digest.update(len(text).to_bytes(8, "little") + text)
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def seed_layer(call: Call, number: int) -> None:
+    """Seed torch for layer `number` of this call, or for one of the places outside the layers."""
+    torch.manual_seed(seed_for(call.seed, call.step, call.micro_batch, number))

@@ -1,45 +1,48 @@
-"""A net cut into embed, layers, final norm, so that an engine can run it layer by layer.
+"""A net cut into embed and layers, of one stack or of several, so that an engine can run it layer by layer.
 
-Comes in: the base of a causal net and its list of layers.  Goes out: Stages, or None where the cut is unproven.
+Comes in: what holds a list of layers, and a way to run the base.  Goes out: Stack, or None where the cut is unproven.
 Next: memory/streaming.py. The embed stage runs the base's own forward with recorders in place of the layers, so that
 masks and position embeddings are made by the model's own code, whatever its version.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from tunekit.model.families.structure import call_accepted
-from tunekit.protocols import Stages
+from tunekit.protocols import Beside, LayerCall, Stack
 
 # Families on which tests compare stages with the plain forward bit for bit.
 PROVEN = frozenset(
     [
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite", "phi3"),
         *("olmo2", "smollm3", "starcoder2", "mixtral", "gpt_neox", "gpt2", "phi", "opt", "bloom"),
+        *("t5", "mt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"),
     ]
 )
-NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
-TUPLE_LAYERS = frozenset(["bloom"])  # whose layers give (hidden, ...), and whose bases take the first
+# Families whose layers give a tuple, and how many things follow the hidden states in it.
+HANDED_ON = {"bloom": 1, "t5": 2, "mt5": 2}
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # settings that leave out layers at random
 
 
 class _Recorder(nn.Module):
     """Stands in for a layer: notes what it is called with and hands the hidden states on."""
 
-    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, handed_on: int) -> None:
         super().__init__()
-        self.in_tuple = in_tuple
         object.__setattr__(self, "layer", layer)  # not a child: it must not be moved or saved twice
         self.arguments: tuple[Any, ...] = ()
         self.keywords: dict[str, Any] = {}
         self.hidden: torch.Tensor | None = None
+        self.handed_on = tuple(Beside() for _ in range(handed_on))
 
     def forward(self, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         self.hidden, self.arguments, self.keywords = hidden, arguments, keywords
-        return (hidden, None) if self.in_tuple else hidden
+        return (hidden, *self.handed_on) if self.handed_on else hidden
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -49,38 +52,83 @@ class _Recorder(nn.Module):
 
 
 class StageLayer(nn.Module):
-    """One layer, called with the arguments that the embed stage recorded for it."""
+    """One layer, called as the embed stage recorded; after the last of a stack comes the stack's final norm."""
 
-    def __init__(self, layer: nn.Module, index: int) -> None:
+    finish: Sequence[nn.Module]
+
+    def __init__(self, layer: nn.Module, finish: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.layer, self.index = layer, index
+        self.layer = layer
+        object.__setattr__(self, "finish", finish)  # no part of the layer
 
-    def forward(self, hidden: torch.Tensor, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> torch.Tensor:
-        arguments, keywords = calls[self.index]
-        output = self.layer(hidden, *arguments, **keywords)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    def forward(self, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        arguments = [_value(argument) for argument in call.arguments]
+        output = self.layer(hidden, *arguments, **{name: _value(each) for name, each in call.keywords.items()})
+        if isinstance(output, tuple):
+            output, *others = output
+            for beside, other in zip(call.handed_on, others, strict=False):
+                if beside is not None:
+                    beside.value = other
+        for module in self.finish:
+            output = module(output)
+        return output  # type: ignore[no-any-return]
 
 
-def make_stages(base: nn.Module, layers_name: str, layers: nn.ModuleList, config: Any) -> Stages | None:
-    """Stages of a base whose layers lie in `layers`; None for families that no test has compared."""
-    parent = base.get_submodule(layers_name.split(".", 1)[1].rpartition(".")[0])
-    norm_name = next((name for name in NORM_NAMES if isinstance(getattr(parent, name, None), nn.Module)), None)
-    if config.model_type not in PROVEN or norm_name is None:
-        return None
-    attribute = layers_name.rpartition(".")[2]
+def _value(argument: Any) -> Any:
+    return argument.value if isinstance(argument, Beside) else argument
 
-    def embed(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
-        recorders = nn.ModuleList(_Recorder(layer, config.model_type in TUPLE_LAYERS) for layer in layers)
-        setattr(parent, attribute, recorders)
-        try:
-            call_accepted(base, inputs)
-        finally:
-            setattr(parent, attribute, layers)
+
+def is_proven(config: Any) -> bool:
+    """Whether nets of this kind, with these settings, compute the same layer by layer."""
+    drops = any(getattr(config, name, 0.0) > 0 for name in LAYER_DROPS)
+    return config.model_type in PROVEN and not drops
+
+
+def make_stack(
+    parent: nn.Module,
+    attribute: str,
+    run: Callable[[dict[str, torch.Tensor], torch.Tensor | None], object],
+    finish: Sequence[nn.Module],
+    model_type: str,
+) -> Stack:
+    """The layers that `parent` holds under this name. `run(inputs, source)` calls what embeds and passes them, and
+    `finish` is what it does after the last."""
+    layers: Any = getattr(parent, attribute)
+
+    def embed(inputs: dict[str, torch.Tensor], source: Beside | None) -> tuple[torch.Tensor, list[LayerCall]]:
+        recorders = [_Recorder(layer, HANDED_ON.get(model_type, 0)) for layer in layers]
+        with _in_place(parent, attribute, nn.ModuleList(recorders)):
+            run(inputs, None if source is None else source.value)
         hidden: Any = recorders[0].hidden  # (B, T, D)
-        return hidden, {"calls": [(recorder.arguments, recorder.keywords) for recorder in recorders]}
+        return hidden, _calls(recorders, source)
 
-    def finish(hidden: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = getattr(parent, norm_name)(hidden)  # (B, T, D)
-        return result
+    last = len(layers) - 1
+    return Stack(embed, [StageLayer(layer, finish if index == last else ()) for index, layer in enumerate(layers)])
 
-    return Stages(embed, [StageLayer(layer, index) for index, layer in enumerate(layers)], finish)
+
+@contextmanager
+def _in_place(parent: nn.Module, attribute: str, others: nn.ModuleList) -> Iterator[None]:
+    """A block in which `parent` holds other layers."""
+    layers = getattr(parent, attribute)
+    setattr(parent, attribute, others)
+    try:
+        yield
+    finally:
+        setattr(parent, attribute, layers)
+
+
+def _calls(recorders: Sequence[_Recorder], source: Beside | None) -> list[LayerCall]:
+    """What was recorded, with `source` in place of its value, and of what is handed on only what is read."""
+
+    def replaced(argument: Any) -> Any:
+        return source if source is not None and argument is source.value else argument
+
+    calls = [
+        LayerCall(tuple(map(replaced, each.arguments)), {name: replaced(v) for name, v in each.keywords.items()})
+        for each in recorders
+    ]
+    read = {id(beside) for call in calls for beside in call.read}
+    return [
+        LayerCall(call.arguments, call.keywords, tuple(b if id(b) in read else None for b in recorder.handed_on))
+        for call, recorder in zip(calls, recorders, strict=True)
+    ]

@@ -11,9 +11,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from tunekit.memory.checkpointing import AFTER_LAYERS, OUTSIDE_LAYERS, seed_layer
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting
-from tunekit.model.call import Call, calling
+from tunekit.model.call import AFTER_LAYERS, OUTSIDE_LAYERS, Call, calling, seed_layer
 from tunekit.model.placing import placed
 from tunekit.protocols import Batch, Loss, Objective, Window
 from tunekit.training.tuned import TunedModel

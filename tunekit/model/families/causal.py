@@ -6,6 +6,7 @@ Comes in: a net as transformers builds it.  Goes out: `Family`.  Next: seq2seq.p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from tunekit.model.families.structure import (
     text_config,
 )
 from tunekit.model.heads import TextHead, make_head
-from tunekit.model.stages import make_stages
+from tunekit.model.stages import is_proven, make_stack
 from tunekit.protocols import Stages
+
+FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,18 @@ class Family:
 
     def stages(self, net: nn.Module) -> Stages | None:
         """The net cut for layer-by-layer execution, equal to the plain forward bit for bit; None where unproven."""
-        name, layers = _find_layers(net)
-        return make_stages(net.get_submodule(base_name(net)), name, layers, text_config(net))
+        config, base, name = text_config(net), net.get_submodule(base_name(net)), _find_layers(net)[0]
+        holder, _, attribute = name.rpartition(".")
+        parent = net.get_submodule(holder)
+        norms = [getattr(parent, norm) for norm in FINAL_NORMS if isinstance(getattr(parent, norm, None), nn.Module)]
+        if not is_proven(config) or not norms:
+            return None
+        run = partial(_run_base, base)
+        return Stages([make_stack(parent, attribute, run, norms[:1], config.model_type)])
+
+
+def _run_base(base: nn.Module, inputs: dict[str, torch.Tensor], source: torch.Tensor | None) -> None:
+    call_accepted(base, inputs)
 
 
 def _call(net: nn.Module, method: str) -> Any:

@@ -6,17 +6,21 @@ Comes in: a net as transformers builds it.  Goes out: `Seq2SeqFamily`.  Next: lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from tunekit.errors import ModelError
+from tunekit.model.call import BETWEEN_STACKS, current_call, seed_layer
 from tunekit.model.families.causal import Family
-from tunekit.model.families.structure import call_accepted, last_hidden, name_of
+from tunekit.model.families.structure import call_accepted, last_hidden, name_of, text_config
+from tunekit.model.stages import is_proven, make_stack
 from tunekit.protocols import Stages
 
 OF_DECODER = "decoder_"
+FINISH = ("final_layer_norm", "layer_norm", "dropout")  # BART's dropout is a number, and for embeddings
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,45 @@ class Seq2SeqFamily(Family):
     def hidden(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, T, D) of the decoder after its final norm; no head, no cache, no full logits."""
         encoder, decoder = _stacks(net)
-        of_source = {key: value for key, value in inputs.items() if not key.startswith(OF_DECODER)}
-        source = last_hidden(call_accepted(encoder, of_source))  # (B, S, D)
-        of_answer = {key.removeprefix(OF_DECODER): v for key, v in inputs.items() if key.startswith(OF_DECODER)}
-        of_answer["encoder_hidden_states"] = source
-        if "attention_mask" in inputs:
-            of_answer["encoder_attention_mask"] = inputs["attention_mask"]
-        return last_hidden(call_accepted(decoder, of_answer))
+        source = last_hidden(_read(encoder, inputs))  # (B, S, D)
+        if torch.is_grad_enabled():
+            seed_layer(current_call(), BETWEEN_STACKS)
+        return last_hidden(_answer(decoder, inputs, source))
 
     def takes_positions(self, net: nn.Module) -> bool:
         """Never: an answer of a packed row would see the sources of the others."""
         return False
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """None: two stacks are not one list of layers."""
-        return None
+        """The net cut for layer-by-layer execution, equal to the plain forward bit for bit; None where unproven."""
+        config = text_config(net)
+        if not is_proven(config):
+            return None
+        encoder, decoder = _stacks(net)
+        runs = ((encoder, partial(_read, encoder)), (decoder, partial(_answer, decoder)))
+        return Stages(
+            [make_stack(each, _layer_list(each)[0], run, _finish(each), config.model_type) for each, run in runs]
+        )
+
+
+def _read(encoder: nn.Module, inputs: dict[str, torch.Tensor], source: torch.Tensor | None = None) -> Any:
+    """The encoder's output."""
+    return call_accepted(encoder, {key: value for key, value in inputs.items() if not key.startswith(OF_DECODER)})
+
+
+def _answer(decoder: nn.Module, inputs: dict[str, torch.Tensor], source: torch.Tensor | None) -> Any:
+    """The decoder's output. Shapes: source (B, S, D)."""
+    given: Any = {key.removeprefix(OF_DECODER): v for key, v in inputs.items() if key.startswith(OF_DECODER)}
+    given["encoder_hidden_states"] = source
+    if "attention_mask" in inputs:
+        given["encoder_attention_mask"] = inputs["attention_mask"]
+    return call_accepted(decoder, given)
+
+
+def _finish(stack: nn.Module) -> list[nn.Module]:
+    """What follows a stack's last layer; nothing in those that normalise inside of each."""
+    found = [getattr(stack, name, None) for name in FINISH]
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _stacks(net: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -1,0 +1,188 @@
+"""Encoder-decoders layer by layer against all at once: bit for bit, with an objective that only these tests have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+from tests.loop_case import CPU
+from tests.test_model_families import MODELS
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.memory.blobs import frozen_tensors
+from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.splitting import Splitting
+from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
+from tunekit.model.families import Seq2SeqFamily
+from tunekit.model.load import load_model
+from tunekit.model.stages import PROVEN
+from tunekit.objectives.logprobs import select_positions, summed_loss
+from tunekit.protocols import IGNORED, Batch, Engine, Head, Loss, Window
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.names import settings_class
+from tunekit.training.resident import ResidentEngine
+from tunekit.training.tuned import TunedModel
+
+LAYERS, VOCABULARY = 3, 97
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4, "decoder_start_token_id": 0}
+BART = {"d_model": 32, "max_position_embeddings": 64, "init_std": 0.1, "scale_embedding": True} | {
+    f"{stack}_{name}": size
+    for stack in ("encoder", "decoder")
+    for name, size in {"layers": LAYERS, "attention_heads": 4, "ffn_dim": 48, "layerdrop": 0.0}.items()
+}
+V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+NETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("t5", T5),
+    "t5-v1.1": ("t5", {**T5, **V1_1, "num_decoder_layers": LAYERS - 1}),
+    "mt5": ("mt5", T5),
+    **{name: (name, BART) for name in ("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot")},
+}
+
+
+def make_net(name: str, **changes: Any) -> nn.Module:
+    """Random, large enough for a missing bias or norm to show; biases and norms are not what they start as."""
+    kind, sizes = NETS[name]
+    ids = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    net = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **{**sizes, **ids, **changes}))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return net  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Model folders by name, each written when it is first asked for."""
+
+    class Folders(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            self[name] = tmp_path_factory.mktemp(name)
+            make_net(name).save_pretrained(self[name])  # type: ignore[operator]
+            return self[name]
+
+    return Folders()
+
+
+class Answers:
+    """Sum of -log p(token of the answer | source, tokens before it); labels are the answer's tokens themselves."""
+
+    family, packable, needs_reference = "seq2seq", False, False
+
+    def prepare(self, model: object, window: Window) -> Window:
+        return window
+
+    def units(self, batch: Batch) -> Tensor:
+        return (batch.labels != IGNORED).sum(dtype=torch.float64)[None]
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        width, known = batch.input_ids.shape[1], batch.labels != IGNORED
+        tokens = torch.where(known, batch.labels, 0)
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": (torch.arange(width) < torch.tensor(batch.lengths)[:, None]).long(),
+            "decoder_input_ids": torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1),
+            "decoder_attention_mask": known.long(),
+        }
+
+    def loss(self, output: Tensor, head: Head, batch: Batch, head_parameters: Sequence[Tensor] = ()) -> Loss:
+        labels = batch.labels.flatten()
+        (index,) = torch.nonzero(labels != IGNORED, as_tuple=True)
+        hidden = select_positions(output, index)
+        return Loss(summed_loss(hidden, labels[index], head, 16, head_parameters)[None])
+
+
+def make_window(step: int) -> Window:
+    """Three micro-batches of two rows each, padded in source and answer."""
+    generator = torch.Generator().manual_seed(step)
+    batches = []
+    for number in range(3):
+        source = torch.randint(3, VOCABULARY, (2, 7 + number), generator=generator)
+        labels = torch.randint(3, VOCABULARY, (2, 5 + number), generator=generator)
+        labels[1, 3:] = IGNORED
+        lengths = (source.shape[1], 4 + number)
+        batches.append(Batch(source, torch.zeros_like(source), labels, lengths, False, ((), ()), ((), ())))
+    return Window(step, 0.0, (0, 1, 2), tuple(batches))
+
+
+@dataclass
+class Run:
+    """What two steps left: losses, and each trained tensor's gradients."""
+
+    engine: Engine
+    adapter: AttachedAdapter
+    losses: list[Tensor]
+    gradients: dict[str, list[Tensor]]
+
+
+def run(folder: Path, settings: Any, streaming: dict[str, Any] | None, splitting: Splitting | None = None) -> Run:
+    """Two steps of plain gradient descent from adapters that are not as they start, dropout as the base says."""
+    base = load_model(ModelSection(name_or_path=str(folder), dtype="float32"), device=CPU)
+    layers = [layer for _, layer in base.family.layers(base.net)]
+    weights = [frozen_tensors(layer) for layer in layers]
+    adapter = attach_adapter(base.net, settings, seed=1, head_name=base.family.head_name(base.net))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    prepare_layers(layers, 0)
+    engine: Engine = ResidentEngine(5, splitting)
+    if streaming is not None:
+        pass_size = streaming.get("pass_size", 99)
+        slots = make_slots(weights, CPU, tier="host", poison=True, count=streaming.get("count", 2))
+        stream_layers(layers, slots)
+        engine = StreamingEngine(5, slots, pass_size, splitting)
+    tuned, objective = TunedModel(base, adapter), Answers()
+    losses, gradients = [], {name: list[Tensor]() for name in adapter.trained()}
+    with tuned.training_mode(True):
+        for step in range(2):
+            window = make_window(step)
+            units = torch.stack([objective.units(batch) for batch in window.batches]).sum(0)
+            losses.append(engine.run_window(tuned, objective, window, units, 3)[0])
+            for name, parameter in adapter.trained().items():
+                assert parameter.grad is not None, name
+                gradients[name].append(parameter.grad.clone())
+                with torch.no_grad():
+                    parameter.sub_(parameter.grad * 0.1)
+                parameter.grad = None
+    return Run(engine, adapter, losses, gradients)
+
+
+def adapter_of(method: str, **values: Any) -> Any:
+    return settings_class("adapters", method).model_validate({"method": method, **values})
+
+
+def both(folder: Path, settings: Any, **streaming: Any) -> tuple[Run, Run]:
+    plain, streamed = run(folder, settings, None), run(folder, settings, streaming)
+    assert any(gradient.abs().max() > 0 for each in plain.gradients.values() for gradient in each)
+    return plain, streamed
+
+
+def assert_same(plain: Run, streamed: Run, *, summed_anew: str | None = None) -> None:
+    """Bit for bit, but up to the order of sums where a tensor's name holds `summed_anew`."""
+    if summed_anew is None:
+        assert all(map(torch.equal, plain.losses, streamed.losses))
+    torch.testing.assert_close(plain.losses, streamed.losses, rtol=1e-6, atol=0)
+    for name, gradients in plain.gradients.items():
+        for ours, theirs in zip(gradients, streamed.gradients[name], strict=True):
+            if summed_anew is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+            else:
+                assert torch.equal(ours, theirs), f"{name}: {(ours - theirs).abs().max()}"
+
+
+def test_every_proven_family_is_tested() -> None:
+    assert {kind for kind, _ in NETS.values()} | set(MODELS) == PROVEN
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_family_trains_alike(folders: dict[str, Path], name: str) -> None:
+    """The bases' dropout of 0.1 and the adapter's included."""
+    settings = adapter_of("lora", r=4, dropout=0.1, target_modules="all-linear")
+    assert_same(*both(folders[name], settings, pass_size=2))
