@@ -313,6 +313,26 @@ def test_an_error_in_the_middle_leaves_the_slots_usable(folder: Path) -> None:
     assert same((plain, case))
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_an_error_in_the_very_first_forward_is_not_what_the_engine_learns_from(folder: Path, number: int) -> None:
+    plain = run(folder)
+    case = make_case(folder, make_rows(23), training=training(), streaming={"count": 2})
+    layer, failing = case.model.base.family.layers(case.model.base.net)[number][1], [True]
+    whole = layer.forward
+
+    def forward(*given: Any, **named: Any) -> Any:
+        if failing:
+            failing.clear()
+            raise MemoryError
+        return whole(*given, **named)
+
+    layer.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        case.run()
+    case.run()
+    assert same((plain, case))
+
+
 def test_tensors_begin_at_multiples_of_64_bytes() -> None:
     tensors = [torch.randn(3), torch.randn(5, 7).to(torch.bfloat16), torch.tensor(2.0), torch.ones(9, dtype=torch.int8)]
     expected = [tensor.clone() for tensor in tensors]

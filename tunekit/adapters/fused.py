@@ -28,6 +28,7 @@ from tunekit.model.call import current_call
 from tunekit.model.weights import multiplies_exactly
 
 JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, where they are given the same input
+CROSS = ("encoder_attn",)  # attention modules whose keys and values are of another input than their queries
 GATED = ("gate_proj", "up_proj", "down_proj")
 Group = tuple[str, ...]  # module names
 
@@ -43,9 +44,10 @@ def find_groups(net: nn.Module, modules: Mapping[str, nn.Module], settings: Any,
     groups: list[Group] = []
     for parent, own_names in children.items():
         whole = own_names & set(GATED) and is_gated_mlp(net.get_submodule(parent))
-        sets = [GATED] if whole and own_names >= set(GATED) else []
-        widths = {inputs[f"{parent}.{own}"] for own in own_names & set(JOINED)}
-        sets += [JOINED] if len(widths) == 1 and len(own_names & set(JOINED)) > 1 else []
+        sets: list[Group] = [GATED] if whole and own_names >= set(GATED) else []
+        joined = JOINED[1:] if parent.rpartition(".")[2] in CROSS else JOINED
+        widths = {inputs[f"{parent}.{own}"] for own in own_names & set(joined)}
+        sets += [joined] if len(widths) == 1 and len(own_names & set(joined)) > 1 else []
         together = [tuple(own for own in each if own in own_names) for each in sets]
         alone = own_names - {own for each in together for own in each}
         together += [(own,) for own in sorted(alone)]

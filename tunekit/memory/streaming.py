@@ -141,21 +141,22 @@ class StreamingEngine:
         ]
         with work.model.unchanged_weights(), work.model.nothing_left():
             for start in range(0, len(entries), self.micro_batches_per_pass):
-                passages = self._forward(work, window.step, entries[start : start + self.micro_batches_per_pass])
-                assert self._needs is not None
+                passages, needs = self._forward(work, window.step, entries[start : start + self.micro_batches_per_pass])
                 for passage in passages:
-                    loss = self._turn(work, passage, self._needs.layers[-1])
+                    loss = self._turn(work, passage, needs.layers[-1])
                     losses[passage.index] += loss.total.detach().to(torch.float64)
                     for name, value in loss.metrics.items():
                         metrics[name] += value
-                self._backward(work, self._needs, passages)
+                self._backward(work, needs, passages)
         self.losses = list(losses.values())
         total = torch.zeros_like(work.units)
         for each in self.losses:
             total += each / work.units
         return total, dict(metrics)
 
-    def _forward(self, work: _Work, step: int, entries: Sequence[tuple[int, int, int, Batch]]) -> list[Passage]:
+    def _forward(
+        self, work: _Work, step: int, entries: Sequence[tuple[int, int, int, Batch]]
+    ) -> tuple[list[Passage], Needs]:
         """Embeddings and every layer, without a graph. Of the first micro-batch of all a graph is made, layer by layer,
         to see what needs a gradient."""
         passages = [self._begin(work, step, *entry) for entry in entries]
@@ -169,7 +170,7 @@ class StreamingEngine:
                 for passage in passages:
                     self._through(work, needs, passage, number, passage is first)
         self._needs = needs  # not before: an attempt that failed half-way has not seen all
-        return passages
+        return passages, needs
 
     def _begin(self, work: _Work, step: int, index: int, number: int, pieces: int, batch: Batch) -> Passage:
         inputs = work.objective.inputs(batch)
