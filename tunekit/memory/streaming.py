@@ -45,6 +45,7 @@ def make_slots(
     if tier == "host":
         for blob in blobs:
             blob.gather(pinned=device.type == "cuda", mapped=mapped)
+            blob.unbind(device)  # so that no layer is held twice for longer than it is copied
     return LayerSlots(blobs, _make_copier(device, mapped), device, count=count, poison=poison)
 
 
@@ -126,6 +127,7 @@ class StreamingEngine:
                     losses[passage.index] += loss.total.detach().to(torch.float64)
                     for name, value in loss.metrics.items():
                         metrics[name] += value
+                    del loss  # its graph must not live on
                 self._backward(work, passages)
         self.losses = list(losses.values())
         total = torch.zeros_like(work.units)
