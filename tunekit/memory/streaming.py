@@ -62,6 +62,19 @@ def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:
         layer.forward = _held(layer.forward, number, (number + 1) % len(layers), slots)
 
 
+def gather_on_host(embedding: nn.Module, device: torch.device) -> None:
+    """Keep a token embedding on the host: the rows of a batch's ids are gathered there and sent to the device, which
+    never holds the table.    Shapes: ids (B, T) on the device -> (B, T, D) there."""
+    embedding.to("cpu")
+    plain = embedding.forward
+
+    def gathered(ids: Tensor) -> Tensor:
+        rows: Tensor = plain(ids.to("cpu"))  # (B, T, D)
+        return placed(rows, device)
+
+    embedding.forward = gathered
+
+
 def _held(forward: Any, number: int, then: int, slots: LayerSlots) -> Any:
     def run(*inputs: Any, **named: Any) -> Any:
         with slots.holding(number, then):
