@@ -1,4 +1,4 @@
-"""`memory.streaming` in whole runs: the files that runs without it leave, of every kind of base, and what is refused."""
+"""`memory.streaming` in whole runs: the files that other runs leave, of every kind of base, and what is refused."""
 
 from __future__ import annotations
 
