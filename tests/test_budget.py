@@ -70,7 +70,11 @@ def test_no_other_setting_that_fits_is_faster(seed: int) -> None:
 
     found = fastest(freedom, WORKLOAD.relative_time, peak, limit)
     fewest, most = layer_range(freedom.gradient_checkpointing, freedom.layers)
-    every = [replace(start, checkpointed_layers=n) for start in freedom.grid() for n in range(fewest, most + 1)]
+    every = [
+        replace(start, checkpointed_layers=n)
+        for start in freedom.grid()
+        for n in (range(fewest, most + 1) if start.streaming == "off" else [0])
+    ]
     fitting = [choice for choice in every if some_peak(choice) <= limit]
     if not fitting:
         assert found is None
@@ -93,10 +97,8 @@ def test_time_grows_with_everything_that_saves_memory() -> None:
         assert WORKLOAD.relative_time(slower) > WORKLOAD.relative_time(base)
     every, none = replace(base, checkpointed_layers=12), base
     assert WORKLOAD.relative_time(every) - WORKLOAD.relative_time(none) == pytest.approx(0.5)
-    full_step = replace(WORKLOAD, step_tokens=10_000)
-    assert full_step.relative_time(replace(base, streaming="host")) < WORKLOAD.relative_time(
-        replace(base, streaming="host")
-    )
+    streamed = replace(base, streaming="host")
+    assert WORKLOAD.relative_time(replace(streamed, pass_micro_batches=2)) < WORKLOAD.relative_time(streamed)
 
 
 def test_tokens_that_hide_a_transfer() -> None:
@@ -197,7 +199,8 @@ def test_what_the_recipe_writes_is_obeyed(recipe: Path) -> None:
 
 
 def test_an_impossible_budget_names_changes_that_do_what_they_say(recipe: Path) -> None:
-    plan, _ = plan_of(recipe, "memory.budget=55MiB", "memory.gradient_checkpointing=false", "adapter.r=32")
+    written = ("memory.budget=55MiB", "memory.streaming=off")
+    plan, _ = plan_of(recipe, *written, "memory.gradient_checkpointing=false", "adapter.r=32")
     (refusal,) = plan.refusals
     assert (refusal.key, refusal.exit_code) == ("memory.budget", 4)
     assert "\n" not in refusal.message
@@ -208,7 +211,7 @@ def test_an_impossible_budget_names_changes_that_do_what_they_say(recipe: Path) 
     for key, value, saved, needs in found:
         assert smallest - float(saved.split()[0]) == pytest.approx(float(needs), abs=0.2)
         overrides = {"memory.gradient_checkpointing": "false", "adapter.r": "32"} | {key: value}
-        changed, _ = plan_of(recipe, "memory.budget=55MiB", *(f"{name}={given}" for name, given in overrides.items()))
+        changed, _ = plan_of(recipe, *written, *(f"{name}={given}" for name, given in overrides.items()))
         (again,) = changed.refusals
         new = float(re.findall(r"needs ([0-9.]+) MiB, and", again.message)[0])
         assert new == pytest.approx(float(needs), abs=0.3), f"{key}: {value} is what it was said to be"
@@ -335,8 +338,9 @@ def test_where_scores_are_kept_a_long_row_counts_more_than_its_tokens(tmp_path: 
     by_tokens = ("~training.micro_batch_size", "training.micro_batch_tokens=400", "model.dtype=float32")
     for attention, rows in (("sdpa", 2), ("eager", 1)):
         _, prepared = plan_of(recipe, *by_tokens, f"model.attention={attention}")
-        shape = prepared.largest_batch.input_ids.shape
-        assert (shape[0] >= rows) if rows > 1 else (shape[0] == 1 and shape[1] > 300), (attention, shape)
+        batch = prepared.largest_batch
+        count = sum(len(row) for row in batch.row_ids)  # rows may lie end to end
+        assert (count >= rows) if rows > 1 else (count == 1 and batch.tokens > 300), (attention, batch.row_ids)
 
 
 def test_plans_of_a_budget_survive_json(recipe: Path) -> None:

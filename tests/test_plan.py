@@ -156,12 +156,14 @@ def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path, tiny_llama: Pat
 
 
 def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, _ = plan_of(recipe, "data.packing=true", "data.max_length=512", "memory.gradient_checkpointing=false")
-    every, _ = plan_of(recipe, "data.packing=true", "data.max_length=512", "memory.gradient_checkpointing=true")
-    one, _ = plan_of(recipe, "data.packing=true", "data.max_length=512", "memory.gradient_checkpointing=1")
+    longer = ("data.packing=true", "data.max_length=512")
+    plain, _ = plan_of(recipe, *longer, "memory.gradient_checkpointing=false")
+    every, _ = plan_of(recipe, *longer, "memory.gradient_checkpointing=true")
+    one, _ = plan_of(recipe, *longer, "memory.gradient_checkpointing=1")
     assert [plan.checkpointed_layers for plan in (plain, one, every)] == [0, 1, 2]
-    assert plain.peak_bytes.total > one.peak_bytes.total >= every.peak_bytes.total
-    overrides = ("data.packing=true", "data.max_length=512", "memory.gradient_checkpointing=auto")
+    assert plain.peak_bytes.total > one.peak_bytes.total
+    assert every.peak_bytes.total == pytest.approx(one.peak_bytes.total, rel=0.01), "the last layer saves nothing"
+    overrides = (*longer, "memory.gradient_checkpointing=auto")
     for available, layers, refused in (
         (plain.peak_bytes.total, 0, False),
         (one.peak_bytes.total, 1, False),
@@ -178,10 +180,10 @@ def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatc
 def test_all_problems_are_told_at_once(recipe: Path, tmp_path: Path) -> None:
     (recipe.parent / "train.jsonl").write_text("{}\n")
     with pytest.raises(TunekitError) as caught:
-        plan_of(recipe, "adapter.target_modules=[q_prj]", "memory.streaming=disk")
+        plan_of(recipe, "adapter.target_modules=[q_prj]", "model.quantization=int8", "memory.mlp_tile_tokens=64")
     text = str(caught.value)
     assert caught.value.exit_code == 2
-    for words in ("did you mean 'q_proj'", "memory.streaming", "train.jsonl:1"):
+    for words in ("did you mean 'q_proj'", "memory.mlp_tile_tokens", "train.jsonl:1"):
         assert words in text
 
 
@@ -225,13 +227,11 @@ def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPat
         assert not plan.refusals
 
 
-def test_four_bits_need_bitsandbytes_on_a_gpu_only(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_bits_do_without_bitsandbytes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunekit.training.refusals.find_spec", lambda name: None)
-    wanted = load_recipe(recipe, ["model.quantization=nf4"]).recipe
-    assert not list(library_problems(wanted, torch.device("cpu")))
-    (problem,) = library_problems(wanted, torch.device("cuda"))
-    assert (problem.key, problem.what) == ("model.quantization", "nf4 needs bitsandbytes")
-    assert problem.how == "run: pip install bitsandbytes, or write int8_weight_only or none"
+    assert not list(library_problems(load_recipe(recipe, ["model.quantization=nf4"]).recipe))
+    (problem,) = library_problems(load_recipe(recipe, ["model.quantization=int8"]).recipe)
+    assert (problem.key, problem.what) == ("model.quantization", "int8 needs bitsandbytes")
 
 
 def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,11 +128,11 @@ def test_a_generation_metric_turns_generation_on(tmp_path: Path) -> None:
 def test_what_cannot_be_obeyed_is_named(tmp_path: Path) -> None:
     text = (
         SMALL.replace("model: m", "model: {name_or_path: m, family: speech}")
-        + "memory: {streaming: disk, budget: 8GiB}\n"
+        + "memory: {activation_offload: true, gradient_checkpointing: false}\n"
     )
     assert [problem.key for problem in refuse_unsupported(load(text, tmp_path))] == [
         "model.family",
-        "memory.streaming",
+        "memory.activation_offload",
     ]
     assert refuse_unsupported(load(SMALL, tmp_path)) == []
 

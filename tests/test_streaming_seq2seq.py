@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tunekit.objectives.logprobs import select_positions, summed_loss
 from tunekit.protocols import IGNORED, Batch, Engine, Head, Loss, Window
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import settings_class
+from tunekit.training.engines import host_embedding
 from tunekit.training.resident import ResidentEngine
 from tunekit.training.tuned import TunedModel
 
@@ -258,6 +259,14 @@ def test_evaluation_finds_each_layer_in_its_slot(folders: dict[str, Path]) -> No
         with torch.no_grad(), tuned.training_mode(False):
             found.append(tuned.hidden(inputs))
     assert torch.equal(*found)
+
+
+def test_the_tables_of_two_stacks_stay_on_a_gpu(tmp_path: Path) -> None:
+    """Each stack looks up in a module of its own, and none of them is the one that the net names."""
+    make_net("bart", tie_word_embeddings=False).save_pretrained(tmp_path)  # type: ignore[operator]
+    base = load_model(ModelSection(name_or_path=str(tmp_path), dtype="float32"), device=CPU)
+    assert not base.family.tied(base.net)
+    assert host_embedding(replace(base, device=torch.device("cuda"))) is None
 
 
 @pytest.mark.parametrize("setting", ["encoder_layerdrop", "decoder_layerdrop"])

@@ -97,7 +97,7 @@ def make_plan(
     recipe, device = loaded.recipe, device or make_devices().device
     findings = Findings(loaded)
     findings.add(refuse_unsupported(recipe))
-    findings.add([*refusals.library_problems(recipe, device), *refusals.device_problems(recipe, device)])
+    findings.add([*refusals.library_problems(recipe), *refusals.device_problems(recipe, device)])
     if check_folder:
         findings.add(list(refusals.folder_problems(recipe)))
     inputs = _read_inputs(recipe, device, findings)

@@ -18,13 +18,14 @@ from tunekit.adapters.fused import use_liger
 from tunekit.decisions import StepRecord
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
+from tunekit.memory.offload import make_store
 from tunekit.model.load import LoadedModel
 from tunekit.objectives.base import make_objective
 from tunekit.protocols import Engine
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.training.compiling import compilable, compile_layers
 from tunekit.training.devices import make_devices
+from tunekit.training.engines import make_engine, stream_base
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.training.parts import LoopParts, LoopState
@@ -68,21 +69,20 @@ def _parts(
     head = base.family.head_name(base.net)
     adapter = attach_adapter(base.net, adapter_settings(row), seed=0, head_name=head, device=device)
     begin_alike(adapter.trained().items())
-    prepare_layers(layers, checkpointed if row.engine == "resident" else 0)
+    store = make_store("auto", device)
+    prepare_layers(layers, checkpointed if row.engine == "resident" else 0, store)
     if row.kernels == "liger":
         use_liger(base.net)
     compile_layers(forwards)
     engine: Engine = ResidentEngine(0)
     if row.engine != "resident":
-        slots = make_slots(frozen, device, tier=row.engine)
-        stream_layers(layers, slots)
-        engine = StreamingEngine(0, slots, row.pass_size)
+        engine = make_engine(0, stream_base(replace(base, device=device), frozen, row.engine), row.pass_size)
     training = training_section(row)
     groups = [Group(tuple(names), rate, decays) for names, rate, decays in adapter.groups(training)]
     optimizer = Optimizer(training, groups, adapter.trained())
     records: list[StepRecord] = []
     parts = LoopParts(
-        model=TunedModel(replace(base, device=device), adapter),
+        model=TunedModel(replace(base, device=device), adapter, store),
         objective=make_objective(SftSettings(), logits_chunk_tokens=logits_chunk_tokens(base.facts.vocabulary_size)),
         engine=engine,
         optimizer=optimizer,

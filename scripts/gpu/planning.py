@@ -22,6 +22,7 @@ from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.weights import element_count, stored_bytes, weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.planned_memory import logits_chunk_tokens
@@ -30,6 +31,7 @@ from tunekit.training.simulation import SimulatedRun
 CARD_BYTES = 78 * 2**30  # of an H100, where there is none to ask
 SPARE_SHARE = 0.06  # for what the allocator reserves beyond tensors, and the libraries' own
 LIKELY_SHARE = 0.5  # of the product ceiling, for the expected minutes
+MOST_TOGETHER = 2  # micro-batches of a pass that are simulated: of more, the inputs lie on the host as well
 START_SECONDS, DRAWN_BYTES_PER_SECOND = 45.0, 20e9
 
 
@@ -90,27 +92,19 @@ def layer_bytes(base: LoadedModel) -> list[int]:
 
 
 def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[str, int]:
-    """Peak bytes by part on `device`, for this number of recomputed layers; of streamed rows with their slots."""
+    """Peak bytes by part on `device`, for this number of recomputed layers; of streamed rows with their slots, and with
+    the layers' inputs on the host."""
     run_device = torch.device("cuda") if device.type != "cpu" else device
     with configuration_folder(row.model) as folder:
         section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
-        chunk = logits_chunk_tokens(base.facts.vocabulary_size)
-        run = SimulatedRun(section, adapter_settings(row), SftSettings(), training_section(row), chunk, run_device)
-        step = run.training_step(micro_batch(row, 0, 0), checkpointed)
+        chunk, tier = logits_chunk_tokens(base.facts.vocabulary_size), "off" if row.engine == "resident" else row.engine
+        settings = (section, adapter_settings(row), SftSettings(), training_section(row), chunk, run_device)
+        run = SimulatedRun(*settings, MemorySection(), tier)
+        together = 1 if tier == "off" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
+        step = run.training_step(micro_batch(row, 0, 0), checkpointed if tier == "off" else 0, together)
     peak = peak_bytes(Work(step, row.steps), run_device)
     parts = {name: getattr(peak, name) for name in ("weights", "adapter", "optimizer", "activations", "logits")}
-    return streamed(row, base, parts) if row.engine != "resident" else parts | {"total": peak.total}
-
-
-def streamed(row: Row, base: LoadedModel, parts: dict[str, int]) -> dict[str, int]:
-    """The parts of a resident step with every layer recomputed, changed to those of a streamed one: slots stand for
-    the layers, and every micro-batch of a pass keeps each layer's input."""
-    layers = layer_bytes(base)
-    slots = min(SLOTS, len(layers)) * max(layers)
-    boundary = row.rows * row.length * int(text_config(base.net).hidden_size) * base.dtype.itemsize
-    kept = (min(row.micro_batches, row.pass_size) - 1) * (len(layers) + 1) * boundary
-    parts = parts | {"weights": parts["weights"] - sum(layers) + slots, "activations": parts["activations"] + kept}
-    return parts | {"total": sum(parts.values())}
+    return parts | {"total": peak.total}
 
 
 def chosen_layers(row: Row, device: torch.device) -> tuple[int, dict[str, int]]:

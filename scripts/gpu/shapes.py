@@ -107,7 +107,7 @@ ROWS: list[Row] = [
     Row("8b-nf4-small", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, checkpointing="every"),
     Row("8b-nf4-small-peft", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, checkpointing="every", **PEFT),
     Row("8b-nf4-streamed", "G4", model="llama-3.1-8b", **NF4, **STREAMED),
-    Row("8b-nf4-small-streamed", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, engine="host",
+    Row("8b-nf4-small-streamed", "G4", model="llama-3.1-8b", **NF4, rows=1, micro_batches=2, length=2048, engine="host",
         checkpointing="every"),
     Row("8b-nf4-24gb", "G4", **FULL_8B, **NF4, cap_bytes=24 * GIB),
     Row("bloomz-streamed", "G1", model="bloomz-7b1", **SEED, **STREAMED),
@@ -120,7 +120,7 @@ ROWS: list[Row] = [
     Row("32b-nf4", "G5", model="qwen2.5-32b", **NF4, rows=2, micro_batches=2, steps=5),
     Row("32b-nf4-peft", "G5", model="qwen2.5-32b", **NF4, rows=2, micro_batches=2, steps=5, **PEFT),
     Row("70b-nf4", "G5", model="llama-70b", **NF4, micro_batches=8, steps=4),
-    Row("70b-nf4-streamed", "G5", model="llama-70b", **NF4, **STREAMED, pass_size=1, steps=4),
+    Row("70b-nf4-streamed", "G5", model="llama-70b", **NF4, **(STREAMED | {"micro_batches": 16}), length=2048, steps=4),
     Row("70b-nf4-peft", "G5", model="llama-70b", **NF4, micro_batches=8, steps=4, **PEFT),
     Row("3b-qv", "G10", model="llama-3.2-3b", rows=4, length=768, r=32, targets="q_proj,v_proj", checkpointing=0),
     Row(

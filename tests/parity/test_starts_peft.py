@@ -26,7 +26,7 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor, nn
 
 from tests.loop_case import ListedRows
-from tests.parity.peft_case import BASES, close
+from tests.parity.peft_case import BASES, TOLERANCE, close
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.data.batches import BatchSettings, TrainingWindows
 from tunekit.model.load import LoadedModel, load_model
@@ -131,9 +131,9 @@ def compare(adapter: AttachedAdapter, theirs: nn.Module, *, signs: bool) -> None
     assert mine.keys() == other.keys()
     for name, (a, b, residual) in mine.items():
         their_a, their_b, their_residual = other[name]
-        if signs:
-            close(a.abs(), their_a.abs())
-            close(b.abs(), their_b.abs())
+        if signs:  # a vector turns by the gradient's rounding (9e-7 from float64) over the gap to its neighbour
+            for left, right in ((a, their_a), (b, their_b)):
+                torch.testing.assert_close(left.abs(), right.abs(), rtol=0, atol=3 * TOLERANCE)
         else:
             close(b @ a, (their_b @ their_a).float())
             close(residual, their_residual)

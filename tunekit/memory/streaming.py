@@ -46,6 +46,7 @@ def make_slots(
     if tier == "host":
         for blob in blobs:
             blob.gather(pinned=device.type == "cuda", mapped=mapped)
+            blob.unbind(device)  # so that no layer is held twice for longer than it is copied
     return LayerSlots(blobs, _make_copier(device, mapped), device, count=count, poison=poison)
 
 
@@ -60,6 +61,19 @@ def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:
     changes nothing."""
     for number, layer in enumerate(layers):
         layer.forward = _held(layer.forward, number, (number + 1) % len(layers), slots)
+
+
+def gather_on_host(embedding: nn.Module, device: torch.device) -> None:
+    """Keep a token embedding on the host: the rows of a batch's ids are gathered there and sent to the device, which
+    never holds the table.    Shapes: ids (B, T) on the device -> (B, T, D) there."""
+    embedding.to("cpu")
+    plain = embedding.forward
+
+    def gathered(ids: Tensor) -> Tensor:
+        rows: Tensor = plain(ids.to("cpu"))  # (B, T, D)
+        return placed(rows, device)
+
+    embedding.forward = gathered
 
 
 def _held(forward: Any, number: int, then: int, slots: LayerSlots) -> Any:
@@ -147,6 +161,7 @@ class StreamingEngine:
                     losses[passage.index] += loss.total.detach().to(torch.float64)
                     for name, value in loss.metrics.items():
                         metrics[name] += value
+                    del loss  # its graph must not live on
                 self._backward(work, needs, passages)
         self.losses = list(losses.values())
         total = torch.zeros_like(work.units)

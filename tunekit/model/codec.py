@@ -11,6 +11,8 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -58,6 +60,16 @@ def _uncompiled(function: Any = None, **_settings: Any) -> Any:
     return function if function is not None else (lambda wrapped: wrapped)
 
 
+def unpacks_itself(device: torch.device) -> bool:
+    """Whether four bits are packed and unpacked by four_bit.py: on a CPU, and where bitsandbytes is not installed."""
+    return device.type == "cpu" or not _has_bitsandbytes()
+
+
+@cache
+def _has_bitsandbytes() -> bool:
+    return find_spec("bitsandbytes") is not None
+
+
 def packed_shapes(
     shape: tuple[int, int], quantization: str, double_quantization: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -86,7 +98,7 @@ def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> 
         return _pack_rows(matrix)
     if quantization == "fp8":
         return fp8.pack(matrix)
-    if matrix.device.type == "cpu":
+    if unpacks_itself(matrix.device):
         return four_bit.pack(matrix, quantization, double_quantization)
     functional = import_bitsandbytes().functional
     packed, state = functional.quantize_4bit(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tunekit.errors import ModelError
+from tunekit.errors import ModelError, TunekitError
 from tunekit.recipe.model import ModelSection
 
 
@@ -23,7 +23,7 @@ class ModelErrors:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, ModelError):
+        if error is None or not isinstance(error, Exception) or isinstance(error, TunekitError):
             return
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return

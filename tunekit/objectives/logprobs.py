@@ -78,9 +78,9 @@ def _chunk_loss_and_gradient(
     work, column = logits.detach(), targets[:, None]  # (N, V), (N, 1)
     aimed = work.gather(1, column)  # (N, 1)
     largest = work.amax(dim=-1, keepdim=True)  # (N, 1)
-    torch.softmax(work, dim=-1, out=work)
-    normalizer = largest - work.amax(dim=-1, keepdim=True).log()  # the largest logit's chance is exp(it - normalizer)
-    loss = (normalizer - aimed).sum()
+    total = work.sub_(largest).exp_().sum(dim=-1, keepdim=True)  # (N, 1)
+    loss = (total.log() + largest - aimed).sum()
+    work.div_(total)
     work.scatter_add_(1, column, torch.full_like(aimed, -1))
     return loss, torch.autograd.grad(logits, [inputs, *parameters], grad_outputs=work)
 

@@ -96,7 +96,7 @@ def _changes(recipe: Recipe, forecast: Forecast, choice: Choice) -> Iterator[Cha
         yield Change("evaluation.batch_size", 1, _one_evaluation_row)
     yield from _changes_of_base(recipe, forecast)
     training = forecast.run.training
-    if training.optimizer == "adamw" and _is_possible(recipe, forecast.run.device, "training", optimizer="adamw_8bit"):
+    if training.optimizer == "adamw" and _is_possible(recipe, "training", optimizer="adamw_8bit"):
         section = training.model_copy(update={"optimizer": "adamw_8bit"})
         yield Change("training.optimizer", "adamw_8bit", lambda given: _with_run(given, training=section))
     rank = getattr(forecast.run.adapter, "r", None)
@@ -112,7 +112,7 @@ def _changes_of_base(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
         yield _base_change("dtype", "bfloat16", forecast.run.device)
     for name in ("int8_weight_only", "nf4"):
         wanted = model.quantization == "none" or (name == "nf4" and model.quantization.startswith("int8"))
-        if wanted and _is_possible(recipe, forecast.run.device, "model", quantization=name):
+        if wanted and _is_possible(recipe, "model", quantization=name):
             yield _base_change("quantization", name, forecast.run.device)
 
 
@@ -137,11 +137,11 @@ def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
         yield Change("data.max_length", half, lambda given: _cut_to(given, half))
 
 
-def _is_possible(recipe: Recipe, device: torch.device, section: str, **values: Any) -> bool:
+def _is_possible(recipe: Recipe, section: str, **values: Any) -> bool:
     """Whether the recipe would be obeyed with other values in a section."""
     changed = getattr(recipe, section).model_copy(update=values)
     other = recipe.model_copy(update={section: changed})
-    return not refuse_unsupported(other) and not list(library_problems(other, device))
+    return not refuse_unsupported(other) and not list(library_problems(other))
 
 
 def _same(forecast: Forecast) -> Forecast:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import Splitting
-from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
+from tunekit.memory.streaming import StreamingEngine, gather_on_host, make_slots, stream_layers
 from tunekit.model.load import LoadedModel
 from tunekit.protocols import Engine
 from tunekit.training.resident import ResidentEngine
@@ -37,5 +37,18 @@ def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: st
     if tier == "off":
         return None
     slots = make_slots(weights, base.device, tier=tier, mapped=base.mapped)
+    embedding = host_embedding(base)
+    if embedding is not None:
+        gather_on_host(embedding, base.device)
     stream_layers([layer for _, layer in base.family.layers(base.net)], slots)
     return slots
+
+
+def host_embedding(base: LoadedModel) -> nn.Module | None:
+    """The token embedding, where a streamed base keeps it on a GPU's host: neither the head's matrix nor adapted."""
+    name = base.family.embedding_name(base.net)
+    several = base.family.reads_source  # each of two stacks then looks up in a module of its own
+    if base.device.type == "cpu" or name is None or several or base.family.tied(base.net):
+        return None
+    embedding = base.net.get_submodule(name)
+    return embedding if isinstance(embedding, nn.Embedding) else None

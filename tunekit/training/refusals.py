@@ -26,10 +26,10 @@ from tunekit.recipe.recipe import Recipe
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
 
 
-def library_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
-    """Libraries that the recipe needs on this device and that are not installed."""
+def library_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Libraries that the recipe needs and that are not installed."""
     if find_spec("bitsandbytes") is None:
-        free = ("none", "int8_weight_only", "fp8", *(FOUR_BIT if device.type == "cpu" else ()))
+        free = ("none", "int8_weight_only", "fp8", *FOUR_BIT)
         if recipe.model.quantization not in free:
             how = f"run: pip install bitsandbytes, or write {', '.join(free[1:])} or none"
             yield Problem(f"{recipe.model.quantization} needs bitsandbytes", how, key="model.quantization")
@@ -162,5 +162,7 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
     if recipe.model.quantization == "fp8":
         slow = "" if device.type == "cuda" else "; without float8 units it is slow: for trying a recipe out"
         yield f"warning: fp8 is approximate: weights and inputs of linear layers are rounded to 8 bits{slow}"
+    if recipe.model.quantization in FOUR_BIT and device.type == "cuda" and find_spec("bitsandbytes") is None:
+        yield "bitsandbytes is not installed: weights are unpacked by plain torch, the same bits, but slower"
     if device.type == "cuda":
         yield "predicted bytes are allocated ones; what the allocator reserves beyond them is not predicted"

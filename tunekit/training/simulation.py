@@ -28,7 +28,7 @@ from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import AdapterSettings, ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.engines import make_engine
+from tunekit.training.engines import host_embedding, make_engine
 from tunekit.training.evaluation import undisturbed
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.training.tuned import TunedModel
@@ -140,7 +140,10 @@ class SimulatedRun:
         net = tuned.base.net
         with tracker.counting_as("adapter"):  # where state() detaches a tensor, that alone brings it to notice
             tracker.adopt(tuned.adapter.state().values(), "adapter")
-        tracker.adopt([*net.parameters(), *net.buffers()], "weights")
+        on_host = None if slots is None or self.device.type == "cpu" else host_embedding(tuned.base)
+        there = set() if on_host is None else {id(tensor) for tensor in on_host.parameters()}
+        weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
+        tracker.adopt(weights, "weights")
         if slots is not None:
             waiting = slots.waiting = torch.empty(self._waiting_bytes(slots), dtype=torch.uint8, device="meta")
             tracker.adopt([*(slot.memory for slot in slots.slots), waiting], "weights")

@@ -37,7 +37,9 @@ def streaming_obstacle(recipe: Recipe, base: LoadedModel, device: torch.device) 
         return "a GGUF file holds no tensors of the net's names"
     if recipe.model.trust_remote_code:
         return "a base with code of its own is read by transformers alone"
-    if isinstance(getattr(recipe.adapter, "start", None), CalibratedStart) and device.type != "cpu":
+    looks = isinstance(getattr(recipe.adapter, "start", None), CalibratedStart)
+    looks = looks or getattr(recipe.adapter, "first_values", None) == "text"  # a prefix of a text
+    if looks and device.type != "cpu":
         return "the adapter's start computes with the whole base on the device"
     if recipe.training.compile is True:
         return "training.compile compiles layers that stay where they are"

@@ -1,0 +1,199 @@
+"""`memory.streaming` in whole runs: the files that other runs leave, of every kind of base, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import write_tiny_llama
+from tests.train_case import write_recipe
+from tunekit.errors import TunekitError
+from tunekit.evaluate import evaluate_verb
+from tunekit.memory.rates import measure_rates
+from tunekit.memory.streaming import gather_on_host
+from tunekit.model.load import load_model
+from tunekit.plan import make_plan
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
+from tunekit.train import train_verb
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("four-layers"), layers=4)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder in which bases of any size are kept."""
+    monkeypatch.setattr("tunekit.model.sidecar.LEAST_BYTES", 0)
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bases"
+
+
+def train(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
+    train_verb(str(recipe), [f"output.dir={run}", *overrides], resume, False)
+    return json.loads((run / "report.json").read_text("utf-8"))  # type: ignore[no-any-return]
+
+
+def result(run: Path) -> tuple[bytes, list[float]]:
+    """The adapter's bytes and the losses of all steps and evaluations."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [line["loss"] if "loss" in line else line["eval"]["loss"] for line in lines]
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes(), losses
+
+
+def plan_of(recipe: Path, *overrides: str) -> Any:
+    return make_plan(load_recipe(recipe, overrides), device=CPU)[0]
+
+
+@pytest.mark.parametrize(
+    ("storage", "files"),
+    [
+        (["model.dtype=float32"], 0),  # the base's own files are mapped
+        (["model.dtype=bfloat16"], 1),  # they hold another dtype than is computed
+        (["model.dtype=bfloat16", "model.quantization=nf4"], 1),
+        (["model.quantization=int8_weight_only"], 1),
+    ],
+)
+@pytest.mark.parametrize("tier", ["disk", "host"])
+def test_a_streamed_run_leaves_the_same_files(
+    tmp_path: Path, model: Path, kept: Path, storage: list[str], files: int, tier: str
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe", model)
+    train(recipe, tmp_path / "off", *storage, "memory.streaming=off")
+    before = len(list(kept.glob("*"))) if kept.exists() else 0
+    train(recipe, tmp_path / "on", *storage, f"memory.streaming={tier}")
+    assert result(tmp_path / "on") == result(tmp_path / "off")
+    plan = json.loads((tmp_path / "on" / "plan.json").read_text("utf-8"))
+    assert (plan["engine"], plan["streaming"], plan["pass_micro_batches"]) == ("streaming", tier, 3)
+    assert (len(list(kept.glob("*"))) if kept.exists() else 0) == max(before, files)
+
+
+def test_the_layers_weights_are_views_into_files(model: Path, kept: Path) -> None:
+    for section in (
+        ModelSection(name_or_path=str(model), dtype="float32"),
+        ModelSection(name_or_path=str(model), dtype="bfloat16"),
+        ModelSection(name_or_path=str(model), dtype="bfloat16", quantization="nf4"),
+    ):
+        plain, mapped = load_model(section, device=CPU), load_model(section, device=CPU, streamed=True)
+        assert len(mapped.mapped) >= 4 * 9
+        for (name, ours), (_, theirs) in zip(
+            plain.net.state_dict().items(), mapped.net.state_dict().items(), strict=True
+        ):
+            assert torch.equal(ours, theirs), name
+
+
+def test_a_resumed_run_goes_on_alike_in_either_way(tmp_path: Path, model: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe", model)
+    train(recipe, tmp_path / "whole", "memory.streaming=disk", "evaluation.patience=null")
+    overrides = ("memory.streaming=disk", "training.save_steps=1")
+    from tests.train_case import in_child
+
+    def work() -> None:
+        import os
+        import signal
+
+        import tunekit.training.loop as loop
+
+        save, saved = loop._save, []
+
+        def stop(parts: Any, state: Any) -> None:
+            save(parts, state)
+            saved.append(state.step)
+            if len(saved) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        loop._save = stop
+        train(recipe, tmp_path / "run", *overrides)
+
+    ended = in_child(work, tmp_path / "log")
+    assert ended.code == -9, ended.output
+    train(recipe, tmp_path / "run", *overrides, resume=True)
+    assert result(tmp_path / "run")[0] == result(tmp_path / "whole")[0]
+
+
+def test_a_streamed_run_is_evaluated_alike(tmp_path: Path, model: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe", model)
+    for tier in ("off", "disk"):
+        train(recipe, tmp_path / tier, f"memory.streaming={tier}")
+        evaluate_verb(str(tmp_path / tier), None, None, None, [], str(tmp_path / f"{tier}.json"), [])
+    assert (tmp_path / "off.json").read_text() == (tmp_path / "disk.json").read_text()
+
+
+def test_a_budget_too_small_for_the_base_streams_it(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe", model)
+    resident = plan_of(recipe, "memory.streaming=off", "memory.gradient_checkpointing=true")
+    streamed = plan_of(recipe, "memory.streaming=disk")
+    assert streamed.peak_bytes.weights < resident.peak_bytes.weights
+    between = (resident.peak_bytes.total + streamed.peak_bytes.total) // 2
+    monkeypatch.setattr("tunekit.training.planned_memory.available_bytes", lambda device: between)
+    plan = plan_of(recipe)
+    assert not plan.refusals
+    assert plan.streaming == "disk"
+    assert any("break-even" in note for note in plan.notes)
+
+
+def test_pass_sizes_fall_until_a_pass_fits(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path / "recipe", model)
+    accumulation = "training.gradient_accumulation_steps=8"
+    plans = [plan_of(recipe, "memory.streaming=disk", accumulation)]
+    assert plans[0].pass_micro_batches == 8
+    for expected in (4, 2, 1):
+        limit = plans[-1].peak_bytes.total - 1
+        monkeypatch.setattr("tunekit.training.planned_memory.available_bytes", lambda device, limit=limit: limit)
+        plans.append(plan_of(recipe, "memory.streaming=disk", accumulation))
+        assert plans[-1].pass_micro_batches == expected
+        assert plans[-1].peak_bytes.total < plans[-2].peak_bytes.total
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.compile=true"], "training.compile"),
+        (["model.name_or_path=GGUF"], "GGUF file"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_by_name(
+    tmp_path: Path, model: Path, smollm2: Path, overrides: list[str], words: str
+) -> None:
+    if smollm2.suffix != ".gguf":
+        pytest.skip("SmolLM2 is not a GGUF file here")
+    recipe = write_recipe(tmp_path / "recipe", model)
+    plan = plan_of(recipe, "memory.streaming=disk", *(each.replace("GGUF", str(smollm2)) for each in overrides))
+    assert "memory.streaming" in {refusal.key for refusal in plan.refusals}
+    assert any(words in refusal.message for refusal in plan.refusals)
+
+
+def test_a_disk_too_full_for_the_sidecar_is_said(
+    tmp_path: Path, model: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunekit.model.sidecar.SPARE_BYTES", 2**60)
+    recipe = write_recipe(tmp_path / "recipe", model)
+    with pytest.raises(TunekitError, match="TUNEKIT_CACHE") as caught:
+        train(recipe, tmp_path / "run", "memory.streaming=disk", "model.dtype=bfloat16")
+    assert caught.value.exit_code == 4
+
+
+def test_rows_of_an_embedding_are_gathered_where_it_lies() -> None:
+    embedding = torch.nn.Embedding(7, 3)
+    ids = torch.tensor([[1, 6, 1]])
+    expected = embedding(ids)
+    gather_on_host(embedding, CPU)
+    assert torch.equal(embedding(ids), expected)
+
+
+def test_rates_are_measured(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(8 * 2**20))
+    rates = measure_rates(CPU, torch.float32, 64, file)
+    assert 1e6 < rates.flops < 1e15
+    assert 1e6 < rates.copied_bytes < 1e13
