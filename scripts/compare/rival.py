@@ -4,7 +4,7 @@
 
 Specification: kind (trl, loop), model, rows (JSON Lines: input_ids and labels, or prompt and completion), steps_log,
 losses, and for trl: config (fields of SFTConfig), adapters (default, or "bfloat16": in the base's dtype); for loop:
-dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one), init (an adapter folder to begin
+dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one), exact_loss (in float64), init (an adapter folder to begin
 from) and save (where to leave it).
 Nothing but the import of what is used, the usual lines, and one line in steps_log after each optimizer step.
 """
@@ -98,7 +98,12 @@ def run_loop() -> list[float]:
                 of_row.backward()
                 loss += of_row.detach()
         else:
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+            given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            if SPECIFICATION.get("exact_loss"):
+                logits = model(**given).logits[:, :-1].flatten(0, 1).double()  # (N, V)
+                loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+            else:
+                loss = model(**given, labels=labels).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

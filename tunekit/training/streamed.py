@@ -115,9 +115,11 @@ def streaming_notes(
     rates = tier_rates(recipe.model, base, device, choice.streaming)
     needed = tier_break_even(recipe.model, base, device, choice.streaming)
     passed = choice.pass_micro_batches * tokens
+    count = choice.pass_micro_batches
+    together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"streamed: {bytes_text(layer_bytes(base))} of layers wait {where}; {choice.pass_micro_batches:,} "
-        "micro-batches pass a layer before the next, and every layer is computed again in the backward pass"
+        f"streamed: {bytes_text(layer_bytes(base))} of layers wait {where}; {together} a layer before the next, and "
+        "every layer is computed again in the backward pass"
     )
     text = (
         f"break-even of streaming: about {needed:,.0f} tokens a pass (products at {rates.flops / 1e9:,.0f} GFLOP/s, "
