@@ -62,11 +62,12 @@ def _uncompiled(function: Any = None, **_settings: Any) -> Any:
 
 def unpacks_itself(device: torch.device) -> bool:
     """Whether four bits are packed and unpacked by four_bit.py: on a CPU, and where bitsandbytes is not installed."""
-    return device.type == "cpu" or not _has_bitsandbytes()
+    return device.type == "cpu" or not has_bitsandbytes()
 
 
 @cache
-def _has_bitsandbytes() -> bool:
+def has_bitsandbytes() -> bool:
+    """Whether it is installed; asked without importing it."""
     return find_spec("bitsandbytes") is not None
 
 

@@ -21,6 +21,7 @@ from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import make_slots, stream_layers
 from tunekit.memory.tiling import tile_layers
 from tunekit.memory.tracker import Simulation, StorageTracker
+from tunekit.model import codec
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.objectives.base import make_objective
 from tunekit.protocols import Batch, Head, Loss, Objective, Window
@@ -109,6 +110,8 @@ class SimulatedRun:
 
     def _base(self) -> LoadedModel:
         """The model without weights and without adapter: made once (a GGUF file takes seconds to read), then copied."""
+        if self.model.quantization == "int8" and codec.has_bitsandbytes():
+            codec.import_bitsandbytes()  # the run's products do, and what a library takes is no part of a run's growth
         if self.model not in self._made:
             self._made[self.model] = make_meta_model(self.model, device=self.device)
         base = self._made[self.model]
