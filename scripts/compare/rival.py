@@ -3,9 +3,10 @@
     rival.py SPECIFICATION      (a JSON file that scripts/bench_compare.py writes)
 
 Specification: kind (trl, loop), model, rows (JSON Lines: input_ids and labels, or prompt and completion), steps_log,
-losses.  For trl: config (fields of SFTConfig), adapters (default, or "bfloat16": in the base's dtype).  For loop:
-dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one), exact_loss (taken in float64), init (an
-adapter folder to begin from) and save (where to leave it).
+losses.
+For trl: config (fields of SFTConfig), adapters (default, or "bfloat16": in the base's dtype).
+For loop: dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one), exact_loss (taken in
+float64), init (an adapter folder to begin from) and save (where to leave it).
 Nothing but the import of what is used, the usual lines, and one line in steps_log after each optimizer step.
 """
 
