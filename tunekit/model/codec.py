@@ -155,11 +155,25 @@ def outlier_product(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
     """LLM.int8: x (N, I) times packed (O, I) with x in int8 too, but for columns that reach `threshold`; -> (N, O)."""
+    if x.is_meta:
+        return _product_without_values(x, absmax)
     functional = import_bitsandbytes().functional
     quantized, scales, outliers = functional.int8_vectorwise_quant(x.to(torch.float16), threshold=threshold)
     product: Callable[..., Any] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
     output, _ = product(x, quantized, packed, scales, absmax, outliers, bias)
     return output  # type: ignore[no-any-return]
+
+
+def _product_without_values(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """(N, O) on the meta device, with the allocations of bitsandbytes' product on a CPU, which a forecast counts.
+
+    Source: bitsandbytes/backends/cpu/ops.py (int8_linear_matmul), backends/default/ops.py (int8_mm_dequant).
+    """
+    half = x.to(torch.float16)  # (N, I)
+    quantized = half.to(torch.int8)  # (N, I)
+    scales = torch.empty(quantized.shape[0], 1, dtype=torch.float32, device="meta")  # (N, 1)
+    integers = torch.empty(x.shape[0], absmax.shape[0], dtype=torch.int32, device="meta")  # (N, O)
+    return (integers * (scales * absmax[None]) * 1.0).to(x.dtype)
 
 
 def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:

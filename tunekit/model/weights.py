@@ -84,7 +84,7 @@ class _PackedProduct(torch.autograd.Function):
         ctx.layer = layer
         ctx.bias_dtype = None if bias is None else bias.dtype
         cast_bias = None if bias is None else bias.to(x.dtype)
-        if layer.quantization == "int8" and not x.is_meta:
+        if layer.quantization == "int8":
             flat = x.reshape(-1, x.shape[-1])  # (N, I)
             product = codec.outlier_product(flat, **layer.tensors(), bias=cast_bias, threshold=OUTLIER_THRESHOLD)
             return product.reshape(*x.shape[:-1], layer.out_features)
