@@ -197,3 +197,5 @@ def test_rates_are_measured(tmp_path: Path) -> None:
     rates = measure_rates(CPU, torch.float32, 64, file)
     assert 1e6 < rates.flops < 1e15
     assert 1e6 < rates.copied_bytes < 1e13
+    file.write_bytes(bytes(100))
+    assert 1e6 < measure_rates(CPU, torch.float32, 64, file).copied_bytes < 1e13, "a small file tells nothing"

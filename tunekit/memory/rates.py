@@ -6,6 +6,7 @@ fraction of a second and a few megabytes.  Next: training/streamed.py.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -64,7 +65,9 @@ def _read_bytes(file: Path) -> float:
             done += count
     finally:
         os.close(descriptor)
-    return max(done, 1) / max(time.monotonic() - started, 1e-9)
+    if done < CHUNK_BYTES:  # too little to tell: its time is that of opening it
+        return math.inf
+    return done / max(time.monotonic() - started, 1e-9)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
