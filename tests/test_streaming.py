@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
+from tests.test_every_method_trains import SETTINGS as SMALL_LAYERS
 from tests.test_model_families import MODELS, make_net
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
@@ -25,19 +26,11 @@ from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.training import TrainingSection
 
 LAYERS = 5
-# What a layer of 64 x 64, 32 x 64 and 128 x 64 needs in place of a method's defaults.
+# What small layers need in place of a method's defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
+    **SMALL_LAYERS,
     "adalora": {"init_r": 6, "target_r": 4, "tinit": 0, "tfinal": 1},
-    "c3a": {"block_size": 4},
     "cpt": {"token_ids": [1, 40, 47, 26], "token_types": [1, 2, 3, 4]},
-    "delora": {"r": 8, "delora_lambda": 1},
-    "miss": {"r": 8},
-    "shira": {"r": 8},
-    "vera": {"r": 32},
-    "road": {"group_size": 4},
-    "vblora": {"vector_length": 4, "num_vectors": 32},
-    "randlora": {"r": 8, "alpha": 160},
-    "fourierft": {"n_frequency": 200},
     "multitask_prompt": {"num_tasks": 1},
     "prefix": {"init": "random"},
 }
