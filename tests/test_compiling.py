@@ -72,9 +72,9 @@ def compiled_case(folder: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch,
     forwards: list[Any] = []
     prepare = loop_case.prepare_layers
 
-    def prepared(layers: Any, count: int) -> None:
+    def prepared(layers: Any, count: int, store: Any = None) -> None:
         forwards.extend(compilable(layers) if compiled else [])
-        prepare(layers, count)
+        prepare(layers, count, store)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop_case, "prepare_layers", prepared)

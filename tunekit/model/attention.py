@@ -95,7 +95,8 @@ def uncompiled_attention() -> None:
     from transformers import AttentionInterface
 
     _register()
-    for name, function in ((LOOPED[0] + SUFFIX, _sdpa), (LOOPED[1] + SUFFIX, _eager), (VARLEN, _kernel)):
+    looped = ((LOOPED[0] + SUFFIX, _sdpa), (LOOPED[1] + SUFFIX, _eager))
+    for name, function in (*looped, (VARLEN, _kernel), (PRODUCTS, _products)):
         AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
