@@ -2,9 +2,9 @@
 
     scripts/bench process [--work FOLDER]
 
-For models of three families, two shapes and two dtypes: a run of three steps in a fresh process as `scripts/bench
-estimate` makes it. After the loop the heap is trimmed, so that no freed block counts;
-beside tensors = growth of anonymous memory - adapter - optimizer; code = growth of shared libraries' pages (smaps).
+For models of three families and two shapes in float32 (whose products leave no compiled kernels): a run of three steps
+in a fresh process as `scripts/bench estimate` makes it. After the loop the heap is trimmed, so that no freed block
+counts; beside tensors = growth of anonymous memory - adapter - optimizer; code = growth of shared libraries' pages.
 The median of the sums is memory/estimate.py's PROCESS_BYTES. None of these runs is judged by `scripts/bench estimate`.
 """
 
@@ -19,10 +19,10 @@ from pathlib import Path
 from bench_estimate import MEASURE, MODEL, PLAN, make_row, run_python, write_rows
 
 SHAPES = [(8, 1024), (30, 576)]  # layers, hidden
-KINDS = [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "float32"), ("qwen2", "bfloat16")]
+FAMILIES = ["llama", "gpt2", "qwen2"]
 WATCH = """
 import tunekit.train
-from tunekit.memory.heap import trim_heap
+from tunekit.memory.malloc import trim_heap
 def libraries():
     total, library = 0, False
     for line in open("/proc/self/smaps"):
@@ -55,25 +55,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.work or Path(scratch)
         for layers, hidden in SHAPES:
-            for family, dtype in KINDS:
-                found = measure(folder, family, dtype, layers, hidden, watching)
+            for family in FAMILIES:
+                found = measure(folder, family, layers, hidden, watching)
                 sums.append(sum(found))
-                print(f"{family:6} {layers:3} x {hidden:5} {dtype:9}", end="")
+                print(f"{family:6} {layers:3} x {hidden:5}", end="")
                 print(f"  beside tensors {found[0] / 1e6:6.1f} MB  code {found[1] / 1e6:6.1f} MB", flush=True)
     print(f"median of the sums {statistics.median(sums) / 1e6:.1f} MB")
 
 
-def measure(folder: Path, family: str, dtype: str, layers: int, hidden: int, watching: str) -> tuple[int, int]:
+def measure(folder: Path, family: str, layers: int, hidden: int, watching: str) -> tuple[int, int]:
     """Bytes beside tensors, and of code."""
     recipe = {
-        "model": {"name_or_path": "replaced", "dtype": dtype},
+        "model": {"name_or_path": "replaced", "dtype": "float32"},
         "data": {"train": "rows.jsonl", "max_length": 256, "packing": False},
         "adapter": {"method": "lora", "r": 8},
         "training": {"max_steps": 3, "micro_batch_size": 1, "gradient_accumulation_steps": 1},
         "output": {"dir": "run"},
     }
-    model = {"family": family, "layers": layers, "hidden": hidden, "vocabulary": 8192, "file_dtype": dtype}
-    row = make_row(f"{family}-{layers}-{dtype}", recipe, model, {}, folder)
+    model = {"family": family, "layers": layers, "hidden": hidden, "vocabulary": 8192, "file_dtype": "float32"}
+    row = make_row(f"{family}-{layers}", recipe, model, {}, folder)
     place = folder / row.name
     (place / "model").mkdir()
     run_python(MODEL, json.dumps(model), str(place / "model"))

@@ -25,7 +25,9 @@ from tunekit.memory.fit import checkpointed_layers
 from tunekit.memory.heap import Heap
 from tunekit.memory.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
 from tunekit.memory.machine import _group_available, _host_available
+from tunekit.memory.malloc import KEPT_KERNELS
 from tunekit.memory.tracker import Simulation, StorageTracker
+from tunekit.memory.workspace import COMPILED_BLOCKS
 from tunekit.model.four_bit import WORKING_BYTES
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
@@ -219,7 +221,7 @@ def test_the_largest_batch_is_one_that_the_run_makes() -> None:
 
 
 def test_a_heap_keeps_freed_blocks_below_live_ones() -> None:
-    heap = Heap(32 * MIB)
+    heap = Heap()
     for name in ("a", "b", "c"):
         heap.allocate(name, MIB)
     heap.release("a")
@@ -233,27 +235,30 @@ def test_a_heap_keeps_freed_blocks_below_live_ones() -> None:
     assert heap.resident_bytes < 3.1 * MIB, "free neighbours are one block again"
 
 
-def test_a_heap_maps_large_blocks_until_one_has_been_freed() -> None:
+def test_a_heap_keeps_its_top_and_maps_what_is_large_and_fits_nowhere() -> None:
     heap = Heap()
-    heap.allocate("a", 4 * MIB)
-    assert heap.resident_bytes == heap.mapped_bytes >= 4 * MIB
-    heap.release("a")
+    heap.allocate("large", 40 * MIB)
+    assert heap.resident_bytes == heap.mapped_bytes >= 40 * MIB
+    heap.release("large")
     assert heap.resident_bytes == 0
-    heap.allocate("b", 2 * MIB)
-    assert heap.mapped_bytes == 0, "the threshold has risen to the size of a"
-    heap.allocate("c", 40 * MIB)
-    assert heap.mapped_bytes >= 40 * MIB, "it never rises beyond 32 MiB"
-
-
-def test_a_heap_keeps_its_top_and_maps_the_largest_blocks() -> None:
-    heap = Heap(32 * MIB)
     for number in range(48):
         heap.allocate(number, MIB)
     for number in reversed(range(48)):
         heap.release(number)
     assert heap.resident_bytes >= 48 * MIB
     heap.allocate("large", 40 * MIB)
-    assert heap.mapped_bytes >= 40 * MIB, "although as much is free"
+    assert heap.mapped_bytes == 0, "as much is free"
+
+
+def test_a_compiled_kernel_stays_until_so_many_others_were_used() -> None:
+    heap = Heap()
+    size = sum(COMPILED_BLOCKS)
+    heap.replay([(kernel, 0) for kernel in range(10)] * 3)
+    assert 10 * size <= heap.resident_bytes < 10 * size + MIB
+    heap.replay([(kernel, 0) for kernel in range(10)], shapes=0.5)
+    assert 20 * size <= heap.resident_bytes < 20 * size + MIB, "rows of another length have kernels of their own"
+    heap.replay([(kernel, 0) for kernel in range(2 * KEPT_KERNELS)])
+    assert heap.peak_bytes < (KEPT_KERNELS + 2) * size + MIB
 
 
 def test_a_heap_never_overlaps_blocks() -> None:
@@ -273,12 +278,12 @@ def test_the_peak_of_a_run_is_the_highest_of_its_work() -> None:
     step = Simulation({"weights": 600, "activations": 400}, 1000, 600, [(1, 400), (1, -400)])
     evaluation = Simulation({"weights": 600, "logits": 900}, 1500, 600, [(1, 900), (1, -900)])
     gpu = torch.device("cuda")
-    assert peak_bytes(Work(step, 1), gpu).total == 1000
-    both = peak_bytes(Work(step, 1, evaluation, [50, 50]), gpu)
+    assert peak_bytes(Work(step), gpu).total == 1000
+    both = peak_bytes(Work(step, evaluation, [50, 50]), gpu)
     assert (both.total, both.logits, both.activations) == (1600, 900, 0)
-    assert peak_bytes(Work(step, 1, load_bytes=10**9), gpu).total == 1000, "loading is the host's"
-    assert peak_bytes(Work(step, 1, load_bytes=10**9), CPU).total == 10**9 + PROCESS_BYTES
-    assert host_bytes(Work(step, 5)) >= 1000
+    assert peak_bytes(Work(step, load_bytes=10**9), gpu).total == 1000, "loading is the host's"
+    assert peak_bytes(Work(step, load_bytes=10**9), CPU).total == 10**9 + PROCESS_BYTES
+    assert host_bytes(Work(step, before=(0.5, 1.0))) >= 1000
 
 
 def test_loading_counts_the_mapped_file_and_what_is_made_of_it() -> None:

@@ -18,15 +18,14 @@ import typer
 
 from tunekit import __version__
 from tunekit.errors import TunekitError
+from tunekit.memory.malloc import KEPT_KERNELS
 from tunekit.recipe.suggest import hide_secrets
 
 EXIT_FAULT, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 4, 130, 141
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products; read when CUDA starts
-    # a CPU product of a new shape leaves its compiled kernel behind, in oneDNN and in torch: without a limit, rows of
-    # many lengths cost 80 MB a step (measured on a model of 135M parameters)
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "LRU_CACHE_CAPACITY": "64",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_KERNELS),
+    "LRU_CACHE_CAPACITY": str(KEPT_KERNELS),
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYDANTIC_DISABLE_PLUGINS": "1",  # looking for some takes longer than reading a recipe

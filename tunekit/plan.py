@@ -43,7 +43,7 @@ from tunekit.training.cheaper import cheapest_changes
 from tunekit.training.compiling import compile_notes, compile_problems, kernel_notes, kernel_problems, planned_compile
 from tunekit.training.devices import make_devices
 from tunekit.training.findings import Findings, raise_refusals
-from tunekit.training.forecast import Forecast, largest_batch, supervised_tokens
+from tunekit.training.forecast import Forecast, first_shares, largest_batch, supervised_tokens
 from tunekit.training.planned_memory import LEAST_CHUNK_TOKENS, Asked, PlannedMemory, plan_memory
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.simulation import SimulatedRun
@@ -252,18 +252,16 @@ def _forecast(
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     beside = start_bytes(recipe.adapter, inputs.targets)
     largest = cache(partial(_largest_batch, inputs, windows, settings, run))
-    return Forecast(run, inputs.base, largest, windows.steps, rows.train, evaluation, answers, beside)
+    shares = cache(lambda size: first_shares(*_cut_anew(inputs, windows, settings, size), rows.train))
+    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside, shares)
 
 
 def _largest_batch(
     inputs: Inputs, windows: Windows, settings: BatchSettings, run: SimulatedRun, micro_batch_size: int | None
 ) -> Batch:
-    """The micro-batch of this many rows that needs most memory; each step has the same rows as in `windows`."""
-    rows, written = inputs.rows, settings.micro_batch_size
-    if micro_batch_size is not None and written is not None and micro_batch_size != written:
-        steps = max(1, settings.gradient_accumulation_steps * written // micro_batch_size)
-        settings = as_chosen(settings, Choice(micro_batch_size, steps, LEAST_CHUNK_TOKENS))
-        windows = rows.windows(settings)
+    """The micro-batch of this many rows that needs most memory."""
+    rows = inputs.rows
+    windows, settings = _cut_anew(inputs, windows, settings, micro_batch_size)
     if not isinstance(windows, TrainingWindows):
         return rows.longest_batch(settings)
     largest = largest_batch(windows, rows.train, settings)
@@ -271,6 +269,18 @@ def _largest_batch(
         return largest
     other = largest_batch(windows, rows.train, settings, by_scores=True)
     return other if other.row_ids != largest.row_ids and run.needs_more(other, largest) else largest
+
+
+def _cut_anew(
+    inputs: Inputs, windows: Windows, settings: BatchSettings, micro_batch_size: int | None
+) -> tuple[Windows, BatchSettings]:
+    """With micro-batches of this many rows; each step has the same rows as in `windows`."""
+    written = settings.micro_batch_size
+    if micro_batch_size is None or written is None or micro_batch_size == written:
+        return windows, settings
+    steps = max(1, settings.gradient_accumulation_steps * written // micro_batch_size)
+    settings = as_chosen(settings, Choice(micro_batch_size, steps, LEAST_CHUNK_TOKENS))
+    return inputs.rows.windows(settings), settings
 
 
 def _assemble(

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tunekit.memory.values import IntegerValues
-from tunekit.memory.workspace import workspace_bytes
+from tunekit.memory.workspace import compiled_kernel, workspace_bytes
 
 CUDA_BLOCK_BYTES = 512  # the CUDA caching allocator rounds every allocation up to this
 
@@ -30,13 +30,14 @@ CUDA_BLOCK_BYTES = 512  # the CUDA caching allocator rounds every allocation up 
 class Simulation:
     """Highest sum of live bytes, by part, and every allocation (+bytes) and release in order, from `held` on.
 
+    An entry of no bytes in the trace is the use of a compiled kernel, by its number.
     `offloaded`: bytes of the host's pinned memory beside a GPU's.
     """
 
     peak: dict[str, int]
     total: int
     held: int
-    trace: list[tuple[int, int]] = field(repr=False)  # (number of the storage, bytes)
+    trace: list[tuple[int, int]] = field(repr=False)  # (number of the storage or kernel, bytes)
     offloaded: int = 0
 
 
@@ -59,6 +60,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held = 0
         self._number = 0
         self._trace: list[tuple[int, int]] = []
+        self._kernels: dict[object, int] = {}
 
     def adopt(self, tensors: Iterable[Tensor], part: str) -> None:
         """Count tensors that already exist."""
@@ -112,6 +114,9 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
+        kernel = compiled_kernel(func, args) if self.device.type == "cpu" else None
+        if kernel is not None:
+            self._trace.append((self._kernels.setdefault(kernel, len(self._kernels)), 0))
         extra = workspace_bytes(func, args)
         if extra:
             self.pass_through([extra])
@@ -138,7 +143,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, part: str, size: int, number: int) -> None:
         self.live[part] += size
         self.total += size
-        self._trace.append((number, size))
+        if size:
+            self._trace.append((number, size))
         if self.total > self.peak_total:
             self.peak, self.peak_total = dict(self.live), self.total
 

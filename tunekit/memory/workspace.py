@@ -1,6 +1,6 @@
-"""Memory that a kernel takes and gives back inside one operation, where torch's dispatch does not see it.
+"""Memory that a kernel takes where torch's dispatch does not see it: inside one operation, or kept for the next.
 
-Comes in: an operation with its inputs and output.  Goes out: bytes.  Next: tracker.py.
+Comes in: an operation with its inputs and output.  Goes out: bytes; the compiled kernel.  Next: tracker.py.
 """
 
 from __future__ import annotations
@@ -8,6 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+# What oneDNN keeps of a product in bfloat16 for each new shape, beside small objects: two copies of its description
+# (64 brgemm descriptors each). As malloc was asked for it, on a CPU with AVX-512.
+COMPILED_BLOCKS = (258_376, 258_376, 40_000)
 
 
 def workspace_bytes(func: Any, args: Any) -> int:
@@ -18,3 +25,16 @@ def workspace_bytes(func: Any, args: Any) -> int:
     if func is torch.ops.aten.logsumexp.default:
         return int(args[0].numel()) * int(args[0].element_size())
     return 0
+
+
+def compiled_kernel(func: Any, args: Any) -> object | None:
+    """What tells the kernel apart that oneDNN compiles and keeps for this operation on a CPU; None: it compiles none.
+
+    float32 products are MKL's, which keeps nothing.
+    """
+    if func not in PRODUCTS:
+        return None
+    inputs = [leaf for leaf in args if isinstance(leaf, Tensor)]
+    if inputs[0].dtype is not torch.bfloat16:
+        return None
+    return (func, *((tuple(tensor.shape), tensor.stride()) for tensor in inputs))

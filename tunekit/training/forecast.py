@@ -21,7 +21,7 @@ from tunekit.data.stream import StreamedWindows
 from tunekit.decisions import PeakBytes
 from tunekit.errors import ModelError
 from tunekit.memory.choice import Choice
-from tunekit.memory.estimate import Work, peak_bytes
+from tunekit.memory.estimate import SETTLING_PASSES, Work, peak_bytes
 from tunekit.memory.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
 from tunekit.memory.tracker import Simulation
 from tunekit.model.families import text_config
@@ -66,6 +66,16 @@ def largest_batch(
     return collate(rows, best, pad_id=settings.pad_id, packed=settings.packing, end_to_end=settings.end_to_end)
 
 
+def first_shares(windows: TrainingWindows | StreamedWindows, settings: BatchSettings, rows: EncodedRows) -> list[float]:
+    """Tokens of the run's first micro-batches, as shares of the largest's; of a stream, as if all were alike."""
+    if not isinstance(windows, TrainingWindows):
+        return [1.0] * SETTLING_PASSES
+    lengths = np.asarray(rows.lengths)  # (rows,)
+    micro_batches = windows.micro_batches(0)[: windows.steps * settings.gradient_accumulation_steps]
+    tokens = [sum(int(lengths[list(group)].sum()) for group in micro_batch) for micro_batch in micro_batches]
+    return [count / max(tokens) for count in tokens[:SETTLING_PASSES]]
+
+
 def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: EncodedRows, settings: BatchSettings) -> int:
     """Loss tokens of the whole run, step by step as the windows will be; of a stream, as its sample has them."""
     supervised, per_step = np.asarray(rows.supervised), settings.gradient_accumulation_steps  # (rows,)
@@ -87,16 +97,17 @@ class Forecast:
 
     `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated.
     `start_bytes`: the most that the adapter's start keeps beside the base, before there is an optimizer.
+    `first_shares`: of micro-batches of so many rows, the run's first, in tokens, as shares of the largest.
     """
 
     run: SimulatedRun
     base: LoadedModel
     largest_batch: Callable[[int | None], Batch]
-    steps: int
     rows: EncodedRows
     evaluation_batch: Batch | None = None
     answer_tokens: int = 0
     start_bytes: int = 0
+    first_shares: Callable[[int | None], Sequence[float]] = lambda size: ()
     _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
     _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
 
@@ -104,7 +115,8 @@ class Forecast:
         """Of the run with this choice: the one function that every search for a setting asks."""
         run = self._run(choice)
         load = self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes
-        work = Work(self._step(choice), self.steps, self._evaluation(run), self._cache_blocks, load)
+        before = self.first_shares(choice.micro_batch_size)
+        work = Work(self._step(choice), self._evaluation(run), self._cache_blocks, load, before)
         peak = peak_bytes(work, self.run.device)
         if not self.start_bytes:
             return peak

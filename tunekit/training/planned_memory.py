@@ -24,7 +24,7 @@ from tunekit.recipe.section import CalibratedStart
 from tunekit.training.findings import Findings
 from tunekit.training.forecast import Forecast
 
-CHUNK_BYTES = 64 * 2**20  # of logits in float32
+CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
 DEVICE_SHARE = 128  # of a GPU's memory, if that is more: its products of few rows only wait for the head's weights
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
 MARGIN = {"cpu": 0.10, "cuda": 0.05}  # of a budget: as far off as a prediction is promised not to be

@@ -24,7 +24,7 @@ from tunekit.console import Console, Progress
 from tunekit.decisions import EvaluationRecord, Plan, Reaction, StepRecord
 from tunekit.errors import ModelError, ResourceError
 from tunekit.memory.choice import Choice
-from tunekit.memory.heap import trim_heap
+from tunekit.memory.malloc import settle_heap, trim_heap
 from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.model.weights import stored_bytes
 from tunekit.protocols import Batch, Engine, Objective, Window
@@ -155,7 +155,8 @@ def make_optimizer(session: Session, adapter: AttachedAdapter) -> Optimizer:
     training = session.loaded.recipe.training
     groups = [Group(tuple(names), rate, decays) for names, rate, decays in adapter.groups(training)]
     optimizer = Optimizer(training, groups, adapter.trained())
-    trim_heap()  # of what the adapter's own tensors left
+    trim_heap()  # the adapter's own tensors left pieces between small objects, too short for an activation
+    settle_heap()
     return optimizer
 
 
