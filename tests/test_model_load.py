@@ -325,3 +325,34 @@ def test_tied_vocabulary_stays_tied() -> None:
     assert extend_vocabulary(net, 100) == 3
     assert net.lm_head.weight is net.transformer.wte.weight
     assert net.lm_head.out_features == net.transformer.wte.num_embeddings == 100
+
+
+def shift(folder: Path, remainder: int) -> Path:
+    """Let the file's tensors begin so many bytes beyond a multiple of 64: its header is padded with spaces."""
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = raw[8 : 8 + length].rstrip(b" "), raw[8 + length :]
+    header += b" " * ((remainder - 8 - len(header)) % 64)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return folder
+
+
+@pytest.mark.parametrize(("remainder", "dtype"), [(0, "float32"), (8, "float32"), (0, "bfloat16"), (8, "bfloat16")])
+def test_a_resident_base_lies_at_64_bytes_and_is_copied_only_where_it_must(
+    base: Path, remainder: int, dtype: str
+) -> None:
+    given = section(shift(base, remainder), dtype=dtype)
+    model, stored = load_model(given, device=CPU), load_file(base / "model.safetensors")
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in model.net.parameters())
+    kind = getattr(torch, dtype)
+    assert all(torch.equal(model.net.state_dict()[name], tensor.to(kind)) for name, tensor in stored.items())
+    assert make_meta_model(given, device=CPU).copied_while_read is (remainder != 0 or dtype == "bfloat16")
+
+
+def test_a_single_row_is_the_same_product_in_a_streamed_base(base: Path) -> None:
+    given = section(shift(base, 8))
+    resident, streamed = load_model(given, device=CPU), load_model(given, device=CPU, streamed=True)
+    row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(resident.net.lm_head(row), streamed.net.lm_head(row))
+    assert streamed.net.lm_head.weight.data_ptr() % 64 == 0

@@ -2,10 +2,9 @@
 
 Comes in: the stored tensors' sizes and dtypes, the model without weights.  Goes out: bytes.  Next: plan.py.
 
-The file is mapped: its pages count as resident once they are read. A tensor of another dtype than the computation's
-is copied while its file is still mapped. A tensor of the same dtype is the mapped file itself. To be packed, tensors
-are read one after the other and no page of the file is mapped; where only transformers can read the base, every matrix
-is read from the mapped file.
+A tensor of the computation's dtype that lies at 64 bytes is the mapped file itself, whose pages count as resident once
+they are read. Others are copied, or packed, one after the other, and no page of the file is mapped. Where only
+transformers can read the base, they are copied, or packed, while their file is still mapped.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tunekit.model.four_bit import WORKING_BYTES
+from tunekit.model.reading import CHUNK_BYTES
 
 FAULT_BYTES = 64 * 1024  # Linux maps this much around each page that is touched (fault_around_bytes)
 
@@ -59,6 +59,11 @@ def load_bytes(stored: StoredBase, dense_bytes: int, held_bytes: int, largest_el
 def packing_bytes(held_bytes: int, largest_elements: int, dtype: torch.dtype) -> int:
     """Peak of loading a base that is packed while it is read: what is held then, one matrix, and what packing needs."""
     return held_bytes + largest_elements * dtype.itemsize + WORKING_BYTES
+
+
+def copying_bytes(held_bytes: int) -> int:
+    """Peak of loading a base whose tensors are copied out of the files one after the other."""
+    return held_bytes + CHUNK_BYTES
 
 
 def untouched_bytes(ids: NDArray[np.int64], row_bytes: int, table_bytes: int) -> int:

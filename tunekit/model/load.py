@@ -25,8 +25,8 @@ from tunekit.model.mapped import mapped_net
 from tunekit.model.native_code import no_fetched_code
 from tunekit.model.packing import packed_base, quantize_layers
 from tunekit.model.quiet import quiet
-from tunekit.model.reading import load_generation_config, open_base, unfilled_net
-from tunekit.model.shards import read_headers
+from tunekit.model.reading import fill_net, load_generation_config, needs_copies, open_base, unfilled_net
+from tunekit.model.shards import TensorHeader, read_headers
 from tunekit.model.sidecar import Sidecar
 from tunekit.model.source import ModelSource, find_source
 from tunekit.model.weights import adopt_packed, element_count
@@ -54,7 +54,9 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
     mapped: frozenset[int] = frozenset()  # of a streamed base: addresses of layers' weights that are views into files
-    packed_while_read: bool = False  # of a model without weights: whether load_model will need one tensor at a time
+    # of a model without weights: whether load_model will need one tensor at a time, to pack it or to copy it
+    packed_while_read: bool = False
+    copied_while_read: bool = False
 
 
 def load_model(section: ModelSection, *, device: torch.device, streamed: bool = False) -> LoadedModel:
@@ -81,7 +83,7 @@ def load_model(section: ModelSection, *, device: torch.device, streamed: bool = 
         given = (source, section, config, family, dtype, attention)
         if streamed:
             return _load_streamed(*given, device, fingerprint)
-        direct = _packed_from_files(*given, device, fingerprint) if section.quantization != "none" else None
+        direct = _from_files(*given, device, fingerprint)
         net, notes, sidecar = direct or (*_read_weights(*given), None)
     if direct is None and section.quantization != "none":
         notes += quantize_layers(net, family, section, dtype, device)
@@ -128,17 +130,25 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
         )
     notes: list[str] = []
-    packed_while_read = False
-    if section.quantization != "none":
-        packed_while_read = _can_be_packed_while_read(net, source, section, dtype)
+    dense, alone = section.quantization == "none", _can_be_read_alone(net, source, section, dtype)
+    copied = dense and alone and needs_copies(_headers(source), dtype, device)
+    if not dense:
         notes += quantize_layers(net, family, section, dtype, torch.device("meta"))
     loaded = _finish(net, family, section, source, dtype, torch.device("meta"), None, notes, planned_for=device)
-    loaded.packed_while_read = packed_while_read
+    loaded.packed_while_read, loaded.copied_while_read = alone and not dense, copied
     return loaded
 
 
-def _can_be_packed_while_read(net: nn.Module, source: ModelSource, section: ModelSection, dtype: torch.dtype) -> bool:
-    """What _packed_from_files will find; supposed so where the files are not here yet."""
+def _headers(source: ModelSource) -> dict[str, TensorHeader]:
+    """Of the files; none where they are not here yet."""
+    try:
+        return read_headers(source.folder)
+    except ModelError:
+        return {}
+
+
+def _can_be_read_alone(net: nn.Module, source: ModelSource, section: ModelSection, dtype: torch.dtype) -> bool:
+    """Whether _from_files will read it without transformers; supposed so where the files are not here yet."""
     if source.gguf_file is not None or section.trust_remote_code:
         return False
     try:
@@ -235,7 +245,7 @@ def _read_weights(
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
 
 
-def _packed_from_files(
+def _from_files(
     source: ModelSource,
     section: ModelSection,
     config: Any,
@@ -245,8 +255,12 @@ def _packed_from_files(
     device: torch.device,
     fingerprint: str,
 ) -> tuple[nn.Module, list[str], Sidecar | None] | None:
-    """The net packed tensor by tensor, or mapped as it was packed before; None where only transformers can read it."""
+    """The net read tensor by tensor, packed or in copies, or mapped as it was packed before; None where only
+    transformers can read it, and where transformers maps files that can be used as they are."""
     if source.gguf_file is not None or section.trust_remote_code:
+        return None
+    dense = section.quantization == "none"
+    if dense and not needs_copies(read_headers(source.folder), dtype, device):
         return None
     with ModelErrors(section), quiet(), no_fetched_code():
         net = unfilled_net(family.auto_class(), config, dtype, attention)
@@ -255,6 +269,9 @@ def _packed_from_files(
             return None
         load_generation_config(net, source.folder)
     net.config.name_or_path = str(source.folder)
+    if dense:
+        fill_net(net, reader)
+        return net, [], None
     packed = packed_base(net, reader, family, section, dtype, device)
     sidecar, notes = kept_base(packed, source, fingerprint)
     return net, [*packed.notes, *notes], sidecar

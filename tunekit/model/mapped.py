@@ -16,7 +16,7 @@ from tunekit.errors import ModelError, ResourceError
 from tunekit.model.families import Family
 from tunekit.model.kept import kept_base
 from tunekit.model.packing import PackedBase, layout_of, packed_base
-from tunekit.model.reading import BaseReader, load_generation_config, open_base, place, unfilled_net
+from tunekit.model.reading import ALIGNMENT, BaseReader, load_generation_config, open_base, place, unfilled_net
 from tunekit.model.source import ModelSource
 from tunekit.recipe.model import ModelSection
 
@@ -48,7 +48,7 @@ def mapped_net(
     load_generation_config(net, source.folder)
     net.config.name_or_path = str(source.folder)
     if section.quantization == "none" and all(map(reader.is_mapped, reader.names)):
-        _place_views(net, reader)
+        _place_views(net, reader, family)
         return net, [], True
     base = _to_be_kept(net, reader, family, section, dtype)
     sidecar, notes = kept_base(base, source, fingerprint)
@@ -60,9 +60,14 @@ def mapped_net(
     return net, base.notes, sidecar is not None
 
 
-def _place_views(net: nn.Module, reader: BaseReader) -> None:
+def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
+    """The files themselves; of the head a copy, where it does not lie as that of a resident base does: a layer is
+    copied into its slot in any case, and everything else enters no product."""
+    head = family.head_name(net)
     for name in reader.names:
-        place(net, reader, name, reader.view(name))
+        view = reader.view(name)
+        in_head = head is not None and any(alias.startswith(f"{head}.") for alias in reader.aliases(name))
+        place(net, reader, name, reader.read(name) if in_head and view.data_ptr() % ALIGNMENT else view)
 
 
 def _to_be_kept(

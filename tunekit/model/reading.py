@@ -15,7 +15,7 @@ import mmap
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tunekit.model.converted import StoredPieces
 from tunekit.model.shards import TensorHeader, read_headers
 
 CHUNK_BYTES = 4 * 2**20  # of a file, held beside the tensor that is read
+ALIGNMENT = 64  # of a tensor's first byte, as torch's own are
 # Once stored, now computed buffers: where the net has such, transformers skips what the files hold of them.
 COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
 
@@ -256,6 +257,16 @@ class _StoredNames:
         buffers = [name for name, _ in net.named_buffers()]
         skipped += [pattern for ending, pattern in COMPUTED.items() if any(name.endswith(ending) for name in buffers)]
         return sorted(name for name in self._left if not any(re.search(pattern, name) for pattern in skipped))
+
+
+def needs_copies(headers: Mapping[str, TensorHeader], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether some tensor cannot be used as it lies in its mapped file: it has another dtype than the computation, or,
+    on a CPU, does not begin at a multiple of 64 bytes: products of single rows depend on that in their last bit."""
+    return any(
+        (header.dtype.is_floating_point and header.dtype != dtype)
+        or (device.type == "cpu" and header.offset_bytes % ALIGNMENT != 0)
+        for header in headers.values()
+    )
 
 
 def open_base(net: nn.Module, folder: Path, dtype: torch.dtype) -> BaseReader | None:

@@ -22,7 +22,7 @@ from tunekit.decisions import PeakBytes
 from tunekit.errors import ModelError
 from tunekit.memory.choice import Choice
 from tunekit.memory.estimate import SETTLING_PASSES, Work, peak_bytes
-from tunekit.memory.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
+from tunekit.memory.loading import StoredBase, copying_bytes, load_bytes, packing_bytes, stored_base, untouched_bytes
 from tunekit.memory.tracker import Simulation
 from tunekit.model.families import text_config
 from tunekit.model.kept import can_be_kept
@@ -193,6 +193,8 @@ class Forecast:
         dense, held = self.base.facts.total_parameters * self.base.dtype.itemsize, stored_bytes(self.base.net)
         if self.base.packed_while_read:
             return packing_bytes(0 if self._kept else held, largest, self.base.dtype)
+        if self.base.copied_while_read:
+            return copying_bytes(held)
         assert self._stored is not None
         return load_bytes(self._stored, dense, held, largest, bool(packed))
 
@@ -216,7 +218,8 @@ class Forecast:
     def _unread_bytes(self, streaming: str) -> int:
         family, net = self.base.family, self.base.net
         name = family.embedding_name(net)
-        as_stored = self._stored is not None and self._stored.mapped and not packed_layers(net)
+        stored = self._stored is not None and self._stored.mapped
+        as_stored = stored and not packed_layers(net) and not self.base.copied_while_read
         mapped = as_stored or self._kept or streaming != "off"
         if self.run.device.type != "cpu" or not mapped or name is None or family.tied(net):
             return 0
