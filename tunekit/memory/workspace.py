@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-# What oneDNN keeps of a product in bfloat16 for each new shape, beside small objects: two copies of its description
+PRODUCTS = {aten._int_mm.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+# What oneDNN keeps of a product in bfloat16 or int8 for each new shape, beside small objects: two copies of its description
 # (64 brgemm descriptors each). As malloc was asked for it, on a CPU with AVX-512.
 COMPILED_BLOCKS = (258_376, 258_376, 40_000)
 
@@ -35,6 +35,6 @@ def compiled_kernel(func: Any, args: Any) -> object | None:
     if func not in PRODUCTS:
         return None
     inputs = [leaf for leaf in args if isinstance(leaf, Tensor)]
-    if inputs[0].dtype is not torch.bfloat16:
+    if inputs[0].dtype not in (torch.bfloat16, torch.int8):
         return None
     return (func, *((tuple(tensor.shape), tensor.stride()) for tensor in inputs))

@@ -156,7 +156,7 @@ def outlier_product(
 ) -> torch.Tensor:
     """LLM.int8: x (N, I) times packed (O, I) with x in int8 too, but for columns that reach `threshold`; -> (N, O)."""
     if x.is_meta:
-        return _product_without_values(x, absmax)
+        return _product_without_values(x, packed, absmax)
     functional = import_bitsandbytes().functional
     quantized, scales, outliers = functional.int8_vectorwise_quant(x.to(torch.float16), threshold=threshold)
     product: Callable[..., Any] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
@@ -164,7 +164,7 @@ def outlier_product(
     return output  # type: ignore[no-any-return]
 
 
-def _product_without_values(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def _product_without_values(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
     """(N, O) on the meta device, with the allocations of bitsandbytes' product on a CPU, which a forecast counts.
 
     Source: bitsandbytes/backends/cpu/ops.py (int8_linear_matmul), backends/default/ops.py (int8_mm_dequant).
@@ -172,7 +172,7 @@ def _product_without_values(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tens
     half = x.to(torch.float16)  # (N, I)
     quantized = half.to(torch.int8)  # (N, I)
     scales = torch.empty(quantized.shape[0], 1, dtype=torch.float32, device="meta")  # (N, 1)
-    integers = torch.empty(x.shape[0], absmax.shape[0], dtype=torch.int32, device="meta")  # (N, O)
+    integers = torch._int_mm(quantized, packed.t())  # (N, O) int32
     return (integers * (scales * absmax[None]) * 1.0).to(x.dtype)
 
 
