@@ -250,6 +250,21 @@ def test_a_heap_keeps_its_top_and_maps_what_is_large_and_fits_nowhere() -> None:
     assert heap.mapped_bytes == 0, "as much is free"
 
 
+def test_products_that_compile_a_kernel_for_each_shape() -> None:
+    def kernels(dtype: torch.dtype, *rows: int) -> list[int]:
+        tracker = StorageTracker(CPU)
+        with tracker:
+            for count in rows:
+                left = torch.empty(count, 32, dtype=dtype, device="meta")
+                right = torch.empty(32, 16, dtype=dtype, device="meta")
+                torch._int_mm(left, right) if dtype is torch.int8 else left @ right
+        return [number for number, size in tracker.result().trace if not size]
+
+    assert kernels(torch.bfloat16, 20, 30, 20) == [0, 1, 0]
+    assert kernels(torch.int8, 20, 30, 20) == [0, 1, 0]
+    assert kernels(torch.float32, 20, 30, 20) == []
+
+
 def test_a_compiled_kernel_stays_until_so_many_others_were_used() -> None:
     heap = Heap()
     size = sum(COMPILED_BLOCKS)

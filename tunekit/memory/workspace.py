@@ -12,8 +12,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 PRODUCTS = {aten._int_mm.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-# What oneDNN keeps of a product in bfloat16 or int8 for each new shape, beside small objects: two copies of its description
-# (64 brgemm descriptors each). As malloc was asked for it, on a CPU with AVX-512.
+# What oneDNN keeps of a product in bfloat16 or int8 for each new shape: two copies of its description (64 brgemm
+# descriptors each), and small objects together. As malloc was asked for it, on a CPU with AVX-512.
 COMPILED_BLOCKS = (258_376, 258_376, 40_000)
 
 
