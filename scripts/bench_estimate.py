@@ -220,6 +220,8 @@ def judge(row: Row, folder: Path) -> dict:
         raise RuntimeError("; ".join(refusal["message"] for refusal in plan["refusals"]))
     (place / "modules.json").write_text(json.dumps(planned["modules"]))
     measured = run_python(MEASURE, str(place / "modules.json"), row.recipe, *overrides)
+    for name in ("model", "run"):  # half a gigabyte
+        shutil.rmtree(place / name)
     growth = measured["peak"] - measured["before"]
     predicted = plan["peak_bytes"]["total"]
     return asdict(row) | {
