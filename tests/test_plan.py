@@ -101,9 +101,9 @@ def test_warm_up_and_chunks_follow_their_rules(recipe: Path) -> None:
     assert (plan.steps, plan.warmup_steps) == (6, 2)
     assert [logits_chunk_tokens(size) for size in (300, 32_000, 49_152, 151_936, 1_000_000)] == [
         1024,
-        524,
-        341,
-        110,
+        262,
+        170,
+        64,
         64,
     ]
     assert plan.logits_chunk_tokens == 1024

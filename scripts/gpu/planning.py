@@ -102,7 +102,7 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
         run = SimulatedRun(*settings, MemorySection(), tier)
         together = 1 if tier == "off" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
         step = run.training_step(micro_batch(row, 0, 0), checkpointed if tier == "off" else 0, together)
-    peak = peak_bytes(Work(step, row.steps), run_device)
+    peak = peak_bytes(Work(step), run_device)
     parts = {name: getattr(peak, name) for name in ("weights", "adapter", "optimizer", "activations", "logits")}
     return parts | {"total": peak.total}
 

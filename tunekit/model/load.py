@@ -131,7 +131,8 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
         )
     notes: list[str] = []
     dense, alone = section.quantization == "none", _can_be_read_alone(net, source, section, dtype)
-    copied = dense and alone and needs_copies(_headers(source), dtype, device)
+    headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
+    copied = dense and alone and (not headers or needs_copies(headers, dtype, device))
     if not dense:
         notes += quantize_layers(net, family, section, dtype, torch.device("meta"))
     loaded = _finish(net, family, section, source, dtype, torch.device("meta"), None, notes, planned_for=device)
