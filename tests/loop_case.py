@@ -25,6 +25,7 @@ from tunekit.protocols import EncodedRow, Engine
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.section import ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.devices import make_devices
 from tunekit.training.loop import run_loop
@@ -135,6 +136,7 @@ def make_case(
     world: int = 1,
     streaming: dict[str, Any] | None = None,
     device: torch.device = CPU,
+    objective: ObjectiveSettings | None = None,
 ) -> Case:
     """`streaming`: settings of make_slots, and `pass_size`: the engine is then the one that goes layer by layer."""
     devices, section = make_devices(), model or ModelSection(name_or_path=str(folder), dtype="float32")
@@ -166,6 +168,7 @@ def make_case(
         max_steps=training.max_steps,
         pad_id=0,
         end_to_end=end_to_end,
+        reads_source=base.family.reads_source,
     )
     windows = TrainingWindows(rows, settings, rank=rank, world=world)
     groups = [Group(tuple(names), rate, decays) for names, rate, decays in attached.groups(training)]
@@ -174,7 +177,7 @@ def make_case(
     saved: list[int] = []
     parts = LoopParts(
         model=tuned,
-        objective=make_objective(SftSettings(), logits_chunk_tokens=chunk),
+        objective=make_objective(objective or SftSettings(), logits_chunk_tokens=chunk),
         engine=engine,
         optimizer=optimizer,
         devices=devices,

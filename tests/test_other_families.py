@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,13 +250,31 @@ def test_a_classifier_gives_no_text_and_pads_only_with_a_padding_token(folders: 
         model.family.logits(model.net, inputs)
 
 
-def test_plan_and_eval_refuse_what_no_objective_reads(encoder_decoder: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
+def write_recipe(folder: Path, model: Path, objective: str) -> Path:
+    rows = folder / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {encoder_decoder}\ndata: {{train: {rows}}}\noutput: {{dir: {tmp_path / 'run'}}}\n")
-    with pytest.raises(TunekitError, match="encoder-decoder, and no objective") as caught:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\ndata: {{train: {rows}}}\nobjective: {objective}\noutput: {{dir: {folder / 'run'}}}\n"
+    )
+    return recipe
+
+
+def test_an_objective_of_another_family_is_refused_with_the_right_one(encoder_decoder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, encoder_decoder, "sft")
+    with pytest.raises(TunekitError, match="write objective: seq2seq") as caught:
+        make_plan(load_recipe(recipe), device=CPU)
+    assert [(problem.key, problem.line) for problem in caught.value.problems] == [("objective", 3)]
+
+
+def test_plan_and_eval_refuse_what_no_objective_reads(folders: Path, tmp_path: Path) -> None:
+    classifier = tmp_path / "classifier"
+    write_tiny_llama(classifier)  # for its tokenizer
+    (classifier / "model.safetensors").unlink()
+    shutil.copytree(folders / "bart-classifier", classifier, dirs_exist_ok=True)
+    recipe = write_recipe(tmp_path, classifier, "sft")
+    with pytest.raises(TunekitError, match="sequence classifier, and no objective") as caught:
         make_plan(load_recipe(recipe), device=CPU)
     assert [problem.key for problem in caught.value.problems] == ["model.name_or_path"]
     with pytest.raises(ModelError, match="no objective"):
-        evaluate_verb(str(encoder_decoder), None, str(rows), "prompt_completion", [], None, [])
+        evaluate_verb(str(classifier), None, str(tmp_path / "rows.jsonl"), "prompt_completion", [], None, [])

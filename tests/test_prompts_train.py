@@ -135,7 +135,7 @@ def greedy(model: TunedModel, prompt: list[int], count: int) -> list[int]:
     """Token by token, the whole row anew for each."""
     ids = list(prompt)
     for _ in range(count):
-        ids.append(int(model.own_logits(torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(int(model.own_logits({"input_ids": torch.tensor([ids])})[0, -1].argmax()))
     return ids[len(prompt) :]
 
 

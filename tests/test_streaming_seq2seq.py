@@ -1,12 +1,12 @@
-"""Encoder-decoders layer by layer against all at once: bit for bit, with an objective that only these tests have."""
+"""Encoder-decoders layer by layer against all at once: bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,16 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from tests.loop_case import CPU
 from tests.test_model_families import MODELS
 from tunekit.adapters.attach import attach_adapter
+from tunekit.data.collate import collate_rows
+from tunekit.data.render import make_row
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
 from tunekit.model.families import Seq2SeqFamily
 from tunekit.model.load import load_model
 from tunekit.model.stages import PROVEN
-from tunekit.objectives.logprobs import select_positions, summed_loss
-from tunekit.protocols import IGNORED, Batch, Engine, Head, Loss, Window
+from tunekit.objectives.seq2seq import Seq2seq
+from tunekit.protocols import EncodedRow, Engine, Window
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import settings_class
 from tunekit.training.engines import host_embedding
@@ -70,45 +72,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return Folders()
 
 
-class Answers:
-    """Sum of -log p(token of the answer | source, tokens before it); labels are the answer's tokens themselves."""
-
-    family, packable, needs_reference = "seq2seq", False, False
-
-    def prepare(self, model: object, window: Window) -> Window:
-        return window
-
-    def units(self, batch: Batch) -> Tensor:
-        return (batch.labels != IGNORED).sum(dtype=torch.float64)[None]
-
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        width, known = batch.input_ids.shape[1], batch.labels != IGNORED
-        tokens = torch.where(known, batch.labels, 0)
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": (torch.arange(width) < torch.tensor(batch.lengths)[:, None]).long(),
-            "decoder_input_ids": torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1),
-            "decoder_attention_mask": known.long(),
-        }
-
-    def loss(self, output: Tensor, head: Head, batch: Batch, head_parameters: Sequence[Tensor] = ()) -> Loss:
-        labels = batch.labels.flatten()
-        (index,) = torch.nonzero(labels != IGNORED, as_tuple=True)
-        hidden = select_positions(output, index)
-        return Loss(summed_loss(hidden, labels[index], head, 16, head_parameters)[None])
-
-
 def make_window(step: int) -> Window:
     """Three micro-batches of two rows each, padded in source and answer."""
-    generator = torch.Generator().manual_seed(step)
+    generator = np.random.default_rng(step)
     batches = []
     for number in range(3):
-        source = torch.randint(3, VOCABULARY, (2, 7 + number), generator=generator)
-        labels = torch.randint(3, VOCABULARY, (2, 5 + number), generator=generator)
-        labels[1, 3:] = IGNORED
-        lengths = (source.shape[1], 4 + number)
-        batches.append(Batch(source, torch.zeros_like(source), labels, lengths, False, ((), ()), ((), ())))
+        rows = [answer_row(generator, 7 + number, 5 + number), answer_row(generator, 4 + number, 3)]
+        batches.append(collate_rows([[row] for row in rows], [[0], [1]], pad_id=0, packed=False))
     return Window(step, 0.0, (0, 1, 2), tuple(batches))
+
+
+def answer_row(generator: np.random.Generator, source: int, answer: int) -> EncodedRow:
+    """So many tokens, with the 0 between them with which these nets' answers begin."""
+    ids = generator.integers(3, VOCABULARY, source + 1 + answer)
+    ids[source] = 0
+    return make_row(ids.tolist(), np.arange(len(ids)) > source, "rows:1")
 
 
 @dataclass
@@ -147,7 +125,7 @@ def run(folder: Path, settings: Any, streaming: dict[str, Any] | None, quantizat
     """Two steps of plain gradient descent, dropout as the base says."""
     tuned, engine = tune(folder, settings, streaming, quantization)
     assert tuned.adapter is not None
-    trained, objective = tuned.adapter.trained(), Answers()
+    trained, objective = tuned.adapter.trained(), Seq2seq(16)
     losses, gradients = [], {name: list[Tensor]() for name in trained}
     with tuned.training_mode(True):
         for step in range(2):
@@ -252,7 +230,7 @@ def test_nothing_is_computed_again_below_the_lowest_trained_layer(folders: dict[
 
 def test_evaluation_finds_each_layer_in_its_slot(folders: dict[str, Path]) -> None:
     settings = adapter_of("lora", r=4, target_modules="all-linear")
-    inputs = Answers().inputs(make_window(0).batches[0])
+    inputs = Seq2seq(16).inputs(make_window(0).batches[0])
     found = []
     for streaming in (None, {}):
         tuned, _ = tune(folders["bart"], settings, streaming)

@@ -12,18 +12,15 @@ from pathlib import Path
 from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.console import Console
 from tunekit.errors import InputError, ModelError, RecipeError
-from tunekit.objectives.base import make_objective
-from tunekit.protocols import EncodedRows
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
-from tunekit.recipe.recipe import make_objective_settings
 from tunekit.rows import RowSet, load_evaluation_rows
 from tunekit.target import LoadedTarget, Target, find_target, load_target
 from tunekit.training.answers import Question
 from tunekit.training.devices import Devices, make_devices
 from tunekit.training.evaluator import make_evaluator
 from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.refusals import check_family, position_problems, vocabulary_problems
+from tunekit.training.refusals import measuring_objective, row_problems
 
 
 def evaluate_verb(
@@ -96,9 +93,10 @@ def evaluate_rows(
     chunk = logits_chunk_tokens(model.base.facts.vocabulary_size)
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
-    objective = make_objective(make_objective_settings({}), logits_chunk_tokens=chunk)
-    check_family(model.base, objective)
-    _check_rows(loaded, evaluation)
+    objective = measuring_objective(model.base, chunk)
+    problems = row_problems(model.base, loaded.tokenizer, [evaluation], model.virtual_tokens)
+    if problems:
+        raise ModelError.of(problems)
     evaluator = make_evaluator(
         model,
         objective,
@@ -112,15 +110,3 @@ def evaluate_rows(
     )
     sums, values = evaluator.evaluate()
     return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": sums.supervised_tokens}
-
-
-def _check_rows(loaded: LoadedTarget, rows: EncodedRows) -> None:
-    """Refuse rows that the model cannot look up: too long for its positions, or with ids beyond its embedding."""
-    virtual = loaded.model.virtual_tokens
-    longest = max(int(length) for length in rows.lengths) + virtual
-    problems = [
-        *position_problems(loaded.model.base, longest, virtual),
-        *vocabulary_problems(loaded.model.base, loaded.tokenizer, rows),
-    ]
-    if problems:
-        raise ModelError.of(problems)

@@ -110,7 +110,7 @@ def make_plan(
     windows = findings.attempt(lambda: inputs.rows.windows(settings))
     if windows is None:
         raise findings.error()
-    findings.add(_model_problems(inputs))
+    findings.add(refusals.row_problems(inputs.base, inputs.tokenizer, inputs.rows.all, inputs.virtual_tokens))
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
@@ -211,22 +211,8 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
         max_steps=training.max_steps,
         pad_id=inputs.tokenizer.pad_id,
         end_to_end=apart and not packing,
+        reads_source=inputs.base.family.reads_source,
     )
-
-
-def _longest_tokens(inputs: Inputs) -> int:
-    """Of a row with the adapter's tokens before it."""
-    of_evaluation = inputs.rows.eval_counts.longest_tokens if inputs.rows.eval_counts else 0
-    return max(inputs.rows.counts.longest_tokens, of_evaluation) + inputs.virtual_tokens
-
-
-def _model_problems(inputs: Inputs) -> list[Problem]:
-    """Rows that the model cannot take."""
-    problems = list(refusals.position_problems(inputs.base, _longest_tokens(inputs), inputs.virtual_tokens))
-    for rows in (inputs.rows.train, inputs.rows.evaluation):
-        if rows is not None and not problems:
-            problems += refusals.vocabulary_problems(inputs.base, inputs.tokenizer, rows)
-    return problems
 
 
 def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
@@ -349,7 +335,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
         notes.append(f"{len(experts)} fused expert parameters stay as they are, {experts[0]} for one")
     if inputs.virtual_tokens:
         notes.append(f"{inputs.virtual_tokens:,} virtual tokens before each row, beyond data.max_length")
-    notes += refusals.position_notes(inputs.base, _longest_tokens(inputs))
+    notes += refusals.position_notes(inputs.base, inputs.rows.all, inputs.virtual_tokens)
     notes += refusals.run_notes(recipe, inputs.base, device)
     notes += start_notes(recipe.adapter, inputs.targets)
     groups = planned_groups(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)

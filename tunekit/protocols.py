@@ -27,6 +27,7 @@ class Tokenizer(Protocol):
     vocabulary_size: int
     fingerprint: str  # sha256 of everything that changes ids or templates
     chat_template: str | None
+    answer_start_id: int | None  # with which the decoder of an encoder-decoder begins; None: one sequence holds all
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
         """Ids of `text`; with special_tokens_in_text=False, text that spells a special token is encoded as text."""
@@ -36,6 +37,14 @@ class Tokenizer(Protocol):
         self, text: str, *, special_tokens_in_text: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and their [start, end) character offsets in `text`."""
+        ...
+
+    def encode_source(self, text: str) -> list[int]:
+        """Ids of a whole text for an encoder, with the special tokens that the tokenizer puts around one."""
+        ...
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of a whole text for a decoder to learn, likewise."""
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -60,7 +69,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One row ready to train on. `trained[t]` says whether token t is a target (the first token never counts)."""
+    """One row ready to train on. `trained[t]` says whether token t is a target (the first token never counts).
+
+    Of an encoder-decoder: the source, the token with which an answer begins, the answer; that alone is trained on.
+    """
 
     ids: NDArray[np.int32]  # (T,)
     trained: NDArray[np.bool_]  # (T,)

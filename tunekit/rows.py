@@ -57,6 +57,11 @@ class RowSet:
         """Whether training rows are read on the fly; `train` is then a sample of them."""
         return bool(self.streams)
 
+    @property
+    def all(self) -> list[EncodedRows]:
+        """Training rows, and those to evaluate on if there are any."""
+        return [self.train] if self.evaluation is None else [self.train, self.evaluation]
+
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
         """The windows to train on, with the sources' weights."""
         if self.streams:
@@ -77,7 +82,7 @@ class RowSet:
 
 def load_rows(data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: Path | None = None) -> RowSet:
     """Encoded training and evaluation rows. Raises: DataError naming every wrong row, or that none is left."""
-    options = encode_options(data)
+    options = encode_options(data, tokenizer)
     memory_bytes = machine_memory_bytes()
     if any(must_stream(source, memory_bytes) for source in data.train):
         return _load_streamed(data, tokenizer, options, seed, cache_dir)
@@ -120,7 +125,7 @@ def load_evaluation_rows(
 ) -> RowSet:
     """Only the evaluation rows of a data section; `train` is empty unless they are a fraction of it."""
     if isinstance(data.eval, tuple):
-        options = encode_options(data)
+        options = encode_options(data, tokenizer)
         sources = load_sources(data.eval, tokenizer, options, cache_dir)
         parts = [_whole(source) for source in sources]
         rows = ChosenRows(parts)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tunekit.data.collate import collate, collate_rows
 from tunekit.data.order import Share, epoch_rows
@@ -21,6 +22,7 @@ from tunekit.protocols import Batch, EncodedRow, EncodedRows, Window
 
 Group = tuple[int, ...]  # the rows of one sequence: one row, or a pack
 MicroBatch = tuple[Group, ...]
+Widths = tuple[int, ...]  # tokens of a sequence, part by part
 STEP_ROUNDING = 1e-9  # 0.1 * 30 is not quite 3
 
 
@@ -41,6 +43,7 @@ class BatchSettings:
     end_to_end: bool = (
         False  # unpacked rows of a micro-batch lie in one sequence, as documents of their own: no padding
     )
+    reads_source: bool = False  # rows are a source and an answer, each padded by itself
 
 
 def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSettings) -> list[Group]:
@@ -50,7 +53,20 @@ def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSett
     return [tuple(int(order[position]) for position in pack) for pack in first_fit(lengths, settings.max_length)]
 
 
-def cut_micro_batches(groups: Sequence[Group], lengths: Sequence[int], settings: BatchSettings) -> list[MicroBatch]:
+def part_lengths(lengths: NDArray[np.int64], supervised: NDArray[np.int64], reads_source: bool) -> list[Widths]:
+    """Tokens of each part of a row that is padded by itself: of the row, or of its source and its answer."""
+    if not reads_source:
+        return [(length,) for length in lengths.tolist()]
+    return list(zip((lengths - supervised - 1).tolist(), supervised.tolist(), strict=True))
+
+
+def padded_tokens(widths: Sequence[Widths]) -> int:
+    """Tokens of a micro-batch of such sequences, padding included."""
+    together: int = sum(max(part) for part in zip(*widths, strict=True))
+    return len(widths) * together
+
+
+def cut_micro_batches(groups: Sequence[Group], lengths: Sequence[Widths], settings: BatchSettings) -> list[MicroBatch]:
     """Consecutive groups: micro_batch_size of them, or as many as fit micro_batch_tokens padded tokens (at least 1)."""
     if settings.micro_batch_size is not None:
         size = settings.micro_batch_size
@@ -58,13 +74,14 @@ def cut_micro_batches(groups: Sequence[Group], lengths: Sequence[int], settings:
     budget = settings.micro_batch_tokens or 1
     batches: list[MicroBatch] = []
     current: list[Group] = []
-    widest = 0
+    widest: Widths = (0, 0)
     for group, length in zip(groups, lengths, strict=True):
-        if current and max(widest, length) * (len(current) + 1) > budget:
+        wider = tuple(map(max, widest, length))
+        if current and sum(wider) * (len(current) + 1) > budget:
             batches.append(tuple(current))
-            current, widest = [], 0
+            current, wider = [], length
         current.append(group)
-        widest = max(widest, length)
+        widest = wider
     return [*batches, tuple(current)] if current else batches
 
 
@@ -88,6 +105,7 @@ class TrainingWindows:
         self._rank, self._world = rank, world
         self._shares = draws or (Share(0, len(rows)),)
         self._lengths = np.asarray(rows.lengths)  # (rows,)
+        self._supervised = np.asarray(rows.supervised) if settings.reads_source else self._lengths  # (rows,)
         self._steps_of: list[int] = []  # optimizer steps of each epoch that was cut
         self._last: tuple[int, list[MicroBatch]] | None = None
         self.micro_batches_per_epoch = len(self.micro_batches(0))
@@ -102,9 +120,15 @@ class TrainingWindows:
             settings = self._settings
             order = epoch_rows(self._shares, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
             groups = group_rows(order.tolist(), self._lengths[order].tolist(), settings)
-            lengths = [int(self._lengths[list(group)].sum()) for group in groups] if settings.micro_batch_tokens else []
+            lengths = self._widths(groups) if settings.micro_batch_tokens else []
             self._last = epoch, cut_micro_batches(groups, lengths, settings)
         return self._last[1]
+
+    def _widths(self, groups: Sequence[Group]) -> list[Widths]:
+        if not self._settings.reads_source:
+            return [(int(self._lengths[list(group)].sum()),) for group in groups]
+        order = [group[0] for group in groups]  # never packed
+        return part_lengths(self._lengths[order], self._supervised[order], reads_source=True)
 
     def windows(self, first_step: int) -> Iterator[Window]:
         """This rank's share of each step from `first_step` on, up to `steps`."""
@@ -201,7 +225,7 @@ def filled_batch(rows: EncodedRows, settings: BatchSettings, count: int, capacit
     sequences: list[list[EncodedRow]] = []
     indices: list[Group] = []
     position = 0
-    for _ in range(count):
+    for number in range(count):
         sequence, used, room = [], [], capacity
         while room:
             row = rows[order[position % len(order)]]
@@ -210,6 +234,13 @@ def filled_batch(rows: EncodedRows, settings: BatchSettings, count: int, capacit
             used.append(order[position % len(order)])
             room -= len(kept.ids)
             position += 1
-        sequences.append(sequence)
+        sequences.append([_one_part(sequence, number)] if settings.reads_source and count > 1 else sequence)
         indices.append(tuple(used))
     return collate_rows(sequences, indices, pad_id=settings.pad_id, packed=True)
+
+
+def _one_part(sequence: Sequence[EncodedRow], number: int) -> EncodedRow:
+    """Nearly all of it source in the first of several, answer in the others: either part is padded to the longest."""
+    ids = np.concatenate([row.ids for row in sequence])  # (T,)
+    trained = np.arange(len(ids)) >= (len(ids) - 1 if number == 0 else 2)  # (T,)
+    return EncodedRow(ids, trained, sequence[0].origin)

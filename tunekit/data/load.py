@@ -41,8 +41,20 @@ class EncodedSource:
     fingerprint: str
 
 
-def encode_options(data: DataSection) -> EncodeOptions:
-    """The data section's options that decide ids, with the template read from its file."""
+def encode_options(data: DataSection, tokenizer: Tokenizer) -> EncodeOptions:
+    """The data section's options that decide ids, with the template read from its file.
+
+    Raises: RecipeError for those that mean nothing where an encoder reads the prompt.
+    """
+    problems = []
+    if tokenizer.answer_start_id is not None and data.train_on == "all":
+        what = "the prompt is read by an encoder, which predicts nothing"
+        problems.append(Problem(what, "write assistant or last", key="data.train_on"))
+    if tokenizer.answer_start_id is not None and data.excess_length == "split":
+        what = "the later pieces of a row would have no source for the encoder to read"
+        problems.append(Problem(what, "write drop, truncate or error", key="data.excess_length"))
+    if problems:
+        raise RecipeError.of(problems)
     template = None if data.chat_template is None else read_template(Path(data.chat_template))
     return EncodeOptions(data.train_on, template, data.max_length, data.excess_length)
 

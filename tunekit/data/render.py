@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tunekit.data.control import ControlTokens, encode_trusted
 from tunekit.data.examples import ChatExample, CompletionExample, Example, TextExample
-from tunekit.data.turns import Span, TurnFinder, last_answer
+from tunekit.data.turns import Span, TurnFinder, answer_indices, last_answer
 from tunekit.errors import DataError
 from tunekit.protocols import EncodedRow, Tokenizer
 
@@ -24,9 +24,11 @@ Mask = NDArray[np.bool_]  # (T,)
 
 EMPTY_ANSWER = "empty answer"
 EMPTY_TEXT = "empty text"
+EMPTY_SOURCE = "empty prompt, which leaves the encoder nothing to read"
 NO_ANSWER = "no answer to train on"
 NO_TEMPLATE = "rows written as plain prompt and answer: the tokenizer has no chat template"
 EOS_ADDED = "rows whose last turn the chat template does not end; the end-of-sequence token was added"
+ONLY_LAST_ANSWER = "conversations with earlier answers: the encoder reads them, and the last is trained on"
 MERGED_BOUNDARY = "rows whose first answer token holds the prompt's last characters too; it is trained on"
 
 
@@ -54,6 +56,8 @@ class Renderer:
 
     def encode(self, example: Example, origin: str) -> EncodedRow:
         """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""
+        if self.tokenizer.answer_start_id is not None:
+            return self._encode_pair(example, origin, self.tokenizer.answer_start_id)
         if isinstance(example, ChatExample):
             plain = example.without_template
             if self.has_template or plain is None:
@@ -65,13 +69,18 @@ class Renderer:
         return self._encode_text(example, origin)
 
     def prompt(self, example: Example) -> tuple[list[int], str] | None:
-        """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
+        """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text.
+
+        Of an encoder-decoder: what its encoder reads.
+        """
         if isinstance(example, ChatExample):
             if self.has_template or example.without_template is None:
                 return self._chat_prompt(example)
             example = example.without_template
         if isinstance(example, TextExample) or not example.completion:
             return None
+        if self.tokenizer.answer_start_id is not None:
+            return self.tokenizer.encode_source(example.prompt), example.completion
         return self._begin() + self.tokenizer.encode(example.prompt), example.completion
 
     def _begin(self) -> list[int]:
@@ -95,6 +104,25 @@ class Renderer:
                 "name a Jinja file",
                 key="data.chat_template",
             )
+
+    def _encode_pair(self, example: Example, origin: str, start_id: int) -> EncodedRow:
+        """Source, the token with which answers begin, and the answer with the tokenizer's own end: all of it learnt."""
+        if isinstance(example, TextExample):
+            raise DataError("running text has no source for the encoder to read", "give a prompt and its completion")
+        if isinstance(example, ChatExample):
+            if not self.has_template and example.without_template is not None:
+                self.notices[NO_TEMPLATE] += 1
+            self.notices[ONLY_LAST_ANSWER] += len(answer_indices(example.messages, self.train_on)) > 1
+        found = self.prompt(example)
+        if found is None:
+            raise Dropped(EMPTY_ANSWER if isinstance(example, CompletionExample) else NO_ANSWER)
+        source, answer = found[0], self.tokenizer.encode_answer(found[1])
+        if not source:
+            raise Dropped(EMPTY_SOURCE)
+        eos = self.tokenizer.eos_id
+        answer = answer if eos is None or answer[-1:] == [eos] else [*answer, eos]
+        trained = np.arange(len(source) + 1 + len(answer)) > len(source)  # (T,)
+        return make_row([*source, start_id, *answer], trained, origin)
 
     def _encode_chat(self, example: ChatExample, origin: str) -> EncodedRow:
         self._need_template()

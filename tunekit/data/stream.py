@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tunekit.data.batches import BatchSettings
+from tunekit.data.batches import BatchSettings, Widths, part_lengths
 from tunekit.data.collate import collate_rows
 from tunekit.data.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
 from tunekit.data.lines import RawRow
@@ -46,10 +46,11 @@ class Strip:
 
     rows: tuple[StreamedRow, ...]
 
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return sum(len(part.row.ids) for part in self.rows)
+    def widths(self, reads_source: bool) -> Widths:
+        """Tokens of each part that is padded by itself."""
+        lengths = np.array([sum(len(part.row.ids) for part in self.rows)])  # (1,)
+        supervised = np.array([sum(part.row.supervised_tokens for part in self.rows)])  # (1,)
+        return part_lengths(lengths, supervised, reads_source)[0]
 
 
 @dataclass(frozen=True)
@@ -191,14 +192,16 @@ class StreamedWindows:
         """As TrainingWindows cuts them: so many sequences, or as many as fit so many padded tokens."""
         settings = self._settings
         current: list[Strip] = []
-        widest = 0
+        widest: Widths = (0, 0)
         for group in self._groups():
+            width = group.widths(settings.reads_source)
+            wider = tuple(map(max, widest, width))
             if settings.micro_batch_tokens is not None and current:
-                full = max(widest, group.length) * (len(current) + 1) > settings.micro_batch_tokens
+                full = sum(wider) * (len(current) + 1) > settings.micro_batch_tokens
             else:
                 full = len(current) == settings.micro_batch_size
             if full:
                 yield tuple(current)
-                current, widest = [], 0
+                current, wider = [], width
             current.append(group)
-            widest = max(widest, group.length)
+            widest = wider

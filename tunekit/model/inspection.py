@@ -98,6 +98,23 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
     return found
 
 
+def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
+    """The token with which the decoder of an encoder-decoder begins; None of other bases, and where none is named."""
+    path = source.folder / "config.json"
+    if source.gguf_file is not None or not path.exists():
+        return None
+    config, newer = read_json(path), source.folder / "generation_config.json"
+    try:
+        family = find_family(config, section)
+    except ModelError:  # said where the base is loaded
+        return None
+    if family != "seq2seq":
+        return None
+    named = [read_json(newer)] if newer.exists() else []
+    found = [values.get("decoder_start_token_id") for values in (*named, config)]
+    return next((value for value in found if isinstance(value, int)), None)
+
+
 def is_packed_by_bitsandbytes(config: dict[str, Any]) -> bool:
     """Whether the weights are stored in bitsandbytes' 4 bits, as merging onto a quantized base writes them."""
     stored = config.get("quantization_config")

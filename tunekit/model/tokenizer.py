@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.errors import DataError, ModelError
-from tunekit.model.inspection import check_gguf
+from tunekit.model.inspection import check_gguf, read_answer_start
 from tunekit.model.quiet import quiet
 from tunekit.model.source import ModelSource, find_source
 from tunekit.model.templates import render_template
@@ -41,9 +41,10 @@ class LoadedTokenizer:
     `native` is transformers' object; `backend` a copy of its fast tokenizer, which nothing outside changes.
     """
 
-    def __init__(self, native: Any, source: ModelSource | None) -> None:
+    def __init__(self, native: Any, source: ModelSource | None, answer_start_id: int | None = None) -> None:
         self.native = native
         self.source = source
+        self.answer_start_id = answer_start_id
         self.backend = _make_backend(native)
         self.bos_id: int | None = native.bos_token_id
         self.eos_id: int | None = native.eos_token_id
@@ -82,8 +83,15 @@ class LoadedTokenizer:
 
     def encode_source(self, text: str) -> list[int]:
         """Ids of a whole text for an encoder, with the special tokens that the tokenizer puts around one."""
+        return self._encode_whole(text=text)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of a whole text for a decoder to learn, likewise; some tokenizers mark its language otherwise."""
+        return self._encode_whole(text_target=text)
+
+    def _encode_whole(self, **named: str) -> list[int]:
         try:
-            ids: list[int] = self.native(text, truncation=False, padding=False, verbose=False)["input_ids"]
+            ids: list[int] = self.native(**named, truncation=False, padding=False, verbose=False)["input_ids"]
         except (TypeError, UnicodeError) as error:
             raise DataError("text holds characters that are no valid Unicode (a lone surrogate)") from error
         return ids
@@ -133,6 +141,8 @@ class LoadedTokenizer:
     def _fingerprint(self) -> str:
         """sha256 of the tokenizer's definition, its special ids and its template."""
         special = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "control": sorted(self.special_ids)}
+        if self.answer_start_id is not None:
+            special["answer_start"] = self.answer_start_id
         parts = [self.backend.to_str(), json.dumps(special, sort_keys=True), self.chat_template or ""]
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -162,7 +172,7 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
             "convert it once with transformers and save tokenizer.json beside the model",
             key="model.name_or_path",
         )
-    return LoadedTokenizer(native, source)
+    return LoadedTokenizer(native, source, read_answer_start(source, section))
 
 
 def _tokenizer_error(section: ModelSection, error: Exception) -> ModelError:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.protocols import IGNORED, Head
+from tunekit.protocols import IGNORED, Head, Loss
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,3 +110,17 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
         losses.append(torch.logsumexp(logits, dim=-1) - logits.gather(1, target)[:, 0])
         correct.append(logits.argmax(dim=-1) == target[:, 0])
     return torch.cat(losses), torch.cat(correct)
+
+
+def score(
+    output: Tensor, index: Tensor, targets: Tensor, head: Head, chunk_tokens: int, head_parameters: Sequence[Tensor]
+) -> Loss:
+    """The summed loss of some positions, with gradient; without, their metrics too: how many are `correct`.
+
+    Shapes: output (B, T, D), index (N,) into its flattened positions, targets (N,) -> total (1,).
+    """
+    hidden = select_positions(output, index)  # (N, D)
+    if torch.is_grad_enabled():
+        return Loss(summed_loss(hidden, targets, head, chunk_tokens, head_parameters)[None])
+    losses, correct = scored_positions(hidden, targets, head, chunk_tokens)
+    return Loss(losses.sum(dtype=torch.float64)[None], metrics={"correct": float(correct.sum())})

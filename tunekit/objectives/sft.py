@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunekit.model.placing import placed
-from tunekit.objectives.logprobs import scored_positions, select_positions, summed_loss, supervised_positions
+from tunekit.objectives.logprobs import score, supervised_positions
 from tunekit.protocols import Batch, Head, Loss, Window
 from tunekit.recipe.objectives.sft import SftSettings
 
@@ -19,7 +19,7 @@ from tunekit.recipe.objectives.sft import SftSettings
 class Sft:
     """loss = sum over supervised tokens of -log p(token | tokens before it); divided by the step's number of them."""
 
-    family = "causal"
+    family = SftSettings.family
     packable = True
     needs_reference = False
 
@@ -41,11 +41,7 @@ class Sft:
     def loss(self, output: Tensor, head: Head, batch: Batch, head_parameters: Sequence[Tensor] = ()) -> Loss:
         """Shapes: output (B, T, D) -> total (1,). Without gradient, metrics also count `correct` tokens."""
         index, targets = (placed(part, output.device) for part in supervised_positions(batch.labels))
-        hidden = select_positions(output, index)  # (N, D)
-        if torch.is_grad_enabled():
-            return Loss(summed_loss(hidden, targets, head, self.logits_chunk_tokens, head_parameters)[None])
-        losses, correct = scored_positions(hidden, targets, head, self.logits_chunk_tokens)
-        return Loss(losses.sum(dtype=torch.float64)[None], metrics={"correct": float(correct.sum())})
+        return score(output, index, targets, head, self.logits_chunk_tokens, head_parameters)
 
 
 def make(settings: SftSettings, logits_chunk_tokens: int) -> Sft:

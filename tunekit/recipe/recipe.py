@@ -19,6 +19,7 @@ from tunekit.recipe.section import AdapterSettings, ObjectiveSettings, Section
 from tunekit.recipe.training import TrainingSection
 
 DEFAULT_METHOD = {"adapter": "lora", "objective": "sft"}
+SUPERVISED = {"causal": "sft", "seq2seq": "seq2seq"}  # family -> objective
 
 
 def make_adapter_settings(values: Any) -> Any:
@@ -49,6 +50,13 @@ def _default_adapter() -> AdapterSettings:
 def _default_objective() -> ObjectiveSettings:
     settings: ObjectiveSettings = make_objective_settings({})
     return settings
+
+
+def supervised_objective(family: str) -> ObjectiveSettings | None:
+    """The objective that measures the loss of answers, for models of this family; None where there is none."""
+    name = SUPERVISED.get(family)
+    settings: Any = None if name is None else make_objective_settings({"method": name})
+    return settings  # type: ignore[no-any-return]
 
 
 class Recipe(Section):

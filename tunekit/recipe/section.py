@@ -49,7 +49,12 @@ class AdapterSettings(MethodSettings):
 
 
 class ObjectiveSettings(MethodSettings):
-    """What every objective has; the settings of one are in recipe/objectives/NAME.py."""
+    """What every objective has; the settings of one are in recipe/objectives/NAME.py.
+
+    `family`: of the models that it trains.
+    """
+
+    family: ClassVar[str] = "causal"
 
 
 class StartSettings(MethodSettings):

@@ -19,9 +19,10 @@ def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     def refuse(key: str, what: str, how: str) -> None:
         problems.append(Problem(what, how, key=key))
 
-    if recipe.model.family not in ("auto", "causal"):
-        what = f"the family {recipe.model.family} cannot be trained; causal language models can"
-        refuse("model.family", what, "write causal or auto")
+    trained = recipe.objective.family
+    if recipe.model.family not in ("auto", trained):
+        what = f"{recipe.objective.method} trains models of the family {trained}, and model.family is "
+        refuse("model.family", f"{what}{recipe.model.family}", f"write {trained} or auto, or another objective")
     _refuse_activations(recipe, refuse)
     _refuse_start(recipe, refuse)
     return problems

@@ -9,14 +9,12 @@ from tunekit.adapters.several import AdapterSet
 from tunekit.errors import ModelError
 from tunekit.model.load import LoadedModel
 from tunekit.model.tokenizer import LoadedTokenizer
-from tunekit.objectives.base import make_objective
 from tunekit.protocols import EncodedRows
 from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.recipe.recipe import make_objective_settings
 from tunekit.training.devices import Devices
 from tunekit.training.evaluator import make_evaluator
 from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.refusals import check_family, position_problems, vocabulary_problems
+from tunekit.training.refusals import measuring_objective, row_problems
 from tunekit.training.tuned import TunedModel
 
 
@@ -35,26 +33,17 @@ def adapter_losses(
     Raises: ModelError where the model cannot look up the rows.
     """
     chunk = logits_chunk_tokens(model.facts.vocabulary_size)
-    objective = make_objective(make_objective_settings({}), logits_chunk_tokens=chunk)
-    check_family(model, objective)
+    objective = measuring_objective(model, chunk)
     losses: dict[str | None, float] = {}
     for name in (None, *adapters.adapters):
         adapters.switch(name)
         tuned = TunedModel(model, adapters.adapters.get(name or ""))
-        _check_rows(tuned, tokenizer, rows)
+        problems = row_problems(model, tokenizer, [rows], tuned.virtual_tokens)
+        if problems:
+            raise ModelError.of(problems)
         evaluator = make_evaluator(
             tuned, objective, tokenizer, devices, rows, list, settings, max_length=max_length, metric_names=("loss",)
         )
         losses[name] = evaluator.evaluate()[1]["loss"]
     adapters.switch(None)
     return losses
-
-
-def _check_rows(tuned: TunedModel, tokenizer: LoadedTokenizer, rows: EncodedRows) -> None:
-    longest = max(int(length) for length in rows.lengths) + tuned.virtual_tokens
-    problems = [
-        *position_problems(tuned.base, longest, tuned.virtual_tokens),
-        *vocabulary_problems(tuned.base, tokenizer, rows),
-    ]
-    if problems:
-        raise ModelError.of(problems)

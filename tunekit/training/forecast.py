@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunekit.data.batches import BatchSettings, TrainingWindows
+from tunekit.data.batches import BatchSettings, TrainingWindows, padded_tokens, part_lengths
 from tunekit.data.collate import collate
 from tunekit.data.stream import StreamedWindows
 from tunekit.decisions import PeakBytes
@@ -47,6 +47,7 @@ def largest_batch(
     that is another one: a single long row.
     """
     lengths = np.asarray(rows.lengths)  # (rows,)
+    parts = part_lengths(lengths, np.asarray(rows.supervised), settings.reads_source)  # of each row
     best, best_size, left = None, (-1, -1), windows.steps
     for epoch in range(EXAMINED_EPOCHS):
         micro_batches = windows.micro_batches(epoch)[: left * settings.gradient_accumulation_steps]
@@ -54,6 +55,8 @@ def largest_batch(
         for micro_batch in micro_batches:
             widths = [int(lengths[list(group)].sum()) for group in micro_batch]
             tokens = sum(widths) if settings.end_to_end else max(widths) * len(widths)
+            if settings.reads_source:
+                tokens = padded_tokens([parts[row] for group in micro_batch for row in group])
             size = (tokens, max(widths))
             if by_scores:
                 documents = [int(lengths[row]) for group in micro_batch for row in group]

@@ -43,12 +43,14 @@ def packing_leak(model: TunedModel, vocabulary_size: int) -> float:
 
 def logprob_difference(model: TunedModel, vocabulary_size: int) -> float:
     """Largest difference, relative to the largest loss, of our chunked losses and those of the net's own logits."""
-    ids = _probe_ids(vocabulary_size, 2)
+    ids = _probe_ids(vocabulary_size, 2)  # (1, T)
     index, targets = (part.to(model.device) for part in supervised_positions(ids))
+    alone = {"position_ids": torch.arange(PROBE_TOKENS)[None]}  # (1, T)
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.base.family.reads_source else alone)
     with undisturbed(model):
-        hidden = model.hidden({"input_ids": ids, "position_ids": torch.arange(PROBE_TOKENS)[None]})
+        hidden = model.hidden(inputs)
         ours, _ = scored_positions(select_positions(hidden, index), targets, model.head(), 5)
-        logits = model.own_logits(ids).float()  # (1, T, V)
+        logits = model.own_logits(inputs).float()  # (1, T, V)
         own = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="none")
     return _relative_difference(ours, own)
 

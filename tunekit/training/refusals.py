@@ -7,10 +7,11 @@ Next: plan.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,8 +21,10 @@ from tunekit.model.families import text_config
 from tunekit.model.fp8 import CAPABILITY, computes_fp8
 from tunekit.model.load import LoadedModel
 from tunekit.model.tokenizer import LoadedTokenizer
+from tunekit.objectives.base import make_objective
 from tunekit.protocols import EncodedRows, Objective
-from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.recipe import Recipe, supervised_objective
 
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
 
@@ -73,11 +76,48 @@ def check_family(base: LoadedModel, objective: Objective) -> LoadedModel:
     if base.family.name == objective.family:
         return base
     what = f"{base.name_or_path} ({base.facts.model_type}) is a {base.family.text}"
+    fitting = supervised_objective(base.family.name)
+    if fitting is not None:
+        method = fitting.method
+        raise ModelError(
+            f"{what}, and the objective is for another kind", f"write objective: {method}", key="objective"
+        )
     raise ModelError(
         f"{what}, and no objective of this version reads what it computes: it can be loaded, adapted and called",
-        "choose a causal language model",
+        "choose a causal language model or an encoder-decoder",
         key="model.name_or_path",
     )
+
+
+def measuring_objective(base: LoadedModel, logits_chunk_tokens: int) -> Objective:
+    """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
+    settings = supervised_objective(base.family.name) or SftSettings()
+    objective = make_objective(settings, logits_chunk_tokens=logits_chunk_tokens)
+    check_family(base, objective)
+    return objective
+
+
+def row_problems(
+    base: LoadedModel, tokenizer: LoadedTokenizer, rows: Sequence[EncodedRows], virtual_tokens: int = 0
+) -> list[Problem]:
+    """Rows that the model cannot take: too long for its positions, or with ids beyond its embedding."""
+    if base.family.reads_source and tokenizer.answer_start_id is None:
+        what = f"{base.name_or_path} does not say with which token its answers begin"
+        return [Problem(what, "write decoder_start_token_id into its config.json", key="model.name_or_path")]
+    longest = max((longest_positions(base, some) for some in rows), default=0) + virtual_tokens
+    problems = list(position_problems(base, longest, virtual_tokens))
+    for some in rows:
+        problems += [] if problems else vocabulary_problems(base, tokenizer, some)
+    return problems
+
+
+def longest_positions(base: LoadedModel, rows: EncodedRows) -> int:
+    """Positions that the longest row takes; of an encoder-decoder, where each part counts anew, its longest part."""
+    lengths = np.asarray(rows.lengths)  # (rows,)
+    if not base.family.reads_source:
+        return int(lengths.max(initial=0))
+    answers = np.asarray(rows.supervised)  # (rows,), as many as positions of the decoder
+    return int(np.maximum(lengths - answers - 1, answers).max(initial=0))
 
 
 def vocabulary_problems(base: LoadedModel, tokenizer: LoadedTokenizer, rows: EncodedRows) -> Iterator[Problem]:
@@ -108,8 +148,9 @@ def position_problems(base: LoadedModel, longest_tokens: int, virtual_tokens: in
             yield Problem(what, f"set data.max_length to at most {table - virtual_tokens}", key="data.max_length")
 
 
-def position_notes(base: LoadedModel, longest_tokens: int) -> Iterator[str]:
+def position_notes(base: LoadedModel, rows: Sequence[EncodedRows], virtual_tokens: int) -> Iterator[str]:
     """Rows longer than what the model was trained for, where positions are computed and not looked up."""
+    longest_tokens = max(longest_positions(base, some) for some in rows) + virtual_tokens
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
     if isinstance(trained, int) and longest_tokens > trained and _learned_positions(base) is None:
         yield (

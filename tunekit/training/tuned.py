@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,10 +66,9 @@ class TunedModel:
         """Positions that the adapter puts before each row."""
         return 0 if self.adapter is None else self.adapter.virtual_tokens
 
-    def own_logits(self, input_ids: Tensor) -> Tensor:
+    def own_logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """The network's own logits (B, T, V), whole: for a few tokens only."""
-        net: Any = self.base.net
-        logits: Tensor = net(**self.adapted({"input_ids": input_ids.to(self.device)}), use_cache=False).logits
+        logits = self.base.family.logits(self.base.net, self.entering(inputs))
         return logits if self.adapter is None else self.adapter.outputs(logits)
 
     def unchanged_weights(self) -> AbstractContextManager[None]:
