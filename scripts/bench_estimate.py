@@ -38,12 +38,15 @@ class Row:
     budget_share: float | None = None  # of the total that is predicted without a budget
 
 
+FAMILIES = {"gpt2": "gpt2", "Qwen": "qwen2", "flan-t5": "t5"}  # word in a recipe -> kind of its model
+
+
 def shipped_rows() -> list[Row]:
     """Every shipped recipe; accumulation 1 and a few steps, since neither changes the peak."""
     found = []
     for path in sorted((REPOSITORY / "recipes").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        family = "gpt2" if "gpt2" in text else "qwen2" if "Qwen" in text else "llama"
+        family = next((name for word, name in FAMILIES.items() if word in text), "llama")
         overrides = [f"training.max_steps={STEPS}", "training.gradient_accumulation_steps=1"]
         overrides += ["~training.epochs"] if "\n  epochs:" in text else []
         overrides += ["model.dtype=auto"] if "dtype: float16" in text else []  # a CPU has no float16
@@ -124,19 +127,23 @@ sys.path.insert(0, {repository!r})
 spec, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 from tunekit.model.tiny import write_tiny_llama
 write_tiny_llama(folder)
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 hidden, layers, heads = spec["hidden"], spec["layers"], spec["hidden"] // 64
 common = dict(vocab_size=spec.get("vocabulary", 49152), bos_token_id=0, eos_token_id=2)
 common["tie_word_embeddings"] = spec.get("tied", True)
 if spec["family"] == "gpt2":
     config = AutoConfig.for_model("gpt2", n_embd=hidden, n_layer=layers, n_head=heads, **common)
+elif spec["family"] == "t5":
+    config = AutoConfig.for_model("t5", d_model=hidden, d_ff=hidden * 4, num_layers=layers // 2, num_heads=heads,
+        pad_token_id=0, decoder_start_token_id=0, **common)
 else:
     groups = heads // 3 if heads % 3 == 0 else heads
     config = AutoConfig.for_model(
         spec["family"], hidden_size=hidden, num_hidden_layers=layers, intermediate_size=hidden * 8 // 3 // 64 * 64,
         num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=4096, **common)
 torch.manual_seed(0)
-model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.get("file_dtype", "float32")))
+make = AutoModelForSeq2SeqLM if spec["family"] == "t5" else AutoModelForCausalLM
+model = make.from_config(config, dtype=getattr(torch, spec.get("file_dtype", "float32")))
 (folder / "model.safetensors").unlink()
 model.save_pretrained(folder)
 print(json.dumps({{"parameters": sum(parameter.numel() for parameter in model.parameters())}}))

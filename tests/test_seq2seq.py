@@ -129,6 +129,16 @@ def test_of_a_conversation_the_last_answer_is_trained_on(model: Path) -> None:
     assert renderer.notices == {ONLY_LAST_ANSWER: 1}
     assert tokenizer.decode(found.ids[~found.trained].tolist(), skip_special_tokens=True).split() == ["abc"]
     assert tokenizer.decode(found.ids[found.trained].tolist(), skip_special_tokens=True) == "d"
+    plain = tokenizer.encode_source("a")
+    assert (found.ids[0], found.ids[~found.trained][-2]) == (plain[0], plain[-1])  # around the text, as around any
+
+
+def test_a_template_may_write_the_special_tokens_itself(model: Path) -> None:
+    tokenizer = tokenizer_of(model)
+    exchange = chat(("user", "king"), ("assistant", "k"))
+    bare = Renderer(tokenizer, "assistant", "{{ messages[0]['content'] }}").encode(exchange, "rows:1")
+    own = Renderer(tokenizer, "assistant", "<s>{{ messages[0]['content'] }}</s>").encode(exchange, "rows:1")
+    assert bare.ids.tolist() == own.ids.tolist()
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,14 @@ def make_gpt2(vocabulary_size: int) -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary_size, bos_token_id=0, eos_token_id=2, **sizes))
 
 
+def make_t5(vocabulary_size: int) -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4}
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=vocabulary_size, **sizes, **ids))
+
+
 @pytest.fixture(scope="session")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What stands in for each base that a recipe names; a new base needs an entry."""
@@ -71,6 +79,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HuggingFaceTB/SmolLM2-135M-Instruct": "builtin:tiny-llama",
         "SmolLM2-135M-Instruct.Q4_1.gguf": "builtin:tiny-llama",
         "Qwen/Qwen2.5-7B-Instruct": str(write_twin(folder / "qwen2", make_qwen2, chat_template=True)),
+        "google/flan-t5-base": str(write_twin(folder / "t5", make_t5, chat_template=False)),
         "openai-community/gpt2": str(write_twin(folder / "gpt2", make_gpt2, chat_template=False)),
     }
 

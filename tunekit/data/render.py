@@ -95,7 +95,20 @@ class Renderer:
         text = self._turns.render(example.messages[:index], example.tools, add_generation_prompt=True)
         neutral = self._turns.render_neutral(example.messages[:index], example.tools, add_generation_prompt=True)
         ids, _ = encode_trusted(text, neutral, self.tokenizer, self._control)
-        return ids, example.messages[index].content
+        return self._as_source(ids), example.messages[index].content
+
+    def _as_source(self, ids: list[int]) -> list[int]:
+        """The same, for an encoder with the special tokens around them that the tokenizer puts around a text."""
+        if self.tokenizer.answer_start_id is None:
+            return ids
+        inner, whole = self.tokenizer.encode("a"), self.tokenizer.encode_source("a")
+        starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
+        if not inner or not starts:
+            return ids
+        before, after = whole[: starts[0]], whole[starts[0] + len(inner) :]
+        before = [] if ids[: len(before)] == before else before  # the template may write them itself
+        after = [] if ids[len(ids) - len(after) :] == after else after
+        return [*before, *ids, *after]
 
     def _need_template(self) -> None:
         if not self.has_template:
