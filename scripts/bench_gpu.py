@@ -135,8 +135,6 @@ def plan_lines(row: Row, plan: dict[str, Any]) -> list[str]:
     ]
     if row.cap_bytes:
         lines.append(f"  the card capped to {gib(row.cap_bytes)}")
-    if "needs" in plan:
-        return [*lines, f"  not run: {plan['needs']}"]
     lines.append(f"  adapter: {plan['trained_parameters']:,} parameters")
     if "predicted_bytes" in plan:
         parts = {name: size for name, size in plan["predicted_bytes"].items() if name != "total"}
@@ -176,10 +174,6 @@ def run_rows(rows: list[Row], device: torch.device, file: Path, minutes: float, 
         print(f"{CEILINGS}: {json.dumps(results[CEILINGS])}", flush=True)
     for row in rows:
         if row.name in results["rows"] and not again:
-            continue
-        if row.needs:
-            results["rows"][row.name] = {"outcome": f"not run: {row.needs}"}
-            write_results(file, results)
             continue
         expected, left = expected_minutes(row, device, known_ceilings(results)), ends - time.monotonic()
         if left < 60.0 * expected:

@@ -34,6 +34,18 @@ def test_operations_of_the_8b_model() -> None:
     assert recomputed == pytest.approx(49.9e9, rel=0.03)
 
 
+def test_a_token_of_an_encoder_decoder_passes_about_half_of_it() -> None:
+    """T5 v1.1: two matrices of width x inner and one back in each layer, 4 d^2 in the encoder's, 8 d^2 in the decoder's
+    (heads of 64 x 32 = d), of which 2 d^2 see the source alone."""
+    size, row, d, inner = planning.model_size("t0-3b", CPU), ROWS["t0-3b-nf4"], 2048, 5120
+    mlp, layers = 3 * d * inner, 24
+    assert size.of_source == pytest.approx(layers * (4 * d * d + mlp + 2 * d * d), rel=0.001)
+    assert size.body == pytest.approx(layers * (12 * d * d + 2 * mlp), rel=0.001)
+    assert arithmetic.passed_parameters(size, row) == pytest.approx(size.body / 2, rel=1e-6)
+    scores = 3 * 256**2 * 2.5  # of three attentions, each 256 x 256; the answer's own is causal: a half
+    assert arithmetic.attention_flops(size, row) == pytest.approx(4 * 24 * d * scores / 3 / 512)
+
+
 @pytest.mark.parametrize(
     ("model", "billions"),
     [
@@ -54,7 +66,7 @@ def test_the_plan_of_a_row_is_printed_without_a_gpu(
     bench_gpu.main()
     text = capsys.readouterr().out
     assert "assumed" in text
-    assert "not run: encoder-decoders cannot be trained yet" in text
+    assert "t0-3b-nf4" in text
     assert "41,943,040 parameters" in text
     assert "streaming breaks even from 2,639 tokens" in text
     plan = json.loads((tmp_path / "plans.json").read_text())["plans"]["8b-nf4-small-streamed"]
@@ -89,7 +101,7 @@ def test_results_are_kept_after_every_row_and_no_row_runs_twice(
     chosen = [ROWS["tiny-bf16"], ROWS["tiny-nf4"]]
     bench_gpu.run_rows(chosen, CPU, file, 10.0, again=False)
     assert ran == [("ceilings", False), ("tiny-bf16", []), ("tiny-nf4", ["tiny-bf16"])]
-    bench_gpu.run_rows([*chosen, ROWS["t0-3b-nf4"]], CPU, file, 10.0, again=False)
+    bench_gpu.run_rows(chosen, CPU, file, 10.0, again=False)
     assert len(ran) == 3
     bench_gpu.run_rows(chosen[:1], CPU, file, 10.0, again=True)
     assert len(ran) == 4
@@ -97,12 +109,11 @@ def test_results_are_kept_after_every_row_and_no_row_runs_twice(
     assert "tiny-streamed: waits for another call" in capsys.readouterr().out
     from table import make_table
 
-    text = make_table(json.loads(file.read_text()), [*chosen, ROWS["t0-3b-nf4"], ROWS["tiny-streamed"]])
+    text = make_table(json.loads(file.read_text()), [*chosen, ROWS["tiny-streamed"]])
     lines = [line for line in text.splitlines() if line.startswith("| t")]
-    assert [line.split(" | ")[0] for line in lines] == ["| tiny-bf16", "| tiny-nf4", "| t0-3b-nf4"]
+    assert [line.split(" | ")[0] for line in lines] == ["| tiny-bf16", "| tiny-nf4"]
     assert "10 (9) | 50% | 2.00 GiB" in lines[0]
     assert "out of memory" in lines[1]
-    assert "encoder-decoders" in lines[2]
 
 
 def test_a_child_that_runs_out_of_memory_or_of_time_is_a_result(
@@ -136,27 +147,28 @@ def test_a_random_model_has_every_value_and_the_same_ones_packed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bf16", "nf4"])
-def test_the_doubles_give_the_losses_of_peft(kind: str) -> None:
+@pytest.mark.parametrize("pair", [("bf16", "peft"), ("nf4", "nf4-peft"), ("t5", "t5-peft")])
+def test_the_doubles_give_the_losses_of_peft(pair: tuple[str, str]) -> None:
     import ours
     import rival
 
-    own = ROWS["tiny-bf16" if kind == "bf16" else "tiny-nf4"]
-    peft_row = ROWS["tiny-peft" if kind == "bf16" else "tiny-nf4-peft"]
+    own, peft_row = (ROWS[f"tiny-{name}"] for name in pair)
     plan = planning.plan_row(own, CPU, arithmetic.Ceilings())
     mine, theirs = ours.run_row(own, CPU, plan), rival.run_row(peft_row, CPU)
-    assert mine["losses"] == pytest.approx(theirs["losses"], rel=2e-4)
+    rounded = 1e-2 if own.reads_source else 2e-4  # transformers takes a T5's loss in bf16: 6.21875 and then 6.25
+    assert mine["losses"] == pytest.approx(theirs["losses"], rel=rounded)
     assert mine["tokens_per_second"] > 0
     assert theirs["rows_of_a_forward"] == peft_row.rows
 
 
 @pytest.mark.slow
-def test_streamed_and_resident_doubles_give_the_same_losses() -> None:
+@pytest.mark.parametrize("name", ["tiny-streamed", "tiny-t5-streamed"])
+def test_streamed_and_resident_doubles_give_the_same_losses(name: str) -> None:
     from dataclasses import replace
 
     import ours
 
-    streamed = ROWS["tiny-streamed"]
+    streamed = ROWS[name]
     resident = replace(streamed, engine="resident")
     found = [
         ours.run_row(row, CPU, planning.plan_row(row, CPU, arithmetic.Ceilings()))["losses"]

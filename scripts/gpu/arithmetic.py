@@ -31,14 +31,31 @@ class Size:
     head: int
     layers: int
     attention_width: int  # heads x size of a head
+    of_source: int = 0  # of the body, what an encoder-decoder's source passes: the encoder, and keys and values of it
 
 
 def flops_per_token(size: Size, row: Row, recomputed_share: float, supervised_share: float) -> float:
     """LoRA: 2 N forward, 2 N for the gradient of the inputs, 2 N more where layers are recomputed; causal attention
     2 L d s forward and 2.5 times that backward. The head counts for supervised tokens, and is not recomputed."""
-    attention = 2.0 * size.layers * size.attention_width * row.length
-    body = 2.0 * size.body * (2.0 + recomputed_share)
+    attention = attention_flops(size, row)
+    body = 2.0 * passed_parameters(size, row) * (2.0 + recomputed_share)
     return body + attention * (3.5 + recomputed_share) + 4.0 * size.head * supervised_share
+
+
+def passed_parameters(size: Size, row: Row) -> float:
+    """Parameters of the layers that a token passes; of an encoder-decoder, the mean over source and answer."""
+    source = row.source_tokens / row.length
+    return size.body if not row.reads_source else source * size.of_source + (1 - source) * (size.body - size.of_source)
+
+
+def attention_flops(size: Size, row: Row) -> float:
+    """Of a token, forward: products with half of the row, as causal attention needs. A source is seen whole, by itself
+    (half of the layers) and by the answer (the other half)."""
+    if not row.reads_source:
+        return 2.0 * size.layers * size.attention_width * row.length
+    source, answer = row.source_tokens, row.length - row.source_tokens
+    scores = source * source + answer * source + answer * answer / 2.0
+    return 4.0 * (size.layers / 2.0) * size.attention_width * scores / row.length
 
 
 def least_flops_per_token(size: Size, row: Row, supervised_share: float) -> float:
@@ -56,8 +73,9 @@ def floor_seconds(flops: float, layer_bytes: float, row: Row, ceilings: Ceilings
     return floors
 
 
-def break_even_tokens(layer_bytes: float, body: int, ceilings: Ceilings) -> float:
-    """Tokens of a step from which streaming hides behind the computation: b F / (3 BW), b bytes for each parameter.
+def break_even_tokens(layer_bytes: float, body: float, ceilings: Ceilings) -> float:
+    """Tokens of a step from which streaming hides behind the computation: b F / (3 BW), b bytes for each parameter
+    of the `body` that a token passes.
 
     At 6 N operations for each token, all layers recomputed.
     """

@@ -20,9 +20,7 @@ from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
 from tunekit.model.load import LoadedModel
-from tunekit.objectives.base import make_objective
 from tunekit.protocols import Engine
-from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.training.compiling import compilable, compile_layers
 from tunekit.training.devices import make_devices
 from tunekit.training.engines import make_engine, stream_base
@@ -30,6 +28,7 @@ from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.training.parts import LoopParts, LoopState
 from tunekit.training.planned_memory import logits_chunk_tokens
+from tunekit.training.refusals import measuring_objective
 from tunekit.training.resident import ResidentEngine
 from tunekit.training.scaling import LossScale
 from tunekit.training.tuned import TunedModel
@@ -83,7 +82,7 @@ def _parts(
     records: list[StepRecord] = []
     parts = LoopParts(
         model=TunedModel(replace(base, device=device), adapter, store),
-        objective=make_objective(SftSettings(), logits_chunk_tokens=logits_chunk_tokens(base.facts.vocabulary_size)),
+        objective=measuring_objective(base, logits_chunk_tokens(base.facts.vocabulary_size)),
         engine=engine,
         optimizer=optimizer,
         devices=make_devices(),

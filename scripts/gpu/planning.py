@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 from typing import Any
 
 import torch
-from arithmetic import Ceilings, Size, break_even_tokens, floor_seconds, flops_per_token, least_flops_per_token
+from arithmetic import (
+    Ceilings,
+    Size,
+    break_even_tokens,
+    floor_seconds,
+    flops_per_token,
+    least_flops_per_token,
+    passed_parameters,
+)
 from random_model import configuration_folder, model_section
 from shapes import Row
 from work import micro_batch
@@ -23,11 +32,12 @@ from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.weights import element_count, stored_bytes, weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.memory import MemorySection
-from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.recipe import supervised_objective
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.planned_memory import logits_chunk_tokens
 from tunekit.training.simulation import SimulatedRun
 
+SEES_SOURCE = r"encoder\.block\.|EncDecAttention\.[kv]\."  # of a T5's parameters
 CARD_BYTES = 78 * 2**30  # of an H100, where there is none to ask
 SPARE_SHARE = 0.06  # for what the allocator reserves beyond tensors, and the libraries' own
 LIKELY_SHARE = 0.5  # of the product ceiling, for the expected minutes
@@ -72,9 +82,10 @@ def model_size(model: str, device: torch.device) -> Size:
     head = weight_of(tables[family.head_name(net)]) if family.head_name(net) else None
     heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
     width = heads * int(getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or hidden // heads)
-    return Size(
-        element_count(net) - sum(counted.values()), 0 if head is None else head.elements, base.facts.layers, width
-    )
+    body, of_source = element_count(net) - sum(counted.values()), 0
+    if family.reads_source:
+        of_source = sum(tensor.numel() for name, tensor in net.named_parameters() if re.search(SEES_SOURCE, name))
+    return Size(body, 0 if head is None else head.elements, base.facts.layers, width, of_source)
 
 
 def linear_shapes(model: str, device: torch.device) -> dict[str, tuple[int, int]]:
@@ -98,7 +109,8 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
     with configuration_folder(row.model) as folder:
         section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
         chunk, tier = logits_chunk_tokens(base.facts.vocabulary_size), "off" if row.engine == "resident" else row.engine
-        settings = (section, adapter_settings(row), SftSettings(), training_section(row), chunk, run_device)
+        objective = supervised_objective(base.family.name)
+        settings = (section, adapter_settings(row), objective, training_section(row), chunk, run_device)
         run = SimulatedRun(*settings, MemorySection(), tier)
         together = 1 if tier == "off" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
         step = run.training_step(micro_batch(row, 0, 0), checkpointed if tier == "off" else 0, together)
@@ -157,10 +169,8 @@ def plan_row(row: Row, device: torch.device, ceilings: Ceilings) -> dict[str, An
         "layer_bytes": max(blobs),
         "slot_bytes": min(SLOTS, len(blobs)) * max(blobs),
         "step_tokens": row.step_tokens,
-        "break_even_tokens": round(break_even_tokens(sum(blobs), size.body, ceilings)),
+        "break_even_tokens": round(break_even_tokens(sum(blobs), passed_parameters(size, row), ceilings)),
     }
-    if row.needs:
-        return facts | {"needs": row.needs}
     settings = adapter_settings(row)
     targets = find_targets(base.net, settings, head_name=base.family.head_name(base.net))
     facts["trained_parameters"] = trained_count(load_method("lora"), settings, targets)

@@ -14,6 +14,9 @@ from shapes import Row
 from torch import nn
 from work import window
 
+from tunekit.objectives.seq2seq import parts_of
+from tunekit.protocols import IGNORED, Batch
+
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 
 
@@ -39,7 +42,7 @@ def run_row(row: Row, device: torch.device) -> dict[str, Any]:
     net, attention = random_net(row, device)
     names = row.targets if row.targets == "all-linear" else row.targets.split(",")
     settings = peft.LoraConfig(r=row.r, lora_alpha=2 * row.r, lora_dropout=0.0, target_modules=names, bias="none")
-    settings.task_type = "CAUSAL_LM"
+    settings.task_type = "SEQ_2_SEQ_LM" if row.reads_source else "CAUSAL_LM"
     model = peft.get_peft_model(net, settings)
     begin_alike(model.named_parameters())
     loaded, found = time.monotonic() - started, reset_peaks(device)
@@ -86,9 +89,7 @@ def _train(model: Any, row: Row, device: torch.device, size: int, recompute: boo
         for batch in batches:
             for start in range(0, row.rows, size):
                 part = slice(start, start + size)
-                ids, labels = batch.input_ids[part].to(device), batch.labels[part].to(device)
-                # Documents of a row see each other here: peft's loop has no packing of its own.
-                loss = model(input_ids=ids, labels=labels, num_items_in_batch=total, use_cache=False).loss
+                loss = _summed_loss(model, row, batch, part, device) / total
                 loss.backward()
                 loss_sum += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -106,13 +107,25 @@ def _train(model: Any, row: Row, device: torch.device, size: int, recompute: boo
     }
 
 
+def _summed_loss(model: Any, row: Row, batch: Batch, part: slice, device: torch.device) -> torch.Tensor:
+    """Of some rows, by transformers' own loss."""
+    if not row.reads_source:
+        ids, labels = batch.input_ids[part].to(device), batch.labels[part].to(device)
+        # Documents of a row see each other here: peft's loop has no packing of its own.
+        return model(input_ids=ids, labels=labels, num_items_in_batch=1, use_cache=False).loss
+    parts = parts_of(batch)
+    source, mask, labels = (tensor[part].to(device) for tensor in (parts.source, parts.source_mask, parts.labels))
+    mean = model(input_ids=source, attention_mask=mask, labels=labels, use_cache=False).loss
+    return mean * (parts.labels[part] != IGNORED).sum().item()
+
+
 def random_net(row: Row, device: torch.device) -> tuple[Any, str]:
     """transformers' own model with the weights of random_model.py; packed as bitsandbytes packs them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     with configuration_folder(row.model) as folder:
         config = AutoConfig.from_pretrained(str(folder))
-    net, attention = _meta_net(AutoModelForCausalLM, config, device)
+    net, attention = _meta_net(AutoModelForSeq2SeqLM if row.reads_source else AutoModelForCausalLM, config, device)
     if row.quantization == "nf4":
         _pack(net, device)
     for name, module in list(net.named_modules()):

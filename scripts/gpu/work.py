@@ -14,7 +14,8 @@ MEDIAN_TOKENS, SPREAD, SHORTEST = 180, 0.6, 16  # of documents, log-normal
 
 
 def micro_batch(row: Row, step: int, number: int) -> Batch:
-    """`rows` sequences of `length` tokens, every token supervised; or of documents, the second half of each."""
+    """`rows` sequences of `length` tokens, every token supervised; or of documents, the second half of each; or of a
+    source and an answer, which is supervised."""
     draw, vocabulary = np.random.default_rng([step, number]), MODELS[row.model]["vocab_size"]
     sequences = []
     for index in range(row.rows):
@@ -23,13 +24,18 @@ def micro_batch(row: Row, step: int, number: int) -> Batch:
             [
                 EncodedRow(
                     draw.integers(3, vocabulary, length).astype(np.int32),
-                    np.arange(length) >= (length // 2 if row.documents else 0),
+                    np.arange(length) >= (length // 2 if row.documents else _first_supervised(row)),
                     f"step {step}, row {index}, document {place}",
                 )
                 for place, length in enumerate(lengths)
             ]
         )
     return collate_rows(sequences, [range(len(each)) for each in sequences], pad_id=0, packed=row.documents)
+
+
+def _first_supervised(row: Row) -> int:
+    """Behind a source stands one more token, with which the answer begins."""
+    return row.source_tokens + 1 if row.reads_source else 0
 
 
 def _documents(draw: np.random.Generator, tokens: int) -> list[int]:
