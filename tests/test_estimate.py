@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.conftest import write_tiny_llama
-from tests.loop_case import make_rows
+from tests.loop_case import make_case, make_rows
 from tunekit.adapters.attach import attach_adapter
 from tunekit.data.batches import BatchSettings, TrainingWindows
 from tunekit.data.collate import collate
@@ -38,6 +38,7 @@ from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.forecast import largest_batch
 from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.probes import logprob_difference, packing_leak
 from tunekit.training.resident import ResidentEngine
 from tunekit.training.simulation import SimulatedRun, make_tracked_optimizer
 from tunekit.training.tuned import TunedModel
@@ -316,9 +317,22 @@ def test_packing_while_reading_holds_one_matrix_beside_the_packed_base() -> None
 
 
 def test_an_embedding_that_is_mapped_counts_the_rows_that_are_read() -> None:
-    row_bytes, rows = 4096, 1000
-    assert untouched_bytes(np.array([0, 1, 2]), row_bytes, rows * row_bytes) == rows * row_bytes - 64 * 1024
-    assert untouched_bytes(np.arange(1000), row_bytes, rows * row_bytes) == 0
+    """Each with the 2 MiB that the kernel maps at once, of a file in its cache."""
+    row_bytes, rows = 4096, 10_000
+    assert untouched_bytes(np.array([0, 1, 2]), row_bytes, rows * row_bytes) == rows * row_bytes - 2 * 2**20
+    assert untouched_bytes(np.arange(10_000), row_bytes, rows * row_bytes) == 0
+
+
+def test_probes_look_up_no_row_that_the_run_does_not(tiny_llama: Path) -> None:
+    case = make_case(tiny_llama, make_rows(4), training=TrainingSection(max_steps=1, epochs=None))
+    looked_up: set[int] = set()
+    embedding: Any = case.model.base.net.get_submodule("model.embed_tokens")
+    embedding.register_forward_pre_hook(lambda _, inputs: looked_up.update(inputs[0].flatten().tolist()))
+    known = torch.tensor([[5, 9, 11], [5, 200, 0]])
+    assert packing_leak(case.model, known) < 1e-5
+    assert logprob_difference(case.model, known) < 1e-5
+    assert len(looked_up) > 2
+    assert looked_up <= set(known.flatten().tolist())
 
 
 @pytest.mark.parametrize(

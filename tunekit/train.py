@@ -159,7 +159,7 @@ def _prepare(session: Session, resume: bool) -> _Ready:
     before = checkpoint.facts["fingerprint"] if checkpoint is not None else session.begun_fingerprint()
     if before is not None:
         session.require_same(before, fingerprint)
-    probe_model(session, plan, model)
+    probe_model(plan, model, prepared.largest_batch)
     optimizer = make_optimizer(session, adapter)
     state = LoopState(calibration=begun.calibration)
     if checkpoint is not None:
@@ -337,7 +337,7 @@ def _try_out(session: Session) -> None:
     try:
         model, begun, objective, slots = _load(session, plan, prepared)
         adapter = begun.adapter
-        probe_model(session, plan, model)
+        probe_model(plan, model, prepared.largest_batch)
         make_optimizer(session, adapter)
         state = LoopState()
         seed, splitting = session.loaded.recipe.training.seed, make_splitting(session, state)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tunekit.model.four_bit import WORKING_BYTES
 from tunekit.model.reading import CHUNK_BYTES
 
-FAULT_BYTES = 64 * 1024  # Linux maps this much around each page that is touched (fault_around_bytes)
+FAULT_BYTES = 2 * 2**20  # Linux maps this much with each page that is touched, where its cache holds it in one piece
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE[dtype]
 
 
-def packing_leak(model: TunedModel, vocabulary_size: int) -> float:
+def packing_leak(model: TunedModel, ids: Tensor) -> float:
     """Relative difference of the second row's hidden states packed behind another row and alone.
 
-    Both rows are fixed ids; 0 up to rounding where position ids alone isolate packed rows.
+    Both rows are drawn from `ids`, a seeded choice; 0 up to rounding where position ids alone isolate packed rows.
     """
-    first = _probe_ids(vocabulary_size, 0)  # (1, T)
-    second = _probe_ids(vocabulary_size, 1)
+    first = _probe_ids(ids, 0)  # (1, T)
+    second = _probe_ids(ids, 1)
     positions = torch.arange(PROBE_TOKENS)[None]
     with undisturbed(model):
         alone = model.hidden({"input_ids": second, "position_ids": positions})
@@ -41,9 +41,10 @@ def packing_leak(model: TunedModel, vocabulary_size: int) -> float:
     return _relative_difference(packed[:, PROBE_TOKENS:], alone)
 
 
-def logprob_difference(model: TunedModel, vocabulary_size: int) -> float:
-    """Largest difference, relative to the largest loss, of our chunked losses and those of the net's own logits."""
-    ids = _probe_ids(vocabulary_size, 2)  # (1, T)
+def logprob_difference(model: TunedModel, ids: Tensor) -> float:
+    """Largest difference, relative to the largest loss, of our chunked losses and those of the net's own logits, of a
+    row drawn from `ids`."""
+    ids = _probe_ids(ids, 2)  # (1, T)
     index, targets = (part.to(model.device) for part in supervised_positions(ids))
     alone = {"position_ids": torch.arange(PROBE_TOKENS)[None]}  # (1, T)
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.base.family.reads_source else alone)
@@ -55,9 +56,11 @@ def logprob_difference(model: TunedModel, vocabulary_size: int) -> float:
     return _relative_difference(ours, own)
 
 
-def _probe_ids(vocabulary_size: int, number: int) -> Tensor:
+def _probe_ids(ids: Tensor, number: int) -> Tensor:
+    """(1, T) of the ids that occur in the run: of others the pages of a mapped embedding would become resident."""
+    known: Tensor = torch.unique(ids)  # (ids,)
     generator = torch.Generator().manual_seed(number)
-    return torch.randint(0, vocabulary_size, (1, PROBE_TOKENS), generator=generator)
+    return known[torch.randint(0, len(known), (1, PROBE_TOKENS), generator=generator)]
 
 
 def _relative_difference(ours: Tensor, reference: Tensor) -> float:

@@ -160,19 +160,21 @@ def make_optimizer(session: Session, adapter: AttachedAdapter) -> Optimizer:
     return optimizer
 
 
-def probe_model(session: Session, plan: Plan, model: TunedModel) -> None:
-    """Make the load-time probes and act as plan announced. Raises: ModelError where a result could not be trusted."""
-    vocabulary = plan.model.vocabulary_size
+def probe_model(plan: Plan, model: TunedModel, batch: Batch) -> None:
+    """Make the load-time probes, with ids of the batch, and act as plan announced.
+
+    Raises: ModelError where a result could not be trusted.
+    """
     limit = tolerance(model.base.dtype)
     if plan.packing:
-        leak = packing_leak(model, vocabulary)
+        leak = packing_leak(model, batch.input_ids)
         if not leak <= limit:
             raise ModelError(
                 f"packed rows see each other in {plan.model.model_type} (hidden states differ by {leak:.1e})",
                 "set data.packing: false",
                 key="data.packing",
             )
-    difference = logprob_difference(model, vocabulary)
+    difference = logprob_difference(model, batch.input_ids)
     if not difference <= limit:
         raise ModelError(
             f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)",
