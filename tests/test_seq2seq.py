@@ -13,6 +13,7 @@ import torch
 
 from tests.data_case import chat, settings, tokenizer_of
 from tests.loop_case import CPU, ListedRows, make_case
+from tests.test_every_method_trains import SETTINGS
 from tunekit.data.batches import TrainingWindows, padded_tokens, part_lengths
 from tunekit.data.collate import collate_rows
 from tunekit.data.examples import CompletionExample, TextExample
@@ -33,6 +34,7 @@ from tunekit.objectives.seq2seq import Seq2seq, parts_of
 from tunekit.plan import make_plan
 from tunekit.protocols import IGNORED, EncodedRow
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.names import known_names
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.train import train_verb
@@ -334,3 +336,40 @@ def test_a_base_that_does_not_say_how_answers_begin_is_refused(model: Path, word
     rows.write_text('{"prompt": "king", "completion": "k"}\n')
     with pytest.raises(ModelError, match="with which token"):
         measured(copy, tmp_path / "x.json", data=str(rows))
+
+
+REFUSED = {"cpt": "decoder-only", "llama_adapter": "no LLaMA-Adapter"}
+OF_METHOD: dict[str, dict[str, Any]] = {
+    **SETTINGS,
+    "prefix": {"init": "random", "num_virtual_tokens": 4},
+    "prompt": {"num_virtual_tokens": 4},
+}
+SHARES_TENSORS = {"vblora", "vera", "randlora"}  # between layers, whose gradients are then summed in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", known_names("adapters"))
+def test_every_method_trains_recomputed_and_streamed_alike(
+    model: Path, words: Path, tmp_path: Path, method: str
+) -> None:
+    recipe = write_recipe(tmp_path, model, words, epochs=None, max_steps=3, warmup_steps=0, scheduler="constant")
+    values = json.loads(recipe.read_text("utf-8"))
+    values["adapter"] = {"method": method, **OF_METHOD.get(method, {})}
+    values["data"].pop("eval")
+    recipe.write_text(json.dumps(values))
+
+    def run(name: str, *overrides: str) -> list[float]:
+        train_verb(str(recipe), [f"output.dir={tmp_path / name}", *overrides], False, False)
+        return losses(tmp_path / name)
+
+    if method in REFUSED:
+        with pytest.raises(TunekitError, match=REFUSED[method]):
+            run("plain")
+        return
+    plain = run("plain", "memory.gradient_checkpointing=false")
+    assert run("recomputed", "memory.gradient_checkpointing=true") == plain
+    streamed = run("streamed", "memory.streaming=disk")
+    assert streamed == plain or (method in SHARES_TENSORS and streamed == pytest.approx(plain, rel=1e-5))
+    still = run("still", "training.learning_rate=0")
+    assert still[0] == plain[0]
+    assert still[1:] != plain[1:]
