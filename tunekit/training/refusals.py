@@ -75,7 +75,8 @@ def check_family(base: LoadedModel, objective: Objective) -> LoadedModel:
     """
     if base.family.name == objective.family:
         return base
-    what = f"{base.name_or_path} ({base.facts.model_type}) is a {base.family.text}"
+    article = "an" if base.family.reads_source else "a"
+    what = f"{base.name_or_path} ({base.facts.model_type}) is {article} {base.family.text}"
     fitting = supervised_objective(base.family.name)
     if fitting is not None:
         method = fitting.method
