@@ -167,8 +167,13 @@ def test_no_child_where_it_cannot_help(
     for data, tokenizer in [(streamed, tiny), (hub, tiny), (section(path), None)]:
         with encoded_ahead(data, tokenizer):
             pass
+    load_rows(section(path), tiny, seed=0)
+    with encoded_ahead(section(path), tiny):  # encoded before
+        pass
+    with encoded_ahead(section(path.with_name("absent.jsonl")), tiny):
+        pass
     monkeypatch.setattr(ahead, "usable_cores", lambda: 1)
-    with encoded_ahead(section(path), tiny):
+    with encoded_ahead(section(path, train_on="all"), tiny):
         pass
     monkeypatch.setattr(ahead, "usable_cores", lambda: 2)
     monkeypatch.setenv("TUNEKIT_CACHE", str(path / "cache"))

@@ -2,18 +2,20 @@
 
 Comes in: the data section and a tokenizer.  Goes out: cache entries, where all goes well.  Next: rows.py finds them.
 The child only warms the cache: whatever goes wrong in it is silent, and this process does it itself, with its own
-errors.  Where the entries are there already, it costs the fork.
+errors.  Where the entries are there already nothing is forked: the look for them is a hash of each source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from tunekit.artifacts.cache_folder import default_cache_folder
 from tunekit.data.cache import can_keep
-from tunekit.data.children import fork_child, usable_cores
-from tunekit.data.load import encode_options, load_source
+from tunekit.data.children import Child, fork_child, usable_cores
+from tunekit.data.encode import EncodeOptions
+from tunekit.data.load import encode_options, is_encoded, load_source
 from tunekit.data.shards import machine_memory_bytes, must_stream
 from tunekit.data.source import is_hub_name
 from tunekit.errors import TunekitError
@@ -24,11 +26,7 @@ from tunekit.recipe.data import DataSection, Source
 @contextmanager
 def encoded_ahead(data: DataSection, tokenizer: Tokenizer | None) -> Iterator[None]:
     """While inside, a child encodes the sources; the end of the block waits for it, an exception kills it."""
-    sources = _encodable(data)
-    if tokenizer is None or not sources or usable_cores() < 2 or not can_keep(default_cache_folder()):
-        yield
-        return
-    child = fork_child(lambda: _encode(sources, data, tokenizer))
+    child = None if tokenizer is None or usable_cores() < 2 else _start(data, tokenizer)
     try:
         yield
         if child is not None:
@@ -36,6 +34,20 @@ def encoded_ahead(data: DataSection, tokenizer: Tokenizer | None) -> Iterator[No
     finally:
         if child is not None:
             child.stop()
+
+
+def _start(data: DataSection, tokenizer: Tokenizer) -> Child | None:
+    """A child at work; None where there is nothing to do for one."""
+    folder = default_cache_folder()
+    if not can_keep(folder):
+        return None
+    try:
+        options = encode_options(data)
+        given = (tokenizer, options)
+        sources = [source for source in _encodable(data) if not is_encoded(source, *given, cache_folder=folder)]
+    except (TunekitError, OSError):
+        return None  # load_rows will say why
+    return fork_child(lambda: _encode(sources, tokenizer, options, folder)) if sources else None
 
 
 def _encodable(data: DataSection) -> list[Source]:
@@ -46,11 +58,8 @@ def _encodable(data: DataSection) -> list[Source]:
     return [source for source in sources if not is_hub_name(source.path)]
 
 
-def _encode(sources: list[Source], data: DataSection, tokenizer: Tokenizer) -> None:
+def _encode(sources: list[Source], tokenizer: Tokenizer, options: EncodeOptions, folder: Path) -> None:
     """The child's work. A source with a wrong row is left to the parent, which tells of every one."""
-    options, folder = encode_options(data), default_cache_folder()
     for source in sources:
-        try:
+        with suppress(TunekitError):
             load_source(source, tokenizer, options, cache_folder=folder, ahead=True)
-        except TunekitError:
-            continue

@@ -51,6 +51,11 @@ def can_keep(folder: Path) -> bool:
     return os.access(folder / "tokens", os.W_OK)
 
 
+def has_entry(folder: Path, key: str) -> bool:
+    """Whether there is an entry, without a look at whether it is whole."""
+    return (folder / "tokens" / key / "meta.json").is_file()
+
+
 def cached_store(folder: Path, key: str, fill: Fill, *, only_on_disk: bool = False) -> tuple[TokenStore, Facts]:
     """The entry `key`, made by `fill` if it is absent or damaged; kept in memory if the folder cannot be written.
 

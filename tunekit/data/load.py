@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts.cache_folder import default_cache_folder
-from tunekit.data.cache import Facts, cached_store, code_version, hash_of
+from tunekit.data.cache import Facts, cached_store, code_version, has_entry, hash_of
 from tunekit.data.encode import EncodeOptions, SourceCounts, choose_format, format_maker
 from tunekit.data.examples import Example
 from tunekit.data.files import content_hash, inspect_file
@@ -91,11 +91,20 @@ def load_source(
     def fill(writer: StoreWriter) -> Facts:
         return _encode_into(writer, source, tokenizer, options, ahead)
 
-    store, facts = cached_store(cache_folder, hash_of([fingerprint, code_version()]), fill, only_on_disk=ahead)
+    store, facts = cached_store(cache_folder, _key(fingerprint), fill, only_on_disk=ahead)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
     lead = f"{name}: format {facts['format']} ({facts['reason']})"
     notices = (lead, *(f"{name}: {number} {what}" for what, number in facts["notices"].items()))
     return EncodedSource(source, store, name, counts, notices, fingerprint)
+
+
+def is_encoded(source: Source, tokenizer: Tokenizer, options: EncodeOptions, *, cache_folder: Path) -> bool:
+    """Whether the cache holds an entry of the source; it may be damaged. Raises: DataError for what is no data file."""
+    return has_entry(cache_folder, _key(source_fingerprint(source, tokenizer, options)))
+
+
+def _key(fingerprint: str) -> str:
+    return hash_of([fingerprint, code_version()])
 
 
 def source_fingerprint(source: Source, tokenizer: Tokenizer, options: EncodeOptions) -> str:
