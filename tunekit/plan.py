@@ -21,6 +21,7 @@ from tunekit.adapters.targets import find_targets, slot_count, trained_count, un
 from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
+from tunekit.data.ahead import encoded_ahead
 from tunekit.data.batches import BatchSettings, TrainingWindows, evaluation_batches
 from tunekit.data.stream import StreamedWindows
 from tunekit.decisions import Plan, Target
@@ -152,8 +153,9 @@ def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
     """Model, tokenizer, rows and targets; the problems of all of them are noted."""
     objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
-    base = findings.attempt(lambda: refusals.check_family(make_meta_model(recipe.model, device=device), objective))
     tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
+    with encoded_ahead(recipe.data, tokenizer):  # by another core, while this one imports the model's code
+        base = findings.attempt(lambda: refusals.check_family(make_meta_model(recipe.model, device=device), objective))
     rows = targets = adapter = None
     if tokenizer is not None:
         with_tokenizer = load_method(recipe.adapter.method).with_tokenizer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -41,8 +42,25 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def cached_store(folder: Path, key: str, fill: Fill) -> tuple[TokenStore, Facts]:
-    """The entry `key`, made by `fill` if it is absent or damaged; kept in memory if the folder cannot be written."""
+def can_keep(folder: Path) -> bool:
+    """Whether entries can be written there, as far as that shows before one is."""
+    try:
+        (folder / "tokens").mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder / "tokens", os.W_OK)
+
+
+def has_entry(folder: Path, key: str) -> bool:
+    """Whether there is an entry, without a look at whether it is whole."""
+    return (folder / "tokens" / key / "meta.json").is_file()
+
+
+def cached_store(folder: Path, key: str, fill: Fill, *, only_on_disk: bool = False) -> tuple[TokenStore, Facts]:
+    """The entry `key`, made by `fill` if it is absent or damaged; kept in memory if the folder cannot be written.
+
+    Raises: OSError in that case, with `only_on_disk`.
+    """
     place = folder / "tokens" / key
     found = _load_entry(place)
     if found is not None:
@@ -51,6 +69,8 @@ def cached_store(folder: Path, key: str, fill: Fill) -> tuple[TokenStore, Facts]
         place.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{key[:12]}-", dir=place.parent))
     except OSError:
+        if only_on_disk:
+            raise
         return _fill_memory(fill)
     try:
         _fill_folder(work, fill)
@@ -59,6 +79,8 @@ def cached_store(folder: Path, key: str, fill: Fill) -> tuple[TokenStore, Facts]
         work.rename(place)
     except OSError:  # a full disk, or another process that was faster
         found = _load_entry(place)
+        if found is None and only_on_disk:
+            raise
         return found if found is not None else _fill_memory(fill)
     finally:
         shutil.rmtree(work, ignore_errors=True)

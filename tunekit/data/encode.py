@@ -40,6 +40,13 @@ class SourceCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     lost_pieces: int = 0
 
+    def add(self, other: SourceCounts) -> None:
+        """Count other rows of the source too."""
+        for name, value in vars(other).items():
+            if name != "dropped":
+                setattr(self, name, getattr(self, name) + value)
+        self.dropped.update(other.dropped)
+
 
 @dataclass(frozen=True)
 class EncodeOptions:
@@ -100,9 +107,10 @@ def encode_rows(
     name: str,
     problems: Problems,
     counts: SourceCounts,
+    first_number: int = 0,
 ) -> Iterator[Encoded]:
-    """Every row that can be trained on; wrong rows go into `problems`."""
-    for number, raw in enumerate(rows):
+    """Every row that can be trained on; wrong rows go into `problems`. `first_number`: of the first row."""
+    for number, raw in enumerate(rows, first_number):
         counts.read += 1
         try:
             row = renderer.encode(make_example(raw.values), f"{name}:{raw.line}")

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts.cache_folder import default_cache_folder
-from tunekit.data.cache import Facts, cached_store, code_version, hash_of
-from tunekit.data.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.cache import Facts, cached_store, code_version, has_entry, hash_of
+from tunekit.data.encode import EncodeOptions, SourceCounts, choose_format, format_maker
 from tunekit.data.examples import Example
 from tunekit.data.files import content_hash, inspect_file
 from tunekit.data.lines import RawRow
+from tunekit.data.parts import encode_in_parts
 from tunekit.data.problems import Problems
 from tunekit.data.render import Renderer
 from tunekit.data.source import hub_fingerprint, is_hub_name, read_source
@@ -88,19 +89,34 @@ def load_sources(
     return loaded
 
 
-def load_source(source: Source, tokenizer: Tokenizer, options: EncodeOptions, *, cache_folder: Path) -> EncodedSource:
-    """The encoded rows of a source. Raises: DataError with every wrong row found, by file and line."""
+def load_source(
+    source: Source, tokenizer: Tokenizer, options: EncodeOptions, *, cache_folder: Path, ahead: bool = False
+) -> EncodedSource:
+    """The encoded rows of a source.
+
+    `ahead`: nobody waits for the rows yet, so that the first wrong row ends it and nothing is kept in memory.
+    Raises: DataError with every wrong row found, by file and line.
+    """
     fingerprint = source_fingerprint(source, tokenizer, options)
     name = Path(source.path).name
 
     def fill(writer: StoreWriter) -> Facts:
-        return _encode_into(writer, source, tokenizer, options)
+        return _encode_into(writer, source, tokenizer, options, ahead)
 
-    store, facts = cached_store(cache_folder, hash_of([fingerprint, code_version()]), fill)
+    store, facts = cached_store(cache_folder, _key(fingerprint), fill, only_on_disk=ahead)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
     lead = f"{name}: format {facts['format']} ({facts['reason']})"
     notices = (lead, *(f"{name}: {number} {what}" for what, number in facts["notices"].items()))
     return EncodedSource(source, store, name, counts, notices, fingerprint)
+
+
+def is_encoded(source: Source, tokenizer: Tokenizer, options: EncodeOptions, *, cache_folder: Path) -> bool:
+    """Whether the cache holds an entry of the source; it may be damaged. Raises: DataError for what is no data file."""
+    return has_entry(cache_folder, _key(source_fingerprint(source, tokenizer, options)))
+
+
+def _key(fingerprint: str) -> str:
+    return hash_of([fingerprint, code_version()])
 
 
 def source_fingerprint(source: Source, tokenizer: Tokenizer, options: EncodeOptions) -> str:
@@ -111,16 +127,27 @@ def source_fingerprint(source: Source, tokenizer: Tokenizer, options: EncodeOpti
     return hash_of([content, Path(source.path).suffixes, reading, tokenizer.fingerprint, asdict(options)])
 
 
-def _encode_into(writer: StoreWriter, source: Source, tokenizer: Tokenizer, options: EncodeOptions) -> Facts:
+def _encode_into(
+    writer: StoreWriter, source: Source, tokenizer: Tokenizer, options: EncodeOptions, ahead: bool
+) -> Facts:
     problems, counts = Problems(), SourceCounts()
     renderer = Renderer(tokenizer, options.train_on, options.template)
     rows, format_name, reason = open_rows(source, problems)
-    encoded = encode_rows(
-        rows, format_maker(format_name), renderer, options, name=source.path, problems=problems, counts=counts
+    encoded = encode_in_parts(
+        rows,
+        lambda again: open_rows(source, again)[0],
+        source.path,
+        format_maker(format_name),
+        renderer,
+        options,
+        problems=problems,
+        counts=counts,
     )
     for piece in encoded:
         if not problems.count:
             writer.add(*piece)
+        elif ahead:
+            break
     problems.raise_if_any()
     facts: dict[str, Any] = {"format": format_name, "reason": reason}
     return {**facts, "counts": {**vars(counts), "dropped": dict(counts.dropped)}, "notices": dict(renderer.notices)}

@@ -54,6 +54,11 @@ class Renderer:
         """Whether conversations can be rendered."""
         return self.template is not None or self.tokenizer.chat_template is not None
 
+    @property
+    def learned(self) -> bool | None:
+        """What the rows so far have told of the template; see TurnFinder.prompts."""
+        return self._turns.prompts
+
     def encode(self, example: Example, origin: str) -> EncodedRow:
         """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""
         if self.tokenizer.answer_start_id is not None:

@@ -74,7 +74,7 @@ class TurnFinder:
         self._template = template
         written = template if template is not None else tokenizer.chat_template or ""
         self._marked = mark_generation(written)
-        self._prompts: bool | None = None  # whether the template knows add_generation_prompt; unknown at first
+        self.prompts: bool | None = None  # whether the template knows add_generation_prompt; unknown at first
 
     def render(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False) -> str:
         """The conversation as text."""
@@ -150,13 +150,13 @@ class TurnFinder:
     def _answer_start(self, messages: Sequence[Message], index: int, tools: Any, upto: str) -> int | None:
         try:
             before = self.render(messages[:index], tools, add_generation_prompt=True)
-            bare = self.render(messages[:index], tools) if self._prompts is not True else None
+            bare = self.render(messages[:index], tools) if self.prompts is not True else None
         except DataError:
             if index:
                 return None
             before = bare = ""  # nothing comes before the first message, and many templates refuse to render that
         if bare is not None and index:
-            self._prompts = before != bare
+            self.prompts = before != bare
         if before != bare and upto.startswith(before):
             return len(before)
         bare = self.render(messages[:index], tools) if bare is None else bare

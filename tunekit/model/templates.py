@@ -6,13 +6,13 @@ Next: tokenizer.py.
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from tunekit.errors import DataError
@@ -99,12 +99,21 @@ def _time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def _pages() -> int:
+    """Pages of the process's address space. Read without Python's streams: it is asked for every row, twice."""
+    file = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        return int(os.read(file, 64).split()[0])
+    finally:
+        os.close(file)
+
+
 @contextmanager
 def _memory_limit() -> Iterator[None]:
     """No allocation beyond what the process has now and LIMIT_EXTRA_BYTES more, where the system can say so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        pages = _pages()
         limit = pages * resource.getpagesize() + LIMIT_EXTRA_BYTES
         known = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
