@@ -144,7 +144,7 @@ def test_ahead_nothing_is_done_that_helps_nobody(
 ) -> None:
     counting: Any = Counting(tiny)
     wrong = write_lines(path.with_name("w.jsonl"), [{"prompt": 1, "completion": "a"}, *pairs(*[3] * 50)])
-    options = encode_options(section(wrong))
+    options = encode_options(section(wrong), counting)
     with pytest.raises(DataError):
         load_source(Source(path=str(wrong)), counting, options, cache_folder=cache, ahead=True)
     assert counting.calls < 5  # the rows after the wrong one are the parent's to look through

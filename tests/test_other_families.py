@@ -263,7 +263,7 @@ def write_recipe(folder: Path, model: Path, objective: str) -> Path:
 
 def test_an_objective_of_another_family_is_refused_with_the_right_one(encoder_decoder: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, encoder_decoder, "sft")
-    with pytest.raises(TunekitError, match="is an encoder-decoder.*write objective: seq2seq") as caught:
+    with pytest.raises(TunekitError, match=r"is an encoder-decoder.*write objective: seq2seq") as caught:
         make_plan(load_recipe(recipe), device=CPU)
     assert [(problem.key, problem.line) for problem in caught.value.problems] == [("objective", 3)]
 

@@ -42,7 +42,7 @@ def _start(data: DataSection, tokenizer: Tokenizer) -> Child | None:
     if not can_keep(folder):
         return None
     try:
-        options = encode_options(data)
+        options = encode_options(data, tokenizer)
         given = (tokenizer, options)
         sources = [source for source in _encodable(data) if not is_encoded(source, *given, cache_folder=folder)]
     except (TunekitError, OSError):
