@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import tunekit.evaluate
 from tests.data_case import write_lines
 from tunekit.errors import InputError, ModelError, RunFolderError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
-from tunekit.plan import plan_verb
-from tunekit.target import find_target
+from tunekit.plan import make_plan, plan_verb
+from tunekit.recipe.load import load_recipe
+from tunekit.target import find_target, load_target
 
 ROWS = [{"prompt": "a", "completion": "b"}]
 
@@ -75,3 +77,29 @@ def test_a_result_that_could_not_be_kept_is_told_first(
     with pytest.raises(RunFolderError, match="folder"):
         plan_verb(str(recipe), [], str(tmp_path / place))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "recipe.yaml", "rows.jsonl"]
+
+
+def test_the_real_gguf_file_is_parsed_once_for_tokenizer_and_base(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsing it takes seconds."""
+    if smollm2.suffix != ".gguf":
+        pytest.skip("the real model is a folder here")
+    import gguf
+
+    parsed: list[str] = []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, path: str, *given: object) -> None:
+            parsed.append(str(path))
+            super().__init__(path, *given)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {smollm2}\ndata: {{train: {rows}}}\noutput: {{dir: {tmp_path / 'run'}}}\n")
+    loaded = load_recipe(recipe)
+    make_plan(loaded, device=torch.device("cpu"))
+    assert parsed == [str(smollm2)]
+    load_target(find_target(str(smollm2), None, []), torch.device("cpu"))
+    assert parsed == [str(smollm2)] * 2

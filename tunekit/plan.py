@@ -29,6 +29,7 @@ from tunekit.errors import Problem
 from tunekit.memory.choice import Choice
 from tunekit.memory.machine import available_bytes
 from tunekit.model.attention import keeps_documents_apart
+from tunekit.model.gguf_reading import parsed_once
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
@@ -46,6 +47,7 @@ from tunekit.training.devices import make_devices
 from tunekit.training.findings import Findings, raise_refusals
 from tunekit.training.forecast import Forecast, first_shares, largest_batch, supervised_tokens
 from tunekit.training.planned_memory import LEAST_CHUNK_TOKENS, Asked, PlannedMemory, plan_memory
+from tunekit.training.refusals import check_family
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.simulation import SimulatedRun
 from tunekit.training.start_plan import start_bytes, start_notes, start_problems
@@ -153,9 +155,10 @@ def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
     """Model, tokenizer, rows and targets; the problems of all of them are noted."""
     objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
-    tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
-    with encoded_ahead(recipe.data, tokenizer):  # by another core, while this one imports the model's code
-        base = findings.attempt(lambda: refusals.check_family(make_meta_model(recipe.model, device=device), objective))
+    with parsed_once(recipe.model.name_or_path):
+        tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
+        with encoded_ahead(recipe.data, tokenizer):  # by another core, while this one imports the model's code
+            base = findings.attempt(lambda: check_family(make_meta_model(recipe.model, device=device), objective))
     rows = targets = adapter = None
     if tokenizer is not None:
         with_tokenizer = load_method(recipe.adapter.method).with_tokenizer
@@ -231,7 +234,8 @@ def _forecast(
     recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
 ) -> Forecast:
     rows, chunk = inputs.rows, LEAST_CHUNK_TOKENS
-    run = SimulatedRun(recipe.model, recipe.adapter, recipe.objective, recipe.training, chunk, device, recipe.memory)
+    settings_of = (recipe.model, recipe.adapter, recipe.objective, recipe.training)
+    run = SimulatedRun(*settings_of, chunk, device, recipe.memory, bases={recipe.model: inputs.base})
     evaluation, answers = None, 0
     if rows.evaluation is not None and rows.eval_counts is not None:
         size = recipe.evaluation.batch_size

@@ -17,6 +17,7 @@ from tunekit.adapters.configuration import TEMPLATE_NAME, AdapterConfig, read_ad
 from tunekit.adapters.folder import attach_adapter_folder
 from tunekit.data.load import read_template
 from tunekit.errors import InputError, ModelError
+from tunekit.model.gguf_reading import parsed_once
 from tunekit.model.load import load_model
 from tunekit.model.source import find_source
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
@@ -194,7 +195,9 @@ def load_target(target: Target, device: torch.device) -> LoadedTarget:
     """
     written = "auto" if target.recipe is None else target.recipe.memory.streaming
     tier = written if written in ("host", "disk") else "off"
-    base = load_model(target.model, device=device, streamed=tier != "off")
+    with parsed_once(target.model.name_or_path):
+        tokenizer = load_tokenizer(target.model)
+        base = load_model(target.model, device=device, streamed=tier != "off")
     weights = layer_weights(base)
     adapter = None
     if target.adapter is not None:
@@ -206,4 +209,4 @@ def load_target(target: Target, device: torch.device) -> LoadedTarget:
             device=base.device,
         )
     stream_base(base, weights, tier)
-    return LoadedTarget(target, TunedModel(base, adapter), load_tokenizer(target.model))
+    return LoadedTarget(target, TunedModel(base, adapter), tokenizer)

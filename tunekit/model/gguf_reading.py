@@ -1,7 +1,7 @@
 """GGUF files as a base: read by transformers, unpacked to dense weights, each part parsed once.
 
 Comes in: a ModelSource with a GGUF file.  Goes out: arguments for transformers, and a block in which parsing is shared.
-Next: load.py.
+Next: load.py, and whoever reads tokenizer and base of one file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ def gguf_arguments(source: ModelSource) -> dict[str, Any]:
 
 
 @contextmanager
-def parsed_once(source: ModelSource) -> Iterator[None]:
-    """Keep the parsed file and its table of names inside the block; transformers asks for both again and again."""
-    if source.gguf_file is None:
+def parsed_once(name_or_path: str) -> Iterator[None]:
+    """Keep the parsed file and its table of names inside the block; transformers asks for both again and again.
+
+    Parsing SmolLM2's file takes more than two seconds, most of them for the strings of its tokenizer.
+    """
+    if not name_or_path.lower().endswith(".gguf"):
         yield
         return
     import gguf

@@ -74,7 +74,7 @@ def load_model(section: ModelSection, *, device: torch.device, streamed: bool = 
         if inspection.is_packed_by_bitsandbytes(raw):
             inspection.find_family(raw, section)
             return load_packed_folder(section, device)
-    with parsed_once(source):
+    with parsed_once(section.name_or_path):
         config, family = _read_configuration(source, section)
         if source.gguf_file is None:
             read_headers(source.folder)

@@ -50,7 +50,7 @@ class SimulatedRun:
     device: torch.device
     memory: MemorySection = field(default_factory=MemorySection)
     streaming: str = "off"
-    _made: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)
+    bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made already
 
     def training_step(self, batch: Batch, checkpointed_layers: int, micro_batches: int = 1) -> Simulation:
         """Forward, backward and update of one micro-batch, the second of its step: gradients and moments exist.
@@ -112,9 +112,9 @@ class SimulatedRun:
         """The model without weights and without adapter: made once (a GGUF file takes seconds to read), then copied."""
         if self.model.quantization == "int8" and codec.has_bitsandbytes():
             codec.import_bitsandbytes()  # the run's products do, and what a library takes is no part of a run's growth
-        if self.model not in self._made:
-            self._made[self.model] = make_meta_model(self.model, device=self.device)
-        base = self._made[self.model]
+        if self.model not in self.bases:
+            self.bases[self.model] = make_meta_model(self.model, device=self.device)
+        base = self.bases[self.model]
         return replace(base, net=deepcopy(base.net))
 
     def _tuned(self, checkpointed_layers: int) -> tuple[TunedModel, LayerSlots | None]:
