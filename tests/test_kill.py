@@ -109,10 +109,10 @@ def test_killed_in_an_evaluation(
     recipe: Path, whole: tuple[Path, list[Event]], tmp_path: Path, evaluation: int
 ) -> None:
     def before() -> None:
-        from tunekit.objectives import sft
+        from tunekit.objectives import logprobs
 
         calls = {"evaluations": 0}
-        scored = sft.scored_positions
+        scored = logprobs.scored_positions
 
         def scored_or_killed(*arguments: Any) -> Any:
             calls["evaluations"] += 1
@@ -120,7 +120,7 @@ def test_killed_in_an_evaluation(
                 kill_self()
             return scored(*arguments)
 
-        sft.scored_positions = scored_or_killed
+        logprobs.scored_positions = scored_or_killed
 
     ended = train_in_child(recipe, tmp_path / "run", before=before)
     assert ended.code == -signal.SIGKILL, ended.output
