@@ -54,12 +54,19 @@ def page(result: dict) -> list[str]:
     lines += [
         "",
         "Tokens are those that are not padding, of step 3 to the last. Above the weights: peak resident memory less "
-        "what a process holds that has imported the same modules and nothing else, less the base's file. TRL's best "
-        "flags are the fastest of these, each run once:",
+        "what a process holds that has imported the same modules and nothing else, less the base's file.",
         "",
-        "| TRL's flags | tokens per CPU second | peak, GB |",
-        "|---|--:|--:|",
     ]
+    if result["candidates"]:
+        lines += [
+            "TRL's best flags are the fastest of these, each run once:",
+            "",
+            "| TRL's flags | tokens per CPU second | peak, GB |",
+            "|---|--:|--:|",
+        ]
+    else:
+        given = result["best_flags"]["name"]
+        lines.append(f"TRL's best flags were given (`--best`), those of an earlier run that tried all: {given}.")
     for run in result["candidates"]:
         if "failed" in run:
             lines.append(f"| {run['name'].removeprefix('TRL, ')} | does not run | |")
