@@ -367,7 +367,8 @@ def main() -> None:
     result |= {"load_after": os.getloadavg(), "minutes": (time.monotonic() - started) / 60}
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "cpu.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    text = json.dumps(result, indent=1).replace(f"{REPOSITORY}/", "")  # places inside the repository, whatever holds it
+    (output / "cpu.json").write_text(text + "\n", "utf-8")
     if "summary" in result:
         page = [str(bench.rival_python), str(FOLDER / "compare" / "page.py"), str(output)]
         subprocess.run(page, check=True)
