@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tunekit.data.batches import BatchSettings
+from tunekit.data.children import Child, fork_child
 from tunekit.data.examples import ChatExample, Message
 from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.protocols import EncodedRow
@@ -80,3 +81,16 @@ def settings(**changes: Any) -> BatchSettings:
         "pad_id": 0,
     }
     return BatchSettings(**{**values, **changes})
+
+
+def recording_fork(pids: list[int]) -> Callable[[Callable[[], None]], Child | None]:
+    """fork_child, which notes every child that it makes."""
+
+    def fork(work: Callable[[], None]) -> Child | None:
+        child = fork_child(work)
+        assert child is not None
+        assert child._pid is not None
+        pids.append(child._pid)
+        return child
+
+    return fork

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 
 import tunekit.plan as plan_file
-from tests.data_case import tokenizer_of, write_lines
+from tests.data_case import recording_fork, tokenizer_of, write_lines
 from tests.test_children import is_gone, until
 from tests.test_rows import Counting, pairs
 from tunekit.data import ahead
 from tunekit.data.ahead import encoded_ahead
-from tunekit.data.children import Child, fork_child
 from tunekit.data.load import encode_options, load_source
 from tunekit.errors import DataError
 from tunekit.model.tokenizer import LoadedTokenizer
@@ -45,15 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Children of the test, on a machine that has two cores for certain."""
     pids: list[int] = []
-
-    def fork(work: Callable[[], None]) -> Child | None:
-        child = fork_child(work)
-        assert child is not None
-        assert child._pid is not None
-        pids.append(child._pid)
-        return child
-
-    monkeypatch.setattr(ahead, "fork_child", fork)
+    monkeypatch.setattr(ahead, "fork_child", recording_fork(pids))
     monkeypatch.setattr(ahead, "usable_cores", lambda: 2)
     return pids
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.data_case import tokenizer_of, write_lines
+from tests.data_case import recording_fork, tokenizer_of, write_lines
 from tests.test_children import is_gone
 from tests.test_rows import Counting
 from tunekit.data import parts
-from tunekit.data.children import Child, fork_child
 from tunekit.errors import DataError
 from tunekit.model.tokenizer import LoadedTokenizer
 from tunekit.recipe.data import DataSection, Source
@@ -35,15 +34,7 @@ def tiny(tiny_llama: Path) -> LoadedTokenizer:
 def forked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The children of the test; blocks are short, and every source is worth them."""
     pids: list[int] = []
-
-    def fork(work: Callable[[], None]) -> Child | None:
-        child = fork_child(work)
-        assert child is not None
-        assert child._pid is not None
-        pids.append(child._pid)
-        return child
-
-    monkeypatch.setattr(parts, "fork_child", fork)
+    monkeypatch.setattr(parts, "fork_child", recording_fork(pids))
     monkeypatch.setattr(parts, "BLOCK_ROWS", 4)
     monkeypatch.setattr(parts, "LEAST_BYTES", 1)
     return pids

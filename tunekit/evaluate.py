@@ -18,9 +18,9 @@ from tunekit.rows import RowSet, load_evaluation_rows
 from tunekit.target import LoadedTarget, Target, find_target, load_target
 from tunekit.training.answers import Question
 from tunekit.training.devices import Devices, make_devices
-from tunekit.training.evaluator import make_evaluator
+from tunekit.training.evaluator import make_evaluator, measuring_objective
 from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.refusals import measuring_objective, row_problems
+from tunekit.training.refusals import row_problems
 
 
 def evaluate_verb(

@@ -96,6 +96,8 @@ def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
 
 def _prompt_ids(loaded: LoadedTarget, text: str) -> list[int]:
     """Ids up to where the answer begins, made as the training rows were; of an encoder-decoder the whole source."""
+    if loaded.model.base.family.reads_source and loaded.tokenizer.answer_start_id is None:  # of a GGUF file
+        return loaded.tokenizer.encode_source(text)
     renderer = Renderer(loaded.tokenizer, "assistant", loaded.target.chat_template)
     question, answer = Message("user", text), Message("assistant", "answer")
     plain = CompletionExample(text, "answer")

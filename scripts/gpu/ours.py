@@ -24,11 +24,11 @@ from tunekit.protocols import Engine
 from tunekit.training.compiling import compilable, compile_layers
 from tunekit.training.devices import make_devices
 from tunekit.training.engines import make_engine, stream_base
+from tunekit.training.evaluator import measuring_objective
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.training.parts import LoopParts, LoopState
 from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.refusals import measuring_objective
 from tunekit.training.resident import ResidentEngine
 from tunekit.training.scaling import LossScale
 from tunekit.training.tuned import TunedModel

@@ -112,7 +112,7 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
     return torch.cat(losses), torch.cat(correct)
 
 
-def score(
+def loss_of_positions(
     output: Tensor, index: Tensor, targets: Tensor, head: Head, chunk_tokens: int, head_parameters: Sequence[Tensor]
 ) -> Loss:
     """The summed loss of some positions, with gradient; without, their metrics too: how many are `correct`.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tunekit.model.placing import placed
-from tunekit.objectives.logprobs import score, supervised_positions
-from tunekit.protocols import IGNORED, Batch, Head, Loss, Window
+from tunekit.objectives.base import Supervised
+from tunekit.objectives.logprobs import loss_of_positions
+from tunekit.protocols import IGNORED, Batch, Head, Loss
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 
 
@@ -45,23 +46,11 @@ def parts_of(batch: Batch) -> Parts:
     )
 
 
-class Seq2seq:
+class Seq2seq(Supervised):
     """loss = sum over the answers' tokens of -log p(token | source, tokens before it); divided by the step's number."""
 
     family = Seq2seqSettings.family
     packable = False
-    needs_reference = False
-
-    def __init__(self, logits_chunk_tokens: int) -> None:
-        self.logits_chunk_tokens = logits_chunk_tokens
-
-    def prepare(self, model: object, window: Window) -> Window:
-        """Nothing to prepare."""
-        return window
-
-    def units(self, batch: Batch) -> Tensor:
-        """(1,) float64: every token of the answers, the first included."""
-        return torch.tensor([float(len(supervised_positions(batch.labels)[0]))], dtype=torch.float64)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The source with its mask, and the answer so far; that needs none, since padding comes last."""
@@ -77,7 +66,7 @@ class Seq2seq:
         labels = parts_of(batch).labels  # (B, A)
         index = torch.nonzero(labels.flatten() != IGNORED)[:, 0]  # (N,)
         index, targets = (placed(part, output.device) for part in (index, labels.flatten()[index]))
-        return score(output, index, targets, head, self.logits_chunk_tokens, head_parameters)
+        return loss_of_positions(output, index, targets, head, self.logits_chunk_tokens, head_parameters)
 
 
 def make(settings: Seq2seqSettings, logits_chunk_tokens: int) -> Seq2seq:

@@ -12,9 +12,9 @@ from tunekit.model.tokenizer import LoadedTokenizer
 from tunekit.protocols import EncodedRows
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.training.devices import Devices
-from tunekit.training.evaluator import make_evaluator
+from tunekit.training.evaluator import make_evaluator, measuring_objective
 from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.refusals import measuring_objective, row_problems
+from tunekit.training.refusals import row_problems
 from tunekit.training.tuned import TunedModel
 
 

@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tunekit.data.batches import evaluation_batches
+from tunekit.model.load import LoadedModel
+from tunekit.objectives.base import make_objective
 from tunekit.protocols import Batch, EncodedRows, Objective, Tokenizer
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, needs_generation
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.recipe import supervised_objective
 from tunekit.training.answers import Question, answer_questions, text_metrics
 from tunekit.training.devices import Devices
 from tunekit.training.evaluation import LOSS_METRICS, LossSums, summed_evaluation
+from tunekit.training.refusals import check_family
 from tunekit.training.tuned import TunedModel
 
 
@@ -91,3 +96,11 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
     if best is None:
         return True
     return value > best if facts_of("metrics", metric).HIGHER_IS_BETTER else value < best
+
+
+def measuring_objective(base: LoadedModel, logits_chunk_tokens: int) -> Objective:
+    """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
+    settings = supervised_objective(base.family.name) or SftSettings()
+    objective = make_objective(settings, logits_chunk_tokens=logits_chunk_tokens)
+    check_family(base, objective)
+    return objective

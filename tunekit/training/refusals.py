@@ -21,9 +21,7 @@ from tunekit.model.families import text_config
 from tunekit.model.fp8 import CAPABILITY, computes_fp8
 from tunekit.model.load import LoadedModel
 from tunekit.model.tokenizer import LoadedTokenizer
-from tunekit.objectives.base import make_objective
 from tunekit.protocols import EncodedRows, Objective
-from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.recipe import Recipe, supervised_objective
 
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
@@ -88,14 +86,6 @@ def check_family(base: LoadedModel, objective: Objective) -> LoadedModel:
         "choose a causal language model or an encoder-decoder",
         key="model.name_or_path",
     )
-
-
-def measuring_objective(base: LoadedModel, logits_chunk_tokens: int) -> Objective:
-    """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
-    settings = supervised_objective(base.family.name) or SftSettings()
-    objective = make_objective(settings, logits_chunk_tokens=logits_chunk_tokens)
-    check_family(base, objective)
-    return objective
 
 
 def row_problems(
