@@ -24,17 +24,17 @@ import numpy as np
 import torch
 
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.fused import GatedMlp
-from tunekit.data.collate import collate_rows
+from tunekit.adapters.kernels.joined_lora import GatedMlp
+from tunekit.contracts import Batch, EncodedRow, Window
+from tunekit.data.batching.pad import collate_rows
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
-from tunekit.protocols import Batch, EncodedRow, Window
+from tunekit.planning.memory import logits_chunk_tokens
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.resident import ResidentEngine
-from tunekit.training.tuned import TunedModel
+from tunekit.training.engines.resident import ResidentEngine
+from tunekit.tuned.model import TunedModel
 
 MEDIAN_TOKENS, SPREAD, SHORTEST = 180, 0.6, 16
 VARIANTS = {

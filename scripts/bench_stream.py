@@ -69,7 +69,7 @@ def write_model(folder: Path, layers: int) -> int:
     """A random llama with a byte-level tokenizer; returns the bytes of its weights."""
     folder.mkdir()
     code = "import sys; sys.path.insert(0, {repository!r})\n"
-    code += "from pathlib import Path; from tunekit.model.tiny import write_tiny_llama\n"
+    code += "from pathlib import Path; from tunekit.model.storage.builtin import write_tiny_llama\n"
     code += "write_tiny_llama(Path(sys.argv[1])); print('{{}}')"
     run_python(code, str(folder))
     (folder / "model.safetensors").unlink()

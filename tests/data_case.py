@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from tunekit.data.batches import BatchSettings
-from tunekit.data.children import Child, fork_child
-from tunekit.data.examples import ChatExample, Message
-from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
-from tunekit.protocols import EncodedRow
+from tunekit.contracts import EncodedRow
+from tunekit.data.batching.windows import BatchSettings
+from tunekit.formats.example import ChatExample, Message
+from tunekit.machine.forks import Child, fork_child
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tunekit.artifacts import durable
+from tunekit.files import durable
 
 KILLED = 77  # exit status of a child that died at the chosen event
 

@@ -12,30 +12,30 @@ import pytest
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.data.batches import BatchSettings, TrainingWindows
-from tunekit.decisions import EvaluationRecord, StepRecord
+from tunekit.contracts import EncodedRow, Engine
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.errors import Stopped
+from tunekit.machine.devices import make_devices
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.objectives.base import make_objective
-from tunekit.protocols import EncodedRow, Engine
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.section import ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.devices import make_devices
+from tunekit.records import EvaluationRecord, StepRecord
+from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer
-from tunekit.training.parts import LoopParts, LoopState
-from tunekit.training.resident import ResidentEngine
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import warmup_steps
-from tunekit.training.tuned import TunedModel
+from tunekit.training.state import LoopParts, LoopState
+from tunekit.tuned.model import TunedModel
 
 CPU = torch.device("cpu")
 

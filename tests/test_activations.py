@@ -22,14 +22,15 @@ from tests.test_fused import IDS
 from tests.test_model_families import make_net
 from tests.test_offload import TriedCopies, store_with
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.data.collate import collate
+from tunekit.data.batching.pad import collate
 from tunekit.errors import ModelError
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.tiling import Tiles, tile_layers
-from tunekit.memory.tracker import Simulation, StorageTracker
 from tunekit.model.call import current_call
 from tunekit.model.families import Family
+from tunekit.planning.simulated.tracker import Simulation, StorageTracker
+from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -40,7 +41,6 @@ from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.simulation import SimulatedRun
 
 SEED = 20240607
 LAYERS = 4

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import tunekit.adapters.task_arithmetic
+import tunekit.arithmetic.pruning
 from tests.contract.test_layer_contract import METHODS, attach, make_base, make_input, randomise
 from tests.parity.peft_case import BASES, HARMLESS_WARNINGS, logits_of
 from tests.test_cli import run
 from tunekit.adapter import combine_verb
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.combine import KINDS, Mixture, combine
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
-from tunekit.adapters.loose_lora import read_loose_lora
-from tunekit.adapters.low_rank import LowRank, decompose, reduce_rank, weighted_sum
-from tunekit.adapters.task_arithmetic import weighted
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
+from tunekit.arithmetic.combine import KINDS, Mixture, combine
+from tunekit.arithmetic.loose_lora import read_loose_lora
+from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
+from tunekit.arithmetic.pruning import weighted
 from tunekit.errors import TunekitError
 from tunekit.recipe.adapters.lora import LoraSettings
 
@@ -94,7 +94,7 @@ def same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("peft.utils.merge_utils.random_pruning", theirs)
     monkeypatch.setattr(
-        tunekit.adapters.task_arithmetic, "keep_random", lambda tensor, density, _: theirs(tensor, density, True)
+        tunekit.arithmetic.pruning, "keep_random", lambda tensor, density, _: theirs(tensor, density, True)
     )
 
 

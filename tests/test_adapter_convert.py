@@ -18,8 +18,8 @@ from tests.test_adapter_combine import CONFIG, TENSORS, edit, logits_by_peft, lo
 from tests.test_cli import run
 from tunekit.adapter import convert_verb
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.folder import save_adapter_folder
-from tunekit.adapters.loose_lora import read_loose_lora
+from tunekit.adapters.folder.read import save_adapter_folder
+from tunekit.arithmetic.loose_lora import read_loose_lora
 from tunekit.errors import TunekitError
 from tunekit.recipe.adapters.bitfit import BitfitSettings
 from tunekit.recipe.adapters.dora import DoraSettings
@@ -241,9 +241,9 @@ def test_a_low_rank_is_the_best_one_and_its_error_is_told(
 
 def test_a_quantized_base_is_seen_as_it_was(bases: Callable[[str], Path], tmp_path: Path) -> None:
     """HiRA multiplies W itself: its update of the packed matrix is not that of the stored one."""
-    from tunekit.adapters.configuration import read_adapter_config
-    from tunekit.adapters.on_base import attach_to_base, base_section
-    from tunekit.model.weights import pack_linear, weight_of
+    from tunekit.adapters.folder.config import read_adapter_config
+    from tunekit.arithmetic.on_base import attach_to_base, base_section
+    from tunekit.model.quantized.weights import pack_linear, weight_of
 
     net = BASES["llama"].make()
     folder = trained(

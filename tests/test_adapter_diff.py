@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import tunekit.adapters.difference
+import tunekit.arithmetic.difference
 from tests.parity.peft_case import BASES, logits_of, move_from_start
 from tests.test_adapter_combine import CONFIG, logits_by_peft, logits_here, write
 from tests.test_adapter_convert import bases as bases  # a fixture
@@ -21,15 +21,17 @@ from tests.test_adapter_convert import trained
 from tests.test_cli import run
 from tunekit.adapter import diff_verb
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.difference import compare
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
-from tunekit.adapters.low_rank import LowRank
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.several import AdapterSet
+from tunekit.arithmetic.difference import compare
+from tunekit.arithmetic.low_rank import LowRank
+from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import TunekitError
+from tunekit.machine.devices import make_devices
 from tunekit.merge import merge_adapter
 from tunekit.model.load import load_model
-from tunekit.model.tiny import write_tiny_llama
-from tunekit.model.tokenizer import load_tokenizer
+from tunekit.model.storage.builtin import write_tiny_llama
+from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -37,10 +39,8 @@ from tunekit.recipe.adapters.prompt import PromptSettings
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
-from tunekit.rows import load_evaluation_rows
-from tunekit.target import find_target
-from tunekit.training.adapter_losses import adapter_losses
-from tunekit.training.devices import make_devices
+from tunekit.tuned.adapter_losses import adapter_losses
+from tunekit.tuned.target import find_target
 
 MODEL = "model.safetensors"
 
@@ -218,7 +218,7 @@ def test_models_of_other_shapes_are_compared_by_name(bases: Callable[[str], Path
 
 
 def test_sums_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunekit.adapters.difference, "PIECE", 7)
+    monkeypatch.setattr(tunekit.arithmetic.difference, "PIECE", 7)
     torch.manual_seed(0)
     one, two = torch.randn(5, 9), torch.randn(5, 9)
     found = compare("x", one, two)

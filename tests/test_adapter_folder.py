@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import tunekit.adapters.folder
+import tunekit.adapters.folder.read
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, load_into, read_adapter_config, save_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder, load_into, read_adapter_config, save_adapter_folder
 from tunekit.errors import AdapterError, ResourceError
 from tunekit.recipe.adapters.lora import LoraSettings
 
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
             raise OSError(28, "No space left on device")
         return action()
 
-    monkeypatch.setattr("tunekit.artifacts.durable.perform", fail)
+    monkeypatch.setattr("tunekit.files.durable.perform", fail)
     with pytest.raises(ResourceError, match="no room"):
         save(make_adapter(r=2), folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
@@ -403,8 +403,8 @@ def test_a_malformed_folder_is_refused_unread(
     def never(*_: object, **__: object) -> None:
         pytest.fail("tensor data was read, or a tensor made")
 
-    monkeypatch.setattr(tunekit.adapters.folder, "safe_open", never)
-    monkeypatch.setattr(tunekit.adapters.folder, "attach_adapter", never)
+    monkeypatch.setattr(tunekit.adapters.folder.read, "safe_open", never)
+    monkeypatch.setattr(tunekit.adapters.folder.read, "attach_adapter", never)
     monkeypatch.chdir(tmp_path)
     start = time.process_time()
     refuse(folder, words)

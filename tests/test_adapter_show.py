@@ -17,7 +17,7 @@ from tests.parity.peft_case import BASES
 from tests.test_adapter_folder import CONFIG, FACTS, PICKLE, Q0, TENSORS, copy_as_peft, make_adapter, make_llama, save
 from tests.test_cli import run
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.summary import split_name, summarise_adapter
+from tunekit.arithmetic.summary import split_name, summarise_adapter
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.lora import LoraSettings
 

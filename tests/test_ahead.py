@@ -17,14 +17,14 @@ import tunekit.plan as plan_file
 from tests.data_case import recording_fork, tokenizer_of, write_lines
 from tests.test_children import is_gone, until
 from tests.test_rows import Counting, pairs
-from tunekit.data import ahead
-from tunekit.data.ahead import encoded_ahead
-from tunekit.data.load import encode_options, load_source
+from tunekit.data.encoding import ahead
+from tunekit.data.encoding.ahead import encoded_ahead
+from tunekit.data.encoding.sources import encode_options, load_source
+from tunekit.data.rows import load_rows
 from tunekit.errors import DataError
-from tunekit.model.tokenizer import LoadedTokenizer
+from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.load import load_recipe
-from tunekit.rows import load_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux alone")
 
@@ -117,7 +117,7 @@ def test_wrong_rows_are_told_by_the_parent_alone(
 def test_an_exception_stops_the_child_and_leaves_no_half_entry(
     tiny: LoadedTokenizer, path: Path, cache: Path, forked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunekit.data.load.encode_in_parts", lambda *_, **__: iter([time.sleep(600)]))
+    monkeypatch.setattr("tunekit.data.encoding.sources.encode_in_parts", lambda *_, **__: iter([time.sleep(600)]))
 
     def interrupted() -> None:
         with encoded_ahead(section(path), tiny):
@@ -143,7 +143,7 @@ def test_ahead_nothing_is_done_that_helps_nobody(
     def full_disk(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr("tunekit.data.cache._fill_folder", full_disk)
+    monkeypatch.setattr("tunekit.data.encoding.cache._fill_folder", full_disk)
     before = counting.calls
     with pytest.raises(OSError):
         load_source(Source(path=str(path)), counting, options, cache_folder=cache, ahead=True)

@@ -9,11 +9,11 @@ import torch
 
 from tests.test_model_families import HEADS, MODELS, make_net
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.model.attention import PRODUCTS, PROVEN, VARLEN, DocumentMask, attend_per_document
+from tunekit.model.attention.cpu_kernel import attend_causally
+from tunekit.model.attention.documents import PRODUCTS, PROVEN, VARLEN, DocumentMask, attend_per_document
+from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling
-from tunekit.model.causal_attention import attend_causally
 from tunekit.model.families import Family
-from tunekit.model.segments import Segments, find_segments
 
 CPU = torch.device("cpu")
 LENGTHS = ((9, 1, 5), (3, 12))  # documents of two rows: longer and shorter than a window of 4, and of one token
@@ -81,8 +81,8 @@ def test_long_documents_of_a_row_go_to_torchs_kernel_and_the_others_do_not(monke
         seen.append(lengths)
         return attend_causally(query, key, value, lengths, scale)
 
-    monkeypatch.setattr("tunekit.model.attention.attend_causally", attend)
-    monkeypatch.setattr("tunekit.model.attention.LONGEST_TOKENS", 8)
+    monkeypatch.setattr("tunekit.model.attention.documents.attend_causally", attend)
+    monkeypatch.setattr("tunekit.model.attention.documents.LONGEST_TOKENS", 8)
     found = hidden(net, IDS, POSITIONS, find_segments(POSITIONS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert set(seen) == {(1,), (5,), (3,)}, "not those of 9 and of 12 tokens"
@@ -118,7 +118,7 @@ def test_gradients_equal_those_of_the_dense_mask(model_type: str, checkpointed: 
 
 
 def test_a_net_whose_layers_take_the_mask_apart_keeps_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunekit.model import attention
+    from tunekit.model.attention import documents as attention
 
     monkeypatch.setattr(attention, "PROVEN", frozenset())
     monkeypatch.setattr(attention, "_tried", {})
@@ -153,7 +153,7 @@ def test_on_cuda_half_precision_takes_one_kernel_for_all_documents() -> None:
 
 
 def test_a_torch_that_wants_every_head_of_keys_gets_them() -> None:
-    from tunekit.model.attention import _with_all_heads
+    from tunekit.model.attention.documents import _with_all_heads
 
     seen: list[Any] = []
     query, key, value = torch.randn(6, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8)

@@ -14,10 +14,10 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.data_case import Rows, settings
-from tunekit.data.batches import TrainingWindows, evaluation_batches, longest_batch
-from tunekit.data.collate import collate
-from tunekit.data.order import Share, epoch_rows, held_out
-from tunekit.protocols import IGNORED, Batch, Window
+from tunekit.contracts import IGNORED, Batch, Window
+from tunekit.data.batching.order import Share, epoch_rows, held_out
+from tunekit.data.batching.pad import collate
+from tunekit.data.batching.windows import TrainingWindows, evaluation_batches, longest_batch
 
 LENGTHS = [2 + (7 * index) % 30 for index in range(23)]  # 2 .. 31 tokens
 
@@ -58,7 +58,7 @@ def test_epochs_differ_and_seeds_differ_and_both_repeat() -> None:
 
 def test_the_order_does_not_depend_on_the_process() -> None:
     code = (
-        "from tunekit.data.order import Share, epoch_rows;"
+        "from tunekit.data.batching.order import Share, epoch_rows;"
         "print(epoch_rows((Share(0, 9), Share(9, 20, 1.5)), seed=7, epoch=3, shuffle=True).tolist())"
     )
     found = {

@@ -17,9 +17,10 @@ import torch
 from tests.data_case import Rows, settings
 from tests.test_plan import plan_of
 from tests.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
-from tunekit.data.batches import TrainingWindows
-from tunekit.decisions import Plan
-from tunekit.memory.choice import (
+from tunekit.data.batching.windows import TrainingWindows
+from tunekit.machine.memory import limit_bytes
+from tunekit.plan import as_chosen
+from tunekit.planning.choice import (
     TOLERANCE,
     Choice,
     Freedom,
@@ -30,10 +31,9 @@ from tunekit.memory.choice import (
     smaller_micro_batches,
     smallest_choice,
 )
-from tunekit.memory.machine import limit_bytes
-from tunekit.plan import as_chosen
-from tunekit.training.forecast import largest_batch
-from tunekit.training.planned_memory import MARGIN, trial_reason
+from tunekit.planning.forecast import largest_batch
+from tunekit.planning.memory import MARGIN, trial_reason
+from tunekit.records import Plan
 
 MIB = 2**20
 WORKLOAD = Workload(
@@ -219,7 +219,7 @@ def test_an_impossible_budget_names_changes_that_do_what_they_say(recipe: Path) 
 
 def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = plan_of(recipe)
-    monkeypatch.setattr("tunekit.training.planned_memory.available_bytes", lambda device: plain.peak_bytes.total - 1)
+    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: plain.peak_bytes.total - 1)
     plan, _ = plan_of(recipe, "memory.budget=10GiB")
     assert [(refusal.key, refusal.exit_code) for refusal in plan.refusals] == [("memory.budget", 4)]
     assert plan.checkpointed_layers == 0, "the budget decides, not what is free at the moment"
@@ -227,7 +227,7 @@ def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.
 
 def test_what_is_free_decides_nothing_that_changes_a_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = plan_of(recipe)
-    monkeypatch.setattr("tunekit.training.planned_memory.available_bytes", lambda device: plain.peak_bytes.total - 1)
+    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: plain.peak_bytes.total - 1)
     plan, _ = plan_of(recipe)
     assert plan.checkpointed_layers > 0
     assert (plan.micro_batch_size, plan.logits_chunk_tokens) == (plain.micro_batch_size, plain.logits_chunk_tokens)
@@ -244,7 +244,7 @@ def test_the_longest_batch_is_tried_where_it_can_tell_something() -> None:
 
 def test_a_gpu_s_allocator_fails_at_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
-    monkeypatch.setattr("tunekit.memory.machine.total_bytes", lambda device: 80 if device.type == "cuda" else None)
+    monkeypatch.setattr("tunekit.machine.memory.total_bytes", lambda device: 80 if device.type == "cuda" else None)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: asked.append(fraction))
     limit_bytes(torch.device("cuda"), 24)
     limit_bytes(torch.device("cuda"), 100)
@@ -302,7 +302,7 @@ def test_a_resume_keeps_to_the_plan_of_the_run(recipe: Path, tmp_path: Path, mon
     assert ended.code < 0, ended.output
 
     def predict_otherwise() -> None:
-        from tunekit.training.forecast import Forecast
+        from tunekit.planning.forecast import Forecast
 
         peak = Forecast.peak
         Forecast.peak = lambda self, choice: replace(peak(self, choice), total=10 * MIB)  # type: ignore[method-assign]

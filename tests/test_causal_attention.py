@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunekit.model import causal_attention
-from tunekit.model.causal_attention import attend_causally
+from tunekit.model.attention import cpu_kernel as causal_attention
+from tunekit.model.attention.cpu_kernel import attend_causally
 
 LENGTHS = (70, 1, 133)  # more than one block, one token, three blocks
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
-from tunekit.artifacts import durable
 from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from tunekit.artifacts.run import RunFolder
-from tunekit.artifacts.tensor_file import write_tensors
 from tunekit.errors import ResourceError, RunFolderError
+from tunekit.files import durable
+from tunekit.files.tensors import write_tensors
 
 
 def make_state(step: int) -> dict[str, torch.Tensor]:

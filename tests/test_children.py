@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tunekit.artifacts.signals import StopSignals
-from tunekit.data import children
-from tunekit.data.children import Child, fork_child
+from tunekit.machine import forks as children
+from tunekit.machine.forks import Child, fork_child
+from tunekit.machine.signals import StopSignals
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux alone")
 

@@ -14,7 +14,7 @@ import pytest
 
 from tunekit.console import Console, Progress, visible
 from tunekit.console.text import cell_text, time_text
-from tunekit.decisions import EvaluationRecord, StepRecord
+from tunekit.records import EvaluationRecord, StepRecord
 
 
 class Terminal(io.StringIO):

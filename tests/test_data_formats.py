@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tunekit.data.encode import choose_format, format_maker
-from tunekit.data.examples import ChatExample, CompletionExample, Message, TextExample
+from tunekit.data.encoding.encode import choose_format, format_maker
 from tunekit.errors import DataError
+from tunekit.formats.example import ChatExample, CompletionExample, Message, TextExample
 from tunekit.recipe.names import facts_of, known_names
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
-from tunekit.data.lines import RawRow
-from tunekit.data.problems import Problems
-from tunekit.data.source import is_hub_name, read_source
+from tunekit.data.reading.lines import RawRow
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.source import is_hub_name, read_source
 from tunekit.errors import DataError
 from tunekit.recipe.data import Source
 
@@ -125,7 +125,8 @@ def test_the_hub_is_asked_for_split_and_revision(monkeypatch: pytest.MonkeyPatch
 def test_local_files_import_neither_datasets_nor_pyarrow(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl")
     code = (
-        "import sys; from tunekit.data.source import read_source; from tunekit.data.problems import Problems;"
+        "import sys; from tunekit.data.reading.source import read_source;"
+        "from tunekit.data.reading.problems import Problems;"
         "from tunekit.recipe.data import Source;"
         f"assert len(list(read_source(Source(path={str(path)!r}), Problems()))) == 2;"
         "assert not {'datasets', 'pyarrow', 'pandas'} & set(sys.modules)"

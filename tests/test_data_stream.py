@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from tests.data_case import settings, tokenizer_of, write_lines
-from tunekit.data import shards, stream
-from tunekit.data.files import inspect_file
-from tunekit.data.lines import read_json_lines
-from tunekit.data.problems import Problems
-from tunekit.data.shards import must_stream, shard_source
+from tunekit.contracts import Window
+from tunekit.data.batching import stream
+from tunekit.data.reading import shards
+from tunekit.data.reading.data_file import inspect_file
+from tunekit.data.reading.lines import read_json_lines
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.shards import must_stream, shard_source
+from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import DataError, RecipeError, TunekitError
-from tunekit.model.tokenizer import LoadedTokenizer
-from tunekit.protocols import Window
+from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.data import DataSection, Source
-from tunekit.rows import RowSet, load_rows
 
 ROWS = 200
 
@@ -127,7 +128,7 @@ def test_sources_are_drawn_in_proportion_to_their_weights(tiny: LoadedTokenizer,
 def test_counts_are_estimated_and_marked(
     tiny: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunekit.data import sample
+    from tunekit.data.encoding import sample
 
     monkeypatch.setattr(sample, "SAMPLE_ROWS", 50)
     path = write_rows(tmp_path / "d.jsonl")
@@ -168,7 +169,7 @@ def test_a_file_beyond_a_quarter_of_memory_is_streamed(tmp_path: Path) -> None:
 def test_a_wrong_row_stops_with_its_line(
     tiny: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunekit.data import sample
+    from tunekit.data.encoding import sample
 
     monkeypatch.setattr(sample, "SAMPLE_ROWS", 50)
     path = write_rows(tmp_path / "d.jsonl")

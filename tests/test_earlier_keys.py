@@ -36,9 +36,9 @@ from tests.parity.peft_case import make_t5
 from tests.parity.test_prefix_peft import make_bart
 from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import ModelError
+from tunekit.model.attention.earlier_keys import enter, keys_and_values
+from tunekit.model.attention.places import self_attentions
 from tunekit.model.call import Call, calling
-from tunekit.model.earlier_keys import enter, keys_and_values
-from tunekit.model.self_attention import self_attentions
 from tunekit.recipe.adapters.prefix import PrefixSettings
 
 LENGTH, WINDOW = 3, 6

@@ -17,31 +17,31 @@ import torch
 from tests.conftest import write_tiny_llama
 from tests.loop_case import make_case, make_rows
 from tunekit.adapters.attach import attach_adapter
-from tunekit.data.batches import BatchSettings, TrainingWindows
-from tunekit.data.collate import collate
+from tunekit.contracts import Window
+from tunekit.data.batching.pad import collate
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows
+from tunekit.machine.malloc import KEPT_KERNELS
+from tunekit.machine.memory import _group_available, _host_available
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.estimate import PROCESS_BYTES, Work, host_bytes, peak_bytes
 from tunekit.memory.fit import checkpointed_layers
-from tunekit.memory.heap import Heap
-from tunekit.memory.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
-from tunekit.memory.machine import _group_available, _host_available
-from tunekit.memory.malloc import KEPT_KERNELS
-from tunekit.memory.tracker import Simulation, StorageTracker
-from tunekit.memory.workspace import COMPILED_BLOCKS
-from tunekit.model.four_bit import WORKING_BYTES
 from tunekit.model.load import load_model
+from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.objectives.base import make_objective
-from tunekit.protocols import Window
+from tunekit.planning.forecast import largest_batch
+from tunekit.planning.simulated.estimate import PROCESS_BYTES, Work, host_bytes, peak_bytes
+from tunekit.planning.simulated.heap import Heap
+from tunekit.planning.simulated.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
+from tunekit.planning.simulated.tracker import Simulation, StorageTracker
+from tunekit.planning.simulated.workspace import COMPILED_BLOCKS
+from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.forecast import largest_batch
+from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.optimizers import Group, Optimizer
-from tunekit.training.probes import logprob_difference, packing_leak
-from tunekit.training.resident import ResidentEngine
-from tunekit.training.simulation import SimulatedRun, make_tracked_optimizer
-from tunekit.training.tuned import TunedModel
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.probes import logprob_difference, packing_leak
 
 CPU = torch.device("cpu")
 MIB = 2**20

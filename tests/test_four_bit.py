@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunekit.model import codec, four_bit
+from tunekit.model.quantized import codec, four_bit
 
 KINDS = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

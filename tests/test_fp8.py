@@ -12,12 +12,12 @@ from torch import nn
 from tests.loop_case import make_case, make_rows
 from tests.test_loop import training
 from tests.train_case import write_recipe
-from tunekit.model import codec, fp8
-from tunekit.model.weights import PackedLinear, multiplies_exactly, pack_linear
+from tunekit.model.quantized import codec, fp8
+from tunekit.model.quantized.weights import PackedLinear, multiplies_exactly, pack_linear
 from tunekit.plan import make_plan
+from tunekit.planning import refusals
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
-from tunekit.training import refusals
 
 GENERATOR = torch.Generator().manual_seed(0)
 MATRIX = torch.randn(48, 32, generator=GENERATOR) * torch.logspace(-3, 1, 48)[:, None]

@@ -15,15 +15,15 @@ from tests.loop_case import make_case, make_rows
 from tests.test_model_families import make_net
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import load_method
-from tunekit.adapters.folder import save_adapter_folder
-from tunekit.adapters.fused import GatedMlp, describe, find_groups, planned_groups
-from tunekit.adapters.fused_products import Casts
+from tunekit.adapters.folder.read import save_adapter_folder
+from tunekit.adapters.kernels.joined_lora import GatedMlp, describe, find_groups, planned_groups
+from tunekit.adapters.kernels.lora_products import Casts
 from tunekit.adapters.targets import find_targets
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.model.call import Call, calling
 from tunekit.model.families import Family
-from tunekit.model.weights import PackedLinear, pack_linear
+from tunekit.model.quantized.weights import PackedLinear, pack_linear
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection

@@ -21,11 +21,12 @@ from tests.test_four_bit import with_peak
 from tests.test_reading import KINDS, save
 from tests.train_case import in_child
 from tunekit.errors import ModelError
-from tunekit.model import four_bit, sidecar
 from tunekit.model.load import LoadedModel, load_model
-from tunekit.model.packing import packed_base
-from tunekit.model.reading import open_base, unfilled_net
-from tunekit.model.weights import PackedLinear, packed_hash, packed_layers, weight_of
+from tunekit.model.quantized import four_bit
+from tunekit.model.quantized.weights import PackedLinear, packed_hash, packed_layers, weight_of
+from tunekit.model.storage import sidecar
+from tunekit.model.storage.packing import packed_base
+from tunekit.model.storage.reading import open_base, unfilled_net
 from tunekit.recipe.model import ModelSection
 
 CPU = torch.device("cpu")
@@ -100,7 +101,7 @@ def test_a_base_packed_while_it_is_read_equals_one_packed_afterwards(
 def test_the_second_load_maps_what_the_first_packed(base: Path, bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(base)
     written = only(bases).stat()
-    monkeypatch.setattr("tunekit.model.weights.codec.pack", None)  # nothing is packed again
+    monkeypatch.setattr("tunekit.model.quantized.weights.codec.pack", None)  # nothing is packed again
     second = load(base)
     assert_equal(first.net, second.net)
     assert packed_hash(first.net) == packed_hash(second.net)
@@ -131,7 +132,7 @@ def change_one_number(folder: Path) -> None:
 @pytest.mark.parametrize("sampled", [True, False])
 def test_a_changed_base_is_packed_anew(base: Path, bases: Path, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not sampled:  # as where a base is so large that its fingerprint does not see the number
-        monkeypatch.setattr("tunekit.model.inspection.fingerprint", lambda source: "the same")
+        monkeypatch.setattr("tunekit.model.storage.inspection.fingerprint", lambda source: "the same")
     before = load(base)
     kept = only(bases)
     change_one_number(base)
@@ -152,7 +153,7 @@ def test_a_base_that_changes_while_it_is_read_is_not_kept(
         change_one_number(base)
         return opened
 
-    monkeypatch.setattr("tunekit.model.kept.write_sidecar", changed_meanwhile)
+    monkeypatch.setattr("tunekit.model.storage.kept.write_sidecar", changed_meanwhile)
     loaded = load(base)
     assert loaded.sidecar is None
     assert list(bases.iterdir()) == []
@@ -300,7 +301,7 @@ def test_loading_holds_the_packed_base_and_one_tensor(tmp_path: Path, monkeypatc
     from tunekit.model.families import make_family
 
     monkeypatch.setattr(four_bit, "CHUNK_ELEMENTS", 2**12)
-    monkeypatch.setattr("tunekit.model.reading.CHUNK_BYTES", 2**14)
+    monkeypatch.setattr("tunekit.model.storage.reading.CHUNK_BYTES", 2**14)
     folder = write_tiny_llama(tmp_path / "base", layers=6, hidden=256)
     section = ModelSection(name_or_path=str(folder), quantization="nf4", dtype="bfloat16")
     dtype = torch.bfloat16

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.train_case import Ended, kill_self, records, result_bytes, train_in_child, without_times, write_recipe
-from tunekit.artifacts import durable
+from tunekit.files import durable
 
 Event = tuple[str, str]
 

@@ -12,16 +12,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.loop_case import Case, ListedRows, make_case, make_rows
-from tunekit.data.batches import TrainingWindows, evaluation_batches
-from tunekit.data.collate import collate
-from tunekit.decisions import EvaluationRecord, StepRecord
+from tunekit.contracts import Window
+from tunekit.data.batching.pad import collate
+from tunekit.data.batching.windows import TrainingWindows, evaluation_batches
 from tunekit.errors import NumericsError, Stopped
-from tunekit.protocols import Window
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.evaluation import summed_evaluation
-from tunekit.training.parts import LoopState
+from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
+from tunekit.training.state import LoopState
+from tunekit.tuned.scores import summed_evaluation
 
 
 def training(**changes: Any) -> TrainingSection:
@@ -231,7 +231,7 @@ def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
 
 def test_the_metrics_are_those_of_the_metrics_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     from tunekit.metrics import token_accuracy
-    from tunekit.training.evaluation import LossSums
+    from tunekit.tuned.scores import LossSums
 
     sums = LossSums(loss=6.0, correct=1, supervised_tokens=4, tokens=9, rows=1)
     assert sums.metrics() == {"loss": 1.5, "perplexity": pytest.approx(math.exp(1.5))}
@@ -250,7 +250,7 @@ def test_an_evaluation_that_is_not_finite_leaves_a_log_that_can_be_read(tmp_path
 @pytest.fixture
 def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device."""
-    monkeypatch.setattr("tunekit.training.parts.LoopParts.reads_later", True)
+    monkeypatch.setattr("tunekit.training.state.LoopParts.reads_later", True)
 
 
 class ReadsForbidden(TorchDispatchMode):
@@ -268,7 +268,7 @@ def test_numbers_read_one_step_later_are_the_same(
     rows, section = make_rows(23), training(max_steps=steps, save_steps=every)
     plain = make_case(tiny_llama, rows, training=section)
     plain.run()
-    monkeypatch.setattr("tunekit.training.parts.LoopParts.reads_later", True)
+    monkeypatch.setattr("tunekit.training.state.LoopParts.reads_later", True)
     case = make_case(tiny_llama, rows, training=section)
     known: list[int] = []
     case.parts.save = lambda state: (case.saved.append(state.step), known.append(len(case.losses)))

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from tunekit.memory.heap import Heap
-from tunekit.memory.malloc import settle_heap, trim_heap
+from tunekit.machine.malloc import settle_heap, trim_heap
+from tunekit.planning.simulated.heap import Heap
 
 MIB = 2**20
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replays glibc's malloc")

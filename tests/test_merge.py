@@ -16,15 +16,15 @@ from torch import nn
 
 from tests.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.folder import save_adapter_folder
+from tunekit.adapters.folder.read import save_adapter_folder
 from tunekit.errors import InputError, ModelError, NumericsError, ResourceError
 from tunekit.merge import REPORT, merge_adapter, merge_verb
 from tunekit.model.load import LoadedModel, load_model
-from tunekit.model.rewrite import Rewriter
-from tunekit.model.weights import packed_layers
+from tunekit.model.quantized.weights import packed_layers
+from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.target import find_target
+from tunekit.tuned.target import find_target
 
 CPU = torch.device("cpu")
 
@@ -310,7 +310,7 @@ def test_choices_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 
 def test_unwritable_change_is_refused(tmp_path: Path) -> None:
-    from tunekit.model.rewrite import Changes
+    from tunekit.model.storage.rewrite import Changes
 
     base = write_base(tmp_path / "base", "llama")
     rewriter = Rewriter(ModelSection(name_or_path=str(base), dtype="float32"), "full")
@@ -327,8 +327,8 @@ def test_unwritable_change_is_refused(tmp_path: Path) -> None:
 
 def test_memory_is_bounded_by_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a base is rewritten, no more dense tensors are alive than a shard and the layer at hand."""
-    from tunekit.model import rewrite, shards
-    from tunekit.model.rewrite import Changes
+    from tunekit.model.storage import rewrite, shards
+    from tunekit.model.storage.rewrite import Changes
 
     base = write_base(tmp_path / "base", "llama", num_hidden_layers=12)
     largest = 270 * 64 * 4

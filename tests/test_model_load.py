@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunekit.errors import ModelError
-from tunekit.model import devices
+from tunekit.model import compute as devices
 from tunekit.model.load import base_fingerprint, load_model, make_meta_model, resolve_dtype
-from tunekit.model.tokenizer import load_tokenizer
-from tunekit.model.vocabulary import check_vocabulary, extend_vocabulary
-from tunekit.model.weights import PackedLinear, element_count, packed_hash, stored_bytes
+from tunekit.model.quantized.weights import PackedLinear, element_count, packed_hash, stored_bytes
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.model.text.vocabulary import check_vocabulary, extend_vocabulary
 from tunekit.recipe.model import ModelSection
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import torch
 
 from tunekit.errors import DataError
 from tunekit.model.load import LoadedModel, load_model
-from tunekit.model.sample import end_of_turn_ids, find_stop_ids, generate_texts
-from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.model.text.generation import end_of_turn_ids, find_stop_ids, generate_texts
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
 
 CPU = torch.device("cpu")

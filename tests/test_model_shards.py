@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunekit.errors import ModelError
-from tunekit.model.shards import ShardReader, ShardWriter, read_headers, shard_files
+from tunekit.model.storage.shards import ShardReader, ShardWriter, read_headers, shard_files
 
 
 def tensors() -> dict[str, torch.Tensor]:

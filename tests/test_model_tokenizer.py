@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tunekit.errors import DataError, ModelError
-from tunekit.model import templates
-from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.model.text import templates
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
 
 

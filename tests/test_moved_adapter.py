@@ -11,8 +11,8 @@ import pytest
 from tests.train_case import train_in_child, write_recipe
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import _prompt_ids
-from tunekit.target import LoadedTarget, find_target, load_target
-from tunekit.training.devices import make_devices
+from tunekit.machine.devices import make_devices
+from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}<|im_end|>{% endfor %}"

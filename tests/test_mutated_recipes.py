@@ -12,9 +12,9 @@ import pytest
 from tests.recipe_mutator import VALUES, Case, make_bad_value_case, make_cases, make_valid_case
 from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.data import Source
-from tunekit.recipe.dump import dump_recipe
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.problems import section_class
+from tunekit.recipe.reading.dump import dump_recipe
+from tunekit.recipe.reading.problems import section_class
 from tunekit.recipe.recipe import Recipe
 
 SEED = int(os.environ.get("TUNEKIT_TEST_SEED", "0"))

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
-from tunekit.data.batches import evaluation_batches
+from tunekit.data.batching.windows import evaluation_batches
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore, CudaCopies, PlainCopies, make_store
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.evaluation import summed_evaluation
+from tunekit.tuned.scores import summed_evaluation
 
 CPU = torch.device("cpu")
 LAYERS = 5

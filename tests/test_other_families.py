@@ -21,19 +21,19 @@ from transformers import (
 from tests.conftest import write_tiny_llama
 from tests.parity.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.targets import find_targets
 from tunekit.errors import ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
-from tunekit.model.sample import generate_texts
-from tunekit.model.tokenizer import load_tokenizer
+from tunekit.model.text.generation import generate_texts
+from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import settings_class
-from tunekit.target import find_target, load_target
+from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
 

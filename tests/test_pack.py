@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tunekit.data.pack import first_fit
+from tunekit.data.batching.pack import first_fit
 from tunekit.errors import DataError
 
 

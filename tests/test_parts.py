@@ -15,11 +15,11 @@ import pytest
 from tests.data_case import recording_fork, tokenizer_of, write_lines
 from tests.test_children import is_gone
 from tests.test_rows import Counting
-from tunekit.data import parts
+from tunekit.data.encoding import parts
+from tunekit.data.rows import load_rows
 from tunekit.errors import DataError
-from tunekit.model.tokenizer import LoadedTokenizer
+from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.data import DataSection, Source
-from tunekit.rows import load_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux alone")
 CORES = 3

@@ -15,12 +15,12 @@ import torch
 from tests.recipe_mutator import make_valid_case
 from tests.train_case import write_recipe
 from tunekit.artifacts.plan_file import plan_from_json
-from tunekit.decisions import Plan
 from tunekit.errors import InputError, ModelError, RecipeError, TunekitError
 from tunekit.plan import Prepared, make_plan, plan_verb
+from tunekit.planning.memory import logits_chunk_tokens
+from tunekit.planning.refusals import library_problems
 from tunekit.recipe.load import load_recipe
-from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.refusals import library_problems
+from tunekit.records import Plan
 
 CPU = torch.device("cpu")
 # what a mutated recipe may draw so that a tiny llama over chat rows can take it
@@ -170,7 +170,7 @@ def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatc
         (one.peak_bytes.total - 1, 1, True),  # never the last layer
         (1000, 1, True),
     ):
-        monkeypatch.setattr("tunekit.training.planned_memory.available_bytes", lambda device, free=available: free)
+        monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device, free=available: free)
         plan, _ = plan_of(recipe, *overrides)
         assert plan.checkpointed_layers == layers
         assert bool(plan.refusals) == refused
@@ -218,7 +218,7 @@ def test_a_problem_of_an_adapter_folder_names_its_file(recipe: Path, tmp_path: P
 
 
 def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunekit.training.refusals.find_spec", lambda name: None)
+    monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None)
     loaded = ("model.quantization=int8", "training.optimizer=adamw", "output.report_to=[tensorboard]")
     plan, _ = plan_of(recipe, *loaded)
     assert sorted(refusal.key for refusal in plan.refusals) == ["model.quantization", "output.report_to"]
@@ -228,7 +228,7 @@ def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_four_bits_do_without_bitsandbytes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunekit.training.refusals.find_spec", lambda name: None)
+    monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None)
     assert not list(library_problems(load_recipe(recipe, ["model.quantization=nf4"]).recipe))
     (problem,) = library_problems(load_recipe(recipe, ["model.quantization=int8"]).recipe)
     assert (problem.key, problem.what) == ("model.quantization", "int8 needs bitsandbytes")
@@ -281,7 +281,7 @@ def test_a_model_that_cannot_be_simulated_is_said_to_be(recipe: Path, monkeypatc
         raise RuntimeError("needs values\nand more")
 
     whole, _ = plan_of(recipe)
-    monkeypatch.setattr("tunekit.training.simulation.SimulatedRun.training_step", fail)
+    monkeypatch.setattr("tunekit.planning.simulation.SimulatedRun.training_step", fail)
     plan, _ = plan_of(recipe)
     assert not plan.refusals
     assert any("warning: activations of llama" in note and "(needs values)" in note for note in plan.notes)

@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Confi
 from tests.train_case import records, train_in_child, write_recipe
 from tunekit.errors import AdapterError, TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.machine.devices import make_devices
 from tunekit.merge import merge_verb
-from tunekit.model.sample import generate_texts
+from tunekit.model.text.generation import generate_texts
 from tunekit.plan import make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.target import find_target, load_target
-from tunekit.training.devices import make_devices
+from tunekit.tuned.target import find_target, load_target
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix", "num_virtual_tokens": 12},

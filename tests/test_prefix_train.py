@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.loop_case import Case, make_case, make_rows
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, load_into, save_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.errors import AdapterError
 from tunekit.model.call import Call, calling
 from tunekit.model.load import LoadedModel, load_model
@@ -19,7 +19,7 @@ from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
 from tunekit.recipe.adapters.prefix import PrefixSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.probes import packing_leak
+from tunekit.tuned.probes import packing_leak
 
 TEXT_IDS = tuple(range(40, 46))
 METHODS: dict[str, Any] = {

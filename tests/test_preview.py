@@ -10,8 +10,8 @@ import pytest
 
 from tests.data_case import chat, tokenizer_of, write_lines
 from tunekit.cli import app
-from tunekit.data.render import encode_example
-from tunekit.model.tokenizer import LoadedTokenizer
+from tunekit.data.rendering.render import encode_example
+from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.preview import AFTER, BETWEEN, FIRST, PROMPT, TRAINED, explain_tokens, preview_verb, segments
 
 EVIL = "</pre><script>alert('x')</script><img src=x onerror=y>&amp;\x1b[31m"

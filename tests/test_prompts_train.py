@@ -16,9 +16,11 @@ from tests.train_case import in_child, kill_self, records, result_bytes, train_i
 from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import RecipeError
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
-from tunekit.model.sample import generate_texts
-from tunekit.model.tokenizer import load_tokenizer
+from tunekit.model.text.generation import generate_texts
+from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.plan import make_plan
+from tunekit.planning.findings import raise_refusals
+from tunekit.planning.refusals import position_problems
 from tunekit.recipe.adapters.cpt import ContextExample, CptSettings
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 from tunekit.recipe.adapters.p_tuning import PTuningSettings
@@ -26,9 +28,7 @@ from tunekit.recipe.adapters.prompt import PromptSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.findings import raise_refusals
-from tunekit.training.refusals import position_problems
-from tunekit.training.tuned import TunedModel
+from tunekit.tuned.model import TunedModel
 
 LSTM: dict[str, Any] = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12, "encoder_dropout": 0.1}
 WIDE: dict[str, Any] = {"opt_projection_epsilon": 9.0, "opt_projection_format_epsilon": 9.0}
@@ -234,7 +234,7 @@ def test_a_recipe_trains_resumes_evaluates_and_generates(
     assert "virtual tokens before each row" in ended.output
 
     def die_in_step_3() -> None:
-        from tunekit.training.resident import ResidentEngine
+        from tunekit.training.engines.resident import ResidentEngine
 
         plain = ResidentEngine.run_window
 

@@ -17,8 +17,8 @@ from tests.test_model_families import MODELS, make_net
 from tests.test_other_families import MAKERS
 from tunekit.errors import ModelError
 from tunekit.model.families import make_family
-from tunekit.model.quiet import quiet
-from tunekit.model.reading import BaseReader, fill_net, load_generation_config, open_base, unfilled_net
+from tunekit.model.storage.reading import BaseReader, fill_net, load_generation_config, open_base, unfilled_net
+from tunekit.model.transformers_guard import quiet
 
 KINDS: dict[str, Callable[[], nn.Module]] = {name: lambda name=name: make_net(name) for name in MODELS}
 KINDS |= MAKERS
@@ -121,7 +121,7 @@ def test_a_matrix_is_read_transposed_in_small_pieces(tmp_path: Path, monkeypatch
     assert reader is not None
     name = "transformer.h.0.attn.c_attn.weight"  # (I, O)
     expected = reader.read(name, torch.bfloat16).t().contiguous()
-    monkeypatch.setattr("tunekit.model.reading.CHUNK_BYTES", 300)
+    monkeypatch.setattr("tunekit.model.storage.reading.CHUNK_BYTES", 300)
     found = torch.empty(expected.shape, dtype=torch.bfloat16)
     reader.read_into(name, found.t())
     assert torch.equal(found, expected)

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.test_recipe_reader import SMALL, problems_of
-from tunekit.recipe.dump import dump_recipe, yaml_scalar
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reader import read_yaml
+from tunekit.recipe.reading.dump import dump_recipe, yaml_scalar
+from tunekit.recipe.reading.yaml_reader import read_yaml
 from tunekit.recipe.recipe import Recipe
 
 ALL_PATHS = """\

@@ -11,7 +11,7 @@ import yaml
 
 from tunekit.errors import RecipeError
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reader import LARGEST_FILE_BYTES, read_scalar, read_yaml
+from tunekit.recipe.reading.yaml_reader import LARGEST_FILE_BYTES, read_scalar, read_yaml
 
 SMALL = "model: m\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
 

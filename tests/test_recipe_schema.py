@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tests.recipe_mutator import VALUES
 from tunekit.init import WRITTEN
-from tunekit.recipe.alias_table import IN_ADAPTER, TOP_LEVEL, alias_target
-from tunekit.recipe.draft import Draft
+from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
-from tunekit.recipe.problems import fields_at
+from tunekit.recipe.reading.draft import Draft
+from tunekit.recipe.reading.problems import fields_at
 from tunekit.recipe.schema import make_commented_recipe, make_reference, make_schema
 
 

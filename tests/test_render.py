@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.data_case import chat, tokenizer_of, trained_texts
-from tunekit.data.examples import ChatExample, CompletionExample, Message, TextExample
-from tunekit.data.render import (
+from tunekit.data.rendering.render import (
     EMPTY_ANSWER,
     EOS_ADDED,
     MERGED_BOUNDARY,
@@ -20,9 +19,10 @@ from tunekit.data.render import (
     encode_example,
     fill_gaps,
 )
-from tunekit.data.turns import ONLY_LAST, SHORTENED, TOOLS_IGNORED
+from tunekit.data.rendering.turns import ONLY_LAST, SHORTENED, TOOLS_IGNORED
 from tunekit.errors import DataError
-from tunekit.model.tokenizer import LoadedTokenizer
+from tunekit.formats.example import ChatExample, CompletionExample, Message, TextExample
+from tunekit.model.text.tokenizer import LoadedTokenizer
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 TWO_TURNS = chat(("user", "Hi"), ("assistant", "Hello."), ("user", "And?"), ("assistant", " ok \n"))

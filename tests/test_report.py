@@ -14,7 +14,7 @@ from tunekit.artifacts.report.page import curve, escape, make_page
 from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.report.write import report_values, write_report
 from tunekit.artifacts.run import RunFolder
-from tunekit.decisions import (
+from tunekit.records import (
     EvaluationRecord,
     ModelFacts,
     PeakBytes,

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from tests.data_case import settings, tokenizer_of, write_lines
-from tunekit.artifacts.cache_folder import default_cache_folder
-from tunekit.data.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
-from tunekit.data.render import EMPTY_ANSWER
+from tunekit.data.encoding.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
+from tunekit.data.rendering.render import EMPTY_ANSWER
+from tunekit.data.rows import RowSet, load_evaluation_rows, load_rows
 from tunekit.errors import DataError, RecipeError
-from tunekit.model.tokenizer import LoadedTokenizer
+from tunekit.files.cache_folder import default_cache_folder
+from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.data import DataSection, Source
-from tunekit.rows import RowSet, load_evaluation_rows, load_rows
 
 
 @pytest.fixture(scope="session")

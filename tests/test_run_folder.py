@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 
 from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
-from tunekit.artifacts import durable
-from tunekit.artifacts.environment import library_versions, read_environment
 from tunekit.artifacts.host_memory import peak_host_bytes, read_host_memory
 from tunekit.artifacts.lock import LOCK_NAME
-from tunekit.artifacts.redact import redact
 from tunekit.artifacts.run import RunFolder, is_finished
-from tunekit.decisions import EvaluationRecord, StepRecord, bytes_text
 from tunekit.errors import ResourceError, RunFolderError
+from tunekit.files import durable
+from tunekit.files.secrets import redact
+from tunekit.machine.environment import library_versions, read_environment
+from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 ROOT = os.geteuid() == 0
 
@@ -445,7 +445,7 @@ def test_environment_names_versions_and_machine_but_no_person(monkeypatch: pytes
 
 def test_versions_are_read_without_importing() -> None:
     code = (
-        "import sys; from tunekit.artifacts.environment import library_versions; v = library_versions();"
+        "import sys; from tunekit.machine.environment import library_versions; v = library_versions();"
         "sys.exit('bitsandbytes' in sys.modules or 'transformers' in sys.modules or 'bitsandbytes' not in v)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -479,5 +479,5 @@ def test_bytes_for_a_person(count: int, text: str) -> None:
 
 def test_opening_imports_no_torch() -> None:
     """Refusals come before anything heavy is imported."""
-    code = "import sys; import tunekit.artifacts.run, tunekit.artifacts.signals; sys.exit('torch' in sys.modules)"
+    code = "import sys; import tunekit.artifacts.run, tunekit.machine.signals; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

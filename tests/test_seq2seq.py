@@ -14,10 +14,10 @@ import torch
 from tests.data_case import chat, settings, tokenizer_of
 from tests.loop_case import CPU, ListedRows, make_case
 from tests.test_every_method_trains import SETTINGS
-from tunekit.data.batches import TrainingWindows, padded_tokens, part_lengths
-from tunekit.data.collate import collate_rows
-from tunekit.data.examples import CompletionExample, TextExample
-from tunekit.data.render import (
+from tunekit.contracts import IGNORED, EncodedRow
+from tunekit.data.batching.pad import collate_rows
+from tunekit.data.batching.windows import TrainingWindows, padded_tokens, part_lengths
+from tunekit.data.rendering.render import (
     EMPTY_ANSWER,
     EMPTY_SOURCE,
     ONLY_LAST_ANSWER,
@@ -28,17 +28,17 @@ from tunekit.data.render import (
 )
 from tunekit.errors import DataError, ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.formats.example import CompletionExample, TextExample
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.objectives.seq2seq import Seq2seq, parts_of
 from tunekit.plan import make_plan
-from tunekit.protocols import IGNORED, EncodedRow
+from tunekit.planning.forecast import largest_batch
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.names import known_names
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.train import train_verb
-from tunekit.training.forecast import largest_batch
 
 START = 1  # the real model's answers begin with <s>
 PAIRS = {"format": "prompt_completion", "columns": {"input": "prompt", "target": "completion"}}

@@ -35,7 +35,7 @@ def write_twin(folder: Path, make: Callable[[int], Any], *, chat_template: bool)
     import torch
     from transformers import AutoTokenizer
 
-    from tunekit.model.tiny import tiny_model_folder
+    from tunekit.model.storage.builtin import tiny_model_folder
 
     tiny = tiny_model_folder("builtin:tiny-llama")
     tokenizer = AutoTokenizer.from_pretrained(tiny)

@@ -15,8 +15,8 @@ import torch
 
 from tunekit.artifacts.checkpoint import load_newest, save_checkpoint
 from tunekit.artifacts.run import RunFolder
-from tunekit.artifacts.signals import STOP_SIGNALS, StopSignals
 from tunekit.errors import Stopped
+from tunekit.machine.signals import STOP_SIGNALS, StopSignals
 
 
 def send(number: int) -> None:
@@ -161,7 +161,7 @@ def test_outside_the_main_thread_nothing_happens() -> None:
 
 def test_nohup_stays_nohup() -> None:
     code = (
-        "import os, signal; from tunekit.artifacts.signals import StopSignals\n"
+        "import os, signal; from tunekit.machine.signals import StopSignals\n"
         "with StopSignals() as s:\n"
         "    os.kill(os.getpid(), signal.SIGHUP); os.kill(os.getpid(), signal.SIGHUP); print(s.requested)"
     )

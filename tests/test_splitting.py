@@ -14,16 +14,16 @@ import torch
 
 from tests.loop_case import Case, make_case, make_rows
 from tests.train_case import records, train_in_child, write_recipe
-from tunekit.data.collate import collate
-from tunekit.data.split import split_batch
-from tunekit.decisions import Reaction
+from tunekit.contracts import IGNORED, Batch, Window
+from tunekit.data.batching.pad import collate
+from tunekit.data.batching.split import split_batch
 from tunekit.errors import ResourceError
 from tunekit.memory.splitting import Splitting, is_out_of_memory
-from tunekit.protocols import IGNORED, Batch, Window
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.evaluation import summed_evaluation
-from tunekit.training.resident import ResidentEngine
+from tunekit.records import Reaction
+from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.session import try_longest_batch
+from tunekit.tuned.scores import summed_evaluation
 
 ROWS = make_rows(24, shortest=3, longest=20)
 CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
@@ -242,7 +242,7 @@ def fail_large(tokens: int) -> Callable[[], None]:
     """Makes every training forward of so many padded tokens run out of memory, in the process that calls it."""
 
     def install() -> None:
-        from tunekit.training.tuned import TunedModel
+        from tunekit.tuned.model import TunedModel
 
         hidden = TunedModel.hidden
 

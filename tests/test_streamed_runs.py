@@ -13,10 +13,10 @@ from tests.conftest import write_tiny_llama
 from tests.train_case import write_recipe
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
-from tunekit.memory.rates import measure_rates
 from tunekit.memory.streaming import gather_on_host
 from tunekit.model.load import load_model
 from tunekit.plan import make_plan
+from tunekit.planning.rates import measure_rates
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.train import train_verb
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache folder in which bases of any size are kept."""
-    monkeypatch.setattr("tunekit.model.sidecar.LEAST_BYTES", 0)
+    monkeypatch.setattr("tunekit.model.storage.sidecar.LEAST_BYTES", 0)
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "bases"
 
@@ -135,7 +135,7 @@ def test_a_budget_too_small_for_the_base_streams_it(
     streamed = plan_of(recipe, "memory.streaming=disk")
     assert streamed.peak_bytes.weights < resident.peak_bytes.weights
     between = (resident.peak_bytes.total + streamed.peak_bytes.total) // 2
-    monkeypatch.setattr("tunekit.training.planned_memory.available_bytes", lambda device: between)
+    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: between)
     plan = plan_of(recipe)
     assert not plan.refusals
     assert plan.streaming == "disk"
@@ -149,7 +149,7 @@ def test_pass_sizes_fall_until_a_pass_fits(tmp_path: Path, model: Path, monkeypa
     assert plans[0].pass_micro_batches == 8
     for expected in (4, 2, 1):
         limit = plans[-1].peak_bytes.total - 1
-        monkeypatch.setattr("tunekit.training.planned_memory.available_bytes", lambda device, limit=limit: limit)
+        monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device, limit=limit: limit)
         plans.append(plan_of(recipe, "memory.streaming=disk", accumulation))
         assert plans[-1].pass_micro_batches == expected
         assert plans[-1].peak_bytes.total < plans[-2].peak_bytes.total
@@ -176,7 +176,7 @@ def test_what_cannot_be_streamed_is_refused_by_name(
 def test_a_disk_too_full_for_the_sidecar_is_said(
     tmp_path: Path, model: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunekit.model.sidecar.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("tunekit.model.storage.sidecar.SPARE_BYTES", 2**60)
     recipe = write_recipe(tmp_path / "recipe", model)
     with pytest.raises(TunekitError, match="TUNEKIT_CACHE") as caught:
         train(recipe, tmp_path / "run", "memory.streaming=disk", "model.dtype=bfloat16")

@@ -177,7 +177,7 @@ def test_layers_cross_the_bus_twice_a_pass(folder: Path) -> None:
 
 
 def test_evaluation_finds_each_layer_in_its_slot(folder: Path) -> None:
-    from tunekit.training.evaluation import undisturbed
+    from tunekit.tuned.scores import undisturbed
 
     plain, streamed = (
         make_case(folder, make_rows(5), training=training(), streaming=streaming) for streaming in (None, {"count": 2})

@@ -15,21 +15,21 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from tests.loop_case import CPU
 from tests.test_model_families import MODELS
 from tunekit.adapters.attach import attach_adapter
-from tunekit.data.collate import collate_rows
-from tunekit.data.render import make_row
+from tunekit.contracts import EncodedRow, Engine, Window
+from tunekit.data.batching.pad import collate_rows
+from tunekit.data.rendering.render import make_row
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
 from tunekit.model.families import Seq2SeqFamily
+from tunekit.model.families.stages import PROVEN
 from tunekit.model.load import load_model
-from tunekit.model.stages import PROVEN
 from tunekit.objectives.seq2seq import Seq2seq
-from tunekit.protocols import EncodedRow, Engine, Window
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import settings_class
-from tunekit.training.engines import host_embedding
-from tunekit.training.resident import ResidentEngine
-from tunekit.training.tuned import TunedModel
+from tunekit.training.engines.choice import host_embedding
+from tunekit.training.engines.resident import ResidentEngine
+from tunekit.tuned.model import TunedModel
 
 LAYERS, VOCABULARY = 3, 97
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4, "decoder_start_token_id": 0}

@@ -15,7 +15,7 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
 from tunekit.plan import make_plan, plan_verb
 from tunekit.recipe.load import load_recipe
-from tunekit.target import find_target, load_target
+from tunekit.tuned.target import find_target, load_target
 
 ROWS = [{"prompt": "a", "completion": "b"}]
 
@@ -25,7 +25,7 @@ def test_a_name_that_is_nothing_says_what_was_looked_for(monkeypatch: pytest.Mon
         raise ModelError("nosuch is not on this machine and the hub cannot be reached")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tunekit.target.find_source", no_hub)
+    monkeypatch.setattr("tunekit.tuned.target.find_source", no_hub)
     with pytest.raises(InputError) as caught:
         evaluate_verb("nosuch", None, None, None, [], None, [])
     text = str(caught.value)

@@ -23,13 +23,13 @@ from transformers import (
 )
 
 from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
 from tunekit.adapters.patterns import Budget, Pattern
-from tunekit.adapters.peft_targets import concrete_pattern, concrete_targets
 from tunekit.adapters.targets import find_targets, unreached_experts
-from tunekit.decisions import Target
 from tunekit.errors import AdapterError, InputError, RecipeError
-from tunekit.model.weights import pack_linear
+from tunekit.model.quantized.weights import pack_linear
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.records import Target
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

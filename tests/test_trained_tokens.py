@@ -16,7 +16,7 @@ from tests.test_merge import write_base
 from tests.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.copies import copied_parameters
-from tunekit.adapters.folder import attach_adapter_folder, load_into, save_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import find_targets
 from tunekit.errors import AdapterError, RecipeError
 from tunekit.merge import merge_adapter
@@ -25,7 +25,7 @@ from tunekit.model.load import load_model
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.target import find_target
+from tunekit.tuned.target import find_target
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 40, 9, 4, 40, 200], [9, 9, 7, 8, 1, 2]])

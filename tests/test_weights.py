@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tunekit.errors import ModelError
-from tunekit.model import codec
-from tunekit.model.weights import (
+from tunekit.model.quantized import codec
+from tunekit.model.quantized.weights import (
     PackedLinear,
     element_count,
     layer_kind,
@@ -241,7 +241,7 @@ sys.modules["kernels"] = trap
 import torch
 compiler = torch.compile
 from tunekit.model.codec import import_bitsandbytes
-import tunekit.model.weights
+import tunekit.model.quantized.weights
 assert "bitsandbytes" not in sys.modules
 import_bitsandbytes()
 assert "bitsandbytes" in sys.modules

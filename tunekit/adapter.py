@@ -12,34 +12,42 @@ from functools import partial
 from pathlib import Path
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.combine import Mixture, check_mixture, combine
-from tunekit.adapters.configuration import CONFIG_NAME, AdapterConfig, read_adapter_config
-from tunekit.adapters.difference import Difference, compare, extract, plain_lora, read_changes, together
-from tunekit.adapters.folder import attach_adapter_folder
-from tunekit.adapters.linear_methods import combine_linear, read_linear
-from tunekit.adapters.loose_lora import LooseLora, read_loose_lora
-from tunekit.adapters.loose_writing import BaseFacts, base_of, check_new_folder, write_loose, write_lora
-from tunekit.adapters.low_rank import LowRank, reduce_rank
-from tunekit.adapters.model_difference import compare_models, extract_models
-from tunekit.adapters.moved_starts import FROM_BASE, HOW, START, read_moved, start_of, subtract_initial, subtract_start
-from tunekit.adapters.nearest_lora import Loss, loss_between, nearest_lora, total
-from tunekit.adapters.on_base import attach_to_base, base_section
+from tunekit.adapters.folder.config import CONFIG_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.several import AdapterSet
-from tunekit.adapters.summary import AdapterSummary, in_order, summarise_adapter
-from tunekit.artifacts.durable import require_writable, write_json
+from tunekit.arithmetic.combine import Mixture, check_mixture, combine
+from tunekit.arithmetic.difference import Difference, compare, extract, plain_lora, read_changes, together
+from tunekit.arithmetic.linear import combine_linear, read_linear
+from tunekit.arithmetic.loose_lora import LooseLora, read_loose_lora
+from tunekit.arithmetic.low_rank import LowRank, reduce_rank
+from tunekit.arithmetic.model_difference import compare_models, extract_models
+from tunekit.arithmetic.moved_starts import (
+    FROM_BASE,
+    HOW,
+    START,
+    read_moved,
+    start_of,
+    subtract_initial,
+    subtract_start,
+)
+from tunekit.arithmetic.nearest_lora import Loss, loss_between, nearest_lora, total
+from tunekit.arithmetic.on_base import attach_to_base, base_section
+from tunekit.arithmetic.summary import AdapterSummary, in_order, summarise_adapter
+from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, write_loose, write_lora
 from tunekit.console import Console
-from tunekit.decisions import bytes_text
+from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import AdapterError, InputError
+from tunekit.files.durable import require_writable, write_json
+from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel, load_model
-from tunekit.model.rewrite import Rewriter
-from tunekit.model.source import find_source
-from tunekit.model.tokenizer import load_tokenizer
+from tunekit.model.storage.rewrite import Rewriter
+from tunekit.model.storage.source import find_source
+from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
-from tunekit.rows import load_evaluation_rows
-from tunekit.target import find_target
-from tunekit.training.adapter_losses import adapter_losses
-from tunekit.training.devices import make_devices
+from tunekit.records import bytes_text
+from tunekit.tuned.adapter_losses import adapter_losses
+from tunekit.tuned.target import find_target
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 

@@ -18,8 +18,8 @@ import typer
 
 from tunekit import __version__
 from tunekit.errors import TunekitError
-from tunekit.memory.malloc import KEPT_KERNELS
-from tunekit.recipe.suggest import hide_secrets
+from tunekit.machine.malloc import KEPT_KERNELS
+from tunekit.recipe.reading.suggest import hide_secrets
 
 EXIT_FAULT, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 4, 130, 141
 ENVIRONMENT = {

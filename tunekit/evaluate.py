@@ -9,18 +9,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.console import Console
+from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
+from tunekit.files.durable import require_writable, write_json
+from tunekit.machine.devices import Devices, make_devices
+from tunekit.planning.memory import logits_chunk_tokens
+from tunekit.planning.refusals import row_problems
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
-from tunekit.rows import RowSet, load_evaluation_rows
-from tunekit.target import LoadedTarget, Target, find_target, load_target
-from tunekit.training.answers import Question
-from tunekit.training.devices import Devices, make_devices
-from tunekit.training.evaluator import make_evaluator, measuring_objective
-from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.refusals import row_problems
+from tunekit.tuned.answers import Question
+from tunekit.tuned.evaluator import make_evaluator, measuring_objective
+from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 
 
 def evaluate_verb(

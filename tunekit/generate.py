@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from tunekit.console import Console
-from tunekit.data.examples import ChatExample, CompletionExample, Message
-from tunekit.data.render import Renderer
+from tunekit.data.rendering.render import Renderer
 from tunekit.errors import DataError, InputError
-from tunekit.model.sample import generate_texts
-from tunekit.model.vocabulary import check_vocabulary
-from tunekit.target import LoadedTarget, find_target, load_target
-from tunekit.training.devices import make_devices
-from tunekit.training.evaluation import undisturbed
+from tunekit.formats.example import ChatExample, CompletionExample, Message
+from tunekit.machine.devices import make_devices
+from tunekit.model.text.generation import generate_texts
+from tunekit.model.text.vocabulary import check_vocabulary
+from tunekit.tuned.scores import undisturbed
+from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
 
 def generate_verb(

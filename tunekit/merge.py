@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.configuration import TEMPLATE_NAME
-from tunekit.adapters.folder import attach_adapter_folder
-from tunekit.artifacts.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
-from tunekit.artifacts.signals import StopSignals
+from tunekit.adapters.folder.config import TEMPLATE_NAME
+from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.console import Console
-from tunekit.decisions import bytes_text
+from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ModelError, ResourceError
+from tunekit.files.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
+from tunekit.machine.signals import StopSignals
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder, make_meta_model
-from tunekit.model.rewrite import Changes, Rewriter
-from tunekit.model.source import find_source
-from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
-from tunekit.rows import load_rows
-from tunekit.target import Target, find_target, load_target
+from tunekit.model.storage.rewrite import Changes, Rewriter
+from tunekit.model.storage.source import find_source
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.records import bytes_text
+from tunekit.tuned.target import Target, find_target, load_target
 
 REPORT = "merge_report.json"
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")

@@ -14,44 +14,44 @@ import torch
 
 import tunekit
 from tunekit.adapters.base import load_method
-from tunekit.adapters.configuration import read_adapter_config
 from tunekit.adapters.copies import copied_parameters
-from tunekit.adapters.fused import describe, planned_groups
+from tunekit.adapters.folder.config import read_adapter_config
+from tunekit.adapters.kernels.joined_lora import describe, planned_groups
 from tunekit.adapters.targets import find_targets, slot_count, trained_count, unreached_experts
-from tunekit.artifacts.durable import require_writable, write_json
 from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
-from tunekit.data.ahead import encoded_ahead
-from tunekit.data.batches import BatchSettings, TrainingWindows, evaluation_batches
-from tunekit.data.stream import StreamedWindows
-from tunekit.decisions import Plan, Target
+from tunekit.contracts import Batch
+from tunekit.data.batching.stream import StreamedWindows
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches
+from tunekit.data.encoding.ahead import encoded_ahead
+from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem
-from tunekit.memory.choice import Choice
-from tunekit.memory.machine import available_bytes
-from tunekit.model.attention import keeps_documents_apart
-from tunekit.model.gguf_reading import parsed_once
+from tunekit.files.durable import require_writable, write_json
+from tunekit.machine.devices import make_devices
+from tunekit.machine.memory import available_bytes
+from tunekit.model.attention.documents import keeps_documents_apart
 from tunekit.model.load import LoadedModel, make_meta_model
-from tunekit.model.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.model.storage.gguf import parsed_once
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.protocols import Batch
+from tunekit.planning import refusals
+from tunekit.planning.activations import activation_notes
+from tunekit.planning.cheaper import cheapest_changes
+from tunekit.planning.choice import Choice
+from tunekit.planning.findings import Findings, raise_refusals
+from tunekit.planning.forecast import Forecast, first_shares, largest_batch, supervised_tokens
+from tunekit.planning.memory import LEAST_CHUNK_TOKENS, Asked, PlannedMemory, plan_memory
+from tunekit.planning.refusals import check_family
+from tunekit.planning.simulation import SimulatedRun
+from tunekit.planning.starts import start_bytes, start_notes, start_problems
+from tunekit.planning.tiers import allowed_tiers, streaming_notes, tier_break_even
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.supported import refuse_unsupported
-from tunekit.rows import RowSet, load_rows
-from tunekit.training import refusals
-from tunekit.training.activations import activation_notes
-from tunekit.training.cheaper import cheapest_changes
+from tunekit.records import Plan, Target
 from tunekit.training.compiling import compile_notes, compile_problems, kernel_notes, kernel_problems, planned_compile
-from tunekit.training.devices import make_devices
-from tunekit.training.findings import Findings, raise_refusals
-from tunekit.training.forecast import Forecast, first_shares, largest_batch, supervised_tokens
-from tunekit.training.planned_memory import LEAST_CHUNK_TOKENS, Asked, PlannedMemory, plan_memory
-from tunekit.training.refusals import check_family
 from tunekit.training.schedules import warmup_steps
-from tunekit.training.simulation import SimulatedRun
-from tunekit.training.start_plan import start_bytes, start_notes, start_problems
-from tunekit.training.streamed import allowed_tiers, streaming_notes, tier_break_even
 
 Windows = TrainingWindows | StreamedWindows
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tunekit.artifacts.durable import write_text
 from tunekit.console import Console, visible
-from tunekit.data.order import epoch_rows
-from tunekit.decisions import RowCounts
-from tunekit.model.tokenizer import load_tokenizer
-from tunekit.protocols import EncodedRow, Tokenizer
+from tunekit.contracts import EncodedRow, Tokenizer
+from tunekit.data.batching.order import epoch_rows
+from tunekit.data.rows import RowSet, load_rows
+from tunekit.files.durable import write_text
+from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.load import load_recipe
-from tunekit.rows import RowSet, load_rows
+from tunekit.records import RowCounts
 
 TRAINED = "trained on"
 FIRST = "not trained on: nothing before it predicts the first token"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tunekit.errors import RecipeError
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.recipe.shipped import shipped_recipes
-from tunekit.recipe.suggest import did_you_mean
 
 ENDINGS = (".yaml", ".yml")
 

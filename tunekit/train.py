@@ -15,21 +15,21 @@ from typing import Any
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.folder import load_into
-from tunekit.adapters.fused import use_liger
+from tunekit.adapters.folder.read import load_into
+from tunekit.adapters.kernels.joined_lora import use_liger
 from tunekit.artifacts.checkpoint import Checkpoint, load_checkpoint
 from tunekit.artifacts.host_memory import read_host_memory
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
-from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console
-from tunekit.data.batches import evaluation_batches
-from tunekit.data.load import read_template
-from tunekit.decisions import Plan, bytes_text, calibration_text
+from tunekit.contracts import Engine, Objective
+from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.encoding.sources import read_template
 from tunekit.errors import ResourceError, TunekitError
+from tunekit.machine.devices import make_devices
+from tunekit.machine.memory import limit_bytes
+from tunekit.machine.signals import StopSignals
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.choice import Choice
-from tunekit.memory.machine import limit_bytes
 from tunekit.memory.offload import make_store
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import is_out_of_memory, shape_text
@@ -37,20 +37,16 @@ from tunekit.memory.tiling import tile_layers
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.plan import Prepared, make_plan
-from tunekit.protocols import Engine, Objective
+from tunekit.planning.choice import Choice
+from tunekit.planning.findings import raise_refusals
 from tunekit.recipe.load import load_recipe
-from tunekit.training.answers import Question
+from tunekit.records import Plan, bytes_text, calibration_text
 from tunekit.training.begin import Begun, begin_adapter, needed_batches, with_targets
 from tunekit.training.compiling import compilable, compile_layers
-from tunekit.training.devices import make_devices
-from tunekit.training.engines import layer_weights, make_engine, stream_base
-from tunekit.training.evaluation import summed_evaluation
-from tunekit.training.evaluator import is_better, make_evaluator
-from tunekit.training.findings import raise_refusals
+from tunekit.training.engines.choice import layer_weights, make_engine, stream_base
 from tunekit.training.finish import export_adapter, report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Optimizer
-from tunekit.training.parts import LoopParts, LoopState
 from tunekit.training.run_files import begin_folder, leave_status, make_trackers, written_bytes
 from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
@@ -64,7 +60,11 @@ from tunekit.training.session import (
     probe_model,
     try_longest_batch,
 )
-from tunekit.training.tuned import TunedModel
+from tunekit.training.state import LoopParts, LoopState
+from tunekit.tuned.answers import Question
+from tunekit.tuned.evaluator import is_better, make_evaluator
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.scores import summed_evaluation
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
+from tunekit.contracts import IGNORED
+from tunekit.data.rows import load_rows
 from tunekit.model.load import load_model
-from tunekit.model.tokenizer import load_tokenizer
-from tunekit.protocols import IGNORED
+from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.model import ModelSection
-from tunekit.rows import load_rows
 
 MAX_LENGTH = 2048
 

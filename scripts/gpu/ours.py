@@ -14,24 +14,24 @@ from shapes import Row
 from work import Windows
 
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.fused import use_liger
-from tunekit.decisions import StepRecord
+from tunekit.adapters.kernels.joined_lora import use_liger
+from tunekit.contracts import Engine
+from tunekit.machine.devices import make_devices
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
 from tunekit.model.load import LoadedModel
-from tunekit.protocols import Engine
+from tunekit.planning.memory import logits_chunk_tokens
+from tunekit.records import StepRecord
 from tunekit.training.compiling import compilable, compile_layers
-from tunekit.training.devices import make_devices
-from tunekit.training.engines import make_engine, stream_base
-from tunekit.training.evaluator import measuring_objective
+from tunekit.training.engines.choice import make_engine, stream_base
+from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer
-from tunekit.training.parts import LoopParts, LoopState
-from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.resident import ResidentEngine
 from tunekit.training.scaling import LossScale
-from tunekit.training.tuned import TunedModel
+from tunekit.training.state import LoopParts, LoopState
+from tunekit.tuned.evaluator import measuring_objective
+from tunekit.tuned.model import TunedModel
 
 
 def run_row(row: Row, device: torch.device, plan: dict[str, Any]) -> dict[str, Any]:

@@ -23,19 +23,19 @@ from work import micro_batch
 
 from tunekit.adapters.base import load_method
 from tunekit.adapters.targets import find_targets, trained_count
+from tunekit.machine.memory import available_bytes
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
-from tunekit.memory.estimate import Work, peak_bytes
-from tunekit.memory.machine import available_bytes
 from tunekit.memory.slots import SLOTS
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel, make_meta_model
-from tunekit.model.weights import element_count, stored_bytes, weight_of
+from tunekit.model.quantized.weights import element_count, stored_bytes, weight_of
+from tunekit.planning.memory import logits_chunk_tokens
+from tunekit.planning.simulated.estimate import Work, peak_bytes
+from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.recipe import supervised_objective
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.planned_memory import logits_chunk_tokens
-from tunekit.training.simulation import SimulatedRun
 
 SEES_SOURCE = r"encoder\.block\.|EncDecAttention\.[kv]\."  # of a T5's parameters
 CARD_BYTES = 78 * 2**30  # of an H100, where there is none to ask

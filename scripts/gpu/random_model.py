@@ -18,10 +18,10 @@ import torch
 from shapes import MODELS
 from torch import Tensor, nn
 
-from tunekit.model import codec
 from tunekit.model.call import seed_for
 from tunekit.model.load import LoadedModel, make_meta_model
-from tunekit.model.weights import PackedLinear
+from tunekit.model.quantized import codec
+from tunekit.model.quantized.weights import PackedLinear
 from tunekit.recipe.model import ModelSection
 
 DEVIATION = 0.02

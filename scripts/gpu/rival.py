@@ -14,8 +14,8 @@ from shapes import Row
 from torch import nn
 from work import window
 
+from tunekit.contracts import IGNORED, Batch
 from tunekit.objectives.seq2seq import parts_of
-from tunekit.protocols import IGNORED, Batch
 
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 
@@ -154,7 +154,7 @@ def _meta_net(auto_class: Any, config: Any, device: torch.device) -> tuple[Any, 
 
 def _pack(net: Any, device: torch.device) -> None:
     """bitsandbytes' Linear4bit in the place of every linear layer but the head."""
-    from tunekit.model.codec import import_bitsandbytes
+    from tunekit.model.quantized.codec import import_bitsandbytes
 
     library = import_bitsandbytes()
     for name, module in list(net.named_modules()):

@@ -7,8 +7,8 @@ import math
 import numpy as np
 from shapes import MODELS, Row
 
-from tunekit.data.collate import collate_rows
-from tunekit.protocols import Batch, EncodedRow, Window
+from tunekit.contracts import Batch, EncodedRow, Window
+from tunekit.data.batching.pad import collate_rows
 
 MEDIAN_TOKENS, SPREAD, SHORTEST = 180, 0.6, 16  # of documents, log-normal
 

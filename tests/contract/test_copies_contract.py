@@ -14,10 +14,10 @@ from transformers import LlamaForCausalLM
 from tests.loop_case import Case, make_case, make_rows
 from tests.parity.peft_case import BASES, Base, logits_of, merged_net, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.errors import AdapterError
 from tunekit.model.call import Call, calling
-from tunekit.model.weights import pack_linear
+from tunekit.model.quantized.weights import pack_linear
 from tunekit.recipe.adapters.bitfit import BitfitSettings
 from tunekit.recipe.adapters.ln_tuning import LnTuningSettings
 from tunekit.recipe.training import TrainingSection

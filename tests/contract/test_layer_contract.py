@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import tunekit.adapters
+import tunekit.adapters.methods
 import tunekit.recipe.adapters
 from tests.contract.product_methods import PRODUCTS, ROTATIONS
 from tests.contract.vector_methods import SCALED_OUTPUTS, VECTORS
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import LayerAdapter, Method, NotMergeable, load_method
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.targets import trained_count
 from tunekit.model.call import Call, calling
-from tunekit.model.weights import pack_linear, weight_of
+from tunekit.model.quantized.weights import pack_linear, weight_of
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -254,8 +254,8 @@ def test_a_layer_that_cannot_merge_says_so() -> None:
 
 def test_settings_and_method_files_come_in_pairs() -> None:
     settings = {module.name for module in pkgutil.iter_modules(tunekit.recipe.adapters.__path__)}
-    modules = {module.name for module in pkgutil.iter_modules(tunekit.adapters.__path__) if not module.ispkg}
-    methods = {name for name in modules if hasattr(import_module(f"tunekit.adapters.{name}"), "METHOD")}
+    modules = {module.name for module in pkgutil.iter_modules(tunekit.adapters.methods.__path__) if not module.ispkg}
+    methods = {name for name in modules if hasattr(import_module(f"tunekit.adapters.methods.{name}"), "METHOD")}
     assert settings == methods
     elsewhere = {"bitfit", "ln_tuning"}  # test_copies_contract.py
     elsewhere |= {"prefix", "llama_adapter"}  # test_prefix_contract.py

@@ -14,13 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import LayerAdapter, Method, ModelAdapter, SharedPart, Slot
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
-from tunekit.adapters.fused_parameters import ParameterAdapter
-from tunekit.adapters.peft_side import PeftSide
-from tunekit.decisions import Target
+from tunekit.adapters.expert_parameters import ParameterAdapter
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.model.call import Call, calling
 from tunekit.recipe.section import Section
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import Target
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

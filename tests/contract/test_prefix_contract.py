@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from tests.parity.peft_case import BASES, logits_of, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.errors import AdapterError, ModelError
 from tunekit.model.call import Call, calling
-from tunekit.model.weights import pack_linear
+from tunekit.model.quantized.weights import pack_linear
 from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
 from tunekit.recipe.adapters.prefix import PrefixSettings
 

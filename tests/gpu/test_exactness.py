@@ -13,13 +13,13 @@ from tests.loop_case import Case, ListedRows, make_case, make_rows
 from tests.test_compiling import compiled_case, needs_compiler
 from tests.test_fused import unfused
 from tests.test_loop import assert_same_bits, training, weights
-from tunekit.adapters.fused import use_liger
-from tunekit.data.collate import collate_rows
-from tunekit.model.attention import PRODUCTS, VARLEN, _varlen
-from tunekit.protocols import Batch, Window
+from tunekit.adapters.kernels.joined_lora import use_liger
+from tunekit.contracts import Batch, Window
+from tunekit.data.batching.pad import collate_rows
+from tunekit.model.attention.documents import PRODUCTS, VARLEN, _varlen
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.training.resident import ResidentEngine
+from tunekit.training.engines.resident import ResidentEngine
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 
@@ -141,7 +141,7 @@ def test_compiled_layers_give_the_same_curve(
 
 
 def test_float8_products_are_those_of_the_double(gpu: torch.device) -> None:
-    from tunekit.model import fp8
+    from tunekit.model.quantized import fp8
 
     if not fp8.computes_fp8(gpu):
         pytest.skip("this GPU has no float8 products")
@@ -157,7 +157,7 @@ def test_four_bits_are_the_same_on_both_devices(device: torch.device, double: bo
     """The CPU's codec against the device's kernels; the offset of doubly quantized scales is a mean, whose order of
     sums a GPU chooses."""
     pytest.importorskip("bitsandbytes")
-    from tunekit.model import codec
+    from tunekit.model.quantized import codec
 
     matrix = torch.randn(96, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float32).bfloat16()
     ours, reference = codec.pack(matrix.to(device), "nf4", double), codec.pack(matrix, "nf4", double)

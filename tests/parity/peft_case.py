@@ -48,8 +48,8 @@ from tests.parity.table import COLUMNS as COLUMNS
 from tests.parity.table import FAMILIES as FAMILIES
 from tests.parity.table import Cell as Cell
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
-from tunekit.model.weights import weight_of
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
+from tunekit.model.quantized.weights import weight_of
 
 TOLERANCE = 1e-5
 NO_CONV1D = "peft adapts no Conv1D with this method, and GPT-2 has nothing else"

@@ -16,7 +16,7 @@ from tests.parity.test_products_peft import PAIRS
 from tests.parity.test_products_peft import butterflies_without_cuda as butterflies_without_cuda
 from tests.parity.test_vectors_peft import CASES
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.recipe.adapters.lora import LoraSettings
 
 BASE = BASES["bert"]

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from tests.loop_case import Case, make_case, make_rows
-from tunekit.decisions import StepRecord
-from tunekit.protocols import IGNORED, Window
+from tunekit.contracts import IGNORED, Window
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import StepRecord
 
 STEPS = 20
 

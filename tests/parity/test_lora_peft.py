@@ -13,9 +13,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.errors import RecipeError
-from tunekit.model.weights import weight_of
+from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 

@@ -28,17 +28,17 @@ from torch import Tensor, nn
 from tests.loop_case import ListedRows
 from tests.parity.peft_case import BASES, TOLERANCE, close
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.data.batches import BatchSettings, TrainingWindows
+from tunekit.contracts import Batch, EncodedRow
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows
+from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel, load_model
-from tunekit.model.weights import weight_of
+from tunekit.model.quantized.weights import weight_of
 from tunekit.objectives.base import make_objective
-from tunekit.protocols import Batch, EncodedRow
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.training.begin import begin_adapter
 from tunekit.training.calibrate import first_windows
-from tunekit.training.devices import make_devices
 
 FAMILIES = ("llama", "gpt2")
 RANK, ALPHA, TOKENS = 8, 12, 12

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.parity.peft_case import BASES, CHECKS, COLUMNS, NO_CONV1D, Base, peft_refuses, run_cell
-from tunekit.adapters.folder import attach_adapter_folder
+from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.recipe.adapters.fourierft import FourierftSettings

@@ -24,21 +24,21 @@ from tunekit.adapters.base import (
     full_name,
     load_method,
 )
-from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import copied_places
 from tunekit.adapters.copies import TrainedCopy, copy_class
-from tunekit.adapters.fused import Group, fuse
-from tunekit.adapters.fused_parameters import ParameterAdapter, ParameterHost, own_parameter
-from tunekit.adapters.fused_products import Casts
-from tunekit.adapters.lora import Lora
+from tunekit.adapters.expert_parameters import ParameterAdapter, ParameterHost, own_parameter
+from tunekit.adapters.kernels.joined_lora import Group, fuse
+from tunekit.adapters.kernels.lora_products import Casts
+from tunekit.adapters.methods.lora import Lora
+from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.token_places import token_rows
-from tunekit.adapters.token_rows import TrainedTokens
-from tunekit.decisions import Target
+from tunekit.adapters.tokens import TrainedTokens
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call, seed_for
 from tunekit.model.norms import lighten_norms
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import Target
 
 
 class AttachedAdapter:

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tunekit.decisions import Target
+from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
-from tunekit.protocols import Tokenizer
+from tunekit.records import Target
 
 if TYPE_CHECKING:
     from tunekit.adapters.copies import TrainedCopy
-    from tunekit.adapters.fused_parameters import ParameterAdapter
-    from tunekit.adapters.peft_side import PeftSide
+    from tunekit.adapters.expert_parameters import ParameterAdapter
+    from tunekit.adapters.folder.fields import PeftSide
 
 KINDS = ("trained", "saved", "resume")  # trained; saved with the adapter but not trained; in checkpoints only
 
@@ -307,5 +307,5 @@ class Method:
 
 def load_method(name: str) -> Method:
     """METHOD of adapters/NAME.py; the recipe has checked that the name is one of ours."""
-    method: Method = import_module(f"tunekit.adapters.{name}").METHOD
+    method: Method = import_module(f"tunekit.adapters.methods.{name}").METHOD
     return method

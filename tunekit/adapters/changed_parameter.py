@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tunekit.adapters.fused_parameters import ParameterAdapter
+    from tunekit.adapters.expert_parameters import ParameterAdapter
 
 EVERYTHING = slice(None)
 Factors = tuple[Tensor, Tensor]

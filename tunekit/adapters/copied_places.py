@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from tunekit.adapters.base import Method
-from tunekit.decisions import Target
+from tunekit.records import Target
 
 Copies = dict[str, tuple[str, ...] | None]
 

@@ -13,14 +13,14 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from tunekit.adapters.base import Method, Part, Slot, Wrapper
-from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import copied_places, named_copies
+from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import slot_count
-from tunekit.adapters.token_rows import token_slots
-from tunekit.decisions import Target
+from tunekit.adapters.tokens import token_slots
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
-from tunekit.model.weights import weight_of
+from tunekit.model.quantized.weights import weight_of
+from tunekit.records import Target
 
 
 def copied_parameters(net: nn.Module, method: Method, settings: Any, targets: Sequence[Target]) -> int:

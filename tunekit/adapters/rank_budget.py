@@ -12,11 +12,11 @@ import torch
 from torch import Generator, Tensor
 
 from tunekit.adapters.base import LayerAdapter, Misfit, SharedPart, Slot
-from tunekit.decisions import Target
 from tunekit.recipe.adapters.adalora import AdaloraSettings
+from tunekit.records import Target
 
 if TYPE_CHECKING:
-    from tunekit.adapters.adalora import Adalora
+    from tunekit.adapters.methods.adalora import Adalora
 
 
 class RankBudget(SharedPart):

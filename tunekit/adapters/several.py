@@ -20,8 +20,8 @@ from torch import nn
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
 from tunekit.errors import AdapterError
+from tunekit.model.attention.places import decoder
 from tunekit.model.call import Call, calling, current_call
-from tunekit.model.self_attention import decoder
 
 
 class Choice:

@@ -18,15 +18,15 @@ from typing import Any
 from torch import nn
 
 from tunekit.adapters.base import Method, Slot, load_method
-from tunekit.adapters.base_modules import base_modules, endings, fused_parameters, is_fused_in
 from tunekit.adapters.copied_places import is_within, named_copies, wrong_entries
-from tunekit.adapters.fused_parameters import fused_shape, stored_transposed
+from tunekit.adapters.expert_parameters import fused_shape, stored_transposed
 from tunekit.adapters.layer_range import in_chosen_layers, outside
+from tunekit.adapters.module_names import base_modules, endings, fused_parameters, is_fused_in
 from tunekit.adapters.patterns import Budget, Pattern
 from tunekit.adapters.token_places import wrong_tokens
-from tunekit.decisions import Target
 from tunekit.errors import AdapterError, Problem, RecipeError
-from tunekit.model.weights import layer_kind, weight_of
+from tunekit.model.quantized.weights import layer_kind, weight_of
+from tunekit.records import Target
 
 ALL_LINEAR = "all-linear"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tunekit.adapters.strict_files import DTYPE_BYTES, TensorEntry, opened
 from tunekit.errors import AdapterError
+from tunekit.files.untrusted import DTYPE_BYTES, TensorEntry, opened
 
 DTYPES = {
     "F64": torch.float64,

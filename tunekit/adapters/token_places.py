@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from tunekit.adapters.base import Wrapper
-from tunekit.adapters.base_modules import base_modules
 from tunekit.adapters.copied_places import named_copies, plain_entries
-from tunekit.model.weights import layer_kind, weight_of
+from tunekit.adapters.module_names import base_modules
+from tunekit.model.quantized.weights import layer_kind, weight_of
 
 KEY = "trainable_token_indices"
 Wrong = tuple[str, str]  # what, and how to mend it

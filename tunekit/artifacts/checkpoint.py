@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tunekit.artifacts import durable
 from tunekit.artifacts.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -34,8 +33,9 @@ from tunekit.artifacts.manifest import (
     verify,
 )
 from tunekit.artifacts.run import RunFolder
-from tunekit.artifacts.tensor_file import write_tensors
 from tunekit.errors import RunFolderError, TunekitError
+from tunekit.files import durable
+from tunekit.files.tensors import write_tensors
 
 STEP_NAME = re.compile(r"step-(\d{6,})")
 TEMPORARY_NAME = re.compile(r"\.tmp-step-\d{6,}-\d+(-\d+)?")

@@ -12,8 +12,8 @@ import os
 import weakref
 from pathlib import Path
 
-from tunekit.artifacts.durable import effect, explain
 from tunekit.errors import RunFolderError
+from tunekit.files.durable import effect, explain
 
 LOCK_NAME = ".tunekit.lock"
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()

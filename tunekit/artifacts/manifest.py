@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunekit.artifacts import durable
 from tunekit.errors import RunFolderError
+from tunekit.files import durable
 
 FORMAT = "tunekit-checkpoint"
 FORMAT_VERSION = 1

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tunekit.artifacts import durable
-from tunekit.decisions import EvaluationRecord, StepRecord
 from tunekit.errors import RunFolderError
+from tunekit.files import durable
+from tunekit.records import EvaluationRecord, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
 

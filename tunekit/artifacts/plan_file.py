@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunekit.decisions import ModelFacts, PeakBytes, Plan, Refusal, RowCounts, Target
 from tunekit.errors import InputError
+from tunekit.records import ModelFacts, PeakBytes, Plan, Refusal, RowCounts, Target
 
 
 def plan_from_json(value: dict[str, Any]) -> Plan:

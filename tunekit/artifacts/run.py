@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tunekit.artifacts import durable, metrics_log
+from tunekit.artifacts import metrics_log
 from tunekit.artifacts.lock import LOCK_NAME, FolderLock
-from tunekit.artifacts.redact import redact
-from tunekit.decisions import EvaluationRecord, StepRecord, bytes_text
 from tunekit.errors import ResourceError, RunFolderError
+from tunekit.files import durable
+from tunekit.files.secrets import redact
+from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.md")
 FOLDERS = ("checkpoints", "adapter", "model", "tracking")

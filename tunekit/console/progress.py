@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tunekit.console.text import time_text
-from tunekit.decisions import EvaluationRecord, StepRecord, bytes_text
+from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 if TYPE_CHECKING:
     from tunekit.console import Console

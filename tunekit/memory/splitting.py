@@ -15,10 +15,10 @@ from typing import TypeVar
 
 import torch
 
-from tunekit.data.split import split_batch
-from tunekit.decisions import Reaction
+from tunekit.contracts import Batch
+from tunekit.data.batching.split import split_batch
 from tunekit.errors import ResourceError
-from tunekit.protocols import Batch
+from tunekit.records import Reaction
 
 Result = TypeVar("Result")
 PIECE_STRIDE = 2**32  # a split micro-batch's pieces draw as micro-batches of their own: no step has so many

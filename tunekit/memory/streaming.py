@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunekit.contracts import Batch, Beside, LayerCall, Loss, Objective, Stages, Window
 from tunekit.errors import ModelError
 from tunekit.memory.blobs import LayerBlob
 from tunekit.memory.copying import Copier, CudaCopier, NoCopies, ThreadCopier
@@ -28,7 +29,6 @@ from tunekit.memory.slots import SLOTS, LayerSlots
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting
 from tunekit.model.call import AFTER_LAYERS, BETWEEN_STACKS, OUTSIDE_LAYERS, Call, calling, seed_layer
 from tunekit.model.placing import placed
-from tunekit.protocols import Batch, Beside, LayerCall, Loss, Objective, Stages, Window
 
 
 def make_slots(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tunekit.model.segments import Segments
+from tunekit.model.attention.segments import Segments
 
 # The seeds of what is drawn outside the layers: embedding dropout before them, an adapted head's dropout after them,
 # a decoder's embedding dropout between its own and the encoder's.

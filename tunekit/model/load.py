@@ -12,25 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunekit.decisions import ModelFacts
 from tunekit.errors import ModelError
-from tunekit.model import codec, inspection
-from tunekit.model.attention import attend_per_document
-from tunekit.model.devices import resolve_attention, resolve_dtype
+from tunekit.model.attention.documents import attend_per_document
+from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family, text_config
-from tunekit.model.gguf_reading import gguf_arguments, parsed_once
-from tunekit.model.kept import kept_base
 from tunekit.model.loading_errors import ModelErrors
-from tunekit.model.mapped import mapped_net
 from tunekit.model.native_code import no_fetched_code
-from tunekit.model.packing import packed_base, quantize_layers
-from tunekit.model.quiet import quiet
-from tunekit.model.reading import fill_net, load_generation_config, needs_copies, open_base, unfilled_net
-from tunekit.model.shards import TensorHeader, read_headers
-from tunekit.model.sidecar import Sidecar
-from tunekit.model.source import ModelSource, find_source
-from tunekit.model.weights import adopt_packed, element_count
+from tunekit.model.quantized import codec
+from tunekit.model.quantized.weights import adopt_packed, element_count
+from tunekit.model.storage import inspection
+from tunekit.model.storage.gguf import gguf_arguments, parsed_once
+from tunekit.model.storage.kept import kept_base
+from tunekit.model.storage.mapped import mapped_net
+from tunekit.model.storage.packing import packed_base, quantize_layers
+from tunekit.model.storage.reading import fill_net, load_generation_config, needs_copies, open_base, unfilled_net
+from tunekit.model.storage.shards import TensorHeader, read_headers
+from tunekit.model.storage.sidecar import Sidecar
+from tunekit.model.storage.source import ModelSource, find_source
+from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
+from tunekit.records import ModelFacts
 
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunekit.contracts import Batch, Objective, Window
 from tunekit.objectives.logprobs import supervised_positions
-from tunekit.protocols import Batch, Objective, Window
 
 
 def make_objective(settings: Any, *, logits_chunk_tokens: int) -> Objective:

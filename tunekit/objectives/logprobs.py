@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.protocols import IGNORED, Head, Loss
+from tunekit.contracts import IGNORED, Head, Loss
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tunekit.contracts import IGNORED, Batch, Head, Loss
 from tunekit.model.placing import placed
 from tunekit.objectives.base import Supervised
 from tunekit.objectives.logprobs import loss_of_positions
-from tunekit.protocols import IGNORED, Batch, Head, Loss
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tunekit.contracts import Batch, Head, Loss
 from tunekit.model.placing import placed
 from tunekit.objectives.base import Supervised
 from tunekit.objectives.logprobs import loss_of_positions, supervised_positions
-from tunekit.protocols import Batch, Head, Loss
 from tunekit.recipe.objectives.sft import SftSettings
 
 

@@ -14,19 +14,25 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunekit.errors import Problem, RecipeError
-from tunekit.recipe.aliases import rewrite_aliases
-from tunekit.recipe.checks import check_across, check_secrets, settle_generation, settle_learning_rate, settle_pairs
-from tunekit.recipe.draft import COMMAND_LINE, Draft, KeyPath
-from tunekit.recipe.dump import dump_recipe
+from tunekit.recipe.foreign.rewrite import rewrite_aliases
 from tunekit.recipe.names import known_names
-from tunekit.recipe.overrides import apply_overrides
-from tunekit.recipe.paths import resolve_paths
-from tunekit.recipe.problems import kind_of, problems_of, section_class, unknown_key
-from tunekit.recipe.reader import read_recipe_file
+from tunekit.recipe.reading.checks import (
+    check_across,
+    check_secrets,
+    settle_generation,
+    settle_learning_rate,
+    settle_pairs,
+)
+from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
+from tunekit.recipe.reading.dump import dump_recipe
+from tunekit.recipe.reading.overrides import apply_overrides
+from tunekit.recipe.reading.paths import resolve_paths
+from tunekit.recipe.reading.problems import kind_of, problems_of, section_class, unknown_key
+from tunekit.recipe.reading.shorthands import expand_shorthands
+from tunekit.recipe.reading.suggest import did_you_mean, show
+from tunekit.recipe.reading.yaml_reader import read_recipe_file
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 from tunekit.recipe.section import Section
-from tunekit.recipe.shorthands import expand_shorthands
-from tunekit.recipe.suggest import did_you_mean, show
 
 __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe", "load_target_overrides", "make_recipe"]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunekit.recipe.alias_table import IN_ADAPTER, PRECISION_KEYS, QUANTIZATION_KEYS, TOP_LEVEL, alias_target
 from tunekit.recipe.data import Source
-from tunekit.recipe.draft import dotted
-from tunekit.recipe.dump import yaml_scalar
+from tunekit.recipe.foreign.table import IN_ADAPTER, PRECISION_KEYS, QUANTIZATION_KEYS, TOP_LEVEL, alias_target
 from tunekit.recipe.names import facts_of, known_names, settings_class
-from tunekit.recipe.problems import kind_of, section_class
+from tunekit.recipe.reading.draft import dotted
+from tunekit.recipe.reading.dump import yaml_scalar
+from tunekit.recipe.reading.problems import kind_of, section_class
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

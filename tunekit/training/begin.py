@@ -15,18 +15,18 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import load_method
-from tunekit.adapters.starting import begin_all, start_module
+from tunekit.adapters.starts.start import begin_all, start_module
 from tunekit.adapters.targets import find_targets, slot_count
-from tunekit.decisions import Plan, Target
+from tunekit.contracts import Objective, WindowSource
 from tunekit.errors import ModelError
+from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
-from tunekit.model.rewrite import Rewriter
-from tunekit.model.weights import packed_layers
-from tunekit.protocols import Objective, WindowSource
+from tunekit.model.quantized.weights import packed_layers
+from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import CalibratedStart
+from tunekit.records import Plan, Target
 from tunekit.training.calibrate import calibrate
-from tunekit.training.devices import Devices
 
 Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint: names with [start, *shape], group by group
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.starting import LINEAR, Seen, start_module
-from tunekit.decisions import Target
+from tunekit.adapters.starts.start import LINEAR, Seen, start_module
+from tunekit.contracts import IGNORED, Batch, Objective, Window, WindowSource
 from tunekit.errors import RecipeError
 from tunekit.model.load import LoadedModel
-from tunekit.protocols import IGNORED, Batch, Objective, Window, WindowSource
 from tunekit.recipe.section import CalibratedStart
-from tunekit.training.evaluation import undisturbed
-from tunekit.training.resident import ResidentEngine
-from tunekit.training.tuned import TunedModel
+from tunekit.records import Target
+from tunekit.training.engines.resident import ResidentEngine
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.scores import undisturbed
 
 HALF_SCALE = 1024.0  # float16's gradients would underflow
 

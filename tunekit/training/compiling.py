@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from tunekit.adapters.base import Wrapper
-from tunekit.adapters.fused import liger_places
+from tunekit.adapters.kernels.joined_lora import liger_places
 from tunekit.errors import Problem
-from tunekit.model.attention import uncompiled_attention
-from tunekit.model.weights import packed_layers
+from tunekit.model.attention.documents import uncompiled_attention
+from tunekit.model.quantized.weights import packed_layers
 
 LEAST_STEPS = 500  # below it a run ends before compiling has paid
 MOST_VARIANTS = 64  # of one function; beyond it torch would run plain code, whose rounding differs, from then on

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.folder_writing import save_adapter_folder
+from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.artifacts.run import RunFolder
-from tunekit.decisions import Plan, Reaction, ReportFacts, RowCounts
 from tunekit.model.load import LoadedModel
-from tunekit.training.parts import LoopState
+from tunekit.records import Plan, Reaction, ReportFacts, RowCounts
+from tunekit.training.state import LoopState
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from signal import Signals
 import torch
 from torch import Tensor
 
-from tunekit.decisions import EvaluationRecord, StepRecord
+from tunekit.contracts import Window
 from tunekit.errors import Stopped
-from tunekit.protocols import Window
-from tunekit.training.evaluation import EvaluationStopped
-from tunekit.training.parts import LoopParts, LoopState
+from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.readings import Reading, Waiting, check_finite, start_reading
+from tunekit.training.state import LoopParts, LoopState
+from tunekit.tuned.scores import EvaluationStopped
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 

@@ -174,8 +174,8 @@ def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimi
 
 def _make_bitsandbytes(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """With its state made at once: it would say on the first step what plan has said already (no paging on a CPU)."""
-    from tunekit.model.codec import import_bitsandbytes
-    from tunekit.model.quiet import quiet
+    from tunekit.model.quantized.codec import import_bitsandbytes
+    from tunekit.model.transformers_guard import quiet
 
     library = import_bitsandbytes().optim
     classes = {

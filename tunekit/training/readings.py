@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunekit.contracts import Batch, Window
 from tunekit.errors import NumericsError
-from tunekit.protocols import Batch, Window
-from tunekit.training.devices import Devices
+from tunekit.machine.devices import Devices
 
 
 @dataclass

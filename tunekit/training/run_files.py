@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from tunekit.artifacts.environment import read_environment
 from tunekit.artifacts.run import RunFolder
-from tunekit.decisions import Plan
 from tunekit.errors import TunekitError
+from tunekit.machine.devices import Trackers
+from tunekit.machine.environment import read_environment
 from tunekit.recipe.load import dump_recipe
-from tunekit.training.devices import Trackers
+from tunekit.records import Plan
 from tunekit.training.session import Session
 
 OPTIMIZER_COPIES = 3  # weights and two moments: what a checkpoint holds of each trained number, in float32

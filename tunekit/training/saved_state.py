@@ -16,7 +16,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.errors import RunFolderError
 from tunekit.training.optimizers import Optimizer
-from tunekit.training.parts import LoopState
+from tunekit.training.state import LoopState
 
 BUFFER_PREFIX = "adapter."  # adapter state that is not trained: seeds, indices, importances
 

@@ -15,27 +15,27 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint, load_newest, save_checkpoint
-from tunekit.artifacts.environment import accelerator_names, library_versions
 from tunekit.artifacts.fingerprint import make_fingerprint, require_same, resume_notes
 from tunekit.artifacts.host_memory import peak_host_bytes
 from tunekit.artifacts.run import RunFolder
-from tunekit.artifacts.signals import StopSignals
 from tunekit.console import Console, Progress
-from tunekit.decisions import EvaluationRecord, Plan, Reaction, StepRecord
+from tunekit.contracts import Batch, Engine, Objective, Window
 from tunekit.errors import ModelError, ResourceError
-from tunekit.memory.choice import Choice
-from tunekit.memory.malloc import settle_heap, trim_heap
+from tunekit.machine.devices import Devices, Trackers
+from tunekit.machine.environment import accelerator_names, library_versions
+from tunekit.machine.malloc import settle_heap, trim_heap
+from tunekit.machine.signals import StopSignals
 from tunekit.memory.splitting import Splitting, shape_text
-from tunekit.model.weights import stored_bytes
-from tunekit.protocols import Batch, Engine, Objective, Window
+from tunekit.model.quantized.weights import stored_bytes
+from tunekit.planning.choice import Choice
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.training.devices import Devices, Trackers
+from tunekit.records import EvaluationRecord, Plan, Reaction, StepRecord
 from tunekit.training.finish import Measured
 from tunekit.training.optimizers import Group, Optimizer
-from tunekit.training.parts import LoopState
-from tunekit.training.probes import logprob_difference, packing_leak, tolerance
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
-from tunekit.training.tuned import TunedModel
+from tunekit.training.state import LoopState
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.probes import logprob_difference, packing_leak, tolerance
 
 BEFORE_TRAINING = -1  # the step of a window that is only tried
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunekit.adapters.starting import Seen, StartLayer
-from tunekit.decisions import Target
+from tunekit.adapters.starts.start import Seen, StartLayer
 from tunekit.errors import NumericsError
 from tunekit.recipe.starts.corda import CordaSettings
+from tunekit.records import Target
 
 DAMPING, WORST_INVERSE = 0.01, 0.05  # the authors'
 MOST_DAMPING = 1e6

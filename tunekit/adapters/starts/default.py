@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.starting import StartLayer
+from tunekit.adapters.starts.start import StartLayer
 
 
 def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:

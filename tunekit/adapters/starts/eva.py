@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tunekit.adapters.starting import Seen, StartLayer
-from tunekit.decisions import Target
+from tunekit.adapters.starts.start import Seen, StartLayer
 from tunekit.errors import DataError
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.recipe.starts.eva import EvaSettings
+from tunekit.records import Target
 
 DOUBLE_BYTES = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunekit.adapters.starting import StartLayer
+from tunekit.adapters.starts.start import StartLayer
 
 
 def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tunekit.adapters.starting import StartLayer
 from tunekit.adapters.starts.decompose import largest_parts
+from tunekit.adapters.starts.start import StartLayer
 
 
 def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:

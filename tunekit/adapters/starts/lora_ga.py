@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunekit.adapters.starting import Seen, StartLayer
 from tunekit.adapters.starts.decompose import largest_parts
-from tunekit.decisions import Target
+from tunekit.adapters.starts.start import Seen, StartLayer
 from tunekit.errors import NumericsError
 from tunekit.recipe.starts.lora_ga import LoraGaSettings
+from tunekit.records import Target
 
 FLOAT_BYTES = 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunekit.adapters.starting import StartLayer
+from tunekit.adapters.starts.start import StartLayer
 
 SHRINK = 10.0  # PEFT's
 

@@ -12,9 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tunekit.artifacts.redact import redact
 from tunekit.artifacts.report.totals import Totals
-from tunekit.decisions import Plan, ReportFacts, bytes_text, calibration_text
+from tunekit.files.secrets import redact
+from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_COLUMNS = 60

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from tunekit.decisions import Plan, Target, bytes_text
+from tunekit.records import Plan, Target, bytes_text
 
 ATTENTION = {
     "products_per_document": "matrix products, each document of a row by itself; sdpa where they do not fit",

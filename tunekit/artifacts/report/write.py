@@ -12,7 +12,7 @@ from typing import Any
 from tunekit.artifacts.report.page import make_page
 from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.run import RunFolder
-from tunekit.decisions import Plan, ReportFacts
+from tunekit.records import Plan, ReportFacts
 
 OPTIONAL_TABLES = ("seconds", "rows", "predicted_bytes", "measured_bytes")
 

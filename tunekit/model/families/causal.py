@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunekit.contracts import Stages
 from tunekit.errors import ModelError
+from tunekit.model.families.heads import TextHead, make_head
+from tunekit.model.families.stages import is_proven, make_stack
 from tunekit.model.families.structure import (
     accepted_names,
     base_name,
@@ -21,9 +24,6 @@ from tunekit.model.families.structure import (
     name_of,
     text_config,
 )
-from tunekit.model.heads import TextHead, make_head
-from tunekit.model.stages import is_proven, make_stack
-from tunekit.protocols import Stages
 
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunekit.contracts import Stages
 from tunekit.errors import ModelError
 from tunekit.model.families.causal import Family
+from tunekit.model.families.heads import TextHead
 from tunekit.model.families.seq2seq import Seq2SeqFamily
 from tunekit.model.families.structure import base_name
-from tunekit.model.heads import TextHead
-from tunekit.protocols import Stages
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunekit.contracts import Stages
 from tunekit.errors import ModelError
 from tunekit.model.call import BETWEEN_STACKS, current_call, seed_layer
 from tunekit.model.families.causal import Family
+from tunekit.model.families.stages import is_proven, make_stack
 from tunekit.model.families.structure import call_accepted, last_hidden, name_of, text_config
-from tunekit.model.stages import is_proven, make_stack
-from tunekit.protocols import Stages
 
 OF_DECODER = "decoder_"
 FINISH = ("final_layer_norm", "layer_norm", "dropout")  # BART's dropout is a number, and for embeddings

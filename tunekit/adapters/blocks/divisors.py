@@ -1,0 +1,24 @@
+"""Settings that must divide the sides of every adapted layer.
+
+Comes in: targets, a key with its value.  Goes out: a Misfit that names values that fit.
+Next: vblora.py, road.py, c3a.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tunekit.adapters.base import Misfit
+from tunekit.records import Target
+
+
+def undivided(key: str, value: int, targets: Sequence[Target], *, inputs: bool) -> list[Misfit]:
+    """A misfit where `value` does not divide every output (and with `inputs` every input) of the targets."""
+    sides = {target.out_features for target in targets} | {t.in_features for t in targets if inputs}
+    common = math.gcd(*sides)
+    if common % value == 0:
+        return []
+    odd = [target.name for target in targets if target.out_features % value or (inputs and target.in_features % value)]
+    how = f"{common} and its divisors fit all of them; or name fewer layers"
+    return [Misfit(key, f"{value} does not divide the sides of '{odd[0]}' ({len(odd)} such layers)", how)]

@@ -1,0 +1,236 @@
+"""What prompt methods share: vectors before each row's embeddings, in its mask and its positions, and not in what the
+head sees; where such vectors start; PEFT's fields of the base.
+
+Comes in: what the network would be called with.  Goes out: the same with embeddings in place of ids, and outputs
+without the virtual positions.  Next: prompt.py, p_tuning.py, multitask_prompt.py, cpt.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import ModelAdapter, Slot
+from tunekit.adapters.copies import TrainedCopy
+from tunekit.adapters.folder.fields import ANY, MODULES
+from tunekit.contracts import Tokenizer
+from tunekit.errors import AdapterError
+from tunekit.model.call import calling, current_call
+from tunekit.recipe.virtual_tokens import StartedTokenSettings, VirtualTokenSettings
+
+IN_FILES = "prompt_embeddings"  # PEFT's name for the finished vectors
+FIELDS: dict[str, tuple[str, Any]] = {
+    "num_virtual_tokens": ("num_virtual_tokens", None),
+    "num_transformer_submodules": ("num_transformer_submodules", 1),
+    "modules_to_save": ("modules_to_save", []),
+}
+BASE_FIELDS: dict[str, tuple[Any, ...]] = dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), (None, ANY))
+START_FIELDS: dict[str, tuple[Any, ...]] = {  # how the vectors once started; a finished file computes the same
+    "prompt_tuning_init": ("RANDOM", ANY),
+    **dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"), (None, ANY)),
+}
+ABSENT = frozenset(MODULES) - {"modules_to_save"}
+
+
+class VirtualTokens(ModelAdapter):
+    """[vectors; embeddings of the row], which a subclass's `vectors` gives.
+
+    Shapes: P vectors of width D; a row of T tokens becomes (P + T, D), the tokens at the positions P, P + 1 and so on.
+    Padding on the left stays on the left of the vectors, so that they stand directly before the row's first token.
+    """
+
+    starts_as_identity = False
+    prompts_decoder = False  # whether the second half of the vectors stands before an encoder-decoder's decoder
+
+    settings: Any
+    net: Any
+    real: Tensor | None
+    finished_vectors: Tensor
+
+    def attach(self, net: nn.Module) -> None:
+        self.__dict__["net"] = net  # not a submodule of its own adapter
+        self.__dict__["real"] = None  # (B, T): where the last call's tokens stand; None: after all vectors
+        if is_encoder_decoder(net) and self.net.get_output_embeddings() is None:
+            what = (
+                f"{type(net).__name__} looks in the ids for the place that it reads, and a prompt gives it embeddings"
+            )
+            raise AdapterError(what, "adapt its layers, with lora for one", key="adapter.method")
+
+    @classmethod
+    def virtual_tokens(cls, settings: Any) -> int:
+        return int(settings.num_virtual_tokens)
+
+    @classmethod
+    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        return {"finished_vectors": Slot(IN_FILES, (total_vectors(settings, net), width_of(net)))}
+
+    def vectors(self, tasks: Tensor | None) -> Tensor:
+        """(P, D), or a row's own (B, P, D); twice as many where a decoder has its own."""
+        raise NotImplementedError
+
+    def exported(self) -> dict[str, Tensor]:
+        """The finished vectors under PEFT's name."""
+        return {IN_FILES: self.finished_state() if self.finished else self.vectors(None).detach()}
+
+    def finished_state(self) -> Tensor:
+        """(P, D) as the folder holds it."""
+        return self.finished_vectors.detach()
+
+    def inputs(self, net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        given = dict(inputs)
+        rows = self._embedded(given, "input_ids", "inputs_embeds")  # (B, T, D)
+        length, vectors = self.virtual_tokens(self.settings), self.vectors(given.pop("task_ids", None))
+        vectors = vectors.to(rows).expand(rows.shape[0], -1, -1)  # (B, P, D)
+        order = _order(given.get("attention_mask"), length)
+        self._refuse_hidden_ends(given.get("attention_mask"))
+        self.__dict__["real"] = None if order is None else (order >= length).nonzero()[:, 1].view(rows.shape[0], -1)
+        given["inputs_embeds"] = _join(vectors[:, :length], rows, order)
+        for name, before in (("attention_mask", 1), ("token_type_ids", 0)):
+            if name in given:
+                given[name] = _join(given[name].new_full((rows.shape[0], length), before), given[name], order)
+        if "position_ids" in given:
+            own = given["position_ids"].expand(rows.shape[0], -1)  # (B, T)
+            first = torch.arange(length, device=own.device).expand(rows.shape[0], -1)  # (B, P)
+            given["position_ids"] = _join(first, own + length, order)
+        if self._decoder_length:
+            self._before_decoder(given, vectors[:, length:])
+        return given
+
+    def _embedded(self, given: dict[str, Tensor], ids: str, embeddings: str) -> Tensor:
+        """The embeddings that are given, or those of the ids, which are taken out."""
+        tokens = given.pop(ids, None)
+        return given[embeddings] if tokens is None else self.net.get_input_embeddings()(tokens)
+
+    def _refuse_hidden_ends(self, mask: Tensor | None) -> None:
+        """A decoder's classifier finds the end of a row by its padding ids, and here it gets embeddings."""
+        if (
+            mask is not None
+            and isinstance(getattr(self.net, "score", None), nn.Module)
+            and bool((mask[:, -1] == 0).any())
+        ):
+            what = f"{type(self.net).__name__} reads each row's last token, and cannot see where a padded row ends in "
+            raise AdapterError(what + "a prompt's embeddings", "pad on the left, or call rows of one length")
+
+    def _before_decoder(self, given: dict[str, Tensor], vectors: Tensor) -> None:
+        """The decoder's own vectors before its tokens, where the call names those."""
+        if "decoder_input_ids" not in given and "decoder_inputs_embeds" not in given:
+            raise AdapterError("the decoder has virtual tokens of its own, and the call names no decoder_input_ids")
+        rows = self._embedded(given, "decoder_input_ids", "decoder_inputs_embeds")
+        given["decoder_inputs_embeds"] = _join(vectors, rows, None)
+        if "decoder_attention_mask" in given:
+            mask = given["decoder_attention_mask"]
+            given["decoder_attention_mask"] = _join(mask.new_ones(vectors.shape[:2]), mask, None)
+
+    @property
+    def _decoder_length(self) -> int:
+        both = self.prompts_decoder and is_encoder_decoder(self.net) and self.settings.num_transformer_submodules == 2
+        return self.virtual_tokens(self.settings) if both else 0
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, D) of the real positions; a classifier's logits (B, labels) have no positions."""
+        if hidden.dim() < 3:
+            return hidden
+        if is_encoder_decoder(self.net):
+            return hidden[:, self._decoder_length :]
+        if self.real is None:
+            return hidden[:, self.virtual_tokens(self.settings) :]
+        return hidden.gather(1, self.real[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+    def file_fields(self) -> dict[str, Any]:
+        """What PEFT's configuration says of the base."""
+        config = text_config_of(self.net)
+        layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None)
+        heads = getattr(config, "num_attention_heads", None)
+        return {"token_dim": width_of(self.net), "num_attention_heads": heads, "num_layers": layers}
+
+
+class ClassifierCopy(TrainedCopy):
+    """A copy beside a prompt, which PEFT's files name without the wrapper that adapters of layers have."""
+
+    file_prefix = "base_model."
+
+
+def copied_modules(settings: VirtualTokenSettings) -> Sequence[str]:
+    """Method.copies."""
+    return settings.modules_to_save
+
+
+def total_vectors(settings: Any, net: nn.Module) -> int:
+    """Vectors in the file: PEFT counts an encoder-decoder's twice where both halves are to have some."""
+    return int(settings.num_virtual_tokens) * int(settings.num_transformer_submodules)
+
+
+def width_of(net: nn.Module) -> int:
+    """D of the token embedding, whose rows the vectors stand beside."""
+    net_with_embedding: Any = net
+    return int(net_with_embedding.get_input_embeddings().weight.shape[1])
+
+
+def text_config_of(net: Any) -> Any:
+    """The configuration of the text model."""
+    return net.config.get_text_config() if hasattr(net.config, "get_text_config") else net.config
+
+
+def is_encoder_decoder(net: nn.Module) -> bool:
+    """Whether rows go into an encoder, and what comes out is the decoder's."""
+    return bool(getattr(getattr(net, "config", None), "is_encoder_decoder", False))
+
+
+def embeddings_of(net: Any, ids: Sequence[int] | Tensor) -> Tensor:
+    """(ids, D) float32 on the CPU, as the base looks the ids up; zeros on a meta base, whose values come later.
+
+    Raises: AdapterError for an id that the base does not have.
+    """
+    table = net.get_input_embeddings()
+    tokens = torch.as_tensor(ids, dtype=torch.int64)
+    if int(tokens.max()) >= table.weight.shape[0]:
+        largest = f"token {int(tokens.max())} is none of this base's {table.weight.shape[0]}"
+        raise AdapterError(largest, "use the tokenizer that belongs to the base", key="adapter")
+    if table.weight.device.type == "meta":
+        return torch.zeros(len(tokens), table.weight.shape[1])
+    with torch.no_grad(), calling(replace(current_call(), bypassed=True)):  # a copy of the table has no values yet
+        found: Tensor = table(tokens.to(table.weight.device)).float().cpu()
+    return found
+
+
+def started(net: nn.Module, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
+    """(vectors, D) float32 as `init` says: embeddings of ids, each as likely, N(0, 1), or embeddings of a text."""
+    table: Any = net
+    if settings.init == "random":
+        return torch.randn(vectors, width_of(net), generator=generator)
+    if settings.init == "vocabulary":
+        size = min(int(text_config_of(net).vocab_size), table.get_input_embeddings().weight.shape[0])
+        return embeddings_of(net, torch.randint(0, size, (vectors,), generator=generator))
+    if settings.init_ids is None:
+        raise AdapterError("the text of the prompt has not been made into tokens", "give init_ids", key="adapter.init")
+    repeated = list(settings.init_ids) * (vectors // len(settings.init_ids) + 1)
+    return embeddings_of(net, repeated[:vectors])
+
+
+def with_text_ids(settings: StartedTokenSettings, tokenizer: Tokenizer) -> StartedTokenSettings:
+    """The settings with init_text as ids, no special token among them that the text does not spell."""
+    if settings.init != "text" or settings.init_ids is not None or settings.init_text is None:
+        return settings
+    return settings.model_copy(update={"init_ids": tuple(tokenizer.encode(settings.init_text))})
+
+
+def _order(mask: Tensor | None, length: int) -> Tensor | None:
+    """(B, P + T): which of [vectors; row] stands at each place; None where the vectors simply come first."""
+    if mask is None or mask.dim() != 2:
+        return None
+    padding = (mask == 0).to(torch.int64).cumprod(dim=1).sum(dim=1, keepdim=True)  # (B, 1) on the left
+    places = torch.arange(length + mask.shape[1], device=mask.device)[None]  # (1, P + T)
+    shifted = torch.where(places < padding, places + length, places - padding)
+    return torch.where(places < padding + length, shifted, places)
+
+
+def _join(before: Tensor, rows: Tensor, order: Tensor | None) -> Tensor:
+    """[before; rows] along the tokens, in `order`. Shapes: (B, P, ...) and (B, T, ...) -> (B, P + T, ...)."""
+    joined = torch.cat([before.to(rows), rows], dim=1)
+    if order is None:
+        return joined
+    return joined.gather(1, order if joined.dim() == 2 else order[:, :, None].expand_as(joined))

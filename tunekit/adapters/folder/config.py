@@ -1,0 +1,160 @@
+"""What an adapter folder says about itself, read strictly and before any tensor: adapter_config.json and tunekit.json.
+
+Comes in: a folder, ours or peft's.  Goes out: AdapterConfig.  Next: folder.py.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tunekit.recipe.adapters
+from tunekit.adapters.base import Method, load_method
+from tunekit.adapters.folder.fields import same, shown
+from tunekit.errors import AdapterError
+from tunekit.files.untrusted import parse_json, read_small
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+FACTS_NAME = "tunekit.json"
+TEMPLATE_NAME = "chat_template.jinja"  # only where the adapter was trained with another template than the base's
+FORMAT_VERSION = 1  # of tunekit.json
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """An adapter folder's configuration. What only tunekit.json can say is None in a folder that peft wrote."""
+
+    folder: Path
+    method: Method
+    settings: Any
+    base_name_or_path: str | None  # as written: a hub id, or a path relative to the folder
+    revision: str | None
+    task_type: str | None
+    base_fingerprint: str | None = None
+    base_dtype: str | None = None
+    quantization: str | None = None
+    double_quantization: bool | None = None
+    files: tuple[tuple[str, str], ...] = ()  # name, sha256
+
+    @property
+    def file(self) -> str:
+        """The configuration's path, for messages."""
+        return str(self.folder / CONFIG_NAME)
+
+    def base_location(self) -> str | None:
+        """Where the base is: the path that the name means from the folder, else the name as a hub id, or None."""
+        name = self.base_name_or_path
+        if not name:
+            return None
+        near = self.folder / Path(name).expanduser()
+        if near.exists():
+            return str(near.resolve())
+        return None if name.startswith((".", "/", "~")) else name
+
+
+def read_adapter_config(
+    folder: Path, method: Method | None = None, instead: Mapping[str, Any] | None = None
+) -> AdapterConfig:
+    """Read and check both configuration files; `method` is found from peft_type where it is not given.
+
+    `instead`: values that stand for those of the file, where the caller deals with what the file's own would mean.
+    Raises: AdapterError for whatever is missing, malformed or not supported, by name; no tensor is looked at.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() or folder.is_symlink():
+        raise AdapterError("is not an adapter folder", "name a folder that holds adapter_config.json", file=str(folder))
+    path = folder / CONFIG_NAME
+    fields = {**parse_json(read_small(path), str(path)), **(instead or {})}
+    method = method or method_of(fields, str(path))
+    config = AdapterConfig(
+        folder=folder,
+        method=method,
+        settings=method.peft.read(fields, str(path)),
+        base_name_or_path=_text(fields, "base_model_name_or_path", path),
+        revision=_text(fields, "revision", path),
+        task_type=_text(fields, "task_type", path),
+        **_own_facts(folder),
+    )
+    refuse_pickle(folder)
+    return config
+
+
+def method_of(fields: dict[str, Any], file: str) -> Method:
+    """The method of this peft_type; among several, the one whose claims the fields meet best."""
+    wanted = fields.get("peft_type")
+    methods = [load_method(module.name) for module in pkgutil.iter_modules(tunekit.recipe.adapters.__path__)]
+    fitting = [
+        method
+        for method in methods
+        if method.peft.peft_type == wanted
+        and method.read_as is None
+        and all(name in fields and same(fields[name], value) for name, value in method.peft.claims.items())
+    ]
+    if not fitting:
+        known = ", ".join(sorted({method.peft.peft_type for method in methods}))
+        raise AdapterError(
+            f"adapters of type {shown(wanted)} are not supported", f"supported: {known}", file=file, key="peft_type"
+        )
+    return max(fitting, key=lambda method: len(method.peft.claims))
+
+
+def _text(fields: dict[str, Any], name: str, path: Path) -> str | None:
+    value = fields.get(name)
+    if value is not None and (not isinstance(value, str) or len(value) > 4096 or "\0" in value):
+        raise AdapterError("must be a text", file=str(path), key=name)
+    return value or None
+
+
+def _own_facts(folder: Path) -> dict[str, Any]:
+    """The facts of tunekit.json; nothing where there is none."""
+    path = folder / FACTS_NAME
+    if not path.exists() and not path.is_symlink():
+        return {}
+    facts = parse_json(read_small(path), str(path))
+    version = facts.get("format_version")
+    if type(version) is not int or version < 1:
+        raise AdapterError("has no format_version", "delete it to read the folder as peft's", file=str(path))
+    if version > FORMAT_VERSION:
+        raise AdapterError(f"has format version {version}", "update tunekit", file=str(path))
+    base, files = facts.get("base"), facts.get("files")
+    if (
+        not isinstance(base, dict)
+        or not isinstance(files, dict)
+        or set(files) - {TEMPLATE_NAME} != {CONFIG_NAME, TENSORS_NAME}
+    ):
+        raise AdapterError("is malformed: base or files", "delete it to read the folder as peft's", file=str(path))
+    double = base.get("double_quantization")
+    return {
+        "base_fingerprint": _text(base, "fingerprint", path),
+        "base_dtype": _text(base, "dtype", path),
+        "quantization": _text(base, "quantization", path),
+        "double_quantization": double if isinstance(double, bool) else None,
+        "files": tuple((name, _sha256(entry, path)) for name, entry in sorted(files.items())),
+    }
+
+
+def _sha256(entry: Any, path: Path) -> str:
+    digest = entry.get("sha256") if isinstance(entry, dict) else None
+    if not isinstance(digest, str):
+        raise AdapterError("is malformed: files without sha256", file=str(path))
+    return digest
+
+
+def refuse_pickle(folder: Path) -> None:
+    """A pickle is never read. Beside a safetensors file it is passed over; alone it is refused."""
+    try:
+        (folder / TENSORS_NAME).lstat()
+    except OSError as error:
+        pickle = folder / PICKLE_NAME
+        if pickle.exists() or pickle.is_symlink():
+            raise AdapterError(
+                "is a pickle, which can run code when it is read; tunekit reads safetensors only",
+                "convert it where its code can do no harm",
+                file=str(pickle),
+            ) from error
+        raise AdapterError(f"holds no {TENSORS_NAME}", file=str(folder)) from error

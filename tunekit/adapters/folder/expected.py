@@ -1,0 +1,124 @@
+"""Which tensors an adapter file must hold, known from configuration and base alone, and the comparison with its header.
+
+Comes in: targets, settings, a header.  Goes out: nothing wrong, or every difference by name.  Next: folder.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.adapters.base import Method, Part, Slot, full_name
+from tunekit.adapters.copied_places import copied_places
+from tunekit.adapters.copies import TrainedCopy, copy_class
+from tunekit.adapters.folder.fields import shown
+from tunekit.adapters.module_names import base_modules
+from tunekit.adapters.tokens import TrainedTokens, token_slots
+from tunekit.errors import AdapterError, Problem
+from tunekit.files.untrusted import TensorEntry
+from tunekit.model.quantized.weights import weight_of
+from tunekit.records import Target
+
+FLOATS = ("F32", "F16", "BF16")  # all of them exact in float32
+TYPES = {
+    torch.float32: FLOATS,
+    torch.int64: ("I64",),
+    torch.int32: ("I32",),
+    torch.uint8: ("U8",),
+    torch.bool: ("BOOL",),
+}
+BASE_COPY = ".base_layer.weight"  # peft's copy of an embedding's own weight
+SHOWN_PROBLEMS = 8
+
+
+@dataclass
+class Expected:
+    """File key -> slot and state name; and the base's own weights that peft may have put beside them."""
+
+    slots: dict[str, Slot] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    base_copies: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # key -> module, shape
+    repeats: dict[str, str] = field(default_factory=dict)  # key of a layer's copy of a shared tensor -> its own key
+    base_names: frozenset[str] = frozenset()  # the base's own parameters
+
+    def add(self, part: type[Part], place: str, slots: Mapping[str, Slot]) -> None:
+        """Expect the saved ones of these slots."""
+        for slot in slots.values():
+            if slot.kind != "resume":
+                name = full_name(place, slot.suffix)
+                self.slots[part.file_key(name)], self.names[part.file_key(name)] = slot, name
+
+    def check(self, header: Mapping[str, TensorEntry], file: str) -> dict[str, str]:
+        """Compare both ways; returns the base copies present, key -> module.
+
+        Raises: AdapterError with every missing, extra, misshaped and mistyped tensor.
+        """
+        wrong = [f"'{key}' is missing" for key in sorted(set(self.slots) - set(header))]
+        copies: dict[str, str] = {}
+        for key, entry in header.items():
+            if key in self.slots:
+                wrong += self._compare(key, entry, self.slots[key])
+            elif key in self.base_copies and entry.shape == self.base_copies[key][1] and entry.dtype in FLOATS:
+                copies[key] = self.base_copies[key][0]
+            elif key in self.repeats and self.repeats[key] in header:
+                wrong += self._compare(key, entry, self.slots[self.repeats[key]])
+            else:
+                wrong.append(f"'{shown(key, 200)}' is no tensor of this adapter{self._hint(key)}")
+        if wrong:
+            how = "the configuration and the base do not entitle the file to these tensors, or ask for others"
+            more = [f"and {len(wrong) - SHOWN_PROBLEMS} tensors more"] if len(wrong) > SHOWN_PROBLEMS else []
+            raise AdapterError.of([Problem(text, how, file) for text in [*wrong[:SHOWN_PROBLEMS], *more]])
+        return copies
+
+    def _compare(self, key: str, entry: TensorEntry, slot: Slot) -> list[str]:
+        if entry.shape != slot.shape:
+            return [f"'{key}' has shape {list(entry.shape)}, expected {list(slot.shape)}"]
+        if entry.dtype not in TYPES[slot.dtype]:
+            return [f"'{key}' has type {entry.dtype}, expected {' or '.join(TYPES[slot.dtype])}"]
+        return []
+
+    def _hint(self, key: str) -> str:
+        """Why a key may be there although nothing expects it."""
+        if f"base_model.model.{key}" in self.slots:
+            return " (it lacks the prefix base_model.model.)"
+        named = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        return " (it would overwrite a weight of the base)" if named in self.base_names else ""
+
+
+def expected_tensors(
+    net: nn.Module, method: Method, settings: Any, targets: list[Target], head_name: str | None
+) -> Expected:
+    """Everything that a file of this configuration must hold on this base; allocates nothing."""
+    modules = base_modules(net)
+    expected = Expected(
+        base_names=frozenset(
+            full_name(name, own)
+            for name, module in modules.items()
+            for own, _ in module.named_parameters(recurse=False)
+        )
+    )
+    for target in targets:
+        part = method.parameter if target.kind == "parameter" else method.layer
+        assert part is not None
+        expected.add(part, target.name, part.slots(settings, target))
+        if target.kind == "embedding" or target.name == head_name:
+            weight = weight_of(modules[target.name])
+            assert weight is not None
+            expected.base_copies[f"base_model.model.{target.name}{BASE_COPY}"] = target.name, weight.shape
+    if method.shared is not None:
+        shared = method.shared.slots(settings, targets)
+        expected.add(method.shared, "", shared)
+        for slot in shared.values() if method.repeats_shared else ():
+            own = method.shared.file_key(slot.suffix)
+            expected.repeats |= {f"{Part.file_prefix}{target.name}.{slot.suffix}": own for target in targets}
+    if method.model is not None:
+        expected.add(method.model, "", method.model.file_slots(settings, net))
+    for name, only in copied_places(modules, method, settings, targets).items():
+        expected.add(copy_class(method, settings, name), name, TrainedCopy.slots(modules[name], name, only))
+    for name, slots in token_slots(net, settings).items():
+        expected.add(TrainedTokens, name, slots)
+    return expected

@@ -1,0 +1,144 @@
+"""A method's side of PEFT's adapter_config.json: which fields stand for our settings, which must be off.
+
+Comes in: settings, or the fields of a foreign configuration.  Goes out: the other one, or a refusal that names the
+field.  Next: folder.py.  The format is that of PEFT 0.21.2: every field it writes is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunekit.errors import AdapterError, Problem
+from tunekit.records import Target
+
+PEFT_VERSION = "0.21.2"  # whose files ours are equal to, field by field
+
+
+class _Any:
+    """Accepts every value: the field has no effect on what a finished adapter computes."""
+
+
+ANY = _Any()
+COMMON: dict[str, tuple[Any, ...]] = {  # of every PEFT type: what we write, then what else we accept
+    "auto_mapping": (None, ANY),  # names Python code to import: never followed
+    "base_model_name_or_path": (None, ANY),  # read by folder.py
+    "inference_mode": (True, False),
+    "peft_type": ("", ANY),  # read by folder.py
+    "peft_version": (PEFT_VERSION, ANY),
+    "revision": (None, ANY),  # read by folder.py
+    "task_type": ("CAUSAL_LM", None, "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+}
+UNWRITTEN: dict[str, tuple[Any, ...]] = {"runtime_config": (ANY,)}  # PEFT ignores it in files, and so do we
+MODULES: dict[str, tuple[Any, ...]] = {  # of every PEFT type that adapts modules, unless the method says otherwise
+    "exclude_modules": (None,),
+    "layers_pattern": (None, [], ""),
+    "layers_to_transform": (None, []),
+    "modules_to_save": (None, []),
+}
+MENDS = {  # PEFT's name -> what to do about a value that is refused
+    "init_lora_weights": "such a start may have moved weights of the base: tunekit adapter convert writes plain LoRA",
+}
+OFF: tuple[Any, ...] = (None, False, [], {}, "")  # an unknown field with one of these values changes nothing
+
+
+@dataclass(frozen=True)
+class PeftSide:
+    """How one method's settings stand in PEFT's configuration.
+
+    `fields`: PEFT's name -> (our setting, PEFT's default where a file leaves the field out).
+    `fixed`: PEFT's name -> values accepted, the first of which is written; any other value is refused by name.
+    `claims`: fields by which this method is told from others of the same peft_type.
+    `absent`: fields of MODULES that PEFT's class does not have, and warns of.
+    `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
+    """
+
+    peft_type: str
+    settings: type[Any]
+    fields: Mapping[str, tuple[str, Any]]
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    claims: Mapping[str, Any] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
+    resolve: Callable[[Any, Sequence[Target], Mapping[str, Any]], Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        """Settings that name modules to train whole do so in PEFT's field of that name."""
+        name = "modules_to_save"
+        if name in self.settings.model_fields and name not in {**self.fields, **self.fixed} and name not in self.absent:
+            object.__setattr__(self, "fields", {**self.fields, name: (name, [])})
+
+    def write(self, settings: Any) -> dict[str, Any]:
+        """PEFT's fields for `settings`, every one that PEFT 0.21.2 writes for this type."""
+        known = {**COMMON, **MODULES, **self.fixed}
+        written = {name: values[0] for name, values in known.items() if name not in self.absent}
+        written |= {name: plain(getattr(settings, own), default) for name, (own, default) in self.fields.items()}
+        return {**written, **self.claims, "peft_type": self.peft_type}
+
+    def read(self, config: Mapping[str, Any], file: str) -> Any:
+        """Our settings for PEFT's fields.
+
+        Raises: AdapterError with every field that would change the result and is not supported, or is malformed.
+        """
+        problems = [
+            Problem(
+                f"the field has the value {shown(value)}, which tunekit does not support here",
+                MENDS.get(name, ""),
+                file,
+                None,
+                name,
+            )
+            for name, value in sorted(config.items())
+            if name not in self.fields and not self._accepts(name, value)
+        ]
+        if problems:
+            raise AdapterError.of(problems)
+        values: dict[str, Any] = {}
+        for name, (own, default) in self.fields.items():
+            value = config.get(name, default)
+            if value in (None, [], {}, "") and default in (None, {}, []):
+                value = default  # nothing, in any of the spellings that peft has used
+            values[own] = tuple(value) if isinstance(value, list) else value
+        try:
+            return self.settings(**values)
+        except ValueError as error:  # pydantic's: one entry per field
+            raise AdapterError.of(self._malformed(error, file)) from error
+
+    def _malformed(self, error: Any, file: str) -> list[Problem]:
+        names, problems = {own: name for name, (own, _) in self.fields.items()}, []
+        for entry in error.errors(include_url=False, include_input=False):
+            said = entry["msg"].removeprefix("Value error, ")
+            own = entry["loc"][0] if entry["loc"] else said.split()[0]  # a check of all settings begins with the first
+            key = names.get(own, self.peft_type)
+            problems.append(Problem(f"malformed: {shown(said)}", "", file, None, key))
+        return problems
+
+    def _accepts(self, name: str, value: Any) -> bool:
+        if name in self.claims:
+            return same(value, self.claims[name])
+        accepted = {**COMMON, **UNWRITTEN, **MODULES, **self.fixed}.get(name, OFF)
+        return any(other is ANY or same(value, other) for other in accepted)
+
+
+def plain(value: Any, default: Any = None) -> Any:
+    """A setting as JSON holds it: a whole float as an integer (lora_alpha) but where PEFT's default is a float, a tuple
+    as a sorted list."""
+    if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
+        return int(value)
+    if isinstance(value, tuple):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {key: plain(value[key]) for key in sorted(value)}
+    return value
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal in type and value: 0 is not False."""
+    return type(left) is type(right) and bool(left == right)
+
+
+def shown(value: Any, characters: int = 80) -> str:
+    """A foreign value, short and printable."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    return text if len(text) <= characters else text[: characters - 3] + "..."

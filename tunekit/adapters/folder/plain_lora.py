@@ -1,0 +1,76 @@
+"""An adapter whose start moved weights, as plain LoRA of rank 2R against the untouched base, which every reader knows.
+
+Comes in: an attached adapter.  Goes out: itself, or its plain form, which is not in the network.  Next: folder_writing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.base import LayerAdapter
+from tunekit.adapters.methods.lora import Lora
+from tunekit.recipe.start_choice import DEFAULT_START
+from tunekit.records import Target
+
+
+def as_plain_lora(attached: AttachedAdapter) -> AttachedAdapter:
+    """The same change of the same layers, of rank 2R where A and B hold a part of W.
+
+    B A - B' A' = [B - B', B'] [A; A - A'].  Alpha grows with the rank, so that the scaling stays what it was.
+    """
+    moved = {name for name, layer in attached.layers.items() if "start_A" in layer.held}
+    if not moved:
+        return attached
+    rank = 2 * attached.settings.r
+    changes = {"r": rank, "alpha": _alpha(attached.settings, attached.settings.alpha, attached.settings.r, rank)}
+    changes |= {"start": DEFAULT_START, "rank_pattern": {}, "alpha_pattern": {}}  # written from the targets
+    settings = attached.settings.model_copy(update=changes)
+    targets = [_target(target, settings) if target.name in moved else target for target in attached.targets]
+    plain = AttachedAdapter(attached.net, settings, attached.method, targets)
+    plain.head_name, plain.copies, plain.parameters = attached.head_name, attached.copies, attached.parameters
+    plain.tokens, plain.tied_tokens = attached.tokens, attached.tied_tokens
+    for target in targets:
+        if target.name in attached.layers:
+            layer = attached.layers[target.name]
+            plain.layers[target.name] = _plain_layer(layer, settings, target) if target.name in moved else layer
+    return plain
+
+
+def _target(target: Target, settings: Any) -> Target:
+    """The target with the rank of its plain form: 2R, or the smaller side of a matrix that is narrower than that."""
+    old, alpha = target.r or 0, target.alpha or 0.0
+    rank = min(2 * old, target.in_features, target.out_features)
+    return replace(target, r=rank, alpha=_alpha(settings, alpha, old, rank))
+
+
+def _alpha(settings: Any, alpha: float, old: int, new: int) -> float:
+    """The alpha with which rank `new` scales as `alpha` does with rank `old`."""
+    return alpha * (math.sqrt(new / old) if settings.use_rslora else new / old)
+
+
+def _plain_layer(layer: LayerAdapter, settings: Any, target: Target) -> LayerAdapter:
+    """A layer of the plain form, outside the network; what is not of A and B is shared."""
+    assert isinstance(layer, Lora)
+    a, b = (factor.detach() for factor in layer.factors())
+    if target.r != len(a):
+        a, b = _narrowed(a, b)
+    plain = type(layer)(layer.base_layer, settings, target)
+    for attribute in plain.held:
+        values = {"A": a, "B": b}.get(attribute)
+        getattr(plain, attribute).data = getattr(layer, attribute).detach() if values is None else values
+    return plain
+
+
+def _narrowed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """B A with the smaller side of the matrix as its rank: one factor is the identity."""
+    product = b @ a  # (O, I)
+    outputs, inputs = product.shape
+    if outputs <= inputs:
+        return product, torch.eye(outputs, device=product.device)
+    return torch.eye(inputs, device=product.device), product

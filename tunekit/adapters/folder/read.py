@@ -1,0 +1,181 @@
+"""Reads adapter folders, ours or peft's: every tensor is expected by name, shape and type before it is read.
+
+Comes in: a folder by anyone.  Goes out: an attached adapter, or a refusal that names the fault.
+Next: merge.py, target.py, train.py.  (save_adapter_folder is in folder_writing.py and offered here as well.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.base import Method, load_method
+from tunekit.adapters.folder.config import FACTS_NAME, TENSORS_NAME, AdapterConfig
+from tunekit.adapters.folder.config import read_adapter_config as read_adapter_config
+from tunekit.adapters.folder.expected import expected_tensors
+from tunekit.adapters.folder.fields import shown
+from tunekit.adapters.folder.write import save_adapter_folder as save_adapter_folder
+from tunekit.adapters.module_names import base_modules
+from tunekit.adapters.targets import find_targets
+from tunekit.adapters.token_places import token_rows
+from tunekit.errors import AdapterError, Problem
+from tunekit.files.untrusted import read_tensor_header, sha256_of
+from tunekit.model.quantized.weights import weight_of
+from tunekit.records import Target
+
+NOT_MEANING = {"dropout", "target_modules", "exclude_modules", "r", "alpha", "rank_pattern", "alpha_pattern"}
+NOT_MEANING |= {"layers_to_transform", "layers_pattern", "modules_to_save"}  # the targets and tensors are compared
+NOT_MEANING |= {"method", "start", "init_from"}  # settings that differ without changing what the adapter computes
+NOT_MEANING |= {"init", "init_text", "init_ids", "encoder_hidden_size", "adapter_layers"}  # first values; shapes
+NOT_MEANING |= {"task", "init_from_tasks"}  # which of those that the folder holds
+NOT_MEANING |= {"target_parameters", "trainable_token_indices"}  # spellings: targets and rows are compared
+NOT_MEANING |= {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}  # of adalora's training
+BaseWeight = Callable[[str], Tensor]
+
+
+def attach_adapter_folder(
+    net: nn.Module,
+    folder: Path,
+    *,
+    head_name: str | None,
+    base_fingerprint: str | None = None,
+    device: torch.device | None = None,
+    base_weight: BaseWeight | None = None,
+    method: Method | None = None,
+) -> AttachedAdapter:
+    """Put the folder's adapter, ours or peft's, into the base.
+
+    `base_weight(module name)`: the base's matrix (O, I) where the net itself is on the meta device; asked only for
+    files of peft that carry a copy of an embedding. `method`: found from the folder's peft_type by default.
+    Raises: AdapterError for everything that is not exactly as the configuration says, before the base is touched.
+    """
+    config = read_adapter_config(folder, method)
+    _check_fingerprint(config, base_fingerprint)
+    targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
+    tensors = _read_tensors(config, net, targets, head_name, base_weight)
+    attached = attach_adapter(
+        net,
+        config.settings,
+        seed=0,
+        head_name=head_name,
+        device=device,
+        method=config.method,
+        targets=targets,
+        finished=True,
+    )
+    attached.load_state(tensors, ("trained", "saved"))
+    return attached
+
+
+def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str | None = None) -> None:
+    """Continue from a folder: fill an adapter that has the same layers, ranks and scaling.
+
+    Raises: AdapterError as attach_adapter_folder, or naming what differs.
+    """
+    config = read_adapter_config(folder)
+    if attached.method.read_as and load_method(attached.method.read_as) is config.method:
+        config = read_adapter_config(folder, attached.method)
+    _check_fingerprint(config, base_fingerprint)
+    net, head_name = attached.net, attached.head_name
+    _refuse_computed(attached, config)
+    targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
+    _refuse_difference(attached, config, targets)
+    tensors = _read_tensors(config, net, targets, head_name, None)
+    if attached.model_adapter is not None:
+        tensors = attached.model_adapter.taken_over(tensors)
+    attached.load_state(tensors, ("trained", "saved"))
+
+
+def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets: list[Target]) -> None:
+    """The folder must mean the same adapter as the recipe's."""
+    if attached.method is not config.method:
+        raise AdapterError("holds another method than the recipe's", "change adapter.method", file=config.file)
+    theirs, ours = ({target.name: target for target in side} for side in (targets, attached.targets))
+    differences = [f"{name} is adapted there and not by the recipe" for name in theirs if name not in ours]
+    differences += [f"{name} is adapted by the recipe and not there" for name in ours if name not in theirs]
+    for name, there in theirs.items():
+        here = ours.get(name, there)
+        if here != there:
+            text = f"{name} has rank {there.r} and alpha {there.alpha}, in the recipe {here.r} and {here.alpha}"
+            if (here.r, here.alpha) == (there.r, there.alpha):
+                text = f"{name} has {there.trainable_parameters} numbers, in the recipe {here.trainable_parameters}"
+            differences.append(text)
+    model = attached.method.model
+    free = NOT_MEANING if model is None else NOT_MEANING | model.may_differ(attached.settings)
+    for key, value in config.settings.model_dump(exclude=free).items():
+        if getattr(attached.settings, key) != value:
+            own = shown(getattr(attached.settings, key))
+            differences.append(f"{key} is {shown(value)} there, in the recipe {own}")
+    if token_rows(attached.net, config.settings) != token_rows(attached.net, attached.settings):
+        differences.append("the trained tokens are others there than in the recipe, or in another order")
+    if differences:
+        how = "give the recipe the values of the folder that init_from names"
+        raise AdapterError.of([Problem(text, how, config.file) for text in differences[:6]])
+
+
+def _refuse_computed(attached: AttachedAdapter, config: AdapterConfig) -> None:
+    """A folder that holds what was computed from the trained state cannot give that state back."""
+    model = attached.method.model
+    if model is None or attached.method is not config.method:
+        return
+    trained = {slot.suffix for slot in model.slots(attached.settings, attached.net).values() if slot.kind == "trained"}
+    if not trained <= {slot.suffix for slot in model.file_slots(attached.settings, attached.net).values()}:
+        what = "cannot be continued: it holds what was made of it, not what was trained"
+        raise AdapterError(what, "train anew, or resume the run from its checkpoints", file=str(config.folder))
+
+
+def _check_fingerprint(config: AdapterConfig, base_fingerprint: str | None) -> None:
+    if config.base_fingerprint and base_fingerprint and config.base_fingerprint != base_fingerprint:
+        raise AdapterError(
+            f"was trained on another base ({config.base_name_or_path}; its fingerprint differs from this base's)",
+            "name the right base with --base",
+            file=str(config.folder),
+        )
+
+
+def _read_tensors(
+    config: AdapterConfig, net: nn.Module, targets: list[Target], head_name: str | None, base_weight: BaseWeight | None
+) -> dict[str, Tensor]:
+    """Every expected tensor by state name, after header, names, shapes, types and hashes have been checked."""
+    path = config.folder / TENSORS_NAME
+    header = read_tensor_header(path)
+    expected = expected_tensors(net, config.method, config.settings, targets, head_name)
+    copies = expected.check(header, str(path))
+    for name, digest in config.files:
+        if sha256_of(config.folder / name) != digest:
+            how = f"restore it, or delete {FACTS_NAME} to accept the folder as it is"
+            raise AdapterError("is not the file that tunekit wrote", how, file=str(config.folder / name))
+    tensors: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for key, name in expected.names.items():
+            tensors[name] = file.get_tensor(key).to(expected.slots[key].dtype)
+        broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        if broken:
+            raise AdapterError(f"{broken[0]} holds NaN or infinity ({len(broken)} such tensors)", file=str(path))
+        for key in header.keys() & expected.repeats.keys():
+            if not torch.equal(file.get_tensor(key), file.get_tensor(expected.repeats[key])):
+                raise AdapterError(f"'{key}' differs from '{expected.repeats[key]}', which it repeats", file=str(path))
+        for key, module in copies.items():
+            _check_base_copy(file.get_tensor(key), base_modules(net)[module], module, base_weight, str(path))
+    return tensors
+
+
+def _check_base_copy(copy: Tensor, module: nn.Module, name: str, base_weight: BaseWeight | None, file: str) -> None:
+    """peft stores the base's own embeddings beside an adapter of them: they must be this base's, and are not used.
+
+    Compared in the coarser of the two dtypes, in which one of them was rounded.
+    """
+    weight = weight_of(module)
+    own = base_weight(name) if base_weight else None
+    if own is None and weight is not None and weight.kind == "dense" and weight.device.type != "meta":
+        own = weight.read(weight.dtype or torch.float32).cpu()
+    if own is None:
+        raise AdapterError(f"carries the base's own weight of '{name}', which cannot be compared here", file=file)
+    if not (torch.equal(copy.to(own.dtype), own) or torch.equal(own.to(copy.dtype), copy)):
+        what = f"carries a changed copy of the base's own weight of '{name}' (a resized vocabulary, or another base)"
+        raise AdapterError(what, "an adapter may not replace weights of the base", file=file)

@@ -1,0 +1,220 @@
+"""LoRA of projections that belong together, as one autograd function each: queries, keys and values; the gated MLP.
+
+Comes in: an attached adapter of method lora.  Goes out: the same products, which keep less and pass over memory less.
+Next: attach.py puts them in place; plan says which layers they are.
+
+What is kept for the backward pass is the input and a handle of the base layer, of the MLP gate and up besides: never a
+dense W of a packed layer, a base output, a low-rank product, or what lies between gate and down. They are made again.
+Equal to the plain path up to the order of sums, with the same dropout masks. Whatever does not fit (another method, a
+watched module) takes the plain path of lora.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from tunekit.adapters.base import Method
+from tunekit.adapters.kernels.gated import is_gated_mlp
+from tunekit.adapters.kernels.lora_products import Casts, Gated, Member, Products, gated_product, products
+from tunekit.adapters.methods.lora import Lora
+from tunekit.model.call import current_call
+from tunekit.model.quantized.weights import multiplies_exactly
+from tunekit.records import Target
+
+JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, where they are given the same input
+CROSS = ("encoder_attn",)  # attention modules whose keys and values are of another input than their queries
+GATED = ("gate_proj", "up_proj", "down_proj")
+Group = tuple[str, ...]  # module names
+
+
+def find_groups(net: nn.Module, modules: Mapping[str, nn.Module], settings: Any, targets: list[Target]) -> list[Group]:
+    """The groups in which the layers of a LoRA are computed. `modules`: the base's layer under each target's name."""
+    children: dict[str, set[str]] = {}
+    for target in targets:
+        if _is_plain(settings, target) and multiplies_exactly(modules[target.name]):
+            parent, _, own = target.name.rpartition(".")
+            children.setdefault(parent, set()).add(own)
+    inputs = {target.name: target.in_features for target in targets}
+    groups: list[Group] = []
+    for parent, own_names in children.items():
+        whole = own_names & set(GATED) and is_gated_mlp(net.get_submodule(parent))
+        sets: list[Group] = [GATED] if whole and own_names >= set(GATED) else []
+        joined = JOINED[1:] if parent.rpartition(".")[2] in CROSS else JOINED
+        widths = {inputs[f"{parent}.{own}"] for own in own_names & set(joined)}
+        sets += [joined] if len(widths) == 1 and len(own_names & set(joined)) > 1 else []
+        together = [tuple(own for own in each if own in own_names) for each in sets]
+        alone = own_names - {own for each in together for own in each}
+        together += [(own,) for own in sorted(alone)]
+        groups += [tuple(f"{parent}.{own}" for own in each) for each in together]
+    return groups
+
+
+def _is_plain(settings: Any, target: Target) -> bool:
+    """Whether a layer is y = W x + s B A x with A and B alone."""
+    return target.kind == "linear" and "." in target.name and set(Lora.slots(settings, target)) == {"A", "B"}
+
+
+def planned_groups(net: nn.Module, method: Method, settings: Any, targets: list[Target]) -> list[Group]:
+    """The groups that attaching an adapter to this base will make; none for other methods than lora."""
+    if method.layer is not Lora:
+        return []
+    return find_groups(net, dict(net.named_modules(remove_duplicate=False)), settings, targets)
+
+
+def describe(groups: Sequence[Group]) -> str:
+    """How many layers of each kind are computed in one go."""
+    counts: dict[str, int] = {}
+    for group in groups:
+        kind = " + ".join(name.rpartition(".")[2] for name in group)
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
+
+
+def fuse(net: nn.Module, layers: Mapping[str, Any], settings: Any, targets: list[Target], casts: Casts) -> list[Group]:
+    """Let the layers of a LoRA (by module name, in place in `net`) compute in groups; returns the groups."""
+    groups = find_groups(net, {name: layer.base_layer for name, layer in layers.items()}, settings, targets)
+    for group in groups:
+        members = [layers[name] for name in group]
+        if [name.rpartition(".")[2] for name in group] == list(GATED):
+            mlp: Any = net.get_submodule(group[0].rpartition(".")[0])
+            mlp.forward = GatedMlp(mlp, members, casts)
+        else:
+            joined = JoinedLayers(members, casts)
+            for layer in members:
+                layer.fused = joined
+    return groups
+
+
+def _member(layer: Any) -> Member:
+    return Member(layer.base_layer, layer.scaling, layer.A.shape[0])
+
+
+def _factors(layers: Sequence[Any]) -> list[Tensor]:
+    return [factor for layer in layers for factor in (layer.A, layer.B)]
+
+
+def _dropout(layer: Any) -> float:
+    """Of the layer's inputs in this call."""
+    return float(layer.settings.dropout) if layer.training else 0.0
+
+
+def _watched(layer: Any) -> bool:
+    """Whether somebody wants to see the layer's or its base's inputs and outputs."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        for module in (layer, layer.base_layer)
+    )
+
+
+class JoinedLayers:
+    """Layers that get the same input: the first that is called computes all, the others take what it has left."""
+
+    def __init__(self, layers: Sequence[Any], casts: Casts) -> None:
+        self.layers, self.casts = list(layers), casts
+        self.together = len(layers) > 1 and not layers[0].settings.dropout  # masks are drawn where a layer is called
+        self.whole = Products([_member(layer) for layer in layers], casts)
+        self.single = {id(layer): Products([_member(layer)], casts) for layer in layers}
+        self._input: Tensor | None = None
+        self._left: dict[int, Tensor] = {}
+
+    def product(self, layer: Any, x: Tensor) -> Tensor | None:
+        """W x + s B A x of one of the layers; None where the plain path must be taken."""
+        if _watched(layer):
+            return None
+        if not self.together:
+            return products(self.single[id(layer)], x, _factors([layer]), _dropout(layer))[0]
+        if self._input is not x or id(layer) not in self._left:
+            if self._left:  # somebody was given another input, so they are no group after all
+                self.together, self._input, self._left = False, None, {}
+                return self.product(layer, x)
+            made = products(self.whole, x, _factors(self.layers))
+            self._input = x
+            self._left = {id(each): output for each, output in zip(self.layers, made, strict=True)}
+        output = self._left.pop(id(layer))
+        if not self._left:
+            self._input = None
+        return output
+
+
+class GatedMlp:
+    """down(act(gate(x)) * up(x)) in one go; stands where the module's forward stood."""
+
+    def __init__(self, mlp: Any, layers: Sequence[Any], casts: Casts) -> None:
+        self.mlp, self.layers = mlp, list(layers)
+        gate, up, down = (_member(layer) for layer in layers)
+        self.gated = Gated(Products([gate, up], casts), mlp.act_fn, Products([down], casts))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        in_place = all(getattr(self.mlp, own) is layer for own, layer in zip(GATED, self.layers, strict=True))
+        if not in_place or current_call().bypassed or any(_watched(layer) for layer in self.layers):
+            plain: Tensor = type(self.mlp).forward(self.mlp, x)
+            return plain
+        return gated_product(self.gated, x, _factors(self.layers), _dropout(self.layers[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class LigerGated(Gated):
+    """SwiGLU by liger-kernel: one kernel each way, and the gradients take the place of gate and up."""
+
+    def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
+        from liger_kernel.ops.swiglu import swiglu_forward
+
+        hidden: Tensor = swiglu_forward(gate, up)[2]
+        return hidden
+
+    def backward(
+        self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        from liger_kernel.ops.swiglu import swiglu_backward
+
+        of_hidden, of_down = through_down(self.hidden(gate, up))
+        of_gate, of_up = swiglu_backward(gate, up, of_hidden)
+        return of_gate, of_up, of_down
+
+
+def liger_places(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Modules that liger's kernels equal: norms written as Llama's, and fused MLPs whose activation is SiLU."""
+    kinds: dict[nn.Module, Any] = {module: type(module) for module in net.modules()}
+    norms = [module for module, kind in kinds.items() if _computes_rms_norm(kind)]
+    fused = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), GatedMlp)]
+    return norms, [mlp for mlp in fused if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")]
+
+
+def use_liger(net: nn.Module) -> None:
+    """Let liger's kernels compute them, on a GPU; the adapter must be in place."""
+    norms, mlps = liger_places(net)
+    for norm in norms:
+        norm.forward = partial(_liger_norm, norm)
+    for mlp in mlps:
+        fused: Any = mlp.forward
+        fused.gated = LigerGated(fused.gated.inner, fused.gated.activation, fused.gated.down)
+
+
+def _liger_norm(norm: Any, x: Tensor) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # The gradient is not written over dy: a residual may need that again.
+    y: Tensor = LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
+    return y
+
+
+@cache
+def _computes_rms_norm(kind: Any) -> bool:
+    """Whether the class's forward ends as Llama's: weight times x / rms(x), rounded before the weight."""
+    try:
+        lines = inspect.getsource(kind.forward).splitlines()
+    except (OSError, TypeError):
+        return False
+    return [line.strip() for line in lines[1:]] == [
+        "input_dtype = hidden_states.dtype",
+        "hidden_states = hidden_states.to(torch.float32)",
+        "variance = hidden_states.pow(2).mean(-1, keepdim=True)",
+        "hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)",
+        "return self.weight * hidden_states.to(input_dtype)",
+    ]

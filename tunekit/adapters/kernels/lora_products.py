@@ -1,0 +1,256 @@
+"""The autograd functions of fused.py: several adapted products of one input, and a gated MLP.
+
+Comes in: base layers with scalings, x (..., I), factors A (R, I) and B (O, R) in float32.  Goes out: (..., O) each.
+With y = W x + s B A x and g = dL/dy:  dx = g W + s (g B) A,  dB = s g^T (x A^T),  dA = s (g B)^T x.
+With dropout p each layer has a mask m of its own: m x in place of x beside A, and s / (1 - p) in place of s. A mask is
+kept, a byte an element: to draw it again would cost a CPU more time than all else that dropout does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunekit.model.quantized.weights import product_matrix
+
+
+class Casts:
+    """Factors in the compute dtype, made once for as long as no weight changes, else for every use."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Tensor] | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside the block the trained weights do not change: what was cast is used again."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, or gave before under this key."""
+        if self._kept is None:
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One adapted layer of a group."""
+
+    base: nn.Module
+    scaling: float
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """What dropout leaves of the layers' input: (N, I) bool for each layer, or nothing where there is no dropout."""
+
+    each: tuple[Tensor, ...] = ()
+    scale: float = 1.0  # 1 / (1 - p)
+
+
+def draw_masks(x: Tensor, dropout: float, count: int) -> Masks:
+    """Masks for x (..., I) as torch's own dropout would draw them one after the other."""
+    if not dropout:
+        return Masks()
+    flat = x.reshape(-1, x.shape[-1])  # (N, I)
+    if flat.is_cuda:
+        return Masks(tuple(torch.native_dropout(flat, dropout, True)[1] for _ in range(count)), 1 / (1 - dropout))
+    empty = (torch.empty_like(flat, dtype=torch.bool) for _ in range(count))
+    return Masks(tuple(mask.bernoulli_(1 - dropout) for mask in empty), 1 / (1 - dropout))
+
+
+class Products:
+    """W_p x + s_p B_p A_p x for each layer p of a group. `factors`: A_1, B_1, A_2, B_2, ..."""
+
+    def __init__(self, members: Sequence[Member], casts: Casts) -> None:
+        self.members, self.casts = tuple(members), casts
+        starts = [sum(member.rank for member in members[:index]) for index in range(len(members))]
+        self.places = [slice(start, start + member.rank) for start, member in zip(starts, members, strict=True)]
+
+    def _joined_a(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """(sum of R, I): every A, one below the other."""
+        if len(self.members) == 1:
+            return self._cast(factors[0], (id(self), "a"), dtype)
+        return self.casts.get((id(self), "a", dtype), lambda: torch.cat([a.detach() for a in factors[::2]]).to(dtype))
+
+    def _cast(self, factor: Tensor, key: Any, dtype: torch.dtype) -> Tensor:
+        factor = factor.detach()
+        return factor if factor.dtype == dtype else self.casts.get((*key, dtype), lambda: factor.to(dtype))
+
+    def _b(self, index: int, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return self._cast(factors[2 * index + 1], (id(self), index), dtype)
+
+    def forward(self, x: Tensor, factors: Sequence[Tensor], masks: Masks) -> list[Tensor]:
+        """Shapes: x (..., I) -> (..., O) of each layer."""
+        outputs = []
+        for index, (member, low) in enumerate(zip(self.members, self._lows(x, factors, masks), strict=True)):
+            bias: Any = member.base.bias
+            y = F.linear(x, product_matrix(member.base, x.dtype), None if bias is None else bias.to(x.dtype))
+            b = self._b(index, factors, x.dtype)
+            y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=member.scaling * masks.scale)
+            outputs.append(y)
+        return outputs
+
+    def _lows(self, x: Tensor, factors: Sequence[Tensor], masks: Masks) -> list[Tensor]:
+        """A x of each layer, (N, R); one product where no mask tells them apart."""
+        flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)  # (N, I), (sum of R, I)
+        if masks.each:
+            return [
+                torch.where(mask, flat, 0) @ a[place].t() for mask, place in zip(masks.each, self.places, strict=True)
+            ]
+        low = flat @ a.t()  # (N, sum of R)
+        return [low[:, place] for place in self.places]
+
+    def backward(
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """dx (..., I), None unless wanted, and the factors' gradients in float32. A gradient of None is zero."""
+        flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
+        low = flat @ a.t()  # (N, sum of R)
+        through = torch.zeros_like(low)  # (N, sum of R): s g B
+        of_x: Tensor | None = None  # (N, I), summed in place
+        of_factors = [torch.zeros_like(factor) for factor in factors]
+        for index, (member, gradient) in enumerate(zip(self.members, gradients, strict=True)):
+            if gradient is None:
+                continue
+            g, place = gradient.reshape(-1, gradient.shape[-1]), self.places[index]  # (N, O)
+            through[:, place] = (g @ self._b(index, factors, x.dtype)).mul_(member.scaling)
+            of_factors[2 * index + 1].copy_((g.t() @ low[:, place]).mul_(member.scaling))
+            if wants_x:
+                w = product_matrix(member.base, x.dtype)  # (O, I)
+                of_x = g @ w if of_x is None else of_x.addmm_(g, w)
+                del w
+        of_a = through.t() @ flat  # (sum of R, I)
+        for index, place in enumerate(self.places):
+            of_factors[2 * index].copy_(of_a[place])
+        return None if of_x is None else of_x.addmm_(through, a).view(x.shape), of_factors
+
+    def masked_backward(
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: Masks
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """As `backward`, where each layer has a mask."""
+        flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
+        of_x = torch.zeros_like(flat) if wants_x else None  # (N, I)
+        of_factors = [torch.zeros_like(factor) for factor in factors]
+        for index, (member, gradient, mask) in enumerate(zip(self.members, gradients, masks.each, strict=True)):
+            if gradient is None:
+                continue
+            own, scaling = a[self.places[index]], member.scaling * masks.scale
+            g, dropped = gradient.reshape(-1, gradient.shape[-1]), torch.where(mask, flat, 0)  # (N, O), (N, I)
+            through = (g @ self._b(index, factors, x.dtype)).mul_(scaling)  # (N, R)
+            of_factors[2 * index].copy_(through.t() @ dropped)
+            of_factors[2 * index + 1].copy_((g.t() @ (dropped @ own.t())).mul_(scaling))
+            del dropped
+            if of_x is not None:
+                of_x.add_(torch.where(mask, through @ own, 0)).addmm_(g, product_matrix(member.base, x.dtype))
+        return None if of_x is None else of_x.view(x.shape), of_factors
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Products, dropout: float, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        masks = draw_masks(x, dropout, len(group.members))
+        ctx.group, ctx.scale = group, masks.scale
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *factors, *masks.each)
+        return tuple(group.forward(x, factors, masks))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *others = ctx.saved_tensors
+        count = 2 * len(ctx.group.members)
+        masks = Masks(tuple(others[count:]), ctx.scale)
+        of_x, of_factors = _backward(ctx.group, x, others[:count], gradients, ctx.needs_input_grad[2], masks)
+        return None, None, of_x, *of_factors
+
+
+def _backward(
+    group: Products,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    wants_x: bool,
+    masks: Masks,
+) -> tuple[Tensor | None, list[Tensor]]:
+    if masks.each:
+        return group.masked_backward(x, factors, gradients, wants_x, masks)
+    return group.backward(x, factors, gradients, wants_x)
+
+
+def products(group: Products, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """The output of each layer of the group."""
+    outputs: tuple[Tensor, ...] = _Products.apply(group, dropout, x, *factors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """y = down(act(gate(x)) * up(x)); `inner` is gate and up."""
+
+    inner: Products
+    activation: Callable[[Tensor], Tensor]
+    down: Products
+
+    def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up; shapes (..., H)."""
+        return self.activation(gate).mul_(up)
+
+    def backward(
+        self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gradients of gate and up, and those of down's factors, which `through_down` takes from act(gate) * up."""
+        with torch.enable_grad():
+            source = gate.detach().requires_grad_()
+            activated = self.activation(source)
+        active = activated.detach()  # (..., H)
+        of_hidden, of_down = through_down(active * up)
+        of_up = of_hidden * active
+        (of_gate,) = torch.autograd.grad(activated, source, of_hidden.mul_(up))
+        return of_gate, of_up, of_down
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps x, gate and up; the activation and its product with up are made again."""
+
+    @staticmethod
+    def forward(ctx: Any, gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
+        inner = draw_masks(x, dropout, 2)
+        gate, up = gated.inner.forward(x, factors[:4], inner)
+        hidden = gated.hidden(gate, up)  # (..., H)
+        down = draw_masks(hidden, dropout, 1)
+        ctx.gated, ctx.scale = gated, inner.scale
+        ctx.save_for_backward(x, gate, up, *factors, *inner.each, *down.each)
+        return gated.down.forward(hidden, factors[4:], down)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gated, (x, gate, up, *others) = ctx.gated, ctx.saved_tensors
+        factors, inner, down = others[:6], Masks(tuple(others[6:8]), ctx.scale), Masks(tuple(others[8:]), ctx.scale)
+
+        def through_down(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+            of_hidden, of_factors = _backward(gated.down, hidden, factors[4:], gradients, True, down)
+            assert of_hidden is not None
+            return of_hidden, of_factors
+
+        of_gate, of_up, of_down = gated.backward(gate, up, through_down)
+        of_x, of_inner = _backward(gated.inner, x, factors[:4], (of_gate, of_up), ctx.needs_input_grad[2], inner)
+        return None, None, of_x, *of_inner, *of_down
+
+
+def gated_product(gated: Gated, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> Tensor:
+    """The MLP's output. `factors`: A and B of gate, up and down."""
+    output: Tensor = _Gated.apply(gated, dropout, x, *factors)  # type: ignore[no-untyped-call]
+    return output

@@ -1,0 +1,189 @@
+"""AdaLoRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: rank_budget.py, attach.py, folder.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Misfit, Slot
+from tunekit.adapters.blocks.lora_fields import LORA_FIXED
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.rank_budget import RankBudget, run_misfits
+from tunekit.recipe.adapters.adalora import AdaloraSettings
+from tunekit.records import Target
+
+FACTORS = ("A", "E", "B")
+SPREAD = 0.02  # of A and B at the start
+SAME_RANK = 1e-5  # PEFT adds it to the rank that it divides by
+
+
+class Adalora(LayerAdapter):
+    """Low-rank update by singular values: y = W x + s B (E * (A x)), s = alpha / (r + 1e-5), r the rank at the start.
+
+    Shapes: x (..., I) -> y (..., O); A (R, I); E (R, 1); B (O, R); kept (R,) bool.    Starts as the identity: E = 0.
+    A triplet (row of A, entry of E, column of B) that is not kept has E = 0 at the end; a file leaves it out.
+    Sensitivity and uncertainty of every entry are moving averages that only a checkpoint holds.
+    Source: Zhang et al. 2023, eq. 3, 8 to 11.
+    """
+
+    settings: AdaloraSettings
+    shared: RankBudget
+    A: nn.Parameter
+    E: nn.Parameter
+    B: nn.Parameter
+    kept: Tensor
+
+    @classmethod
+    def slots(cls, settings: AdaloraSettings, target: Target) -> dict[str, Slot]:
+        rank = sum(settings.kept.get(pattern_key(target.name), (True,) * settings.init_r))
+        slots = {
+            "A": Slot("lora_A", (rank, target.in_features)),
+            "E": Slot("lora_E", (rank, 1)),
+            "B": Slot("lora_B", (target.out_features, rank), rate="b"),
+        }
+        for average in ("sensitivity", "uncertainty"):
+            slots |= {
+                f"{own}_{average}": Slot(f"lora_{own}.{average}", slots[own].shape, kind="resume") for own in FACTORS
+            }
+        return {**slots, "kept": Slot("kept", (rank,), kind="resume", dtype=torch.bool)}
+
+    def initialise(self, generator: Generator) -> None:
+        for attribute in self.held:
+            getattr(self, attribute).data.zero_()
+        self.A.data.normal_(0, SPREAD, generator=generator)
+        self.B.data.normal_(0, SPREAD, generator=generator)
+        self.kept.fill_(True)
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.settings.alpha / (self.settings.init_r + SAME_RANK)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        x = F.dropout(x, self.settings.dropout, self.training)
+        low = F.linear(x, (self.A * self.E).to(x.dtype))  # (..., R)
+        return y + F.linear(low, self.B.to(x.dtype)) * self.scaling
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        delta = self.B.detach() @ (self.A.detach() * self.E.detach()) * self.scaling
+        return weight + delta.to(weight.device), bias
+
+    def nonorthogonality(self) -> Tensor:
+        """() float32: |A A^T - 1| + |B^T B - 1|, Frobenius norms."""
+        one = torch.eye(len(self.A), device=self.A.device)  # (R, R)
+        norms: Tensor = torch.linalg.matrix_norm(torch.stack([self.A @ self.A.T - one, self.B.T @ self.B - one]))
+        return norms.sum()
+
+    def penalty(self) -> Tensor | None:
+        """This layer's share of the mean over all layers, halved as PEFT has it."""
+        if not self.settings.orth_reg_weight:
+            return None
+        weight: float = self.settings.orth_reg_weight / (2 * self.shared.layer_count)
+        return self.nonorthogonality() * weight
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Move the averages on by the step just made: |value * gradient|, and how far it is from its average."""
+        for own in FACTORS:
+            parameter, gradient = getattr(self, own), getattr(self, own).grad
+            sensitivity, uncertainty = getattr(self, f"{own}_sensitivity"), getattr(self, f"{own}_uncertainty")
+            now, beta1, beta2 = (parameter * gradient).abs(), self.settings.beta1, self.settings.beta2
+            sensitivity.copy_(beta1 * sensitivity + (1 - beta1) * now)
+            uncertainty.copy_(beta2 * uncertainty + (1 - beta2) * (now - sensitivity).abs())
+
+    def scores(self) -> Tensor:
+        """(R,): a triplet's importance, its entry of E plus the means of its row of A and its column of B."""
+        a, e, b = (getattr(self, f"{own}_sensitivity") * getattr(self, f"{own}_uncertainty") for own in FACTORS)
+        total: Tensor = e[:, 0] + (a.mean(1) + b.mean(0))
+        return total
+
+    def exported(self) -> dict[str, Tensor]:
+        state, left = super().exported(), self.left()
+        if bool(left.all()):
+            return state
+        a, e, b = (f"{self.place}.lora_{own}" for own in FACTORS)
+        return {a: state[a][left], e: state[e][left], b: state[b][:, left]}
+
+    def left(self) -> Tensor:
+        """(R,) bool: what a file holds. Between two changes of ranks a triplet that is not kept may be at work."""
+        at_work: Tensor = self.E.detach()[:, 0] != 0
+        return self.kept | at_work
+
+    def rank_pattern(self) -> list[bool]:
+        """`left` as PEFT writes it, of the ranks at the very start."""
+        left = iter(self.left().tolist())
+        before = self.settings.kept.get(pattern_key(self.place), (True,) * self.settings.init_r)
+        return [was and next(left) for was in before]
+
+
+def pattern_key(name: str) -> str:
+    """A layer's key in PEFT's rank_pattern."""
+    return f"{name}.lora_E"
+
+
+def _misfits(settings: AdaloraSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+    found = []
+    if settings.target_r >= settings.init_r and not file:
+        what = f"target_r {settings.target_r} is not below init_r {settings.init_r}, so that no rank could move"
+        found.append(Misfit("target_r", what, "raise init_r (1.5 times target_r is usual), or use the method lora"))
+    for target in targets:
+        side = min(target.in_features, target.out_features)
+        if settings.init_r > side and not file:
+            what = f"rank {settings.init_r} is too large for '{target.name}'"
+            found.append(Misfit("init_r", what, f"use at most {side}"))
+            break
+    keys = {pattern_key(target.name) for target in targets}
+    key = "rank_pattern" if file else "kept"
+    for name, kept in settings.kept.items():
+        if name not in keys:
+            found.append(Misfit(key, f"'{name}' names no adapted layer", "its keys are MODULE.lora_E"))
+        elif len(kept) != settings.init_r:
+            found.append(Misfit(key, f"'{name}' has {len(kept)} entries, and init_r is {settings.init_r}", ""))
+    return found
+
+
+FIELDS: dict[str, tuple[str, Any]] = {
+    "init_r": ("init_r", 12),
+    "target_r": ("target_r", 8),
+    "lora_alpha": ("alpha", 8),
+    "lora_dropout": ("dropout", 0.0),
+    "tinit": ("tinit", 0),
+    "tfinal": ("tfinal", 0),
+    "deltaT": ("deltaT", 1),
+    "beta1": ("beta1", 0.85),
+    "beta2": ("beta2", 0.85),
+    "orth_reg_weight": ("orth_reg_weight", 0.5),
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+    "modules_to_save": ("modules_to_save", []),
+    "layers_to_transform": ("layers_to_transform", []),
+    "layers_pattern": ("layers_pattern", None),
+    "rank_pattern": ("kept", {}),
+}
+FIXED: dict[str, tuple[Any, ...]] = {
+    **LORA_FIXED,
+    "alpha_pattern": ({}, ANY),  # PEFT reads this and the next two of LoRA alone
+    "r": (8, ANY),
+    "use_rslora": (False, ANY),
+    "bias": ("none",),
+    "total_step": (None, ANY),  # what is written depends on the run: RankBudget
+}
+
+
+def _saved_modules(settings: AdaloraSettings) -> Sequence[str]:
+    return settings.modules_to_save
+
+
+METHOD = Method(
+    peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED),
+    layer=Adalora,
+    shared=RankBudget,
+    copies=_saved_modules,
+    misfits=_misfits,
+    run_misfits=run_misfits,
+)

@@ -1,0 +1,30 @@
+"""BitFit.  Comes in: every module of a base that owns a bias, quantized or not.  Next: attach.py, folder.py.
+
+PEFT has no such type: `peft_type: BITFIT` marks a folder that only tunekit reads. Its tensors have the base's own names
+after PEFT's prefix, so that the biases of any other tool are easily put beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from tunekit.adapters.base import Method
+from tunekit.adapters.blocks.chosen_modules import chosen_names
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.recipe.adapters.bitfit import BitfitSettings
+
+
+def places(modules: Mapping[str, nn.Module], settings: BitfitSettings) -> dict[str, tuple[str, ...]]:
+    """The bias of each chosen owner, trained as a float32 copy that is never decayed.
+
+    Source: Ben Zaken et al. 2022.
+    """
+    owners = [n for n, m in modules.items() if any(own == "bias" for own, _ in m.named_parameters(recurse=False))]
+    return dict.fromkeys(chosen_names(owners, settings.target_modules, "all-biases", "bias"), ("bias",))
+
+
+METHOD = Method(
+    peft=PeftSide("BITFIT", BitfitSettings, {"target_modules": ("target_modules", "all-biases")}), places=places
+)

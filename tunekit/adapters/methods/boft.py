@@ -1,0 +1,100 @@
+"""BOFT.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.blocks.rotations import cayley, rotate_blocks
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.errors import AdapterError
+from tunekit.model.quantized.weights import weight_of
+from tunekit.recipe.adapters.boft import BoftSettings
+from tunekit.records import Target
+
+
+class Boft(LayerAdapter):
+    """Butterfly rotation: y = s * (W R^T x) + bias, R = F_m ... F_1, each F_i a block rotation of shuffled inputs.
+
+    Shapes: x (..., I) -> y (..., O); Q (m, blocks, b, b), blocks * b = I, of which the skew-symmetric half counts; s
+    (O, 1).  F_i joins halves of blocks that lie 2^(i - 1) blocks apart, so that m factors reach b 2^(m - 1) inputs.
+    Starts as the identity: Q = 0, s = 1.    s does not decay.    Raises: AdapterError where blocks do not fit.
+    Source: Liu et al. 2024, eq. 4 and figure 3.
+    """
+
+    settings: BoftSettings
+    q: nn.Parameter
+    s: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: BoftSettings, target: Target) -> dict[str, Slot]:
+        inputs, factors = target.in_features, settings.butterfly_factors
+        size = settings.block_size or (inputs // settings.blocks if inputs % settings.blocks == 0 else 0)
+        reach = size * 2 ** (factors - 1)
+        if not reach or inputs % reach or (factors > 1 and size % 2):
+            what = f"'{target.name}' has {inputs} inputs, which do not split into these blocks"
+            how = f"the block size times 2^{factors - 1} must divide them" + (", and be even" if factors > 1 else "")
+            raise AdapterError(what, how, key="adapter.block_size" if settings.block_size else "adapter.blocks")
+        return {
+            "q": Slot("boft_R", (factors, inputs // size, size, size)),
+            "s": Slot("boft_s", (target.out_features, 1), decays=False),
+        }
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.zeros_(self.q)
+        nn.init.ones_(self.s)
+
+    def rotated(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """x R, or x R^T."""
+        factors, blocks, size, _ = self.q.shape
+        rotations = cayley((self.q - self.q.transpose(-1, -2)) / 2).to(x.dtype)  # (m, blocks, b, b)
+        for index in range(factors) if transposed else reversed(range(factors)):
+            order = butterfly(blocks * size, size, index).to(x.device)
+            rotation = rotations[index].transpose(-1, -2) if transposed else rotations[index]
+            x = rotate_blocks(x[..., order.argsort()], rotation)[..., order]
+        return x
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(self.rotated(x))  # (..., O)
+        weight = weight_of(self.base_layer)
+        bias = None if weight is None else weight.bias
+        plain = y if bias is None else y - bias.to(y.dtype)
+        return y + plain * (self.s[:, 0] - 1).to(y.dtype)  # exactly y where s = 1
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            moved = self.rotated(weight.to(self.q.device), transposed=True) * self.s
+        return moved.to(weight.device), bias
+
+
+def butterfly(inputs: int, size: int, index: int) -> Tensor:
+    """Where each input stands before the blocks of factor `index` (0-based) are cut: (I,) int64.
+
+    Runs of b 2^index inputs are cut into halves of blocks; those with even numbers come first, then the odd ones.
+    """
+    if index == 0 and size % 2:
+        return torch.arange(inputs)
+    halves = torch.arange(2 ** (index + 1))  # of one run, of which the first factor's has two
+    order = torch.cat([halves[::2], halves[1::2]])
+    run = torch.arange(size * 2**index).reshape(len(halves), size // 2)[order].flatten()
+    starts = torch.arange(0, inputs, len(run))
+    return (starts[:, None] + run).flatten()
+
+
+FIELDS: dict[str, tuple[str, Any]] = {
+    "boft_block_size": ("block_size", 4),
+    "boft_block_num": ("blocks", 0),
+    "boft_n_butterfly_factor": ("butterfly_factors", 1),
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+}
+FIXED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "boft_dropout": (0.0, ANY),  # of peft's training alone
+    "fan_in_fan_out": (False, True),  # the layer's own class decides
+    "init_weights": (True, False),
+}
+METHOD = Method(peft=PeftSide("BOFT", BoftSettings, FIELDS, FIXED), layer=Boft)

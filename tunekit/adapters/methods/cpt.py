@@ -1,0 +1,169 @@
+"""Context-aware prompt tuning.  Comes in: a decoder-only network.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.blocks.virtual_tokens import (
+    ABSENT,
+    BASE_FIELDS,
+    IN_FILES,
+    VirtualTokens,
+    embeddings_of,
+    is_encoder_decoder,
+    width_of,
+)
+from tunekit.adapters.folder.fields import ANY, PeftSide, shown
+from tunekit.contracts import Tokenizer
+from tunekit.errors import AdapterError, RecipeError
+from tunekit.recipe.adapters.cpt import SLOT, CptSettings
+
+TYPES = 4  # input template, input, output template, output; the next example's are 4 higher
+INPUT, OUTPUT = 2, 0  # of a type modulo 4
+SMALLEST = 1e-10  # PEFT's bound for what does not move
+HOW = "write adapter.examples as a list of {input: ..., output: ...}"
+PAPER_WIDTH = 2048  # for which the bounds are meant
+
+
+class Cpt(VirtualTokens):
+    """P = E + projected(delta), E the base's embeddings of the examples; |delta_i| <= epsilon_i.
+
+    Shapes: P, E, delta (P, D); epsilon (P,).    Starts away from the base, with the examples before each row.
+    The projection passes the gradient as it is; that of what may not move is 0.
+    Source: Blau et al. 2024, algorithm 1.
+    """
+
+    settings: CptSettings
+    delta: nn.Parameter
+    context: Tensor
+
+    @classmethod
+    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        shape = (cls.virtual_tokens(settings), width_of(net))
+        return {
+            "delta": Slot("delta_embedding.weight", shape, decays=False),
+            "context": Slot("embedding.weight", shape, kind="resume"),
+        }
+
+    @classmethod
+    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        return {"finished_vectors": Slot(IN_FILES, (cls.virtual_tokens(settings), width_of(net)))}
+
+    @classmethod
+    def virtual_tokens(cls, settings: Any) -> int:
+        if settings.token_ids is None:
+            raise AdapterError("the examples have not been made into tokens", "give token_ids", key="adapter.examples")
+        return len(settings.token_ids)
+
+    def attach(self, net: nn.Module) -> None:
+        super().attach(net)
+        if is_encoder_decoder(net):
+            raise RecipeError("cpt is for decoder-only models, as PEFT's is", "use prompt", key="adapter.method")
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.zeros_(self.delta)
+        self.context.copy_(embeddings_of(self.net, self.settings.token_ids or ()))
+
+    def bounds(self) -> Tensor:
+        """(P,) float32: how far each vector may move."""
+        scale = math.sqrt(width_of(self.net) / PAPER_WIDTH)
+        types = torch.tensor(self.settings.token_types)  # (P,)
+        within = types.remainder(TYPES)
+        bounds = torch.full(types.shape, self.settings.opt_projection_format_epsilon * scale)
+        bounds = torch.where(within == INPUT, self.settings.opt_projection_epsilon * scale, bounds)
+        return torch.where(within == OUTPUT, SMALLEST, bounds).clamp(min=SMALLEST).to(self.delta.device)
+
+    def _shrink(self) -> Tensor:
+        """(P, 1) without gradient: what each row of delta is multiplied with to lie within its bound."""
+        bounds = self.bounds()
+        return (bounds / torch.maximum(self.delta.detach().norm(dim=1), bounds))[:, None]
+
+    def vectors(self, tasks: Tensor | None) -> Tensor:
+        if self.finished:
+            return self.finished_state()
+        types = torch.tensor(self.settings.token_types, device=self.delta.device)
+        moves = (types.remainder(TYPES) != OUTPUT)[:, None]  # (P, 1)
+        delta = torch.where(moves, self.delta, self.delta.detach())
+        return self.context + delta + (delta * (self._shrink() - 1)).detach()
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Keep delta within its bounds, as PEFT does before each forward."""
+        with torch.no_grad():
+            self.delta.mul_(self._shrink())
+
+    def file_fields(self) -> dict[str, Any]:
+        ids, types = list(self.settings.token_ids or ()), list(self.settings.token_types or ())
+        mine = {"cpt_token_ids": ids, "cpt_tokens_type_mask": types, "cpt_mask": [1] * len(ids)}
+        return {**super().file_fields(), **mine, "num_virtual_tokens": len(ids), "num_transformer_submodules": 1}
+
+
+def with_context_ids(settings: CptSettings, tokenizer: Tokenizer) -> CptSettings:
+    """The settings with their examples as ids and types, piece by piece."""
+    if settings.token_ids is not None:
+        return settings
+    if not settings.examples:
+        raise RecipeError("cpt puts examples before each row, and none are written", HOW, key="adapter.examples")
+    pieces = [(tokenizer.encode(text), kind) for text, kind in _pieces(settings) if text]
+    ids = tuple(token for tokens, _ in pieces for token in tokens)
+    types = tuple(kind for tokens, kind in pieces for _ in tokens)
+    return settings.model_copy(update={"token_ids": ids, "token_types": types})
+
+
+def _pieces(settings: CptSettings) -> Iterator[tuple[str, int]]:
+    """Each text with its type."""
+    for number, example in enumerate(settings.examples):
+        first = TYPES * number + 1
+        for template, text, kind in (
+            (settings.input_template, example.input, first),
+            (settings.output_template, example.output, first + 2),
+        ):
+            before, _, after = template.partition(SLOT)
+            yield from ((before, kind), (text, kind + 1), (after, kind))
+
+
+class CptSide(PeftSide):
+    """PEFT's fields, of which num_virtual_tokens repeats a length."""
+
+    def read(self, config: Mapping[str, Any], file: str) -> Any:
+        """Our settings for PEFT's fields. Raises: AdapterError."""
+        settings = super().read(config, file)
+        count = config.get("num_virtual_tokens")
+        if settings.token_ids is None:
+            raise AdapterError("is missing", file=file, key="cpt_token_ids")
+        if count is not None and count != len(settings.token_ids):
+            what = f"is {shown(count)}, and cpt_token_ids are {len(settings.token_ids)}"
+            raise AdapterError(what, file=file, key="num_virtual_tokens")
+        return settings
+
+
+METHOD = Method(
+    peft=CptSide(
+        "CPT",
+        CptSettings,
+        {
+            "cpt_token_ids": ("token_ids", None),
+            "cpt_tokens_type_mask": ("token_types", None),
+            "opt_projection_epsilon": ("opt_projection_epsilon", 0.1),
+            "opt_projection_format_epsilon": ("opt_projection_format_epsilon", 0.1),
+        },
+        {
+            **BASE_FIELDS,
+            "num_transformer_submodules": (1,),
+            "num_virtual_tokens": (None, ANY),
+            "cpt_mask": (None, ANY),  # PEFT reads it nowhere
+            "opt_weighted_loss_type": ("none", ANY),  # of the training
+            "opt_loss_decay_factor": (1.0, ANY),
+            "tokenizer_name_or_path": (None, ANY),
+            "modules_to_save": (None, []),
+        },
+        absent=ABSENT,
+    ),
+    model=Cpt,
+    with_tokenizer=with_context_ids,
+)

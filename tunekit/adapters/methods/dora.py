@@ -1,0 +1,83 @@
+"""DoRA.  Comes in: a linear layer, a Conv1D or an embedding, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.methods.lora import Lora
+from tunekit.model.quantized.weights import weight_of
+from tunekit.recipe.adapters.dora import DoraSettings
+from tunekit.records import Target
+
+
+class Dora(Lora):
+    """Magnitude and direction: y = (m / n) (W + s B A) x + bias, n = |W + s B A| per output.
+
+    Shapes: as LoRA's; m (O,), n (O,), of an embedding (D,).    Starts as the identity: B = 0 and m = |W|.
+    n is taken in float32 from the matrix as it is stored, and is a constant to the gradient (section 4.3). Weight decay
+    never touches m. Dropout acts on the update's input alone.
+    Source: Liu et al. 2024, eq. 5 and 11.
+    """
+
+    magnitude: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
+        magnitude = Slot("lora_magnitude_vector", (target.out_features,), decays=False)
+        return {**super().slots(settings, target), "magnitude": magnitude}
+
+    def initialise(self, generator: torch.Generator) -> None:
+        super().initialise(generator)
+        self._set_magnitude()
+
+    def begin(self, generator: torch.Generator, evidence: Any = None) -> None:
+        super().begin(generator, evidence)
+        if evidence is not None:
+            self._set_magnitude()
+
+    def _set_magnitude(self) -> None:
+        """m = n: neither changes W + s B A at the start."""
+        weight = weight_of(self.base_layer)
+        assert weight is not None
+        if weight.device.type == "meta":  # the values are loaded afterwards
+            self.magnitude.data.fill_(1)
+        else:
+            self.magnitude.data.copy_(self._norm(weight.read().add_(self.delta().to(weight.device))))
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        """|weight| (O,) over inputs; of an embedding (V, D) over the vocabulary, as PEFT has it."""
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=0 if self.target.kind == "embedding" else 1)
+        return norm
+
+    def _scale(self) -> Tensor:
+        """m / n, (O,) float32; n carries no gradient."""
+        weight = weight_of(self.base_layer)
+        assert weight is not None
+        with torch.no_grad():
+            norm = self._norm(weight.read().add_(self.delta()))
+        return self.magnitude / norm
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y = self.base_output(x)  # (..., O)
+        scale, bias = self._scale(), self.used_bias()  # (O,)
+        unbiased = y if bias is None else y - bias.to(y.dtype)
+        return y + unbiased * (scale - 1).to(y.dtype) + self.update(x, y.dtype) * scale.to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        changed, bias = super().merged(weight, bias)
+        scale = self.magnitude.detach().to(weight.device) / self._norm(changed)
+        return changed * (scale if self.target.kind == "embedding" else scale[:, None]), bias
+
+
+METHOD = Method(
+    peft=PeftSide("LORA", DoraSettings, LORA_FIELDS, {**LORA_FIXED, "use_dora": (True,)}, claims={"use_dora": True}),
+    layer=Dora,
+    copies=saved_modules,
+    misfits=misfits,
+)

@@ -1,0 +1,98 @@
+"""GraLoRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.errors import AdapterError
+from tunekit.recipe.adapters.gralora import GraloraSettings
+from tunekit.records import Target
+
+
+class Gralora(LayerAdapter):
+    """Low-rank blocks: block (j, n) of the update is s B_jn A_jn, s = alpha / (r + hybrid_r), each of rank R / k.
+
+    Shapes: x (..., I) -> y (..., O); A (k, I / k, R): input block n, its numbers, (output block j, rank); B (k, R, O /
+    k): output block j, (input block n, rank), its numbers.  With hybrid_r also a plain LoRA, (H, I) and (O, H).
+    Starts as the identity: B = 0.    Raises: AdapterError where k does not divide.    Source: Jung et al. 2025, eq. 6.
+    """
+
+    settings: GraloraSettings
+    A: nn.Parameter
+    B: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: GraloraSettings, target: Target) -> dict[str, Slot]:
+        k, rank, inputs, outputs = settings.k, settings.r, target.in_features, target.out_features
+        if inputs % k or outputs % k or rank % k:
+            what = f"k {k} does not divide r {rank}, or '{target.name}' ({outputs} x {inputs})"
+            raise AdapterError(what, "choose a divisor of all three", key="adapter.k")
+        slots = {
+            "A": Slot("gralora_A", (k, inputs // k, rank)),
+            "B": Slot("gralora_B", (k, rank, outputs // k), rate="b"),
+        }
+        if settings.hybrid_r:
+            slots["plain_A"] = Slot("gralora_A_general.weight", (settings.hybrid_r, inputs))
+            slots["plain_B"] = Slot("gralora_B_general.weight", (outputs, settings.hybrid_r), rate="b")
+        return slots
+
+    def initialise(self, generator: Generator) -> None:
+        bound = 1 / math.sqrt(self.A.shape[1])  # what LoRA's start comes to for the inputs of one block
+        nn.init.uniform_(self.A, -bound, bound, generator=generator)
+        nn.init.zeros_(self.B)
+        if self.settings.hybrid_r:
+            nn.init.kaiming_uniform_(self.plain_A, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(self.plain_B)
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.settings.alpha / (self.settings.r + self.settings.hybrid_r)
+
+    def update(self, x: Tensor) -> Tensor:
+        """The update's output of inputs (..., I), without dropout and scale: (..., O)."""
+        k = self.settings.k
+        blocks = x.reshape(*x.shape[:-1], k, -1)  # (..., n, I / k)
+        low = torch.einsum("...ni,nir->...nr", blocks, self.A.to(x.dtype))
+        low = low.reshape(*x.shape[:-1], k, k, -1).transpose(-3, -2)  # (..., j, n, R / k)
+        low = low.reshape(*x.shape[:-1], k, -1)  # (..., j, R)
+        return torch.einsum("...jr,jro->...jo", low, self.B.to(x.dtype)).flatten(-2)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        y = y + self.update(F.dropout(x, self.settings.dropout, self.training)) * self.scaling
+        if not self.settings.hybrid_r:
+            return y
+        x = F.dropout(x, self.settings.dropout, self.training)
+        return y + F.linear(F.linear(x, self.plain_A.to(x.dtype)), self.plain_B.to(x.dtype)) * self.scaling
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            delta = self.update(torch.eye(weight.shape[1], device=self.A.device)).t()  # (O, I)
+            if self.settings.hybrid_r:
+                delta = delta + self.plain_B @ self.plain_A
+        return weight + (delta * self.scaling).to(weight.device), bias
+
+
+FIELDS: dict[str, tuple[str, Any]] = {
+    "r": ("r", 32),
+    "gralora_k": ("k", 2),
+    "hybrid_r": ("hybrid_r", 0),
+    "alpha": ("alpha", 64),
+    "gralora_dropout": ("dropout", 0.0),
+    "target_modules": ("target_modules", None),
+}
+FIXED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False, True),  # the layer's own class decides
+    "init_weights": (True, False),
+}
+ABSENT = frozenset({"exclude_modules"})
+METHOD = Method(peft=PeftSide("GRALORA", GraloraSettings, FIELDS, FIXED, absent=ABSENT), layer=Gralora)

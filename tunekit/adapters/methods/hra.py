@@ -1,0 +1,66 @@
+"""HRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.recipe.adapters.hra import HraSettings
+from tunekit.records import Target
+
+
+class Hra(LayerAdapter):
+    """Reflected inputs: y = W H_1 ... H_R x, H_i = 1 - 2 u_i u_i^T with unit vectors u_i.
+
+    The chain is 1 - U M^-1 U^T, M = 1/2 + strict upper triangle of U^T U (or, with orthogonal vectors, U^T U / 2), so
+    that x is met by two thin products instead of R reflections.
+    Shapes: x (..., I) -> y (..., O); U (I, R).    Starts: each vector twice, which is the base to rounding, but where R
+    is odd or the vectors are made orthogonal it is not.    Weight decay changes nothing but the size of U: it spares U.
+    Source: Yuan et al. 2024, eq. 4 and 7; the compact form is of Schreiber and Van Loan 1989.
+    """
+
+    starts_as_identity = False
+    settings: HraSettings
+    u: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: HraSettings, target: Target) -> dict[str, Slot]:
+        return {"u": Slot("hra_u", (target.in_features, target.r or settings.r), decays=False)}
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.kaiming_uniform_(self.u, a=math.sqrt(5), generator=generator)
+        if self.u.shape[1] % 2 == 0 and not self.settings.orthogonal:
+            self.u.data = self.u.data[:, ::2].repeat_interleave(2, 1)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """U with unit columns (I, R), and M^-1 U^T (R, I)."""
+        unit = self.u / self.u.norm(dim=0)
+        products = unit.t() @ unit  # (R, R)
+        half = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device) / 2
+        inner = products / 2 if self.settings.orthogonal else products.triu(1) + half
+        return unit, torch.linalg.solve(inner, unit.t())
+
+    def adapted(self, x: Tensor) -> Tensor:
+        unit, rest = (factor.to(x.dtype) for factor in self.factors())
+        y: Tensor = self.base_layer(x - F.linear(F.linear(x, rest), unit))
+        return y
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        unit, rest = (factor.detach().to(weight.device) for factor in self.factors())
+        return weight - (weight @ unit) @ rest, bias
+
+
+FIELDS: dict[str, tuple[str, Any]] = {
+    "r": ("r", 8),
+    "apply_GS": ("orthogonal", False),
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+}
+FIXED: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_weights": (True, False)}
+METHOD = Method(peft=PeftSide("HRA", HraSettings, FIELDS, FIXED), layer=Hra)

@@ -1,0 +1,86 @@
+"""IA3.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Misfit, Slot
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.folder.targets import entries_for
+from tunekit.adapters.patterns import Budget
+from tunekit.recipe.adapters.ia3 import Ia3Settings
+from tunekit.records import Target
+
+
+class Ia3(LayerAdapter):
+    """A scale of each output, y = l * (W x + b), or in the feed-forward block of each input, y = W (l * x) + b.
+
+    Shapes: x (..., I) -> y (..., O); l (O, 1), or (1, I).    Starts as the identity: l = 1.    The product is taken in
+    float32: a scale of 1.003 is 1 in bfloat16.    Source: Liu et al. 2022, section 3.3.
+    """
+
+    settings: Ia3Settings
+    scale: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: Ia3Settings, target: Target) -> dict[str, Slot]:
+        inputs = is_feedforward(settings.feedforward_modules, target.name)
+        return {"scale": Slot("ia3_l", (1, target.in_features) if inputs else (target.out_features, 1), decays=False)}
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.ones_(self.scale)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        if self.scale.shape[0] == 1:
+            x = (x * self.scale.flatten()).to(x.dtype)
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        y: Tensor = self.base_layer(x)  # (..., O)
+        return (y * self.scale.flatten()).to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = self.scale.detach().to(weight.device)
+        if bias is not None and scale.shape[0] != 1:
+            bias = bias.float() * scale.flatten()
+        return weight * scale, bias
+
+
+@lru_cache(maxsize=65536)
+def is_feedforward(entries: str | tuple[str, ...] | None, name: str) -> bool:
+    """Whether the layer's inputs are scaled, as PEFT decides: any ending of the name, or the whole by an expression."""
+    if isinstance(entries, str):
+        return Budget().pattern(entries).matches(name)
+    return name.endswith(entries or ())
+
+
+def _misfits(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+    """Every entry for the feed-forward block must be one of a layer; in a file, shapes tell."""
+    entries = settings.feedforward_modules
+    each: tuple[Any, ...] = (entries,) if isinstance(entries, str) else tuple((entry,) for entry in entries or ())
+    idle = [e for e in each if not any(is_feedforward(e, target.name) for target in targets)]
+    how = "name layers that target_modules also names"
+    shown = [entry if isinstance(entry, str) else entry[0] for entry in idle]
+    return (
+        [] if file else [Misfit("feedforward_modules", f"'{entry}' matches no adapted layer", how) for entry in shown]
+    )
+
+
+def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT wants entries of target_modules, where that is a list."""
+    inputs = {target.name for target in targets if is_feedforward(settings.feedforward_modules, target.name)}
+    return {"feedforward_modules": entries_for(inputs, [t.name for t in targets], config["target_modules"])}
+
+
+FIELDS = {
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+    "feedforward_modules": ("feedforward_modules", None),
+}
+FIXED = {"fan_in_fan_out": (False, True), "init_ia3_weights": (True, False)}
+ABSENT = frozenset({"layers_pattern", "layers_to_transform"})
+METHOD = Method(
+    peft=PeftSide("IA3", Ia3Settings, FIELDS, FIXED, absent=ABSENT, resolve=_resolve), layer=Ia3, misfits=_misfits
+)

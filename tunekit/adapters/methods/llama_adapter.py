@@ -1,0 +1,173 @@
+"""LLaMA-Adapter, PEFT's adaption prompt: the upper layers attend to trained tokens apart from all others.
+
+y_t = y0_t + W_o gate * softmax(q_t (W_k P)^T / sqrt(D)) (W_v P), P the layer's trained tokens, y0 the layer's own
+attention. Keys of P have no position; queries have theirs.    Shapes: P (1, N, hidden); gate (1,).
+Starts as the identity: gate = 0.    Source: Zhang et al. 2023, eq. 3 to 8, with PEFT's one gate for all heads.
+
+GPT-2's output is added without W_o, as PEFT adds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunekit.adapters.base import Method, ModelAdapter, Slot
+from tunekit.adapters.folder.fields import MODULES, PeftSide
+from tunekit.errors import AdapterError, ModelError, Problem, RecipeError
+from tunekit.model.attention.places import SelfAttention, parameters_of, self_attentions
+from tunekit.model.call import current_call
+from tunekit.model.families import text_config
+from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
+
+MODULE_NAMES = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # of the families that PEFT knows
+
+
+class FileLlamaAdapterSettings(LlamaAdapterSettings):
+    """The settings of a folder, and the name that it gives the attention modules."""
+
+    _target_modules: str | None = None
+
+
+class LlamaAdapter(ModelAdapter):
+    """Trained tokens and a gate for each of the upper layers."""
+
+    file_prefix = "base_model.model."
+
+    @classmethod
+    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        slots: dict[str, Slot] = {}
+        for place in _upper(settings, net):
+            shape = (1, settings.adapter_len, int(text_config(net).hidden_size))
+            slots[f"prompt_{place.layer}"] = Slot(f"{place.name}.adaption_prompt", shape)
+            slots[f"gate_{place.layer}"] = Slot(f"{place.name}.adaption_gate", (1,), decays=False)
+        return slots
+
+    def initialise(self, generator: torch.Generator) -> None:
+        for attribute in sorted(self.held, key=lambda name: -int(name.rpartition("_")[2])):  # the same from the top
+            if attribute.startswith("prompt"):
+                nn.init.normal_(getattr(self, attribute), generator=generator)
+            else:
+                nn.init.zeros_(getattr(self, attribute))
+
+    def attach(self, net: nn.Module) -> None:
+        self.module_name = MODULE_NAMES[text_config(net).model_type]
+        self.hooks: list[Any] = []
+        self._projected: dict[int, Tensor] = {}  # layer -> what its query projection gave, until its attention ends
+        for place in _upper(self.settings, net):
+            source: Any = place.module.c_attn if self.module_name == "attn" else place.module.q_proj
+            self.hooks.append(source.register_forward_hook(self._keeper(place.layer)))
+            self.hooks.append(place.module.register_forward_hook(self._adder(place), with_kwargs=True))
+
+    def detach(self, net: nn.Module) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _keeper(self, layer: int) -> Any:
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not current_call().bypassed:
+                self._projected[layer] = output
+
+        return keep
+
+    def _adder(self, place: SelfAttention) -> Any:
+        names = parameters_of(place.module)
+
+        def add(module: nn.Module, positional: Any, named: dict[str, Any], output: Any) -> Any:
+            if current_call().bypassed:
+                return None
+            named = dict(zip(names, positional, strict=False)) | named
+            return (output[0] + self._attended(place, named.get("position_embeddings")), *output[1:])
+
+        return add
+
+    def _attended(self, place: SelfAttention, rotation: Any) -> Tensor:
+        """(B, T, hidden) that the layer's trained tokens add."""
+        module: Any = place.module
+        projected = self._projected.pop(place.layer)
+        prompt = getattr(self, f"prompt_{place.layer}").to(projected.dtype)
+        if self.module_name == "attn":
+            query = projected.chunk(3, dim=-1)[0]
+            _, keys, values = module.c_attn(prompt).chunk(3, dim=-1)
+            self._projected.pop(place.layer)
+        else:
+            query, keys, values = projected, module.k_proj(prompt), module.v_proj(prompt)
+        query = _by_head(query, place.width)  # (B, heads, T, D)
+        if rotation is not None:
+            query = _rotated(query, *rotation)
+        groups = query.shape[1] // place.heads
+        keys, values = (
+            _by_head(part, place.width).repeat_interleave(groups, dim=1).expand(query.shape[0], -1, -1, -1)
+            for part in (keys, values)
+        )
+        seen = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+        added = seen * getattr(self, f"gate_{place.layer}").to(seen.dtype)
+        return added if self.module_name == "attn" else module.o_proj(added)  # type: ignore[no-any-return]
+
+    def file_fields(self) -> dict[str, Any]:
+        return {"target_modules": self.module_name, "adapter_layers": len(self.held) // 2}
+
+
+def _by_head(projected: Tensor, width: int) -> Tensor:
+    """(B, T, heads * D) -> (B, heads, T, D)."""
+    return projected.view(*projected.shape[:2], -1, width).transpose(1, 2)
+
+
+def _rotated(query: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The query (B, heads, T, D) at its positions, turned by cosine and sine (B, T, D)."""
+    first, second = query.chunk(2, dim=-1)
+    return query * cosine[:, None] + torch.cat([-second, first], dim=-1) * sine[:, None]
+
+
+def _upper(settings: Any, net: nn.Module) -> list[SelfAttention]:
+    """The attention of the chosen layers. Raises: ModelError, RecipeError or AdapterError by name."""
+    kind = text_config(net).model_type
+    if kind not in MODULE_NAMES:
+        what = f"{kind} has no LLaMA-Adapter: PEFT defines it for {', '.join(MODULE_NAMES)}"
+        raise ModelError(what, "choose another adapter.method, such as prefix or lora", key="adapter.method")
+    places, wanted = self_attentions(net), settings.adapter_layers
+    file = settings if isinstance(settings, FileLlamaAdapterSettings) else None
+    if wanted is not None and wanted > len(places):
+        what = f"{wanted} layers are asked for, and the base has {len(places)}"
+        error = AdapterError if file else RecipeError
+        raise error(what, "leave it out for all of them", key="adapter_layers" if file else "adapter.adapter_layers")
+    if file and file._target_modules not in (None, MODULE_NAMES[kind]):
+        what = f"names modules that are not {kind}'s attention ({MODULE_NAMES[kind]})"
+        raise AdapterError(what, "name the right base with --base", key="target_modules")
+    if getattr(getattr(places[0].module, "o_proj", None), "bias", None) is not None:
+        what = f"{kind}'s o_proj has a bias here, which PEFT's adaption prompt adds twice"
+        raise ModelError(what, "choose another adapter.method", key="adapter.method")
+    return places if wanted is None else places[-wanted:]
+
+
+class LlamaAdapterSide(PeftSide):
+    """PEFT's fields; the name of the attention modules is compared with the base later."""
+
+    def read(self, config: Mapping[str, Any], file: str) -> Any:
+        """Our settings for PEFT's fields. Raises: AdapterError."""
+        target = config.get("target_modules")
+        settings = super().read({name: value for name, value in config.items() if name != "target_modules"}, file)
+        missing = [name for name in ("adapter_len", "adapter_layers") if config.get(name) is None]
+        problems = [Problem("is missing", "", file, None, name) for name in missing]
+        if target is not None and target not in MODULE_NAMES.values():
+            problems.append(Problem("names no attention modules that PEFT knows", "", file, None, "target_modules"))
+        if problems:
+            raise AdapterError.of(problems)
+        found = FileLlamaAdapterSettings(**settings.model_dump())
+        found._target_modules = target
+        return found
+
+
+METHOD = Method(
+    peft=LlamaAdapterSide(
+        "ADAPTION_PROMPT",
+        LlamaAdapterSettings,
+        fields={"adapter_len": ("adapter_len", 100), "adapter_layers": ("adapter_layers", None)},
+        absent=frozenset(MODULES),
+    ),
+    model=LlamaAdapter,
+)

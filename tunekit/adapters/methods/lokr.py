@@ -1,0 +1,103 @@
+"""LoKr.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.recipe.adapters.lokr import LokrSettings
+from tunekit.records import Target
+
+
+class Lokr(LayerAdapter):
+    """Kronecker update: y = W x + (alpha / r) (C (x) D) x, O = L K, I = M N; C and D whole, or products of two factors.
+
+    Shapes: x (..., I) -> y (..., O); C (L, M) or (L, R) (R, M); D (K, N) or (K, R) (R, N).  (C (x) D) x is C X D^T for
+    x seen as X (M, N): the product itself is never made.
+    Starts as the identity: C, or its left factor, is 0.    Source: Yeh et al. 2024, eq. 6.
+    """
+
+    settings: LokrSettings
+
+    @classmethod
+    def slots(cls, settings: LokrSettings, target: Target) -> dict[str, Slot]:
+        rank = target.r or settings.r
+        rows, more_rows = divisors(target.out_features, settings.decompose_factor)  # L, K
+        columns, more_columns = divisors(target.in_features, settings.decompose_factor)  # M, N
+        slots = _slots("w1", rows, columns, rank if settings.decompose_both and rank < max(rows, columns) / 2 else 0)
+        large = max(more_rows, more_columns)
+        return slots | _slots("w2", more_rows, more_columns, rank if rank < large / 2 else 0)
+
+    def initialise(self, generator: Generator) -> None:
+        for attribute in self.held:
+            tensor = getattr(self, attribute)
+            if attribute in ("w1", "w1_a"):
+                nn.init.zeros_(tensor)
+            else:
+                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+
+    def matrix(self, name: str) -> Tensor:
+        """C (w1) or D (w2)."""
+        if name in self.held:
+            whole: Tensor = getattr(self, name)
+            return whole
+        product: Tensor = getattr(self, f"{name}_a") @ getattr(self, f"{name}_b")
+        return product
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r."""
+        alpha = self.settings.alpha if self.target.alpha is None else self.target.alpha
+        return alpha / (self.target.r or self.settings.r)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        c, d = self.matrix("w1").to(x.dtype), self.matrix("w2").to(x.dtype)
+        grid = x.reshape(*x.shape[:-1], c.shape[1], d.shape[1])  # (..., M, N)
+        return y + (c @ (grid @ d.t())).flatten(-2).mul(self.scaling)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        delta = torch.kron(self.matrix("w1").detach(), self.matrix("w2").detach()) * self.scaling  # (O, I)
+        return weight + delta.to(weight.device), bias
+
+
+def _slots(name: str, rows: int, columns: int, rank: int) -> dict[str, Slot]:
+    """A whole matrix, or its two factors."""
+    if not rank:
+        return {name: Slot(f"lokr_{name}", (rows, columns))}
+    left, right = Slot(f"lokr_{name}_a", (rows, rank)), Slot(f"lokr_{name}_b", (rank, columns))
+    return {f"{name}_a": left, f"{name}_b": right}
+
+
+def divisors(size: int, bound: int) -> tuple[int, int]:
+    """m <= n with m n = size: m is `bound` where that divides, else the largest divisor up to it and to sqrt(size)."""
+    if bound > 0 and size % bound == 0:
+        return bound, size // bound
+    highest = math.isqrt(size) if bound == -1 else min(bound, math.isqrt(size))
+    smaller = max(m for m in range(1, max(highest, 1) + 1) if size % m == 0)
+    return smaller, size // smaller
+
+
+FIELDS: dict[str, tuple[str, Any]] = {
+    "r": ("r", 8),
+    "alpha": ("alpha", 8),
+    "decompose_both": ("decompose_both", False),
+    "decompose_factor": ("decompose_factor", -1),
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+    "rank_pattern": ("rank_pattern", {}),
+    "alpha_pattern": ("alpha_pattern", {}),
+}
+FIXED: dict[str, tuple[Any, ...]] = {
+    "init_weights": (True, False, "lycoris"),
+    "module_dropout": (0.0, ANY),  # of peft's training alone, as the next two
+    "rank_dropout": (0.0, ANY),
+    "rank_dropout_scale": (False, True),
+    "use_effective_conv2d": (False, True),  # of convolutions, which are not adapted
+}
+METHOD = Method(peft=PeftSide("LOKR", LokrSettings, FIELDS, FIXED), layer=Lokr)

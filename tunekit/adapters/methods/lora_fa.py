@@ -1,0 +1,44 @@
+"""LoRA-FA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.blocks.expert_lora import ExpertLoraFa
+from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules, target_parameters
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.methods.lora import Lora
+from tunekit.recipe.adapters.lora_fa import LoraFaSettings
+from tunekit.records import Target
+
+
+class LoraFa(Lora):
+    """LoRA with A frozen as it was drawn: y = W x + s B A x, B alone is trained.
+
+    The backward pass keeps A x (..., R) and not x (..., I). An embedding's A starts as 0 and so could never leave it.
+    The folder is LoRA's: nothing in it depends on what was trained.
+    Source: Zhang et al. 2023, section 3.1.
+    """
+
+    kinds = frozenset({"linear", "conv1d"})
+    A: Tensor  # type: ignore[assignment]
+
+    @classmethod
+    def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
+        trained = super().slots(settings, target)
+        frozen = Slot(trained["A"].suffix, trained["A"].shape, kind="saved")
+        return {**trained, "A": frozen}
+
+
+METHOD = Method(
+    peft=PeftSide("LORA", LoraFaSettings, LORA_FIELDS, LORA_FIXED),
+    layer=LoraFa,
+    copies=saved_modules,
+    parameter=ExpertLoraFa,
+    parameters=target_parameters,
+    misfits=misfits,
+    read_as="lora",
+)

@@ -1,0 +1,103 @@
+"""MiSS.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.blocks.delta_product import delta_product
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.errors import AdapterError
+from tunekit.model.quantized.weights import weight_of
+from tunekit.recipe.adapters.miss import MissSettings
+from tunekit.records import Target
+
+
+class Miss(LayerAdapter):
+    """Shared shards: y = W x + S^T (sum over the blocks of x), x cut into blocks of R (the last one filled with zeros).
+
+    Shapes: x (..., I) -> y (..., O); S (R, O), of mini (R, mini_r) repeated, of bat (O / R, R, R).  bat cuts W into
+    blocks W_ij (R, R) and adds W_ij S_i + S_i to each.    Starts as the identity: S = 0.
+    Raises: AdapterError where a variant's blocks do not divide the matrix.    Source: Kang and Yin 2024, eq. 3 and 5.
+    """
+
+    settings: MissSettings
+    s: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: MissSettings, target: Target) -> dict[str, Slot]:
+        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
+        if settings.variant == "balance":
+            return {"s": Slot("miss_block", (rank, outputs))}
+        bat = settings.variant == "bat"
+        if (inputs % rank or outputs % rank) if bat else outputs % settings.mini_r:
+            key, size = ("r", rank) if bat else ("mini_r", settings.mini_r)
+            what = f"{key} {size} does not divide '{target.name}' ({outputs} x {inputs})"
+            raise AdapterError(what, "choose a divisor, or variant: balance", key=f"adapter.{key}")
+        shape = (outputs // rank, rank, rank) if bat else (rank, settings.mini_r)
+        return {"s": Slot("miss_block", shape)}
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.zeros_(self.s)
+
+    def shard(self) -> Tensor:
+        """S (R, O)."""
+        return self.s.repeat(1, self.target.out_features // self.s.shape[1])
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        if self.settings.variant == "bat":
+            return y + delta_product(x, self.bat, self.s)
+        x = F.dropout(x, self.settings.dropout, self.training)
+        x = F.pad(x, (0, -x.shape[-1] % self.s.shape[0]))
+        x = x.reshape(*x.shape[:-1], -1, self.s.shape[0]).sum(-2)  # (..., R)
+        return y + x @ self.shard().to(x.dtype)
+
+    def bat(self, s: Tensor) -> Tensor:
+        """The update (O, I) of this layer's own matrix."""
+        weight = weight_of(self.base_layer)
+        assert weight is not None
+        return _bat(weight.read(s.dtype), s)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        s = self.s.detach().to(weight.device)
+        if self.settings.variant == "bat":
+            return weight + _bat(weight, s), bias
+        shard = self.shard().detach().t().to(weight.device)  # (O, R)
+        return weight + shard.repeat(1, -(-weight.shape[1] // shard.shape[1]))[:, : weight.shape[1]], bias
+
+
+def _bat(weight: Tensor, s: Tensor) -> Tensor:
+    """W_ij S_i + S_i of every block, as one matrix (O, I)."""
+    rank = s.shape[-1]
+    blocks = weight.reshape(-1, rank, weight.shape[1] // rank, rank).transpose(1, 2)  # (O / R, I / R, R, R)
+    return (blocks @ s[:, None] + s[:, None]).transpose(1, 2).reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class MissSide(PeftSide):
+    """PEFT names the variant by init_weights, where the plain one is true (or false, which only starts elsewhere)."""
+
+    def write(self, settings: Any) -> dict[str, Any]:
+        written = super().write(settings)
+        return written | {"init_weights": True if settings.variant == "balance" else settings.variant}
+
+    def read(self, config: Mapping[str, Any], file: str) -> Any:
+        variant = config.get("init_weights", True)
+        return super().read({**config, "init_weights": "balance" if isinstance(variant, bool) else variant}, file)
+
+
+FIELDS: dict[str, tuple[str, Any]] = {
+    "r": ("r", 64),
+    "init_weights": ("variant", "balance"),
+    "mini_r": ("mini_r", 1),
+    "miss_dropout": ("dropout", 0.0),
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+}
+METHOD = Method(peft=MissSide("MISS", MissSettings, FIELDS, {"bias": ("none",)}), layer=Miss)

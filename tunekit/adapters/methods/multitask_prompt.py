@@ -1,0 +1,116 @@
+"""Multitask prompt tuning.  Comes in: any network with a token embedding.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.blocks.virtual_tokens import (
+    ABSENT,
+    BASE_FIELDS,
+    FIELDS,
+    IN_FILES,
+    START_FIELDS,
+    ClassifierCopy,
+    VirtualTokens,
+    copied_modules,
+    started,
+    total_vectors,
+    width_of,
+    with_text_ids,
+)
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.errors import AdapterError
+from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
+
+SPREAD = 0.02  # of the tasks' factors at the start, PEFT's
+
+
+class MultitaskPrompt(VirtualTokens):
+    """P_task = P * (C_task R_task), element by element.
+
+    Shapes: P (P, D); C (tasks, P, R); R (tasks, R, D).    A call may name each row's task as task_ids (B,); else all
+    are of settings.task.    In an encoder-decoder the second half of P stands before the decoder.
+    Source: Wang et al. 2023, eq. 1.
+    """
+
+    prompts_decoder = True
+
+    settings: MultitaskPromptSettings
+    prompt: nn.Parameter
+    columns: nn.Parameter
+    rows: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        vectors, width, tasks = total_vectors(settings, net), width_of(net), settings.num_tasks
+        return {
+            "prompt": Slot(IN_FILES, (vectors, width), decays=False),
+            "columns": Slot("prefix_task_cols", (tasks, vectors, settings.num_ranks), decays=False),
+            "rows": Slot("prefix_task_rows", (tasks, settings.num_ranks, width), decays=False),
+        }
+
+    @classmethod
+    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        return cls.slots(settings, net)
+
+    def initialise(self, generator: Generator) -> None:
+        self.prompt.data.copy_(started(self.net, self.settings, self.prompt.shape[0], generator))
+        nn.init.normal_(self.columns, std=SPREAD, generator=generator)
+        nn.init.normal_(self.rows, std=SPREAD, generator=generator)
+
+    def vectors(self, tasks: Tensor | None) -> Tensor:
+        if tasks is None:
+            return self.prompt * (self.columns[self.settings.task] @ self.rows[self.settings.task])
+        if bool(((tasks < 0) | (tasks >= self.settings.num_tasks)).any()):
+            raise AdapterError(f"a row is of a task that is not there: {self.settings.num_tasks} tasks have a matrix")
+        return self.prompt * torch.bmm(self.columns[tasks], self.rows[tasks])  # (B, P, D)
+
+    @classmethod
+    def may_differ(cls, settings: Any) -> frozenset[str]:
+        return frozenset() if settings.init_from_tasks == "all" else frozenset({"num_tasks"})
+
+    def taken_over(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """PEFT's EXACT_SOURCE_TASK (a number), AVERAGE_SOURCE_TASKS and ONLY_SOURCE_SHARED (none).
+
+        Raises: AdapterError where the folder has no such task.
+        """
+        chosen, factors = self.settings.init_from_tasks, ("prefix_task_cols", "prefix_task_rows")
+        if chosen == "all":
+            return tensors
+        if chosen == "none":
+            return {**tensors, **{name: self.state()[name].detach() for name in factors}}
+        if chosen == "average":
+            return {**tensors, **{name: tensors[name].mean(0, keepdim=True) for name in factors}}
+        there = len(tensors[factors[0]])
+        if chosen >= there:
+            what = f"the folder has {there} tasks, counted from 0, and none is number {chosen}"
+            raise AdapterError(what, "choose another", key="adapter.init_from_tasks")
+        return {**tensors, **{name: tensors[name][chosen : chosen + 1] for name in factors}}
+
+    def exported(self) -> dict[str, Tensor]:
+        """The factors as they are: a file serves all tasks."""
+        return self.state(("trained",))
+
+
+METHOD = Method(
+    peft=PeftSide(
+        "MULTITASK_PROMPT_TUNING",
+        MultitaskPromptSettings,
+        {**FIELDS, "num_ranks": ("num_ranks", 1), "num_tasks": ("num_tasks", 1)},
+        {
+            **BASE_FIELDS,
+            **START_FIELDS,
+            "prompt_tuning_init_state_dict_path": (None, ANY),  # a file of the machine that trained it: never followed
+            "prompt_tuning_init_task": (0, ANY),
+        },
+        absent=ABSENT,
+    ),
+    model=MultitaskPrompt,
+    copies=copied_modules,
+    copy=ClassifierCopy,
+    with_tokenizer=with_text_ids,
+)

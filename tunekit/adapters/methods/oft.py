@@ -1,0 +1,76 @@
+"""OFT.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.blocks.rotations import cayley, cayley_neumann, rotate_blocks, skew_of
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.recipe.adapters.oft import OftSettings
+from tunekit.records import Target
+
+
+class Oft(LayerAdapter):
+    """Rotated inputs: y = W R^T x, R block-diagonal, each block the Cayley transform of a skew-symmetric Q.
+
+    Shapes: x (..., I) -> y (..., O); upper triangles of Q (blocks, b (b - 1) / 2), blocks * b = I; one if shared.
+    Starts as the identity: Q = 0, R = I.    R is made in float32 and cast to x's dtype.  The matrix W is never read.
+    Source: Qiu et al. 2023, eq. 4; Qiu et al. 2025, eq. 5 (the series).
+    """
+
+    settings: OftSettings
+    q: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: OftSettings, target: Target) -> dict[str, Slot]:
+        size = block_size(settings, target.in_features)
+        blocks = 1 if settings.block_share else target.in_features // size
+        return {"q": Slot("oft_R.weight", (blocks, size * (size - 1) // 2))}
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.zeros_(self.q)
+
+    def rotation(self) -> Tensor:
+        """The blocks of R, (blocks or 1, b, b)."""
+        q = skew_of(self.q, block_size(self.settings, self.target.in_features))
+        if self.settings.use_cayley_neumann:
+            return cayley_neumann(q, self.settings.num_cayley_neumann_terms)
+        return cayley(q)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(rotate_blocks(x, self.rotation().to(x.dtype)))
+        return y
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        rotation = self.rotation().detach().to(weight.device)
+        return rotate_blocks(weight, rotation.transpose(-1, -2)), bias
+
+
+def block_size(settings: OftSettings, inputs: int) -> int:
+    """b: what the settings say, or the divisor of `inputs` nearest to it (the smaller of two), as peft takes it."""
+    wanted = min(settings.block_size or settings.blocks, inputs)
+    found = min((d for d in range(1, inputs + 1) if inputs % d == 0), key=lambda d: (abs(d - wanted), d))
+    return found if settings.block_size else inputs // found
+
+
+FIELDS: dict[str, tuple[str, Any]] = {
+    "r": ("blocks", 0),
+    "oft_block_size": ("block_size", 32),
+    "block_share": ("block_share", False),
+    "use_cayley_neumann": ("use_cayley_neumann", True),
+    "num_cayley_neumann_terms": ("num_cayley_neumann_terms", 5),
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+}
+FIXED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "coft": (False,),
+    "eps": (6e-5, ANY),  # of coft
+    "fan_in_fan_out": (False, True),  # the layer's own class decides
+    "init_weights": (True, False),
+    "module_dropout": (0.0, ANY),  # of peft's training alone
+}
+METHOD = Method(peft=PeftSide("OFT", OftSettings, FIELDS, FIXED), layer=Oft)

@@ -1,0 +1,136 @@
+"""P-tuning.  Comes in: any network with a token embedding.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.blocks.virtual_tokens import (
+    ABSENT,
+    BASE_FIELDS,
+    FIELDS,
+    IN_FILES,
+    ClassifierCopy,
+    VirtualTokens,
+    copied_modules,
+    total_vectors,
+    width_of,
+)
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.recipe.adapters.p_tuning import MLP_LAYERS, PTuningSettings
+
+GATES = 4  # of an LSTM's cell
+
+
+class PTuning(VirtualTokens):
+    """P = head(E), where the head is an MLP, or an MLP over a bidirectional LSTM that reads the rows of E in order.
+
+    Shapes: E (P, D) -> (P, D); hidden width H.    Folders hold P, which is all that is left there.
+    Source: Liu et al. 2021, eq. 3.
+    """
+
+    settings: PTuningSettings
+    table: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        width, table = width_of(net), total_vectors(settings, net)
+        hidden = settings.encoder_hidden_size or width
+        lstm = settings.encoder_reparameterization_type == "LSTM"
+        sizes = [2 * hidden, 2 * hidden, width] if lstm else [width, hidden, hidden, width]
+        shapes = {"table": ("embedding.weight", (table, width)), **(_lstm(settings, width, hidden) if lstm else {})}
+        for number, (inputs, outputs) in enumerate(pairwise(sizes)):
+            place = f"mlp_head.{2 * number}"  # ReLUs stand between
+            shapes[f"weight_{number}"] = (f"{place}.weight", (outputs, inputs))
+            shapes[f"bias_{number}"] = (f"{place}.bias", (outputs,))
+        return {
+            name: Slot(suffix, shape, decays=len(shape) > 1 and name != "table")
+            for name, (suffix, shape) in shapes.items()
+        }
+
+    def initialise(self, generator: Generator) -> None:
+        """As torch starts an Embedding, an LSTM and Linear layers."""
+        nn.init.normal_(self.table, generator=generator)
+        hidden = self.settings.encoder_hidden_size or width_of(self.net)
+        for name in self.held:
+            tensor, bound = getattr(self, name), hidden**-0.5
+            if name.startswith(("weight_", "bias_")):
+                bound = float(getattr(self, f"weight_{name.rpartition('_')[2]}").shape[1]) ** -0.5
+            if name != "table":
+                nn.init.uniform_(tensor, -bound, bound, generator=generator)
+
+    def vectors(self, tasks: Tensor | None) -> Tensor:
+        if self.finished:
+            return self.finished_state()
+        return self._encoded(self.settings.encoder_dropout if self.net.training else 0.0)
+
+    def _encoded(self, dropout: float) -> Tensor:
+        """(P, D)."""
+        rows: Tensor = self.table
+        recurrent = [getattr(self, name) for name in self.held if name.startswith("lstm_")]
+        if recurrent:
+            start = rows.new_zeros(2 * self.settings.encoder_num_layers, 1, recurrent[1].shape[1])
+            layers, drops = self.settings.encoder_num_layers, dropout > 0
+            rows = torch.lstm(rows[None], (start, start), recurrent, True, layers, dropout, drops, True, True)[0][
+                0
+            ]  # (P, 2 H)
+        last = max(int(name.rpartition("_")[2]) for name in self.held if name.startswith("weight_"))
+        for number in range(last + 1):
+            rows = F.linear(rows, getattr(self, f"weight_{number}"), getattr(self, f"bias_{number}"))
+            rows = rows if number == last else F.relu(rows)
+        return rows
+
+    def exported(self) -> dict[str, Tensor]:
+        """Without dropout, whatever mode the network is in."""
+        return {IN_FILES: self.finished_state() if self.finished else self._encoded(0.0).detach()}
+
+    def file_fields(self) -> dict[str, Any]:
+        settings = self.settings
+        hidden = settings.encoder_hidden_size or width_of(self.net)
+        names = ("encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout")
+        return {
+            **super().file_fields(),
+            **{name: getattr(settings, name) for name in names},
+            "encoder_hidden_size": hidden,
+        }
+
+
+def _lstm(settings: PTuningSettings, width: int, hidden: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """torch's names and shapes of a bidirectional LSTM, in the order in which it takes them."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for layer in range(settings.encoder_num_layers):
+        for direction, ending in enumerate(("", "_reverse")):
+            inputs = width if layer == 0 else 2 * hidden
+            for kind, shape in (
+                ("weight_ih", (GATES * hidden, inputs)),
+                ("weight_hh", (GATES * hidden, hidden)),
+                ("bias_ih", (GATES * hidden,)),
+                ("bias_hh", (GATES * hidden,)),
+            ):
+                shapes[f"lstm_{kind}_{layer}_{direction}"] = (f"lstm_head.{kind}_l{layer}{ending}", shape)
+    return shapes
+
+
+METHOD = Method(
+    peft=PeftSide(
+        "P_TUNING",
+        PTuningSettings,
+        FIELDS,
+        {
+            **BASE_FIELDS,
+            "encoder_reparameterization_type": ("MLP", ANY),
+            "encoder_hidden_size": (None, ANY),
+            "encoder_num_layers": (MLP_LAYERS, ANY),
+            "encoder_dropout": (0.0, ANY),
+        },
+        absent=ABSENT,
+    ),
+    model=PTuning,
+    copies=copied_modules,
+    copy=ClassifierCopy,
+)

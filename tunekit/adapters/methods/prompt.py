@@ -1,0 +1,61 @@
+"""Prompt tuning.  Comes in: any network with a token embedding.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.blocks.virtual_tokens import (
+    ABSENT,
+    BASE_FIELDS,
+    FIELDS,
+    IN_FILES,
+    START_FIELDS,
+    ClassifierCopy,
+    VirtualTokens,
+    copied_modules,
+    started,
+    total_vectors,
+    width_of,
+    with_text_ids,
+)
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.recipe.adapters.prompt import PromptSettings
+
+
+class Prompt(VirtualTokens):
+    """The vectors themselves are trained; of an encoder-decoder the encoder has them.
+
+    Shapes: (P, D).    Starts away from the base: something stands before each row.    Source: Lester et al. 2021.
+    """
+
+    settings: PromptSettings
+    prompt: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        return {"prompt": Slot(IN_FILES, (total_vectors(settings, net), width_of(net)), decays=False)}
+
+    @classmethod
+    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+        return cls.slots(settings, net)
+
+    def initialise(self, generator: Generator) -> None:
+        self.prompt.data.copy_(started(self.net, self.settings, self.prompt.shape[0], generator))
+
+    def vectors(self, tasks: Tensor | None) -> Tensor:
+        return self.prompt
+
+    def finished_state(self) -> Tensor:
+        return self.prompt.detach()
+
+
+METHOD = Method(
+    peft=PeftSide("PROMPT_TUNING", PromptSettings, FIELDS, {**BASE_FIELDS, **START_FIELDS}, absent=ABSENT),
+    model=Prompt,
+    copies=copied_modules,
+    copy=ClassifierCopy,
+    with_tokenizer=with_text_ids,
+)

@@ -1,0 +1,113 @@
+"""RandLoRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, SharedPart, Slot
+from tunekit.adapters.blocks.projections import kaiming_uniform, projection_slot, ternary
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.recipe.adapters.randlora import RandloraSettings
+from tunekit.records import Target
+
+
+class RandloraProjections(SharedPart):
+    """The frozen random A (R, 1, S) and B (L, N, R): S and L the smaller and the larger of the largest input and the
+    largest output, N matrices of rank R making S together. Both are scaled to a standard deviation of 1."""
+
+    settings: RandloraSettings
+    A: Tensor
+    B: Tensor
+
+    @classmethod
+    def slots(cls, settings: RandloraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
+        sides = max(t.in_features for t in targets), max(t.out_features for t in targets)
+        small, large, rank = min(sides), max(sides), settings.r
+        return {
+            "A": projection_slot(settings, "randlora_A", (rank, 1, small)),
+            "B": projection_slot(settings, "randlora_B", (large, -(-small // rank), rank)),
+        }
+
+    def initialise(self, generator: Generator) -> None:
+        generator = Generator("cpu").manual_seed(self.settings.projection_prng_key)
+        a, b = tuple(self.A.shape), tuple(self.B.shape)
+        if self.settings.sparse or self.settings.very_sparse:
+            sparsity = math.sqrt(a[2]) if self.settings.very_sparse else 3
+            values = ternary(a, generator, sparsity), ternary(b, generator, sparsity)
+        else:
+            first = kaiming_uniform(a, generator)
+            pieces = [kaiming_uniform((b[0], 1, b[2]), generator) for _ in range(b[1])]
+            values = first, torch.cat(pieces, dim=1)
+        for matrix, value in zip((self.A, self.B), values, strict=True):
+            matrix.copy_(value / value.std())
+
+
+class Randlora(LayerAdapter):
+    """Scaled sums of random updates: y = W x + (alpha / r) B (lambda * A * gamma) x, and transposed where O < I.
+
+    Shapes: x (..., I) -> y (..., O); s the smaller and l the larger of I and O; N = s / R rounded up; lambda (R, N);
+    gamma (N, s); lambda * A * gamma (R N, s); B (l, N R).    Starts as the identity: lambda = 0.
+    Source: Albert et al. 2025, eq. 4.
+    """
+
+    settings: RandloraSettings
+    shared: RandloraProjections
+    lambdas: nn.Parameter
+    gammas: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: RandloraSettings, target: Target) -> dict[str, Slot]:
+        small = min(target.in_features, target.out_features)
+        bases = -(-small // settings.r)
+        return {
+            "lambdas": Slot("randlora_lambda", (settings.r, bases), decays=False),
+            "gammas": Slot("randlora_gamma", (bases, small), decays=False),
+        }
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.zeros_(self.lambdas)
+        nn.init.constant_(self.gammas, 1 / max(self.gammas.shape))
+
+    def factors(self, lambdas: Tensor, gammas: Tensor) -> tuple[Tensor, Tensor]:
+        """What x meets first (N R, I), and second (O, N R), in the dtype of `lambdas`."""
+        bases, small = gammas.shape
+        large = max(self.target.in_features, self.target.out_features)
+        a, b = self.shared.A[:, :, :small].to(lambdas), self.shared.B[:large, :bases].to(lambdas)
+        scaled = (lambdas[:, :, None] * a * gammas).flatten(end_dim=1)  # (R N, s)
+        if small == self.target.in_features:
+            return scaled, b.flatten(start_dim=1)
+        return b.flatten(start_dim=1).t(), scaled.t()
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        first, second = self.factors(self.lambdas.to(x.dtype), self.gammas.to(x.dtype))
+        low = F.linear(F.dropout(x, self.settings.dropout, self.training), first)  # (..., N R)
+        return y + F.linear(low, second) * (self.settings.alpha / self.settings.r)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        first, second = self.factors(self.lambdas.detach(), self.gammas.detach())
+        return weight + (second @ first * (self.settings.alpha / self.settings.r)).to(weight.device), bias
+
+
+FIELDS = {
+    "r": ("r", 32),
+    "randlora_alpha": ("alpha", 640),
+    "target_modules": ("target_modules", None),
+    "projection_prng_key": ("projection_prng_key", 0),
+    "save_projection": ("save_projection", True),
+    "randlora_dropout": ("dropout", 0.0),
+    "sparse": ("sparse", False),
+    "very_sparse": ("very_sparse", False),
+}
+FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "init_weights": (True, ANY)}
+METHOD = Method(
+    peft=PeftSide("RANDLORA", RandloraSettings, FIELDS, FIXED, absent=frozenset({"exclude_modules"})),
+    layer=Randlora,
+    shared=RandloraProjections,
+    repeats_shared=True,
+)

@@ -1,0 +1,85 @@
+"""RoAd.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Misfit, Slot
+from tunekit.adapters.blocks.divisors import undivided
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.recipe.adapters.road import RoadSettings
+from tunekit.records import Target
+
+NUMBERS_PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # of angles, and as many scales
+
+
+class Road(LayerAdapter):
+    """Rotated and scaled pairs of outputs: y = R (W x + b), R (p, q) = a (cos(t) p - sin(t) q, sin(t) p + cos(t) q).
+
+    p is an output of the first half of a group, q its partner in the second. road_1: one a and t per pair; road_2: one
+    for each of the two results; road_4: one for each of the four terms.
+    Shapes: x (..., I) -> y (..., O).    Starts as the identity: t = 0, a = 1.    Taken in float32, as IA3's scale is.
+    Source: Liao and Monz 2024, eq. 3 and 4.
+    """
+
+    settings: RoadSettings
+    theta: nn.Parameter
+    alpha: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: RoadSettings, target: Target) -> dict[str, Slot]:
+        size = target.out_features // 2 * NUMBERS_PER_PAIR[settings.variant]
+        return {"theta": Slot("road_theta", (size,), decays=False), "alpha": Slot("road_alpha", (size,), decays=False)}
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.zeros_(self.theta)
+        nn.init.ones_(self.alpha)
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """The factors (O,) of an output itself, and of its partner."""
+        half = self.settings.group_size // 2
+        theta: Tensor = self.theta
+        alpha: Tensor = self.alpha
+        if self.settings.variant == "road_4":
+            theta, alpha = theta.reshape(-1, 2, 2 * half), alpha.reshape(-1, 2, 2 * half)
+            return (alpha[:, 0] * theta[:, 0].cos()).flatten(), (alpha[:, 1] * theta[:, 1].sin()).flatten()
+        if self.settings.variant == "road_1":  # the same for both halves of a group
+            theta, alpha = (t.reshape(-1, 1, half).expand(-1, 2, -1).flatten() for t in (theta, alpha))
+        return alpha * theta.cos(), alpha * theta.sin()
+
+    def rotated(self, y: Tensor) -> Tensor:
+        """R y over the last dimension, in y's dtype."""
+        own, partner = self.columns()
+        halves = y.reshape(*y.shape[:-1], -1, 2, self.settings.group_size // 2)
+        swapped = torch.stack((-halves[..., 1, :], halves[..., 0, :]), dim=-2).reshape(y.shape)
+        return (y * own + swapped * partner).to(y.dtype)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        return self.rotated(self.base_layer(x))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            turned = self.rotated(weight.to(self.theta.device).t()).t().contiguous().to(weight.device)
+            return turned, None if bias is None else self.rotated(bias.float().to(self.theta.device)).to(weight.device)
+
+
+def _misfits(settings: RoadSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+    if settings.group_size % 2:
+        return [Misfit("group_size", f"{settings.group_size} is odd", "write an even number")]
+    return undivided("group_size", settings.group_size, targets, inputs=False)
+
+
+FIELDS = {
+    "variant": ("variant", "road_1"),
+    "group_size": ("group_size", 64),
+    "target_modules": ("target_modules", None),
+}
+ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
+METHOD = Method(
+    peft=PeftSide("ROAD", RoadSettings, FIELDS, {"init_weights": (True, ANY)}, absent=ABSENT),
+    layer=Road,
+    misfits=_misfits,
+)

@@ -1,0 +1,75 @@
+"""SHiRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.blocks.delta_product import delta_product
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.errors import AdapterError
+from tunekit.recipe.adapters.shira import ShiraSettings
+from tunekit.records import Target
+
+
+class Shira(LayerAdapter):
+    """Sparse update: y = W x + S x, S zero but at N fixed places.
+
+    Shapes: x (..., I) -> y (..., O); values (N,), places (2, N) int32: rows and columns; N = R (I + O).
+    Starts as the identity: values = 0; the places are drawn without repetition, row by row.
+    Raises: AdapterError where N exceeds the matrix, or a place lies outside it.    Source: Bhardwaj et al. 2024.
+    """
+
+    settings: ShiraSettings
+    values: nn.Parameter
+    places: Tensor
+
+    @classmethod
+    def slots(cls, settings: ShiraSettings, target: Target) -> dict[str, Slot]:
+        inputs, outputs = target.in_features, target.out_features
+        count = (target.r or settings.r) * (inputs + outputs)
+        if count > inputs * outputs:
+            what = f"r {settings.r} asks for {count} of the {inputs * outputs} numbers of '{target.name}'"
+            most = inputs * outputs // (inputs + outputs)
+            raise AdapterError(what, f"use at most {most}", key="adapter.r")
+        places = Slot("shira_indices", (2, count), kind="saved", dtype=torch.int32)
+        return {"values": Slot("shira_weight", (count,)), "places": places}
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.zeros_(self.values)
+        size = self.target.out_features * self.target.in_features
+        chosen = torch.randperm(size, generator=generator)[: len(self.values)].sort().values
+        self.places.copy_(torch.stack([chosen // self.target.in_features, chosen % self.target.in_features]))
+
+    def check_state(self) -> None:
+        highest = torch.tensor([[self.target.out_features], [self.target.in_features]], device=self.places.device)
+        if bool(((self.places < 0) | (self.places >= highest)).any()):
+            raise AdapterError(f"'{self.place}.shira_indices' names places outside of the matrix")
+
+    def delta(self, values: Tensor) -> Tensor:
+        """S (O, I)."""
+        rows, columns = self.places.long()
+        flat = values.new_zeros(self.target.out_features * self.target.in_features)
+        flat = flat.index_put((rows * self.target.in_features + columns,), values, accumulate=True)
+        return flat.reshape(self.target.out_features, self.target.in_features)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        return y + delta_product(x, self.delta, self.values)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta(self.values.detach()).to(weight.device), bias
+
+
+FIELDS: dict[str, tuple[str, Any]] = {"r": ("r", 32), "target_modules": ("target_modules", None)}
+FIXED: dict[str, tuple[Any, ...]] = {
+    "fan_in_fan_out": (False, True),  # the layer's own class decides
+    "init_weights": (True, False),
+    "mask_type": ("random", ANY),  # how the places were found: they are in the file, as for the next one
+    "random_seed": (None, ANY),
+}
+ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
+METHOD = Method(peft=PeftSide("SHIRA", ShiraSettings, FIELDS, FIXED, absent=ABSENT), layer=Shira)

@@ -1,0 +1,102 @@
+"""VB-LoRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, Misfit, SharedPart, Slot
+from tunekit.adapters.blocks.divisors import undivided
+from tunekit.adapters.folder.fields import PeftSide
+from tunekit.recipe.adapters.vblora import VbloraSettings
+from tunekit.records import Target
+
+
+class VectorBank(SharedPart):
+    """The trained vectors (H, L) of which every layer's factors are made."""
+
+    settings: VbloraSettings
+    vectors: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: VbloraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
+        return {"vectors": Slot("vblora_vector_bank", (settings.num_vectors, settings.vector_length))}
+
+    def initialise(self, generator: Generator) -> None:
+        bound = self.settings.init_vector_bank_bound
+        nn.init.uniform_(self.vectors, -bound, bound, generator=generator)
+
+
+class Vblora(LayerAdapter):
+    """Low-rank update from a vector bank: y = W x + B A x, each piece of A and B a mixture of k vectors of the bank.
+
+    Shapes: x (..., I) -> y (..., O); logits of A (R, I / L, H), of B (O / L, R, H); A (R, I); B (O, R).
+    Does not start as the identity: with A or B at zero the bank and the logits of the other would have no gradient.
+    Source: Li et al. 2024, eq. 4 and 5.
+    """
+
+    starts_as_identity = False
+    settings: VbloraSettings
+    shared: VectorBank
+    logits_a: nn.Parameter
+    logits_b: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: VbloraSettings, target: Target) -> dict[str, Slot]:
+        length, bank = settings.vector_length, settings.num_vectors
+        return {
+            "logits_a": Slot("vblora_logits_A", (settings.r, target.in_features // length, bank), decays=False),
+            "logits_b": Slot("vblora_logits_B", (target.out_features // length, settings.r, bank), decays=False),
+        }
+
+    def initialise(self, generator: Generator) -> None:
+        for logits in (self.logits_a, self.logits_b):
+            nn.init.normal_(logits, 0, self.settings.init_logits_std, generator=generator)
+
+    def mixed(self, logits: Tensor) -> Tensor:
+        """Mixtures (..., L) of the k vectors with the largest of `logits` (..., H)."""
+        largest, indices = logits.topk(self.settings.topk, dim=-1)
+        vectors = self.shared.vectors.to(logits.device)[indices]  # (..., k, L)
+        return (F.softmax(largest, dim=-1).unsqueeze(-1) * vectors).sum(-2)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R), float32."""
+        rank = self.settings.r
+        a = self.mixed(self.logits_a).reshape(rank, -1)
+        return a, self.mixed(self.logits_b).transpose(1, 2).reshape(-1, rank)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        a, b = self.factors()
+        low = F.linear(F.dropout(x, self.settings.dropout, self.training), a.to(x.dtype))  # (..., R)
+        return y + F.linear(low, b.to(x.dtype))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        a, b = self.factors()
+        return weight + (b @ a).detach().to(weight.device), bias
+
+
+def _misfits(settings: VbloraSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+    found = undivided("vector_length", settings.vector_length, targets, inputs=True)
+    if settings.topk > settings.num_vectors:
+        found.append(Misfit("topk", f"{settings.topk} is more than the bank's {settings.num_vectors} vectors", ""))
+    return found
+
+
+FIELDS = {
+    "r": ("r", 4),
+    "num_vectors": ("num_vectors", 256),
+    "vector_length": ("vector_length", 256),
+    "topk": ("topk", 2),
+    "target_modules": ("target_modules", None),
+    "exclude_modules": ("exclude_modules", None),
+    "vblora_dropout": ("dropout", 0.0),
+    "init_vector_bank_bound": ("init_vector_bank_bound", 0.02),
+    "init_logits_std": ("init_logits_std", 0.1),
+}
+FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "save_only_topk_weights": (False,)}
+METHOD = Method(
+    peft=PeftSide("VBLORA", VbloraSettings, FIELDS, FIXED), layer=Vblora, shared=VectorBank, misfits=_misfits
+)

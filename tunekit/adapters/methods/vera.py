@@ -1,0 +1,91 @@
+"""VeRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from tunekit.adapters.base import LayerAdapter, Method, SharedPart, Slot
+from tunekit.adapters.blocks.projections import kaiming_uniform, projection_slot
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.recipe.adapters.vera import VeraSettings
+from tunekit.records import Target
+
+
+class VeraProjections(SharedPart):
+    """The frozen random A (R, largest I) and B (largest O, R); a layer uses the part that fits it."""
+
+    settings: VeraSettings
+    A: Tensor
+    B: Tensor
+
+    @classmethod
+    def slots(cls, settings: VeraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
+        inputs, outputs = max(t.in_features for t in targets), max(t.out_features for t in targets)
+        return {
+            "A": projection_slot(settings, "vera_A", (settings.r, inputs)),
+            "B": projection_slot(settings, "vera_B", (outputs, settings.r)),
+        }
+
+    def initialise(self, generator: Generator) -> None:
+        generator = Generator("cpu").manual_seed(self.settings.projection_prng_key)
+        for matrix in (self.A, self.B):
+            matrix.copy_(kaiming_uniform(tuple(matrix.shape), generator))
+
+
+class Vera(LayerAdapter):
+    """Scales of one random update: y = W x + b * (B (d * (A x))).
+
+    Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R); d (R,); b (O,).    Starts as the identity: b = 0.
+    Source: Kopiczko et al. 2024, eq. 2.
+    """
+
+    settings: VeraSettings
+    shared: VeraProjections
+    d: nn.Parameter
+    b: nn.Parameter
+
+    @classmethod
+    def slots(cls, settings: VeraSettings, target: Target) -> dict[str, Slot]:
+        return {
+            "d": Slot("vera_lambda_d", (settings.r,), decays=False),
+            "b": Slot("vera_lambda_b", (target.out_features,), decays=False),
+        }
+
+    def initialise(self, generator: Generator) -> None:
+        nn.init.constant_(self.d, self.settings.d_initial)
+        nn.init.zeros_(self.b)
+
+    def matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R) on the device and in the dtype of `like`."""
+        a, b = self.shared.A[:, : self.target.in_features], self.shared.B[: self.target.out_features]
+        return a.to(like), b.to(like)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)  # (..., O)
+        a, b = self.matrices(x)
+        low = F.linear(F.dropout(x, self.settings.dropout, self.training), a) * self.d.to(x.dtype)  # (..., R)
+        return y + F.linear(low, b) * self.b.to(x.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        a, b = self.matrices(self.b.detach())
+        delta = (self.b.detach()[:, None] * b) @ (self.d.detach()[:, None] * a)  # (O, I)
+        return weight + delta.to(weight.device), bias
+
+
+FIELDS = {
+    "r": ("r", 256),
+    "target_modules": ("target_modules", None),
+    "projection_prng_key": ("projection_prng_key", 0),
+    "save_projection": ("save_projection", True),
+    "vera_dropout": ("dropout", 0.0),
+    "d_initial": ("d_initial", 0.1),
+}
+FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "init_weights": (True, ANY)}
+METHOD = Method(
+    peft=PeftSide("VERA", VeraSettings, FIELDS, FIXED, absent=frozenset({"exclude_modules"})),
+    layer=Vera,
+    shared=VeraProjections,
+)

@@ -1,0 +1,203 @@
+"""Several adapters of one base made into one: the names and, to the digit, the sums of PEFT's add_weighted_adapter.
+
+Comes in: LoRA folders (or folders of a method whose update is linear in its tensors), weights.  Goes out: updates to
+write, and how far they are from the weighted sum of the adapters' updates.  Next: loose_writing.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor
+
+from tunekit.arithmetic.loose_lora import BASE_COPY, TOKEN_ROWS, LooseLora
+from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
+from tunekit.arithmetic.pruning import PRUNING, SIGNS, weighted
+from tunekit.errors import AdapterError, InputError
+from tunekit.model.call import seed_for
+
+OF_MATRICES = tuple(f"{kind}_svd" for kind in PRUNING)  # the sum is taken of s B A, and cut to a rank
+KINDS = ("linear", "cat", "svd", *PRUNING, *OF_MATRICES)  # linear and PRUNING: of A and of B, each by itself
+MAY_ADD_COPIES = ("linear", "cat", "svd")  # sums in which a trained copy has a meaning without the base
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How to combine. `rank`: of the svd kinds; None: the largest of the adapters'. `seed`: of the random choices."""
+
+    kind: str
+    weights: tuple[float, ...]
+    density: float | None = None
+    rank: int | None = None
+    majority_sign: str = "total"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The new updates and other tensors. `distance`: |new - sum of w D| / |sum of w D| over all layers; `worst`: the
+    layer that is furthest off, and by how much."""
+
+    updates: dict[str, LowRank]
+    rest: dict[str, Tensor]
+    distance: float
+    worst: tuple[str, float]
+
+
+def check_mixture(mixture: Mixture, count: int) -> None:
+    """Refuse what cannot be meant. Raises: InputError naming the option."""
+    if mixture.kind not in KINDS:
+        raise InputError(f"'{mixture.kind}' is no way to combine", f"choose {', '.join(KINDS)}", key="--method")
+    if count < 2:
+        raise InputError("one adapter cannot be combined", "name two or more")
+    if len(mixture.weights) != count:
+        what = f"{len(mixture.weights)} weights for {count} adapters"
+        raise InputError(what, "give each adapter one, such as 0.7,0.3", key="--weights")
+    if not all(math.isfinite(weight) and weight != 0 for weight in mixture.weights):
+        raise InputError("a weight must be a number other than 0", "leave an adapter out instead", key="--weights")
+    if mixture.majority_sign not in SIGNS:
+        raise InputError(
+            f"'{mixture.majority_sign}' is no majority", "choose total or frequency", key="--majority-sign"
+        )
+    prunes = mixture.kind.removesuffix("_svd") in PRUNING
+    if prunes and (mixture.density is None or not 0 < mixture.density <= 1):
+        raise InputError(f"{mixture.kind} needs a density above 0 and up to 1", "such as 0.5", key="--density")
+    if not prunes and mixture.density is not None:
+        raise InputError(f"a density says nothing to {mixture.kind}", "leave it out", key="--density")
+    if mixture.rank is not None and not mixture.kind.endswith("svd"):
+        raise InputError(f"the rank of {mixture.kind} follows from the adapters'", "leave it out", key="--rank")
+    if mixture.rank is not None and mixture.rank < 1:
+        raise InputError("the rank must be at least 1", key="--rank")
+
+
+def combine(adapters: Sequence[LooseLora], mixture: Mixture) -> Combined:
+    """Make one adapter of several.
+
+    A layer that only some of them adapt is the sum of those alone.
+    Raises: AdapterError where ranks, shapes or other tensors do not go together.
+    """
+    check_mixture(mixture, len(adapters))
+    mixture = replace(mixture, rank=mixture.rank or max(update.rank for a in adapters for update in a.updates.values()))
+    names = sorted({name for adapter in adapters for name in adapter.updates})
+    updates: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    norms: dict[str, float] = {}
+    for name in names:
+        members = [index for index, adapter in enumerate(adapters) if name in adapter.updates]
+        own = [adapters[index].updates[name] for index in members]
+        _refuse_other_shapes(name, own, [adapters[index] for index in members])
+        exact = weighted_sum(own, [mixture.weights[index] for index in members])
+        updates[name] = _combine_layer(name, own, members, exact, mixture)
+        errors[name] = weighted_sum([updates[name], exact], [1.0, -1.0]).norm()
+        norms[name] = exact.norm()
+    if mixture.kind == "cat" and not any(adapter.config.settings.rank_pattern for adapter in adapters):
+        most = max(update.rank for update in updates.values())
+        updates = {name: update.padded(most) for name, update in updates.items()}
+    relative = {name: errors[name] / norms[name] if norms[name] else 0.0 for name in names}
+    worst = max(names, key=lambda name: relative[name])
+    distance = math.hypot(*errors.values()) / (math.hypot(*norms.values()) or 1.0)
+    return Combined(updates, _combine_rest(adapters, mixture), distance, (worst, relative[worst]))
+
+
+def _refuse_other_shapes(name: str, updates: Sequence[LowRank], adapters: Sequence[LooseLora]) -> None:
+    for update, adapter in zip(updates, adapters, strict=True):
+        if (update.shape, update.embedding) != (updates[0].shape, updates[0].embedding):
+            what = f"'{name}' is {list(update.shape)} there and {list(updates[0].shape)} in {adapters[0].name}"
+            raise AdapterError(what, "only adapters of one base go together", file=adapter.name)
+
+
+def _combine_layer(
+    name: str, updates: Sequence[LowRank], members: Sequence[int], exact: LowRank, mixture: Mixture
+) -> LowRank:
+    """One layer's new update."""
+    if mixture.kind == "cat":
+        return exact
+    rank = mixture.rank or 1
+    if mixture.kind == "svd":
+        return reduce_rank(exact, min(rank, exact.rank))
+    weights = [mixture.weights[index] for index in members]
+    if mixture.kind in OF_MATRICES:
+        matrices = [update.dense() for update in updates]
+        generators = [_generator(mixture, name, "", index) for index in members]
+        matrix = _weighted(mixture, matrices, weights, generators)
+        return decompose(matrix, rank, embedding=updates[0].embedding)
+    ranks = sorted({update.rank for update in updates})
+    if len(ranks) > 1:
+        how = "use cat or svd (or, to prune, a method that ends in _svd)"
+        what = f"{mixture.kind} adds factors of one rank, and '{name}' has the ranks {', '.join(map(str, ranks))}"
+        raise AdapterError(what, how, key="--method")
+    return _factor_wise(name, updates, weights, members, mixture)
+
+
+def _factor_wise(
+    name: str, updates: Sequence[LowRank], weights: Sequence[float], members: Sequence[int], mixture: Mixture
+) -> LowRank:
+    """A from all A and B from all B: either takes the root of w s, A the sign as well."""
+    scales = [weight * update.scaling for weight, update in zip(weights, updates, strict=True)]
+    roots = [math.sqrt(abs(scale)) for scale in scales]
+    signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
+    generators = {factor: [_generator(mixture, name, factor, index) for index in members] for factor in "AB"}
+    a = _weighted(mixture, [update.a for update in updates], signed, generators["A"])
+    b = _weighted(mixture, [update.b for update in updates], roots, generators["B"])
+    return LowRank(a, b, 1.0, updates[0].embedding)
+
+
+def _weighted(
+    mixture: Mixture, tensors: Sequence[Tensor], weights: Sequence[float], generators: Sequence[Generator]
+) -> Tensor:
+    return weighted(
+        mixture.kind.removesuffix("_svd"),
+        tensors,
+        weights,
+        density=1.0 if mixture.density is None else mixture.density,
+        majority_sign=mixture.majority_sign,
+        generators=generators,
+    )
+
+
+def _generator(mixture: Mixture, name: str, factor: str, index: int) -> Generator:
+    """The random choices of one tensor depend on nothing but the seed, its name, and which adapter it is of."""
+    return torch.Generator().manual_seed(seed_for("combine", mixture.seed, name, factor, index))
+
+
+def _combine_rest(adapters: Sequence[LooseLora], mixture: Mixture) -> dict[str, Tensor]:
+    """Trained copies and biases. A tensor that is the same in all stays; others need weights that sum to 1.
+
+    A copy is the base's tensor and a change of it: only with such weights is the sum of copies the base's tensor and
+    the sum of the changes. A copy of the base's own embedding must be the same wherever there is one.
+    """
+    keys = sorted({key for adapter in adapters for key in adapter.rest})
+    return {key: _combine_copies(key, adapters, mixture) for key in keys}
+
+
+def _combine_copies(key: str, adapters: Sequence[LooseLora], mixture: Mixture) -> Tensor:
+    found: Mapping[str, Tensor] = {a.name: a.rest[key] for a in adapters if key in a.rest}
+    tensors = list(found.values())
+    rows = not key.endswith(TOKEN_ROWS) or all(_tokens(adapter) == _tokens(adapters[0]) for adapter in adapters)
+    same = rows and all(tensor.shape == tensors[0].shape and torch.equal(tensor, tensors[0]) for tensor in tensors)
+    if same and (len(tensors) == len(adapters) or key.endswith(BASE_COPY)):
+        return tensors[0]
+    problem = None
+    if key.endswith(BASE_COPY):
+        problem = "is the base's own weight, and they differ in it"
+    elif len(tensors) != len(adapters):
+        problem = f"is trained whole, but only by {len(tensors)} of the {len(adapters)} adapters"
+    elif any(tensor.shape != tensors[0].shape for tensor in tensors):
+        problem = "has several shapes"
+    elif not rows:
+        problem = "holds the rows of other tokens in each"
+    elif mixture.kind not in MAY_ADD_COPIES:
+        problem = f"is trained whole, which {mixture.kind} cannot combine without the base"
+    elif not math.isclose(sum(mixture.weights), 1.0, abs_tol=1e-6):
+        problem = f"is trained whole, and the weights sum to {sum(mixture.weights):g} and not to 1"
+    if problem:
+        how = "such tensors are averaged by linear, cat and svd, where all adapters have them and the weights sum to 1"
+        raise AdapterError(f"'{key}' {problem}", how, file=next(iter(found)))
+    return weighted("linear", [tensor.float() for tensor in tensors], mixture.weights)
+
+
+def _tokens(adapter: LooseLora) -> object:
+    return adapter.config.settings.trainable_token_indices

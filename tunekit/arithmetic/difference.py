@@ -1,0 +1,185 @@
+"""How far two adapters are from each other, layer by layer, and their difference as an adapter.
+
+Comes in: two adapter folders of one base (which is read only where a method needs it).  Goes out: a Difference of each
+layer, or the LoRA of B minus A.  Next: `tunekit adapter diff`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.base import load_method
+from tunekit.adapters.folder.config import AdapterConfig, read_adapter_config
+from tunekit.arithmetic.loose_lora import LooseLora, read_loose_lora
+from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
+from tunekit.arithmetic.nearest_lora import BaseLayer, Loss, layer_change, loss_between, loss_of
+from tunekit.arithmetic.on_base import attach_to_base, base_section
+from tunekit.errors import AdapterError
+from tunekit.recipe.adapters.lora import LoraSettings
+
+PIECE = 2**22  # numbers
+Change = LowRank | Tensor  # of one layer: factors, or the whole (O, I)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two tensors or updates: |A|, |B|, |B - A|, and the cosine of the angle between them, where neither is 0.
+
+    None stands for what is missing on one side, or has another shape there.
+    """
+
+    name: str
+    left: float | None
+    right: float | None
+    distance: float | None
+    cosine: float | None
+
+    @property
+    def equal(self) -> bool:
+        """No number differs."""
+        return self.distance == 0.0
+
+
+@dataclass(frozen=True)
+class Changes:
+    """An adapter's updates by module, each made when it is asked for, and what else it trains."""
+
+    config: AdapterConfig
+    updates: Mapping[str, Callable[[], Change]]
+    rest: Mapping[str, Tensor]
+    embeddings: frozenset[str]
+    conv1d: bool
+
+    def of(self, name: str) -> Change | None:
+        """One layer's update; None where the adapter has none."""
+        return self.updates[name]() if name in self.updates else None
+
+
+def read_changes(folder: Path, base: str | None) -> Changes:
+    """LoRA from its file alone; other methods on their base, read matrix by matrix.
+
+    Raises: AdapterError, ModelError as reading them does.
+    """
+    config = read_adapter_config(folder)
+    if config.settings.method == "lora":
+        lora = read_loose_lora(folder)
+        embeddings = frozenset(name for name, update in lora.updates.items() if update.embedding)
+        made: dict[str, Callable[[], Change]] = {name: _constant(update) for name, update in lora.updates.items()}
+        return Changes(config, made, lora.rest, embeddings, lora.fan_in_fan_out)
+    attached, rewriter = attach_to_base(folder, base_section(config, base, "name it with --base MODEL"))
+    others = [*attached.copies.values(), *attached.tokens.values()]
+    rest = {part.file_key(name): tensor.detach() for part in others for name, tensor in part.state().items()}
+    if attached.model_adapter is not None or attached.parameters:
+        what = f"a {config.settings.method} adapter is no change of layers' weights, and cannot be compared as one"
+        raise AdapterError(what, "tunekit adapter show tells of either by itself", file=config.file)
+    made = {name: _update_of(attached, name, rewriter.trained_on) for name in attached.layers}
+    kinds = {target.name: target.kind for target in attached.targets}
+    embeddings = frozenset(name for name, kind in kinds.items() if kind == "embedding")
+    return Changes(config, made, rest, embeddings, "conv1d" in kinds.values())
+
+
+def _constant(update: LowRank) -> Callable[[], Change]:
+    return lambda: update
+
+
+def _update_of(attached: AttachedAdapter, name: str, base_layer: BaseLayer) -> Callable[[], Change]:
+    return lambda: layer_change(attached, name, base_layer).delta
+
+
+def compare(name: str, left: Change | None, right: Change | None) -> Difference:
+    """Two updates of one layer, or two tensors of one name; of factors without making the whole."""
+    if left is None or right is None or left.shape != right.shape:
+        return Difference(name, _norm(left), _norm(right), None, None)
+    if isinstance(left, LowRank) and isinstance(right, LowRank):
+        if torch.equal(left.a, right.a) and torch.equal(left.b, right.b) and left.scaling == right.scaling:
+            norm = left.norm()  # of equal factors the difference is 0, and not what rounding leaves
+            return Difference(name, norm, norm, 0.0, 1.0 if norm else None)
+        inner, distance = left.inner(right), weighted_sum([right, left], [1.0, -1.0]).norm()
+    else:
+        one, two = (change.dense() if isinstance(change, LowRank) else change for change in (left, right))
+        inner, distance = _sum(one, two, product), math.sqrt(_sum(one, two, squared_distance))
+    sizes = (_norm(left) or 0.0) * (_norm(right) or 0.0)
+    cosine = max(-1.0, min(1.0, inner / sizes)) if sizes else None
+    return Difference(name, _norm(left), _norm(right), distance, cosine)
+
+
+def _norm(change: Change | None) -> float | None:
+    if change is None:
+        return None
+    return change.norm() if isinstance(change, LowRank) else math.sqrt(_sum(change, change, product))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Number by number."""
+    return left * right
+
+
+def squared_distance(left: Tensor, right: Tensor) -> Tensor:
+    """Number by number."""
+    return (right - left).square()
+
+
+def _sum(left: Tensor, right: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The sum of `of` over all numbers in float64, a piece at a time, so that no copy of the whole is made."""
+    pieces = zip(torch.split(left.reshape(-1), PIECE), torch.split(right.reshape(-1), PIECE), strict=True)
+    return sum(float(of(one.double(), two.double()).sum()) for one, two in pieces)
+
+
+def together(differences: list[Difference]) -> Difference:
+    """All layers as one; what is missing on a side counts as 0 there."""
+    left, right = (math.hypot(*(each or 0.0 for each in side)) for side in _sides(differences))
+    distance = math.hypot(*(d.distance if d.distance is not None else (d.left or d.right or 0.0) for d in differences))
+    inner = sum((d.cosine or 0.0) * (d.left or 0.0) * (d.right or 0.0) for d in differences)
+    return Difference("all layers", left, right, distance, inner / (left * right) if left and right else None)
+
+
+def _sides(differences: list[Difference]) -> tuple[list[float | None], list[float | None]]:
+    return [d.left for d in differences], [d.right for d in differences]
+
+
+def extract(left: Changes, right: Changes, rank: int) -> tuple[LooseLora, dict[str, Loss]]:
+    """The LoRA of that rank nearest to B - A, layer by layer, and what each layer lost; equal layers have none.
+
+    Raises: AdapterError where a layer has several shapes, or nothing differs.
+    """
+    updates: dict[str, LowRank] = {}
+    losses: dict[str, Loss] = {}
+    for name in sorted(left.updates.keys() | right.updates.keys()):
+        one, two = left.of(name), right.of(name)
+        if one is not None and two is not None and one.shape != two.shape:
+            what = f"'{name}' is {list(two.shape)} there and {list(one.shape)} in {left.config.folder}"
+            raise AdapterError(what, "only adapters of one base go together", file=str(right.config.folder))
+        if not compare(name, one, two).equal:
+            embedding = name in left.embeddings | right.embeddings
+            updates[name], losses[name] = _extract_layer(name, one, two, rank, embedding)
+    if not updates:
+        raise AdapterError(f"{left.config.folder} and {right.config.folder} do the same: there is nothing to extract")
+    return plain_lora(updates, conv1d=left.conv1d or right.conv1d), losses
+
+
+def plain_lora(updates: dict[str, LowRank], *, conv1d: bool, target_modules: object = None) -> LooseLora:
+    """A LoRA of these updates and nothing else; without `target_modules` its layers are named in full."""
+    config = AdapterConfig(Path(), load_method("lora"), LoraSettings(method="lora"), None, None, None)
+    return LooseLora(config, updates, {}, target_modules, conv1d)
+
+
+def _extract_layer(
+    name: str, one: Change | None, two: Change | None, rank: int, embedding: bool
+) -> tuple[LowRank, Loss]:
+    pairs = [(change, weight) for change, weight in ((two, 1.0), (one, -1.0)) if change is not None]
+    low = [(change, weight) for change, weight in pairs if isinstance(change, LowRank)]
+    if len(low) == len(pairs):
+        exact = weighted_sum([change for change, _ in low], [weight for _, weight in low])
+        update = reduce_rank(exact, min(rank, exact.rank, *exact.shape))
+        return update, loss_between(name, exact, update)
+    matrices = [(c.dense() if isinstance(c, LowRank) else c) * weight for c, weight in pairs]
+    delta = torch.stack(matrices).sum(0)
+    update = decompose(delta, rank, embedding=embedding)
+    return update, loss_of(name, delta, update)

@@ -1,0 +1,195 @@
+"""LoRA folders, ours or peft's, read without their base: every tensor must be one that the configuration entitles.
+
+Comes in: a folder.  Goes out: LooseLora, the updates by module name and whatever else the file holds.
+Next: summary.py, combine.py, plain_lora.py, difference.py.  Whoever loads the folder compares it with the base as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.expected import FLOATS
+from tunekit.adapters.folder.fields import shown
+from tunekit.adapters.patterns import Budget
+from tunekit.adapters.tensor_reading import iterate_tensors
+from tunekit.arithmetic.low_rank import LowRank
+from tunekit.errors import AdapterError, Problem
+from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of
+
+PREFIX = "base_model.model."
+FACTORS = {  # suffix -> which factor, and whether of an embedding
+    ".lora_A.weight": ("A", False),
+    ".lora_B.weight": ("B", False),
+    ".lora_embedding_A": ("A", True),
+    ".lora_embedding_B": ("B", True),
+}
+BASE_COPY = ".base_layer.weight"  # peft's copy of an embedding's own weight
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding trained one by one
+SHOWN_PROBLEMS = 6
+
+
+@dataclass(frozen=True)
+class LooseLora:
+    """A LoRA adapter by itself. `rest`: trained copies, biases and the base's own embeddings, by file key."""
+
+    config: AdapterConfig
+    updates: dict[str, LowRank]
+    rest: dict[str, Tensor] = field(default_factory=dict)
+    target_modules: Any = None  # as the file states them
+    fan_in_fan_out: bool = False  # peft's mark for Conv1D layers
+
+    @property
+    def name(self) -> str:
+        """The folder, for messages."""
+        return str(self.config.folder)
+
+
+def read_loose_lora(folder: Path, instead: Mapping[str, Any] | None = None) -> LooseLora:
+    """Read a LoRA folder whole; factors in float32.
+
+    `instead`: as read_adapter_config.
+    Raises: AdapterError for another method than LoRA, and for every tensor that is missing, extra, misshaped, of
+    another type, or not finite.
+    """
+    config = read_adapter_config(folder, instead=instead)
+    if config.settings.method != "lora":
+        how = "tunekit adapter convert --rank R writes a LoRA that is near it"
+        raise AdapterError(f"holds a {config.settings.method} adapter, and not a LoRA", how, file=config.file)
+    if config.settings.target_parameters:
+        what = "adapts fused expert parameters, whose factors are of all experts at once: PEFT cannot add such adapters"
+        raise AdapterError(what, "merge it instead", file=config.file, key="target_parameters")
+    fields = parse_json(read_small(config.folder / CONFIG_NAME), config.file)
+    path = config.folder / TENSORS_NAME
+    header = read_tensor_header(path)
+    factors, rest = _sort(config, header)
+    _check_shapes(config, factors, header, str(path))
+    check_files(config)
+    tensors = dict(iterate_tensors(path, header))
+    refuse_not_finite(tensors, str(path))
+    scalings = Scalings(config)
+    updates = {
+        module: LowRank(
+            tensors[pair["A"]].float(), tensors[pair["B"]].float(), scalings.of(module), _is_embedding(pair["A"])
+        )
+        for module, pair in sorted(factors.items())
+    }
+    conv1d = fields.get("fan_in_fan_out") is True
+    return LooseLora(config, updates, {key: tensors[key] for key in rest}, fields.get("target_modules"), conv1d)
+
+
+def check_files(config: AdapterConfig) -> None:
+    """Refuse files that are not those tunekit wrote, where tunekit.json says which."""
+    for name, digest in config.files:
+        if sha256_of(config.folder / name) != digest:
+            how = f"restore it, or delete {FACTS_NAME} to accept the folder as it is"
+            raise AdapterError("is not the file that tunekit wrote", how, file=str(config.folder / name))
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], file: str) -> None:
+    """NaN and infinity would be in whatever is made of them."""
+    broken = [
+        name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())
+    ]
+    if broken:
+        how = "tunekit adapter show lists them"
+        raise AdapterError(f"{broken[0]} holds NaN or infinity ({len(broken)} such tensors)", how, file=file)
+
+
+def _is_embedding(key: str) -> bool:
+    return ".lora_embedding_" in key
+
+
+def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Module -> factor -> key, and the keys of all else that the configuration allows."""
+    factors: dict[str, dict[str, str]] = {}
+    others: list[str] = []
+    for key in header:
+        suffix = next((suffix for suffix in FACTORS if key.endswith(suffix)), None)
+        if suffix and key.startswith(PREFIX):
+            module = key.removeprefix(PREFIX).removesuffix(suffix)
+            factors.setdefault(module, {})[FACTORS[suffix][0]] = key
+        else:
+            others.append(key)
+    wrong = [f"'{shown(key, 200)}' is no tensor of this adapter" for key in others if not _may_be(key, config, factors)]
+    for module, pair in sorted(factors.items()):
+        if len(pair) != 2 or _is_embedding(pair["A"]) != _is_embedding(pair["B"]):
+            wrong.append(f"the factors of '{shown(module, 200)}' are not a pair")
+    if not factors:
+        wrong.append("holds no update of any layer")
+    _raise(wrong, str(config.folder / TENSORS_NAME))
+    return factors, others
+
+
+def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> bool:
+    """A copy of a module in modules_to_save, trained rows or biases, or the base's own embedding."""
+    if not key.startswith(PREFIX):
+        return False
+    module = key.removeprefix(PREFIX).rpartition(".")[0]
+    saved = [f".{entry}." for entry in config.settings.modules_to_save]
+    if any(entry in f".{module}." for entry in saved):
+        return True
+    if key.endswith(TOKEN_ROWS) and config.settings.trainable_token_indices:
+        return True
+    if key.endswith(".bias") and config.settings.bias != "none":
+        return config.settings.bias == "all" or module.removesuffix(".base_layer") in factors
+    return key.endswith(BASE_COPY) and module.removesuffix(".base_layer") in factors
+
+
+def _check_shapes(
+    config: AdapterConfig, factors: Mapping[str, Mapping[str, str]], header: Mapping[str, TensorEntry], file: str
+) -> None:
+    """Both factors have the rank that the configuration gives the layer, and a floating type."""
+    ranks, wrong = Resolved(config, "rank_pattern"), []
+    for module, pair in factors.items():
+        a, b, rank = header[pair["A"]], header[pair["B"]], ranks.of(module, config.settings.r)
+        for entry in (a, b):
+            if entry.dtype not in FLOATS:
+                wrong.append(f"the factors of '{module}' have type {entry.dtype}, expected {' or '.join(FLOATS)}")
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            shapes = f"{list(a.shape)} and {list(b.shape)}"
+            wrong.append(f"the factors of '{module}' have shapes {shapes}, which is not rank {rank}")
+    _raise(wrong, file)
+
+
+def _raise(wrong: list[str], file: str) -> None:
+    if wrong:
+        more = [f"and {len(wrong) - SHOWN_PROBLEMS} problems more"] if len(wrong) > SHOWN_PROBLEMS else []
+        raise AdapterError.of([Problem(text, "", file) for text in [*wrong[:SHOWN_PROBLEMS], *more]])
+
+
+class Resolved:
+    """rank_pattern or alpha_pattern of a file, as every reader understands it: patterns that differ may not meet."""
+
+    def __init__(self, config: AdapterConfig, key: str) -> None:
+        self.patterns: Mapping[str, Any] = getattr(config.settings, key)
+        self.budget = Budget(file=config.file, key=key)
+
+    def of(self, module: str, default: Any) -> Any:
+        """The value for a module. Raises: AdapterError where two patterns give it different ones."""
+        matching = [p for p in self.patterns if self.budget.pattern(p).matches_ending(module)]
+        values = {self.patterns[pattern] for pattern in matching}
+        if len(values) > 1:
+            what = f"{' and '.join(map(repr, matching[:3]))} match '{module}' with different values"
+            raise AdapterError(what, "keep one of them", file=self.budget.file, key=self.budget.key)
+        return values.pop() if values else default
+
+
+class Scalings:
+    """s of each layer of a LoRA folder: alpha / r, or alpha / sqrt(r)."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.settings = config.settings
+        self.ranks, self.alphas = Resolved(config, "rank_pattern"), Resolved(config, "alpha_pattern")
+
+    def of(self, module: str) -> float:
+        """s."""
+        rank: int = self.ranks.of(module, self.settings.r)
+        alpha: float = self.alphas.of(module, self.settings.alpha)
+        return alpha / (rank**0.5 if self.settings.use_rslora else rank)

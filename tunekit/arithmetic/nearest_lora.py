@@ -1,0 +1,152 @@
+"""The LoRA of a given rank that is nearest to an adapter of any method that changes weights.
+
+Comes in: an adapter in a net without weights, a reader of the base's matrices.  Goes out: updates, and what each lost.
+Next: loose_writing.py, `tunekit adapter convert` and `diff`.  One matrix is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.base import load_method
+from tunekit.adapters.folder.config import AdapterConfig
+from tunekit.adapters.folder.targets import concrete_targets
+from tunekit.adapters.module_names import base_modules
+from tunekit.arithmetic.loose_lora import PREFIX, LooseLora
+from tunekit.arithmetic.low_rank import LowRank, decompose, weighted_sum
+from tunekit.errors import AdapterError
+from tunekit.recipe.adapters.lora import LoraSettings
+
+BaseLayer = Callable[[str], tuple[Tensor, Tensor | None]]  # module name -> matrix (O, I) and bias (O,), float32
+SAME = 1e-6  # a bias that differs by less than this share of itself was only rounded
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One layer's update D against its LoRA L: |D|, |D - L|."""
+
+    name: str
+    norm: float
+    error: float
+
+    @property
+    def share(self) -> float:
+        """|D - L| / |D|."""
+        return self.error / self.norm if self.norm else 0.0
+
+    @property
+    def kept(self) -> float:
+        """The part of |D|^2 that L holds."""
+        return 1.0 - self.share**2
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One layer's update (O, I), float32 (of an embedding (D, V)), and its bias (O,), with whether that changes."""
+
+    name: str
+    delta: Tensor
+    embedding: bool
+    bias: Tensor | None
+    moves_bias: bool
+
+
+def layer_changes(attached: AttachedAdapter, base_layer: BaseLayer) -> Iterator[LayerChange]:
+    """Every adapted layer's change of the base.
+
+    Raises: AdapterError for methods that change something other than the weights of layers.
+    """
+    if attached.model_adapter is not None:
+        how = "use it as an adapter"
+        raise AdapterError("a prompt is no change of weights, and no LoRA does the same", how)
+    if attached.parameters or not attached.layers:
+        what = "expert parameters" if attached.parameters else "copies of whole modules, and no layer"
+        raise AdapterError(f"the adapter changes {what}, which LoRA of layers cannot", "merge it instead")
+    for name in attached.adapted_modules():
+        yield layer_change(attached, name, base_layer)
+
+
+def layer_change(attached: AttachedAdapter, name: str, base_layer: BaseLayer) -> LayerChange:
+    """One adapted layer's change of the base."""
+    layer = attached.layers[name]
+    weight, bias = base_layer(name)
+    embedding = layer.target.kind == "embedding"
+    changed, new_bias = layer.merged(weight, bias)
+    moves = new_bias is not None and bias is not None and not _same(new_bias, bias)
+    delta = (changed - weight).t() if embedding else changed - weight
+    return LayerChange(name, delta.detach(), embedding, None if new_bias is None else new_bias.detach(), moves)
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return bool((left - right).norm() <= SAME * right.norm())
+
+
+@dataclass(frozen=True)
+class NearestLora:
+    """A LoRA of any other adapter; `rest` and `settings` say what else the adapter trains."""
+
+    lora: LooseLora
+    losses: dict[str, Loss]
+
+
+def nearest_lora(attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int) -> NearestLora:
+    """The LoRA of that rank for every layer; trained copies, rows and biases are handed on.
+
+    Raises: as layer_changes.
+    """
+    updates: dict[str, LowRank] = {}
+    losses: dict[str, Loss] = {}
+    biases: dict[str, Tensor] = {}
+    moved = False
+    for change in layer_changes(attached, base_layer):
+        updates[change.name], losses[change.name] = nearest(change, rank)
+        moved = moved or change.moves_bias
+        if change.bias is not None and not change.embedding:
+            biases[f"{PREFIX}{change.name}.base_layer.bias"] = change.bias
+    others = [*attached.copies.values(), *attached.tokens.values()]
+    rest = {part.file_key(name): tensor.detach() for part in others for name, tensor in part.state().items()}
+    settings = lora_settings(attached.settings, moved)
+    rest |= biases if settings.bias != "none" else {}
+    method = load_method("lora")
+    targets = concrete_targets(list(updates), list(base_modules(attached.net)))
+    conv1d = any(target.kind == "conv1d" for target in attached.targets)
+    config = replace(config, method=method, settings=settings)
+    return NearestLora(LooseLora(config, updates, rest, targets, conv1d), losses)
+
+
+def lora_settings(settings: Any, moves_bias: bool) -> LoraSettings:
+    """LoRA's settings with whatever of the method's own says what else is trained."""
+    kept = ("modules_to_save", "trainable_token_indices", "bias")
+    own = {key: getattr(settings, key) for key in kept if hasattr(settings, key)}
+    if moves_bias and own.get("bias", "none") == "none":
+        own["bias"] = "lora_only"
+    return LoraSettings(method="lora").model_copy(update=own)
+
+
+def nearest(change: LayerChange, rank: int) -> tuple[LowRank, Loss]:
+    """The best LoRA of one layer of that rank, with what it loses."""
+    update = decompose(change.delta, rank, embedding=change.embedding)
+    return update, loss_of(change.name, change.delta, update)
+
+
+def loss_of(name: str, delta: Tensor, update: LowRank) -> Loss:
+    """|D| and |D - L| of one layer, measured on the matrices themselves."""
+    norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    return Loss(name, norm, float(torch.linalg.vector_norm(delta - update.dense(), dtype=torch.float64)))
+
+
+def loss_between(name: str, update: LowRank, lower: LowRank) -> Loss:
+    """The same of an update that has factors itself."""
+    return Loss(name, update.norm(), weighted_sum([update, lower], [1.0, -1.0]).norm())
+
+
+def total(losses: Mapping[str, Loss]) -> Loss:
+    """All layers as one."""
+    norm = sum(loss.norm**2 for loss in losses.values()) ** 0.5
+    return Loss("all layers", norm, sum(loss.error**2 for loss in losses.values()) ** 0.5)

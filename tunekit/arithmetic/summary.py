@@ -1,0 +1,226 @@
+"""What is in an adapter folder, without its base: ours or peft's, of every method, also of one that cannot be loaded.
+
+Comes in: a folder.  Goes out: AdapterSummary.  Next: `tunekit adapter show`.
+
+Files are read as strictly as for loading, but what the configuration says and what the tensors hold is reported and
+not refused: a folder full of NaN is shown as that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.folder.config import CONFIG_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config, refuse_pickle
+from tunekit.adapters.folder.fields import shown
+from tunekit.adapters.tensor_reading import iterate_tensors
+from tunekit.arithmetic.loose_lora import FACTORS, PREFIX, Resolved, Scalings
+from tunekit.arithmetic.low_rank import LowRank
+from tunekit.errors import AdapterError
+from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of
+
+OWN_NAMES = (  # how the tensors of PEFT's methods begin, after the name of the module they belong to
+    *("lora_", "vera_", "vblora_", "randlora_", "fourierft_", "c3a_", "road_", "hada_", "lokr_", "oft_", "boft_"),
+    *("hra_", "miss_", "bone_", "shira_", "hira_", "gralora_", "delora_", "ia3_", "ln_tuning_layers", "base_layer"),
+)
+NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # other types hold no NaN, and have no norm
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """One tensor of the file; `norm` (Frobenius) is None where it has none."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    norm: float | None
+    zero: bool  # every number is 0
+    not_finite: int  # how many are NaN or infinite
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One module's part of the adapter; `update_norm` is that of s B A, of LoRA alone."""
+
+    name: str
+    rank: int | None
+    parameters: int
+    norm: float | None
+    update_norm: float | None
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """Everything that `show` tells. `faults`: why tunekit would not load the folder, as far as it can be known here."""
+
+    folder: str
+    method: str
+    peft_type: str
+    base: str | None
+    revision: str | None
+    fingerprint: str | None
+    ranks: dict[int, int]  # rank -> number of layers
+    settings: dict[str, Any]
+    parameters: int
+    tensor_bytes: int  # of the file on the disk
+    tensors: list[TensorSummary]
+    layers: list[LayerSummary]
+    dead: list[str]
+    not_finite: list[str]
+    faults: list[str] = field(default_factory=list)
+
+
+def summarise_adapter(folder: Path) -> AdapterSummary:
+    """Read the folder's files and every tensor once.
+
+    Raises: AdapterError where there is no such folder, or a file of it is no JSON or no safetensors file.
+    """
+    fields = _fields(folder)
+    path = folder / TENSORS_NAME
+    header = read_tensor_header(path)
+    config, faults = _configuration(folder)
+    tensors: list[TensorSummary] = []
+    factors: dict[str, dict[str, Tensor]] = {}  # module -> A and B of LoRA
+    for name, tensor in iterate_tensors(path, header):
+        tensors.append(_summarise(name, header[name], tensor))
+        suffix = next((suffix for suffix in FACTORS if name.endswith(suffix)), None)
+        if suffix and tensor.dim() == 2:
+            factors.setdefault(name.removeprefix(PREFIX).removesuffix(suffix), {})[FACTORS[suffix][0]] = tensor
+    try:
+        if config is not None and getattr(config.settings, "target_parameters", None):
+            factors = _without_experts(factors, config)
+        norms = _update_norms(factors, config)
+    except AdapterError as error:  # patterns that nobody can read
+        norms = {}
+        faults += [str(problem) for problem in error.problems]
+    layers = _layers(tensors, factors, norms)
+    not_finite = [tensor.name for tensor in tensors if tensor.not_finite]
+    faults += [f"{name} holds NaN or infinity" for name in not_finite]
+    settings = config.settings.model_dump(mode="json", exclude={"init_from"}) if config else {}
+    return AdapterSummary(
+        folder=str(folder),
+        method=settings.get("method", shown(str(fields.get("peft_type", "unknown")).lower())),
+        peft_type=shown(str(fields.get("peft_type"))),
+        base=config.base_name_or_path if config else _text(fields.get("base_model_name_or_path")),
+        revision=config.revision if config else _text(fields.get("revision")),
+        fingerprint=config.base_fingerprint if config else None,
+        ranks=_ranks(layers, config),
+        settings=settings,
+        parameters=sum(math.prod(t.shape) for t in tensors if t.dtype in NUMBERS),
+        tensor_bytes=path.stat().st_size,
+        tensors=tensors,
+        layers=layers,
+        dead=[tensor.name for tensor in tensors if tensor.zero],
+        not_finite=not_finite,
+        faults=faults,
+    )
+
+
+def _fields(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as it stands."""
+    if not folder.is_dir():
+        raise AdapterError("is not an adapter folder", "name a folder that holds adapter_config.json", file=str(folder))
+    fields = parse_json(read_small(folder / CONFIG_NAME), str(folder / CONFIG_NAME))
+    refuse_pickle(folder)
+    return fields
+
+
+def _configuration(folder: Path) -> tuple[AdapterConfig | None, list[str]]:
+    """The configuration as loading reads it, or why it is refused; and files that are not those that were written."""
+    try:
+        config = read_adapter_config(folder)
+        changed = [name for name, digest in config.files if sha256_of(folder / name) != digest]
+    except AdapterError as error:
+        return None, [str(problem) for problem in error.problems]
+    return config, [f"{name} is not the file that tunekit wrote" for name in changed]
+
+
+def _summarise(name: str, entry: TensorEntry, tensor: Tensor) -> TensorSummary:
+    if entry.dtype not in NUMBERS:
+        return TensorSummary(name, entry.dtype, entry.shape, None, False, 0)
+    values = tensor.to(torch.float64)
+    not_finite = values.numel() - int(torch.isfinite(values).sum())
+    norm = None if not_finite else float(torch.linalg.vector_norm(values))
+    zero = values.numel() > 0 and not bool(values.any())
+    return TensorSummary(name, entry.dtype, entry.shape, norm, zero, not_finite)
+
+
+def split_name(key: str) -> tuple[str, str]:
+    """A file's key -> (module of the base, the tensor's own name): the module ends where a method's own name begins."""
+    parts = key.removeprefix(PREFIX).removeprefix("base_model.").split(".")
+    for index, part in enumerate(parts):
+        if part.startswith(OWN_NAMES):
+            return ".".join(parts[:index]), ".".join(parts[index:])
+    return ".".join(parts[:-1]), parts[-1]
+
+
+def _layers(
+    tensors: list[TensorSummary], factors: Mapping[str, Mapping[str, Tensor]], norms: Mapping[str, float]
+) -> list[LayerSummary]:
+    """By module; what belongs to none (shared tensors, prompts) under its own name."""
+    found: dict[str, list[TensorSummary]] = {}
+    for tensor in tensors:
+        module, own = split_name(tensor.name)
+        found.setdefault(module or own, []).append(tensor)
+    layers = []
+    for name, held in sorted(found.items(), key=lambda item: in_order(item[0])):
+        finite = not any(tensor.not_finite for tensor in held)
+        rank = factors[name]["A"].shape[0] if "A" in factors.get(name, {}) else None
+        layers.append(
+            LayerSummary(
+                name=name,
+                rank=rank,
+                parameters=sum(math.prod(tensor.shape) for tensor in held if tensor.dtype in NUMBERS),
+                norm=math.hypot(*(tensor.norm or 0.0 for tensor in held)) if finite else None,
+                update_norm=norms.get(name),
+            )
+        )
+    return layers
+
+
+def _without_experts(factors: dict[str, dict[str, Tensor]], config: AdapterConfig) -> dict[str, dict[str, Tensor]]:
+    """Those of layers: the factors of fused experts lie in one tensor, whose first side is no rank."""
+    ranks = Resolved(config, "rank_pattern")
+    return {
+        name: pair
+        for name, pair in factors.items()
+        if "A" in pair and len(pair["A"]) == ranks.of(name, config.settings.r)
+    }
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 9 before layer 10."""
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
+
+
+def _update_norms(factors: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig | None) -> dict[str, float]:
+    """|s B A| of each layer of a LoRA whose factors fit each other and are finite."""
+    if config is None or config.settings.method != "lora":
+        return {}
+    scalings = Scalings(config)
+    norms: dict[str, float] = {}
+    for module, pair in factors.items():
+        a, b = pair.get("A"), pair.get("B")
+        if a is not None and b is not None and a.shape[0] == b.shape[1]:
+            norm = LowRank(a, b, scalings.of(module)).norm()
+            norms |= {module: norm} if math.isfinite(norm) else {}
+    return norms
+
+
+def _ranks(layers: list[LayerSummary], config: AdapterConfig | None) -> dict[int, int]:
+    """Rank -> how many layers; of other methods than LoRA what their setting r says of all of them."""
+    counted = Counter(layer.rank for layer in layers if layer.rank is not None)
+    if not counted and config is not None and isinstance(getattr(config.settings, "r", None), int):
+        counted = Counter({config.settings.r: len(layers)})
+    return dict(sorted(counted.items()))
+
+
+def _text(value: Any) -> str | None:
+    return shown(value, 200) if isinstance(value, str) else None

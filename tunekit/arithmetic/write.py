@@ -1,0 +1,196 @@
+"""Writes an adapter that was made from other folders and not on a base: their facts of the base are handed on.
+
+Comes in: the folders' configurations, tensors.  Goes out: an adapter folder like any other, in a new place.
+Next: folder.py reads it, and compares it with the base.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tunekit.adapters.base import Method
+from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig
+from tunekit.adapters.folder.fields import plain
+from tunekit.adapters.folder.write import portable, write_adapter_folder
+from tunekit.arithmetic.loose_lora import FACTORS, PREFIX, LooseLora
+from tunekit.arithmetic.low_rank import LowRank
+from tunekit.errors import AdapterError
+from tunekit.files.untrusted import read_small
+
+BASE_FACTS = ("base_dtype", "quantization", "double_quantization")
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What the new folder says of its base. `notes`: what the folders it came from disagree on."""
+
+    name: str | None  # a hub id, or an absolute path
+    revision: str | None = None
+    fingerprint: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    double_quantization: bool | None = None
+    task_type: str | None = None
+    chat_template: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def check_new_folder(output: Path, sources: Sequence[Path] = ()) -> Path:
+    """The absolute path of a folder that is new or empty, and apart from the sources.
+
+    Raises: AdapterError.
+    """
+    output = Path(os.path.abspath(output.expanduser()))
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise AdapterError("exists and is not a folder", "choose another --output", file=str(output))
+    if output.exists() and any(output.iterdir()):
+        raise AdapterError("is not empty", "choose another --output, or empty it yourself", file=str(output))
+    for source in sources:
+        if output.resolve() in (source.resolve(), *source.resolve().parents):
+            raise AdapterError(f"holds {source}, which is read", "choose another --output", file=str(output))
+    return output
+
+
+def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
+    """The one base of all these adapters; `named` (--base) stands for what they call it.
+
+    Raises: AdapterError where they belong to different bases, or do different tasks.
+    """
+    first, notes = configs[0], []
+    for other in configs[1:]:
+        _refuse_other_base(first, other, named)
+    tasks = {config.task_type for config in configs} - {None}
+    if len(tasks) > 1:
+        raise AdapterError(f"the adapters are for different tasks: {' and '.join(sorted(map(str, tasks)))}")
+    known: dict[str, Any] = {}
+    for fact in BASE_FACTS:
+        values = {getattr(config, fact) for config in configs} - {None}
+        known[fact] = values.pop() if len(values) == 1 else None
+        if len(values) > 0:
+            notes.append(f"they were trained on a base of different {fact.removeprefix('base_')}")
+    templates = [_template(config) for config in configs]
+    if len(set(templates)) > 1:
+        notes.append(f"they were trained with different chat templates; that of {first.folder} is kept")
+    return BaseFacts(
+        name=_absolute(named, Path.cwd()) if named else _located(first),
+        revision=None if named else next((config.revision for config in configs if config.revision), None),
+        fingerprint=next((config.base_fingerprint for config in configs if config.base_fingerprint), None),
+        dtype=known["base_dtype"],
+        quantization=known["quantization"],
+        double_quantization=known["double_quantization"],
+        task_type=next(iter(tasks), None),
+        chat_template=templates[0],
+        notes=tuple(notes),
+    )
+
+
+def _refuse_other_base(first: AdapterConfig, other: AdapterConfig, named: str | None) -> None:
+    if first.base_fingerprint and other.base_fingerprint:
+        if first.base_fingerprint != other.base_fingerprint:
+            what = f"was trained on another base than {first.folder} (their fingerprints differ)"
+            raise AdapterError(what, "only adapters of one base go together", file=str(other.folder))
+        return
+    here, there = (_located(first), first.revision), (_located(other), other.revision)
+    if named is None and any(a and b and a != b for a, b in zip(here, there, strict=True)):
+        what = f"was trained on {there[0]} (revision {there[1]}), and {first.folder} on {here[0]} (revision {here[1]})"
+        raise AdapterError(what, "if that is one and the same, name it with --base", file=str(other.folder))
+
+
+def _located(config: AdapterConfig) -> str | None:
+    """The base's hub id, or its absolute path, whether it is there or not."""
+    return _absolute(config.base_name_or_path, config.folder) if config.base_name_or_path else None
+
+
+def _absolute(name: str, folder: Path) -> str:
+    near = folder / Path(name).expanduser()
+    return os.path.abspath(near) if near.exists() or name.startswith((".", "/", "~")) else name
+
+
+def _template(config: AdapterConfig) -> str | None:
+    path = config.folder / TEMPLATE_NAME
+    return read_small(path).decode("utf-8", "replace") if path.exists() else None
+
+
+def write_loose(
+    output: Path,
+    base: BaseFacts,
+    method: Method,
+    settings: Any,
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
+) -> int:
+    """Write the folder; `fields` are PEFT's that settings do not tell. Returns its bytes."""
+    name = None if base.name is None else portable(base.name, output)
+    config = {**method.peft.write(settings), **fields, "base_model_name_or_path": name, "revision": base.revision}
+    config |= {"task_type": base.task_type}
+    facts = {
+        "fingerprint": base.fingerprint,
+        "revision": base.revision,
+        "dtype": base.dtype,
+        "quantization": base.quantization,
+        "double_quantization": base.double_quantization,
+    }
+    present = {key: None if value == [] else value for key, value in config.items() if key not in method.peft.absent}
+    if output.exists():
+        output.rmdir()  # empty, as checked
+    output.parent.mkdir(parents=True, exist_ok=True)
+    ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    return write_adapter_folder(output, ready, present, settings, facts, base.chat_template)
+
+
+def write_lora(output: Path, base: BaseFacts, like: LooseLora, updates: Mapping[str, LowRank]) -> int:
+    """Write plain LoRA of these updates; targets as in `like` where it has the same layers, and its other tensors.
+
+    alpha is chosen so that a reader that knows no patterns scales every layer right.
+    """
+    scaled, alpha = _with_one_scaling(updates)
+    ranks = {name: update.rank for name, update in scaled.items()}
+    rank = max(ranks.values())
+    others = {f"^{re.escape(name)}": own for name, own in sorted(ranks.items()) if own != rank}
+    alphas = {key: float(own if alpha is None else alpha) for key, own in others.items() if alpha is None}
+    changed: dict[str, Any] = {
+        "r": rank,
+        "alpha": float(rank) if alpha is None else alpha,
+        "rank_pattern": others,
+        "alpha_pattern": alphas,
+        "use_rslora": False,
+        "init_from": None,
+    }
+    target_modules = like.target_modules
+    if scaled.keys() != like.updates.keys() or not target_modules:
+        target_modules = sorted(scaled)
+        changed |= {"exclude_modules": None, "layers_to_transform": (), "layers_pattern": None}
+    changed["target_modules"] = target_modules if isinstance(target_modules, str) else tuple(sorted(target_modules))
+    settings = like.config.settings.model_copy(update=changed)
+    fields = {"target_modules": plain(changed["target_modules"]), "fan_in_fan_out": like.fan_in_fan_out}
+    tensors = {key: value for name, update in scaled.items() for key, value in _keys(name, update).items()}
+    return write_loose(output, base, like.config.method, settings, {**tensors, **like.rest}, fields)
+
+
+def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], float | None]:
+    """The updates with one alpha for all, a whole number, where they are of one rank and scaling; else all with s = 1.
+
+    None stands for alpha = rank.
+    """
+    kinds = Counter((update.rank, update.scaling) for update in updates.values())
+    rank, scaling = next(iter(kinds))
+    if len(kinds) == 1 and (rank * scaling).is_integer() and scaling > 0:
+        return dict(updates), rank * scaling
+    return {name: update.folded() for name, update in updates.items()}, None
+
+
+def _keys(name: str, update: LowRank) -> dict[str, Tensor]:
+    """Tensors by file key, float32."""
+    suffixes = {factor: suffix for suffix, (factor, embedding) in FACTORS.items() if embedding == update.embedding}
+    return {
+        f"{PREFIX}{name}{suffixes['A']}": update.a.float(),
+        f"{PREFIX}{name}{suffixes['B']}": update.b.float(),
+    }

@@ -1,0 +1,207 @@
+"""Training on data larger than memory: encoded as it is read, shuffled by shard and buffer.
+
+Comes in: sharded sources, a Tokenizer, BatchSettings.  Goes out: StreamedWindows.  Memory holds one buffer a source.
+The order is a pure function of (sources, settings, seed); to resume, everything before a step is encoded once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from tunekit.contracts import Batch, EncodedRow, Tokenizer, Window
+from tunekit.data.batching.order import draw_raw, permutation
+from tunekit.data.batching.pack import first_fit
+from tunekit.data.batching.pad import collate_rows
+from tunekit.data.batching.windows import BatchSettings, Widths, part_lengths
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
+from tunekit.data.reading.lines import RawRow
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.shards import Sharded
+from tunekit.data.rendering.render import Renderer
+from tunekit.errors import DataError
+
+BUFFER_ROWS = 10_000
+BUFFER_TOKENS = 1_000_000  # some shards, and a few seconds of encoding before the first step
+PACKED_WINDOWS = 8  # rows of so many windows are packed at a time
+DRAWS = 4096
+
+
+@dataclass(frozen=True)
+class StreamedRow:
+    """A row, its number in the stream, and how often its source had been read through when it came."""
+
+    row: EncodedRow
+    number: int
+    epoch: float
+
+
+@dataclass(frozen=True)
+class Strip:
+    """What fills one row of a batch: one row, or a pack."""
+
+    rows: tuple[StreamedRow, ...]
+
+    def widths(self, reads_source: bool) -> Widths:
+        """Tokens of each part that is padded by itself."""
+        lengths = np.array([sum(len(part.row.ids) for part in self.rows)])  # (1,)
+        supervised = np.array([sum(part.row.supervised_tokens for part in self.rows)])  # (1,)
+        return part_lengths(lengths, supervised, reads_source)[0]
+
+
+@dataclass(frozen=True)
+class StreamedSource:
+    """A source read again and again, in another order each time."""
+
+    sharded: Sharded
+    format_name: str
+    number: int
+    tokenizer: Tokenizer
+    options: EncodeOptions
+
+    def rows(self, seed: int, shuffle: bool) -> Iterator[tuple[EncodedRow, float]]:
+        """Rows without end. Raises: DataError with the wrong rows of a buffer, or where nothing can be trained on."""
+        for epoch in count():
+            found = False
+            for number, (buffer, done) in enumerate(self._buffers(seed, epoch, shuffle)):
+                order = range(len(buffer))
+                if shuffle:
+                    order = permutation(len(buffer), "buffer", seed, self.number, epoch, number).tolist()
+                for index in order:
+                    found = True
+                    yield buffer[index], epoch + done
+            if not found:
+                raise DataError("no row of it can be trained on", "", file=self.sharded.source.path)
+
+    def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[EncodedRow], float]]:
+        """Encoded rows of one pass in bounded buffers, each with the share of the shards begun before it ended."""
+        problems = Problems()
+        renderer = Renderer(self.tokenizer, self.options.train_on, self.options.template)
+        begun = [0]
+        encoded = encode_rows(
+            self._raw_rows(seed, epoch, shuffle, problems, begun),
+            format_maker(self.format_name),
+            renderer,
+            self.options,
+            name=self.sharded.source.path,
+            problems=problems,
+            counts=SourceCounts(),
+        )
+        buffer: list[EncodedRow] = []
+        tokens = 0
+        for row, line, _, _ in encoded:
+            buffer.append(EncodedRow(row.ids, row.trained, f"{Path(self.sharded.source.path).name}:{line}"))
+            tokens += len(row.ids)
+            if len(buffer) >= BUFFER_ROWS or tokens >= BUFFER_TOKENS:
+                problems.raise_if_any()
+                yield buffer, (begun[0] - 1) / len(self.sharded.shards)
+                buffer, tokens = [], 0
+        problems.raise_if_any()
+        if buffer:
+            yield buffer, (begun[0] - 1) / len(self.sharded.shards)
+
+    def _raw_rows(self, seed: int, epoch: int, shuffle: bool, problems: Problems, begun: list[int]) -> Iterator[RawRow]:
+        shards = self.sharded.shards
+        order = range(len(shards))
+        if shuffle:
+            order = permutation(len(shards), "shards", seed, self.number, epoch).tolist()
+        for index in order:
+            begun[0] += 1
+            yield from self.sharded.read(shards[index], problems)
+
+
+class StreamedWindows:
+    """A WindowSource over streamed sources, drawn from in proportion to their weights."""
+
+    def __init__(
+        self, sources: Sequence[StreamedSource], settings: BatchSettings, *, rank: int = 0, world: int = 1
+    ) -> None:
+        if settings.max_steps is None:
+            raise DataError("a streamed source has no known length", "set training.max_steps", key="training.max_steps")
+        self.steps = settings.max_steps
+        self.steps_per_epoch: int | None = None
+        self.micro_batches_per_epoch: int | None = None
+        self._sources, self._settings = tuple(sources), settings
+        self._rank, self._world = rank, world
+
+    def windows(self, first_step: int) -> Iterator[Window]:
+        """This rank's share of each step from `first_step` on."""
+        window: list[tuple[Strip, ...]] = []
+        step = 0
+        for micro_batch in self._micro_batches():
+            window.append(micro_batch)
+            if len(window) < self._settings.gradient_accumulation_steps:
+                continue
+            if step >= first_step:
+                yield self._window(step, window)
+            window = []
+            step += 1
+            if step == self.steps:
+                return
+
+    def _window(self, step: int, micro_batches: Sequence[tuple[Strip, ...]]) -> Window:
+        indices = tuple(range(self._rank, len(micro_batches), self._world))
+        epoch = max(part.epoch for batch in micro_batches for group in batch for part in group.rows)
+        return Window(step, epoch, indices, tuple(self._collate(micro_batches[index]) for index in indices))
+
+    def _collate(self, groups: Sequence[Strip]) -> Batch:
+        if self._settings.end_to_end:
+            groups = [Strip(tuple(part for group in groups for part in group.rows))]
+        return collate_rows(
+            [[part.row for part in group.rows] for group in groups],
+            [[part.number for part in group.rows] for group in groups],
+            pad_id=self._settings.pad_id,
+            packed=self._settings.packing,
+        )
+
+    def _rows(self) -> Iterator[StreamedRow]:
+        """Rows of all sources: each position draws its source by the weights."""
+        settings = self._settings
+        streams = [source.rows(settings.seed, settings.shuffle) for source in self._sources]
+        weights = np.cumsum([source.sharded.source.weight for source in self._sources])  # (sources,)
+        for block in count():
+            draws = draw_raw(DRAWS, "mix", settings.seed, block) / 2.0**64 * weights[-1]  # (DRAWS,)
+            chosen = np.minimum(np.searchsorted(weights, draws, side="right"), len(streams) - 1)  # (DRAWS,)
+            for offset, number in enumerate(chosen.tolist()):
+                row, epoch = next(streams[number])
+                yield StreamedRow(row, block * DRAWS + offset, epoch)
+
+    def _groups(self) -> Iterator[Strip]:
+        """Single rows, or packs of the rows of a few windows at a time."""
+        settings = self._settings
+        if not settings.packing:
+            for row in self._rows():
+                yield Strip((row,))
+        per_micro_batch = settings.micro_batch_tokens or (settings.micro_batch_size or 1) * settings.max_length
+        wanted = PACKED_WINDOWS * settings.gradient_accumulation_steps * max(per_micro_batch, settings.max_length)
+        block: list[StreamedRow] = []
+        tokens = 0
+        for row in self._rows():
+            block.append(row)
+            tokens += len(row.row.ids)
+            if tokens >= wanted:
+                for pack in first_fit([len(part.row.ids) for part in block], settings.max_length):
+                    yield Strip(tuple(block[position] for position in pack))
+                block, tokens = [], 0
+
+    def _micro_batches(self) -> Iterator[tuple[Strip, ...]]:
+        """As TrainingWindows cuts them: so many sequences, or as many as fit so many padded tokens."""
+        settings = self._settings
+        current: list[Strip] = []
+        widest: Widths = (0, 0)
+        for group in self._groups():
+            width = group.widths(settings.reads_source)
+            wider = tuple(map(max, widest, width))
+            if settings.micro_batch_tokens is not None and current:
+                full = sum(wider) * (len(current) + 1) > settings.micro_batch_tokens
+            else:
+                full = len(current) == settings.micro_batch_size
+            if full:
+                yield tuple(current)
+                current, wider = [], width
+            current.append(group)
+            widest = wider

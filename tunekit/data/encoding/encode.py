@@ -1,0 +1,162 @@
+"""A source's raw rows to encoded rows: format, rendering, excess length, and the count of what became of each.
+
+Comes in: RawRows, a Renderer, EncodeOptions.  Goes out: Encoded rows and SourceCounts.  Next: cache.py, rows.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tunekit.contracts import EncodedRow
+from tunekit.data.reading.lines import RawRow
+from tunekit.data.reading.problems import Problems
+from tunekit.data.rendering.render import Dropped, Renderer
+from tunekit.errors import DataError
+from tunekit.formats.example import Example
+from tunekit.recipe.names import facts_of, known_names
+
+MakeExample = Callable[[Mapping[str, Any]], Example]
+NO_TARGET = "no supervised token"
+NO_TARGET_LEFT = "no supervised token after truncation"
+TOO_LONG = "longer than max_length"
+EMPTY_PIECE = "piece without a supervised token"
+
+
+@dataclass
+class SourceCounts:
+    """What became of a source's rows; `dropped` by reason, `lost_pieces` are parts of split rows."""
+
+    read: int = 0
+    kept: int = 0
+    truncated: int = 0
+    split: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    lost_pieces: int = 0
+
+    def add(self, other: SourceCounts) -> None:
+        """Count other rows of the source too."""
+        for name, value in vars(other).items():
+            if name != "dropped":
+                setattr(self, name, getattr(self, name) + value)
+        self.dropped.update(other.dropped)
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """The data section's options that decide ids and masks."""
+
+    train_on: str
+    template: str | None
+    max_length: int
+    excess_length: str
+
+
+class Encoded(NamedTuple):
+    """A row or a piece of one, and where it was written: several rows of a JSON array may share a line."""
+
+    row: EncodedRow
+    line: int
+    number: int  # of the row in its source, from 0
+    digest: int
+
+
+def choose_format(named: str, values: Mapping[str, Any]) -> tuple[str, str]:
+    """The format of a source and why, from its first row. Raises: DataError listing the formats' fields."""
+    if named != "auto":
+        return named, "the recipe says so"
+    for name in known_names("formats"):
+        required = facts_of("formats", name).REQUIRED
+        if all(field in values for field in required) and _looks_like(name, values):
+            return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
+    there = ", ".join(f"'{name}'" for name in values) or "no fields"
+    wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in known_names("formats"))
+    raise DataError(
+        f"the first row has {there}, which is no known format ({wanted})",
+        "set data.train[].format, or map columns to these fields under data.train[].columns",
+    )
+
+
+def _looks_like(name: str, values: Mapping[str, Any]) -> bool:
+    """Fields alone do not tell preference pairs from chat."""
+    if "chosen" in values and "rejected" in values:
+        raise DataError(
+            "the first row has 'chosen' and 'rejected': preference pairs", "the objective sft needs answers"
+        )
+    return True
+
+
+def format_maker(name: str) -> MakeExample:
+    """The function that turns a row of the format into an Example."""
+    make: MakeExample = importlib.import_module(f"tunekit.formats.{name}").make_example
+    return make
+
+
+def encode_rows(
+    rows: Iterable[RawRow],
+    make_example: MakeExample,
+    renderer: Renderer,
+    options: EncodeOptions,
+    *,
+    name: str,
+    problems: Problems,
+    counts: SourceCounts,
+    first_number: int = 0,
+) -> Iterator[Encoded]:
+    """Every row that can be trained on; wrong rows go into `problems`. `first_number`: of the first row."""
+    for number, raw in enumerate(rows, first_number):
+        counts.read += 1
+        try:
+            row = renderer.encode(make_example(raw.values), f"{name}:{raw.line}")
+            pieces = cut_row(row, options, counts)
+        except Dropped as reason:
+            counts.dropped[str(reason)] += 1
+            continue
+        except DataError as error:
+            problems.add_error(name, raw.line, error)
+            continue
+        counts.kept += 1
+        for piece in pieces:
+            yield Encoded(piece, raw.line, number, digest_of(piece))
+
+
+def cut_row(row: EncodedRow, options: EncodeOptions, counts: SourceCounts) -> list[EncodedRow]:
+    """The row as it is, cut, or in pieces. Raises: Dropped with the reason; DataError where longer rows are errors."""
+    if row.supervised_tokens == 0:
+        raise Dropped(NO_TARGET)
+    length, most = len(row.ids), options.max_length
+    if length <= most:
+        return [row]
+    if options.excess_length == "error":
+        raise DataError(
+            f"{length} tokens, but data.max_length is {most}",
+            "raise it, or set data.excess_length: drop|truncate|split",
+        )
+    if options.excess_length == "drop":
+        raise Dropped(TOO_LONG)
+    if options.excess_length == "truncate":
+        kept = EncodedRow(row.ids[:most], row.trained[:most], row.origin)
+        if kept.supervised_tokens == 0:
+            raise Dropped(NO_TARGET_LEFT)
+        counts.truncated += 1
+        return [kept]
+    starts = range(0, length, most)
+    pieces = [EncodedRow(row.ids[at : at + most], row.trained[at : at + most], row.origin) for at in starts]
+    kept_pieces = [piece for piece in pieces if piece.supervised_tokens]
+    if not kept_pieces:
+        raise Dropped(NO_TARGET_LEFT)
+    counts.split += 1
+    counts.lost_pieces += len(pieces) - len(kept_pieces)
+    return kept_pieces
+
+
+def digest_of(row: EncodedRow) -> int:
+    """64 bits of the row's ids: equal rows have equal digests, whatever file they stand in."""
+    raw = np.ascontiguousarray(row.ids, dtype="<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")

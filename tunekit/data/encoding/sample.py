@@ -1,0 +1,72 @@
+"""The first rows of a streamed source, encoded, to show and to estimate from.
+
+Comes in: a Source.  Goes out: Sampled, the stream and its sample.  Next: rows.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tunekit.contracts import Tokenizer
+from tunekit.data.batching.stream import StreamedSource
+from tunekit.data.encoding.cache import hash_of
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.encoding.sources import EncodedSource
+from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_memory
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.shards import first_rows, shard_source
+from tunekit.data.rendering.render import Renderer
+from tunekit.errors import DataError
+from tunekit.recipe.data import Source
+
+SAMPLE_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A streamed source, its first rows, and how many times as many rows the whole source has (None: not known)."""
+
+    stream: StreamedSource
+    sample: EncodedSource
+    scale: float | None
+
+
+def sample_source(source: Source, number: int, tokenizer: Tokenizer, options: EncodeOptions) -> Sampled:
+    """Open a source for streaming. Raises: DataError where its first rows are wrong."""
+    sharded = shard_source(source)
+    problems, counts = Problems(), SourceCounts()
+    rows = first_rows(sharded, SAMPLE_ROWS, problems)
+    problems.raise_if_any()
+    if not rows:
+        raise DataError("there is no row in it", "", file=source.path)
+    format_name, reason = choose_format(source.format, rows[0].values)
+    renderer = Renderer(tokenizer, options.train_on, options.template)
+    streams = memory_streams()
+    writer = StoreWriter(streams)
+    encoded = encode_rows(
+        rows, format_maker(format_name), renderer, options, name=source.path, problems=problems, counts=counts
+    )
+    for piece in encoded:
+        writer.add(*piece)
+    problems.raise_if_any()
+    name = Path(source.path).name
+    notices = [f"{name}: format {format_name} ({reason}); streamed, shuffled by shard and buffer"]
+    notices += [f"{name}: {count} of the first {len(rows)}: {what}" for what, count in renderer.notices.items()]
+    reading = source.model_dump(mode="json", include={"format", "columns", "max_rows"})
+    fingerprint = hash_of([sharded.content, reading, tokenizer.fingerprint, asdict(options)])
+    sample = EncodedSource(source, store_from_memory(streams), name, counts, tuple(notices), fingerprint)
+    stream = StreamedSource(sharded, format_name, number, tokenizer, options)
+    return Sampled(stream, sample, None if sharded.lines is None else max(sharded.lines / len(rows), 1.0))
+
+
+def scaled(counts: SourceCounts, scale: float) -> SourceCounts:
+    """Counts of the whole source, estimated from those of its sample."""
+    return SourceCounts(
+        read=round(counts.read * scale),
+        kept=round(counts.kept * scale),
+        truncated=round(counts.truncated * scale),
+        split=round(counts.split * scale),
+        dropped=Counter({reason: round(count * scale) for reason, count in counts.dropped.items()}),
+    )

@@ -1,0 +1,196 @@
+"""JSON Lines, JSON arrays and plain text, read strictly and split at \\n alone.
+
+Comes in: a DataFile.  Goes out: RawRow after RawRow; what is wrong with a line goes into Problems, with its number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tunekit.data.reading.data_file import DataFile, open_bytes
+from tunekit.data.reading.problems import Problems
+
+LONGEST_LINE_BYTES = 64 * 2**20
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as written; `line` counts lines from 1 (rows, in a Parquet file or a hub data set)."""
+
+    line: int
+    values: dict[str, Any]
+
+
+class JsonFault(Exception):
+    """Why a JSON text is refused."""
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise JsonFault(f"the key '{twice[:60]}' stands there twice")
+    return row
+
+
+def _no_constant(name: str) -> Any:
+    raise JsonFault(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_no_constant)
+
+
+def parse_json(text: str, position: int = 0) -> tuple[Any, int]:
+    """A value and where it ends. Raises: JsonFault."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        raise JsonFault(f"not valid JSON: {error.msg} (character {error.pos - position + 1})") from None
+    except RecursionError:
+        raise JsonFault("nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise JsonFault(f"not readable: {str(error).split(';')[0].split(':')[0]}") from None
+
+
+def iterate_lines(file: DataFile, problems: Problems) -> Iterator[tuple[int, str]]:
+    """Numbered lines without their ending, decoded; lines that are not UTF-8 become problems."""
+    name = str(file.path)
+    number = 0
+    with open_bytes(file) as stream:
+        while True:
+            try:
+                raw = stream.readline(LONGEST_LINE_BYTES + 1)
+            except (OSError, EOFError) as error:
+                problems.add(name, number + 1, f"the file cannot be read on: {error}", "it may be cut short")
+                return
+            if not raw:
+                return
+            number += 1
+            if len(raw) > LONGEST_LINE_BYTES:
+                problems.add(
+                    name, number, f"a line of more than {LONGEST_LINE_BYTES // 2**20} MiB", "is this JSON Lines?"
+                )
+                return
+            raw = raw.removeprefix(BOM) if number == 1 else raw
+            text = decode(raw.removesuffix(b"\n").removesuffix(b"\r"), name, number, problems)
+            if text is not None:
+                yield number, text
+
+
+def decode(raw: bytes, name: str, number: int, problems: Problems) -> str | None:
+    """UTF-8 text without NUL, or None and a problem."""
+    if b"\x00" in raw:
+        problems.add(name, number, "contains a NUL byte", "is the file UTF-16, or not text at all?")
+        return None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = raw[error.start]
+        problems.add(name, number, f"not UTF-8: byte 0x{byte:02x} at byte {error.start + 1}", "save the file as UTF-8")
+        return None
+
+
+def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
+    """One object a line; blank lines are skipped."""
+    for number, text in iterate_lines(file, problems):
+        row = parse_line(text, number, str(file.path), problems)
+        if row is not None:
+            yield row
+
+
+def parse_line(text: str, number: int, name: str, problems: Problems) -> RawRow | None:
+    """The object of one line; None for a blank line, or with a problem."""
+    stripped = text.strip(" \t\r")
+    if not stripped:
+        return None
+    try:
+        value, end = parse_json(stripped)
+        if end != len(stripped):
+            raise JsonFault(f"more text after the JSON value (character {end + 1})")
+    except JsonFault as fault:
+        problems.add(name, number, str(fault), "write one JSON object a line")
+        return None
+    if not isinstance(value, dict):
+        problems.add(name, number, f"{kind_of(value)}, not an object", "write {...}")
+        return None
+    return RawRow(number, value)
+
+
+def read_json_array(file: DataFile, problems: Problems) -> Iterator[RawRow]:
+    """The objects of one JSON array, each with the line where it begins. JSON Lines named .json are read as such."""
+    name = str(file.path)
+    with open_bytes(file) as stream:
+        text = decode(stream.read().removeprefix(BOM), name, 1, problems)
+    if text is None:
+        return
+    position = skip_space(text, 0)
+    if text[position : position + 1] != "[":
+        yield from _read_objects(file, text, position, problems)
+        return
+    line, counted = 1, 0
+    position = skip_space(text, position + 1)
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, position = parse_json(text, position)
+        except JsonFault as fault:
+            problems.add(name, line, str(fault), "the rest of the array is not read")
+            return
+        if isinstance(value, dict):
+            yield RawRow(line, value)
+        else:
+            problems.add(name, line, f"{kind_of(value)}, not an object", "write {...}")
+        position = skip_space(text, position)
+        if text[position : position + 1] not in (",", "]"):
+            line += text.count("\n", counted, position)
+            problems.add(name, line, "expected ',' or ']' here", "the rest of the array is not read")
+            return
+        position = skip_space(text, position + 1) if text[position] == "," else position
+    rest = skip_space(text, position + 1)
+    if rest < len(text):
+        problems.add(name, 1 + text.count("\n", 0, rest), "more text after the array", "")
+
+
+def _read_objects(file: DataFile, text: str, position: int, problems: Problems) -> Iterator[RawRow]:
+    """A .json file that is no array: JSON Lines under another name, or refused."""
+    first = text[position:].split("\n", 1)[0].strip()
+    try:
+        value, end = parse_json(first)
+        lines = isinstance(value, dict) and end == len(first)
+    except JsonFault:
+        lines = False
+    if lines:
+        yield from read_json_lines(file, problems)
+        return
+    line = 1 + text.count("\n", 0, position)
+    problems.add(str(file.path), line, "the file is neither an array of objects nor one object a line", "write [{...}]")
+
+
+def skip_space(text: str, position: int) -> int:
+    """The first position that is no JSON whitespace."""
+    match = re.compile(r"[ \t\r\n]*").match(text, position)
+    return match.end() if match else position
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's kind in words."""
+    kinds = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def read_text(file: DataFile, problems: Problems) -> Iterator[RawRow]:
+    """A .txt file is one row, byte for byte."""
+    with open_bytes(file) as stream:
+        raw = stream.read().removeprefix(BOM)
+    before = 0
+    for number, part in enumerate(raw.split(b"\n"), 1):
+        if decode(part, str(file.path), number, problems) is None:
+            before += 1
+    if not before:
+        yield RawRow(1, {"text": raw.decode("utf-8")})

@@ -1,0 +1,192 @@
+"""One source of the recipe, row by row: a file, or a data set of the hub.
+
+Comes in: a Source.  Goes out: RawRows under the format's field names.  Next: rows.py.  The only door to pyarrow and
+datasets, each imported where it is used.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tunekit.data.reading.data_file import DataFile, inspect_file, open_bytes
+from tunekit.data.reading.lines import RawRow, read_json_array, read_json_lines, read_text
+from tunekit.data.reading.problems import Problems
+from tunekit.errors import DataError
+from tunekit.recipe.data import Source
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path names a data set of the hub. The recipe makes every local path absolute."""
+    return not Path(path).exists() and bool(_HUB_NAME.fullmatch(path)) and Path(path).suffix.lower() not in _ENDINGS
+
+
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
+
+
+def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
+    """The first max_rows rows, columns renamed. Raises: DataError where the source cannot be read at all."""
+    rows = _read_hub(source) if is_hub_name(source.path) else read_file(inspect_file(Path(source.path)), problems)
+    return prepare_rows(islice(rows, source.max_rows), source)
+
+
+def prepare_rows(rows: Iterable[RawRow], source: Source) -> Iterator[RawRow]:
+    """Columns renamed. Raises: DataError where the first row lacks a column that is mapped."""
+    for index, row in enumerate(rows):
+        if index == 0:
+            _check_columns(source, row)
+        yield RawRow(row.line, rename_columns(row.values, source.columns)) if source.columns else row
+
+
+def rename_columns(values: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The row under the format's field names; a mapped column displaces a column of that name."""
+    taken = {columns[name] for name in values if name in columns}
+    kept = {name: value for name, value in values.items() if name not in columns and name not in taken}
+    return {**kept, **{columns[name]: value for name, value in values.items() if name in columns}}
+
+
+def _check_columns(source: Source, row: RawRow) -> None:
+    absent = [name for name in source.columns if name not in row.values]
+    if absent:
+        there = ", ".join(f"'{name}'" for name in row.values)
+        raise DataError(
+            f"no column '{absent[0]}', which data.train[].columns maps; the first row has {there}",
+            "name a column that is there",
+            file=source.path,
+            line=row.line,
+        )
+
+
+def read_file(file: DataFile, problems: Problems) -> Iterator[RawRow]:
+    """Rows of a file by its kind."""
+    readers = {
+        "jsonl": read_json_lines,
+        "json": read_json_array,
+        "csv": _read_csv,
+        "parquet": _read_parquet,
+        "text": read_text,
+    }
+    return readers[file.kind](file, problems)
+
+
+def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
+    """Rows under the header's names; a row begins at the line it is named by."""
+    name = str(file.path)
+    tabs = ".tsv" in [suffix.lower() for suffix in file.path.suffixes]
+    csv.field_size_limit(sys.maxsize)
+    with open_bytes(file) as raw:
+        stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+        reader = csv.reader(stream, delimiter="\t" if tabs else ",", strict=True)
+        header: list[str] | None = None
+        start = 1
+        while True:
+            try:
+                cells = next(reader, None)
+            except UnicodeDecodeError as error:
+                problems.add(name, _line_of_bad_byte(file), f"not UTF-8: {error.reason}", "save the file as UTF-8")
+                return
+            except (csv.Error, OSError, EOFError) as error:
+                problems.add(name, reader.line_num or start, f"not valid CSV: {error}", "the rest is not read")
+                return
+            if cells is None:
+                return
+            line, start = start, reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = _check_header(cells, name)
+            elif len(cells) != len(header):
+                problems.add(
+                    name, line, f"{len(cells)} fields, but the header has {len(header)}", "quote commas in text"
+                )
+            else:
+                yield RawRow(line, dict(zip(header, cells, strict=True)))
+
+
+def _line_of_bad_byte(file: DataFile) -> int:
+    """The first line that is not UTF-8."""
+    with open_bytes(file) as stream:
+        for number, raw in enumerate(stream, 1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _check_header(cells: list[str], name: str) -> list[str]:
+    twice = sorted({cell for cell in cells if cells.count(cell) > 1})
+    if twice or "" in cells:
+        what = (
+            f"the header names '{twice[0]}' twice" if twice and twice[0] else "the header has a column without a name"
+        )
+        raise DataError(what, "give each column a name of its own", file=name, line=1)
+    return cells
+
+
+def _read_parquet(file: DataFile, problems: Problems) -> Iterator[RawRow]:
+    yield from read_row_groups(file, None, 0, problems)
+
+
+def read_row_groups(file: DataFile, groups: list[int] | None, before: int, problems: Problems) -> Iterator[RawRow]:
+    """Rows of some row groups of a Parquet file, or of all; `before` rows precede them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = before
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            for batch in parquet.iter_batches(batch_size=1000, row_groups=groups):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield RawRow(number, values)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        problems.add(str(file.path), number + 1, f"the Parquet file is damaged: {str(error).splitlines()[0]}", "")
+
+
+def row_group_sizes(file: DataFile) -> list[int]:
+    """Rows of each row group of a Parquet file. Raises: DataError where it is damaged."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            return [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"the Parquet file is damaged: {str(error).splitlines()[0]}", "", file=str(file.path)) from None
+
+
+def _read_hub(source: Source) -> Iterator[RawRow]:
+    """Rows of a hub data set; a streamed one is read over the network as it is used."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(
+            source.path, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+    except Exception as error:  # datasets raises whatever its loaders, the hub or the network raise
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            f"no such file, and the hub's data set cannot be loaded: {first}",
+            "check data.train[].path, split and revision, and the network",
+            file=source.path,
+        ) from None
+    for number, values in enumerate(loaded, 1):
+        yield RawRow(number, dict(values))
+
+
+def hub_fingerprint(source: Source) -> str:
+    """What changes when the data set's content changes, as datasets itself computes it."""
+    import datasets
+
+    loaded = datasets.load_dataset(source.path, split=source.split, revision=source.revision)
+    return str(loaded._fingerprint)

@@ -1,0 +1,76 @@
+"""Control tokens come from the template alone: text of the data that spells one stays text.
+
+Comes in: rendered text, and the same text rendered from neutralized messages.  Goes out: ids and offsets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunekit.contracts import Tokenizer
+from tunekit.errors import DataError
+
+PLACEHOLDER = "\ue000"  # a private-use character; no tokenizer's special token holds it
+STRUCTURE = ("role", "type")  # values that the formats have checked; everything else is the data's own text
+
+
+class ControlTokens:
+    """The special tokens of a tokenizer: their ids, and where a text spells one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.ids = frozenset(tokenizer.special_ids)
+        texts = sorted((tokenizer.decode([token_id]) for token_id in self.ids), key=lambda text: (-len(text), text))
+        spelled = [re.escape(text) for text in texts if text.strip()]
+        self._pattern = re.compile("|".join(spelled)) if spelled else None
+
+    def spelled_in(self, value: Any) -> bool:
+        """Whether any text inside `value` spells a control token."""
+        return self._pattern is not None and self.neutralized(value) != value
+
+    def neutralized(self, value: Any) -> Any:
+        """`value` with every spelled control token replaced by as many placeholders."""
+        if self._pattern is None:
+            return value
+        if isinstance(value, str):
+            return self._pattern.sub(lambda match: PLACEHOLDER * len(match.group()), value)
+        if isinstance(value, Mapping):
+            return {key: part if key in STRUCTURE else self.neutralized(part) for key, part in value.items()}
+        if isinstance(value, Sequence):
+            return [self.neutralized(part) for part in value]
+        return value
+
+
+def encode_trusted(
+    text: str, neutral: str, tokenizer: Tokenizer, control: ControlTokens
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of `text` in which only the control tokens of `neutral` are control tokens.
+
+    Raises: DataError where the template rewrites the text that spells one, so that the two cannot be told apart.
+    """
+    if neutral == text:
+        return tokenizer.encode_with_offsets(text)
+    if len(neutral) != len(text):
+        raise DataError(
+            "the row spells a special token of the tokenizer, and the chat template rewrites it",
+            "remove that text from the row",
+        )
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+
+    def add_plain(start: int, stop: int) -> None:
+        if start < stop:
+            more, places = tokenizer.encode_with_offsets(text[start:stop], special_tokens_in_text=False)
+            ids.extend(more)
+            offsets.extend((start + first, start + last) for first, last in places)
+
+    position = 0
+    for token_id, (start, stop) in zip(*tokenizer.encode_with_offsets(neutral), strict=True):
+        if token_id in control.ids:
+            add_plain(position, start)
+            ids.append(token_id)
+            offsets.append((start, stop))
+            position = stop
+    add_plain(position, len(text))
+    return ids, offsets

@@ -1,0 +1,235 @@
+"""Where the assistant's turns lie in a rendered conversation.
+
+Comes in: a ChatExample.  Goes out: its text and the character spans to train on.  Next: render.py.
+A template with {% generation %} markers says so itself.  Any other is rendered up to each turn: the turn lies between
+"everything before, with the generation prompt" and "everything including it", if both are prefixes of the whole text.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tunekit.contracts import Tokenizer
+from tunekit.data.rendering.control import ControlTokens
+from tunekit.errors import DataError
+from tunekit.formats.example import ChatExample, Message
+
+ONLY_LAST = "rows of which only the last answer is trained on: the chat template rewrites earlier turns"
+TOOLS_IGNORED = "rows whose tools the chat template does not write"
+SHORTENED = "answers that the chat template does not write as they are"
+_OPENING, _CLOSING = "\ue001", "\ue002"
+_PROBE = "\ue003tunekit\ue003"
+_MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) to train on; `marked` by the template itself."""
+
+    start: int
+    end: int
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A rendered conversation; `neutral` is the same with special tokens spelled in the data blotted out."""
+
+    text: str
+    neutral: str
+    spans: tuple[Span, ...]
+    empty_answers: int
+
+    def ends_open(self, closed: Sequence[Span], last_id: int, control: ControlTokens, eos_id: int | None) -> bool:
+        """Whether the text ends with a trained turn that the template closes with no control token."""
+        at_end = bool(closed) and closed[-1].end == len(self.text)
+        return at_end and eos_id is not None and last_id != eos_id and last_id not in control.ids
+
+
+def answer_indices(messages: Sequence[Message], train_on: str) -> list[int]:
+    """The turns to train on: all of the assistant or the last, without empty ones and those that the row excludes."""
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    chosen = answers[-1:] if train_on == "last" else answers
+    return [index for index in chosen if messages[index].trained and not messages[index].empty]
+
+
+def last_answer(example: ChatExample) -> int | None:
+    """The last assistant turn that says something, for generation."""
+    indices = [index for index in answer_indices(example.messages, "assistant") if example.messages[index].content]
+    return indices[-1] if indices else None
+
+
+class TurnFinder:
+    """Finds the turns of one tokenizer and template."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, control: ControlTokens, template: str | None, notices: Counter[str]
+    ) -> None:
+        self._tokenizer, self._control, self._notices = tokenizer, control, notices
+        self._template = template
+        written = template if template is not None else tokenizer.chat_template or ""
+        self._marked = mark_generation(written)
+        self.prompts: bool | None = None  # whether the template knows add_generation_prompt; unknown at first
+
+    def render(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text."""
+        return self._render([message.as_dict() for message in messages], tools, add_generation_prompt, self._template)
+
+    def render_neutral(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False) -> str:
+        """The same with special tokens that the data spells blotted out."""
+        rows = self._control.neutralized([message.as_dict() for message in messages])
+        return self._render(rows, self._control.neutralized(tools), add_generation_prompt, self._template)
+
+    def _render(self, rows: Any, tools: Any, add_generation_prompt: bool, template: str | None) -> str:
+        return self._tokenizer.render(rows, tools=tools, add_generation_prompt=add_generation_prompt, template=template)
+
+    def find(self, example: ChatExample, train_on: str) -> Conversation:
+        """The text and the spans of its answers. Raises: DataError where they cannot be found for certain."""
+        messages, tools = example.messages, example.tools
+        text = self.render(messages, tools)
+        wanted = answer_indices(messages, train_on) if train_on != "all" else []
+        spans = self._marked_spans(example, text, wanted)
+        if spans is None:
+            spans = [self._turn(messages, index, tools, text) for index in wanted]
+        if None in spans:
+            last = wanted[-1]
+            messages = messages[: last + 1]
+            text = self.render(messages, tools)
+            spans, wanted = [self._turn(messages, last, tools, text)], [last]
+            self._notices[ONLY_LAST] += 1
+        found = tuple(span for span in spans if span is not None)
+        if len(found) < len(spans):
+            raise DataError(
+                "the chat template writes an answer differently once more turns follow, so that its place is unknown",
+                "give a template with {% generation %} markers",
+                key="data.chat_template",
+            )
+        self._check(messages, wanted, found, text, tools)
+        neutral = text
+        if self._control.spelled_in([message.as_dict() for message in messages]) or self._control.spelled_in(tools):
+            neutral = self.render_neutral(messages, tools)
+        empty = sum(message.role == "assistant" and message.empty for message in messages)
+        return Conversation(text, neutral, found, empty)
+
+    def _marked_spans(self, example: ChatExample, text: str, wanted: Sequence[int]) -> list[Span | None] | None:
+        """Spans by the template's own markers, if it has one for each answer."""
+        if self._marked is None or not wanted:
+            return None
+        rows = [message.as_dict() for message in example.messages]
+        parts = re.split(f"([{_OPENING}{_CLOSING}])", self._render(rows, example.tools, False, self._marked))
+        spans, position, opened = [], 0, 0
+        for part in parts:
+            if part == _OPENING:
+                opened = position
+            elif part == _CLOSING:
+                spans.append(Span(opened, position, marked=True))
+            else:
+                position += len(part)
+        answers = [index for index, message in enumerate(example.messages) if message.role == "assistant"]
+        if position != len(text) or len(spans) != len(answers):
+            return None
+        return [span for index, span in zip(answers, spans, strict=True) if index in wanted]
+
+    def _turn(self, messages: Sequence[Message], index: int, tools: Any, text: str) -> Span | None:
+        """The span of one turn, or None where the texts are not prefixes of each other."""
+        complete = index + 1 == len(messages)
+        try:
+            upto = text if complete else self.render(messages[: index + 1], tools)
+        except DataError:
+            return None
+        if not text.startswith(upto):
+            return None
+        start = self._answer_start(messages, index, tools, upto)
+        return None if start is None else Span(start, len(upto))
+
+    def _answer_start(self, messages: Sequence[Message], index: int, tools: Any, upto: str) -> int | None:
+        try:
+            before = self.render(messages[:index], tools, add_generation_prompt=True)
+            bare = self.render(messages[:index], tools) if self.prompts is not True else None
+        except DataError:
+            if index:
+                return None
+            before = bare = ""  # nothing comes before the first message, and many templates refuse to render that
+        if bare is not None and index:
+            self.prompts = before != bare
+        if before != bare and upto.startswith(before):
+            return len(before)
+        bare = self.render(messages[:index], tools) if bare is None else bare
+        if not upto.startswith(bare):
+            return None
+        place = self._content_place(messages[: index + 1], tools, upto)
+        return self._after_header(place, upto, len(bare), before)
+
+    def _content_place(self, messages: Sequence[Message], tools: Any, upto: str) -> int:
+        """Where the last message's content begins, found by writing another content there; -1 if that changes more."""
+        probe = replace(messages[-1], content=_PROBE)
+        try:
+            place = self.render([*messages[:-1], probe], tools).find(_PROBE)
+        except DataError:
+            return -1
+        content = messages[-1].content
+        there = place >= 0 and (upto.startswith(content, place) or upto.startswith(content.strip(), place))
+        return place if there else -1
+
+    def _after_header(self, place: int, upto: str, bare: int, before: str) -> int:
+        """Start of an answer whose header ("<|im_start|>assistant") is no generation prompt, or another one."""
+        if len(before) > bare:
+            shared = common_prefix(before, upto)
+            return min(shared, place) if place >= 0 else shared
+        return place if place >= 0 and upto[bare:place].strip() else bare
+
+    def _check(
+        self, messages: Sequence[Message], wanted: Sequence[int], spans: Sequence[Span], text: str, tools: Any
+    ) -> None:
+        """What the row says and the template leaves out is an error, or counted."""
+        for index, span in zip(wanted, spans, strict=True):
+            turn = text[span.start : span.end]
+            for call in messages[index].extra.get("tool_calls", ()):
+                if call["function"]["name"] not in turn:
+                    raise DataError(
+                        "the chat template does not write tool calls", "give one that does", key="data.chat_template"
+                    )
+            if messages[index].content.strip() not in turn:
+                self._notices[SHORTENED] += 1
+        names = [(tool.get("function") or tool).get("name") for tool in tools or ()]
+        if names and not any(str(name) in text for name in names):
+            self._notices[TOOLS_IGNORED] += 1
+
+    def close(self, span: Span, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Span:
+        """The span up to its end-of-turn token: whitespace that the template writes after it is not the model's."""
+        first = bisect_right([end for _, end in offsets], span.start)
+        stop = bisect_left([start for start, _ in offsets], span.end)
+        for token in range(stop - 1, first - 1, -1):
+            start, end = offsets[token]
+            if ids[token] in self._control.ids or ids[token] == self._tokenizer.eos_id:
+                return Span(span.start, end, span.marked)
+            if text[start:end].strip():
+                break
+        if span.marked and stop < len(ids) and ids[stop] in self._control.ids and offsets[stop][0] == span.end:
+            return Span(span.start, offsets[stop][1], span.marked)
+        return span
+
+
+def common_prefix(one: str, other: str) -> int:
+    """How many characters two texts share at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (first, second) in pairs if first != second), min(len(one), len(other)))
+
+
+def mark_generation(template: str) -> str | None:
+    """The template with its {% generation %} blocks turned into visible marks; None if it has none."""
+    if not _MARKER.search(template):
+        return None
+
+    def visible_mark(match: re.Match[str]) -> str:
+        left, ending, right = match.groups()
+        mark = _CLOSING if ending else _OPENING
+        # A block, not an expression, so that the whitespace around it is trimmed just as around the original.
+        return f"{{%{left} if true %}}{{{{ '{mark}' }}}}{{% endif {right}%}}"
+
+    return _MARKER.sub(visible_mark, template)

@@ -1,0 +1,283 @@
+"""The data section and a tokenizer to encoded rows: cached, split, counted.
+
+Comes in: DataSection, Tokenizer, seed.  Goes out: RowSet.  Next: plan.py, train.py, preview.py, evaluate.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunekit.contracts import Batch, EncodedRows, Tokenizer
+from tunekit.data.batching.order import Share, epoch_rows, held_out
+from tunekit.data.batching.stream import StreamedSource, StreamedWindows
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, longest_batch
+from tunekit.data.encoding.cache import hash_of
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.sample import sample_source, scaled
+from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
+from tunekit.data.encoding.store import ChosenRows, Part
+from tunekit.data.reading.shards import machine_memory_bytes, must_stream
+from tunekit.data.rendering.render import Renderer
+from tunekit.errors import DataError, RecipeError, TunekitError
+from tunekit.recipe.data import DataSection
+from tunekit.records import RowCounts
+
+
+class Prompt(NamedTuple):
+    """A row for generation: ids up to its last answer, that answer, and where the row stands."""
+
+    prompt_ids: list[int]
+    reference: str
+    origin: str
+
+
+@dataclass
+class RowSet:
+    """Rows to train on and to evaluate on, with their counts and what to tell the user (`notes`)."""
+
+    train: EncodedRows
+    evaluation: EncodedRows | None
+    counts: RowCounts
+    eval_counts: RowCounts | None
+    fingerprint: str
+    draws: tuple[Share, ...]
+    streams: tuple[StreamedSource, ...]
+    notes: tuple[str, ...]
+    read_prompts: Callable[[], list[Prompt]]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether training rows are read on the fly; `train` is then a sample of them."""
+        return bool(self.streams)
+
+    @property
+    def all(self) -> list[EncodedRows]:
+        """Training rows, and those to evaluate on if there are any."""
+        return [self.train] if self.evaluation is None else [self.train, self.evaluation]
+
+    def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
+        """The windows to train on, with the sources' weights."""
+        if self.streams:
+            return StreamedWindows(self.streams, settings, rank=rank, world=world)
+        return TrainingWindows(self.train, settings, rank=rank, world=world, draws=self.draws)
+
+    def longest_batch(self, settings: BatchSettings) -> Batch:
+        """A micro-batch as large as any that training can meet; of a stream, one of rows of max_length."""
+        if not self.streams:
+            return longest_batch(self.train, settings)
+        count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // settings.max_length, 1)
+        return filled_batch(self.train, settings, count, settings.max_length)
+
+    def evaluation_prompts(self) -> list[Prompt]:
+        """Every evaluation row that has an answer, as a prompt with that answer."""
+        return self.read_prompts()
+
+
+def load_rows(data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: Path | None = None) -> RowSet:
+    """Encoded training and evaluation rows. Raises: DataError naming every wrong row, or that none is left."""
+    options = encode_options(data, tokenizer)
+    memory_bytes = machine_memory_bytes()
+    if any(must_stream(source, memory_bytes) for source in data.train):
+        return _load_streamed(data, tokenizer, options, seed, cache_dir)
+    sources = load_sources(data.train, tokenizer, options, cache_dir)
+    train, held = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)
+    eval_sources, evaluation = sources, held
+    if isinstance(data.eval, tuple):
+        eval_sources = load_sources(data.eval, tokenizer, options, cache_dir)
+        evaluation = [_whole(source) for source in eval_sources]
+    train_rows = ChosenRows(train)
+    if held and not len(train_rows) and len(ChosenRows(held)):
+        raise DataError(
+            "there is only one row (or only equal ones), so that no fraction can be held out",
+            "name an eval source of its own",
+            key="data.eval",
+        )
+    _require_rows(train_rows, sources, "data.train")
+    draws = _shares(train_rows, [source.source.weight for source in sources])
+    own = isinstance(data.eval, tuple)
+    eval_rows = ChosenRows(evaluation) if data.eval is not None else None
+    if eval_rows is not None:
+        _require_rows(eval_rows, eval_sources, "data.eval")
+    notes = [note for source in sources for note in source.notices]
+    notes += [note for source in eval_sources for note in source.notices] if own else []
+    return RowSet(
+        train=train_rows,
+        evaluation=eval_rows,
+        counts=_count(sources, train_rows, epoch_rows(draws, seed=seed, epoch=0, shuffle=False)),
+        eval_counts=None if eval_rows is None else _count(eval_sources if own else (), eval_rows),
+        fingerprint=_fingerprint(data, sources, eval_sources if own else (), seed),
+        draws=draws,
+        streams=(),
+        notes=(*dict.fromkeys(notes), *_leaks(data, train_rows, eval_rows)),
+        read_prompts=lambda: _prompts(eval_sources, evaluation, tokenizer, options),
+    )
+
+
+def load_evaluation_rows(
+    data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: Path | None = None
+) -> RowSet:
+    """Only the evaluation rows of a data section; `train` is empty unless they are a fraction of it."""
+    if isinstance(data.eval, tuple):
+        options = encode_options(data, tokenizer)
+        sources = load_sources(data.eval, tokenizer, options, cache_dir)
+        parts = [_whole(source) for source in sources]
+        rows = ChosenRows(parts)
+        _require_rows(rows, sources, "data.eval")
+        counts = _count(sources, rows)
+        notes = tuple(dict.fromkeys(note for source in sources for note in source.notices))
+        return RowSet(
+            train=ChosenRows([]),
+            evaluation=rows,
+            counts=RowCounts(0, 0, 0, 0, 0, 0, 0),
+            eval_counts=counts,
+            fingerprint=_fingerprint(data, (), sources, seed),
+            draws=(),
+            streams=(),
+            notes=notes,
+            read_prompts=lambda: _prompts(sources, parts, tokenizer, options),
+        )
+    return load_rows(data, tokenizer, seed=seed, cache_dir=cache_dir)
+
+
+def _load_streamed(
+    data: DataSection, tokenizer: Tokenizer, options: EncodeOptions, seed: int, cache_dir: Path | None
+) -> RowSet:
+    """Training rows on the fly: `train` holds each source's first rows, and every count is estimated from them."""
+    if isinstance(data.eval, float):
+        raise RecipeError(
+            "a training source is streamed (by its size, or as the recipe says), and no fraction can be taken of it",
+            "name an eval source of its own",
+            key="data.eval",
+        )
+    sampled = [sample_source(source, number, tokenizer, options) for number, source in enumerate(data.train)]
+    samples = [replace(one.sample, counts=scaled(one.sample.counts, one.scale or 1.0)) for one in sampled]
+    rows = ChosenRows([_whole(sample) for sample in samples])
+    _require_rows(rows, samples, "data.train")
+    draws = _shares(rows, [source.weight for source in data.train])
+    counts = _count(samples, rows)
+    trained = sum(sample.counts.kept for sample in samples)
+    scale = trained / counts.trained
+    own = None if data.eval is None else load_evaluation_rows(data, tokenizer, seed=seed, cache_dir=cache_dir)
+    fingerprint = [_fingerprint(data, samples, (), seed), own.fingerprint if own else None, "streamed"]
+    notes = [note for sample in samples for note in sample.notices]
+    return RowSet(
+        train=rows,
+        evaluation=own.evaluation if own else None,
+        counts=replace(
+            counts,
+            read=trained + counts.dropped,
+            trained=trained,
+            tokens=round(counts.tokens * scale),
+            supervised_tokens=round(counts.supervised_tokens * scale),
+            estimated=True,
+        ),
+        eval_counts=own.eval_counts if own else None,
+        fingerprint=hash_of(fingerprint),
+        draws=draws,
+        streams=tuple(one.stream for one in sampled),
+        notes=tuple(dict.fromkeys([*notes, *(own.notes if own else ())])),
+        read_prompts=own.read_prompts if own else list,
+    )
+
+
+def _whole(source: EncodedSource) -> Part:
+    return Part(source.store, np.arange(len(source.store), dtype=np.int64), source.name)
+
+
+def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) -> tuple[list[Part], list[Part]]:
+    """Training and held-out rows of each source, by the hash of each row: equal rows fall on the same side."""
+    if fraction is None:
+        return [_whole(source) for source in sources], []
+    train, held = [], []
+    for source in sources:
+        chosen = held_out(source.store.records["digest"], fraction, seed)  # (rows,)
+        train.append(Part(source.store, np.flatnonzero(~chosen).astype(np.int64), source.name))
+        held.append(Part(source.store, np.flatnonzero(chosen).astype(np.int64), source.name))
+    return train, held
+
+
+def _require_rows(rows: ChosenRows, sources: Sequence[EncodedSource], key: str) -> None:
+    """Refuse an empty set, saying what became of its rows."""
+    if len(rows):
+        return
+    reasons = sum((source.counts.dropped for source in sources), Counter[str]())
+    why = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+    raise DataError(
+        f"no row is left to {'train' if key == 'data.train' else 'evaluate'} on" + (f": {why}" if why else ""),
+        "raise data.max_length, or look at the rows with `tunekit preview`",
+        file=sources[0].source.path if sources else None,
+        key=key,
+    )
+
+
+def _shares(rows: ChosenRows, weights: Sequence[float]) -> tuple[Share, ...]:
+    bounds = rows.starts.tolist()
+    return tuple(Share(bounds[index], bounds[index + 1], weight) for index, weight in enumerate(weights))
+
+
+def _count(sources: Sequence[EncodedSource], rows: ChosenRows, order: NDArray[np.int64] | None = None) -> RowCounts:
+    """What became of the sources' rows; tokens are those of the rows in `order`, of every row once by default.
+
+    A row that was split counts once. Rows held out for evaluation are not among those read for training.
+    """
+    reasons = sum((source.counts.dropped for source in sources), Counter[str]())
+    lengths, supervised = rows.lengths, rows.supervised  # (rows,)
+    order = np.arange(len(rows), dtype=np.int64) if order is None else order
+    trained = sum(part.written_rows for part in rows.parts)
+    return RowCounts(
+        read=trained + sum(reasons.values()),
+        trained=trained,
+        dropped=sum(reasons.values()),
+        truncated=sum(source.counts.truncated for source in sources),
+        tokens=int(lengths[order].sum()),
+        supervised_tokens=int(supervised[order].sum()),
+        longest_tokens=int(lengths.max(initial=0)),
+        dropped_reasons=dict(sorted(reasons.items())),
+    )
+
+
+def _leaks(data: DataSection, train: ChosenRows, evaluation: ChosenRows | None) -> list[str]:
+    """Warnings where rows are both trained and evaluated on."""
+    if evaluation is None:
+        return []
+    notes = []
+    if isinstance(data.eval, tuple):
+        same = {source.path for source in data.train} & {source.path for source in data.eval}
+        notes += [f"warning: {path} is both in data.train and data.eval" for path in sorted(same)]
+    shared = int(np.isin(evaluation.digests, train.digests).sum())
+    if shared:
+        notes.append(f"warning: {shared} of {len(evaluation)} evaluation rows stand in the training rows too")
+    return notes
+
+
+def _fingerprint(
+    data: DataSection, train: Sequence[EncodedSource], evaluation: Sequence[EncodedSource], seed: int
+) -> str:
+    fraction = data.eval if isinstance(data.eval, float) else None
+    parts = [[source.fingerprint, source.source.weight] for source in train]
+    return hash_of([parts, [source.fingerprint for source in evaluation], fraction, seed if fraction else None])
+
+
+def _prompts(
+    sources: Sequence[EncodedSource], parts: Sequence[Part], tokenizer: Tokenizer, options: EncodeOptions
+) -> list[Prompt]:
+    """Prompts of the evaluation rows, read again from their files."""
+    renderer = Renderer(tokenizer, options.train_on, options.template)
+    prompts: list[Prompt] = []
+    for source, part in zip(sources, parts, strict=True):
+        numbers = set(source.store.records["number"][part.chosen].tolist())
+        for line, example in read_examples(source.source, numbers):
+            try:
+                found = renderer.prompt(example)
+            except TunekitError as error:
+                raise DataError(error.problems[0].what, file=source.source.path, line=line) from None
+            if found is not None:
+                prompts.append(Prompt(found[0], found[1], f"{source.name}:{line}"))
+    return prompts

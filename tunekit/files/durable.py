@@ -1,0 +1,251 @@
+"""Every change tunekit makes to a run folder: files and folders that survive a kill or a power cut, or never were.
+
+Comes in: paths and bytes.  Goes out: durable files; the operating system's refusals as errors a user can act on.
+Next: run.py, checkpoint.py, tensor_file.py.  All effects pass through `perform`, so that a test can count them, make
+one fail, or die at one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tunekit.errors import ResourceError, RunFolderError, TunekitError
+from tunekit.records import bytes_text
+
+T = TypeVar("T")
+WRITE_BYTES = 8 * 1024 * 1024  # largest single write, so that a failure is noticed early
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+BROKEN = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+
+
+def perform(kind: str, path: Path, action: Callable[[], T]) -> T:
+    """Do one thing to the disk. `kind`: create, write, fsync, rename, mkdir, unlink, rmdir, truncate."""
+    return action()
+
+
+def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> TunekitError:
+    """The error a user meets for an operating system's refusal: exit code 4 for a resource, 2 for a wrong folder."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in FULL:
+        wanted = f"{bytes_text(size_bytes)} ({size_bytes} bytes) for " if size_bytes else ""
+        return ResourceError(
+            f"no room for {wanted}{path}: {reason}{_free_text(path)}",
+            "free some space or raise the limit; a run then goes on with --resume",
+        )
+    if error.errno in FORBIDDEN:
+        return RunFolderError(f"cannot {kind} {path}: {reason}", "choose a place that you may write to")
+    if error.errno in BROKEN:
+        return ResourceError(f"cannot {kind} {path}: {reason}", "the disk or the system failed; see its log")
+    return RunFolderError(f"cannot {kind} {path}: {reason}")
+
+
+def _free_text(path: Path) -> str:
+    """How much is free where `path` lies, if that can be asked."""
+    try:
+        return f" ({bytes_text(free_bytes(path))} free there)"
+    except OSError:
+        return ""
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes a user without privileges may still write where `path` lies (its nearest existing parent)."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def effect(kind: str, path: Path, action: Callable[[], T], size_bytes: int = 0) -> T:
+    """`perform`, with an OSError turned into the error a user meets."""
+    try:
+        return perform(kind, path, action)
+    except OSError as error:
+        raise explain(error, kind, path, size_bytes) from error
+
+
+class DurableFile:
+    """A new file written piece by piece; `close` makes it durable. Knows its size and sha256."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size_bytes = 0
+        self._hash = hashlib.sha256()
+        self._number: int | None = effect("create", path, lambda: os.open(path, NEW_FILE, 0o666))
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of everything written."""
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write all of `data`, however many calls the system needs."""
+        number = self._number
+        if number is None:
+            raise RuntimeError(f"{self.path} is closed")
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        done = 0
+        while done < len(view):
+            piece = view[done : done + WRITE_BYTES]
+            done += effect("write", self.path, lambda piece=piece: os.write(number, piece), len(view))  # type: ignore[misc]
+        self.size_bytes += len(view)
+
+    def close(self) -> None:
+        """Flush to the disk itself and close; errors of either are errors of the write."""
+        number = self._number
+        if number is None:
+            return
+        effect("fsync", self.path, lambda: os.fsync(number), self.size_bytes)
+        self._number = None
+        os.close(number)
+
+    def abandon(self) -> None:
+        """Close without a flush, after a failure."""
+        if self._number is not None:
+            number, self._number = self._number, None
+            with contextlib.suppress(OSError):
+                os.close(number)
+
+    def __enter__(self) -> DurableFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+
+    def sync() -> None:
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(number)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+                raise
+        finally:
+            os.close(number)
+
+    effect("fsync", folder, sync)
+
+
+def sync_file(path: Path) -> None:
+    """Make the present bytes of a file durable."""
+
+    def sync() -> None:
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+    effect("fsync", path, sync)
+
+
+def make_folder(folder: Path) -> None:
+    """A new folder; its name is durable only after sync_folder(parent)."""
+    effect("mkdir", folder, lambda: os.mkdir(folder))
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename within one file system and make the new name durable."""
+    effect("rename", new, lambda: os.rename(old, new))
+    sync_folder(new.parent)
+
+
+def unlink(path: Path) -> None:
+    """Remove one file or one symbolic link (never what it points to)."""
+    effect("unlink", path, lambda: os.unlink(path))
+
+
+def truncate(path: Path, size_bytes: int) -> None:
+    """Cut a file and make the cut durable."""
+    effect("truncate", path, lambda: os.truncate(path, size_bytes))
+    sync_file(path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of ours with all it holds; symbolic links in it are removed, never followed."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = Path(entry.path)
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(path)
+        else:
+            unlink(path)
+    effect("rmdir", folder, lambda: os.rmdir(folder))
+
+
+def is_real_folder(path: Path) -> bool:
+    """A folder and not a symbolic link to one."""
+    return _has_mode(path, stat.S_ISDIR)
+
+
+def is_real_file(path: Path) -> bool:
+    """A regular file and not a symbolic link to one."""
+    return _has_mode(path, stat.S_ISREG)
+
+
+def _has_mode(path: Path, test: Callable[[int], bool]) -> bool:
+    try:
+        return test(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def temporary_name(path: Path) -> Path:
+    """Where `path` is written before it is renamed into place: beside it, so never on another file system."""
+    return path.with_name(f".{path.name}.part-{os.getpid()}")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary file beside it, fsync, rename, fsync of the folder."""
+    temporary = temporary_name(path)
+    if is_real_file(temporary):  # of a killed process that had our id
+        unlink(temporary)
+    try:
+        with DurableFile(temporary) as file:
+            file.write(data)
+        rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def require_writable(path: Path) -> None:
+    """Before the work whose result `path` will hold. Raises: RunFolderError where it could not be written."""
+    if path.is_dir():
+        raise RunFolderError(f"{path} is a folder", "name a file")
+    if not path.parent.is_dir():
+        raise RunFolderError(f"there is no folder {path.parent} for {path.name}", "make it, or name another file")
+    temporary = temporary_name(path)
+    write_bytes(temporary, b"")
+    unlink(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def json_bytes(value: Any) -> bytes:
+    """One JSON document: sorted keys, other letters escaped (also half a surrogate pair), never NaN or Infinity."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of `json_bytes`."""
+    write_bytes(path, json_bytes(value))

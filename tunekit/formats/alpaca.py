@@ -1,0 +1,50 @@
+"""`format: alpaca`: `{"instruction": ..., "input": ..., "output": ...}`, with optional `system` and `history`.
+
+Comes in: one row.  Goes out: ChatExample: instruction and input, joined by a newline, are the user's turn.  Where the
+tokenizer has no chat template, Stanford Alpaca's own prompt is used instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunekit.errors import DataError
+from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
+from tunekit.formats.fields import check_text, read_optional_text, read_text
+
+_HEADER = "Below is an instruction that describes a task"
+_TASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+_WITH_INPUT = f"{_HEADER}, paired with an input that provides further context. {_TASK}"
+_WITHOUT_INPUT = f"{_HEADER}. {_TASK}"
+
+
+def make_example(row: Mapping[str, Any]) -> Example:
+    """The exchange of a row."""
+    instruction, output = read_text(row, "instruction"), read_text(row, "output")
+    extra_input, system = read_optional_text(row, "input"), read_optional_text(row, "system")
+    messages = [Message("system", system)] if system else []
+    history = _read_history(row.get("history"))
+    messages += history
+    messages.append(Message("user", f"{instruction}\n{extra_input}" if extra_input else instruction))
+    messages.append(Message("assistant", output))
+    plain = None if history else CompletionExample(_plain_prompt(system, instruction, extra_input), output)
+    return ChatExample(tuple(messages), without_template=plain)
+
+
+def _plain_prompt(system: str, instruction: str, extra_input: str) -> str:
+    start = f"{system}\n\n" if system else ""
+    if extra_input:
+        return f"{start}{_WITH_INPUT}{instruction}\n\n### Input:\n{extra_input}\n\n### Response:\n"
+    return f"{start}{_WITHOUT_INPUT}{instruction}\n\n### Response:\n"
+
+
+def _read_history(value: Any) -> list[Message]:
+    """Earlier exchanges as [[question, answer], ...]."""
+    messages: list[Message] = []
+    for index, pair in enumerate(value or []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f"'history[{index}]' must be a pair [question, answer]", "")
+        messages.append(Message("user", check_text(pair[0], f"history[{index}][0]")))
+        messages.append(Message("assistant", check_text(pair[1], f"history[{index}][1]")))
+    return messages

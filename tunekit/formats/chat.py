@@ -1,0 +1,117 @@
+"""`format: chat`: OpenAI messages, `{"messages": [{"role": ..., "content": ...}], "tools": [...]}`.
+
+Comes in: one row.  Goes out: ChatExample.  Content may be text or text parts; null only beside tool_calls.  `weight: 0`
+on an assistant message keeps it as context.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunekit.errors import DataError
+from tunekit.formats.example import ROLES, ChatExample, Example, Message
+from tunekit.formats.fields import check_text, listed, read_json
+
+
+def make_example(row: Mapping[str, Any]) -> Example:
+    """The conversation of a row."""
+    if "messages" not in row:
+        raise DataError(f"no field 'messages'; this row has {listed(row)}", "add it, or map a column to it")
+    return ChatExample(read_messages(row["messages"], "messages"), read_tools(row.get("tools")))
+
+
+def read_messages(value: Any, label: str) -> tuple[Message, ...]:
+    """A list of messages."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"'{label}' must be a list of messages, not {type(value).__name__}", "write [{...}, ...]")
+    if not value:
+        raise DataError(f"'{label}' is empty", "write at least a user and an assistant message, or leave the row out")
+    return tuple(_read_message(message, f"{label}[{index}]") for index, message in enumerate(value))
+
+
+def _read_message(value: Any, label: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise DataError(f"'{label}' must be an object with role and content, not {type(value).__name__}", "")
+    role = _read_role(value, label)
+    extra: dict[str, Any] = {}
+    calls = value.get("tool_calls")
+    if calls:
+        if role != "assistant":
+            raise DataError(f"'{label}' has tool_calls, but its role is {role!r}", "only the assistant calls tools")
+        extra["tool_calls"] = _read_tool_calls(calls, f"{label}.tool_calls")
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if value.get(name) is not None:
+            extra[name] = check_text(value[name], f"{label}.{name}")
+    return Message(role, _read_content(value, label, bool(calls)), _read_weight(value, label), extra)
+
+
+def _read_role(value: Mapping[str, Any], label: str) -> str:
+    if "role" not in value:
+        how = "rows with 'from' and 'value' are format: sharegpt" if "from" in value else "add one"
+        raise DataError(f"'{label}' has no role; it has {listed(value)}", how)
+    role = value["role"]
+    if role not in ROLES:
+        near = difflib.get_close_matches(str(role), ROLES, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise DataError(f"'{label}' has the unknown role {str(role)[:40]!r}", f"{hint}known roles: {', '.join(ROLES)}")
+    return str(role)
+
+
+def _read_content(value: Mapping[str, Any], label: str, calls_tools: bool) -> str:
+    content = value.get("content")
+    if content is None:
+        if calls_tools:
+            return ""
+        state = "null" if "content" in value else "missing"
+        raise DataError(f"'{label}.content' is {state}", "write text; null is only allowed beside tool_calls")
+    if isinstance(content, list):
+        return "".join(_read_part(part, f"{label}.content[{index}]") for index, part in enumerate(content))
+    return check_text(content, f"{label}.content")
+
+
+def _read_part(part: Any, label: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise DataError(f"'{label}' is a {kind!r} part", "only text parts can be trained on here")
+    return check_text(part.get("text"), f"{label}.text")
+
+
+def _read_weight(value: Mapping[str, Any], label: str) -> bool:
+    weight = value.get("weight")
+    if weight is None:
+        return True
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(f"'{label}.weight' must be 0 or 1, not {weight!r}", "")
+    return bool(weight)
+
+
+def _read_tool_calls(value: Any, label: str) -> list[dict[str, Any]]:
+    """Calls with their arguments as an object: templates print them with `tojson`."""
+    calls = read_json(value, label)
+    if not isinstance(calls, list):
+        raise DataError(f"'{label}' must be a list, not {type(calls).__name__}", "")
+    return [_read_tool_call(call, f"{label}[{index}]") for index, call in enumerate(calls)]
+
+
+def _read_tool_call(call: Any, label: str) -> dict[str, Any]:
+    if isinstance(call, Mapping) and "function" not in call and "name" in call:
+        call = {"type": "function", "function": call}
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError(f"'{label}' must be {{'function': {{'name': ..., 'arguments': {{...}}}}}}", "")
+    arguments = function.get("arguments")
+    parsed = {} if arguments is None or arguments == "" else read_json(arguments, f"{label}.function.arguments")
+    kept = {key: part for key, part in call.items() if part is not None}
+    return {**kept, "function": {"name": function["name"], "arguments": parsed}}
+
+
+def read_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+    """The tools of a row: a list of JSON schemas, or that list as JSON text."""
+    if value is None or value == [] or value == "":
+        return None
+    tools = read_json(value, "tools")
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError("'tools' must be a list of objects", "write JSON schemas as OpenAI does, or leave it out")
+    return tuple(dict(tool) for tool in tools) or None

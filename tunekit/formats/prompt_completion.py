@@ -1,0 +1,26 @@
+"""`format: prompt_completion`: `{"prompt": ..., "completion": ...}`, two texts or two lists of messages.
+
+Comes in: one row.  Goes out: CompletionExample, byte for byte; or ChatExample in which only the completion is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tunekit.errors import DataError
+from tunekit.formats.chat import read_messages, read_tools
+from tunekit.formats.example import ChatExample, CompletionExample, Example
+from tunekit.formats.fields import read_text
+
+
+def make_example(row: Mapping[str, Any]) -> Example:
+    """The pair of a row."""
+    kinds = {isinstance(row.get(name), list) for name in ("prompt", "completion")}
+    if kinds == {True}:
+        prompt = tuple(replace(message, trained=False) for message in read_messages(row["prompt"], "prompt"))
+        return ChatExample(prompt + read_messages(row["completion"], "completion"), read_tools(row.get("tools")))
+    if kinds == {True, False}:
+        raise DataError("'prompt' and 'completion' must both be text or both be lists of messages", "")
+    return CompletionExample(read_text(row, "prompt"), read_text(row, "completion"))

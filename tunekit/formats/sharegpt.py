@@ -1,0 +1,62 @@
+"""`format: sharegpt`: `{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}`.
+
+Comes in: one row; `system` and `tools` may stand beside.  Goes out: ChatExample.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunekit.errors import DataError
+from tunekit.formats.chat import read_messages, read_tools
+from tunekit.formats.example import ChatExample, Example, Message
+from tunekit.formats.fields import listed, read_json, read_optional_text, read_text
+
+ROLES_BY_SENDER = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+
+
+def make_example(row: Mapping[str, Any]) -> Example:
+    """The conversation of a row."""
+    turns = row.get("conversations")
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        state = f"a list of turns, not {type(turns).__name__}" if "conversations" in row else "there"
+        raise DataError(f"'conversations' must be {state}; this row has {listed(row)}", "map a column to it")
+    messages = tuple(_read_turn(turn, f"conversations[{index}]") for index, turn in enumerate(turns))
+    system = read_optional_text(row, "system")
+    if system and messages[0].role != "system":
+        messages = (Message("system", system), *messages)
+    return ChatExample(messages, read_tools(row.get("tools")))
+
+
+def _read_turn(turn: Any, label: str) -> Message:
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        known = listed(turn) if isinstance(turn, Mapping) else type(turn).__name__
+        how = "rows with 'role' and 'content' are format: chat" if "role" in known else "write from and value"
+        raise DataError(f"'{label}' has no 'from'; it has {known}", how)
+    sender = turn["from"]
+    if sender not in ROLES_BY_SENDER:
+        near = difflib.get_close_matches(str(sender), ROLES_BY_SENDER, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise DataError(
+            f"'{label}' is from the unknown sender {str(sender)[:40]!r}", f"{hint}known: {', '.join(ROLES_BY_SENDER)}"
+        )
+    value = read_text(turn, "value", where=f"{label}.")
+    if sender == "function_call":
+        calls = read_json(value, f"{label}.value")
+        message = {"role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+        return read_messages([message], label)[0]
+    return Message(ROLES_BY_SENDER[sender], value)

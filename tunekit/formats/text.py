@@ -1,0 +1,17 @@
+"""`format: text`: `{"text": ...}`, running text trained on whole.
+
+Comes in: one row.  Goes out: TextExample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunekit.formats.example import Example, TextExample
+from tunekit.formats.fields import read_text
+
+
+def make_example(row: Mapping[str, Any]) -> Example:
+    """The text of a row."""
+    return TextExample(read_text(row, "text"))

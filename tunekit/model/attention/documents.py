@@ -1,0 +1,276 @@
+"""Attention within each document of a packed row, without a mask of T x T.
+
+Comes in: a net, and `Segments` in the Call of a forward.  Goes out: the same attention, document by document.
+Next: load.py puts it in place; training/tuned.py finds the segments of a batch.
+
+transformers gives every layer what its mask function returns. Ours returns a DocumentMask where the forward has
+segments; the attention functions take that apart and hand each document to the function they replace. So scaling,
+grouped heads, soft caps and sinks stay that function's business, and a layer whose mask is not made by transformers'
+mask function keeps the mask it has.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.model.attention.cpu_kernel import LONGEST_TOKENS, attend_causally
+from tunekit.model.attention.segments import Segments
+from tunekit.model.call import Call, calling, current_call
+
+SUFFIX = "_per_document"
+LOOPED = ("sdpa", "eager")  # attention functions that the loop can call
+PRODUCTS = "products" + SUFFIX  # matrix products, on a CPU in place of sdpa
+VARLEN = "varlen" + SUFFIX  # torch's own kernel over documents, for half precision on CUDA
+
+# Families on which tests compare documents in a packed row with the same documents alone.
+PROVEN = frozenset(
+    [
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite", "phi3"),
+        *("olmo2", "smollm3", "starcoder2", "mixtral", "gpt_neox", "gpt2", "phi", "opt", "gpt_oss"),
+    ]
+)
+
+
+def keeps_documents_apart(net: nn.Module) -> bool:
+    """Whether documents of a row surely do not see each other: attended one by one, in a family that tests prove."""
+    config: Any = net.config
+    return str(config._attn_implementation).endswith(SUFFIX) and _text_type(config) in PROVEN
+
+
+class DocumentMask:
+    """Stands where a layer gets its mask: the documents, and what is masked inside one beyond what is to come."""
+
+    def __init__(self, segments: Segments, allowed: Callable[..., Any] | None, device: torch.device) -> None:
+        self.segments, self.allowed, self.device = segments, allowed, device
+        self._blocks: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
+        self._boundaries: torch.Tensor | None = None
+
+    def block(self, row: int, start: int, length: int, dtype: torch.dtype = torch.bool) -> torch.Tensor | None:
+        """(1, 1, L, L) of one document: True, or 0 in a floating `dtype`, where a token is seen; None: all before."""
+        if self.allowed is None:
+            return None
+        found = self._blocks.get((row, start, dtype))
+        if found is None:
+            index = torch.arange(start, start + length, device=self.device)
+            fixed = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=self.device)
+            found = self.allowed(fixed + row, fixed, index[None, None, :, None], index[None, None, None, :])
+            found = found.expand(1, 1, length, length)
+            if dtype != torch.bool:
+                lowest = torch.finfo(dtype).min
+                found = torch.zeros(found.shape, dtype=dtype, device=self.device).masked_fill_(~found, lowest)
+            self._blocks[row, start, dtype] = found
+        return found
+
+    def boundaries(self) -> torch.Tensor:
+        """(documents + 1,) int32 on the device: where documents begin in the flattened tokens."""
+        if self._boundaries is None:
+            ends = torch.tensor(self.segments.boundaries(), dtype=torch.int32)
+            self._boundaries = ends.to(self.device, non_blocking=True)
+        return self._boundaries
+
+
+def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Let the net attend document by document, where its layers take their attention from transformers' table."""
+    config: Any = net.config
+    plain = str(config._attn_implementation)
+    if plain not in LOOPED or not getattr(net, "_supports_attention_backend", False):
+        return
+    _register()
+    kernel = plain == "sdpa" and device.type == "cuda" and dtype != torch.float32 and _varlen() is not None
+    products = plain == "sdpa" and device.type == "cpu"
+    config._attn_implementation = VARLEN if kernel else PRODUCTS if products else plain + SUFFIX
+    if not (_text_type(config) in PROVEN or _runs(net)):
+        config._attn_implementation = plain
+
+
+def uncompiled_attention() -> None:
+    """Let compiled layers call attention over documents as it is: a kernel, or a loop whose length differs from batch
+    to batch."""
+    from transformers import AttentionInterface
+
+    _register()
+    looped = ((LOOPED[0] + SUFFIX, _sdpa), (LOOPED[1] + SUFFIX, _eager))
+    for name, function in (*looped, (VARLEN, _kernel), (PRODUCTS, _products)):
+        AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+def _text_type(config: Any) -> str:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return str(text.model_type)
+
+
+_tried: dict[type, bool] = {}
+
+
+def _runs(net: nn.Module) -> bool:
+    """Whether the layers of this class take a DocumentMask at all; found out once, without values."""
+    if type(net) not in _tried:
+        config: Any = net.config
+        base: Any = type(net)
+        try:
+            with torch.device("meta"):
+                trial = base._from_config(config)
+                ids = torch.zeros(1, 5, dtype=torch.int64)
+                with torch.no_grad(), calling(Call(segments=Segments(((3, 2),)))):
+                    trial(input_ids=ids, position_ids=ids, use_cache=False)
+            _tried[type(net)] = True
+        except Exception:  # the model's own code, whatever it raises: it keeps the mask that it knows
+            _tried[type(net)] = False
+    return _tried[type(net)]
+
+
+@cache
+def _register() -> None:
+    """Make our names known to transformers, once."""
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+    for plain in LOOPED:
+        AttentionInterface.register(plain + SUFFIX, _sdpa if plain == "sdpa" else _eager)
+        AttentionMaskInterface.register(plain + SUFFIX, _mask_function(plain))
+    for name, attend in ((VARLEN, _kernel), (PRODUCTS, _products)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, _mask_function("sdpa"))
+    if hasattr(masking_utils, "find_packed_sequence_indices"):
+        found = masking_utils.find_packed_sequence_indices
+        masking_utils.find_packed_sequence_indices = partial(_documents_of_tokens, found)
+
+
+def _documents_of_tokens(plain: Callable[..., Any], position_ids: torch.Tensor) -> torch.Tensor | None:
+    """The document of each token (B, T), None where rows are single documents; transformers' own asks the device
+    which of the two it is, a wait in every forward, and impossible without values."""
+    segments = current_call().segments
+    if segments is None:
+        return plain(position_ids)  # type: ignore[no-any-return]
+    if segments.single:
+        return None
+    before = torch.cat([position_ids[:, :1] - 1, position_ids[:, :-1]], dim=1)
+    return (position_ids != before + 1).cumsum(-1)
+
+
+def _mask_function(plain: str) -> Callable[..., Any]:
+    """transformers' mask function of `plain`, but a DocumentMask where the forward has segments."""
+
+    def make_mask(*, mask_function: Any, device: Any, **named: Any) -> Any:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        segments = current_call().segments
+        padded, scripted = named.get("attention_mask") is not None, named.get("use_vmap", False)
+        if segments is None or segments.single or padded or scripted:
+            return ALL_MASK_ATTENTION_FUNCTIONS[plain](mask_function=mask_function, device=device, **named)
+        local = named.get("local_size")  # a window or a chunk, which a shorter document does not feel
+        causal = plain == "sdpa" and (local is None or segments.longest <= local)
+        return DocumentMask(segments, None if causal else mask_function, torch.device(device))
+
+    return make_mask
+
+
+def _sdpa(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return _each_document(sdpa_attention_forward, torch.bool, module, (query, key, value), attention_mask, named)
+
+
+def _eager(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> Any:
+    """The plain attention of the module's own file, which knows its soft cap and its sinks."""
+    from importlib import import_module
+
+    plain = import_module(type(module).__module__).eager_attention_forward
+    return _each_document(plain, query.dtype, module, (query, key, value), attention_mask, named)
+
+
+def _kernel(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> Any:
+    """All documents in one call of torch's kernel; what it does not know goes document by document."""
+    plain = isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None
+    fits = query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256 and query.shape[2] == key.shape[2]
+    if not (plain and fits) or named.get("dropout") or named.get("position_bias") is not None:
+        return _sdpa(module, query, key, value, attention_mask, **named)
+    tokens = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (B * T, H, D)
+    ends, longest = attention_mask.boundaries(), attention_mask.segments.longest
+    attend: Any = _varlen()
+    output = attend(
+        *tokens, ends, ends, longest, longest, scale=named.get("scaling"), window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output.unflatten(0, (query.shape[0], query.shape[2])), None  # (B, T, H, D)
+
+
+def _products(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> Any:
+    """Causal attention of whole documents by matrix products; what is otherwise, or a long document, goes to sdpa."""
+    asked = named.get("is_causal")
+    whole = attention_mask is None and query.shape[2] == key.shape[2]
+    rows: tuple[tuple[int, ...], ...] = ()
+    if isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None:
+        rows = attention_mask.segments.rows
+    elif whole:
+        rows = ((query.shape[2],),) * query.shape[0]
+    longest = max(map(max, rows), default=0)
+    causal = getattr(module, "is_causal", True) if asked is None else asked
+    beyond = any(named.get(name) is not None for name in ("softcap", "position_bias")) or named.get("dropout")
+    if not rows or not causal or beyond or query.shape[1] % key.shape[1] or (longest > LONGEST_TOKENS and whole):
+        return _sdpa(module, query, key, value, attention_mask, **named)
+    if longest > LONGEST_TOKENS:
+        return _each_document(_products, torch.bool, module, (query, key, value), attention_mask, named)
+    scaling = named.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    found = [
+        attend_causally(q, k, v, lengths, scale)  # (T, H, D)
+        for q, k, v, lengths in zip(query.unbind(0), key.unbind(0), value.unbind(0), rows, strict=True)
+    ]
+    return torch.stack(found) if len(found) > 1 else found[0][None], None  # (B, T, H, D)
+
+
+@cache
+def _varlen() -> Any:
+    """torch's attention over documents of different lengths, where this torch has it; the first one took no scale."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= set(names):
+        return None
+    return varlen_attn if "enable_gqa" in names else partial(_with_all_heads, varlen_attn)
+
+
+def _with_all_heads(attend: Any, query: Any, key: Any, value: Any, *rest: Any, enable_gqa: bool, **named: Any) -> Any:
+    """For a torch whose function wants as many heads of keys as of queries. Shapes: (T, H, D), (T, G, D) twice."""
+    groups = query.shape[1] // key.shape[1]
+    whole = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return attend(query, *whole, *rest, **named)
+
+
+def _each_document(
+    attend: Callable[..., Any],
+    block_dtype: torch.dtype,
+    module: nn.Module,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: Any,
+    named: dict[str, Any],
+) -> Any:
+    """`attend` over each document. Shapes: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
+
+    Rows are taken apart by unbind and split, whose backward passes put gradients together in one go: a slice for each
+    document would make a whole row of zeros for each.
+    """
+    if not isinstance(mask, DocumentMask):
+        return attend(module, *tensors, mask, **named)
+    bias = named.pop("position_bias", None)  # (1 or B, H, T, T)
+    rows = []
+    for row, parts in enumerate(zip(*(tensor.unbind(0) for tensor in tensors), strict=True)):
+        lengths, start, outputs = mask.segments.rows[row], 0, []
+        for pieces in zip(*(part.split(lengths, dim=1) for part in parts), strict=True):
+            length = pieces[0].shape[1]
+            if bias is not None:
+                place = slice(start, start + length)
+                named["position_bias"] = bias[row if bias.shape[0] > 1 else 0, :, place, place][None]
+            block = mask.block(row, start, length, block_dtype)
+            outputs.append(attend(module, *(piece[None] for piece in pieces), block, **named)[0])  # (1, L, H, D)
+            start += length
+        rows.append(torch.cat(outputs, dim=1))
+    return torch.cat(rows) if len(rows) > 1 else rows[0], None

@@ -1,0 +1,239 @@
+"""Keys and values that stand before those of every layer's tokens, and what a base makes of a text as such.
+
+Comes in: a net, its SelfAttention places, P keys and values of each layer.  Goes out: hooks in the net.
+Next: adapters/prefix.py.
+
+Inside one attention module the learned keys and values are what its cache seems to hold: the module's own code joins
+them to its own, so that scaling, grouped heads, soft caps and relative biases stay its business. No cache of the model
+knows of them: they work with and without one, and in a recomputed layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.errors import ModelError
+from tunekit.model.attention.places import (
+    CACHE_NAMES,
+    KEY,
+    MASK_NAMES,
+    SelfAttention,
+    decoder,
+    no_way_in,
+    parameter_of,
+    parameters_of,
+)
+from tunekit.model.call import current_call
+
+KeysAndValues = Callable[[int], tuple[Tensor, Tensor]]  # layer -> (H, P, D) keys and values
+Hooked = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def enter(net: nn.Module, places: list[SelfAttention], length: int, keys_values: KeysAndValues) -> list[Any]:
+    """Make every layer see `length` keys and values before its own, at the positions 0 to `length` - 1.
+
+    The tokens' own positions then begin at `length`. Returns the hooks; `remove()` takes one out again.
+    """
+    masks: dict[int | None, _Mask] = {}
+    entries = [_Entry(place, length, keys_values, masks) for place in places]
+    handles = [entry.place.module.register_forward_pre_hook(entry, with_kwargs=True) for entry in entries]
+    return [*handles, *_shift_positions(net, places, length)]
+
+
+class _Mask:
+    """A mask that was made, and what of: the next layer of the same window takes it too, not one of its own."""
+
+    def __init__(self, made_of: tuple[Any, ...], mask: Tensor | None) -> None:
+        self.made_of, self.mask = made_of, mask
+
+    def fits(self, made_of: tuple[Any, ...]) -> bool:
+        """Whether it would be made of the same: tensors are compared as objects."""
+        pairs = zip(self.made_of, made_of, strict=True)
+        return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
+
+
+class _Entry:
+    """The hook of one attention module: an earlier past, and a mask that shows it."""
+
+    def __init__(
+        self, place: SelfAttention, length: int, keys_values: KeysAndValues, masks: dict[int | None, _Mask]
+    ) -> None:
+        self.place, self.length, self.keys_values, self.masks = place, length, keys_values, masks
+        self.names = parameters_of(place.module)
+        self.cache_name = parameter_of(place.module, CACHE_NAMES)
+        self.mask_name = parameter_of(place.module, MASK_NAMES)
+
+    def __call__(self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Hooked | None:
+        if current_call().bypassed:
+            return None
+        named = dict(zip(self.names, positional, strict=False)) | named
+        cache, hidden = named.get(self.cache_name or ""), named["hidden_states"]
+        past = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder's pair of caches
+        named[self.cache_name or ""] = EarlierPast(past, self.place, *self.keys_values(self.place.layer))
+        if self.mask_name is not None:
+            seen = int(past.get_seq_length(self.place.layer)) if past is not None else 0
+            own, positions = named.get(self.mask_name), named.get("position_ids")
+            inference = torch.is_inference_mode_enabled()  # no backward pass takes what is made in it
+            made_of = (own, positions, tuple(hidden.shape[:2]), seen, hidden.dtype, hidden.device, inference)
+            made = self.masks.get(self.place.window)
+            if made is None or not made.fits(made_of):
+                made = self.masks[self.place.window] = _Mask(made_of, self._mask(own, past, seen, hidden, positions))
+            named[self.mask_name] = made.mask
+        return (), named
+
+    def _mask(self, mask: Any, past: Any, seen: int, hidden: Tensor, positions: Any) -> Tensor | None:
+        """The layer's mask with `length` columns before its own; None where all is seen anyway."""
+        queries = hidden.shape[1]
+        if mask is None:
+            implementation = str(getattr(getattr(self.place.module, "config", None), "_attn_implementation", ""))
+            windowed = self.place.window is not None and seen + queries + self.length > self.place.window
+            if implementation.startswith("flash") or (queries == 1 and not windowed):
+                return None  # every key is seen, or those kernels align causality with the last key
+            keys, first = past.get_mask_sizes(queries, self.place.layer) if past is not None else (queries, 0)
+            mask = _causal_mask(queries, keys, seen - first, self.place.window, hidden.device)
+        if not isinstance(mask, Tensor):
+            raise ModelError(f"a prefix cannot extend masks of the kind {type(mask).__name__}", key="model.attention")
+        if mask.dim() == 2:  # of tokens, which flash kernels take
+            return torch.cat([mask.new_ones(mask.shape[0], self.length), mask], dim=1)
+        visible = self._visible(positions, queries, seen, mask.device)
+        rows = max(mask.shape[0], visible.shape[0])
+        parts = [_added(part, hidden.dtype) for part in (visible, mask)]  # booleans would become one such in each layer
+        return torch.cat([part.expand(rows, mask.shape[1], queries, part.shape[-1]) for part in parts], dim=-1)
+
+    def _visible(self, positions: Any, queries: int, seen: int, device: torch.device) -> Tensor:
+        """(1 or B, 1, T, P) bool: which of the earlier keys each query sees; in a window, those it still reaches."""
+        if self.place.window is None:
+            return torch.ones(1, 1, queries, self.length, dtype=torch.bool, device=device)
+        if not isinstance(positions, Tensor):  # without them, padding on the left takes part in the distance
+            positions = torch.arange(queries, device=device)[None] + seen + self.length
+        reached: Tensor = positions[:, None, :, None] - torch.arange(self.length, device=device) < self.place.window
+        return reached
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to scores: 0 where a key is seen."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _causal_mask(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:
+    """(1, 1, T, K) bool: query i sees the keys up to `offset` + i, in a window only the last ones."""
+    query = torch.arange(queries, device=device)[:, None] + offset
+    key = torch.arange(keys, device=device)[None]
+    visible = key <= query
+    if window is not None:
+        visible = visible & (query - key < window)
+    return visible[None, None]
+
+
+class EarlierPast:
+    """What an attention module takes for its cache: the real one, if there is one, and P keys and values before it."""
+
+    def __init__(self, past: Any, place: SelfAttention, keys: Tensor, values: Tensor) -> None:
+        self._past, self._place, self._keys, self._values = past, place, keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values (B, H, T, D) in the real cache; return all of them, the learned ones first."""
+        for own, learned in ((keys, self._keys), (values, self._values)):
+            if own.shape[1] != learned.shape[0] or own.shape[3] != learned.shape[2]:
+                heads, width = self._place.heads, self._place.width
+                what = f"{self._place.name} has {own.shape[1]} heads of {own.shape[3]}, not {heads} of {width}"
+                raise ModelError(what, "choose another adapter.method", key=KEY)
+        if self._past is not None:
+            keys, values = self._past.update(keys, values, *more, **named)
+        return _joined(self._keys, keys), _joined(self._values, values)
+
+    def get_seq_length(self, *layer: int) -> int:
+        """Tokens before the new ones, the learned ones included."""
+        seen = self._past.get_seq_length(self._place.layer) if self._past is not None else 0
+        return int(seen) + int(self._keys.shape[1])
+
+
+@torch.no_grad()
+def keys_and_values(net: nn.Module, places: list[SelfAttention], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What every layer of the plain base makes of these ids (1, T): keys and values (H, T, D), float32 on the CPU."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def record(place: SelfAttention) -> Any:
+        names, cache = parameters_of(place.module), parameter_of(place.module, CACHE_NAMES)
+
+        def give(module: nn.Module, positional: Any, named: dict[str, Any]) -> Any:
+            return (), dict(zip(names, positional, strict=False)) | named | {cache or "": _Recorder(found, place.layer)}
+
+        return give
+
+    outer: Any = decoder(net)
+    handles = [place.module.register_forward_pre_hook(record(place), with_kwargs=True) for place in places]
+    training = {module: module.training for module in net.modules()}
+    try:
+        net.eval()
+        outer(input_ids=ids.to(next(net.parameters()).device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return [found[place.layer] for place in places]
+
+
+class _Recorder:
+    """An empty cache that notes what it is given."""
+
+    def __init__(self, found: dict[int, tuple[Tensor, Tensor]], layer: int) -> None:
+        self.found, self.layer = found, layer
+
+    def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Note keys and values (1, H, T, D)."""
+        self.found[self.layer] = keys[0].float().cpu(), values[0].float().cpu()
+        return keys, values
+
+    def get_seq_length(self, *layer: int) -> int:
+        """No token before these."""
+        return 0
+
+
+def _joined(learned: Tensor, own: Tensor) -> Tensor:
+    """(H, P, D) and (B, H, T, D) -> (B, H, P + T, D)."""
+    return torch.cat([learned.to(own.dtype).expand(own.shape[0], *learned.shape), own], dim=2)
+
+
+def _shift_positions(net: nn.Module, places: list[SelfAttention], length: int) -> list[Any]:
+    """A hook that adds `length` to the positions of the tokens, wherever this decoder makes them.
+
+    Raises: ModelError where it makes them in a way of its own.
+    """
+    outer = decoder(net)
+    if "position_ids" in parameters_of(outer):
+        return [outer.register_forward_pre_hook(_Shift(outer, length), with_kwargs=True)]
+    if any(hasattr(place.module, "compute_bias") for place in places):
+        return []  # positions are distances, which the module takes from what its cache seems to hold
+    for name, table in outer.named_children():
+        if "position" in name and "position_ids" in parameters_of(table):
+            return [table.register_forward_pre_hook(_Shift(table, length), with_kwargs=True)]
+    raise no_way_in(decoder(net).config, "takes no position ids")
+
+
+class _Shift:
+    """The hook on the module that is given position ids."""
+
+    def __init__(self, module: nn.Module, length: int) -> None:
+        self.names, self.length = parameters_of(module), length
+
+    def __call__(self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Hooked | None:
+        if current_call().bypassed:
+            return None
+        named = dict(zip(self.names, positional, strict=False)) | named
+        positions = named.get("position_ids")
+        if positions is None:
+            tokens = named.get("input_ids")
+            tokens = named["inputs_embeds"] if tokens is None else tokens
+            cache = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+            seen = cache.get_seq_length() if cache is not None else 0
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + seen  # (1, T)
+        named["position_ids"] = positions + self.length
+        return (), named

@@ -1,0 +1,134 @@
+"""A net cut into embed and layers, of one stack or of several, so that an engine can run it layer by layer.
+
+Comes in: what holds a list of layers, and a way to run the base.  Goes out: Stack, or None where the cut is unproven.
+Next: memory/streaming.py. The embed stage runs the base's own forward with recorders in place of the layers, so that
+masks and position embeddings are made by the model's own code, whatever its version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.contracts import Beside, LayerCall, Stack
+
+# Families on which tests compare stages with the plain forward bit for bit.
+PROVEN = frozenset(
+    [
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite", "phi3"),
+        *("olmo2", "smollm3", "starcoder2", "mixtral", "gpt_neox", "gpt2", "phi", "opt", "bloom"),
+        *("t5", "mt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"),
+    ]
+)
+# Families whose layers give a tuple, and how many things follow the hidden states in it.
+HANDED_ON = {"bloom": 1, "t5": 2, "mt5": 2}
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # settings that leave out layers at random
+
+
+class _Recorder(nn.Module):
+    """Stands in for a layer: notes what it is called with and hands the hidden states on."""
+
+    def __init__(self, layer: nn.Module, handed_on: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "layer", layer)  # not a child: it must not be moved or saved twice
+        self.arguments: tuple[Any, ...] = ()
+        self.keywords: dict[str, Any] = {}
+        self.hidden: torch.Tensor | None = None
+        self.handed_on = tuple(Beside() for _ in range(handed_on))
+
+    def forward(self, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        self.hidden, self.arguments, self.keywords = hidden, arguments, keywords
+        return (hidden, *self.handed_on) if self.handed_on else hidden
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "layer"), name)
+
+
+class StageLayer(nn.Module):
+    """One layer, called as the embed stage recorded; after the last of a stack comes the stack's final norm."""
+
+    finish: Sequence[nn.Module]
+
+    def __init__(self, layer: nn.Module, finish: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layer = layer
+        object.__setattr__(self, "finish", finish)  # no part of the layer
+
+    def forward(self, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        arguments = [_value(argument) for argument in call.arguments]
+        output = self.layer(hidden, *arguments, **{name: _value(each) for name, each in call.keywords.items()})
+        if isinstance(output, tuple):
+            output, *others = output
+            for beside, other in zip(call.handed_on, others, strict=False):
+                if beside is not None:
+                    beside.value = other
+        for module in self.finish:
+            output = module(output)
+        return output  # type: ignore[no-any-return]
+
+
+def _value(argument: Any) -> Any:
+    return argument.value if isinstance(argument, Beside) else argument
+
+
+def is_proven(config: Any) -> bool:
+    """Whether nets of this kind, with these settings, compute the same layer by layer."""
+    drops = any(getattr(config, name, 0.0) > 0 for name in LAYER_DROPS)
+    return config.model_type in PROVEN and not drops
+
+
+def make_stack(
+    parent: nn.Module,
+    attribute: str,
+    run: Callable[[dict[str, torch.Tensor], torch.Tensor | None], object],
+    finish: Sequence[nn.Module],
+    model_type: str,
+) -> Stack:
+    """The layers that `parent` holds under this name. `run(inputs, source)` calls what embeds and passes them, and
+    `finish` is what it does after the last."""
+    layers: Any = getattr(parent, attribute)
+
+    def embed(inputs: dict[str, torch.Tensor], source: Beside | None) -> tuple[torch.Tensor, list[LayerCall]]:
+        recorders = [_Recorder(layer, HANDED_ON.get(model_type, 0)) for layer in layers]
+        with _in_place(parent, attribute, nn.ModuleList(recorders)):
+            run(inputs, None if source is None else source.value)
+        hidden: Any = recorders[0].hidden  # (B, T, D)
+        return hidden, _calls(recorders, source)
+
+    last = len(layers) - 1
+    return Stack(embed, [StageLayer(layer, finish if index == last else ()) for index, layer in enumerate(layers)])
+
+
+@contextmanager
+def _in_place(parent: nn.Module, attribute: str, others: nn.ModuleList) -> Iterator[None]:
+    """A block in which `parent` holds other layers."""
+    layers = getattr(parent, attribute)
+    setattr(parent, attribute, others)
+    try:
+        yield
+    finally:
+        setattr(parent, attribute, layers)
+
+
+def _calls(recorders: Sequence[_Recorder], source: Beside | None) -> list[LayerCall]:
+    """What was recorded, with `source` in place of its value, and of what is handed on only what is read."""
+
+    def replaced(argument: Any) -> Any:
+        return source if source is not None and argument is source.value else argument
+
+    calls = [
+        LayerCall(tuple(map(replaced, each.arguments)), {name: replaced(v) for name, v in each.keywords.items()})
+        for each in recorders
+    ]
+    read = {id(beside) for call in calls for beside in call.read}
+    return [
+        LayerCall(call.arguments, call.keywords, tuple(b if id(b) in read else None for b in recorder.handed_on))
+        for call, recorder in zip(calls, recorders, strict=True)
+    ]

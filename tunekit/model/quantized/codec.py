@@ -1,0 +1,207 @@
+"""Numbers to packed numbers and back: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale for each row.
+
+Comes in: a dense matrix (O, I).  Goes out: named tensors that hold it packed, and the dense matrix again.
+Next: weights.py keeps those tensors in a module.  bitsandbytes is imported here only, and only when it is used: for
+4 bits beside the CPU, and for LLM.int8.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from tunekit.errors import ModelError
+from tunekit.model.native_code import no_fetched_code
+from tunekit.model.quantized import four_bit, fp8
+from tunekit.model.quantized.four_bit import BLOCK, NESTED_BLOCK
+
+FOUR_BIT = ("nf4", "fp4")
+EIGHT_BIT = ("int8", "int8_weight_only")
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without what it does on the side.
+
+    On a CPU with AVX512-BF16 it would download and run native code through the package `kernels`: that package is made
+    unimportable meanwhile. It compiles two functions at import, which loads torch's compiler: torch.compile hands the
+    function back meanwhile.
+    """
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    logger = logging.getLogger("bitsandbytes")
+    compiler, level = torch.compile, logger.level
+    torch.compile = _uncompiled  # type: ignore[assignment]
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with no_fetched_code():
+            import bitsandbytes
+            import bitsandbytes.functional
+    except ImportError as error:
+        raise ModelError(
+            f"bitsandbytes cannot be imported ({error})",
+            "install it, or choose quantization none or int8_weight_only",
+            key="model.quantization",
+        ) from error
+    finally:
+        torch.compile = compiler
+        logger.setLevel(level)
+    return bitsandbytes
+
+
+def _uncompiled(function: Any = None, **_settings: Any) -> Any:
+    """torch.compile's signature, without the compiling."""
+    return function if function is not None else (lambda wrapped: wrapped)
+
+
+def unpacks_itself(device: torch.device) -> bool:
+    """Whether four bits are packed and unpacked by four_bit.py: on a CPU, and where bitsandbytes is not installed."""
+    return device.type == "cpu" or not has_bitsandbytes()
+
+
+@cache
+def has_bitsandbytes() -> bool:
+    """Whether it is installed; asked without importing it."""
+    return find_spec("bitsandbytes") is not None
+
+
+def packed_shapes(
+    shape: tuple[int, int], quantization: str, double_quantization: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of the tensors that hold a packed (O, I) matrix; what pack() returns."""
+    out_features, in_features = shape
+    if quantization in EIGHT_BIT:
+        return {"packed": ((out_features, in_features), torch.int8), "absmax": ((out_features,), torch.float32)}
+    if quantization == "fp8":
+        return {"packed": ((out_features, in_features), torch.uint8), "absmax": ((out_features,), torch.float32)}
+    elements = out_features * in_features
+    blocks = -(-elements // BLOCK)
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"packed": ((-(-elements // 2), 1), torch.uint8)}
+    if not double_quantization:
+        tensors["absmax"] = ((blocks,), torch.float32)
+        return tensors
+    tensors["absmax"] = ((blocks,), torch.uint8)
+    tensors["nested_absmax"] = ((-(-blocks // NESTED_BLOCK),), torch.float32)
+    tensors["offset"] = ((), torch.float32)
+    return tensors
+
+
+def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
+    """Pack a dense (O, I) matrix; the same matrix always gives the same bytes."""
+    matrix = matrix.detach().contiguous()  # (O, I)
+    if quantization in EIGHT_BIT:
+        return _pack_rows(matrix)
+    if quantization == "fp8":
+        return fp8.pack(matrix)
+    if unpacks_itself(matrix.device):
+        return four_bit.pack(matrix, quantization, double_quantization)
+    functional = import_bitsandbytes().functional
+    packed, state = functional.quantize_4bit(
+        matrix, blocksize=BLOCK, compress_statistics=double_quantization, quant_type=quantization
+    )
+    tensors = {"packed": packed, "absmax": state.absmax}
+    if double_quantization:
+        tensors["nested_absmax"] = state.state2.absmax
+        tensors["offset"] = state.offset
+    return tensors
+
+
+def _pack_rows(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """int8 with one float32 scale for each row: q = round(127 w / absmax(row)), as in LLM.int8; some rows at a time."""
+    packed = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)  # (O, I)
+    absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)  # (O,)
+    rows = max(1, four_bit.CHUNK_ELEMENTS // max(1, matrix.shape[1]))
+    for first in range(0, matrix.shape[0], rows):
+        wide = matrix[first : first + rows].float()
+        largest = wide.abs().amax(dim=1)
+        scale = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
+        packed[first : first + rows] = torch.round(wide * scale[:, None]).clamp_(-127, 127).to(torch.int8)
+        absmax[first : first + rows] = largest
+    return {"packed": packed, "absmax": absmax}
+
+
+def unpack(
+    tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], quantization: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """The dense (O, I) matrix in `dtype`; on the meta device a tensor of that size without values."""
+    packed, absmax = tensors["packed"], tensors["absmax"]
+    if quantization in EIGHT_BIT:
+        return packed.to(dtype).mul_((absmax / 127.0)[:, None])  # (O, I); one rounding: 8 bits fit every dtype
+    if quantization == "fp8":
+        return fp8.unpack(packed, absmax, dtype)
+    # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
+    elements = shape[0] * shape[1]
+    if packed.device.type in ("cpu", "meta"):
+        return four_bit.unpack(tensors, elements, quantization, dtype).reshape(shape)
+    import_bitsandbytes()
+    operations = torch.ops.bitsandbytes
+    if "nested_absmax" in tensors:
+        code = four_bit.nested_values().to(absmax.device)  # (256,)
+        absmax = operations.dequantize_blockwise.default(
+            absmax, tensors["nested_absmax"], code, NESTED_BLOCK, torch.float32
+        )  # (blocks,)
+        absmax = absmax + tensors["offset"]
+    dense = operations.dequantize_4bit.default(packed, absmax, BLOCK, quantization, (elements,), dtype)
+    return dense.reshape(shape)  # type: ignore[no-any-return]
+
+
+def outlier_product(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
+    """LLM.int8: x (N, I) times packed (O, I) with x in int8 too, but for columns that reach `threshold`; -> (N, O)."""
+    if x.is_meta:
+        return _product_without_values(x, packed, absmax)
+    functional = import_bitsandbytes().functional
+    quantized, scales, outliers = functional.int8_vectorwise_quant(x.to(torch.float16), threshold=threshold)
+    product: Callable[..., Any] = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+    output, _ = product(x, quantized, packed, scales, absmax, outliers, bias)
+    return output  # type: ignore[no-any-return]
+
+
+def _product_without_values(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """(N, O) on the meta device, with the allocations of bitsandbytes' product on a CPU, which a forecast counts.
+
+    Source: bitsandbytes/backends/cpu/ops.py (int8_linear_matmul), backends/default/ops.py (int8_mm_dequant).
+    """
+    half = x.to(torch.float16)  # (N, I)
+    quantized = half.to(torch.int8)  # (N, I)
+    scales = torch.empty(quantized.shape[0], 1, dtype=torch.float32, device="meta")  # (N, 1)
+    integers = torch._int_mm(quantized, packed.t())  # (N, O) int32
+    return (integers * (scales * absmax[None]) * 1.0).to(x.dtype)
+
+
+def saved_form(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
+    """A (O, I) matrix packed to 4 bits as transformers saves it: tensors by what follows the weight's name."""
+    tensors = pack(matrix, quantization, double_quantization)
+    facts: dict[str, Any] = {"quant_type": quantization, "blocksize": BLOCK}
+    facts |= {"dtype": str(matrix.dtype).removeprefix("torch."), "shape": list(matrix.shape)}
+    saved = {
+        "": tensors["packed"],
+        ".absmax": tensors["absmax"],
+        ".quant_map": four_bit.values_of(quantization).clone(),
+    }
+    if double_quantization:
+        saved |= {".nested_absmax": tensors["nested_absmax"], ".nested_quant_map": four_bit.nested_values().clone()}
+        offset = float(tensors["offset"])
+        facts |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    text = torch.tensor(list(json.dumps(facts).encode("utf-8")), dtype=torch.uint8)
+    return saved | {f".quant_state.bitsandbytes__{quantization}": text}
+
+
+def tensors_of_state(packed: torch.Tensor, state: Any) -> tuple[dict[str, torch.Tensor], str]:
+    """Our named tensors, and the quantization, of a weight that bitsandbytes packed.
+
+    Raises: ModelError for blocks of another size than ours.
+    """
+    if state.blocksize != BLOCK or (state.nested and state.state2.blocksize != NESTED_BLOCK):
+        raise ModelError(f"weights in blocks of {state.blocksize} cannot be read", f"pack them in blocks of {BLOCK}")
+    tensors = {"packed": packed.reshape(-1, 1), "absmax": state.absmax}
+    if state.nested:
+        tensors |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
+    return tensors, str(state.quant_type)

@@ -1,0 +1,286 @@
+"""The one file that knows quantized weights: a layer's matrix to read and to replace, behind one handle.
+
+Comes in: a module of the base.  Goes out: `Weight`, a matrix (O, I) whatever the storage, and `PackedLinear`.
+Next: adapters/, memory/ and merge.py, none of which asks how a matrix is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tunekit.errors import ModelError
+from tunekit.model.quantized import codec, fp8
+
+OUTLIER_THRESHOLD = 6.0  # LLM.int8: inputs of this size or more are multiplied in 16 bit
+
+ROUNDS_INPUTS = ("int8", "fp8")
+
+
+class PackedLinear(nn.Module):
+    """Linear layer whose matrix is kept packed: y = x W^T + b, W = unpack(buffers), made anew for every product.
+
+    Shapes: x (..., I) -> y (..., O).    The matrix is frozen; the bias is a parameter.
+    The backward pass unpacks W again: what is kept for it is this module, never a dense W.
+    """
+
+    weight = None  # T5 asks its layers for the dtype of their matrix, where they have one
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        quantization: str,
+        double_quantization: bool,
+        tensors: dict[str, torch.Tensor],
+        bias: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.quantization = quantization
+        self.double_quantization = double_quantization and quantization in codec.FOUR_BIT
+        self.tensor_names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_parameter("bias", bias)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The packed tensors by name."""
+        return {name: self.get_buffer(name) for name in self.tensor_names}
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """W (O, I) in `dtype`; on the meta device without values."""
+        return codec.unpack(self.tensors(), (self.out_features, self.in_features), self.quantization, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = _PackedProduct.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
+        return product
+
+    def extra_repr(self) -> str:
+        double = ", double" if self.double_quantization else ""
+        return f"{self.in_features}, {self.out_features}, {self.quantization}{double}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        """Move to a device, but never to another dtype: the scales stay float32."""
+        before = self.tensors()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+
+class _PackedProduct(torch.autograd.Function):
+    """y = x W^T + b with W unpacked in both passes; dx = g W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: PackedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        cast_bias = None if bias is None else bias.to(x.dtype)
+        if layer.quantization == "int8":
+            flat = x.reshape(-1, x.shape[-1])  # (N, I)
+            product = codec.outlier_product(flat, **layer.tensors(), bias=cast_bias, threshold=OUTLIER_THRESHOLD)
+            return product.reshape(*x.shape[:-1], layer.out_features)
+        if layer.quantization == "fp8" and not x.is_meta:
+            product = fp8.product(x.reshape(-1, x.shape[-1]), **layer.tensors())
+            product = product if cast_bias is None else product + cast_bias
+            return product.reshape(*x.shape[:-1], layer.out_features)
+        return F.linear(x, layer.dequantize(x.dtype), cast_bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        (gradient,) = gradients  # (..., O)
+        of_x = gradient @ ctx.layer.dequantize(gradient.dtype) if ctx.needs_input_grad[0] else None  # (..., I)
+        of_bias = None
+        if ctx.needs_input_grad[1]:
+            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)  # (O,)
+        return of_x, of_bias, None
+
+
+def pack_linear(
+    linear: nn.Module, quantization: str, double_quantization: bool, compute_dtype: torch.dtype
+) -> nn.Module:
+    """A PackedLinear with the matrix of `linear` (nn.Linear or Conv1D), rounded to `compute_dtype` before packing.
+
+    Raises: ModelError where the matrix is not finite.
+    """
+    weight = weight_of(linear)
+    if weight is None or layer_kind(linear) not in ("linear", "conv1d"):
+        raise ModelError(f"{type(linear).__name__} is not a linear layer", "only linear layers can be quantized")
+    shape = weight.shape
+    bias = getattr(linear, "bias", None)
+    if next(linear.parameters()).is_meta:
+        tensors = {
+            name: torch.empty(tensor_shape, dtype=dtype, device="meta")
+            for name, (tensor_shape, dtype) in codec.packed_shapes(shape, quantization, double_quantization).items()
+        }
+    else:
+        tensors = pack_matrix(weight.read(compute_dtype), quantization, double_quantization)
+    frozen = None if bias is None else nn.Parameter(bias.detach().to(compute_dtype), requires_grad=False)
+    return PackedLinear(shape[1], shape[0], quantization, double_quantization, tensors, frozen)
+
+
+def pack_matrix(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
+    """The packed tensors of a matrix (O, I) of the base.
+
+    Raises: ModelError where it is not finite, which shows in its scales, so that no second matrix is made to see it.
+    """
+    tensors = codec.pack(matrix, quantization, double_quantization)
+    scales = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    if not all(bool(torch.isfinite(each).all()) for each in scales):
+        raise ModelError("a weight of the base holds NaN or infinity", "check the base's files")
+    return tensors
+
+
+def adopt_packed(net: nn.Module) -> None:
+    """Put a PackedLinear, over the same tensors, in the place of every 4-bit layer that bitsandbytes made."""
+    kind = codec.import_bitsandbytes().nn.Linear4bit
+    for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, kind)]:
+        parameter: Any = module.weight
+        tensors, quantization = codec.tensors_of_state(parameter.data, parameter.quant_state)
+        bias = None if module.bias is None else nn.Parameter(module.bias.data, requires_grad=False)
+        layer = PackedLinear(
+            module.in_features, module.out_features, quantization, "nested_absmax" in tensors, tensors, bias
+        )
+        parent_name, _, attribute = name.rpartition(".")
+        setattr(net.get_submodule(parent_name), attribute, layer)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Handle of one module's matrix: `shape` is (O, I) however it is stored; for an embedding (vocabulary, D)."""
+
+    module: nn.Module
+    kind: str  # dense, nf4, fp4, int8, int8_weight_only, fp8
+    shape: tuple[int, int]
+    transposed: bool = False  # stored as (I, O)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the matrix, packed or not."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the matrix takes as it is stored, with scales."""
+        if isinstance(self.module, PackedLinear):
+            return sum(tensor.numel() * tensor.element_size() for tensor in self.module.tensors().values())
+        return _dense(self.module).numel() * _dense(self.module).element_size()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix lies."""
+        if isinstance(self.module, PackedLinear):
+            return self.module.get_buffer("packed").device
+        return _dense(self.module).device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of a dense matrix; None where it is packed."""
+        return None if isinstance(self.module, PackedLinear) else _dense(self.module).dtype
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's bias (O,), if it has one."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, torch.Tensor) else None
+
+    def read(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A copy of the matrix, (O, I), as it takes part in the forward."""
+        if isinstance(self.module, PackedLinear):
+            return self.module.dequantize(dtype)
+        stored = _dense(self.module).detach()
+        return (stored.t() if self.transposed else stored).to(dtype, copy=True).contiguous()
+
+    def replace(self, matrix: torch.Tensor) -> None:
+        """Put `matrix` (O, I) in place, in the storage's own dtype or packing; a tied partner keeps the old one."""
+        if tuple(matrix.shape) != self.shape:
+            raise ModelError(f"a matrix of shape {tuple(matrix.shape)} cannot replace one of shape {self.shape}")
+        if isinstance(self.module, PackedLinear):
+            layer = self.module
+            packed = codec.pack(matrix.to(self.device), layer.quantization, layer.double_quantization)
+            for name, tensor in packed.items():
+                setattr(layer, name, tensor)
+            return
+        old = _dense(self.module)
+        stored = (matrix.t() if self.transposed else matrix).to(device=old.device, dtype=old.dtype, copy=True)
+        self.module.weight = nn.Parameter(stored.contiguous(), requires_grad=old.requires_grad)
+
+
+def multiplies_exactly(module: nn.Module) -> bool:
+    """Whether the module is x W^T + b, with W what product_matrix gives: no subclass with a forward of its own, and
+    neither LLM.int8 nor fp8, which round x."""
+    return type(module) is nn.Linear or (isinstance(module, PackedLinear) and module.quantization not in ROUNDS_INPUTS)
+
+
+def product_matrix(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """W (O, I) of such a module for a product in `dtype`: the stored one where it is dense, else unpacked anew."""
+    return module.dequantize(dtype) if isinstance(module, PackedLinear) else _dense(module).detach()
+
+
+def _dense(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """linear, conv1d or embedding, by structure; None for anything else."""
+    if isinstance(module, PackedLinear | nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv1d" if _is_conv1d(module) else None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, without importing it: an object of that class can only exist once it is imported."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def weight_of(module: nn.Module) -> Weight | None:
+    """The handle of `module`'s matrix, or None where it has none that an adapter or a merge could use."""
+    if isinstance(module, PackedLinear):
+        return Weight(module, module.quantization, (module.out_features, module.in_features))
+    kind = layer_kind(module)
+    if kind is None:
+        return None
+    rows, columns = _dense(module).shape
+    if kind == "conv1d":
+        return Weight(module, "dense", (columns, rows), transposed=True)
+    return Weight(module, "dense", (rows, columns))
+
+
+def packed_layers(net: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers by name."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, PackedLinear)}
+
+
+def stored_bytes(net: nn.Module) -> int:
+    """Bytes of all parameters and buffers as they are stored; tied ones once."""
+    tensors = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def element_count(net: nn.Module) -> int:
+    """Parameters of the model: tied ones once, a packed matrix as the numbers it stands for."""
+    dense = sum(parameter.numel() for parameter in net.parameters())
+    return dense + sum(layer.in_features * layer.out_features for layer in packed_layers(net).values())
+
+
+def packed_hash(net: nn.Module) -> str:
+    """sha256 over every packed tensor: two loads of one base must agree, or a resumed run would differ."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(packed_layers(net).items()):
+        for tensor_name, tensor in layer.tensors().items():
+            digest.update(f"{name}.{tensor_name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""Built-in models that need no download: a name such as `builtin:tiny-llama` -> a model folder, made on first use.
+
+Comes in: model.name_or_path.  Goes out: a folder of a few hundred kilobytes (llama, byte-level tokenizer, ChatML
+template) whose bytes depend on nothing but the name.  Next: source.py, which treats it as any local folder.
+The weights are random: such a model shows that a recipe runs, not what it learns.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunekit.model.transformers_guard import quiet
+
+PREFIX = "builtin:"  # no hub name can hold a colon
+LAYOUT = "v1"  # part of the folder's name: change it with anything below
+SEED = 0
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_names() -> tuple[str, ...]:
+    """Every built-in name."""
+    return (f"{PREFIX}tiny-llama",)
+
+
+def tiny_model_folder(name: str) -> Path | None:
+    """The folder of a built-in model, written now if it is not there yet; None for any other name.
+
+    Two processes may ask at once: each writes a folder of its own, and the first to rename it wins.
+    """
+    if name not in tiny_names():
+        return None
+    folder = _cache_folder() / f"{name.removeprefix(PREFIX)}-{LAYOUT}"
+    if not (folder / "config.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            write_tiny_llama(scratch)
+            if not folder.exists():
+                os.rename(scratch, folder)
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def write_tiny_llama(folder: Path) -> None:
+    """A seeded random llama of two layers with a byte-level tokenizer; the caller's random state is left alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    native = _byte_tokenizer()
+    configuration = LlamaConfig(
+        vocab_size=len(native),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=native.bos_token_id,
+        eos_token_id=native.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(SEED)
+        net = LlamaForCausalLM(configuration)
+    with quiet():
+        net.save_pretrained(folder)
+        native.save_pretrained(folder)
+
+
+def _byte_tokenizer() -> Any:
+    """One token per byte and three special tokens, so that no text is unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*SPECIAL_TOKENS, *alphabet])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    native = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    native.chat_template = CHAT_TEMPLATE
+    return native
+
+
+def _cache_folder() -> Path:
+    """`tunekit/models` in the user's cache (XDG_CACHE_HOME, else ~/.cache)."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "tunekit" / "models"

@@ -1,0 +1,42 @@
+"""GGUF files as a base: read by transformers, unpacked to dense weights, each part parsed once.
+
+Comes in: a ModelSource with a GGUF file.  Goes out: arguments for transformers, and a block in which parsing is shared.
+Next: load.py, and whoever reads tokenizer and base of one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from tunekit.model.storage.source import ModelSource
+
+
+def gguf_arguments(source: ModelSource) -> dict[str, Any]:
+    """Unpack every weight: a GGUF file's own blocks can neither be trained over nor merged into."""
+    import transformers
+
+    settings = getattr(transformers, "GgufConfig", None)  # older versions always unpack
+    arguments: dict[str, Any] = {"gguf_file": source.gguf_file}
+    return arguments if settings is None else arguments | {"quantization_config": settings(dequantize=True)}
+
+
+@contextmanager
+def parsed_once(name_or_path: str) -> Iterator[None]:
+    """Keep the parsed file and its table of names inside the block; transformers asks for both again and again.
+
+    Parsing SmolLM2's file takes more than two seconds, most of them for the strings of its tokenizer.
+    """
+    if not name_or_path.lower().endswith(".gguf"):
+        yield
+        return
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = lru_cache(reader), lru_cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names

@@ -1,0 +1,92 @@
+"""A packed base kept between runs: which file holds it, and when that file may be used.
+
+Comes in: a base to be packed and where its files lie.  Goes out: the net with its tensors, mapped from a sidecar or in
+memory.  Next: load.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tunekit.files.cache_folder import code_version, default_cache_folder
+from tunekit.model.compute import give_back_memory
+from tunekit.model.storage import sidecar as files
+from tunekit.model.storage.packing import PackedBase
+from tunekit.model.storage.shards import shard_files
+from tunekit.model.storage.sidecar import Sidecar, open_sidecar, remove_others, write_sidecar
+from tunekit.model.storage.source import ModelSource
+
+# Whatever decides a packed byte or where it lies.
+CODE = ("model/quantized", "model/storage")
+PACKAGES = ("torch", "transformers", "bitsandbytes")
+
+
+def can_be_kept(size_bytes: int) -> bool:
+    """Whether a packed base of this size is going to be a sidecar, as far as the folder and the disk tell now."""
+    folder = _folder()
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    return (
+        size_bytes >= files.LEAST_BYTES
+        and existing.is_dir()
+        and os.access(existing, os.W_OK | os.X_OK)
+        and (shutil.disk_usage(existing).free >= size_bytes + files.SPARE_BYTES)
+    )
+
+
+def _folder() -> Path:
+    return default_cache_folder() / "bases"
+
+
+def kept_base(packed: PackedBase, source: ModelSource, fingerprint: str) -> tuple[Sidecar | None, list[str]]:
+    """Give the net its tensors: from the cache folder, or packed now and kept there if it can be. Returns notes."""
+    if sum(each.size_bytes for each in packed.layout) < files.LEAST_BYTES:
+        packed.fill()
+        return None, []
+    prefix, key = _names(packed, source, fingerprint)
+    path = _folder() / f"{prefix}{key[:32]}.safetensors"
+    opened, notes = open_sidecar(path, key, packed.layout), []
+    if opened is None:
+        try:
+            opened = write_sidecar(path, key, packed.layout, packed.held())
+            remove_others(path, prefix)
+            if _names(packed, source, fingerprint)[1] != key:  # changed while it was read
+                path.unlink()
+                opened = None
+        except OSError as error:
+            notes = [f"the packed base is not kept for the next run ({error.strerror or error})"]
+    if opened is None:
+        packed.fill()
+    else:
+        packed.map(opened)
+    give_back_memory()
+    return opened, notes
+
+
+def _names(packed: PackedBase, source: ModelSource, fingerprint: str) -> tuple[str, str]:
+    """What the names of all files of this base begin with, and the key: other bytes, another key.
+
+    The fingerprint samples the files' data; their times and inodes tell a change that it does not see.
+    """
+    section = packed.section
+    how: dict[str, Any] = {
+        "quantization": [section.quantization, section.double_quantization],
+        "dtype": str(packed.dtype),
+        "device": packed.device.type,
+    }
+    stored = {name: (source.folder / name).stat() for name in shard_files(source.folder)}
+    times = {
+        name: [each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino, each.st_dev]
+        for name, each in stored.items()
+    }
+    base = {"fingerprint": fingerprint, "files": times, "code": code_version(CODE, PACKAGES)}
+    prefix = _hash_of({**how, "folder": str(source.folder.resolve())})[:16]
+    return f"{prefix}-", _hash_of({**how, **base})
+
+
+def _hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,80 @@
+"""A base whose weights stay in files: every parameter a view into a shared read-only mapping, for layers that are
+streamed.
+
+Comes in: a net without values and where its files lie.  Goes out: the net over its own files, where they hold it as it
+is computed; else over a sidecar that is written once.  Next: load.py, memory/streaming.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.errors import ModelError, ResourceError
+from tunekit.model.families import Family
+from tunekit.model.storage.kept import kept_base
+from tunekit.model.storage.packing import PackedBase, layout_of, packed_base
+from tunekit.model.storage.reading import ALIGNMENT, BaseReader, load_generation_config, open_base, place, unfilled_net
+from tunekit.model.storage.source import ModelSource
+from tunekit.recipe.model import ModelSection
+
+HOW = "write memory.streaming: off"
+KEY = "memory.streaming"
+
+
+def mapped_net(
+    source: ModelSource,
+    section: ModelSection,
+    config: Any,
+    family: Family,
+    dtype: torch.dtype,
+    attention: str,
+    fingerprint: str,
+) -> tuple[nn.Module, list[str], bool]:
+    """The net on the CPU, notes, and whether its weights are mapped; a small base is held in memory.
+
+    Raises: ModelError for a base that only transformers can read; ResourceError where a sidecar cannot be written.
+    """
+    if source.gguf_file is not None or section.trust_remote_code:
+        what = "a GGUF file" if source.gguf_file is not None else "a base with code of its own"
+        raise ModelError(f"{what} cannot be streamed: its weights are no tensors of the net's names", HOW, key=KEY)
+    net = unfilled_net(family.auto_class(), config, dtype, attention)
+    reader = open_base(net, source.folder, dtype)
+    if reader is None:
+        what = f"{section.name_or_path} stores its weights under other names or shapes than the net"
+        raise ModelError(f"{what}, so that it cannot be streamed", HOW, key=KEY)
+    load_generation_config(net, source.folder)
+    net.config.name_or_path = str(source.folder)
+    if section.quantization == "none" and all(map(reader.is_mapped, reader.names)):
+        _place_views(net, reader, family)
+        return net, [], True
+    base = _to_be_kept(net, reader, family, section, dtype)
+    sidecar, notes = kept_base(base, source, fingerprint)
+    if notes:
+        raise ResourceError(
+            f"a base that is streamed must lie in a file as it is computed, and {notes[0]}",
+            f"free space in the cache folder (TUNEKIT_CACHE names another), or {HOW}",
+        )
+    return net, base.notes, sidecar is not None
+
+
+def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
+    """The files themselves; of the head a copy, where it does not lie as that of a resident base does: a layer is
+    copied into its slot in any case, and everything else enters no product."""
+    head = family.head_name(net)
+    for name in reader.names:
+        view = reader.view(name)
+        in_head = head is not None and any(alias.startswith(f"{head}.") for alias in reader.aliases(name))
+        place(net, reader, name, reader.read(name) if in_head and view.data_ptr() % ALIGNMENT else view)
+
+
+def _to_be_kept(
+    net: nn.Module, reader: BaseReader, family: Family, section: ModelSection, dtype: torch.dtype
+) -> PackedBase:
+    """The base packed on the CPU, or, unquantized, in the computation's dtype."""
+    device = torch.device("cpu")
+    if section.quantization != "none":
+        return packed_base(net, reader, family, section, dtype, device)
+    return PackedBase(net, reader, section, dtype, device, layout=layout_of(net, family))

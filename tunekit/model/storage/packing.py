@@ -1,0 +1,138 @@
+"""A base packed while it is loaded, one tensor at a time; and which tensors a packed base holds, in which order.
+
+Comes in: a net without values, a reader of its files.  Goes out: the net with packed layers, its tensors one by one.
+Next: load.py.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.errors import ModelError
+from tunekit.model.compute import give_back_memory
+from tunekit.model.families import Family
+from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
+from tunekit.model.storage.reading import BaseReader, place
+from tunekit.model.storage.sidecar import Place, Sidecar
+from tunekit.recipe.model import ModelSection
+
+
+def quantize_layers(
+    net: nn.Module, family: Family, section: ModelSection, dtype: torch.dtype, device: torch.device
+) -> list[str]:
+    """Pack every linear layer but the head, one at a time, so that only one is ever held twice. Returns notes."""
+    for name in packable(net, family):
+        parent_name, _, attribute = name.rpartition(".")
+        parent = net.get_submodule(parent_name)
+        dense = getattr(parent, attribute)
+        packed = pack_linear(dense.to(device), section.quantization, section.double_quantization, dtype)
+        setattr(parent, attribute, packed)
+        del dense
+    for parameter in net.parameters():
+        parameter.data = parameter.data.clone()  # a view into the mapped file would keep all of it mapped
+    gc.collect()
+    give_back_memory()
+    if not packed_layers(net):
+        raise ModelError("the model has no linear layer to quantize", key="model.quantization")
+    return _left_dense(net, section)
+
+
+def packable(net: nn.Module, family: Family) -> list[str]:
+    """Names of the layers that are packed: every linear one but the head."""
+    head = family.head_name(net)
+    names = [name for name, module in net.named_modules() if layer_kind(module) in ("linear", "conv1d")]
+    return [name for name in names if head is None or not f"{name}.".startswith(f"{head}.")]
+
+
+def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
+    """Say which large weights stay as they are: fused experts are no linear layers."""
+    fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3]
+    if not fused:
+        return []
+    count = sum(parameter.numel() for parameter in fused)
+    return [f"{count} parameters of fused experts stay unquantized: {section.quantization} packs linear layers only"]
+
+
+@dataclass
+class PackedBase:
+    """A base to be packed: the net, its packed layers on the meta device until `fill` or `map`.
+
+    `layout`: what it holds, tied tensors once: first what lies outside of layers, then layer by layer.
+    """
+
+    net: nn.Module
+    reader: BaseReader
+    section: ModelSection
+    dtype: torch.dtype
+    device: torch.device
+    notes: list[str] = field(default_factory=list)
+    layout: list[Place] = field(default_factory=list)
+    transposed: frozenset[str] = frozenset()  # packed layers that store (I, O)
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor in the layout's order, read and packed only when it is asked for."""
+        layers = packed_layers(self.net)
+        packed: dict[str, Tensor] = {}
+        for each in self.layout:
+            module_name, _, own = each.name.rpartition(".")
+            layer = layers.get(module_name)
+            if layer is None or own not in layer.tensor_names:
+                yield each.name, self.reader.read(each.name, each.dtype)
+                continue
+            if own not in packed:
+                packed = self._pack(module_name, layer.out_features, layer.in_features)
+            yield each.name, packed.pop(own)
+
+    def _pack(self, name: str, out_features: int, in_features: int) -> dict[str, Tensor]:
+        """The packed tensors of one layer."""
+        matrix = torch.empty(out_features, in_features, dtype=self.dtype)
+        self.reader.read_into(f"{name}.weight", matrix.t() if name in self.transposed else matrix)
+        return pack_matrix(matrix.to(self.device), self.section.quantization, self.section.double_quantization)
+
+    def fill(self) -> None:
+        """Hold every tensor in memory of its own."""
+        for name, tensor in self.held():
+            self._put(name, tensor)
+
+    def map(self, sidecar: Sidecar) -> None:
+        """Hold every tensor as a view into the sidecar."""
+        for name in sidecar.names:
+            self._put(name, sidecar.view(name))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        module_name, _, own = name.rpartition(".")
+        module = self.net.get_submodule(module_name)
+        if isinstance(module, PackedLinear) and own in module.tensor_names:
+            module._buffers[own] = tensor
+        else:
+            place(self.net, self.reader, name, tensor)
+
+
+def packed_base(
+    net: nn.Module,
+    reader: BaseReader,
+    family: Family,
+    section: ModelSection,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PackedBase:
+    """The packed form of a net without values: packed on `device`, from the files of `reader`."""
+    kinds = {name: layer_kind(net.get_submodule(name)) for name in packable(net, family)}
+    notes = quantize_layers(net, family, section, dtype, torch.device("meta"))
+    transposed = frozenset(name for name, kind in kinds.items() if kind == "conv1d")
+    return PackedBase(net, reader, section, dtype, device, notes, layout_of(net, family), transposed)
+
+
+def layout_of(net: nn.Module, family: Family) -> list[Place]:
+    """Every parameter and persistent buffer once: what lies outside of layers, then layer by layer."""
+    layers = {name: index for index, (name, _) in enumerate(family.layers(net))}
+    found: dict[int, Place] = {}
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        layer = next((each for each in layers if name.startswith(f"{each}.")), "")
+        found.setdefault(id(tensor), Place(name, tuple(tensor.shape), tensor.dtype, layer))
+    return sorted(found.values(), key=lambda each: layers.get(each.layer, -1))

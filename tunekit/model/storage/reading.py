@@ -1,0 +1,317 @@
+"""A base read by the names of its net, one tensor at a time, straight from the safetensors files.
+
+Comes in: a net without values and the folder.  Goes out: views into shared read-only mappings, or copies of their own.
+Next: load.py fills or packs a net from it, memory/ streams layers from it.
+
+transformers' from_pretrained holds a whole base at once. What is read here is bit for bit what it would give: where
+that is not certain (renamed or unknown tensors, code of the model's own), `open_base` gives None and it stays in use.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import mmap
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from tunekit.errors import ModelError
+from tunekit.model.storage.converted import StoredPieces
+from tunekit.model.storage.shards import TensorHeader, read_headers
+
+CHUNK_BYTES = 4 * 2**20  # of a file, held beside the tensor that is read
+ALIGNMENT = 64  # of a tensor's first byte, as torch's own are
+# Once stored, now computed buffers: where the net has such, transformers skips what the files hold of them.
+COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+
+
+def unfilled_net(auto_class: Any, config: Any, dtype: torch.dtype, attention: str) -> Any:
+    """The net of a configuration with its parameters on the meta device and its buffers as from_pretrained makes them.
+
+    Tied parameters are one object.  `auto_class`: transformers' class for the family.  `config` is left as it is.
+    """
+    with _meta_parameters():
+        net = auto_class.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    return net.eval()
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    """Every parameter that a module registers inside the block moves to the meta device at once."""
+    register = nn.Module.register_parameter
+
+    def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = registered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class MappedFiles:
+    """Tensors of a folder's safetensors files: views into shared read-only mappings, or read without mapping a page."""
+
+    def __init__(self, folder: Path, headers: dict[str, TensorHeader]) -> None:
+        self.folder, self.headers = folder, headers
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def view(self, name: str) -> Tensor:
+        """The stored tensor as it lies in the file. Nothing may write into it: that would end the process."""
+        header = self.headers[name]
+        count = math.prod(header.shape)
+        if not count:
+            return torch.empty(header.shape, dtype=header.dtype)
+        return self._numbers(header.file, header.dtype, count, header.offset_bytes).reshape(header.shape)
+
+    def view_bytes(self, file: str, start: int, count: int) -> Tensor:
+        """(count,) uint8: a part of a file, in the same mapping."""
+        return self._numbers(file, torch.uint8, count, start)
+
+    def _numbers(self, file: str, dtype: torch.dtype, count: int, start: int) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that the mapping cannot be written to, which is intended
+            return torch.frombuffer(self._map(file), dtype=dtype, count=count, offset=start)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copy the stored tensor into `target` (same shape, any strides and dtype), a piece of the file at a time."""
+        header = self.headers[name]
+        path = self.folder / header.file
+        item_bytes = header.dtype.itemsize
+        with path.open("rb", buffering=0) as file:
+            direct = target.dtype == header.dtype and target.is_contiguous() and target.device.type == "cpu"
+            if direct:
+                _fill(file, header.offset_bytes, target.view(-1).view(torch.uint8), path)
+                return
+            rows = target.view(-1) if target.is_contiguous() else target
+            row_elements = math.prod(rows.shape[1:])
+            step = max(1, CHUNK_BYTES // max(1, row_elements * item_bytes))
+            for first in range(0, rows.shape[0], step):
+                part = rows[first : first + step]
+                stored = torch.empty(part.shape, dtype=header.dtype)
+                offset = header.offset_bytes + first * row_elements * item_bytes
+                _fill(file, offset, stored.view(-1).view(torch.uint8), path)
+                part.copy_(stored)
+
+    def drop_pages(self, name: str) -> None:
+        """Take the tensor's pages out of this process's resident memory; they come back when it is read again."""
+        header = self.headers[name]
+        mapping = self._maps.get(header.file)
+        if mapping is None or not hasattr(mapping, "madvise"):
+            return
+        start = header.offset_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_DONTNEED, start, header.offset_bytes + header.size_bytes - start)
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            with (self.folder / file).open("rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+
+def _fill(file: Any, offset: int, target: Tensor, path: Path) -> None:
+    """Read the file from `offset` on into all of `target` (bytes), which is contiguous on the CPU."""
+    numbers: Any = target.numpy()
+    done, memory = 0, memoryview(numbers)
+    while done < len(memory):
+        count = os.preadv(file.fileno(), [memory[done : done + 2**30]], offset + done)
+        if not count:
+            raise ModelError("ends before its tensors do", "fetch it again", file=str(path))
+        done += count
+
+
+class BaseReader:
+    """A base by the names of its net's parameters and persistent buffers.
+
+    `names`: each tensor once, in the net's order; of tied ones the first name.  Every method takes those names and
+    the others of a tied tensor.  Made by `open_base`.
+    """
+
+    def __init__(self, net: nn.Module, files: MappedFiles, groups: dict[str, str]) -> None:
+        self.files, self._groups = files, groups
+        self._tensors: dict[str, Tensor] = dict(net.state_dict(keep_vars=True))
+        self.names = tuple(name for name in self._tensors if groups[name] == name)
+        self._stored: dict[str, str] = {}  # name -> its name in the files
+        self._pieces: dict[str, dict[str, str]] = {}  # name -> piece's name as converted -> its name in the files
+        self._joined: dict[str, StoredPieces] = {}
+
+    def aliases(self, name: str) -> list[str]:
+        """Every name of the tensor in the net."""
+        return [other for other, group in self._groups.items() if group == self._groups[name]]
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape in the net."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype in the net: the computation's, but for what the model itself keeps in another."""
+        return self._tensors[name].dtype
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether `view` gives the file itself: the tensor is stored as one, in the dtype that the net has."""
+        name = self._groups[name]
+        return name in self._stored and self.files.headers[self._stored[name]].dtype == self.dtype(name)
+
+    def view(self, name: str) -> Tensor:
+        """The tensor in its stored dtype, as it lies in a shared read-only mapping of its file: never write into it.
+
+        Of a tensor that is stored in pieces, a copy joined of them.
+        """
+        name = self._groups[name]
+        if name in self._stored:
+            return self.files.view(self._stored[name])
+        dtypes = {self.files.headers[stored].dtype for stored in self._pieces[name].values()}
+        return self.read(name, dtypes.pop() if len(dtypes) == 1 else torch.float32)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of its own in `dtype` (None: the net's), contiguous; no page of the file is mapped for it."""
+        target = torch.empty(self.shape(name), dtype=dtype or self.dtype(name))
+        self.read_into(name, target)
+        return target
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copy the tensor into `target`, of its shape but any strides and floating dtype."""
+        name = self._groups[name]
+        if name in self._stored:
+            self.files.read_into(self._stored[name], target)
+            return
+        for piece, part in (self._joined[name].places(target) or {}).items():
+            self.files.read_into(self._pieces[name][piece], part)
+
+    def drop_pages(self, name: str) -> None:
+        """Take what was viewed of the tensor out of this process's resident memory."""
+        name = self._groups[name]
+        for stored in [self._stored[name]] if name in self._stored else self._pieces[name].values():
+            self.files.drop_pages(stored)
+
+    def _find(self, net: nn.Module) -> bool:
+        """Match names with the files; whether each tensor of the net is there, in its shape, and nothing else."""
+        found = _StoredNames(net, self.files.headers)
+        whole = {name: torch.empty(tensor.shape, device="meta") for name, tensor in self._tensors.items()}
+        as_stored = {id(tensor): name for name, tensor in revert_weight_conversion(net, whole).items()}
+        for name, tensor in whole.items():
+            stored = as_stored.get(id(tensor))
+            if stored is None:
+                self._find_pieces(net, name, found)
+            elif (inside := found.take(stored, tuple(tensor.shape))) is not None:
+                group = self._groups[name]
+                if group in self._stored and not torch.equal(self.files.view(inside), self.view(group)):
+                    return False  # transformers does not tie what the files hold twice with other numbers
+                self._stored.setdefault(group, inside)
+        covered = self._stored.keys() | self._pieces.keys()
+        return not found.ambiguous and covered == set(self.names) and not found.unknown(net)
+
+    def _find_pieces(self, net: nn.Module, name: str, found: _StoredNames) -> None:
+        """Note a parameter that the files hold in pieces."""
+        pieces = StoredPieces(net, name, found.every_form)
+        parts = pieces.places(torch.empty(pieces.shape, device="meta")) if pieces.names else None
+        if parts is None:
+            return
+        inside = {piece: found.take(piece, tuple(part.shape)) for piece, part in parts.items()}
+        if all(inside.values()):
+            self._pieces[name] = {piece: str(stored) for piece, stored in inside.items()}
+            self._joined[name] = pieces
+
+
+class _StoredNames:
+    """The files' names, which may leave out the base model's prefix or have it where the net does not."""
+
+    def __init__(self, net: nn.Module, headers: dict[str, TensorHeader]) -> None:
+        self._headers, self._prefix = headers, str(getattr(net, "base_model_prefix", ""))
+        self._left = set(headers)
+        self.ambiguous = False
+        forms = [self._forms(name) for name in headers]
+        self.every_form = frozenset(form for each in forms for form in each)
+
+    def _forms(self, name: str) -> list[str]:
+        """The name itself, with the prefix, and without it."""
+        if not self._prefix:
+            return [name]
+        return [name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
+
+    def take(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """The one stored tensor of this name and shape; None where there is none."""
+        names = {form for form in self._forms(name) if form in self._headers}
+        self.ambiguous |= len(names) > 1
+        found = next((form for form in names if self._headers[form].shape == shape), None)
+        self._left.discard(found or "")
+        return found
+
+    def unknown(self, net: nn.Module) -> list[str]:
+        """Stored tensors that the net does not have, and that transformers would not pass over in silence."""
+        skipped = list(getattr(net, "_keys_to_ignore_on_load_unexpected", None) or ())
+        buffers = [name for name, _ in net.named_buffers()]
+        skipped += [pattern for ending, pattern in COMPUTED.items() if any(name.endswith(ending) for name in buffers)]
+        return sorted(name for name in self._left if not any(re.search(pattern, name) for pattern in skipped))
+
+
+def needs_copies(headers: Mapping[str, TensorHeader], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether some tensor cannot be used as it lies in its mapped file: it has another dtype than the computation, or,
+    on a CPU, does not begin at a multiple of 64 bytes: products of single rows depend on that in their last bit."""
+    return any(
+        (header.dtype.is_floating_point and header.dtype != dtype)
+        or (device.type == "cpu" and header.offset_bytes % ALIGNMENT != 0)
+        for header in headers.values()
+    )
+
+
+def open_base(net: nn.Module, folder: Path, dtype: torch.dtype) -> BaseReader | None:
+    """A reader of the base in `folder` for a net of `unfilled_net`; None where it might not equal from_pretrained.
+
+    Raises: ModelError for files that are damaged or missing.
+    """
+    strict, kept = (getattr(net, name, None) for name in ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"))
+    if (strict and dtype != torch.float32) or (kept and dtype == torch.float16):
+        return None
+    if not type(net).__module__.startswith("transformers."):
+        return None
+    first: dict[int, str] = {}
+    groups = {name: first.setdefault(id(tensor), name) for name, tensor in net.state_dict(keep_vars=True).items()}
+    reader = BaseReader(net, MappedFiles(folder, read_headers(folder)), groups)
+    return reader if reader._find(net) else None
+
+
+def place(net: nn.Module, reader: BaseReader, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where the net has `name`, under all its names; parameters become frozen ones."""
+    holder: dict[str, Any] = {}
+    for alias in reader.aliases(name):
+        path, _, own = alias.rpartition(".")
+        module = net.get_submodule(path)
+        if own in module._parameters:
+            module._parameters[own] = holder.setdefault("parameter", nn.Parameter(tensor, requires_grad=False))
+        elif own in module._buffers:  # else a layer that is packed now
+            module._buffers[own] = tensor
+
+
+def fill_net(net: nn.Module, reader: BaseReader) -> None:
+    """Give every parameter and persistent buffer its values: copies of their own, each at a multiple of 64 bytes."""
+    for name in reader.names:
+        place(net, reader, name, reader.read(name))
+
+
+def load_generation_config(net: Any, folder: Path) -> None:
+    """The generation settings that from_pretrained finds: generation_config.json, else what config.json says."""
+    from transformers import GenerationConfig
+
+    if not net.can_generate():
+        return
+    try:
+        net.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    except OSError:
+        net.generation_config = GenerationConfig.from_pretrained(
+            str(folder), config_file_name="config.json", _from_model_config=True, local_files_only=True
+        )

@@ -1,0 +1,312 @@
+"""A base written anew with some of its matrices changed: tensor by tensor, in float32, with one cast at the end.
+
+Comes in: the model section, changes by module name, and what to change them onto.  Goes out: config and weights of a
+model folder.  Next: merge.py, which takes the changes from an adapter and adds the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.errors import ModelError, NumericsError
+from tunekit.model.compute import resolve_dtype
+from tunekit.model.load import load_model, make_meta_model
+from tunekit.model.quantized import codec
+from tunekit.model.quantized.weights import layer_kind, weight_of
+from tunekit.model.storage import inspection
+from tunekit.model.storage.converted import StoredPieces
+from tunekit.model.storage.shards import ShardReader, ShardWriter
+from tunekit.model.storage.source import ModelSource, find_source
+from tunekit.recipe.model import ModelSection
+
+# (weight (O, I) float32, bias (O,) float32 or None) -> the same two, changed
+LayerChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of the base: layers by module name; whole parameters by parameter name."""
+
+    layers: Mapping[str, LayerChange]
+    parameters: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+
+
+class BaseTensors:
+    """The base's tensors under the names of the net's parameters, read one at a time.
+
+    A checkpoint may leave out the base model's prefix. A tensor that is no parameter of the net keeps its own name.
+    """
+
+    def __init__(self, folder: Path, parameters: frozenset[str], prefix: str) -> None:
+        self.reader = ShardReader(folder)
+        self.files: dict[str, str] = {}  # net's name -> name in the file
+        for name in self.reader:
+            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+            self.files[next((each for each in candidates if each in parameters), name)] = name
+
+    def names(self) -> list[str]:
+        return list(self.files)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.reader.headers[self.files[name]].dtype
+
+    def size_bytes(self) -> int:
+        return sum(header.size_bytes for header in self.reader.headers.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.reader.read(self.files[name])
+
+
+class LoadedTensors:
+    """The same of a net in memory, for bases that only transformers can read (GGUF); `dtype` is what is written."""
+
+    def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
+        self.tensors = {name: tensor for name, tensor in net.state_dict().items() if name != f"{tied_head}.weight"}
+        self._dtype = dtype
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype if self.tensors[name].is_floating_point() else self.tensors[name].dtype
+
+    def size_bytes(self) -> int:
+        return sum(tensor.numel() * self.dtype(name).itemsize for name, tensor in self.tensors.items())
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.tensors[name]
+        return tensor
+
+
+class Rewriter:
+    """One base with its changes. `onto`: full (the base's own weights), dequantized (those that its packed form
+    stands for), or quantized (dequantized, changed, and packed again)."""
+
+    def __init__(self, section: ModelSection, onto: str) -> None:
+        self.section, self.onto = section, onto
+        device = torch.device("cpu")
+        self.compute_dtype = resolve_dtype(section, device)
+        self.source: ModelSource = find_source(section, weights=True)
+        plain = section.model_copy(update={"quantization": "none"})
+        meta = make_meta_model(plain, device=device)
+        self.family, self.net, self.config = meta.family, meta.net, meta.config
+        self.head = self.family.head_name(self.net)
+        self.embedding = self.family.embedding_name(self.net)
+        self.tied = self.family.tied(self.net)
+        self.modules = dict(self.net.named_modules(remove_duplicate=False))
+        self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
+        self.generation_config: Any = None  # of a base that has no file of that name to copy
+        self.tensors = self._open(plain)
+        self.names = frozenset(self.tensors.names())
+
+    def _open(self, plain: ModelSection) -> BaseTensors | LoadedTensors:
+        if self.source.gguf_file is None:
+            parameters = frozenset(self.net.state_dict())
+            return BaseTensors(self.source.folder, parameters, str(getattr(self.net, "base_model_prefix", "")))
+        wide = plain.model_copy(update={"dtype": "float32"})
+        loaded = load_model(wide, device=torch.device("cpu"))
+        self.generation_config = loaded.generation_config
+        return LoadedTensors(loaded.net, self.head if self.tied else None, self.compute_dtype)
+
+    def fingerprint(self) -> str:
+        """The base's fingerprint."""
+        return inspection.fingerprint(self.source)
+
+    def base_weight(self, module_name: str) -> torch.Tensor:
+        """The base's own matrix (O, I) of a module."""
+        stored = self.tensors.read(self._weight_name(module_name))
+        return stored.t() if layer_kind(self.modules[module_name]) == "conv1d" else stored
+
+    def trained_on(self, module_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The matrix (O, I) and bias (O,), float32, that training saw: of a packed layer what its packed form means."""
+        matrix, bias_name = self.base_weight(module_name).float(), f"{module_name}.bias"
+        bias = self.tensors.read(bias_name).float() if bias_name in self.names else None
+        return self._through_packing(matrix) if self.is_packed(module_name) else matrix, bias
+
+    def _weight_name(self, module_name: str) -> str:
+        """Name of the matrix of a module; a tied head's is the embedding's."""
+        name = f"{module_name}.weight"
+        if name not in self.names and self.tied and module_name == self.head:
+            return f"{self.embedding}.weight"
+        return name
+
+    def _stored_name(self, name: str) -> str:
+        """The name under which the base stores a parameter of the net."""
+        return self._weight_name(name.removesuffix(".weight")) if name.endswith(".weight") else name
+
+    def write(self, folder: Path, changes: Changes) -> None:
+        """Write config.json and the weights.
+
+        Raises: ModelError where the base's files lack a changed tensor; NumericsError for numbers that are not finite.
+        """
+        self._check(changes)
+        config = self._configuration(changes)
+        writer = ShardWriter(folder)
+        for name, tensor in self._outputs(changes):
+            writer.add(name, tensor)
+        writer.close()
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.generation_config is not None:
+            self.generation_config.use_cache = True
+            self.generation_config.save_pretrained(str(folder))
+
+    def _check(self, changes: Changes) -> None:
+        """Every change must have its tensor."""
+        wanted = [f"{module}.weight" for module in changes.layers] + list(changes.parameters)
+        absent = sorted(name for name in wanted if self._stored_name(name) not in self.names)
+        for name in [name for name in absent if name in changes.parameters]:
+            pieces = StoredPieces(self.net, name, self.names)
+            self.pieces |= dict.fromkeys(pieces.names, pieces)
+            absent = [other for other in absent if other != name or not pieces.names]
+        if absent:
+            raise ModelError(
+                f"the base's files hold no tensor {absent[0]}, which the adapter changes ({len(absent)} such)",
+                "this base stores it in another form, into which nothing can be merged",
+            )
+
+    def unties(self, changes: Changes) -> bool:
+        """Whether head and embedding were one matrix and are two afterwards. The same change of both keeps them one."""
+        head, embedding = (changes.parameters.get(f"{name}.weight") for name in (self.head, self.embedding))
+        if head is not None and head is embedding:
+            return False
+        pair = {self.head, self.embedding}
+        touched = pair & set(changes.layers) or {f"{name}.weight" for name in pair} & set(changes.parameters)
+        return self.tied and bool(touched)
+
+    def output_bytes(self, changes: Changes) -> int:
+        """Bytes of the weights that `write` writes (a little less where they are packed again)."""
+        extra = 0
+        if self.unties(changes):
+            weight = weight_of(self.modules[str(self.embedding)])
+            extra = 0 if weight is None else weight.elements * self.tensors.dtype(f"{self.embedding}.weight").itemsize
+        return self.tensors.size_bytes() + extra
+
+    def _configuration(self, changes: Changes) -> dict[str, Any]:
+        """The base's configuration; only what the new weights make untrue is changed."""
+        if self.source.gguf_file is None:
+            config = inspection.read_config(self.source)
+        else:
+            self.config.use_cache = True
+            config = json.loads(self.config.to_json_string()) | {"dtype": str(self.compute_dtype)[6:]}
+            for key in ("quantization_config", "_name_or_path"):  # the file's packing, and a path of this machine
+                config.pop(key, None)
+            config.setdefault("architectures", [type(self.net).__name__])
+        if self.unties(changes):
+            config["tie_word_embeddings"] = False
+        if self.onto == "quantized":
+            config["quantization_config"] = {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "load_in_8bit": False,
+                "bnb_4bit_quant_type": self.section.quantization,
+                "bnb_4bit_use_double_quant": self.section.double_quantization,
+                "bnb_4bit_compute_dtype": str(self.compute_dtype).removeprefix("torch."),
+                "bnb_4bit_quant_storage": "uint8",
+                "llm_int8_skip_modules": [self.head],
+            }
+        return config
+
+    def _outputs(self, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the new model, by name."""
+        done: set[str] = set()
+        for name in self.tensors.names():
+            module_name, _, suffix = name.rpartition(".")
+            if name in done or (suffix == "bias" and module_name in changes.layers):
+                continue  # a changed layer's bias comes with its weight
+            if name in self.pieces:
+                done.update(self.pieces[name].names)
+                yield from self._in_pieces(self.pieces[name], changes)
+                continue
+            module = self.modules.get(module_name)
+            if suffix == "weight" and module is not None and layer_kind(module) is not None:
+                bias_name = f"{module_name}.bias"
+                changed_bias = module_name in changes.layers and bias_name in self.names
+                bias = self.tensors.read(bias_name) if changed_bias else None
+                for new_name, tensor in self._layer(module_name, self.tensors.read(name), bias, changes):
+                    done.add(new_name)
+                    yield new_name, tensor
+            else:
+                yield name, self._cast(name, self._parameter(name, changes))
+        head_name = f"{self.head}.weight"
+        if self.unties(changes) and head_name not in done:
+            stored = self.tensors.read(f"{self.embedding}.weight")
+            yield from self._layer(str(self.head), stored, None, changes)
+
+    def _in_pieces(self, pieces: StoredPieces, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
+        changed = changes.parameters[pieces.parameter](pieces.join(self.tensors.read))
+        for name, tensor in pieces.split(changed).items():
+            yield name, self._cast(name, tensor)
+
+    def _parameter(self, name: str, changes: Changes) -> torch.Tensor:
+        stored = self.tensors.read(name)
+        change = changes.parameters.get(name)
+        return stored if change is None else change(stored.float())
+
+    def is_packed(self, module_name: str) -> bool:
+        """Whether training saw this layer's matrix packed."""
+        kind = layer_kind(self.modules[module_name])
+        return self.section.quantization != "none" and kind in ("linear", "conv1d") and module_name != self.head
+
+    def _layer(
+        self, module_name: str, stored: torch.Tensor, bias: torch.Tensor | None, changes: Changes
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of one layer: weight, and bias where the change concerns the layer."""
+        name = f"{module_name}.weight"
+        packed = self.onto != "full" and self.is_packed(module_name)
+        change, whole = changes.layers.get(module_name), changes.parameters.get(name)
+        if not packed and change is None and whole is None:
+            yield name, self._cast(name, stored)
+            return
+        transposed = layer_kind(self.modules[module_name]) == "conv1d"
+        matrix = (stored.t() if transposed else stored).float()  # (O, I)
+        if packed:
+            matrix = self._through_packing(matrix)
+        if whole is not None:
+            matrix = whole(matrix)
+        if change is not None:
+            had_bias = bias is not None
+            matrix, bias = change(matrix, None if bias is None else bias.float())
+            if (bias is not None) != had_bias:
+                raise ModelError(f"the adapter adds a bias to {module_name}, which has none", "it cannot be merged")
+        if packed and self.onto == "quantized":
+            yield from self._pack_again(name, matrix)
+        else:
+            yield name, self._cast(name, matrix.t() if transposed else matrix)
+        if bias is not None:
+            yield f"{module_name}.bias", self._cast(f"{module_name}.bias", bias)
+
+    def _through_packing(self, matrix: torch.Tensor) -> torch.Tensor:
+        """What training read: the matrix packed as load_model packs it, and unpacked; (O, I) float32."""
+        shape = (matrix.shape[0], matrix.shape[1])
+        kind, double = self.section.quantization, self.section.double_quantization
+        return codec.unpack(codec.pack(matrix.to(self.compute_dtype), kind, double), shape, kind, torch.float32)
+
+    def _pack_again(self, name: str, matrix: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The matrix in the form that transformers reads into bitsandbytes."""
+        _refuse_non_finite(name, matrix)
+        tensors = codec.saved_form(
+            matrix.to(self.compute_dtype), self.section.quantization, self.section.double_quantization
+        )
+        for suffix, tensor in tensors.items():
+            yield name + suffix, tensor
+
+    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The one cast, to the dtype in which the base stores the tensor."""
+        result = tensor.to(self.tensors.dtype(self._stored_name(name)))
+        if result.is_floating_point():
+            _refuse_non_finite(name, result)
+        return result
+
+
+def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise NumericsError(
+            f"{name} would hold NaN or infinity after the merge", "the adapter diverged; nothing was written"
+        )

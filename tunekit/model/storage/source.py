@@ -1,0 +1,110 @@
+"""Where a base lies: a local folder, a .gguf file, a built-in model, or a hub name brought into the hub's cache.
+
+Comes in: the model section.  Goes out: `ModelSource`, always local from here on, so that nothing later needs a network.
+Next: inspection.py looks at its files, load.py reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunekit.errors import ModelError
+from tunekit.model.storage.builtin import tiny_model_folder
+from tunekit.recipe.model import ModelSection
+
+KEY = "model.name_or_path"
+CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "USE_POLICY*", "NOTICE*")
+MAX_CONFIG_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base on this machine. `gguf_file`: the file's name inside `folder`; `commit`: of a hub repository."""
+
+    name_or_path: str
+    folder: Path
+    gguf_file: str | None = None
+    commit: str | None = None
+
+
+def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
+    """Resolve the name; for a hub name download what is missing (weights only where asked for).
+
+    Raises: ModelError where there is no such folder, file, repository or revision.
+    """
+    name = section.name_or_path
+    built_in = tiny_model_folder(name)
+    if built_in is not None:
+        return ModelSource(name, built_in)
+    path = Path(name).expanduser()
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        mode = None
+    if mode is not None and stat.S_ISDIR(mode):
+        return ModelSource(name, path)
+    if mode is not None:
+        if not stat.S_ISREG(mode):
+            raise ModelError(f"{name} is neither a folder nor a regular file", key=KEY)
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{name} is a file, but not a .gguf file", "give the model's folder", key=KEY)
+        return ModelSource(name, path.parent, gguf_file=path.name)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf":
+        raise ModelError(f"there is no folder or file {name}", "check the path", key=KEY)
+    return _from_hub(section, weights)
+
+
+def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
+    """The snapshot of a hub repository in the hub's cache, by commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from tunekit.model.transformers_guard import quiet
+
+    patterns = [
+        *CONFIG_PATTERNS,
+        *(["*.safetensors"] if weights else []),
+        *(["*.py"] if section.trust_remote_code else []),
+    ]
+    try:
+        with quiet():
+            folder = Path(snapshot_download(section.name_or_path, revision=section.revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ModelError(f"{section.name_or_path!r} is neither a path nor a hub name", "check it", key=KEY) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{section.name_or_path} is not on this machine and the hub cannot be reached",
+            "give a local folder",
+            key=KEY,
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        how = "check the name and the revision; private and gated models need HF_TOKEN in the environment"
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{section.name_or_path} ({section.revision}): {first_line}", how, key=KEY) from error
+    return ModelSource(section.name_or_path, folder, commit=folder.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a regular file of sane size.
+
+    Raises: ModelError for a file that is missing, not regular, too large, not JSON or not an object.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ModelError(f"{path} is missing", "give a complete model folder", file=str(path), key=KEY) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError("is not a regular file", file=str(path))
+    if status.st_size > MAX_CONFIG_BYTES:
+        raise ModelError(f"has {status.st_size} bytes, which no configuration has", file=str(path))
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"cannot be read as JSON ({error})", "fetch it again", file=str(path)) from error
+    if not isinstance(value, dict):
+        raise ModelError("does not hold a JSON object", "fetch it again", file=str(path))
+    return value

@@ -1,0 +1,200 @@
+"""Text generation in batches, greedy unless asked otherwise, that leaves the model as it found it.
+
+Comes in: a loaded model (with or without adapters in place) and prompts as ids.  Goes out: the new ids of each prompt.
+Next: training/answers.py and generate.py decode them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.contracts import Tokenizer
+from tunekit.errors import DataError, ModelError
+from tunekit.model.call import seed_for
+from tunekit.model.families import text_config
+from tunekit.model.load import LoadedModel
+from tunekit.model.transformers_guard import quiet
+
+Inputs = dict[str, torch.Tensor]
+PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
+
+
+def generate_texts(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompts_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] | None = None,
+    adapt: Callable[[Inputs], Inputs] | None = None,
+    virtual_tokens: int = 0,
+) -> list[list[int]]:
+    """New ids of each prompt, in order, without the stop token that ended it.
+
+    Prompts of similar length share a batch, padded with a mask: on the left, but where an encoder reads them on the
+    right, since its positions count from the start of the row. The base's own generation defaults (penalties, top-k)
+    are not used. `stop_ids`: by default those of find_stop_ids. `adapt`: what an adapter of the whole model makes of
+    the first step's inputs, which then have `virtual_tokens` more positions.
+    Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
+    gives no text.
+    """
+    if not model.family.answers:
+        raise ModelError(f"{model.name_or_path} is a {model.family.text}, which gives no text", "read its logits")
+    stops = sorted(set(find_stop_ids(model, tokenizer) if stop_ids is None else stop_ids))
+    longest = _position_table(model)
+    longest = None if longest is None else longest - virtual_tokens
+    apart = model.family.reads_source  # then the answer has a table of positions to itself
+    for number, prompt in enumerate(prompts_ids):
+        if not len(prompt):
+            raise DataError(f"prompt {number + 1} is empty", "write at least one character")
+        if longest is not None and len(prompt) >= longest + apart:
+            raise DataError(f"prompt {number + 1} has {len(prompt)} tokens, and the model's positions end at {longest}")
+    order = sorted(range(len(prompts_ids)), key=lambda index: (len(prompts_ids[index]), index))
+    results: list[list[int]] = [[] for _ in prompts_ids]
+    with _left_as_found(model.net):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            widest = max(len(prompts_ids[index]) for index in rows)
+            new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest - widest * (not apart))
+            torch.manual_seed(seed_for("generate", seed, start))
+            settings = _settings(model, tokenizer.pad_id, new_tokens, temperature, top_p, stops)
+            produced = _generate(model, [prompts_ids[index] for index in rows], tokenizer.pad_id, settings, adapt)
+            for index, ids in zip(rows, produced, strict=True):
+                results[index] = _up_to_stop(ids, stops)
+    return results
+
+
+def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer) -> list[int]:
+    """Where an answer ends: the tokenizer's end, the model's own, and the token with which the template ends a turn."""
+    stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    stops.update(own if isinstance(own, list | tuple) else [] if own is None else [own])
+    stops.update(end_of_turn_ids(tokenizer))
+    return sorted(int(stop) for stop in stops)
+
+
+def end_of_turn_ids(tokenizer: Tokenizer) -> list[int]:
+    """The special token that follows an answer in the chat template, as a list of none or one."""
+    if tokenizer.chat_template is None:
+        return []
+    turns = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
+    try:
+        text = tokenizer.render(turns)
+    except DataError:  # a template that refuses plain turns says nothing about their end
+        return []
+    _, found, after = text.rpartition(PROBE_ANSWER)
+    ids = tokenizer.encode(after) if found and after.strip() else []
+    special: frozenset[int] = getattr(tokenizer, "special_ids", frozenset())
+    first = next((token_id for token_id in ids if tokenizer.decode([token_id]).strip() or token_id in special), None)
+    return [first] if first is not None and first in special else []
+
+
+def _settings(
+    model: LoadedModel, pad_id: int, new_tokens: int, temperature: float, top_p: float, stops: list[int]
+) -> Any:
+    """transformers' GenerationConfig with nothing but what is asked for."""
+    from transformers import GenerationConfig
+
+    ends = _answer_ends(model) if model.family.reads_source else {}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=stops or None,
+        bos_token_id=getattr(text_config(model.net), "bos_token_id", None),
+        use_cache=True,
+        num_beams=1,
+        **({"do_sample": False} | sampling | ends),
+    )
+
+
+def _answer_ends(model: LoadedModel) -> dict[str, int]:
+    """The tokens with which an answer of an encoder-decoder begins, and ends where it is cut, whatever the source.
+
+    Raises: ModelError where neither the configuration nor the generation settings name the first one.
+    """
+    found: dict[str, int] = {}
+    for holder in (model.config, model.generation_config):  # the second one is newer, where the two differ
+        for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+            value = getattr(holder, name, None)
+            found |= {} if value is None else {name: int(value)}
+    if "decoder_start_token_id" not in found:
+        raise ModelError(
+            f"{model.name_or_path} does not say with which token its answers begin",
+            "write decoder_start_token_id into its config.json",
+        )
+    return found
+
+
+@torch.no_grad()
+def _generate(
+    model: LoadedModel,
+    prompts: list[Sequence[int]],
+    pad_id: int,
+    settings: Any,
+    adapt: Callable[[Inputs], Inputs] | None,
+) -> list[list[int]]:
+    """One batch: new ids of each row, with whatever follows a stop token."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)  # (B, T)
+    mask = torch.zeros((len(prompts), width), dtype=torch.int64)  # (B, T)
+    apart = model.family.reads_source
+    for row, prompt in enumerate(prompts):
+        place = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)
+        ids[row, place] = torch.tensor(list(prompt))
+        mask[row, place] = 1
+    net: Any = model.net
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    inputs = inputs if adapt is None else adapt(inputs)
+    with quiet():
+        output = net.generate(**inputs, generation_config=settings)
+    repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
+    return output[:, repeated:].tolist()  # type: ignore[no-any-return]
+
+
+def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
+    end = next((position for position, token_id in enumerate(ids) if token_id in stops), len(ids))
+    return ids[:end]
+
+
+def _position_table(model: LoadedModel) -> int | None:
+    """Number of positions where they are learned rows of a table; None where they are computed."""
+    config = text_config(model.net)
+    embedding = model.family.embedding_name(model.net)
+    tables = [
+        name for name, module in model.net.named_modules() if isinstance(module, nn.Embedding) and name != embedding
+    ]
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if tables and limit else None
+
+
+@contextmanager
+def _left_as_found(net: nn.Module) -> Iterator[None]:
+    """Eval mode, cache on and no generation defaults inside; modes, settings and random state put back afterwards."""
+    from transformers import GenerationConfig
+
+    holder: Any = net
+    modes = {module: module.training for module in net.modules()}
+    use_cache, defaults = holder.config.use_cache, getattr(holder, "generation_config", None)
+    devices = [parameter.device for parameter in net.parameters() if parameter.is_cuda][:1]
+    net.eval()
+    holder.config.use_cache, holder.generation_config = True, GenerationConfig()
+    # A head that is given a slice (each row's last position) would be copied once for each row of the batch.
+    contiguous = holder.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        contiguous.remove()
+        holder.config.use_cache, holder.generation_config = use_cache, defaults
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,215 @@
+"""Text to ids and back, special tokens, chat templates: protocols.Tokenizer over a tokenizer of transformers.
+
+Comes in: the model section.  Goes out: `LoadedTokenizer`.
+Next: data/render.py encodes rows with it, model/sample.py decodes with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunekit.errors import DataError, ModelError
+from tunekit.model.storage.inspection import check_gguf, read_answer_start
+from tunekit.model.storage.source import ModelSource, find_source
+from tunekit.model.text.templates import render_template
+from tunekit.model.transformers_guard import quiet
+from tunekit.recipe.model import ModelSection
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class LoadedTokenizer:
+    """A tokenizer whose own truncation, padding and automatic special tokens are never used.
+
+    `native` is transformers' object; `backend` a copy of its fast tokenizer, which nothing outside changes.
+    """
+
+    def __init__(self, native: Any, source: ModelSource | None, answer_start_id: int | None = None) -> None:
+        self.native = native
+        self.source = source
+        self.answer_start_id = answer_start_id
+        self.backend = _make_backend(native)
+        self.bos_id: int | None = native.bos_token_id
+        self.eos_id: int | None = native.eos_token_id
+        self.adds_bos: bool = self.bos_id is not None and native("a")["input_ids"][:1] == [self.bos_id]
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        self.vocabulary_size: int = max(ids, default=-1) + 1
+        # Padding is masked by length, so that any existing id will do.
+        candidates = (native.pad_token_id, self.eos_id, 0)
+        self.pad_id: int = next(int(i) for i in candidates if i is not None and i < self.vocabulary_size)
+        self.chat_template: str | None = _one_template(native.chat_template)
+        self.special_ids = frozenset(
+            token_id for token_id, token in native.added_tokens_decoder.items() if _is_control(token)
+        )
+        # A character that the tokenizer does not know becomes the unknown token without anyone spelling it.
+        self._forbidden_in_text = self.special_ids - {native.unk_token_id}
+        self.fingerprint = self._fingerprint()
+
+    def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
+        """Ids of `text`, nothing added; with special_tokens_in_text=False what spells a special token is text."""
+        return self.encode_with_offsets(text, special_tokens_in_text=special_tokens_in_text)[0]
+
+    def encode_with_offsets(
+        self, text: str, *, special_tokens_in_text: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and their [start, end) character offsets in `text`."""
+        self.backend.encode_special_tokens = not special_tokens_in_text
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeError) as error:
+            raise DataError("text holds characters that are no valid Unicode (a lone surrogate)") from error
+        ids: list[int] = encoding.ids
+        if not special_tokens_in_text and not self._forbidden_in_text.isdisjoint(ids):
+            found = next(token_id for token_id in ids if token_id in self._forbidden_in_text)
+            raise DataError(f"text spells the special token {self.token_text(found)!r} and cannot be encoded as text")
+        return ids, encoding.offsets
+
+    def encode_source(self, text: str) -> list[int]:
+        """Ids of a whole text for an encoder, with the special tokens that the tokenizer puts around one."""
+        return self._encode_whole(text=text)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of a whole text for a decoder to learn, likewise; some tokenizers mark its language otherwise."""
+        return self._encode_whole(text_target=text)
+
+    def _encode_whole(self, **named: str) -> list[int]:
+        try:
+            ids: list[int] = self.native(**named, truncation=False, padding=False, verbose=False)["input_ids"]
+        except (TypeError, UnicodeError) as error:
+            raise DataError("text holds characters that are no valid Unicode (a lone surrogate)") from error
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of `ids`."""
+        text: str = self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        template: str | None = None,
+    ) -> str:
+        """The chat template (or `template`) applied to messages, as text.
+
+        Raises: DataError where there is no template, or where it refuses, takes too long or writes too much.
+        """
+        chosen = template if template is not None else self.chat_template
+        if chosen is None:
+            raise DataError("the tokenizer has no chat template", "give one with data.chat_template")
+        return render_template(self.native, chosen, messages, tools, add_generation_prompt)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as a person reads it; a piece of a character is shown as the tokenizer's own spelling."""
+        spelled: str | None = self.backend.id_to_token(int(token_id))
+        if spelled is None:
+            return f"<unused {token_id}>"
+        decoded = self.decode([token_id])
+        if not decoded or "\ufffd" in decoded:
+            return spelled
+        return " " + decoded if spelled.startswith("\u2581") and not decoded.startswith(" ") else decoded
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files: those of a local base unchanged, byte for byte."""
+        if self.source is not None and self.source.gguf_file is None:
+            for name in FILES:
+                if (self.source.folder / name).is_file():
+                    shutil.copyfile(self.source.folder / name, folder / name)
+            return
+        with quiet():
+            self.native.save_pretrained(str(folder))
+
+    def _fingerprint(self) -> str:
+        """sha256 of the tokenizer's definition, its special ids and its template."""
+        special = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "control": sorted(self.special_ids)}
+        if self.answer_start_id is not None:
+            special["answer_start"] = self.answer_start_id
+        parts = [self.backend.to_str(), json.dumps(special, sort_keys=True), self.chat_template or ""]
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
+    """The base's tokenizer, as a fast one.
+
+    Raises: ModelError where there is none, where it is damaged, or where it would run code.
+    """
+    from transformers import AutoTokenizer
+
+    source = find_source(section, weights=False)
+    arguments: dict[str, Any] = {}
+    if source.gguf_file is not None:
+        check_gguf(source)
+        arguments["gguf_file"] = source.gguf_file
+    try:
+        with quiet():
+            native = AutoTokenizer.from_pretrained(
+                str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
+            )
+    except Exception as error:
+        raise _tokenizer_error(section, error) from error
+    if getattr(native, "backend_tokenizer", None) is None:
+        raise ModelError(
+            f"{section.name_or_path} has only a slow tokenizer",
+            "convert it once with transformers and save tokenizer.json beside the model",
+            key="model.name_or_path",
+        )
+    return LoadedTokenizer(native, source, read_answer_start(source, section))
+
+
+def _tokenizer_error(section: ModelSection, error: Exception) -> ModelError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        how = "read that code, and set model.trust_remote_code: true if you trust it"
+        return ModelError(f"the tokenizer of {section.name_or_path} runs code of its own", how, key="model")
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return ModelError(f"the tokenizer of {section.name_or_path} cannot be loaded: {first}", key="model.name_or_path")
+
+
+def _make_backend(native: Any) -> Any:
+    """A copy of the fast tokenizer without truncation, padding and post-processing, control tokens marked special.
+
+    Without the post-processor, which adds special tokens and trims offsets, the offsets cover the whole text.
+    """
+    from tokenizers import Tokenizer
+
+    definition = json.loads(native.backend_tokenizer.to_str())
+    definition["truncation"] = definition["padding"] = definition["post_processor"] = None
+    for token in definition.get("added_tokens") or []:
+        token["special"] = token["special"] or _is_marker(token["content"])
+    return Tokenizer.from_str(json.dumps(definition))
+
+
+def _is_marker(content: str) -> bool:
+    """<|name|>: the form of a turn marker, which some tokenizers do not declare as special."""
+    return content.startswith("<|") and content.endswith("|>")
+
+
+def _is_control(token: Any) -> bool:
+    return bool(token.special) or _is_marker(token.content)
+
+
+def _one_template(template: Any) -> str | None:
+    """The default one of several named templates."""
+    if isinstance(template, dict):
+        chosen = template.get("default")
+        return chosen if isinstance(chosen, str) else None
+    return template if isinstance(template, str) and template else None

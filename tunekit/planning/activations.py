@@ -1,0 +1,28 @@
+"""What plan says of activations that wait on the host or are computed in tiles.
+
+Comes in: the memory section and what was decided.  Goes out: notes.  Next: plan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tunekit.recipe.memory import MemorySection
+from tunekit.records import bytes_text
+
+
+def activation_notes(memory: MemorySection, device: torch.device, layers: int, offloaded_bytes: int) -> Iterator[str]:
+    """`layers`: how many are recomputed. `offloaded_bytes`: of pinned memory."""
+    if offloaded_bytes:
+        yield f"the inputs of recomputed layers wait in {bytes_text(offloaded_bytes)} of the host's pinned memory"
+    elif memory.activation_offload is True and layers < 2:
+        yield "no input waits on the host: at least two layers would have to be recomputed"
+    elif memory.activation_offload is True and device.type == "cpu":
+        yield "the inputs of recomputed layers are copied on a CPU, as on a GPU, which saves nothing here"
+    if memory.mlp_tile_tokens is not None:
+        yield (
+            f"MLPs and norms compute {memory.mlp_tile_tokens:,} tokens at a time: gradients are summed tile by tile, "
+            "so not bitwise as without, and dropout inside them draws other masks"
+        )

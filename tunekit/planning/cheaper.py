@@ -1,0 +1,191 @@
+"""What to change in a recipe that does not fit its budget: each change simulated, the cheapest three told.
+
+Comes in: the recipe, its Forecast, the smallest Choice there is.  Goes out: a text with the GiB that each would save.
+Next: planned_memory.py asks for it, plan.py puts both together.
+
+Cheap is what costs least in quality or speed: the order of `_changes`, from a recomputation to shorter rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tunekit.contracts import Batch
+from tunekit.model.load import make_meta_model
+from tunekit.planning.choice import Choice
+from tunekit.planning.forecast import Forecast
+from tunekit.planning.refusals import library_problems
+from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.supported import refuse_unsupported
+from tunekit.records import bytes_text
+
+SHOWN = 3
+LEAST_SHARE = 0.01  # of the need: a change that saves less is none
+
+
+@dataclass(frozen=True)
+class Change:
+    """One changed key: what the recipe is then, what is simulated then, and how choices differ."""
+
+    key: str
+    value: Any
+    forecast: Callable[[Forecast], Forecast]
+    choice: Callable[[Choice], Choice] = lambda choice: choice
+
+    @property
+    def text(self) -> str:
+        """As a recipe has it."""
+        return f"{self.key}: {self.value}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A change with the bytes that the run then needs."""
+
+    change: Change
+    needs: int
+
+
+def cheapest_changes(recipe: Recipe, forecast: Forecast, choice: Choice, needed: int, limit: int) -> str:
+    """Up to three changes as a text, those that suffice by themselves before others, cheapest first."""
+    tried = []
+    for change in _changes(recipe, forecast, choice):
+        needs = _needs([change], forecast, choice)
+        if needs is not None and needed - needs >= LEAST_SHARE * needed:
+            tried.append(Tried(change, needs))
+    if not tried:
+        return "no change of the recipe that plan knows of saves memory; choose a smaller base"
+    chosen = sorted(tried, key=lambda one: one.needs > limit)[:SHOWN]  # sorting keeps the order of cost
+    chosen.sort(key=tried.index)
+    texts = [_text(one, needed, limit) for one in chosen]
+    sufficient = any(one.needs <= limit for one in chosen)
+    together = None if sufficient else _needs([one.change for one in chosen], forecast, choice)
+    head = "the cheapest changes: " if len(chosen) > 1 else "the one change that saves memory: "
+    tail = "" if together is None or len(chosen) < 2 else f"; together they need {bytes_text(together)}"
+    return head + ", ".join(texts) + tail
+
+
+def _text(tried: Tried, needed: int, limit: int) -> str:
+    saved, needs = bytes_text(needed - tried.needs), bytes_text(tried.needs)
+    enough = "" if tried.needs <= limit else ", not enough alone"
+    return f"{tried.change.text} saves {saved} (needs {needs}{enough})"
+
+
+def _needs(changes: list[Change], forecast: Forecast, choice: Choice) -> int | None:
+    """Bytes at the peak with the changes; None where they cannot be made."""
+    try:
+        for change in changes:
+            forecast, choice = change.forecast(forecast), change.choice(choice)
+        return forecast.peak(choice).total
+    except Exception:  # a model's own code, a section that does not allow it: then this is no change to propose
+        return None
+
+
+def _changes(recipe: Recipe, forecast: Forecast, choice: Choice) -> Iterator[Change]:
+    """Every change that this recipe could make, from the cheapest on."""
+    layers = forecast.base.facts.layers
+    if choice.checkpointed_layers < layers:
+        yield Change(
+            "memory.gradient_checkpointing", "auto", _same, lambda chosen: replace(chosen, checkpointed_layers=layers)
+        )
+    if forecast.evaluation_batch is not None and recipe.evaluation.batch_size > 1:
+        yield Change("evaluation.batch_size", 1, _one_evaluation_row)
+    yield from _changes_of_base(recipe, forecast)
+    training = forecast.run.training
+    if training.optimizer == "adamw" and _is_possible(recipe, "training", optimizer="adamw_8bit"):
+        section = training.model_copy(update={"optimizer": "adamw_8bit"})
+        yield Change("training.optimizer", "adamw_8bit", lambda given: _with_run(given, training=section))
+    rank = getattr(forecast.run.adapter, "r", None)
+    if isinstance(rank, int) and rank > 1:
+        settings = forecast.run.adapter.model_copy(update={"r": rank // 2})
+        yield Change("adapter.r", rank // 2, lambda given: _with_run(given, adapter=settings))
+    yield from _changes_of_rows(recipe, forecast)
+
+
+def _changes_of_base(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
+    model = recipe.model
+    if forecast.base.facts.dtype == "float32":
+        yield _base_change("dtype", "bfloat16", forecast.run.device)
+    for name in ("int8_weight_only", "nf4"):
+        wanted = model.quantization == "none" or (name == "nf4" and model.quantization.startswith("int8"))
+        if wanted and _is_possible(recipe, "model", quantization=name):
+            yield _base_change("quantization", name, forecast.run.device)
+
+
+def _base_change(name: str, value: str, device: torch.device) -> Change:
+    def changed(given: Forecast) -> Forecast:
+        section = given.run.model.model_copy(update={name: value})
+        return replace(_with_run(given, model=section), base=make_meta_model(section, device=device))
+
+    return Change(f"model.{name}", value, changed)
+
+
+def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
+    """Shorter rows; where micro-batches are cut by tokens, fewer of them."""
+    if recipe.training.micro_batch_tokens is not None:
+        tokens = recipe.training.micro_batch_tokens // 2
+        if forecast.largest_batch(None).input_ids.shape[0] > 1:
+            yield Change("training.micro_batch_tokens", tokens, _half_the_rows)
+        return
+    longest = forecast.largest_batch(1).input_ids.shape[1]
+    half = longest // 2 - longest // 2 % 8
+    if half:
+        yield Change("data.max_length", half, lambda given: _cut_to(given, half))
+
+
+def _is_possible(recipe: Recipe, section: str, **values: Any) -> bool:
+    """Whether the recipe would be obeyed with other values in a section."""
+    changed = getattr(recipe, section).model_copy(update=values)
+    other = recipe.model_copy(update={section: changed})
+    return not refuse_unsupported(other) and not list(library_problems(other))
+
+
+def _same(forecast: Forecast) -> Forecast:
+    return forecast
+
+
+def _with_run(forecast: Forecast, **values: Any) -> Forecast:
+    return replace(forecast, run=replace(forecast.run, **values))
+
+
+def _one_evaluation_row(forecast: Forecast) -> Forecast:
+    assert forecast.evaluation_batch is not None
+    return replace(forecast, evaluation_batch=_cut(forecast.evaluation_batch, rows=1))
+
+
+def _half_the_rows(forecast: Forecast) -> Forecast:
+    largest = forecast.largest_batch
+
+    def halved(size: int | None) -> Batch:
+        batch = largest(size)
+        return _cut(batch, rows=-(-batch.input_ids.shape[0] // 2))
+
+    return replace(forecast, largest_batch=halved)
+
+
+def _cut_to(forecast: Forecast, tokens: int) -> Forecast:
+    largest, evaluation = forecast.largest_batch, forecast.evaluation_batch
+    return replace(
+        forecast,
+        largest_batch=lambda size: _cut(largest(size), tokens=tokens),
+        evaluation_batch=None if evaluation is None else _cut(evaluation, tokens=tokens),
+    )
+
+
+def _cut(batch: Batch, *, rows: int | None = None, tokens: int | None = None) -> Batch:
+    """The first rows, and of each the first tokens: what the simulation sees of smaller batches."""
+    part = (slice(rows), slice(tokens))
+    width = batch.input_ids[part].shape[1]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[part],
+        position_ids=batch.position_ids[part],
+        labels=batch.labels[part],
+        lengths=tuple(min(length, width) for length in batch.lengths[:rows]),
+        origins=batch.origins[:rows],
+        row_ids=batch.row_ids[:rows],
+    )

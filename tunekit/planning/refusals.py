@@ -1,0 +1,200 @@
+"""What would make a run fail or surprise, found before a weight is loaded.
+
+Comes in: the recipe, the model without weights, tokenizer, rows.  Goes out: Problems with their keys, and notes.
+Next: plan.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from tunekit.contracts import EncodedRows, Objective
+from tunekit.errors import ModelError, Problem
+from tunekit.model.families import text_config
+from tunekit.model.load import LoadedModel
+from tunekit.model.quantized.codec import FOUR_BIT
+from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.recipe.recipe import Recipe, supervised_objective
+
+LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
+
+
+def library_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Libraries that the recipe needs and that are not installed."""
+    if find_spec("bitsandbytes") is None:
+        free = ("none", "int8_weight_only", "fp8", *FOUR_BIT)
+        if recipe.model.quantization not in free:
+            how = f"run: pip install bitsandbytes, or write {', '.join(free[1:])} or none"
+            yield Problem(f"{recipe.model.quantization} needs bitsandbytes", how, key="model.quantization")
+        if recipe.training.optimizer != "adamw":
+            how = "run: pip install bitsandbytes, or write adamw"
+            yield Problem(f"{recipe.training.optimizer} needs bitsandbytes", how, key="training.optimizer")
+    for tracker in recipe.output.report_to:
+        if find_spec(tracker) is None and find_spec("tensorboardX") is None:
+            yield Problem(f"{tracker} is not installed", f"run: pip install {tracker}", key="output.report_to")
+
+
+def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
+    """What the device cannot do."""
+    if recipe.model.quantization == "fp8" and device.type == "cuda" and not computes_fp8(device):
+        what = f"this GPU has no float8 products (compute capability below {'.'.join(map(str, CAPABILITY))})"
+        yield Problem(what, "write quantization: nf4 or int8_weight_only", key="model.quantization")
+
+
+def folder_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Why `train` could not begin in output.dir; looks only, and makes nothing."""
+    path = Path(recipe.output.dir)
+    key = "output.dir"
+    if path.exists() and not path.is_dir():
+        yield Problem(f"{path} is not a folder", "choose another output.dir", key=key)
+        return
+    for name in ("plan.json", "checkpoints"):
+        if (path / name).exists():
+            how = "go on with `tunekit train RECIPE --resume`, or choose another output.dir"
+            yield Problem(f"{path} already holds a run ({name})", how, key=key)
+            return
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        yield Problem(f"{existing} cannot be written to", "choose another output.dir, or change its mode", key=key)
+
+
+def check_family(base: LoadedModel, objective: Objective) -> LoadedModel:
+    """The base again, if the objective is one of its family.
+
+    Raises: ModelError.
+    """
+    if base.family.name == objective.family:
+        return base
+    article = "an" if base.family.reads_source else "a"
+    what = f"{base.name_or_path} ({base.facts.model_type}) is {article} {base.family.text}"
+    fitting = supervised_objective(base.family.name)
+    if fitting is not None:
+        method = fitting.method
+        raise ModelError(
+            f"{what}, and the objective is for another kind", f"write objective: {method}", key="objective"
+        )
+    raise ModelError(
+        f"{what}, and no objective of this version reads what it computes: it can be loaded, adapted and called",
+        "choose a causal language model or an encoder-decoder",
+        key="model.name_or_path",
+    )
+
+
+def row_problems(
+    base: LoadedModel, tokenizer: LoadedTokenizer, rows: Sequence[EncodedRows], virtual_tokens: int = 0
+) -> list[Problem]:
+    """Rows that the model cannot take: too long for its positions, or with ids beyond its embedding."""
+    if base.family.reads_source and tokenizer.answer_start_id is None:
+        what = f"{base.name_or_path} does not say with which token its answers begin"
+        return [Problem(what, "write decoder_start_token_id into its config.json", key="model.name_or_path")]
+    longest = max((longest_positions(base, some) for some in rows), default=0) + virtual_tokens
+    problems = list(position_problems(base, longest, virtual_tokens))
+    for some in rows:
+        problems += [] if problems else vocabulary_problems(base, tokenizer, some)
+    return problems
+
+
+def longest_positions(base: LoadedModel, rows: EncodedRows) -> int:
+    """Positions that the longest row takes; of an encoder-decoder, where each part counts anew, its longest part."""
+    lengths = np.asarray(rows.lengths)  # (rows,)
+    if not base.family.reads_source:
+        return int(lengths.max(initial=0))
+    answers = np.asarray(rows.supervised)  # (rows,), as many as positions of the decoder
+    return int(np.maximum(lengths - answers - 1, answers).max(initial=0))
+
+
+def vocabulary_problems(base: LoadedModel, tokenizer: LoadedTokenizer, rows: EncodedRows) -> Iterator[Problem]:
+    """Ids in the rows beyond the model's embedding."""
+    size = base.facts.vocabulary_size
+    if tokenizer.vocabulary_size <= size:
+        return
+    for index in range(len(rows)):
+        row = rows[index]
+        largest = int(row.ids.max(initial=0))
+        if largest >= size:
+            text = tokenizer.token_text(largest)
+            what = f"{row.origin} holds the token {text!r} ({largest}), but the model's embedding ends at {size - 1}"
+            yield Problem(what, "use the tokenizer that belongs to the base", key="model.name_or_path")
+            return
+
+
+def position_problems(base: LoadedModel, longest_tokens: int, virtual_tokens: int = 0) -> Iterator[Problem]:
+    """Rows longer than a learned table of positions, which cannot be looked up at all; `virtual_tokens` of them are the
+    adapter's."""
+    table = _learned_positions(base)
+    if table is not None and longest_tokens > table:
+        own = f", {virtual_tokens} of them virtual" if virtual_tokens else ""
+        what = f"the longest row has {longest_tokens} tokens{own}, and the model's positions end at {table}"
+        if virtual_tokens >= table:
+            yield Problem(what, f"make the prompt shorter than {table} tokens", key="adapter.num_virtual_tokens")
+        else:
+            yield Problem(what, f"set data.max_length to at most {table - virtual_tokens}", key="data.max_length")
+
+
+def position_notes(base: LoadedModel, rows: Sequence[EncodedRows], virtual_tokens: int) -> Iterator[str]:
+    """Rows longer than what the model was trained for, where positions are computed and not looked up."""
+    longest_tokens = max(longest_positions(base, some) for some in rows) + virtual_tokens
+    trained = getattr(text_config(base.net), "max_position_embeddings", None)
+    if isinstance(trained, int) and longest_tokens > trained and _learned_positions(base) is None:
+        yield (
+            f"warning: the longest row has {longest_tokens} tokens, and the model was made for {trained}; "
+            "beyond them its attention extrapolates"
+        )
+
+
+def _learned_positions(base: LoadedModel) -> int | None:
+    """Usable rows of a learned table of positions; None where positions are computed."""
+    declared = getattr(text_config(base.net), "max_position_embeddings", None)
+    token_embedding = base.family.embedding_name(base.net)
+    for name, module in base.net.named_modules():
+        if isinstance(module, nn.Embedding) and name != token_embedding and isinstance(declared, int):
+            offset = module.num_embeddings - declared
+            if 0 <= offset <= 2:  # OPT's table begins with two rows that no position uses
+                return declared
+    return None
+
+
+def packing_obstacle(base: LoadedModel, packable_objective: bool, whole_model_adapter: bool) -> str | None:
+    """Why rows cannot be packed, or None."""
+    config = text_config(base.net)
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
+    if not packable_objective:
+        return "the objective takes rows one by one"
+    if whole_model_adapter:
+        return "the adapter puts virtual tokens before each row"
+    if not base.family.takes_positions(base.net):
+        return f"{config.model_type} takes no position ids, so that packed rows would see each other"
+    if getattr(base.net, "_is_stateful", False) or any(kind in name for name in kinds for kind in LINEAR_KINDS):
+        return f"{config.model_type} carries a state from token to token, so that packed rows would see each other"
+    return None
+
+
+def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterator[str]:
+    """What holds only with reservations."""
+    training = recipe.training
+    dropout = getattr(recipe.adapter, "dropout", 0.0) > 0 or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in base.net.modules()
+    )
+    if dropout:
+        yield "dropout is on: other micro-batch sizes or rank counts draw other masks and give slightly other curves"
+    if training.optimizer != "adamw":
+        yield f"{training.optimizer}: whether gradients are finite is read before each update, a wait for the device"
+    elif base.dtype == torch.float16:
+        yield "float16: whether gradients overflow is read before each update, a wait for the device"
+    if training.optimizer.startswith("paged") and device.type == "cpu":
+        yield f"{training.optimizer}: nothing is paged on a CPU"
+    if recipe.model.quantization == "fp8":
+        slow = "" if device.type == "cuda" else "; without float8 units it is slow: for trying a recipe out"
+        yield f"warning: fp8 is approximate: weights and inputs of linear layers are rounded to 8 bits{slow}"
+    if recipe.model.quantization in FOUR_BIT and device.type == "cuda" and find_spec("bitsandbytes") is None:
+        yield "bitsandbytes is not installed: weights are unpacked by plain torch, the same bits, but slower"
+    if device.type == "cuda":
+        yield "predicted bytes are allocated ones; what the allocator reserves beyond them is not predicted"

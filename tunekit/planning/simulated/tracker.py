@@ -1,0 +1,154 @@
+"""Follows every live storage of a computation, real or without values on the meta device, and keeps the highest sum.
+
+Comes in: torch operations, while the tracker is entered.  Goes out: peak bytes by part.  Next: estimate.py.
+
+A storage counts from the operation that makes it until it is freed; views count once, a storage resized in place
+counts with its new size. What kernels allocate inside is unseen by torch's dispatch: workspace.py adds it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tunekit.planning.simulated.values import IntegerValues
+from tunekit.planning.simulated.workspace import compiled_kernel, workspace_bytes
+
+CUDA_BLOCK_BYTES = 512  # the CUDA caching allocator rounds every allocation up to this
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Highest sum of live bytes, by part, and every allocation (+bytes) and release in order, from `held` on.
+
+    An entry of no bytes in the trace is the use of a compiled kernel, by its number.
+    `offloaded`: bytes of the host's pinned memory beside a GPU's.
+    """
+
+    peak: dict[str, int]
+    total: int
+    held: int
+    trace: list[tuple[int, int]] = field(repr=False)  # (number of the storage or kernel, bytes)
+    offloaded: int = 0
+
+
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Live bytes by part, and their largest sum since `start`.
+
+    `device`: where the computation will really run; it decides rounding and kernel workspaces.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.part = "activations"
+        self.live: Counter[str] = Counter()
+        self.total = 0
+        self.peak: dict[str, int] = {}
+        self.peak_total = 0
+        self._values = IntegerValues()
+        self._known: dict[int, tuple[str, int, int]] = {}  # storage id -> part, bytes, number
+        self._held = 0
+        self._number = 0
+        self._trace: list[tuple[int, int]] = []
+        self._kernels: dict[object, int] = {}
+
+    def adopt(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count tensors that already exist."""
+        with self.counting_as(part):
+            for tensor in tensors:
+                self._follow(tensor)
+
+    @contextmanager
+    def counting_as(self, part: str) -> Iterator[None]:
+        """What is allocated inside the block belongs to `part`."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def move(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count tensors under another part than they were made in."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            old, size, number = self._known[key]
+            self._known[key] = (part, size, number)
+            self.live[old] -= size
+            self.live[part] += size
+
+    def pass_through(self, sizes: Iterable[int]) -> None:
+        """Count blocks that are taken one after the other, held together and given back."""
+        numbers = []
+        for size in sizes:
+            self._number += 1
+            numbers.append((self._number, self._rounded(size)))
+            self._add(self.part, numbers[-1][1], self._number)
+        for number, size in numbers:
+            self._add(self.part, -size, number)
+
+    def start(self) -> None:
+        """Start a new peak and a new trace from what is live now."""
+        self.peak, self.peak_total, self._held = dict(self.live), self.total, self.total
+        self._trace.clear()
+
+    def result(self) -> Simulation:
+        """What was seen since `start`."""
+        return Simulation(dict(self.peak), self.peak_total, self._held, list(self._trace))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return self._values.scalar(args[0])
+        output = func(*args, **named)
+        self._values.follow(func, args, named, output)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        kernel = compiled_kernel(func, args) if self.device.type == "cpu" else None
+        if kernel is not None:
+            self._trace.append((self._kernels.setdefault(kernel, len(self._kernels)), 0))
+        extra = workspace_bytes(func, args)
+        if extra:
+            self.pass_through([extra])
+        return output
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, self._rounded(storage.nbytes())
+        known = self._known.get(key)
+        if known is None:
+            # The finalizer knows a key, not the storage, and does not keep it alive.
+            weakref.finalize(storage, self._forget, key).atexit = False
+            self._number += 1
+            self._known[key] = (self.part, size, self._number)
+            self._add(self.part, size, self._number)
+        elif known[1] != size:
+            self._known[key] = (known[0], size, known[2])
+            self._add(known[0], size - known[1], known[2])
+
+    def _forget(self, key: int) -> None:
+        part, size, number = self._known.pop(key)
+        self._add(part, -size, number)
+
+    def _add(self, part: str, size: int, number: int) -> None:
+        self.live[part] += size
+        self.total += size
+        if size:
+            self._trace.append((number, size))
+        if self.total > self.peak_total:
+            self.peak, self.peak_total = dict(self.live), self.total
+
+    def _rounded(self, size: int) -> int:
+        if self.device.type == "cuda":
+            return -(-size // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
+        return size

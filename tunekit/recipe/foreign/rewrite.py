@@ -1,0 +1,197 @@
+"""Other tools' keys -> tunekit's, each rewrite recorded with its place.
+
+Comes in: a Draft as read.  Goes out: the same Draft without foreign keys; `rewrites` says what became of each.  Two
+spellings of one thing, and a value without an exact translation, are problems.  Next: load.py validates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunekit.errors import Problem
+from tunekit.recipe.foreign.table import IN_ADAPTER, PRECISION_KEYS, TOP_LEVEL, Alias
+from tunekit.recipe.foreign.values import NOTHING, NotExact
+from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
+from tunekit.recipe.reading.suggest import show
+
+QUANTIZATION: KeyPath = ("model", "quantization")
+METHOD: KeyPath = ("adapter", "method")
+_FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
+
+
+def rewrite_aliases(draft: Draft) -> None:
+    """Replace every foreign key of the draft, in place."""
+    _rewrite_quantization(draft)
+    _rewrite_precision(draft)
+    constant = [name for name in ("lr_scheduler", "lr_scheduler_type") if draft.values.get(name) == "constant"]
+    for name in [name for name in draft.values if name in TOP_LEVEL]:
+        _rewrite(draft, (name,), TOP_LEVEL[name])
+    adapter = draft.values.get("adapter")
+    for name in [name for name in adapter if name in IN_ADAPTER] if isinstance(adapter, dict) else ():
+        _rewrite(draft, ("adapter", name), IN_ADAPTER[name])
+    if constant:
+        _settle_constant(draft, constant[0])
+
+
+def _rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
+    """One foreign key by its table entry; an empty value says nothing, as in those tools."""
+    place = draft.place(key)
+    inner = [draft.place((*key, index)) for index, _ in enumerate(draft.get(key))] if _is_list(draft, key) else []
+    value = draft.remove(key)
+    if value is None:
+        return _record(draft, place, dotted(key), "nothing (it is empty)")
+    try:
+        ours = alias.translate(value)
+    except NotExact as lost:
+        draft.problems.append(_problem_at(place, dotted(key), lost.what, lost.how))
+        draft.untranslated.add(alias.target or key)
+        return None
+    if ours is NOTHING or alias.target is None:
+        return _record(draft, place, dotted(key), "nothing (it changes nothing here)")
+    if _write(draft, alias.target, ours, place, dotted(key), translated=ours != value):
+        for index, at in enumerate(inner):
+            _move_places(draft, (*alias.target, index), at)
+    return None
+
+
+def _write(draft: Draft, target: KeyPath, value: Any, place: Place, spelled: str, *, translated: bool) -> bool:
+    """Write our key, unless it is written already. False where it was not written."""
+    if draft.has(target):
+        other = draft.place(target)
+        what = f"{spelled} and {other.spelled or dotted(target)} ({other}) are two spellings of one thing"
+        draft.problems.append(_problem_at(place, spelled, what, "keep one"))
+        return False
+    holder = draft.values.get(str(target[0]), {})
+    if not isinstance(holder, dict):
+        draft.problems.append(_problem_at(place, spelled, f"{target[0]} ({draft.place(target[:1])}) is no mapping", ""))
+        return False
+    draft.set(target, value, Place(place.file, place.line, spelled))
+    for length in range(1, len(target)):  # a section that only an alias opened was not spelled by anyone
+        if draft.places[target[:length]].spelled:
+            draft.places[target[:length]] = place
+    shown = f": {show(value)}" if translated and not isinstance(value, list | dict) else ""
+    _record(draft, place, spelled, f"{dotted(target)}{shown}")
+    return True
+
+
+def _rewrite_quantization(draft: Draft) -> None:
+    """load_in_4bit, load_in_8bit, quantization_bit and `adapter: qlora` -> model.quantization."""
+    bits: dict[str, tuple[int, Place]] = {}
+    for name, meaning in (("load_in_4bit", 4), ("load_in_8bit", 8), ("quantization_bit", None)):
+        found = _take(draft, name)
+        if found is None:
+            continue
+        value, place = found
+        width = _bits(value, meaning)
+        if width is None:
+            expected = "must be true or false" if meaning else "must be 4 or 8"
+            draft.problems.append(_problem_at(place, name, f"{expected}, not {show(value)}", ""))
+        elif width == 0:
+            _refuse_unquantized_qlora(draft, name, place)
+            _record(draft, place, name, "nothing (it changes nothing here)")
+        else:
+            bits[name] = (width, place)
+    if draft.get(METHOD) == "qlora":
+        place = draft.place(METHOD)
+        draft.set(METHOD, "lora", place)
+        _record(draft, place, "adapter: qlora", "adapter.method: 'lora'")
+        bits.setdefault("adapter: qlora", (4, place))
+    _write_quantization(draft, bits)
+
+
+def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> None:
+    kinds = [(name, found) for name in _FOUR_BIT_KINDS if (found := _take(draft, name)) is not None]
+    explicit = [name for name in bits if name != "adapter: qlora"]
+    if len(explicit) > 1 or len({width for width, _ in bits.values()}) > 1:
+        first, second = list(bits)[:2]
+        what = f"{second} and {first} ({bits[first][1]}) contradict or repeat each other"
+        draft.problems.append(_problem_at(bits[second][1], second, what, "keep one"))
+        return
+    four_bit = next(iter(bits.values()))[0] == 4 if bits else False
+    kind = "nf4"
+    for name, (value, place) in kinds:
+        if value not in ("nf4", "fp4") or not four_bit:
+            what = f"must be nf4 or fp4, not {show(value)}" if four_bit else "nothing is loaded in 4 bits"
+            draft.problems.append(_problem_at(place, name, what, "write model.quantization: nf4 or fp4"))
+        else:
+            kind = value
+            _record(draft, place, name, f"model.quantization: {value!r}")
+    for name in explicit or list(bits):
+        _write(draft, QUANTIZATION, kind if four_bit else "int8", bits[name][1], name, translated=True)
+
+
+def _refuse_unquantized_qlora(draft: Draft, name: str, place: Place) -> None:
+    if draft.get(METHOD) == "qlora" and name == "load_in_4bit":
+        draft.problems.append(_problem_at(place, name, "false contradicts adapter: qlora", "write adapter: lora"))
+
+
+def _rewrite_precision(draft: Draft) -> None:
+    """bf16 and fp16 -> model.dtype; both off is float32."""
+    found = {name: taken for name in PRECISION_KEYS if (taken := _take(draft, name)) is not None}
+    names = {True: {"bf16": "bfloat16", "fp16": "float16"}, "auto": {"bf16": "auto"}}
+    chosen: list[tuple[str, str]] = []
+    for name, (value, place) in found.items():
+        if value is False:
+            continue
+        dtype = names.get(value, {}).get(name) if isinstance(value, bool | str) else None
+        if dtype is None:
+            draft.problems.append(_problem_at(place, name, f"must be true or false, not {show(value)}", ""))
+        else:
+            chosen.append((name, dtype))
+    if len(chosen) > 1:
+        place = found["fp16"][1]
+        draft.problems.append(_problem_at(place, "fp16", f"contradicts bf16 ({found['bf16'][1]})", "keep one"))
+    elif chosen:
+        name, dtype = chosen[0]
+        _write(draft, ("model", "dtype"), dtype, found[name][1], name, translated=True)
+    elif found and all(value is False for value, _ in found.values()):
+        name = next(iter(found))
+        _write(draft, ("model", "dtype"), "float32", found[name][1], name, translated=True)
+
+
+def _settle_constant(draft: Draft, spelled: str) -> None:
+    """`constant` of those tools ignores any warm-up (constant_with_warmup does not); ours warms up."""
+    place = draft.place(("training", "scheduler"))
+    written = [name for name in ("warmup_ratio", "warmup_steps") if draft.has(("training", name))]
+    if any(draft.get(("training", name)) for name in written):
+        how = "write constant_with_warmup, or remove the warm-up"
+        draft.problems.append(_problem_at(place, spelled, "constant ignores the warm-up there", how))
+    elif not written:
+        _write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant", translated=True)
+
+
+def _bits(value: Any, meaning: int | None) -> int | None:
+    """4 or 8, 0 for off, None for a value that is neither."""
+    if meaning is None:
+        return value if value in (4, 8) and not isinstance(value, bool) else None
+    return (meaning if value else 0) if isinstance(value, bool) else None
+
+
+def _take(draft: Draft, name: str) -> tuple[Any, Place] | None:
+    """Remove a top-level key; None where it is absent or empty."""
+    if not draft.has((name,)):
+        return None
+    place = draft.place((name,))
+    value = draft.remove((name,))
+    if value is None:
+        _record(draft, place, name, "nothing (it is empty)")
+        return None
+    return value, place
+
+
+def _is_list(draft: Draft, key: KeyPath) -> bool:
+    return isinstance(draft.get(key), list)
+
+
+def _move_places(draft: Draft, key: KeyPath, place: Place) -> None:
+    """The items of a translated list keep their own lines."""
+    for known in [known for known in draft.places if known[: len(key)] == key]:
+        draft.places[known] = Place(place.file, place.line, draft.places[known].spelled)
+
+
+def _record(draft: Draft, place: Place, spelled: str, what: str) -> None:
+    draft.rewrites.append(f"{place}: {spelled} -> {what}")
+
+
+def _problem_at(place: Place, spelled: str, what: str, how: str) -> Problem:
+    return Problem(what, how, file=place.file, line=place.line, key=spelled)

@@ -1,0 +1,147 @@
+"""What contradicts what: checks across keys, made before anything is loaded.
+
+Comes in: a Draft in canonical form, with the sections that are valid on their own.  Goes out: problems in the Draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
+from tunekit.recipe.reading.draft import Draft, KeyPath
+from tunekit.recipe.reading.suggest import did_you_mean, holds_secret
+from tunekit.recipe.section import Section
+
+EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
+_ONE_NEEDED = (("epochs", "max_steps"), ("micro_batch_size", "micro_batch_tokens"))
+ANSWER_METRIC = "exact_match"
+
+
+def settle_pairs(draft: Draft) -> None:
+    """Of two keys that exclude each other, writing one voids the other's default; writing both is a problem."""
+    training = draft.values.get("training")
+    if not isinstance(training, dict):
+        return
+    for special, usual in EITHER_OR:
+        if training.get(special) is None:
+            continue
+        if training.get(usual) is None:
+            training[usual] = None
+            continue
+        first, second = sorted([special, usual], key=lambda name: draft.place(("training", name)).line or 1 << 30)
+        where = draft.place(("training", first))
+        how = f"remove one (~training.{usual} on the command line)"
+        draft.add_problem(("training", second), f"excludes training.{first} ({where})", how)
+    for usual, special in _ONE_NEEDED:
+        if usual in training and training[usual] is None and training.get(special) is None:
+            draft.add_problem(("training", usual), f"is empty, and training.{special} too", "write one of them")
+
+
+def settle_generation(draft: Draft) -> None:
+    """A metric that compares generated answers turns evaluation.generate on, unless the recipe says false; generate
+    without such a metric adds exact_match."""
+    evaluation, metrics = draft.values.get("evaluation"), draft.get(("evaluation", "metrics"), ["loss"])
+    if not isinstance(evaluation, dict) or not isinstance(metrics, list):
+        return
+    generated = [name for name in metrics if name in known_names("metrics") and needs_generation(name)]
+    if not generated and evaluation.get("generate") is True:
+        evaluation["metrics"] = [*metrics, ANSWER_METRIC]  # answers that nobody scores would be made for nothing
+    if generated and "generate" not in evaluation:
+        evaluation["generate"] = True
+    elif generated and evaluation["generate"] is False:
+        how = "set evaluation.generate: true, or remove the metric"
+        draft.add_problem(("evaluation", "generate"), f"the metric {generated[0]} needs generated answers", how)
+
+
+def settle_learning_rate(draft: Draft) -> None:
+    """Where no learning rate is written, the adapter's published one, if it has one."""
+    written, training = draft.values.get("adapter"), draft.values.get("training", {})
+    method = written.get("method") if isinstance(written, dict) else None
+    if method not in known_names("adapters") or not isinstance(training, dict) or "learning_rate" in training:
+        return
+    rate = getattr(settings_class("adapters", method), "default_learning_rate", None)
+    if rate is not None:
+        draft.values["training"] = {**training, "learning_rate": rate.value}
+        draft.defaults.append(f"training.learning_rate {rate.value:g}: the default of {method} ({rate.source})")
+
+
+def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
+    """Every check that needs valid sections; a section with problems of its own is absent and is not checked."""
+    data, evaluation = sections.get("data"), sections.get("evaluation")
+    if isinstance(data, DataSection):
+        _check_sources(draft, data)
+    if isinstance(evaluation, EvaluationSection):
+        _check_metrics(draft, evaluation)
+    if isinstance(data, DataSection) and isinstance(evaluation, EvaluationSection) and data.eval is None:
+        for name in ("best", "patience"):
+            if getattr(evaluation, name) is not None:
+                draft.add_problem(("evaluation", name), "needs evaluation rows", "set data.eval")
+
+
+def check_secrets(draft: Draft, value: Any = None, key: KeyPath = ()) -> None:
+    """Refuse access tokens and passwords: a run saves its recipe as it is."""
+    value = draft.values if not key else value
+    if isinstance(value, str):
+        if holds_secret(value):
+            draft.add_problem(key, "holds what looks like a secret, and runs save their recipe", "set HF_TOKEN instead")
+        return
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for part, inner in pairs:
+        check_secrets(draft, inner, (*key, part))
+
+
+def _check_sources(draft: Draft, data: DataSection) -> None:
+    evaluation = data.eval if isinstance(data.eval, tuple) else ()
+    for name, sources in (("train", data.train), ("eval", evaluation)):
+        for index, source in enumerate(sources):
+            _check_source(draft, ("data", name, index), source)
+    streamed = [index for index, source in enumerate(data.train) if source.streaming]
+    if streamed:
+        _check_streaming(draft, ("data", "train", streamed[0], "streaming"), data)
+    for index, source in enumerate(evaluation):
+        if source.streaming:
+            draft.add_problem(("data", "eval", index, "streaming"), "evaluation rows are read whole", "use max_rows")
+        if source.weight != 1:
+            draft.add_problem(("data", "eval", index, "weight"), "evaluation rows are each counted once", "remove it")
+
+
+def _check_streaming(draft: Draft, key: KeyPath, data: DataSection) -> None:
+    if draft.get(("training", "max_steps")) is None:
+        draft.add_problem(key, "a streamed source has no known length", "set training.max_steps")
+    if isinstance(data.eval, float):
+        draft.add_problem(("data", "eval"), "no fraction can be taken of a streamed source", "name an eval source")
+
+
+def _check_source(draft: Draft, key: KeyPath, source: Source) -> None:
+    formats = known_names("formats")
+    if source.format != "auto" and source.format not in formats:
+        how = did_you_mean(source.format, ["auto", *formats], "known formats")
+        draft.add_problem((*key, "format"), f"unknown format '{source.format}'", how)
+        return
+    chosen = formats if source.format == "auto" else (source.format,)
+    fields = sorted({field for name in chosen for field in facts_of("formats", name).FIELDS})
+    taken: set[str] = set()
+    for column, field in source.columns.items():
+        if field not in fields:
+            how = did_you_mean(field, fields, "its fields are")
+            draft.add_problem((*key, "columns", column), f"'{field}' is no field of the format {source.format}", how)
+        elif field in taken:
+            draft.add_problem((*key, "columns", column), f"a second column for the field '{field}'", "keep one")
+        taken.add(field)
+
+
+def _check_metrics(draft: Draft, evaluation: EvaluationSection) -> None:
+    known = known_names("metrics")
+    for index, name in enumerate(evaluation.metrics):
+        key: KeyPath = ("evaluation", "metrics", index)
+        if name not in known:
+            draft.add_problem(key, f"unknown metric '{name}'", did_you_mean(name, known, "known metrics"))
+        elif name in evaluation.metrics[:index]:
+            draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
+    best = (evaluation.best or "eval.loss").removeprefix("eval.")
+    if best != "loss" and best not in evaluation.metrics:
+        how = f"add {best} to evaluation.metrics" if best in known else did_you_mean(best, known, "known metrics")
+        draft.add_problem(("evaluation", "best"), f"{best} is not among the metrics", how)

@@ -1,0 +1,132 @@
+"""KEY=VALUE and ~KEY of the command line -> changes of the Draft, under the same rules as the file.
+
+Comes in: the texts and the file's Draft in canonical form.  Goes out: the Draft with them applied; what is wrong is a
+problem at `command line`.  Values are read as YAML; keys are dotted, list items by index, other tools' names allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_origin
+
+from tunekit.errors import Problem, RecipeError
+from tunekit.recipe.foreign.rewrite import rewrite_aliases
+from tunekit.recipe.foreign.table import alias_target, is_alias
+from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath, Place, dotted
+from tunekit.recipe.reading.problems import fields_at, unknown_key
+from tunekit.recipe.reading.shorthands import expand_shorthands
+from tunekit.recipe.reading.suggest import show
+from tunekit.recipe.reading.yaml_reader import read_yaml
+
+HERE = Place(COMMAND_LINE)
+
+
+def apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
+    """Apply each override in order; a later one may change what an earlier one wrote, but not repeat its key."""
+    given: set[KeyPath] = set()
+    foreign = Draft(COMMAND_LINE)
+    for text in overrides:
+        if text.startswith("~"):
+            _remove(draft, text[1:], given)
+        else:
+            _assign(draft, foreign, text, given)
+        expand_shorthands(draft)
+    expand_shorthands(foreign)
+    rewrite_aliases(foreign)
+    draft.problems.extend(foreign.problems)
+    draft.rewrites.extend(foreign.rewrites)
+    for key, place in foreign.places.items():  # every alias writes a key of a section: two parts
+        if len(key) == 2 and _is_new(draft, key, given):
+            _set(draft, key, foreign.get(key), place)
+    expand_shorthands(draft)
+
+
+def _assign(draft: Draft, foreign: Draft, text: str, given: set[KeyPath]) -> None:
+    name, equals, value_text = text.partition("=")
+    if not equals:
+        _complain(draft, show(text), "is neither KEY=VALUE nor ~KEY", "write, for example, training.epochs=2")
+        return
+    try:
+        value_draft = read_yaml(value_text, COMMAND_LINE)
+    except RecipeError as error:
+        _complain(draft, name, error.problems[0].what, "quote the value: KEY='\"...\"'")
+        return
+    if value_draft.problems:
+        _complain(draft, name, value_draft.problems[0].what, value_draft.problems[0].how)
+        return
+    key = parse_key(name, draft)
+    if key is None:
+        _complain(draft, show(name), "is no dotted key", "write, for example, training.epochs=2")
+    elif is_alias(key) or (key == ("adapter",) and value_draft.values == "qlora"):
+        if _is_new(draft, key, given):
+            foreign.set(key, value_draft.values, HERE)
+    elif _is_new(draft, key, given):
+        _set(draft, key, value_draft.values, HERE)
+
+
+def _set(draft: Draft, key: KeyPath, value: Any, place: Place) -> None:
+    """Write one value where the values on the way can hold it."""
+    holder: Any = draft.values
+    for length, part in enumerate(key):
+        in_list = isinstance(holder, list) and isinstance(part, int) and part <= len(holder)
+        fits = isinstance(holder, dict) or in_list
+        if not fits:
+            inner = f"has {len(holder)} items" if isinstance(holder, list) else f"is {show(holder)}, not a mapping"
+            _complain(draft, dotted(key), f"{dotted(key[:length])} {inner}", "")
+            return
+        at_end = isinstance(holder, list) and part == len(holder)
+        holder = {} if at_end else holder.get(part, {}) if isinstance(holder, dict) else holder[int(part)]
+        if at_end and length < len(key) - 1:
+            draft.set(key[: length + 1], {}, place)
+            holder = draft.get(key[: length + 1])
+    draft.set(key, value, place)
+
+
+def _remove(draft: Draft, name: str, given: set[KeyPath]) -> None:
+    key = parse_key(name, draft)
+    if key is None:
+        _complain(draft, show(name), "is no dotted key", "write, for example, ~training.epochs")
+        return
+    key = (alias_target(str(key[-1])) or key) if is_alias(key) else key
+    if not _is_new(draft, key, given):
+        return
+    if draft.has(key):
+        draft.remove(key)
+    elif isinstance(key[-1], int) or key[-1] not in fields_at(key[:-1], draft):
+        if isinstance(key[-1], int):
+            _complain(draft, dotted(key), "there is no such item", "")
+        else:
+            draft.places[key] = HERE
+            draft.problems.append(unknown_key(key, draft))
+            draft.forget(key)
+
+
+def parse_key(name: str, draft: Draft) -> KeyPath | None:
+    """`data.train.0.path` -> ("data", "train", 0, "path"); None where a part is empty.
+
+    Below a key whose value maps free names (rank_pattern, columns) the rest is one name, dots and all.
+    """
+    parts = name.split(".")
+    if not all(parts) or not name.isprintable() or any(part != part.strip() for part in parts):
+        return None
+    key: list[str | int] = []
+    for position, part in enumerate(parts):
+        field = fields_at(tuple(key[:-1]), draft).get(str(key[-1])) if key else None
+        if field is not None and get_origin(field.annotation) is dict:
+            return (*key, ".".join(parts[position:]))
+        is_index = part.isdecimal() and len(part) < 6 and len(key) > 1
+        key.append(int(part) if is_index else part)
+    return tuple(key)
+
+
+def _is_new(draft: Draft, key: KeyPath, given: set[KeyPath]) -> bool:
+    """Whether the command line names this key for the first time; a second time is a problem."""
+    if key in given:
+        _complain(draft, dotted(key), "is given twice", "keep one")
+        return False
+    given.add(key)
+    return True
+
+
+def _complain(draft: Draft, name: str, what: str, how: str) -> None:
+    draft.problems.append(Problem(what, how, file=COMMAND_LINE, key=name))

@@ -1,0 +1,185 @@
+"""pydantic's findings -> our words: `recipe.yaml:7: training.epoch: unknown key; did you mean 'epochs'?`.
+
+Comes in: a ValidationError and the Draft it is about.  Goes out: Problems with file, line and key.  Next: load.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from tunekit.errors import Problem
+from tunekit.recipe.data import Source
+from tunekit.recipe.foreign.table import alias_target
+from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.reading.draft import Draft, KeyPath, dotted, has_item
+from tunekit.recipe.reading.suggest import did_you_mean, nearest, show
+from tunekit.recipe.reading.yaml_reader import read_scalar
+from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
+from tunekit.recipe.section import Section
+
+_YES_NO = {"no": "false", "off": "false", "n": "false", "yes": "true", "on": "true", "y": "true"}
+_COMPARISONS = {
+    "greater_than": ("must be greater than", "gt"),
+    "greater_than_equal": ("must be at least", "ge"),
+    "less_than": ("must be less than", "lt"),
+    "less_than_equal": ("must be at most", "le"),
+}
+_KINDS = {
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
+    "tuple_type": "must be a list",
+}
+_EMPTY = {"too_short", "string_too_short"}
+
+
+def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[Problem]:
+    """Every finding of one section's validation, in our words."""
+    findings = [dict(finding) for finding in error.errors(include_url=False)]
+    return [_problem(finding, section, draft) for finding in findings if not _is_echo(finding, section, draft)]
+
+
+def unknown_key(key: KeyPath, draft: Draft) -> Problem:
+    """An unknown key, with the name that was probably meant."""
+    name = str(key[-1])
+    here = list(fields_at(key[:-1], draft))
+    target = alias_target(name)
+    elsewhere = _leaf_elsewhere(name)
+    section, dot, rest = name.partition(".")
+    if dot and section in Recipe.model_fields:
+        how = f"write {section}: {{{rest}: ...}}"
+    elif target and dotted(target[:-1]) == dotted(key[:-1]):
+        how = f"did you mean '{target[-1]}'?"
+    elif target or (elsewhere and not nearest(name, here)):
+        how = f"did you mean '{dotted(target or elsewhere or ())}'?"
+    else:
+        how = did_you_mean(name, here, "the keys here are")
+    return draft.problem(key, "unknown key", how)
+
+
+def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, Any]:
+    """The known keys at a place of the recipe; none where the place is no section."""
+    if not section:
+        return Recipe.model_fields
+    if section[0] == "data" and len(section) == 3 and isinstance(section[2], int):
+        return Source.model_fields
+    if section == ("adapter", "start"):
+        return start_class(draft.get((*section, "method"))).model_fields
+    owner = section_class(str(section[0]), draft.values.get(str(section[0]))) if len(section) == 1 else None
+    return owner.model_fields if owner else {}
+
+
+def section_class(name: str, values: Any) -> type[Section] | None:
+    """The settings class of a section; None where it names a method that does not exist."""
+    if name not in DEFAULT_METHOD:
+        field = Recipe.model_fields.get(name)
+        owner: Any = field.annotation if field else None
+        return owner  # type: ignore[no-any-return]
+    method = values.get("method", DEFAULT_METHOD[name]) if isinstance(values, dict) else DEFAULT_METHOD[name]
+    kind = kind_of(name)
+    return settings_class(kind, method) if method in known_names(kind) else None
+
+
+def start_class(name: Any) -> type[Section]:
+    """The settings class of a start; of the default one where there is none of this name."""
+    return settings_class("starts", name if name in known_names("starts") else "default")
+
+
+def kind_of(section: str) -> Any:
+    """The folder of names behind a section: adapter -> adapters."""
+    return "adapters" if section == "adapter" else "objectives"
+
+
+def _leaf_elsewhere(name: str) -> KeyPath | None:
+    """Where a key of exactly this name exists in another section."""
+    for section in Recipe.model_fields:
+        owner = section_class(section, None)
+        if owner and name in owner.model_fields:
+            return (section, name)
+    return ("data", "train", 0, name) if name in Source.model_fields else None
+
+
+def _is_echo(finding: dict[str, Any], section: KeyPath, draft: Draft) -> bool:
+    """A list whose items are all wrong is not also too short; what an alias failed to write is not also missing."""
+    if finding["type"] == "missing":
+        return (*section, *finding["loc"]) in draft.untranslated
+    return finding["type"] == "too_short" and len(finding["input"]) > 0
+
+
+def _problem(finding: dict[str, Any], section: KeyPath, draft: Draft) -> Problem:
+    kind, context, value = finding["type"], finding.get("ctx", {}), finding.get("input")
+    key = _written_key((*section, *finding["loc"]), draft, keep_last=kind == "missing")
+    if kind == "extra_forbidden":
+        return unknown_key(key, draft)
+    if kind == "missing":
+        return draft.problem(key, "is required", f"write {_example(key)}")
+    if kind in _EMPTY:
+        return draft.problem(key, "must not be empty")
+    if kind == "value_error" and not finding["loc"] and isinstance(value, dict):  # its first word names the key
+        name, _, rest = str(context["error"]).partition(" ")
+        return draft.problem((*key, name), rest) if name in value else draft.problem(key, f"{name} {rest}")
+    what, how = _words(kind, context, value, str(finding["msg"]))
+    return draft.problem(key, f"{what}, not {show(value)}", how)
+
+
+def _words(kind: str, context: dict[str, Any], value: Any, message: str) -> tuple[str, str]:
+    """What is wrong with a value, and how to mend it."""
+    if kind in _COMPARISONS:
+        words, bound = _COMPARISONS[kind]
+        return f"{words} {context[bound]}", ""
+    if kind == "literal_error":
+        choices = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        near = nearest(value, choices) if isinstance(value, str) else None
+        return f"must be {' or '.join(choices) if len(choices) < 3 else 'one of ' + ', '.join(choices)}", (
+            f"did you mean '{near}'?" if near else ""
+        )
+    what = str(context["error"]) if kind == "value_error" else _KINDS.get(kind, message)
+    return what, _mend(what, value)
+
+
+def _mend(what: str, value: Any) -> str:
+    """How to write what was probably meant."""
+    if value is None:
+        return "write a value or remove the key"
+    if "must be text" in what:
+        return "put it in quotes" if isinstance(value, bool | int | float) else ""
+    if "true" in what and isinstance(value, str):
+        meant = _YES_NO.get(value.lower())
+        return f"write {meant}" if meant else ""
+    if "number" in what and isinstance(value, str):
+        bare = value.replace("_", "").replace(",", "")
+        return f"write {bare} without quotes" if isinstance(read_scalar(bare), int | float) else ""
+    if "list" in what and isinstance(value, str):
+        return f"write [{value}]"
+    return ""
+
+
+def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -> KeyPath:
+    """pydantic's location without the union members it names on the way."""
+    value: Any = draft.values
+    key: list[str | int] = []
+    for position, part in enumerate(loc):
+        if has_item(value, part):
+            value = value[part]
+        elif not (keep_last and position == len(loc) - 1):
+            continue
+        key.append(part)
+    return tuple(key)
+
+
+def _example(key: KeyPath) -> str:
+    examples = {
+        "name_or_path": "a local folder or a hub id",
+        "path": "a file or a hub data set",
+        "train": "train: rows.jsonl",
+        "dir": "dir: runs/first",
+        "model": "model: NAME",
+        "data": "data: {train: rows.jsonl}",
+        "output": "output: {dir: runs/first}",
+    }
+    return examples.get(str(key[-1]), str(key[-1]))

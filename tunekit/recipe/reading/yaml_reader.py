@@ -1,0 +1,229 @@
+"""YAML text -> plain values with the line of every key, read the way people mean it.
+
+Comes in: a recipe file, or the value of a command-line override.  Goes out: a Draft.  Next: aliases.py, shorthands.py.
+
+Scalars follow YAML 1.2's core schema: only true and false are booleans, 1e-4 is a number, `no`, dates and 12:30 are
+text. Values are built here from the parser's events, so no resolver table of PyYAML is touched or relied upon, and
+anchors, merge keys and tags are refused where they stand instead of being expanded.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunekit.errors import Problem, RecipeError
+from tunekit.recipe.reading.draft import Draft, KeyPath, Place
+
+LARGEST_FILE_BYTES = 1 << 20
+DEEPEST_LEVEL = 20
+LONGEST_NUMBER = 300  # digits; longer ones overflow a float and, from 4,300 on, Python's int()
+
+_NULL = {"", "~", "null", "Null", "NULL"}
+_BOOLEAN = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_NOT_FINITE = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_NOT_TEXT = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def read_recipe_file(path: Path) -> Draft:
+    """Read a recipe file into a Draft. Raises RecipeError where it is no readable YAML mapping."""
+    file = str(path)
+    draft = read_yaml(_decode(_read_bytes(path), file), file)
+    if not isinstance(draft.values, dict):
+        kind = "a list" if isinstance(draft.values, list) else "a single value"
+        empty = draft.values is None
+        raise RecipeError(
+            "the file is empty" if empty else f"the recipe is {kind}, not a mapping",
+            "write at least model, data and output; `tunekit init` writes a start",
+            file=file,
+        )
+    return draft
+
+
+def read_yaml(text: str, file: str) -> Draft:
+    """Read one YAML document; `values` of the Draft may be any value. Raises RecipeError at a syntax error."""
+    bad = _NOT_TEXT.search(text)
+    if bad:
+        line = text.count("\n", 0, bad.start()) + 1
+        raise RecipeError(
+            f"the character U+{ord(bad.group()):04X} cannot stand in YAML", "remove it", file=file, line=line
+        )
+    reader = _Reader(file)
+    try:
+        reader.read(yaml.parse(text, Loader=yaml.SafeLoader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = _syntax_words(error)
+        raise RecipeError(what, file=file, line=mark.line + 1 if mark else None) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}", file=file) from None
+    return reader.draft
+
+
+def read_scalar(text: str) -> Any:
+    """The value of an unquoted scalar: null, a boolean, a number, or the text itself."""
+    if text in _NULL:
+        return None
+    if text in _BOOLEAN:
+        return _BOOLEAN[text]
+    if _INTEGER.fullmatch(text):
+        return int(text) if len(text) <= LONGEST_NUMBER else float(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _BASED.fullmatch(text):
+        return int(text, 0) if len(text) <= LONGEST_NUMBER else float("inf")
+    not_finite = _NOT_FINITE.fullmatch(text)
+    if not_finite:
+        return float("nan") if not_finite.group(3) else float(f"{not_finite.group(1)}inf")
+    return text
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The bytes of a regular file of bounded size; nothing else is ever opened."""
+    file = str(path)
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "not a regular file"
+            raise RecipeError(f"is {kind}; a recipe is a YAML file", file=file)
+        with path.open("rb") as opened:
+            data = opened.read(LARGEST_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise RecipeError("no such file", "`tunekit init` writes a start", file=file) from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"cannot be read: {getattr(error, 'strerror', None) or error}", file=_printable(file)
+        ) from None
+    if len(data) > LARGEST_FILE_BYTES:
+        raise RecipeError("is larger than 1 MiB; a recipe is a page of YAML", "check the file name", file=file)
+    return data
+
+
+def _decode(data: bytes, file: str) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise RecipeError("is UTF-16", "save it as UTF-8", file=file)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError("is not UTF-8 text here", "save the file as UTF-8", file=file, line=line) from None
+
+
+def _printable(text: str) -> str:
+    return text if len(text) <= 200 and text.isprintable() else f"{text[:80]!r}..."
+
+
+def _syntax_words(error: yaml.MarkedYAMLError) -> str:
+    """One line for a syntax error."""
+    problem = (error.problem or "cannot be read").replace("\n", " ")
+    if "'\\t'" in problem:
+        return "not valid YAML: a tab cannot indent; use spaces"
+    context = f" ({error.context})" if error.context else ""
+    return f"not valid YAML: {problem}{context}".replace("\n", " ")
+
+
+class _Reader:
+    """Builds plain values from parser events, noting the line of every key."""
+
+    def __init__(self, file: str) -> None:
+        self.draft = Draft(file)
+        self._events: Iterator[Any] = iter(())
+
+    def read(self, events: Iterator[Any]) -> None:
+        """Read the only document of the stream."""
+        self._events = events
+        documents = 0
+        value: Any = None
+        for event in events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                documents += 1
+                if documents > 1:
+                    self._fail(event, "a second YAML document starts here", "a recipe is one document: remove the ---")
+            elif isinstance(event, yaml.NodeEvent):
+                value = self._value(event, ())
+        self.draft.values = value
+
+    def _value(self, event: Any, key: KeyPath) -> Any:
+        if isinstance(event, yaml.AliasEvent):
+            self._note(event, key, f"the alias *{event.anchor} is not allowed", "write the value out")
+            return None
+        if event.anchor is not None:
+            self._note(event, key, f"the anchor &{event.anchor} is not allowed", "remove it")
+        explicit_tag = event.tag is not None and event.tag != "!"
+        if explicit_tag:
+            self._note(event, key, f"the tag {event.tag} is not allowed", "remove it, or quote text")
+        if isinstance(event, yaml.ScalarEvent):
+            plain = event.style is None and event.tag is None
+            return read_scalar(event.value) if plain else self._text(event, key)
+        if len(key) >= DEEPEST_LEVEL:
+            self._fail(event, f"is nested more than {DEEPEST_LEVEL} levels deep", "a recipe needs no more than four")
+        return self._list(key) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(key)
+
+    def _text(self, event: Any, key: KeyPath) -> str:
+        bad = _NOT_TEXT.search(event.value)
+        if bad and (bad.group() == "\0" or "\ud800" <= bad.group() <= "\udfff"):
+            self._note(event, key, f"holds the character U+{ord(bad.group()):04X}, which is no text", "remove it")
+        return str(event.value)
+
+    def _list(self, key: KeyPath) -> list[Any]:
+        items: list[Any] = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            inner = (*key, len(items))
+            self.draft.places[inner] = Place(self.draft.file, event.start_mark.line + 1)
+            items.append(self._value(event, inner))
+        return items
+
+    def _mapping(self, key: KeyPath) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            name = self._name(event, key)
+            inner = (*key, name)
+            if not name.isprintable() or not name:
+                self._note(event, key, f"the key {name!r} is no name" if name else "an empty key", "write KEY: VALUE")
+                self._skip(next(self._events))
+            elif name == "<<" and event.style is None:
+                self._note(event, inner, "merge keys are not allowed", "write the keys out")
+                self._skip(next(self._events))
+            elif name in found:
+                first = self.draft.places[inner].line
+                self._note(event, inner, f"is written twice (first in line {first})", "keep one")
+                self._skip(next(self._events))
+            else:
+                self.draft.places[inner] = Place(self.draft.file, event.start_mark.line + 1)
+                found[name] = None
+                found[name] = self._value(next(self._events), inner)
+        return found
+
+    def _name(self, event: Any, key: KeyPath) -> str:
+        """A key is the text of a scalar, whatever it looks like: `no`, `1` and `true` are names too."""
+        if not isinstance(event, yaml.ScalarEvent):
+            self._fail(event, "a key must be a name, not a list, mapping or alias", "write KEY: VALUE")
+        if event.anchor is not None or event.tag is not None:
+            self._note(event, key, "an anchor or tag on a key is not allowed", "remove it")
+        return str(event.value)
+
+    def _skip(self, event: Any) -> None:
+        """Read past a value whose key was refused."""
+        depth = 0
+        while True:
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth == 0:
+                return
+            event = next(self._events)
+
+    def _note(self, event: Any, key: KeyPath, what: str, how: str) -> None:
+        name = ".".join(str(part) for part in key)
+        self.draft.problems.append(
+            Problem(what, how, file=self.draft.file, line=event.start_mark.line + 1, key=name or None)
+        )
+
+    def _fail(self, event: Any, what: str, how: str) -> None:
+        raise RecipeError(what, how, file=self.draft.file, line=event.start_mark.line + 1)

@@ -1,0 +1,61 @@
+"""Answers generated for evaluation rows, and the text metrics over them.
+
+Comes in: prompts with their reference answers.  Goes out: predictions and metric values.  Next: loop.py, evaluate.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tunekit.contracts import Tokenizer
+from tunekit.machine.devices import Devices
+from tunekit.model.text.generation import generate_texts
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.scores import undisturbed
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt up to the answer, and the answer that the row gives."""
+
+    prompt_ids: Sequence[int]
+    reference: str
+
+
+def answer_questions(
+    model: TunedModel,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    devices: Devices,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """The greedy answer to each question, in order; questions are shared among the ranks."""
+    mine = list(range(devices.rank, len(questions), devices.world))
+    prompts = [list(questions[index].prompt_ids) for index in mine]
+    with undisturbed(model):
+        ids = generate_texts(
+            model.base,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            adapt=model.adapted,
+            virtual_tokens=model.virtual_tokens,
+        )
+    texts = [tokenizer.decode(of_one, skip_special_tokens=True) for of_one in ids]
+    gathered = dict(devices.gather(list(zip(mine, texts, strict=True))))
+    return [gathered[index] for index in range(len(questions))]
+
+
+def text_metrics(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Each named metric of metrics/ over all pairs."""
+    return {name: _score(name)(predictions, references) for name in names}
+
+
+def _score(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
+    score: Callable[[Sequence[str], Sequence[str]], float] = importlib.import_module(f"tunekit.metrics.{name}").score
+    return score

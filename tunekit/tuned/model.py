@@ -1,0 +1,115 @@
+"""A loaded base with its adapter: what engines, evaluation and generation call.
+
+Comes in: LoadedModel and AttachedAdapter.  Goes out: hidden states and the head.  Next: resident.py, evaluation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.contracts import Head
+from tunekit.memory.offload import BoundaryStore
+from tunekit.model.attention.segments import Segments, find_segments
+from tunekit.model.call import Call, calling, current_call
+from tunekit.model.load import LoadedModel
+from tunekit.model.placing import placed
+
+
+@dataclass
+class TunedModel:
+    """The network with its adapter in place (`adapter` None: the bare base)."""
+
+    base: LoadedModel
+    adapter: AttachedAdapter | None
+    boundaries: BoundaryStore | None = None  # where the inputs of recomputed layers wait
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.base.device
+
+    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""
+        with calling(self.call_for(inputs)):
+            return self.leaving(self.base.family.hidden(self.base.net, self.entering(inputs)))
+
+    def call_for(self, inputs: dict[str, Tensor]) -> Call:
+        """The current call with the documents of these inputs."""
+        return replace(current_call(), segments=self._segments(inputs))
+
+    def entering(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the base is called with, on the device."""
+        return self.adapted({name: placed(tensor, self.device) for name, tensor in inputs.items()})
+
+    def leaving(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, D) of the real positions."""
+        return hidden if self.adapter is None else self.adapter.outputs(hidden)
+
+    def _segments(self, inputs: dict[str, Tensor]) -> Segments | None:
+        """The documents of the rows; None for rows with a mask of their own, or with virtual tokens."""
+        if "position_ids" not in inputs or "attention_mask" in inputs or self.virtual_tokens:
+            return None
+        return find_segments(inputs["position_ids"])
+
+    def adapted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the network is called with; in generation, for the first step."""
+        return inputs if self.adapter is None else self.adapter.inputs(inputs)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the adapter puts before each row."""
+        return 0 if self.adapter is None else self.adapter.virtual_tokens
+
+    def own_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The network's own logits (B, T, V), whole: for a few tokens only."""
+        logits = self.base.family.logits(self.base.net, self.entering(inputs))
+        return logits if self.adapter is None else self.adapter.outputs(logits)
+
+    def unchanged_weights(self) -> AbstractContextManager[None]:
+        """A block in which no trained weight changes, so that each is cast to the compute dtype once."""
+        return nullcontext() if self.adapter is None else self.adapter.casts.kept()
+
+    @contextmanager
+    def nothing_left(self) -> Iterator[None]:
+        """A block after whose failure no layer's input is kept: torch's queue may hold on to a graph that broke."""
+        try:
+            yield
+        except BaseException:
+            if self.boundaries is not None:
+                self.boundaries.clear()
+            raise
+
+    def clear_gradient(self) -> None:
+        """Zero the gradient, in place."""
+        for parameter in self.adapter.trained().values() if self.adapter else ():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def head(self) -> Head:
+        """The output projection, with whatever adapter it carries."""
+        return self.base.family.head(self.base.net)
+
+    def head_parameters(self) -> list[Tensor]:
+        """Trained parameters inside the head, whose gradient is taken chunk by chunk with the loss."""
+        name = self.base.family.head_name(self.base.net)
+        if self.adapter is None or name is None:
+            return []
+        inside = self.base.net.get_submodule(name).parameters()
+        return [parameter for parameter in inside if parameter.requires_grad]
+
+    @contextmanager
+    def training_mode(self, training: bool) -> Iterator[None]:
+        """Train or eval mode inside the block; every module's own mode is put back after it."""
+        before = {module: module.training for module in self.base.net.modules()}
+        self.base.net.train(training)
+        try:
+            yield
+        finally:
+            for module, mode in before.items():
+                module.training = mode

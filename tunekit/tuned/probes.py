@@ -1,0 +1,68 @@
+"""Load-time probes: does packing keep rows apart, and do our log-probabilities equal the model's own?
+
+Comes in: the loaded model, before the first step.  Goes out: how far apart two ways to compute one thing are.
+Next: train.py acts as the plan announced.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunekit.objectives.logprobs import scored_positions, select_positions, supervised_positions
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.scores import undisturbed
+
+PROBE_TOKENS = 12
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference that rounding explains in `dtype`: a leak or a missing scale is far larger."""
+    return TOLERANCE[dtype]
+
+
+def packing_leak(model: TunedModel, ids: Tensor) -> float:
+    """Relative difference of the second row's hidden states packed behind another row and alone.
+
+    Both rows are drawn from `ids`, a seeded choice; 0 up to rounding where position ids alone isolate packed rows.
+    """
+    first = _probe_ids(ids, 0)  # (1, T)
+    second = _probe_ids(ids, 1)
+    positions = torch.arange(PROBE_TOKENS)[None]
+    with undisturbed(model):
+        alone = model.hidden({"input_ids": second, "position_ids": positions})
+        packed = model.hidden(
+            {
+                "input_ids": torch.cat([first, second], dim=1),
+                "position_ids": torch.cat([positions, positions], dim=1),
+            }
+        )
+    return _relative_difference(packed[:, PROBE_TOKENS:], alone)
+
+
+def logprob_difference(model: TunedModel, ids: Tensor) -> float:
+    """Largest difference, relative to the largest loss, of our chunked losses and those of the net's own logits, of a
+    row drawn from `ids`."""
+    ids = _probe_ids(ids, 2)  # (1, T)
+    index, targets = (part.to(model.device) for part in supervised_positions(ids))
+    alone = {"position_ids": torch.arange(PROBE_TOKENS)[None]}  # (1, T)
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.base.family.reads_source else alone)
+    with undisturbed(model):
+        hidden = model.hidden(inputs)
+        ours, _ = scored_positions(select_positions(hidden, index), targets, model.head(), 5)
+        logits = model.own_logits(inputs).float()  # (1, T, V)
+        own = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="none")
+    return _relative_difference(ours, own)
+
+
+def _probe_ids(ids: Tensor, number: int) -> Tensor:
+    """(1, T) of the ids that occur in the run: of others the pages of a mapped embedding would become resident."""
+    known: Tensor = torch.unique(ids)  # (ids,)
+    generator = torch.Generator().manual_seed(number)
+    return known[torch.randint(0, len(known), (1, PROBE_TOKENS), generator=generator)]
+
+
+def _relative_difference(ours: Tensor, reference: Tensor) -> float:
+    scale = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((ours.float() - reference.float()).abs().max() / scale)

@@ -1,0 +1,212 @@
+"""TARGET of eval, generate and merge: what it is, and the loaded model with its adapter.
+
+Comes in: a path, hub id or recipe, --base, overrides.  Goes out: Target (nothing loaded), then LoadedTarget.
+Next: evaluate.py, generate.py, merge.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.data.encoding.sources import read_template
+from tunekit.errors import InputError, ModelError
+from tunekit.model.load import load_model
+from tunekit.model.storage.gguf import parsed_once
+from tunekit.model.storage.source import find_source
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.recipe.data import DataSection
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.load import load_recipe, load_target_overrides
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.recipe import Recipe
+from tunekit.training.engines.choice import layer_weights, stream_base
+from tunekit.tuned.model import TunedModel
+
+
+@dataclass(frozen=True)
+class Target:
+    """What TARGET names. `adapter` is a folder, or None for a bare model; `recipe` where one belongs to it."""
+
+    kind: str  # adapter, run, model, recipe
+    model: ModelSection
+    adapter: Path | None
+    recipe: Recipe | None
+    evaluation: EvaluationSection
+    template_file: Path | None  # a chat template other than the tokenizer's own
+    rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
+
+    @property
+    def data(self) -> DataSection | None:
+        """The data section of the run or recipe, with the template that belongs to the adapter."""
+        if self.recipe is None:
+            return None
+        template = None if self.template_file is None else str(self.template_file)
+        return self.recipe.data.model_copy(update={"chat_template": template})
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the template file. Raises: RecipeError where it cannot be read."""
+        return None if self.template_file is None else read_template(self.template_file)
+
+    @property
+    def seed(self) -> int:
+        """The seed that splits the eval rows off."""
+        return 0 if self.recipe is None else self.recipe.training.seed
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A target with its model and tokenizer."""
+
+    target: Target
+    model: TunedModel
+    tokenizer: LoadedTokenizer
+
+
+def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Target:
+    """What TARGET is, from the files it has; nothing is loaded.
+
+    Raises: InputError where it is nothing, or where no base can be found for an adapter.
+    """
+    given = load_target_overrides(overrides)
+    if base is not None:
+        given.model["name_or_path"] = str(Path(base).resolve()) if Path(base).exists() else base
+    path, rewrites = Path(target).expanduser(), given.rewrites
+    if path.suffix in (".yaml", ".yml"):
+        loaded = load_recipe(path)
+        rewrites = [*loaded.rewrites, *rewrites]
+        found = _from_recipe("recipe", loaded.recipe, None, given.model, given.evaluation)
+    elif path.is_dir():
+        found = _from_folder(path.resolve(), given.model, given.evaluation)
+    elif path.exists() and path.suffix != ".gguf":
+        raise InputError(f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)")
+    elif path.exists():
+        found = _bare_model(str(path.resolve()), given.model, given.evaluation)
+    else:
+        found = _bare_model(target, given.model, given.evaluation)
+        _require_model(target, found.model)
+    return replace(found, rewrites=tuple(rewrites))
+
+
+def _require_model(target: str, section: ModelSection) -> None:
+    """Refuse a name that is nothing on this machine and no model of the hub. Raises: InputError."""
+    try:
+        find_source(section, weights=False)
+    except ModelError as error:
+        raise InputError(
+            f"{target} is no folder and no recipe (.yaml) or .gguf file here, and no model of the hub: "
+            f"{error.problems[0].what}",
+            "check the path; TARGET is a run, an adapter or a model folder, a recipe, a .gguf file or a hub name",
+        ) from error
+
+
+def _from_folder(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
+    if (folder / "adapter_config.json").exists():
+        return _from_adapter(folder, model, evaluation)
+    if (folder / "plan.json").exists():
+        recipe = load_recipe(folder / "recipe.yaml").recipe
+        if not (folder / "adapter" / "adapter_config.json").exists():
+            raise InputError(f"{folder} is a run without a result yet", "finish it with: tunekit train RECIPE --resume")
+        return _from_recipe("run", recipe, folder / "adapter", model, evaluation)
+    if (folder / "config.json").exists():
+        return _bare_model(str(folder), model, evaluation)
+    raise InputError(
+        f"{folder} holds neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
+    )
+
+
+def _from_recipe(
+    kind: str, recipe: Recipe, adapter: Path | None, model: dict[str, Any], evaluation: dict[str, Any]
+) -> Target:
+    named = recipe.data.chat_template
+    return Target(
+        kind=kind,
+        model=recipe.model.model_copy(update=model),
+        adapter=adapter,
+        recipe=recipe,
+        evaluation=recipe.evaluation.model_copy(update=evaluation),
+        template_file=_own_template(adapter) or (Path(named) if named is not None else None),
+    )
+
+
+def _from_adapter(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
+    """An adapter folder; in a run folder it also has that run's data."""
+    run = folder.parent
+    if folder.name == "adapter" and (run / "plan.json").exists():
+        recipe = load_recipe(run / "recipe.yaml").recipe
+        return _from_recipe("adapter", recipe, folder, model, evaluation)
+    config = read_adapter_config(folder)
+    fields = _base_fields(config, model)
+    return Target(
+        kind="adapter",
+        model=ModelSection.model_validate(fields | model),
+        adapter=folder,
+        recipe=None,
+        evaluation=EvaluationSection().model_copy(update=evaluation),
+        template_file=_own_template(folder),
+    )
+
+
+def _base_fields(config: AdapterConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The model section that the adapter was trained on, as far as its folder tells."""
+    facts = {
+        "dtype": config.base_dtype,
+        "quantization": config.quantization,
+        "double_quantization": config.double_quantization,
+    }
+    fields: dict[str, Any] = {name: value for name, value in facts.items() if value is not None}
+    if "name_or_path" in overrides:
+        return fields
+    name = config.base_location()
+    if name is None:
+        wanted = config.base_name_or_path or "a base that it does not name"
+        raise ModelError(f"{config.folder} belongs to {wanted}, which is not there", "give the base with --base")
+    return fields | {"name_or_path": name} | ({"revision": config.revision} if config.revision else {})
+
+
+def _bare_model(name: str, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
+    return Target(
+        kind="model",
+        model=ModelSection.model_validate({"name_or_path": name} | model),
+        adapter=None,
+        recipe=None,
+        evaluation=EvaluationSection().model_copy(update=evaluation),
+        template_file=None,
+    )
+
+
+def _own_template(adapter: Path | None) -> Path | None:
+    """The template in the adapter's folder, which is the one it was trained with."""
+    path = None if adapter is None else adapter / TEMPLATE_NAME
+    return path if path is not None and path.exists() else None
+
+
+def load_target(target: Target, device: torch.device) -> LoadedTarget:
+    """Load the base, put the adapter into it, and load the tokenizer; ready for evaluation.
+
+    Where the recipe streams the base's weights, they are streamed here too.
+    """
+    written = "auto" if target.recipe is None else target.recipe.memory.streaming
+    tier = written if written in ("host", "disk") else "off"
+    with parsed_once(target.model.name_or_path):
+        tokenizer = load_tokenizer(target.model)
+        base = load_model(target.model, device=device, streamed=tier != "off")
+    weights = layer_weights(base)
+    adapter = None
+    if target.adapter is not None:
+        adapter = attach_adapter_folder(
+            base.net,
+            target.adapter,
+            head_name=base.family.head_name(base.net),
+            base_fingerprint=base.fingerprint,
+            device=base.device,
+        )
+    stream_base(base, weights, tier)
+    return LoadedTarget(target, TunedModel(base, adapter), tokenizer)
