@@ -29,7 +29,7 @@ from tunekit.contracts import Batch, EncodedRow, Window
 from tunekit.data.batching.pad import collate_rows
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
-from tunekit.planning.memory import logits_chunk_tokens
+from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings

@@ -19,7 +19,7 @@ from tunekit.machine.devices import make_devices
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
-from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
+from tunekit.memory.streaming import make_slots, stream_layers
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -29,6 +29,7 @@ from tunekit.recipe.section import ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.engines.resident import ResidentEngine
+from tunekit.training.engines.streaming import StreamingEngine
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.test_model_families import MODELS, SHAPE
 from tests.train_case import records, result_bytes, train_in_child, without_times, write_recipe
 from tunekit.errors import ModelError
-from tunekit.plan import make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.supported import refuse_unsupported
 

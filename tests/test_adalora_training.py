@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tests.loop_case import Case, make_case, make_rows
 from tests.train_case import result_bytes, train_in_child, write_recipe
-from tunekit.adapters.rank_budget import RankBudget
+from tunekit.adapters.methods.adalora import RankBudget
 from tunekit.errors import RecipeError
-from tunekit.plan import make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.training import TrainingSection

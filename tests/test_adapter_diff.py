@@ -25,10 +25,10 @@ from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_fol
 from tunekit.adapters.several import AdapterSet
 from tunekit.arithmetic.difference import compare
 from tunekit.arithmetic.low_rank import LowRank
+from tunekit.arithmetic.merge import merge_adapter
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import TunekitError
 from tunekit.machine.devices import make_devices
-from tunekit.merge import merge_adapter
 from tunekit.model.load import load_model
 from tunekit.model.storage.builtin import write_tiny_llama
 from tunekit.model.text.tokenizer import load_tokenizer

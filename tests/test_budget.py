@@ -19,10 +19,8 @@ from tests.test_plan import plan_of
 from tests.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.machine.memory import limit_bytes
-from tunekit.plan import as_chosen
 from tunekit.planning.choice import (
     TOLERANCE,
-    Choice,
     Freedom,
     Workload,
     break_even_tokens,
@@ -33,7 +31,8 @@ from tunekit.planning.choice import (
 )
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.memory import MARGIN, trial_reason
-from tunekit.records import Plan
+from tunekit.planning.plan import as_chosen
+from tunekit.records import Choice, Plan
 
 MIB = 2**20
 WORKLOAD = Workload(

@@ -12,13 +12,14 @@ import torch
 from tests.loop_case import Case, make_case, make_rows
 from tests.test_loop import assert_same_bits, training, weights
 from tests.train_case import write_recipe
-from tunekit.plan import make_plan
+from tunekit.planning.compiling import compile_problems, planned_compile
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.training import compiling
-from tunekit.training.compiling import compilable, compile_layers, compile_problems, planned_compile
+from tunekit.training.compiling import compilable, compile_layers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler (g++)")

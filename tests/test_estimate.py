@@ -23,10 +23,10 @@ from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.machine.malloc import KEPT_KERNELS
 from tunekit.machine.memory import _group_available, _host_available
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.fit import checkpointed_layers
 from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.objectives.base import make_objective
+from tunekit.planning.choice import checkpointed_layers
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.simulated.estimate import PROCESS_BYTES, Work, host_bytes, peak_bytes
 from tunekit.planning.simulated.heap import Heap

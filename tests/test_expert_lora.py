@@ -17,8 +17,8 @@ from tests.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import find_targets, trained_count
+from tunekit.arithmetic.merge import merge_adapter
 from tunekit.errors import AdapterError, RecipeError
-from tunekit.merge import merge_adapter
 from tunekit.model.call import Call, calling
 from tunekit.model.load import load_model
 from tunekit.recipe.adapters.dora import DoraSettings

@@ -14,8 +14,8 @@ from tests.test_loop import training
 from tests.train_case import write_recipe
 from tunekit.model.quantized import codec, fp8
 from tunekit.model.quantized.weights import PackedLinear, multiplies_exactly, pack_linear
-from tunekit.plan import make_plan
 from tunekit.planning import refusals
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 

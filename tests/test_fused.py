@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tests.loop_case import make_case, make_rows
 from tests.test_model_families import make_net
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.base import load_method
 from tunekit.adapters.folder.read import save_adapter_folder
 from tunekit.adapters.kernels.joined_lora import GatedMlp, describe, find_groups, planned_groups
 from tunekit.adapters.kernels.lora_products import Casts
+from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import find_targets
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore

@@ -14,11 +14,11 @@ from torch import Tensor
 from tests.test_fused import adapted, gradients
 from tests.test_model_families import make_net
 from tests.train_case import write_recipe
-from tunekit.adapters.kernels.joined_lora import liger_places, use_liger
-from tunekit.plan import make_plan
+from tunekit.adapters.kernels.liger import liger_places, use_liger
+from tunekit.planning.compiling import kernel_problems
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.training import compiling
-from tunekit.training.compiling import kernel_problems
 
 
 class _RmsNorm(torch.autograd.Function):

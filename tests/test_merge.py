@@ -17,8 +17,9 @@ from torch import nn
 from tests.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import save_adapter_folder
+from tunekit.arithmetic.merge import REPORT, merge_adapter
 from tunekit.errors import InputError, ModelError, NumericsError, ResourceError
-from tunekit.merge import REPORT, merge_adapter, merge_verb
+from tunekit.merge import merge_verb
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.quantized.weights import packed_layers
 from tunekit.model.storage.rewrite import Rewriter
@@ -285,7 +286,9 @@ def test_numbers_that_overflow_are_refused_and_leave_nothing(tmp_path: Path) -> 
 
 def test_a_terminated_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, _ = prepared(tmp_path, "llama")
-    monkeypatch.setattr("tunekit.merge.measure_difference", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        "tunekit.arithmetic.merge.measure_difference", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
     ended = in_child(lambda: merge_verb(str(adapter), str(tmp_path / "merged"), None, None, []), tmp_path / "merge.log")
     assert ended.code == 143, ended.output
     assert "stopped by SIGTERM in the merge; what it had written is removed" in ended.output

@@ -14,7 +14,8 @@ from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.offload import BoundaryStore, CudaCopies, PlainCopies, make_store
+from tunekit.memory.copies import CudaCopies, PlainCopies
+from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.tuned.scores import summed_evaluation

@@ -29,7 +29,7 @@ from tunekit.generate import answer
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.tokenizer import load_tokenizer
-from tunekit.plan import make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import settings_class

@@ -16,8 +16,9 @@ from tests.recipe_mutator import make_valid_case
 from tests.train_case import write_recipe
 from tunekit.artifacts.plan_file import plan_from_json
 from tunekit.errors import InputError, ModelError, RecipeError, TunekitError
-from tunekit.plan import Prepared, make_plan, plan_verb
-from tunekit.planning.memory import logits_chunk_tokens
+from tunekit.objectives.logprobs import logits_chunk_tokens
+from tunekit.plan import plan_verb
+from tunekit.planning.plan import Prepared, make_plan
 from tunekit.planning.refusals import library_problems
 from tunekit.recipe.load import load_recipe
 from tunekit.records import Plan

@@ -17,7 +17,7 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.machine.devices import make_devices
 from tunekit.merge import merge_verb
 from tunekit.model.text.generation import generate_texts
-from tunekit.plan import make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.tuned.target import find_target, load_target
 

@@ -18,9 +18,8 @@ from tunekit.errors import RecipeError
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.tokenizer import load_tokenizer
-from tunekit.plan import make_plan
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.refusals import position_problems
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.cpt import ContextExample, CptSettings
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 from tunekit.recipe.adapters.p_tuning import PTuningSettings
@@ -28,6 +27,7 @@ from tunekit.recipe.adapters.prompt import PromptSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
+from tunekit.tuned.fit import position_problems
 from tunekit.tuned.model import TunedModel
 
 LSTM: dict[str, Any] = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12, "encoder_dropout": 0.1}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.train_case import write_recipe
-from tunekit.plan import make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.schema import make_reference

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
-from tunekit.artifacts.host_memory import peak_host_bytes, read_host_memory
 from tunekit.artifacts.lock import LOCK_NAME
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.errors import ResourceError, RunFolderError
 from tunekit.files import durable
 from tunekit.files.secrets import redact
 from tunekit.machine.environment import library_versions, read_environment
+from tunekit.machine.memory import peak_host_bytes, read_host_memory
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 ROOT = os.geteuid() == 0

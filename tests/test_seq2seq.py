@@ -32,8 +32,8 @@ from tunekit.formats.example import CompletionExample, TextExample
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.objectives.seq2seq import Seq2seq, parts_of
-from tunekit.plan import make_plan
 from tunekit.planning.forecast import largest_batch
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.names import known_names
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings

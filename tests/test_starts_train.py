@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from tests.test_ranks import TORCHRUN, run_two
 from tests.train_case import in_child, kill_self, records, result_bytes, train_in_child, without_times, write_recipe
 from tunekit.adapters.folder.read import read_adapter_config
+from tunekit.arithmetic.merge import merge_adapter
 from tunekit.errors import RecipeError
-from tunekit.merge import merge_adapter
-from tunekit.plan import make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.tuned.target import find_target, load_target
 

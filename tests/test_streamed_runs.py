@@ -15,7 +15,7 @@ from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.memory.streaming import gather_on_host
 from tunekit.model.load import load_model
-from tunekit.plan import make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.planning.rates import measure_rates
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection

@@ -17,13 +17,14 @@ from tests.test_every_method_trains import SETTINGS as SMALL_LAYERS
 from tests.test_model_families import MODELS, make_net
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
-from tunekit.memory.copying import ThreadCopier, copy_bytes
+from tunekit.memory.copies import ThreadCopier, copy_bytes
 from tunekit.memory.slots import LayerSlots
-from tunekit.memory.streaming import StreamingEngine, make_slots
+from tunekit.memory.streaming import make_slots
 from tunekit.model.call import Call, calling
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.training import TrainingSection
+from tunekit.training.engines.streaming import StreamingEngine
 
 LAYERS = 5
 # What small layers need in place of a method's defaults.

@@ -20,15 +20,15 @@ from tunekit.data.batching.pad import collate_rows
 from tunekit.data.rendering.render import make_row
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.streaming import StreamingEngine, make_slots, stream_layers
+from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
 from tunekit.model.families import Seq2SeqFamily
 from tunekit.model.families.stages import PROVEN
 from tunekit.model.load import load_model
 from tunekit.objectives.seq2seq import Seq2seq
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import settings_class
-from tunekit.training.engines.choice import host_embedding
 from tunekit.training.engines.resident import ResidentEngine
+from tunekit.training.engines.streaming import StreamingEngine
 from tunekit.tuned.model import TunedModel
 
 LAYERS, VOCABULARY = 3, 97

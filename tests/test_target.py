@@ -13,7 +13,8 @@ from tests.data_case import write_lines
 from tunekit.errors import InputError, ModelError, RunFolderError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
-from tunekit.plan import make_plan, plan_verb
+from tunekit.plan import plan_verb
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.tuned.target import find_target, load_target
 
@@ -73,7 +74,7 @@ def test_a_result_that_could_not_be_kept_is_told_first(
         evaluate_verb(str(tiny_llama), None, str(rows), None, [], str(tmp_path / place), [])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"model": str(tiny_llama), "data": {"train": "rows.jsonl"}, "output": {"dir": "run"}}))
-    monkeypatch.setattr("tunekit.plan.make_plan", fail)
+    monkeypatch.setattr("tunekit.planning.plan.make_plan", fail)
     with pytest.raises(RunFolderError, match="folder"):
         plan_verb(str(recipe), [], str(tmp_path / place))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "recipe.yaml", "rows.jsonl"]

@@ -14,12 +14,12 @@ from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.files.durable import require_writable, write_json
 from tunekit.machine.devices import Devices, make_devices
-from tunekit.planning.memory import logits_chunk_tokens
-from tunekit.planning.refusals import row_problems
+from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
 from tunekit.tuned.answers import Question
 from tunekit.tuned.evaluator import make_evaluator, measuring_objective
+from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 
 

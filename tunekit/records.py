@@ -197,3 +197,19 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What plan decides for memory's sake. `micro_batch_size` None: micro-batches are cut by tokens, as written.
+
+    `streaming`: where base weights wait: off (on the device), host, disk. `pass_micro_batches`: how many then pass a
+    layer before the next.
+    """
+
+    micro_batch_size: int | None
+    gradient_accumulation_steps: int
+    logits_chunk_tokens: int
+    checkpointed_layers: int = 0
+    streaming: str = "off"
+    pass_micro_batches: int = 1

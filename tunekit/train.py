@@ -16,9 +16,8 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.read import load_into
-from tunekit.adapters.kernels.joined_lora import use_liger
+from tunekit.adapters.kernels.liger import use_liger
 from tunekit.artifacts.checkpoint import Checkpoint, load_checkpoint
-from tunekit.artifacts.host_memory import read_host_memory
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
@@ -27,23 +26,23 @@ from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import ResourceError, TunekitError
 from tunekit.machine.devices import make_devices
-from tunekit.machine.memory import limit_bytes
+from tunekit.machine.memory import limit_bytes, read_host_memory
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import is_out_of_memory, shape_text
+from tunekit.memory.streaming import layer_weights, stream_base
 from tunekit.memory.tiling import tile_layers
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
-from tunekit.plan import Prepared, make_plan
-from tunekit.planning.choice import Choice
 from tunekit.planning.findings import raise_refusals
+from tunekit.planning.plan import Prepared, make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.records import Plan, bytes_text, calibration_text
+from tunekit.records import Choice, Plan, bytes_text, calibration_text
 from tunekit.training.begin import Begun, begin_adapter, needed_batches, with_targets
 from tunekit.training.compiling import compilable, compile_layers
-from tunekit.training.engines.choice import layer_weights, make_engine, stream_base
+from tunekit.training.engines.choice import make_engine
 from tunekit.training.finish import export_adapter, report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Optimizer

@@ -14,17 +14,18 @@ from shapes import Row
 from work import Windows
 
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.kernels.joined_lora import use_liger
+from tunekit.adapters.kernels.liger import use_liger
 from tunekit.contracts import Engine
 from tunekit.machine.devices import make_devices
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
+from tunekit.memory.streaming import stream_base
 from tunekit.model.load import LoadedModel
-from tunekit.planning.memory import logits_chunk_tokens
+from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.records import StepRecord
 from tunekit.training.compiling import compilable, compile_layers
-from tunekit.training.engines.choice import make_engine, stream_base
+from tunekit.training.engines.choice import make_engine
 from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer

@@ -21,7 +21,7 @@ from random_model import configuration_folder, model_section
 from shapes import Row
 from work import micro_batch
 
-from tunekit.adapters.base import load_method
+from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import find_targets, trained_count
 from tunekit.machine.memory import available_bytes
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
@@ -29,7 +29,7 @@ from tunekit.memory.slots import SLOTS
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized.weights import element_count, stored_bytes, weight_of
-from tunekit.planning.memory import logits_chunk_tokens
+from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.planning.simulated.estimate import Work, peak_bytes
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.lora import LoraSettings

@@ -21,8 +21,9 @@ import tunekit.recipe.adapters
 from tests.contract.product_methods import PRODUCTS, ROTATIONS
 from tests.contract.vector_methods import SCALED_OUTPUTS, VECTORS
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.base import LayerAdapter, Method, NotMergeable, load_method
+from tunekit.adapters.base import LayerAdapter, NotMergeable
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.targets import trained_count
 from tunekit.model.call import Call, calling
 from tunekit.model.quantized.weights import pack_linear, weight_of

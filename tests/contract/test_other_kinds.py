@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.base import LayerAdapter, Method, ModelAdapter, SharedPart, Slot
+from tunekit.adapters.base import LayerAdapter, ModelAdapter, SharedPart, Slot
 from tunekit.adapters.expert_parameters import ParameterAdapter
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
+from tunekit.adapters.method import Method
 from tunekit.model.call import Call, calling
 from tunekit.recipe.section import Section
 from tunekit.recipe.training import TrainingSection

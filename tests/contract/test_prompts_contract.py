@@ -13,9 +13,9 @@ from transformers import BartConfig, BartForSequenceClassification, LlamaConfig,
 
 from tests.parity.peft_case import BASES, IDS, Base, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.base import load_method
+from tunekit.adapters.base import slot_count
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
-from tunekit.adapters.targets import slot_count
+from tunekit.adapters.method import load_method
 from tunekit.errors import AdapterError
 from tunekit.model.call import Call, calling
 from tunekit.recipe.adapters.cpt import CptSettings

@@ -13,7 +13,7 @@ from tests.loop_case import Case, ListedRows, make_case, make_rows
 from tests.test_compiling import compiled_case, needs_compiler
 from tests.test_fused import unfused
 from tests.test_loop import assert_same_bits, training, weights
-from tunekit.adapters.kernels.joined_lora import use_liger
+from tunekit.adapters.kernels.liger import use_liger
 from tunekit.contracts import Batch, Window
 from tunekit.data.batching.pad import collate_rows
 from tunekit.model.attention.documents import PRODUCTS, VARLEN, _varlen

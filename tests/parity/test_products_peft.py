@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.parity.peft_case import BASES, CHECKS, COLUMNS, NO_CONV1D, peft_refuses, run_cell
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.base import load_method
+from tunekit.adapters.method import load_method
 from tunekit.adapters.methods.oft import block_size
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.boft import BoftSettings

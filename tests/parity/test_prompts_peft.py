@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from tests.parity.peft_case import BASES, HARMLESS_WARNINGS, IDS, Base, Cell, close, move_from_start, peft_refuses
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.base import load_method
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
+from tunekit.adapters.method import load_method
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.cpt import CptSettings
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings

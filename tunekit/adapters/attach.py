@@ -12,28 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import (
-    KINDS,
-    LayerAdapter,
-    Method,
-    ModelAdapter,
-    Part,
-    SharedPart,
-    Slot,
-    Wrapper,
-    full_name,
-    load_method,
-)
-from tunekit.adapters.copied_places import copied_places
-from tunekit.adapters.copies import TrainedCopy, copy_class
+from tunekit.adapters.base import KINDS, LayerAdapter, ModelAdapter, Part, SharedPart, Slot, Wrapper, full_name
+from tunekit.adapters.copies import TrainedCopy, copied_places, copy_class
 from tunekit.adapters.expert_parameters import ParameterAdapter, ParameterHost, own_parameter
 from tunekit.adapters.kernels.joined_lora import Group, fuse
 from tunekit.adapters.kernels.lora_products import Casts
+from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.methods.lora import Lora
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
-from tunekit.adapters.token_places import token_rows
-from tunekit.adapters.tokens import TrainedTokens
+from tunekit.adapters.tokens import TrainedTokens, token_rows
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call, seed_for
 from tunekit.model.norms import lighten_norms

@@ -6,21 +6,23 @@ and keeps the original for bypass.  Next: attach.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from tunekit.adapters.base import Method, Part, Slot, Wrapper
-from tunekit.adapters.copied_places import copied_places, named_copies
-from tunekit.adapters.module_names import base_modules
-from tunekit.adapters.targets import slot_count
+from tunekit.adapters.base import Part, Slot, Wrapper, slot_count
+from tunekit.adapters.method import Method
+from tunekit.adapters.module_names import base_modules, is_within, named_copies, plain_entries
 from tunekit.adapters.tokens import token_slots
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
+
+Copies = dict[str, tuple[str, ...] | None]
 
 
 def copied_parameters(net: nn.Module, method: Method, settings: Any, targets: Sequence[Target]) -> int:
@@ -84,3 +86,32 @@ def copy_class(method: Method, settings: Any, name: str) -> type[TrainedCopy]:
     """The class of this module's copy: the method's own, but for what is trained whole beside copies of the method."""
     whole = method.places is not None and bool(named_copies({name: nn.Identity()}, method.copies(settings)))
     return TrainedCopy if whole else method.copy or TrainedCopy
+
+
+def wrong_entries(modules: Mapping[str, nn.Module], entries: Sequence[str], in_file: bool) -> list[tuple[str, str]]:
+    """What is wrong, and how to mend it. PEFT's own files name heads on suspicion: there an entry may match nothing."""
+    wrong = []
+    for entry in entries:
+        if not named_copies(modules, [entry]) and not in_file:
+            last = sorted({name.rpartition(".")[2] for name in modules})
+            near = difflib.get_close_matches(entry.rpartition(".")[2], last, n=3, cutoff=0.5)
+            how = f"did you mean {' or '.join(map(repr, near))}?" if near else "name a module of the base"
+            wrong.append((f"'{entry}' matches no module of the base", how))
+    copies = named_copies(modules, entries)
+    if copies and plain_entries(copies, modules) is None:
+        wrong.append((f"{', '.join(entries)} cannot be told from other modules in PEFT's format", "leave them out"))
+    return wrong
+
+
+def copied_places(modules: Mapping[str, nn.Module], method: Method, settings: Any, targets: Sequence[Target]) -> Copies:
+    """Every module to copy. With bias: all these are also all owners of a bias that is not an adapted layer's."""
+    whole = named_copies(modules, method.copies(settings))
+    places: Copies = dict.fromkeys(whole)
+    if getattr(settings, "bias", "none") == "all":
+        adapted = {target.name for target in targets}
+        for name, module in modules.items():
+            owns = any(own == "bias" for own, _ in module.named_parameters(recurse=False))
+            if owns and name not in adapted and not is_within(name, whole):
+                places[name] = ("bias",)
+    places |= method.places(modules, settings) if method.places else {}
+    return dict(sorted(places.items()))

@@ -5,6 +5,10 @@ Comes in: the base.  Goes out: names with their modules.  Next: targets.py, atta
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
 from torch import nn
 
 from tunekit.adapters.base import Wrapper
@@ -59,3 +63,60 @@ def is_fused_in(entry: str, parameter_name: str) -> bool:
     last = entry.rpartition(".")[2]
     last = OLD_EXPERT_NAMES.get(last, last)
     return bool(last) and set(last.split("_")) <= set(own.split("_"))
+
+
+def named_copies(modules: Mapping[str, nn.Module], entries: Sequence[str]) -> list[str]:
+    """Names of the modules that the entries (whole names or endings) ask to train as copies."""
+    names = {name for name in modules for entry in entries if name and (name == entry or name.endswith(f".{entry}"))}
+    return sorted(names)
+
+
+def is_within(name: str, outer: Sequence[str]) -> bool:
+    """Whether the module is one of `outer`, or inside one."""
+    return any(name == other or name.startswith(f"{other}.") for other in outer)
+
+
+def plain_entries(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str] | None:
+    """The shortest list that PEFT reads as exactly `names` in modules_to_save, where it compares plain endings."""
+    for entries in ({name.rpartition(".")[2] for name in names}, set(names)):
+        if {name for name in modules if name and name.endswith(tuple(entries))} == set(names):
+            return sorted(entries)
+    return None
+
+
+def layer_number(name: str, patterns: tuple[str, ...]) -> int | None:
+    """The number of the layer that the module is in: the first in its name, or the one after one of `patterns`.
+
+    model.layers.3.mlp.experts.0.w1 is in layer 3.
+    """
+    pieces = name.split(".")
+    for before, piece in pairwise(pieces[:-1]):
+        if piece.isascii() and piece.isdigit() and (not patterns or before in patterns):
+            return int(piece)
+    return None
+
+
+def chosen_layers(settings: Any) -> tuple[int, ...] | None:
+    """The numbers, or None for all layers."""
+    wanted = getattr(settings, "layers_to_transform", None)
+    return (wanted,) if isinstance(wanted, int) else wanted or None
+
+
+def layer_patterns(settings: Any) -> tuple[str, ...]:
+    """Names of the lists that hold the layers; none stands for the first number in a name."""
+    patterns = getattr(settings, "layers_pattern", None)
+    return (patterns,) if isinstance(patterns, str) else patterns or ()
+
+
+def in_chosen_layers(names: Iterable[str], settings: Any) -> set[str]:
+    """The names whose layer is chosen; one that is in no layer is not."""
+    wanted, patterns = chosen_layers(settings), layer_patterns(settings)
+    return {name for name in names if wanted is None or layer_number(name, patterns) in wanted}
+
+
+def outside(names: Iterable[str], settings: Any) -> tuple[list[int], list[int]]:
+    """The chosen numbers that the base has no layer of, and those that it has."""
+    there = {
+        number for name in names for number in [layer_number(name, layer_patterns(settings))] if number is not None
+    }
+    return sorted(set(chosen_layers(settings) or ()) - there), sorted(there)

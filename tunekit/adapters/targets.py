@@ -11,19 +11,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from tunekit.adapters.base import Method, Slot, load_method
-from tunekit.adapters.copied_places import is_within, named_copies, wrong_entries
+from tunekit.adapters.base import slot_count
+from tunekit.adapters.copies import wrong_entries
 from tunekit.adapters.expert_parameters import fused_shape, stored_transposed
-from tunekit.adapters.layer_range import in_chosen_layers, outside
-from tunekit.adapters.module_names import base_modules, endings, fused_parameters, is_fused_in
+from tunekit.adapters.method import Method, load_method
+from tunekit.adapters.module_names import (
+    base_modules,
+    endings,
+    fused_parameters,
+    in_chosen_layers,
+    is_fused_in,
+    is_within,
+    named_copies,
+    outside,
+)
 from tunekit.adapters.patterns import Budget, Pattern
-from tunekit.adapters.token_places import wrong_tokens
+from tunekit.adapters.tokens import wrong_tokens
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.records import Target
@@ -65,11 +73,6 @@ def unreached_experts(net: nn.Module, settings: Any, targets: Sequence[Target]) 
         for name in fused_parameters(net)
         if name not in adapted and (entries is None or any(is_fused_in(entry, name) for entry in entries))
     ]
-
-
-def slot_count(slots: Iterable[Slot]) -> int:
-    """Trained numbers in these slots."""
-    return sum(math.prod(slot.shape) for slot in slots if slot.kind == "trained")
 
 
 def trained_count(method: Method, settings: Any, targets: Sequence[Target]) -> int:

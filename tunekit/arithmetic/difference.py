@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.base import load_method
 from tunekit.adapters.folder.config import AdapterConfig, read_adapter_config
+from tunekit.adapters.method import load_method
 from tunekit.arithmetic.loose_lora import LooseLora, read_loose_lora
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.arithmetic.nearest_lora import BaseLayer, Loss, layer_change, loss_between, loss_of

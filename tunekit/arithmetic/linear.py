@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.folder.config import CONFIG_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
-from tunekit.adapters.folder.fields import same, shown
-from tunekit.adapters.tensor_reading import iterate_tensors
 from tunekit.arithmetic.loose_lora import check_files, refuse_not_finite
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import parse_json, read_small, read_tensor_header
+from tunekit.files.tensors import iterate_tensors
+from tunekit.files.untrusted import parse_json, read_small, read_tensor_header, same, shown
 
 SUFFIXES = {  # method -> how its tensors' names end
     "bitfit": (".bias",),

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.expected import FLOATS
-from tunekit.adapters.folder.fields import shown
 from tunekit.adapters.patterns import Budget
-from tunekit.adapters.tensor_reading import iterate_tensors
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of
+from tunekit.files.tensors import iterate_tensors
+from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of, shown
 
 PREFIX = "base_model.model."
 FACTORS = {  # suffix -> which factor, and whether of an embedding

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.folder.config import CONFIG_NAME
-from tunekit.adapters.folder.fields import shown
 from tunekit.arithmetic.loose_lora import LooseLora, read_loose_lora
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import parse_json, read_small
+from tunekit.files.untrusted import parse_json, read_small, shown
 
 START = "init_lora_weights"  # PEFT's field
 MOVING = ("pissa", "olora", "corda", "lora_ga")  # how the names of such starts begin

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.base import load_method
 from tunekit.adapters.folder.config import AdapterConfig
 from tunekit.adapters.folder.targets import concrete_targets
+from tunekit.adapters.method import load_method
 from tunekit.adapters.module_names import base_modules
 from tunekit.arithmetic.loose_lora import PREFIX, LooseLora
 from tunekit.arithmetic.low_rank import LowRank, decompose, weighted_sum

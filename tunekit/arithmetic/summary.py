@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.folder.config import CONFIG_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config, refuse_pickle
-from tunekit.adapters.folder.fields import shown
-from tunekit.adapters.tensor_reading import iterate_tensors
 from tunekit.arithmetic.loose_lora import FACTORS, PREFIX, Resolved, Scalings
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of
+from tunekit.files.tensors import iterate_tensors
+from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of, shown
 
 OWN_NAMES = (  # how the tensors of PEFT's methods begin, after the name of the module they belong to
     *("lora_", "vera_", "vblora_", "randlora_", "fourierft_", "c3a_", "road_", "hada_", "lokr_", "oft_", "boft_"),

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tunekit.adapters.base import Method
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig
 from tunekit.adapters.folder.fields import plain
 from tunekit.adapters.folder.write import portable, write_adapter_folder
+from tunekit.adapters.method import Method
 from tunekit.arithmetic.loose_lora import FACTORS, PREFIX, LooseLora
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunekit.adapters.folder.fields import shown
 from tunekit.errors import AdapterError
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
@@ -186,3 +185,15 @@ def _entry(name: str, value: Any, file: str) -> tuple[int, int, TensorEntry]:
     if math.prod(shape) * DTYPE_BYTES[dtype] != offsets[1] - offsets[0]:
         raise fault
     return offsets[0], offsets[1], TensorEntry(dtype, tuple(shape))
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal in type and value: 0 is not False."""
+    return type(left) is type(right) and bool(left == right)
+
+
+def shown(value: Any, characters: int = 80) -> str:
+    """A foreign value, short and printable."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    return text if len(text) <= characters else text[: characters - 3] + "..."

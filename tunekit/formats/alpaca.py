@@ -13,6 +13,10 @@ from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
 from tunekit.formats.fields import check_text, read_optional_text, read_text
 
+DESCRIPTION = "instruction, input (may be empty or absent), output; system: optional"
+FIELDS = ("instruction", "input", "output", "system", "history")
+REQUIRED = ("instruction", "output")
+
 _HEADER = "Below is an instruction that describes a task"
 _TASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
 _WITH_INPUT = f"{_HEADER}, paired with an input that provides further context. {_TASK}"

@@ -14,6 +14,10 @@ from tunekit.errors import DataError
 from tunekit.formats.example import ROLES, ChatExample, Example, Message
 from tunekit.formats.fields import check_text, listed, read_json
 
+DESCRIPTION = "messages: a list of {role, content}, as OpenAI's API has them; tools: optional tool definitions"
+FIELDS = ("messages", "tools")
+REQUIRED = ("messages",)
+
 
 def make_example(row: Mapping[str, Any]) -> Example:
     """The conversation of a row."""

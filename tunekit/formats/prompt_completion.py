@@ -14,6 +14,10 @@ from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, CompletionExample, Example
 from tunekit.formats.fields import read_text
 
+DESCRIPTION = "prompt, completion: plain text, or lists of messages; only the completion is trained on"
+FIELDS = ("prompt", "completion", "tools")
+REQUIRED = ("prompt", "completion")
+
 
 def make_example(row: Mapping[str, Any]) -> Example:
     """The pair of a row."""

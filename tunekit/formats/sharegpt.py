@@ -14,6 +14,10 @@ from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, Example, Message
 from tunekit.formats.fields import listed, read_json, read_optional_text, read_text
 
+DESCRIPTION = "conversations: a list of {from: human|gpt|system, value}; system and tools: optional"
+FIELDS = ("conversations", "system", "tools")
+REQUIRED = ("conversations",)
+
 ROLES_BY_SENDER = {
     "system": "system",
     "human": "user",

@@ -11,6 +11,10 @@ from typing import Any
 from tunekit.formats.example import Example, TextExample
 from tunekit.formats.fields import read_text
 
+DESCRIPTION = "text: trained on whole, with the end-of-sequence token after it"
+FIELDS = ("text",)
+REQUIRED = ("text",)
+
 
 def make_example(row: Mapping[str, Any]) -> Example:
     """The text of a row."""

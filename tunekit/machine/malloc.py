@@ -54,3 +54,10 @@ def settle_heap() -> None:
 @cache
 def _library() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def give_back_memory() -> None:
+    """Return freed heap pages to the system: glibc keeps those of the small dense weights that were just packed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -14,121 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tunekit.memory.copies import Copies, CudaCopies, PlainCopies, UncountedCopies, _shaped
+
 LEAST_BYTES = 2 * 2**20  # a smaller copy costs more than it frees
 LEAST_TOKENS = 512  # so few are computed faster than they are copied
 BUFFERS = 2
-
-
-class Copies(Protocol):
-    """Memory on both sides, and copies between them beside the computation. A slot is memory on the host."""
-
-    def slot(self, size_bytes: int) -> Any: ...
-
-    def buffer(self, size_bytes: int) -> Tensor:
-        """(size_bytes,) uint8 where the computation is."""
-        ...
-
-    def out(self, tensor: Tensor, slot: Any) -> Any:
-        """Begin to copy to the host; returns what `wait` waits for."""
-        ...
-
-    def back(self, slot: Any, tensor: Tensor) -> Any:
-        """Begin to copy into `tensor`."""
-        ...
-
-    def wait(self, copy: Any) -> None:
-        """What is computed from here on comes after this copy."""
-        ...
-
-    def released(self, memory: Any) -> None:
-        """A slot or buffer whose content nobody needs any more."""
-        ...
-
-
-class CudaCopies:
-    """Pinned memory, and a stream of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def slot(self, size_bytes: int) -> Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-
-    def buffer(self, size_bytes: int) -> Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
-
-    def out(self, tensor: Tensor, slot: Tensor) -> Any:
-        return self._copy(tensor, _shaped(slot, tensor.shape, tensor.dtype))
-
-    def back(self, slot: Tensor, tensor: Tensor) -> Any:
-        return self._copy(_shaped(slot, tensor.shape, tensor.dtype), tensor)
-
-    def wait(self, copy: Any) -> None:
-        torch.cuda.current_stream(self.device).wait_event(copy)
-
-    def released(self, memory: Tensor) -> None:
-        """Nothing to do: a slot is touched by one stream alone, and a buffer is filled after what was computed."""
-
-    def _copy(self, source: Tensor, destination: Tensor) -> Any:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            destination.copy_(source, non_blocking=True)
-            done = self.stream.record_event()
-        on_device = source if source.is_cuda else destination
-        on_device.record_stream(self.stream)  # its memory is not given to others before the copy is made
-        return done
-
-
-class PlainCopies:
-    """The same on a CPU, or on the meta device: both sides are plain memory, and a copy is made at once.
-
-    It saves nothing. It lets the order of copies and the safety of buffers be tried without a GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def slot(self, size_bytes: int) -> Tensor:
-        return self.buffer(size_bytes)
-
-    def buffer(self, size_bytes: int) -> Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
-
-    def out(self, tensor: Tensor, slot: Tensor) -> Any:
-        _shaped(slot, tensor.shape, tensor.dtype).copy_(tensor)
-
-    def back(self, slot: Tensor, tensor: Tensor) -> Any:
-        tensor.copy_(_shaped(slot, tensor.shape, tensor.dtype))
-
-    def wait(self, copy: Any) -> None:
-        """It was made at once."""
-
-    def released(self, memory: Tensor) -> None:
-        """Its content may stay."""
-
-
-class UncountedCopies(PlainCopies):
-    """For the simulation of a GPU: buffers are on the meta device, and slots are no part of the device's memory."""
-
-    def slot(self, size_bytes: int) -> Tensor:
-        return self.buffer(0)
-
-    def out(self, tensor: Tensor, slot: Tensor) -> Any:
-        """Without values there is nothing to copy."""
-
-    def back(self, slot: Tensor, tensor: Tensor) -> Any:
-        """As above."""
-
-
-def _shaped(memory: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The first bytes of a (N,) uint8 memory as a tensor of this shape."""
-    return memory[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 @dataclass

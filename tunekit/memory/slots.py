@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import UNSET_BYTE, LayerBlob
-from tunekit.memory.copying import Copier
+from tunekit.memory.copies import Copier
 
 SLOTS = 2  # one to compute in, one to copy into
 

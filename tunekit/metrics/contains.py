@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+DESCRIPTION = "share of generated answers that contain the reference"
+COMPUTED_FROM = "generation"
+HIGHER_IS_BETTER = True
+
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean of [r in p] over the pairs, 0 to 1; an empty reference is contained in an empty answer only.

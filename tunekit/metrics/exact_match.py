@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+DESCRIPTION = "share of generated answers equal to the reference, white space at the ends aside"
+COMPUTED_FROM = "generation"
+HIGHER_IS_BETTER = True
+
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean of [p = r] over the pairs, 0 to 1. Raises ValueError without pairs, or where the lengths differ."""

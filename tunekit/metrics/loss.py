@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+DESCRIPTION = "mean negative log-likelihood of the supervised tokens"
+COMPUTED_FROM = "loss"
+HIGHER_IS_BETTER = False
+
 
 def from_sums(loss_sum: float, correct_tokens: int, supervised_tokens: int) -> float:
     """loss_sum / supervised_tokens, in nats a token. Raises ValueError without tokens."""

@@ -6,6 +6,10 @@ import math
 
 from tunekit.metrics import loss
 
+DESCRIPTION = "exp of the loss"
+COMPUTED_FROM = "loss"
+HIGHER_IS_BETTER = False
+
 
 def from_sums(loss_sum: float, correct_tokens: int, supervised_tokens: int) -> float:
     """exp(loss_sum / supervised_tokens), infinite where that overflows. Raises ValueError without tokens."""

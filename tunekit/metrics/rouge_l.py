@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+DESCRIPTION = "longest common subsequence of words, as a mean F1"
+COMPUTED_FROM = "generation"
+HIGHER_IS_BETTER = True
+
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean over the pairs of F1 = 2 LCS / (words of p + words of r); 1 where both have none.

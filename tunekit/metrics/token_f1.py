@@ -6,6 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+DESCRIPTION = "overlap of the answer's words with the reference's, as a mean F1"
+COMPUTED_FROM = "generation"
+HIGHER_IS_BETTER = True
+
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean over the pairs of F1 = 2 common / (words of p + words of r), words as multisets; 1 where both have none.

@@ -6,7 +6,6 @@ Next: load.py.
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,10 +79,3 @@ def resolve_attention(section: ModelSection, config: Any, device: torch.device, 
             key="model.attention",
         )
     return section.attention
-
-
-def give_back_memory() -> None:
-    """Return freed heap pages to the system: glibc keeps those of the small dense weights that were just packed."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from tunekit.errors import ModelError
+from tunekit.files.tensors import TensorHeader
 from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family, text_config
-from tunekit.model.loading_errors import ModelErrors
-from tunekit.model.native_code import no_fetched_code
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
 from tunekit.model.storage import inspection
@@ -26,10 +25,10 @@ from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.mapped import mapped_net
 from tunekit.model.storage.packing import packed_base, quantize_layers
 from tunekit.model.storage.reading import fill_net, load_generation_config, needs_copies, open_base, unfilled_net
-from tunekit.model.storage.shards import TensorHeader, read_headers
+from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
-from tunekit.model.transformers_guard import quiet
+from tunekit.model.transformers_guard import ModelErrors, no_fetched_code, quiet
 from tunekit.recipe.model import ModelSection
 from tunekit.records import ModelFacts
 

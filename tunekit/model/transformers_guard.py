@@ -6,11 +6,21 @@ Next: load.py, tokenizer.py and sample.py; what matters to a user is said by tun
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+
+from tunekit.errors import ModelError, TunekitError
+from tunekit.recipe.model import ModelSection
+
+# Modules of transformers that look for `kernels` when a GGUF file is loaded.
+ASKING = ("transformers.integrations.gguf.kernels", "transformers.quantizers.quantizer_gguf")
 
 NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch", "gguf")
 
@@ -47,3 +57,54 @@ def _no_progress_bars() -> Iterator[None]:
         yield
     finally:
         base.__init__ = original
+
+
+@contextmanager
+def no_fetched_code(*, gguf: bool = False) -> Iterator[None]:
+    """Make `kernels` unimportable inside the block and, for GGUF, tell transformers that it is not installed."""
+    kernels = sys.modules.get("kernels")
+    asking = [module for name in ASKING if (module := _module(name)) is not None] if gguf else []
+    answers = [(module, module.is_kernels_available) for module in asking]
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    for module in asking:
+        module.is_kernels_available = lambda *_versions: False
+    try:
+        yield
+    finally:
+        for module, answer in answers:
+            module.is_kernels_available = answer
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+
+
+def _module(name: str) -> Any:
+    """The module, where this version of transformers has it and it asks at all."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return None
+    return module if hasattr(module, "is_kernels_available") else None
+
+
+class ModelErrors:
+    """Turns what transformers raises while reading a model into ModelError, first line only."""
+
+    def __init__(self, section: ModelSection) -> None:
+        self.section = section
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, TunekitError):
+            return
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return
+        name = self.section.name_or_path
+        text = str(error)
+        if "trust_remote_code" in text:
+            how = "read that code, and set model.trust_remote_code: true if you trust it"
+            raise ModelError(f"{name} runs code of its own", how, key="model.trust_remote_code") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+        raise ModelError(f"{name} cannot be loaded: {lines[0]}", key="model.name_or_path") from error

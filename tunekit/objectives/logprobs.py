@@ -15,6 +15,9 @@ from torch import Tensor
 
 from tunekit.contracts import IGNORED, Head, Loss
 
+CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
+LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
+
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Where a causal model predicts a supervised token, and which: position t predicts labels[t + 1].
@@ -124,3 +127,8 @@ def loss_of_positions(
         return Loss(summed_loss(hidden, targets, head, chunk_tokens, head_parameters)[None])
     losses, correct = scored_positions(hidden, targets, head, chunk_tokens)
     return Loss(losses.sum(dtype=torch.float64)[None], metrics={"correct": float(correct.sum())})
+
+
+def logits_chunk_tokens(vocabulary_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Positions projected at a time: so many bytes of float32 logits, within 64 and 1,024."""
+    return max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, chunk_bytes // (4 * vocabulary_size)))

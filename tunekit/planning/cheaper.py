@@ -16,12 +16,11 @@ import torch
 
 from tunekit.contracts import Batch
 from tunekit.model.load import make_meta_model
-from tunekit.planning.choice import Choice
 from tunekit.planning.forecast import Forecast
 from tunekit.planning.refusals import library_problems
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.supported import refuse_unsupported
-from tunekit.records import bytes_text
+from tunekit.records import Choice, bytes_text
 
 SHOWN = 3
 LEAST_SHARE = 0.01  # of the need: a change that saves less is none

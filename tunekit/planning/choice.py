@@ -13,27 +13,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from tunekit.records import Choice
+
 # A product of T rows costs as if it had so many more: weights are read (and unpacked) for each product, and kernels are
 # launched. From 2 bytes per weight at 3 TB/s against 450 TFLOP/s, NF4 unpacked, and for a CPU 10 GB/s against 0.2.
 OVERHEAD_TOKENS = {"cpu": 32, "cuda": 256}
 TOLERANCE = 0.02  # of the time: the rule is not worth more, and each look costs a second
 RECOMPUTED = 1 / 2  # of a step: one more forward of 2 N FLOPs a token beside 4 N, the base being frozen
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What plan decides for memory's sake. `micro_batch_size` None: micro-batches are cut by tokens, as written.
-
-    `streaming`: where base weights wait: off (on the device), host, disk. `pass_micro_batches`: how many then pass a
-    layer before the next.
-    """
-
-    micro_batch_size: int | None
-    gradient_accumulation_steps: int
-    logits_chunk_tokens: int
-    checkpointed_layers: int = 0
-    streaming: str = "off"
-    pass_micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -206,3 +192,31 @@ def _needs_no_less(choice: Choice, other: Choice) -> bool:
         and choice.logits_chunk_tokens >= other.logits_chunk_tokens
         and choice.checkpointed_layers <= other.checkpointed_layers
     )
+
+
+def checkpointed_layers(
+    setting: str | bool | int, layers: int, peak_bytes: Callable[[int], int], available: int | None
+) -> tuple[int, str]:
+    """The number of layers, from the first on, and why.
+
+    `auto`: none if the step fits, else the fewest that fit, but never the last layer: its recomputation would come at
+    once, and keep no less. More layers never need more memory.
+    """
+    if setting is True:
+        return layers, "every layer, as the recipe says"
+    if setting is False:
+        return 0, "none, as the recipe says"
+    if isinstance(setting, int):
+        return min(setting, layers), f"{min(setting, layers)} layers, as the recipe says"
+    if available is None:
+        return 0, "none: the system does not tell how much memory is free"
+    if peak_bytes(0) <= available:
+        return 0, "none: the step fits without"
+    most = layers - 1
+    if peak_bytes(most) > available:
+        return most, "every layer but the last: the step needs more memory than is free"
+    low, high = 0, most  # low does not fit, high does
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if peak_bytes(middle) <= available else (middle, high)
+    return high, "the fewest with which the step fits"

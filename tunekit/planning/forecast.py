@@ -26,7 +26,6 @@ from tunekit.model.quantized.weights import packed_layers, stored_bytes, weight_
 from tunekit.model.storage.kept import can_be_kept
 from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import find_source
-from tunekit.planning.choice import Choice
 from tunekit.planning.simulated.estimate import SETTLING_PASSES, Work, peak_bytes
 from tunekit.planning.simulated.loading import (
     StoredBase,
@@ -38,7 +37,7 @@ from tunekit.planning.simulated.loading import (
 )
 from tunekit.planning.simulated.tracker import Simulation
 from tunekit.planning.simulation import SimulatedRun
-from tunekit.records import PeakBytes
+from tunekit.records import Choice, PeakBytes
 
 EXAMINED_EPOCHS = 8  # packs differ from epoch to epoch, though hardly in size
 SIMULATED = 2  # micro-batches of a pass; of more, each keeps the same

@@ -16,24 +16,24 @@ import torch
 
 from tunekit.errors import Problem
 from tunekit.machine.memory import available_bytes, total_bytes
-from tunekit.memory.fit import checkpointed_layers
-from tunekit.planning.choice import Choice, Freedom, Workload, fastest, smaller_micro_batches, smallest_choice
+from tunekit.objectives.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, logits_chunk_tokens
+from tunekit.planning.choice import (
+    Freedom,
+    Workload,
+    checkpointed_layers,
+    fastest,
+    smaller_micro_batches,
+    smallest_choice,
+)
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.section import CalibratedStart
-from tunekit.records import ModelFacts, PeakBytes, bytes_text
+from tunekit.records import Choice, ModelFacts, PeakBytes, bytes_text
 
-CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
 DEVICE_SHARE = 128  # of a GPU's memory, if that is more: its products of few rows only wait for the head's weights
-LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
 MARGIN = {"cpu": 0.10, "cuda": 0.05}  # of a budget: as far off as a prediction is promised not to be
 NEARLY_FULL = 0.8  # of the free memory of a CPU: from there on the longest batch is tried before step 1
-
-
-def logits_chunk_tokens(vocabulary_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Positions projected at a time: so many bytes of float32 logits, within 64 and 1,024."""
-    return max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, chunk_bytes // (4 * vocabulary_size)))
 
 
 def device_chunk_tokens(vocabulary_size: int, device: torch.device) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tunekit.memory.copying import copy_bytes
+from tunekit.memory.copies import copy_bytes
 
 READ_BYTES, CHUNK_BYTES = 64 * 2**20, 4 * 2**20
 COPIED_BYTES = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}

@@ -18,7 +18,7 @@ from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
 from tunekit.memory.slots import LayerSlots
-from tunekit.memory.streaming import make_slots, stream_layers
+from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
 from tunekit.memory.tiling import tile_layers
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized import codec
@@ -29,7 +29,7 @@ from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import AdapterSettings, ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.engines.choice import host_embedding, make_engine
+from tunekit.training.engines.choice import make_engine
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import undisturbed

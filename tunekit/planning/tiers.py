@@ -17,12 +17,12 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import element_count, stored_bytes
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import find_source
-from tunekit.planning.choice import Choice, break_even_tokens
+from tunekit.planning.choice import break_even_tokens
 from tunekit.planning.rates import Rates, measure_rates
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.section import CalibratedStart
-from tunekit.records import bytes_text
+from tunekit.records import Choice, bytes_text
 
 KEY = "memory.streaming"
 HOST_SHARE = 0.8  # of the free memory of the host, that the base's layers may take there

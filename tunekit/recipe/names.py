@@ -20,14 +20,20 @@ SettingsKind = Literal["adapters", "objectives", "starts"]
 
 @cache
 def known_names(kind: Kind) -> tuple[str, ...]:
-    """Every name of a kind, sorted: the files of recipe/KIND/."""
-    folder = Path(__file__).parent / kind
-    return tuple(sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")))
+    """Every name of a kind, sorted: the files of recipe/KIND/; of formats and metrics those that state DESCRIPTION."""
+    settings = Path(__file__).parent / kind
+    folder = settings if settings.is_dir() else settings.parent.parent / kind
+    names = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
+    return tuple(
+        names if settings.is_dir() else (name for name in names if hasattr(facts_of(kind, name), "DESCRIPTION"))
+    )
 
 
 def facts_of(kind: Kind, name: str) -> ModuleType:
     """The torch-free file of a known name."""
-    return import_module(f"tunekit.recipe.{kind}.{name}")
+    return import_module(
+        f"tunekit.{kind}.{name}" if kind in ("formats", "metrics") else f"tunekit.recipe.{kind}.{name}"
+    )
 
 
 def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.base import load_method
+from tunekit.adapters.base import slot_count
+from tunekit.adapters.method import load_method
 from tunekit.adapters.starts.start import begin_all, start_module
-from tunekit.adapters.targets import find_targets, slot_count
+from tunekit.adapters.targets import find_targets
 from tunekit.contracts import Objective, WindowSource
 from tunekit.errors import ModelError
 from tunekit.machine.devices import Devices

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.trackers import Trackers
 from tunekit.errors import TunekitError
-from tunekit.machine.devices import Trackers
 from tunekit.machine.environment import read_environment
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import Plan

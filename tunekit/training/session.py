@@ -16,20 +16,20 @@ import torch
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint, load_newest, save_checkpoint
 from tunekit.artifacts.fingerprint import make_fingerprint, require_same, resume_notes
-from tunekit.artifacts.host_memory import peak_host_bytes
 from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.trackers import Trackers
 from tunekit.console import Console, Progress
 from tunekit.contracts import Batch, Engine, Objective, Window
 from tunekit.errors import ModelError, ResourceError
-from tunekit.machine.devices import Devices, Trackers
+from tunekit.machine.devices import Devices
 from tunekit.machine.environment import accelerator_names, library_versions
 from tunekit.machine.malloc import settle_heap, trim_heap
+from tunekit.machine.memory import peak_host_bytes
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.model.quantized.weights import stored_bytes
-from tunekit.planning.choice import Choice
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.records import EvaluationRecord, Plan, Reaction, StepRecord
+from tunekit.records import Choice, EvaluationRecord, Plan, Reaction, StepRecord
 from tunekit.training.finish import Measured
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors

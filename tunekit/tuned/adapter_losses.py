@@ -11,10 +11,10 @@ from tunekit.errors import ModelError
 from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.tokenizer import LoadedTokenizer
-from tunekit.planning.memory import logits_chunk_tokens
-from tunekit.planning.refusals import row_problems
+from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.tuned.evaluator import make_evaluator, measuring_objective
+from tunekit.tuned.fit import row_problems
 from tunekit.tuned.model import TunedModel
 
 

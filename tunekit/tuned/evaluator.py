@@ -14,12 +14,12 @@ from tunekit.data.batching.windows import evaluation_batches
 from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
 from tunekit.objectives.base import make_objective
-from tunekit.planning.refusals import check_family
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, needs_generation
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.recipe import supervised_objective
 from tunekit.tuned.answers import Question, answer_questions, text_metrics
+from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import LOSS_METRICS, LossSums, summed_evaluation
 

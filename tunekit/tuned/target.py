@@ -17,6 +17,7 @@ from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_ad
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import InputError, ModelError
+from tunekit.memory.streaming import layer_weights, stream_base
 from tunekit.model.load import load_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.source import find_source
@@ -26,7 +27,6 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
-from tunekit.training.engines.choice import layer_weights, stream_base
 from tunekit.tuned.model import TunedModel
 
 

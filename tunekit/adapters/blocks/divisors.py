@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tunekit.adapters.base import Misfit
+from tunekit.adapters.method import Misfit
 from tunekit.records import Target
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.changed_parameter import Factors
-from tunekit.adapters.expert_parameters import ParameterAdapter
+from tunekit.adapters.expert_parameters import Factors, ParameterAdapter
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target
 

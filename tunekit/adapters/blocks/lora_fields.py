@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tunekit.adapters.base import Misfit
 from tunekit.adapters.folder.fields import ANY
+from tunekit.adapters.method import Misfit
 from tunekit.adapters.starts.start import LINEAR
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target

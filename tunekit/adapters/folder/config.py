@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import tunekit.recipe.adapters
-from tunekit.adapters.base import Method, load_method
-from tunekit.adapters.folder.fields import same, shown
+from tunekit.adapters.method import Method, load_method
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import parse_json, read_small
+from tunekit.files.untrusted import parse_json, read_small, same, shown
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunekit.adapters.base import Method, Part, Slot, full_name
-from tunekit.adapters.copied_places import copied_places
-from tunekit.adapters.copies import TrainedCopy, copy_class
-from tunekit.adapters.folder.fields import shown
+from tunekit.adapters.base import Part, Slot, full_name
+from tunekit.adapters.copies import TrainedCopy, copied_places, copy_class
+from tunekit.adapters.method import Method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.tokens import TrainedTokens, token_slots
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.untrusted import TensorEntry
+from tunekit.files.untrusted import TensorEntry, shown
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunekit.errors import AdapterError, Problem
+from tunekit.files.untrusted import same, shown
 from tunekit.records import Target
 
 PEFT_VERSION = "0.21.2"  # whose files ours are equal to, field by field
@@ -130,15 +131,3 @@ def plain(value: Any, default: Any = None) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(value[key]) for key in sorted(value)}
     return value
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equal in type and value: 0 is not False."""
-    return type(left) is type(right) and bool(left == right)
-
-
-def shown(value: Any, characters: int = 80) -> str:
-    """A foreign value, short and printable."""
-    text = value if isinstance(value, str) else repr(value)
-    text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-    return text if len(text) <= characters else text[: characters - 3] + "..."

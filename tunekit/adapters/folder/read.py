@@ -14,17 +14,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.base import Method, load_method
 from tunekit.adapters.folder.config import FACTS_NAME, TENSORS_NAME, AdapterConfig
 from tunekit.adapters.folder.config import read_adapter_config as read_adapter_config
 from tunekit.adapters.folder.expected import expected_tensors
-from tunekit.adapters.folder.fields import shown
 from tunekit.adapters.folder.write import save_adapter_folder as save_adapter_folder
+from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
-from tunekit.adapters.token_places import token_rows
+from tunekit.adapters.tokens import token_rows
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.untrusted import read_tensor_header, sha256_of
+from tunekit.files.untrusted import read_tensor_header, sha256_of, shown
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
 

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.copied_places import named_copies, plain_entries
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
 from tunekit.adapters.folder.plain_lora import as_plain_lora
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
-from tunekit.adapters.module_names import base_modules, parameter_names
+from tunekit.adapters.module_names import base_modules, named_copies, parameter_names, plain_entries
 from tunekit.adapters.tokens import written_indices
 from tunekit.errors import AdapterError
 from tunekit.files import durable

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from tunekit.adapters.base import Method
 from tunekit.adapters.blocks.chosen_modules import chosen_names
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.bitfit import BitfitSettings
 
 

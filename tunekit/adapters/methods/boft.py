@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, rotate_blocks
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.boft import BoftSettings

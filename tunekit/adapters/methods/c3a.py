@@ -9,9 +9,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.fft import irfft, rfft
 
-from tunekit.adapters.base import LayerAdapter, Method, Misfit, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method, Misfit
 from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.records import Target
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.virtual_tokens import (
     ABSENT,
     BASE_FIELDS,
@@ -19,9 +19,11 @@ from tunekit.adapters.blocks.virtual_tokens import (
     is_encoder_decoder,
     width_of,
 )
-from tunekit.adapters.folder.fields import ANY, PeftSide, shown
+from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, RecipeError
+from tunekit.files.untrusted import shown
 from tunekit.recipe.adapters.cpt import SLOT, CptSettings
 
 TYPES = 4  # input template, input, output template, output; the next example's are 4 higher

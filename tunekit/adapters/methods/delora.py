@@ -8,8 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.delora import DeloraSettings
 from tunekit.records import Target

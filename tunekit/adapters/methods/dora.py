@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.method import Method
 from tunekit.adapters.methods.lora import Lora
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.dora import DoraSettings

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Misfit, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.delta_product import delta_product
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method, Misfit
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.records import Target
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Misfit, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.folder.targets import entries_for
+from tunekit.adapters.method import Method, Misfit
 from tunekit.adapters.patterns import Budget
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.records import Target

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import Method, ModelAdapter, Slot
+from tunekit.adapters.base import ModelAdapter, Slot
 from tunekit.adapters.folder.fields import MODULES, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError, ModelError, Problem, RecipeError
 from tunekit.model.attention.places import SelfAttention, parameters_of, self_attentions
 from tunekit.model.call import current_call

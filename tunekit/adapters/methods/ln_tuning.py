@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from tunekit.adapters.base import Method
 from tunekit.adapters.blocks.chosen_modules import chosen_names
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.method import Method
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.recipe.adapters.ln_tuning import LnTuningSettings
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.lokr import LokrSettings
 from tunekit.records import Target
 

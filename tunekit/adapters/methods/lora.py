@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.expert_lora import ExpertLora
 from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules, target_parameters
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.method import Method
 from tunekit.adapters.starts.start import begin
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.low_rank import LowRankSettings

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.expert_lora import ExpertLoraFa
 from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules, target_parameters
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.method import Method
 from tunekit.adapters.methods.lora import Lora
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
 from tunekit.records import Target

@@ -9,9 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.delta_product import delta_product
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.miss import MissSettings

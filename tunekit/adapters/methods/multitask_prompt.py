@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.virtual_tokens import (
     ABSENT,
     BASE_FIELDS,
@@ -23,6 +23,7 @@ from tunekit.adapters.blocks.virtual_tokens import (
     with_text_ids,
 )
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, cayley_neumann, rotate_blocks, skew_of
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.oft import OftSettings
 from tunekit.records import Target
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.virtual_tokens import (
     ABSENT,
     BASE_FIELDS,
@@ -22,6 +22,7 @@ from tunekit.adapters.blocks.virtual_tokens import (
     width_of,
 )
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.p_tuning import MLP_LAYERS, PTuningSettings
 
 GATES = 4  # of an LSTM's cell

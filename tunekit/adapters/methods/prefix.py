@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import Method, ModelAdapter, Slot
+from tunekit.adapters.base import ModelAdapter, Slot
 from tunekit.adapters.folder.fields import ANY, MODULES, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.attention.earlier_keys import enter, keys_and_values

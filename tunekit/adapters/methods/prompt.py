@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Method, Slot
+from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.virtual_tokens import (
     ABSENT,
     BASE_FIELDS,
@@ -22,6 +22,7 @@ from tunekit.adapters.blocks.virtual_tokens import (
     with_text_ids,
 )
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.prompt import PromptSettings
 
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Misfit, Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method, Misfit
 from tunekit.recipe.adapters.road import RoadSettings
 from tunekit.records import Target
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, Misfit, SharedPart, Slot
+from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.method import Method, Misfit
 from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.records import Target
 

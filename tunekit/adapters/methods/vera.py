@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Method, SharedPart, Slot
+from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
 from tunekit.adapters.blocks.projections import kaiming_uniform, projection_slot
 from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.vera import VeraSettings
 from tunekit.records import Target
 

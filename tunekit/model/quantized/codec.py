@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from tunekit.errors import ModelError
-from tunekit.model.native_code import no_fetched_code
 from tunekit.model.quantized import four_bit, fp8
 from tunekit.model.quantized.four_bit import BLOCK, NESTED_BLOCK
+from tunekit.model.transformers_guard import no_fetched_code
 
 FOUR_BIT = ("nf4", "fp4")
 EIGHT_BIT = ("int8", "int8_weight_only")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.errors import ModelError
-from tunekit.model.storage.shards import read_raw_header, shard_files
+from tunekit.files.tensors import read_raw_header
+from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import ModelSource, read_json
 from tunekit.recipe.model import ModelSection
 

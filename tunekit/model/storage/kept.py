@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.files.cache_folder import code_version, default_cache_folder
-from tunekit.model.compute import give_back_memory
+from tunekit.machine.malloc import give_back_memory
 from tunekit.model.storage import sidecar as files
 from tunekit.model.storage.packing import PackedBase
 from tunekit.model.storage.shards import shard_files

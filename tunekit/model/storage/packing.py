@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.errors import ModelError
-from tunekit.model.compute import give_back_memory
+from tunekit.machine.malloc import give_back_memory
 from tunekit.model.families import Family
 from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
 from tunekit.model.storage.reading import BaseReader, place

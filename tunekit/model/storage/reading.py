@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from tunekit.errors import ModelError
+from tunekit.files.tensors import TensorHeader
 from tunekit.model.storage.converted import StoredPieces
-from tunekit.model.storage.shards import TensorHeader, read_headers
+from tunekit.model.storage.shards import read_headers
 
 CHUNK_BYTES = 4 * 2**20  # of a file, held beside the tensor that is read
 ALIGNMENT = 64  # of a tensor's first byte, as torch's own are

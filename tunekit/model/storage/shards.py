@@ -7,50 +7,18 @@ Next: load.py checks headers before anything is allocated; merge.py reads and wr
 from __future__ import annotations
 
 import json
-import math
 import os
-import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tunekit.errors import ModelError, ResourceError
+from tunekit.files.tensors import TensorHeader, read_file_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
-DTYPES = {
-    "F64": (torch.float64, 8),
-    "F32": (torch.float32, 4),
-    "F16": (torch.float16, 2),
-    "BF16": (torch.bfloat16, 2),
-    "I64": (torch.int64, 8),
-    "I32": (torch.int32, 4),
-    "I16": (torch.int16, 2),
-    "I8": (torch.int8, 1),
-    "U8": (torch.uint8, 1),
-    "BOOL": (torch.bool, 1),
-    "F8_E4M3": (torch.float8_e4m3fn, 1),
-    "F8_E5M2": (torch.float8_e5m2, 1),
-}
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """Where a tensor lies and what it is, from the file's header alone; `offset_bytes` counts from the file's start."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset_bytes: int
-
-    @property
-    def size_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def shard_files(folder: Path) -> list[str]:
@@ -107,67 +75,6 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
             if tensor not in headers or headers[tensor].file != file:
                 raise ModelError(f"has no tensor {tensor}, which the index expects there", file=str(folder / file))
     return headers
-
-
-def read_file_header(path: Path) -> dict[str, TensorHeader]:
-    """The header of one safetensors file; offsets must tile the file exactly."""
-    raw = read_raw_header(path)
-    size = path.stat().st_size
-    headers, spans = {}, []
-    for tensor, entry in raw[1].items():
-        if tensor == "__metadata__":
-            continue
-        try:
-            dtype, item_bytes = DTYPES[entry["dtype"]]
-            shape = tuple(int(length) for length in entry["shape"])
-            start, end = (int(offset) for offset in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"describes {tensor} in a way that cannot be read ({error})", file=str(path)) from error
-        if min((*shape, start), default=0) < 0 or math.prod(shape) * item_bytes != end - start:
-            raise ModelError(f"gives {tensor} a shape that does not fit its bytes", "fetch it again", file=str(path))
-        headers[tensor] = TensorHeader(path.name, dtype, shape, 8 + raw[0] + start)
-        spans.append((start, end))
-    _check_tiling(path, sorted(spans), size - 8 - raw[0])
-    return headers
-
-
-def _check_tiling(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
-    """Tensors must follow each other without gap or overlap and end where the file ends."""
-    position = 0
-    for start, end in spans:
-        if start != position:
-            raise ModelError("has tensors that overlap or leave a gap", "fetch it again", file=str(path))
-        position = end
-    if position != data_bytes:
-        raise ModelError(
-            f"is truncated or damaged: {data_bytes} bytes of data where {position} are expected",
-            "fetch it again",
-            file=str(path),
-        )
-
-
-def read_raw_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Length and content of a safetensors header."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ModelError("is missing", "fetch the missing shard", file=str(path)) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ModelError("is not a regular file", file=str(path))
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        if start.startswith(b"version "):
-            raise ModelError("is a Git LFS pointer, not the weights", "run `git lfs pull` there", file=str(path))
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, status.st_size - 8):
-            raise ModelError("is not a complete safetensors file", "fetch it again", file=str(path))
-        try:
-            header = json.loads(stream.read(length).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"has a damaged header ({error})", "fetch it again", file=str(path)) from error
-    if not isinstance(header, dict):
-        raise ModelError("has a damaged header", "fetch it again", file=str(path))
-    return length, header
 
 
 class ShardReader:

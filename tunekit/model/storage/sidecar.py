@@ -25,15 +25,14 @@ import torch
 from torch import Tensor
 
 from tunekit.errors import ModelError
+from tunekit.files.tensors import NAMES, read_file_header, read_raw_header
 from tunekit.model.storage.reading import CHUNK_BYTES, MappedFiles
-from tunekit.model.storage.shards import DTYPES, read_file_header, read_raw_header
 
 ALIGNMENT_BYTES, LAYER_ALIGNMENT_BYTES = 64, 4096
 LEAST_BYTES = 32 * 2**20  # a smaller base is packed anew each time
 SPARE_BYTES = 2**30  # left free on the disk
 FILLER = "__filler__."
 NO_DIGEST = "0" * 64
-NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""liger-kernel's functions in place of a network's own norms and gated products."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from tunekit.adapters.kernels.joined_lora import GatedMlp
+from tunekit.adapters.kernels.lora_products import Gated
+
+
+@dataclass(frozen=True, eq=False)
+class LigerGated(Gated):
+    """SwiGLU by liger-kernel: one kernel each way, and the gradients take the place of gate and up."""
+
+    def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
+        from liger_kernel.ops.swiglu import swiglu_forward
+
+        hidden: Tensor = swiglu_forward(gate, up)[2]
+        return hidden
+
+    def backward(
+        self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        from liger_kernel.ops.swiglu import swiglu_backward
+
+        of_hidden, of_down = through_down(self.hidden(gate, up))
+        of_gate, of_up = swiglu_backward(gate, up, of_hidden)
+        return of_gate, of_up, of_down
+
+
+def liger_places(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Modules that liger's kernels equal: norms written as Llama's, and fused MLPs whose activation is SiLU."""
+    kinds: dict[nn.Module, Any] = {module: type(module) for module in net.modules()}
+    norms = [module for module, kind in kinds.items() if _computes_rms_norm(kind)]
+    fused = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), GatedMlp)]
+    return norms, [mlp for mlp in fused if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")]
+
+
+def use_liger(net: nn.Module) -> None:
+    """Let liger's kernels compute them, on a GPU; the adapter must be in place."""
+    norms, mlps = liger_places(net)
+    for norm in norms:
+        norm.forward = partial(_liger_norm, norm)
+    for mlp in mlps:
+        fused: Any = mlp.forward
+        fused.gated = LigerGated(fused.gated.inner, fused.gated.activation, fused.gated.down)
+
+
+def _liger_norm(norm: Any, x: Tensor) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # The gradient is not written over dy: a residual may need that again.
+    y: Tensor = LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
+    return y
+
+
+@cache
+def _computes_rms_norm(kind: Any) -> bool:
+    """Whether the class's forward ends as Llama's: weight times x / rms(x), rounded before the weight."""
+    try:
+        lines = inspect.getsource(kind.forward).splitlines()
+    except (OSError, TypeError):
+        return False
+    return [line.strip() for line in lines[1:]] == [
+        "input_dtype = hidden_states.dtype",
+        "hidden_states = hidden_states.to(torch.float32)",
+        "variance = hidden_states.pow(2).mean(-1, keepdim=True)",
+        "hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)",
+        "return self.weight * hidden_states.to(input_dtype)",
+    ]

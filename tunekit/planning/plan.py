@@ -1,0 +1,346 @@
+"""Everything decided before a weight is loaded: recipe -> Plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+import tunekit
+from tunekit.adapters.base import slot_count
+from tunekit.adapters.copies import copied_parameters
+from tunekit.adapters.folder.config import read_adapter_config
+from tunekit.adapters.kernels.joined_lora import describe, planned_groups
+from tunekit.adapters.method import load_method
+from tunekit.adapters.targets import find_targets, trained_count, unreached_experts
+from tunekit.contracts import Batch
+from tunekit.data.batching.stream import StreamedWindows
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches
+from tunekit.data.encoding.ahead import encoded_ahead
+from tunekit.data.rows import RowSet, load_rows
+from tunekit.errors import Problem
+from tunekit.machine.devices import make_devices
+from tunekit.model.attention.documents import keeps_documents_apart
+from tunekit.model.load import LoadedModel, make_meta_model
+from tunekit.model.storage.gguf import parsed_once
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.objectives.base import make_objective
+from tunekit.objectives.logprobs import LEAST_CHUNK_TOKENS
+from tunekit.planning import refusals
+from tunekit.planning.activations import activation_notes
+from tunekit.planning.cheaper import cheapest_changes
+from tunekit.planning.compiling import compile_notes, compile_problems, kernel_notes, kernel_problems, planned_compile
+from tunekit.planning.findings import Findings
+from tunekit.planning.forecast import Forecast, first_shares, largest_batch, supervised_tokens
+from tunekit.planning.memory import Asked, PlannedMemory, plan_memory
+from tunekit.planning.simulation import SimulatedRun
+from tunekit.planning.starts import start_bytes, start_notes, start_problems
+from tunekit.planning.tiers import allowed_tiers, streaming_notes, tier_break_even
+from tunekit.recipe.load import LoadedRecipe
+from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.section import AdapterSettings
+from tunekit.recipe.supported import refuse_unsupported
+from tunekit.records import Choice, Plan, Target
+from tunekit.training.schedules import warmup_steps
+from tunekit.tuned.fit import check_family, row_problems
+
+Windows = TrainingWindows | StreamedWindows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What plan made on the way and train needs again."""
+
+    tokenizer: LoadedTokenizer
+    rows: RowSet
+    batch_settings: BatchSettings  # with the micro-batches that plan chose
+    adapter: AdapterSettings  # with its texts as token ids
+    largest_batch: Batch  # of those that the run makes; of a stream, as large as any could be
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the recipe names, read as far as it can be without a weight."""
+
+    base: LoadedModel
+    tokenizer: LoadedTokenizer
+    rows: RowSet
+    targets: list[Target]
+    adapter: AdapterSettings  # with its texts as token ids
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the adapter puts before each row."""
+        model = load_method(self.adapter.method).model
+        return 0 if model is None else model.virtual_tokens(self.adapter)
+
+
+def make_plan(
+    loaded: LoadedRecipe,
+    *,
+    device: torch.device | None = None,
+    check_folder: bool = False,
+    begun: Choice | None = None,
+) -> tuple[Plan, Prepared]:
+    """Decide everything; what would make the run fail is in `plan.refusals`.
+
+    `check_folder`: look at output.dir too (train holds it already).
+    `begun`: what the plan of a run that goes on had chosen; only the recomputed layers, which change no bit, are anew.
+    Raises: TunekitError with every problem found, where model, data or targets cannot be read at all.
+    """
+    recipe, device = loaded.recipe, device or make_devices().device
+    findings = Findings(loaded)
+    findings.add(refuse_unsupported(recipe))
+    findings.add([*refusals.library_problems(recipe), *refusals.device_problems(recipe, device)])
+    if check_folder:
+        findings.add(list(refusals.folder_problems(recipe)))
+    inputs = _read_inputs(recipe, device, findings)
+    if inputs is None:
+        raise findings.error()
+    recipe = recipe.model_copy(update={"adapter": inputs.adapter})
+    packing, reason = _packing(recipe, inputs.base, findings)
+    settings = _batch_settings(recipe, inputs, packing)
+    reason += "; the rows of a micro-batch lie end to end, without padding" if settings.end_to_end else ""
+    windows = findings.attempt(lambda: inputs.rows.windows(settings))
+    if windows is None:
+        raise findings.error()
+    findings.add(row_problems(inputs.base, inputs.tokenizer, inputs.rows.all, inputs.virtual_tokens))
+    findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
+    findings.add(_run_problems(recipe, windows.steps, device))
+    forecast = _forecast(recipe, inputs, windows, settings, device)
+    memory = _plan_memory(recipe, inputs, forecast, packing, findings, begun)
+    if as_chosen(settings, memory.choice) != settings:
+        settings = as_chosen(settings, memory.choice)
+        windows = inputs.rows.windows(settings)
+    plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
+    largest = forecast.largest_batch(settings.micro_batch_size)
+    return plan, Prepared(inputs.tokenizer, inputs.rows, settings, inputs.adapter, largest)
+
+
+def _plan_memory(
+    recipe: Recipe, inputs: Inputs, forecast: Forecast, packing: bool, findings: Findings, begun: Choice | None
+) -> PlannedMemory:
+    training, device = recipe.training, forecast.run.device
+    tiers, problems = allowed_tiers(recipe, inputs.base, device)
+    findings.add(problems)
+    asked = Asked(
+        memory=recipe.memory,
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        start=getattr(recipe.adapter, "start", None),
+        packing=packing,
+        facts=inputs.base.facts,
+        begun=begun,
+        streaming=tiers,
+        break_even=partial(tier_break_even, recipe.model, inputs.base, device),
+    )
+    return plan_memory(forecast, asked, findings, partial(cheapest_changes, recipe, forecast))
+
+
+def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
+    """Batch settings with the chosen micro-batches: each step holds the same rows, in the same order."""
+    rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
+    return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
+
+
+def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
+    """Model, tokenizer, rows and targets; the problems of all of them are noted."""
+    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
+    with parsed_once(recipe.model.name_or_path):
+        tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
+        with encoded_ahead(recipe.data, tokenizer):  # by another core, while this one imports the model's code
+            base = findings.attempt(lambda: check_family(make_meta_model(recipe.model, device=device), objective))
+    rows = targets = adapter = None
+    if tokenizer is not None:
+        with_tokenizer = load_method(recipe.adapter.method).with_tokenizer
+        adapter = findings.attempt(lambda: with_tokenizer(recipe.adapter, tokenizer))
+        rows = findings.attempt(lambda: load_rows(recipe.data, tokenizer, seed=recipe.training.seed))
+    if base is not None:
+        head = base.family.head_name(base.net)
+        targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
+        if adapter is not None and not _fits_the_model(adapter, base, findings):
+            return None
+    start = getattr(recipe.adapter, "init_from", None)
+    if start is not None:
+        findings.attempt(lambda: read_adapter_config(Path(start)))
+    if base is None or tokenizer is None or rows is None or targets is None or adapter is None:
+        return None
+    return Inputs(base, tokenizer, rows, targets, adapter)
+
+
+def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findings) -> bool:
+    """Whether an adapter of the whole model can enter this one."""
+    whole = load_method(adapter.method).model
+    return whole is None or findings.attempt(lambda: whole.slots(adapter, base.net)) is not None
+
+
+def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[bool, str]:
+    """Whether rows are packed, and why."""
+    asked = recipe.data.packing
+    if asked is False:
+        return False, "as the recipe says"
+    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
+    whole = load_method(recipe.adapter.method).model
+    prefixed = whole is not None and whole.virtual_tokens(recipe.adapter) > 0
+    obstacle = refusals.packing_obstacle(base, objective.packable, prefixed)
+    if obstacle is None:
+        return True, "as the recipe says" if asked is True else "adapter, objective and model allow it"
+    if asked is True:
+        findings.add([Problem(obstacle, "write packing: auto or false", key="data.packing")])
+    return False, obstacle
+
+
+def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSettings:
+    """Rows that are not packed still need no padding where the model takes a micro-batch as documents of one row."""
+    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
+    apart = objective.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
+    training, data = recipe.training, recipe.data
+    return BatchSettings(
+        micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=training.micro_batch_tokens,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_length=data.max_length,
+        packing=packing,
+        shuffle=data.shuffle,
+        seed=training.seed,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        pad_id=inputs.tokenizer.pad_id,
+        end_to_end=apart and not packing,
+        reads_source=inputs.base.family.reads_source,
+    )
+
+
+def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
+    """Settings that a run of so many steps cannot obey."""
+    method = load_method(recipe.adapter.method)
+    found = method.run_misfits(recipe.adapter, steps)
+    problems = [Problem(misfit.what, misfit.how, key=f"adapter.{misfit.key}") for misfit in found]
+    compiled, _ = planned_compile(recipe.training.compile, device, steps)
+    problems += compile_problems(compiled, device, method.model is not None)
+    return [*problems, *kernel_problems(recipe.training.kernels, device)]
+
+
+def _forecast(
+    recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
+) -> Forecast:
+    rows, chunk = inputs.rows, LEAST_CHUNK_TOKENS
+    settings_of = (recipe.model, recipe.adapter, recipe.objective, recipe.training)
+    run = SimulatedRun(*settings_of, chunk, device, recipe.memory, bases={recipe.model: inputs.base})
+    evaluation, answers = None, 0
+    if rows.evaluation is not None and rows.eval_counts is not None:
+        size = recipe.evaluation.batch_size
+        evaluation = next(iter(evaluation_batches(rows.evaluation, batch_size=size, pad_id=settings.pad_id)))
+        if recipe.evaluation.generate:
+            answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
+    beside = start_bytes(recipe.adapter, inputs.targets)
+    largest = cache(partial(_largest_batch, inputs, windows, settings, run))
+    shares = cache(lambda size: first_shares(*_cut_anew(inputs, windows, settings, size), rows.train))
+    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside, shares)
+
+
+def _largest_batch(
+    inputs: Inputs, windows: Windows, settings: BatchSettings, run: SimulatedRun, micro_batch_size: int | None
+) -> Batch:
+    """The micro-batch of this many rows that needs most memory."""
+    rows = inputs.rows
+    windows, settings = _cut_anew(inputs, windows, settings, micro_batch_size)
+    if not isinstance(windows, TrainingWindows):
+        return rows.longest_batch(settings)
+    largest = largest_batch(windows, rows.train, settings)
+    if not inputs.base.facts.attention.startswith("eager"):
+        return largest
+    other = largest_batch(windows, rows.train, settings, by_scores=True)
+    return other if other.row_ids != largest.row_ids and run.needs_more(other, largest) else largest
+
+
+def _cut_anew(
+    inputs: Inputs, windows: Windows, settings: BatchSettings, micro_batch_size: int | None
+) -> tuple[Windows, BatchSettings]:
+    """With micro-batches of this many rows; each step has the same rows as in `windows`."""
+    written = settings.micro_batch_size
+    if micro_batch_size is None or written is None or micro_batch_size == written:
+        return windows, settings
+    steps = max(1, settings.gradient_accumulation_steps * written // micro_batch_size)
+    settings = as_chosen(settings, Choice(micro_batch_size, steps, LEAST_CHUNK_TOKENS))
+    return inputs.rows.windows(settings), settings
+
+
+def _assemble(
+    loaded: LoadedRecipe,
+    device: torch.device,
+    inputs: Inputs,
+    windows: Windows,
+    settings: BatchSettings,
+    packing: tuple[bool, str],
+    memory: PlannedMemory,
+    findings: Findings,
+) -> Plan:
+    recipe, facts, rows = loaded.recipe, inputs.base.facts, inputs.rows
+    trainable = _trained_numbers(inputs)
+    return Plan(
+        tunekit_version=tunekit.__version__,
+        recipe=recipe.model_dump(mode="json"),
+        model=facts,
+        device=str(device),
+        targets=inputs.targets,
+        trainable_parameters=trainable,
+        total_parameters=facts.total_parameters + trainable,
+        steps=windows.steps,
+        steps_per_epoch=windows.steps_per_epoch,
+        warmup_steps=warmup_steps(recipe.training, windows.steps),
+        micro_batches_per_epoch=windows.micro_batches_per_epoch,
+        rows=rows.counts,
+        eval_rows=rows.eval_counts,
+        supervised_tokens=supervised_tokens(windows, rows.train, settings),
+        packing=packing[0],
+        packing_reason=packing[1],
+        checkpointed_layers=memory.choice.checkpointed_layers,
+        logits_chunk_tokens=memory.choice.logits_chunk_tokens,
+        engine="resident" if memory.choice.streaming == "off" else "streaming",
+        peak_bytes=memory.peak,
+        refusals=findings.refusals(),
+        notes=[
+            *loaded.defaults,
+            *_notes(recipe, device, inputs, memory),
+            *compile_notes(recipe.training.compile, device, windows.steps),
+            *kernel_notes(recipe.training.kernels, inputs.base.net),
+        ],
+        compiled=planned_compile(recipe.training.compile, device, windows.steps)[0],
+        micro_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        streaming=memory.choice.streaming,
+        pass_micro_batches=memory.choice.pass_micro_batches,
+        budget_bytes=recipe.memory.budget_bytes,
+        tries_longest_batch=memory.tries_longest,
+        trial_reason=memory.trial_reason,
+    )
+
+
+def _trained_numbers(inputs: Inputs) -> int:
+    """In the adapter's layers, in copies, and in what is of the whole model."""
+    net, settings, targets = inputs.base.net, inputs.adapter, inputs.targets
+    method = load_method(settings.method)
+    whole = 0 if method.model is None else slot_count(method.model.slots(settings, net).values())
+    return whole + trained_count(method, settings, targets) + copied_parameters(net, method, settings, targets)
+
+
+def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: PlannedMemory) -> list[str]:
+    experts = unreached_experts(inputs.base.net, recipe.adapter, inputs.targets)
+    notes = [*inputs.base.notes, *inputs.rows.notes]
+    if experts:
+        notes.append(f"{len(experts)} fused expert parameters stay as they are, {experts[0]} for one")
+    if inputs.virtual_tokens:
+        notes.append(f"{inputs.virtual_tokens:,} virtual tokens before each row, beyond data.max_length")
+    notes += refusals.position_notes(inputs.base, inputs.rows.all, inputs.virtual_tokens)
+    notes += refusals.run_notes(recipe, inputs.base, device)
+    notes += start_notes(recipe.adapter, inputs.targets)
+    groups = planned_groups(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
+    if groups:
+        notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")
+    layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
+    notes += memory.reasons
+    notes += streaming_notes(recipe, inputs.base, device, memory.choice, memory.largest_tokens)
+    return [*notes, *activation_notes(recipe.memory, device, layers, offloaded)]

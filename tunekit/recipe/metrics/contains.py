@@ -1,5 +1,0 @@
-"""`metrics: [contains]`."""
-
-DESCRIPTION = "share of generated answers that contain the reference"
-COMPUTED_FROM = "generation"
-HIGHER_IS_BETTER = True
