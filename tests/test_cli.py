@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 import tunekit.validate
-from tests.test_recipe_reader import SMALL
+from tests.recipe.test_reader import SMALL
 from tunekit.cli import ENVIRONMENT, main
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
 from tunekit.recipe.load import load_recipe

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.adapters.test_joined_lora import unfused
 from tests.loop_case import Case, ListedRows, make_case, make_rows
-from tests.test_compiling import compiled_case, needs_compiler
-from tests.test_fused import unfused
-from tests.test_loop import assert_same_bits, training, weights
+from tests.training.test_compiling import compiled_case, needs_compiler
+from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.adapters.kernels.liger import use_liger
 from tunekit.contracts import Batch, Window
 from tunekit.data.batching.pad import collate_rows

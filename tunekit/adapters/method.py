@@ -10,8 +10,6 @@ from typing import Any
 from torch import nn
 
 from tunekit.adapters.base import LayerAdapter, ModelAdapter, SharedPart
-from tunekit.adapters.copies import TrainedCopy
-from tunekit.adapters.expert_parameters import ParameterAdapter
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.contracts import Tokenizer
 from tunekit.records import Target
@@ -60,13 +58,13 @@ class Method:
     layer: type[LayerAdapter] | None = None
     shared: type[SharedPart] | None = None
     repeats_shared: bool = False  # PEFT's files repeat the shared tensors under each layer
-    parameter: type[ParameterAdapter] | None = None
+    parameter: type[Any] | None = None  # a ParameterAdapter
     model: type[ModelAdapter] | None = None
     parameters: Callable[[Any], Sequence[str]] = no_names  # settings -> names of fused 3-D parameters
     copies: Callable[[Any], Sequence[str]] = saved_modules  # settings -> names of modules trained as full copies
     places: Callable[[Mapping[str, nn.Module], Any], Mapping[str, tuple[str, ...] | None]] | None = None
     # of a method that is nothing but copies: the base's modules, settings -> module name and its parameters (None: all)
-    copy: type[TrainedCopy] | None = None  # the class of its copies, where their names in the file differ
+    copy: type[Any] | None = None  # a TrainedCopy, the class of its copies, where their names in the file differ
     misfits: Callable[[Any, Sequence[Target], bool], Sequence[Misfit]] = no_misfits  # True: settings of a file
     run_misfits: Callable[[Any, int], Sequence[Misfit]] = no_run_misfits  # settings, optimizer steps of the run
     with_tokenizer: Callable[[Any, Tokenizer], Any] = as_written  # the recipe's settings with its texts as token ids

@@ -1,0 +1,107 @@
+"""Generation: batches, stops, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunekit.errors import DataError
+from tunekit.model.load import LoadedModel, load_model
+from tunekit.model.text.generation import end_of_turn_ids, find_stop_ids, generate_texts
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.recipe.model import ModelSection
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 6, 7], [9], [10, 11, 12, 13, 14, 15, 16], [20, 21]]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_llama: Path) -> tuple[LoadedModel, LoadedTokenizer]:
+    section = ModelSection(name_or_path=str(tiny_llama), dtype="float32")
+    return load_model(section, device=CPU), load_tokenizer(section)
+
+
+def greedy(model: LoadedModel, prompt: list[int], count: int, stops: set[int]) -> list[int]:
+    """The plain loop, one prompt, no cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            best = int(model.net(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if best in stops:
+            break
+        ids.append(best)
+    return ids[len(prompt) :]
+
+
+def generate(loaded: tuple[LoadedModel, LoadedTokenizer], **changes: Any) -> list[list[int]]:
+    settings: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 4, "stop_ids": []} | changes
+    return generate_texts(*loaded, PROMPTS, **settings)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_equal_the_plain_loop(loaded: tuple[LoadedModel, LoadedTokenizer], batch_size: int) -> None:
+    expected = [greedy(loaded[0], prompt, 6, set()) for prompt in PROMPTS]
+    assert generate(loaded, batch_size=batch_size) == expected
+    stops = {expected[0][2], expected[2][4]}
+    with_stops = generate(loaded, batch_size=batch_size, stop_ids=sorted(stops))
+    assert with_stops == [greedy(loaded[0], prompt, 6, stops) for prompt in PROMPTS]
+    assert len(with_stops[0]) == 2
+
+
+def test_learned_positions_are_padded_right_and_end(tmp_path: Path, tiny_llama: Path) -> None:
+    from tests.model.test_families import make_net
+
+    make_net("gpt2", n_positions=12, max_position_embeddings=12).save_pretrained(tmp_path)
+    section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
+    model, tokenizer = load_model(section, device=CPU), load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
+    results = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=50, batch_size=4, stop_ids=[])
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert len(result) == 5  # 12 positions less the longest prompt of the batch
+        assert result == greedy(model, prompt, 5, set())
+    with pytest.raises(DataError, match="positions end at 12"):
+        generate_texts(model, tokenizer, [[3] * 12], max_new_tokens=1, batch_size=1)
+
+
+def test_model_and_random_state_are_left_as_found(loaded: tuple[LoadedModel, LoadedTokenizer]) -> None:
+    model = loaded[0]
+    net: Any = model.net
+    net.train()
+    net.model.norm.eval()
+    net.generation_config.repetition_penalty = 5.0
+    try:
+        before, plain = torch.get_rng_state(), generate(loaded)
+        assert torch.equal(before, torch.get_rng_state())
+        assert net.training
+        assert not net.model.norm.training
+        assert net.config.use_cache is False
+        assert net.generation_config.repetition_penalty == 5.0
+        net.generation_config.repetition_penalty = None
+        assert plain == generate(loaded)  # the base's penalties are not used
+    finally:
+        net.eval()
+
+
+def test_sampling_follows_its_seed(loaded: tuple[LoadedModel, LoadedTokenizer]) -> None:
+    first = generate(loaded, temperature=2.0, seed=1)
+    torch.manual_seed(99)
+    assert generate(loaded, temperature=2.0, seed=1) == first
+    assert generate(loaded, temperature=2.0, seed=2) != first
+
+
+def test_stops(loaded: tuple[LoadedModel, LoadedTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loaded
+    assert end_of_turn_ids(tokenizer) == [2]
+    monkeypatch.setattr(tokenizer, "eos_id", 0)  # as where a base's end token is not the turn's end
+    assert find_stop_ids(model, tokenizer) == [0, 2]
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert end_of_turn_ids(tokenizer) == []
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}")
+    assert end_of_turn_ids(tokenizer) == []
+
+
+def test_empty_prompt_is_refused(loaded: tuple[LoadedModel, LoadedTokenizer]) -> None:
+    with pytest.raises(DataError, match="prompt 2 is empty"):
+        generate_texts(*loaded, [[5], []], max_new_tokens=1, batch_size=2)

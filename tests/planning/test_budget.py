@@ -1,0 +1,354 @@
+"""A memory budget: the fastest setting that fits, the same steps whatever is chosen, and a refusal that helps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data_case import Rows, settings
+from tests.planning.test_plan import plan_of
+from tests.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
+from tunekit.data.batching.windows import TrainingWindows
+from tunekit.machine.memory import limit_bytes
+from tunekit.planning.choice import (
+    TOLERANCE,
+    Freedom,
+    Workload,
+    break_even_tokens,
+    fastest,
+    layer_range,
+    smaller_micro_batches,
+    smallest_choice,
+)
+from tunekit.planning.forecast import largest_batch
+from tunekit.planning.memory import MARGIN, trial_reason
+from tunekit.planning.plan import as_chosen
+from tunekit.records import Choice, Plan
+
+MIB = 2**20
+WORKLOAD = Workload(
+    "cpu", layers=12, row_tokens=300, step_tokens=4800, head_share=0.2, break_even_tokens={"host": 9000}
+)
+
+
+def some_peak(choice: Choice) -> int:
+    """Falls with every axis, and not below what loading takes."""
+    rows, layers = choice.micro_batch_size or 1, choice.checkpointed_layers
+    weights = 400 if choice.streaming == "off" else 60
+    return max(
+        300 if choice.streaming == "off" else 0, weights + rows * (40 * (12 - layers) + choice.logits_chunk_tokens // 4)
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_other_setting_that_fits_is_faster(seed: int) -> None:
+    draw = random.Random(seed)
+    rows = draw.choice([1, 2, 4, 6, 8])
+    freedom = Freedom(
+        micro_batches=smaller_micro_batches(rows, 2),
+        logits_chunks=draw.choice([[256], [512, 128], [341, 85]]),
+        gradient_checkpointing=draw.choice(["auto", "auto", "auto", True, False, 5]),
+        layers=12,
+        streaming=draw.choice([("off",), ("off", "host")]),
+    )
+    limit = draw.randrange(50, 5000)
+    asked: list[Choice] = []
+
+    def peak(choice: Choice) -> int:
+        asked.append(choice)
+        return some_peak(choice)
+
+    found = fastest(freedom, WORKLOAD.relative_time, peak, limit)
+    fewest, most = layer_range(freedom.gradient_checkpointing, freedom.layers)
+    every = [
+        replace(start, checkpointed_layers=n)
+        for start in freedom.grid()
+        for n in (range(fewest, most + 1) if start.streaming == "off" else [0])
+    ]
+    fitting = [choice for choice in every if some_peak(choice) <= limit]
+    if not fitting:
+        assert found is None
+        assert some_peak(smallest_choice(freedom, some_peak)) == min(map(some_peak, every))
+        return
+    assert found in fitting
+    best = min(map(WORKLOAD.relative_time, fitting))
+    assert WORKLOAD.relative_time(found) <= best / (1 - TOLERANCE)
+    assert len(set(asked)) <= 12 + 4 * len(freedom.grid()), "a peak costs a second"
+
+
+def test_time_grows_with_everything_that_saves_memory() -> None:
+    base = Choice(4, 2, 512)
+    for slower in (
+        replace(base, micro_batch_size=2, gradient_accumulation_steps=4),
+        replace(base, logits_chunk_tokens=64),
+        replace(base, checkpointed_layers=1),
+        replace(base, streaming="host"),
+    ):
+        assert WORKLOAD.relative_time(slower) > WORKLOAD.relative_time(base)
+    every, none = replace(base, checkpointed_layers=12), base
+    assert WORKLOAD.relative_time(every) - WORKLOAD.relative_time(none) == pytest.approx(0.5)
+    streamed = replace(base, streaming="host")
+    assert WORKLOAD.relative_time(replace(streamed, pass_micro_batches=2)) < WORKLOAD.relative_time(streamed)
+
+
+def test_tokens_that_hide_a_transfer() -> None:
+    """performance.md's table: NF4 over PCIe 4 on 120 TFLOP/s, bf16 over PCIe 5 on 450."""
+    assert break_even_tokens(0.516, 120e12, 25e9) == pytest.approx(825, rel=0.01)
+    assert break_even_tokens(2.0, 450e12, 52e9) == pytest.approx(5770, rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"epochs": None, "max_steps": 11}])
+@pytest.mark.parametrize("written", [(4, 3), (6, 1), (3, 2)])
+def test_smaller_micro_batches_leave_every_step_its_rows(written: tuple[int, int], changes: dict[str, Any]) -> None:
+    rows = Rows([2 + (7 * index) % 30 for index in range(61)])
+    given = settings(micro_batch_size=written[0], gradient_accumulation_steps=written[1], **({"epochs": 2.0} | changes))
+    expected = [_rows_of(window) for window in TrainingWindows(rows, given).windows(0)]
+    options = smaller_micro_batches(*written)
+    assert options[0] == written
+    assert options[-1] == (1, written[0] * written[1])
+    for size, steps in options:
+        windows = TrainingWindows(rows, as_chosen(given, Choice(size, steps, 64)))
+        found = list(windows.windows(0))
+        assert [_rows_of(window) for window in found] == expected
+        assert max(len(batch.lengths) for window in found for batch in window.batches) <= (size or 0)
+    assert smaller_micro_batches(None, 5) == [(None, 5)]
+
+
+def _rows_of(window: Any) -> list[tuple[int, ...]]:
+    return [group for batch in window.batches for group in batch.row_ids]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """Rows of one length, packs that matter beside what the process itself takes."""
+    return write_recipe(
+        tmp_path_factory.mktemp("budget"),
+        tiny_llama,
+        rows=400,
+        data={"max_length": 512, "packing": True},
+        adapter={"dropout": 0.0},
+        training={"micro_batch_size": 4, "gradient_accumulation_steps": 1, "epochs": 1.0},
+        evaluation={"batch_size": 2},
+    )
+
+
+def budget_for(total: int) -> str:
+    """A budget whose part beside the margin is just `total`."""
+    return f"memory.budget={-(-total * 1000 // (1000 - round(1000 * MARGIN['cpu'])))}B"
+
+
+def test_a_budget_that_everything_fits_changes_nothing(recipe: Path) -> None:
+    plain, _ = plan_of(recipe)
+    plan, _ = plan_of(recipe, "memory.budget=10GiB")
+    assert not plan.refusals
+    for name in ("micro_batch_size", "gradient_accumulation_steps", "logits_chunk_tokens", "peak_bytes", "steps"):
+        assert getattr(plan, name) == getattr(plain, name)
+    assert plan.checkpointed_layers == 0
+    assert plan.tries_longest_batch
+    assert plan.budget_bytes == 10 * 2**30
+    assert any("memory.budget 10GiB" in note for note in plan.notes)
+
+
+def test_within_a_budget_rows_go_before_recomputation(recipe: Path) -> None:
+    plain, _ = plan_of(recipe)
+    half, _ = plan_of(recipe, "training.micro_batch_size=2", "training.gradient_accumulation_steps=2")
+    one, _ = plan_of(recipe, "training.micro_batch_size=1", "training.gradient_accumulation_steps=4")
+    assert plain.peak_bytes.total > half.peak_bytes.total > one.peak_bytes.total
+    plan, prepared = plan_of(recipe, budget_for(half.peak_bytes.total))
+    assert (plan.micro_batch_size, plan.gradient_accumulation_steps, plan.checkpointed_layers) == (2, 2, 0)
+    assert plan.peak_bytes == half.peak_bytes
+    assert (plan.steps, plan.supervised_tokens) == (plain.steps, plain.supervised_tokens)
+    assert prepared.batch_settings.micro_batch_size == 2
+    assert prepared.largest_batch.input_ids.shape[0] == 2
+    assert any("(the same as 1 of 4)" in note for note in plan.notes)
+    every, _ = plan_of(
+        recipe,
+        "training.micro_batch_size=1",
+        "training.gradient_accumulation_steps=4",
+        "memory.gradient_checkpointing=true",
+    )
+    assert every.peak_bytes.total < one.peak_bytes.total
+    tight, _ = plan_of(recipe, budget_for(one.peak_bytes.total - 1))
+    assert tight.micro_batch_size == 1
+    assert tight.checkpointed_layers > 0 or tight.logits_chunk_tokens < plain.logits_chunk_tokens
+    assert tight.peak_bytes.total < one.peak_bytes.total
+    assert not tight.refusals
+
+
+def test_what_the_recipe_writes_is_obeyed(recipe: Path) -> None:
+    plain, _ = plan_of(recipe)
+    budget = budget_for(plain.peak_bytes.total - 1)
+    fixed, _ = plan_of(recipe, budget, "memory.gradient_checkpointing=1")
+    assert fixed.checkpointed_layers == 1
+    assert any("stay as memory.gradient_checkpointing says" in note for note in fixed.notes)
+    by_tokens = ("~training.micro_batch_size", "training.micro_batch_tokens=2048")
+    plan, _ = plan_of(recipe, *by_tokens, budget)
+    assert plan.micro_batch_size is None
+    assert plan.gradient_accumulation_steps == 1
+    assert any("micro_batch_tokens" in note and "stay" in note for note in plan.notes)
+
+
+def test_an_impossible_budget_names_changes_that_do_what_they_say(recipe: Path) -> None:
+    written = ("memory.budget=55MiB", "memory.streaming=off")
+    plan, _ = plan_of(recipe, *written, "memory.gradient_checkpointing=false", "adapter.r=32")
+    (refusal,) = plan.refusals
+    assert (refusal.key, refusal.exit_code) == ("memory.budget", 4)
+    assert "\n" not in refusal.message
+    found = re.findall(r"([a-z_.]+): (\S+) saves ([0-9.]+ MiB) \(needs ([0-9.]+) MiB", refusal.message)
+    assert 1 <= len(found) <= 3
+    assert found[0][0] == "memory.gradient_checkpointing", "the cheapest first"
+    smallest = float(re.findall(r"needs ([0-9.]+) MiB, and", refusal.message)[0])
+    for key, value, saved, needs in found:
+        assert smallest - float(saved.split()[0]) == pytest.approx(float(needs), abs=0.2)
+        overrides = {"memory.gradient_checkpointing": "false", "adapter.r": "32"} | {key: value}
+        changed, _ = plan_of(recipe, *written, *(f"{name}={given}" for name, given in overrides.items()))
+        (again,) = changed.refusals
+        new = float(re.findall(r"needs ([0-9.]+) MiB, and", again.message)[0])
+        assert new == pytest.approx(float(needs), abs=0.3), f"{key}: {value} is what it was said to be"
+
+
+def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = plan_of(recipe)
+    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: plain.peak_bytes.total - 1)
+    plan, _ = plan_of(recipe, "memory.budget=10GiB")
+    assert [(refusal.key, refusal.exit_code) for refusal in plan.refusals] == [("memory.budget", 4)]
+    assert plan.checkpointed_layers == 0, "the budget decides, not what is free at the moment"
+
+
+def test_what_is_free_decides_nothing_that_changes_a_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = plan_of(recipe)
+    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: plain.peak_bytes.total - 1)
+    plan, _ = plan_of(recipe)
+    assert plan.checkpointed_layers > 0
+    assert (plan.micro_batch_size, plan.logits_chunk_tokens) == (plain.micro_batch_size, plain.logits_chunk_tokens)
+
+
+def test_the_longest_batch_is_tried_where_it_can_tell_something() -> None:
+    cpu = torch.device("cpu")
+    assert trial_reason(torch.device("cuda"), 1, 10**12, None)[0]
+    assert trial_reason(cpu, 1, 10**12, 5)[0]
+    assert trial_reason(cpu, 81, 100, None)[0]
+    assert not trial_reason(cpu, 79, 100, None)[0]
+    assert not trial_reason(cpu, 79, None, None)[0]
+
+
+def test_a_gpu_s_allocator_fails_at_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr("tunekit.machine.memory.total_bytes", lambda device: 80 if device.type == "cuda" else None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: asked.append(fraction))
+    limit_bytes(torch.device("cuda"), 24)
+    limit_bytes(torch.device("cuda"), 100)
+    limit_bytes(torch.device("cpu"), 24)
+    assert asked == [0.3, 1.0]
+
+
+def run_plan(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "plan.json").read_text())
+    return found
+
+
+def half_batches(recipe: Path) -> str:
+    half, _ = plan_of(recipe, "training.micro_batch_size=2", "training.gradient_accumulation_steps=2")
+    return budget_for(half.peak_bytes.total)
+
+
+def test_a_run_within_a_budget_is_the_run_without(recipe: Path, tmp_path: Path) -> None:
+    budget = half_batches(recipe)
+    for name, overrides in (("plain", ()), ("within", (budget,))):
+        ended = train_in_child(recipe, tmp_path / name, *overrides)
+        assert ended.code == 0, ended.output
+    assert (run_plan(tmp_path / "plain")["micro_batch_size"], run_plan(tmp_path / "within")["micro_batch_size"]) == (
+        4,
+        2,
+    )
+    losses = [[entry["loss"] for entry in records(tmp_path / name) if "loss" in entry] for name in ("plain", "within")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    report = json.loads((tmp_path / "within" / "report.json").read_text())
+    assert report["budget_bytes"] == run_plan(tmp_path / "within")["budget_bytes"]
+    assert report["seconds"]["try"] > 0
+    assert "budget of" in (tmp_path / "within" / "report.md").read_text()
+
+
+def test_a_resume_keeps_to_the_plan_of_the_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is predicted or free when it goes on."""
+    budget = half_batches(recipe)
+    whole = train_in_child(recipe, tmp_path / "whole", budget, "training.save_steps=2")
+    assert whole.code == 0, whole.output
+
+    def die_at_step_three() -> None:
+        from tunekit.artifacts import metrics_log
+
+        append = metrics_log.append_line
+
+        def watched(path: Path, line: str) -> None:
+            append(path, line)
+            if json.loads(line).get("step") == 3:
+                kill_self()
+
+        metrics_log.append_line = watched
+
+    run = tmp_path / "run"
+    ended = train_in_child(recipe, run, budget, "training.save_steps=2", before=die_at_step_three)
+    assert ended.code < 0, ended.output
+
+    def predict_otherwise() -> None:
+        from tunekit.planning.forecast import Forecast
+
+        peak = Forecast.peak
+        Forecast.peak = lambda self, choice: replace(peak(self, choice), total=10 * MIB)  # type: ignore[method-assign]
+
+    ended = train_in_child(recipe, run, budget, "training.save_steps=2", resume=True, before=predict_otherwise)
+    assert ended.code == 0, ended.output
+    assert run_plan(run)["micro_batch_size"] == 2
+    assert result_bytes(run) == result_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("packing", [False, True])
+def test_batches_by_tokens_are_planned_by_their_largest(seed: int, packing: bool) -> None:
+    draw = random.Random(seed)
+    rows = Rows([draw.randint(2, 60) for _ in range(97)])
+    given = settings(
+        micro_batch_size=None, micro_batch_tokens=150, packing=packing, seed=seed, epochs=3.0, max_length=64
+    )
+    windows = TrainingWindows(rows, given)
+    sizes = [batch.input_ids.numel() for window in windows.windows(0) for batch in window.batches]
+    assert largest_batch(windows, rows, given).input_ids.numel() == max(sizes)
+    assert len(set(sizes)) > 3, "they are uneven"
+    assert np.max(sizes) <= 150
+
+
+def test_where_scores_are_kept_a_long_row_counts_more_than_its_tokens(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, adapter={"dropout": 0.0}, data={"max_length": 512, "eval": None})
+    texts = ["a" * 300, *(["b" * 10] * 60)]
+    with (tmp_path / "train.jsonl").open("w") as file:
+        for text in texts:
+            answer = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+            file.write(json.dumps({"messages": answer}) + "\n")
+    by_tokens = ("~training.micro_batch_size", "training.micro_batch_tokens=400", "model.dtype=float32")
+    for attention, rows in (("sdpa", 2), ("eager", 1)):
+        _, prepared = plan_of(recipe, *by_tokens, f"model.attention={attention}")
+        batch = prepared.largest_batch
+        count = sum(len(row) for row in batch.row_ids)  # rows may lie end to end
+        assert (count >= rows) if rows > 1 else (count == 1 and batch.tokens > 300), (attention, batch.row_ids)
+
+
+def test_plans_of_a_budget_survive_json(recipe: Path) -> None:
+    from dataclasses import asdict
+
+    from tunekit.artifacts.plan_file import plan_from_json
+
+    plan, _ = plan_of(recipe, "memory.budget=1MiB")
+    assert plan_from_json(json.loads(json.dumps(asdict(plan)))) == plan
+    old = {key: value for key, value in asdict(plan).items() if key not in ("micro_batch_size", "budget_bytes")}
+    assert isinstance(plan_from_json(json.loads(json.dumps(old))), Plan)
+    assert list(itertools.islice(plan.refusals, 1))

@@ -1,0 +1,418 @@
+"""The predicted peak: what is followed, what a simulation and a real run agree on, what malloc makes of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import write_tiny_llama
+from tests.loop_case import make_case, make_rows
+from tunekit.adapters.attach import attach_adapter
+from tunekit.contracts import Window
+from tunekit.data.batching.pad import collate
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows
+from tunekit.machine.malloc import KEPT_KERNELS
+from tunekit.machine.memory import _group_available, _host_available
+from tunekit.memory.checkpointing import prepare_layers
+from tunekit.model.load import load_model
+from tunekit.model.quantized.four_bit import WORKING_BYTES
+from tunekit.objectives.base import make_objective
+from tunekit.planning.choice import checkpointed_layers
+from tunekit.planning.forecast import largest_batch
+from tunekit.planning.simulated.estimate import PROCESS_BYTES, Work, host_bytes, peak_bytes
+from tunekit.planning.simulated.heap import Heap
+from tunekit.planning.simulated.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
+from tunekit.planning.simulated.tracker import Simulation, StorageTracker
+from tunekit.planning.simulated.workspace import COMPILED_BLOCKS
+from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
+from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.training import TrainingSection
+from tunekit.training.engines.resident import ResidentEngine
+from tunekit.training.optimizers import Group, Optimizer
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.probes import logprob_difference, packing_leak
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def test_views_count_once_and_freed_storages_not_at_all() -> None:
+    tracker = StorageTracker(CPU)
+    tracker.start()
+    with tracker:
+        first = torch.zeros(1000)
+        view = first[10:20].reshape(2, 5)
+        first.add_(1)
+        assert tracker.total == 4000
+        del first
+        assert tracker.total == 4000, "a view keeps its storage"
+        del view
+        assert tracker.total == 0
+        grown = torch.empty(10)
+        grown.resize_(100)
+        assert tracker.total == 400
+    assert tracker.peak_total == 4000
+
+
+def test_parts_follow_where_a_tensor_was_made() -> None:
+    tracker = StorageTracker(CPU)
+    weight = torch.zeros(50)
+    tracker.adopt([weight, weight[:10]], "weights")
+    with tracker, tracker.counting_as("logits"):
+        logits = torch.zeros(25)
+    tracker.move([weight], "adapter")
+    assert tracker.live == {"weights": 0, "adapter": 200, "logits": 100}
+    assert logits.shape == (25,)
+
+
+def test_on_a_gpu_every_block_is_rounded_up() -> None:
+    tracker = StorageTracker(torch.device("cuda"))
+    with tracker:
+        tensors = [torch.zeros(1, device="meta"), torch.zeros(129, device="meta")]
+    assert tracker.total == 512 + 1024
+    assert len(tensors) == 2
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("wide"), layers=3, hidden=128)
+
+
+def real_step(run: SimulatedRun, batch: Any, checkpointed: int) -> Simulation:
+    """The same step as SimulatedRun.training_step with values, followed by the same tracker."""
+    base = load_model(run.model, device=CPU)
+    adapter = attach_adapter(base.net, run.adapter, seed=0, head_name=base.family.head_name(base.net))
+    prepare_layers([layer for _, layer in base.family.layers(base.net)], checkpointed)
+    tracker = StorageTracker(CPU)
+    objective = make_objective(run.objective, logits_chunk_tokens=run.logits_chunk_tokens)
+    with tracker:
+        tracker.adopt(adapter.state().values(), "adapter")
+        tracker.adopt([*base.net.parameters(), *base.net.buffers()], "weights")
+        optimizer = make_tracked_optimizer(tracker, adapter, run.training)
+        tracker.start()
+        tuned = TunedModel(base, adapter)
+        with tuned.training_mode(True):
+            units = objective.units(batch)
+            ResidentEngine(0).run_window(tuned, objective, Window(0, 0.0, (0,), (batch,)), units)
+        optimizer.gradient_norm()
+    return tracker.result()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "packed", "checkpointed", "attention", "dropout"),
+    [
+        ("float32", False, 0, "auto", 0.0),
+        ("float32", True, 0, "auto", 0.0),
+        ("float32", True, 2, "eager", 0.1),
+        ("bfloat16", False, 3, "auto", 0.1),
+        ("bfloat16", True, 1, "auto", 0.0),
+    ],
+)
+def test_a_simulated_step_needs_what_a_real_one_needs(
+    wide_llama: Path, dtype: Any, packed: bool, checkpointed: int, attention: Any, dropout: float
+) -> None:
+    run = SimulatedRun(
+        ModelSection(name_or_path=str(wide_llama), dtype=dtype, attention=attention),
+        LoraSettings(r=8, dropout=dropout),
+        SftSettings(),
+        TrainingSection(),
+        logits_chunk_tokens=64,
+        device=CPU,
+    )
+    rows = make_rows(8, shortest=100, longest=120)
+    groups = [(0, 1, 2), (3, 4)] if packed else [(0,), (1,), (2,)]
+    batch = collate(rows, groups, pad_id=0, packed=packed)
+    simulated, real = run.training_step(batch, checkpointed), real_step(run, batch, checkpointed)
+    assert simulated.held == real.held
+    # ids and positions exist on the host before a real step, and are placed on the device inside a simulated one
+    placed = 3 * batch.input_ids.numel() * 8
+    assert abs(simulated.total - real.total) <= placed
+    for part in ("weights", "adapter", "optimizer"):
+        assert simulated.peak[part] == real.peak[part]
+
+
+def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> None:
+    batch = collate(make_rows(2), [(0,), (1,)], pad_id=0, packed=False)
+    peaks = {}
+    for quantization in ("none", "int8_weight_only", "nf4"):
+        section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
+        for optimizer in ("adamw", "adamw_8bit", "paged_adamw"):
+            training = TrainingSection(optimizer=optimizer)
+            run = SimulatedRun(section, LoraSettings(r=64), SftSettings(), training, 64, CPU)
+            peaks[quantization, optimizer] = run.training_step(batch, 0).peak
+    weights = {name: peaks[name, "adamw"]["weights"] for name in ("none", "int8_weight_only", "nf4")}
+    assert weights["nf4"] < weights["int8_weight_only"] < weights["none"]
+    adapter = peaks["none", "adamw"]["adapter"]
+    assert peaks["none", "adamw"]["optimizer"] == 3 * adapter, "a gradient and two moments in float32"
+    assert peaks["none", "paged_adamw"]["optimizer"] == 3 * adapter
+    updated = peaks["none", "adamw_8bit"]["optimizer"] - 5 * adapter  # without what an update makes on a CPU
+    assert adapter < updated < 1.7 * adapter, "two moments of one byte"
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw"])
+def test_bitsandbytes_update_holds_the_blocks_that_are_counted(name: Any) -> None:
+    kernels = importlib.import_module("bitsandbytes.backends.cpu.ops")
+    parameter = torch.nn.Parameter(torch.randn(2**16))
+    optimizer = Optimizer(TrainingSection(optimizer=name), [Group(("w",))], {"w": parameter})
+    flat, gradient = optimizer.groups[0].data, optimizer.gradients()[0]
+    gradient.normal_()
+    state = optimizer.native.state[flat]
+    shared = {"beta1": 0.9, "beta2": 0.999, "beta3": 0.0, "alpha": 0.0, "eps": 1e-8, "step": 1, "lr": 1e-3}
+    shared |= {"weight_decay": 0.01, "gnorm_scale": 1.0}
+    tracker = StorageTracker(CPU)
+    tracker.adopt([flat, gradient, *(value for value in state.values() if isinstance(value, torch.Tensor))], "held")
+    tracker.start()
+    held = tracker.total
+    with torch.no_grad(), tracker:
+        given = ("adam", gradient, flat, state["state1"], state["state2"])
+        if name == "adamw_8bit":
+            maps = {key: state[key] for key in ("qmap1", "qmap2", "absmax1", "absmax2")}
+            kernels._optimizer_update_8bit_blockwise_cpu(*given, **shared, **maps)
+        else:
+            kernels._optimizer_update_32bit_cpu(*given, unorm_vec=None, max_unorm=0.0, param_norm=0.0, **shared)
+    assert tracker.peak_total - held == sum(optimizer.update_blocks(CPU))
+    assert Optimizer(TrainingSection(), [Group(("w",))], {"w": parameter}).update_blocks(CPU) == []
+
+
+def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
+    run = SimulatedRun(
+        ModelSection(name_or_path=str(wide_llama), dtype="float32"),
+        LoraSettings(),
+        SftSettings(),
+        TrainingSection(),
+        64,
+        CPU,
+    )
+    batch = collate(make_rows(4, shortest=200, longest=220), [(0,), (1,)], pad_id=0, packed=False)
+    totals = [run.training_step(batch, layers).total for layers in range(4)]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[3] < totals[0]
+    assert run.evaluation(batch).total < totals[0]
+
+
+def test_a_simulation_leaves_the_random_state_alone(wide_llama: Path) -> None:
+    run = SimulatedRun(
+        ModelSection(name_or_path=str(wide_llama)), LoraSettings(), SftSettings(), TrainingSection(), 64, CPU
+    )
+    before = torch.random.get_rng_state()
+    run.training_step(collate(make_rows(2), [(0,)], pad_id=0, packed=False), 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_largest_batch_is_one_that_the_run_makes() -> None:
+    rows = make_rows(20, shortest=5, longest=24)
+    settings = BatchSettings(
+        micro_batch_size=2, micro_batch_tokens=None, gradient_accumulation_steps=2, max_length=32, packing=True,
+        shuffle=True, seed=3, epochs=2.0, max_steps=None, pad_id=0,
+    )  # fmt: skip
+    windows = TrainingWindows(rows, settings)
+    shapes = [batch.input_ids.shape for window in windows.windows(0) for batch in window.batches]
+    assert largest_batch(windows, rows, settings).input_ids.numel() == max(shape.numel() for shape in shapes)
+
+
+def test_a_heap_keeps_freed_blocks_below_live_ones() -> None:
+    heap = Heap()
+    for name in ("a", "b", "c"):
+        heap.allocate(name, MIB)
+    heap.release("a")
+    assert 3 * MIB <= heap.resident_bytes < 3.1 * MIB, "a is free, and stays"
+    heap.allocate("d", MIB // 2)
+    assert heap.resident_bytes < 3.1 * MIB, "d lies where a was"
+    for name in ("b", "c", "d"):
+        heap.release(name)
+    assert heap.resident_bytes < 3.1 * MIB
+    heap.allocate("e", 3 * MIB)
+    assert heap.resident_bytes < 3.1 * MIB, "free neighbours are one block again"
+
+
+def test_a_heap_keeps_its_top_and_maps_what_is_large_and_fits_nowhere() -> None:
+    heap = Heap()
+    heap.allocate("large", 40 * MIB)
+    assert heap.resident_bytes == heap.mapped_bytes >= 40 * MIB
+    heap.release("large")
+    assert heap.resident_bytes == 0
+    for number in range(48):
+        heap.allocate(number, MIB)
+    for number in reversed(range(48)):
+        heap.release(number)
+    assert heap.resident_bytes >= 48 * MIB
+    heap.allocate("large", 40 * MIB)
+    assert heap.mapped_bytes == 0, "as much is free"
+
+
+def test_products_that_compile_a_kernel_for_each_shape() -> None:
+    def kernels(dtype: torch.dtype, *rows: int) -> list[int]:
+        tracker = StorageTracker(CPU)
+        with tracker:
+            for count in rows:
+                left = torch.empty(count, 32, dtype=dtype, device="meta")
+                right = torch.empty(32, 16, dtype=dtype, device="meta")
+                torch._int_mm(left, right) if dtype is torch.int8 else left @ right
+        return [number for number, size in tracker.result().trace if not size]
+
+    assert kernels(torch.bfloat16, 20, 30, 20) == [0, 1, 0]
+    assert kernels(torch.int8, 20, 30, 20) == [0, 1, 0]
+    assert kernels(torch.float32, 20, 30, 20) == []
+
+
+def test_a_compiled_kernel_stays_until_so_many_others_were_used() -> None:
+    heap = Heap()
+    size = sum(COMPILED_BLOCKS)
+    heap.replay([(kernel, 0) for kernel in range(10)] * 3)
+    assert 10 * size <= heap.resident_bytes < 10 * size + MIB
+    heap.replay([(kernel, 0) for kernel in range(10)], shapes=0.5)
+    assert 20 * size <= heap.resident_bytes < 20 * size + MIB, "rows of another length have kernels of their own"
+    heap.replay([(kernel, 0) for kernel in range(2 * KEPT_KERNELS)])
+    assert heap.peak_bytes < (KEPT_KERNELS + 2) * size + MIB
+
+
+def test_a_heap_never_overlaps_blocks() -> None:
+    draw, heap = random.Random(0), Heap()
+    for step in range(3000):
+        heap.allocate(step, draw.randrange(1, 200_000))
+        if draw.random() < 0.9:
+            heap.release(draw.randrange(step + 1))
+        if step % 100 == 0:
+            blocks = sorted((address, size) for address, size in heap._used.values() if address >= 0)
+            for (start, size), (following, _) in pairwise(blocks):
+                assert start + size <= following
+            assert all(start + size <= heap.top <= heap.end for start, size in blocks)
+
+
+def test_the_peak_of_a_run_is_the_highest_of_its_work() -> None:
+    step = Simulation({"weights": 600, "activations": 400}, 1000, 600, [(1, 400), (1, -400)])
+    evaluation = Simulation({"weights": 600, "logits": 900}, 1500, 600, [(1, 900), (1, -900)])
+    gpu = torch.device("cuda")
+    assert peak_bytes(Work(step), gpu).total == 1000
+    both = peak_bytes(Work(step, evaluation, [50, 50]), gpu)
+    assert (both.total, both.logits, both.activations) == (1600, 900, 0)
+    assert peak_bytes(Work(step, load_bytes=10**9), gpu).total == 1000, "loading is the host's"
+    assert peak_bytes(Work(step, load_bytes=10**9), CPU).total == 10**9 + PROCESS_BYTES
+    assert host_bytes(Work(step, before=(0.5, 1.0))) >= 1000
+
+
+def test_loading_counts_the_mapped_file_and_what_is_made_of_it() -> None:
+    single = stored_base([(400, torch.float32), (40, torch.int64)], torch.float32)
+    assert single == StoredBase(440, converted=False)
+    assert load_bytes(single, 400, 440, 10, packed=False) == 440
+    assert load_bytes(single, 400, 100, 10, packed=True) == 440 + 100 + 40
+    other = stored_base([(400, torch.float32)], torch.bfloat16)
+    assert load_bytes(other, 200, 200, 10, packed=False) == 600
+    assert load_bytes(StoredBase(100, converted=False, gguf=True), 400, 400, 50, packed=False) == 100 + 400 + 400
+
+
+def test_packing_while_reading_holds_one_matrix_beside_the_packed_base() -> None:
+    assert packing_bytes(100, 10, torch.bfloat16) == 100 + 20 + WORKING_BYTES
+
+
+def test_an_embedding_that_is_mapped_counts_the_rows_that_are_read() -> None:
+    """Each with the 2 MiB that the kernel maps at once, of a file in its cache."""
+    row_bytes, rows = 4096, 10_000
+    assert untouched_bytes(np.array([0, 1, 2]), row_bytes, rows * row_bytes) == rows * row_bytes - 2 * 2**20
+    assert untouched_bytes(np.arange(10_000), row_bytes, rows * row_bytes) == 0
+
+
+def test_probes_look_up_no_row_that_the_run_does_not(tiny_llama: Path) -> None:
+    case = make_case(tiny_llama, make_rows(4), training=TrainingSection(max_steps=1, epochs=None))
+    looked_up: set[int] = set()
+    embedding: Any = case.model.base.net.get_submodule("model.embed_tokens")
+    embedding.register_forward_pre_hook(lambda _, inputs: looked_up.update(inputs[0].flatten().tolist()))
+    known = torch.tensor([[5, 9, 11], [5, 200, 0]])
+    assert packing_leak(case.model, known) < 1e-5
+    assert logprob_difference(case.model, known) < 1e-5
+    assert len(looked_up) > 2
+    assert looked_up <= set(known.flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("setting", "available", "expected"),
+    [
+        (True, 10**9, 8),
+        (False, 0, 0),
+        (3, 0, 3),
+        (100, 0, 8),
+        ("auto", None, 0),
+        ("auto", 1000, 0),
+        ("auto", 700, 3),
+        ("auto", 699, 4),
+        ("auto", 300, 7),
+        ("auto", 200, 7),
+        ("auto", 100, 7),
+    ],
+)
+def test_the_fewest_layers_that_fit_are_recomputed(setting: Any, available: int | None, expected: int) -> None:
+    assert checkpointed_layers(setting, 8, lambda layers: 1000 - 100 * layers, available)[0] == expected
+
+
+def test_free_memory_is_the_hosts_or_the_control_groups(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 50 kB\n")
+    assert _host_available(tmp_path / "meminfo") == 50 * 1024
+    assert _host_available(tmp_path / "none") is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _group_available(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\nfile 200\n")
+    assert _group_available(tmp_path) == 500
+    assert _group_available(tmp_path / "none") is None
+
+
+def load_bench() -> ModuleType:
+    path = Path(__file__).resolve().parent.parent.parent / "scripts" / "bench_estimate.py"
+    spec = importlib.util.spec_from_file_location("bench_estimate", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_fresh_process_grows_as_predicted(quantization: str, tmp_path: Path) -> None:
+    bench = load_bench()
+    recipe = {
+        "model": {"name_or_path": "replaced", "dtype": "float32", "quantization": quantization},
+        "data": {"train": "rows.jsonl", "max_length": 256, "packing": False},
+        "training": {"max_steps": 2, "micro_batch_size": 2, "gradient_accumulation_steps": 1},
+        "output": {"dir": "run"},
+    }
+    model = {"family": "llama", "layers": 8, "hidden": 576, "vocabulary": 16384}
+    result = bench.judge(bench.make_row("row", recipe, model, {"count": 6, "tokens": 256}, tmp_path), tmp_path)
+    assert result["measured"] > 250e6
+    assert abs(result["error"]) < 0.15, result
+
+
+def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Planning imports the libraries: they are no part of what is compared with the prediction."""
+    train = importlib.import_module("tunekit.train")
+    order: list[str] = []
+
+    def noted(name: str) -> Any:
+        original = getattr(train, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            result = original(*given, **named)
+            order.append(name)
+            return result
+
+        return call
+
+    for name in ("make_plan", "read_host_memory", "load_model"):
+        monkeypatch.setattr(train, name, noted(name))
+    recipe = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
+    train.train_verb(str(recipe), [f"output.dir={tmp_path / 'run'}"], False, True)
+    assert order == ["make_plan", "read_host_memory", "load_model"]

@@ -1,0 +1,170 @@
+"""Problems in our words, all at once, in the order of the file; contradictions are found before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.recipe.test_reader import SMALL, problems_of
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.supported import refuse_unsupported
+
+
+def load(text: str, folder: Path, *overrides: str) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path, overrides).recipe
+
+
+def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
+    text = (
+        "model: {name_or_path: m, quantizaton: nf4, dtype: bf16, trust_remote_code: no}\n"
+        "data: {train: [{path: a}, {format: chat}], eval: 2}\n"
+        "adapter: {method: loar}\n"
+        "training: {epoch: 3, learning_rate: '1e-4', save_steps: 1_000}\n"
+        "evaluation: {metrics: [los]}\n"
+        "output: {dir: out, report_to: [tensorbord]}\n"
+        "r: 8\n"
+    )
+    assert problems_of(text, tmp_path, "training.sed=3") == [
+        "recipe.yaml:1: model.dtype: must be one of auto, float32, bfloat16, float16, not 'bf16'",
+        "recipe.yaml:1: model.trust_remote_code: must be true or false, not 'no'; write false",
+        "recipe.yaml:1: model.quantizaton: unknown key; did you mean 'quantization'?",
+        "recipe.yaml:2: data.train.1.path: is required; write a file or a hub data set",
+        "recipe.yaml:2: data.eval: must be less than 1, not 2",
+        "recipe.yaml:3: adapter.method: unknown adapter 'loar'; did you mean 'lora'?",
+        "recipe.yaml:4: training.learning_rate: must be a number, not '1e-4'; write 1e-4 without quotes",
+        "recipe.yaml:4: training.save_steps: must be a whole number, not '1_000'; write 1000 without quotes",
+        "recipe.yaml:4: training.epoch: unknown key; did you mean 'epochs'?",
+        "recipe.yaml:5: evaluation.metrics.0: unknown metric 'los'; did you mean 'loss'?",
+        "recipe.yaml:6: output.report_to.0: must be tensorboard, not 'tensorbord'; did you mean 'tensorboard'?",
+        "recipe.yaml:7: r: unknown key; did you mean 'adapter.r'?",
+        "command line: training.sed: unknown key; did you mean 'seed'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "training: {epochs: 1,\n max_steps: 5}",
+            "recipe.yaml:5: training.max_steps: excludes training.epochs (recipe.yaml:4)",
+        ),
+        (
+            "training: {warmup_steps: 1, warmup_ratio: 0.1}",
+            "recipe.yaml:4: training.warmup_ratio: excludes training.warmup_steps",
+        ),
+        (
+            "training: {micro_batch_size: 1, micro_batch_tokens: 9}",
+            "recipe.yaml:4: training.micro_batch_size: excludes training.micro",
+        ),
+        ("training: {epochs: null}", "recipe.yaml:4: training.epochs: is empty, and training.max_steps too"),
+        ("training: {micro_batch_size: null}", "recipe.yaml:4: training.micro_batch_size: is empty"),
+        ("training:", "recipe.yaml:4: training: must be a mapping, not empty"),
+        ("adapter:", "recipe.yaml:4: adapter: must be a mapping or a name, not empty"),
+        ("evaluation: {best: eval.loss}", "recipe.yaml:4: evaluation.best: needs evaluation rows; set data.eval"),
+        ("evaluation: {patience: 2}", "recipe.yaml:4: evaluation.patience: needs evaluation rows; set data.eval"),
+        ("evaluation: {best: eval.rouge_l}", "recipe.yaml:4: evaluation.best: rouge_l is not among the metrics; add"),
+        (
+            "evaluation: {metrics: [exact_match], generate: false}",
+            "recipe.yaml:4: evaluation.generate: the metric exact_m",
+        ),
+        ("token: hf_" + "a" * 34, "recipe.yaml:4: token: holds what looks like a secret"),
+        ("memory: {budget: 8}", "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not 8"),
+        (
+            "memory: {budget: 0GiB}",
+            "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not '0GiB'",
+        ),
+    ],
+)
+def test_contradictions(text: str, expected: str, tmp_path: Path) -> None:
+    lines = problems_of(f"{SMALL}{text}\n", tmp_path)
+    assert any(line.startswith(expected) for line in lines), lines
+    assert not any("hf_aaaaaaaa" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("{train: [{path: a, streaming: true}]}", "data.train.0.streaming: a streamed source has no known length"),
+        ("{train: {path: a, streaming: true}, eval: 0.1}", "data.eval: no fraction can be taken of a streamed source"),
+        ("{train: a, eval: [{path: b, weight: 2}]}", "data.eval.0.weight: evaluation rows are each counted once"),
+        ("{train: a, eval: [{path: b, streaming: true}]}", "data.eval.0.streaming: evaluation rows are read whole"),
+        ("{train: {path: a, format: chta}}", "data.train.0.format: unknown format 'chta'; did you mean 'chat'?"),
+        (
+            "{train: {path: a, format: text, columns: {q: prompt}}}",
+            "data.train.0.columns.q: 'prompt' is no field of the",
+        ),
+        (
+            "{train: {path: a, columns: {q: text, p: text}}}",
+            "data.train.0.columns.p: a second column for the field 'text'",
+        ),
+        ("{train: []}", "data.train: must not be empty"),
+        ("{train: 'https://me:pass@host/x.jsonl'}", "data.train.0.path: holds what looks like a secret"),
+    ],
+)
+def test_sources(data: str, expected: str, tmp_path: Path) -> None:
+    lines = problems_of(f"model: m\ndata: {data}\noutput: {{dir: out}}\n", tmp_path)
+    assert any(line.startswith(f"recipe.yaml:2: {expected}") for line in lines), lines
+
+
+def test_writing_one_voids_the_default_of_the_other(tmp_path: Path) -> None:
+    training = load(f"{SMALL}training: {{max_steps: 5, warmup_steps: 2, micro_batch_tokens: 64}}\n", tmp_path).training
+    assert (training.epochs, training.warmup_ratio, training.micro_batch_size) == (None, None, None)
+    assert (training.max_steps, training.warmup_steps, training.micro_batch_tokens) == (5, 2, 64)
+    plain = load(SMALL, tmp_path).training
+    assert (plain.epochs, plain.warmup_ratio, plain.micro_batch_size, plain.max_steps) == (1.0, 0.03, 2, None)
+
+
+def test_a_generation_metric_turns_generation_on(tmp_path: Path) -> None:
+    assert load(f"{SMALL}evaluation: {{metrics: [loss, rouge_l]}}\n", tmp_path).evaluation.generate is True
+    assert load(SMALL, tmp_path).evaluation.generate is False
+    asked = load(f"{SMALL}evaluation: {{generate: true}}\n", tmp_path).evaluation
+    assert asked.metrics == ("loss", "exact_match")  # never answers that nothing scores
+
+
+def test_what_cannot_be_obeyed_is_named(tmp_path: Path) -> None:
+    text = (
+        SMALL.replace("model: m", "model: {name_or_path: m, family: speech}")
+        + "memory: {activation_offload: true, gradient_checkpointing: false}\n"
+    )
+    assert [problem.key for problem in refuse_unsupported(load(text, tmp_path))] == [
+        "model.family",
+        "memory.activation_offload",
+    ]
+    assert refuse_unsupported(load(SMALL, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("8GiB", 8 * 2**30), ("1.5 GB", 1_500_000_000), ("700MiB", 700 * 2**20), ("12 B", 12)]
+)
+def test_a_budget_is_a_size(text: str, count: int, tmp_path: Path) -> None:
+    assert load(f"{SMALL}memory: {{budget: {text}}}\n", tmp_path).memory.budget_bytes == count
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training.epochs: 3", "recipe.yaml:4: training.epochs: unknown key; write training: {epochs: ...}"),
+        ('"a\\nb": 1', "recipe.yaml:4: the key 'a\\nb' is no name; write KEY: VALUE"),
+        ("? \n: x", "recipe.yaml:4: an empty key; write KEY: VALUE"),
+        ("adapter: {method: [lora]}", "recipe.yaml:4: adapter.method: unknown adapter a list; known adapters: "),
+        (
+            "memory: {budget: '" + "x" * 500 + "'}",
+            "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, no",
+        ),
+    ],
+)
+def test_odd_keys_and_values_stay_on_one_line(text: str, expected: str, tmp_path: Path) -> None:
+    lines = problems_of(f"{SMALL}{text}\n", tmp_path)
+    assert len(lines) == 1
+    assert lines[0].startswith(expected)
+
+
+def test_what_an_alias_could_not_write_is_not_also_missing(tmp_path: Path) -> None:
+    text = "model: m\ndatasets: [{path: a.jsonl, shards: 4}]\nsequence_len: 9\noutput: {dir: out}\n"
+    assert problems_of(text, tmp_path) == [
+        "recipe.yaml:2: datasets: 'shards' would be lost; write the source under data.train"
+    ]

@@ -1,0 +1,104 @@
+"""Paths are relative to the recipe file, and a dumped recipe reads back equal from wherever it is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.recipe.test_reader import SMALL, problems_of
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.dump import dump_recipe, yaml_scalar
+from tunekit.recipe.reading.yaml_reader import read_yaml
+from tunekit.recipe.recipe import Recipe
+
+ALL_PATHS = """\
+model: {model}
+data:
+  train: [rows.jsonl, org/dataset, ../up.csv, ./local, $HOME/x.jsonl]
+  eval: eval/rows.parquet
+  chat_template: template.jinja
+adapter: {{init_from: old/adapter}}
+output: {{dir: runs/first}}
+"""
+
+
+def load(folder: Path, text: str) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path).recipe
+
+
+def test_relative_to_the_recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    recipe = load(tmp_path, ALL_PATHS.format(model="org/model"))
+    assert [source.path for source in recipe.data.train] == [
+        str(tmp_path / "rows.jsonl"),
+        "org/dataset",
+        str(tmp_path.parent / "up.csv"),
+        str(tmp_path / "local"),
+        str(tmp_path / "$HOME" / "x.jsonl"),
+    ]
+    assert recipe.data.chat_template == str(tmp_path / "template.jinja")
+    assert recipe.adapter.init_from == str(tmp_path / "old" / "adapter")
+    assert recipe.output.dir == str(tmp_path / "runs" / "first")
+    assert recipe.model.name_or_path == "org/model"
+
+
+def test_a_name_that_exists_beside_the_recipe_is_local(tmp_path: Path) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert load(tmp_path, ALL_PATHS.format(model="org/model")).model.name_or_path == str(tmp_path / "org" / "model")
+    assert load(tmp_path, ALL_PATHS.format(model="m.gguf")).model.name_or_path == str(tmp_path / "m.gguf")
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert load(tmp_path, ALL_PATHS.format(model="~/models/m")).model.name_or_path == "/somewhere/models/m"
+
+
+def test_a_recipe_reached_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(tmp_path, SMALL)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_recipe("../recipe.yaml").recipe.output.dir == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("'" + "x" * 256 + "'", "is too long for a file name"),
+        ("'" + "x/" * 2100 + "'", "is too long"),
+        ('""', "must not be"),
+    ],
+)
+def test_impossible_names(name: str, words: str, tmp_path: Path) -> None:
+    assert words in problems_of(SMALL.replace("dir: out", f"dir: {name}"), tmp_path)[0]
+
+
+def test_dumped_recipes_read_back_equal_elsewhere(tmp_path: Path) -> None:
+    recipe = load(tmp_path, ALL_PATHS.format(model="../models/m"))
+    folder = tmp_path / "runs" / "first"
+    folder.mkdir(parents=True)
+    text = dump_recipe(recipe, folder)
+    assert str(tmp_path) not in text, "an absolute path would not survive moving the folder"
+    assert load(folder, text) == recipe
+    assert Recipe.model_validate(json.loads(json.dumps(recipe.model_dump(mode="json")))) == recipe
+
+
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.integers()
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_scalars_read_back_as_themselves(value: str | float | int) -> None:
+    if isinstance(value, str):
+        value = value.replace("\0", "")  # refused on reading
+    if isinstance(value, int) and abs(value) >= 10**300:
+        return
+    found = read_yaml(yaml_scalar(value), "x").values
+    assert found == value
+    assert type(found) is type(value)
