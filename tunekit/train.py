@@ -35,7 +35,6 @@ from tunekit.memory.splitting import is_out_of_memory, shape_text
 from tunekit.memory.streaming import layer_weights, stream_base
 from tunekit.memory.tiling import tile_layers
 from tunekit.model.load import load_model
-from tunekit.objectives.base import make_objective
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import Prepared, make_plan
 from tunekit.recipe.load import load_recipe
@@ -210,7 +209,7 @@ def _load(
         layers, store = base.family.layers(base.net), make_store(recipe.memory.activation_offload, base.device)
         forwards = compilable([layer for _, layer in layers]) if plan.compiled else []
         prepare_layers([layer for _, layer in layers], plan.checkpointed_layers, store)
-    objective = make_objective(recipe.objective, logits_chunk_tokens=plan.logits_chunk_tokens)
+    objective = prepared.rows.objective
     with session.timed("load" if needed_batches(recipe.adapter) == 0 else "calibrate"):
         begun = begin_adapter(
             base,
@@ -235,7 +234,7 @@ def _load(
         session.console.info(calibration_text(begun.calibration))
     if session.devices.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the report's peak is the training's, not the loader's
-    return TunedModel(base, begun.adapter, store), begun, objective, slots
+    return TunedModel(base, begun.adapter, store, plan.logits_chunk_tokens), begun, objective, slots
 
 
 def _try_longest(
@@ -251,7 +250,7 @@ def _try_longest(
     rows = prepared.rows.evaluation
     if rows is not None:
         size = session.loaded.recipe.evaluation.batch_size
-        batches = evaluation_batches(rows, batch_size=size, pad_id=prepared.tokenizer.pad_id)
+        batches = evaluation_batches(rows, objective, batch_size=size)
         split = partial(note_split_evaluation, session, state)
         summed_evaluation(model, objective, [next(batches)], session.devices, on_split=split)
     if not state.reactions:
@@ -293,12 +292,10 @@ def _make_evaluate(session: Session, ready: _Ready) -> Callable[[], dict[str, fl
     evaluator = make_evaluator(
         ready.model,
         ready.objective,
-        prepared.tokenizer,
         session.devices,
         rows.evaluation,
         lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
         recipe.evaluation,
-        max_length=recipe.data.max_length,
         on_split=partial(note_split_evaluation, session, ready.state),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import TEMPLATE_NAME
 from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ModelError, ResourceError
 from tunekit.files.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
@@ -22,6 +24,7 @@ from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.records import bytes_text
+from tunekit.tuned.evaluator import measuring_objective
 from tunekit.tuned.target import Target, load_target
 
 REPORT = "merge_report.json"
@@ -73,7 +76,7 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
     _check_output(output, [source.folder, target.adapter])
     rewriter = Rewriter(target.model, chosen)
     if not rewriter.family.answers:
-        what = f"{target.model.name_or_path} is a {rewriter.family.text}, whose merge this version cannot measure"
+        what = f"{target.model.name_or_path} is {rewriter.family.text}, whose merge this version cannot measure"
         raise ModelError(what, "use it as an adapter")
     changes = collect_changes(_attach(target, rewriter))
     _check_space(output, rewriter.output_bytes(changes))
@@ -213,7 +216,8 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     device = torch.device("cpu")
     tokenizer = load_tokenizer(target.model)
     running = load_target(target, device).model.base
-    rows, described = _rows(target, tokenizer, running.facts.vocabulary_size)
+    objective = measuring_objective(running, tokenizer)
+    rows, described = _rows(target, objective, tokenizer, running.facts.vocabulary_size)
     before = [_logits(running, row) for row in rows]
     dtype, attention = running.facts.dtype, running.facts.attention
     del running
@@ -226,13 +230,16 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     return _compare(rows, before, after, described)
 
 
-def _rows(target: Target, tokenizer: LoadedTokenizer, vocabulary_size: int) -> tuple[list[torch.Tensor], str]:
+def _rows(
+    target: Target, objective: Objective, tokenizer: LoadedTokenizer, vocabulary_size: int
+) -> tuple[list[torch.Tensor], str]:
     """Up to MAX_ROWS held-out rows of up to MAX_TOKENS ids: the run's eval rows, else fixed texts."""
     if target.data is not None and target.data.eval is not None:
-        evaluation = load_rows(target.data, tokenizer, seed=target.seed).evaluation
+        evaluation = load_rows(target.data, objective, seed=target.seed).evaluation
         if evaluation is not None and len(evaluation):
             chosen = [evaluation[index] for index in range(min(MAX_ROWS, len(evaluation)))]
-            rows = [torch.tensor(row.ids[:MAX_TOKENS].astype("int64"))[None] for row in chosen]
+            parts = [[row.parts[name] for name in objective.layout.token_parts] for row in chosen]
+            rows = [torch.tensor(np.concatenate(ids)[:MAX_TOKENS].astype("int64"))[None] for ids in parts]
             return rows, f"{len(rows)} eval rows of the run"
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     encoded = [[*start, *tokenizer.encode(text)][:MAX_TOKENS] for text in TEXTS]
@@ -242,11 +249,8 @@ def _rows(target: Target, tokenizer: LoadedTokenizer, vocabulary_size: int) -> t
 
 @torch.no_grad()
 def _logits(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """(T, V) float32 of one row (1, T)."""
-    positions = torch.arange(ids.shape[1])[None]
-    answer = {"decoder_input_ids": ids} if model.family.reads_source else {}  # the row is source and answer at once
-    hidden = model.family.hidden(model.net, {"input_ids": ids, "position_ids": positions, **answer})
-    return model.family.head(model.net).logits(hidden[0])
+    """What the head makes of one row (1, T): (T, V) float32."""
+    return model.family.scores(model.net, ids)
 
 
 def _compare(

@@ -212,7 +212,7 @@ def _check_known(config: Any, family: Family, section: ModelSection) -> None:
     if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
         return
     raise ModelError(
-        f"{section.name_or_path} ({config.model_type}) is no {family.text} that transformers knows",
+        f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows",
         "choose another base, or a newer transformers",
         key="model.name_or_path",
     )

@@ -121,7 +121,7 @@ def plan_memory(
         reasons.append(what)
     trial = trial_reason(device, needed, available, budget)
     offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
-    tokens = int(forecast.largest_batch(choice.micro_batch_size).input_ids.numel())
+    tokens = forecast.largest_batch(choice.micro_batch_size).padded
     return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded, tokens)
 
 
@@ -184,13 +184,13 @@ def _within_budget(
 
 def make_workload(forecast: Forecast, asked: Asked) -> Workload:
     """What the cost of a choice depends on, from the largest batch."""
-    rows, tokens = forecast.largest_batch(asked.micro_batch_size).input_ids.shape
+    batch = forecast.largest_batch(asked.micro_batch_size)
     facts = asked.facts
     return Workload(
         device=forecast.run.device.type,
         layers=facts.layers,
-        row_tokens=tokens if asked.micro_batch_size is not None else rows * tokens,
-        step_tokens=rows * tokens * asked.gradient_accumulation_steps,
+        row_tokens=batch.width if asked.micro_batch_size is not None else batch.padded,
+        step_tokens=batch.padded * asked.gradient_accumulation_steps,
         head_share=min(1.0, facts.vocabulary_size * facts.hidden_size / max(facts.total_parameters, 1)),
         break_even_tokens={tier: asked.break_even(tier) for tier in asked.streaming if tier != "off"},
     )

@@ -18,7 +18,6 @@ from tunekit.adapters.targets import find_targets, trained_count, unreached_expe
 from tunekit.contracts import Batch
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches
-from tunekit.data.encoding.ahead import encoded_ahead
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem
 from tunekit.machine.devices import make_devices
@@ -100,13 +99,15 @@ def make_plan(
     if inputs is None:
         raise findings.error()
     recipe = recipe.model_copy(update={"adapter": inputs.adapter})
-    packing, reason = _packing(recipe, inputs.base, findings)
+    packing, reason = _packing(recipe, inputs, findings)
     settings = _batch_settings(recipe, inputs, packing)
     reason += "; the rows of a micro-batch lie end to end, without padding" if settings.end_to_end else ""
     windows = findings.attempt(lambda: inputs.rows.windows(settings))
     if windows is None:
         raise findings.error()
-    findings.add(row_problems(inputs.base, inputs.tokenizer, inputs.rows.all, inputs.virtual_tokens))
+    findings.add(
+        row_problems(inputs.base, inputs.tokenizer, inputs.rows.objective, inputs.rows.all, inputs.virtual_tokens)
+    )
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
@@ -147,16 +148,16 @@ def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
     """Model, tokenizer, rows and targets; the problems of all of them are noted."""
-    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
+    family = recipe.objective.family
     with parsed_once(recipe.model.name_or_path):
         tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
-        with encoded_ahead(recipe.data, tokenizer):  # by another core, while this one imports the model's code
-            base = findings.attempt(lambda: check_family(make_meta_model(recipe.model, device=device), objective))
+        base = findings.attempt(lambda: check_family(make_meta_model(recipe.model, device=device), family))
     rows = targets = adapter = None
     if tokenizer is not None:
         with_tokenizer = load_method(recipe.adapter.method).with_tokenizer
         adapter = findings.attempt(lambda: with_tokenizer(recipe.adapter, tokenizer))
-        rows = findings.attempt(lambda: load_rows(recipe.data, tokenizer, seed=recipe.training.seed))
+        objective = make_objective(recipe.objective, tokenizer)
+        rows = findings.attempt(lambda: load_rows(recipe.data, objective, seed=recipe.training.seed))
     if base is not None:
         head = base.family.head_name(base.net)
         targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
@@ -176,15 +177,12 @@ def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findi
     return whole is None or findings.attempt(lambda: whole.slots(adapter, base.net)) is not None
 
 
-def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[bool, str]:
+def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, str]:
     """Whether rows are packed, and why."""
     asked = recipe.data.packing
     if asked is False:
         return False, "as the recipe says"
-    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
-    whole = load_method(recipe.adapter.method).model
-    prefixed = whole is not None and whole.virtual_tokens(recipe.adapter) > 0
-    obstacle = refusals.packing_obstacle(base, objective.packable, prefixed)
+    obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective.packable, inputs.virtual_tokens > 0)
     if obstacle is None:
         return True, "as the recipe says" if asked is True else "adapter, objective and model allow it"
     if asked is True:
@@ -194,8 +192,7 @@ def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[boo
 
 def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSettings:
     """Rows that are not packed still need no padding where the model takes a micro-batch as documents of one row."""
-    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
-    apart = objective.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
+    apart = inputs.rows.objective.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
     training, data = recipe.training, recipe.data
     return BatchSettings(
         micro_batch_size=training.micro_batch_size,
@@ -207,9 +204,7 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
-        pad_id=inputs.tokenizer.pad_id,
         end_to_end=apart and not packing,
-        reads_source=inputs.base.family.reads_source,
     )
 
 
@@ -227,12 +222,12 @@ def _forecast(
     recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
 ) -> Forecast:
     rows, chunk = inputs.rows, LEAST_CHUNK_TOKENS
-    settings_of = (recipe.model, recipe.adapter, recipe.objective, recipe.training)
+    settings_of = (recipe.model, recipe.adapter, rows.objective, recipe.training)
     run = SimulatedRun(*settings_of, chunk, device, recipe.memory, bases={recipe.model: inputs.base})
     evaluation, answers = None, 0
     if rows.evaluation is not None and rows.eval_counts is not None:
         size = recipe.evaluation.batch_size
-        evaluation = next(iter(evaluation_batches(rows.evaluation, batch_size=size, pad_id=settings.pad_id)))
+        evaluation = next(iter(evaluation_batches(rows.evaluation, rows.objective, batch_size=size)))
         if recipe.evaluation.generate:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     beside = start_bytes(recipe.adapter, inputs.targets)
@@ -248,12 +243,12 @@ def _largest_batch(
     rows = inputs.rows
     windows, settings = _cut_anew(inputs, windows, settings, micro_batch_size)
     if not isinstance(windows, TrainingWindows):
-        return rows.longest_batch(settings)
-    largest = largest_batch(windows, rows.train, settings)
+        return rows.filled_batch(settings)
+    largest = largest_batch(windows, rows, settings)
     if not inputs.base.facts.attention.startswith("eager"):
         return largest
-    other = largest_batch(windows, rows.train, settings, by_scores=True)
-    return other if other.row_ids != largest.row_ids and run.needs_more(other, largest) else largest
+    other = largest_batch(windows, rows, settings, by_scores=True)
+    return other if other.sequences != largest.sequences and run.needs_more(other, largest) else largest
 
 
 def _cut_anew(

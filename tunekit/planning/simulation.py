@@ -5,15 +5,14 @@ Comes in: the recipe's sections and the longest batches.  Goes out: memory.estim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.contracts import Batch, Head, Loss, Objective, Window
+from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Sums, Window
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
@@ -22,12 +21,11 @@ from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
 from tunekit.memory.tiling import tile_layers
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized import codec
-from tunekit.objectives.base import make_objective
 from tunekit.planning.simulated.kernels import kernels_as_on
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.section import AdapterSettings, ObjectiveSettings
+from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.engines.choice import make_engine
 from tunekit.training.optimizers import Group, Optimizer
@@ -44,7 +42,7 @@ class SimulatedRun:
 
     model: ModelSection
     adapter: AdapterSettings
-    objective: ObjectiveSettings
+    objective: Objective
     training: TrainingSection
     logits_chunk_tokens: int
     device: torch.device
@@ -59,7 +57,7 @@ class SimulatedRun:
         """
         (tuned, slots), tracker = self._tuned(checkpointed_layers), StorageTracker(self.device)
         assert tuned.adapter is not None
-        objective = _LogitsApart(self._objective(), tracker)
+        objective = _LogitsApart(self.objective, tracker)
         engine = make_engine(self.training.seed, slots, micro_batches)
         with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), tracker:
             self._adopt(tracker, tuned, slots)
@@ -98,13 +96,13 @@ class SimulatedRun:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
         (tuned, slots), tracker = self._tuned(0), StorageTracker(self.device)
         assert tuned.adapter is not None
-        objective = _LogitsApart(self._objective(), tracker)
+        objective = _LogitsApart(self.objective, tracker)
         with kernels_as_on(self.device), tracker:
             self._adopt(tracker, tuned, slots)
             optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
             tracker.start()
             with undisturbed(tuned):
-                objective.loss(tuned.hidden(objective.inputs(batch)), tuned.head(), batch)
+                objective.sums(tuned.output(batch.inputs), batch)
         del optimizer
         return tracker.result()
 
@@ -132,10 +130,8 @@ class SimulatedRun:
         if self.streaming != "off":
             slots = make_slots(weights, torch.device("meta"), tier="disk")  # what waits on the host: see _waiting_bytes
             stream_layers([layer for _, layer in layers], slots)
-        return TunedModel(replace(base, device=torch.device("meta")), adapter, store), slots
-
-    def _objective(self) -> Objective:
-        return make_objective(self.objective, logits_chunk_tokens=self.logits_chunk_tokens)
+        on_meta = replace(base, device=torch.device("meta"))
+        return TunedModel(on_meta, adapter, store, self.logits_chunk_tokens), slots
 
     def _adopt(self, tracker: StorageTracker, tuned: TunedModel, slots: LayerSlots | None) -> None:
         """Count what exists before the step: the adapter's state, then everything else of the network."""
@@ -176,22 +172,18 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
 
 
 class _LogitsApart:
-    """An objective whose `loss` is counted as logits."""
+    """An objective whose `loss` and `sums` are counted as logits."""
 
     def __init__(self, objective: Objective, tracker: StorageTracker) -> None:
         self._objective, self._tracker = objective, tracker
-        self.family, self.packable = objective.family, objective.packable
-        self.needs_reference = objective.needs_reference
 
-    def prepare(self, model: object, window: Window) -> Window:
-        return self._objective.prepare(model, window)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
 
-    def units(self, batch: Batch) -> Tensor:
-        return self._objective.units(batch)
-
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return self._objective.inputs(batch)
-
-    def loss(self, output: Tensor, head: Head, batch: Batch, head_parameters: Sequence[Tensor] = ()) -> Loss:
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         with self._tracker.counting_as("logits"):
-            return self._objective.loss(output, head, batch, head_parameters)
+            return self._objective.loss(output, batch)
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        with self._tracker.counting_as("logits"):
+            return self._objective.sums(output, batch)

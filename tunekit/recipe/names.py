@@ -44,5 +44,5 @@ def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
 
 
 def needs_generation(metric: str) -> bool:
-    """Whether a known metric compares generated answers (else it follows from the loss's sums)."""
-    return bool(facts_of("metrics", metric).COMPUTED_FROM == "generation")
+    """Whether a known metric compares answers with references (else it follows from an objective's sums)."""
+    return hasattr(facts_of("metrics", metric), "score")

@@ -121,7 +121,7 @@ def _step_counts(parts: LoopParts, window: Window) -> tuple[Tensor, list[float]]
     """The step's units (K,) over all ranks, and [tokens, supervised tokens, micro-batches]."""
     counts = [
         float(sum(batch.tokens for batch in window.batches)),
-        float(sum(batch.supervised_tokens for batch in window.batches)),
+        float(sum(batch.supervised for batch in window.batches)),
         float(len(window.batches)),
     ]
     units = sum((parts.objective.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64))

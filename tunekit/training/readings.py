@@ -83,4 +83,4 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
 
 
 def _rows_of(batches: Sequence[Batch]) -> list[str]:
-    return [origin for batch in batches for origins in batch.origins for origin in origins]
+    return [row.origin for batch in batches for row in batch.rows]

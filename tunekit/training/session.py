@@ -167,14 +167,14 @@ def probe_model(plan: Plan, model: TunedModel, batch: Batch) -> None:
     """
     limit = tolerance(model.base.dtype)
     if plan.packing:
-        leak = packing_leak(model, batch.input_ids)
+        leak = packing_leak(model, batch.inputs["input_ids"])
         if not leak <= limit:
             raise ModelError(
                 f"packed rows see each other in {plan.model.model_type} (hidden states differ by {leak:.1e})",
                 "set data.packing: false",
                 key="data.packing",
             )
-    difference = logprob_difference(model, batch.input_ids)
+    difference = logprob_difference(model, batch.inputs["input_ids"])
     if not difference <= limit:
         raise ModelError(
             f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)",

@@ -1,6 +1,6 @@
 """One evaluation of the eval rows, as the recipe's `evaluation:` asks for it.
 
-Comes in: model, rows, settings.  Goes out: metrics by name, loss and perplexity always.  Next: loop.py, evaluate.py.
+Comes in: model, rows, settings.  Goes out: metrics by name, those that the objective always has too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tunekit.contracts import Batch, EncodedRows, Objective, Tokenizer
+from tunekit.contracts import Batch, Objective, Processor, Rows
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
@@ -21,7 +21,7 @@ from tunekit.recipe.recipe import supervised_objective
 from tunekit.tuned.answers import Question, answer_questions, text_metrics
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.scores import LOSS_METRICS, LossSums, summed_evaluation
+from tunekit.tuned.scores import EvaluationSums, summed_evaluation
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Evaluator:
 
     model: TunedModel
     objective: Objective
-    tokenizer: Tokenizer
     devices: Devices
     batches: Callable[[], Iterable[Batch]]
     questions: Callable[[], Sequence[Question]]  # asked for only where a metric needs answers
@@ -39,17 +38,17 @@ class Evaluator:
     batch_size: int
     on_split: Callable[[Batch], None] = lambda batch: None  # told of a batch that ran out of memory
 
-    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[LossSums, dict[str, float]]:
+    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[EvaluationSums, dict[str, float]]:
         """The sums, and every metric by name. Raises: EvaluationStopped where `stop` says so."""
         sums = summed_evaluation(self.model, self.objective, self.batches(), self.devices, stop, self.on_split)
-        wanted = list(dict.fromkeys([*LOSS_METRICS, *self.metric_names]))
+        wanted = list(dict.fromkeys([*self.objective.metrics, *self.metric_names]))
         texts = [name for name in wanted if needs_generation(name)]
         computed = sums.metrics([name for name in wanted if name not in texts])
         if texts:
             questions = self.questions()
             answers = answer_questions(
                 self.model,
-                self.tokenizer,
+                self.objective,
                 questions,
                 self.devices,
                 max_new_tokens=self.max_new_tokens,
@@ -62,13 +61,11 @@ class Evaluator:
 def make_evaluator(
     model: TunedModel,
     objective: Objective,
-    tokenizer: Tokenizer,
     devices: Devices,
-    rows: EncodedRows,
+    rows: Rows,
     questions: Callable[[], Sequence[Question]],
     settings: EvaluationSection,
     *,
-    max_length: int,
     metric_names: tuple[str, ...] = (),
     on_split: Callable[[Batch], None] = lambda batch: None,
 ) -> Evaluator:
@@ -76,11 +73,8 @@ def make_evaluator(
     return Evaluator(
         model=model,
         objective=objective,
-        tokenizer=tokenizer,
         devices=devices,
-        batches=lambda: evaluation_batches(
-            rows, batch_size=settings.batch_size, pad_id=tokenizer.pad_id, max_length=max_length
-        ),
+        batches=lambda: evaluation_batches(rows, objective, batch_size=settings.batch_size),
         questions=questions,
         metric_names=metric_names or settings.metrics,
         max_new_tokens=settings.max_new_tokens,
@@ -98,9 +92,8 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
     return value > best if facts_of("metrics", metric).HIGHER_IS_BETTER else value < best
 
 
-def measuring_objective(base: LoadedModel, logits_chunk_tokens: int) -> Objective:
+def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
     """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
     settings = supervised_objective(base.family.name) or SftSettings()
-    objective = make_objective(settings, logits_chunk_tokens=logits_chunk_tokens)
-    check_family(base, objective)
-    return objective
+    check_family(base, settings.family)
+    return make_objective(settings, processor)

@@ -1,6 +1,6 @@
 """A loaded base with its adapter: what engines, evaluation and generation call.
 
-Comes in: LoadedModel and AttachedAdapter.  Goes out: hidden states and the head.  Next: resident.py, evaluation.py.
+Comes in: LoadedModel and AttachedAdapter.  Goes out: hidden states and the head.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import Head
+from tunekit.contracts import ModelOutput
 from tunekit.memory.offload import BoundaryStore
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import placed
+from tunekit.objectives.logprobs import logits_chunk_tokens
 
 
 @dataclass
@@ -28,11 +29,21 @@ class TunedModel:
     base: LoadedModel
     adapter: AttachedAdapter | None
     boundaries: BoundaryStore | None = None  # where the inputs of recomputed layers wait
+    chunk_tokens: int | None = None  # positions that pass the head at a time; None: as many as the vocabulary allows
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
         return self.base.device
+
+    def output(self, inputs: dict[str, Tensor]) -> ModelOutput:
+        """What the objective reads; where positions restart, another row begins."""
+        return self.finished(self.hidden(inputs))
+
+    def finished(self, hidden: Tensor) -> ModelOutput:
+        """What the objective reads of last hidden states (B, T, D)."""
+        chunk = self.chunk_tokens or logits_chunk_tokens(self.base.facts.vocabulary_size)
+        return ModelOutput(hidden, self.base.family.head(self.base.net), self.head_parameters(), chunk)
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""
@@ -90,10 +101,6 @@ class TunedModel:
         for parameter in self.adapter.trained().values() if self.adapter else ():
             if parameter.grad is not None:
                 parameter.grad.zero_()
-
-    def head(self) -> Head:
-        """The output projection, with whatever adapter it carries."""
-        return self.base.family.head(self.base.net)
 
     def head_parameters(self) -> list[Tensor]:
         """Trained parameters inside the head, whose gradient is taken chunk by chunk with the loss."""

@@ -34,7 +34,7 @@ class Family:
 
     name: str = "causal"
     task_type: str = "CAUSAL_LM"  # as PEFT's adapter folders name the family
-    text: str = "causal language model"
+    text: str = "a causal language model"
     answers: bool = True  # whether it generates text
     reads_source: bool = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
 
@@ -60,6 +60,14 @@ class Family:
         """The net's own logits, whole: (B, T, V), of a classifier (B, C). Training reads hidden states and head."""
         logits: torch.Tensor = call_accepted(net, inputs).logits
         return logits
+
+    def inputs_of(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the net is called with for one row of ids (1, T)."""
+        return {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
+
+    def scores(self, net: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        """What the head makes of one row of ids (1, T): (T, V) float32, of a classifier (1, C)."""
+        return self.head(net).logits(self.hidden(net, self.inputs_of(ids))[0])
 
     def takes_positions(self, net: nn.Module) -> bool:
         """Whether the base accepts position ids; without them rows cannot be packed or padded on the left."""

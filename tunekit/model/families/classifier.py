@@ -25,7 +25,7 @@ class ClassifierFamily(Family):
 
     name: str = "classifier"
     task_type: str = "SEQ_CLS"
-    text: str = "sequence classifier"
+    text: str = "a sequence classifier"
     answers: bool = False
 
     def auto_class(self) -> Any:

@@ -46,7 +46,7 @@ class ResidentEngine:
 
         if self.splitting is None:
             return attempt([[batch] for batch in window.batches])
-        return self.splitting.run(window.batches, attempt, model.clear_gradient, window.step + 1)
+        return self.splitting.run(objective, window.batches, attempt, model.clear_gradient, window.step + 1)
 
     def _run(
         self,
@@ -70,10 +70,10 @@ class ResidentEngine:
                     call = Call(step=window.step, micro_batch=index + number * PIECE_STRIDE, seed=self.seed)
                     with calling(call):
                         seed_layer(call, OUTSIDE_LAYERS)
-                        hidden = model.hidden(objective.inputs(batch))
+                        output = model.output(batch.inputs)
                         seed_layer(call, AFTER_LAYERS)
-                        loss = objective.loss(hidden, model.head(), batch, model.head_parameters())
-                        del hidden
+                        loss = objective.loss(output, batch)
+                        del output
                         _backward(loss, divisor, micro_batches * len(batches), self.loss_scale, model)
                     losses += loss.total.detach().to(torch.float64)
                     for name, value in loss.metrics.items():

@@ -77,7 +77,7 @@ class StreamingEngine:
 
         if self.splitting is None:
             return attempt([[batch] for batch in window.batches])
-        return self.splitting.run(window.batches, attempt, model.clear_gradient, window.step + 1)
+        return self.splitting.run(objective, window.batches, attempt, model.clear_gradient, window.step + 1)
 
     def _run(self, work: _Work, window: Window, pieces: list[list[Batch]]) -> tuple[Tensor, dict[str, float]]:
         """Every piece of every micro-batch, so many at a time."""
@@ -123,7 +123,7 @@ class StreamingEngine:
         return passages, needs
 
     def _begin(self, work: _Work, step: int, index: int, number: int, pieces: int, batch: Batch) -> Passage:
-        inputs = work.objective.inputs(batch)
+        inputs = batch.inputs
         with calling(Call(step=step, micro_batch=index + number * PIECE_STRIDE, seed=self.seed)):
             return Passage(index, pieces, batch, work.model.call_for(inputs), inputs)
 
@@ -163,9 +163,9 @@ class StreamingEngine:
         self._running(passage)
         hidden = passage.hidden.requires_grad_(needed)
         with calling(passage.call):
-            output = work.model.leaving(hidden)
+            output = work.model.finished(work.model.leaving(hidden))
             seed_layer(passage.call, AFTER_LAYERS)
-            loss = work.objective.loss(output, work.model.head(), passage.batch, work.model.head_parameters())
+            loss = work.objective.loss(output, passage.batch)
             value = (loss.total / work.units.to(loss.total.dtype)).sum()
             for term in (loss.per_step, work.penalty(None)):
                 if term is not None:
