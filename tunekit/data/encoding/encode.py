@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tunekit.contracts import Objective, Row, RowEncoder
+from tunekit.contracts import Objective, Row, RowEncoder, RowLayout
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
@@ -118,7 +118,7 @@ def encode_rows(
             problems.add_error(name, raw.line, error)
             continue
         counts.kept += 1
-        digest = digest_of(row)
+        digest = digest_of(row, objective.layout)
         for piece in pieces:
             yield Encoded(piece, raw.line, number, digest)
 
@@ -152,10 +152,9 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
     return kept_pieces
 
 
-def digest_of(row: Row) -> int:
-    """64 bits of a row's parts: equal rows have equal digests, whatever file they stand in."""
+def digest_of(row: Row, layout: RowLayout) -> int:
+    """64 bits of a row's ids: equal rows have equal digests, whatever file they stand in."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, values in row.parts.items():
-        digest.update(f"{name}{len(values)}".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
+    for part in layout.token_parts:
+        digest.update(np.ascontiguousarray(row.parts[part], dtype="<i4").tobytes())
     return int.from_bytes(digest.digest(), "little")
