@@ -47,8 +47,7 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.tuned.adapter_losses import adapter_losses
-from tunekit.tuned.evaluator import measuring_objective
-from tunekit.tuned.target import find_target
+from tunekit.tuned.target import find_target, measuring_objective
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 

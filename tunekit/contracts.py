@@ -126,6 +126,7 @@ class Part:
 
     ids: NDArray[Any]  # (T,)
     trained: NDArray[np.bool_]  # (T,)
+    title: str = ""  # written before it
 
 
 class RowEncoder(Protocol):
@@ -227,14 +228,6 @@ class ModelOutput:
     logits: torch.Tensor | None = None  # (B, C)
 
 
-@dataclass(frozen=True)
-class BaseRequest:
-    """What an objective asks of the base beyond the recipe: the family it is loaded as, and configuration values."""
-
-    family: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-
 Sums = dict[str, torch.Tensor]  # float64, of any shape; what evaluation adds up over batches and ranks
 
 
@@ -243,13 +236,17 @@ class Objective(Protocol):
 
     name: str
     family: str
+    example: str  # the kind of example that it learns from, as formats give it
     packable: bool  # whether several rows may lie end to end in one sequence
     reference: str  # none, or "policy at step 0"
     layout: RowLayout
-    request: BaseRequest
     metrics: Sequence[str]  # always measured
     facts: Mapping[str, Any]  # beside its settings: plain values that its adapter's folder keeps
     fingerprint: str  # sha256 of everything of it that decides a row
+
+    def section(self, model: Any, seed: int = 0) -> Any:
+        """The recipe's model section as the base is loaded for this objective."""
+        ...
 
     def row_encoder(self, options: Any) -> RowEncoder:
         """What encodes examples with these options of the data section. Raises: RecipeError for a senseless one."""

@@ -17,7 +17,7 @@ from tunekit.machine.devices import Devices, make_devices
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
 from tunekit.tuned.answers import Question
-from tunekit.tuned.evaluator import make_evaluator, measuring_objective
+from tunekit.tuned.evaluator import make_evaluator
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 
@@ -43,8 +43,7 @@ def evaluate_verb(
         console.info(rewrite)
     try:
         loaded = load_target(found, devices.device)
-        objective = measuring_objective(loaded.model.base, loaded.tokenizer)
-        rows = devices.main_first(lambda: load_evaluation_rows(section, objective, seed=found.seed))
+        rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
         for note in rows.notes:
             console.info(note)
         values = evaluate_rows(loaded, rows, metrics, devices)

@@ -16,7 +16,6 @@ from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, InputError
 from tunekit.machine.devices import make_devices
 from tunekit.model.text.vocabulary import check_vocabulary
-from tunekit.tuned.evaluator import measuring_objective
 from tunekit.tuned.scores import undisturbed
 from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
@@ -77,10 +76,11 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
 def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
     """What the model answers to each text, asked as the training rows ask."""
     tokenizer, settings, model = loaded.tokenizer, loaded.target.evaluation, loaded.model
-    objective = measuring_objective(model.base, tokenizer)
-    encoder = objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
+    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
     prompts = [encoder.question(text) for text in texts]
     largest = max((max(ids, default=0) for ids in prompts), default=0)
     check_vocabulary(tokenizer, model.base.facts.vocabulary_size, largest)
     with undisturbed(model):
-        return objective.answer(model, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
+        return loaded.objective.answer(
+            model, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+        )

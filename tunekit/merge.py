@@ -28,8 +28,9 @@ def merge_verb(adapter: str, output: str, base: str | None, onto: str | None, ov
         f"logits differ from the running adapter's by {difference.largest:.3g} at most and {difference.mean:.3g} on "
         f"average (their spread is {difference.spread:.3g}), on {difference.tokens} tokens of {difference.rows}"
     )
-    console.info(
-        f"loss over all these tokens, prompts included: {difference.running_loss:.5f} running, "
-        f"{difference.merged_loss:.5f} merged"
-    )
+    if difference.running_loss is not None:
+        console.info(
+            f"loss over all these tokens, prompts included: {difference.running_loss:.5f} running, "
+            f"{difference.merged_loss:.5f} merged"
+        )
     console.info(f"written to {result.folder}")

@@ -54,6 +54,8 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
     for row in shown:
         console.info(f"\n{heading(row)}")
         for part in loaded.objective.spans(row):
+            if part.title:
+                console.info(part.title)
             console.print_segments(segments(part, tokenizer))
     console.info(
         "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
@@ -138,11 +140,13 @@ def page(
 
 def _row_section(row: Row, objective: Objective, tokenizer: Tokenizer) -> str:
     spans = []
-    for token in (token for part in objective.spans(row) for token in explain_tokens(part, tokenizer)):
+    parts = objective.spans(row)
+    for token in (token for part in parts for token in explain_tokens(part, tokenizer)):
         shown = escape(visible(token.text)).replace("\n", "&#9166;\n")
         title = escape(f"{token.token_id}: {token.why}")
         spans.append(f'<span class="{"t" if token.trained else "n"}" title="{title}">{shown}</span>')
-    return f"<h2>{escape(visible(heading(row)))}</h2>\n<pre>{''.join(spans)}</pre>"
+    titles = "".join(f"<p>{escape(visible(part.title))}</p>\n" for part in parts if part.title)
+    return f"<h2>{escape(visible(heading(row)))}</h2>\n{titles}<pre>{''.join(spans)}</pre>"
 
 
 _PAGE = """<!doctype html>

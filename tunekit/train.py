@@ -204,7 +204,7 @@ def _load(
     if plan.budget_bytes is not None:
         limit_bytes(session.devices.device, plan.budget_bytes)
     with session.timed("load"):
-        base = load_model(recipe.model, device=session.devices.device, streamed=plan.streaming != "off")
+        base = load_model(prepared.model, device=session.devices.device, streamed=plan.streaming != "off")
         weights = layer_weights(base)
         layers, store = base.family.layers(base.net), make_store(recipe.memory.activation_offload, base.device)
         forwards = compilable([layer for _, layer in layers]) if plan.compiled else []
@@ -214,7 +214,7 @@ def _load(
         begun = begin_adapter(
             base,
             prepared.adapter,
-            recipe.model,
+            prepared.model,
             seed=recipe.training.seed,
             devices=session.devices,
             objective=objective,
@@ -310,7 +310,7 @@ def _finish(session: Session, folder: RunFolder, ready: _Ready) -> None:
         restore(best.tensors, best.facts, ready.optimizer, adapter)
     named = recipe.data.chat_template
     template = None if named is None else read_template(Path(named))
-    adapter_bytes = export_adapter(folder, ready.model.base, adapter, template)
+    adapter_bytes = export_adapter(folder, ready.model.base, adapter, ready.objective, template)
     facts = report_facts(
         ready.plan,
         state,

@@ -17,15 +17,14 @@ from tunekit.adapters.folder.config import TEMPLATE_NAME
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
-from tunekit.errors import AdapterError, InputError, ModelError, ResourceError
+from tunekit.errors import AdapterError, InputError, ResourceError
 from tunekit.files.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder, make_meta_model
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.records import bytes_text
-from tunekit.tuned.evaluator import measuring_objective
-from tunekit.tuned.target import Target, load_target
+from tunekit.tuned.target import Target, as_trained, load_target
 
 REPORT = "merge_report.json"
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
@@ -46,8 +45,8 @@ class Difference:
     largest: float
     mean: float
     spread: float
-    running_loss: float
-    merged_loss: float
+    running_loss: float | None  # of the next token; None of models that predict none
+    merged_loss: float | None
     rows: str  # which rows, in words
     tokens: int
 
@@ -72,12 +71,11 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
         raise InputError("there is no adapter to merge", "name an adapter folder, or a run")
     chosen, reason = choose_onto(target, onto)
     source = find_source(target.model, weights=True)
+    adapter = target.adapter
+    target, _ = as_trained(target, load_tokenizer(target.model))
     output = output.expanduser().absolute()
-    _check_output(output, [source.folder, target.adapter])
+    _check_output(output, [source.folder, adapter])
     rewriter = Rewriter(target.model, chosen)
-    if not rewriter.family.answers:
-        what = f"{target.model.name_or_path} is {rewriter.family.text}, whose merge this version cannot measure"
-        raise ModelError(what, "use it as an adapter")
     changes = collect_changes(_attach(target, rewriter))
     _check_space(output, rewriter.output_bytes(changes))
     staging = output.with_name(f".{output.name}.part-{os.getpid()}")
@@ -215,19 +213,20 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     """Run both models on the same rows, one after the other, so that only one is in memory."""
     device = torch.device("cpu")
     tokenizer = load_tokenizer(target.model)
-    running = load_target(target, device).model.base
-    objective = measuring_objective(running, tokenizer)
-    rows, described = _rows(target, objective, tokenizer, running.facts.vocabulary_size)
+    loaded = load_target(target, device)
+    running = loaded.model.base
+    rows, described = _rows(target, loaded.objective, tokenizer, running.facts.vocabulary_size)
     before = [_logits(running, row) for row in rows]
     dtype, attention = running.facts.dtype, running.facts.attention
-    del running
+    family = running.family
+    del loaded, running
     gc.collect()
     section = target.model.model_copy(
         update={"name_or_path": str(merged), "quantization": "none", "dtype": dtype, "attention": attention}
     )
     model = load_packed_folder(section, device) if requantized else load_model(section, device=device)
     after = [_logits(model, row) for row in rows]
-    return _compare(rows, before, after, described)
+    return _compare(rows, before, after, described, predicts=family.answers)
 
 
 def _rows(
@@ -254,7 +253,12 @@ def _logits(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _compare(
-    rows: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor], described: str
+    rows: list[torch.Tensor],
+    before: list[torch.Tensor],
+    after: list[torch.Tensor],
+    described: str,
+    *,
+    predicts: bool,
 ) -> Difference:
     gaps = [(first - second).abs() for first, second in zip(before, after, strict=True)]
     count = sum(gap.numel() for gap in gaps)
@@ -262,8 +266,8 @@ def _compare(
         largest=max(float(gap.max()) for gap in gaps),
         mean=sum(float(gap.double().sum()) for gap in gaps) / count,
         spread=float(torch.cat([logits.reshape(-1) for logits in before]).std()),
-        running_loss=_loss(rows, before),
-        merged_loss=_loss(rows, after),
+        running_loss=_loss(rows, before) if predicts else None,
+        merged_loss=_loss(rows, after) if predicts else None,
         rows=described,
         tokens=sum(row.shape[1] for row in rows),
     )

@@ -273,7 +273,7 @@ def _prompts(
     prompts: list[Prompt] = []
     for source, part in zip(sources, parts, strict=True):
         numbers = set(source.store.records["number"][part.chosen].tolist())
-        for line, example in read_examples(source.source, numbers):
+        for line, example in read_examples(source.source, objective, numbers):
             try:
                 found = encoder.prompt(example)
             except TunekitError as error:

@@ -17,6 +17,7 @@ from tunekit.files.tensors import TensorHeader
 from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family, text_config
+from tunekit.model.families.heads import draw_head, new_head
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
 from tunekit.model.storage import inspection
@@ -29,7 +30,7 @@ from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.transformers_guard import ModelErrors, no_fetched_code, quiet
-from tunekit.recipe.model import ModelSection
+from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.records import ModelFacts
 
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
@@ -85,6 +86,7 @@ def load_model(section: ModelSection, *, device: torch.device, streamed: bool = 
             return _load_streamed(*given, device, fingerprint)
         direct = _from_files(*given, device, fingerprint)
         net, notes, sidecar = direct or (*_read_weights(*given), None)
+        draw_head(section, family, net, dtype)
     if direct is None and section.quantization != "none":
         notes += quantize_layers(net, family, section, dtype, device)
     net = net.to(device)
@@ -106,6 +108,7 @@ def _load_streamed(
     """The base with its layers in mapped files."""
     with ModelErrors(section), quiet(), no_fetched_code():
         net, notes, mapped = mapped_net(source, section, config, family, dtype, attention, fingerprint)
+        draw_head(section, family, net, dtype)
     stored = [tensor for _, layer in family.layers(net) for tensor in layer.state_dict(keep_vars=True).values()]
     inside = {id(tensor) for tensor in stored}
     for tensor in [*net.parameters(), *net.buffers()]:
@@ -130,7 +133,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
         )
     notes: list[str] = []
-    dense, alone = section.quantization == "none", _can_be_read_alone(net, source, section, dtype)
+    dense, alone = section.quantization == "none", _can_be_read_alone(net, source, section, family, dtype)
     headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
     copied = dense and alone and (not headers or needs_copies(headers, dtype, device))
     if not dense:
@@ -148,12 +151,14 @@ def _headers(source: ModelSource) -> dict[str, TensorHeader]:
         return {}
 
 
-def _can_be_read_alone(net: nn.Module, source: ModelSource, section: ModelSection, dtype: torch.dtype) -> bool:
+def _can_be_read_alone(
+    net: nn.Module, source: ModelSource, section: ModelSection, family: Family, dtype: torch.dtype
+) -> bool:
     """Whether _from_files will read it without transformers; supposed so where the files are not here yet."""
     if source.gguf_file is not None or section.trust_remote_code:
         return False
     try:
-        return open_base(net, source.folder, dtype) is not None
+        return open_base(net, source.folder, dtype, new_head(section, family, net)) is not None
     except ModelError:
         return True
 
@@ -188,18 +193,21 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Any
     """The configuration object and the base's family, checked: architecture, stored quantization, remote code."""
     from transformers import AutoConfig
 
-    family = make_family("causal")
-
     arguments: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "local_files_only": True}
     if source.gguf_file is not None:
         inspection.check_gguf(source)
         arguments["gguf_file"] = source.gguf_file
+        family = make_family(section.family if isinstance(section, HeadedModel) else "causal")
     else:
         raw = inspection.read_config(source)
         inspection.check_quantized(raw, section)
         family = make_family(inspection.find_family(raw, section))
     with ModelErrors(section), quiet():
         config = AutoConfig.from_pretrained(str(source.folder), **arguments)
+    if isinstance(section, HeadedModel):
+        config.id2label = dict(enumerate(section.labels))
+        config.label2id = {label: number for number, label in enumerate(section.labels)}
+        config.pad_token_id = section.head_pad_id if config.pad_token_id is None else config.pad_token_id
     _check_known(config, family, section)
     config.use_cache = False
     if hasattr(config, "transformers_weights"):
@@ -235,6 +243,10 @@ def _read_weights(
             **arguments,
         )
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    head = new_head(section, family, net)
+    if head is not None and any(key.startswith(f"{head}.") for key in missing):
+        net.get_submodule(head).to("meta")  # to be drawn
+        missing = [key for key in missing if not key.startswith(f"{head}.")]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ModelError(
@@ -265,7 +277,7 @@ def _from_files(
         return None
     with ModelErrors(section), quiet(), no_fetched_code():
         net = unfilled_net(family.auto_class(), config, dtype, attention)
-        reader = open_base(net, source.folder, dtype)
+        reader = open_base(net, source.folder, dtype, new_head(section, family, net))
         if reader is None:
             return None
         load_generation_config(net, source.folder)
@@ -293,7 +305,7 @@ def _finish(
     """Freeze, set eval mode and collect the facts. `planned_for`: the device of a net that lies on meta."""
     net.requires_grad_(False)
     net.eval()
-    if family.name == "causal":
+    if family.looks_back(net):
         attend_per_document(net, planned_for or device, dtype)
     config: Any = net.config
     config.use_cache = False

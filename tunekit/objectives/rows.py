@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.contracts import BaseRequest, Batch, Objective, Row, Rows, Tokenizer, Window
+from tunekit.contracts import Batch, Objective, Row, Rows, Tokenizer, Window
 from tunekit.data.encoding.cache import hash_of
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.model.text.generation import generate_texts
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import ObjectiveSettings
 
 
@@ -42,14 +43,17 @@ class TextObjective:
 
     packable = False
     reference = "none"
-    request = BaseRequest()
     metrics: Sequence[str] = ("loss", "perplexity")
     facts: Mapping[str, Any] = {}
 
     def __init__(self, settings: ObjectiveSettings, tokenizer: Tokenizer) -> None:
-        self.name, self.family = settings.method, settings.family
+        self.name, self.family, self.example = settings.method, settings.family, settings.example
         self.tokenizer = tokenizer
         self.fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
+
+    def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
+        """The base as it is."""
+        return model
 
     def informed(self, rows: Sequence[Rows]) -> Objective:
         """Rows tell it nothing."""

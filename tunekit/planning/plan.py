@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tunekit.contracts import Batch
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches
 from tunekit.data.rows import RowSet, load_rows
-from tunekit.errors import Problem
+from tunekit.errors import Problem, RecipeError
 from tunekit.machine.devices import make_devices
 from tunekit.model.attention.documents import keeps_documents_apart
 from tunekit.model.load import LoadedModel, make_meta_model
@@ -38,6 +39,7 @@ from tunekit.planning.simulation import SimulatedRun
 from tunekit.planning.starts import start_bytes, start_notes, start_problems
 from tunekit.planning.tiers import allowed_tiers, streaming_notes, tier_break_even
 from tunekit.recipe.load import LoadedRecipe
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.supported import refuse_unsupported
@@ -52,6 +54,7 @@ Windows = TrainingWindows | StreamedWindows
 class Prepared:
     """What plan made on the way and train needs again."""
 
+    model: ModelSection  # as the objective has the base loaded
     tokenizer: LoadedTokenizer
     rows: RowSet
     batch_settings: BatchSettings  # with the micro-batches that plan chose
@@ -63,6 +66,7 @@ class Prepared:
 class Inputs:
     """What the recipe names, read as far as it can be without a weight."""
 
+    model: ModelSection  # as the objective has the base loaded
     base: LoadedModel
     tokenizer: LoadedTokenizer
     rows: RowSet
@@ -98,7 +102,7 @@ def make_plan(
     inputs = _read_inputs(recipe, device, findings)
     if inputs is None:
         raise findings.error()
-    recipe = recipe.model_copy(update={"adapter": inputs.adapter})
+    recipe = recipe.model_copy(update={"adapter": inputs.adapter, "model": inputs.model})
     packing, reason = _packing(recipe, inputs, findings)
     settings = _batch_settings(recipe, inputs, packing)
     reason += "; the rows of a micro-batch lie end to end, without padding" if settings.end_to_end else ""
@@ -117,7 +121,7 @@ def make_plan(
         windows = inputs.rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
     largest = forecast.largest_batch(settings.micro_batch_size)
-    return plan, Prepared(inputs.tokenizer, inputs.rows, settings, inputs.adapter, largest)
+    return plan, Prepared(inputs.model, inputs.tokenizer, inputs.rows, settings, inputs.adapter, largest)
 
 
 def _plan_memory(
@@ -148,16 +152,21 @@ def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
     """Model, tokenizer, rows and targets; the problems of all of them are noted."""
-    family = recipe.objective.family
-    with parsed_once(recipe.model.name_or_path):
-        tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
-        base = findings.attempt(lambda: check_family(make_meta_model(recipe.model, device=device), family))
+    family, seed, model = recipe.objective.family, recipe.training.seed, recipe.model
     rows = targets = adapter = None
+    with parsed_once(model.name_or_path):
+        tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
+        if tokenizer is not None:
+            objective = make_objective(recipe.objective, tokenizer)
+            rows = findings.attempt(lambda: load_rows(recipe.data, objective, seed=seed))
+            model = (objective if rows is None else rows.objective).section(model, seed)
+        base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
     if tokenizer is not None:
         with_tokenizer = load_method(recipe.adapter.method).with_tokenizer
         adapter = findings.attempt(lambda: with_tokenizer(recipe.adapter, tokenizer))
-        objective = make_objective(recipe.objective, tokenizer)
-        rows = findings.attempt(lambda: load_rows(recipe.data, objective, seed=recipe.training.seed))
+    if base is not None and adapter is not None:
+        given, beside = adapter, base.family.trained_with(base.net)
+        adapter = findings.attempt(lambda: with_saved_modules(given, beside))
     if base is not None:
         head = base.family.head_name(base.net)
         targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
@@ -168,7 +177,17 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         findings.attempt(lambda: read_adapter_config(Path(start)))
     if base is None or tokenizer is None or rows is None or targets is None or adapter is None:
         return None
-    return Inputs(base, tokenizer, rows, targets, adapter)
+    return Inputs(model, base, tokenizer, rows, targets, adapter)
+
+
+def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:
+    """The adapter with these modules trained whole beside it. Raises: RecipeError where its method trains none."""
+    own = getattr(adapter, "modules_to_save", None)
+    if own is None and names:
+        what = f"{adapter.method} trains no module beside the adapter, and this objective needs the head '{names[0]}'"
+        raise RecipeError(what, "choose another method, lora for one", key="adapter.method")
+    missing = [name for name in names if name not in (own or ())]
+    return adapter.model_copy(update={"modules_to_save": (*own, *missing)}) if own is not None and missing else adapter
 
 
 def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findings) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.artifacts.run import RunFolder
+from tunekit.contracts import Objective
 from tunekit.model.load import LoadedModel
 from tunekit.records import Plan, Reaction, ReportFacts, RowCounts
 from tunekit.training.state import LoopState
@@ -27,7 +28,11 @@ class Measured:
 
 
 def export_adapter(
-    run: RunFolder, base: LoadedModel, adapter: AttachedAdapter, chat_template: str | None = None
+    run: RunFolder,
+    base: LoadedModel,
+    adapter: AttachedAdapter,
+    objective: Objective,
+    chat_template: str | None = None,
 ) -> int:
     """Write adapter/ whole or not at all; returns its bytes."""
     return save_adapter_folder(
@@ -39,7 +44,9 @@ def export_adapter(
         base_dtype=base.facts.dtype,
         quantization=base.quantization,
         double_quantization=base.double_quantization,
+        task_type=base.family.task_type,
         chat_template=chat_template,
+        objective={"method": objective.name, **objective.facts},
     )
 
 

@@ -174,6 +174,8 @@ def probe_model(plan: Plan, model: TunedModel, batch: Batch) -> None:
                 "set data.packing: false",
                 key="data.packing",
             )
+    if not model.base.family.answers:
+        return
     difference = logprob_difference(model, batch.inputs["input_ids"])
     if not difference <= limit:
         raise ModelError(

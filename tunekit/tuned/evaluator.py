@@ -9,17 +9,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tunekit.contracts import Batch, Objective, Processor, Rows
+from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.machine.devices import Devices
-from tunekit.model.load import LoadedModel
-from tunekit.objectives.base import make_objective
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, needs_generation
-from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.recipe.recipe import supervised_objective
 from tunekit.tuned.answers import Question, answer_questions, text_metrics
-from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import EvaluationSums, summed_evaluation
 
@@ -90,10 +85,3 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
     if best is None:
         return True
     return value > best if facts_of("metrics", metric).HIGHER_IS_BETTER else value < best
-
-
-def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
-    """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
-    settings = supervised_objective(base.family.name) or SftSettings()
-    check_family(base, settings.family)
-    return make_objective(settings, processor)

@@ -38,6 +38,9 @@ class TunedModel:
 
     def output(self, inputs: dict[str, Tensor]) -> ModelOutput:
         """What the objective reads; where positions restart, another row begins."""
+        if self.base.family.reads_rows(self.base.net):
+            with calling(self.call_for(inputs)):
+                return ModelOutput(logits=self.base.family.logits(self.base.net, self.entering(inputs)))
         return self.finished(self.hidden(inputs))
 
     def finished(self, hidden: Tensor) -> ModelOutput:

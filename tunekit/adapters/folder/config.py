@@ -39,6 +39,7 @@ class AdapterConfig:
     quantization: str | None = None
     double_quantization: bool | None = None
     files: tuple[tuple[str, str], ...] = ()  # name, sha256
+    objective: Mapping[str, Any] | None = None  # its method and facts
 
     @property
     def file(self) -> str:
@@ -133,6 +134,7 @@ def _own_facts(folder: Path) -> dict[str, Any]:
         "base_dtype": _text(base, "dtype", path),
         "quantization": _text(base, "quantization", path),
         "double_quantization": double if isinstance(double, bool) else None,
+        "objective": facts["objective"] if isinstance(facts.get("objective"), dict) else None,
         "files": tuple((name, _sha256(entry, path)) for name, entry in sorted(files.items())),
     }
 

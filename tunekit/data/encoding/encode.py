@@ -19,7 +19,7 @@ from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
 from tunekit.formats.example import Example
-from tunekit.recipe.names import facts_of, known_names
+from tunekit.recipe.names import facts_of, formats_of
 
 MakeExample = Callable[[Mapping[str, Any]], Example]
 NO_TARGET = "no supervised token"
@@ -63,16 +63,20 @@ class Encoded(NamedTuple):
     digest: int  # of the whole row, so that its pieces stay together
 
 
-def choose_format(named: str, values: Mapping[str, Any]) -> tuple[str, str]:
-    """The format of a source and why, from its first row. Raises: DataError listing the formats' fields."""
+def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[str, str]:
+    """The format of a source and why, from its first row; of those that give this kind of example.
+
+    Raises: DataError listing the formats' fields.
+    """
     if named != "auto":
         return named, "the recipe says so"
-    for name in known_names("formats"):
+    fitting = formats_of(example)
+    for name in fitting:
         required = facts_of("formats", name).REQUIRED
         if all(field in values for field in required) and _looks_like(name, values):
             return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
-    wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in known_names("formats"))
+    wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
     raise DataError(
         f"the first row has {there}, which is no known format ({wanted})",
         "set data.train[].format, or map columns to these fields under data.train[].columns",

@@ -40,7 +40,7 @@ def sample_source(source: Source, number: int, objective: Objective, options: En
     problems.raise_if_any()
     if not rows:
         raise DataError("there is no row in it", "", file=source.path)
-    format_name, reason = choose_format(source.format, rows[0].values)
+    format_name, reason = choose_format(source.format, rows[0].values, objective.example)
     encoder = objective.row_encoder(options)
     streams = memory_streams(objective.layout)
     writer = StoreWriter(objective.layout, streams)

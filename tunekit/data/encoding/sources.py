@@ -106,7 +106,7 @@ def encoding_facts(source: Source, objective: Objective, options: EncodeOptions)
 
 def _encode_into(writer: StoreWriter, source: Source, objective: Objective, options: EncodeOptions) -> Facts:
     problems, counts, encoder = Problems(), SourceCounts(), objective.row_encoder(options)
-    rows, format_name, reason = open_rows(source, problems)
+    rows, format_name, reason = open_rows(source, objective.example, problems)
     make, name = format_maker(format_name), source.path
     for piece in encode_rows(rows, make, encoder, objective, options, name=name, problems=problems, counts=counts):
         if not problems.count:
@@ -116,7 +116,7 @@ def _encode_into(writer: StoreWriter, source: Source, objective: Objective, opti
     return {**facts, "counts": {**vars(counts), "dropped": dict(counts.dropped)}, "notices": dict(encoder.notices)}
 
 
-def open_rows(source: Source, problems: Problems) -> tuple[Iterator[RawRow], str, str]:
+def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], str, str]:
     """The raw rows of a source, its format and why. Raises: DataError where there is no row at all."""
     rows = read_source(source, problems)
     first = next(rows, None)
@@ -124,17 +124,17 @@ def open_rows(source: Source, problems: Problems) -> tuple[Iterator[RawRow], str
         problems.raise_if_any()
         raise DataError("there is no row in it", "", file=source.path)
     try:
-        format_name, reason = choose_format(source.format, first.values)
+        format_name, reason = choose_format(source.format, first.values, example)
     except DataError as error:
         problem = error.problems[0]
         raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
     return chain([first], rows), format_name, reason
 
 
-def read_examples(source: Source, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
+def read_examples(source: Source, objective: Objective, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
     """Some examples of a source that was encoded before, by their numbers from 0, each with its line."""
     problems = Problems()
-    rows, format_name, _ = open_rows(source, problems)
+    rows, format_name, _ = open_rows(source, objective.example, problems)
     make_example = format_maker(format_name)
     for number, raw in enumerate(rows):
         if number in numbers:

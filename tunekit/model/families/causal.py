@@ -61,6 +61,22 @@ class Family:
         logits: torch.Tensor = call_accepted(net, inputs).logits
         return logits
 
+    def looks_back(self, net: nn.Module) -> bool:
+        """Whether each position sees only those before it, so that rows may lie end to end."""
+        return True
+
+    def reads_rows(self, net: nn.Module) -> bool:
+        """Whether the head reads whole rows, so that only the net itself can call it."""
+        return False
+
+    def trained_with(self, net: nn.Module) -> list[str]:
+        """Names of modules that are trained whole beside any adapter."""
+        return []
+
+    def facts(self, net: nn.Module) -> dict[str, Any]:
+        """What an objective of this family must know of the net."""
+        return {}
+
     def inputs_of(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the net is called with for one row of ids (1, T)."""
         return {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}

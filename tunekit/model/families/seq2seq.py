@@ -55,6 +55,10 @@ class Seq2SeqFamily(Family):
             seed_layer(current_call(), BETWEEN_STACKS)
         return last_hidden(_answer(decoder, inputs, source))
 
+    def looks_back(self, net: nn.Module) -> bool:
+        """Never: an encoder sees the whole source."""
+        return False
+
     def inputs_of(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the net is called with for one row of ids (1, T), source and answer at once."""
         return {"input_ids": ids, "decoder_input_ids": ids}
