@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from tunekit.artifacts.manifest import (
     FORMAT,
@@ -35,7 +34,8 @@ from tunekit.artifacts.manifest import (
 from tunekit.artifacts.run import RunFolder
 from tunekit.errors import RunFolderError, TunekitError
 from tunekit.files import durable
-from tunekit.files.tensors import write_tensors
+from tunekit.files.tensors import iterate_tensors, read_tensor_header, write_tensors
+from tunekit.files.untrusted import RUN_FILE
 
 STEP_NAME = re.compile(r"step-(\d{6,})")
 TEMPORARY_NAME = re.compile(r"\.tmp-step-\d{6,}-\d+(-\d+)?")
@@ -178,9 +178,9 @@ def _load(folder: Path) -> Checkpoint:
     try:
         verify(folder, manifest)
         state = json.loads((folder / STATE).read_bytes())
-        with safe_open(folder / TENSORS, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        path = folder / TENSORS
+        tensors = dict(sorted(iterate_tensors(path, read_tensor_header(path, RUN_FILE), RUN_FILE)))
+    except (OSError, ValueError, KeyError, RecursionError, RunFolderError) as error:
         raise DamagedError(f"cannot be read ({error})") from error
     return Checkpoint(manifest["step"], tensors, state["facts"], folder)
 

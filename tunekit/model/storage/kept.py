@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tunekit.errors import TunekitError
 from tunekit.files.cache_folder import code_version, default_cache_folder
 from tunekit.machine.malloc import give_back_memory
 from tunekit.model.storage import sidecar as files
@@ -57,8 +58,9 @@ def kept_base(packed: PackedBase, source: ModelSource, fingerprint: str) -> tupl
             if _names(packed, source, fingerprint)[1] != key:  # changed while it was read
                 path.unlink()
                 opened = None
-        except OSError as error:
-            notes = [f"the packed base is not kept for the next run ({error.strerror or error})"]
+        except (OSError, TunekitError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            notes = [f"the packed base is not kept for the next run ({reason})"]
     if opened is None:
         packed.fill()
     else:
