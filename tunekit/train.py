@@ -21,6 +21,7 @@ from tunekit.artifacts.checkpoint import Checkpoint, load_checkpoint
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
+from tunekit.console.progress import Progress
 from tunekit.contracts import Engine, Objective
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.sources import read_template
@@ -132,7 +133,7 @@ def _train(session: Session, resume: bool) -> None:
     plan, state = ready.plan, ready.state
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = make_trackers(session, state.step)
-    with session.console.progress(plan.steps, first_step=state.step) as progress:
+    with Progress(session.console, plan.steps, state.step) as progress:
         record = make_recorder(session, progress, trackers)
         save = make_saver(session, ready.optimizer, ready.adapter, ready.fingerprint)
         run_loop(_parts(session, ready, record, save), state)

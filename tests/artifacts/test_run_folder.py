@@ -18,11 +18,10 @@ from pathlib import Path
 import pytest
 
 from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
-from tunekit.artifacts.lock import LOCK_NAME
 from tunekit.artifacts.run import RunFolder, is_finished
-from tunekit.errors import ResourceError, RunFolderError
+from tunekit.errors import ResourceError, RunFolderError, redact
 from tunekit.files import durable
-from tunekit.files.secrets import redact
+from tunekit.files.lock import LOCK_NAME
 from tunekit.machine.environment import library_versions, read_environment
 from tunekit.machine.memory import peak_host_bytes, read_host_memory
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
@@ -354,6 +353,7 @@ def test_status_says_whether_a_run_ended_well(tmp_path: Path) -> None:
 def test_secrets_are_taken_out() -> None:
     assert redact("https://alice:pw1@host/x hf_AbCdEfGhIjKl") == "https://[secret]@host/x [secret]"
     assert redact("hf_ is a prefix; a@b") == "hf_ is a prefix; a@b"
+    assert redact("glpat-AbCdEfGh12, sk-proj-AbCd_EfGh-1") == "[secret], [secret]"
 
 
 # --- metrics.jsonl -------------------------------------------------------------------------------------------------

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts import metrics_log
-from tunekit.artifacts.lock import LOCK_NAME, FolderLock
-from tunekit.errors import ResourceError, RunFolderError
+from tunekit.errors import ResourceError, RunFolderError, redact
 from tunekit.files import durable
-from tunekit.files.secrets import redact
+from tunekit.files.lock import LOCK_NAME, FolderLock
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.md")
@@ -31,7 +30,7 @@ ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tunekit.js
 
 def print_warning(text: str) -> None:
     """Where warnings go when the caller names no place."""
-    print(text, file=sys.stderr)
+    print(redact(text), file=sys.stderr)
 
 
 class RunFolder:

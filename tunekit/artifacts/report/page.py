@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts.report.totals import Totals
-from tunekit.files.secrets import redact
+from tunekit.errors import redact
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text
 
 BARS = "▁▂▃▄▅▆▇█"

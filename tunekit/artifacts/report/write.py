@@ -12,6 +12,7 @@ from typing import Any
 from tunekit.artifacts.report.page import make_page
 from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.run import RunFolder
+from tunekit.errors import redact
 from tunekit.records import Plan, ReportFacts
 
 OPTIONAL_TABLES = ("seconds", "rows", "predicted_bytes", "measured_bytes")
@@ -28,9 +29,11 @@ def report_values(facts: ReportFacts) -> dict[str, Any]:
 
 
 def _measured(value: Any) -> Any:
-    """The value without its unmeasured parts: None, NaN and infinities."""
+    """The value without secrets and without its unmeasured parts: None, NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, dict):
         kept = {name: _measured(inner) for name, inner in value.items()}
         return {name: inner for name, inner in kept.items() if inner is not None}

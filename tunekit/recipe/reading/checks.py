@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunekit.errors import holds_secret
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
 from tunekit.recipe.reading.draft import Draft, KeyPath
-from tunekit.recipe.reading.suggest import did_you_mean, holds_secret
+from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.recipe.section import Section
 
 EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
