@@ -27,7 +27,7 @@ from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import ResourceError, TunekitError
 from tunekit.machine.devices import make_devices
-from tunekit.machine.memory import limit_bytes, read_host_memory
+from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
@@ -181,7 +181,7 @@ def _plan(session: Session, begun: Choice | None = None) -> tuple[Plan, Prepared
     devices = session.devices
     with session.timed("data"):
         plan, prepared = devices.main_first(lambda: make_plan(session.loaded, device=devices.device, begun=begun))
-    session.baseline_bytes = read_host_memory().resident_bytes or 0  # planning has imported what the run needs
+    session.baseline_bytes = resident_bytes()  # planning has imported what the run needs
     raise_refusals(plan)
     facts = plan.model
     quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"
