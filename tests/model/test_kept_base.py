@@ -317,7 +317,7 @@ def test_loading_holds_the_packed_base_and_one_tensor(tmp_path: Path, monkeypatc
     _, peak = with_peak(packed.fill)
     assert peak < held + matrix + small + 2**16
     path = tmp_path / "side.safetensors"
-    _, peak = with_peak(lambda: sidecar.write_sidecar(path, "key", packed.layout, packed.held()))
+    _, peak = with_peak(lambda: sidecar.write_sidecar(path, "key", packed.layout, packed.iterate_tensors()))
     assert peak < 2 * matrix + small + 2**16 < held
     opened = sidecar.open_sidecar(path, "key", packed.layout)
     assert opened is not None

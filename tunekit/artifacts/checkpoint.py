@@ -1,7 +1,7 @@
 """Checkpoints: everything an exact resume needs, written whole or not at all, verified before it is believed.
 
 Comes in: tensors by name and plain facts.  Goes out: checkpoints/step-000100/{tensors.safetensors, state.json,
-manifest.json}; read back bit by bit.  Next: training/loop.py.  Only tensors and JSON; knows no method and no optimizer.
+manifest.json}; read back bit by bit.  Only tensors and JSON; knows no method and no optimizer.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], f
 
 
 def _put_in_place(run: RunFolder, temporary: Path, folder: Path) -> None:
-    """Rename into place; a checkpoint of the same step steps aside first and comes back if we die in between."""
+    """Rename into place; an older checkpoint of the same step is moved aside first, and back if this fails."""
     if not os.path.lexists(folder):
         durable.rename(temporary, folder)
         return
@@ -137,7 +137,7 @@ def _remove_temporary(folder: Path) -> None:
 
 
 def tidy_checkpoints(run: RunFolder) -> None:
-    """Finish what a killed process began: half-written and half-deleted folders go, a replaced one comes back."""
+    """After a kill: remove half-written and half-deleted folders, put back one that had been moved aside."""
     if not durable.is_real_folder(run.checkpoints):
         return
     for entry in sorted(run.checkpoints.iterdir()):
@@ -165,7 +165,10 @@ def list_checkpoints(run: RunFolder) -> list[tuple[int, Path]]:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Verify one checkpoint and read it. Raises RunFolderError where it is damaged or a newer tunekit wrote it."""
+    """Verify one checkpoint and read it.
+
+    Raises: RunFolderError where it is damaged or a newer tunekit wrote it.
+    """
     try:
         return _load(folder)
     except DamagedError as error:

@@ -11,9 +11,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
-from tunekit.console.streams import Nowhere, Paper, can_encode, encodable, is_terminal, redirect_to_nothing
+from tunekit.console.streams import EncodedBuffer, NullStream, can_encode, encodable, is_terminal, redirect_to_nothing
 from tunekit.console.text import cell_text, join_segments, visible
 from tunekit.errors import redact
 
@@ -37,12 +37,12 @@ class Console:
     @property
     def output(self) -> TextIO:
         """Standard output, or what was given instead."""
-        return self._output or sys.stdout or Nowhere()
+        return self._output or sys.stdout or NullStream()
 
     @property
     def errors(self) -> TextIO:
         """Standard error, or what was given instead."""
-        return self._errors or sys.stderr or Nowhere()
+        return self._errors or sys.stderr or NullStream()
 
     @property
     def is_terminal(self) -> bool:
@@ -138,13 +138,13 @@ class Console:
         self._drawn = False
         self.write("\n")
 
-    def _print_rich(self, thing: Any) -> None:
+    def _print_rich(self, thing: object) -> None:
         """Lay out with rich into text, then write it as all else is written."""
         if not self.enabled:
             return
         from rich.console import Console as RichConsole
 
-        paper = Paper(self.output.encoding or "utf-8")
+        paper = EncodedBuffer(self.output.encoding or "utf-8")
         rich_console = RichConsole(
             file=paper,
             force_terminal=self.is_terminal,

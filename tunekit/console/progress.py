@@ -1,4 +1,4 @@
-"""What is told of a run while it trains: one live line on a terminal, else a plain line now and then.
+"""Progress of a run while it trains: one live line on a terminal, else a plain line now and then.
 
 Comes in: step and evaluation records.  Goes out: lines through the console.
 """
@@ -20,7 +20,7 @@ RATE_STEPS = 30  # steps whose pace gives the time left
 
 
 class Progress:
-    """Tells of steps and evaluations: a live line on a terminal, else plain lines, the first and the last always."""
+    """Reports steps and evaluations: a live line on a terminal, else plain lines, the first and the last always."""
 
     def __init__(
         self, console: Console, total_steps: int, first_step: int = 0, clock: Callable[[], float] = time.monotonic
@@ -80,7 +80,7 @@ class Progress:
         return "  ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """The pace of the last steps, carried on to the end; None before the first step and after the last."""
+        """Extrapolated from the pace of the last steps; None before the first step and after the last."""
         (first, began), (last, now) = self._pace[0], self._pace[-1]
         if last <= first or last >= self._total:
             return None

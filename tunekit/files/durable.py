@@ -1,4 +1,4 @@
-"""Every change tunekit makes to a run folder: files and folders that survive a kill or a power cut, or never were.
+"""Every change tunekit makes to a run folder: after a kill or a power cut a file is there whole or not at all.
 
 Comes in: paths and bytes.  Goes out: durable files; the operating system's refusals as errors a user can act on.  What
 touches a run folder passes through `perform`, so that a test can count these effects, make one fail, or die at one.
@@ -16,7 +16,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tunekit.errors import ResourceError, RunFolderError, TunekitError
 from tunekit.records import bytes_text
@@ -251,7 +251,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Before the work whose result `path` will hold. Raises: RunFolderError where it could not be written."""
+    """Before the work whose result `path` will hold.
+
+    Raises: RunFolderError where it could not be written.
+    """
     if path.is_dir():
         raise RunFolderError(f"{path} is a folder", "name a file")
     if not path.parent.is_dir():
@@ -266,11 +269,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def json_bytes(value: Any) -> bytes:
+def json_bytes(value: object) -> bytes:
     """One JSON document: sorted keys, other letters escaped (also half a surrogate pair), never NaN or Infinity."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """`write_bytes` of `json_bytes`."""
     write_bytes(path, json_bytes(value))

@@ -48,7 +48,7 @@ class FolderLock:
         self._lock.release()
 
     def remove(self) -> None:
-        """Remove the file while it is still held, then let go: a folder that came to nothing is left as it was."""
+        """Remove the file while it is still held, then let go: after a failed start the folder is left as it was."""
         with contextlib.suppress(OSError):
             self.path.unlink()
         self.release()

@@ -106,7 +106,7 @@ def read_tensor_header(path: Path, kind: FileKind = ADAPTER_FILE) -> dict[str, T
     return ordered
 
 
-def _entry(name: str, value: Any, path: Path, start: int, kind: FileKind) -> TensorEntry:
+def _entry(name: str, value: object, path: Path, start: int, kind: FileKind) -> TensorEntry:
     """One tensor's entry, every number checked."""
     fault = kind.error(f"the header's entry '{shown(name)}' is malformed", AGAIN, file=str(path))
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:

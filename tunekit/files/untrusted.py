@@ -73,10 +73,13 @@ def read_small(path: Path, kind: FileKind = ADAPTER_FILE) -> bytes:
         return read_exactly(number, size_bytes, path, kind)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a regular file."""
+def sha256_of(path: Path, kind: FileKind = ADAPTER_FILE) -> str:
+    """Hex digest of a regular file.
+
+    Raises: the kind's error.
+    """
     digest = hashlib.sha256()
-    with opened(path) as (number, _):
+    with opened(path, kind) as (number, _):
         while piece := os.read(number, 1024 * 1024):
             digest.update(piece)
     return digest.hexdigest()
@@ -144,12 +147,12 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"the literal {text} is not JSON")
 
 
-def same(left: Any, right: Any) -> bool:
+def same(left: object, right: object) -> bool:
     """Equal in type and value: 0 is not False."""
     return type(left) is type(right) and bool(left == right)
 
 
-def shown(value: Any, characters: int = 80) -> str:
+def shown(value: object, characters: int = 80) -> str:
     """A foreign value, short and printable."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

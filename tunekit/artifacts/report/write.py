@@ -1,6 +1,6 @@
 """report.json and report.md of a finished run.
 
-Comes in: ReportFacts and Plan.  Goes out: the two files in the run folder.  Next: nobody; a person reads them.
+Comes in: ReportFacts and Plan.  Goes out: the two files in the run folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def report_values(facts: ReportFacts) -> dict[str, Any]:
     }
 
 
-def _measured(value: Any) -> Any:
+def _measured(value: object) -> Any:
     """The value without secrets and without its unmeasured parts: None, NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -1,7 +1,6 @@
 """What a base is, from its files alone: refusals by name before a weight is read, and the fingerprint.
 
 Comes in: a ModelSource.  Goes out: ModelError, or facts.
-Next: load.py.
 """
 
 from __future__ import annotations

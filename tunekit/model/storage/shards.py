@@ -1,7 +1,6 @@
 """Safetensors folders read and written one tensor at a time, in bounded memory.
 
 Comes in: a folder of model.safetensors or shards with an index.  Goes out: headers, tensors, folders of that form.
-Next: load.py checks headers before anything is allocated; merge.py reads and writes.
 """
 
 from __future__ import annotations

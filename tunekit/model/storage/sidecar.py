@@ -33,7 +33,7 @@ DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredTensor:
     """One tensor of the layout; `layer` is the module name of the layer it belongs to, empty outside of layers."""
 
     name: str
@@ -49,7 +49,7 @@ class Place:
 class Sidecar:
     """An opened file: every tensor a view into one shared read-only mapping. Nothing may write into a view."""
 
-    def __init__(self, path: Path, layout: list[Place]) -> None:
+    def __init__(self, path: Path, layout: list[StoredTensor]) -> None:
         self.path = path
         self.layers: dict[str, tuple[str, ...]] = {}  # layer -> its tensors' names in file order; "": outside
         for place in layout:
@@ -83,7 +83,7 @@ class Sidecar:
             self.files.drop_pages(name)
 
 
-def open_sidecar(path: Path, key: str, layout: list[Place]) -> Sidecar | None:
+def open_sidecar(path: Path, key: str, layout: list[StoredTensor]) -> Sidecar | None:
     """The file, if it is whole, of this key and of this layout; else None."""
     header = _header(layout, key)
     digest = hashlib.sha256()
@@ -103,7 +103,7 @@ def open_sidecar(path: Path, key: str, layout: list[Place]) -> Sidecar | None:
         return None
 
 
-def write_sidecar(path: Path, key: str, layout: list[Place], tensors: Iterator[tuple[str, Tensor]]) -> Sidecar:
+def write_sidecar(path: Path, key: str, layout: list[StoredTensor], tensors: Iterator[tuple[str, Tensor]]) -> Sidecar:
     """Write tensors that come in the layout's order, holding none of them, and open the file.
 
     Raises: OSError or TunekitError where the folder or the disk does not take it; nothing is left behind then.
@@ -127,14 +127,14 @@ def write_sidecar(path: Path, key: str, layout: list[Place], tensors: Iterator[t
 
 
 def remove_others(path: Path, prefix: str) -> None:
-    """Take away files that begin with `prefix` beside the one at `path`: they were made of files that changed."""
+    """Remove files that begin with `prefix` beside the one at `path`: they were made of files that changed."""
     for other in path.parent.glob(f"{prefix}*.safetensors"):
         if other != path:
             with contextlib.suppress(OSError):
                 other.unlink()
 
 
-def _starts(layout: list[Place]) -> list[int]:
+def _starts(layout: list[StoredTensor]) -> list[int]:
     """Where each tensor's data starts, counted from the first one's: each layer at a page."""
     found, position, layer = [], 0, ""
     for place in layout:
@@ -144,7 +144,7 @@ def _starts(layout: list[Place]) -> list[int]:
     return found
 
 
-def _header(layout: list[Place], key: str) -> bytes:
+def _header(layout: list[StoredTensor], key: str) -> bytes:
     """Length and header; the data after it starts at a page."""
     entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     position = 0

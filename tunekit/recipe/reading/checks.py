@@ -6,7 +6,6 @@ Comes in: a Draft in canonical form, with the sections that are valid on their o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from tunekit.errors import holds_secret
 from tunekit.recipe.data import DataSection, Source
@@ -82,7 +81,7 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
                 draft.add_problem(("evaluation", name), "needs evaluation rows", "set data.eval")
 
 
-def check_secrets(draft: Draft, value: Any = None, key: KeyPath = ()) -> None:
+def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None:
     """Refuse access tokens and passwords: a run saves its recipe as it is."""
     value = draft.values if not key else value
     if isinstance(value, str):

@@ -6,7 +6,6 @@ Comes in: what a user wrote and what exists.  Goes out: words.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from tunekit.errors import redact
 
@@ -27,7 +26,7 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean '{found}'?" if found else f"{otherwise}: {', '.join(names)}"
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as a message shows it: its kind and a short, secret-free form."""
     if value is None:
         return "empty"
