@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from tunekit.contracts import RowLayout
 from tunekit.data.encoding.store import StoreWriter, TokenStore, files_of, map_store, memory_streams, store_from_memory
 from tunekit.data.reading.data_file import content_hash
+from tunekit.files.durable import whole_folder
 
 Facts = dict[str, Any]
 # Whatever decides an id or a mask of an encoded row, wherever it lies.
@@ -37,20 +37,9 @@ def cached_store(folder: Path, key: str, layout: RowLayout, fill: Fill) -> tuple
     found = _load_entry(place, layout)
     if found is not None:
         return found
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{key[:12]}-", dir=place.parent))
-    except OSError:
-        return _fill_memory(layout, fill)
-    try:
+    shutil.rmtree(place, ignore_errors=True)  # a damaged one
+    with suppress(OSError), whole_folder(place) as work:  # a full disk, or another process that was faster
         _fill_folder(work, layout, fill)
-        if place.exists():
-            shutil.rmtree(place)
-        work.rename(place)
-    except OSError:  # a full disk, or another process that was faster
-        return _load_entry(place, layout) or _fill_memory(layout, fill)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return _load_entry(place, layout) or _fill_memory(layout, fill)
 
 
