@@ -138,15 +138,13 @@ class Classify(TextObjective):
         scores, labels = _scores(output, batch)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (R,)
         count = len(self.labels)
-        predicted = scores.argmax(dim=-1)  # (R,)
-        confusion = torch.bincount(labels * count + predicted, minlength=count * count).reshape(count, count).double()
+        true, predicted = (
+            torch.nn.functional.one_hot(each, count).double() for each in (labels, scores.argmax(dim=-1))
+        )
+        confusion = true.T @ predicted  # (C, C)
         units = torch.tensor(float(len(labels)), dtype=torch.float64)
-        return {
-            "loss": losses.sum(dtype=torch.float64),
-            "correct": confusion.trace(),
-            "units": units,
-            "confusion": confusion,
-        }
+        totals = {"loss": losses.sum(dtype=torch.float64), "correct": confusion.trace(), "units": units}
+        return {**totals, "confusion": confusion}
 
     def answer(
         self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int

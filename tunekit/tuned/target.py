@@ -18,7 +18,7 @@ from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import InputError, ModelError
-from tunekit.files.untrusted import read_tensor_header
+from tunekit.files.tensors import read_tensor_header
 from tunekit.memory.streaming import layer_weights, stream_base
 from tunekit.model.families import FAMILIES
 from tunekit.model.load import LoadedModel, load_model

@@ -78,4 +78,4 @@ def _to_be_kept(
     device = torch.device("cpu")
     if section.quantization != "none":
         return packed_base(net, reader, family, section, dtype, device)
-    return PackedBase(net, reader, section, dtype, device, layout=layout_of(net, family))
+    return PackedBase(net, reader, section, dtype, device, layout=layout_of(net, family, reader.new))

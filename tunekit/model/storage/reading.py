@@ -132,7 +132,8 @@ class BaseReader:
     def __init__(self, net: nn.Module, files: MappedFiles, groups: dict[str, str], head: str | None = None) -> None:
         self.files, self._groups, self._head = files, groups, head
         self._tensors: dict[str, Tensor] = dict(net.state_dict(keep_vars=True))
-        self.names = tuple(name for name in self._tensors if groups[name] == name)  # less what _find finds to be new
+        self.names = tuple(name for name in self._tensors if groups[name] == name)
+        self.new: frozenset[str] = frozenset()  # of a head, names that no file holds
         self._stored: dict[str, str] = {}  # name -> its name in the files
         self._pieces: dict[str, dict[str, str]] = {}  # name -> piece's name as converted -> its name in the files
         self._joined: dict[str, StoredPieces] = {}
@@ -202,7 +203,8 @@ class BaseReader:
                 self._stored.setdefault(group, inside)
         covered = self._stored.keys() | self._pieces.keys()
         if self._head is not None:  # a head that the files need not hold, in place of another
-            self.names = tuple(name for name in self.names if name in covered or not name.startswith(f"{self._head}."))
+            self.new = frozenset(name for name in set(self.names) - covered if name.startswith(f"{self._head}."))
+            self.names = tuple(name for name in self.names if name not in self.new)
         unknown = found.unknown(net) if self._head is None else []
         return not found.ambiguous and covered == set(self.names) and not unknown
 
