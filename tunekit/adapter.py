@@ -18,13 +18,13 @@ from tunekit.adapters.several import AdapterSet
 from tunekit.arithmetic.combine import Mixture, check_mixture, combine
 from tunekit.arithmetic.difference import Difference, compare, extract, plain_lora, read_changes, together
 from tunekit.arithmetic.linear import combine_linear, read_linear
-from tunekit.arithmetic.loose_lora import LooseLora, read_loose_lora
+from tunekit.arithmetic.loose_lora import LooseLora, plain_lora_method, read_loose_lora
 from tunekit.arithmetic.low_rank import LowRank, reduce_rank
 from tunekit.arithmetic.model_difference import compare_models, extract_models
 from tunekit.arithmetic.moved_starts import (
-    FROM_BASE,
     HOW,
     START,
+    follows_from_base,
     read_moved,
     start_of,
     subtract_initial,
@@ -84,7 +84,7 @@ def combine_verb(
     configs = [read_adapter_config(folder) for folder in folders]
     facts = base_of(configs, base)
     methods = {config.settings.method for config in configs}
-    if methods == {"lora"}:
+    if all(config.method is plain_lora_method() for config in configs):
         _combine_loras(console, folders, mixture, facts, place)
     elif len(methods) > 1:
         what = f"the adapters are of different methods: {', '.join(sorted(methods))}"
@@ -121,7 +121,7 @@ def _combine_others(folders: list[Path], mixture: Mixture, facts: BaseFacts, pla
         raise AdapterError(what, "use --method linear, or make a LoRA of each first", key="--method")
     tensors = combine_linear(loose, mixture.weights)
     kept = ("target_modules", "fan_in_fan_out")
-    fields: dict[str, object] = {key: loose[0].fields[key] for key in kept if key in loose[0].fields}
+    fields: dict[str, object] = {key: config.fields[key] for key in kept if key in config.fields}
     write_loose(place, facts, config.method, config.settings, tensors, fields)
 
 
@@ -135,7 +135,7 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
     start = start_of(folder)
     config = read_adapter_config(folder, instead={START: True} if start else None)
     facts = base_of([config], base)
-    if config.settings.method != "lora":
+    if config.method is not plain_lora_method():
         _convert_method(console, folder, config, rank, initial, base, place)
         return
     lora = read_loose_lora(folder, {START: True} if start else None)
@@ -161,7 +161,7 @@ def _untouched(
         return subtract_initial(lora, read_moved(first))
     if start is None:
         return lora.updates
-    if start not in FROM_BASE:
+    if not follows_from_base(start):
         what = f"the start {start} moved weights of the base into the adapter, and cannot be computed again"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
     section = base_section(lora.config, base, f"{HOW}, or --base MODEL, from which {start} can be computed again")

@@ -86,7 +86,7 @@ SCRIPT = """
 import sys, torch
 from pathlib import Path
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.folder import save_adapter_folder
+from tunekit.adapters.folder.read import save_adapter_folder
 from tunekit.recipe.adapters.lora import LoraSettings
 names = [f"block{i}.{own}" for i in range(3) for own in ("q_proj", "k_proj", "up_proj", "x.y_proj")]
 net = torch.nn.Module()
@@ -403,7 +403,7 @@ def test_a_malformed_folder_is_refused_unread(
     def never(*_: object, **__: object) -> None:
         pytest.fail("tensor data was read, or a tensor made")
 
-    monkeypatch.setattr(tunekit.adapters.folder.read, "safe_open", never)
+    monkeypatch.setattr(tunekit.adapters.folder.read, "iterate_tensors", never)
     monkeypatch.setattr(tunekit.adapters.folder.read, "attach_adapter", never)
     monkeypatch.chdir(tmp_path)
     start = time.process_time()

@@ -1,7 +1,7 @@
 """Several adapters of one base made into one: the names and, to the digit, the sums of PEFT's add_weighted_adapter.
 
-Comes in: LoRA folders (or folders of a method whose update is linear in its tensors), weights.  Goes out: updates to
-write, and how far they are from the weighted sum of the adapters' updates.  Next: loose_writing.py.
+LoRA folders and weights go in; updates to write come out, with how far they are from the weighted sum of the adapters'
+updates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from tunekit.arithmetic.loose_lora import BASE_COPY, TOKEN_ROWS, LooseLora
+from tunekit.adapters.folder.expected import BASE_COPY
+from tunekit.arithmetic.loose_lora import TOKEN_ROWS, LooseLora
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.arithmetic.pruning import PRUNING, SIGNS, weighted
 from tunekit.errors import AdapterError, InputError
@@ -48,7 +49,10 @@ class Combined:
 
 
 def check_mixture(mixture: Mixture, count: int) -> None:
-    """Refuse what cannot be meant. Raises: InputError naming the option."""
+    """Refuse what cannot be meant.
+
+    Raises: InputError naming the option.
+    """
     if mixture.kind not in KINDS:
         raise InputError(f"'{mixture.kind}' is no way to combine", f"choose {', '.join(KINDS)}", key="--method")
     if count < 2:

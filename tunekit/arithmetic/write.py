@@ -1,8 +1,4 @@
-"""Writes an adapter that was made from other folders and not on a base: their facts of the base are handed on.
-
-Comes in: the folders' configurations, tensors.  Goes out: an adapter folder like any other, in a new place.
-Next: folder.py reads it, and compares it with the base.
-"""
+"""Writes an adapter that was made of other folders and not on a base, whose facts of the base it hands on."""
 
 from __future__ import annotations
 

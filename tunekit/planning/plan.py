@@ -10,11 +10,10 @@ import torch
 
 import tunekit
 from tunekit.adapters.base import slot_count
-from tunekit.adapters.copies import copied_parameters
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.adapters.kernels.joined_lora import describe, planned_groups
 from tunekit.adapters.method import load_method
-from tunekit.adapters.targets import find_targets, trained_count, unreached_experts
+from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
 from tunekit.contracts import Batch
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches

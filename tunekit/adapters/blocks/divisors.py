@@ -1,8 +1,4 @@
-"""Settings that must divide the sides of every adapted layer.
-
-Comes in: targets, a key with its value.  Goes out: a Misfit that names values that fit.
-Next: vblora.py, road.py, c3a.py.
-"""
+"""Settings that must divide the sides of every adapted layer, and the values that would."""
 
 from __future__ import annotations
 

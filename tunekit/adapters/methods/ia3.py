@@ -1,4 +1,4 @@
-"""IA3.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""IA3, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.folder.targets import entries_for
-from tunekit.adapters.method import Method, Misfit
-from tunekit.adapters.patterns import Budget
+from tunekit.adapters.method import Method, Misfit, always
+from tunekit.adapters.patterns import Patterns
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.records import Target
 
@@ -53,7 +53,7 @@ class Ia3(LayerAdapter):
 def is_feedforward(entries: str | tuple[str, ...] | None, name: str) -> bool:
     """Whether the layer's inputs are scaled, as PEFT decides: any ending of the name, or the whole by an expression."""
     if isinstance(entries, str):
-        return Budget().pattern(entries).matches(name)
+        return Patterns().matches(entries, name)
     return name.endswith(entries or ())
 
 
@@ -76,12 +76,15 @@ def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: Mapping[s
 
 
 FIELDS = {
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
     "feedforward_modules": ("feedforward_modules", None),
 }
 FIXED = {"fan_in_fan_out": (False, True), "init_ia3_weights": (True, False)}
 ABSENT = frozenset({"layers_pattern", "layers_to_transform"})
 METHOD = Method(
-    peft=PeftSide("IA3", Ia3Settings, FIELDS, FIXED, absent=ABSENT, resolve=_resolve), layer=Ia3, misfits=_misfits
+    peft=PeftSide("IA3", Ia3Settings, FIELDS, FIXED, absent=ABSENT, resolve=_resolve),
+    layer=Ia3,
+    tensors=("ia3_l",),
+    is_linear=always,
+    neutral=1.0,
+    misfits=_misfits,
 )

@@ -1,4 +1,4 @@
-"""RoAd.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""RoAd, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -76,7 +76,6 @@ def _misfits(settings: RoadSettings, targets: Sequence[Target], file: bool) -> l
 FIELDS = {
     "variant": ("variant", "road_1"),
     "group_size": ("group_size", 64),
-    "target_modules": ("target_modules", None),
 }
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 METHOD = Method(
