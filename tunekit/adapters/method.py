@@ -23,7 +23,7 @@ Group = tuple[str, ...]  # names of layers that are computed together
 
 
 @dataclass(frozen=True)
-class Misfit:
+class Conflict:
     """A setting that does not fit the layers: the recipe key, what is wrong, how to mend it."""
 
     key: str
@@ -59,13 +59,13 @@ class WrittenForm:
     layers: dict[str, LayerAdapter]
 
 
-def no_misfits(settings: Any, targets: Sequence[Target], file: bool) -> Sequence[Misfit]:
-    """The default of Method.misfits."""
+def no_conflicts(settings: Any, targets: Sequence[Target], file: bool) -> Sequence[Conflict]:
+    """The default of Method.conflicts."""
     return ()
 
 
-def no_run_misfits(settings: Any, steps: int) -> Sequence[Misfit]:
-    """The default of Method.run_misfits."""
+def no_run_conflicts(settings: Any, steps: int) -> Sequence[Conflict]:
+    """The default of Method.run_conflicts."""
     return ()
 
 
@@ -112,7 +112,7 @@ class Method:
     `is_linear`: settings -> whether its update is linear in its tensors, so that sums of adapters are adapters;
     `neutral`: the value of a trained tensor that changes nothing.
     `unbinding`: settings of its own that a folder may have otherwise and compute the same.
-    `misfits`: settings, targets, whether the settings are a file's; `run_misfits`: settings, optimizer steps.
+    `conflicts`: settings, targets, whether the settings are a file's; `run_conflicts`: settings, optimizer steps.
     `read_as`: the method as which its folder is read, where the two differ only in training.
     """
 
@@ -132,8 +132,8 @@ class Method:
     is_linear: Callable[[Any], bool] = never
     neutral: float = 0.0
     unbinding: frozenset[str] = frozenset()
-    misfits: Callable[[Any, Sequence[Target], bool], Sequence[Misfit]] = no_misfits
-    run_misfits: Callable[[Any, int], Sequence[Misfit]] = no_run_misfits
+    conflicts: Callable[[Any, Sequence[Target], bool], Sequence[Conflict]] = no_conflicts
+    run_conflicts: Callable[[Any, int], Sequence[Conflict]] = no_run_conflicts
     with_tokenizer: Callable[[Any, Tokenizer], Any] = as_recipe_has_it  # settings with their texts as token ids
     read_as: str | None = None
 

@@ -54,8 +54,8 @@ def find_targets(
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
         search.report("target_modules", "no layer of the base is left to adapt", "name other layers")
     if not search.problems:
-        for misfit in search.method.misfits(settings, targets, file is not None):
-            search.report(misfit.key, misfit.what, misfit.how)
+        for conflict in search.method.conflicts(settings, targets, file is not None):
+            search.report(conflict.key, conflict.what, conflict.how)
     if search.problems:
         raise (AdapterError if file else RecipeError).of(search.problems)
     return sorted(targets, key=lambda target: target.name)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import AdapterConfig, read_adapter_config
-from tunekit.arithmetic.loose_lora import LooseLora, plain_lora_method, read_loose_lora
+from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.arithmetic.nearest_lora import BaseLayer, Loss, layer_change, loss_between, loss_of, trained_beside
 from tunekit.arithmetic.on_base import attach_to_base, base_section
@@ -67,7 +67,7 @@ def read_changes(folder: Path, base: str | None) -> Changes:
     """
     config = read_adapter_config(folder)
     if config.method is plain_lora_method():
-        lora = read_loose_lora(folder)
+        lora = read_lora_folder(folder)
         embeddings = frozenset(name for name, update in lora.updates.items() if update.embedding)
         made: dict[str, Callable[[], Change]] = {name: _constant(update) for name, update in lora.updates.items()}
         return Changes(config, made, lora.rest, embeddings, lora.fan_in_fan_out)
@@ -140,7 +140,7 @@ def _sides(differences: list[Difference]) -> tuple[list[float | None], list[floa
     return [d.left for d in differences], [d.right for d in differences]
 
 
-def extract(left: Changes, right: Changes, rank: int) -> tuple[LooseLora, dict[str, Loss]]:
+def extract(left: Changes, right: Changes, rank: int) -> tuple[LoraFolder, dict[str, Loss]]:
     """The LoRA of that rank nearest to B - A, layer by layer, and what each layer lost; equal layers have none.
 
     Raises: AdapterError where a layer has several shapes, or nothing differs.
@@ -160,11 +160,11 @@ def extract(left: Changes, right: Changes, rank: int) -> tuple[LooseLora, dict[s
     return plain_lora(updates, conv1d=left.conv1d or right.conv1d), losses
 
 
-def plain_lora(updates: dict[str, LowRank], *, conv1d: bool, target_modules: object = None) -> LooseLora:
+def plain_lora(updates: dict[str, LowRank], *, conv1d: bool, target_modules: object = None) -> LoraFolder:
     """A LoRA of these updates and nothing else; without `target_modules` its layers are named in full."""
     method = plain_lora_method()
     config = AdapterConfig(Path(), method, method.peft.settings(), None, None, None)
-    return LooseLora(config, updates, {}, target_modules, conv1d)
+    return LoraFolder(config, updates, {}, target_modules, conv1d)
 
 
 def _extract_layer(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig, read_adapter_config
-from tunekit.arithmetic.loose_lora import PREFIX, read_tensors
+from tunekit.arithmetic.lora_folder import PREFIX, read_tensors
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import read_tensor_header, same, shown
 
@@ -23,14 +23,14 @@ NOT_COMPARED = {"init_from", "dropout"}  # settings that change nothing in what 
 
 
 @dataclass(frozen=True)
-class LooseTensors:
+class LinearFolder:
     """An adapter of such a method by itself."""
 
     config: AdapterConfig
     tensors: dict[str, Tensor]
 
 
-def read_linear(folder: Path) -> LooseTensors:
+def read_linear(folder: Path) -> LinearFolder:
     """Read a folder whole.
 
     Raises: AdapterError where the method is not one of these, or a tensor is none of its.
@@ -46,10 +46,10 @@ def read_linear(folder: Path) -> LooseTensors:
     if foreign or not header:
         what = f"'{shown(foreign[0], 200)}' is no tensor of this adapter" if foreign else "holds no tensors"
         raise AdapterError(what, file=str(path))
-    return LooseTensors(config, read_tensors(config, header))
+    return LinearFolder(config, read_tensors(config, header))
 
 
-def combine_linear(adapters: Sequence[LooseTensors], weights: Sequence[float]) -> dict[str, Tensor]:
+def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -> dict[str, Tensor]:
     """Tensors whose update is the sum of w D: n + sum of w (t - n), n the method's neutral value.
 
     Raises: AdapterError where settings or tensors differ in anything but the trained numbers.
@@ -74,9 +74,9 @@ def combine_linear(adapters: Sequence[LooseTensors], weights: Sequence[float]) -
     }
 
 
-def _refuse_difference(first: LooseTensors, other: LooseTensors) -> None:
+def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
     file, name = other.config.file, first.config.folder
-    here, there = (loose.config.settings.model_dump(exclude=NOT_COMPARED) for loose in (first, other))
+    here, there = (side.config.settings.model_dump(exclude=NOT_COMPARED) for side in (first, other))
     for key, value in here.items():
         if not same(_plain(value), _plain(there.get(key))):
             what = f"{key} is {shown(there.get(key))}, and {shown(value)} in {name}"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunekit.adapters.folder.config import CONFIG_NAME, read_fields
 from tunekit.adapters.starts.start import StartLayer, make_factors
-from tunekit.arithmetic.loose_lora import LooseLora, read_loose_lora
+from tunekit.arithmetic.lora_folder import LoraFolder, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import shown
@@ -61,12 +61,12 @@ def start_of(folder: Path) -> str | None:
     return start if start.startswith(tuple(_moving())) else None
 
 
-def read_moved(folder: Path) -> LooseLora:
+def read_moved(folder: Path) -> LoraFolder:
     """Read the folder as if it had started plainly: its tensors, and not what they mean."""
-    return read_loose_lora(folder, {START: True})
+    return read_lora_folder(folder, {START: True})
 
 
-def subtract_initial(trained: LooseLora, initial: LooseLora) -> dict[str, LowRank]:
+def subtract_initial(trained: LoraFolder, initial: LoraFolder) -> dict[str, LowRank]:
     """s (B A - B0 A0) of each layer.
 
     Raises: AdapterError where the two are not of one adapter, or `initial` starts from nothing.
@@ -92,7 +92,7 @@ def difference(trained: LowRank, initial: LowRank) -> LowRank:
     return LowRank(a, b, trained.scaling, trained.embedding)
 
 
-def subtract_start(trained: LooseLora, start: str, matrix_of: Callable[[str], Tensor]) -> dict[str, LowRank]:
+def subtract_start(trained: LoraFolder, start: str, matrix_of: Callable[[str], Tensor]) -> dict[str, LowRank]:
     """The same with the start computed again from the base's matrices (O, I), float32; embeddings start plainly.
 
     Raises: AdapterError where the start does not follow from the weights.

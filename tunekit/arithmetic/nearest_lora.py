@@ -17,7 +17,7 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import AdapterConfig
 from tunekit.adapters.folder.targets import concrete_targets
 from tunekit.adapters.module_names import base_modules
-from tunekit.arithmetic.loose_lora import PREFIX, LooseLora, plain_lora_method
+from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank, decompose, weighted_sum
 from tunekit.errors import AdapterError
 from tunekit.recipe.low_rank import LowRankSettings
@@ -90,7 +90,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 class NearestLora:
     """A LoRA of any other adapter; `rest` and `settings` say what else the adapter trains."""
 
-    lora: LooseLora
+    lora: LoraFolder
     losses: dict[str, Loss]
 
 
@@ -114,7 +114,7 @@ def nearest_lora(attached: AttachedAdapter, config: AdapterConfig, base_layer: B
     targets = concrete_targets(list(updates), list(base_modules(attached.net)))
     conv1d = any(target.kind == "conv1d" for target in attached.targets)
     config = replace(config, method=plain_lora_method(), settings=settings)
-    return NearestLora(LooseLora(config, updates, rest, targets, conv1d), losses)
+    return NearestLora(LoraFolder(config, updates, rest, targets, conv1d), losses)
 
 
 def trained_beside(attached: AttachedAdapter) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig, read_adapter_config, read_fields, refuse_pickle
 from tunekit.adapters.method import all_methods
-from tunekit.arithmetic.loose_lora import FACTORS, PREFIX, Resolved, Scalings, plain_lora_method
+from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, Resolved, Scalings, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import iterate_tensors

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.lora_fields import start_misfits
+from tunekit.adapters.blocks.lora_fields import start_conflicts
 from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
 from tunekit.adapters.expert_parameters import Factors, ParameterAdapter
-from tunekit.adapters.method import Misfit
+from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import StartLayer, make_factors
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target
@@ -84,21 +84,21 @@ class ExpertLoraFa(ExpertLora):
         return {**trained, "A": Slot(trained["A"].suffix, trained["A"].shape, kind="saved")}
 
 
-def misfits(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
-    """What does not fit the layers or fused parameters, as Method.misfits reports it."""
-    found = start_misfits(settings, targets, file)
+def conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
+    """What does not fit the layers or fused parameters, as Method.conflicts reports it."""
+    found = start_conflicts(settings, targets, file)
     if not settings.target_parameters:
         return found
     if settings.dropout:
         what = "fused parameters are changed themselves, and their input is not at hand to drop from"
-        found.append(Misfit("lora_dropout" if file else "dropout", what, "write dropout: 0, or no target_parameters"))
+        found.append(Conflict("lora_dropout" if file else "dropout", what, "write dropout: 0, or no target_parameters"))
     if not file and not settings.start.fills_experts:
         what = f"start: {settings.start.method} cannot fill fused parameters"
-        found.append(Misfit("start", what, "write start: default or gaussian, or no target_parameters"))
+        found.append(Conflict("start", what, "write start: default or gaussian, or no target_parameters"))
     copied = [target.name for target in targets for name in settings.modules_to_save if _inside(target.name, name)]
     if copied:
         what = f"'{copied[0]}' is inside a module of modules_to_save, which is trained whole"
-        found.append(Misfit("target_parameters", what, "leave it out of one of them"))
+        found.append(Conflict("target_parameters", what, "leave it out of one of them"))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tunekit.adapters.folder.fields import ANY, Fields, Fixed
-from tunekit.adapters.method import Misfit
+from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import LINEAR
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target
@@ -43,22 +43,22 @@ LORA_TENSORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embe
 LORA_UNBINDING = frozenset({"start"})
 
 
-def start_misfits(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
-    """Layers that the initialisation cannot fill, as Method.misfits reports them; a file's layers are filled."""
+def start_conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
+    """Layers that the initialisation cannot fill, as Method.conflicts reports them; a file's layers are filled."""
     start, linear = settings.start, [target for target in targets if target.kind in LINEAR]
     if file:
         return []
-    misfits = []
+    conflicts = []
     odd = [target.name for target in linear if (target.r or settings.r) % 2]
     if start.needs_even_rank and odd:
         what = f"start: {start.method} needs an even rank, and that of {len(odd)} layers is odd (such as {odd[:1]})"
-        misfits.append(Misfit("r", what, "write an even r"))
+        conflicts.append(Conflict("r", what, "write an even r"))
     still = [target.name for target in linear if (settings.alpha if target.alpha is None else target.alpha) == 0]
     if start.divides_by_scaling and still:
         what = f"start: {start.method} divides by the scaling, and alpha is 0 for {len(still)} layers ({still[0]})"
-        misfits.append(Misfit("alpha", what, "write an alpha above 0"))
+        conflicts.append(Conflict("alpha", what, "write an alpha above 0"))
     narrow = [target.name for target in linear if 2 * (target.r or 0) > min(target.in_features, target.out_features)]
     if start.needs_twice_the_rank and narrow:
         what = f"start: {start.method} needs 2 r singular vectors, and {len(narrow)} layers have fewer ({narrow[0]})"
-        misfits.append(Misfit("r", what, "write a smaller r"))
-    return misfits
+        conflicts.append(Conflict("r", what, "write a smaller r"))
+    return conflicts

@@ -12,7 +12,7 @@ from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
 from tunekit.adapters.blocks.lora_fields import LORA_FIXED
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
-from tunekit.adapters.method import Method, Misfit
+from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.records import Target
 
@@ -118,24 +118,24 @@ def pattern_key(name: str) -> str:
     return f"{name}.lora_E"
 
 
-def _misfits(settings: AdaloraSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: AdaloraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     found = []
     if settings.target_r >= settings.init_r and not file:
         what = f"target_r {settings.target_r} is not below init_r {settings.init_r}, so that no rank could move"
-        found.append(Misfit("target_r", what, "raise init_r (1.5 times target_r is usual), or use the method lora"))
+        found.append(Conflict("target_r", what, "raise init_r (1.5 times target_r is usual), or use the method lora"))
     for target in targets:
         side = min(target.in_features, target.out_features)
         if settings.init_r > side and not file:
             what = f"rank {settings.init_r} is too large for '{target.name}'"
-            found.append(Misfit("init_r", what, f"use at most {side}"))
+            found.append(Conflict("init_r", what, f"use at most {side}"))
             break
     keys = {pattern_key(target.name) for target in targets}
     key = "rank_pattern" if file else "kept"
     for name, kept in settings.kept.items():
         if name not in keys:
-            found.append(Misfit(key, f"'{name}' names no adapted layer", "its keys are MODULE.lora_E"))
+            found.append(Conflict(key, f"'{name}' names no adapted layer", "its keys are MODULE.lora_E"))
         elif len(kept) != settings.init_r:
-            found.append(Misfit(key, f"'{name}' has {len(kept)} entries, and init_r is {settings.init_r}", ""))
+            found.append(Conflict(key, f"'{name}' has {len(kept)} entries, and init_r is {settings.init_r}", ""))
     return found
 
 
@@ -239,12 +239,12 @@ class RankBudget(SharedPart):
         }
 
 
-def run_misfits(settings: AdaloraSettings, steps: int) -> list[Misfit]:
+def run_conflicts(settings: AdaloraSettings, steps: int) -> list[Conflict]:
     """A schedule that leaves no step between its two ends."""
     if settings.tinit < steps - max(settings.tfinal, 1):
         return []
     what = f"tinit {settings.tinit} and tfinal {settings.tfinal} leave no step of this run's {steps} to move ranks in"
-    return [Misfit("tinit" if settings.tinit else "tfinal", what, "lower them, or train longer")]
+    return [Conflict("tinit" if settings.tinit else "tfinal", what, "lower them, or train longer")]
 
 
 METHOD = Method(
@@ -252,6 +252,6 @@ METHOD = Method(
     layer=Adalora,
     shared=RankBudget,
     unbinding=frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}),  # of training
-    misfits=_misfits,
-    run_misfits=run_misfits,
+    conflicts=_conflicts,
+    run_conflicts=run_conflicts,
 )

@@ -11,7 +11,7 @@ from torch.fft import irfft, rfft
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
-from tunekit.adapters.method import Method, Misfit, always
+from tunekit.adapters.method import Conflict, Method, always
 from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.records import Target
 
@@ -49,7 +49,7 @@ class C3a(LayerAdapter):
         return blocks.transpose(1, 2).reshape(-1, inputs) / inputs
 
 
-def _misfits(settings: C3aSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: C3aSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     return undivided("block_size", settings.block_size, targets, inputs=True)
 
 
@@ -61,5 +61,5 @@ METHOD = Method(
     layer=C3a,
     tensors=("c3a_kernel",),
     is_linear=always,
-    misfits=_misfits,
+    conflicts=_conflicts,
 )

@@ -14,11 +14,11 @@ from tunekit.adapters.blocks.lora_fields import (
     LORA_FIXED,
     LORA_TENSORS,
     LORA_UNBINDING,
-    start_misfits,
+    start_conflicts,
 )
 from tunekit.adapters.blocks.plain_lora import as_plain_lora
 from tunekit.adapters.folder.fields import PeftSide
-from tunekit.adapters.method import Method, Misfit
+from tunekit.adapters.method import Conflict, Method
 from tunekit.adapters.methods.lora import Lora
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.dora import DoraSettings
@@ -86,11 +86,11 @@ class Dora(Lora):
         return changed * (scale if self.target.kind == "embedding" else scale[:, None]), bias
 
 
-def _misfits(settings: DoraSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
-    found = start_misfits(settings, targets, file)
+def _conflicts(settings: DoraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
+    found = start_conflicts(settings, targets, file)
     if settings.target_parameters:
         what = "a fused parameter has no output to scale, and PEFT's files no place for its magnitudes"
-        found.append(Misfit("target_parameters", what, "use the method lora for it"))
+        found.append(Conflict("target_parameters", what, "use the method lora for it"))
     return found
 
 
@@ -100,5 +100,5 @@ METHOD = Method(
     written_form=as_plain_lora,
     tensors=LORA_TENSORS,
     unbinding=LORA_UNBINDING,
-    misfits=_misfits,
+    conflicts=_conflicts,
 )

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
-from tunekit.adapters.method import Method, Misfit, always
+from tunekit.adapters.method import Conflict, Method, always
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.records import Target
 
@@ -49,11 +49,13 @@ def _indices(elements: int, count: int, seed: int) -> Tensor:
     return torch.randperm(elements, generator=Generator("cpu").manual_seed(seed), device="cpu")[:count].clone()
 
 
-def _misfits(settings: FourierftSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: FourierftSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     smallest = min(target.in_features * target.out_features for target in targets)
     if settings.n_frequency <= smallest:
         return []
-    return [Misfit("n_frequency", f"{settings.n_frequency} is too many for the smallest layer", f"at most {smallest}")]
+    return [
+        Conflict("n_frequency", f"{settings.n_frequency} is too many for the smallest layer", f"at most {smallest}")
+    ]
 
 
 FIELDS = {
@@ -72,5 +74,5 @@ METHOD = Method(
     layer=Fourierft,
     tensors=("fourierft_spectrum",),
     is_linear=always,
-    misfits=_misfits,
+    conflicts=_conflicts,
 )

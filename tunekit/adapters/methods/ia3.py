@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.folder.targets import entries_for
-from tunekit.adapters.method import Method, Misfit, always
+from tunekit.adapters.method import Conflict, Method, always
 from tunekit.adapters.patterns import Patterns
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.records import Target
@@ -57,7 +57,7 @@ def is_feedforward(entries: str | tuple[str, ...] | None, name: str) -> bool:
     return name.endswith(entries or ())
 
 
-def _misfits(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     """Every entry for the feed-forward block must be one of a layer; in a file, shapes tell."""
     entries = settings.feedforward_modules
     each: tuple[Any, ...] = (entries,) if isinstance(entries, str) else tuple((entry,) for entry in entries or ())
@@ -65,7 +65,7 @@ def _misfits(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> li
     how = "name layers that target_modules also names"
     shown = [entry if isinstance(entry, str) else entry[0] for entry in idle]
     return (
-        [] if file else [Misfit("feedforward_modules", f"'{entry}' matches no adapted layer", how) for entry in shown]
+        [] if file else [Conflict("feedforward_modules", f"'{entry}' matches no adapted layer", how) for entry in shown]
     )
 
 
@@ -86,5 +86,5 @@ METHOD = Method(
     tensors=("ia3_l",),
     is_linear=always,
     neutral=1.0,
-    misfits=_misfits,
+    conflicts=_conflicts,
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.expert_lora import ExpertLora, misfits
+from tunekit.adapters.blocks.expert_lora import ExpertLora, conflicts
 from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, LORA_TENSORS, LORA_UNBINDING
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer, rank_of, scaling_of
 from tunekit.adapters.blocks.plain_lora import as_plain_lora
@@ -135,5 +135,5 @@ METHOD = Method(
     written_form=as_plain_lora,
     tensors=LORA_TENSORS,
     unbinding=LORA_UNBINDING,
-    misfits=misfits,
+    conflicts=conflicts,
 )

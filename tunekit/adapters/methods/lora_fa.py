@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.expert_lora import ExpertLoraFa, misfits
+from tunekit.adapters.blocks.expert_lora import ExpertLoraFa, conflicts
 from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, LORA_TENSORS, LORA_UNBINDING
 from tunekit.adapters.blocks.plain_lora import as_plain_lora
 from tunekit.adapters.folder.fields import PeftSide
@@ -41,6 +41,6 @@ METHOD = Method(
     written_form=as_plain_lora,
     tensors=LORA_TENSORS,
     unbinding=LORA_UNBINDING,
-    misfits=misfits,
+    conflicts=conflicts,
     read_as="lora",
 )

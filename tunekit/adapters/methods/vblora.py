@@ -11,7 +11,7 @@ from tunekit.adapters.base import SharedPart, Slot
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.folder.fields import PeftSide
-from tunekit.adapters.method import Method, Misfit
+from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.records import Target
 
@@ -69,10 +69,10 @@ class Vblora(LowRankLayer):
         return a, self.mixed(self.logits_b).transpose(1, 2).reshape(-1, rank)
 
 
-def _misfits(settings: VbloraSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: VbloraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     found = undivided("vector_length", settings.vector_length, targets, inputs=True)
     if settings.topk > settings.num_vectors:
-        found.append(Misfit("topk", f"{settings.topk} is more than the bank's {settings.num_vectors} vectors", ""))
+        found.append(Conflict("topk", f"{settings.topk} is more than the bank's {settings.num_vectors} vectors", ""))
     return found
 
 
@@ -87,5 +87,5 @@ FIELDS = {
 }
 FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "save_only_topk_weights": (False,)}
 METHOD = Method(
-    peft=PeftSide("VBLORA", VbloraSettings, FIELDS, FIXED), layer=Vblora, shared=VectorBank, misfits=_misfits
+    peft=PeftSide("VBLORA", VbloraSettings, FIELDS, FIXED), layer=Vblora, shared=VectorBank, conflicts=_conflicts
 )

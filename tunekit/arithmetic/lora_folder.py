@@ -1,6 +1,6 @@
 """LoRA folders, ours or peft's, read without their base: every tensor must be one that the configuration entitles.
 
-A folder goes in; LooseLora, the updates by module name and whatever else the file holds, comes out. Whoever loads the
+A folder goes in; LoraFolder, the updates by module name and whatever else the file holds, comes out. Whoever loads the
 folder compares it with the base as well.
 """
 
@@ -35,7 +35,7 @@ SHOWN_PROBLEMS = 6
 
 
 @dataclass(frozen=True)
-class LooseLora:
+class LoraFolder:
     """A LoRA adapter by itself. `rest`: trained copies, biases and the base's own embeddings, by file key."""
 
     config: AdapterConfig
@@ -55,7 +55,7 @@ def plain_lora_method() -> Method:
     return load_method("lora")
 
 
-def read_loose_lora(folder: Path, instead: Mapping[str, Any] | None = None) -> LooseLora:
+def read_lora_folder(folder: Path, instead: Mapping[str, Any] | None = None) -> LoraFolder:
     """Read a LoRA folder whole; factors in float32.
 
     `instead`: as read_adapter_config.
@@ -82,7 +82,7 @@ def read_loose_lora(folder: Path, instead: Mapping[str, Any] | None = None) -> L
         for module, pair in sorted(factors.items())
     }
     conv1d, targets = config.fields.get("fan_in_fan_out") is True, config.fields.get("target_modules")
-    return LooseLora(config, updates, {key: tensors[key] for key in rest}, targets, conv1d)
+    return LoraFolder(config, updates, {key: tensors[key] for key in rest}, targets, conv1d)
 
 
 def read_tensors(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
