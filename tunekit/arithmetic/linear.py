@@ -17,7 +17,8 @@ from torch import Tensor
 from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig, read_adapter_config
 from tunekit.arithmetic.lora_folder import PREFIX, read_tensors
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import read_tensor_header, same, shown
+from tunekit.files.tensors import read_tensor_header
+from tunekit.files.untrusted import same, shown
 
 NOT_COMPARED = {"init_from", "dropout"}  # settings that change nothing in what a finished adapter computes
 

@@ -22,10 +22,10 @@ from tunekit.adapters.method import all_methods
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, Resolved, Scalings, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
-from tunekit.files.tensors import iterate_tensors
-from tunekit.files.untrusted import TensorEntry, read_tensor_header, shown
+from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors, read_tensor_header
+from tunekit.files.untrusted import shown
 
-NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # other types hold no NaN, and have no norm
+NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # others hold no NaN, have no norm
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,14 @@ def _configuration(folder: Path) -> tuple[AdapterConfig | None, list[str]]:
 
 
 def _summarise(name: str, entry: TensorEntry, tensor: Tensor) -> TensorSummary:
-    if entry.dtype not in NUMBERS:
-        return TensorSummary(name, entry.dtype, entry.shape, None, False, 0)
+    dtype = NAMES[entry.dtype]
+    if dtype not in NUMBERS:
+        return TensorSummary(name, dtype, entry.shape, None, False, 0)
     values = tensor.to(torch.float64)
     not_finite = values.numel() - int(torch.isfinite(values).sum())
     norm = None if not_finite else float(torch.linalg.vector_norm(values))
     zero = values.numel() > 0 and not bool(values.any())
-    return TensorSummary(name, entry.dtype, entry.shape, norm, zero, not_finite)
+    return TensorSummary(name, dtype, entry.shape, norm, zero, not_finite)
 
 
 @cache

@@ -22,8 +22,8 @@ from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import token_rows
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.tensors import iterate_tensors
-from tunekit.files.untrusted import read_tensor_header, shown
+from tunekit.files.tensors import read_tensor, read_tensor_header
+from tunekit.files.untrusted import shown
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
 
@@ -143,18 +143,15 @@ def _read_tensors(
     copies = expected.check(header, str(path))
     config.check_files()
     tensors = {
-        expected.names[key]: tensor.to(expected.slots[key].dtype)
-        for key, tensor in iterate_tensors(path, header)
-        if key in expected.names
+        name: read_tensor(path, header[key]).to(expected.slots[key].dtype) for key, name in expected.names.items()
     }
     refuse_not_finite(tensors, str(path))
-    repeats = expected.repeats.keys() & header.keys()
-    for key, tensor in iterate_tensors(path, header) if copies or repeats else ():
-        own = tensors[expected.names[expected.repeats[key]]] if key in repeats else None
-        if own is not None and not torch.equal(tensor.to(own.dtype), own):
+    for key in header.keys() & expected.repeats.keys():
+        own = tensors[expected.names[expected.repeats[key]]]
+        if not torch.equal(read_tensor(path, header[key]).to(own.dtype), own):
             raise AdapterError(f"'{key}' differs from '{expected.repeats[key]}', which it repeats", file=str(path))
-        if key in copies:
-            _check_base_copy(tensor, base_modules(net)[copies[key]], copies[key], base_weight, str(path))
+    for key, module in copies.items():
+        _check_base_copy(read_tensor(path, header[key]), base_modules(net)[module], module, base_weight, str(path))
     return tensors
 
 
