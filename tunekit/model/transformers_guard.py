@@ -10,7 +10,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,23 @@ def _no_progress_bars() -> Iterator[None]:
         yield
     finally:
         base.__init__ = original
+
+
+@contextmanager
+def replaced(namespace: MutableMapping[str, Any], **values: Any) -> Iterator[None]:
+    """Other values for some names of another library inside the block, its own again after it, also after an error.
+
+    `namespace`: `vars(module)`, or any other mapping of names; a name that was not there is removed again.
+    Not for blocks of two threads that overlap.
+    """
+    before = {name: namespace[name] for name in values if name in namespace}
+    namespace.update(values)
+    try:
+        yield
+    finally:
+        for name in values.keys() - before.keys():
+            namespace.pop(name, None)
+        namespace.update(before)
 
 
 @contextmanager

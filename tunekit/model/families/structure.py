@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tunekit.errors import ModelError
+from tunekit.model.attention.documents import known_documents
 
 
 def text_config(net: nn.Module) -> Any:
@@ -40,7 +41,8 @@ def call_accepted(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     accepted = accepted_names(module)
     taken = {key: value for key, value in inputs.items() if key in accepted}
     switches = {"use_cache": False} if "use_cache" in accepted else {}
-    return module(**taken, **switches)
+    with known_documents():
+        return module(**taken, **switches)
 
 
 def last_hidden(output: Any) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from tunekit.errors import ModelError
 from tunekit.model.quantized import four_bit, fp8
 from tunekit.model.quantized.four_bit import BLOCK, NESTED_BLOCK
-from tunekit.model.transformers_guard import no_fetched_code
+from tunekit.model.transformers_guard import no_fetched_code, replaced
 
 FOUR_BIT = ("nf4", "fp4")
 EIGHT_BIT = ("int8", "int8_weight_only")
@@ -36,11 +36,10 @@ def import_bitsandbytes() -> Any:
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
     logger = logging.getLogger("bitsandbytes")
-    compiler, level = torch.compile, logger.level
-    torch.compile = _uncompiled  # type: ignore[assignment]
+    level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with no_fetched_code():
+        with no_fetched_code(), replaced(vars(torch), compile=_uncompiled):
             import bitsandbytes
             import bitsandbytes.functional
     except ImportError as error:
@@ -50,7 +49,6 @@ def import_bitsandbytes() -> Any:
             key="model.quantization",
         ) from error
     finally:
-        torch.compile = compiler
         logger.setLevel(level)
     return bitsandbytes
 
