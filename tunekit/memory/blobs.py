@@ -61,12 +61,11 @@ class LayerBlob:
         """Numbers in the layer's tensors, packed ones as bytes."""
         return sum(piece.tensor.numel() for piece in self.pieces)
 
-    def gather(self, *, pinned: bool, mapped: frozenset[int]) -> None:
-        """Copy the values into one blob in memory, which is the source from now on: one copy moves a whole layer.
+    def gather(self, blob: Tensor, mapped: frozenset[int]) -> None:
+        """Copy the values into one blob (bytes,) uint8, which is the source from now on: one copy moves a whole layer.
 
         `mapped`: addresses of values whose pages are then given back, since they are those of a file.
         """
-        blob = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=pinned, device=self._home)
         for piece, values in zip(self.pieces, self.source, strict=True):
             piece.view(blob).copy_(values)
             if values.data_ptr() in mapped:
@@ -93,10 +92,6 @@ class LayerBlob:
         """Let them read NaN: whoever uses a layer that is not mapped in gets no number."""
         for piece in self.pieces:
             piece.tensor.data = _unset(piece.dtype, device).expand(piece.shape)
-
-    @property
-    def _home(self) -> torch.device:
-        return self.source[0].device if self.source else torch.device("cpu")
 
 
 def aligned(size_bytes: int) -> int:

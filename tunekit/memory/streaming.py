@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
-from tunekit.memory.copies import Copier, CudaCopier, NoCopies, ThreadCopier
+from tunekit.memory.copies import Copier, CudaCopier, ThreadCopier
 from tunekit.memory.slots import SLOTS, LayerSlots
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import placed
@@ -36,18 +36,18 @@ def make_slots(
 ) -> LayerSlots:
     """Slots for layers with these frozen tensors, which wait in the host's memory (tier `host`) or where they are
     (`disk`). `mapped`: addresses of those that are views into shared read-only mappings: their pages are given back."""
-    blobs = [LayerBlob(each) for each in tensors]
+    blobs, copier = [LayerBlob(each) for each in tensors], _make_copier(device, mapped)
     if tier == "host":
         for blob in blobs:
-            blob.gather(pinned=device.type == "cuda", mapped=mapped)
+            blob.gather(copier.memory(blob.size_bytes, on_host=True), mapped)
             blob.unbind(device)  # so that no layer is held twice for longer than it is copied
-    return LayerSlots(blobs, _make_copier(device, mapped), device, count=count, poison=poison)
+    return LayerSlots(blobs, copier, device, count=count, poison=poison)
 
 
 def _make_copier(device: torch.device, mapped: frozenset[int]) -> Copier:
     if device.type == "cuda":
         return CudaCopier(device, mapped)
-    return NoCopies() if device.type == "meta" else ThreadCopier(mapped)
+    return Copier(device) if device.type == "meta" else ThreadCopier(device, mapped)
 
 
 def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:

@@ -50,8 +50,8 @@ def generate_texts(
     if not model.family.answers:
         raise ModelError(f"{model.name_or_path} is a {model.family.text}, which gives no text", "read its logits")
     stops = sorted(set(find_stop_ids(model, tokenizer) if stop_ids is None else stop_ids))
-    longest = _position_table(model)
-    longest = None if longest is None else longest - virtual_tokens
+    table = model.family.learned_positions(model.net)
+    longest = None if table is None else table - virtual_tokens
     apart = model.family.reads_source  # then the answer has a table of positions to itself
     for number, prompt in enumerate(prompts_ids):
         if not len(prompt):
@@ -164,17 +164,6 @@ def _generate(
 def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
     end = next((position for position, token_id in enumerate(ids) if token_id in stops), len(ids))
     return ids[:end]
-
-
-def _position_table(model: LoadedModel) -> int | None:
-    """Number of positions where they are learned rows of a table; None where they are computed."""
-    config = text_config(model.net)
-    embedding = model.family.embedding_name(model.net)
-    tables = [
-        name for name, module in model.net.named_modules() if isinstance(module, nn.Embedding) and name != embedding
-    ]
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if tables and limit else None
 
 
 @contextmanager
