@@ -65,7 +65,7 @@ import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 from tunekit.model.load import load_model
-from tunekit.model.weights import packed_hash, stored_bytes
+from tunekit.model.quantized.weights import packed_hash, stored_bytes
 from tunekit.recipe.model import ModelSection
 def memory():
     with open("/proc/self/status") as file:

@@ -139,7 +139,8 @@ def test_auto_leaves_a_cpu_alone() -> None:
     assert not make_store("auto", CPU).offloads
     assert not make_store(False, torch.device("cuda"), simulated=True).offloads
     on_cpu, on_gpu = make_store(True, CPU), make_store("auto", torch.device("cuda"), simulated=True)
-    assert on_cpu.offloads and on_gpu.offloads
+    assert on_cpu.offloads
+    assert on_gpu.offloads
     assert (on_cpu.least_bytes, on_gpu.least_bytes, on_gpu.least_tokens) == (0, 2 * 2**20, 512)
 
 

@@ -1,7 +1,7 @@
-"""A layer's frozen tensors as one contiguous blob, and where the blob waits until the layer is computed.
+"""A layer's frozen tensors as one contiguous blob, which waits on the host until the layer is computed.
 
 Comes in: the tensors of each decoder layer, on the host, perhaps mapped from a file.  Goes out: LayerBlob, which fills
-a slot.  Next: slots.py.
+a slot.
 
 Every tensor begins at a multiple of 64 bytes, as torch's own allocations do: some kernels take another path for other
 addresses, and their sums differ in the last bit.

@@ -97,8 +97,9 @@ class CudaCopier(ThreadCopier):
         self._next = 0
 
     def memory(self, size_bytes: int, *, on_host: bool) -> Tensor:
-        place = {"pin_memory": True} if on_host else {"device": self.device}
-        return torch.empty(size_bytes, dtype=torch.uint8, **place)  # type: ignore[call-overload, no-any-return]
+        if on_host:
+            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return super().memory(size_bytes, on_host=False)
 
     def start(self, copies: Pairs, after: Any) -> Any:
         if all(source.is_cuda or source.is_pinned() for _, source in copies):

@@ -1,4 +1,4 @@
-"""The inputs of checkpointed layers wait on the host: copied out in the forward pass, and back just before they are used.
+"""The inputs of checkpointed layers wait on the host: copied out in the forward pass, and back before they are used.
 
 Comes in: tensors under keys, in the forward pass.  Goes out: the same tensors, bit for bit, in the backward pass.
 

@@ -1,7 +1,7 @@
 """MLPs and norms in tiles of tokens, for rows so long that what lies inside an MLP is most of a layer's memory.
 
 Comes in: decoder layers with their adapters in place.  Goes out: the same layers, their MLPs' and norms' forward
-replaced.  Next: training/resident.py.
+replaced.
 
 An MLP sees each token by itself, and so does a norm. Of a tile nothing but input and output is kept; its backward pass
 computes it again, with a graph, whatever adapters are inside. Between input and output a tile's tokens take memory, not

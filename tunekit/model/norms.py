@@ -36,7 +36,8 @@ def lighten_norms(net: nn.Module) -> None:
 
 def computes_rms_norm(module: nn.Module) -> bool:
     """Whether the module's class computes BODY, as Llama's norm does, and nothing else."""
-    return isinstance(getattr(module, "weight", None), nn.Parameter) and _computes_body(type(module))
+    kind: Any = type(module)
+    return isinstance(getattr(module, "weight", None), nn.Parameter) and _computes_body(kind)
 
 
 @cache

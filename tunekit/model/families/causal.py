@@ -1,6 +1,6 @@
 """Causal language models, and what the other families share with them.
 
-Comes in: a net as transformers builds it.  Goes out: `Family`.  Next: seq2seq.py and classifier.py say what differs.
+Comes in: a net as transformers builds it.  Goes out: `Family`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What every family looks up in a net: by structure and declared names, never by class names.
 
-Comes in: a net as transformers builds it.  Goes out: names and modules.  Next: the other files here.
+Comes in: a net as transformers builds it.  Goes out: names and modules.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Numbers to packed numbers and back: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale for each row.
 
 Comes in: a dense matrix (O, I).  Goes out: named tensors that hold it packed, and the dense matrix again.
-Next: weights.py keeps those tensors in a module.  bitsandbytes is imported here only, and only when it is used: for
-4 bits beside the CPU, and for LLM.int8.
+bitsandbytes is imported here only, and only when it is used: for 4 bits on other devices than a CPU, and for LLM.int8.
 """
 
 from __future__ import annotations
@@ -74,10 +73,9 @@ def packed_shapes(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names, shapes and dtypes of the tensors that hold a packed (O, I) matrix; what pack() returns."""
     out_features, in_features = shape
-    if quantization in EIGHT_BIT:
-        return {"packed": ((out_features, in_features), torch.int8), "absmax": ((out_features,), torch.float32)}
-    if quantization == "fp8":
-        return {"packed": ((out_features, in_features), torch.uint8), "absmax": ((out_features,), torch.float32)}
+    if quantization not in FOUR_BIT:
+        kind = torch.uint8 if quantization == "fp8" else torch.int8
+        return {"packed": (shape, kind), "absmax": ((out_features,), torch.float32)}
     elements = out_features * in_features
     blocks = -(-elements // BLOCK)
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"packed": ((-(-elements // 2), 1), torch.uint8)}

@@ -1,7 +1,6 @@
 """Text generation in batches, greedy unless asked otherwise, that leaves the model as it found it.
 
 Comes in: a loaded model (with or without adapters in place) and prompts as ids.  Goes out: the new ids of each prompt.
-Next: training/answers.py and generate.py decode them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Chat templates: code from a stranger, run in transformers' sandbox with limits on time and memory.
 
 Comes in: a template and messages.  Goes out: text, or DataError with what the template said.
-Next: tokenizer.py.
 """
 
 from __future__ import annotations
