@@ -27,8 +27,10 @@ from tunekit.model.attention.self_attention import (
     parameters_of,
 )
 from tunekit.model.call import current_call
+from tunekit.model.families.structure import training_mode
 
 KeysAndValues = Callable[[int], tuple[Tensor, Tensor]]  # layer -> (H, P, D) keys and values
+Masks = dict[int | None, tuple[tuple[Any, ...], Tensor | None]]  # by window: what the last one was made of, and it
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -37,30 +39,22 @@ def enter(net: nn.Module, attentions: list[SelfAttention], length: int, keys_val
 
     The tokens' own positions then begin at `length`. Returns the hooks; `remove()` takes one out again.
     """
-    masks: dict[int | None, _Mask] = {}
+    masks: Masks = {}
     entries = [_Entry(attention, length, keys_values, masks) for attention in attentions]
     handles = [entry.attention.module.register_forward_pre_hook(entry, with_kwargs=True) for entry in entries]
     return [*handles, *_shift_positions(net, attentions, length)]
 
 
-class _Mask:
-    """A mask that was made, and what of: the next layer of the same window takes it too, not one of its own."""
-
-    def __init__(self, made_of: tuple[Any, ...], mask: Tensor | None) -> None:
-        self.made_of, self.mask = made_of, mask
-
-    def fits(self, made_of: tuple[Any, ...]) -> bool:
-        """Whether it would be made of the same: tensors are compared as objects."""
-        pairs = zip(self.made_of, made_of, strict=True)
-        return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
+def _same(ones: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether masks made of these would be the same: tensors are compared as objects."""
+    pairs = zip(ones, others, strict=True)
+    return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
 
 
 class _Entry:
     """The hook of one attention module: an earlier past, and a mask that shows it."""
 
-    def __init__(
-        self, attention: SelfAttention, length: int, keys_values: KeysAndValues, masks: dict[int | None, _Mask]
-    ) -> None:
+    def __init__(self, attention: SelfAttention, length: int, keys_values: KeysAndValues, masks: Masks) -> None:
         self.attention, self.length, self.keys_values, self.masks = attention, length, keys_values, masks
         self.names = parameters_of(attention.module)
         self.cache_name = parameter_of(attention.module, CACHE_NAMES)
@@ -78,12 +72,10 @@ class _Entry:
             own, positions = named.get(self.mask_name), named.get("position_ids")
             inference = torch.is_inference_mode_enabled()  # no backward pass takes what is made in it
             made_of = (own, positions, tuple(hidden.shape[:2]), seen, hidden.dtype, hidden.device, inference)
-            made = self.masks.get(self.attention.window)
-            if made is None or not made.fits(made_of):
-                made = self.masks[self.attention.window] = _Mask(
-                    made_of, self._mask(own, past, seen, hidden, positions)
-                )
-            named[self.mask_name] = made.mask
+            window = self.attention.window
+            if window not in self.masks or not _same(self.masks[window][0], made_of):
+                self.masks[window] = made_of, self._mask(own, past, seen, hidden, positions)
+            named[self.mask_name] = self.masks[window][1]
         return (), named
 
     def _mask(self, mask: Any, past: Any, seen: int, hidden: Tensor, positions: Any) -> Tensor | None:
@@ -170,18 +162,13 @@ def keys_and_values(net: nn.Module, attentions: list[SelfAttention], ids: Tensor
         return give
 
     outer: Any = decoder(net)
-    handles = [
-        attention.module.register_forward_pre_hook(record(attention), with_kwargs=True) for attention in attentions
-    ]
-    training = {module: module.training for module in net.modules()}
+    handles = [each.module.register_forward_pre_hook(record(each), with_kwargs=True) for each in attentions]
     try:
-        net.eval()
-        outer(input_ids=ids.to(next(net.parameters()).device), use_cache=False)
+        with training_mode(net, False):
+            outer(input_ids=ids.to(next(net.parameters()).device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return [found[attention.layer] for attention in attentions]
 
 

@@ -6,6 +6,8 @@ Comes in: a net as transformers builds it.  Goes out: names and modules.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +45,18 @@ def call_accepted(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     switches = {"use_cache": False} if "use_cache" in accepted else {}
     with known_documents():
         return module(**taken, **switches)
+
+
+@contextmanager
+def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode inside the block; every module's own mode is put back after it."""
+    before = {module: module.training for module in net.modules()}
+    net.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def last_hidden(output: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from tunekit.contracts import Tokenizer
 from tunekit.errors import DataError, ModelError
 from tunekit.model.call import seed_for
 from tunekit.model.families import text_config
+from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.transformers_guard import quiet
 
@@ -148,9 +149,9 @@ def _generate(
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)  # (B, T)
     apart = model.family.reads_source
     for row, prompt in enumerate(prompts):
-        place = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)
-        ids[row, place] = torch.tensor(list(prompt))
-        mask[row, place] = 1
+        columns = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)
+        ids[row, columns] = torch.tensor(list(prompt))
+        mask[row, columns] = 1
     net: Any = model.net
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     inputs = inputs if adapt is None else adapt(inputs)
@@ -171,18 +172,14 @@ def _left_as_found(net: nn.Module) -> Iterator[None]:
     from transformers import GenerationConfig
 
     holder: Any = net
-    modes = {module: module.training for module in net.modules()}
     use_cache, defaults = holder.config.use_cache, getattr(holder, "generation_config", None)
     devices = [parameter.device for parameter in net.parameters() if parameter.is_cuda][:1]
-    net.eval()
     holder.config.use_cache, holder.generation_config = True, GenerationConfig()
     # A head that is given a slice (each row's last position) would be copied once for each row of the batch.
     contiguous = holder.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
-        with torch.random.fork_rng(devices=devices):
+        with training_mode(net, False), torch.random.fork_rng(devices=devices):
             yield
     finally:
         contiguous.remove()
         holder.config.use_cache, holder.generation_config = use_cache, defaults
-        for module, mode in modes.items():
-            module.training = mode
