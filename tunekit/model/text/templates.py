@@ -5,7 +5,6 @@ Comes in: a template and messages.  Goes out: text, or DataError with what the t
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import threading
@@ -15,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from tunekit.errors import DataError
+from tunekit.machine.memory import address_space_bytes
 from tunekit.model.transformers_guard import replaced
 
 KEY = "data.chat_template"
@@ -98,22 +98,12 @@ def _time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _pages() -> int:
-    """Pages of the process's address space. Read without Python's streams: it is asked for every row, twice."""
-    file = os.open("/proc/self/statm", os.O_RDONLY)
-    try:
-        return int(os.read(file, 64).split()[0])
-    finally:
-        os.close(file)
-
-
 @contextmanager
 def _memory_limit() -> Iterator[None]:
     """No allocation beyond what the process has now and LIMIT_EXTRA_BYTES more, where the system can say so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        pages = _pages()
-        limit = pages * resource.getpagesize() + LIMIT_EXTRA_BYTES
+        limit = address_space_bytes() + LIMIT_EXTRA_BYTES
         known = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
     except (OSError, ValueError):
