@@ -17,7 +17,7 @@ from torch import nn
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
 from tunekit.errors import AdapterError
-from tunekit.model.attention.places import decoder
+from tunekit.model.attention.self_attention import decoder
 from tunekit.model.call import Call, calling, current_call
 
 

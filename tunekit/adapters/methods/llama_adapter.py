@@ -20,7 +20,7 @@ from tunekit.adapters.base import ModelAdapter, Slot
 from tunekit.adapters.folder.fields import MODULES, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError, ModelError, Problem, RecipeError
-from tunekit.model.attention.places import SelfAttention, parameters_of, self_attentions
+from tunekit.model.attention.self_attention import SelfAttention, parameters_of, self_attentions
 from tunekit.model.call import current_call
 from tunekit.model.families import text_config
 from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings

@@ -25,7 +25,7 @@ from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.attention.earlier_keys import enter, keys_and_values
-from tunekit.model.attention.places import SelfAttention, decoder, self_attentions
+from tunekit.model.attention.self_attention import SelfAttention, decoder, self_attentions
 from tunekit.model.call import calling, current_call
 from tunekit.recipe.adapters.prefix import INIT_TEXT, PrefixSettings
 
