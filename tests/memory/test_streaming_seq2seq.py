@@ -230,7 +230,7 @@ def test_nothing_is_computed_again_below_the_lowest_trained_layer(folders: dict[
 
 def test_evaluation_finds_each_layer_in_its_slot(folders: dict[str, Path]) -> None:
     settings = adapter_of("lora", r=4, target_modules="all-linear")
-    inputs = Seq2seq(16).inputs(make_window(0).batches[0])
+    inputs = make_window(0).batches[0].inputs
     found = []
     for streaming in (None, {}):
         tuned, _ = tune(folders["bart"], settings, streaming)
