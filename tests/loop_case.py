@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data_case import objective_of
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.contracts import EncodedRow, Engine
+from tunekit.contracts import Engine, Row
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.errors import Stopped
 from tunekit.machine.devices import make_devices
@@ -21,10 +22,9 @@ from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.streaming import make_slots, stream_layers
 from tunekit.model.load import LoadedModel, load_model
-from tunekit.objectives.base import make_objective
+from tunekit.objectives.sft import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.section import ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
@@ -42,24 +42,28 @@ CPU = torch.device("cpu")
 
 
 class ListedRows:
-    """EncodedRows over a list."""
+    """Rows over a list."""
 
-    def __init__(self, rows: Sequence[EncodedRow]) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = [replace(row, number=number) for number, row in enumerate(rows)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> EncodedRow:
+    def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
     @property
+    def sizes(self) -> Any:
+        return np.array([row.sizes for row in self.rows], dtype=np.int64)
+
+    @property
     def lengths(self) -> Any:
-        return np.array([len(row.ids) for row in self.rows], dtype=np.int64)
+        return self.sizes.sum(axis=1)
 
     @property
     def supervised(self) -> Any:
-        return np.array([row.supervised_tokens for row in self.rows], dtype=np.int64)
+        return np.array([row.supervised for row in self.rows], dtype=np.int64)
 
 
 def make_rows(count: int, *, vocabulary: int = 256, shortest: int = 2, longest: int = 31, seed: int = 0) -> ListedRows:
@@ -71,7 +75,7 @@ def make_rows(count: int, *, vocabulary: int = 256, shortest: int = 2, longest: 
         ids = generator.integers(3, vocabulary, length).astype(np.int32)
         trained = np.arange(length) >= length // 2
         trained[-1] = True
-        rows.append(EncodedRow(ids, trained, f"rows:{number + 1}"))
+        rows.append(make_row(ids, trained, f"rows:{number + 1}"))
     return ListedRows(rows)
 
 
@@ -156,7 +160,7 @@ def make_case(
         slots = make_slots(weights, device, **{"tier": "host", "poison": True, **settings_of_slots})
         stream_layers(layers, slots)
         engine = StreamingEngine(training.seed, slots, pass_size)
-    tuned = TunedModel(base, attached, store)
+    tuned = TunedModel(base, attached, store, chunk)
     settings = BatchSettings(
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
@@ -167,18 +171,17 @@ def make_case(
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
-        pad_id=0,
         end_to_end=end_to_end,
-        reads_source=base.family.reads_source,
     )
-    windows = TrainingWindows(rows, settings, rank=rank, world=world)
+    minimised = objective_of(objective)
+    windows = TrainingWindows(rows, minimised, settings, rank=rank, world=world)
     groups = [Group(tuple(names), rate, decays) for names, rate, decays in attached.groups(training)]
     optimizer = Optimizer(training, groups, attached.trained())
     records: list[StepRecord | EvaluationRecord] = []
     saved: list[int] = []
     parts = LoopParts(
         model=tuned,
-        objective=make_objective(objective or SftSettings(), logits_chunk_tokens=chunk),
+        objective=minimised,
         engine=engine,
         optimizer=optimizer,
         devices=devices,

@@ -81,7 +81,7 @@ class RowLayout:
     sizes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One encoded row. `sizes`: of each part that is padded by itself; `supervised`: what the loss sums over in it."""
 
@@ -147,7 +147,7 @@ class RowEncoder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """One micro-batch of whole rows: what the network is called with, what the loss reads, and the rows themselves.
 

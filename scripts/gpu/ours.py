@@ -11,7 +11,7 @@ from measuring import HostMemory, cap_memory, device_peaks, reset_peaks, speeds
 from planning import adapter_settings, training_section
 from random_model import begin_alike, random_base
 from shapes import Row
-from work import Windows
+from work import Windows, objective_of
 
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.kernels.liger import use_liger
@@ -22,7 +22,6 @@ from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
 from tunekit.memory.streaming import stream_base
 from tunekit.model.load import LoadedModel
-from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.records import StepRecord
 from tunekit.training.compiling import compilable, compile_layers
 from tunekit.training.engines.choice import make_engine
@@ -31,7 +30,6 @@ from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.state import LoopParts, LoopState
-from tunekit.tuned.evaluator import measuring_objective
 from tunekit.tuned.model import TunedModel
 
 
@@ -83,7 +81,7 @@ def _parts(
     records: list[StepRecord] = []
     parts = LoopParts(
         model=TunedModel(replace(base, device=device), adapter, store),
-        objective=measuring_objective(base, logits_chunk_tokens(base.facts.vocabulary_size)),
+        objective=objective_of(row),
         engine=engine,
         optimizer=optimizer,
         devices=make_devices(),

@@ -19,7 +19,7 @@ from arithmetic import (
 )
 from random_model import configuration_folder, model_section
 from shapes import Row
-from work import micro_batch
+from work import micro_batch, objective_of
 
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import find_targets, trained_count
@@ -34,7 +34,6 @@ from tunekit.planning.simulated.estimate import Work, peak_bytes
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.memory import MemorySection
-from tunekit.recipe.recipe import supervised_objective
 from tunekit.recipe.training import TrainingSection
 
 SEES_SOURCE = r"encoder\.block\.|EncDecAttention\.[kv]\."  # of a T5's parameters
@@ -109,8 +108,7 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
     with configuration_folder(row.model) as folder:
         section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
         chunk, tier = logits_chunk_tokens(base.facts.vocabulary_size), "off" if row.engine == "resident" else row.engine
-        objective = supervised_objective(base.family.name)
-        settings = (section, adapter_settings(row), objective, training_section(row), chunk, run_device)
+        settings = (section, adapter_settings(row), objective_of(row), training_section(row), chunk, run_device)
         run = SimulatedRun(*settings, MemorySection(), tier)
         together = 1 if tier == "off" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
         step = run.training_step(micro_batch(row, 0, 0), checkpointed if tier == "off" else 0, together)
@@ -153,7 +151,7 @@ def expected_minutes(row: Row, device: torch.device, ceilings: Ceilings) -> floa
 def supervised_share(row: Row) -> float:
     """Supervised tokens of all tokens."""
     batch = micro_batch(row, 0, 0)
-    return batch.supervised_tokens / batch.tokens
+    return batch.supervised / batch.tokens
 
 
 def plan_row(row: Row, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:

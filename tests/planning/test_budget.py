@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data_case import Rows, settings
+from tests.data_case import Rows, objective_of, settings
 from tests.planning.test_plan import plan_of
 from tests.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
 from tunekit.data.batching.windows import TrainingWindows
@@ -111,12 +111,12 @@ def test_tokens_that_hide_a_transfer() -> None:
 def test_smaller_micro_batches_leave_every_step_its_rows(written: tuple[int, int], changes: dict[str, Any]) -> None:
     rows = Rows([2 + (7 * index) % 30 for index in range(61)])
     given = settings(micro_batch_size=written[0], gradient_accumulation_steps=written[1], **({"epochs": 2.0} | changes))
-    expected = [_rows_of(window) for window in TrainingWindows(rows, given).windows(0)]
+    expected = [_rows_of(window) for window in TrainingWindows(rows, objective_of(), given).windows(0)]
     options = smaller_micro_batches(*written)
     assert options[0] == written
     assert options[-1] == (1, written[0] * written[1])
     for size, steps in options:
-        windows = TrainingWindows(rows, as_chosen(given, Choice(size, steps, 64)))
+        windows = TrainingWindows(rows, objective_of(), as_chosen(given, Choice(size, steps, 64)))
         found = list(windows.windows(0))
         assert [_rows_of(window) for window in found] == expected
         assert max(len(batch.lengths) for window in found for batch in window.batches) <= (size or 0)
@@ -124,7 +124,7 @@ def test_smaller_micro_batches_leave_every_step_its_rows(written: tuple[int, int
 
 
 def _rows_of(window: Any) -> list[tuple[int, ...]]:
-    return [group for batch in window.batches for group in batch.row_ids]
+    return [tuple(row.number for row in rows) for batch in window.batches for rows in batch.sequences]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_within_a_budget_rows_go_before_recomputation(recipe: Path) -> None:
     assert plan.peak_bytes == half.peak_bytes
     assert (plan.steps, plan.supervised_tokens) == (plain.steps, plain.supervised_tokens)
     assert prepared.batch_settings.micro_batch_size == 2
-    assert prepared.largest_batch.input_ids.shape[0] == 2
+    assert len(prepared.largest_batch.sequences) == 2
     assert any("(the same as 1 of 4)" in note for note in plan.notes)
     every, _ = plan_of(
         recipe,
@@ -320,9 +320,9 @@ def test_batches_by_tokens_are_planned_by_their_largest(seed: int, packing: bool
     given = settings(
         micro_batch_size=None, micro_batch_tokens=150, packing=packing, seed=seed, epochs=3.0, max_length=64
     )
-    windows = TrainingWindows(rows, given)
-    sizes = [batch.input_ids.numel() for window in windows.windows(0) for batch in window.batches]
-    assert largest_batch(windows, rows, given).input_ids.numel() == max(sizes)
+    windows = TrainingWindows(rows, objective_of(), given)
+    sizes = [batch.inputs["input_ids"].numel() for window in windows.windows(0) for batch in window.batches]
+    assert largest_batch(windows, rows, objective_of(), given).padded == max(sizes)
     assert len(set(sizes)) > 3, "they are uneven"
     assert np.max(sizes) <= 150
 
@@ -338,8 +338,8 @@ def test_where_scores_are_kept_a_long_row_counts_more_than_its_tokens(tmp_path: 
     for attention, rows in (("sdpa", 2), ("eager", 1)):
         _, prepared = plan_of(recipe, *by_tokens, f"model.attention={attention}")
         batch = prepared.largest_batch
-        count = sum(len(row) for row in batch.row_ids)  # rows may lie end to end
-        assert (count >= rows) if rows > 1 else (count == 1 and batch.tokens > 300), (attention, batch.row_ids)
+        count = len(batch.rows)  # rows may lie end to end
+        assert (count >= rows) if rows > 1 else (count == 1 and batch.tokens > 300), (attention, batch.lengths)
 
 
 def test_plans_of_a_budget_survive_json(recipe: Path) -> None:

@@ -15,17 +15,16 @@ import pytest
 import torch
 
 from tests.conftest import write_tiny_llama
+from tests.data_case import objective_of
 from tests.loop_case import make_case, make_rows
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
-from tunekit.data.batching.pad import collate
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.machine.malloc import KEPT_KERNELS
 from tunekit.machine.memory import _group_available, _host_available
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
-from tunekit.objectives.base import make_objective
 from tunekit.planning.choice import checkpointed_layers
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.simulated.estimate import PROCESS_BYTES, Work, host_bytes, peak_bytes
@@ -36,7 +35,6 @@ from tunekit.planning.simulated.workspace import COMPILED_BLOCKS
 from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.optimizers import Group, Optimizer
@@ -95,16 +93,15 @@ def real_step(run: SimulatedRun, batch: Any, checkpointed: int) -> Simulation:
     adapter = attach_adapter(base.net, run.adapter, seed=0, head_name=base.family.head_name(base.net))
     prepare_layers([layer for _, layer in base.family.layers(base.net)], checkpointed)
     tracker = StorageTracker(CPU)
-    objective = make_objective(run.objective, logits_chunk_tokens=run.logits_chunk_tokens)
     with tracker:
         tracker.adopt(adapter.state().values(), "adapter")
         tracker.adopt([*base.net.parameters(), *base.net.buffers()], "weights")
         optimizer = make_tracked_optimizer(tracker, adapter, run.training)
         tracker.start()
-        tuned = TunedModel(base, adapter)
+        tuned = TunedModel(base, adapter, chunk_tokens=run.logits_chunk_tokens)
         with tuned.training_mode(True):
-            units = objective.units(batch)
-            ResidentEngine(0).run_window(tuned, objective, Window(0, 0.0, (0,), (batch,)), units)
+            units = run.objective.units(batch)
+            ResidentEngine(0).run_window(tuned, run.objective, Window(0, 0.0, (0,), (batch,)), units)
         optimizer.gradient_norm()
     return tracker.result()
 
@@ -125,31 +122,31 @@ def test_a_simulated_step_needs_what_a_real_one_needs(
     run = SimulatedRun(
         ModelSection(name_or_path=str(wide_llama), dtype=dtype, attention=attention),
         LoraSettings(r=8, dropout=dropout),
-        SftSettings(),
+        objective_of(),
         TrainingSection(),
         logits_chunk_tokens=64,
         device=CPU,
     )
     rows = make_rows(8, shortest=100, longest=120)
     groups = [(0, 1, 2), (3, 4)] if packed else [(0,), (1,), (2,)]
-    batch = collate(rows, groups, pad_id=0, packed=packed)
+    batch = collate(rows, groups, objective_of())
     simulated, real = run.training_step(batch, checkpointed), real_step(run, batch, checkpointed)
     assert simulated.held == real.held
     # ids and positions exist on the host before a real step, and are placed on the device inside a simulated one
-    placed = 3 * batch.input_ids.numel() * 8
+    placed = 3 * batch.padded * 8
     assert abs(simulated.total - real.total) <= placed
     for part in ("weights", "adapter", "optimizer"):
         assert simulated.peak[part] == real.peak[part]
 
 
 def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> None:
-    batch = collate(make_rows(2), [(0,), (1,)], pad_id=0, packed=False)
+    batch = collate(make_rows(2), [(0,), (1,)], objective_of())
     peaks = {}
     for quantization in ("none", "int8_weight_only", "nf4"):
         section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
         for optimizer in ("adamw", "adamw_8bit", "paged_adamw"):
             training = TrainingSection(optimizer=optimizer)
-            run = SimulatedRun(section, LoraSettings(r=64), SftSettings(), training, 64, CPU)
+            run = SimulatedRun(section, LoraSettings(r=64), objective_of(), training, 64, CPU)
             peaks[quantization, optimizer] = run.training_step(batch, 0).peak
     weights = {name: peaks[name, "adamw"]["weights"] for name in ("none", "int8_weight_only", "nf4")}
     assert weights["nf4"] < weights["int8_weight_only"] < weights["none"]
@@ -189,12 +186,12 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
     run = SimulatedRun(
         ModelSection(name_or_path=str(wide_llama), dtype="float32"),
         LoraSettings(),
-        SftSettings(),
+        objective_of(),
         TrainingSection(),
         64,
         CPU,
     )
-    batch = collate(make_rows(4, shortest=200, longest=220), [(0,), (1,)], pad_id=0, packed=False)
+    batch = collate(make_rows(4, shortest=200, longest=220), [(0,), (1,)], objective_of())
     totals = [run.training_step(batch, layers).total for layers in range(4)]
     assert totals == sorted(totals, reverse=True)
     assert totals[3] < totals[0]
@@ -203,10 +200,10 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
 
 def test_a_simulation_leaves_the_random_state_alone(wide_llama: Path) -> None:
     run = SimulatedRun(
-        ModelSection(name_or_path=str(wide_llama)), LoraSettings(), SftSettings(), TrainingSection(), 64, CPU
+        ModelSection(name_or_path=str(wide_llama)), LoraSettings(), objective_of(), TrainingSection(), 64, CPU
     )
     before = torch.random.get_rng_state()
-    run.training_step(collate(make_rows(2), [(0,)], pad_id=0, packed=False), 0)
+    run.training_step(collate(make_rows(2), [(0,)], objective_of()), 0)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -214,11 +211,12 @@ def test_the_largest_batch_is_one_that_the_run_makes() -> None:
     rows = make_rows(20, shortest=5, longest=24)
     settings = BatchSettings(
         micro_batch_size=2, micro_batch_tokens=None, gradient_accumulation_steps=2, max_length=32, packing=True,
-        shuffle=True, seed=3, epochs=2.0, max_steps=None, pad_id=0,
+        shuffle=True, seed=3, epochs=2.0, max_steps=None,
     )  # fmt: skip
-    windows = TrainingWindows(rows, settings)
-    shapes = [batch.input_ids.shape for window in windows.windows(0) for batch in window.batches]
-    assert largest_batch(windows, rows, settings).input_ids.numel() == max(shape.numel() for shape in shapes)
+    windows = TrainingWindows(rows, objective_of(), settings)
+    sizes = [batch.padded for window in windows.windows(0) for batch in window.batches]
+    largest = largest_batch(windows, rows, objective_of(), settings)
+    assert largest.inputs["input_ids"].numel() == largest.padded == max(sizes)
 
 
 def test_a_heap_keeps_freed_blocks_below_live_ones() -> None:

@@ -82,7 +82,7 @@ def test_counts_are_those_of_the_windows(recipe: Path) -> None:
     ):
         plan, prepared = plan_of(recipe, *overrides)
         windows = list(prepared.rows.windows(prepared.batch_settings).windows(0))
-        supervised = sum(int((batch.labels != -100).sum()) for window in windows for batch in window.batches)
+        supervised = sum(int((batch.targets["labels"] != -100).sum()) for window in windows for batch in window.batches)
         assert plan.steps == len(windows)
         assert plan.supervised_tokens == supervised
         assert plan.packing == ("data.packing=true" in overrides)

@@ -181,7 +181,7 @@ def test_an_encoder_decoder_answers_behind_a_prompt(family: str, tiny_llama: Pat
             for _ in range(6):
                 ids = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([answer])}
                 hidden = model.hidden(ids)  # (1, answer, D)
-                answer.append(int(model.head().logits(hidden[0, -1:]).argmax()))
+                answer.append(int(base.family.head(net).logits(hidden[0, -1:]).argmax()))
             expected.append(answer[1:])
         tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
         found = generate_texts(

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunekit.contracts import Batch, Rows
+from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
-from tunekit.data.rows import RowSet
 from tunekit.errors import ModelError
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
@@ -44,13 +43,15 @@ SIMULATED = 2  # micro-batches of a pass; of more, each keeps the same
 SAMPLED_ROWS = 20_000  # for the ids that occur
 
 
-def largest_batch(windows: TrainingWindows, rows: RowSet, settings: BatchSettings, *, by_scores: bool = False) -> Batch:
+def largest_batch(
+    windows: TrainingWindows, rows: Rows, objective: Objective, settings: BatchSettings, *, by_scores: bool = False
+) -> Batch:
     """The micro-batch with most tokens, padding included, among those that the run will really make.
 
     `by_scores`: the one with most attention scores, which grow with the square of a document; of batches cut by tokens
     that is another one: a single long row.
     """
-    sizes = np.asarray(rows.train.sizes)  # (rows, sizes)
+    sizes = np.asarray(rows.sizes)  # (rows, sizes)
     lengths = sizes.sum(axis=1)  # (rows,)
     best, best_size, left = None, (-1, -1), windows.steps
     for epoch in range(EXAMINED_EPOCHS):
@@ -67,7 +68,7 @@ def largest_batch(windows: TrainingWindows, rows: RowSet, settings: BatchSetting
         if left <= 0:
             break
     assert best is not None
-    return collate(rows.train, best, rows.objective, end_to_end=settings.end_to_end)
+    return collate(rows, best, objective, end_to_end=settings.end_to_end)
 
 
 def first_shares(windows: TrainingWindows | StreamedWindows, settings: BatchSettings, rows: Rows) -> list[float]:

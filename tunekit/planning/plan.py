@@ -262,11 +262,12 @@ def _largest_batch(
     windows, settings = _cut_anew(inputs, windows, settings, micro_batch_size)
     if not isinstance(windows, TrainingWindows):
         return rows.filled_batch(settings)
-    largest = largest_batch(windows, rows, settings)
+    largest = largest_batch(windows, rows.train, rows.objective, settings)
     if not inputs.base.facts.attention.startswith("eager"):
         return largest
-    other = largest_batch(windows, rows, settings, by_scores=True)
-    return other if other.sequences != largest.sequences and run.needs_more(other, largest) else largest
+    other = largest_batch(windows, rows.train, rows.objective, settings, by_scores=True)
+    same = [row.number for row in other.rows] == [row.number for row in largest.rows]
+    return other if not same and run.needs_more(other, largest) else largest
 
 
 def _cut_anew(

@@ -180,4 +180,4 @@ def filled_batch(rows: Rows, objective: Objective, settings: BatchSettings) -> B
     longest = np.argsort(-np.asarray(rows.lengths), kind="stable").tolist()
     source = (rows[index] for index in cycle(longest))
     parts = objective.layout.sizes
-    return objective.collate([objective.fill(source, capacity, number % parts) for number in range(count)])
+    return objective.collate([objective.fill(source, capacity, min(number, parts - 1)) for number in range(count)])
