@@ -125,7 +125,7 @@ import json, sys, torch
 from pathlib import Path
 sys.path.insert(0, {repository!r})
 spec, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
-from tunekit.model.tiny import write_tiny_llama
+from tunekit.model.storage.builtin import write_tiny_llama
 write_tiny_llama(folder)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 hidden, layers, heads = spec["hidden"], spec["layers"], spec["hidden"] // 64
@@ -155,7 +155,7 @@ sys.path.insert(0, {repository!r})
 import torch
 torch.set_num_threads(1)
 from dataclasses import asdict
-from tunekit.plan import make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 import tunekit.train
 loaded = load_recipe(sys.argv[1], sys.argv[2:])

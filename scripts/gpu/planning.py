@@ -30,7 +30,7 @@ from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized.weights import element_count, stored_bytes, weight_of
 from tunekit.objectives.logprobs import logits_chunk_tokens
-from tunekit.planning.simulated.estimate import Work, peak_bytes
+from tunekit.planning.simulated.estimate import peak_bytes
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.memory import MemorySection
@@ -112,7 +112,7 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
         run = SimulatedRun(*settings, MemorySection(), tier)
         together = 1 if tier == "off" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
         step = run.training_step(micro_batch(row, 0, 0), checkpointed if tier == "off" else 0, together)
-    peak = peak_bytes(Work(step), run_device)
+    peak = peak_bytes(step, None, run_device)
     parts = {name: getattr(peak, name) for name in ("weights", "adapter", "optimizer", "activations", "logits")}
     return parts | {"total": peak.total}
 

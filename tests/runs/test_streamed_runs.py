@@ -14,11 +14,12 @@ from tests.train_case import write_recipe
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.memory.streaming import gather_on_host
-from tunekit.model.load import load_model
+from tunekit.model.load import load_model, make_meta_model
 from tunekit.planning.plan import make_plan
-from tunekit.planning.rates import measure_rates
+from tunekit.planning.tiers import BANDWIDTHS, layer_bytes, most_tokens_per_second, streaming_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
+from tunekit.records import Choice
 from tunekit.train import train_verb
 
 CPU = torch.device("cpu")
@@ -142,6 +143,15 @@ def test_a_budget_too_small_for_the_base_streams_it(
     assert any("break-even" in note for note in plan.notes)
 
 
+def test_a_streamed_run_is_told_how_fast_it_can_be(model: Path) -> None:
+    base = make_meta_model(ModelSection(name_or_path=str(model), dtype="float32"), device=CPU)
+    notes = list(streaming_notes(base, CPU, Choice(1, 4, 64, streaming="disk", pass_micro_batches=4), tokens=50))
+    rate = BANDWIDTHS["disk"]["NVMe of PCIe 3"] * 200 / (2 * layer_bytes(base))  # BW T / (2 b): there and back
+    assert f"{rate:,.0f} over NVMe of PCIe 3" in notes[1]
+    assert most_tokens_per_second(1000, 10**9, 25e9) == 12_500
+    assert not list(streaming_notes(base, CPU, Choice(1, 4, 64), tokens=50))
+
+
 def test_pass_sizes_fall_until_a_pass_fits(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path / "recipe", model)
     accumulation = "training.gradient_accumulation_steps=8"
@@ -189,13 +199,3 @@ def test_rows_of_an_embedding_are_gathered_where_it_lies() -> None:
     expected = embedding(ids)
     gather_on_host(embedding, CPU)
     assert torch.equal(embedding(ids), expected)
-
-
-def test_rates_are_measured(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(bytes(8 * 2**20))
-    rates = measure_rates(CPU, torch.float32, 64, file)
-    assert 1e6 < rates.flops < 1e15
-    assert 1e6 < rates.copied_bytes < 1e13
-    file.write_bytes(bytes(100))
-    assert 1e6 < measure_rates(CPU, torch.float32, 64, file).copied_bytes < 1e13, "a small file tells nothing"

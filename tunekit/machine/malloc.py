@@ -1,6 +1,4 @@
-"""The process's own malloc, set so that a training step on a CPU wastes little and what it takes can be foreseen.
-
-Comes in: nothing; glibc's malloc through ctypes.  Goes out: a heap with fixed rules.
+"""glibc's malloc, set through ctypes so that a training step on a CPU wastes little.
 
 torch asks posix_memalign for blocks at 64 bytes: of each free chunk a splinter of 32 to 80 bytes is left before the
 block. A small object (the node of a graph, a tensor's head) that moves in there keeps the block, once it is freed, from
@@ -25,7 +23,8 @@ KEPT_KERNELS = 64
 
 
 def trim_heap() -> None:
-    """Give the free pages of this process's heap back to the system.    Source: malloc_trim(3)."""
+    """Give the free pages of this process's heap back to the system: those of small dense weights that were just
+    packed, and of whatever else loading freed.    Source: malloc_trim(3)."""
     library = _library()
     if library is not None:
         library.malloc_trim(0)
@@ -54,10 +53,3 @@ def settle_heap() -> None:
 @cache
 def _library() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def give_back_memory() -> None:
-    """Return freed heap pages to the system: glibc keeps those of the small dense weights that were just packed."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

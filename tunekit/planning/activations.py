@@ -1,7 +1,4 @@
-"""What plan says of activations that wait on the host or are computed in tiles.
-
-Comes in: the memory section and what was decided.  Goes out: notes.  Next: plan.py.
-"""
+"""What plan says of activations that wait on the host or are computed in tiles: notes on what was decided."""
 
 from __future__ import annotations
 

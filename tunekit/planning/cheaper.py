@@ -1,7 +1,6 @@
 """What to change in a recipe that does not fit its budget: each change simulated, the cheapest three told.
 
 Comes in: the recipe, its Forecast, the smallest Choice there is.  Goes out: a text with the GiB that each would save.
-Next: planned_memory.py asks for it, plan.py puts both together.
 
 Cheap is what costs least in quality or speed: the order of `_changes`, from a recomputation to shorter rows.
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -32,8 +31,8 @@ class Change:
     """One changed key: what the recipe is then, what is simulated then, and how choices differ."""
 
     key: str
-    value: Any
-    forecast: Callable[[Forecast], Forecast]
+    value: str | int
+    forecast: Callable[[Forecast], Forecast] = lambda forecast: forecast
     choice: Callable[[Choice], Choice] = lambda choice: choice
 
     @property
@@ -89,20 +88,21 @@ def _changes(recipe: Recipe, forecast: Forecast, choice: Choice) -> Iterator[Cha
     """Every change that this recipe could make, from the cheapest on."""
     layers = forecast.base.facts.layers
     if choice.checkpointed_layers < layers:
-        yield Change(
-            "memory.gradient_checkpointing", "auto", _same, lambda chosen: replace(chosen, checkpointed_layers=layers)
-        )
+        every = partial(replace, checkpointed_layers=layers)
+        yield Change("memory.gradient_checkpointing", "auto", choice=every)
     if forecast.evaluation_batch is not None and recipe.evaluation.batch_size > 1:
         yield Change("evaluation.batch_size", 1, _one_evaluation_row)
     yield from _changes_of_base(recipe, forecast)
     training = forecast.run.training
     if training.optimizer == "adamw" and _is_possible(recipe, "training", optimizer="adamw_8bit"):
         section = training.model_copy(update={"optimizer": "adamw_8bit"})
-        yield Change("training.optimizer", "adamw_8bit", lambda given: _with_run(given, training=section))
+        yield Change(
+            "training.optimizer", "adamw_8bit", lambda given: replace(given, run=replace(given.run, training=section))
+        )
     rank = getattr(forecast.run.adapter, "r", None)
     if isinstance(rank, int) and rank > 1:
         settings = forecast.run.adapter.model_copy(update={"r": rank // 2})
-        yield Change("adapter.r", rank // 2, lambda given: _with_run(given, adapter=settings))
+        yield Change("adapter.r", rank // 2, lambda given: replace(given, run=replace(given.run, adapter=settings)))
     yield from _changes_of_rows(recipe, forecast)
 
 
@@ -119,7 +119,7 @@ def _changes_of_base(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
 def _base_change(name: str, value: str, device: torch.device) -> Change:
     def changed(given: Forecast) -> Forecast:
         section = given.run.model.model_copy(update={name: value})
-        return replace(_with_run(given, model=section), base=make_meta_model(section, device=device))
+        return replace(given, run=replace(given.run, model=section), base=make_meta_model(section, device=device))
 
     return Change(f"model.{name}", value, changed)
 
@@ -137,19 +137,11 @@ def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
         yield Change("data.max_length", half, lambda given: _cut_to(given, half))
 
 
-def _is_possible(recipe: Recipe, section: str, **values: Any) -> bool:
+def _is_possible(recipe: Recipe, section: str, **values: object) -> bool:
     """Whether the recipe would be obeyed with other values in a section."""
     changed = getattr(recipe, section).model_copy(update=values)
     other = recipe.model_copy(update={section: changed})
     return not refuse_unsupported(other) and not list(library_problems(other))
-
-
-def _same(forecast: Forecast) -> Forecast:
-    return forecast
-
-
-def _with_run(forecast: Forecast, **values: Any) -> Forecast:
-    return replace(forecast, run=replace(forecast.run, **values))
 
 
 def _one_evaluation_row(forecast: Forecast) -> Forecast:

@@ -1,6 +1,6 @@
-"""The fastest setting that fits a memory budget: which tier, how many rows at a time, how much is recomputed.
+"""The fastest setting that fits a memory limit: which tier, how many rows at a time, how much is recomputed.
 
-Comes in: what may be chosen, a way to predict a peak, an ordered cost.  Goes out: a Choice.  Next: plan.py.
+Comes in: what may be chosen, a way to predict a peak, a cost.  Goes out: a Choice.
 
 The cost orders settings; it predicts no seconds. Every setting computes the same sums in another order, so the choice
 is one of speed and memory alone.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from tunekit.records import Choice
 
@@ -23,24 +23,44 @@ RECOMPUTED = 1 / 2  # of a step: one more forward of 2 N FLOPs a token beside 4 
 
 
 @dataclass(frozen=True)
-class Freedom:
+class SearchSpace:
     """What may be chosen, fastest first in each list. `micro_batches`: (rows, micro-batches of a step)."""
 
     micro_batches: Sequence[tuple[int | None, int]]
     logits_chunks: Sequence[int]
     gradient_checkpointing: str | bool | int  # as the recipe says: auto leaves the number free
     layers: int
-    streaming: Sequence[str] = ("off",)
+    tiers: Sequence[str] = ("off",)  # values of memory.streaming
     passes: Sequence[int] = ()  # micro-batches of a pass, where that is not free
 
-    def grid(self) -> list[Choice]:
-        """Every choice, with no layer recomputed."""
-        axes = itertools.product(self.streaming, self.micro_batches, self.logits_chunks)
+    def grid(self, tier: str) -> list[Choice]:
+        """Every choice of a tier, with the fewest layers recomputed; what needs the least memory comes last."""
+        fewest = self.layer_range()[0] if tier == "off" else 0
         return [
-            Choice(rows, steps, chunk, 0, tier, size)
-            for tier, (rows, steps), chunk in axes
+            Choice(rows, steps, chunk, fewest, tier, size)
+            for (rows, steps), chunk in itertools.product(self.micro_batches, self.logits_chunks)
             for size in self.passes or pass_sizes(tier, steps)
         ]
+
+    def deeper(self, start: Choice) -> list[Choice]:
+        """The choice with its own and every higher number of recomputed layers; where weights are streamed, every layer
+        is recomputed in any case."""
+        if start.streaming != "off":
+            return [start]
+        most = self.layer_range()[1]
+        return [replace(start, checkpointed_layers=count) for count in range(start.checkpointed_layers, most + 1)]
+
+    def smallest(self, tier: str) -> Choice:
+        """What needs the least memory in a tier, whatever it costs."""
+        return self.deeper(self.grid(tier)[-1])[-1]
+
+    def layer_range(self) -> tuple[int, int]:
+        """The fewest and the most layers that plan may recompute: of itself never the last, whose recomputation would
+        come at once."""
+        if self.gradient_checkpointing == "auto":
+            return 0, max(self.layers - 1, 0)
+        written = self.layers if self.gradient_checkpointing is True else int(self.gradient_checkpointing)
+        return (min(written, self.layers),) * 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,7 @@ class Workload:
     """What the cost of a choice depends on besides the choice.
 
     `row_tokens`: padded tokens of one row of a micro-batch; `step_tokens`: tokens of an optimizer step; `head_share`:
-    of all parameters; `break_even_tokens`: by tier, the tokens of a step that hide the weights' transfer.
+    of all parameters.
     """
 
     device: str
@@ -56,19 +76,20 @@ class Workload:
     row_tokens: int
     step_tokens: int
     head_share: float
-    break_even_tokens: Mapping[str, float] = field(default_factory=dict)
 
     def relative_time(self, choice: Choice) -> float:
-        """Time of a step over that of the fastest setting there could be: nothing recomputed, all rows at once."""
+        """Time of a step over that of the fastest setting there could be: nothing recomputed, all rows at once.
+
+        A streamed step counts as if it only waited for copies of the weights, of which each pass needs the same number.
+        """
         overhead = OVERHEAD_TOKENS[self.device]
         tokens = (choice.micro_batch_size or 1) * self.row_tokens
-        streamed = choice.streaming != "off"  # then every layer is recomputed while its weights are there
-        share = 1.0 if streamed else choice.checkpointed_layers / max(self.layers, 1)
+        share = choice.checkpointed_layers / max(self.layers, 1) if choice.streaming == "off" else 1.0
         compute = 1.0 + share * RECOMPUTED
         compute += overhead / max(tokens, 1) + self.head_share * overhead / choice.logits_chunk_tokens
-        passed = max(min(choice.pass_micro_batches * tokens, self.step_tokens), 1)  # tokens between two copies
-        waited = self.break_even_tokens.get(choice.streaming, 0.0) / passed if streamed else 0.0
-        return compute * max(1.0, waited)
+        if choice.streaming == "off":
+            return compute
+        return compute * max(1.0, self.step_tokens / max(choice.pass_micro_batches * tokens, 1))
 
 
 def pass_sizes(tier: str, accumulation: int) -> list[int]:
@@ -78,14 +99,6 @@ def pass_sizes(tier: str, accumulation: int) -> list[int]:
     return sorted({max(1, accumulation >> shift) for shift in range(accumulation.bit_length())}, reverse=True)
 
 
-def break_even_tokens(bytes_per_parameter: float, flops: float, bytes_per_second: float) -> float:
-    """Tokens of an optimizer step that hide two transfers of the weights: T* = b F / (3 BW), whatever the model's size.
-
-    6 N T / F seconds of computation against 2 b N / BW of transfer.
-    """
-    return bytes_per_parameter * flops / (3 * bytes_per_second)
-
-
 def smaller_micro_batches(rows: int | None, accumulation: int) -> list[tuple[int | None, int]]:
     """(rows, micro-batches of a step) with the same rows in each step, in the same order, the written ones first."""
     if rows is None:  # cut by tokens: fewer tokens would end windows at other rows
@@ -93,33 +106,36 @@ def smaller_micro_batches(rows: int | None, accumulation: int) -> list[tuple[int
     return [(size, accumulation * rows // size) for size in range(rows, 0, -1) if rows % size == 0]
 
 
-def fastest(
-    freedom: Freedom, time: Callable[[Choice], float], peak_bytes: Callable[[Choice], int], limit: int
-) -> Choice | None:
-    """The choice with the least time whose peak is within the limit; None if there is none.
+def fastest(space: SearchSpace, time: Callable[[Choice], float], excess: Callable[[Choice], float]) -> Choice | None:
+    """The choice with the least time that fits (`excess`: bytes of its peak beyond the limit), of the first tier in
+    which one does; None if none does."""
+    found = (_fastest_of_tier(space, tier, time, excess) for tier in space.tiers)
+    return next((choice for choice in found if choice is not None), None)
 
-    A peak is dear to predict, so few are asked for. First comes a choice that fits: the fastest of those that recompute
-    least, or the smallest of all with as many layers as it needs. Then, for every other grid point, the most layers
-    with which it would still be faster (by more than the cost is worth) decide whether it is looked at any further.
+
+def _fastest_of_tier(
+    space: SearchSpace, tier: str, time: Callable[[Choice], float], excess: Callable[[Choice], float]
+) -> Choice | None:
+    """A peak is dear to predict, so few are asked for. First comes a choice that fits: the fastest of those that
+    recompute least, or the smallest of all with as many layers as it needs. Then, for every other grid point, the most
+    layers with which it would still be faster (by more than the cost is worth) decide whether it is looked at further.
     """
-    fewest, most = layer_range(freedom.gradient_checkpointing, freedom.layers)
-    starts = sorted((_with_layers(choice, fewest) for choice in freedom.grid()), key=time)
-    smallest = _smallest(freedom, fewest)
-    if any(peak_bytes(choice) <= limit for choice in smallest):
-        best = next(start for start in starts if peak_bytes(start) <= limit)
+    grid = space.grid(tier)
+    starts, smallest = sorted(grid, key=time), grid[-1]
+    if excess(smallest) <= 0:
+        best = next(start for start in starts if excess(start) <= 0)
     else:
-        fitting = [_first_fitting(_deeper(choice, most), peak_bytes, limit) for choice in smallest]
-        found = [choice for choice in fitting if choice is not None]
-        if not found:
-            return None
-        best = min(found, key=time)
+        deepest = _first_fitting(space.deeper(smallest), excess)
+        if deepest is None or len(grid) == 1:
+            return deepest
+        best = deepest
     unfit: list[Choice] = []
     for start in starts:
         bound = time(best) * (1 - TOLERANCE)
-        faster = [choice for choice in _deeper(start, most) if time(choice) < bound]
+        faster = [choice for choice in space.deeper(start) if time(choice) < bound]
         if not faster or any(_needs_no_less(faster[-1], other) for other in unfit):
             continue
-        better = _first_fitting(faster, peak_bytes, limit)
+        better = _first_fitting(faster, excess)
         if better is None:
             unfit.append(faster[-1])
         else:
@@ -127,96 +143,29 @@ def fastest(
     return best
 
 
-def smallest_choice(freedom: Freedom, peak_bytes: Callable[[Choice], int]) -> Choice:
-    """What needs the least memory, whatever it costs."""
-    _, most = layer_range(freedom.gradient_checkpointing, freedom.layers)
-    found = _smallest(freedom, most)
-    return found[0] if len(found) == 1 else min(found, key=peak_bytes)
-
-
-def _smallest(freedom: Freedom, layers: int) -> list[Choice]:
-    """Of each tier, with so many layers recomputed."""
-    rows, steps = freedom.micro_batches[-1]
-    return [
-        Choice(rows, steps, min(freedom.logits_chunks), 0 if tier != "off" else layers, tier, min(sizes))
-        for tier in freedom.streaming
-        for sizes in [freedom.passes or pass_sizes(tier, steps)]
-    ]
-
-
-def _with_layers(choice: Choice, layers: int) -> Choice:
-    return choice if choice.streaming != "off" else replace(choice, checkpointed_layers=layers)
-
-
-def _deeper(start: Choice, most: int) -> list[Choice]:
-    """The choice with its own and every higher number of recomputed layers; where weights are streamed, every layer
-    is computed again in any case."""
-    if start.streaming != "off":
-        return [start]
-    return [replace(start, checkpointed_layers=layers) for layers in range(start.checkpointed_layers, most + 1)]
-
-
-def layer_range(setting: str | bool | int, layers: int) -> tuple[int, int]:
-    """The fewest and the most layers that memory.gradient_checkpointing lets plan recompute: of itself never the last,
-    whose recomputation would come at once."""
-    if setting == "auto":
-        return 0, max(layers - 1, 0)
-    fixed = layers if setting is True else min(int(setting), layers)
-    return fixed, fixed
-
-
-def _first_fitting(choices: Sequence[Choice], peak_bytes: Callable[[Choice], int], limit: int) -> Choice | None:
-    """The first of choices with falling peaks that is within the limit, by guesses along the line between two peaks,
-    and by halves in turn, since a peak need not fall evenly."""
+def _first_fitting(choices: Sequence[Choice], excess: Callable[[Choice], float]) -> Choice | None:
+    """The first of choices with falling peaks that fits, by guesses along the line between two peaks, and by halves in
+    turn, since a peak need not fall evenly."""
     low, high = 0, len(choices) - 1
-    if high < 0 or peak_bytes(choices[high]) > limit:
+    if excess(choices[high]) > 0:
         return None
-    if peak_bytes(choices[low]) <= limit:
+    if excess(choices[low]) <= 0:
         return choices[low]
     for turn in itertools.count():  # low does not fit, high does
         if high - low <= 1:
             break
-        above, below = peak_bytes(choices[low]) - limit, limit - peak_bytes(choices[high])
+        above, below = excess(choices[low]), -excess(choices[high])
         share = above / (above + below) if turn % 2 == 0 else 0.5
         guess = min(max(low + math.ceil(share * (high - low)), low + 1), high - 1)
-        low, high = (low, guess) if peak_bytes(choices[guess]) <= limit else (guess, high)
+        low, high = (low, guess) if excess(choices[guess]) <= 0 else (guess, high)
     return choices[high]
 
 
 def _needs_no_less(choice: Choice, other: Choice) -> bool:
-    """Whether a choice is at least as large as another in every axis."""
+    """Whether a choice of the same tier is at least as large as another in every axis."""
     return (
-        choice.streaming == other.streaming
-        and choice.pass_micro_batches >= other.pass_micro_batches
+        choice.pass_micro_batches >= other.pass_micro_batches
         and (choice.micro_batch_size or 0) >= (other.micro_batch_size or 0)
         and choice.logits_chunk_tokens >= other.logits_chunk_tokens
         and choice.checkpointed_layers <= other.checkpointed_layers
     )
-
-
-def checkpointed_layers(
-    setting: str | bool | int, layers: int, peak_bytes: Callable[[int], int], available: int | None
-) -> tuple[int, str]:
-    """The number of layers, from the first on, and why.
-
-    `auto`: none if the step fits, else the fewest that fit, but never the last layer: its recomputation would come at
-    once, and keep no less. More layers never need more memory.
-    """
-    if setting is True:
-        return layers, "every layer, as the recipe says"
-    if setting is False:
-        return 0, "none, as the recipe says"
-    if isinstance(setting, int):
-        return min(setting, layers), f"{min(setting, layers)} layers, as the recipe says"
-    if available is None:
-        return 0, "none: the system does not tell how much memory is free"
-    if peak_bytes(0) <= available:
-        return 0, "none: the step fits without"
-    most = layers - 1
-    if peak_bytes(most) > available:
-        return most, "every layer but the last: the step needs more memory than is free"
-    low, high = 0, most  # low does not fit, high does
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if peak_bytes(middle) <= available else (middle, high)
-    return high, "the fewest with which the step fits"

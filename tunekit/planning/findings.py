@@ -1,6 +1,6 @@
 """What is wrong with a run, collected from every part before it begins, so that all is told at once.
 
-Comes in: problems and errors of the parts.  Goes out: problems with file and line, Refusals, one error.  Next: plan.py.
+Comes in: problems and errors of the parts.  Goes out: problems with file and line, Refusals, one error.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def _refusal(problem: Problem, of_memory: bool) -> Refusal:
 
 
 def raise_refusals(plan: Plan) -> None:
-    """Raises: RecipeError with every refusal of the plan, each at its place; ResourceError if all are of memory."""
+    """Raise what the plan refuses, if it refuses anything.
+
+    Raises: RecipeError with every refusal, each with its file and line; ResourceError if all are of memory.
+    """
     if not plan.refusals:
         return
     kinds = {refusal.exit_code for refusal in plan.refusals}

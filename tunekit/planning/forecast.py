@@ -1,7 +1,6 @@
 """The peak memory of a run, foreseen: its largest batches simulated, its base loaded on paper.
 
 Comes in: sections, the model without weights, rows.  Goes out: PeakBytes of a Choice.
-Next: plan.py.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from tunekit.model.quantized.weights import packed_layers, stored_bytes, weight_
 from tunekit.model.storage.kept import can_be_kept
 from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import find_source
-from tunekit.planning.simulated.estimate import SETTLING_PASSES, Work, peak_bytes
+from tunekit.planning.simulated.estimate import peak_bytes
 from tunekit.planning.simulated.loading import (
     StoredBase,
     copying_bytes,
@@ -71,16 +70,6 @@ def largest_batch(
     return collate(rows, best, objective, end_to_end=settings.end_to_end)
 
 
-def first_shares(windows: TrainingWindows | StreamedWindows, settings: BatchSettings, rows: Rows) -> list[float]:
-    """Tokens of the run's first micro-batches, as shares of the largest's; of a stream, as if all were alike."""
-    if not isinstance(windows, TrainingWindows):
-        return [1.0] * SETTLING_PASSES
-    lengths = np.asarray(rows.lengths)  # (rows,)
-    micro_batches = windows.micro_batches(0)[: windows.steps * settings.gradient_accumulation_steps]
-    tokens = [sum(int(lengths[list(group)].sum()) for group in micro_batch) for micro_batch in micro_batches]
-    return [count / max(tokens) for count in tokens[:SETTLING_PASSES]]
-
-
 def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, settings: BatchSettings) -> int:
     """Loss tokens of the whole run, step by step as the windows will be; of a stream, as its sample has them."""
     supervised, per_step = np.asarray(rows.supervised), settings.gradient_accumulation_steps  # (rows,)
@@ -102,7 +91,6 @@ class Forecast:
 
     `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated.
     `start_bytes`: the most that the adapter's start keeps beside the base, before there is an optimizer.
-    `first_shares`: of micro-batches of so many rows, the run's first, in tokens, as shares of the largest.
     """
 
     run: SimulatedRun
@@ -112,7 +100,6 @@ class Forecast:
     evaluation_batch: Batch | None = None
     answer_tokens: int = 0
     start_bytes: int = 0
-    first_shares: Callable[[int | None], Sequence[float]] = lambda size: ()
     _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
     _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
 
@@ -120,9 +107,8 @@ class Forecast:
         """Of the run with this choice: the one function that every search for a setting asks."""
         run = self._run(choice)
         load = self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes
-        before = self.first_shares(choice.micro_batch_size)
-        work = Work(self._step(choice), self._evaluation(run), self._cache_blocks, load, before)
-        peak = peak_bytes(work, self.run.device)
+        step, evaluation = self._step(choice), self._evaluation(run)
+        peak = peak_bytes(step, evaluation, self.run.device, cache_bytes=self._cache_bytes, load_bytes=load)
         if not self.start_bytes:
             return peak
         return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))
@@ -140,7 +126,7 @@ class Forecast:
             simulation = self._run(choice).training_step(batch, choice.checkpointed_layers, together)
             more = (choice.pass_micro_batches - together) * self._input_bytes(batch)
             simulation = _with_inputs(simulation, more, self.run.device)
-            self._steps[choice] = self._really_held(simulation, choice.streaming)
+            self._steps[choice] = self._without_unread(simulation, choice.streaming)
         return self._steps[choice]
 
     def _input_bytes(self, batch: Batch) -> int:
@@ -151,8 +137,8 @@ class Forecast:
 
     def without_activations(self) -> PeakBytes:
         """What is known of a model whose own code does not run without values."""
-        held = self.run.before_a_step()
-        parts = {name: held.get(name, 0) for name in ("weights", "adapter", "optimizer")}
+        before = self.run.before_a_step()
+        parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
         return PeakBytes(**parts, activations=0, logits=0, total=sum(parts.values()))
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
@@ -161,20 +147,19 @@ class Forecast:
             return None
         known, chunk = self._evaluations, run.logits_chunk_tokens
         if (chunk, run.streaming) not in known:
-            known[chunk, run.streaming] = self._really_held(run.evaluation(self.evaluation_batch), run.streaming)
+            known[chunk, run.streaming] = self._without_unread(run.evaluation(self.evaluation_batch), run.streaming)
         return known[chunk, run.streaming]
 
     @cached_property
-    def _cache_blocks(self) -> Sequence[int]:
-        """Bytes of each layer's keys and values at the end of an answer."""
+    def _cache_bytes(self) -> int:
+        """Keys and values of all layers at the end of an answer."""
         if not self.answer_tokens or self.evaluation_batch is None:
-            return ()
+            return 0
         config = text_config(self.base.net)
         heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         rows = len(self.evaluation_batch.sequences)
-        block = rows * heads * self.answer_tokens * width * self.base.dtype.itemsize
-        return [block] * (2 * self.base.facts.layers)
+        return 2 * self.base.facts.layers * rows * heads * self.answer_tokens * width * self.base.dtype.itemsize
 
     @cached_property
     def _stored(self) -> StoredBase | None:
@@ -195,17 +180,17 @@ class Forecast:
         packed = packed_layers(self.base.net)
         matrices = list(packed.values()) if packed else list(self.base.net.modules())
         largest = max((weight.elements for weight in map(weight_of, matrices) if weight is not None), default=0)
-        dense, held = self.base.facts.total_parameters * self.base.dtype.itemsize, stored_bytes(self.base.net)
+        dense, loaded = self.base.facts.total_parameters * self.base.dtype.itemsize, stored_bytes(self.base.net)
         if self.base.packed_while_read:
-            return packing_bytes(0 if self._kept else held, largest, self.base.dtype)
+            return packing_bytes(0 if self._kept else loaded, largest, self.base.dtype)
         if self.base.copied_while_read:
-            return copying_bytes(held)
+            return copying_bytes(loaded)
         assert self._stored is not None
-        return load_bytes(self._stored, dense, held, largest, bool(packed))
+        return load_bytes(self._stored, dense, loaded, largest, bool(packed))
 
     @cached_property
     def _kept(self) -> bool:
-        """Whether the packed base is going to be mapped from a sidecar: nothing of it is held while it is packed."""
+        """Whether the packed base will be mapped from a sidecar: nothing of it stays in memory while it is packed."""
         return self.base.packed_while_read and can_be_kept(stored_bytes(self.base.net))
 
     @cached_property
@@ -214,11 +199,11 @@ class Forecast:
         packed = packed_layers(self.base.net).values()
         return max((4 * weight.elements for weight in map(weight_of, packed) if weight is not None), default=0)
 
-    def _really_held(self, simulation: Simulation, streaming: str) -> Simulation:
+    def _without_unread(self, simulation: Simulation, streaming: str) -> Simulation:
         """Without the rows of a mapped embedding that no token reads; on the host only."""
         unread = self._unread_bytes(streaming)
         peak = simulation.peak | {"weights": simulation.peak.get("weights", 0) - unread}
-        return replace(simulation, peak=peak, total=simulation.total - unread, held=simulation.held - unread)
+        return replace(simulation, peak=peak, total=simulation.total - unread)
 
     def _unread_bytes(self, streaming: str) -> int:
         family, net = self.base.family, self.base.net
@@ -244,7 +229,7 @@ def _with_inputs(simulation: Simulation, size_bytes: int, device: torch.device) 
     if device.type == "cuda" and simulation.offloaded:
         return replace(simulation, offloaded=simulation.offloaded + size_bytes)
     peak = simulation.peak | {"activations": simulation.peak.get("activations", 0) + size_bytes}
-    return replace(simulation, peak=peak, total=simulation.total + size_bytes, held=simulation.held + size_bytes)
+    return replace(simulation, peak=peak, total=simulation.total + size_bytes)
 
 
 def _ids(rows: Rows, parts: Sequence[str]) -> NDArray[np.int64]:

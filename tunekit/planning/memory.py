@@ -1,35 +1,29 @@
 """What is chosen for memory's sake (rows at a time, recomputed layers, logits at a time), and whether the run fits.
 
-Comes in: a Forecast, what the recipe asks for and leaves free.  Goes out: PlannedMemory; a run too large is a finding.
-Next: plan.py.
+Comes in: a Forecast, what the recipe leaves free.  Goes out: PlannedMemory; a run too large is a finding.
 
 Only memory.budget changes micro-batches and logits chunks: the free memory of the moment must not decide what a resumed
-run cannot repeat bit by bit. Without a budget it decides how many layers are recomputed, which changes no bit.
+run cannot repeat bit by bit. Without a budget it decides how many layers are recomputed, which changes no bit, and
+whether weights are streamed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from tunekit.errors import Problem
 from tunekit.machine.memory import available_bytes, total_bytes
 from tunekit.objectives.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, logits_chunk_tokens
-from tunekit.planning.choice import (
-    Freedom,
-    Workload,
-    checkpointed_layers,
-    fastest,
-    smaller_micro_batches,
-    smallest_choice,
-)
+from tunekit.planning.choice import SearchSpace, Workload, fastest, smaller_micro_batches
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast
-from tunekit.recipe.memory import MemorySection
-from tunekit.recipe.section import CalibratedStart
-from tunekit.records import Choice, ModelFacts, PeakBytes, bytes_text
+from tunekit.planning.starts import calibrated_start
+from tunekit.recipe.training import TrainingSection
+from tunekit.records import Choice, PeakBytes, bytes_text
 
 DEVICE_SHARE = 128  # of a GPU's memory, if that is more: its products of few rows only wait for the head's weights
 MARGIN = {"cpu": 0.10, "cuda": 0.05}  # of a budget: as far off as a prediction is promised not to be
@@ -40,21 +34,6 @@ def device_chunk_tokens(vocabulary_size: int, device: torch.device) -> int:
     """Positions projected at a time where nothing is scarce; the vocabulary and the kind of device alone decide."""
     total = total_bytes(device) if device.type == "cuda" else None
     return logits_chunk_tokens(vocabulary_size, max(CHUNK_BYTES, (total or 0) // DEVICE_SHARE))
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the recipe says of memory, and what a run that was begun has chosen already."""
-
-    memory: MemorySection
-    micro_batch_size: int | None
-    gradient_accumulation_steps: int
-    start: object  # of the adapter
-    packing: bool
-    facts: ModelFacts
-    begun: Choice | None = None
-    streaming: Sequence[str] = ("off",)  # tiers that recipe, family and adapter allow, fastest first
-    break_even: Callable[[str], float] = lambda tier: 0.0  # tokens of a pass that hide a tier's copies; measured
 
 
 @dataclass(frozen=True)
@@ -94,133 +73,126 @@ class Peaks:
 
 
 def plan_memory(
-    forecast: Forecast, asked: Asked, findings: Findings, cheaper: Callable[[Choice, int, int], str]
+    forecast: Forecast,
+    tiers: Sequence[str],
+    resumed: Choice | None,
+    findings: Findings,
+    cheaper: Callable[[Choice, int, int], str],
 ) -> PlannedMemory:
     """Simulate the largest batches and choose.
 
+    `tiers`: values of memory.streaming among which there is a choice, fastest first.
+    `resumed`: what the plan of a resumed run had chosen; only the recomputed layers, which change no bit, are anew.
     `cheaper`: from a choice, the bytes that it needs and those there may be, what to change in the recipe.
     """
-    device, budget = forecast.run.device, asked.memory.budget_bytes
-    peaks, available = Peaks(forecast), available_bytes(device)
-    freedom = make_freedom(asked, device)
-    if budget is None:
-        choice, reason = _within_free_memory(freedom, peaks, available)
-        reasons = [f"recomputed in the backward pass: {reason}"]
-    else:
-        choice, reasons = _within_budget(freedom, forecast, asked, peaks, budget)
-        if peaks.total(choice) > budget:
-            reasons = []
-            findings.lack(_budget_problem(peaks.total(choice), budget, cheaper(choice, peaks.total(choice), budget)))
+    run = forecast.run
+    budget, peaks, available = run.memory.budget_bytes, Peaks(forecast), available_bytes(run.device)
+    space, workload = search_space(forecast, tiers, resumed), make_workload(forecast)
+    limit = math.inf if available is None else available
+    if budget is not None:
+        limit = int(budget * (1 - MARGIN[run.device.type]))
+    found = fastest(space, workload.relative_time, lambda choice: peaks.total(choice) - limit)
+    smallest = map(space.smallest, space.tiers[:1] if budget is None else space.tiers)
+    choice = found or min(smallest, key=peaks.total)
     needed = peaks.total(choice)
+    if budget is None:
+        reasons = [f"recomputed in the backward pass: {_recomputed(choice, space, found is not None, available)}"]
+    elif needed <= budget:
+        reasons = list(_budget_reasons(choice, forecast, space, workload, found is not None))
+    else:
+        reasons = []
+        findings.lack(_budget_problem(needed, budget, cheaper(choice, needed, budget)))
     if available is not None and needed > available and (budget is None or needed <= budget):
-        setting = asked.memory.gradient_checkpointing
-        can_recompute = setting != "auto" and choice.checkpointed_layers < asked.facts.layers
+        setting = run.memory.gradient_checkpointing
+        can_recompute = setting != "auto" and choice.checkpointed_layers < space.layers
         findings.lack(too_large_problem(needed, available, can_recompute, budget))
     if peaks.unknown:
-        what = f"warning: activations of {asked.facts.model_type} are not in the predicted peak ({peaks.unknown[0]})"
-        reasons.append(what)
-    trial = trial_reason(device, needed, available, budget)
+        model_type = forecast.base.facts.model_type
+        reasons.append(f"warning: activations of {model_type} are not in the predicted peak ({peaks.unknown[0]})")
+    trial = trial_reason(run.device, needed, available, budget)
     offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
     tokens = forecast.largest_batch(choice.micro_batch_size).padded
     return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded, tokens)
 
 
-def make_freedom(asked: Asked, device: torch.device) -> Freedom:
-    """What plan may choose: all axes within a budget, else the layers alone."""
-    written = (asked.micro_batch_size, asked.gradient_accumulation_steps)
-    chunk = device_chunk_tokens(asked.facts.vocabulary_size, device)
-    micro_batches, chunks = [written], [chunk]
-    if asked.begun is not None:
-        micro_batches = [(asked.begun.micro_batch_size, asked.begun.gradient_accumulation_steps)]
-        chunks = [asked.begun.logits_chunk_tokens]
-    elif asked.memory.budget is not None:
+def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | None) -> SearchSpace:
+    """What plan may choose: all axes within a budget, else layers and tier alone."""
+    run, facts = forecast.run, forecast.base.facts
+    written = (run.training.micro_batch_size, run.training.gradient_accumulation_steps)
+    chunk = device_chunk_tokens(facts.vocabulary_size, run.device)
+    micro_batches, chunks, passes = [written], [chunk], []
+    if resumed is not None:
+        micro_batches = [(resumed.micro_batch_size, resumed.gradient_accumulation_steps)]
+        chunks = [resumed.logits_chunk_tokens]
+        if resumed.streaming in tiers:
+            tiers, passes = [resumed.streaming], [resumed.pass_micro_batches]
+    elif run.memory.budget is not None:
         chunks = [size for size in (chunk, chunk // 4, chunk // 16) if size >= LEAST_CHUNK_TOKENS]
-        if not isinstance(asked.start, CalibratedStart):
+        if calibrated_start(run.adapter) is None:
             micro_batches = smaller_micro_batches(*written)
-    tiers, passes = asked.streaming, []
-    if asked.begun is not None and asked.begun.streaming in tiers:
-        tiers, passes = [asked.begun.streaming], [asked.begun.pass_micro_batches]
-    return Freedom(micro_batches, chunks, asked.memory.gradient_checkpointing, asked.facts.layers, tiers, passes)
+    return SearchSpace(micro_batches, chunks, run.memory.gradient_checkpointing, facts.layers, tiers, passes)
 
 
-def _within_free_memory(freedom: Freedom, peaks: Peaks, available: int | None) -> tuple[Choice, str]:
-    """Recompute the fewest layers with which the run fits what is free; where none do, stream the weights."""
-    start, reason = freedom.grid()[0], "every one: its weights are there only for a while"
-    if start.streaming == "off":
-
-        def peak(layers: int) -> int:
-            return peaks.total(replace(start, checkpointed_layers=layers))
-
-        layers, reason = checkpointed_layers(freedom.gradient_checkpointing, freedom.layers, peak, available)
-        choice = replace(start, checkpointed_layers=layers)
-        if available is None or peaks.total(choice) <= available:
-            return choice, reason
-    streamed = [choice for choice in freedom.grid() if choice.streaming != "off"]
-    fitting = (choice for choice in streamed if available is None or peaks.total(choice) <= available)
-    found = next(fitting, None)
-    if found is None:
-        return (choice, reason) if start.streaming == "off" else (streamed[-1], reason)
-    return found, "every one: its weights are there only for a while"
+def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int | None) -> str:
+    """Which layers are recomputed where there is no budget, and why."""
+    if choice.streaming != "off":
+        return "every one: its weights are there only for a while"
+    if space.gradient_checkpointing != "auto":
+        return f"{choice.checkpointed_layers:,} of {space.layers:,} layers, as the recipe says"
+    if not fits:
+        return "every layer but the last: the step needs more memory than is free"
+    if available is None:
+        return "none: the system does not tell how much memory is free"
+    return "the fewest with which the step fits" if choice.checkpointed_layers else "none: the step fits without"
 
 
-def _within_budget(
-    freedom: Freedom, forecast: Forecast, asked: Asked, peaks: Peaks, budget: int
-) -> tuple[Choice, list[str]]:
-    """The fastest choice with the margin left free; else the smallest that there is."""
-    workload = make_workload(forecast, asked)
-    margin = MARGIN[forecast.run.device.type]
-    choice = fastest(freedom, workload.relative_time, peaks.total, int(budget * (1 - margin)))
-    note = f"{margin:.0%} of it is left free, since a prediction may be off by as much"
-    if choice is None:
-        choice = smallest_choice(freedom, peaks.total)
-        note = f"warning: less than {margin:.0%} of it is left free, and a prediction may be off by as much"
-    ideal = freedom.grid()[0]
-    slower = workload.relative_time(choice) / workload.relative_time(ideal)
-    reasons = [f"memory.budget {asked.memory.budget}: {_choice_text(choice, asked)}; {note}"]
-    if slower > 1.005:
-        reasons[0] += f"; by a rough rule a step takes {slower:.2f} times as long as without a budget"
-    return choice, [*reasons, *_fixed(asked)]
+def _budget_reasons(
+    choice: Choice, forecast: Forecast, space: SearchSpace, workload: Workload, has_margin: bool
+) -> Iterator[str]:
+    """What was chosen within a budget, and what stays as it is written, and why."""
+    run = forecast.run
+    margin = f"{MARGIN[run.device.type]:.0%} of it is left free"
+    note = f"{margin}, since a prediction may be off by as much"
+    if not has_margin:
+        note = f"warning: less than {margin}, and a prediction may be off by as much"
+    slower = workload.relative_time(choice) / workload.relative_time(space.grid("off")[0])
+    if choice.streaming == "off" and slower > 1.005:
+        note += f"; by a rough rule a step takes {slower:.2f} times as long as without a budget"
+    yield f"memory.budget {run.memory.budget}: {_choice_text(choice, run.training, space.layers)}; {note}"
+    if run.memory.gradient_checkpointing != "auto":
+        yield "recomputed layers stay as memory.gradient_checkpointing says; auto would let plan choose"
+    if run.training.micro_batch_size is None:
+        yield "micro-batches stay as training.micro_batch_tokens cuts them: fewer tokens would end steps at other rows"
+    elif calibrated_start(run.adapter) is not None:
+        yield "micro-batches stay as they are written: the adapter's initialisation looks at so many of them"
 
 
-def make_workload(forecast: Forecast, asked: Asked) -> Workload:
+def make_workload(forecast: Forecast) -> Workload:
     """What the cost of a choice depends on, from the largest batch."""
-    batch = forecast.largest_batch(asked.micro_batch_size)
-    facts = asked.facts
+    training, facts = forecast.run.training, forecast.base.facts
+    batch = forecast.largest_batch(training.micro_batch_size)
     return Workload(
         device=forecast.run.device.type,
         layers=facts.layers,
-        row_tokens=batch.width if asked.micro_batch_size is not None else batch.padded,
-        step_tokens=batch.padded * asked.gradient_accumulation_steps,
+        row_tokens=batch.width if training.micro_batch_size is not None else batch.padded,
+        step_tokens=batch.padded * training.gradient_accumulation_steps,
         head_share=min(1.0, facts.vocabulary_size * facts.hidden_size / max(facts.total_parameters, 1)),
-        break_even_tokens={tier: asked.break_even(tier) for tier in asked.streaming if tier != "off"},
     )
 
 
-def _choice_text(choice: Choice, asked: Asked) -> str:
+def _choice_text(choice: Choice, training: TrainingSection, layers: int) -> str:
     """What was chosen, beside the recipe's own numbers."""
-    parts, rows = [], choice.micro_batch_size
+    parts, rows, steps = [], choice.micro_batch_size, choice.gradient_accumulation_steps
     if rows is not None:
-        unit = ("pack" if asked.packing else "row") + ("" if rows == 1 else "s")
-        steps = choice.gradient_accumulation_steps
-        parts.append(f"{steps:,} micro-batch{'' if steps == 1 else 'es'} of {rows:,} {unit} a step")
-        if rows != asked.micro_batch_size:
-            parts[-1] += f" (the same as {asked.gradient_accumulation_steps:,} of {asked.micro_batch_size:,})"
+        parts.append(f"{steps:,} micro-batch{'' if steps == 1 else 'es'} of size {rows:,} a step")
+        if rows != training.micro_batch_size:
+            written = f"{training.gradient_accumulation_steps:,} of {training.micro_batch_size:,}"
+            parts[-1] += f" (the same as {written})"
     if choice.streaming == "off":
-        parts.append(f"{choice.checkpointed_layers:,} of {asked.facts.layers:,} layers recomputed")
+        parts.append(f"{choice.checkpointed_layers:,} of {layers:,} layers recomputed")
     else:
         parts.append(f"weights streamed (memory.streaming: {choice.streaming})")
-    parts.append(f"logits of {choice.logits_chunk_tokens:,} positions at a time")
-    return ", ".join(parts)
-
-
-def _fixed(asked: Asked) -> Iterator[str]:
-    """What stays as it is written, and why."""
-    if asked.memory.gradient_checkpointing != "auto":
-        yield "recomputed layers stay as memory.gradient_checkpointing says; auto would let plan choose"
-    if asked.micro_batch_size is None:
-        yield "micro-batches stay as training.micro_batch_tokens cuts them: fewer tokens would end steps at other rows"
-    elif isinstance(asked.start, CalibratedStart):
-        yield "micro-batches stay as they are written: the adapter's start looks at so many of them"
+    return ", ".join([*parts, f"logits of {choice.logits_chunk_tokens:,} positions at a time"])
 
 
 def trial_reason(device: torch.device, needed: int, available: int | None, budget: int | None) -> tuple[bool, str]:

@@ -32,11 +32,11 @@ from tunekit.planning.activations import activation_notes
 from tunekit.planning.cheaper import cheapest_changes
 from tunekit.planning.compiling import compile_notes, compile_problems, kernel_notes, kernel_problems, planned_compile
 from tunekit.planning.findings import Findings
-from tunekit.planning.forecast import Forecast, first_shares, largest_batch, supervised_tokens
-from tunekit.planning.memory import Asked, PlannedMemory, plan_memory
+from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
+from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.planning.starts import start_bytes, start_notes, start_problems
-from tunekit.planning.tiers import allowed_tiers, streaming_notes, tier_break_even
+from tunekit.planning.tiers import allowed_tiers, streaming_notes
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
@@ -114,33 +114,15 @@ def make_plan(
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
-    memory = _plan_memory(recipe, inputs, forecast, packing, findings, begun)
+    tiers, problems = allowed_tiers(recipe, inputs.base, device)
+    findings.add(problems)
+    memory = plan_memory(forecast, tiers, begun, findings, partial(cheapest_changes, recipe, forecast))
     if as_chosen(settings, memory.choice) != settings:
         settings = as_chosen(settings, memory.choice)
         windows = inputs.rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
     largest = forecast.largest_batch(settings.micro_batch_size)
     return plan, Prepared(inputs.model, inputs.tokenizer, inputs.rows, settings, inputs.adapter, largest)
-
-
-def _plan_memory(
-    recipe: Recipe, inputs: Inputs, forecast: Forecast, packing: bool, findings: Findings, begun: Choice | None
-) -> PlannedMemory:
-    training, device = recipe.training, forecast.run.device
-    tiers, problems = allowed_tiers(recipe, inputs.base, device)
-    findings.add(problems)
-    asked = Asked(
-        memory=recipe.memory,
-        micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        start=getattr(recipe.adapter, "start", None),
-        packing=packing,
-        facts=inputs.base.facts,
-        begun=begun,
-        streaming=tiers,
-        break_even=partial(tier_break_even, recipe.model, inputs.base, device),
-    )
-    return plan_memory(forecast, asked, findings, partial(cheapest_changes, recipe, forecast))
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
@@ -250,8 +232,7 @@ def _forecast(
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     beside = start_bytes(recipe.adapter, inputs.targets)
     largest = cache(partial(_largest_batch, inputs, windows, settings, run))
-    shares = cache(lambda size: first_shares(*_cut_anew(inputs, windows, settings, size), rows.train))
-    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside, shares)
+    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside)
 
 
 def _largest_batch(
@@ -356,5 +337,5 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
         notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")
     layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
     notes += memory.reasons
-    notes += streaming_notes(recipe, inputs.base, device, memory.choice, memory.largest_tokens)
+    notes += streaming_notes(inputs.base, device, memory.choice, memory.largest_tokens)
     return [*notes, *activation_notes(recipe.memory, device, layers, offloaded)]

@@ -1,7 +1,6 @@
 """What would make a run fail or surprise, found before a weight is loaded.
 
 Comes in: the recipe, the model without weights, tokenizer, rows.  Goes out: Problems with their keys, and notes.
-Next: plan.py.
 """
 
 from __future__ import annotations

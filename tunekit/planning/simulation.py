@@ -1,6 +1,6 @@
 """A training step and an evaluation without values: the same model, adapter, engine and optimizer on the meta device.
 
-Comes in: the recipe's sections and the longest batches.  Goes out: memory.estimate.Simulation.  Next: plan.py.
+Comes in: the recipe's sections and the longest batches.  Goes out: Simulations.
 """
 
 from __future__ import annotations

@@ -68,5 +68,5 @@ def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
     lines: list[list[object]] = [[name, bytes_text(size)] for name, size in parts.items()]
     kept = plan.peak_bytes.total - sum(parts.values())
     if kept > 0:
-        lines.append(["the process; freed, but kept by malloc; loading", bytes_text(kept)])
+        lines.append(["the process; freed blocks that malloc keeps; loading", bytes_text(kept)])
     return [*lines, ["total", bytes_text(plan.peak_bytes.total) + (free and f" of {free}")]]

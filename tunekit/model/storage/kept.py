@@ -15,7 +15,7 @@ from typing import Any
 
 from tunekit.errors import TunekitError
 from tunekit.files.cache_folder import code_version, default_cache_folder
-from tunekit.machine.malloc import give_back_memory
+from tunekit.machine.malloc import trim_heap
 from tunekit.model.storage import sidecar as files
 from tunekit.model.storage.packing import PackedBase
 from tunekit.model.storage.shards import shard_files
@@ -65,7 +65,7 @@ def kept_base(packed: PackedBase, source: ModelSource, fingerprint: str) -> tupl
         packed.fill()
     else:
         packed.map(opened)
-    give_back_memory()
+    trim_heap()
     return opened, notes
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.errors import ModelError
-from tunekit.machine.malloc import give_back_memory
+from tunekit.machine.malloc import trim_heap
 from tunekit.model.families import Family
 from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
 from tunekit.model.storage.reading import BaseReader, place
@@ -35,7 +35,7 @@ def quantize_layers(
     for parameter in net.parameters():
         parameter.data = parameter.data.clone()  # a view into the mapped file would keep all of it mapped
     gc.collect()
-    give_back_memory()
+    trim_heap()
     if not packed_layers(net):
         raise ModelError("the model has no linear layer to quantize", key="model.quantization")
     return _left_dense(net, section)

@@ -1,7 +1,7 @@
 """Functions that behave otherwise on the meta device, put right for a simulated computation.
 
 Comes in: calls of attention and of grouped products on the meta device.  Goes out: the same calls, without values, as
-the real device would make them.  Next: training/simulation.py.
+the real device would make them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The most that loading a base takes on the host, and what of a mapped file stays untouched.
 
-Comes in: the stored tensors' sizes and dtypes, the model without weights.  Goes out: bytes.  Next: plan.py.
+Comes in: the stored tensors' sizes and dtypes, the model without weights.  Goes out: bytes.
 
 A tensor of the computation's dtype that lies at 64 bytes is the mapped file itself, whose pages count as resident once
 they are read. Others are copied, or packed, one after the other, and no page of the file is mapped. Where only
@@ -43,8 +43,8 @@ def stored_base(sizes: Iterable[tuple[int, torch.dtype]], dtype: torch.dtype) ->
     return StoredBase(sum(size for size, _ in pairs), converted)
 
 
-def load_bytes(stored: StoredBase, dense_bytes: int, held_bytes: int, largest_elements: int, packed: bool) -> int:
-    """Peak of loading: `dense_bytes` is the base in the computation's dtype, `held_bytes` what it takes once loaded.
+def load_bytes(stored: StoredBase, dense_bytes: int, loaded_bytes: int, largest_elements: int, packed: bool) -> int:
+    """Peak of loading: `dense_bytes` is the base in the computation's dtype, `loaded_bytes` what it takes once loaded.
 
     Of a GGUF file each tensor is unpacked to float32 and copied from there, so that the largest exists twice more.
     To be packed, a matrix is copied once.
@@ -53,17 +53,17 @@ def load_bytes(stored: StoredBase, dense_bytes: int, held_bytes: int, largest_el
         return stored.file_bytes + dense_bytes + 2 * 4 * largest_elements
     if stored.converted:
         return stored.file_bytes + dense_bytes
-    return stored.file_bytes + held_bytes + 4 * largest_elements if packed else held_bytes
+    return stored.file_bytes + loaded_bytes + 4 * largest_elements if packed else loaded_bytes
 
 
-def packing_bytes(held_bytes: int, largest_elements: int, dtype: torch.dtype) -> int:
-    """Peak of loading a base that is packed while it is read: what is held then, one matrix, and what packing needs."""
-    return held_bytes + largest_elements * dtype.itemsize + WORKING_BYTES
+def packing_bytes(loaded_bytes: int, largest_elements: int, dtype: torch.dtype) -> int:
+    """Peak of loading a base that is packed while it is read: all of it, one matrix, and what packing needs."""
+    return loaded_bytes + largest_elements * dtype.itemsize + WORKING_BYTES
 
 
-def copying_bytes(held_bytes: int) -> int:
+def copying_bytes(loaded_bytes: int) -> int:
     """Peak of loading a base whose tensors are copied out of the files one after the other."""
-    return held_bytes + CHUNK_BYTES
+    return loaded_bytes + CHUNK_BYTES
 
 
 def untouched_bytes(ids: NDArray[np.int64], row_bytes: int, table_bytes: int) -> int:

@@ -1,9 +1,7 @@
 """Follows every live storage of a computation, real or without values on the meta device, and keeps the highest sum.
 
-Comes in: torch operations, while the tracker is entered.  Goes out: peak bytes by part.  Next: estimate.py.
-
-A storage counts from the operation that makes it until it is freed; views count once, a storage resized in place
-counts with its new size. What kernels allocate inside is unseen by torch's dispatch: workspace.py adds it.
+A storage counts from the operation that makes it until it is freed; views count once, and a storage resized in place
+counts with its new size.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,23 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tunekit.planning.simulated.values import IntegerValues
-from tunekit.planning.simulated.workspace import compiled_kernel, workspace_bytes
 
 CUDA_BLOCK_BYTES = 512  # the CUDA caching allocator rounds every allocation up to this
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """Highest sum of live bytes, by part, and every allocation (+bytes) and release in order, from `held` on.
-
-    An entry of no bytes in the trace is the use of a compiled kernel, by its number.
-    `offloaded`: bytes of the host's pinned memory beside a GPU's.
-    """
+    """Highest sum of live bytes, and its parts. `offloaded`: bytes of the host's pinned memory beside a GPU's."""
 
     peak: dict[str, int]
     total: int
-    held: int
-    trace: list[tuple[int, int]] = field(repr=False)  # (number of the storage or kernel, bytes)
     offloaded: int = 0
 
 
@@ -56,11 +47,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak: dict[str, int] = {}
         self.peak_total = 0
         self._values = IntegerValues()
-        self._known: dict[int, tuple[str, int, int]] = {}  # storage id -> part, bytes, number
-        self._held = 0
-        self._number = 0
-        self._trace: list[tuple[int, int]] = []
-        self._kernels: dict[object, int] = {}
+        self._known: dict[int, tuple[str, int]] = {}  # storage id -> part, bytes
 
     def adopt(self, tensors: Iterable[Tensor], part: str) -> None:
         """Count tensors that already exist."""
@@ -81,29 +68,24 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count tensors under another part than they were made in."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
-            old, size, number = self._known[key]
-            self._known[key] = (part, size, number)
+            old, size = self._known[key]
+            self._known[key] = (part, size)
             self.live[old] -= size
             self.live[part] += size
 
     def pass_through(self, sizes: Iterable[int]) -> None:
-        """Count blocks that are taken one after the other, held together and given back."""
-        numbers = []
-        for size in sizes:
-            self._number += 1
-            numbers.append((self._number, self._rounded(size)))
-            self._add(self.part, numbers[-1][1], self._number)
-        for number, size in numbers:
-            self._add(self.part, -size, number)
+        """Count blocks that exist together for a moment."""
+        together = sum(self._rounded(size) for size in sizes)
+        self._add(self.part, together)
+        self._add(self.part, -together)
 
     def start(self) -> None:
-        """Start a new peak and a new trace from what is live now."""
-        self.peak, self.peak_total, self._held = dict(self.live), self.total, self.total
-        self._trace.clear()
+        """Start a new peak from what is live now."""
+        self.peak, self.peak_total = dict(self.live), self.total
 
     def result(self) -> Simulation:
         """What was seen since `start`."""
-        return Simulation(dict(self.peak), self.peak_total, self._held, list(self._trace))
+        return Simulation(dict(self.peak), self.peak_total)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -114,12 +96,8 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
-        kernel = compiled_kernel(func, args) if self.device.type == "cpu" else None
-        if kernel is not None:
-            self._trace.append((self._kernels.setdefault(kernel, len(self._kernels)), 0))
-        extra = workspace_bytes(func, args)
-        if extra:
-            self.pass_through([extra])
+        if func is torch.ops.aten.logsumexp.default:  # makes exp(x - max(x)) inside: ATen/native/ReduceOps.cpp
+            self.pass_through([args[0].numel() * args[0].element_size()])
         return output
 
     def _follow(self, tensor: Tensor) -> None:
@@ -129,22 +107,19 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is None:
             # The finalizer knows a key, not the storage, and does not keep it alive.
             weakref.finalize(storage, self._forget, key).atexit = False
-            self._number += 1
-            self._known[key] = (self.part, size, self._number)
-            self._add(self.part, size, self._number)
+            self._known[key] = (self.part, size)
+            self._add(self.part, size)
         elif known[1] != size:
-            self._known[key] = (known[0], size, known[2])
-            self._add(known[0], size - known[1], known[2])
+            self._known[key] = (known[0], size)
+            self._add(known[0], size - known[1])
 
     def _forget(self, key: int) -> None:
-        part, size, number = self._known.pop(key)
-        self._add(part, -size, number)
+        part, size = self._known.pop(key)
+        self._add(part, -size)
 
-    def _add(self, part: str, size: int, number: int) -> None:
+    def _add(self, part: str, size: int) -> None:
         self.live[part] += size
         self.total += size
-        if size:
-            self._trace.append((number, size))
         if self.total > self.peak_total:
             self.peak, self.peak_total = dict(self.live), self.total
 

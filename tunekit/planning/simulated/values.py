@@ -1,6 +1,6 @@
 """Values of the small integer and bool tensors of a simulated computation.
 
-Comes in: every operation of a run on the meta device.  Goes out: what `.item()` would have read.  Next: tracker.py.
+Comes in: every operation of a run on the meta device.  Goes out: what `.item()` would have read.
 
 Shapes and control flow of a forward depend on ids, positions and masks, never on activations. So these, and only
 these, are computed for real beside the simulation: the mask of packed rows is then the one that the real run builds.
