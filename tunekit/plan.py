@@ -1,7 +1,4 @@
-"""`tunekit plan`: everything decided before a weight is loaded; `train` obeys.
-
-Comes in: a LoadedRecipe.  Goes out: Plan (plan.json) and Prepared, which train would make twice.  Next: train.py.
-"""
+"""`tunekit plan`: a recipe goes in; out comes a page of what `train` would do, and plan.json where asked for."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def test_a_plan_uses_what_was_encoded_ahead(
     text = f"model: {{name_or_path: {tiny_llama}}}\ndata: {{train: {path}}}\nadapter: {{method: lora}}\n"
     recipe.write_text(text + f"output: {{dir: {tmp_path / 'run'}}}\n", encoding="utf-8")
     plan, _ = plan_file.make_plan(load_recipe(str(recipe), []))
-    assert (plan.rows.trained, len(forked), encoded) == (3, 1, [])
+    assert (plan.rows.training.trained, len(forked), encoded) == (3, 1, [])
     monkeypatch.setattr(ahead, "usable_cores", lambda: 1)
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "other"))
     plan_file.make_plan(load_recipe(str(recipe), []))

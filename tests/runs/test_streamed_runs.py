@@ -72,7 +72,7 @@ def test_a_streamed_run_leaves_the_same_files(
     train(recipe, tmp_path / "on", *storage, f"memory.streaming={tier}")
     assert result(tmp_path / "on") == result(tmp_path / "off")
     plan = json.loads((tmp_path / "on" / "plan.json").read_text("utf-8"))
-    assert (plan["engine"], plan["streaming"], plan["pass_micro_batches"]) == ("streaming", tier, 3)
+    assert (plan["choice"]["streaming"], plan["choice"]["pass_micro_batches"]) == (tier, 3)
     assert (len(list(kept.glob("*"))) if kept.exists() else 0) == max(before, files)
 
 
@@ -138,7 +138,7 @@ def test_a_budget_too_small_for_the_base_streams_it(
     monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: between)
     plan = plan_of(recipe)
     assert not plan.refusals
-    assert plan.streaming == "disk"
+    assert plan.choice.streaming == "disk"
     assert any("break-even" in note for note in plan.notes)
 
 

@@ -12,14 +12,14 @@ import torch
 from tests.loop_case import Case, make_case, make_rows
 from tests.train_case import write_recipe
 from tests.training.test_loop import assert_same_bits, training, weights
+from tunekit.planning import compiling
 from tunekit.planning.compiling import compile_problems, planned_compile
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
-from tunekit.training import compiling
-from tunekit.training.compiling import compilable, compile_layers
+from tunekit.tuned.network import compilable, compile_layers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler (g++)")
@@ -55,7 +55,7 @@ def test_what_cannot_be_compiled_is_refused_by_name(monkeypatch: pytest.MonkeyPa
 def test_plan_says_what_it_chose(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, training={"compile": "auto"})
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
-    assert plan.compiled is False
+    assert plan.choice.compiled is False
     assert "decoder layers compiled: no, a CPU gains nothing by it" in plan.notes
     plan, _ = make_plan(load_recipe(recipe, ["training.compile=false"]), device=CPU)
     assert not [note for note in plan.notes if "compiled" in note]

@@ -6,22 +6,23 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import TEMPLATE_NAME
-from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ModelError, ResourceError
 from tunekit.files.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
-from tunekit.model.load import LoadedModel, load_model, load_packed_folder, make_meta_model
+from tunekit.model.load import LoadedModel, load_model, load_packed_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.records import bytes_text
+from tunekit.tuned.network import prepare_network
 from tunekit.tuned.target import Target, load_target
 
 REPORT = "merge_report.json"
@@ -75,7 +76,7 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
     if not rewriter.family.answers:
         what = f"{target.model.name_or_path} is a {rewriter.family.text}, whose merge this version cannot measure"
         raise ModelError(what, "use it as an adapter")
-    changes = collect_changes(_attach(target, rewriter))
+    changes = collect_changes(attach_to_base(target.adapter, target.model, rewriter)[0])
     _check_space(output, rewriter.output_bytes(changes))
     staging = output.with_name(f".{output.name}.part-{os.getpid()}")
     staging.mkdir(parents=True)
@@ -143,20 +144,6 @@ def _check_space(output: Path, weight_bytes: int) -> None:
         )
 
 
-def _attach(target: Target, rewriter: Rewriter) -> AttachedAdapter:
-    """The adapter in a net without weights: its tensors are real, the base's are not."""
-    base = make_meta_model(target.model, device=torch.device("cpu"))
-    assert target.adapter is not None
-    return attach_adapter_folder(
-        base.net,
-        target.adapter,
-        head_name=base.family.head_name(base.net),
-        base_fingerprint=rewriter.fingerprint(),
-        device=torch.device("cpu"),
-        base_weight=rewriter.base_weight,
-    )
-
-
 def collect_changes(attached: AttachedAdapter) -> Changes:
     """The adapter as changes of layers and parameters.
 
@@ -221,7 +208,8 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     section = target.model.model_copy(
         update={"name_or_path": str(merged), "quantization": "none", "dtype": dtype, "attention": attention}
     )
-    model = load_packed_folder(section, device) if requantized else load_model(section, device=device)
+    packed = load_packed_folder(section, device) if requantized else load_model(section, device=device)
+    model = prepare_network(packed, replace(target.choice, streaming="off")).base
     after = [_logits(model, row) for row in rows]
     return _compare(rows, before, after, described)
 

@@ -1,12 +1,10 @@
-"""An adapter folder together with the base it belongs to, without loading that: the net has no weights, one matrix is
-read at a time.
-
-Comes in: a folder's configuration, --base.  Goes out: the base's model section, the attached adapter, a reader.
-Next: nearest_lora.py, `tunekit adapter convert` and `diff`.
+"""An adapter folder goes in, with the base it belongs to; out come that base's model section, the adapter in a network
+without weights, and a reader of one matrix at a time.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +16,8 @@ from tunekit.errors import ModelError
 from tunekit.model.load import make_meta_model
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.model import ModelSection
+from tunekit.records import Choice
+from tunekit.tuned.network import prepare_network
 
 
 def base_section(config: AdapterConfig, base: str | None, how: str) -> ModelSection:
@@ -37,16 +37,22 @@ def base_section(config: AdapterConfig, base: str | None, how: str) -> ModelSect
     return ModelSection.model_validate({"name_or_path": name, **known})
 
 
-def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter, Rewriter]:
-    """The adapter in a net without weights, and the reader of those weights."""
-    rewriter = Rewriter(section, "full" if section.quantization == "none" else "dequantized")
-    meta = make_meta_model(section, device=torch.device("cpu"))
-    attached = attach_adapter_folder(
-        meta.net,
+def attach_to_base(
+    folder: Path, section: ModelSection, rewriter: Rewriter | None = None
+) -> tuple[AttachedAdapter, Rewriter]:
+    """The adapter, whose tensors are real, in a network without weights, and the reader of those weights."""
+    rewriter = rewriter or Rewriter(section, "full" if section.quantization == "none" else "dequantized")
+    cpu = torch.device("cpu")
+    base = make_meta_model(section, device=cpu)
+    attach = partial(
+        attach_adapter_folder,
+        base.net,
         folder,
-        head_name=meta.family.head_name(meta.net),
+        head_name=base.family.head_name(base.net),
         base_fingerprint=rewriter.fingerprint(),
-        device=torch.device("cpu"),
+        device=cpu,
         base_weight=rewriter.base_weight,
     )
+    attached = prepare_network(base, Choice(), attach, planned_for=cpu).adapter
+    assert attached is not None
     return attached, rewriter

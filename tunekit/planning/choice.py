@@ -32,15 +32,28 @@ class Freedom:
     layers: int
     streaming: Sequence[str] = ("off",)
     passes: Sequence[int] = ()  # micro-batches of a pass, where that is not free
+    written: Choice = field(default_factory=Choice)  # with what the recipe alone decides
 
     def grid(self) -> list[Choice]:
         """Every choice, with no layer recomputed."""
         axes = itertools.product(self.streaming, self.micro_batches, self.logits_chunks)
         return [
-            Choice(rows, steps, chunk, 0, tier, size)
+            self.choice(rows, steps, chunk, 0, tier, size)
             for tier, (rows, steps), chunk in axes
             for size in self.passes or pass_sizes(tier, steps)
         ]
+
+    def choice(self, rows: int | None, steps: int, chunk: int, layers: int, tier: str, passed: int) -> Choice:
+        """What is written, with these values of what is free."""
+        return replace(
+            self.written,
+            micro_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            logits_chunk_tokens=chunk,
+            checkpointed_layers=layers,
+            streaming=tier,
+            pass_micro_batches=passed,
+        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,7 @@ def _smallest(freedom: Freedom, layers: int) -> list[Choice]:
     """Of each tier, with so many layers recomputed."""
     rows, steps = freedom.micro_batches[-1]
     return [
-        Choice(rows, steps, min(freedom.logits_chunks), 0 if tier != "off" else layers, tier, min(sizes))
+        freedom.choice(rows, steps, min(freedom.logits_chunks), 0 if tier != "off" else layers, tier, min(sizes))
         for tier in freedom.streaming
         for sizes in [freedom.passes or pass_sizes(tier, steps)]
     ]

@@ -136,12 +136,12 @@ class Forecast:
         return self._step(choice).offloaded
 
     def _run(self, choice: Choice) -> SimulatedRun:
-        return replace(self.run, logits_chunk_tokens=choice.logits_chunk_tokens, streaming=choice.streaming)
+        return replace(self.run, choice=choice)
 
     def _step(self, choice: Choice) -> Simulation:
         if choice not in self._steps:
             batch, together = self.largest_batch(choice.micro_batch_size), min(choice.pass_micro_batches, SIMULATED)
-            simulation = self._run(choice).training_step(batch, choice.checkpointed_layers, together)
+            simulation = self._run(choice).training_step(batch, together)
             more = (choice.pass_micro_batches - together) * self._input_bytes(batch)
             simulation = _with_inputs(simulation, more, self.run.device)
             self._steps[choice] = self._really_held(simulation, choice.streaming)
@@ -163,10 +163,10 @@ class Forecast:
         """Of the longest evaluation batch; of a choice, the logits chunk and the tier are of any consequence to it."""
         if self.evaluation_batch is None:
             return None
-        known, chunk = self._evaluations, run.logits_chunk_tokens
-        if (chunk, run.streaming) not in known:
-            known[chunk, run.streaming] = self._really_held(run.evaluation(self.evaluation_batch), run.streaming)
-        return known[chunk, run.streaming]
+        known, chunk, tier = self._evaluations, run.choice.logits_chunk_tokens, run.choice.streaming
+        if (chunk, tier) not in known:
+            known[chunk, tier] = self._really_held(run.evaluation(self.evaluation_batch), tier)
+        return known[chunk, tier]
 
     @cached_property
     def _cache_blocks(self) -> Sequence[int]:

@@ -44,15 +44,14 @@ def device_chunk_tokens(vocabulary_size: int, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the recipe says of memory, and what a run that was begun has chosen already."""
+    """What the recipe says of memory, and what the plan of a resumed run had chosen."""
 
     memory: MemorySection
-    micro_batch_size: int | None
-    gradient_accumulation_steps: int
+    written: Choice  # what the recipe alone decides
     start: object  # of the adapter
     packing: bool
     facts: ModelFacts
-    begun: Choice | None = None
+    previous: Choice | None = None
     streaming: Sequence[str] = ("off",)  # tiers that recipe, family and adapter allow, fastest first
     break_even: Callable[[str], float] = lambda tier: 0.0  # tokens of a pass that hide a tier's copies; measured
 
@@ -127,20 +126,21 @@ def plan_memory(
 
 def make_freedom(asked: Asked, device: torch.device) -> Freedom:
     """What plan may choose: all axes within a budget, else the layers alone."""
-    written = (asked.micro_batch_size, asked.gradient_accumulation_steps)
+    written = (asked.written.micro_batch_size, asked.written.gradient_accumulation_steps)
     chunk = device_chunk_tokens(asked.facts.vocabulary_size, device)
     micro_batches, chunks = [written], [chunk]
-    if asked.begun is not None:
-        micro_batches = [(asked.begun.micro_batch_size, asked.begun.gradient_accumulation_steps)]
-        chunks = [asked.begun.logits_chunk_tokens]
+    if asked.previous is not None:
+        micro_batches = [(asked.previous.micro_batch_size, asked.previous.gradient_accumulation_steps)]
+        chunks = [asked.previous.logits_chunk_tokens]
     elif asked.memory.budget is not None:
         chunks = [size for size in (chunk, chunk // 4, chunk // 16) if size >= LEAST_CHUNK_TOKENS]
         if not isinstance(asked.start, CalibratedStart):
             micro_batches = smaller_micro_batches(*written)
     tiers, passes = asked.streaming, []
-    if asked.begun is not None and asked.begun.streaming in tiers:
-        tiers, passes = [asked.begun.streaming], [asked.begun.pass_micro_batches]
-    return Freedom(micro_batches, chunks, asked.memory.gradient_checkpointing, asked.facts.layers, tiers, passes)
+    if asked.previous is not None and asked.previous.streaming in tiers:
+        tiers, passes = [asked.previous.streaming], [asked.previous.pass_micro_batches]
+    setting, layers = asked.memory.gradient_checkpointing, asked.facts.layers
+    return Freedom(micro_batches, chunks, setting, layers, tiers, passes, asked.written)
 
 
 def _within_free_memory(freedom: Freedom, peaks: Peaks, available: int | None) -> tuple[Choice, str]:
@@ -184,13 +184,13 @@ def _within_budget(
 
 def make_workload(forecast: Forecast, asked: Asked) -> Workload:
     """What the cost of a choice depends on, from the largest batch."""
-    rows, tokens = forecast.largest_batch(asked.micro_batch_size).input_ids.shape
+    rows, tokens = forecast.largest_batch(asked.written.micro_batch_size).input_ids.shape
     facts = asked.facts
     return Workload(
         device=forecast.run.device.type,
         layers=facts.layers,
-        row_tokens=tokens if asked.micro_batch_size is not None else rows * tokens,
-        step_tokens=rows * tokens * asked.gradient_accumulation_steps,
+        row_tokens=tokens if asked.written.micro_batch_size is not None else rows * tokens,
+        step_tokens=rows * tokens * asked.written.gradient_accumulation_steps,
         head_share=min(1.0, facts.vocabulary_size * facts.hidden_size / max(facts.total_parameters, 1)),
         break_even_tokens={tier: asked.break_even(tier) for tier in asked.streaming if tier != "off"},
     )
@@ -203,8 +203,10 @@ def _choice_text(choice: Choice, asked: Asked) -> str:
         unit = ("pack" if asked.packing else "row") + ("" if rows == 1 else "s")
         steps = choice.gradient_accumulation_steps
         parts.append(f"{steps:,} micro-batch{'' if steps == 1 else 'es'} of {rows:,} {unit} a step")
-        if rows != asked.micro_batch_size:
-            parts[-1] += f" (the same as {asked.gradient_accumulation_steps:,} of {asked.micro_batch_size:,})"
+        if rows != asked.written.micro_batch_size:
+            parts[-1] += (
+                f" (the same as {asked.written.gradient_accumulation_steps:,} of {asked.written.micro_batch_size:,})"
+            )
     if choice.streaming == "off":
         parts.append(f"{choice.checkpointed_layers:,} of {asked.facts.layers:,} layers recomputed")
     else:
@@ -217,7 +219,7 @@ def _fixed(asked: Asked) -> Iterator[str]:
     """What stays as it is written, and why."""
     if asked.memory.gradient_checkpointing != "auto":
         yield "recomputed layers stay as memory.gradient_checkpointing says; auto would let plan choose"
-    if asked.micro_batch_size is None:
+    if asked.written.micro_batch_size is None:
         yield "micro-batches stay as training.micro_batch_tokens cuts them: fewer tokens would end steps at other rows"
     elif isinstance(asked.start, CalibratedStart):
         yield "micro-batches stay as they are written: the adapter's start looks at so many of them"

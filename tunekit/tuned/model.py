@@ -1,7 +1,4 @@
-"""A loaded base with its adapter: what engines, evaluation and generation call.
-
-Comes in: LoadedModel and AttachedAdapter.  Goes out: hidden states and the head.  Next: resident.py, evaluation.py.
-"""
+"""A loaded base with its adapter, as engines, evaluation and generation call it: inputs in, hidden states out."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Head
 from tunekit.memory.offload import BoundaryStore
+from tunekit.memory.slots import LayerSlots
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.load import LoadedModel
@@ -28,6 +26,7 @@ class TunedModel:
     base: LoadedModel
     adapter: AttachedAdapter | None
     boundaries: BoundaryStore | None = None  # where the inputs of recomputed layers wait
+    slots: LayerSlots | None = None  # of a streamed base
 
     @property
     def device(self) -> torch.device:

@@ -1,13 +1,12 @@
-"""TARGET of eval, generate and merge: what it is, and the loaded model with its adapter.
-
-Comes in: a path, hub id or recipe, --base, overrides.  Goes out: Target (nothing loaded), then LoadedTarget.
-Next: evaluate.py, generate.py, merge.py.
+"""TARGET of eval, generate and merge: a path, hub id or recipe goes in; out comes what it is, and then its loaded model
+with the adapter in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_ad
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import InputError, ModelError
-from tunekit.memory.streaming import layer_weights, stream_base
 from tunekit.model.load import load_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.source import find_source
@@ -27,7 +25,9 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
+from tunekit.records import Choice
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.network import prepare_network
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,15 @@ class Target:
     def seed(self) -> int:
         """The seed that splits the eval rows off."""
         return 0 if self.recipe is None else self.recipe.training.seed
+
+    @property
+    def choice(self) -> Choice:
+        """What of the recipe's ways to save memory also holds where nothing is trained."""
+        if self.recipe is None:
+            return Choice()
+        memory = self.recipe.memory
+        tier = memory.streaming if memory.streaming in ("host", "disk") else "off"
+        return Choice(streaming=tier, mlp_tile_tokens=memory.mlp_tile_tokens)
 
 
 @dataclass(frozen=True)
@@ -191,22 +200,20 @@ def _own_template(adapter: Path | None) -> Path | None:
 def load_target(target: Target, device: torch.device) -> LoadedTarget:
     """Load the base, put the adapter into it, and load the tokenizer; ready for evaluation.
 
-    Where the recipe streams the base's weights, they are streamed here too.
+    Where the recipe streams the base's weights or computes its MLPs in tiles, so does this.
     """
-    written = "auto" if target.recipe is None else target.recipe.memory.streaming
-    tier = written if written in ("host", "disk") else "off"
+    choice = target.choice
     with parsed_once(target.model.name_or_path):
         tokenizer = load_tokenizer(target.model)
-        base = load_model(target.model, device=device, streamed=tier != "off")
-    weights = layer_weights(base)
-    adapter = None
+        base = load_model(target.model, device=device, streamed=choice.streaming != "off")
+    attach = None
     if target.adapter is not None:
-        adapter = attach_adapter_folder(
+        attach = partial(
+            attach_adapter_folder,
             base.net,
             target.adapter,
             head_name=base.family.head_name(base.net),
             base_fingerprint=base.fingerprint,
             device=base.device,
         )
-    stream_base(base, weights, tier)
-    return LoadedTarget(target, TunedModel(base, adapter), tokenizer)
+    return LoadedTarget(target, prepare_network(base, choice, attach), tokenizer)
