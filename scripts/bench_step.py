@@ -83,8 +83,8 @@ class Switch:
 
 def measure(model: TunedModel, batch: Batch, repeats: int) -> dict[str, dict[str, float]]:
     """CPU seconds and loss of each variant."""
-    facts, switch = model.base.facts, Switch(model)
-    objective = make_objective(SftSettings(), logits_chunk_tokens=logits_chunk_tokens(facts.vocabulary_size))
+    switch, text = Switch(model), model.base.text
+    objective = make_objective(SftSettings(), logits_chunk_tokens=logits_chunk_tokens(text.vocabulary_size))
     window, units = Window(0, 0.0, (0,), (batch,)), objective.units(batch)
     found: dict[str, dict[str, float]] = {}
     with model.training_mode(True):
@@ -111,7 +111,7 @@ def main() -> None:
     adapter = attach_adapter(base.net, LoraSettings(), seed=0, head_name=base.family.head_name(base.net))
     for parameter in adapter.trained().values():
         parameter.grad = torch.zeros_like(parameter)
-    batch = packed_batch(settings.tokens, base.facts.vocabulary_size)
+    batch = packed_batch(settings.tokens, base.text.vocabulary_size)
     result: dict[str, Any] = {
         "variants": measure(TunedModel(base, adapter), batch, settings.repeats),
         "tokens": batch.tokens,

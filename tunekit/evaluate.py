@@ -90,7 +90,7 @@ def evaluate_rows(
 ) -> dict[str, float | int]:
     """Every metric by name, and what it was measured on."""
     settings, model = loaded.target.evaluation, loaded.model
-    chunk = logits_chunk_tokens(model.base.facts.vocabulary_size)
+    chunk = logits_chunk_tokens(model.base.text.vocabulary_size)
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
     objective = measuring_objective(model.base, chunk)

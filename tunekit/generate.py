@@ -80,7 +80,7 @@ def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
     tokenizer, settings = loaded.tokenizer, loaded.target.evaluation
     prompts = [_prompt_ids(loaded, text) for text in texts]
     largest = max((max(ids, default=0) for ids in prompts), default=0)
-    check_vocabulary(tokenizer, loaded.model.base.facts.vocabulary_size, largest)
+    check_vocabulary(tokenizer, loaded.model.base.text.vocabulary_size, largest)
     with undisturbed(loaded.model):
         ids = generate_texts(
             loaded.model.base,

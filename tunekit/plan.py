@@ -18,7 +18,10 @@ from tunekit.records import Plan
 
 
 def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
-    """Print what train would do. Raises: TunekitError with every refusal."""
+    """Print what train would do.
+
+    Raises: TunekitError with every refusal.
+    """
     loaded = load_recipe(recipe_path, overrides)
     if json_file is not None:
         require_writable(Path(json_file))

@@ -81,8 +81,15 @@ class ModelFacts:
     total_parameters: int
     layers: int
     hidden_size: int
-    vocabulary_size: int
     fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a model of text takes: ids, and positions, of which None is said where the model declares none."""
+
+    vocabulary_size: int
+    positions: int | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,7 @@ class Plan:
     tunekit_version: str
     recipe: dict[str, Any]
     model: ModelFacts
+    text: TextFacts | None  # None: a family without text
     device: str
     targets: list[Target]
     trainable_parameters: int

@@ -54,7 +54,7 @@ def run_row(row: Row, device: torch.device, plan: dict[str, Any]) -> dict[str, A
 
 def _run(row: Row, base: LoadedModel, checkpointed: int, device: torch.device) -> tuple[Run, list[StepRecord]]:
     base = replace(base, device=device)  # of a streamed one, the layers stay where they are
-    choice = row_choice(row, base.facts.vocabulary_size, checkpointed)
+    choice = row_choice(row, base.text.vocabulary_size, checkpointed)
     head = base.family.head_name(base.net)
     attach = partial(attach_adapter, base.net, adapter_settings(row), seed=0, head_name=head, device=device)
     model = prepare_network(base, choice, attach)

@@ -121,7 +121,7 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
     run_device = torch.device("cuda") if device.type != "cpu" else device
     with configuration_folder(row.model) as folder:
         section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
-        choice = row_choice(row, base.facts.vocabulary_size, checkpointed)
+        choice = row_choice(row, base.text.vocabulary_size, checkpointed)
         objective = supervised_objective(base.family.name)
         run = SimulatedRun(section, adapter_settings(row), objective, training_section(row), choice, run_device)
         together = 1 if row.engine == "resident" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)

@@ -26,6 +26,7 @@ from tunekit.records import (
     RowCounts,
     StepRecord,
     Target,
+    TextFacts,
 )
 
 MIB = 1 << 20
@@ -61,8 +62,9 @@ def make_plan(**changes: Any) -> Plan:
         tunekit_version="0.1.0",
         recipe={"adapter": {"method": "lora", "r": 16}, "data": {"train": [{"path": "train.jsonl"}]}},
         model=ModelFacts(
-            "models/tiny_llama", None, "causal", "llama", "float32", "nf4", True, "sdpa", 1_000_000, 2, 64, 262, "f"
+            "models/tiny_llama", None, "causal", "llama", "float32", "nf4", True, "sdpa", 1_000_000, 2, 64, "f"
         ),
+        text=TextFacts(262, 2048),
         device="cpu",
         targets=[Target("model.layers.0.self_attn.q_proj", "linear", 64, 64, 500_000, 16, 32.0)],
         trainable_parameters=500_000,
@@ -217,9 +219,9 @@ def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
         evaluations=[],
         reactions=[],
     )
-    page = make_page(
-        run.path, facts, make_plan(steps_per_epoch=None, recipe={"adapter": {"method": "full"}}), sum_metrics([])
-    )
+    rows = dataclasses.replace(make_plan().rows, steps_per_epoch=None)
+    plan = make_plan(rows=rows, recipe={"adapter": {"method": "full"}})
+    page = make_page(run.path, facts, plan, sum_metrics([]))
     assert "None" not in page.replace("None: every check", "")
     assert "nan" not in page.lower()
     assert "those after **step 4**, the last" in page

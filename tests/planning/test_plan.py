@@ -19,7 +19,7 @@ from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
 from tunekit.planning.refusals import library_problems
 from tunekit.recipe.load import load_recipe
-from tunekit.records import Plan
+from tunekit.records import Choice, Plan
 from tunekit.training.state import Prepared
 
 CPU = torch.device("cpu")
@@ -234,6 +234,11 @@ def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest
         assert words in text
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["steps"] == 3
+    fixed = {"targets", "trainable_parameters", "total_parameters", "supervised_tokens", "refusals"}
+    assert fixed <= written.keys()
+    plan, _ = plan_of(recipe, "training.epochs=1")
+    assert Choice(**written["choice"]) == plan.choice, "a resumed run reads it back"
+    assert written["text"] == {"vocabulary_size": 264, "positions": plan.text.positions if plan.text else None}
     assert set(written["peak_bytes"]) == {"weights", "adapter", "optimizer", "activations", "logits", "total"}
     assert not (recipe.parent / "run").exists(), "plan makes no folder"
 

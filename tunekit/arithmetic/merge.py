@@ -200,7 +200,7 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     device = torch.device("cpu")
     tokenizer = load_tokenizer(target.model)
     running = load_target(target, device).model.base
-    rows, described = _rows(target, tokenizer, running.facts.vocabulary_size)
+    rows, described = _rows(target, tokenizer, running.text.vocabulary_size)
     before = [_logits(running, row) for row in rows]
     dtype, attention = running.facts.dtype, running.facts.attention
     del running

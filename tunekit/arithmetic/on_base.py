@@ -21,7 +21,10 @@ from tunekit.tuned.network import prepare_network
 
 
 def base_section(config: AdapterConfig, base: str | None, how: str) -> ModelSection:
-    """The base as the adapter saw it. Raises: ModelError where nothing says which it is."""
+    """The base as the adapter saw it.
+
+    Raises: ModelError where nothing says which it is.
+    """
     name = base if base is None or not Path(base).exists() else str(Path(base).resolve())
     name = name or config.base_location()
     if name is None:

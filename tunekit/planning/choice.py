@@ -1,6 +1,4 @@
-"""The fastest setting that fits a memory budget: which tier, how many rows at a time, how much is recomputed.
-
-Comes in: what may be chosen, a way to predict a peak, an ordered cost.  Goes out: a Choice.  Next: plan.py.
+"""What may be chosen, a way to predict a peak and an ordered cost go in; the fastest Choice that fits comes out.
 
 The cost orders settings; it predicts no seconds. Every setting computes the same sums in another order, so the choice
 is one of speed and memory alone.

@@ -1,7 +1,5 @@
-"""The peak memory of a run, foreseen: its largest batches simulated, its base loaded on paper.
-
-Comes in: sections, the model without weights, rows.  Goes out: PeakBytes of a Choice.
-Next: plan.py.
+"""The recipe's sections, the model without weights and the rows go in; the peak memory of a run with some Choice comes
+out: its largest batches simulated, its base loaded on paper.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""What is chosen for memory's sake (rows at a time, recomputed layers, logits at a time), and whether the run fits.
-
-Comes in: a Forecast, what the recipe asks for and leaves free.  Goes out: PlannedMemory; a run too large is a finding.
-Next: plan.py.
+"""A Forecast and what the recipe asks for and leaves free go in; what is chosen for memory's sake comes out (rows at a
+time, recomputed layers, logits at a time), and whether the run fits.
 
 Only memory.budget changes micro-batches and logits chunks: the free memory of the moment must not decide what a resumed
 run cannot repeat bit by bit. Without a budget it decides how many layers are recomputed, which changes no bit.
@@ -29,7 +27,7 @@ from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.section import CalibratedStart
-from tunekit.records import Choice, ModelFacts, PeakBytes, bytes_text
+from tunekit.records import Choice, ModelFacts, PeakBytes, TextFacts, bytes_text
 
 DEVICE_SHARE = 128  # of a GPU's memory, if that is more: its products of few rows only wait for the head's weights
 MARGIN = {"cpu": 0.10, "cuda": 0.05}  # of a budget: as far off as a prediction is promised not to be
@@ -51,6 +49,7 @@ class Asked:
     start: object  # of the adapter
     packing: bool
     facts: ModelFacts
+    text: TextFacts
     previous: Choice | None = None
     streaming: Sequence[str] = ("off",)  # tiers that recipe, family and adapter allow, fastest first
     break_even: Callable[[str], float] = lambda tier: 0.0  # tokens of a pass that hide a tier's copies; measured
@@ -127,7 +126,7 @@ def plan_memory(
 def make_freedom(asked: Asked, device: torch.device) -> Freedom:
     """What plan may choose: all axes within a budget, else the layers alone."""
     written = (asked.written.micro_batch_size, asked.written.gradient_accumulation_steps)
-    chunk = device_chunk_tokens(asked.facts.vocabulary_size, device)
+    chunk = device_chunk_tokens(asked.text.vocabulary_size, device)
     micro_batches, chunks = [written], [chunk]
     if asked.previous is not None:
         micro_batches = [(asked.previous.micro_batch_size, asked.previous.gradient_accumulation_steps)]
@@ -191,7 +190,7 @@ def make_workload(forecast: Forecast, asked: Asked) -> Workload:
         layers=facts.layers,
         row_tokens=tokens if asked.written.micro_batch_size is not None else rows * tokens,
         step_tokens=rows * tokens * asked.written.gradient_accumulation_steps,
-        head_share=min(1.0, facts.vocabulary_size * facts.hidden_size / max(facts.total_parameters, 1)),
+        head_share=min(1.0, asked.text.vocabulary_size * facts.hidden_size / max(facts.total_parameters, 1)),
         break_even_tokens={tier: asked.break_even(tier) for tier in asked.streaming if tier != "off"},
     )
 

@@ -1,7 +1,4 @@
-"""The loss of one base alone and with each of several adapters, on the same rows; the base is loaded once.
-
-Comes in: a loaded base, adapters over it, encoded rows.  Goes out: losses.  Next: `tunekit adapter diff --data`.
-"""
+"""A loaded base, adapters over it and encoded rows go in; the loss of the base, alone and with each, comes out."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ def adapter_losses(
 
     Raises: ModelError where the model cannot look up the rows.
     """
-    chunk = logits_chunk_tokens(model.facts.vocabulary_size)
+    chunk = logits_chunk_tokens(model.text.vocabulary_size)
     objective = measuring_objective(model, chunk)
     losses: dict[str | None, float] = {}
     for name in (None, *adapters.adapters):

@@ -1,7 +1,4 @@
-"""Answers generated for evaluation rows, and the text metrics over them.
-
-Comes in: prompts with their reference answers.  Goes out: predictions and metric values.  Next: loop.py, evaluate.py.
-"""
+"""Prompts with their reference answers go in; generated answers and the text metrics over them come out."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One evaluation of the eval rows, as the recipe's `evaluation:` asks for it.
 
-Comes in: model, rows, settings.  Goes out: metrics by name, loss and perplexity always.  Next: loop.py, evaluate.py.
+Model, rows and settings go in; metrics by name come out, loss and perplexity always.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class Evaluator:
     on_split: Callable[[Batch], None] = lambda batch: None  # told of a batch that ran out of memory
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[LossSums, dict[str, float]]:
-        """The sums, and every metric by name. Raises: EvaluationStopped where `stop` says so."""
+        """The sums, and every metric by name.
+
+        Raises: EvaluationStopped where `stop` says so.
+        """
         sums = summed_evaluation(self.model, self.objective, self.batches(), self.devices, stop, self.on_split)
         wanted = list(dict.fromkeys([*LOSS_METRICS, *self.metric_names]))
         texts = [name for name in wanted if needs_generation(name)]
@@ -99,7 +102,10 @@ def is_better(metric: str, value: float, best: float | None) -> bool:
 
 
 def measuring_objective(base: LoadedModel, logits_chunk_tokens: int) -> Objective:
-    """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
+    """What measures the loss of answers where no recipe names an objective.
+
+    Raises: ModelError where nothing does.
+    """
     settings = supervised_objective(base.family.name) or SftSettings()
     objective = make_objective(settings, logits_chunk_tokens=logits_chunk_tokens)
     check_family(base, objective)

@@ -62,7 +62,7 @@ def longest_positions(base: LoadedModel, rows: EncodedRows) -> int:
 
 def vocabulary_problems(base: LoadedModel, tokenizer: LoadedTokenizer, rows: EncodedRows) -> Iterator[Problem]:
     """Ids in the rows beyond the model's embedding."""
-    size = base.facts.vocabulary_size
+    size = base.text.vocabulary_size
     if tokenizer.vocabulary_size <= size:
         return
     for index in range(len(rows)):

@@ -1,6 +1,6 @@
 """Evaluation that changes nothing: token-weighted sums over batches, and answers for text metrics.
 
-Comes in: a TunedModel and evaluation batches.  Goes out: metrics by name.  Next: loop.py, evaluate.py.
+A TunedModel and evaluation batches go in, metrics by name come out.
 """
 
 from __future__ import annotations

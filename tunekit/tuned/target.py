@@ -52,7 +52,10 @@ class Target:
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the template file. Raises: RecipeError where it cannot be read."""
+        """The text of the template file.
+
+        Raises: RecipeError where it cannot be read.
+        """
         return None if self.template_file is None else read_template(self.template_file)
 
     @property
@@ -105,7 +108,10 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
 
 
 def _require_model(target: str, section: ModelSection) -> None:
-    """Refuse a name that is nothing on this machine and no model of the hub. Raises: InputError."""
+    """Refuse a name.
+
+    Raises: InputError where it is nothing on this machine and no model of the hub.
+    """
     try:
         find_source(section, weights=False)
     except ModelError as error:

@@ -33,7 +33,7 @@ def facts(plan: Plan) -> dict[str, object]:
         "micro-batches": _micro_batches(plan),
         "longest first": f"{'yes' if plan.tries_longest_batch else 'no'}: {plan.trial_reason}",
         "recomputed": f"{choice.checkpointed_layers} of {model.layers} layers",
-        "logits": f"{choice.logits_chunk_tokens:,} positions at a time",
+        "logits": None if plan.text is None else f"{choice.logits_chunk_tokens:,} positions at a time",
     }
 
 
