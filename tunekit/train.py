@@ -13,9 +13,10 @@ from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
+from tunekit.console.progress import Progress
 from tunekit.data.encoding.sources import read_template
 from tunekit.machine.devices import make_devices
-from tunekit.machine.memory import limit_bytes, read_host_memory
+from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.splitting import is_out_of_memory, shape_text
 from tunekit.model.load import LoadedModel, load_model
@@ -67,7 +68,7 @@ def _train(session: Session, resume: bool) -> None:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
-    with session.console.progress(plan.steps, first_step=run.state.step) as progress:
+    with Progress(session.console, plan.steps, run.state.step) as progress:
         run.record = run_files.make_recorder(session, progress, trackers)
         run_loop(run)
     found = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
@@ -108,7 +109,7 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepa
     devices, console = session.devices, session.console
     with session.timed("data"):
         plan, prepared = devices.main_first(lambda: make_plan(session.loaded, device=devices.device, previous=previous))
-    session.baseline_bytes = read_host_memory().resident_bytes or 0  # planning has imported what the run needs
+    session.baseline_bytes = resident_bytes()  # planning has imported what the run needs
     raise_refusals(plan)
     facts, rows = plan.model, plan.rows.training
     quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="repla
 # Real blocks, whose pages nobody touches: the arena's size and the mapped bytes after each operation's peak.
 REAL = """
 import ctypes, json, random, sys
-from tunekit.memory.malloc import settle_heap
+from tunekit.machine.malloc import settle_heap
 blocks, small, settled = json.loads(sys.argv[1])
 libc = ctypes.CDLL(None)
 class Info(ctypes.Structure):

@@ -181,10 +181,10 @@ def configured(**changes: Any) -> Callable[[Path], None]:
 
 
 DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
-    ("truncated or damaged", truncate),
-    ("Git LFS pointer", pointer),
-    ("not a complete safetensors file", huge_header),
-    ("not a complete safetensors file", html),
+    ("truncated or has extra bytes", truncate),
+    ("git-lfs pointer", pointer),
+    ("truncated, or no safetensors file", huge_header),
+    ("web page", html),
     ("not a regular file", pipe),
     ("pickle", pickle_only),
     ("holds no model.safetensors", nothing),
@@ -192,7 +192,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     ("is missing", missing_shard),
     ("lacks weights", missing_key),
     ("up_proj|mismatch|shape", wrong_shape),
-    ("config.json is missing", no_config),
+    ("config.json: is missing", no_config),
     ("cannot be read as JSON", deep_config),
     ("holds an adapter", adapter_folder),
     ("runs code of its own", remote_code),
@@ -249,7 +249,7 @@ def audit(event, arguments):
 sys.addaudithook(audit)
 import torch
 from tunekit.model.load import load_model
-from tunekit.model.tokenizer import load_tokenizer
+from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
 section = ModelSection(name_or_path=sys.argv[1], quantization="nf4")
 load_model(section, device=torch.device("cpu"))

@@ -17,8 +17,8 @@ from torch import Tensor
 from tunekit.adapters.folder.config import CONFIG_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
 from tunekit.arithmetic.loose_lora import check_files, refuse_not_finite
 from tunekit.errors import AdapterError
-from tunekit.files.tensors import iterate_tensors
-from tunekit.files.untrusted import parse_json, read_small, read_tensor_header, same, shown
+from tunekit.files.tensors import iterate_tensors, read_tensor_header
+from tunekit.files.untrusted import parse_json, read_small, same, shown
 
 SUFFIXES = {  # method -> how its tensors' names end
     "bitfit": (".bias",),

@@ -19,8 +19,8 @@ from tunekit.adapters.folder.expected import FLOATS
 from tunekit.adapters.patterns import Budget
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.tensors import iterate_tensors
-from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of, shown
+from tunekit.files.tensors import NAMES, TensorEntry, iterate_tensors, read_tensor_header
+from tunekit.files.untrusted import parse_json, read_small, sha256_of, shown
 
 PREFIX = "base_model.model."
 FACTORS = {  # suffix -> which factor, and whether of an embedding
@@ -150,7 +150,8 @@ def _check_shapes(
         a, b, rank = header[pair["A"]], header[pair["B"]], ranks.of(module, config.settings.r)
         for entry in (a, b):
             if entry.dtype not in FLOATS:
-                wrong.append(f"the factors of '{module}' have type {entry.dtype}, expected {' or '.join(FLOATS)}")
+                expected = " or ".join(NAMES[dtype] for dtype in FLOATS)
+                wrong.append(f"the factors of '{module}' have type {NAMES[entry.dtype]}, expected {expected}")
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
             shapes = f"{list(a.shape)} and {list(b.shape)}"
             wrong.append(f"the factors of '{module}' have shapes {shapes}, which is not rank {rank}")

@@ -22,14 +22,14 @@ from tunekit.adapters.folder.config import CONFIG_NAME, TENSORS_NAME, AdapterCon
 from tunekit.arithmetic.loose_lora import FACTORS, PREFIX, Resolved, Scalings
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
-from tunekit.files.tensors import iterate_tensors
-from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of, shown
+from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors, read_tensor_header
+from tunekit.files.untrusted import parse_json, read_small, sha256_of, shown
 
 OWN_NAMES = (  # how the tensors of PEFT's methods begin, after the name of the module they belong to
     *("lora_", "vera_", "vblora_", "randlora_", "fourierft_", "c3a_", "road_", "hada_", "lokr_", "oft_", "boft_"),
     *("hra_", "miss_", "bone_", "shira_", "hira_", "gralora_", "delora_", "ia3_", "ln_tuning_layers", "base_layer"),
 )
-NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # other types hold no NaN, and have no norm
+NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # others hold no NaN, have no norm
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,14 @@ def _configuration(folder: Path) -> tuple[AdapterConfig | None, list[str]]:
 
 
 def _summarise(name: str, entry: TensorEntry, tensor: Tensor) -> TensorSummary:
-    if entry.dtype not in NUMBERS:
-        return TensorSummary(name, entry.dtype, entry.shape, None, False, 0)
+    dtype = NAMES[entry.dtype]
+    if dtype not in NUMBERS:
+        return TensorSummary(name, dtype, entry.shape, None, False, 0)
     values = tensor.to(torch.float64)
     not_finite = values.numel() - int(torch.isfinite(values).sum())
     norm = None if not_finite else float(torch.linalg.vector_norm(values))
     zero = values.numel() > 0 and not bool(values.any())
-    return TensorSummary(name, entry.dtype, entry.shape, norm, zero, not_finite)
+    return TensorSummary(name, dtype, entry.shape, norm, zero, not_finite)
 
 
 def split_name(key: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """The process's own malloc, set so that a training step on a CPU wastes little and what it takes can be foreseen.
 
-Comes in: nothing; glibc's malloc through ctypes.  Goes out: a heap with fixed rules.  Next: heap.py replays them.
+Comes in: nothing; glibc's malloc through ctypes.  Goes out: a heap with fixed rules.
 
 torch asks posix_memalign for blocks at 64 bytes: of each free chunk a splinter of 32 to 80 bytes is left before the
 block. A small object (the node of a graph, a tensor's head) that moves in there keeps the block, once it is freed, from

@@ -6,13 +6,12 @@ Next: load.py.
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunekit.errors import ModelError
+from tunekit.machine.environment import cpu_facts
 from tunekit.recipe.model import ModelSection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,14 +47,9 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and _cpu_has_bfloat16()
 
 
-@cache
 def _cpu_has_bfloat16() -> bool:
     """AVX512-BF16 or AMX-BF16 on x86, the bf16 extension on ARM, as the kernel lists them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    flags = cpu_facts().get("flags") or cpu_facts().get("features", "")
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 

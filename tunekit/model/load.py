@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tunekit.errors import ModelError
-from tunekit.files.tensors import TensorHeader
+from tunekit.files.tensors import TensorEntry
 from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family, text_config
@@ -141,7 +141,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     return loaded
 
 
-def _headers(source: ModelSource) -> dict[str, TensorHeader]:
+def _headers(source: ModelSource) -> dict[str, TensorEntry]:
     """Of the files; none where they are not here yet."""
     try:
         return read_headers(source.folder)

@@ -21,24 +21,24 @@ from tunekit.recipe.section import (
 from tunekit.recipe.start_choice import DEFAULT_START, StartChoice
 
 
-def one_or_several(value: Any) -> Any:
+def one_or_several(value: object) -> Any:
     """A single number as a list of one; anything else is left to the type."""
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _names_or_nothing(value: Any) -> Any:
+def _names_or_nothing(value: object) -> Any:
     """Text or texts, as everywhere; nothing too, where other things are adapted."""
     return () if value is None or value == [] or value == () else text_or_texts(value)
 
 
-def _token_ids(value: Any) -> Any:
+def _token_ids(value: object) -> Any:
     """Ids of tokens, each once; or a mapping of modules to such lists."""
     if isinstance(value, dict) and all(isinstance(name, str) and name for name in value):
         return {name: _listed_ids(ids) for name, ids in value.items()}
     return _listed_ids(value)
 
 
-def _listed_ids(value: Any) -> tuple[int, ...]:
+def _listed_ids(value: object) -> tuple[int, ...]:
     ids = tuple(value) if isinstance(value, list | tuple) else None
     if ids is None or not all(type(each) is int and 0 <= each <= LARGEST_COUNT for each in ids):
         raise ValueError("must be a list of token ids, or a mapping of modules to such lists")

@@ -1,6 +1,6 @@
 """The base of every section of a recipe: frozen, strict, no unknown keys; and the value types sections share.
 
-Comes in: plain values read from YAML.  Goes out: validated, immutable settings.  Next: the section files, then load.py.
+Comes in: plain values read from YAML.  Goes out: validated, immutable settings.
 """
 
 from __future__ import annotations

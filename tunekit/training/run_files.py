@@ -14,7 +14,7 @@ from tunekit.artifacts.checkpoint import Checkpoint, load_newest, save_checkpoin
 from tunekit.artifacts.fingerprint import make_fingerprint, require_same, resume_notes
 from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.trackers import Trackers
-from tunekit.console import Progress
+from tunekit.console.progress import Progress
 from tunekit.errors import ResourceError, TunekitError
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.memory.splitting import is_out_of_memory

@@ -18,17 +18,18 @@ from tunekit.adapters.method import Method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.tokens import TrainedTokens, token_slots
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.untrusted import TensorEntry, shown
+from tunekit.files.tensors import NAMES, TensorEntry
+from tunekit.files.untrusted import shown
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
 
-FLOATS = ("F32", "F16", "BF16")  # all of them exact in float32
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # all of them exact in float32
 TYPES = {
     torch.float32: FLOATS,
-    torch.int64: ("I64",),
-    torch.int32: ("I32",),
-    torch.uint8: ("U8",),
-    torch.bool: ("BOOL",),
+    torch.int64: (torch.int64,),
+    torch.int32: (torch.int32,),
+    torch.uint8: (torch.uint8,),
+    torch.bool: (torch.bool,),
 }
 BASE_COPY = ".base_layer.weight"  # peft's copy of an embedding's own weight
 SHOWN_PROBLEMS = 8
@@ -77,7 +78,8 @@ class Expected:
         if entry.shape != slot.shape:
             return [f"'{key}' has shape {list(entry.shape)}, expected {list(slot.shape)}"]
         if entry.dtype not in TYPES[slot.dtype]:
-            return [f"'{key}' has type {entry.dtype}, expected {' or '.join(TYPES[slot.dtype])}"]
+            expected = " or ".join(NAMES[dtype] for dtype in TYPES[slot.dtype])
+            return [f"'{key}' has type {NAMES[entry.dtype]}, expected {expected}"]
         return []
 
     def _hint(self, key: str) -> str:

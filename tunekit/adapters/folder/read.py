@@ -23,7 +23,8 @@ from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import token_rows
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.untrusted import read_tensor_header, sha256_of, shown
+from tunekit.files.tensors import read_tensor_header
+from tunekit.files.untrusted import sha256_of, shown
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
 

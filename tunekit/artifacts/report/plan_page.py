@@ -38,7 +38,7 @@ def facts(plan: Plan) -> dict[str, object]:
 
 
 def _micro_batches(plan: Plan) -> str:
-    """How a step's rows are cut."""
+    """How a step's rows are divided into micro-batches."""
     count = plan.choice.micro_batch_size
     unit = ("pack" if plan.rows.packing else "row") + ("" if count == 1 else "s")
     tokens = plan.recipe.get("training", {}).get("micro_batch_tokens")

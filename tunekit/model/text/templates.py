@@ -6,7 +6,6 @@ Next: tokenizer.py.
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import threading
@@ -16,6 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from tunekit.errors import DataError
+from tunekit.machine.memory import address_space_bytes
 
 KEY = "data.chat_template"
 LIMIT_SECONDS = 5.0
@@ -99,22 +99,12 @@ def _time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _pages() -> int:
-    """Pages of the process's address space. Read without Python's streams: it is asked for every row, twice."""
-    file = os.open("/proc/self/statm", os.O_RDONLY)
-    try:
-        return int(os.read(file, 64).split()[0])
-    finally:
-        os.close(file)
-
-
 @contextmanager
 def _memory_limit() -> Iterator[None]:
     """No allocation beyond what the process has now and LIMIT_EXTRA_BYTES more, where the system can say so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        pages = _pages()
-        limit = pages * resource.getpagesize() + LIMIT_EXTRA_BYTES
+        limit = address_space_bytes() + LIMIT_EXTRA_BYTES
         known = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
     except (OSError, ValueError):
