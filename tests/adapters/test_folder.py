@@ -403,7 +403,7 @@ def test_a_malformed_folder_is_refused_unread(
     def never(*_: object, **__: object) -> None:
         pytest.fail("tensor data was read, or a tensor made")
 
-    monkeypatch.setattr(tunekit.adapters.folder.read, "safe_open", never)
+    monkeypatch.setattr(tunekit.adapters.folder.read, "read_tensor", never)
     monkeypatch.setattr(tunekit.adapters.folder.read, "attach_adapter", never)
     monkeypatch.chdir(tmp_path)
     start = time.process_time()

@@ -149,7 +149,7 @@ def test_a_budget_that_everything_fits_changes_nothing(recipe: Path) -> None:
     plain, _ = plan_of(recipe)
     plan, _ = plan_of(recipe, "memory.budget=10GiB")
     assert not plan.refusals
-    for name in ("micro_batch_size", "gradient_accumulation_steps", "logits_chunk_tokens", "peak_bytes", "steps"):
+    for name in ("choice", "peak_bytes", "steps"):
         assert getattr(plan, name) == getattr(plain, name)
     assert plan.choice.checkpointed_layers == 0
     assert plan.tries_longest_batch
@@ -178,8 +178,8 @@ def test_within_a_budget_rows_go_before_recomputation(recipe: Path) -> None:
     )
     assert every.peak_bytes.total < one.peak_bytes.total
     tight, _ = plan_of(recipe, budget_for(one.peak_bytes.total - 1))
-    assert tight.micro_batch_size == 1
-    assert tight.checkpointed_layers > 0 or tight.logits_chunk_tokens < plain.choice.logits_chunk_tokens
+    assert tight.choice.micro_batch_size == 1
+    assert tight.choice.checkpointed_layers > 0 or tight.choice.logits_chunk_tokens < plain.choice.logits_chunk_tokens
     assert tight.peak_bytes.total < one.peak_bytes.total
     assert not tight.refusals
 
@@ -188,7 +188,7 @@ def test_what_the_recipe_writes_is_obeyed(recipe: Path) -> None:
     plain, _ = plan_of(recipe)
     budget = budget_for(plain.peak_bytes.total - 1)
     fixed, _ = plan_of(recipe, budget, "memory.gradient_checkpointing=1")
-    assert fixed.checkpointed_layers == 1
+    assert fixed.choice.checkpointed_layers == 1
     assert any("stay as memory.gradient_checkpointing says" in note for note in fixed.notes)
     by_tokens = ("~training.micro_batch_size", "training.micro_batch_tokens=2048")
     plan, _ = plan_of(recipe, *by_tokens, budget)

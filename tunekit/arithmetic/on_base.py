@@ -1,6 +1,4 @@
-"""An adapter folder goes in, with the base it belongs to; out come that base's model section, the adapter in a network
-without weights, and a reader of one matrix at a time.
-"""
+"""An adapter folder together with its base, whose weights are not loaded: one matrix is read at a time."""
 
 from __future__ import annotations
 
@@ -40,11 +38,14 @@ def base_section(config: AdapterConfig, base: str | None, how: str) -> ModelSect
     return ModelSection.model_validate({"name_or_path": name, **known})
 
 
-def attach_to_base(
-    folder: Path, section: ModelSection, rewriter: Rewriter | None = None
-) -> tuple[AttachedAdapter, Rewriter]:
-    """The adapter, whose tensors are real, in a network without weights, and the reader of those weights."""
-    rewriter = rewriter or Rewriter(section, "full" if section.quantization == "none" else "dequantized")
+def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter, Rewriter]:
+    """The adapter in a net without weights, and the reader of those weights."""
+    rewriter = Rewriter(section, "full" if section.quantization == "none" else "dequantized")
+    return attach_without_weights(folder, section, rewriter), rewriter
+
+
+def attach_without_weights(folder: Path, section: ModelSection, rewriter: Rewriter) -> AttachedAdapter:
+    """The adapter in a net without weights: its tensors are real, the base's are not."""
     cpu = torch.device("cpu")
     base = make_meta_model(section, device=cpu)
     attach = partial(
@@ -58,4 +59,4 @@ def attach_to_base(
     )
     attached = prepare_network(base, Choice(), attach, planned_for=cpu).adapter
     assert attached is not None
-    return attached, rewriter
+    return attached

@@ -1,4 +1,4 @@
-"""Reads files that may be hostile: regular files of sane size, strict JSON.
+"""Reads files that may be hostile: regular files of sane size, strict JSON; and compiles patterns that may be.
 
 Comes in: a path.  Goes out: bytes or a JSON object, or an error that names the file and the fault.  Nothing here
 allocates by what a file claims, only by what it is.
@@ -10,17 +10,31 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from tunekit.errors import AdapterError, InputError, ModelError, RunFolderError
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_NUMBER_CHARACTERS = 40
+MAX_PATTERN_CHARACTERS = 100_000
+MAX_GROUPS = 100  # inside each other
+MAX_COPIES = 1000  # of a part that counted repeats write out
+MAX_OPEN_REPEATS, MAX_OPEN_DEPTH = 16, 2  # in a pattern, and inside each other
+PATTERN_PIECE = re.compile(
+    r"(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])|(?P<group>\((?:\?(?:P<\w+>|<[=!]|[:=!]))?)|(?P<close>\))"
+    r"|(?P<repeat>(?:[*+?]|\{(?:\d+(?:,\d*)?|,\d+)\})[?+]?)|(?P<between>\|)|(?P<one>\\.|.)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -157,3 +171,85 @@ def shown(value: object, characters: int = 80) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
     return text if len(text) <= characters else text[: characters - 3] + "..."
+
+
+@lru_cache(maxsize=1024)
+def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
+    """A regular expression of Python's syntax and meaning, put into `template`, for the matcher of the package `regex`.
+
+    What explodes is refused by its structure alone: open repeats (*, + and {n,}) more than two deep or more than 16 in
+    all, counted repeats that write a part out more than 1000 times, groups more than 100 deep. So are back references,
+    flags, conditions and atomic groups, and what `regex` reads in another way: fuzzy counts such as {e<=1}, and POSIX
+    classes. The matcher remembers where a repeat has failed, so that hardly anything of what is left is slow; whoever
+    calls it gives it a timeout, which `regex` takes in seconds of the process's own processor time: how busy the
+    machine is changes nothing.
+    Raises: ValueError that says why a pattern is refused.
+    """
+    if len(text) > MAX_PATTERN_CHARACTERS:
+        raise ValueError(f"is longer than {MAX_PATTERN_CHARACTERS} characters")
+    _refuse_costly(text)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # FutureWarning about nested sets; the meaning is today's
+            re.compile(text)
+        return regex.compile(template.format(text), regex.VERSION0, cache_pattern=False)
+    except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
+        raise ValueError(f"is not a regular expression ({type(error).__name__}: {error})") from error
+
+
+@dataclass
+class _Repeats:
+    """Of a part of a pattern: open repeats in all and inside each other, and copies that counted repeats make."""
+
+    count: int = 0
+    depth: int = 0
+    copies: int = 1
+
+    def add(self, other: _Repeats) -> None:
+        """Take in a part of this part."""
+        self.count += other.count
+        self.depth = max(self.depth, other.depth)
+        self.copies = max(self.copies, other.copies)
+
+    def repeat(self, quantifier: str) -> None:
+        """Apply *, +, ?, {n}, {n,} or {n,m}."""
+        numbers = [int(number) for number in re.findall(r"\d+", quantifier)]
+        self.copies *= max([1, *numbers])
+        if quantifier[0] in "*+" or quantifier.rstrip("?+").endswith(",}"):
+            self.count, self.depth = self.count + 1, self.depth + 1
+        if self.count > MAX_OPEN_REPEATS or self.depth > MAX_OPEN_DEPTH or self.copies > MAX_COPIES:
+            raise ValueError("can take too many steps: it repeats too much, or repeats inside repeats")
+
+
+def _refuse_costly(text: str) -> None:
+    """Refuse by structure.
+
+    Raises: ValueError. What is no expression at all is left to the compiler.
+    """
+    parts = [[_Repeats()]]  # of each group that is open: its parts so far, the last of which a quantifier repeats
+    for piece in PATTERN_PIECE.finditer(text):
+        kind, token = piece.lastgroup, piece.group()
+        if kind == "group":
+            parts.append([_Repeats()])
+            if len(parts) > MAX_GROUPS:
+                raise ValueError("is nested too deeply")
+            if token == "(" and text.startswith("?", piece.end()):
+                raise ValueError("sets flags such as (?i), or uses conditions or atomic groups")
+        elif kind == "close" and len(parts) > 1:
+            whole = _Repeats()
+            for part in parts.pop():
+                whole.add(part)
+            parts[-1].append(whole)
+        elif kind == "repeat":
+            parts[-1][-1].repeat(token)
+        elif token == "{" or (kind == "set" and "[:" in token):
+            raise ValueError("has a brace or a bracket in a set that counts nothing: write \\ before it")
+        elif re.fullmatch(r"\\[1-9]", token):
+            raise ValueError("uses back references")
+        else:
+            parts[-1].append(_Repeats())
+    whole = _Repeats()
+    for part in (part for group in parts for part in group):
+        whole.add(part)
+    if whole.count > MAX_OPEN_REPEATS:
+        raise ValueError("can take too many steps: it repeats too much")

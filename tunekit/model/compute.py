@@ -1,7 +1,6 @@
 """What a device computes natively: the compute dtype and the attention implementation, resolved from `auto`.
 
 Comes in: the model section, the configuration, the device.  Goes out: a dtype, an attention name.
-Next: load.py.
 """
 
 from __future__ import annotations
@@ -54,19 +53,19 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def resolve_attention(section: ModelSection, config: Any, device: torch.device, auto_class: Any) -> str:
-    """The attention implementation; auto is torch's fused one where the model has it, else the plain one.
+    """The attention implementation; auto is torch's sdpa where the model has it, else the plain one.
 
     `auto_class`: transformers' class that loads models of this family.
     Raises: ModelError where the asked one is not available.
     """
     classes = auto_class._model_mapping
     known = type(config) in classes
-    fused = bool(getattr(classes[type(config)], "_supports_sdpa", False)) if known else False
+    has_sdpa = bool(getattr(classes[type(config)], "_supports_sdpa", False)) if known else False
     if section.attention == "auto":
-        return "sdpa" if fused else "eager"
+        return "sdpa" if has_sdpa else "eager"
     if section.attention == "flash_attention_2" and device.type != "cuda":
         raise ModelError("flash_attention_2 needs a CUDA device", "write attention: auto", key="model.attention")
-    if section.attention == "sdpa" and known and not fused:
+    if section.attention == "sdpa" and known and not has_sdpa:
         raise ModelError(
             f"{config.model_type} cannot use sdpa (it would leave out a part of its attention)",
             "write attention: auto or eager",

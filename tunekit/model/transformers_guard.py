@@ -1,7 +1,6 @@
 """The one place that silences transformers, huggingface_hub and bitsandbytes, and puts everything back afterwards.
 
 Comes in: nothing.  Goes out: `quiet()`, a block inside which those libraries print neither warnings nor progress bars.
-Next: load.py, tokenizer.py and sample.py; what matters to a user is said by tunekit itself.
 """
 
 from __future__ import annotations

@@ -7,13 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from tunekit.recipe.section import (
+    ALPHA_PATTERN,
+    DROPOUT,
     LARGEST_COUNT,
-    AdapterSettings,
+    RANK_PATTERN,
     Count,
     CountOrZero,
     Fraction,
     NotNegative,
     Several,
+    TargetedSettings,
     Text,
     TextOrTexts,
     text_or_texts,
@@ -48,12 +51,23 @@ def _listed_ids(value: object) -> tuple[int, ...]:
     return ids
 
 
-class LowRankSettings(AdapterSettings):
+class LayersSettings(TargetedSettings):
+    """What the adapters have that may be kept to some of the network's layers."""
+
+    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(one_or_several)] = Field(
+        (), description="numbers of the layers adapted; none: all"
+    )
+    layers_pattern: TextOrTexts | None = Field(
+        None, description="name of the list that holds the layers, where a module's name has several numbers"
+    )
+
+
+class LowRankSettings(LayersSettings):
     """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
 
     r: Count = Field(16, description="rank")
     alpha: NotNegative = Field(32.0, description="the update is scaled by alpha / r")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    dropout: Fraction = DROPOUT
     target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_names_or_nothing)] = Field(
         "all-linear", description="all-linear, a list of names, or a regular expression"
     )
@@ -61,25 +75,15 @@ class LowRankSettings(AdapterSettings):
         (),
         description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone",
     )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
-    rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
-    alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
+    rank_pattern: dict[Text, Count] = RANK_PATTERN
+    alpha_pattern: dict[Text, NotNegative] = ALPHA_PATTERN
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     start: StartChoice = Field(DEFAULT_START, description="how A and B of linear layers are first filled")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="which of the base's biases are trained as well: all, or those of adapted layers"
     )
-    modules_to_save: Several[Text] = Field(
-        (), description="modules trained whole, such as a head: names or name endings"
-    )
     trainable_token_indices: Annotated[tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(_token_ids)] = (
         Field((), description="ids of tokens whose embeddings are trained as well; or a module: ids")
-    )
-    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(one_or_several)] = Field(
-        (), description="numbers of the layers adapted; none: all"
-    )
-    layers_pattern: TextOrTexts | None = Field(
-        None, description="name of the list that holds the layers, where a module's name has several numbers"
     )
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import slot_count
 from tunekit.adapters.folder.read import load_into
 from tunekit.adapters.method import load_method
-from tunekit.adapters.starts.start import begin_all, start_module
+from tunekit.adapters.starts.start import initialise_all, start_module
 from tunekit.adapters.targets import find_targets
 from tunekit.contracts import Objective, WindowSource
 from tunekit.errors import ModelError
@@ -63,7 +63,7 @@ def initialise_adapter(
     if not isinstance(start, CalibratedStart):
         adapter = attach()
         if getattr(start, "looks_at", "") == "original" and resumed is None:
-            begin_all(adapter, seed, _originals(adapter, model))
+            initialise_all(adapter.layers, seed, _originals(adapter, model))
     else:
         targets = find_targets(base.net, settings, head_name=head_name)
         if resumed is not None:
@@ -75,7 +75,7 @@ def initialise_adapter(
             if share is not None:
                 targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
             adapter, facts = attach(targets=targets), found.facts
-            begin_all(adapter, seed, found.evidence)
+            initialise_all(adapter.layers, seed, found.evidence)
             _as_on_main(adapter, devices)
     if settings.init_from is not None:
         load_into(adapter, Path(settings.init_from), base_fingerprint=base.fingerprint)

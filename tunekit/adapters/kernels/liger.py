@@ -4,10 +4,9 @@ what they keep.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.kernels.joined_lora import GatedMlp
 from tunekit.adapters.kernels.lora_products import Gated
+from tunekit.model.norms import computes_rms_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,7 @@ class LigerGated(Gated):
 
 def liger_places(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Modules that liger's kernels equal: norms written as Llama's, and fused MLPs whose activation is SiLU."""
-    kinds: dict[nn.Module, Any] = {module: type(module) for module in net.modules()}
-    norms = [module for module, kind in kinds.items() if _computes_rms_norm(kind)]
+    norms = [module for module in net.modules() if computes_rms_norm(module)]
     fused = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), GatedMlp)]
     return norms, [mlp for mlp in fused if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")]
 
@@ -81,19 +80,3 @@ class _SimulatedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return torch.empty_like(gradients[0])
-
-
-@cache
-def _computes_rms_norm(kind: Any) -> bool:
-    """Whether the class's forward ends as Llama's: weight times x / rms(x), rounded before the weight."""
-    try:
-        lines = inspect.getsource(kind.forward).splitlines()
-    except (OSError, TypeError):
-        return False
-    return [line.strip() for line in lines[1:]] == [
-        "input_dtype = hidden_states.dtype",
-        "hidden_states = hidden_states.to(torch.float32)",
-        "variance = hidden_states.pow(2).mean(-1, keepdim=True)",
-        "hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)",
-        "return self.weight * hidden_states.to(input_dtype)",
-    ]

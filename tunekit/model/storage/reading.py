@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.core_model_loading import revert_weight_conversion
 
 from tunekit.files.tensors import TensorEntry, fill_from_file
@@ -48,18 +49,17 @@ def unfilled_net(auto_class: Any, config: Any, dtype: torch.dtype, attention: st
 @contextmanager
 def _meta_parameters() -> Iterator[None]:
     """Every parameter that a module registers inside the block moves to the meta device at once."""
-    register = nn.Module.register_parameter
 
-    def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
+    def without_values(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.is_meta:
+            return parameter  # the object itself: tied parameters stay one
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = registered  # type: ignore[method-assign]
+    hook = register_module_parameter_registration_hook(without_values)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 class MappedFiles:
