@@ -112,7 +112,7 @@ def main() -> None:
         parameter.grad = torch.zeros_like(parameter)
     ids_only: Any = SimpleNamespace(pad_id=0, fingerprint="random ids")
     objective = make_objective(SftSettings(), ids_only)
-    batch = packed_batch(settings.tokens, base.facts.vocabulary_size, objective)
+    batch = packed_batch(settings.tokens, base.text.vocabulary_size, objective)
     result: dict[str, Any] = {
         "variants": measure(TunedModel(base, adapter), objective, batch, settings.repeats),
         "tokens": batch.tokens,

@@ -24,6 +24,7 @@ from tunekit.memory.streaming import make_slots, stream_layers
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.objectives.sft import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
@@ -31,11 +32,11 @@ from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.engines.streaming import StreamingEngine
 from tunekit.training.loop import run_loop
-from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import warmup_steps
-from tunekit.training.state import LoopParts, LoopState
+from tunekit.training.state import LoopState, Run
 from tunekit.tuned.model import TunedModel
 
 CPU = torch.device("cpu")
@@ -88,23 +89,24 @@ class Case:
     windows: TrainingWindows
     optimizer: Optimizer
     training: TrainingSection
-    parts: LoopParts
+    parts: Run
     records: list[StepRecord | EvaluationRecord] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
 
     def run(self, state: LoopState | None = None) -> LoopState:
-        return run_loop(self.parts, state or LoopState())
+        self.parts.state = state or LoopState(self.parts.state.scale)
+        run_loop(self.parts)
+        return self.parts.state
 
     def run_after_a_stop(self, stopped: Case, steps: int) -> None:
         """Stop `stopped` by a signal after so many steps, and go on here from what a checkpoint holds of it."""
         stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= steps else 0
-        reached = LoopState()
         with pytest.raises(Stopped):
-            stopped.run(reached)
+            stopped.run()
         tensors = {
             name: value.clone() for name, value in checkpoint_tensors(stopped.optimizer, stopped.adapter).items()
         }
-        facts = checkpoint_facts(stopped.optimizer, reached, {})
+        facts = checkpoint_facts(stopped.optimizer, stopped.parts.state, {})
         self.run(restore(tensors, facts, self.optimizer, self.adapter))
 
     @property
@@ -175,28 +177,21 @@ def make_case(
     )
     minimised = objective_of(objective)
     windows = TrainingWindows(rows, minimised, settings, rank=rank, world=world)
-    groups = [Group(tuple(names), rate, decays) for names, rate, decays in attached.groups(training)]
-    optimizer = Optimizer(training, groups, attached.trained())
+    optimizer = make_optimizer(training, attached)
     records: list[StepRecord | EvaluationRecord] = []
     saved: list[int] = []
-    parts = LoopParts(
+    run = Run(
         model=tuned,
         objective=minimised,
         engine=engine,
         optimizer=optimizer,
         devices=devices,
         windows=windows,
-        settings=training,
+        training=training,
+        evaluation=EvaluationSection(),
         warmup_steps=warmup_steps(training, windows.steps),
-        scale=LossScale(base.dtype == torch.float16),
+        state=LoopState(LossScale(base.dtype == torch.float16)),
         record=records.append,
-        save=lambda state: saved.append(state.step),
-        evaluate=None,
-        is_better=lambda value, best: best is None or value < best,
-        watched_metric=None,
-        saves_best=False,
-        patience=None,
-        stop_signal=lambda: 0,
-        peak_bytes=lambda: 0,
+        save=lambda: saved.append(run.state.step),
     )
-    return Case(tuned, attached, windows, optimizer, training, parts, records, saved)
+    return Case(tuned, attached, windows, optimizer, training, run, records, saved)

@@ -79,7 +79,7 @@ def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
     encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
     prompts = [encoder.question(text) for text in texts]
     largest = max((max(ids, default=0) for ids in prompts), default=0)
-    check_vocabulary(tokenizer, model.base.facts.vocabulary_size, largest)
+    check_vocabulary(tokenizer, model.base.text.vocabulary_size, largest)
     with undisturbed(model):
         return loaded.objective.answer(
             model, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size

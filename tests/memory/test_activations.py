@@ -37,9 +37,9 @@ from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.adapters.oft import OftSettings
 from tunekit.recipe.adapters.prefix import PrefixSettings
 from tunekit.recipe.adapters.vera import VeraSettings
-from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import Choice
 
 SEED = 20240607
 LAYERS = 4
@@ -267,10 +267,10 @@ def simulated(folder: Path, device: str = "cpu", layers: int = 0, tokens: int = 
     """A step of one long row; eager attention, whose memory needs no kernel of the device."""
     run = SimulatedRun(
         ModelSection(name_or_path=str(folder), dtype="float32", attention="eager"), LoraSettings(r=4), objective_of(),
-        TrainingSection(), 16, torch.device(device), MemorySection(**memory),
+        TrainingSection(), Choice(logits_chunk_tokens=16, checkpointed_layers=layers, **memory), torch.device(device),
     )  # fmt: skip
     rows = make_rows(1, shortest=tokens, longest=tokens)
-    return run.training_step(objective_of().collate([rows.rows]), layers)
+    return run.training_step(objective_of().collate([rows.rows]))
 
 
 def test_tiles_take_a_tiles_memory(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_evaluation_in_between_touches_nothing(deep_llama: Path, plain: dict[str
         return {"loss": losses[-1]}
 
     case.parts.evaluate = evaluate
-    case.parts.settings = case.training.model_copy(update={"eval_steps": 1})
+    case.parts.training = case.training.model_copy(update={"eval_steps": 1})
     case.run()
     assert len(losses) >= 3
     assert_same_bits(state(case), plain)

@@ -23,7 +23,7 @@ from tunekit.memory.splitting import Splitting, is_out_of_memory
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Reaction
 from tunekit.training.engines.resident import ResidentEngine
-from tunekit.training.session import try_longest_batch
+from tunekit.training.trial import try_longest_batch
 from tunekit.tuned.scores import summed_evaluation
 
 ROWS = make_rows(24, shortest=3, longest=20)
@@ -230,7 +230,7 @@ def test_trying_the_longest_batch_changes_no_bit(tiny_llama: Path) -> None:
         case = make_model(tiny_llama)
         if tries:
             state = torch.random.get_rng_state()
-            try_longest_batch(case.model, case.parts.objective, case.parts.engine, batch_of([(17,)] * 4))
+            try_longest_batch(case.parts, batch_of([(17,)] * 4))
             assert torch.equal(torch.random.get_rng_state(), state)
             assert all(not gradient.any() for gradient in case.optimizer.gradients())
         case.run()

@@ -37,8 +37,8 @@ from tunekit.model.quantized.weights import weight_of
 from tunekit.objectives.sft import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.training.begin import begin_adapter
 from tunekit.training.calibrate import first_windows
+from tunekit.training.initialise import initialise_adapter
 
 FAMILIES = ("llama", "gpt2")
 RANK, ALPHA, TOKENS = 8, 12, 12
@@ -85,7 +85,7 @@ def ours(family: str, folder: Path, start: Any, windows: TrainingWindows | None 
     section = {name: own.pop(name) for name in ("quantization",) if name in own}
     base = loaded(family, folder, **section)
     settings = LoraSettings(r=RANK, alpha=float(ALPHA), target_modules=targets_of(family), start=start, **own)
-    return begin_adapter(
+    return initialise_adapter(
         base,
         settings,
         ModelSection(name_or_path=str(folder), dtype="float32", **section),
@@ -94,7 +94,7 @@ def ours(family: str, folder: Path, start: Any, windows: TrainingWindows | None 
         objective=objective_of(),
         windows=lambda: windows or make_windows(2, 1),
         resumed=None,
-    ).adapter
+    )[0]
 
 
 def peft_config(family: str, start: str, **more: Any) -> peft.LoraConfig:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,6 @@ from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.machine.memory import _group_available, _host_available
-from tunekit.memory.checkpointing import prepare_layers
 from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.planning.choice import SearchSpace, Workload, fastest
@@ -36,7 +36,7 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
 from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.optimizers import Group, Optimizer
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.network import prepare_network
 from tunekit.tuned.probes import logprob_difference, packing_leak
 
 CPU = torch.device("cpu")
@@ -84,11 +84,13 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("wide"), layers=3, hidden=128)
 
 
-def real_step(run: SimulatedRun, batch: Any, checkpointed: int) -> Simulation:
+def real_step(run: SimulatedRun, batch: Any) -> Simulation:
     """The same step as SimulatedRun.training_step with values, followed by the same tracker."""
     base = load_model(run.model, device=CPU)
-    adapter = attach_adapter(base.net, run.adapter, seed=0, head_name=base.family.head_name(base.net))
-    prepare_layers([layer for _, layer in base.family.layers(base.net)], checkpointed)
+    head = base.family.head_name(base.net)
+    tuned = prepare_network(base, run.choice, partial(attach_adapter, base.net, run.adapter, seed=0, head_name=head))
+    adapter = tuned.adapter
+    assert adapter is not None
     tracker = StorageTracker(CPU)
     with tracker:
         tracker.adopt(adapter.state().values(), "adapter")
@@ -121,13 +123,13 @@ def test_a_simulated_step_needs_what_a_real_one_needs(
         LoraSettings(r=8, dropout=dropout),
         objective_of(),
         TrainingSection(),
-        logits_chunk_tokens=64,
-        device=CPU,
+        Choice(checkpointed_layers=checkpointed),
+        CPU,
     )
     rows = make_rows(8, shortest=100, longest=120)
     groups = [(0, 1, 2), (3, 4)] if packed else [(0,), (1,), (2,)]
     batch = collate(rows, groups, objective_of())
-    simulated, real = run.training_step(batch, checkpointed), real_step(run, batch, checkpointed)
+    simulated, real = run.training_step(batch), real_step(run, batch)
     # ids and positions exist on the host before a real step, and are placed on the device inside a simulated one
     placed = 3 * batch.padded * 8
     assert abs(simulated.total - real.total) <= placed
@@ -142,8 +144,8 @@ def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> N
         section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
         for optimizer in ("adamw", "adamw_8bit", "paged_adamw"):
             training = TrainingSection(optimizer=optimizer)
-            run = SimulatedRun(section, LoraSettings(r=64), objective_of(), training, 64, CPU)
-            peaks[quantization, optimizer] = run.training_step(batch, 0).peak
+            run = SimulatedRun(section, LoraSettings(r=64), objective_of(), training, Choice(), CPU)
+            peaks[quantization, optimizer] = run.training_step(batch).peak
     weights = {name: peaks[name, "adamw"]["weights"] for name in ("none", "int8_weight_only", "nf4")}
     assert weights["nf4"] < weights["int8_weight_only"] < weights["none"]
     adapter = peaks["none", "adamw"]["adapter"]
@@ -184,11 +186,11 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
         LoraSettings(),
         objective_of(),
         TrainingSection(),
-        64,
+        Choice(),
         CPU,
     )
     batch = collate(make_rows(4, shortest=200, longest=220), [(0,), (1,)], objective_of())
-    totals = [run.training_step(batch, layers).total for layers in range(4)]
+    totals = [replace(run, choice=Choice(checkpointed_layers=n)).training_step(batch).total for n in range(4)]
     assert totals == sorted(totals, reverse=True)
     assert totals[3] < totals[0]
     assert run.evaluation(batch).total < totals[0]
@@ -196,10 +198,10 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
 
 def test_a_simulation_leaves_the_random_state_alone(wide_llama: Path) -> None:
     run = SimulatedRun(
-        ModelSection(name_or_path=str(wide_llama)), LoraSettings(), objective_of(), TrainingSection(), 64, CPU
+        ModelSection(name_or_path=str(wide_llama)), LoraSettings(), objective_of(), TrainingSection(), Choice(), CPU
     )
     before = torch.random.get_rng_state()
-    run.training_step(collate(make_rows(2), [(0,)], objective_of()), 0)
+    run.training_step(collate(make_rows(2), [(0,)], objective_of()))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -302,7 +302,7 @@ def test_plan_counts_the_vectors(name: str, numbers: int, tiny_llama: Path, tmp_
     plan, prepared = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name)))
     assert plan.refusals == []
     assert plan.trainable_parameters == numbers
-    assert (plan.packing, plan.packing_reason) == (False, "the adapter puts virtual tokens before each row")
+    assert (plan.rows.packing, plan.rows.packing_reason) == (False, "the adapter puts virtual tokens before each row")
     assert any(note.startswith("5 virtual tokens before each row") for note in plan.notes)
     assert "activations of" not in str(plan.notes)
     longer, _ = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name), ["adapter.num_virtual_tokens=300"]))

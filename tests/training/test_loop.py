@@ -17,6 +17,7 @@ from tunekit.contracts import Window
 from tunekit.data.batching.windows import TrainingWindows, collate, evaluation_batches
 from tunekit.errors import NumericsError, Stopped
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
@@ -219,8 +220,7 @@ def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, eval_steps=1))
     values = iter([3.0, float("nan"), 2.0, 2.5, 2.0, 1.0])
     case.parts.evaluate = lambda: {"loss": next(values)}
-    case.parts.is_better = lambda value, best: not math.isnan(value) and (best is None or value < best)
-    case.parts.watched_metric, case.parts.saves_best, case.parts.patience = "loss", True, 2
+    case.parts.evaluation = EvaluationSection(best="eval.loss", patience=2)
     state = case.run()
     assert (state.step, state.best_step, state.best_value, state.stopped_early) == (5, 3, 2.0, True)
     assert case.saved == [1, 3, 5]
@@ -247,7 +247,7 @@ def test_an_evaluation_that_is_not_finite_leaves_a_log_that_can_be_read(tmp_path
 @pytest.fixture
 def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device."""
-    monkeypatch.setattr("tunekit.training.state.LoopParts.reads_later", True)
+    monkeypatch.setattr("tunekit.training.state.Run.reads_later", True)
 
 
 class ReadsForbidden(TorchDispatchMode):
@@ -265,10 +265,10 @@ def test_numbers_read_one_step_later_are_the_same(
     rows, section = make_rows(23), training(max_steps=steps, save_steps=every)
     plain = make_case(tiny_llama, rows, training=section)
     plain.run()
-    monkeypatch.setattr("tunekit.training.state.LoopParts.reads_later", True)
+    monkeypatch.setattr("tunekit.training.state.Run.reads_later", True)
     case = make_case(tiny_llama, rows, training=section)
     known: list[int] = []
-    case.parts.save = lambda state: (case.saved.append(state.step), known.append(len(case.losses)))
+    case.parts.save = lambda: (case.saved.append(case.parts.state.step), known.append(len(case.losses)))
     state = case.run()
     assert case.losses == plain.losses
     assert_same_bits(weights(case), weights(plain))

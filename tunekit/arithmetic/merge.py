@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.records import bytes_text
+from tunekit.tuned.network import prepare_network
 from tunekit.tuned.target import Target, as_trained, load_target
 
 REPORT = "merge_report.json"
@@ -201,7 +202,7 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     tokenizer = load_tokenizer(target.model)
     loaded = load_target(target, device)
     running = loaded.model.base
-    rows, described = _rows(target, loaded.objective, tokenizer, running.facts.vocabulary_size)
+    rows, described = _rows(target, loaded.objective, tokenizer, running.text.vocabulary_size)
     before = [_logits(running, row) for row in rows]
     dtype, attention = running.facts.dtype, running.facts.attention
     family = running.family
@@ -210,7 +211,8 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     section = target.model.model_copy(
         update={"name_or_path": str(merged), "quantization": "none", "dtype": dtype, "attention": attention}
     )
-    model = load_packed_folder(section, device) if requantized else load_model(section, device=device)
+    packed = load_packed_folder(section, device) if requantized else load_model(section, device=device)
+    model = prepare_network(packed, replace(target.choice, streaming="off")).base
     after = [_logits(model, row) for row in rows]
     return _compare(rows, before, after, described, predicts=family.answers)
 

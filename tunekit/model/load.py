@@ -30,7 +30,7 @@ from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.transformers_guard import ModelErrors, no_fetched_code, quiet
 from tunekit.recipe.model import HeadedModel, ModelSection
-from tunekit.records import ModelFacts
+from tunekit.records import ModelFacts, TextFacts
 
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
 
@@ -50,6 +50,7 @@ class LoadedModel:
     revision: str | None
     fingerprint: str | None
     facts: ModelFacts
+    text: TextFacts
     generation_config: Any
     notes: list[str] = field(default_factory=list)
     sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
@@ -322,6 +323,7 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
         revision=facts.revision,
         fingerprint=request.fingerprint,
         facts=facts,
+        text=_text_facts(net, request.family),
         generation_config=getattr(net, "generation_config", None),
         notes=notes,
     )
@@ -329,8 +331,6 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
 
 def _facts(net: nn.Module, request: _Request) -> ModelFacts:
     config, section, family = text_config(net), request.section, request.family
-    embedding_name = family.embedding_name(net)
-    embedding: Any = net.get_submodule(embedding_name) if embedding_name else None
     return ModelFacts(
         name_or_path=section.name_or_path,
         revision=request.source.commit,
@@ -343,6 +343,15 @@ def _facts(net: nn.Module, request: _Request) -> ModelFacts:
         total_parameters=element_count(net),
         layers=len(family.layers(net)),
         hidden_size=int(config.hidden_size),
-        vocabulary_size=int(embedding.num_embeddings) if embedding is not None else int(config.vocab_size),
         fingerprint=request.fingerprint,
+    )
+
+
+def _text_facts(net: nn.Module, family: Family) -> TextFacts:
+    config, name = text_config(net), family.embedding_name(net)
+    embedding: Any = net.get_submodule(name) if name else None
+    positions = getattr(config, "max_position_embeddings", None)
+    return TextFacts(
+        vocabulary_size=int(embedding.num_embeddings) if embedding is not None else int(config.vocab_size),
+        positions=positions if isinstance(positions, int) else None,
     )

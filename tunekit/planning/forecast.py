@@ -1,6 +1,5 @@
-"""The peak memory of a run, foreseen: its largest batches simulated, its base loaded on paper.
-
-Comes in: sections, the model without weights, rows.  Goes out: PeakBytes of a Choice.
+"""The recipe's sections, the model without weights and the rows go in; the peak memory of a run with some Choice comes
+out: its largest batches simulated, its base loaded on paper.
 """
 
 from __future__ import annotations
@@ -118,12 +117,12 @@ class Forecast:
         return self._step(choice).offloaded
 
     def _run(self, choice: Choice) -> SimulatedRun:
-        return replace(self.run, logits_chunk_tokens=choice.logits_chunk_tokens, streaming=choice.streaming)
+        return replace(self.run, choice=choice)
 
     def _step(self, choice: Choice) -> Simulation:
         if choice not in self._steps:
             batch, together = self.largest_batch(choice.micro_batch_size), min(choice.pass_micro_batches, SIMULATED)
-            simulation = self._run(choice).training_step(batch, choice.checkpointed_layers, together)
+            simulation = self._run(choice).training_step(batch, together)
             more = (choice.pass_micro_batches - together) * self._input_bytes(batch)
             simulation = _with_inputs(simulation, more, self.run.device)
             self._steps[choice] = self._without_unread(simulation, choice.streaming)
@@ -145,10 +144,10 @@ class Forecast:
         """Of the longest evaluation batch; of a choice, the logits chunk and the tier are of any consequence to it."""
         if self.evaluation_batch is None:
             return None
-        known, chunk = self._evaluations, run.logits_chunk_tokens
-        if (chunk, run.streaming) not in known:
-            known[chunk, run.streaming] = self._without_unread(run.evaluation(self.evaluation_batch), run.streaming)
-        return known[chunk, run.streaming]
+        known, chunk, tier = self._evaluations, run.choice.logits_chunk_tokens, run.choice.streaming
+        if (chunk, tier) not in known:
+            known[chunk, tier] = self._without_unread(run.evaluation(self.evaluation_batch), tier)
+        return known[chunk, tier]
 
     @cached_property
     def _cache_bytes(self) -> int:

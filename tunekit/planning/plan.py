@@ -42,23 +42,12 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.supported import refuse_unsupported
-from tunekit.records import Choice, Plan, Target
+from tunekit.records import Choice, Plan, PlannedRows, Target
 from tunekit.training.schedules import warmup_steps
+from tunekit.training.state import Prepared
 from tunekit.tuned.fit import check_family, row_problems
 
 Windows = TrainingWindows | StreamedWindows
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What plan made on the way and train needs again."""
-
-    model: ModelSection  # as the objective has the base loaded
-    tokenizer: LoadedTokenizer
-    rows: RowSet
-    batch_settings: BatchSettings  # with the micro-batches that plan chose
-    adapter: AdapterSettings  # with its texts as token ids
-    largest_batch: Batch  # of those that the run makes; of a stream, as large as any could be
 
 
 @dataclass(frozen=True)
@@ -84,12 +73,12 @@ def make_plan(
     *,
     device: torch.device | None = None,
     check_folder: bool = False,
-    begun: Choice | None = None,
+    previous: Choice | None = None,
 ) -> tuple[Plan, Prepared]:
     """Decide everything; what would make the run fail is in `plan.refusals`.
 
     `check_folder`: look at output.dir too (train holds it already).
-    `begun`: what the plan of a run that goes on had chosen; only the recomputed layers, which change no bit, are anew.
+    `previous`: what the plan of a resumed run had chosen; only the recomputed layers, which change no bit, are anew.
     Raises: TunekitError with every problem found, where model, data or targets cannot be read at all.
     """
     recipe, device = loaded.recipe, device or make_devices().device
@@ -116,7 +105,7 @@ def make_plan(
     forecast = _forecast(recipe, inputs, windows, settings, device)
     tiers, problems = allowed_tiers(recipe, inputs.base, device)
     findings.add(problems)
-    memory = plan_memory(forecast, tiers, begun, findings, partial(cheapest_changes, recipe, forecast))
+    memory = plan_memory(forecast, tiers, previous, findings, partial(cheapest_changes, recipe, forecast))
     if as_chosen(settings, memory.choice) != settings:
         settings = as_chosen(settings, memory.choice)
         windows = inputs.rows.windows(settings)
@@ -221,9 +210,9 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Prob
 def _forecast(
     recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
 ) -> Forecast:
-    rows, chunk = inputs.rows, LEAST_CHUNK_TOKENS
-    settings_of = (recipe.model, recipe.adapter, rows.objective, recipe.training)
-    run = SimulatedRun(*settings_of, chunk, device, recipe.memory, bases={recipe.model: inputs.base})
+    rows, choice = inputs.rows, _written_choice(recipe, device, windows.steps)
+    sections = (recipe.model, recipe.adapter, rows.objective, recipe.training)
+    run = SimulatedRun(*sections, choice, device, recipe.memory, bases={recipe.model: inputs.base})
     evaluation, answers = None, 0
     if rows.evaluation is not None and rows.eval_counts is not None:
         size = recipe.evaluation.batch_size
@@ -233,6 +222,20 @@ def _forecast(
     beside = start_bytes(recipe.adapter, inputs.targets)
     largest = cache(partial(_largest_batch, inputs, windows, settings, run))
     return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside)
+
+
+def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
+    """What the recipe alone decides; the rest is as it is where nothing is scarce."""
+    training, memory = recipe.training, recipe.memory
+    return Choice(
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        logits_chunk_tokens=LEAST_CHUNK_TOKENS,
+        activation_offload=memory.activation_offload,
+        mlp_tile_tokens=memory.mlp_tile_tokens,
+        kernels=training.kernels,
+        compiled=planned_compile(training.compile, device, steps)[0],
+    )
 
 
 def _largest_batch(
@@ -279,22 +282,18 @@ def _assemble(
         tunekit_version=tunekit.__version__,
         recipe=recipe.model_dump(mode="json"),
         model=facts,
+        text=inputs.base.text,
         device=str(device),
         targets=inputs.targets,
         trainable_parameters=trainable,
         total_parameters=facts.total_parameters + trainable,
         steps=windows.steps,
-        steps_per_epoch=windows.steps_per_epoch,
         warmup_steps=warmup_steps(recipe.training, windows.steps),
-        micro_batches_per_epoch=windows.micro_batches_per_epoch,
-        rows=rows.counts,
-        eval_rows=rows.eval_counts,
         supervised_tokens=supervised_tokens(windows, rows.train, settings),
-        packing=packing[0],
-        packing_reason=packing[1],
-        checkpointed_layers=memory.choice.checkpointed_layers,
-        logits_chunk_tokens=memory.choice.logits_chunk_tokens,
-        engine="resident" if memory.choice.streaming == "off" else "streaming",
+        rows=PlannedRows(
+            rows.counts, rows.eval_counts, *packing, windows.micro_batches_per_epoch, windows.steps_per_epoch
+        ),
+        choice=memory.choice,
         peak_bytes=memory.peak,
         refusals=findings.refusals(),
         notes=[
@@ -303,11 +302,6 @@ def _assemble(
             *compile_notes(recipe.training.compile, device, windows.steps),
             *kernel_notes(recipe.training.kernels, inputs.base.net),
         ],
-        compiled=planned_compile(recipe.training.compile, device, windows.steps)[0],
-        micro_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        streaming=memory.choice.streaming,
-        pass_micro_batches=memory.choice.pass_micro_batches,
         budget_bytes=recipe.memory.budget_bytes,
         tries_longest_batch=memory.tries_longest,
         trial_reason=memory.trial_reason,

@@ -1,7 +1,5 @@
-"""One pass over the run's first batches before step 1: what each layer's inputs and gradients are, for its start.
-
-Comes in: the bare base, the start's settings, the training windows.  Goes out: Calibration.  Next: begin.py.
-The statistics themselves are in adapters/starts/; nothing of the base is changed.
+"""The bare base, an initialisation's settings and the training windows go in; what each layer's inputs and gradients
+are in the run's first batches comes out. Nothing of the base is changed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""A step's loss and gradient norm on their way to the host, and the error where they are not finite.
-
-Comes in: numbers on the device.  Goes out: floats, one step later where waiting for them would cost.  Next: loop.py.
+"""A step's loss and gradient norm go in as numbers on the device and come out as floats, one step later where waiting
+for them would cost; or as the error that they are not finite.
 """
 
 from __future__ import annotations

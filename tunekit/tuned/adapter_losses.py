@@ -1,7 +1,4 @@
-"""The loss of one base alone and with each of several adapters, on the same rows; the base is loaded once.
-
-Comes in: a loaded base, adapters over it, encoded rows.  Goes out: losses.
-"""
+"""A loaded base, adapters over it and encoded rows go in; the loss of the base, alone and with each, comes out."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Answers to evaluation rows, and the text metrics over them.
-
-Comes in: prompts with their reference answers.  Goes out: predictions and metric values.
-"""
+"""Prompts with their reference answers go in; answers and the text metrics over them come out."""
 
 from __future__ import annotations
 

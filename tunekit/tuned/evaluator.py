@@ -1,6 +1,6 @@
 """One evaluation of the eval rows, as the recipe's `evaluation:` asks for it.
 
-Comes in: model, rows, settings.  Goes out: metrics by name, those that the objective always has too.
+Model, rows and settings go in; metrics by name come out, those of the objective always.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def vocabulary_problems(
     base: LoadedModel, tokenizer: LoadedTokenizer, rows: Rows, parts: Sequence[str]
 ) -> Iterator[Problem]:
     """Ids in the rows beyond the model's embedding."""
-    size = base.facts.vocabulary_size
+    size = base.text.vocabulary_size
     if tokenizer.vocabulary_size <= size:
         return
     for index in range(len(rows)):

@@ -1,7 +1,4 @@
-"""A loaded base with its adapter: what engines, evaluation and generation call.
-
-Comes in: LoadedModel and AttachedAdapter.  Goes out: hidden states and the head.
-"""
+"""A loaded base with its adapter, as engines, evaluation and generation call it: inputs in, hidden states out."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import ModelOutput
 from tunekit.memory.offload import BoundaryStore
+from tunekit.memory.slots import LayerSlots
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.families.structure import training_mode
@@ -30,7 +28,8 @@ class TunedModel:
     base: LoadedModel
     adapter: AttachedAdapter | None
     boundaries: BoundaryStore | None = None  # where the inputs of recomputed layers wait
-    chunk_tokens: int | None = None  # positions that pass the head at a time; None: as many as the vocabulary allows
+    slots: LayerSlots | None = None  # of a streamed base
+    chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
 
     @property
     def device(self) -> torch.device:
@@ -46,7 +45,7 @@ class TunedModel:
 
     def finished(self, hidden: Tensor) -> ModelOutput:
         """What the objective reads of last hidden states (B, T, D)."""
-        chunk = self.chunk_tokens or logits_chunk_tokens(self.base.facts.vocabulary_size)
+        chunk = self.chunk_tokens or logits_chunk_tokens(self.base.text.vocabulary_size)
         return ModelOutput(hidden, self.base.family.head(self.base.net), self.head_parameters(), chunk)
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:

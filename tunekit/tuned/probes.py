@@ -1,7 +1,5 @@
-"""Load-time probes: does packing keep rows apart, and do our log-probabilities equal the model's own?
-
-Comes in: the loaded model, before the first step.  Goes out: how far apart two ways to compute one thing are.
-Next: train.py acts as the plan announced.
+"""Load-time probes: the loaded model goes in; out comes how far packed rows are from rows alone, and our
+log-probabilities from the model's own.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""TARGET of eval, generate and merge: what it is, and the loaded model with its adapter.
-
-Comes in: a path, hub id or recipe, --base, overrides.  Goes out: Target (nothing loaded), then LoadedTarget.
-Next: evaluate.py, generate.py, merge.py.
+"""TARGET of eval, generate and merge: a path, hub id or recipe goes in; out comes what it is, and then its loaded model
+with the adapter in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import InputError, ModelError
 from tunekit.files.tensors import read_tensor_header
-from tunekit.memory.streaming import layer_weights, stream_base
 from tunekit.model.families import FAMILIES
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
@@ -33,8 +31,10 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import known_names
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
+from tunekit.records import Choice
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.network import prepare_network
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,25 @@ class Target:
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the template file. Raises: RecipeError where it cannot be read."""
+        """The text of the template file.
+
+        Raises: RecipeError where it cannot be read.
+        """
         return None if self.template_file is None else read_template(self.template_file)
 
     @property
     def seed(self) -> int:
         """The seed that splits the eval rows off."""
         return 0 if self.recipe is None else self.recipe.training.seed
+
+    @property
+    def choice(self) -> Choice:
+        """What of the recipe's ways to save memory also holds where nothing is trained."""
+        if self.recipe is None:
+            return Choice()
+        memory = self.recipe.memory
+        tier = memory.streaming if memory.streaming in ("host", "disk") else "off"
+        return Choice(streaming=tier, mlp_tile_tokens=memory.mlp_tile_tokens)
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,10 @@ def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
 
 
 def _require_model(target: str, section: ModelSection) -> None:
-    """Refuse a name that is nothing on this machine and no model of the hub. Raises: InputError."""
+    """Refuse a name.
+
+    Raises: InputError where it is nothing on this machine and no model of the hub.
+    """
     try:
         find_source(section, weights=False)
     except ModelError as error:
@@ -237,24 +252,22 @@ def as_trained(target: Target, tokenizer: LoadedTokenizer) -> tuple[Target, Obje
 def load_target(target: Target, device: torch.device) -> LoadedTarget:
     """Load the base, put the adapter into it, and load the tokenizer; ready for evaluation.
 
-    Where the recipe streams the base's weights, they are streamed here too.
+    Where the recipe streams the base's weights or computes its MLPs in tiles, so does this.
     """
-    written = "auto" if target.recipe is None else target.recipe.memory.streaming
-    tier = written if written in ("host", "disk") else "off"
+    choice = target.choice
     with parsed_once(target.model.name_or_path):
         tokenizer = load_tokenizer(target.model)
         target, objective = as_trained(target, tokenizer)
-        base = load_model(target.model, device=device, streamed=tier != "off")
+        base = load_model(target.model, device=device, streamed=choice.streaming != "off")
     objective = objective or measuring_objective(base, tokenizer)
-    weights = layer_weights(base)
-    adapter = None
+    attach = None
     if target.adapter is not None:
-        adapter = attach_adapter_folder(
+        attach = partial(
+            attach_adapter_folder,
             base.net,
             target.adapter,
             head_name=base.family.head_name(base.net),
             base_fingerprint=base.fingerprint,
             device=base.device,
         )
-    stream_base(base, weights, tier)
-    return LoadedTarget(target, TunedModel(base, adapter), tokenizer, objective)
+    return LoadedTarget(target, prepare_network(base, choice, attach), tokenizer, objective)
