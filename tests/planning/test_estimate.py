@@ -97,7 +97,6 @@ def real_step(run: SimulatedRun, batch: Any) -> Simulation:
         tracker.adopt([*base.net.parameters(), *base.net.buffers()], "weights")
         optimizer = make_tracked_optimizer(tracker, adapter, run.training)
         tracker.start()
-        tuned = TunedModel(base, adapter, chunk_tokens=run.logits_chunk_tokens)
         with tuned.training_mode(True):
             units = run.objective.units(batch)
             ResidentEngine(0).run_window(tuned, run.objective, Window(0, 0.0, (0,), (batch,)), units)
