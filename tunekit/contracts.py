@@ -289,9 +289,15 @@ class Objective(Protocol):
         ...
 
     def answer(
-        self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        template: str | None = None,
     ) -> list[str]:
-        """The text that the model gives to each prompt."""
+        """The text that the model gives to each prompt, made with `template`, None being the tokenizer's own."""
         ...
 
 

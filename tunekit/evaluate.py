@@ -102,6 +102,7 @@ def evaluate_rows(
         lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
         settings,
         metric_names=tuple(metrics),
+        template=loaded.target.chat_template,
     )
     sums, values = evaluator.evaluate()
     return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": int(sums.values["units"])}

@@ -82,5 +82,9 @@ def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
     check_vocabulary(tokenizer, model.base.text.vocabulary_size, largest)
     with undisturbed(model):
         return loaded.objective.answer(
-            model, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+            model,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            template=loaded.target.chat_template,
         )

@@ -102,16 +102,18 @@ def test_warm_up_and_chunks_follow_their_rules(recipe: Path) -> None:
     assert plan.choice.logits_chunk_tokens == 1024
 
 
-def test_packing_is_decided_by_the_model(tmp_path: Path, tiny_llama: Path, recipe: Path) -> None:
-    plan, _ = plan_of(recipe, "data.packing=auto")
+def test_rows_are_packed_only_where_the_recipe_says_so_and_the_model_can(
+    tmp_path: Path, tiny_llama: Path, recipe: Path
+) -> None:
+    plan, _ = plan_of(recipe, "~data.packing")
+    assert not plan.rows.packing
+    plan, _ = plan_of(recipe, "data.packing=true")
     assert plan.rows.packing
-    assert "allow" in plan.rows.packing_reason
     bloom = write_other(tmp_path / "bloom", tiny_llama, "bloom", hidden_size=64, n_layer=2, n_head=4)
     other = write_recipe(tmp_path / "other", bloom)
-    plan, _ = plan_of(other, "data.packing=auto")
+    plan, _ = plan_of(other, "data.packing=true")
     assert not plan.rows.packing
     assert "position ids" in plan.rows.packing_reason
-    plan, _ = plan_of(other, "data.packing=true")
     assert [refusal.key for refusal in plan.refusals] == ["data.packing"]
 
 
@@ -285,3 +287,15 @@ def test_a_model_that_cannot_be_simulated_is_said_to_be(recipe: Path, monkeypatc
     assert any("warning: activations of llama" in note and "(needs values)" in note for note in plan.notes)
     assert plan.peak_bytes.activations == 0
     assert plan.peak_bytes.weights >= whole.peak_bytes.weights > 0
+
+
+def test_fifty_rows_of_ten_are_five_steps_an_epoch_by_default(tmp_path: Path, tiny_llama: Path) -> None:
+    rows = write_recipe(
+        tmp_path,
+        tiny_llama,
+        rows=50,
+        data={"eval": None},
+        training={"micro_batch_size": 10, "gradient_accumulation_steps": 1, "epochs": 8},
+    )
+    plan, _ = plan_of(rows, "~data.packing")
+    assert plan.steps == 40

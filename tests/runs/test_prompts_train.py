@@ -214,7 +214,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 def recipe_of(folder: Path, model: Path, name: str, **data: Any) -> Path:
     """A recipe whose adapter section is this one and nothing else of what write_recipe writes there."""
-    path = write_recipe(folder, model, rows=9, data={"packing": "auto", **data}, evaluation={"batch_size": 4})
+    path = write_recipe(folder, model, rows=9, data=data, evaluation={"batch_size": 4})
     values = json.loads(path.read_text())
     values["adapter"] = SECTIONS[name]
     values["training"] |= {"gradient_accumulation_steps": 1, "max_steps": 4, "learning_rate": RATES.get(name, 0.05)}
@@ -302,7 +302,9 @@ def test_plan_counts_the_vectors(name: str, numbers: int, tiny_llama: Path, tmp_
     plan, prepared = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name)))
     assert plan.refusals == []
     assert plan.trainable_parameters == numbers
-    assert (plan.rows.packing, plan.rows.packing_reason) == (False, "the adapter puts virtual tokens before each row")
+    assert not plan.rows.packing
+    packed, _ = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name), ["data.packing=true"]))
+    assert "the adapter puts virtual tokens before each row" in packed.refusals[0].message
     assert any(note.startswith("5 virtual tokens before each row") for note in plan.notes)
     assert "activations of" not in str(plan.notes)
     longer, _ = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name), ["adapter.num_virtual_tokens=300"]))

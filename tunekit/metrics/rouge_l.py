@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Sequence
 
 DESCRIPTION = "longest common subsequence of words, as a mean F1"
@@ -12,7 +12,7 @@ HIGHER_IS_BETTER = True
 def score(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean over the pairs of F1 = 2 LCS / (words of p + words of r); 1 where both have none.
 
-    Words are runs of letters, digits and underscores, lower-cased, not stemmed.
+    Words are runs of letters with their marks and of digits, case-folded, not stemmed; on ASCII as rouge_score has them.
     Raises: ValueError without pairs, or where the lengths differ.    Source: Lin 2004, with beta = 1.
     """
     scores = [
@@ -42,4 +42,6 @@ def _common_subsequence(first: list[str], second: list[str]) -> int:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    """Runs of characters of the kinds letter, mark and number."""
+    kinds = (character if unicodedata.category(character)[0] in "LMN" else " " for character in text.casefold())
+    return "".join(kinds).split()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import string
 from collections import Counter
 from collections.abc import Sequence
 
 DESCRIPTION = "overlap of the answer's words with the reference's, as a mean F1"
 HIGHER_IS_BETTER = True
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean over the pairs of F1 = 2 common / (words of p + words of r), words as multisets; 1 where both have none.
 
-    Words are runs of letters, digits and underscores, lower-cased.
+    Words are what white space separates, lower-cased, without ASCII punctuation.
     Raises: ValueError without pairs, or where the lengths differ.    Source: Rajpurkar et al. 2016, articles kept.
     """
     scores = [
@@ -31,4 +32,4 @@ def _f1(prediction: Counter[str], reference: Counter[str]) -> float:
 
 
 def _words(text: str) -> Counter[str]:
-    return Counter(re.findall(r"\w+", text.lower()))
+    return Counter(text.lower().translate(WITHOUT_PUNCTUATION).split())

@@ -147,7 +147,13 @@ class Classify(TextObjective):
         return {**totals, "confusion": confusion}
 
     def answer(
-        self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        template: str | None = None,
     ) -> list[str]:
         """The most likely label of each text."""
         unknown = np.frombuffer(self.labels[0].encode(), np.uint8)

@@ -68,7 +68,13 @@ class TextObjective:
         return torch.tensor([float(batch.supervised)], dtype=torch.float64)
 
     def answer(
-        self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        template: str | None = None,
     ) -> list[str]:
         """The greedy continuation of each prompt."""
         found = generate_texts(
@@ -79,6 +85,7 @@ class TextObjective:
             batch_size=batch_size,
             adapt=model.adapted,
             virtual_tokens=model.virtual_tokens,
+            template=template,
         )
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 

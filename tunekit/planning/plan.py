@@ -168,15 +168,12 @@ def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findi
 
 def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, str]:
     """Whether rows are packed, and why."""
-    asked = recipe.data.packing
-    if asked is False:
-        return False, "as the recipe says"
+    if not recipe.data.packing:
+        return False, "a step has the rows that the recipe says"
     obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective.packable, inputs.virtual_tokens > 0)
-    if obstacle is None:
-        return True, "as the recipe says" if asked is True else "adapter, objective and model allow it"
-    if asked is True:
-        findings.add([Problem(obstacle, "write packing: auto or false", key="data.packing")])
-    return False, obstacle
+    if obstacle is not None:
+        findings.add([Problem(obstacle, "write packing: false", key="data.packing")])
+    return obstacle is None, obstacle or "as the recipe says"
 
 
 def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSettings:
@@ -298,7 +295,7 @@ def _assemble(
         refusals=findings.refusals(),
         notes=[
             *loaded.defaults,
-            *_notes(recipe, device, inputs, memory),
+            *_notes(recipe, device, inputs, memory, windows.steps),
             *compile_notes(recipe.training.compile, device, windows.steps),
             *kernel_notes(recipe.training.kernels, inputs.base.net),
         ],
@@ -316,7 +313,7 @@ def _trained_numbers(inputs: Inputs) -> int:
     return whole + trained_count(method, settings, targets) + copied_parameters(net, method, settings, targets)
 
 
-def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: PlannedMemory) -> list[str]:
+def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: PlannedMemory, steps: int) -> list[str]:
     experts = unreached_experts(inputs.base.net, recipe.adapter, inputs.targets)
     notes = [*inputs.base.notes, *inputs.rows.notes]
     if experts:
@@ -326,6 +323,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes += refusals.position_notes(inputs.base, inputs.rows.all, inputs.virtual_tokens)
     notes += refusals.run_notes(recipe, inputs.base, device)
     notes += start_notes(recipe.adapter, inputs.targets)
+    notes += refusals.rate_notes(recipe.training, steps)
     groups = planned_groups(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
     if groups:
         notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")

@@ -20,9 +20,13 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
 from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.training import TrainingSection
+from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.tuned.fit import longest_positions
 
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
+RATE_STEPS = 1000  # more than so many never sum to nothing
+LEAST_RATES = 0.1
 
 
 def library_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -72,6 +76,17 @@ def position_notes(base: LoadedModel, rows: Sequence[Rows], virtual_tokens: int)
         yield (
             f"warning: the longest row has {longest_tokens} tokens, and the model was made for {trained}; "
             "beyond them its attention extrapolates"
+        )
+
+
+def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
+    """A warning where the learning rates of the whole run sum to nearly nothing: a warm-up's first rate is 0."""
+    warmup = warmup_steps(training, steps)
+    total = sum(rate_multiplier(training.scheduler, step, steps, warmup) for step in range(min(steps, RATE_STEPS)))
+    if total < LEAST_RATES:
+        yield (
+            f"warning: the learning rates of all {steps:,} steps sum to {total:.2g} times training.learning_rate, so "
+            "that next to nothing is learnt; write more steps, or training.warmup_steps: 0"
         )
 
 

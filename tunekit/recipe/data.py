@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from tunekit.recipe.section import AutoOrBool, Count, Number, Positive, Section, Several, Text
+from tunekit.recipe.section import Count, Number, Positive, Section, Several, Text
 
 
 class Source(Section):
@@ -52,5 +52,7 @@ class DataSection(Section):
     excess_length: Literal["drop", "truncate", "split", "error"] = Field(
         "drop", description="what becomes of longer rows; always counted in the report"
     )
-    packing: AutoOrBool = Field("auto", description="several rows in one sequence; auto wherever it changes no result")
+    packing: bool = Field(
+        False, description="pack rows to max_length; micro_batch_size then counts packs, so that a step has more rows"
+    )
     shuffle: bool = Field(True, description="order from (seed, epoch); false keeps the file's order")

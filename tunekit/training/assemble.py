@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.contracts import Objective
 from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.encoding.sources import read_template
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
@@ -151,6 +153,7 @@ def _make_evaluate(
         rows.evaluation,
         lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
         recipe.evaluation,
+        template=None if recipe.data.chat_template is None else read_template(Path(recipe.data.chat_template)),
         on_split=split_evaluation_noted(session, state),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]

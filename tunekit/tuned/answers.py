@@ -28,12 +28,15 @@ def answer_questions(
     *,
     max_new_tokens: int,
     batch_size: int,
+    template: str | None = None,
 ) -> list[str]:
     """The model's answer to each question, in order; questions are shared among the ranks."""
     mine = list(range(devices.rank, len(questions), devices.world))
     prompts = [list(questions[index].prompt_ids) for index in mine]
     with undisturbed(model):
-        texts = objective.answer(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        texts = objective.answer(
+            model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
+        )
     gathered = dict(devices.gather(list(zip(mine, texts, strict=True))))
     return [gathered[index] for index in range(len(questions))]
 

@@ -31,6 +31,7 @@ class Evaluator:
     metric_names: tuple[str, ...]
     max_new_tokens: int
     batch_size: int
+    template: str | None = None  # of the questions, where it is not the tokenizer's own
     on_split: Callable[[Batch], None] = lambda batch: None  # told of a batch that ran out of memory
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[EvaluationSums, dict[str, float]]:
@@ -48,6 +49,7 @@ class Evaluator:
                 self.devices,
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
+                template=self.template,
             )
             computed |= text_metrics(texts, answers, [question.reference for question in questions])
         return sums, {name: computed[name] for name in wanted}
@@ -62,6 +64,7 @@ def make_evaluator(
     settings: EvaluationSection,
     *,
     metric_names: tuple[str, ...] = (),
+    template: str | None = None,
     on_split: Callable[[Batch], None] = lambda batch: None,
 ) -> Evaluator:
     """The evaluator of `rows`, with the section's metrics unless others are named."""
@@ -74,6 +77,7 @@ def make_evaluator(
         metric_names=metric_names or settings.metrics,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
+        template=template,
         on_split=on_split,
     )
 

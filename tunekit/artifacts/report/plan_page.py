@@ -43,7 +43,9 @@ def _micro_batches(plan: Plan) -> str:
     unit = ("pack" if plan.rows.packing else "row") + ("" if count == 1 else "s")
     tokens = plan.recipe.get("training", {}).get("micro_batch_tokens")
     size = f"{count:,} {unit}" if count else f"{unit} of {tokens:,} padded tokens"
-    return f"{plan.choice.gradient_accumulation_steps:,} a step, of {size} each"
+    steps = plan.choice.gradient_accumulation_steps
+    rows = f": {count * steps:,} {'packs' if plan.rows.packing else 'rows'} a step" if count else ""
+    return f"{steps:,} a step, of {size} each{rows}"
 
 
 def target_rows(plan: Plan) -> list[list[object]]:

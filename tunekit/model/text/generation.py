@@ -35,6 +35,7 @@ def generate_texts(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
+    template: str | None = None,
     adapt: Callable[[Inputs], Inputs] | None = None,
     virtual_tokens: int = 0,
 ) -> list[list[int]]:
@@ -42,14 +43,14 @@ def generate_texts(
 
     Prompts of similar length share a batch, padded with a mask: on the left, but where an encoder reads them on the
     right, since its positions count from the start of the row. The base's own generation defaults (penalties, top-k)
-    are not used. `stop_ids`: by default those of find_stop_ids. `adapt`: what an adapter of the whole model makes of
+    are not used. `stop_ids`: by default those of find_stop_ids with `template`, a chat template other than the tokenizer's own. `adapt`: what an adapter of the whole model makes of
     the first step's inputs, which then have `virtual_tokens` more positions.
     Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
     gives no text.
     """
     if not model.family.answers:
         raise ModelError(f"{model.name_or_path} is {model.family.text}, which gives no text", "read its logits")
-    stops = sorted(set(find_stop_ids(model, tokenizer) if stop_ids is None else stop_ids))
+    stops = sorted(set(find_stop_ids(model, tokenizer, template) if stop_ids is None else stop_ids))
     table = model.family.learned_positions(model.net)
     longest = None if table is None else table - virtual_tokens
     apart = model.family.reads_source  # then the answer has a table of positions to itself
@@ -73,22 +74,22 @@ def generate_texts(
     return results
 
 
-def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer) -> list[int]:
+def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None = None) -> list[int]:
     """Where an answer ends: the tokenizer's end, the model's own, and the token with which the template ends a turn."""
     stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     own: Any = getattr(model.generation_config, "eos_token_id", None)
     stops.update(own if isinstance(own, list | tuple) else [] if own is None else [own])
-    stops.update(end_of_turn_ids(tokenizer))
+    stops.update(end_of_turn_ids(tokenizer, template))
     return sorted(int(stop) for stop in stops)
 
 
-def end_of_turn_ids(tokenizer: Tokenizer) -> list[int]:
+def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
     """The special token that follows an answer in the chat template, as a list of none or one."""
-    if tokenizer.chat_template is None:
+    if template is None and tokenizer.chat_template is None:
         return []
     turns = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
     try:
-        text = tokenizer.render(turns)
+        text = tokenizer.render(turns, template=template)
     except DataError:  # a template that refuses plain turns says nothing about their end
         return []
     _, found, after = text.rpartition(PROBE_ANSWER)

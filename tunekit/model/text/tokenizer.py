@@ -140,6 +140,7 @@ class LoadedTokenizer:
     def _fingerprint(self) -> str:
         """sha256 of the tokenizer's definition, its special ids and its template."""
         special = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "control": sorted(self.special_ids)}
+        special |= {"adds_bos": self.adds_bos, "around": self.encode_source("a"), "answer": self.encode_answer("a")}
         if self.answer_start_id is not None:
             special["answer_start"] = self.answer_start_id
         parts = [self.backend.to_str(), json.dumps(special, sort_keys=True), self.chat_template or ""]
