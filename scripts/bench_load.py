@@ -65,12 +65,11 @@ import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 from tunekit.model.load import load_model
-from tunekit.model.weights import packed_hash, stored_bytes
+from tunekit.machine.memory import status_bytes
+from tunekit.model.quantized.weights import packed_hash, stored_bytes
 from tunekit.recipe.model import ModelSection
 def memory():
-    with open("/proc/self/status") as file:
-        lines = [line.split() for line in file if line.startswith(("RssAnon", "RssFile"))]
-    return {words[0][:-1]: int(words[1]) * 1024 for words in lines}
+    return {name: status_bytes(name) for name in ("RssAnon", "RssFile")}
 samples, ended = [], threading.Event()
 def sample():
     while not ended.wait(0.01):

@@ -33,10 +33,9 @@ import importlib, json, os, resource, sys, threading
 sys.path.insert(0, {repository!r})
 from tunekit.cli import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
+from tunekit.machine.memory import status_bytes
 def memory(*names):
-    with open("/proc/self/status") as file:
-        found = dict(line.split(":", 1) for line in file if line.startswith(names))
-    return [int(found[name].split()[0]) * 1024 for name in names]
+    return [status_bytes(name) for name in names]
 for name in json.loads(open(sys.argv[1]).read()):
     try:
         importlib.import_module(name)

@@ -270,6 +270,22 @@ def test_every_name_is_a_pair_of_files(kind: str) -> None:
     assert halves == others
 
 
+OF_METHODS = ("tunekit.adapters.methods.", "tunekit.recipe.adapters.")
+MAY_NAME_METHODS = ("adapters/methods/", "recipe/adapters/", "recipe/foreign/")
+
+
+def test_a_method_is_its_two_files() -> None:
+    """Whatever else there is to say of a method, others ask of its METHOD: no other file imports one by name."""
+    named = [
+        str(found)
+        for found in all_imports()
+        if found.module.startswith(OF_METHODS)
+        and is_module(found.module)
+        and not found.importer.startswith(MAY_NAME_METHODS)
+    ]
+    assert not named, "\n" + "\n".join(named)
+
+
 def functions_of(file: Path) -> Iterator[tuple[str, int]]:
     """Each function's name and how many lines it has, its docstring and decorators left out."""
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):

@@ -102,7 +102,7 @@ def test_overrides_are_no_options(
         (BrokenPipeError(), 141, ""),
         (KeyError("x\ny"), 1, "this is a fault of tunekit: KeyError: 'x\\ny'; run `tunekit --debug ...`"),
         (RecursionError(), 1, "this is a fault of tunekit: RecursionError; run"),
-        (ValueError("token hf_abcdefghijkl"), 1, "this is a fault of tunekit: ValueError: token ***; run"),
+        (ValueError("token hf_abcdefghijkl"), 1, "this is a fault of tunekit: ValueError: token [secret]; run"),
     ],
 )
 def test_whatever_happens_becomes_words_and_a_code(
@@ -124,7 +124,9 @@ def test_whatever_happens_becomes_words_and_a_code(
     assert "Traceback" not in err
     if not isinstance(error, BrokenPipeError):
         assert run(monkeypatch, "--debug", "validate", str(recipe)) == code
-        assert "Traceback" in capfd.readouterr().err
+        err = capfd.readouterr().err
+        assert "Traceback" in err
+        assert "hf_abcdefghijkl" not in err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"], ["validate", "RECIPE"], ["schema"]])

@@ -18,13 +18,13 @@ from tunekit.adapters.several import AdapterSet
 from tunekit.arithmetic.combine import Mixture, check_mixture, combine
 from tunekit.arithmetic.difference import Difference, compare, extract, plain_lora, read_changes, together
 from tunekit.arithmetic.linear import combine_linear, read_linear
-from tunekit.arithmetic.loose_lora import LooseLora, read_loose_lora
+from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank, reduce_rank
 from tunekit.arithmetic.model_difference import compare_models, extract_models
 from tunekit.arithmetic.moved_starts import (
-    FROM_BASE,
     HOW,
     START,
+    follows_from_base,
     read_moved,
     start_of,
     subtract_initial,
@@ -33,7 +33,7 @@ from tunekit.arithmetic.moved_starts import (
 from tunekit.arithmetic.nearest_lora import Loss, loss_between, nearest_lora, total
 from tunekit.arithmetic.on_base import attach_to_base, base_section
 from tunekit.arithmetic.summary import AdapterSummary, in_order, summarise_adapter
-from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, write_loose, write_lora
+from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, write_lora, write_without_base
 from tunekit.console import Console
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import AdapterError, InputError
@@ -84,7 +84,7 @@ def combine_verb(
     configs = [read_adapter_config(folder) for folder in folders]
     facts = base_of(configs, base)
     methods = {config.settings.method for config in configs}
-    if methods == {"lora"}:
+    if all(config.method is plain_lora_method() for config in configs):
         _combine_loras(console, folders, mixture, facts, place)
     elif len(methods) > 1:
         what = f"the adapters are of different methods: {', '.join(sorted(methods))}"
@@ -98,7 +98,7 @@ def combine_verb(
 
 
 def _combine_loras(console: Console, folders: list[Path], mixture: Mixture, facts: BaseFacts, place: Path) -> None:
-    loras = [read_loose_lora(folder) for folder in folders]
+    loras = [read_lora_folder(folder) for folder in folders]
     combined = combine(loras, mixture)
     same = next((lora for lora in loras if lora.updates.keys() == combined.updates.keys()), loras[0])
     conv1d = any(lora.fan_in_fan_out for lora in loras)
@@ -114,15 +114,15 @@ def _combine_loras(console: Console, folders: list[Path], mixture: Mixture, fact
 
 def _combine_others(folders: list[Path], mixture: Mixture, facts: BaseFacts, place: Path) -> None:
     """Adapters of another method than LoRA, where that can be."""
-    loose = [read_linear(folder) for folder in folders]
-    config = loose[0].config
+    parts = [read_linear(folder) for folder in folders]
+    config = parts[0].config
     if mixture.kind != "linear":
         what = f"{config.settings.method} adapters are combined by linear alone, and not by {mixture.kind}"
         raise AdapterError(what, "use --method linear, or make a LoRA of each first", key="--method")
-    tensors = combine_linear(loose, mixture.weights)
+    tensors = combine_linear(parts, mixture.weights)
     kept = ("target_modules", "fan_in_fan_out")
-    fields: dict[str, object] = {key: loose[0].fields[key] for key in kept if key in loose[0].fields}
-    write_loose(place, facts, config.method, config.settings, tensors, fields)
+    fields: dict[str, object] = {key: config.fields[key] for key in kept if key in config.fields}
+    write_without_base(place, facts, config.method, config.settings, tensors, fields)
 
 
 def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str | None, output: str) -> None:
@@ -135,10 +135,10 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
     start = start_of(folder)
     config = read_adapter_config(folder, instead={START: True} if start else None)
     facts = base_of([config], base)
-    if config.settings.method != "lora":
+    if config.method is not plain_lora_method():
         _convert_method(console, folder, config, rank, initial, base, place)
         return
-    lora = read_loose_lora(folder, {START: True} if start else None)
+    lora = read_lora_folder(folder, {START: True} if start else None)
     updates = _untouched(console, lora, start, initial, base)
     if rank is not None:
         reduced = {name: reduce_rank(update, min(rank, update.rank)) for name, update in updates.items()}
@@ -152,7 +152,7 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
 
 
 def _untouched(
-    console: Console, lora: LooseLora, start: str | None, initial: str | None, base: str | None
+    console: Console, lora: LoraFolder, start: str | None, initial: str | None, base: str | None
 ) -> dict[str, LowRank]:
     """The updates of the base as it is before any start."""
     if initial is not None:
@@ -161,7 +161,7 @@ def _untouched(
         return subtract_initial(lora, read_moved(first))
     if start is None:
         return lora.updates
-    if start not in FROM_BASE:
+    if not follows_from_base(start):
         what = f"the start {start} moved weights of the base into the adapter, and cannot be computed again"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
     section = base_section(lora.config, base, f"{HOW}, or --base MODEL, from which {start} can be computed again")
@@ -308,7 +308,7 @@ def _diff_models(console: Console, names: list[str], rank: int | None, output: P
 
 
 def _write_extracted(
-    console: Console, place: Path, facts: BaseFacts, lora: LooseLora, losses: Mapping[str, Loss], rank: int
+    console: Console, place: Path, facts: BaseFacts, lora: LoraFolder, losses: Mapping[str, Loss], rank: int
 ) -> None:
     _tell_losses(console, losses, rank)
     write_lora(place, facts, lora, lora.updates)

@@ -17,9 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from tunekit import __version__
-from tunekit.errors import TunekitError
+from tunekit.errors import TunekitError, redact
 from tunekit.machine.malloc import KEPT_KERNELS
-from tunekit.recipe.reading.suggest import hide_secrets
 
 EXIT_FAULT, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 4, 130, 141
 ENVIRONMENT = {
@@ -279,7 +278,7 @@ def _call(context: typer.Context, verb: str, *values: Any) -> None:
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if context.obj and not isinstance(error, BrokenPipeError):
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
         code = _report(error)
     finally:
         gc.set_threshold(*ordinary)
@@ -314,7 +313,7 @@ def _say(text: str, code: int) -> int:
     """Print what went wrong, once: what ends a run with these codes, the main rank (of torchrun) says for all."""
     told_by_main = code not in (EXIT_FAULT, EXIT_RESOURCE) and os.environ.get("RANK", "0") != "0"
     if not told_by_main:
-        print(hide_secrets(text), file=sys.stderr)
+        print(redact(text), file=sys.stderr)
     return code
 
 

@@ -200,9 +200,9 @@ class Engine(Protocol):
 
 
 @dataclass(eq=False)
-class Beside:
-    """A tensor that layers read beside their hidden states, for one micro-batch: what an encoder gave, or what the
-    layer before handed on (T5's position biases). Whoever runs the layers sets `value`, a leaf for those who read it.
+class SideInput:
+    """A tensor that layers read beside their hidden states, for one micro-batch: an encoder's output, or what an
+    earlier layer gave (T5's position biases). Whoever runs the layers sets `value`, a leaf for those that read it.
     """
 
     value: torch.Tensor | None = None
@@ -212,31 +212,31 @@ class Beside:
 class LayerCall:
     """What one layer is called with after its hidden states, for one micro-batch.
 
-    `arguments` and `keywords` hold a Beside in place of each tensor that is one.  `handed_on`: what the layer gives
-    after its hidden states, in order; None where no layer reads it.
+    `arguments` and `keywords` hold a SideInput in place of each tensor that is one.  `side_outputs`: what the layer
+    gives after its hidden states, in order; None where no layer reads it.
     """
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    handed_on: tuple[Beside | None, ...] = ()
+    side_outputs: tuple[SideInput | None, ...] = ()
 
     @property
-    def read(self) -> list[Beside]:
+    def side_inputs(self) -> list[SideInput]:
         """What the layer reads of others, each once."""
         values = (*self.arguments, *self.keywords.values())
-        return list({id(value): value for value in values if isinstance(value, Beside)}.values())
+        return list({id(value): value for value in values if isinstance(value, SideInput)}.values())
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that follow one another, each `layer(hidden, call)` -> hidden (B, T, D); the last gives what comes after
-    the stack's final norm.
+    """Layers that follow one another, each `layer(hidden, call)` -> hidden (B, T, D); the last one's includes the
+    stack's final norm.
 
-    `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is what the stack before gave,
-    None for the first.
+    `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is the output of the stack
+    before, None for the first.
     """
 
-    embed: Callable[[dict[str, torch.Tensor], Beside | None], tuple[torch.Tensor, list[LayerCall]]]
+    embed: Callable[[dict[str, torch.Tensor], SideInput | None], tuple[torch.Tensor, list[LayerCall]]]
     layers: Sequence[torch.nn.Module]
 
 
@@ -252,8 +252,8 @@ class Stages:
         return [layer for stack in self.stacks for layer in stack.layers]
 
     @property
-    def starts(self) -> dict[int, int]:
-        """Number of a layer with which a stack begins -> number of that stack."""
+    def stack_at(self) -> dict[int, int]:
+        """Number of a stack's first layer -> number of that stack."""
         counts = [len(stack.layers) for stack in self.stacks]
         return {sum(counts[:number]): number for number in range(len(counts))}
 

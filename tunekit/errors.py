@@ -1,12 +1,29 @@
 """Every error a user can meet: where it is (file, line, key), what is wrong, how to mend it, and the exit code.
 
-Comes in: nothing.  Goes out: exceptions that cli.py prints, one line per problem.  Imports nothing of ours.
+Comes in: nothing.  Goes out: exceptions that cli.py prints, one line per problem, and the filter for secrets that all
+text passes on its way out.  Imports nothing of ours.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+_PREFIX = r"\b(?:hf_|api_org_|sk-(?:proj-)?|gh[pousr]_|github_pat_|glpat-)"  # of access tokens
+_PASSWORD = r"(?<=://)[^/\s@]+(?=@)"
+_MAYBE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9_-]{{8,}}|{_PASSWORD}")
+_SURE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_PASSWORD}")  # longer: a folder may be called hf_checkpoints
+
+
+def redact(text: str) -> str:
+    """`text` with [secret] instead of access tokens and of user:password in addresses."""
+    return _MAYBE_SECRET.sub("[secret]", text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether text holds what is an access token by its length, or an address with a user and password."""
+    return _SURE_SECRET.search(text) is not None
 
 
 @dataclass(frozen=True)

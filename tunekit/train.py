@@ -21,12 +21,13 @@ from tunekit.artifacts.checkpoint import Checkpoint, load_checkpoint
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
+from tunekit.console.progress import Progress
 from tunekit.contracts import Engine, Objective
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import ResourceError, TunekitError
 from tunekit.machine.devices import make_devices
-from tunekit.machine.memory import limit_bytes, read_host_memory
+from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
@@ -132,7 +133,7 @@ def _train(session: Session, resume: bool) -> None:
     plan, state = ready.plan, ready.state
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = make_trackers(session, state.step)
-    with session.console.progress(plan.steps, first_step=state.step) as progress:
+    with Progress(session.console, plan.steps, state.step) as progress:
         record = make_recorder(session, progress, trackers)
         save = make_saver(session, ready.optimizer, ready.adapter, ready.fingerprint)
         run_loop(_parts(session, ready, record, save), state)
@@ -180,7 +181,7 @@ def _plan(session: Session, begun: Choice | None = None) -> tuple[Plan, Prepared
     devices = session.devices
     with session.timed("data"):
         plan, prepared = devices.main_first(lambda: make_plan(session.loaded, device=devices.device, begun=begun))
-    session.baseline_bytes = read_host_memory().resident_bytes or 0  # planning has imported what the run needs
+    session.baseline_bytes = resident_bytes()  # planning has imported what the run needs
     raise_refusals(plan)
     facts = plan.model
     quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"

@@ -3,7 +3,7 @@
 Comes in: argv and a log that the process appends a line to after each optimizer step.
 Goes out: a dict of plain values.  Next: scripts/bench_compare.py.
 
-Every 10 ms: utime + stime of /proc/PID/stat, RssAnon and RssFile of /proc/PID/status, the log's lines. CPU time of a
+Every 10 ms: user and system time, memory of the process's own and of files, the log's lines. CPU time of a
 step is read when its line is seen. The peak is the kernel's own (ru_maxrss). Both sides are measured by this one.
 """
 
@@ -14,8 +14,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
+
 PERIOD_SECONDS, KEPT_SECONDS = 0.01, 0.25  # between samples; between those that are kept for the plot
-TICKS = os.sysconf("SC_CLK_TCK")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -51,11 +52,12 @@ def _sample(pid: int, log: Path, started: float) -> dict:
     steps: list[dict[str, float]] = []
     samples: list[list[float]] = []
     most = {"RssAnon": 0, "RssFile": 0, "both": 0}
+    watched = psutil.Process(pid)
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)
         now = time.monotonic() - started
-        memory = {} if done else _memory(pid)
-        cpu = usage.ru_utime + usage.ru_stime if done else _cpu_seconds(pid)
+        memory = {} if done else _memory(watched)
+        cpu = usage.ru_utime + usage.ru_stime if done else _cpu_seconds(watched)
         for _ in range(_lines(log) - len(steps)):
             steps.append({"cpu_seconds": cpu, "wall_seconds": now, "anonymous_bytes": memory.get("RssAnon", 0)})
         if done:
@@ -77,24 +79,21 @@ def _sample(pid: int, log: Path, started: float) -> dict:
     }
 
 
-def _memory(pid: int) -> dict[str, int]:
-    """RssAnon and RssFile in bytes; nothing where the process has just ended."""
+def _memory(process: psutil.Process) -> dict[str, int]:
+    """Bytes in memory of its own and of files; nothing where the process has just ended."""
     try:
-        text = Path(f"/proc/{pid}/status").read_text("ascii", errors="replace")
-    except OSError:
+        memory = process.memory_info()
+    except psutil.Error:
         return {}
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    if "RssAnon" not in fields:
-        return {}
-    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+    return {"RssAnon": memory.rss - memory.shared, "RssFile": memory.shared} if memory.rss else {}
 
 
-def _cpu_seconds(pid: int) -> float:
+def _cpu_seconds(process: psutil.Process) -> float:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text("ascii", errors="replace").rpartition(")")[2].split()
-    except OSError:
+        times = process.cpu_times()
+    except psutil.Error:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / TICKS  # utime, stime: fields 14 and 15, after the name
+    return times.user + times.system
 
 
 def _lines(log: Path) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from shapes import Row
 
@@ -36,11 +36,9 @@ class HostMemory(threading.Thread):
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """What of this process in memory is no file and not shared."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
 
 
 def cap_memory(row: Row, device: torch.device) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tests.loop_case import make_case, make_rows
 from tests.model.test_families import make_net
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.base import Casts
 from tunekit.adapters.folder.read import save_adapter_folder
-from tunekit.adapters.kernels.joined_lora import GatedMlp, describe, find_groups, planned_groups
-from tunekit.adapters.kernels.lora_products import Casts
+from tunekit.adapters.kernels.joined_lora import GatedMlp, describe, planned_groups
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import find_targets
 from tunekit.memory.checkpointing import prepare_layers
@@ -49,7 +49,7 @@ def adapted(
 
 def unfused(net: Any, attached: AttachedAdapter) -> None:
     for layer in attached.layers.values():
-        layer.fused = None  # type: ignore[assignment]
+        layer.joined = None  # type: ignore[assignment]
     for module in net.modules():
         if isinstance(module.__dict__.get("forward"), GatedMlp):
             del module.forward
@@ -88,7 +88,7 @@ def test_groups_equal_layers_one_by_one(
     model_type: str, pack: str | None, settings: dict[str, Any], checkpointed: int
 ) -> None:
     net, attached = adapted(model_type, pack=pack, **settings)
-    assert attached.fused
+    assert attached.joined
     fused = gradients(net, attached, checkpointed)
     net, attached = adapted(model_type, pack=pack, **settings)
     unfused(net, attached)
@@ -195,7 +195,7 @@ def test_layers_that_get_other_inputs_are_no_group() -> None:
     attention = net.model.layers[0].self_attn
     x, y = torch.randn(1, 4, 32), torch.randn(1, 4, 32)
     together = [attention.q_proj(x), attention.k_proj(y), attention.v_proj(y)]
-    assert not attention.q_proj.fused.together
+    assert not attention.q_proj.joined.together
     unfused(net, attached)
     for ours, plain in zip(together, [attention.q_proj(x), attention.k_proj(y), attention.v_proj(y)], strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
@@ -275,11 +275,11 @@ def test_plan_finds_the_same_groups_without_an_adapter() -> None:
     targets = find_targets(net, settings, head_name="lm_head")
     groups = planned_groups(net, load_method("lora"), settings, targets)
     assert planned_groups(net, load_method("dora"), settings, targets) == []
-    assert groups == adapted("llama")[1].fused
+    assert groups == adapted("llama")[1].joined
     assert describe(groups) == ("3 x gate_proj + up_proj + down_proj, 3 x o_proj, 3 x q_proj + k_proj + v_proj")
     packed = PackedLinear(4, 4, "int8", False, {}, None)
     bases = {target.name: packed for target in targets}
-    assert find_groups(net, bases, settings, targets) == [], "LLM.int8 rounds its inputs"
+    assert load_method("lora").kernel.groups(net, bases, settings, targets) == [], "LLM.int8 rounds its inputs"
 
 
 def test_casts_are_kept_only_while_weights_stand_still() -> None:

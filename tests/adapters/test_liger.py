@@ -15,10 +15,10 @@ from tests.adapters.test_joined_lora import adapted, gradients
 from tests.model.test_families import make_net
 from tests.train_case import write_recipe
 from tunekit.adapters.kernels.liger import liger_places, use_liger
+from tunekit.planning import compiling
 from tunekit.planning.compiling import kernel_problems
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.training import compiling
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
@@ -24,9 +24,10 @@ from transformers import (
 
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
-from tunekit.adapters.patterns import Budget, Pattern
+from tunekit.adapters.patterns import Patterns
 from tunekit.adapters.targets import find_targets, unreached_experts
 from tunekit.errors import AdapterError, InputError, RecipeError
+from tunekit.files.untrusted import compile_pattern
 from tunekit.model.quantized.weights import pack_linear
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.records import Target
@@ -255,9 +256,64 @@ def combined(children: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 @settings(max_examples=300, deadline=None)
 @given(st.recursive(ATOMS, combined, max_leaves=6), st.text("ab._", max_size=6))
 def test_patterns_mean_what_re_says(pattern: str, name: str) -> None:
-    ours = Pattern(pattern, Budget())
-    assert ours.matches(name) == (re.fullmatch(pattern, name) is not None)
-    assert ours.matches_ending(name) == (re.match(rf"(.*\.)?({pattern})$", name) is not None)
+    try:
+        compile_pattern(pattern)
+    except ValueError as error:
+        assume("too many steps" not in str(error))  # repeats three deep are refused
+        raise
+    ours = Patterns()
+    assert ours.matches(pattern, name) == (re.fullmatch(pattern, name) is not None)
+    assert ours.matches_ending(pattern, name) == (re.match(rf"(.*\.)?({pattern})$", name) is not None)
+
+
+REFUSED = {
+    "a{1,3}b{e<=1}": "a brace",
+    "(?:foo){i<=1,s<=2}": "a brace",
+    "[[:alpha:]]+": "a bracket in a set",
+    "(" * 101 + ")" * 101: "nested too deeply",
+    r"(q)\1": "back references",
+    "(?i)Q_PROJ": "flags",
+    "(?i:Q)_proj": "flags",
+    "(q)(?(1)_proj)": "conditions",
+    "(?P<a>q)(?P=a)": "conditions",
+    "((a?){100}){100}": "too many steps",
+    "a{1001}": "too many steps",
+    "((a*)*)*": "too many steps",
+    ".*x" * 17: "too many steps",
+    "[a-": "is not a regular expression",
+    "(a": "is not a regular expression",
+    "a**": "is not a regular expression",
+}
+
+
+@pytest.mark.parametrize("pattern", REFUSED)
+def test_patterns_are_refused_by_structure(pattern: str) -> None:
+    with pytest.raises(AdapterError, match=REFUSED[pattern]):
+        Patterns().matches(pattern, "model.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?:.*?(?:language|text).*?(?:self_attn|attn).*?(?:q_proj|k_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:\w+\.)*q_proj)",
+        r"(?P<stem>[a-z_]+\.)+(?P<layer>\d{1,3})\.(?!mlp)[^.]*\.(?<!x)q_proj",
+        "|".join(re.escape(f"model.layers.{layer}.self_attn.q_proj") for layer in range(200)),
+    ],
+)
+def test_everyday_patterns_match(pattern: str) -> None:
+    patterns = Patterns()
+    assert patterns.matches(pattern, "model.layers.0.self_attn.q_proj")
+    assert not patterns.matches(pattern, "model.layers.0.mlp.down_proj")
+
+
+def test_a_pattern_that_takes_too_long_is_refused_after_its_processor_time() -> None:
+    patterns = Patterns(seconds=0.3)
+    start = time.process_time()
+    with pytest.raises(AdapterError, match="too many steps to compare with the name 'aaaa"):
+        patterns.matches("(a|b|ab|.|..|...)*" * 4 + "[X-Z]", "a" * 60)
+    with pytest.raises(AdapterError, match="too many steps"):  # together they have no more
+        patterns.matches("(a|b|ab|.|..|...)*" * 4 + "[X-Y]", "a" * 60)
+    assert time.process_time() - start < 2
 
 
 def test_concrete_targets_mean_exactly_the_targets() -> None:

@@ -15,9 +15,8 @@ from tests.arithmetic.test_merge import write_base
 from tests.loop_case import make_case, make_rows
 from tests.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.copies import copied_parameters
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
-from tunekit.adapters.targets import find_targets
+from tunekit.adapters.targets import copied_parameters, find_targets
 from tunekit.arithmetic.merge import merge_adapter
 from tunekit.errors import AdapterError, RecipeError
 from tunekit.model.call import Call, calling

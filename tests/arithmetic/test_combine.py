@@ -20,7 +20,7 @@ from tunekit.adapter import combine_verb
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.arithmetic.combine import KINDS, Mixture, combine
-from tunekit.arithmetic.loose_lora import read_loose_lora
+from tunekit.arithmetic.lora_folder import read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.arithmetic.pruning import weighted
 from tunekit.errors import TunekitError
@@ -167,17 +167,17 @@ def test_what_it_says_is_so(
     words = ["adapter", "combine", str(a), str(b), "--weights", "0.5,0.5", "--method", "linear"]
     assert run(monkeypatch, *words, "--output", str(tmp_path / "new")) == 0
     out = capsys.readouterr().out
-    left, right, new = (read_loose_lora(folder).updates for folder in (a, b, tmp_path / "new"))
+    left, right, new = (read_lora_folder(folder).updates for folder in (a, b, tmp_path / "new"))
     errors = [new[n].dense() - 0.5 * (left[n].dense() + right[n].dense()) for n in new]
     sums = [0.5 * (left[n].dense() + right[n].dense()) for n in new]
     distance = torch.cat([e.flatten() for e in errors]).norm() / torch.cat([s.flatten() for s in sums]).norm()
     assert f"by {float(distance):.2%} of its norm" in out
     assert out.splitlines()[-1] == f"written to {tmp_path / 'new'}"
-    assert combine([read_loose_lora(a), read_loose_lora(b)], Mixture("cat", (0.5, 0.5))).distance < 1e-6
+    assert combine([read_lora_folder(a), read_lora_folder(b)], Mixture("cat", (0.5, 0.5))).distance < 1e-6
 
 
 def test_random_choices_depend_on_the_seed_alone(tmp_path: Path) -> None:
-    adapters = [read_loose_lora(write(tmp_path / n, s)) for n, s in (("a", 1), ("b", 2))]
+    adapters = [read_lora_folder(write(tmp_path / n, s)) for n, s in (("a", 1), ("b", 2))]
     made = [combine(adapters, Mixture("dare_ties", WEIGHTS, 0.5, seed=seed)).updates for seed in (3, 3, 4)]
     name = next(iter(made[0]))
     assert torch.equal(made[0][name].a, made[1][name].a)

@@ -19,7 +19,7 @@ from tests.test_cli import run
 from tunekit.adapter import convert_verb
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import save_adapter_folder
-from tunekit.arithmetic.loose_lora import read_loose_lora
+from tunekit.arithmetic.lora_folder import read_lora_folder
 from tunekit.errors import TunekitError
 from tunekit.recipe.adapters.bitfit import BitfitSettings
 from tunekit.recipe.adapters.dora import DoraSettings
@@ -110,14 +110,14 @@ def test_ranks_by_pattern_are_doubled_each(tmp_path: Path) -> None:
     new = convert(tmp_path / "trained", tmp_path / "new", initial=tmp_path / "initial")
     torch.testing.assert_close(logits_here(new), expected, rtol=0, atol=5e-5)
     torch.testing.assert_close(logits_by_peft(new), expected, rtol=0, atol=5e-5)
-    assert {update.rank for update in read_loose_lora(new).updates.values()} == {4, 8}
+    assert {update.rank for update in read_lora_folder(new).updates.values()} == {4, 8}
 
 
 def test_a_doubled_rank_can_be_cut_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained_by_peft(tmp_path, "pissa")
-    whole = read_loose_lora(convert(tmp_path / "trained", tmp_path / "whole", initial=tmp_path / "initial")).updates
+    whole = read_lora_folder(convert(tmp_path / "trained", tmp_path / "whole", initial=tmp_path / "initial")).updates
     capsys.readouterr()
-    cut = read_loose_lora(convert(tmp_path / "trained", tmp_path / "cut", 5, tmp_path / "initial")).updates
+    cut = read_lora_folder(convert(tmp_path / "trained", tmp_path / "cut", 5, tmp_path / "initial")).updates
     lost = sum(float(torch.linalg.svdvals(update.dense())[5:].square().sum()) for update in whole.values())
     energy = sum(float(update.dense().square().sum()) for update in whole.values())
     assert {update.rank for update in cut.values()} == {5}

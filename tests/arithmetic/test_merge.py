@@ -297,7 +297,7 @@ def test_a_terminated_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, _ = prepared(tmp_path, "llama", target_modules=["q_proj"])
-    monkeypatch.setattr("tunekit.merge.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("tunekit.arithmetic.merge.free_bytes", lambda path: 1000)
     with pytest.raises(ResourceError, match="free"):
         merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -174,7 +174,7 @@ def test_a_changed_file_is_a_fault(good: Path, tmp_path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda folder: (folder / CONFIG).unlink(), "cannot be read"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "is missing"),
     "no tensors": (lambda folder: (folder / TENSORS).unlink(), f"holds no {TENSORS}"),
     "pickle": (lambda folder: (folder / TENSORS).rename(folder / PICKLE), "is a pickle"),
     "not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),

@@ -237,6 +237,9 @@ def test_text_of_others_is_never_markup(run: RunFolder) -> None:
     assert "](http" not in page.replace("\\](http", "")
     assert "pw123" not in page
     assert "abcdefghijklmnop" not in page
+    values = (run.path / "report.json").read_text()
+    assert "pw123" not in values
+    assert "abcdefghijklmnop" not in values
     assert escape("plain words, 1.5") == "plain words, 1.5"
 
 

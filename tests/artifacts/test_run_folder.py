@@ -18,13 +18,12 @@ from pathlib import Path
 import pytest
 
 from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
-from tunekit.artifacts.lock import LOCK_NAME
 from tunekit.artifacts.run import RunFolder, is_finished
-from tunekit.errors import ResourceError, RunFolderError
+from tunekit.errors import ResourceError, RunFolderError, redact
 from tunekit.files import durable
-from tunekit.files.secrets import redact
+from tunekit.files.lock import LOCK_NAME
 from tunekit.machine.environment import library_versions, read_environment
-from tunekit.machine.memory import peak_host_bytes, read_host_memory
+from tunekit.machine.memory import peak_host_bytes, resident_bytes
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 ROOT = os.geteuid() == 0
@@ -354,6 +353,7 @@ def test_status_says_whether_a_run_ended_well(tmp_path: Path) -> None:
 def test_secrets_are_taken_out() -> None:
     assert redact("https://alice:pw1@host/x hf_AbCdEfGhIjKl") == "https://[secret]@host/x [secret]"
     assert redact("hf_ is a prefix; a@b") == "hf_ is a prefix; a@b"
+    assert redact("glpat-AbCdEfGh12, sk-proj-AbCd_EfGh-1") == "[secret], [secret]"
 
 
 # --- metrics.jsonl -------------------------------------------------------------------------------------------------
@@ -452,21 +452,17 @@ def test_versions_are_read_without_importing() -> None:
 
 
 def test_host_memory_sees_an_allocation() -> None:
-    before = read_host_memory()
-    assert before.peak_bytes >= (before.resident_bytes or 0) > 0
-    size = before.peak_bytes - (before.resident_bytes or 0) + (64 << 20)
-    block = bytearray(size)
+    peak, resident = peak_host_bytes(), resident_bytes()
+    assert peak + (1 << 20) > resident > 0
+    block = bytearray(peak - resident + (64 << 20))
     block[::4096] = b"x" * len(block[::4096])
-    after = read_host_memory()
+    assert resident_bytes() > resident + (32 << 20)
     del block
-    assert after.peak_bytes - before.peak_bytes > 32 << 20
-    assert peak_host_bytes() > before.peak_bytes + (32 << 20)
+    assert peak_host_bytes() > peak + (32 << 20)
 
 
-def test_host_memory_without_proc(tmp_path: Path) -> None:
-    memory = read_host_memory(tmp_path / "absent")
-    assert memory.resident_bytes is None
-    assert memory.peak_bytes > 1 << 20
+def test_the_peak_without_proc(tmp_path: Path) -> None:
+    assert peak_host_bytes(tmp_path / "absent") > 1 << 20
 
 
 @pytest.mark.parametrize(

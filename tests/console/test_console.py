@@ -12,7 +12,8 @@ import termios
 
 import pytest
 
-from tunekit.console import Console, Progress, visible
+from tunekit.console import Console, visible
+from tunekit.console.progress import Progress
 from tunekit.console.text import cell_text, time_text
 from tunekit.records import EvaluationRecord, StepRecord
 
@@ -65,6 +66,12 @@ def test_colours_only_on_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
             assert output.getvalue() == "question⟦answer⟧\n"
 
 
+def test_complaints_hold_no_secrets() -> None:
+    console, _, errors = both(False)
+    console.warn("https://alice:pw123@host refused hf_AbCdEfGhIjKl")
+    assert errors.getvalue() == "warning: https://[secret]@host refused [secret]\n"
+
+
 def test_data_cannot_command_the_terminal() -> None:
     evil = "\x1b[2J\x1b]0;title\x07 \x9b31m \r\x00 ok\ttab"
     console, output, errors = both()
@@ -73,7 +80,7 @@ def test_data_cannot_command_the_terminal() -> None:
     console.table([evil], [[evil]], title=evil)
     console.panel(evil, {evil: evil})
     console.print_segments([(evil, True)])
-    with console.progress(1) as progress:
+    with Progress(console, 1) as progress:
         progress.evaluation(EvaluationRecord(1, {evil: 1.0}))
     for letter in "\x1b\x07\x9b\r\x00":
         assert letter not in output.getvalue() + errors.getvalue()
@@ -138,7 +145,7 @@ def test_other_ranks_print_nothing() -> None:
     console.table(["a"], [[1]])
     console.panel("x", {"a": 1})
     console.print_segments([("x", True)])
-    with console.progress(2) as progress:
+    with Progress(console, 2) as progress:
         progress.update(record(1))
         progress.evaluation(EvaluationRecord(1, {"loss": 1.0}))
     assert output.getvalue() == errors.getvalue() == ""
@@ -171,7 +178,7 @@ def test_plain_lines_first_last_and_now_and_then() -> None:
 
 def test_the_last_step_is_told_once_and_an_early_end_keeps_the_last_line() -> None:
     console, output, _ = both()
-    with console.progress(1) as progress:
+    with Progress(console, 1) as progress:
         progress.update(record(1))
     assert output.getvalue().count("step 1/1") == 1
     console, output, _ = both()
@@ -194,7 +201,7 @@ def test_time_left_after_a_resume_counts_this_leg_only() -> None:
 
 def test_one_live_line_that_steps_aside() -> None:
     console, output, _ = both(True)
-    with console.progress(3) as progress:
+    with Progress(console, 3) as progress:
         progress.update(record(1))
         console.info("a message")
         progress.update(record(3, loss=0.5))
@@ -210,7 +217,7 @@ def test_one_live_line_that_steps_aside() -> None:
 def test_the_live_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     console, output, _ = both(True)
-    with console.progress(3) as progress:
+    with Progress(console, 3) as progress:
         progress.update(record(1))
     drawn = output.getvalue().replace("\x1b[K", "").replace("\n", "").split("\r")
     assert all(len(line) <= 19 for line in drawn)
@@ -237,7 +244,7 @@ def test_a_reader_that_has_gone_is_given_up(number: int) -> None:
     console = Console(output=gone, errors=errors)
     console.info("x")
     console.table(["a"], [[1]])
-    with console.progress(2) as progress:
+    with Progress(console, 2) as progress:
         progress.update(record(1))
     console.warn("still here")
     assert gone.calls == 1
@@ -253,11 +260,12 @@ def test_closed_streams_are_no_error() -> None:
 
 PIPED = """
 from tunekit.console import Console
-from tunekit.decisions import StepRecord
+from tunekit.console.progress import Progress
+from tunekit.records import StepRecord
 console = Console()
 for step in range(20000):
     console.info("a line of text")
-with console.progress(1) as progress:
+with Progress(console, 1) as progress:
     progress.update(StepRecord(1, 0.1, 1.0, 1e-4, 0.5, 10, 5, 0.1, 100.0, 1))
 """
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.parity.peft_case import BASES, close
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
-from tunekit.adapters.starts.start import Seen, begin_all, start_module
+from tunekit.adapters.starts.start import Seen, initialise_all, start_module
 from tunekit.model.call import Call, calling
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -48,7 +48,7 @@ def attach(family: str, settings: Any) -> AttachedAdapter:
         gradients = torch.randn(60, target.out_features, generator=generator) * 0.01
         statistics.add(Seen(x, torch.arange(60) // 20, torch.ones(60, dtype=torch.bool), gradients))
         evidence[target.name] = statistics.finish()
-    begin_all(adapter, 1, evidence)
+    initialise_all(adapter.layers, 1, evidence)
     return adapter
 
 
@@ -169,5 +169,5 @@ def test_nothing_cancels_in_low_precision() -> None:
         layer.A.mul_(1.001)
     x = torch.randn(200, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = x.double() @ layer.delta().double().t()
-    found = layer.update(x, torch.bfloat16).double()
+    found = layer.update(x).double()
     assert (found - exact).norm() < 0.01 * exact.norm()

@@ -69,7 +69,7 @@ def test_packed_documents_equal_padded_rows(folder: Path, device: torch.device, 
 )
 def test_fused_groups_equal_plain_layers(folder: Path, device: torch.device, dtype: str, quantization: str) -> None:
     case = case_of(folder, device, model=section(folder, dtype, quantization))
-    assert case.adapter.fused
+    assert case.adapter.joined
     batch = next(iter(case.windows.windows(0))).batches[0]
     fused = gradient_of(case, [batch])
     unfused(case.model.base.net, case.adapter)

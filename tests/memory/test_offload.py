@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.copies import CudaCopies, PlainCopies
+from tunekit.memory.copies import Copier, CudaCopier
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 LAYERS = 5
 
 
-class TriedCopies(PlainCopies):
-    """Copies that are as late as they may be, or as early, and memory that is overwritten once it is released."""
+class TriedCopies(Copier):
+    """Copies that are as late as they may be, or as early, into memory that holds no number before."""
 
     def __init__(self, late: bool, waits: bool = True) -> None:
         super().__init__(CPU)
@@ -33,25 +33,22 @@ class TriedCopies(PlainCopies):
         self.queue: list[Callable[[], Any]] = []  # asked for and not made: in order, as on a stream
         self.asked = 0
         self.events: list[str] = []
+        self.slots: set[int] = set()  # addresses
 
-    def buffer(self, size_bytes: int) -> Tensor:
-        return super().buffer(size_bytes).fill_(0xFF)
+    def memory(self, size_bytes: int, *, on_host: bool) -> Tensor:
+        memory = super().memory(size_bytes, on_host=on_host).fill_(0xFF)  # NaN in every floating dtype
+        (self.slots.add if on_host else self.slots.discard)(memory.data_ptr())
+        return memory
 
-    def out(self, tensor: Tensor, slot: Tensor) -> int:
-        self.events.append("out")
-        return self._ask(lambda: PlainCopies.out(self, tensor, slot))
-
-    def back(self, slot: Tensor, tensor: Tensor) -> int:
-        self.events.append("back")
-        return self._ask(lambda: PlainCopies.back(self, slot, tensor))
+    def start(self, copies: Any, after: Any) -> int:
+        ((target, _),) = copies
+        self.events.append("out" if target.data_ptr() in self.slots else "back")
+        return self._ask(lambda: Copier.start(self, copies, after))
 
     def wait(self, copy: int) -> None:
         if self.waits:
             while self.queue and self.asked - len(self.queue) < copy:
                 self.queue.pop(0)()
-
-    def released(self, memory: Tensor) -> None:
-        memory.fill_(0xFF)  # NaN in every floating dtype
 
     def _ask(self, copy: Callable[[], Any]) -> int:
         self.asked += 1
@@ -61,8 +58,22 @@ class TriedCopies(PlainCopies):
         return self.asked
 
 
-def store_with(copies: PlainCopies) -> BoundaryStore:
-    return BoundaryStore(copies, least_bytes=0, least_tokens=0)
+class PoisonedStore(BoundaryStore):
+    """Memory is overwritten once it is released."""
+
+    def drop(self, key: Hashable) -> None:
+        entry = self._entries.get(key)
+        super().drop(key)
+        if not isinstance(entry, Tensor | None):
+            entry.slot.fill_(0xFF)
+
+    def _release(self, buffer: Any) -> None:
+        super()._release(buffer)
+        buffer.memory.fill_(0xFF)
+
+
+def store_with(copier: Copier) -> BoundaryStore:
+    return PoisonedStore(copier, least_bytes=0, least_tokens=0)
 
 
 def values(number: int, size: int = 6) -> Tensor:
@@ -125,9 +136,11 @@ def test_slots_are_used_again_and_small_tensors_stay() -> None:
 
 
 def test_auto_leaves_a_cpu_alone() -> None:
-    assert make_store("auto", CPU).copies is None
-    assert make_store(False, torch.device("cuda"), simulated=True).copies is None
+    assert not make_store("auto", CPU).offloads
+    assert not make_store(False, torch.device("cuda"), simulated=True).offloads
     on_cpu, on_gpu = make_store(True, CPU), make_store("auto", torch.device("cuda"), simulated=True)
+    assert on_cpu.offloads
+    assert on_gpu.offloads
     assert (on_cpu.least_bytes, on_gpu.least_bytes, on_gpu.least_tokens) == (0, 2 * 2**20, 512)
 
 
@@ -307,7 +320,7 @@ def test_a_layer_may_run_more_than_once_in_a_forward() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_streams_bring_back_every_bit() -> None:
     device = torch.device("cuda")
-    store = store_with(CudaCopies(device))  # type: ignore[arg-type]
+    store = store_with(CudaCopier(device))
     kept = [torch.randn(512, 4096, device=device) for _ in range(6)]
     for number, tensor in enumerate(kept):
         store.put(number, tensor)

@@ -226,7 +226,7 @@ class LateCopier(ThreadCopier):
     """Of one copy it says that it has ended when it has not: it is made after the layer has been computed."""
 
     def __init__(self, late: int) -> None:
-        super().__init__()
+        super().__init__(torch.device("cpu"))
         self.late, self.number = late, 0
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.marks_to_come = 2  # after the wait: of the next layer's poisoned slot, and of the computation itself
@@ -270,9 +270,6 @@ def test_a_late_copy_is_noticed(folder: Path, late: int) -> None:
 class SlowCopier(ThreadCopier):
     """Copies take their time: whoever does not wait reads what was there before."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def _copy(self, copies: Any) -> None:
         import time
 
@@ -283,7 +280,7 @@ class SlowCopier(ThreadCopier):
 def test_slow_copies_change_nothing(folder: Path) -> None:
     plain = run(folder)
     case = make_case(folder, make_rows(23), training=training(), streaming={"count": 3})
-    case.parts.engine.slots.copier = SlowCopier()  # type: ignore[attr-defined]
+    case.parts.engine.slots.copier = SlowCopier(torch.device("cpu"))  # type: ignore[attr-defined]
     case.run()
     assert same((plain, case))
 

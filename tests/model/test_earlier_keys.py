@@ -37,7 +37,7 @@ from tests.parity.test_prefix_peft import make_bart
 from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import ModelError
 from tunekit.model.attention.earlier_keys import enter, keys_and_values
-from tunekit.model.attention.places import self_attentions
+from tunekit.model.attention.self_attention import self_attentions
 from tunekit.model.call import Call, calling
 from tunekit.recipe.adapters.prefix import PrefixSettings
 

@@ -138,3 +138,16 @@ def test_net_without_layers_is_refused() -> None:
     net.config.num_hidden_layers = 7
     with pytest.raises(ModelError, match="7 decoder layers"):
         Family().layers(net)
+
+
+def test_learned_positions_are_told_from_other_tables() -> None:
+    family = Family()
+    assert [family.learned_positions(make_net(kind)) for kind in ("gpt2", "opt", "llama", "bloom")] == [
+        64,
+        64,
+        None,
+        None,
+    ]
+    net: Any = make_net("llama")
+    net.model.kinds = nn.Embedding(3, 32)  # no table of positions, though not of tokens either
+    assert family.learned_positions(net) is None

@@ -21,6 +21,7 @@ from tests.model.test_four_bit import with_peak
 from tests.model.test_reading import KINDS, save
 from tests.train_case import in_child
 from tunekit.errors import ModelError
+from tunekit.files import durable
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.quantized import four_bit
 from tunekit.model.quantized.weights import PackedLinear, packed_hash, packed_layers, weight_of
@@ -211,14 +212,14 @@ def no_space(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def full_later(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put, left = sidecar._put, iter(range(20))
+    perform, left = durable.perform, iter(range(20))
 
-    def failing(file: Any, data: Any) -> None:
-        if next(left, None) is None:
+    def failing(kind: str, path: Path, action: Callable[[], Any]) -> Any:
+        if kind == "write" and next(left, None) is None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        put(file, data)
+        return perform(kind, path, action)
 
-    monkeypatch.setattr(sidecar, "_put", failing)
+    monkeypatch.setattr(durable, "perform", failing)
 
 
 @pytest.mark.parametrize("obstacle", [no_folder, no_space, full_later])
@@ -316,7 +317,7 @@ def test_loading_holds_the_packed_base_and_one_tensor(tmp_path: Path, monkeypatc
     _, peak = with_peak(packed.fill)
     assert peak < held + matrix + small + 2**16
     path = tmp_path / "side.safetensors"
-    _, peak = with_peak(lambda: sidecar.write_sidecar(path, "key", packed.layout, packed.held()))
+    _, peak = with_peak(lambda: sidecar.write_sidecar(path, "key", packed.layout, packed.iterate_tensors()))
     assert peak < 2 * matrix + small + 2**16 < held
     opened = sidecar.open_sidecar(path, "key", packed.layout)
     assert opened is not None

@@ -240,7 +240,7 @@ trap.get_kernel = get_kernel
 sys.modules["kernels"] = trap
 import torch
 compiler = torch.compile
-from tunekit.model.codec import import_bitsandbytes
+from tunekit.model.quantized.codec import import_bitsandbytes
 import tunekit.model.quantized.weights
 assert "bitsandbytes" not in sys.modules
 import_bitsandbytes()

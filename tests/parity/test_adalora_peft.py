@@ -86,8 +86,8 @@ def test_twenty_steps_of_masks_and_importances() -> None:
                     )
         pattern = theirs.base_model.peft_config["default"].rank_pattern
         for layer in ours.layers.values():
-            expected = pattern[f"{layer.place}.lora_E.default"] if pattern else [True] * 6
-            assert layer.kept.tolist() == expected, (step, layer.place)
+            expected = pattern[f"{layer.module_name}.lora_E.default"] if pattern else [True] * 6
+            assert layer.kept.tolist() == expected, (step, layer.module_name)
         ranks.append(sum(int(layer.kept.sum()) for layer in ours.layers.values()))
     assert ranks[:3] == [36, 36, 36]
     assert ranks[-7:] == [18] * 7

@@ -350,8 +350,8 @@ def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.Monke
 
         return call
 
-    for name in ("make_plan", "read_host_memory", "load_model"):
+    for name in ("make_plan", "resident_bytes", "load_model"):
         monkeypatch.setattr(train, name, noted(name))
     recipe = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
     train.train_verb(str(recipe), [f"output.dir={tmp_path / 'run'}"], False, True)
-    assert order == ["make_plan", "read_host_memory", "load_model"]
+    assert order == ["make_plan", "resident_bytes", "load_model"]

@@ -72,6 +72,7 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
             "recipe.yaml:4: evaluation.generate: the metric exact_m",
         ),
         ("token: hf_" + "a" * 34, "recipe.yaml:4: token: holds what looks like a secret"),
+        ("adapter: {start: ghp_" + "a" * 36 + "}", "recipe.yaml:4: adapter.start: holds what looks like a secret"),
         ("memory: {budget: 8}", "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not 8"),
         (
             "memory: {budget: 0GiB}",

@@ -48,7 +48,7 @@ def test_it_learns_and_ends_at_the_target(tiny_llama: Path) -> None:
     run(still)
     after = run(trained)
     assert trained.losses[-1] < still.losses[-1] - 0.01
-    gone = {f"{layer.place}.lora_E" for layer in trained.adapter.layers.values() if not layer.kept.any()}
+    gone = {f"{layer.module_name}.lora_E" for layer in trained.adapter.layers.values() if not layer.kept.any()}
     assert {name for name in before if torch.equal(before[name], after[name])} == gone
     assert len(gone) < len(trained.adapter.layers) / 2
     assert ranks(trained) == 2 * len(trained.adapter.layers)

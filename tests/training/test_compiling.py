@@ -12,6 +12,7 @@ import torch
 from tests.loop_case import Case, make_case, make_rows
 from tests.train_case import write_recipe
 from tests.training.test_loop import assert_same_bits, training, weights
+from tunekit.planning import compiling as planned
 from tunekit.planning.compiling import compile_problems, planned_compile
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.dora import DoraSettings
@@ -39,13 +40,13 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inducto
 def test_auto_compiles_where_it_pays(
     setting: Any, device: Any, steps: int, triton: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(planned, "find_spec", lambda name: triton or None)
     assert planned_compile(setting, device, steps)[0] is expected
 
 
 def test_what_cannot_be_compiled_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    monkeypatch.setattr(planned, "find_spec", lambda name: None)
+    monkeypatch.setattr(planned.shutil, "which", lambda name: None)
     assert [problem.key for problem in compile_problems(True, CUDA, True)] == ["training.compile"] * 2
     (problem,) = compile_problems(True, CPU, False)
     assert "C++ compiler" in problem.what
@@ -108,9 +109,16 @@ def test_compiled_layers_give_the_same_curve(
     plain = compiled_case(tiny_llama, False, monkeypatch, training=training(), **settings)
     plain.run()
     torch._dynamo.reset()
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    before, limit = torch._dynamo.utils.counters["stats"]["unique_graphs"], torch._dynamo.config.recompile_limit
+    limits: list[int] = []
     case = compiled_case(tiny_llama, True, monkeypatch, training=training(), **settings)
+    attention = case.model.base.family.layers(case.model.base.net)[0][1].self_attn
+    attention.register_forward_pre_hook(  # type: ignore[union-attr, operator]
+        torch.compiler.disable(lambda *_: limits.append(torch._dynamo.config.recompile_limit))  # type: ignore[no-untyped-call]
+    )
     case.run()
+    assert set(limits) == {compiling.MOST_VARIANTS}
+    assert torch._dynamo.config.recompile_limit == limit, "left as it was found"
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     assert 0 < graphs <= 60, "compiled once, for all layers"
     assert case.losses == pytest.approx(plain.losses, rel=1e-5)

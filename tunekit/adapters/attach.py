@@ -1,7 +1,4 @@
-"""Puts an adapter into a base and holds on to it: state by name, optimizer groups, hooks, and the way back.
-
-Comes in: the network, settings, the run's seed.  Goes out: AttachedAdapter.  Next: folder.py, training/.
-"""
+"""Puts an adapter into a base and holds on to it: state by name, optimizer groups, hooks, and the way back."""
 
 from __future__ import annotations
 
@@ -12,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import KINDS, LayerAdapter, ModelAdapter, Part, SharedPart, Slot, Wrapper, full_name
-from tunekit.adapters.copies import TrainedCopy, copied_places, copy_class
+from tunekit.adapters.base import KINDS, Casts, LayerAdapter, ModelAdapter, Part, SharedPart, Slot, Wrapper, full_name
+from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.expert_parameters import ParameterAdapter, ParameterHost, own_parameter
-from tunekit.adapters.kernels.joined_lora import Group, fuse
-from tunekit.adapters.kernels.lora_products import Casts
-from tunekit.adapters.method import Method, load_method
-from tunekit.adapters.methods.lora import Lora
+from tunekit.adapters.method import Group, Method, load_method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import TrainedTokens, token_rows
@@ -43,8 +37,8 @@ class AttachedAdapter:
         self.tied_tokens: dict[str, list[str]] = {}  # of those, the modules that use their rows
         self.model_adapter: ModelAdapter | None = None
         self.casts = Casts()
-        self.fused: list[Group] = []  # names of layers that are computed together
-        self._places: list[tuple[nn.Module, str, nn.Module]] = []  # parent, own name, what stood there
+        self.joined: list[Group] = []
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []  # parent, own name, what stood there
         self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
         for parent in net.modules():
             for own, child in parent.named_children():
@@ -57,12 +51,12 @@ class AttachedAdapter:
 
     def slots(self) -> dict[str, tuple[type[Part], Slot]]:
         """Every tensor of the state as it was declared, by full name."""
-        return {
-            name: (type(part), slot)
-            for name, part, slot in sorted(
-                (full_name(part.place, slot.suffix), part, slot) for part in self.parts() for slot in part.held.values()
-            )
+        found = {
+            full_name(part.module_name, slot.suffix): (type(part), slot)
+            for part in self.parts()
+            for slot in part.declared.values()
         }
+        return dict(sorted(found.items()))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained tensors, float32, sorted by name."""
@@ -175,17 +169,17 @@ class AttachedAdapter:
         wrapper.train(old.training)
         for parent, own in self._parents[id(old)]:
             setattr(parent, own, wrapper)
-            self._places.append((parent, own, old))
+            self._replaced.append((parent, own, old))
 
     def placed(self) -> list[tuple[nn.Module, str, nn.Module]]:
         """Each wrapper in place: the module that holds it, under which name, the wrapper."""
-        return [(parent, own, getattr(parent, own)) for parent, own, _ in self._places]
+        return [(parent, own, getattr(parent, own)) for parent, own, _ in self._replaced]
 
     def detach(self) -> None:
         """Take the adapter out: the plain base stands again, module for module. The state stays here."""
-        for parent, own, old in reversed(self._places):
+        for parent, own, old in reversed(self._replaced):
             setattr(parent, own, old)
-        self._places.clear()
+        self._replaced.clear()
         if self.model_adapter is not None:
             self.model_adapter.detach(self.net)
 
@@ -216,12 +210,12 @@ def attach_adapter(
     meta = device.type == "meta" if device else _device_of(net).type == "meta"
     _build(attached, meta, finished)
     for part in attached.parts():
-        if part.held and not meta:
+        if part.declared and not meta:
             if not (finished and isinstance(part, ModelAdapter)):  # its values come from the folder, all of them
-                part.initialise(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, part.place)))
+                part.initialise(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, part.module_name)))
             part.move(device or _home(part, net))
-    if method.layer is Lora:
-        attached.fused = fuse(net, attached.layers, settings, targets, attached.casts)
+    if method.kernel is not None:
+        attached.joined = method.kernel.join(net, attached.layers, settings, targets, attached.casts)
     lighten_norms(net)
     return attached
 
@@ -236,7 +230,7 @@ def _home(part: Part, net: nn.Module) -> torch.device:
 def _build(attached: AttachedAdapter, meta: bool, finished: bool) -> None:
     """Make every part and put the wrappers in place."""
     net, settings, method, targets = attached.net, attached.settings, attached.method, attached.targets
-    copied, rows = copied_places(base_modules(net), method, settings, targets), token_rows(net, settings)
+    copied, rows = method.copied_modules(base_modules(net), settings, targets), token_rows(net, settings)
     if method.shared is not None:
         attached.shared = method.shared(settings, targets, meta=meta)
     hosts: dict[str, dict[str, ParameterAdapter]] = {}
@@ -252,19 +246,19 @@ def _build(attached: AttachedAdapter, meta: bool, finished: bool) -> None:
             attached.layers[target.name] = method.layer(base, settings, target, attached.shared, meta=meta)
             attached.put(target.name, attached.layers[target.name])
     if attached.shared is not None:
-        attached.shared.see(attached.layers)
+        attached.shared.take_layers(attached.layers)
     for name, adapters in hosts.items():
         attached.put(name, ParameterHost(net.get_submodule(name), adapters))
     for name, only in copied.items():
-        attached.copies[name] = copy_class(method, settings, name)(net.get_submodule(name), name, only, meta=meta)
+        attached.copies[name] = method.copy_class(settings, name)(net.get_submodule(name), name, only, meta=meta)
         attached.put(name, attached.copies[name])
-    for name, places in sorted(rows.items(), key=lambda each: each[1].owner is not None):  # owners first
-        owner = attached.tokens[places.owner] if places.owner else None
-        part = TrainedTokens(net.get_submodule(name), name, places, owner, meta=meta)
-        if places.owner is None:
+    for name, chosen in sorted(rows.items(), key=lambda each: each[1].owner is not None):  # owners first
+        owner = attached.tokens[chosen.owner] if chosen.owner else None
+        part = TrainedTokens(net.get_submodule(name), name, chosen, owner, meta=meta)
+        if chosen.owner is None:
             attached.tokens[name] = part
         else:
-            attached.tied_tokens.setdefault(places.owner, []).append(name)
+            attached.tied_tokens.setdefault(chosen.owner, []).append(name)
         attached.put(name, part)
     if method.model is not None:
         attached.model_adapter = method.model(net, settings, meta=meta, finished=finished)

@@ -1,16 +1,15 @@
 """What every adapter is made of: declared state, a layer's adapter, a module trained once for all layers, a prompt.
 
-Comes in: a module of the base, the method's settings, a Target.  Goes out: modules that attach.py puts in place.
-Next: copies.py and fused_parameters.py (the two other ways to change a base), attach.py, folder.py.
-
-A method is one file: a subclass of one of these classes and a METHOD that names it.
+A module of the base, the method's settings and a Target go in; modules that can be put in place come out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,6 @@ from torch import Tensor, nn
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
 from tunekit.records import Target
-
-if TYPE_CHECKING:
-    pass
-import math
-from collections.abc import Iterable
 
 KINDS = ("trained", "saved", "resume")  # trained; saved with the adapter but not trained; in checkpoints only
 
@@ -53,12 +47,12 @@ class Part(nn.Module):
     starts_as_identity: ClassVar[bool] = True  # False: the adapted model differs from the base before any step
     file_prefix: ClassVar[str] = "base_model.model."
 
-    place: str  # name of the adapted module ("" for what belongs to no layer)
-    held: dict[str, Slot]  # attribute -> slot
+    module_name: str  # in the base; "" for what belongs to no module
+    declared: dict[str, Slot]  # attribute -> slot
 
-    def hold(self, place: str, slots: Mapping[str, Slot], *, meta: bool) -> None:
+    def declare(self, module_name: str, slots: Mapping[str, Slot], *, meta: bool) -> None:
         """Register the declared tensors, unset: on the CPU (or the meta device), whatever device the base is on."""
-        self.place, self.held = place, dict(slots)
+        self.module_name, self.declared = module_name, dict(slots)
         for attribute, slot in slots.items():
             tensor = torch.empty(slot.shape, dtype=slot.dtype, device="meta" if meta else "cpu")
             if slot.kind == "trained":
@@ -67,20 +61,20 @@ class Part(nn.Module):
                 self.register_buffer(attribute, tensor, persistent=False)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Fill every held tensor; all randomness comes from `generator` (a CPU one, seeded by the module's name)."""
+        """Fill every declared tensor; all randomness comes from `generator`, on the CPU, seeded by the module."""
         raise NotImplementedError(f"{type(self).__name__} has state but no initialise")
 
     def move(self, device: torch.device) -> None:
-        """Bring the held tensors, and nothing of the base, to `device`."""
-        for attribute in self.held:
+        """Bring the declared tensors, and nothing of the base, to `device`."""
+        for attribute in self.declared:
             tensor = getattr(self, attribute)
             tensor.data = tensor.data.to(device)
 
     def state(self, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
         """Held tensors of these kinds by full name, such as model.layers.0.mlp.up_proj.lora_A.weight."""
         return {
-            full_name(self.place, slot.suffix): getattr(self, attribute)
-            for attribute, slot in self.held.items()
+            full_name(self.module_name, slot.suffix): getattr(self, attribute)
+            for attribute, slot in self.declared.items()
             if slot.kind in kinds
         }
 
@@ -114,9 +108,9 @@ class Part(nn.Module):
         """Called after the update of step `step` (0-based) of `total_steps`."""
 
 
-def full_name(place: str, suffix: str) -> str:
+def full_name(module_name: str, suffix: str) -> str:
     """Module name and tensor name joined."""
-    return f"{place}.{suffix}" if place else suffix
+    return f"{module_name}.{suffix}" if module_name else suffix
 
 
 class SharedPart(Part):
@@ -127,14 +121,14 @@ class SharedPart(Part):
     def __init__(self, settings: Any, targets: Sequence[Target], *, meta: bool = False) -> None:
         super().__init__()
         self.settings = settings
-        self.hold("", self.slots(settings, targets), meta=meta)
+        self.declare("", self.slots(settings, targets), meta=meta)
 
     @classmethod
     def slots(cls, settings: Any, targets: Sequence[Target]) -> dict[str, Slot]:
         """The state, from settings and targets alone."""
         raise NotImplementedError
 
-    def see(self, layers: Mapping[str, LayerAdapter]) -> None:
+    def take_layers(self, layers: Mapping[str, LayerAdapter]) -> None:
         """Called once, when every layer is made: a part that decides over all of them keeps them."""
 
 
@@ -160,7 +154,7 @@ class Wrapper(nn.Module):
 class LayerAdapter(Wrapper, Part):
     """One adapted layer: y = adapted(x), or base_layer(x) where the call bypasses adapters.
 
-    A subclass gives `slots`, `initialise`, `adapted` and `merged`.
+    A subclass gives `slots` and `initialise`; an additive one `update` and `delta`, any other `adapted` and `merged`.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})  # of model.weights.layer_kind
@@ -171,23 +165,45 @@ class LayerAdapter(Wrapper, Part):
         super().__init__(base)
         self.settings, self.target = settings, target
         self.__dict__["shared"] = shared  # not a submodule: it belongs to all layers, and is saved once
-        self.hold(target.name, self.slots(settings, target), meta=meta)
+        self.declare(target.name, self.slots(settings, target), meta=meta)
 
     @classmethod
     def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
         """The state of one layer, from settings and shapes alone: an adapter file is checked against it unread."""
         raise NotImplementedError
 
+    def initialise_from(self, generator: torch.Generator, evidence: Any) -> None:
+        """Fill it anew from what the recipe's initialisation has gathered of this layer, where a method has such."""
+        raise NotImplementedError
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """What the base gives, (..., O)."""
+        output: Tensor = self.base_layer(x)
+        return output
+
+    def update(self, x: Tensor) -> Tensor:
+        """What an additive method adds to the base's output: x (..., I) -> (..., O)."""
+        raise NotImplementedError
+
     def adapted(self, x: Tensor) -> Tensor:
         """The layer's output with the adapter: x (..., I) -> (..., O)."""
-        raise NotImplementedError
+        y = self.base_output(x)
+        return y + self.update(x).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """`update` as a change of the matrix, (O, I) float32.
+
+        Raises: NotMergeable where there is no such matrix.
+        """
+        raise NotMergeable(f"{type(self).__name__} cannot be written into the weights of {self.target.name}")
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (O, I) and bias (O,), float32, of the plain layer that computes the same.
 
         Raises: NotMergeable.
         """
-        raise NotMergeable(f"{type(self).__name__} cannot be written into the weights of {self.target.name}")
+        with torch.no_grad():
+            return weight + self.delta().to(weight.device), bias
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.base_layer(x) if current_call().bypassed else self.adapted(x)
@@ -206,7 +222,7 @@ class ModelAdapter(Part):
     def __init__(self, net: nn.Module, settings: Any, *, meta: bool = False, finished: bool = False) -> None:
         super().__init__()
         self.settings, self.finished = settings, finished
-        self.hold("", (self.file_slots if finished else self.slots)(settings, net), meta=meta)
+        self.declare("", (self.file_slots if finished else self.slots)(settings, net), meta=meta)
 
     @classmethod
     def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
@@ -245,6 +261,30 @@ class ModelAdapter(Part):
     def outputs(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D), or logits, of the real positions."""
         return hidden
+
+
+class Casts:
+    """Factors in the compute dtype, made once for as long as no weight changes, else for every use."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Tensor] | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside the block the trained weights do not change: what was cast is used again."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, or gave before under this key."""
+        if self._kept is None:
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
 
 def slot_count(slots: Iterable[Slot]) -> int:

@@ -1,7 +1,6 @@
 """Adapters of a bare parameter, such as the fused weights of all experts (E, O, I) of a mixture-of-experts block.
 
-Comes in: the module that owns the parameter.  Goes out: a wrapper under which the module reads W + delta wherever it
-reads W.  Next: changed_parameter.py, attach.py.
+The module that owns the parameter goes in; a wrapper under which it reads W + delta wherever it reads W comes out.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class ParameterAdapter(Part):
         super().__init__()
         self.settings, self.target = settings, target
         self.__dict__["parameter"] = parameter  # the base's own, not ours to train or to save
-        self.hold(target.name, self.slots(settings, target), meta=meta)
+        self.declare(target.name, self.slots(settings, target), meta=meta)
 
     @classmethod
     def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from tunekit.adapters.base import LayerAdapter, ModelAdapter, SharedPart
+from tunekit.adapters.base import Casts, LayerAdapter, ModelAdapter, SharedPart
+from tunekit.adapters.copies import TrainedCopy
+from tunekit.adapters.expert_parameters import ParameterAdapter
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.module_names import is_within, named_copies
 from tunekit.contracts import Tokenizer
+from tunekit.recipe.names import known_names
 from tunekit.records import Target
+
+Copies = dict[str, tuple[str, ...] | None]  # module name -> its parameters that are copied; None: all of them
+Group = tuple[str, ...]  # names of layers that are computed together
 
 
 @dataclass(frozen=True)
-class Misfit:
+class Conflict:
     """A setting that does not fit the layers: the recipe key, what is wrong, how to mend it."""
 
     key: str
@@ -24,19 +31,48 @@ class Misfit:
     how: str
 
 
-def no_misfits(settings: Any, targets: Sequence[Target], file: bool) -> tuple[Misfit, ...]:
-    """The default of Method.misfits."""
+class Kernel(Protocol):
+    """A method's own way to compute several of its layers together."""
+
+    def groups(
+        self, net: nn.Module, modules: Mapping[str, nn.Module], settings: Any, targets: Sequence[Target]
+    ) -> list[Group]:
+        """The groups in which the layers are computed. `modules`: the base's layer under each target's name."""
+
+    def join(
+        self,
+        net: nn.Module,
+        layers: Mapping[str, LayerAdapter],
+        settings: Any,
+        targets: Sequence[Target],
+        casts: Casts,
+    ) -> list[Group]:
+        """Let the layers, which are in place in `net`, compute in groups; returns the groups."""
+
+
+@dataclass(frozen=True)
+class WrittenForm:
+    """An adapter's layers as its folder holds them, with the settings and targets that belong to them."""
+
+    settings: Any
+    targets: list[Target]
+    layers: dict[str, LayerAdapter]
+
+
+def no_conflicts(settings: Any, targets: Sequence[Target], file: bool) -> Sequence[Conflict]:
+    """The default of Method.conflicts."""
     return ()
 
 
-def no_run_misfits(settings: Any, steps: int) -> tuple[Misfit, ...]:
-    """The default of Method.run_misfits."""
+def no_run_conflicts(settings: Any, steps: int) -> Sequence[Conflict]:
+    """The default of Method.run_conflicts."""
     return ()
 
 
-def no_names(settings: Any) -> tuple[str, ...]:
+def target_parameters(settings: Any) -> Sequence[str]:
     """The default of Method.parameters."""
-    return ()
+    names: Sequence[str] = getattr(settings, "target_parameters", ())
+    return names
 
 
 def saved_modules(settings: Any) -> Sequence[str]:
@@ -45,33 +81,87 @@ def saved_modules(settings: Any) -> Sequence[str]:
     return names
 
 
-def as_written(settings: Any, tokenizer: Tokenizer) -> Any:
+def as_recipe_has_it(settings: Any, tokenizer: Tokenizer) -> Any:
     """The default of Method.with_tokenizer."""
     return settings
 
 
+def as_trained(form: WrittenForm) -> WrittenForm:
+    """The default of Method.written_form."""
+    return form
+
+
+def always(settings: Any) -> bool:
+    """Method.is_linear of a method whose update is always linear in its tensors."""
+    return True
+
+
+def never(settings: Any) -> bool:
+    """The default of Method.is_linear."""
+    return False
+
+
 @dataclass(frozen=True)
 class Method:
-    """What a method's file declares as METHOD: the classes it is made of, and its side of PEFT's format."""
+    """What a method's file declares as METHOD: the classes it is made of, and what other rooms ask of it.
+
+    `layer`, `parameter`, `model`: its classes for layers, for fused 3-D parameters, for the whole network.
+    `only_copies`: of a method that is nothing but copies: the base's modules, settings -> what is copied.
+    `copy`: the class of these copies, and of modules trained whole beside other methods.
+    `tensors`: names of its tensors in PEFT's files after the module's name, as far as other rooms must know them.
+    `is_linear`: settings -> whether its update is linear in its tensors, so that sums of adapters are adapters;
+    `neutral`: the value of a trained tensor that changes nothing.
+    `unbinding`: settings of its own that a folder may have otherwise and compute the same.
+    `conflicts`: settings, targets, whether the settings are a file's; `run_conflicts`: settings, optimizer steps.
+    `read_as`: the method as which its folder is read, where the two differ only in training.
+    """
 
     peft: PeftSide
     layer: type[LayerAdapter] | None = None
     shared: type[SharedPart] | None = None
     repeats_shared: bool = False  # PEFT's files repeat the shared tensors under each layer
-    parameter: type[Any] | None = None  # a ParameterAdapter
+    parameter: type[ParameterAdapter] | None = None
     model: type[ModelAdapter] | None = None
-    parameters: Callable[[Any], Sequence[str]] = no_names  # settings -> names of fused 3-D parameters
+    parameters: Callable[[Any], Sequence[str]] = target_parameters  # settings -> names of fused 3-D parameters
     copies: Callable[[Any], Sequence[str]] = saved_modules  # settings -> names of modules trained as full copies
-    places: Callable[[Mapping[str, nn.Module], Any], Mapping[str, tuple[str, ...] | None]] | None = None
-    # of a method that is nothing but copies: the base's modules, settings -> module name and its parameters (None: all)
-    copy: type[Any] | None = None  # a TrainedCopy, the class of its copies, where their names in the file differ
-    misfits: Callable[[Any, Sequence[Target], bool], Sequence[Misfit]] = no_misfits  # True: settings of a file
-    run_misfits: Callable[[Any, int], Sequence[Misfit]] = no_run_misfits  # settings, optimizer steps of the run
-    with_tokenizer: Callable[[Any, Tokenizer], Any] = as_written  # the recipe's settings with its texts as token ids
-    read_as: str | None = None  # the method as which its folder is read, where the two differ only in training
+    only_copies: Callable[[Mapping[str, nn.Module], Any], Mapping[str, tuple[str, ...] | None]] | None = None
+    copy: type[TrainedCopy] = TrainedCopy
+    kernel: Kernel | None = None
+    written_form: Callable[[WrittenForm], WrittenForm] = as_trained
+    tensors: tuple[str, ...] = ()
+    is_linear: Callable[[Any], bool] = never
+    neutral: float = 0.0
+    unbinding: frozenset[str] = frozenset()
+    conflicts: Callable[[Any, Sequence[Target], bool], Sequence[Conflict]] = no_conflicts
+    run_conflicts: Callable[[Any, int], Sequence[Conflict]] = no_run_conflicts
+    with_tokenizer: Callable[[Any, Tokenizer], Any] = as_recipe_has_it  # settings with their texts as token ids
+    read_as: str | None = None
+
+    def copied_modules(self, modules: Mapping[str, nn.Module], settings: Any, targets: Sequence[Target]) -> Copies:
+        """Every module to copy. With bias: all these are also all owners of a bias that is not an adapted layer's."""
+        whole = named_copies(modules, self.copies(settings))
+        copied: Copies = dict.fromkeys(whole)
+        if getattr(settings, "bias", "none") == "all":
+            adapted = {target.name for target in targets}
+            for name, module in modules.items():
+                owns = any(own == "bias" for own, _ in module.named_parameters(recurse=False))
+                if owns and name not in adapted and not is_within(name, whole):
+                    copied[name] = ("bias",)
+        copied |= self.only_copies(modules, settings) if self.only_copies else {}
+        return dict(sorted(copied.items()))
+
+    def copy_class(self, settings: Any, name: str) -> type[TrainedCopy]:
+        """The class of this module's copy: `copy`, but for what is trained whole beside a method of copies."""
+        whole = self.only_copies is not None and bool(named_copies({name: nn.Identity()}, self.copies(settings)))
+        return TrainedCopy if whole else self.copy
 
 
 def load_method(name: str) -> Method:
-    """METHOD of adapters/NAME.py; the recipe has checked that the name is one of ours."""
+    """METHOD of adapters/methods/NAME.py; the recipe has checked that the name is one of ours."""
     method: Method = import_module(f"tunekit.adapters.methods.{name}").METHOD
     return method
+
+
+def all_methods() -> list[Method]:
+    """METHOD of every file."""
+    return [load_method(name) for name in known_names("adapters")]

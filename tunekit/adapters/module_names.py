@@ -1,7 +1,4 @@
-"""The base's own modules and fused parameters by name, also with adapters in place, and how an entry names one.
-
-Comes in: the base.  Goes out: names with their modules.  Next: targets.py, attach.py, folder.py.
-"""
+"""The base's own modules and fused parameters by name, also with adapters in place, and how an entry names one."""
 
 from __future__ import annotations
 

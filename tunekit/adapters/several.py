@@ -1,8 +1,5 @@
 """Several adapters over one base at once, of any methods and targets: each call names one, or bypasses all.
 
-Comes in: a net, adapters by name.  Goes out: AdapterSet.  Next: `tunekit adapter diff --data`, and whoever serves
-several adapters.
-
 At every module that some adapter wraps stands a Switch, which asks the Call which adapter is meant and hands the input
 to that one's own wrapper of the plain module, or to the plain module: never do two adapters meet in one forward. Layers
 of LoRA then take their plain paths, so that logits equal those of the adapter alone up to the order of sums.
@@ -20,7 +17,7 @@ from torch import nn
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
 from tunekit.errors import AdapterError
-from tunekit.model.attention.places import decoder
+from tunekit.model.attention.self_attention import decoder
 from tunekit.model.call import Call, calling, current_call
 
 
@@ -194,12 +191,12 @@ class AdapterSet:
         """A copied module runs with other parameters under its own names, which a Switch inside it would change."""
         for other_name, other in [*self.adapters.items(), (name, attached)]:
             for one, two in ((attached, other), (other, attached)):
-                for place in one.copies if one is not two else ():
-                    inside = next((p for p in _places(two) if p.startswith(f"{place}.")), None)
+                for copied in one.copies if one is not two else ():
+                    inside = next((p for p in _module_names(two) if p.startswith(f"{copied}.")), None)
                     if inside is not None:
-                        what = f"'{place}' is trained whole by one and '{inside}' adapted by the other"
+                        what = f"'{copied}' is trained whole by one and '{inside}' adapted by the other"
                         raise AdapterError(f"'{name}' and '{other_name}' cannot be loaded at once: {what}")
 
 
-def _places(attached: AttachedAdapter) -> Mapping[str, object]:
+def _module_names(attached: AttachedAdapter) -> Mapping[str, object]:
     return {**attached.layers, **attached.copies, **attached.parameters, **attached.tokens}

@@ -1,10 +1,8 @@
 """Which layers of the base an adapter sits on, decided by structure and by whole names, with rank and alpha of each.
 
-Comes in: the base (also on the meta device, also with adapters in place) and settings.  Goes out: Targets sorted by
-name, or every entry that matches nothing with the nearest names.  Next: attach.py, plan.py.
-
-`all-linear` is every linear layer but the output head; a list holds whole names or endings after a dot; any other text
-is one regular expression for the whole name.
+The base (also on the meta device, also with adapters in place) and settings go in; Targets sorted by name come out, or
+every entry that matches nothing, with the nearest names. `all-linear` is every linear layer but the output head; a list
+holds whole names or endings after a dot; any other text is one regular expression for the whole name.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from tunekit.adapters.base import slot_count
-from tunekit.adapters.copies import wrong_entries
+from tunekit.adapters.copies import TrainedCopy, wrong_entries
 from tunekit.adapters.expert_parameters import fused_shape, stored_transposed
 from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.module_names import (
@@ -30,8 +28,8 @@ from tunekit.adapters.module_names import (
     named_copies,
     outside,
 )
-from tunekit.adapters.patterns import Budget, Pattern
-from tunekit.adapters.tokens import wrong_tokens
+from tunekit.adapters.patterns import Patterns
+from tunekit.adapters.tokens import token_slots, wrong_tokens
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.records import Target
@@ -56,8 +54,8 @@ def find_targets(
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
         search.report("target_modules", "no layer of the base is left to adapt", "name other layers")
     if not search.problems:
-        for misfit in search.method.misfits(settings, targets, file is not None):
-            search.report(misfit.key, misfit.what, misfit.how)
+        for conflict in search.method.conflicts(settings, targets, file is not None):
+            search.report(conflict.key, conflict.what, conflict.how)
     if search.problems:
         raise (AdapterError if file else RecipeError).of(search.problems)
     return sorted(targets, key=lambda target: target.name)
@@ -81,6 +79,14 @@ def trained_count(method: Method, settings: Any, targets: Sequence[Target]) -> i
     return shared + sum(target.trainable_parameters for target in targets)
 
 
+def copied_parameters(net: nn.Module, method: Method, settings: Any, targets: Sequence[Target]) -> int:
+    """Trained numbers in copies and in rows of tokens, beside those of the targets; allocates nothing."""
+    modules = base_modules(net)
+    copied = method.copied_modules(modules, settings, targets)
+    slots = [TrainedCopy.slots(modules[name], name, only) for name, only in copied.items()]
+    return sum(slot_count(each.values()) for each in (*slots, *token_slots(net, settings).values()))
+
+
 class Search:
     """One pass over one base; `problems` grows as entries fail."""
 
@@ -89,7 +95,7 @@ class Search:
         self.net, self.modules = net, base_modules(net)
         self.fused = fused_parameters(net)
         self.kinds = method.layer.kinds if method.layer else frozenset()
-        self.budget = Budget(error=AdapterError if file else RecipeError, file=file)
+        self.patterns = Patterns(error=AdapterError if file else RecipeError, file=file)
         self.problems: list[Problem] = []
         self.too_large: list[Target] = []
         self.by_ending: dict[str, list[str]] = {}
@@ -104,9 +110,10 @@ class Search:
     def _full_key(self, key: str) -> str:
         return key if self.file else f"adapter.{key}"
 
-    def _pattern(self, key: str, text: str) -> Pattern:
-        self.budget.key = self._full_key(key)
-        return self.budget.pattern(text)
+    def _patterns_of(self, key: str) -> Patterns:
+        """The matcher of patterns, whose messages name this key from now on."""
+        self.patterns.key = self._full_key(key)
+        return self.patterns
 
     def layers(self) -> list[Target]:
         """Targets of the method's layer class."""
@@ -122,7 +129,7 @@ class Search:
         """Targets of the method's class for fused parameters."""
         names = {
             name: None
-            for entry in self.method.parameters(self.settings)
+            for entry in (self.method.parameters(self.settings) if self.method.parameter else ())
             for name in [n for n in self.fused if entry in endings(n)] or self._miss("target_parameters", entry)
         }
         chosen = set(names) if self.file else self._in_layers(set(names))
@@ -165,8 +172,8 @@ class Search:
         return found
 
     def _regex_matches(self, key: str, pattern: str) -> list[str]:
-        compiled = self._pattern(key, pattern)
-        return [name for name in self.modules if name and compiled.matches(name)]
+        patterns = self._patterns_of(key)
+        return [name for name in self.modules if name and patterns.matches(pattern, name)]
 
     def _adaptable(self, entry: str, names: Sequence[str], regex: bool) -> list[str]:
         """The names whose layers the method adapts; another layer in the way is a problem.
@@ -238,13 +245,13 @@ class Search:
         owner, parameter = self.fused[name]
         experts, outputs, inputs = fused_shape(owner, parameter)
         own_names = [own for own, _ in owner.named_parameters(recurse=False)]
-        place, _, own = name.rpartition(".")
+        owner_name, _, own = name.rpartition(".")
         later = own_names[own_names.index(own) + 1 :]
         target = Target(
             *(name, "parameter", inputs, outputs, 0, self._rank(name), self._alpha(name)),
             experts=experts,
             transposed=stored_transposed(owner),
-            wrapped=sum(f"{place}.{other}" in chosen for other in later),
+            wrapped=sum(f"{owner_name}.{other}" in chosen for other in later),
         )
         return self._sized(target)
 
@@ -282,7 +289,7 @@ class Search:
         Two that differ are a problem in an adapter file, and in a recipe where they are equally long.
         """
         patterns: dict[str, Any] = getattr(self.settings, key, {})
-        matching = sorted((p for p in patterns if self._pattern(key, p).matches_ending(name)), key=len)
+        matching = sorted((p for p in patterns if self._patterns_of(key).matches_ending(p, name)), key=len)
         if not matching:
             return default
         longest = patterns[matching[-1]]
@@ -298,6 +305,6 @@ class Search:
         """Report patterns of ranks and alphas that match nothing adapted."""
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self.settings, key, {}) if not self.file else ():
-                compiled = self._pattern(key, pattern)
-                if not any(compiled.matches_ending(name) for name in names):
+                patterns = self._patterns_of(key)
+                if not any(patterns.matches_ending(pattern, name) for name in names):
                     self.report(key, f"'{pattern}' matches no adapted layer", self._nearest(key, pattern))

@@ -1,6 +1,6 @@
 """Rows of an embedding, or of a head, trained one by one: new tokens learn, and the rest of the matrix stays.
 
-Comes in: a module of the base and token ids.  Goes out: a wrapper with one trained row per id.  Next: attach.py.
+A module of the base and token ids go in; a wrapper with one trained row per id comes out.
 """
 
 from __future__ import annotations
@@ -36,26 +36,32 @@ class TrainedTokens(Wrapper, Part):
     order: Tensor  # (N,): where their rows are
 
     def __init__(
-        self, base: nn.Module, place: str, places: TokenRows, owner: TrainedTokens | None = None, *, meta: bool = False
+        self,
+        base: nn.Module,
+        module_name: str,
+        chosen: TokenRows,
+        owner: TrainedTokens | None = None,
+        *,
+        meta: bool = False,
     ) -> None:
         super().__init__(base)
-        self.places = places
-        self.hold(place, {} if owner is not None else self.slots(base, places), meta=meta)
+        self.chosen = chosen
+        self.declare(module_name, {} if owner is not None else self.slots(base, chosen), meta=meta)
         if owner is not None:
             self.register_parameter("rows", owner.rows)
         device = torch.device("meta") if meta else None
-        ids, order = torch.tensor(places.ids).sort()
+        ids, order = torch.tensor(chosen.ids).sort()
         self.register_buffer("ids", ids.to(device), persistent=False)
         self.register_buffer("order", order.to(device), persistent=False)
         self.embedding = layer_kind(base) == "embedding"
         padding = getattr(base, "padding_idx", None)
-        self.padding = places.ids.index(padding) if padding in places.ids else None  # its row gets no gradient
+        self.padding = chosen.ids.index(padding) if padding in chosen.ids else None  # its row gets no gradient
 
     @classmethod
-    def slots(cls, base: nn.Module, places: TokenRows) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, chosen: TokenRows) -> dict[str, Slot]:
         """One row per id."""
         width = base.get_parameter("weight").shape[1]
-        return {"rows": Slot("token_adapter.trainable_tokens_delta", (len(places.ids), width), decays=False)}
+        return {"rows": Slot("token_adapter.trainable_tokens_delta", (len(chosen.ids), width), decays=False)}
 
     def initialise(self, generator: Generator) -> None:
         weight = self.base_layer.weight.detach()  # (V, D)
@@ -108,7 +114,7 @@ def written_indices(settings: Any, tokens: Mapping[str, TrainedTokens]) -> list[
         return None
     if not isinstance(asked, Mapping):
         return list(asked)
-    return {name: list(part.places.ids) for name, part in tokens.items()}
+    return {name: list(part.chosen.ids) for name, part in tokens.items()}
 
 
 @dataclass(frozen=True)

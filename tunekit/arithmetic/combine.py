@@ -1,7 +1,7 @@
 """Several adapters of one base made into one: the names and, to the digit, the sums of PEFT's add_weighted_adapter.
 
-Comes in: LoRA folders (or folders of a method whose update is linear in its tensors), weights.  Goes out: updates to
-write, and how far they are from the weighted sum of the adapters' updates.  Next: loose_writing.py.
+LoRA folders and weights go in; updates to write come out, with how far they are from the weighted sum of the adapters'
+updates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from tunekit.arithmetic.loose_lora import BASE_COPY, TOKEN_ROWS, LooseLora
+from tunekit.adapters.folder.expected import BASE_COPY
+from tunekit.arithmetic.lora_folder import TOKEN_ROWS, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.arithmetic.pruning import PRUNING, SIGNS, weighted
 from tunekit.errors import AdapterError, InputError
@@ -48,7 +49,10 @@ class Combined:
 
 
 def check_mixture(mixture: Mixture, count: int) -> None:
-    """Refuse what cannot be meant. Raises: InputError naming the option."""
+    """Refuse what cannot be meant.
+
+    Raises: InputError naming the option.
+    """
     if mixture.kind not in KINDS:
         raise InputError(f"'{mixture.kind}' is no way to combine", f"choose {', '.join(KINDS)}", key="--method")
     if count < 2:
@@ -73,7 +77,7 @@ def check_mixture(mixture: Mixture, count: int) -> None:
         raise InputError("the rank must be at least 1", key="--rank")
 
 
-def combine(adapters: Sequence[LooseLora], mixture: Mixture) -> Combined:
+def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
     """Make one adapter of several.
 
     A layer that only some of them adapt is the sum of those alone.
@@ -102,7 +106,7 @@ def combine(adapters: Sequence[LooseLora], mixture: Mixture) -> Combined:
     return Combined(updates, _combine_rest(adapters, mixture), distance, (worst, relative[worst]))
 
 
-def _refuse_other_shapes(name: str, updates: Sequence[LowRank], adapters: Sequence[LooseLora]) -> None:
+def _refuse_other_shapes(name: str, updates: Sequence[LowRank], adapters: Sequence[LoraFolder]) -> None:
     for update, adapter in zip(updates, adapters, strict=True):
         if (update.shape, update.embedding) != (updates[0].shape, updates[0].embedding):
             what = f"'{name}' is {list(update.shape)} there and {list(updates[0].shape)} in {adapters[0].name}"
@@ -163,7 +167,7 @@ def _generator(mixture: Mixture, name: str, factor: str, index: int) -> Generato
     return torch.Generator().manual_seed(seed_for("combine", mixture.seed, name, factor, index))
 
 
-def _combine_rest(adapters: Sequence[LooseLora], mixture: Mixture) -> dict[str, Tensor]:
+def _combine_rest(adapters: Sequence[LoraFolder], mixture: Mixture) -> dict[str, Tensor]:
     """Trained copies and biases. A tensor that is the same in all stays; others need weights that sum to 1.
 
     A copy is the base's tensor and a change of it: only with such weights is the sum of copies the base's tensor and
@@ -173,7 +177,7 @@ def _combine_rest(adapters: Sequence[LooseLora], mixture: Mixture) -> dict[str, 
     return {key: _combine_copies(key, adapters, mixture) for key in keys}
 
 
-def _combine_copies(key: str, adapters: Sequence[LooseLora], mixture: Mixture) -> Tensor:
+def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) -> Tensor:
     found: Mapping[str, Tensor] = {a.name: a.rest[key] for a in adapters if key in a.rest}
     tensors = list(found.values())
     rows = not key.endswith(TOKEN_ROWS) or all(_tokens(adapter) == _tokens(adapters[0]) for adapter in adapters)
@@ -199,5 +203,5 @@ def _combine_copies(key: str, adapters: Sequence[LooseLora], mixture: Mixture) -
     return weighted("linear", [tensor.float() for tensor in tensors], mixture.weights)
 
 
-def _tokens(adapter: LooseLora) -> object:
+def _tokens(adapter: LoraFolder) -> object:
     return adapter.config.settings.trainable_token_indices

@@ -1,7 +1,7 @@
 """How far two adapters are from each other, layer by layer, and their difference as an adapter.
 
-Comes in: two adapter folders of one base (which is read only where a method needs it).  Goes out: a Difference of each
-layer, or the LoRA of B minus A.  Next: `tunekit adapter diff`.
+Two adapter folders of one base (which is read only where a method needs it) go in; a Difference of each layer, or the
+LoRA of B minus A, comes out.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import AdapterConfig, read_adapter_config
-from tunekit.adapters.method import load_method
-from tunekit.arithmetic.loose_lora import LooseLora, read_loose_lora
+from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
-from tunekit.arithmetic.nearest_lora import BaseLayer, Loss, layer_change, loss_between, loss_of
+from tunekit.arithmetic.nearest_lora import BaseLayer, Loss, layer_change, loss_between, loss_of, trained_beside
 from tunekit.arithmetic.on_base import attach_to_base, base_section
 from tunekit.errors import AdapterError
-from tunekit.recipe.adapters.lora import LoraSettings
 
 PIECE = 2**22  # numbers
 Change = LowRank | Tensor  # of one layer: factors, or the whole (O, I)
@@ -68,21 +66,19 @@ def read_changes(folder: Path, base: str | None) -> Changes:
     Raises: AdapterError, ModelError as reading them does.
     """
     config = read_adapter_config(folder)
-    if config.settings.method == "lora":
-        lora = read_loose_lora(folder)
+    if config.method is plain_lora_method():
+        lora = read_lora_folder(folder)
         embeddings = frozenset(name for name, update in lora.updates.items() if update.embedding)
         made: dict[str, Callable[[], Change]] = {name: _constant(update) for name, update in lora.updates.items()}
         return Changes(config, made, lora.rest, embeddings, lora.fan_in_fan_out)
     attached, rewriter = attach_to_base(folder, base_section(config, base, "name it with --base MODEL"))
-    others = [*attached.copies.values(), *attached.tokens.values()]
-    rest = {part.file_key(name): tensor.detach() for part in others for name, tensor in part.state().items()}
     if attached.model_adapter is not None or attached.parameters:
         what = f"a {config.settings.method} adapter is no change of layers' weights, and cannot be compared as one"
         raise AdapterError(what, "tunekit adapter show tells of either by itself", file=config.file)
     made = {name: _update_of(attached, name, rewriter.trained_on) for name in attached.layers}
     kinds = {target.name: target.kind for target in attached.targets}
     embeddings = frozenset(name for name, kind in kinds.items() if kind == "embedding")
-    return Changes(config, made, rest, embeddings, "conv1d" in kinds.values())
+    return Changes(config, made, trained_beside(attached), embeddings, "conv1d" in kinds.values())
 
 
 def _constant(update: LowRank) -> Callable[[], Change]:
@@ -144,7 +140,7 @@ def _sides(differences: list[Difference]) -> tuple[list[float | None], list[floa
     return [d.left for d in differences], [d.right for d in differences]
 
 
-def extract(left: Changes, right: Changes, rank: int) -> tuple[LooseLora, dict[str, Loss]]:
+def extract(left: Changes, right: Changes, rank: int) -> tuple[LoraFolder, dict[str, Loss]]:
     """The LoRA of that rank nearest to B - A, layer by layer, and what each layer lost; equal layers have none.
 
     Raises: AdapterError where a layer has several shapes, or nothing differs.
@@ -164,10 +160,11 @@ def extract(left: Changes, right: Changes, rank: int) -> tuple[LooseLora, dict[s
     return plain_lora(updates, conv1d=left.conv1d or right.conv1d), losses
 
 
-def plain_lora(updates: dict[str, LowRank], *, conv1d: bool, target_modules: object = None) -> LooseLora:
+def plain_lora(updates: dict[str, LowRank], *, conv1d: bool, target_modules: object = None) -> LoraFolder:
     """A LoRA of these updates and nothing else; without `target_modules` its layers are named in full."""
-    config = AdapterConfig(Path(), load_method("lora"), LoraSettings(method="lora"), None, None, None)
-    return LooseLora(config, updates, {}, target_modules, conv1d)
+    method = plain_lora_method()
+    config = AdapterConfig(Path(), method, method.peft.settings(), None, None, None)
+    return LoraFolder(config, updates, {}, target_modules, conv1d)
 
 
 def _extract_layer(

@@ -1,7 +1,6 @@
 """One layer's low-rank update D = s B A, and what can be told of it without ever making D.
 
-Comes in: factors.  Goes out: sums, norms, products, and the best update of a smaller rank.
-Next: loose_lora.py, combine.py, extract.py.  Norms and products are taken in float64 from R x R matrices.
+Norms and products are taken in float64 from R x R matrices.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import TEMPLATE_NAME
-from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ModelError, ResourceError
 from tunekit.files.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
-from tunekit.model.load import LoadedModel, load_model, load_packed_folder, make_meta_model
+from tunekit.model.load import LoadedModel, load_model, load_packed_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
@@ -75,7 +75,7 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
     if not rewriter.family.answers:
         what = f"{target.model.name_or_path} is a {rewriter.family.text}, whose merge this version cannot measure"
         raise ModelError(what, "use it as an adapter")
-    changes = collect_changes(_attach(target, rewriter))
+    changes = collect_changes(attach_without_weights(target.adapter, target.model, rewriter))
     _check_space(output, rewriter.output_bytes(changes))
     staging = output.with_name(f".{output.name}.part-{os.getpid()}")
     staging.mkdir(parents=True)
@@ -143,20 +143,6 @@ def _check_space(output: Path, weight_bytes: int) -> None:
         )
 
 
-def _attach(target: Target, rewriter: Rewriter) -> AttachedAdapter:
-    """The adapter in a net without weights: its tensors are real, the base's are not."""
-    base = make_meta_model(target.model, device=torch.device("cpu"))
-    assert target.adapter is not None
-    return attach_adapter_folder(
-        base.net,
-        target.adapter,
-        head_name=base.family.head_name(base.net),
-        base_fingerprint=rewriter.fingerprint(),
-        device=torch.device("cpu"),
-        base_weight=rewriter.base_weight,
-    )
-
-
 def collect_changes(attached: AttachedAdapter) -> Changes:
     """The adapter as changes of layers and parameters.
 
@@ -167,13 +153,13 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     parameters: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         name: adapter.merged for name, adapter in attached.parameters.items()
     }
-    for place, copy in attached.copies.items():
+    for name, copy in attached.copies.items():
         for own_name, tensor in copy.copied().items():
-            parameters[f"{place}.{own_name}"] = _constant(tensor.detach().float())
-    for place, tokens in attached.tokens.items():
+            parameters[f"{name}.{own_name}"] = _constant(tensor.detach().float())
+    for name, tokens in attached.tokens.items():
         change = tokens.merged  # one and the same for a tied head, so that it stays tied
-        parameters[f"{place}.weight"] = change
-        if attached.head_name in attached.tied_tokens.get(place, ()):
+        parameters[f"{name}.weight"] = change
+        if attached.head_name in attached.tied_tokens.get(name, ()):
             parameters[f"{attached.head_name}.weight"] = change
     return Changes(layers={name: layer.merged for name, layer in attached.layers.items()}, parameters=parameters)
 

@@ -1,7 +1,6 @@
 """How far two models are from each other, tensor by tensor, and the LoRA of one that is nearest to the other.
 
-Comes in: two model folders; one tensor of each is in memory at a time.  Goes out: a Difference of each tensor, or
-updates.  Next: `tunekit adapter diff`.
+Two model folders go in, of which one tensor each is in memory at a time; Differences, or updates, come out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The LoRA of a given rank that is nearest to an adapter of any method that changes weights.
 
-Comes in: an adapter in a net without weights, a reader of the base's matrices.  Goes out: updates, and what each lost.
-Next: loose_writing.py, `tunekit adapter convert` and `diff`.  One matrix is in memory at a time.
+An adapter in a net without weights and a reader of the base's matrices go in; updates, and what each lost, come out.
+One matrix is in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import AdapterConfig
 from tunekit.adapters.folder.targets import concrete_targets
-from tunekit.adapters.method import load_method
 from tunekit.adapters.module_names import base_modules
-from tunekit.arithmetic.loose_lora import PREFIX, LooseLora
+from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank, decompose, weighted_sum
 from tunekit.errors import AdapterError
-from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.low_rank import LowRankSettings
 
 BaseLayer = Callable[[str], tuple[Tensor, Tensor | None]]  # module name -> matrix (O, I) and bias (O,), float32
 SAME = 1e-6  # a bias that differs by less than this share of itself was only rounded
@@ -91,7 +90,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 class NearestLora:
     """A LoRA of any other adapter; `rest` and `settings` say what else the adapter trains."""
 
-    lora: LooseLora
+    lora: LoraFolder
     losses: dict[str, Loss]
 
 
@@ -109,24 +108,29 @@ def nearest_lora(attached: AttachedAdapter, config: AdapterConfig, base_layer: B
         moved = moved or change.moves_bias
         if change.bias is not None and not change.embedding:
             biases[f"{PREFIX}{change.name}.base_layer.bias"] = change.bias
-    others = [*attached.copies.values(), *attached.tokens.values()]
-    rest = {part.file_key(name): tensor.detach() for part in others for name, tensor in part.state().items()}
+    rest = trained_beside(attached)
     settings = lora_settings(attached.settings, moved)
     rest |= biases if settings.bias != "none" else {}
-    method = load_method("lora")
     targets = concrete_targets(list(updates), list(base_modules(attached.net)))
     conv1d = any(target.kind == "conv1d" for target in attached.targets)
-    config = replace(config, method=method, settings=settings)
-    return NearestLora(LooseLora(config, updates, rest, targets, conv1d), losses)
+    config = replace(config, method=plain_lora_method(), settings=settings)
+    return NearestLora(LoraFolder(config, updates, rest, targets, conv1d), losses)
 
 
-def lora_settings(settings: Any, moves_bias: bool) -> LoraSettings:
+def trained_beside(attached: AttachedAdapter) -> dict[str, Tensor]:
+    """Trained copies and rows, by file key."""
+    parts = [*attached.copies.values(), *attached.tokens.values()]
+    return {part.file_key(name): tensor.detach() for part in parts for name, tensor in part.state().items()}
+
+
+def lora_settings(settings: Any, moves_bias: bool) -> LowRankSettings:
     """LoRA's settings with whatever of the method's own says what else is trained."""
     kept = ("modules_to_save", "trainable_token_indices", "bias")
     own = {key: getattr(settings, key) for key in kept if hasattr(settings, key)}
     if moves_bias and own.get("bias", "none") == "none":
         own["bias"] = "lora_only"
-    return LoraSettings(method="lora").model_copy(update=own)
+    plain: LowRankSettings = plain_lora_method().peft.settings()
+    return plain.model_copy(update=own)
 
 
 def nearest(change: LayerChange, rank: int) -> tuple[LowRank, Loss]:

@@ -1,9 +1,4 @@
-"""An adapter folder together with the base it belongs to, without loading that: the net has no weights, one matrix is
-read at a time.
-
-Comes in: a folder's configuration, --base.  Goes out: the base's model section, the attached adapter, a reader.
-Next: nearest_lora.py, `tunekit adapter convert` and `diff`.
-"""
+"""An adapter folder together with its base, whose weights are not loaded: one matrix is read at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +16,10 @@ from tunekit.recipe.model import ModelSection
 
 
 def base_section(config: AdapterConfig, base: str | None, how: str) -> ModelSection:
-    """The base as the adapter saw it. Raises: ModelError where nothing says which it is."""
+    """The base as the adapter saw it.
+
+    Raises: ModelError where nothing says which it is.
+    """
     name = base if base is None or not Path(base).exists() else str(Path(base).resolve())
     name = name or config.base_location()
     if name is None:
@@ -40,8 +38,13 @@ def base_section(config: AdapterConfig, base: str | None, how: str) -> ModelSect
 def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter, Rewriter]:
     """The adapter in a net without weights, and the reader of those weights."""
     rewriter = Rewriter(section, "full" if section.quantization == "none" else "dequantized")
+    return attach_without_weights(folder, section, rewriter), rewriter
+
+
+def attach_without_weights(folder: Path, section: ModelSection, rewriter: Rewriter) -> AttachedAdapter:
+    """The adapter in a net without weights: its tensors are real, the base's are not."""
     meta = make_meta_model(section, device=torch.device("cpu"))
-    attached = attach_adapter_folder(
+    return attach_adapter_folder(
         meta.net,
         folder,
         head_name=meta.family.head_name(meta.net),
@@ -49,4 +52,3 @@ def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter
         device=torch.device("cpu"),
         base_weight=rewriter.base_weight,
     )
-    return attached, rewriter

@@ -1,6 +1,5 @@
 """Weighted sums of tensors that were changed first: pruned by size or at random, or freed of conflicting signs.
 
-Comes in: one tensor of each adapter, weights.  Goes out: one tensor.  Next: combine.py.
 The definitions, with their order of operations, are those of PEFT's add_weighted_adapter.
 """
 

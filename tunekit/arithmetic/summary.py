@@ -1,9 +1,7 @@
 """What is in an adapter folder, without its base: ours or peft's, of every method, also of one that cannot be loaded.
 
-Comes in: a folder.  Goes out: AdapterSummary.  Next: `tunekit adapter show`.
-
-Files are read as strictly as for loading, but what the configuration says and what the tensors hold is reported and
-not refused: a folder full of NaN is shown as that.
+A folder goes in; an AdapterSummary comes out. Files are read as strictly as for loading, but what the configuration
+says and what the tensors hold is reported and not refused: a folder full of NaN is shown as that.
 """
 
 from __future__ import annotations
@@ -12,24 +10,22 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunekit.adapters.folder.config import CONFIG_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config, refuse_pickle
-from tunekit.arithmetic.loose_lora import FACTORS, PREFIX, Resolved, Scalings
+from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig, read_adapter_config, read_fields, refuse_pickle
+from tunekit.adapters.method import all_methods
+from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, Resolved, Scalings, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
-from tunekit.files.tensors import iterate_tensors
-from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of, shown
+from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors, read_tensor_header
+from tunekit.files.untrusted import shown
 
-OWN_NAMES = (  # how the tensors of PEFT's methods begin, after the name of the module they belong to
-    *("lora_", "vera_", "vblora_", "randlora_", "fourierft_", "c3a_", "road_", "hada_", "lokr_", "oft_", "boft_"),
-    *("hra_", "miss_", "bone_", "shira_", "hira_", "gralora_", "delora_", "ia3_", "ln_tuning_layers", "base_layer"),
-)
-NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # other types hold no NaN, and have no norm
+NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # others hold no NaN, have no norm
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,8 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
 
     Raises: AdapterError where there is no such folder, or a file of it is no JSON or no safetensors file.
     """
-    fields = _fields(folder)
+    fields = read_fields(folder)
+    refuse_pickle(folder)
     path = folder / TENSORS_NAME
     header = read_tensor_header(path)
     config, faults = _configuration(folder)
@@ -122,42 +119,39 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
     )
 
 
-def _fields(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as it stands."""
-    if not folder.is_dir():
-        raise AdapterError("is not an adapter folder", "name a folder that holds adapter_config.json", file=str(folder))
-    fields = parse_json(read_small(folder / CONFIG_NAME), str(folder / CONFIG_NAME))
-    refuse_pickle(folder)
-    return fields
-
-
 def _configuration(folder: Path) -> tuple[AdapterConfig | None, list[str]]:
     """The configuration as loading reads it, or why it is refused; and files that are not those that were written."""
     try:
         config = read_adapter_config(folder)
-        changed = [name for name, digest in config.files if sha256_of(folder / name) != digest]
+        changed = config.changed_files()
     except AdapterError as error:
         return None, [str(problem) for problem in error.problems]
     return config, [f"{name} is not the file that tunekit wrote" for name in changed]
 
 
 def _summarise(name: str, entry: TensorEntry, tensor: Tensor) -> TensorSummary:
-    if entry.dtype not in NUMBERS:
-        return TensorSummary(name, entry.dtype, entry.shape, None, False, 0)
+    dtype = NAMES[entry.dtype]
+    if dtype not in NUMBERS:
+        return TensorSummary(name, dtype, entry.shape, None, False, 0)
     values = tensor.to(torch.float64)
     not_finite = values.numel() - int(torch.isfinite(values).sum())
     norm = None if not_finite else float(torch.linalg.vector_norm(values))
     zero = values.numel() > 0 and not bool(values.any())
-    return TensorSummary(name, entry.dtype, entry.shape, norm, zero, not_finite)
+    return TensorSummary(name, dtype, entry.shape, norm, zero, not_finite)
+
+
+@cache
+def _own_names() -> frozenset[str]:
+    """How names of tensors begin that have several parts after the module's name: those of methods, and of wrappers."""
+    names = [name for method in all_methods() for name in method.tensors]
+    return frozenset({"base_layer"} | {name.partition(".")[0] for name in names if "." in name})
 
 
 def split_name(key: str) -> tuple[str, str]:
     """A file's key -> (module of the base, the tensor's own name): the module ends where a method's own name begins."""
     parts = key.removeprefix(PREFIX).removeprefix("base_model.").split(".")
-    for index, part in enumerate(parts):
-        if part.startswith(OWN_NAMES):
-            return ".".join(parts[:index]), ".".join(parts[index:])
-    return ".".join(parts[:-1]), parts[-1]
+    first = next((index for index, part in enumerate(parts) if part in _own_names()), len(parts) - 1)
+    return ".".join(parts[:first]), ".".join(parts[first:])
 
 
 def _layers(
@@ -201,7 +195,7 @@ def in_order(name: str) -> list[tuple[int, str]]:
 
 def _update_norms(factors: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig | None) -> dict[str, float]:
     """|s B A| of each layer of a LoRA whose factors fit each other and are finite."""
-    if config is None or config.settings.method != "lora":
+    if config is None or config.method is not plain_lora_method():
         return {}
     scalings = Scalings(config)
     norms: dict[str, float] = {}

@@ -1,8 +1,4 @@
-"""Writes an adapter that was made from other folders and not on a base: their facts of the base are handed on.
-
-Comes in: the folders' configurations, tensors.  Goes out: an adapter folder like any other, in a new place.
-Next: folder.py reads it, and compares it with the base.
-"""
+"""Writes an adapter that was made of other folders and not on a base, whose facts of the base it hands on."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig
 from tunekit.adapters.folder.fields import plain
 from tunekit.adapters.folder.write import portable, write_adapter_folder
 from tunekit.adapters.method import Method
-from tunekit.arithmetic.loose_lora import FACTORS, PREFIX, LooseLora
+from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import read_small
@@ -119,7 +115,7 @@ def _template(config: AdapterConfig) -> str | None:
     return read_small(path).decode("utf-8", "replace") if path.exists() else None
 
 
-def write_loose(
+def write_without_base(
     output: Path,
     base: BaseFacts,
     method: Method,
@@ -146,7 +142,7 @@ def write_loose(
     return write_adapter_folder(output, ready, present, settings, facts, base.chat_template)
 
 
-def write_lora(output: Path, base: BaseFacts, like: LooseLora, updates: Mapping[str, LowRank]) -> int:
+def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping[str, LowRank]) -> int:
     """Write plain LoRA of these updates; targets as in `like` where it has the same layers, and its other tensors.
 
     alpha is chosen so that a reader that knows no patterns scales every layer right.
@@ -172,7 +168,7 @@ def write_lora(output: Path, base: BaseFacts, like: LooseLora, updates: Mapping[
     settings = like.config.settings.model_copy(update=changed)
     fields = {"target_modules": plain(changed["target_modules"]), "fan_in_fan_out": like.fan_in_fan_out}
     tensors = {key: value for name, update in scaled.items() for key, value in _keys(name, update).items()}
-    return write_loose(output, base, like.config.method, settings, {**tensors, **like.rest}, fields)
+    return write_without_base(output, base, like.config.method, settings, {**tensors, **like.rest}, fields)
 
 
 def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], float | None]:

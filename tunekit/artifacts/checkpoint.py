@@ -1,7 +1,7 @@
 """Checkpoints: everything an exact resume needs, written whole or not at all, verified before it is believed.
 
 Comes in: tensors by name and plain facts.  Goes out: checkpoints/step-000100/{tensors.safetensors, state.json,
-manifest.json}; read back bit by bit.  Next: training/loop.py.  Only tensors and JSON; knows no method and no optimizer.
+manifest.json}; read back bit by bit.  Only tensors and JSON; knows no method and no optimizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from tunekit.artifacts.manifest import (
     FORMAT,
@@ -35,7 +34,8 @@ from tunekit.artifacts.manifest import (
 from tunekit.artifacts.run import RunFolder
 from tunekit.errors import RunFolderError, TunekitError
 from tunekit.files import durable
-from tunekit.files.tensors import write_tensors
+from tunekit.files.tensors import iterate_tensors, read_tensor_header, write_tensors
+from tunekit.files.untrusted import RUN_FILE
 
 STEP_NAME = re.compile(r"step-(\d{6,})")
 TEMPORARY_NAME = re.compile(r"\.tmp-step-\d{6,}-\d+(-\d+)?")
@@ -100,7 +100,7 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], f
 
 
 def _put_in_place(run: RunFolder, temporary: Path, folder: Path) -> None:
-    """Rename into place; a checkpoint of the same step steps aside first and comes back if we die in between."""
+    """Rename into place; an older checkpoint of the same step is moved aside first, and back if this fails."""
     if not os.path.lexists(folder):
         durable.rename(temporary, folder)
         return
@@ -137,7 +137,7 @@ def _remove_temporary(folder: Path) -> None:
 
 
 def tidy_checkpoints(run: RunFolder) -> None:
-    """Finish what a killed process began: half-written and half-deleted folders go, a replaced one comes back."""
+    """After a kill: remove half-written and half-deleted folders, put back one that had been moved aside."""
     if not durable.is_real_folder(run.checkpoints):
         return
     for entry in sorted(run.checkpoints.iterdir()):
@@ -165,7 +165,10 @@ def list_checkpoints(run: RunFolder) -> list[tuple[int, Path]]:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Verify one checkpoint and read it. Raises RunFolderError where it is damaged or a newer tunekit wrote it."""
+    """Verify one checkpoint and read it.
+
+    Raises: RunFolderError where it is damaged or a newer tunekit wrote it.
+    """
     try:
         return _load(folder)
     except DamagedError as error:
@@ -178,9 +181,9 @@ def _load(folder: Path) -> Checkpoint:
     try:
         verify(folder, manifest)
         state = json.loads((folder / STATE).read_bytes())
-        with safe_open(folder / TENSORS, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        path = folder / TENSORS
+        tensors = dict(sorted(iterate_tensors(path, read_tensor_header(path, RUN_FILE), RUN_FILE)))
+    except (OSError, ValueError, KeyError, RecursionError, RunFolderError) as error:
         raise DamagedError(f"cannot be read ({error})") from error
     return Checkpoint(manifest["step"], tensors, state["facts"], folder)
 

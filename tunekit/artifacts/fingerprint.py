@@ -1,7 +1,7 @@
-"""What must be the same for a resume to go on bit by bit, and in which words a difference is told.
+"""What must be the same for a resume to go on bit by bit, and how a difference is reported.
 
 Comes in: the recipe as plain values, fingerprints of data and base, versions.  Goes out: a plain dict for the facts of
-a checkpoint; differences as lines.  Next: train.py.  The number of processes is not in it: no window depends on it.
+a checkpoint; differences as lines.  The number of processes is not in it: no window depends on it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _uses_bitsandbytes(recipe: Mapping[str, Any], device: str) -> bool:
     return bool(quantization in kernels or optimizer != "adamw")
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(value: object, key: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, plain value) of everything in nested mappings and lists; an empty one is a value itself."""
     if key in FREE_KEYS:
         return
@@ -98,7 +98,7 @@ def _shown(value: object) -> str:
 
 
 def resume_notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Differences that do not forbid a resume and are told: another model of accelerator may move the last digits."""
+    """Differences that are only reported: another model of accelerator may change results in their last digits."""
     if old.get("accelerator") == new.get("accelerator"):
         return []
     return [
@@ -108,7 +108,10 @@ def resume_notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], *, lines: Mapping[str, int], file: str) -> None:
-    """Refuse a resume whose recipe, data, base or versions changed. Raises RunFolderError naming each difference."""
+    """Refuse a resume whose recipe, data, base or versions changed.
+
+    Raises: RunFolderError naming each difference.
+    """
     problems = [
         Problem(
             f"changed since the checkpoint: {text}",

@@ -1,11 +1,10 @@
 """The manifest of a checkpoint: its presence says that the other files are whole, its sha256 that they still are.
 
-Comes in: a checkpoint folder.  Goes out: the manifest, or why the folder cannot be believed.  Next: checkpoint.py.
+Comes in: a checkpoint folder.  Goes out: the manifest, or why the folder cannot be believed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 
 from tunekit.errors import RunFolderError
 from tunekit.files import durable
+from tunekit.files.untrusted import RUN_FILE, sha256_of
 
 FORMAT = "tunekit-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
 OUR_NAMES = {MANIFEST, TENSORS, STATE}
-READ_BYTES = 4 * 1024 * 1024
 
 
 class DamagedError(Exception):
@@ -31,7 +30,10 @@ def checkpoint_name(step: int) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises DamagedError; RunFolderError where a newer tunekit wrote it."""
+    """The manifest of a checkpoint.
+
+    Raises: DamagedError; RunFolderError where a newer tunekit wrote it.
+    """
     if not durable.is_real_folder(folder):
         raise DamagedError("is not a folder of its own (a symbolic link is not followed)")
     path = folder / MANIFEST
@@ -78,20 +80,15 @@ def has_sizes(folder: Path) -> bool:
 
 
 def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare every file's size, then its sha256, with the manifest. Raises DamagedError naming the file."""
+    """Compare every file's size, then its sha256, with the manifest.
+
+    Raises: DamagedError naming the file.
+    """
     for name, expected in sorted(manifest["files"].items()):
         path = folder / name
         if not durable.is_real_file(path):
             raise DamagedError(f"{name} is missing")
         if path.stat().st_size != expected.get("bytes"):
             raise DamagedError(f"{name} has {path.stat().st_size} bytes, its manifest says {expected.get('bytes')}")
-        if _file_sha256(path) != expected.get("sha256"):
+        if sha256_of(path, RUN_FILE) != expected.get("sha256"):
             raise DamagedError(f"{name} differs from its sha256 in the manifest")
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()

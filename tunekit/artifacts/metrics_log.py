@@ -1,6 +1,6 @@
 """metrics.jsonl: one JSON object per line, appended as the run goes.
 
-Comes in: StepRecord, EvaluationRecord.  Goes out: the file, and its records read back.  Next: report/.
+Comes in: StepRecord, EvaluationRecord.  Goes out: the file, and its records read back.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append one whole line or nothing: what a full disk let through is cut off again."""
+    """Append one whole line or nothing: a partial line on a full disk is cut off again."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     number = durable.effect("create", path, lambda: os.open(path, flags, 0o666))
     try:
@@ -70,7 +70,10 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records, in order. Raises RunFolderError naming the line where one in the middle is damaged."""
+    """All whole records, in order.
+
+    Raises: RunFolderError naming the line where one in the middle is damaged.
+    """
     return [record for _, record in _records(path)]
 
 

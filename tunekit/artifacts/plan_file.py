@@ -1,6 +1,6 @@
 """plan.json read back.
 
-Comes in: what JSON holds.  Goes out: the Plan it was written from.  Next: whoever reads a run.
+Comes in: what JSON holds.  Goes out: the Plan it was written from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from tunekit.records import ModelFacts, PeakBytes, Plan, Refusal, RowCounts, Tar
 
 
 def plan_from_json(value: dict[str, Any]) -> Plan:
-    """The Plan that `dataclasses.asdict` and JSON made `value` of. Raises: InputError where it is no plan."""
+    """The Plan that `dataclasses.asdict` and JSON made `value` of.
+
+    Raises: InputError where it is no plan.
+    """
     try:
         return Plan(
             **{

@@ -1,7 +1,7 @@
 """The run folder: taken by one process, checked before a model loads, written so that a kill leaves it readable.
 
-Comes in: output.dir.  Goes out: recipe.yaml, plan.json, environment.json, status.json, metrics.jsonl.
-Next: checkpoint.py, report/.  In a run of several ranks only rank 0 has one.
+Comes in: output.dir.  Goes out: recipe.yaml, plan.json, environment.json, status.json, metrics.jsonl.  In
+a run of several ranks only rank 0 has one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts import metrics_log
-from tunekit.artifacts.lock import LOCK_NAME, FolderLock
-from tunekit.errors import ResourceError, RunFolderError
+from tunekit.errors import ResourceError, RunFolderError, redact
 from tunekit.files import durable
-from tunekit.files.secrets import redact
+from tunekit.files.lock import LOCK_NAME, FolderLock
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.md")
@@ -31,7 +30,7 @@ ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tunekit.js
 
 def print_warning(text: str) -> None:
     """Where warnings go when the caller names no place."""
-    print(text, file=sys.stderr)
+    print(redact(text), file=sys.stderr)
 
 
 class RunFolder:
@@ -44,12 +43,15 @@ class RunFolder:
 
     @classmethod
     def open_new(cls, path: Path | str, *, warn: Callable[[str], None] = print_warning) -> RunFolder:
-        """Take a folder that holds no run yet. Raises RunFolderError where it does, or where another process has it."""
+        """Lock a folder that holds no run yet.
+
+        Raises: RunFolderError where it does, or where another process has it.
+        """
         return _open(Path(path), resume=False, warn=warn)
 
     @classmethod
     def open_resume(cls, path: Path | str, *, warn: Callable[[str], None] = print_warning) -> RunFolder:
-        """Take a folder to go on in; one without a run is taken as new."""
+        """Lock the folder of a run to be resumed; one without a run is treated as new."""
         return _open(Path(path), resume=True, warn=warn)
 
     @property
@@ -76,7 +78,7 @@ class RunFolder:
         """Write one file of the run folder, whole or not at all."""
         durable.write_text(self.path / name, text)
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         """Write one JSON file of the run folder, whole or not at all."""
         durable.write_json(self.path / name, value)
 
@@ -89,7 +91,7 @@ class RunFolder:
         metrics_log.append_line(self.metrics_path, metrics_log.record_line(record))
 
     def truncate_metrics(self, step: int) -> int:
-        """Forget records after `step`, as a resume from there must; returns how many stay."""
+        """Remove records after `step`, as a resume from there must; returns how many stay."""
         return metrics_log.truncate_metrics(self.metrics_path, step)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -117,7 +119,10 @@ class RunFolder:
 
 
 def read_json(path: Path) -> Any | None:
-    """A JSON file, or None where it is absent. Raises RunFolderError where it cannot be read."""
+    """A JSON file, or None where it is absent.
+
+    Raises: RunFolderError where it cannot be read.
+    """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -133,7 +138,8 @@ def is_finished(path: Path | str) -> bool:
 
 
 def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder:
-    """Refuse, make, lock, refuse again under the lock, probe, tidy: nothing is written before the lock is held."""
+    """Check the folder, make and lock it, check it again, try to write, remove leftovers; the lock comes before any
+    file."""
     path = Path(os.path.abspath(path))
     made: list[Path] = []
     lock = None
@@ -228,7 +234,7 @@ def _tidy(path: Path) -> None:
 
 
 def _tidy_adapter(adapter: Path, entry: Path, *, moved_aside: bool) -> None:
-    """A half-written adapter goes; one that had stepped aside for it comes back, unless the new one stands."""
+    """Remove a half-written adapter; put back the old one that had been moved aside, unless the new one is there."""
     if moved_aside and not os.path.lexists(adapter):
         durable.rename(entry, adapter)
     else:

@@ -1,7 +1,7 @@
 """All that a person sees: lines, tables, panels, coloured tokens, and one live line while training.
 
 Comes in: plain text and records; nothing in them is ever read as markup or as a terminal command.  Goes out: standard
-output (warnings and errors: standard error).  Next: the verbs.  rich is imported only where a table or colours need it.
+output (warnings and errors: standard error).  rich is imported only where a table or colours need it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
-from tunekit.console.progress import LiveLine, Progress
-from tunekit.console.streams import Nowhere, Paper, can_encode, encodable, is_terminal, redirect_to_nothing
+from tunekit.console.streams import EncodedBuffer, NullStream, can_encode, encodable, is_terminal, redirect_to_nothing
 from tunekit.console.text import cell_text, join_segments, visible
+from tunekit.errors import redact
 
-__all__ = ["Console", "Progress", "visible"]
+__all__ = ["Console", "visible"]
 
 PIPE_COLUMNS = 120  # where output is not a terminal and COLUMNS is not set
 COLOURS = {"warning": "33", "error": "31"}
@@ -30,19 +30,19 @@ class Console:
         self.enabled = enabled
         self._output = output
         self._errors = errors
-        self._live: LiveLine | None = None
+        self._drawn = False  # whether a live line stands at the bottom of the terminal
         self._gone: set[int] = set()  # file descriptors that nobody reads any more
 
     # Streams are looked up at each use, so that a test or a caller may replace them.
     @property
     def output(self) -> TextIO:
         """Standard output, or what was given instead."""
-        return self._output or sys.stdout or Nowhere()
+        return self._output or sys.stdout or NullStream()
 
     @property
     def errors(self) -> TextIO:
         """Standard error, or what was given instead."""
-        return self._errors or sys.stderr or Nowhere()
+        return self._errors or sys.stderr or NullStream()
 
     @property
     def is_terminal(self) -> bool:
@@ -78,7 +78,7 @@ class Console:
     def _complain(self, word: str, text: str) -> None:
         colours = is_terminal(self.errors) and self._may_colour()
         label = f"\x1b[{COLOURS[word]}m{word}:\x1b[0m" if colours else f"{word}:"
-        self.write(f"{label} {visible(text)}\n", self.errors)
+        self.write(f"{label} {visible(redact(text))}\n", self.errors)
 
     def _may_colour(self) -> bool:
         return not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
@@ -127,17 +127,24 @@ class Console:
                 text.append(f"{opening}{visible(piece)}{closing}" if trained else visible(piece))
         self._print_rich(text)
 
-    def progress(self, total_steps: int, *, first_step: int = 0) -> Progress:
-        """What to tell of each step of a run that starts after `first_step`: a context with `update(record)`."""
-        return Progress(self, total_steps, first_step)
+    def draw(self, text: str) -> None:
+        """One live line at the bottom of a terminal, cut to its width, over the one before; other output covers it."""
+        self._drawn = False  # the new line covers the old one; no need to clear it first
+        self.write(f"\r{text[: self.columns - 1]}\x1b[K")
+        self._drawn = True
 
-    def _print_rich(self, thing: Any) -> None:
+    def keep_drawn(self) -> None:
+        """End the live line, which stays."""
+        self._drawn = False
+        self.write("\n")
+
+    def _print_rich(self, thing: object) -> None:
         """Lay out with rich into text, then write it as all else is written."""
         if not self.enabled:
             return
         from rich.console import Console as RichConsole
 
-        paper = Paper(self.output.encoding or "utf-8")
+        paper = EncodedBuffer(self.output.encoding or "utf-8")
         rich_console = RichConsole(
             file=paper,
             force_terminal=self.is_terminal,
@@ -156,8 +163,9 @@ class Console:
         if not self.enabled or id(stream) in self._gone:
             return
         try:
-            if self._live is not None:
-                self._live.clear()
+            if self._drawn:
+                self._drawn = False
+                self.write("\r\x1b[K")
             stream.write(encodable(stream, text))
             stream.flush()
         except (OSError, ValueError):

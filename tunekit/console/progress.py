@@ -1,6 +1,6 @@
-"""What is told of a run while it trains: one live line on a terminal, else a plain line now and then.
+"""Progress of a run while it trains: one live line on a terminal, else a plain line now and then.
 
-Comes in: step and evaluation records.  Goes out: lines through the console.  Next: training/session.py.
+Comes in: step and evaluation records.  Goes out: lines through the console.
 """
 
 from __future__ import annotations
@@ -8,13 +8,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from tunekit.console import Console
 from tunekit.console.text import time_text
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
-
-if TYPE_CHECKING:
-    from tunekit.console import Console
 
 LIVE_SECONDS = 0.1  # between two drawings of the live line
 PLAIN_SECONDS = 10.0  # between two plain lines, at least
@@ -22,32 +19,11 @@ PLAIN_SHARE = 0.02  # and at least this share of the time passed, so that a long
 RATE_STEPS = 30  # steps whose pace gives the time left
 
 
-class LiveLine:
-    """One line at the bottom of a terminal, drawn over again."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._shown = False
-
-    def draw(self, text: str) -> None:
-        """Show `text`, cut to the terminal's width."""
-        line = text[: self._console.columns - 1]
-        self._shown = False  # the new line covers the old one; no need to clear it first
-        self._console.write(f"\r{line}\x1b[K")
-        self._shown = True
-
-    def clear(self) -> None:
-        """Take the line away before something else is printed."""
-        if self._shown:
-            self._shown = False
-            self._console.write("\r\x1b[K")
-
-
 class Progress:
-    """Tells of steps and evaluations: a live line on a terminal, else plain lines, the first and the last always."""
+    """Reports steps and evaluations: a live line on a terminal, else plain lines, the first and the last always."""
 
     def __init__(
-        self, console: Console, total_steps: int, first_step: int, clock: Callable[[], float] = time.monotonic
+        self, console: Console, total_steps: int, first_step: int = 0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._console = console
         self._total = total_steps
@@ -57,20 +33,17 @@ class Progress:
         self._last: StepRecord | None = None
         self._told_record: StepRecord | None = None
         self._pace: deque[tuple[int, float]] = deque([(first_step, self._began)], maxlen=RATE_STEPS + 1)
-        self._live = LiveLine(console) if console.is_terminal else None
+        self._is_live = console.is_terminal
 
     def __enter__(self) -> Progress:
-        self._console._live = self._live
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._last is not None and self._live is not None:
-            self._live.draw(self.line(self._last))
-            self._console._live = None
-            self._console.write("\n")
+        if self._last is not None and self._is_live:
+            self._console.draw(self.line(self._last))
+            self._console.keep_drawn()
         elif self._last is not None and self._last is not self._told_record:
             self._console.info(self.line(self._last))
-        self._console._live = None
 
     def update(self, record: StepRecord) -> None:
         """One optimizer step is done."""
@@ -78,12 +51,12 @@ class Progress:
         self._last = record
         self._pace.append((record.step, now))
         last = record.step >= self._total
-        wait = LIVE_SECONDS if self._live is not None else max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
+        wait = LIVE_SECONDS if self._is_live else max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
         if not last and now - self._told < wait:
             return
         self._told, self._told_record = now, record
-        if self._live is not None:
-            self._live.draw(self.line(record))
+        if self._is_live:
+            self._console.draw(self.line(record))
         else:
             self._console.info(self.line(record))
 
@@ -107,7 +80,7 @@ class Progress:
         return "  ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """The pace of the last steps, carried on to the end; None before the first step and after the last."""
+        """Extrapolated from the pace of the last steps; None before the first step and after the last."""
         (first, began), (last, now) = self._pace[0], self._pace[-1]
         if last <= first or last >= self._total:
             return None

@@ -1,6 +1,6 @@
-"""Standard streams as they really are: closed, gone, no terminal, or without the letters that a text needs.
+"""Standard streams that may be closed, no terminal, or unable to encode a text.
 
-Comes in: a stream.  Goes out: what it can do.  Next: the console.
+Comes in: a stream.  Goes out: what it can do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from typing import TextIO
 
 
-class Paper(io.StringIO):
+class EncodedBuffer(io.StringIO):
     """Where rich lays out text; it has the encoding of the stream that the text is for."""
 
     def __init__(self, encoding: str) -> None:
@@ -24,11 +24,11 @@ class Paper(io.StringIO):
         return self._encoding
 
 
-class Nowhere(io.StringIO):
-    """Instead of a standard stream that was closed before Python began."""
+class NullStream(io.StringIO):
+    """Takes the place of a standard stream that was closed before Python began."""
 
     def write(self, text: str) -> int:
-        """Forget it."""
+        """Discard the text."""
         return len(text)
 
 

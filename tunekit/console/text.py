@@ -1,6 +1,6 @@
 """Text for a terminal: safe to show, and values, pieces and durations in words.
 
-Comes in: plain values.  Goes out: text.  Next: the console.
+Comes in: plain values.  Goes out: text.
 """
 
 from __future__ import annotations

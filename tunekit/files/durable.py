@@ -1,8 +1,7 @@
-"""Every change tunekit makes to a run folder: files and folders that survive a kill or a power cut, or never were.
+"""Every change tunekit makes to a run folder: after a kill or a power cut a file is there whole or not at all.
 
-Comes in: paths and bytes.  Goes out: durable files; the operating system's refusals as errors a user can act on.
-Next: run.py, checkpoint.py, tensor_file.py.  All effects pass through `perform`, so that a test can count them, make
-one fail, or die at one.
+Comes in: paths and bytes.  Goes out: durable files; the operating system's refusals as errors a user can act on.  What
+touches a run folder passes through `perform`, so that a test can count these effects, make one fail, or die at one.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tunekit.errors import ResourceError, RunFolderError, TunekitError
 from tunekit.records import bytes_text
@@ -92,7 +92,7 @@ class DurableFile:
         number = self._number
         if number is None:
             raise RuntimeError(f"{self.path} is closed")
-        view = memoryview(data).cast("B")
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")  # an empty one cannot be cast
         self._hash.update(view)
         done = 0
         while done < len(view):
@@ -210,14 +210,15 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.part-{os.getpid()}")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary file beside it, fsync, rename, fsync of the folder."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[DurableFile]:
+    """A file written whole or not at all: temporary file beside it, fsync, rename, fsync of the folder."""
     temporary = temporary_name(path)
     if is_real_file(temporary):  # of a killed process that had our id
         unlink(temporary)
     try:
         with DurableFile(temporary) as file:
-            file.write(data)
+            yield file
         rename(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -225,8 +226,35 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that can be made again: filled beside its place and renamed into it; one that is there already stays.
+
+    Raises: OSError; nothing is left behind then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield work
+        os.rename(work, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`whole_file` of these bytes."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
 def require_writable(path: Path) -> None:
-    """Before the work whose result `path` will hold. Raises: RunFolderError where it could not be written."""
+    """Before the work whose result `path` will hold.
+
+    Raises: RunFolderError where it could not be written.
+    """
     if path.is_dir():
         raise RunFolderError(f"{path} is a folder", "name a file")
     if not path.parent.is_dir():
@@ -241,11 +269,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def json_bytes(value: Any) -> bytes:
+def json_bytes(value: object) -> bytes:
     """One JSON document: sorted keys, other letters escaped (also half a surrogate pair), never NaN or Infinity."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """`write_bytes` of `json_bytes`."""
     write_bytes(path, json_bytes(value))

@@ -1,7 +1,7 @@
-"""Tensors by name into one safetensors file, one tensor at a time, so that memory never holds a second copy.
+"""Safetensors files: a strict reader of their header, and tensors read and written one at a time.
 
-Comes in: named tensors on any device.  Goes out: a durable file, its size and sha256.  Next: checkpoint.py reads it
-back through the safetensors package.  Layout: 8 bytes header length, JSON header padded to 8, then the tensors' bytes.
+Comes in: paths that may be hostile, named tensors on any device.  Goes out: where each tensor lies, tensors, a durable
+file with its size and sha256.  Layout: 8 bytes header length, JSON header, then the tensors' bytes without a gap.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.errors import AdapterError, ModelError
 from tunekit.files.durable import DurableFile
-from tunekit.files.untrusted import DTYPE_BYTES, TensorEntry, opened
+from tunekit.files.untrusted import ADAPTER_FILE, FileKind, opened, parse_json, read_exactly, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,52 +37,21 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000
-
-
-def tensor_header(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, list[str]]:
-    """The file's header and the order of its tensors: widest type first, so that each lies aligned, then by name."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in NAMES:
-            raise TypeError(f"{name}: {tensor.dtype} has no place in a safetensors file")
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, order
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of one tensor in row order, on the CPU."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)  # (elements,)
-    return flat.view(torch.uint8).numpy().data
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> tuple[int, str]:
-    """Write a new durable file; returns its size in bytes and its sha256."""
-    header, order = tensor_header(tensors, metadata)
-    with DurableFile(path) as file:
-        file.write(header)
-        for name in order:
-            if tensors[name].numel():
-                file.write(tensor_bytes(tensors[name]))
-    return file.size_bytes, file.sha256
+METADATA = "__metadata__"
+READ_BYTES = 2**30  # largest single read: the system takes no more than 2 GiB
+AGAIN = "fetch it again"
+WRONG_STARTS = {  # what a file that is not safetensors often begins with
+    b"version https://git-lfs": ("is a git-lfs pointer, not the file itself", "fetch it with git lfs pull"),
+    b"<": ("is a web page, not the file itself", "download the file again"),
+    b"PK\x03\x04": ("is a pickle archive under another name", "convert it to safetensors where its code cannot harm"),
+    b"\x80": ("is a pickle under another name", "convert it to safetensors where its code cannot harm"),
+}
 
 
 @dataclass(frozen=True)
-class TensorHeader:
-    """Where a tensor lies and what it is, from the file's header alone; `offset_bytes` counts from the file's start."""
+class TensorEntry:
+    """One tensor as a header describes it; `offset_bytes` counts from the start of the file named `file`."""
 
     file: str
     dtype: torch.dtype
@@ -97,97 +63,140 @@ class TensorHeader:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_file_header(path: Path) -> dict[str, TensorHeader]:
-    """The header of one safetensors file; offsets must tile the file exactly."""
-    raw = read_raw_header(path)
-    size = path.stat().st_size
-    headers, spans = {}, []
-    for tensor, entry in raw[1].items():
-        if tensor == "__metadata__":
-            continue
-        try:
-            dtype = DTYPES[entry["dtype"]]
-            shape = tuple(int(length) for length in entry["shape"])
-            start, end = (int(offset) for offset in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"describes {tensor} in a way that cannot be read ({error})", file=str(path)) from error
-        if min((*shape, start), default=0) < 0 or math.prod(shape) * dtype.itemsize != end - start:
-            raise ModelError(f"gives {tensor} a shape that does not fit its bytes", "fetch it again", file=str(path))
-        headers[tensor] = TensorHeader(path.name, dtype, shape, 8 + raw[0] + start)
-        spans.append((start, end))
-    _check_tiling(path, sorted(spans), size - 8 - raw[0])
-    return headers
+def read_raw_header(path: Path, kind: FileKind = ADAPTER_FILE) -> tuple[int, int, dict[str, Any]]:
+    """Where the data starts and ends, and the header as it stands, in strict JSON.
 
-
-def _check_tiling(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
-    """Tensors must follow each other without gap or overlap and end where the file ends."""
-    position = 0
-    for start, end in spans:
-        if start != position:
-            raise ModelError("has tensors that overlap or leave a gap", "fetch it again", file=str(path))
-        position = end
-    if position != data_bytes:
-        raise ModelError(
-            f"is truncated or damaged: {data_bytes} bytes of data where {position} are expected",
-            "fetch it again",
-            file=str(path),
-        )
-
-
-def read_raw_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Length and content of a safetensors header."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ModelError("is missing", "fetch the missing shard", file=str(path)) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ModelError("is not a regular file", file=str(path))
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        if start.startswith(b"version "):
-            raise ModelError("is a Git LFS pointer, not the weights", "run `git lfs pull` there", file=str(path))
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, status.st_size - 8):
-            raise ModelError("is not a complete safetensors file", "fetch it again", file=str(path))
-        try:
-            header = json.loads(stream.read(length).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"has a damaged header ({error})", "fetch it again", file=str(path)) from error
-    if not isinstance(header, dict):
-        raise ModelError("has a damaged header", "fetch it again", file=str(path))
-    return length, header
-
-
-def iterate_tensors(path: Path, header: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the order of the file.
-
-    `header` is what read_tensor_header gave: its entries follow each other without a gap to the end of the file.
-    Raises: AdapterError where the file has changed since.
+    Raises: the kind's error.
     """
-    total = sum(_size_bytes(entry) for entry in header.values())
-    with opened(path) as (number, size_bytes):
-        offset = os.lseek(number, max(size_bytes - total, 0), os.SEEK_SET)
+    file = str(path)
+    with opened(path, kind) as (number, size_bytes):
+        start = read_exactly(number, min(size_bytes, 32), path, kind)
+        for wrong, (what, how) in WRONG_STARTS.items():
+            if start.startswith(wrong) and not start[8:9] == b"{":
+                raise kind.error(what, how, file=file)
+        length = int.from_bytes(start[:8], "little")
+        if size_bytes < 8 or length > size_bytes - 8:
+            raise kind.error(f"is truncated, or no safetensors file ({size_bytes} bytes)", AGAIN, file=file)
+        if length > kind.json_bytes:
+            raise kind.error(f"has a header of {length} bytes; at most {kind.json_bytes} are read", file=file)
+        os.lseek(number, 8, os.SEEK_SET)
+        return 8 + length, size_bytes, parse_json(read_exactly(number, length, path, kind), file, kind.error)
+
+
+def read_tensor_header(path: Path, kind: FileKind = ADAPTER_FILE) -> dict[str, TensorEntry]:
+    """Every tensor in the order of the file, without a byte of its data.
+
+    Checked: header length, strict JSON, types, shapes against byte ranges, ranges against each other and the file.
+    Raises: the kind's error.
+    """
+    file = str(path)
+    start, size_bytes, header = read_raw_header(path, kind)
+    header.pop(METADATA, None)
+    entries = {name: _entry(name, value, path, start, kind) for name, value in header.items()}
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].offset_bytes, item[1].size_bytes, item[0])))
+    end = start
+    for name, entry in ordered.items():
+        if entry.offset_bytes != end:
+            raise kind.error(f"the bytes of '{shown(name)}' overlap others or leave a gap", AGAIN, file=file)
+        end += entry.size_bytes
+    if end != size_bytes:
+        claimed, real = end - start, size_bytes - start
+        what = f"is truncated or has extra bytes: {claimed} bytes of tensors, {real} in the file"
+        raise kind.error(what, AGAIN, file=file)
+    return ordered
+
+
+def _entry(name: str, value: object, path: Path, start: int, kind: FileKind) -> TensorEntry:
+    """One tensor's entry, every number checked."""
+    fault = kind.error(f"the header's entry '{shown(name)}' is malformed", AGAIN, file=str(path))
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise fault
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= 8 and len(offsets) == 2
+    if not lists or not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in [*shape, *offsets]):
+        raise fault
+    if dtype not in DTYPES:
+        raise kind.error(f"'{shown(name)}' has the unknown type {shown(dtype)}", file=str(path))
+    entry = TensorEntry(path.name, DTYPES[dtype], tuple(shape), start + offsets[0])
+    if entry.size_bytes != offsets[1] - offsets[0]:
+        raise fault
+    return entry
+
+
+def read_tensor(path: Path, entry: TensorEntry, kind: FileKind = ADAPTER_FILE) -> Tensor:
+    """One tensor, a copy of its own.
+
+    Raises: the kind's error where the file has become shorter.
+    """
+    with opened(path, kind) as (number, _):
+        return _read(number, entry, path, kind)
+
+
+def iterate_tensors(
+    path: Path, header: Mapping[str, TensorEntry], kind: FileKind = ADAPTER_FILE
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a header that read_tensor_header gave, in the order of the file.
+
+    Raises: the kind's error where the file has changed since.
+    """
+    with opened(path, kind) as (number, size_bytes):
+        if header and size_bytes != max(entry.offset_bytes + entry.size_bytes for entry in header.values()):
+            raise kind.error("changed while it was being read", "try again", file=str(path))
         for name, entry in header.items():
-            yield name, _read(number, entry, path)
-            offset += _size_bytes(entry)
-        if offset != size_bytes:
-            raise AdapterError("changed while it was being read", "try again", file=str(path))
+            yield name, _read(number, entry, path, kind)
 
 
-def _size_bytes(entry: TensorEntry) -> int:
-    return math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]
+def _read(number: int, entry: TensorEntry, path: Path, kind: FileKind) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    fill_from_file(number, entry.offset_bytes, tensor, path, kind)
+    return tensor
 
 
-def _read(number: int, entry: TensorEntry, path: Path) -> Tensor:
-    """The next tensor of an open file."""
-    data = bytearray(_size_bytes(entry))
-    view = memoryview(data)
-    done = 0
-    while done < len(data):
-        count = os.readv(number, [view[done:]])
-        if count == 0:
-            raise AdapterError("ended while it was being read", "try again", file=str(path))
+def fill_from_file(number: int, offset: int, target: Tensor, path: Path, kind: FileKind) -> None:
+    """Read an open file from `offset` on into all of `target`, which is contiguous on the CPU.
+
+    Raises: the kind's error where the file ends before.
+    """
+    done, memory = 0, tensor_bytes(target)
+    while done < len(memory):
+        count = os.preadv(number, [memory[done : done + READ_BYTES]], offset + done)
+        if not count:
+            raise kind.error("ends before its tensors do", AGAIN, file=str(path))
         done += count
-    if not data:
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    return torch.frombuffer(data, dtype=torch.uint8).view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of one tensor in row order; its own memory where it is contiguous on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)  # (elements,)
+    return flat.view(torch.uint8).numpy().data
+
+
+def make_header(
+    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    alignment_bytes: int = 8,
+) -> bytes:
+    """Length and header of tensors that follow each other in this order; the data after it starts aligned."""
+    header: dict[str, object] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, dtype, shape in entries:
+        if dtype not in NAMES:
+            raise TypeError(f"{name}: {dtype} has no place in a safetensors file")
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-(8 + len(text)) % alignment_bytes)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Write a new durable file, the widest type first, so that each tensor lies aligned; its size and sha256."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    with DurableFile(path) as file:
+        file.write(make_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered], metadata))
+        for _, tensor in ordered:
+            file.write(tensor_bytes(tensor))
+    return file.size_bytes, file.sha256

@@ -1,6 +1,6 @@
-"""The device layer: which device and rank this is, sums over ranks, trackers; accelerate behind one door.
+"""The device layer: which device and rank this is, and sums over ranks, through accelerate.
 
-Comes in: the environment (torchrun, accelerate launch or neither).  Goes out: Devices.  Next: training/loop.py.
+Comes in: the environment (torchrun, accelerate launch or neither).  Goes out: Devices.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Devices:
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
         return int(value.item())
 
-    def from_main(self, value: Any) -> Any:
+    def from_main(self, value: object) -> Any:
         """The main rank's plain value (JSON-like), on every rank."""
         if self.world == 1:
             return value

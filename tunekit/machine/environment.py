@@ -1,12 +1,13 @@
 """What the run ran on: versions, machine, threads; nothing that says who runs it.
 
-Comes in: nothing.  Goes out: environment.json's value.  Next: run.py writes it, fingerprint.py compares parts of it.
+Comes in: nothing.  Goes out: environment.json's value.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,20 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+@cache
+def cpu_facts() -> dict[str, str]:
+    """What the kernel says of the first processor, such as `model name` and `flags`; nothing where it is not Linux."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+
 def processor_name() -> str:
     """The CPU's own name, or its architecture where the system does not tell."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return cpu_facts().get("model name") or platform.processor() or platform.machine()
 
 
 def accelerator_names() -> list[str]:
@@ -59,7 +65,7 @@ def accelerator_names() -> list[str]:
 
 
 def read_environment(*, device: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """environment.json: versions, platform, processors, threads and the settings that move the last digits."""
+    """environment.json: versions, platform, processors, threads and the settings that results depend on."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -1,6 +1,6 @@
 """Forked children that work on the data beside this process: silent, and never outliving it.
 
-Comes in: work to do.  Goes out: Child, to be waited for or stopped.  Next: ahead.py, parts.py.
+Comes in: work to do.  Goes out: Child, to be waited for or stopped.
 A child shares what its parent has imported and read, so that it starts in milliseconds.  Everything it is needed for
 can be done without it: whoever forks one must go on where it dies, fails or stands still.
 """

@@ -1,18 +1,21 @@
-"""How much memory a device has left for this process.
+"""How much memory a device has left for this process, and how much the process has.
 
-Comes in: a device.  Goes out: bytes, or None where the system does not tell.  Next: plan.py.
+Comes in: a device.  Goes out: bytes, or None where the system does not tell.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 KIB = 1024
+STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -21,18 +24,8 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    limits = [limit for limit in (_host_available(), _group_available()) if limit is not None]
-    return min(limits, default=None)
-
-
-def _host_available(path: Path = Path("/proc/meminfo")) -> int | None:
-    try:
-        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * KIB
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
+    host, group = int(psutil.virtual_memory().available), _group_available()
+    return host if group is None else min(host, group)
 
 
 def _group_available(root: Path = CGROUP) -> int | None:
@@ -62,34 +55,41 @@ def limit_bytes(device: torch.device, budget: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
 
 
-@dataclass(frozen=True)
-class HostMemory:
-    """`resident_bytes`: in memory now (None where the system does not tell); `peak_bytes`: the most there ever was."""
-
-    resident_bytes: int | None
-    peak_bytes: int
+def resident_bytes() -> int:
+    """What of this process is in memory now."""
+    return int(psutil.Process().memory_info().rss)
 
 
-def read_host_memory(status: Path = Path("/proc/self/status")) -> HostMemory:
-    """VmRSS and VmHWM on Linux; elsewhere the peak from getrusage alone.
+def peak_host_bytes(status: Path = STATUS) -> int:
+    """The most memory this process ever had: VmHWM on Linux, elsewhere the peak from getrusage.
 
-    VmHWM is read first because ru_maxrss is inherited over exec: a small program started by a large one would report
-    the large one's peak as its own.
+    VmHWM comes first because ru_maxrss is inherited over exec: a small program started by a large one would report the
+    large one's peak as its own.
     """
-    values = {}
-    try:
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            name, _, rest = line.partition(":")
-            if name in ("VmRSS", "VmHWM"):
-                values[name] = int(rest.split()[0]) * KIB
-    except (OSError, ValueError, IndexError):
-        values = {}
-    if "VmHWM" in values:
-        return HostMemory(values.get("VmRSS"), values["VmHWM"])
+    with contextlib.suppress(OSError, ValueError):
+        return status_bytes("VmHWM", status)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return HostMemory(None, peak if sys.platform == "darwin" else peak * KIB)
+    return peak if sys.platform == "darwin" else peak * KIB
 
 
-def peak_host_bytes() -> int:
-    """The most memory this process ever had."""
-    return read_host_memory().peak_bytes
+def status_bytes(name: str, status: Path = STATUS) -> int:
+    """A number of this process that only the Linux kernel's status file has: VmHWM, RssAnon, RssFile.
+
+    Raises: OSError or ValueError where it has not.
+    """
+    for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * KIB
+    raise ValueError(f"{status} does not say {name}")
+
+
+def address_space_bytes() -> int:
+    """The address space of this process. Read without Python's streams or psutil: it is asked for every row, twice.
+
+    Raises: OSError where the system does not tell.
+    """
+    file = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        return int(os.read(file, 64).split()[0]) * resource.getpagesize()
+    finally:
+        os.close(file)

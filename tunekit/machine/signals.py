@@ -1,6 +1,6 @@
 """Stop signals: the first asks the run to save and stop, or ends what has nothing to save; the second ends it at once.
 
-Comes in: SIGINT, SIGTERM, SIGHUP.  Goes out: `requested`, which every loop looks at.  Next: training/loop.py.
+Comes in: SIGINT, SIGTERM, SIGHUP.  Goes out: `requested`, which every loop looks at.
 """
 
 from __future__ import annotations

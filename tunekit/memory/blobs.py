@@ -1,7 +1,7 @@
-"""A layer's frozen tensors as one contiguous blob, and where the blob waits until the layer is computed.
+"""A layer's frozen tensors as one contiguous blob, which waits on the host until the layer is computed.
 
 Comes in: the tensors of each decoder layer, on the host, perhaps mapped from a file.  Goes out: LayerBlob, which fills
-a slot.  Next: slots.py.
+a slot.
 
 Every tensor begins at a multiple of 64 bytes, as torch's own allocations do: some kernels take another path for other
 addresses, and their sums differ in the last bit.
@@ -61,12 +61,11 @@ class LayerBlob:
         """Numbers in the layer's tensors, packed ones as bytes."""
         return sum(piece.tensor.numel() for piece in self.pieces)
 
-    def gather(self, *, pinned: bool, mapped: frozenset[int]) -> None:
-        """Copy the values into one blob in memory, which is the source from now on: one copy moves a whole layer.
+    def gather(self, blob: Tensor, mapped: frozenset[int]) -> None:
+        """Copy the values into one blob (bytes,) uint8, which is the source from now on: one copy moves a whole layer.
 
         `mapped`: addresses of values whose pages are then given back, since they are those of a file.
         """
-        blob = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=pinned, device=self._home)
         for piece, values in zip(self.pieces, self.source, strict=True):
             piece.view(blob).copy_(values)
             if values.data_ptr() in mapped:
@@ -93,10 +92,6 @@ class LayerBlob:
         """Let them read NaN: whoever uses a layer that is not mapped in gets no number."""
         for piece in self.pieces:
             piece.tensor.data = _unset(piece.dtype, device).expand(piece.shape)
-
-    @property
-    def _home(self) -> torch.device:
-        return self.source[0].device if self.source else torch.device("cpu")
 
 
 def aligned(size_bytes: int) -> int:

@@ -1,6 +1,6 @@
 """Gradient checkpointing of decoder layers, and the seed each layer draws its randomness from.
 
-Comes in: the decoder layers in order.  Goes out: the same modules, their forward replaced.  Next: training/resident.py.
+Comes in: the decoder layers in order.  Goes out: the same modules, their forward replaced.
 What enters a recomputed layer is all that is kept of it; offload.py lets that wait on the host.
 """
 

@@ -1,9 +1,9 @@
 """Which layers are on the device, and when: a few slots that layers pass through, each copied in before it is needed.
 
 Comes in: LayerBlobs in the order of the layers.  Goes out: `holding(layer)`, a block in which that layer can be
-computed.  Next: streaming.py.
+computed.
 
-A copy goes on beside the computation (copying.py). Two things make it safe: nothing is computed in a slot before its
+A copy goes on beside the computation. Two things make it safe: nothing is computed in a slot before its
 copy has ended, and no copy into a slot begins before what was computed in it has ended.
 """
 
@@ -61,38 +61,34 @@ class LayerSlots:
         self.slots = [
             Slot(torch.empty(largest, dtype=torch.uint8, device=self.device)) for _ in range(count)
         ]  # (bytes,) each
-        self._held: int | None = None
+        self._computed: int | None = None
         for slot in self.slots if self.poison else ():
             slot.memory.fill_(UNSET_BYTE)
         for blob in self.blobs:
             blob.unbind(self.device)
 
-    def mapped_in(self) -> list[int]:
-        """Layers that lie in a slot or are on their way into one."""
-        return sorted(slot.layer for slot in self.slots if slot.layer is not None)
-
     @contextmanager
     def holding(self, layer: int, then: int | None = None) -> Iterator[None]:
         """A block in which `layer` is in its slot; `then` is copied in meanwhile. Inside a block for the same layer
         nothing is done."""
-        if self._held == layer:
+        if self._computed == layer:
             yield
             return
-        if self._held is not None:
-            raise TunekitError(f"layer {layer} is wanted while layer {self._held} is computed")
+        if self._computed is not None:
+            raise TunekitError(f"layer {layer} is wanted while layer {self._computed} is computed")
         slot = self._bring(layer, then)
         if slot.copy is not None:
             self.copier.wait(slot.copy)
             slot.copy = None
         self.blobs[layer].bind(slot.memory)
-        self._held = layer
+        self._computed = layer
         try:
             if then is not None and len(self.slots) > 1:
                 self._bring(then, layer)
             yield
         finally:
             slot.used = self.copier.mark()
-            self._held = None
+            self._computed = None
 
     def _bring(self, layer: int, other: int | None) -> Slot:
         """The slot of `layer`, with its copy begun where it was not there; the layer farthest from it makes room, but
@@ -113,8 +109,8 @@ class LayerSlots:
         empty = [slot for slot in self.slots if slot.layer is None]
         if empty:
             return empty[0]
-        taken = [slot for slot in self.slots if slot.layer not in (self._held, other)]
-        taken = taken or [slot for slot in self.slots if slot.layer != self._held]
+        taken = [slot for slot in self.slots if slot.layer not in (self._computed, other)]
+        taken = taken or [slot for slot in self.slots if slot.layer != self._computed]
         slot = max(taken, key=lambda each: abs((each.layer or 0) - layer))
         if slot.copy is not None:  # brought in and never used: its copy may still be under way
             self.copier.wait(slot.copy)

@@ -1,10 +1,9 @@
 """Micro-batches that ran out of memory, cut in two with the same gradient, and remembered.
 
 Comes in: a window's micro-batches and a way to run them.  Goes out: the pieces that fit; a Reaction.
-Next: training/resident.py; any engine may run its window through `Splitting.run`.
 
 The sums of a split micro-batch are those of the whole one, in another order. The gradient that a failed attempt left
-half made is cleared and the window begun anew: nothing is kept beside the gradient for the case that it fails.
+half made is cleared and the window runs again from its first micro-batch: no second copy of the gradient is kept.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Splitting:
         undo: Callable[[], None],
         step: int,
     ) -> Result:
-        """What `attempt` gives for the pieces of each batch; begun anew, after `undo`, whenever memory runs out.
+        """What `attempt` gives for the pieces of each batch; repeated, after `undo`, whenever memory runs out.
 
         `step`: of the Reaction; 0 before the first one.
         Raises: ResourceError where a single document does not fit.

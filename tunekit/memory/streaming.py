@@ -1,13 +1,6 @@
-"""The engine for a base whose layers do not stay on the device: layer by layer, all micro-batches through one layer
-before the next, so that weights are copied twice for each pass and not twice for each micro-batch.
+"""A base whose layers do not stay on the device: they pass through slots, each copied in before it is computed.
 
-Comes in: LayerSlots, a window and the step's units.  Goes out: the same gradient that the resident engine leaves, bit
-for bit where a trained tensor belongs to one layer, else up to the order of sums.  Next: training/engines.py.
-
-Forward: no graph; the input of each layer is kept. Backward: each layer is computed again from its input, with a graph
-for that layer alone. Source of the order: Pudipeddi et al. 2020 (L2L), arXiv 2002.05645.
-What an encoder gave stays on the device while the decoder's layers run, for each of them reads it; its gradient, like
-that of anything that layers read beside their hidden states, is summed in the order in which one graph would sum it.
+Comes in: a base and where its layers wait.  Goes out: LayerSlots, and layers that find themselves in their slot.
 """
 
 from __future__ import annotations
@@ -19,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
-from tunekit.memory.copies import Copier, CudaCopier, NoCopies, ThreadCopier
+from tunekit.memory.copies import Copier, CudaCopier, ThreadCopier
 from tunekit.memory.slots import SLOTS, LayerSlots
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import placed
@@ -36,25 +29,25 @@ def make_slots(
 ) -> LayerSlots:
     """Slots for layers with these frozen tensors, which wait in the host's memory (tier `host`) or where they are
     (`disk`). `mapped`: addresses of those that are views into shared read-only mappings: their pages are given back."""
-    blobs = [LayerBlob(each) for each in tensors]
+    blobs, copier = [LayerBlob(each) for each in tensors], _make_copier(device, mapped)
     if tier == "host":
         for blob in blobs:
-            blob.gather(pinned=device.type == "cuda", mapped=mapped)
+            blob.gather(copier.memory(blob.size_bytes, on_host=True), mapped)
             blob.unbind(device)  # so that no layer is held twice for longer than it is copied
-    return LayerSlots(blobs, _make_copier(device, mapped), device, count=count, poison=poison)
+    return LayerSlots(blobs, copier, device, count=count, poison=poison)
 
 
 def _make_copier(device: torch.device, mapped: frozenset[int]) -> Copier:
     if device.type == "cuda":
         return CudaCopier(device, mapped)
-    return NoCopies() if device.type == "meta" else ThreadCopier(mapped)
+    return Copier(device) if device.type == "meta" else ThreadCopier(device, mapped)
 
 
 def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:
-    """Whoever calls a layer finds it in its slot: evaluation, generation, probes. An engine that holds it already
-    changes nothing."""
+    """Let a layer be in its slot whoever calls it: evaluation, generation, probes. Inside a block of an engine that
+    brought it there already nothing is done."""
     for number, layer in enumerate(layers):
-        layer.forward = _held(layer.forward, number, (number + 1) % len(layers), slots)
+        layer.forward = _in_slot(layer.forward, number, (number + 1) % len(layers), slots)
 
 
 def gather_on_host(embedding: nn.Module, device: torch.device) -> None:
@@ -70,7 +63,7 @@ def gather_on_host(embedding: nn.Module, device: torch.device) -> None:
     embedding.forward = gathered
 
 
-def _held(forward: Any, number: int, then: int, slots: LayerSlots) -> Any:
+def _in_slot(forward: Any, number: int, then: int, slots: LayerSlots) -> Any:
     def run(*inputs: Any, **named: Any) -> Any:
         with slots.holding(number, then):
             return forward(*inputs, **named)

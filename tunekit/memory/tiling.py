@@ -1,7 +1,7 @@
 """MLPs and norms in tiles of tokens, for rows so long that what lies inside an MLP is most of a layer's memory.
 
 Comes in: decoder layers with their adapters in place.  Goes out: the same layers, their MLPs' and norms' forward
-replaced.  Next: training/resident.py.
+replaced.
 
 An MLP sees each token by itself, and so does a norm. Of a tile nothing but input and output is kept; its backward pass
 computes it again, with a graph, whatever adapters are inside. Between input and output a tile's tokens take memory, not
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tunekit.errors import ModelError
 from tunekit.model.call import Call, calling, current_call, seed_for
+from tunekit.model.families.structure import training_mode
 
 KEY = "memory.mlp_tile_tokens"
 NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # of a decoder layer's MLP
@@ -59,16 +60,12 @@ def _obstacle(module: nn.Module, hidden: Tensor) -> str | None:
     """Why a module cannot be computed in tiles, from a few tokens at once and in two tiles; None where it can."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBED_TOKENS, hidden.shape[-1], generator=generator).to(hidden)  # (1, T, D)
-    before = module.training
-    module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), training_mode(module, False):
             whole = module(x)
             tiles = [module(x[:, :FIRST_TILE]), module(x[:, FIRST_TILE:])]
     except (TypeError, ValueError, RuntimeError):
         return "does not take hidden states alone"
-    finally:
-        module.train(before)
     if not isinstance(whole, Tensor) or whole.shape != x.shape or whole.dtype != x.dtype:
         return "gives more than hidden states"
     if whole.is_meta:

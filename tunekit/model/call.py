@@ -1,7 +1,6 @@
 """The one value that layers read besides their input: how this forward is made.
 
 Comes in: a Call set by the engine, re-entered in recomputation.  Goes out: `current_call()` inside any layer.
-Next: adapters/base.py reads `bypassed`, `step` and `micro_batch`.
 """
 
 from __future__ import annotations

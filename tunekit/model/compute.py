@@ -1,18 +1,16 @@
 """What a device computes natively: the compute dtype and the attention implementation, resolved from `auto`.
 
 Comes in: the model section, the configuration, the device.  Goes out: a dtype, an attention name.
-Next: load.py.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunekit.errors import ModelError
+from tunekit.machine.environment import cpu_facts
 from tunekit.recipe.model import ModelSection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,31 +46,26 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and _cpu_has_bfloat16()
 
 
-@cache
 def _cpu_has_bfloat16() -> bool:
     """AVX512-BF16 or AMX-BF16 on x86, the bf16 extension on ARM, as the kernel lists them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    flags = cpu_facts().get("flags") or cpu_facts().get("features", "")
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
 def resolve_attention(section: ModelSection, config: Any, device: torch.device, auto_class: Any) -> str:
-    """The attention implementation; auto is torch's fused one where the model has it, else the plain one.
+    """The attention implementation; auto is torch's sdpa where the model has it, else the plain one.
 
     `auto_class`: transformers' class that loads models of this family.
     Raises: ModelError where the asked one is not available.
     """
     classes = auto_class._model_mapping
     known = type(config) in classes
-    fused = bool(getattr(classes[type(config)], "_supports_sdpa", False)) if known else False
+    has_sdpa = bool(getattr(classes[type(config)], "_supports_sdpa", False)) if known else False
     if section.attention == "auto":
-        return "sdpa" if fused else "eager"
+        return "sdpa" if has_sdpa else "eager"
     if section.attention == "flash_attention_2" and device.type != "cuda":
         raise ModelError("flash_attention_2 needs a CUDA device", "write attention: auto", key="model.attention")
-    if section.attention == "sdpa" and known and not fused:
+    if section.attention == "sdpa" and known and not has_sdpa:
         raise ModelError(
             f"{config.model_type} cannot use sdpa (it would leave out a part of its attention)",
             "write attention: auto or eager",

@@ -1,7 +1,6 @@
 """A base from disk, frozen and ready: as it is, or packed; or the same modules without any weight.
 
 Comes in: the model section and a device.  Goes out: `LoadedModel`.
-Next: adapters/attach.py wraps its layers, objectives/ ask its family for hidden states.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from tunekit.errors import ModelError
-from tunekit.files.tensors import TensorHeader
+from tunekit.files.tensors import TensorEntry
 from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family, text_config
@@ -59,6 +58,35 @@ class LoadedModel:
     copied_while_read: bool = False
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is loaded, and for which device; checked, but for the weights."""
+
+    section: ModelSection
+    source: ModelSource
+    config: Any
+    family: Family
+    dtype: torch.dtype
+    device: torch.device
+    attention: str | None
+    fingerprint: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """How transformers makes the net."""
+        return {
+            "dtype": self.dtype,
+            "attn_implementation": self.attention,
+            "trust_remote_code": self.section.trust_remote_code,
+        }
+
+    def packed(self, net: nn.Module, device: torch.device) -> list[str]:
+        """Pack the net's layers, where the section asks for it; notes."""
+        if self.section.quantization == "none":
+            return []
+        return quantize_layers(net, self.family, self.section, self.dtype, device)
+
+
 def load_model(section: ModelSection, *, device: torch.device, streamed: bool = False) -> LoadedModel:
     """Load the base from safetensors or GGUF, pack it where the section asks for it, freeze it, move it to `device`.
 
@@ -67,7 +95,7 @@ def load_model(section: ModelSection, *, device: torch.device, streamed: bool = 
     A folder stored in bitsandbytes' 4 bits is read as it is: it can be evaluated, though plan refuses to train on it.
     Raises: ModelError for anything that is not a complete model of a family that tunekit knows.
     """
-    dtype = resolve_dtype(section, device)
+    resolve_dtype(section, device)
     source = find_source(section, weights=True)
     if section.quantization == "none" and source.gguf_file is None:
         raw = inspection.read_config(source)
@@ -75,43 +103,33 @@ def load_model(section: ModelSection, *, device: torch.device, streamed: bool = 
             inspection.find_family(raw, section)
             return load_packed_folder(section, device)
     with parsed_once(section.name_or_path):
-        config, family = _read_configuration(source, section)
-        if source.gguf_file is None:
-            read_headers(source.folder)
-        attention = resolve_attention(section, config, device, family.auto_class())
-        fingerprint = inspection.fingerprint(source)
-        given = (source, section, config, family, dtype, attention)
+        request = _read_request(source, section, device, weights=True)
         if streamed:
-            return _load_streamed(*given, device, fingerprint)
-        direct = _from_files(*given, device, fingerprint)
-        net, notes, sidecar = direct or (*_read_weights(*given), None)
-    if direct is None and section.quantization != "none":
-        notes += quantize_layers(net, family, section, dtype, device)
-    net = net.to(device)
-    loaded = _finish(net, family, section, source, dtype, device, fingerprint, notes)
+            return _load_streamed(request)
+        direct = _from_files(request)
+        net, notes, sidecar = direct or (*_read_weights(request), None)
+    if direct is None:
+        notes += request.packed(net, device)
+    loaded = _finish(net.to(device), request, notes)
     loaded.sidecar = sidecar
     return loaded
 
 
-def _load_streamed(
-    source: ModelSource,
-    section: ModelSection,
-    config: Any,
-    family: Family,
-    dtype: torch.dtype,
-    attention: str,
-    device: torch.device,
-    fingerprint: str,
-) -> LoadedModel:
+def _load_streamed(request: _Request) -> LoadedModel:
     """The base with its layers in mapped files."""
+    assert request.attention is not None
+    assert request.fingerprint is not None
+    section, family = request.section, request.family
     with ModelErrors(section), quiet(), no_fetched_code():
-        net, notes, mapped = mapped_net(source, section, config, family, dtype, attention, fingerprint)
+        net, notes, mapped = mapped_net(
+            request.source, section, request.config, family, request.dtype, request.attention, request.fingerprint
+        )
     stored = [tensor for _, layer in family.layers(net) for tensor in layer.state_dict(keep_vars=True).values()]
     inside = {id(tensor) for tensor in stored}
     for tensor in [*net.parameters(), *net.buffers()]:
         if id(tensor) not in inside:
-            tensor.data = tensor.data.to(device)
-    loaded = _finish(net, family, section, source, dtype, device, fingerprint, notes)
+            tensor.data = tensor.data.to(request.device)
+    loaded = _finish(net, request, notes)
     loaded.mapped = frozenset(tensor.data_ptr() for tensor in stored) if mapped else frozenset()
     return loaded
 
@@ -121,26 +139,20 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
 
     Raises: ModelError as load_model does, but for what only the weights show.
     """
-    dtype = resolve_dtype(section, device)
     source = find_source(section, weights=False)
-    config, family = _read_configuration(source, section)
-    attention = resolve_attention(section, config, device, family.auto_class())
+    request = _read_request(source, section, device, weights=False)
     with ModelErrors(section), quiet(), torch.device("meta"):
-        net = family.auto_class().from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
-        )
-    notes: list[str] = []
-    dense, alone = section.quantization == "none", _can_be_read_alone(net, source, section, dtype)
+        net = request.family.auto_class().from_config(request.config, **request.arguments)
+    dense, alone = section.quantization == "none", _can_be_read_alone(net, request)
     headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
-    copied = dense and alone and (not headers or needs_copies(headers, dtype, device))
-    if not dense:
-        notes += quantize_layers(net, family, section, dtype, torch.device("meta"))
-    loaded = _finish(net, family, section, source, dtype, torch.device("meta"), None, notes, planned_for=device)
+    copied = dense and alone and (not headers or needs_copies(headers, request.dtype, device))
+    notes = request.packed(net, torch.device("meta"))
+    loaded = _finish(net, request, notes, meta=True)
     loaded.packed_while_read, loaded.copied_while_read = alone and not dense, copied
     return loaded
 
 
-def _headers(source: ModelSource) -> dict[str, TensorHeader]:
+def _headers(source: ModelSource) -> dict[str, TensorEntry]:
     """Of the files; none where they are not here yet."""
     try:
         return read_headers(source.folder)
@@ -148,40 +160,49 @@ def _headers(source: ModelSource) -> dict[str, TensorHeader]:
         return {}
 
 
-def _can_be_read_alone(net: nn.Module, source: ModelSource, section: ModelSection, dtype: torch.dtype) -> bool:
+def _can_be_read_alone(net: nn.Module, request: _Request) -> bool:
     """Whether _from_files will read it without transformers; supposed so where the files are not here yet."""
-    if source.gguf_file is not None or section.trust_remote_code:
+    if request.source.gguf_file is not None or request.section.trust_remote_code:
         return False
     try:
-        return open_base(net, source.folder, dtype) is not None
+        return open_base(net, request.source.folder, request.dtype) is not None
     except ModelError:
         return True
 
 
 def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedModel:
     """A folder of ours whose weights are packed as bitsandbytes packs them, read by transformers."""
-    dtype = resolve_dtype(section, device)
     source = find_source(section, weights=True)
     read_headers(source.folder)
     codec.import_bitsandbytes()
     family = make_family(inspection.find_family(inspection.read_config(source), section))
     attention = None if section.attention == "auto" else section.attention
+    request = _Request(section, source, None, family, resolve_dtype(section, device), device, attention)
     with ModelErrors(section), quiet():
         net = family.auto_class().from_pretrained(
-            str(source.folder),
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=section.trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
+            str(source.folder), local_files_only=True, use_safetensors=True, **request.arguments
         )
     adopt_packed(net)
-    return _finish(net, family, section, source, dtype, device, None, [])
+    return _finish(net, request, [])
 
 
 def base_fingerprint(section: ModelSection) -> str:
     """sha256 that tells one base from another; see inspection.fingerprint."""
     return inspection.fingerprint(find_source(section, weights=True))
+
+
+def _read_request(source: ModelSource, section: ModelSection, device: torch.device, *, weights: bool) -> _Request:
+    """Everything that is known before the weights are read.
+
+    Raises: ModelError for an architecture, a stored quantization or code that cannot be loaded.
+    """
+    dtype = resolve_dtype(section, device)
+    config, family = _read_configuration(source, section)
+    if weights and source.gguf_file is None:
+        read_headers(source.folder)
+    attention = resolve_attention(section, config, device, family.auto_class())
+    fingerprint = inspection.fingerprint(source) if weights else None
+    return _Request(section, source, config, family, dtype, device, attention, fingerprint)
 
 
 def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Any, Family]:
@@ -218,20 +239,17 @@ def _check_known(config: Any, family: Family, section: ModelSection) -> None:
     )
 
 
-def _read_weights(
-    source: ModelSource, section: ModelSection, config: Any, family: Family, dtype: torch.dtype, attention: str
-) -> tuple[nn.Module, list[str]]:
+def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
     """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
+    section, source = request.section, request.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
     with ModelErrors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
-        net, loading = family.auto_class().from_pretrained(
+        net, loading = request.family.auto_class().from_pretrained(
             str(source.folder),
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=section.trust_remote_code,
+            config=request.config,
             local_files_only=True,
             output_loading_info=True,
+            **request.arguments,
             **arguments,
         )
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
@@ -246,25 +264,19 @@ def _read_weights(
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
 
 
-def _from_files(
-    source: ModelSource,
-    section: ModelSection,
-    config: Any,
-    family: Family,
-    dtype: torch.dtype,
-    attention: str,
-    device: torch.device,
-    fingerprint: str,
-) -> tuple[nn.Module, list[str], Sidecar | None] | None:
+def _from_files(request: _Request) -> tuple[nn.Module, list[str], Sidecar | None] | None:
     """The net read tensor by tensor, packed or in copies, or mapped as it was packed before; None where only
     transformers can read it, and where transformers maps files that can be used as they are."""
+    source, section, family, dtype = request.source, request.section, request.family, request.dtype
+    assert request.attention is not None
+    assert request.fingerprint is not None
     if source.gguf_file is not None or section.trust_remote_code:
         return None
     dense = section.quantization == "none"
-    if dense and not needs_copies(read_headers(source.folder), dtype, device):
+    if dense and not needs_copies(read_headers(source.folder), dtype, request.device):
         return None
     with ModelErrors(section), quiet(), no_fetched_code():
-        net = unfilled_net(family.auto_class(), config, dtype, attention)
+        net = unfilled_net(family.auto_class(), request.config, dtype, request.attention)
         reader = open_base(net, source.folder, dtype)
         if reader is None:
             return None
@@ -273,66 +285,47 @@ def _from_files(
     if dense:
         fill_net(net, reader)
         return net, [], None
-    packed = packed_base(net, reader, family, section, dtype, device)
-    sidecar, notes = kept_base(packed, source, fingerprint)
+    packed = packed_base(net, reader, family, section, dtype, request.device)
+    sidecar, notes = kept_base(packed, source, request.fingerprint)
     return net, [*packed.notes, *notes], sidecar
 
 
-def _finish(
-    net: nn.Module,
-    family: Family,
-    section: ModelSection,
-    source: ModelSource,
-    dtype: torch.dtype,
-    device: torch.device,
-    fingerprint: str | None,
-    notes: list[str],
-    *,
-    planned_for: torch.device | None = None,
-) -> LoadedModel:
-    """Freeze, set eval mode and collect the facts. `planned_for`: the device of a net that lies on meta."""
+def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool = False) -> LoadedModel:
+    """Freeze, set eval mode and collect the facts. `meta`: the net lies there, and not on the device it is for."""
     net.requires_grad_(False)
     net.eval()
-    if family.name == "causal":
-        attend_per_document(net, planned_for or device, dtype)
+    if request.family.name == "causal":
+        attend_per_document(net, request.device, request.dtype)
     config: Any = net.config
     config.use_cache = False
-    facts = _facts(net, family, section, source, dtype, fingerprint)
-    quantization = section.quantization
+    facts = _facts(net, request)
     return LoadedModel(
         net=net,
         config=config,
-        family=family,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
+        family=request.family,
+        dtype=request.dtype,
+        device=torch.device("meta") if meta else request.device,
+        quantization=facts.quantization,
         double_quantization=facts.double_quantization,
-        name_or_path=section.name_or_path,
-        revision=source.commit,
-        fingerprint=fingerprint,
+        name_or_path=facts.name_or_path,
+        revision=facts.revision,
+        fingerprint=request.fingerprint,
         facts=facts,
         generation_config=getattr(net, "generation_config", None),
         notes=notes,
     )
 
 
-def _facts(
-    net: nn.Module,
-    family: Family,
-    section: ModelSection,
-    source: ModelSource,
-    dtype: torch.dtype,
-    fingerprint: str | None,
-) -> ModelFacts:
-    config = text_config(net)
+def _facts(net: nn.Module, request: _Request) -> ModelFacts:
+    config, section, family = text_config(net), request.section, request.family
     embedding_name = family.embedding_name(net)
     embedding: Any = net.get_submodule(embedding_name) if embedding_name else None
     return ModelFacts(
         name_or_path=section.name_or_path,
-        revision=source.commit,
+        revision=request.source.commit,
         family=family.name,
         model_type=str(config.model_type),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(request.dtype).removeprefix("torch."),
         quantization=section.quantization,
         double_quantization=section.double_quantization and section.quantization in ("nf4", "fp4"),
         attention=str(config._attn_implementation),
@@ -340,5 +333,5 @@ def _facts(
         layers=len(family.layers(net)),
         hidden_size=int(config.hidden_size),
         vocabulary_size=int(embedding.num_embeddings) if embedding is not None else int(config.vocab_size),
-        fingerprint=fingerprint,
+        fingerprint=request.fingerprint,
     )

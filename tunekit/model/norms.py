@@ -1,12 +1,11 @@
 """Root-mean-square norms that keep their input in its own dtype for the backward pass, not a copy of it in float32.
 
 Comes in: a net whose layers are in place.  Goes out: the same net; forward values are the same bits.
-Next: adapters/attach.py puts them in place.
 
     y = w * n,  n = x r,  r = (mean(x^2) + e)^(-1/2);   with g = w * dL/dy:  dL/dx = r (g - n mean(g n))
 
 Inside in float32, as in transformers. Where the weight is trained, or nothing is, the module's own code runs. Which
-modules compute this is read from their code, as in adapters/gated.py.
+modules compute this is read from their code.
 """
 
 from __future__ import annotations
@@ -28,22 +27,21 @@ hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
 return self.weight * hidden_states.to(input_dtype)"""
 
 
-def lighten_norms(net: nn.Module) -> int:
-    """Let every norm of the kind above keep less; how many there are."""
-    norms = [module for module in net.modules() if is_mean_square_norm(module)]
-    for norm in norms:
-        norm.forward = LightNorm(norm)
-    return len(norms)
+def lighten_norms(net: nn.Module) -> None:
+    """Let every norm of the kind above keep less."""
+    for module in net.modules():
+        if computes_rms_norm(module):
+            module.forward = LightNorm(module)
 
 
-def is_mean_square_norm(module: nn.Module) -> bool:
-    """Whether the module's class computes BODY and nothing else."""
+def computes_rms_norm(module: nn.Module) -> bool:
+    """Whether the module's class computes BODY, as Llama's norm does, and nothing else."""
     kind: Any = type(module)
-    return isinstance(getattr(module, "weight", None), nn.Parameter) and _computes_norm(kind)
+    return isinstance(getattr(module, "weight", None), nn.Parameter) and _computes_body(kind)
 
 
 @cache
-def _computes_norm(kind: Any) -> bool:
+def _computes_body(kind: Any) -> bool:
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
     except (OSError, TypeError, SyntaxError, ValueError):

@@ -1,6 +1,6 @@
 """Small tensors of the host on their way to the device, without a wait.
 
-Comes in: a tensor on the host.  Goes out: the same on the device.  Next: training/tuned.py, objectives/.
+Comes in: a tensor on the host.  Goes out: the same on the device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The one place that silences transformers, huggingface_hub and bitsandbytes, and puts everything back afterwards.
 
 Comes in: nothing.  Goes out: `quiet()`, a block inside which those libraries print neither warnings nor progress bars.
-Next: load.py, tokenizer.py and sample.py; what matters to a user is said by tunekit itself.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def _no_progress_bars() -> Iterator[None]:
 
     bars: Any = transformers_logging.tqdm_lib.tqdm
     base: Any = next((cls for cls in bars.__mro__ if cls.__module__ == "tqdm.std"), bars)
-    original = base.__init__
+    original, stored = base.__init__, vars(base)["__init__"]  # another library may have put a partial method there
 
     def disabled(self: Any, *positional: Any, **named: Any) -> None:
         original(self, *positional, **{**named, "disable": True})
@@ -56,26 +55,34 @@ def _no_progress_bars() -> Iterator[None]:
     try:
         yield
     finally:
-        base.__init__ = original
+        base.__init__ = stored
+
+
+@contextmanager
+def replaced(namespace: MutableMapping[str, Any], **values: Any) -> Iterator[None]:
+    """Other values for some names of another library inside the block, its own again after it, also after an error.
+
+    `namespace`: `vars(module)`, or any other mapping of names; a name that was not there is removed again.
+    Not for blocks of two threads that overlap.
+    """
+    before = {name: namespace[name] for name in values if name in namespace}
+    namespace.update(values)
+    try:
+        yield
+    finally:
+        for name in values.keys() - before.keys():
+            namespace.pop(name, None)
+        namespace.update(before)
 
 
 @contextmanager
 def no_fetched_code(*, gguf: bool = False) -> Iterator[None]:
     """Make `kernels` unimportable inside the block and, for GGUF, tell transformers that it is not installed."""
-    kernels = sys.modules.get("kernels")
-    asking = [module for name in ASKING if (module := _module(name)) is not None] if gguf else []
-    answers = [(module, module.is_kernels_available) for module in asking]
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    for module in asking:
-        module.is_kernels_available = lambda *_versions: False
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(replaced(sys.modules, kernels=None))
+        for module in filter(None, map(_module, ASKING if gguf else ())):
+            stack.enter_context(replaced(vars(module), is_kernels_available=lambda *_versions: False))
         yield
-    finally:
-        for module, answer in answers:
-            module.is_kernels_available = answer
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
 
 
 def _module(name: str) -> Any:

@@ -10,11 +10,10 @@ import torch
 
 import tunekit
 from tunekit.adapters.base import slot_count
-from tunekit.adapters.copies import copied_parameters
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.adapters.kernels.joined_lora import describe, planned_groups
 from tunekit.adapters.method import load_method
-from tunekit.adapters.targets import find_targets, trained_count, unreached_experts
+from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
 from tunekit.contracts import Batch
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches
@@ -198,8 +197,8 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
 def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
     """Settings that a run of so many steps cannot obey."""
     method = load_method(recipe.adapter.method)
-    found = method.run_misfits(recipe.adapter, steps)
-    problems = [Problem(misfit.what, misfit.how, key=f"adapter.{misfit.key}") for misfit in found]
+    found = method.run_conflicts(recipe.adapter, steps)
+    problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
     compiled, _ = planned_compile(recipe.training.compile, device, steps)
     problems += compile_problems(compiled, device, method.model is not None)
     return [*problems, *kernel_problems(recipe.training.kernels, device)]

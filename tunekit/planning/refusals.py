@@ -20,7 +20,7 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
 from tunekit.recipe.recipe import Recipe
-from tunekit.tuned.fit import _learned_positions, longest_positions
+from tunekit.tuned.fit import longest_positions
 
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
 
@@ -68,7 +68,7 @@ def position_notes(base: LoadedModel, rows: Sequence[EncodedRows], virtual_token
     """Rows longer than what the model was trained for, where positions are computed and not looked up."""
     longest_tokens = max(longest_positions(base, some) for some in rows) + virtual_tokens
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
-    if isinstance(trained, int) and longest_tokens > trained and _learned_positions(base) is None:
+    if isinstance(trained, int) and longest_tokens > trained and base.family.learned_positions(base.net) is None:
         yield (
             f"warning: the longest row has {longest_tokens} tokens, and the model was made for {trained}; "
             "beyond them its attention extrapolates"

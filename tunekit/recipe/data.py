@@ -22,14 +22,14 @@ class Source(Section):
     streaming: bool = Field(False, description="larger than memory: read on the fly (needs training.max_steps)")
 
 
-def _eval_rows(value: Any) -> Any:
+def _eval_rows(value: object) -> Any:
     """Neither true nor a text in quotes is a fraction; a path has become a source before this."""
     if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
         raise ValueError("must be a fraction, a file, or a list of sources")
     return value
 
 
-def _eval_kind(value: Any) -> str:
+def _eval_kind(value: object) -> str:
     return "sources" if isinstance(value, list | tuple) else "fraction"
 
 

@@ -12,7 +12,7 @@ from tunekit.recipe.section import Count, Section, Several, Text
 _BEST = re.compile(r"eval\.[a-z0-9_]+")
 
 
-def _best(value: Any) -> Any:
+def _best(value: object) -> Any:
     if isinstance(value, str) and _BEST.fullmatch(value):
         return value
     raise ValueError("must be eval.METRIC, such as eval.loss")

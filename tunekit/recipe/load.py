@@ -1,6 +1,6 @@
 """recipe.yaml + command-line overrides -> Recipe, or every problem at once with file, line and key.
 
-Comes in: a path and KEY=VALUE texts.  Goes out: LoadedRecipe.  Next: plan.py.
+Comes in: a path and KEY=VALUE texts.  Goes out: LoadedRecipe.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ class LoadedRecipe:
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read, override and check a recipe. Raises RecipeError with every problem found, in the order of the file."""
+    """Read, override and check a recipe.
+
+    Raises: RecipeError with every problem found, in the order of the file.
+    """
     path = Path(path)
     draft = read_recipe_file(path)
     expand_shorthands(draft)
@@ -107,7 +110,10 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
 
 
 def make_recipe(draft: Draft, folder: Path) -> Recipe:
-    """Check a draft whole and make the Recipe. Raises RecipeError with every problem of the draft."""
+    """Check a draft whole and make the Recipe.
+
+    Raises: RecipeError with every problem of the draft.
+    """
     check_secrets(draft)
     settle_pairs(draft)
     settle_generation(draft)

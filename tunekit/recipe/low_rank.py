@@ -7,13 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from tunekit.recipe.section import (
+    ALPHA_PATTERN,
+    DROPOUT,
     LARGEST_COUNT,
-    AdapterSettings,
+    RANK_PATTERN,
     Count,
     CountOrZero,
     Fraction,
     NotNegative,
     Several,
+    TargetedSettings,
     Text,
     TextOrTexts,
     text_or_texts,
@@ -21,24 +24,24 @@ from tunekit.recipe.section import (
 from tunekit.recipe.start_choice import DEFAULT_START, StartChoice
 
 
-def one_or_several(value: Any) -> Any:
+def one_or_several(value: object) -> Any:
     """A single number as a list of one; anything else is left to the type."""
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _names_or_nothing(value: Any) -> Any:
+def _names_or_nothing(value: object) -> Any:
     """Text or texts, as everywhere; nothing too, where other things are adapted."""
     return () if value is None or value == [] or value == () else text_or_texts(value)
 
 
-def _token_ids(value: Any) -> Any:
+def _token_ids(value: object) -> Any:
     """Ids of tokens, each once; or a mapping of modules to such lists."""
     if isinstance(value, dict) and all(isinstance(name, str) and name for name in value):
         return {name: _listed_ids(ids) for name, ids in value.items()}
     return _listed_ids(value)
 
 
-def _listed_ids(value: Any) -> tuple[int, ...]:
+def _listed_ids(value: object) -> tuple[int, ...]:
     ids = tuple(value) if isinstance(value, list | tuple) else None
     if ids is None or not all(type(each) is int and 0 <= each <= LARGEST_COUNT for each in ids):
         raise ValueError("must be a list of token ids, or a mapping of modules to such lists")
@@ -48,12 +51,23 @@ def _listed_ids(value: Any) -> tuple[int, ...]:
     return ids
 
 
-class LowRankSettings(AdapterSettings):
+class LayersSettings(TargetedSettings):
+    """What the adapters have that may be kept to some of the network's layers."""
+
+    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(one_or_several)] = Field(
+        (), description="numbers of the layers adapted; none: all"
+    )
+    layers_pattern: TextOrTexts | None = Field(
+        None, description="name of the list that holds the layers, where a module's name has several numbers"
+    )
+
+
+class LowRankSettings(LayersSettings):
     """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
 
     r: Count = Field(16, description="rank")
     alpha: NotNegative = Field(32.0, description="the update is scaled by alpha / r")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    dropout: Fraction = DROPOUT
     target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_names_or_nothing)] = Field(
         "all-linear", description="all-linear, a list of names, or a regular expression"
     )
@@ -61,25 +75,15 @@ class LowRankSettings(AdapterSettings):
         (),
         description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone",
     )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
-    rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
-    alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
+    rank_pattern: dict[Text, Count] = RANK_PATTERN
+    alpha_pattern: dict[Text, NotNegative] = ALPHA_PATTERN
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     start: StartChoice = Field(DEFAULT_START, description="how A and B of linear layers are first filled")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="which of the base's biases are trained as well: all, or those of adapted layers"
     )
-    modules_to_save: Several[Text] = Field(
-        (), description="modules trained whole, such as a head: names or name endings"
-    )
     trainable_token_indices: Annotated[tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(_token_ids)] = (
         Field((), description="ids of tokens whose embeddings are trained as well; or a module: ids")
-    )
-    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(one_or_several)] = Field(
-        (), description="numbers of the layers adapted; none: all"
-    )
-    layers_pattern: TextOrTexts | None = Field(
-        None, description="name of the list that holds the layers, where a module's name has several numbers"
     )
 
     @model_validator(mode="after")

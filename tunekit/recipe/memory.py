@@ -14,7 +14,7 @@ _UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "Gi
 _UNITS |= {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 
 
-def _size(value: Any) -> Any:
+def _size(value: object) -> Any:
     if isinstance(value, str) and _SIZE.fullmatch(value) and size_bytes(value):
         return value
     raise ValueError("must be a size with its unit, such as 8GiB")

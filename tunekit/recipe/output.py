@@ -1,4 +1,4 @@
-"""`output:` where the run folder is and who else is told."""
+"""`output:` the run folder and the trackers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The whole recipe: one frozen value made of its sections.
 
-Comes in: the mapping load.py read, or the `recipe` of a plan.json.  Goes out: `Recipe`.  Next: plan.py.
+Comes in: the mapping load.py read, or the `recipe` of a plan.json.  Goes out: `Recipe`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a recipe may hold, for editors (JSON Schema) and for people (reference text).
 
 Comes in: the section classes.  Goes out: a JSON Schema with the shorthands of structure and the other tools' names, and
-a text that lists each key with its type, default and meaning.  Next: the schema and init verbs.
+a text that lists each key with its type, default and meaning.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _reference_of(title: str, owner: Any) -> list[str]:
     return [*lines, ""]
 
 
-def _default_words(value: Any) -> str:
+def _default_words(value: object) -> str:
     return f"[{', '.join(value)}]" if isinstance(value, list) else yaml_scalar(value)
 
 

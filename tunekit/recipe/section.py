@@ -1,6 +1,6 @@
 """The base of every section of a recipe: frozen, strict, no unknown keys; and the value types sections share.
 
-Comes in: plain values read from YAML.  Goes out: validated, immutable settings.  Next: the section files, then load.py.
+Comes in: plain values read from YAML.  Goes out: validated, immutable settings.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class StartSettings(MethodSettings):
     """
 
     needs_even_rank: ClassVar[bool] = False
+    needs_twice_the_rank: ClassVar[bool] = False  # as many singular vectors of each matrix
+    fills_experts: ClassVar[bool] = False  # also A and B of fused expert parameters
     moves_weights: ClassVar[bool] = False  # a part of W goes into A and B; W as it was less that part stays frozen
     divides_by_scaling: ClassVar[bool] = False  # so that alpha must not be 0
     looks_at: ClassVar[str] = ""
@@ -143,6 +145,20 @@ class LayerSettings(AdapterSettings):
     modules_to_save: Several[Text] = Field(
         (), description="modules trained whole, such as a head: names or name endings"
     )
+
+
+class TargetedSettings(LayerSettings):
+    """What the adapters have whose layers the user chooses."""
+
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+
+
+DROPOUT: Any = Field(0.0, description="on the update's input, while training")
+RANK_PATTERN: Any = Field(default_factory=dict, description="module pattern: its own r")
+ALPHA_PATTERN: Any = Field(default_factory=dict, description="module pattern: its own alpha")
 
 
 class CalibratedStart(StartSettings):

@@ -1,6 +1,6 @@
 """Where the shipped recipes and their data lie: inside an installed package, or beside it in a clone.
 
-Comes in: nothing.  Goes out: a folder, and the recipes in it by name.  Next: the recipes verb.
+Comes in: nothing.  Goes out: a folder, and the recipes in it by name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`start: NAME` or `start: {method: NAME, ...}` of the LoRA family -> the settings of one of recipe/starts/.
 
-Comes in: a name or a mapping.  Goes out: StartSettings.  Next: low_rank.py.
+Comes in: a name or a mapping.  Goes out: StartSettings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Settings: Any = Annotated[reduce(operator.or_, _CLASSES), Field(discriminator="
 _NamedOrSettings: Any = Literal.__getitem__(_NAMES) | _Settings
 
 
-def _named(value: Any) -> Any:
+def _named(value: object) -> Any:
     """pissa -> {method: pissa}; settings pass as they are."""
     if isinstance(value, str):
         value = {"method": value}

@@ -1,6 +1,6 @@
 """What the recipe's grammar knows but this version cannot do: refused by name, never read and ignored.
 
-Comes in: a valid Recipe.  Goes out: one Problem per option, with its key.  Next: validate and plan show them.
+Comes in: a valid Recipe.  Goes out: one Problem per option, with its key.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import slot_count
 from tunekit.adapters.method import load_method
-from tunekit.adapters.starts.start import begin_all, start_module
+from tunekit.adapters.starts.start import initialise_all, start_module
 from tunekit.adapters.targets import find_targets
 from tunekit.contracts import Objective, WindowSource
 from tunekit.errors import ModelError
@@ -75,7 +75,7 @@ def begin_adapter(
     if not isinstance(start, CalibratedStart):
         adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name, device=base.device)
         if looks_at == "original" and resumed is None:
-            begin_all(adapter, seed, _originals(adapter, model))
+            initialise_all(adapter.layers, seed, _originals(adapter, model))
         return Begun(adapter)
     targets = find_targets(base.net, settings, head_name=head_name)
     if resumed is not None:
@@ -89,7 +89,7 @@ def begin_adapter(
     if share is not None:
         targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
     adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name, device=base.device, targets=targets)
-    begin_all(adapter, seed, found.evidence)
+    initialise_all(adapter.layers, seed, found.evidence)
     _as_on_main(adapter, devices)
     return Begun(adapter, found.facts)
 

@@ -54,13 +54,13 @@ def compile_layers(forwards: Sequence[LayerForward]) -> None:
         return
     from torch._dynamo import config
 
-    config.recompile_limit = MOST_VARIANTS
     uncompiled_attention()
     for forward in forwards:
         for module in forward.layer.modules():
             if _is_island(module):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
-        forward.compiled = torch.compile(forward.plain, dynamic=True)
+        limited: Any = config.patch(recompile_limit=MOST_VARIANTS)  # for the time of a call
+        forward.compiled = limited(torch.compile(forward.plain, dynamic=True))
 
 
 def _is_island(module: nn.Module) -> bool:

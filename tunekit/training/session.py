@@ -18,7 +18,8 @@ from tunekit.artifacts.checkpoint import Checkpoint, load_newest, save_checkpoin
 from tunekit.artifacts.fingerprint import make_fingerprint, require_same, resume_notes
 from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.trackers import Trackers
-from tunekit.console import Console, Progress
+from tunekit.console import Console
+from tunekit.console.progress import Progress
 from tunekit.contracts import Batch, Engine, Objective, Window
 from tunekit.errors import ModelError, ResourceError
 from tunekit.machine.devices import Devices

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from torch import nn
 
 from tunekit.contracts import EncodedRows, Objective
 from tunekit.errors import ModelError, Problem
-from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.recipe import supervised_objective
@@ -78,7 +76,7 @@ def vocabulary_problems(base: LoadedModel, tokenizer: LoadedTokenizer, rows: Enc
 def position_problems(base: LoadedModel, longest_tokens: int, virtual_tokens: int = 0) -> Iterator[Problem]:
     """Rows longer than a learned table of positions, which cannot be looked up at all; `virtual_tokens` of them are the
     adapter's."""
-    table = _learned_positions(base)
+    table = base.family.learned_positions(base.net)
     if table is not None and longest_tokens > table:
         own = f", {virtual_tokens} of them virtual" if virtual_tokens else ""
         what = f"the longest row has {longest_tokens} tokens{own}, and the model's positions end at {table}"
@@ -86,15 +84,3 @@ def position_problems(base: LoadedModel, longest_tokens: int, virtual_tokens: in
             yield Problem(what, f"make the prompt shorter than {table} tokens", key="adapter.num_virtual_tokens")
         else:
             yield Problem(what, f"set data.max_length to at most {table - virtual_tokens}", key="data.max_length")
-
-
-def _learned_positions(base: LoadedModel) -> int | None:
-    """Usable rows of a learned table of positions; None where positions are computed."""
-    declared = getattr(text_config(base.net), "max_position_embeddings", None)
-    token_embedding = base.family.embedding_name(base.net)
-    for name, module in base.net.named_modules():
-        if isinstance(module, nn.Embedding) and name != token_embedding and isinstance(declared, int):
-            offset = module.num_embeddings - declared
-            if 0 <= offset <= 2:  # OPT's table begins with two rows that no position uses
-                return declared
-    return None

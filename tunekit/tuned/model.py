@@ -17,6 +17,7 @@ from tunekit.contracts import Head
 from tunekit.memory.offload import BoundaryStore
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling, current_call
+from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import placed
 
@@ -103,13 +104,6 @@ class TunedModel:
         inside = self.base.net.get_submodule(name).parameters()
         return [parameter for parameter in inside if parameter.requires_grad]
 
-    @contextmanager
-    def training_mode(self, training: bool) -> Iterator[None]:
+    def training_mode(self, training: bool) -> AbstractContextManager[None]:
         """Train or eval mode inside the block; every module's own mode is put back after it."""
-        before = {module: module.training for module in self.base.net.modules()}
-        self.base.net.train(training)
-        try:
-            yield
-        finally:
-            for module, mode in before.items():
-                module.training = mode
+        return training_mode(self.base.net, training)

@@ -1,13 +1,10 @@
-"""Which of some modules a method's target_modules names, where the modules are no linear layers.
-
-Comes in: names, and entries as in target_modules.  Goes out: the chosen names.  Next: ln_tuning.py, bitfit.py.
-"""
+"""Which of some modules a method's target_modules names, where the modules are no linear layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tunekit.adapters.patterns import Budget
+from tunekit.adapters.patterns import Patterns
 from tunekit.errors import AdapterError
 
 
@@ -19,8 +16,8 @@ def chosen_names(names: Sequence[str], entries: str | Sequence[str], everything:
     if entries == everything:
         found = {entries: list(names)}
     elif isinstance(entries, str):
-        pattern = Budget(key="target_modules").pattern(entries)
-        found = {entries: [name for name in names if pattern.matches(name)]}
+        patterns = Patterns(key="target_modules")
+        found = {entries: [name for name in names if patterns.matches(entries, name)]}
     else:
         found = {entry: [n for n in names if n == entry or n.endswith(f".{entry}")] for entry in entries}
     for entry, matching in found.items():

@@ -1,8 +1,4 @@
-"""x times a matrix that exists only while it is used: what the backward pass keeps is its small factors.
-
-Comes in: an input, a function that makes the matrix, its factors.  Goes out: the product.
-Next: loha.py, hira.py, miss.py, shira.py.
-"""
+"""x times a matrix that exists only while it is used: what the backward pass keeps is its small factors."""
 
 from __future__ import annotations
 
@@ -12,6 +8,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tunekit.adapters.base import LayerAdapter
+
+
+class DeltaLayer(LayerAdapter):
+    """y = W x + D x, D (O, I) made of the layer's trained tensors whenever it is used. A subclass gives `make`."""
+
+    make: Callable[..., Tensor]  # the trained tensors, in the order of their slots -> D (O, I)
+
+    def factors(self) -> list[Tensor]:
+        """The trained tensors."""
+        return [getattr(self, name) for name, slot in self.declared.items() if slot.kind == "trained"]
+
+    def update(self, x: Tensor) -> Tensor:
+        return delta_product(x, self.make, *self.factors())
+
+    def delta(self) -> Tensor:
+        return self.make(*self.factors())
 
 
 def delta_product(x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
-"""LoRA of fused expert weights.  Comes in: a parameter (E, O, I), or (E, I, O).  Next: fused_parameters.py, lora.py."""
+"""LoRA of fused expert weights: a parameter (E, O, I), or (E, I, O)."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
+from tunekit.adapters.blocks.lora_fields import start_conflicts
+from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
 from tunekit.adapters.expert_parameters import Factors, ParameterAdapter
+from tunekit.adapters.method import Conflict
+from tunekit.adapters.starts.start import StartLayer, make_factors
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target
 
@@ -30,7 +33,7 @@ class ExpertLora(ParameterAdapter):
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
-        rank = (target.r or settings.r) * (target.experts or 1)
+        rank = rank_of(settings, target) * (target.experts or 1)
         wrapped = "base_layer." * target.wrapped
         return {
             "A": Slot(f"{wrapped}lora_A.weight", (rank, target.in_features)),
@@ -40,27 +43,28 @@ class ExpertLora(ParameterAdapter):
     @classmethod
     def file_key(cls, name: str) -> str:
         """Without the parameter's own name, which PEFT's files do not have."""
-        place, _, factor = name.rpartition(".lora_")
-        inner = place
+        wrapped, _, factor = name.rpartition(".lora_")
+        inner = wrapped
         while inner.endswith(".base_layer"):
             inner = inner.removesuffix(".base_layer")
         owner = inner.rpartition(".")[0]
-        return f"{cls.file_prefix}{owner}{place.removeprefix(inner)}.lora_{factor}"
+        return f"{cls.file_prefix}{owner}{wrapped.removeprefix(inner)}.lora_{factor}"
 
     def initialise(self, generator: Generator) -> None:
-        if self.settings.start.method == "gaussian":
-            rank = self.target.r or self.settings.r
-            self.A.data.copy_(torch.randn(self.A.shape, generator=generator) / rank)
-        else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
-        nn.init.zeros_(self.B)
+        target, rank = self.target, rank_of(self.settings, self.target)
+        layer = StartLayer(
+            *(target.name, target.in_features, target.out_features, rank, self.scaling, generator),
+            weight=lambda: self.parameter,
+            experts=target.experts or 1,
+        )
+        a, b = make_factors(self.settings.start, layer)
+        self.A.data.copy_(a)
+        self.B.data.copy_(b)
 
     @property
     def scaling(self) -> float:
         """s."""
-        rank, alpha = self.target.r or self.settings.r, self.target.alpha
-        alpha = self.settings.alpha if alpha is None else alpha
-        return alpha / math.sqrt(rank) if self.settings.use_rslora else alpha / rank
+        return scaling_of(self.settings, self.target)
 
     def factors(self, index: Any) -> Factors:
         experts = self.target.experts or 1
@@ -78,3 +82,26 @@ class ExpertLoraFa(ExpertLora):
     def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
         trained = super().slots(settings, target)
         return {**trained, "A": Slot(trained["A"].suffix, trained["A"].shape, kind="saved")}
+
+
+def conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
+    """What does not fit the layers or fused parameters, as Method.conflicts reports it."""
+    found = start_conflicts(settings, targets, file)
+    if not settings.target_parameters:
+        return found
+    if settings.dropout:
+        what = "fused parameters are changed themselves, and their input is not at hand to drop from"
+        found.append(Conflict("lora_dropout" if file else "dropout", what, "write dropout: 0, or no target_parameters"))
+    if not file and not settings.start.fills_experts:
+        what = f"start: {settings.start.method} cannot fill fused parameters"
+        found.append(Conflict("start", what, "write start: default or gaussian, or no target_parameters"))
+    copied = [target.name for target in targets for name in settings.modules_to_save if _inside(target.name, name)]
+    if copied:
+        what = f"'{copied[0]}' is inside a module of modules_to_save, which is trained whole"
+        found.append(Conflict("target_parameters", what, "leave it out of one of them"))
+    return found
+
+
+def _inside(parameter: str, module: str) -> bool:
+    """Whether a module named by a whole name or an ending holds the parameter."""
+    return f".{module}." in f".{parameter}"

@@ -1,7 +1,4 @@
-"""Frozen random matrices drawn as PEFT draws them, so that a file without them means the same.
-
-Comes in: a shape and a seed's generator.  Goes out: values.  Next: vera.py, randlora.py.
-"""
+"""Frozen random matrices drawn as PEFT draws them, so that a file without them means the same."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Orthogonal matrices in blocks, from free parameters, and their product with the inputs of a layer.
-
-Comes in: numbers to train.  Goes out: blocks of rotations and rotated inputs.  Next: oft.py, boft.py.
-"""
+"""Orthogonal matrices in blocks, made of the numbers that are trained, and their product with the inputs of a layer."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What prompt methods share: vectors before each row's embeddings, in its mask and its positions, and not in what the
-head sees; where such vectors start; PEFT's fields of the base.
+"""What prompt methods share: vectors before each row's embeddings, their initialisation, PEFT's fields of the base.
 
-Comes in: what the network would be called with.  Goes out: the same with embeddings in place of ids, and outputs
-without the virtual positions.  Next: prompt.py, p_tuning.py, multitask_prompt.py, cpt.py.
+What the network would be called with goes in; the same with embeddings in place of ids comes out, and outputs without
+the virtual positions.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,23 +16,24 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import ModelAdapter, Slot
 from tunekit.adapters.copies import TrainedCopy
-from tunekit.adapters.folder.fields import ANY, MODULES
+from tunekit.adapters.folder.fields import ANY, MODULES, Fields, Fixed
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError
 from tunekit.model.call import calling, current_call
+from tunekit.model.families.structure import text_config
 from tunekit.recipe.virtual_tokens import StartedTokenSettings, VirtualTokenSettings
 
 IN_FILES = "prompt_embeddings"  # PEFT's name for the finished vectors
-FIELDS: dict[str, tuple[str, Any]] = {
+FIELDS: Fields = {
     "num_virtual_tokens": ("num_virtual_tokens", None),
     "num_transformer_submodules": ("num_transformer_submodules", 1),
-    "modules_to_save": ("modules_to_save", []),
 }
-BASE_FIELDS: dict[str, tuple[Any, ...]] = dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), (None, ANY))
-START_FIELDS: dict[str, tuple[Any, ...]] = {  # how the vectors once started; a finished file computes the same
+BASE_FIELDS: Fixed = dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), (None, ANY))
+START_FIELDS: Fixed = {  # how the vectors once started; a finished file computes the same
     "prompt_tuning_init": ("RANDOM", ANY),
     **dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"), (None, ANY)),
 }
+FIRST_VALUES = frozenset({"init", "init_text", "init_ids"})  # settings of how the vectors started
 ABSENT = frozenset(MODULES) - {"modules_to_save"}
 
 
@@ -142,7 +143,7 @@ class VirtualTokens(ModelAdapter):
 
     def file_fields(self) -> dict[str, Any]:
         """What PEFT's configuration says of the base."""
-        config = text_config_of(self.net)
+        config = text_config(self.net)
         layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None)
         heads = getattr(config, "num_attention_heads", None)
         return {"token_dim": width_of(self.net), "num_attention_heads": heads, "num_layers": layers}
@@ -154,25 +155,15 @@ class ClassifierCopy(TrainedCopy):
     file_prefix = "base_model."
 
 
-def copied_modules(settings: VirtualTokenSettings) -> Sequence[str]:
-    """Method.copies."""
-    return settings.modules_to_save
-
-
-def total_vectors(settings: Any, net: nn.Module) -> int:
+def total_vectors(settings: VirtualTokenSettings, net: nn.Module) -> int:
     """Vectors in the file: PEFT counts an encoder-decoder's twice where both halves are to have some."""
-    return int(settings.num_virtual_tokens) * int(settings.num_transformer_submodules)
+    return settings.num_virtual_tokens * settings.num_transformer_submodules
 
 
 def width_of(net: nn.Module) -> int:
     """D of the token embedding, whose rows the vectors stand beside."""
     net_with_embedding: Any = net
     return int(net_with_embedding.get_input_embeddings().weight.shape[1])
-
-
-def text_config_of(net: Any) -> Any:
-    """The configuration of the text model."""
-    return net.config.get_text_config() if hasattr(net.config, "get_text_config") else net.config
 
 
 def is_encoder_decoder(net: nn.Module) -> bool:
@@ -203,12 +194,16 @@ def started(net: nn.Module, settings: StartedTokenSettings, vectors: int, genera
     if settings.init == "random":
         return torch.randn(vectors, width_of(net), generator=generator)
     if settings.init == "vocabulary":
-        size = min(int(text_config_of(net).vocab_size), table.get_input_embeddings().weight.shape[0])
+        size = min(int(text_config(net).vocab_size), table.get_input_embeddings().weight.shape[0])
         return embeddings_of(net, torch.randint(0, size, (vectors,), generator=generator))
     if settings.init_ids is None:
         raise AdapterError("the text of the prompt has not been made into tokens", "give init_ids", key="adapter.init")
-    repeated = list(settings.init_ids) * (vectors // len(settings.init_ids) + 1)
-    return embeddings_of(net, repeated[:vectors])
+    return embeddings_of(net, repeated(settings.init_ids, vectors))
+
+
+def repeated(ids: Sequence[int], count: int) -> list[int]:
+    """The ids again and again, `count` in all."""
+    return list(itertools.islice(itertools.cycle(ids), count))
 
 
 def with_text_ids(settings: StartedTokenSettings, tokenizer: Tokenizer) -> StartedTokenSettings:

@@ -1,20 +1,16 @@
-"""What an adapter folder says about itself, read strictly and before any tensor: adapter_config.json and tunekit.json.
-
-Comes in: a folder, ours or peft's.  Goes out: AdapterConfig.  Next: folder.py.
-"""
+"""What an adapter folder, ours or peft's, says about itself: adapter_config.json and tunekit.json, read strictly and
+before any tensor."""
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tunekit.recipe.adapters
-from tunekit.adapters.method import Method, load_method
+from tunekit.adapters.method import Method, all_methods
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import parse_json, read_small, same, shown
+from tunekit.files.untrusted import parse_json, read_small, same, sha256_of, shown
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -39,11 +35,25 @@ class AdapterConfig:
     quantization: str | None = None
     double_quantization: bool | None = None
     files: tuple[tuple[str, str], ...] = ()  # name, sha256
+    fields: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, as the file has them
 
     @property
     def file(self) -> str:
         """The configuration's path, for messages."""
         return str(self.folder / CONFIG_NAME)
+
+    def changed_files(self) -> list[str]:
+        """Names of the files that are not those tunekit wrote, where tunekit.json says which."""
+        return [name for name, digest in self.files if sha256_of(self.folder / name) != digest]
+
+    def check_files(self) -> None:
+        """Refuse changed files.
+
+        Raises: AdapterError.
+        """
+        for name in self.changed_files():
+            how = f"restore it, or delete {FACTS_NAME} to accept the folder as it is"
+            raise AdapterError("is not the file that tunekit wrote", how, file=str(self.folder / name))
 
     def base_location(self) -> str | None:
         """Where the base is: the path that the name means from the folder, else the name as a hub id, or None."""
@@ -65,10 +75,8 @@ def read_adapter_config(
     Raises: AdapterError for whatever is missing, malformed or not supported, by name; no tensor is looked at.
     """
     folder = Path(folder)
-    if not folder.is_dir() or folder.is_symlink():
-        raise AdapterError("is not an adapter folder", "name a folder that holds adapter_config.json", file=str(folder))
-    path = folder / CONFIG_NAME
-    fields = {**parse_json(read_small(path), str(path)), **(instead or {})}
+    path, written = folder / CONFIG_NAME, read_fields(folder)
+    fields = {**written, **(instead or {})}
     method = method or method_of(fields, str(path))
     config = AdapterConfig(
         folder=folder,
@@ -78,15 +86,27 @@ def read_adapter_config(
         revision=_text(fields, "revision", path),
         task_type=_text(fields, "task_type", path),
         **_own_facts(folder),
+        fields=written,
     )
     refuse_pickle(folder)
     return config
 
 
+def read_fields(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as it stands.
+
+    Raises: AdapterError.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        raise AdapterError("is not an adapter folder", "name a folder that holds adapter_config.json", file=str(folder))
+    path = folder / CONFIG_NAME
+    return parse_json(read_small(path), str(path))
+
+
 def method_of(fields: dict[str, Any], file: str) -> Method:
     """The method of this peft_type; among several, the one whose claims the fields meet best."""
     wanted = fields.get("peft_type")
-    methods = [load_method(module.name) for module in pkgutil.iter_modules(tunekit.recipe.adapters.__path__)]
+    methods = all_methods()
     fitting = [
         method
         for method in methods

@@ -1,7 +1,4 @@
-"""Which tensors an adapter file must hold, known from configuration and base alone, and the comparison with its header.
-
-Comes in: targets, settings, a header.  Goes out: nothing wrong, or every difference by name.  Next: folder.py.
-"""
+"""Which tensors an adapter file must hold, known from configuration and base alone, compared with its header."""
 
 from __future__ import annotations
 
@@ -10,25 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.adapters.base import Part, Slot, full_name
-from tunekit.adapters.copies import TrainedCopy, copied_places, copy_class
+from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.method import Method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.tokens import TrainedTokens, token_slots
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.untrusted import TensorEntry, shown
+from tunekit.files.tensors import NAMES, TensorEntry
+from tunekit.files.untrusted import shown
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
 
-FLOATS = ("F32", "F16", "BF16")  # all of them exact in float32
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # all of them exact in float32
 TYPES = {
     torch.float32: FLOATS,
-    torch.int64: ("I64",),
-    torch.int32: ("I32",),
-    torch.uint8: ("U8",),
-    torch.bool: ("BOOL",),
+    torch.int64: (torch.int64,),
+    torch.int32: (torch.int32,),
+    torch.uint8: (torch.uint8,),
+    torch.bool: (torch.bool,),
 }
 BASE_COPY = ".base_layer.weight"  # peft's copy of an embedding's own weight
 SHOWN_PROBLEMS = 8
@@ -44,11 +42,11 @@ class Expected:
     repeats: dict[str, str] = field(default_factory=dict)  # key of a layer's copy of a shared tensor -> its own key
     base_names: frozenset[str] = frozenset()  # the base's own parameters
 
-    def add(self, part: type[Part], place: str, slots: Mapping[str, Slot]) -> None:
+    def add(self, part: type[Part], module_name: str, slots: Mapping[str, Slot]) -> None:
         """Expect the saved ones of these slots."""
         for slot in slots.values():
             if slot.kind != "resume":
-                name = full_name(place, slot.suffix)
+                name = full_name(module_name, slot.suffix)
                 self.slots[part.file_key(name)], self.names[part.file_key(name)] = slot, name
 
     def check(self, header: Mapping[str, TensorEntry], file: str) -> dict[str, str]:
@@ -77,15 +75,29 @@ class Expected:
         if entry.shape != slot.shape:
             return [f"'{key}' has shape {list(entry.shape)}, expected {list(slot.shape)}"]
         if entry.dtype not in TYPES[slot.dtype]:
-            return [f"'{key}' has type {entry.dtype}, expected {' or '.join(TYPES[slot.dtype])}"]
+            expected = " or ".join(NAMES[dtype] for dtype in TYPES[slot.dtype])
+            return [f"'{key}' has type {NAMES[entry.dtype]}, expected {expected}"]
         return []
 
     def _hint(self, key: str) -> str:
         """Why a key may be there although nothing expects it."""
-        if f"base_model.model.{key}" in self.slots:
-            return " (it lacks the prefix base_model.model.)"
-        named = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if f"{Part.file_prefix}{key}" in self.slots:
+            return f" (it lacks the prefix {Part.file_prefix})"
+        named = key.removeprefix(Part.file_prefix).replace(".base_layer.", ".")
         return " (it would overwrite a weight of the base)" if named in self.base_names else ""
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], file: str) -> None:
+    """NaN and infinity would be in whatever is made of them.
+
+    Raises: AdapterError.
+    """
+    broken = [
+        name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())
+    ]
+    if broken:
+        how = "tunekit adapter show lists them"
+        raise AdapterError(f"{broken[0]} holds NaN or infinity ({len(broken)} such tensors)", how, file=file)
 
 
 def expected_tensors(
@@ -107,7 +119,7 @@ def expected_tensors(
         if target.kind == "embedding" or target.name == head_name:
             weight = weight_of(modules[target.name])
             assert weight is not None
-            expected.base_copies[f"base_model.model.{target.name}{BASE_COPY}"] = target.name, weight.shape
+            expected.base_copies[f"{Part.file_prefix}{target.name}{BASE_COPY}"] = target.name, weight.shape
     if method.shared is not None:
         shared = method.shared.slots(settings, targets)
         expected.add(method.shared, "", shared)
@@ -116,8 +128,8 @@ def expected_tensors(
             expected.repeats |= {f"{Part.file_prefix}{target.name}.{slot.suffix}": own for target in targets}
     if method.model is not None:
         expected.add(method.model, "", method.model.file_slots(settings, net))
-    for name, only in copied_places(modules, method, settings, targets).items():
-        expected.add(copy_class(method, settings, name), name, TrainedCopy.slots(modules[name], name, only))
+    for name, only in method.copied_modules(modules, settings, targets).items():
+        expected.add(method.copy_class(settings, name), name, TrainedCopy.slots(modules[name], name, only))
     for name, slots in token_slots(net, settings).items():
         expected.add(TrainedTokens, name, slots)
     return expected

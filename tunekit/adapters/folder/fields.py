@@ -1,7 +1,7 @@
 """A method's side of PEFT's adapter_config.json: which fields stand for our settings, which must be off.
 
-Comes in: settings, or the fields of a foreign configuration.  Goes out: the other one, or a refusal that names the
-field.  Next: folder.py.  The format is that of PEFT 0.21.2: every field it writes is written.
+Settings, or the fields of a foreign configuration, go in; the other one, or a refusal that names the field, comes out.
+The format is that of PEFT 0.21.2: every field it writes is written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from tunekit.errors import AdapterError, Problem
 from tunekit.files.untrusted import same, shown
 from tunekit.records import Target
 
+Fields = Mapping[str, tuple[str, Any]]  # PEFT's name -> (our setting, PEFT's default)
+Fixed = Mapping[str, tuple[Any, ...]]  # PEFT's name -> the value that is written, then others that are accepted
 PEFT_VERSION = "0.21.2"  # whose files ours are equal to, field by field
 
 
@@ -22,21 +24,32 @@ class _Any:
 
 
 ANY = _Any()
-COMMON: dict[str, tuple[Any, ...]] = {  # of every PEFT type: what we write, then what else we accept
+COMMON: Fixed = {  # of every PEFT type: what we write, then what else we accept
     "auto_mapping": (None, ANY),  # names Python code to import: never followed
-    "base_model_name_or_path": (None, ANY),  # read by folder.py
+    "base_model_name_or_path": (None, ANY),  # read by folder/config.py
     "inference_mode": (True, False),
-    "peft_type": ("", ANY),  # read by folder.py
+    "peft_type": ("", ANY),  # read by folder/config.py
     "peft_version": (PEFT_VERSION, ANY),
-    "revision": (None, ANY),  # read by folder.py
+    "revision": (None, ANY),  # read by folder/config.py
     "task_type": ("CAUSAL_LM", None, "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
 }
-UNWRITTEN: dict[str, tuple[Any, ...]] = {"runtime_config": (ANY,)}  # PEFT ignores it in files, and so do we
-MODULES: dict[str, tuple[Any, ...]] = {  # of every PEFT type that adapts modules, unless the method says otherwise
+UNWRITTEN: Fixed = {"runtime_config": (ANY,)}  # PEFT ignores it in files, and so do we
+MODULES: Fixed = {  # of every PEFT type that adapts modules, unless the method says otherwise
     "exclude_modules": (None,),
     "layers_pattern": (None, [], ""),
     "layers_to_transform": (None, []),
     "modules_to_save": (None, []),
+}
+SAME_NAMED: dict[str, Any] = {  # fields with PEFT's default that stand for the settings of that name
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": [],
+    "layers_pattern": None,
+    "modules_to_save": [],
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "target_parameters": [],
+    "trainable_token_indices": [],
 }
 MENDS = {  # PEFT's name -> what to do about a value that is refused
     "init_lora_weights": "such a start may have moved weights of the base: tunekit adapter convert writes plain LoRA",
@@ -57,17 +70,17 @@ class PeftSide:
 
     peft_type: str
     settings: type[Any]
-    fields: Mapping[str, tuple[str, Any]]
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    fields: Fields = field(default_factory=dict)
+    fixed: Fixed = field(default_factory=dict)
     claims: Mapping[str, Any] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
     resolve: Callable[[Any, Sequence[Target], Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        """Settings that name modules to train whole do so in PEFT's field of that name."""
-        name = "modules_to_save"
-        if name in self.settings.model_fields and name not in {**self.fields, **self.fixed} and name not in self.absent:
-            object.__setattr__(self, "fields", {**self.fields, name: (name, [])})
+        """Add the fields that have our setting's name."""
+        own = self.settings.model_fields.keys() - self.fields.keys() - self.fixed.keys() - self.absent
+        added = {name: (name, default) for name, default in SAME_NAMED.items() if name in own}
+        object.__setattr__(self, "fields", {**added, **self.fields})
 
     def write(self, settings: Any) -> dict[str, Any]:
         """PEFT's fields for `settings`, every one that PEFT 0.21.2 writes for this type."""

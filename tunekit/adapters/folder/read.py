@@ -1,7 +1,6 @@
 """Reads adapter folders, ours or peft's: every tensor is expected by name, shape and type before it is read.
 
-Comes in: a folder by anyone.  Goes out: an attached adapter, or a refusal that names the fault.
-Next: merge.py, target.py, train.py.  (save_adapter_folder is in folder_writing.py and offered here as well.)
+A folder by anyone goes in; an attached adapter, or a refusal that names the fault, comes out.
 """
 
 from __future__ import annotations
@@ -10,30 +9,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder.config import FACTS_NAME, TENSORS_NAME, AdapterConfig
+from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig
 from tunekit.adapters.folder.config import read_adapter_config as read_adapter_config
-from tunekit.adapters.folder.expected import expected_tensors
+from tunekit.adapters.folder.expected import expected_tensors, refuse_not_finite
+from tunekit.adapters.folder.fields import SAME_NAMED
 from tunekit.adapters.folder.write import save_adapter_folder as save_adapter_folder
 from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import token_rows
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.untrusted import read_tensor_header, sha256_of, shown
+from tunekit.files.tensors import read_tensor, read_tensor_header
+from tunekit.files.untrusted import shown
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
 
-NOT_MEANING = {"dropout", "target_modules", "exclude_modules", "r", "alpha", "rank_pattern", "alpha_pattern"}
-NOT_MEANING |= {"layers_to_transform", "layers_pattern", "modules_to_save"}  # the targets and tensors are compared
-NOT_MEANING |= {"method", "start", "init_from"}  # settings that differ without changing what the adapter computes
-NOT_MEANING |= {"init", "init_text", "init_ids", "encoder_hidden_size", "adapter_layers"}  # first values; shapes
-NOT_MEANING |= {"task", "init_from_tasks"}  # which of those that the folder holds
-NOT_MEANING |= {"target_parameters", "trainable_token_indices"}  # spellings: targets and rows are compared
-NOT_MEANING |= {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}  # of adalora's training
+UNBINDING = frozenset({"method", "init_from", "dropout"})  # settings that differ and compute the same
+COMPARED = frozenset(SAME_NAMED) | {"r", "alpha"}  # in the targets and tensors that come of them
 BaseWeight = Callable[[str], Tensor]
 
 
@@ -105,8 +100,9 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
                 text = f"{name} has {there.trainable_parameters} numbers, in the recipe {here.trainable_parameters}"
             differences.append(text)
     model = attached.method.model
-    free = NOT_MEANING if model is None else NOT_MEANING | model.may_differ(attached.settings)
-    for key, value in config.settings.model_dump(exclude=free).items():
+    free = UNBINDING | COMPARED | attached.method.unbinding
+    free |= model.may_differ(attached.settings) if model else frozenset()
+    for key, value in config.settings.model_dump(exclude=set(free)).items():
         if getattr(attached.settings, key) != value:
             own = shown(getattr(attached.settings, key))
             differences.append(f"{key} is {shown(value)} there, in the recipe {own}")
@@ -145,22 +141,17 @@ def _read_tensors(
     header = read_tensor_header(path)
     expected = expected_tensors(net, config.method, config.settings, targets, head_name)
     copies = expected.check(header, str(path))
-    for name, digest in config.files:
-        if sha256_of(config.folder / name) != digest:
-            how = f"restore it, or delete {FACTS_NAME} to accept the folder as it is"
-            raise AdapterError("is not the file that tunekit wrote", how, file=str(config.folder / name))
-    tensors: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt", device="cpu") as file:
-        for key, name in expected.names.items():
-            tensors[name] = file.get_tensor(key).to(expected.slots[key].dtype)
-        broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-        if broken:
-            raise AdapterError(f"{broken[0]} holds NaN or infinity ({len(broken)} such tensors)", file=str(path))
-        for key in header.keys() & expected.repeats.keys():
-            if not torch.equal(file.get_tensor(key), file.get_tensor(expected.repeats[key])):
-                raise AdapterError(f"'{key}' differs from '{expected.repeats[key]}', which it repeats", file=str(path))
-        for key, module in copies.items():
-            _check_base_copy(file.get_tensor(key), base_modules(net)[module], module, base_weight, str(path))
+    config.check_files()
+    tensors = {
+        name: read_tensor(path, header[key]).to(expected.slots[key].dtype) for key, name in expected.names.items()
+    }
+    refuse_not_finite(tensors, str(path))
+    for key in header.keys() & expected.repeats.keys():
+        own = tensors[expected.names[expected.repeats[key]]]
+        if not torch.equal(read_tensor(path, header[key]).to(own.dtype), own):
+            raise AdapterError(f"'{key}' differs from '{expected.repeats[key]}', which it repeats", file=str(path))
+    for key, module in copies.items():
+        _check_base_copy(read_tensor(path, header[key]), base_modules(net)[module], module, base_weight, str(path))
     return tensors
 
 

@@ -1,7 +1,6 @@
 """The targets of an adapter as PEFT's configuration states them: concrete, sorted, and meaning exactly these layers.
 
-Comes in: module names of the base and resolved targets.  Goes out: target_modules, rank_pattern, alpha_pattern.
-Next: folder.py.
+Module names of the base and resolved targets go in; target_modules, rank_pattern and alpha_pattern come out.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tunekit.adapters.folder.fields import plain
-from tunekit.adapters.patterns import Budget
+from tunekit.adapters.patterns import Patterns
 
 
 def concrete_targets(names: Collection[str], all_names: Collection[str]) -> list[str] | str:
@@ -39,9 +38,9 @@ def concrete_pattern(pattern: Mapping[str, Any], resolved: Mapping[str, Any], de
     PEFT takes the first key that matches, and may sort them when it saves. The recipe's own keys stay where no layer is
     matched by two that differ; else every layer off the default gets a key of its own, anchored and escaped.
     """
-    budget = Budget()
+    patterns = Patterns()
     for name, value in resolved.items():
-        found = {pattern[key] for key in pattern if budget.pattern(key).matches_ending(name)} or {default}
+        found = {pattern[key] for key in pattern if patterns.matches_ending(key, name)} or {default}
         if found != {value}:
             break
     else:

@@ -1,12 +1,12 @@
 """Writes adapter folders in PEFT's format, whole or not at all, with tunekit's own facts beside them in tunekit.json.
 
-Comes in: an attached adapter.  Goes out: a folder that peft loads without a warning, the same bytes each time.
-Next: folder.py reads it.
+An attached adapter goes in; a folder that peft loads without a warning comes out, the same bytes each time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import glob
 import os
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from torch import Tensor
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
-from tunekit.adapters.folder.plain_lora import as_plain_lora
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
+from tunekit.adapters.method import WrittenForm
 from tunekit.adapters.module_names import base_modules, named_copies, parameter_names, plain_entries
 from tunekit.adapters.tokens import written_indices
 from tunekit.errors import AdapterError
@@ -49,7 +49,9 @@ def save_adapter_folder(
     Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
     """
     folder = Path(os.path.abspath(folder))
-    plain = as_plain_lora(attached)
+    form = attached.method.written_form(WrittenForm(attached.settings, attached.targets, attached.layers))
+    plain = copy.copy(attached)
+    plain.settings, plain.targets, plain.layers = form.settings, form.targets, form.layers
     config = peft_config(plain)
     config |= {"base_model_name_or_path": portable(base_name, folder), "revision": revision, "task_type": task_type}
     base = {
@@ -137,7 +139,7 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     named = named_copies(base_modules(attached.net), attached.method.copies(settings))
     if "target_modules" in config:
         chosen = [name for name in sorted(attached.copies) if name not in named]
-        names = chosen if attached.method.places else [t.name for t in targets if t.kind != "parameter"]
+        names = chosen if attached.method.only_copies else [t.name for t in targets if t.kind != "parameter"]
         config["target_modules"] = concrete_targets(names, list(base_modules(attached.net)))
         config |= {"exclude_modules": None} if "exclude_modules" in config else {}
     if attached.copies and config.get("modules_to_save"):

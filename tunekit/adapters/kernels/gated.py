@@ -1,7 +1,4 @@
-"""Whether an MLP computes down(act(gate(x)) * up(x)) and nothing else, read from its own code.
-
-Comes in: a module.  Goes out: yes or no.  Next: fused.py.
-"""
+"""Whether an MLP computes down(act(gate(x)) * up(x)) and nothing else, read from its own code."""
 
 from __future__ import annotations
 

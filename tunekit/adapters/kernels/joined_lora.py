@@ -1,25 +1,25 @@
 """LoRA of projections that belong together, as one autograd function each: queries, keys and values; the gated MLP.
 
-Comes in: an attached adapter of method lora.  Goes out: the same products, which keep less and pass over memory less.
-Next: attach.py puts them in place; plan says which layers they are.
-
+Layers of LoRA in place in a network go in; the same products, which keep less and pass over memory less, come out.
 What is kept for the backward pass is the input and a handle of the base layer, of the MLP gate and up besides: never a
 dense W of a packed layer, a base output, a low-rank product, or what lies between gate and down. They are made again.
-Equal to the plain path up to the order of sums, with the same dropout masks. Whatever does not fit (another method, a
-watched module) takes the plain path of lora.py.
+Equal to the plain path up to the order of sums, with the same dropout masks. Whatever does not fit, such as a module
+with hooks, takes the plain path: its own forward.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from tunekit.adapters.base import Casts, LayerAdapter
 from tunekit.adapters.kernels.gated import is_gated_mlp
-from tunekit.adapters.kernels.lora_products import Casts, Gated, Member, Products, gated_product, products
-from tunekit.adapters.method import Method
-from tunekit.adapters.methods.lora import Lora
+from tunekit.adapters.kernels.lora_products import Gated, Member, Products, gated_product, products
+from tunekit.adapters.method import Group, Method
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import multiplies_exactly
 from tunekit.records import Target
@@ -27,65 +27,68 @@ from tunekit.records import Target
 JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, where they are given the same input
 CROSS = ("encoder_attn",)  # attention modules whose keys and values are of another input than their queries
 GATED = ("gate_proj", "up_proj", "down_proj")
-Group = tuple[str, ...]  # module names
 
 
-def find_groups(net: nn.Module, modules: Mapping[str, nn.Module], settings: Any, targets: list[Target]) -> list[Group]:
-    """The groups in which the layers of a LoRA are computed. `modules`: the base's layer under each target's name."""
-    children: dict[str, set[str]] = {}
-    for target in targets:
-        if _is_plain(settings, target) and multiplies_exactly(modules[target.name]):
-            parent, _, own = target.name.rpartition(".")
-            children.setdefault(parent, set()).add(own)
-    inputs = {target.name: target.in_features for target in targets}
-    groups: list[Group] = []
-    for parent, own_names in children.items():
-        whole = own_names & set(GATED) and is_gated_mlp(net.get_submodule(parent))
-        sets: list[Group] = [GATED] if whole and own_names >= set(GATED) else []
-        joined = JOINED[1:] if parent.rpartition(".")[2] in CROSS else JOINED
-        widths = {inputs[f"{parent}.{own}"] for own in own_names & set(joined)}
-        sets += [joined] if len(widths) == 1 and len(own_names & set(joined)) > 1 else []
-        together = [tuple(own for own in each if own in own_names) for each in sets]
-        alone = own_names - {own for each in together for own in each}
-        together += [(own,) for own in sorted(alone)]
-        groups += [tuple(f"{parent}.{own}" for own in each) for each in together]
-    return groups
+@dataclass(frozen=True)
+class JoinedProducts:
+    """The kernel of a method whose layers are y = W x + s B A x. `layer`: its class; one with more state than A and B
+    takes the plain path."""
+
+    layer: type[LayerAdapter]
+
+    def groups(
+        self, net: nn.Module, modules: Mapping[str, nn.Module], settings: Any, targets: Sequence[Target]
+    ) -> list[Group]:
+        """The groups in which the layers are computed. `modules`: the base's layer under each target's name."""
+        children: dict[str, set[str]] = {}
+        for target in targets:
+            if self._is_plain(settings, target) and multiplies_exactly(modules[target.name]):
+                parent, _, own = target.name.rpartition(".")
+                children.setdefault(parent, set()).add(own)
+        inputs = {target.name: target.in_features for target in targets}
+        groups: list[Group] = []
+        for parent, own_names in children.items():
+            whole = own_names & set(GATED) and is_gated_mlp(net.get_submodule(parent))
+            sets: list[Group] = [GATED] if whole and own_names >= set(GATED) else []
+            joined = JOINED[1:] if parent.rpartition(".")[2] in CROSS else JOINED
+            widths = {inputs[f"{parent}.{own}"] for own in own_names & set(joined)}
+            sets += [joined] if len(widths) == 1 and len(own_names & set(joined)) > 1 else []
+            together = [tuple(own for own in each if own in own_names) for each in sets]
+            alone = own_names - {own for each in together for own in each}
+            together += [(own,) for own in sorted(alone)]
+            groups += [tuple(f"{parent}.{own}" for own in each) for each in together]
+        return groups
+
+    def _is_plain(self, settings: Any, target: Target) -> bool:
+        return target.kind == "linear" and "." in target.name and set(self.layer.slots(settings, target)) == {"A", "B"}
+
+    def join(
+        self, net: nn.Module, layers: Mapping[str, Any], settings: Any, targets: Sequence[Target], casts: Casts
+    ) -> list[Group]:
+        """Let the layers, which are in place in `net`, compute in groups; returns the groups."""
+        groups = self.groups(net, {name: layer.base_layer for name, layer in layers.items()}, settings, targets)
+        for group in groups:
+            members = [layers[name] for name in group]
+            if [name.rpartition(".")[2] for name in group] == list(GATED):
+                mlp: Any = net.get_submodule(group[0].rpartition(".")[0])
+                mlp.forward = GatedMlp(mlp, members, casts)
+            else:
+                joined = JoinedLayers(members, casts)
+                for layer in members:
+                    layer.joined = joined
+        return groups
 
 
-def _is_plain(settings: Any, target: Target) -> bool:
-    """Whether a layer is y = W x + s B A x with A and B alone."""
-    return target.kind == "linear" and "." in target.name and set(Lora.slots(settings, target)) == {"A", "B"}
-
-
-def planned_groups(net: nn.Module, method: Method, settings: Any, targets: list[Target]) -> list[Group]:
-    """The groups that attaching an adapter to this base will make; none for other methods than lora."""
-    if method.layer is not Lora:
-        return []
-    return find_groups(net, dict(net.named_modules(remove_duplicate=False)), settings, targets)
+def planned_groups(net: nn.Module, method: Method, settings: Any, targets: Sequence[Target]) -> list[Group]:
+    """The groups that attaching an adapter to this base will make; none for a method without a kernel."""
+    modules = dict(net.named_modules(remove_duplicate=False))
+    return [] if method.kernel is None else method.kernel.groups(net, modules, settings, targets)
 
 
 def describe(groups: Sequence[Group]) -> str:
     """How many layers of each kind are computed in one go."""
-    counts: dict[str, int] = {}
-    for group in groups:
-        kind = " + ".join(name.rpartition(".")[2] for name in group)
-        counts[kind] = counts.get(kind, 0) + 1
+    counts = Counter(" + ".join(name.rpartition(".")[2] for name in group) for group in groups)
     return ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
-
-
-def fuse(net: nn.Module, layers: Mapping[str, Any], settings: Any, targets: list[Target], casts: Casts) -> list[Group]:
-    """Let the layers of a LoRA (by module name, in place in `net`) compute in groups; returns the groups."""
-    groups = find_groups(net, {name: layer.base_layer for name, layer in layers.items()}, settings, targets)
-    for group in groups:
-        members = [layers[name] for name in group]
-        if [name.rpartition(".")[2] for name in group] == list(GATED):
-            mlp: Any = net.get_submodule(group[0].rpartition(".")[0])
-            mlp.forward = GatedMlp(mlp, members, casts)
-        else:
-            joined = JoinedLayers(members, casts)
-            for layer in members:
-                layer.fused = joined
-    return groups
 
 
 def _member(layer: Any) -> Member:

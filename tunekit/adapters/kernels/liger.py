@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from tunekit.adapters.kernels.joined_lora import GatedMlp
 from tunekit.adapters.kernels.lora_products import Gated
+from tunekit.model.norms import computes_rms_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,7 @@ class LigerGated(Gated):
 
 def liger_places(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Modules that liger's kernels equal: norms written as Llama's, and fused MLPs whose activation is SiLU."""
-    kinds: dict[nn.Module, Any] = {module: type(module) for module in net.modules()}
-    norms = [module for module, kind in kinds.items() if _computes_rms_norm(kind)]
+    norms = [module for module in net.modules() if computes_rms_norm(module)]
     fused = [module for module in net.modules() if isinstance(module.__dict__.get("forward"), GatedMlp)]
     return norms, [mlp for mlp in fused if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")]
 
@@ -58,19 +57,3 @@ def _liger_norm(norm: Any, x: Tensor) -> Tensor:
     # The gradient is not written over dy: a residual may need that again.
     y: Tensor = LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
     return y
-
-
-@cache
-def _computes_rms_norm(kind: Any) -> bool:
-    """Whether the class's forward ends as Llama's: weight times x / rms(x), rounded before the weight."""
-    try:
-        lines = inspect.getsource(kind.forward).splitlines()
-    except (OSError, TypeError):
-        return False
-    return [line.strip() for line in lines[1:]] == [
-        "input_dtype = hidden_states.dtype",
-        "hidden_states = hidden_states.to(torch.float32)",
-        "variance = hidden_states.pow(2).mean(-1, keepdim=True)",
-        "hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)",
-        "return self.weight * hidden_states.to(input_dtype)",
-    ]

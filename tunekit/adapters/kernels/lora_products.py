@@ -1,6 +1,6 @@
-"""The autograd functions of fused.py: several adapted products of one input, and a gated MLP.
+"""The autograd functions of joined_lora.py: several adapted products of one input, and a gated MLP.
 
-Comes in: base layers with scalings, x (..., I), factors A (R, I) and B (O, R) in float32.  Goes out: (..., O) each.
+Base layers with scalings, x (..., I) and factors A (R, I) and B (O, R) in float32 go in; (..., O) each come out.
 With y = W x + s B A x and g = dL/dy:  dx = g W + s (g B) A,  dB = s g^T (x A^T),  dA = s (g B)^T x.
 With dropout p each layer has a mask m of its own: m x in place of x beside A, and s / (1 - p) in place of s. A mask is
 kept, a byte an element: to draw it again would cost a CPU more time than all else that dropout does.
@@ -8,8 +8,7 @@ kept, a byte an element: to draw it again would cost a CPU more time than all el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,31 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunekit.adapters.base import Casts
 from tunekit.model.quantized.weights import product_matrix
-
-
-class Casts:
-    """Factors in the compute dtype, made once for as long as no weight changes, else for every use."""
-
-    def __init__(self) -> None:
-        self._kept: dict[Any, Tensor] | None = None
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Inside the block the trained weights do not change: what was cast is used again."""
-        self._kept = {}
-        try:
-            yield
-        finally:
-            self._kept = None
-
-    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, or gave before under this key."""
-        if self._kept is None:
-            return make()
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +54,7 @@ class Products:
     def __init__(self, members: Sequence[Member], casts: Casts) -> None:
         self.members, self.casts = tuple(members), casts
         starts = [sum(member.rank for member in members[:index]) for index in range(len(members))]
-        self.places = [slice(start, start + member.rank) for start, member in zip(starts, members, strict=True)]
+        self.columns = [slice(start, start + member.rank) for start, member in zip(starts, members, strict=True)]
 
     def _joined_a(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(sum of R, I): every A, one below the other."""
@@ -108,11 +84,9 @@ class Products:
         """A x of each layer, (N, R); one product where no mask tells them apart."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)  # (N, I), (sum of R, I)
         if masks.each:
-            return [
-                torch.where(mask, flat, 0) @ a[place].t() for mask, place in zip(masks.each, self.places, strict=True)
-            ]
+            return [torch.where(mask, flat, 0) @ a[own].t() for mask, own in zip(masks.each, self.columns, strict=True)]
         low = flat @ a.t()  # (N, sum of R)
-        return [low[:, place] for place in self.places]
+        return [low[:, own] for own in self.columns]
 
     def backward(
         self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool
@@ -126,16 +100,16 @@ class Products:
         for index, (member, gradient) in enumerate(zip(self.members, gradients, strict=True)):
             if gradient is None:
                 continue
-            g, place = gradient.reshape(-1, gradient.shape[-1]), self.places[index]  # (N, O)
-            through[:, place] = (g @ self._b(index, factors, x.dtype)).mul_(member.scaling)
-            of_factors[2 * index + 1].copy_((g.t() @ low[:, place]).mul_(member.scaling))
+            g, own = gradient.reshape(-1, gradient.shape[-1]), self.columns[index]  # (N, O)
+            through[:, own] = (g @ self._b(index, factors, x.dtype)).mul_(member.scaling)
+            of_factors[2 * index + 1].copy_((g.t() @ low[:, own]).mul_(member.scaling))
             if wants_x:
                 w = product_matrix(member.base, x.dtype)  # (O, I)
                 of_x = g @ w if of_x is None else of_x.addmm_(g, w)
                 del w
         of_a = through.t() @ flat  # (sum of R, I)
-        for index, place in enumerate(self.places):
-            of_factors[2 * index].copy_(of_a[place])
+        for index, own in enumerate(self.columns):
+            of_factors[2 * index].copy_(of_a[own])
         return None if of_x is None else of_x.addmm_(through, a).view(x.shape), of_factors
 
     def masked_backward(
@@ -148,7 +122,7 @@ class Products:
         for index, (member, gradient, mask) in enumerate(zip(self.members, gradients, masks.each, strict=True)):
             if gradient is None:
                 continue
-            own, scaling = a[self.places[index]], member.scaling * masks.scale
+            own, scaling = a[self.columns[index]], member.scaling * masks.scale
             g, dropped = gradient.reshape(-1, gradient.shape[-1]), torch.where(mask, flat, 0)  # (N, O), (N, I)
             through = (g @ self._b(index, factors, x.dtype)).mul_(scaling)  # (N, R)
             of_factors[2 * index].copy_(through.t() @ dropped)

@@ -1,4 +1,4 @@
-"""AdaLoRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: rank_budget.py, attach.py, folder.py."""
+"""AdaLoRA, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
 from tunekit.adapters.blocks.lora_fields import LORA_FIXED
-from tunekit.adapters.folder.fields import ANY, PeftSide
-from tunekit.adapters.method import Method, Misfit
+from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
+from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.records import Target
 
@@ -21,7 +21,7 @@ SPREAD = 0.02  # of A and B at the start
 SAME_RANK = 1e-5  # PEFT adds it to the rank that it divides by
 
 
-class Adalora(LayerAdapter):
+class Adalora(LowRankLayer):
     """Low-rank update by singular values: y = W x + s B (E * (A x)), s = alpha / (r + 1e-5), r the rank at the start.
 
     Shapes: x (..., I) -> y (..., O); A (R, I); E (R, 1); B (O, R); kept (R,) bool.    Starts as the identity: E = 0.
@@ -52,7 +52,7 @@ class Adalora(LayerAdapter):
         return {**slots, "kept": Slot("kept", (rank,), kind="resume", dtype=torch.bool)}
 
     def initialise(self, generator: Generator) -> None:
-        for attribute in self.held:
+        for attribute in self.declared:
             getattr(self, attribute).data.zero_()
         self.A.data.normal_(0, SPREAD, generator=generator)
         self.B.data.normal_(0, SPREAD, generator=generator)
@@ -60,18 +60,10 @@ class Adalora(LayerAdapter):
 
     @property
     def scaling(self) -> float:
-        """s."""
         return self.settings.alpha / (self.settings.init_r + SAME_RANK)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
-        x = F.dropout(x, self.settings.dropout, self.training)
-        low = F.linear(x, (self.A * self.E).to(x.dtype))  # (..., R)
-        return y + F.linear(low, self.B.to(x.dtype)) * self.scaling
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        delta = self.B.detach() @ (self.A.detach() * self.E.detach()) * self.scaling
-        return weight + delta.to(weight.device), bias
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A * self.E, self.B
 
     def nonorthogonality(self) -> Tensor:
         """() float32: |A A^T - 1| + |B^T B - 1|, Frobenius norms."""
@@ -106,7 +98,7 @@ class Adalora(LayerAdapter):
         state, left = super().exported(), self.left()
         if bool(left.all()):
             return state
-        a, e, b = (f"{self.place}.lora_{own}" for own in FACTORS)
+        a, e, b = (f"{self.module_name}.lora_{own}" for own in FACTORS)
         return {a: state[a][left], e: state[e][left], b: state[b][:, left]}
 
     def left(self) -> Tensor:
@@ -117,7 +109,7 @@ class Adalora(LayerAdapter):
     def rank_pattern(self) -> list[bool]:
         """`left` as PEFT writes it, of the ranks at the very start."""
         left = iter(self.left().tolist())
-        before = self.settings.kept.get(pattern_key(self.place), (True,) * self.settings.init_r)
+        before = self.settings.kept.get(pattern_key(self.module_name), (True,) * self.settings.init_r)
         return [was and next(left) for was in before]
 
 
@@ -126,28 +118,28 @@ def pattern_key(name: str) -> str:
     return f"{name}.lora_E"
 
 
-def _misfits(settings: AdaloraSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: AdaloraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     found = []
     if settings.target_r >= settings.init_r and not file:
         what = f"target_r {settings.target_r} is not below init_r {settings.init_r}, so that no rank could move"
-        found.append(Misfit("target_r", what, "raise init_r (1.5 times target_r is usual), or use the method lora"))
+        found.append(Conflict("target_r", what, "raise init_r (1.5 times target_r is usual), or use the method lora"))
     for target in targets:
         side = min(target.in_features, target.out_features)
         if settings.init_r > side and not file:
             what = f"rank {settings.init_r} is too large for '{target.name}'"
-            found.append(Misfit("init_r", what, f"use at most {side}"))
+            found.append(Conflict("init_r", what, f"use at most {side}"))
             break
     keys = {pattern_key(target.name) for target in targets}
     key = "rank_pattern" if file else "kept"
     for name, kept in settings.kept.items():
         if name not in keys:
-            found.append(Misfit(key, f"'{name}' names no adapted layer", "its keys are MODULE.lora_E"))
+            found.append(Conflict(key, f"'{name}' names no adapted layer", "its keys are MODULE.lora_E"))
         elif len(kept) != settings.init_r:
-            found.append(Misfit(key, f"'{name}' has {len(kept)} entries, and init_r is {settings.init_r}", ""))
+            found.append(Conflict(key, f"'{name}' has {len(kept)} entries, and init_r is {settings.init_r}", ""))
     return found
 
 
-FIELDS: dict[str, tuple[str, Any]] = {
+FIELDS: Fields = {
     "init_r": ("init_r", 12),
     "target_r": ("target_r", 8),
     "lora_alpha": ("alpha", 8),
@@ -158,14 +150,9 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "beta1": ("beta1", 0.85),
     "beta2": ("beta2", 0.85),
     "orth_reg_weight": ("orth_reg_weight", 0.5),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
-    "modules_to_save": ("modules_to_save", []),
-    "layers_to_transform": ("layers_to_transform", []),
-    "layers_pattern": ("layers_pattern", None),
     "rank_pattern": ("kept", {}),
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: Fixed = {
     **LORA_FIXED,
     "alpha_pattern": ({}, ANY),  # PEFT reads this and the next two of LoRA alone
     "r": (8, ANY),
@@ -173,10 +160,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "total_step": (None, ANY),  # what is written depends on the run: RankBudget
 }
-
-
-def _saved_modules(settings: AdaloraSettings) -> Sequence[str]:
-    return settings.modules_to_save
 
 
 class RankBudget(SharedPart):
@@ -199,7 +182,7 @@ class RankBudget(SharedPart):
     def initialise(self, generator: Generator) -> None:
         self.total_steps.zero_()
 
-    def see(self, layers: Mapping[str, LayerAdapter]) -> None:
+    def take_layers(self, layers: Mapping[str, LayerAdapter]) -> None:
         self.__dict__["layers"] = list(layers.values())  # not submodules
 
     @property
@@ -248,7 +231,7 @@ class RankBudget(SharedPart):
 
     def file_fields(self) -> dict[str, Any]:
         """rank_pattern, where a rank is gone, and a total_step with which PEFT takes the schedule for possible."""
-        patterns = {f"{layer.place}.lora_E": layer.rank_pattern() for layer in self._layers}
+        patterns = {f"{layer.module_name}.lora_E": layer.rank_pattern() for layer in self._layers}
         least = self.settings.tinit + self.settings.tfinal + 1
         return {
             "rank_pattern": patterns if not all(map(all, patterns.values())) else None,
@@ -256,19 +239,19 @@ class RankBudget(SharedPart):
         }
 
 
-def run_misfits(settings: AdaloraSettings, steps: int) -> list[Misfit]:
+def run_conflicts(settings: AdaloraSettings, steps: int) -> list[Conflict]:
     """A schedule that leaves no step between its two ends."""
     if settings.tinit < steps - max(settings.tfinal, 1):
         return []
     what = f"tinit {settings.tinit} and tfinal {settings.tfinal} leave no step of this run's {steps} to move ranks in"
-    return [Misfit("tinit" if settings.tinit else "tfinal", what, "lower them, or train longer")]
+    return [Conflict("tinit" if settings.tinit else "tfinal", what, "lower them, or train longer")]
 
 
 METHOD = Method(
     peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED),
     layer=Adalora,
     shared=RankBudget,
-    copies=_saved_modules,
-    misfits=_misfits,
-    run_misfits=run_misfits,
+    unbinding=frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}),  # of training
+    conflicts=_conflicts,
+    run_conflicts=run_conflicts,
 )

@@ -1,4 +1,4 @@
-"""BitFit.  Comes in: every module of a base that owns a bias, quantized or not.  Next: attach.py, folder.py.
+"""BitFit, of every module of a base that owns a bias, quantized or not.
 
 PEFT has no such type: `peft_type: BITFIT` marks a folder that only tunekit reads. Its tensors have the base's own names
 after PEFT's prefix, so that the biases of any other tool are easily put beside them.
@@ -12,11 +12,11 @@ from torch import nn
 
 from tunekit.adapters.blocks.chosen_modules import chosen_names
 from tunekit.adapters.folder.fields import PeftSide
-from tunekit.adapters.method import Method
+from tunekit.adapters.method import Method, always
 from tunekit.recipe.adapters.bitfit import BitfitSettings
 
 
-def places(modules: Mapping[str, nn.Module], settings: BitfitSettings) -> dict[str, tuple[str, ...]]:
+def chosen_biases(modules: Mapping[str, nn.Module], settings: BitfitSettings) -> dict[str, tuple[str, ...]]:
     """The bias of each chosen owner, trained as a float32 copy that is never decayed.
 
     Source: Ben Zaken et al. 2022.
@@ -26,5 +26,8 @@ def places(modules: Mapping[str, nn.Module], settings: BitfitSettings) -> dict[s
 
 
 METHOD = Method(
-    peft=PeftSide("BITFIT", BitfitSettings, {"target_modules": ("target_modules", "all-biases")}), places=places
+    peft=PeftSide("BITFIT", BitfitSettings, {"target_modules": ("target_modules", "all-biases")}),
+    only_copies=chosen_biases,
+    tensors=("bias",),
+    is_linear=always,
 )

@@ -1,15 +1,13 @@
-"""BOFT.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""BOFT, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, rotate_blocks
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.model.quantized.weights import weight_of
@@ -85,14 +83,12 @@ def butterfly(inputs: int, size: int, index: int) -> Tensor:
     return (starts[:, None] + run).flatten()
 
 
-FIELDS: dict[str, tuple[str, Any]] = {
+FIELDS: Fields = {
     "boft_block_size": ("block_size", 4),
     "boft_block_num": ("blocks", 0),
     "boft_n_butterfly_factor": ("butterfly_factors", 1),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: Fixed = {
     "bias": ("none",),
     "boft_dropout": (0.0, ANY),  # of peft's training alone
     "fan_in_fan_out": (False, True),  # the layer's own class decides

@@ -1,9 +1,8 @@
-"""C3A.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""C3A, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -11,8 +10,8 @@ from torch.fft import irfft, rfft
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.divisors import undivided
-from tunekit.adapters.folder.fields import ANY, PeftSide
-from tunekit.adapters.method import Method, Misfit
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
+from tunekit.adapters.method import Conflict, Method, always
 from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.records import Target
 
@@ -35,31 +34,32 @@ class C3a(LayerAdapter):
     def initialise(self, generator: Generator) -> None:
         nn.init.zeros_(self.kernels)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
+    def update(self, x: Tensor) -> Tensor:
         side = self.settings.block_size
         pieces = rfft(x.float().reshape(*x.shape[:-1], -1, side))  # (..., I / S, S / 2 + 1)
         kernels = rfft(self.kernels).conj()  # (O / S, I / S, S / 2 + 1)
         products = torch.einsum("...nf,mnf->...mf", pieces, kernels)
         update: Tensor = irfft(products, n=side).flatten(start_dim=-2) / self.target.in_features  # (..., O)
-        return y + update.to(y.dtype)
+        return update
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        kernels, side = self.kernels.detach(), self.settings.block_size
-        steps = torch.arange(side, device=kernels.device)
-        blocks = kernels[:, :, (steps[None] - steps[:, None]) % side]  # (O / S, I / S, S, S)
-        delta = blocks.transpose(1, 2).reshape(weight.shape) / self.target.in_features
-        return weight + delta.to(weight.device), bias
+    def delta(self) -> Tensor:
+        side, inputs = self.settings.block_size, self.target.in_features
+        steps = torch.arange(side, device=self.kernels.device)
+        blocks = self.kernels[:, :, (steps[None] - steps[:, None]) % side]  # (O / S, I / S, S, S)
+        return blocks.transpose(1, 2).reshape(-1, inputs) / inputs
 
 
-def _misfits(settings: C3aSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: C3aSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     return undivided("block_size", settings.block_size, targets, inputs=True)
 
 
-FIELDS = {"block_size": ("block_size", 256), "target_modules": ("target_modules", None)}
-FIXED: dict[str, tuple[Any, ...]] = {"bias": ("none",), "block_size_pattern": ({}, None), "init_weights": (True, ANY)}
+FIXED: Fixed = {"bias": ("none",), "block_size_pattern": ({}, None), "init_weights": (True, ANY)}
 METHOD = Method(
-    peft=PeftSide("C3A", C3aSettings, FIELDS, FIXED, absent=frozenset({"exclude_modules"})),
+    peft=PeftSide(
+        "C3A", C3aSettings, {"block_size": ("block_size", 256)}, FIXED, absent=frozenset({"exclude_modules"})
+    ),
     layer=C3a,
-    misfits=_misfits,
+    tensors=("c3a_kernel",),
+    is_linear=always,
+    conflicts=_conflicts,
 )

@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning.  Comes in: a decoder-only network.  Next: attach.py, folder.py."""
+"""Context-aware prompt tuning, of a decoder-only network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Cpt(VirtualTokens):
     context: Tensor
 
     @classmethod
-    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: CptSettings, net: nn.Module) -> dict[str, Slot]:
         shape = (cls.virtual_tokens(settings), width_of(net))
         return {
             "delta": Slot("delta_embedding.weight", shape, decays=False),
@@ -54,11 +54,11 @@ class Cpt(VirtualTokens):
         }
 
     @classmethod
-    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: CptSettings, net: nn.Module) -> dict[str, Slot]:
         return {"finished_vectors": Slot(IN_FILES, (cls.virtual_tokens(settings), width_of(net)))}
 
     @classmethod
-    def virtual_tokens(cls, settings: Any) -> int:
+    def virtual_tokens(cls, settings: CptSettings) -> int:
         if settings.token_ids is None:
             raise AdapterError("the examples have not been made into tokens", "give token_ids", key="adapter.examples")
         return len(settings.token_ids)
@@ -133,7 +133,10 @@ class CptSide(PeftSide):
     """PEFT's fields, of which num_virtual_tokens repeats a length."""
 
     def read(self, config: Mapping[str, Any], file: str) -> Any:
-        """Our settings for PEFT's fields. Raises: AdapterError."""
+        """Our settings for PEFT's fields.
+
+        Raises: AdapterError.
+        """
         settings = super().read(config, file)
         count = config.get("num_virtual_tokens")
         if settings.token_ids is None:

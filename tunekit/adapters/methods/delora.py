@@ -1,15 +1,14 @@
-"""DeLoRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""DeLoRA, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.base import Slot
+from tunekit.adapters.blocks.low_rank_layer import LowRankLayer, rank_of
+from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.delora import DeloraSettings
@@ -18,7 +17,7 @@ from tunekit.records import Target
 SMALLEST_NORM = 1e-4  # of a factor: B starts at 0
 
 
-class Delora(LayerAdapter):
+class Delora(LowRankLayer):
     """Decoupled update: y = W x + (strength / r) sum over i of (b_i / |b_i|) (a_i / |a_i|)^T (c * x).
 
     Shapes: x (..., I) -> y (..., O); A (R, I) with rows a_i; B (O, R) with columns b_i; strength (1,); c (I,) the norms
@@ -34,7 +33,7 @@ class Delora(LayerAdapter):
 
     @classmethod
     def slots(cls, settings: DeloraSettings, target: Target) -> dict[str, Slot]:
-        rank = target.r or settings.r
+        rank = rank_of(settings, target)
         return {
             "A": Slot("delora_A", (rank, target.in_features)),
             "B": Slot("delora_B", (target.out_features, rank)),
@@ -54,29 +53,16 @@ class Delora(LayerAdapter):
             self.c.copy_(weight.read().norm(dim=0))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(R, I) and (O, R), whose product is the update."""
         norms = self.A.norm(dim=1).clamp(min=SMALLEST_NORM) * self.B.norm(dim=0).clamp(min=SMALLEST_NORM)  # (R,)
         return self.A * self.c, self.B * (self.strength / self.A.shape[0] / norms)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
-        a, b = (factor.to(x.dtype) for factor in self.factors())
-        return y + F.linear(F.linear(F.dropout(x, self.settings.dropout, self.training), a), b)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, b = (factor.detach() for factor in self.factors())
-        return weight + (b @ a).to(weight.device), bias
-
-
-FIELDS: dict[str, tuple[str, Any]] = {
+FIELDS: Fields = {
     "r": ("r", 8),
     "delora_lambda": ("delora_lambda", 15),
     "module_dropout": ("dropout", 0.0),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
-    "rank_pattern": ("rank_pattern", {}),
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: Fixed = {
     "bias": ("none",),
     "init_weights": (True, False),
     "lambda_pattern": ({}, ANY),  # of the start; the trained strengths are in the file

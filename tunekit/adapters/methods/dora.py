@@ -1,19 +1,28 @@
-"""DoRA.  Comes in: a linear layer, a Conv1D or an embedding, packed or not.  Next: attach.py, folder.py."""
+"""DoRA, of linear layers, Conv1D and embeddings, packed or not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules
+from tunekit.adapters.blocks.lora_fields import (
+    LORA_FIELDS,
+    LORA_FIXED,
+    LORA_TENSORS,
+    LORA_UNBINDING,
+    start_conflicts,
+)
+from tunekit.adapters.blocks.plain_lora import as_plain_lora
 from tunekit.adapters.folder.fields import PeftSide
-from tunekit.adapters.method import Method
+from tunekit.adapters.method import Conflict, Method
 from tunekit.adapters.methods.lora import Lora
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.dora import DoraSettings
+from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target
 
 
@@ -29,7 +38,7 @@ class Dora(Lora):
     magnitude: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
         magnitude = Slot("lora_magnitude_vector", (target.out_features,), decays=False)
         return {**super().slots(settings, target), "magnitude": magnitude}
 
@@ -37,8 +46,8 @@ class Dora(Lora):
         super().initialise(generator)
         self._set_magnitude()
 
-    def begin(self, generator: torch.Generator, evidence: Any = None) -> None:
-        super().begin(generator, evidence)
+    def initialise_from(self, generator: torch.Generator, evidence: Any) -> None:
+        super().initialise_from(generator, evidence)
         if evidence is not None:
             self._set_magnitude()
 
@@ -49,7 +58,8 @@ class Dora(Lora):
         if weight.device.type == "meta":  # the values are loaded afterwards
             self.magnitude.data.fill_(1)
         else:
-            self.magnitude.data.copy_(self._norm(weight.read().add_(self.delta().to(weight.device))))
+            with torch.no_grad():
+                self.magnitude.copy_(self._norm(weight.read().add_(self.delta().to(weight.device))))
 
     def _norm(self, weight: Tensor) -> Tensor:
         """|weight| (O,) over inputs; of an embedding (V, D) over the vocabulary, as PEFT has it."""
@@ -68,7 +78,7 @@ class Dora(Lora):
         y = self.base_output(x)  # (..., O)
         scale, bias = self._scale(), self.used_bias()  # (O,)
         unbiased = y if bias is None else y - bias.to(y.dtype)
-        return y + unbiased * (scale - 1).to(y.dtype) + self.update(x, y.dtype) * scale.to(y.dtype)
+        return y + unbiased * (scale - 1).to(y.dtype) + self.update(x).to(y.dtype) * scale.to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         changed, bias = super().merged(weight, bias)
@@ -76,9 +86,19 @@ class Dora(Lora):
         return changed * (scale if self.target.kind == "embedding" else scale[:, None]), bias
 
 
+def _conflicts(settings: DoraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
+    found = start_conflicts(settings, targets, file)
+    if settings.target_parameters:
+        what = "a fused parameter has no output to scale, and PEFT's files no place for its magnitudes"
+        found.append(Conflict("target_parameters", what, "use the method lora for it"))
+    return found
+
+
 METHOD = Method(
-    peft=PeftSide("LORA", DoraSettings, LORA_FIELDS, {**LORA_FIXED, "use_dora": (True,)}, claims={"use_dora": True}),
+    peft=PeftSide("LORA", DoraSettings, LORA_FIELDS, LORA_FIXED, claims={"use_dora": True}),
     layer=Dora,
-    copies=saved_modules,
-    misfits=misfits,
+    written_form=as_plain_lora,
+    tensors=LORA_TENSORS,
+    unbinding=LORA_UNBINDING,
+    conflicts=_conflicts,
 )

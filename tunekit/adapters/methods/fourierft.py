@@ -1,24 +1,23 @@
-"""FourierFT.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""FourierFT, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.blocks.delta_product import delta_product
-from tunekit.adapters.folder.fields import ANY, PeftSide
-from tunekit.adapters.method import Method, Misfit
+from tunekit.adapters.base import Slot
+from tunekit.adapters.blocks.delta_product import DeltaLayer
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
+from tunekit.adapters.method import Conflict, Method, always
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.records import Target
 
 
-class Fourierft(LayerAdapter):
-    """Sparse spectrum of the update: y = W x + s Re(IFFT2(F)) x, F zero but at N random places.
+class Fourierft(DeltaLayer):
+    """Sparse spectrum of the update: y = W x + s Re(IFFT2(F)) x, F zero but at N random indices.
 
     Shapes: x (..., I) -> y (..., O); F (O, I); coefficients (N,).    Starts as the identity: F = 0.
     Source: Gao et al. 2024, eq. 2 to 4.
@@ -34,47 +33,46 @@ class Fourierft(LayerAdapter):
     def initialise(self, generator: Generator) -> None:
         nn.init.zeros_(self.spectrum)
 
-    def delta(self, spectrum: Tensor) -> Tensor:
+    def make(self, spectrum: Tensor) -> Tensor:
         """The update (O, I), float32."""
         outputs, inputs = self.target.out_features, self.target.in_features
-        places = _places(outputs * inputs, self.settings.n_frequency, self.settings.random_loc_seed)
+        indices = _indices(outputs * inputs, self.settings.n_frequency, self.settings.random_loc_seed)
         flat = torch.zeros(outputs * inputs, dtype=spectrum.dtype, device=spectrum.device)
-        dense = flat.index_put((places.to(spectrum.device),), spectrum).reshape(outputs, inputs)
+        dense = flat.index_put((indices.to(spectrum.device),), spectrum).reshape(outputs, inputs)
         delta: Tensor = torch.fft.ifft2(dense).real * self.settings.scaling
         return delta
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
-        return y + delta_product(x, self.delta, self.spectrum)
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.delta(self.spectrum.detach()).to(weight.device), bias
-
 
 @lru_cache(maxsize=64)
-def _places(elements: int, count: int, seed: int) -> Tensor:
+def _indices(elements: int, count: int, seed: int) -> Tensor:
     """Flat indices (N,) of the coefficients: PEFT does not save them, so they are drawn as it draws them."""
     return torch.randperm(elements, generator=Generator("cpu").manual_seed(seed), device="cpu")[:count].clone()
 
 
-def _misfits(settings: FourierftSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: FourierftSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     smallest = min(target.in_features * target.out_features for target in targets)
     if settings.n_frequency <= smallest:
         return []
-    return [Misfit("n_frequency", f"{settings.n_frequency} is too many for the smallest layer", f"at most {smallest}")]
+    return [
+        Conflict("n_frequency", f"{settings.n_frequency} is too many for the smallest layer", f"at most {smallest}")
+    ]
 
 
 FIELDS = {
     "n_frequency": ("n_frequency", 1000),
     "scaling": ("scaling", 150.0),
     "random_loc_seed": ("random_loc_seed", 777),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: Fixed = {
     "bias": ("none",),
     "fan_in_fan_out": (False, True),
     "init_weights": (True, ANY),
     "n_frequency_pattern": ({}, None),
 }
-METHOD = Method(peft=PeftSide("FOURIERFT", FourierftSettings, FIELDS, FIXED), layer=Fourierft, misfits=_misfits)
+METHOD = Method(
+    peft=PeftSide("FOURIERFT", FourierftSettings, FIELDS, FIXED),
+    layer=Fourierft,
+    tensors=("fourierft_spectrum",),
+    is_linear=always,
+    conflicts=_conflicts,
+)

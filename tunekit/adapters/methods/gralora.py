@@ -1,16 +1,15 @@
-"""GraLoRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""GraLoRA, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.folder.fields import Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.gralora import GraloraSettings
@@ -57,8 +56,8 @@ class Gralora(LayerAdapter):
         """s."""
         return self.settings.alpha / (self.settings.r + self.settings.hybrid_r)
 
-    def update(self, x: Tensor) -> Tensor:
-        """The update's output of inputs (..., I), without dropout and scale: (..., O)."""
+    def _blockwise(self, x: Tensor) -> Tensor:
+        """The blocks' output of inputs (..., I), without dropout and scale: (..., O)."""
         k = self.settings.k
         blocks = x.reshape(*x.shape[:-1], k, -1)  # (..., n, I / k)
         low = torch.einsum("...ni,nir->...nr", blocks, self.A.to(x.dtype))
@@ -66,34 +65,34 @@ class Gralora(LayerAdapter):
         low = low.reshape(*x.shape[:-1], k, -1)  # (..., j, R)
         return torch.einsum("...jr,jro->...jo", low, self.B.to(x.dtype)).flatten(-2)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
-        y = y + self.update(F.dropout(x, self.settings.dropout, self.training)) * self.scaling
-        if not self.settings.hybrid_r:
-            return y
-        x = F.dropout(x, self.settings.dropout, self.training)
-        return y + F.linear(F.linear(x, self.plain_A.to(x.dtype)), self.plain_B.to(x.dtype)) * self.scaling
+    def update(self, x: Tensor) -> Tensor:
+        update = self._blockwise(F.dropout(x, self.settings.dropout, self.training))
+        if self.settings.hybrid_r:
+            x = F.dropout(x, self.settings.dropout, self.training)
+            update = update + F.linear(F.linear(x, self.plain_A.to(x.dtype)), self.plain_B.to(x.dtype))
+        return update * self.scaling
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        with torch.no_grad():
-            delta = self.update(torch.eye(weight.shape[1], device=self.A.device)).t()  # (O, I)
-            if self.settings.hybrid_r:
-                delta = delta + self.plain_B @ self.plain_A
-        return weight + (delta * self.scaling).to(weight.device), bias
+    def delta(self) -> Tensor:
+        delta = self._blockwise(torch.eye(self.target.in_features, device=self.A.device)).t()  # (O, I)
+        if self.settings.hybrid_r:
+            delta = delta + self.plain_B @ self.plain_A
+        return delta * self.scaling
 
 
-FIELDS: dict[str, tuple[str, Any]] = {
+FIELDS: Fields = {
     "r": ("r", 32),
     "gralora_k": ("k", 2),
     "hybrid_r": ("hybrid_r", 0),
     "alpha": ("alpha", 64),
     "gralora_dropout": ("dropout", 0.0),
-    "target_modules": ("target_modules", None),
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: Fixed = {
     "bias": ("none",),
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_weights": (True, False),
 }
-ABSENT = frozenset({"exclude_modules"})
-METHOD = Method(peft=PeftSide("GRALORA", GraloraSettings, FIELDS, FIXED, absent=ABSENT), layer=Gralora)
+METHOD = Method(
+    peft=PeftSide("GRALORA", GraloraSettings, FIELDS, FIXED, absent=frozenset({"exclude_modules"})),
+    layer=Gralora,
+    tensors=("gralora_A_general.weight", "gralora_B_general.weight"),
+)

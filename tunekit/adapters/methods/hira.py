@@ -1,23 +1,23 @@
-"""HiRA.  Comes in: a linear layer, a Conv1D or an embedding, packed or not.  Next: attach.py, folder.py."""
+"""HiRA, of linear layers, Conv1D and embeddings, packed or not."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.blocks.delta_product import delta_product
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.base import Slot
+from tunekit.adapters.blocks.delta_product import DeltaLayer
+from tunekit.adapters.blocks.low_rank_layer import rank_of
+from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.hira import HiraSettings
 from tunekit.records import Target
 
 
-class Hira(LayerAdapter):
+class Hira(DeltaLayer):
     """Hadamard update: y = (W + W * (B A)) x.
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).  Of an embedding: ids x (...), A (R, V), B (D, R), y = W[x] +
@@ -31,7 +31,7 @@ class Hira(LayerAdapter):
 
     @classmethod
     def slots(cls, settings: HiraSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
+        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
         infix = "embedding_" if target.kind == "embedding" else ""
         return {"A": Slot(f"hira_{infix}A", (rank, inputs)), "B": Slot(f"hira_{infix}B", (outputs, rank))}
 
@@ -43,32 +43,32 @@ class Hira(LayerAdapter):
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
             nn.init.zeros_(self.B)
 
-    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+    def make(self, a: Tensor, b: Tensor) -> Tensor:
         """The update (O, I) of this layer's own matrix."""
         weight = weight_of(self.base_layer)
         assert weight is not None
         return weight.read(a.dtype) * (b @ a)
 
+    def update(self, x: Tensor) -> Tensor:
+        return super().update(F.dropout(x, self.settings.dropout, self.training))
+
     def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
-        if self.target.kind == "embedding":
-            rows = F.embedding(x, self.A.t().to(y.dtype), self.base_layer.padding_idx)  # (..., R)
-            return y + y * F.linear(rows, self.B.to(y.dtype))
-        x = F.dropout(x, self.settings.dropout, self.training)
-        return y + delta_product(x, self.delta, self.A, self.B)
+        if self.target.kind != "embedding":
+            return super().adapted(x)
+        y = self.base_output(x)
+        rows = F.embedding(x, self.A.t().to(y.dtype), self.base_layer.padding_idx)  # (..., R)
+        return y + y * F.linear(rows, self.B.to(y.dtype))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = (self.B.detach() @ self.A.detach()).to(weight.device)  # (O, I), of an embedding (D, V)
         return weight + weight * (factor.t() if self.target.kind == "embedding" else factor), bias
 
 
-FIELDS: dict[str, tuple[str, Any]] = {
+FIELDS: Fields = {
     "r": ("r", 32),
     "hira_dropout": ("dropout", 0.0),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: Fixed = {
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_weights": (True, False, None, "gaussian"),
     "rank_pattern": ({}, ANY),  # peft 0.21.2 makes every layer of rank r all the same

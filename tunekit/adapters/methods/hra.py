@@ -1,16 +1,16 @@
-"""HRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""HRA, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.blocks.low_rank_layer import rank_of
+from tunekit.adapters.folder.fields import Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.hra import HraSettings
 from tunekit.records import Target
@@ -32,7 +32,7 @@ class Hra(LayerAdapter):
 
     @classmethod
     def slots(cls, settings: HraSettings, target: Target) -> dict[str, Slot]:
-        return {"u": Slot("hra_u", (target.in_features, target.r or settings.r), decays=False)}
+        return {"u": Slot("hra_u", (target.in_features, rank_of(settings, target)), decays=False)}
 
     def initialise(self, generator: Generator) -> None:
         nn.init.kaiming_uniform_(self.u, a=math.sqrt(5), generator=generator)
@@ -57,11 +57,9 @@ class Hra(LayerAdapter):
         return weight - (weight @ unit) @ rest, bias
 
 
-FIELDS: dict[str, tuple[str, Any]] = {
+FIELDS: Fields = {
     "r": ("r", 8),
     "apply_GS": ("orthogonal", False),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
 }
-FIXED: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_weights": (True, False)}
+FIXED: Fixed = {"bias": ("none",), "init_weights": (True, False)}
 METHOD = Method(peft=PeftSide("HRA", HraSettings, FIELDS, FIXED), layer=Hra)

@@ -1,4 +1,4 @@
-"""IA3.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""IA3, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.folder.targets import entries_for
-from tunekit.adapters.method import Method, Misfit
-from tunekit.adapters.patterns import Budget
+from tunekit.adapters.method import Conflict, Method, always
+from tunekit.adapters.patterns import Patterns
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.records import Target
 
@@ -53,11 +53,11 @@ class Ia3(LayerAdapter):
 def is_feedforward(entries: str | tuple[str, ...] | None, name: str) -> bool:
     """Whether the layer's inputs are scaled, as PEFT decides: any ending of the name, or the whole by an expression."""
     if isinstance(entries, str):
-        return Budget().pattern(entries).matches(name)
+        return Patterns().matches(entries, name)
     return name.endswith(entries or ())
 
 
-def _misfits(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     """Every entry for the feed-forward block must be one of a layer; in a file, shapes tell."""
     entries = settings.feedforward_modules
     each: tuple[Any, ...] = (entries,) if isinstance(entries, str) else tuple((entry,) for entry in entries or ())
@@ -65,7 +65,7 @@ def _misfits(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> li
     how = "name layers that target_modules also names"
     shown = [entry if isinstance(entry, str) else entry[0] for entry in idle]
     return (
-        [] if file else [Misfit("feedforward_modules", f"'{entry}' matches no adapted layer", how) for entry in shown]
+        [] if file else [Conflict("feedforward_modules", f"'{entry}' matches no adapted layer", how) for entry in shown]
     )
 
 
@@ -76,12 +76,15 @@ def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: Mapping[s
 
 
 FIELDS = {
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
     "feedforward_modules": ("feedforward_modules", None),
 }
 FIXED = {"fan_in_fan_out": (False, True), "init_ia3_weights": (True, False)}
 ABSENT = frozenset({"layers_pattern", "layers_to_transform"})
 METHOD = Method(
-    peft=PeftSide("IA3", Ia3Settings, FIELDS, FIXED, absent=ABSENT, resolve=_resolve), layer=Ia3, misfits=_misfits
+    peft=PeftSide("IA3", Ia3Settings, FIELDS, FIXED, absent=ABSENT, resolve=_resolve),
+    layer=Ia3,
+    tensors=("ia3_l",),
+    is_linear=always,
+    neutral=1.0,
+    conflicts=_conflicts,
 )

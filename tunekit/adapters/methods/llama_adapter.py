@@ -20,7 +20,7 @@ from tunekit.adapters.base import ModelAdapter, Slot
 from tunekit.adapters.folder.fields import MODULES, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError, ModelError, Problem, RecipeError
-from tunekit.model.attention.places import SelfAttention, parameters_of, self_attentions
+from tunekit.model.attention.self_attention import SelfAttention, parameters_of, self_attentions
 from tunekit.model.call import current_call
 from tunekit.model.families import text_config
 from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
@@ -40,7 +40,7 @@ class LlamaAdapter(ModelAdapter):
     file_prefix = "base_model.model."
 
     @classmethod
-    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: LlamaAdapterSettings, net: nn.Module) -> dict[str, Slot]:
         slots: dict[str, Slot] = {}
         for place in _upper(settings, net):
             shape = (1, settings.adapter_len, int(text_config(net).hidden_size))
@@ -49,18 +49,18 @@ class LlamaAdapter(ModelAdapter):
         return slots
 
     def initialise(self, generator: torch.Generator) -> None:
-        for attribute in sorted(self.held, key=lambda name: -int(name.rpartition("_")[2])):  # the same from the top
+        for attribute in sorted(self.declared, key=lambda name: -int(name.rpartition("_")[2])):  # the same from the top
             if attribute.startswith("prompt"):
                 nn.init.normal_(getattr(self, attribute), generator=generator)
             else:
                 nn.init.zeros_(getattr(self, attribute))
 
     def attach(self, net: nn.Module) -> None:
-        self.module_name = MODULE_NAMES[text_config(net).model_type]
+        self.attention_name = MODULE_NAMES[text_config(net).model_type]
         self.hooks: list[Any] = []
         self._projected: dict[int, Tensor] = {}  # layer -> what its query projection gave, until its attention ends
         for place in _upper(self.settings, net):
-            source: Any = place.module.c_attn if self.module_name == "attn" else place.module.q_proj
+            source: Any = place.module.c_attn if self.attention_name == "attn" else place.module.q_proj
             self.hooks.append(source.register_forward_hook(self._keeper(place.layer)))
             self.hooks.append(place.module.register_forward_hook(self._adder(place), with_kwargs=True))
 
@@ -91,7 +91,7 @@ class LlamaAdapter(ModelAdapter):
         module: Any = place.module
         projected = self._projected.pop(place.layer)
         prompt = getattr(self, f"prompt_{place.layer}").to(projected.dtype)
-        if self.module_name == "attn":
+        if self.attention_name == "attn":
             query = projected.chunk(3, dim=-1)[0]
             _, keys, values = module.c_attn(prompt).chunk(3, dim=-1)
             self._projected.pop(place.layer)
@@ -107,10 +107,10 @@ class LlamaAdapter(ModelAdapter):
         )
         seen = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
         added = seen * getattr(self, f"gate_{place.layer}").to(seen.dtype)
-        return added if self.module_name == "attn" else module.o_proj(added)  # type: ignore[no-any-return]
+        return added if self.attention_name == "attn" else module.o_proj(added)  # type: ignore[no-any-return]
 
     def file_fields(self) -> dict[str, Any]:
-        return {"target_modules": self.module_name, "adapter_layers": len(self.held) // 2}
+        return {"target_modules": self.attention_name, "adapter_layers": len(self.declared) // 2}
 
 
 def _by_head(projected: Tensor, width: int) -> Tensor:
@@ -124,8 +124,11 @@ def _rotated(query: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return query * cosine[:, None] + torch.cat([-second, first], dim=-1) * sine[:, None]
 
 
-def _upper(settings: Any, net: nn.Module) -> list[SelfAttention]:
-    """The attention of the chosen layers. Raises: ModelError, RecipeError or AdapterError by name."""
+def _upper(settings: LlamaAdapterSettings, net: nn.Module) -> list[SelfAttention]:
+    """The attention of the chosen layers.
+
+    Raises: ModelError, RecipeError or AdapterError by name.
+    """
     kind = text_config(net).model_type
     if kind not in MODULE_NAMES:
         what = f"{kind} has no LLaMA-Adapter: PEFT defines it for {', '.join(MODULE_NAMES)}"
@@ -149,7 +152,10 @@ class LlamaAdapterSide(PeftSide):
     """PEFT's fields; the name of the attention modules is compared with the base later."""
 
     def read(self, config: Mapping[str, Any], file: str) -> Any:
-        """Our settings for PEFT's fields. Raises: AdapterError."""
+        """Our settings for PEFT's fields.
+
+        Raises: AdapterError.
+        """
         target = config.get("target_modules")
         settings = super().read({name: value for name, value in config.items() if name != "target_modules"}, file)
         missing = [name for name in ("adapter_len", "adapter_layers") if config.get(name) is None]
@@ -171,4 +177,5 @@ METHOD = Method(
         absent=frozenset(MODULES),
     ),
     model=LlamaAdapter,
+    unbinding=frozenset({"adapter_layers"}),  # the tensors tell
 )

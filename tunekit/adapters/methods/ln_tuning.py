@@ -1,4 +1,4 @@
-"""LN tuning.  Comes in: the norms of a base, quantized or not.  Next: attach.py, folder.py."""
+"""LN tuning, of the norms of a base, quantized or not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from tunekit.adapters.blocks.chosen_modules import chosen_names
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.folder.fields import PeftSide
-from tunekit.adapters.method import Method
+from tunekit.adapters.method import Method, always
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.recipe.adapters.ln_tuning import LnTuningSettings
 
@@ -23,8 +23,8 @@ class NormCopy(TrainedCopy):
 
     @classmethod
     def file_key(cls, name: str) -> str:
-        place, _, own = name.rpartition(".")
-        return f"{cls.file_prefix}{place}.ln_tuning_layers.{own}"
+        module_name, _, own = name.rpartition(".")
+        return f"{cls.file_prefix}{module_name}.ln_tuning_layers.{own}"
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -34,12 +34,16 @@ def is_norm(module: nn.Module) -> bool:
     return single and "weight" in shapes and set(shapes.values()) == {1}
 
 
-def places(modules: Mapping[str, nn.Module], settings: LnTuningSettings) -> dict[str, None]:
+def chosen_norms(modules: Mapping[str, nn.Module], settings: LnTuningSettings) -> dict[str, None]:
     """The chosen norms, every parameter of each."""
     norms = [name for name, module in modules.items() if is_norm(module)]
     return dict.fromkeys(chosen_names(norms, settings.target_modules, "all-norms", "norm"))
 
 
-FIELDS = {"target_modules": ("target_modules", None)}
-ABSENT = frozenset({"layers_pattern", "layers_to_transform"})
-METHOD = Method(peft=PeftSide("LN_TUNING", LnTuningSettings, FIELDS, {}, absent=ABSENT), places=places, copy=NormCopy)
+METHOD = Method(
+    peft=PeftSide("LN_TUNING", LnTuningSettings, absent=frozenset({"layers_pattern", "layers_to_transform"})),
+    only_copies=chosen_norms,
+    copy=NormCopy,
+    tensors=("ln_tuning_layers.weight", "ln_tuning_layers.bias"),
+    is_linear=always,
+)

@@ -1,15 +1,15 @@
-"""LoKr.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""LoKr, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
+from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.lokr import LokrSettings
 from tunekit.records import Target
@@ -27,7 +27,7 @@ class Lokr(LayerAdapter):
 
     @classmethod
     def slots(cls, settings: LokrSettings, target: Target) -> dict[str, Slot]:
-        rank = target.r or settings.r
+        rank = rank_of(settings, target)
         rows, more_rows = divisors(target.out_features, settings.decompose_factor)  # L, K
         columns, more_columns = divisors(target.in_features, settings.decompose_factor)  # M, N
         slots = _slots("w1", rows, columns, rank if settings.decompose_both and rank < max(rows, columns) / 2 else 0)
@@ -35,7 +35,7 @@ class Lokr(LayerAdapter):
         return slots | _slots("w2", more_rows, more_columns, rank if rank < large / 2 else 0)
 
     def initialise(self, generator: Generator) -> None:
-        for attribute in self.held:
+        for attribute in self.declared:
             tensor = getattr(self, attribute)
             if attribute in ("w1", "w1_a"):
                 nn.init.zeros_(tensor)
@@ -44,27 +44,19 @@ class Lokr(LayerAdapter):
 
     def matrix(self, name: str) -> Tensor:
         """C (w1) or D (w2)."""
-        if name in self.held:
+        if name in self.declared:
             whole: Tensor = getattr(self, name)
             return whole
         product: Tensor = getattr(self, f"{name}_a") @ getattr(self, f"{name}_b")
         return product
 
-    @property
-    def scaling(self) -> float:
-        """alpha / r."""
-        alpha = self.settings.alpha if self.target.alpha is None else self.target.alpha
-        return alpha / (self.target.r or self.settings.r)
-
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
+    def update(self, x: Tensor) -> Tensor:
         c, d = self.matrix("w1").to(x.dtype), self.matrix("w2").to(x.dtype)
         grid = x.reshape(*x.shape[:-1], c.shape[1], d.shape[1])  # (..., M, N)
-        return y + (c @ (grid @ d.t())).flatten(-2).mul(self.scaling)
+        return (c @ (grid @ d.t())).flatten(-2).mul(scaling_of(self.settings, self.target))
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        delta = torch.kron(self.matrix("w1").detach(), self.matrix("w2").detach()) * self.scaling  # (O, I)
-        return weight + delta.to(weight.device), bias
+    def delta(self) -> Tensor:
+        return torch.kron(self.matrix("w1"), self.matrix("w2")) * scaling_of(self.settings, self.target)
 
 
 def _slots(name: str, rows: int, columns: int, rank: int) -> dict[str, Slot]:
@@ -84,17 +76,13 @@ def divisors(size: int, bound: int) -> tuple[int, int]:
     return smaller, size // smaller
 
 
-FIELDS: dict[str, tuple[str, Any]] = {
+FIELDS: Fields = {
     "r": ("r", 8),
     "alpha": ("alpha", 8),
     "decompose_both": ("decompose_both", False),
     "decompose_factor": ("decompose_factor", -1),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
-    "rank_pattern": ("rank_pattern", {}),
-    "alpha_pattern": ("alpha_pattern", {}),
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: Fixed = {
     "init_weights": (True, False, "lycoris"),
     "module_dropout": (0.0, ANY),  # of peft's training alone, as the next two
     "rank_dropout": (0.0, ANY),

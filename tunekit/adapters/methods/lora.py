@@ -1,32 +1,34 @@
-"""LoRA and rsLoRA.  Comes in: a linear layer, a Conv1D or an embedding, packed or not.  Next: attach.py, folder.py."""
+"""LoRA and rsLoRA, of linear layers, Conv1D and embeddings, packed or not."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.blocks.expert_lora import ExpertLora
-from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules, target_parameters
+from tunekit.adapters.base import Slot
+from tunekit.adapters.blocks.expert_lora import ExpertLora, conflicts
+from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, LORA_TENSORS, LORA_UNBINDING
+from tunekit.adapters.blocks.low_rank_layer import LowRankLayer, rank_of, scaling_of
+from tunekit.adapters.blocks.plain_lora import as_plain_lora
 from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.kernels.joined_lora import JoinedLayers, JoinedProducts
 from tunekit.adapters.method import Method
-from tunekit.adapters.starts.start import begin
+from tunekit.adapters.starts.start import StartLayer, make_factors
+from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target
 
 
-class Lora(LayerAdapter):
+class Lora(LowRankLayer):
     """Low-rank update: y = W x + s B A x, s = alpha / r, or alpha / sqrt(r) with rsLoRA.
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).  Of an embedding: ids x (...), A (R, V), B (D, R), y = (W + s
     (B A)^T)[x].
     Units: alpha unitless.    Starts as the identity: B = 0 (embedding: A = 0), or as adapters/starts/ say.
-    A and B are cast to x's dtype.
     Source: Hu et al. 2021, eq. 3; Kalajdzievski 2023.
     """
 
@@ -37,11 +39,11 @@ class Lora(LayerAdapter):
     own_bias: nn.Parameter  # where biases are trained: in place of the base's
     start_A: Tensor  # A' (R, I) and B' (O, R) of starts that move a part of W into A and B
     start_B: Tensor
-    fused: Any = None  # fused.py's way to compute this layer together with its neighbours
+    joined: JoinedLayers | None = None  # how the kernel computes this layer together with its neighbours
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
+        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
         if target.kind == "embedding":
             a = Slot("lora_embedding_A", (rank, inputs), rate="embedding")
             return {"A": a, "B": Slot("lora_embedding_B", (outputs, rank), rate="embedding")}
@@ -58,75 +60,80 @@ class Lora(LayerAdapter):
             nn.init.zeros_(self.A)
             nn.init.normal_(self.B, generator=generator)
         else:
-            self.begin(generator)
-        if "own_bias" in self.held:
+            self.initialise_from(generator, None)
+        if "own_bias" in self.declared:
             bias = self.base_layer.bias
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
 
-    def begin(self, generator: torch.Generator, evidence: Any = None) -> None:
-        """Fill A and B as the recipe's start says."""
-        begin(self, generator, evidence)
+    def initialise_from(self, generator: torch.Generator, evidence: Any) -> None:
+        """Fill A and B as the recipe's start says, and keep what of W they hold then."""
+        (rank, inputs), outputs = self.A.shape, self.B.shape[0]
+        layer = StartLayer(
+            self.target.name, inputs, outputs, rank, self.scaling, generator, self._weight, evidence=evidence
+        )
+        a, b = make_factors(self.settings.start, layer)
+        values = {"A": a, "B": b, "start_A": a, "start_B": b}
+        for attribute in values.keys() & self.declared.keys():
+            getattr(self, attribute).data.copy_(values[attribute])
+
+    def _weight(self) -> Tensor:
+        """W (O, I) float32 as it takes part in the forward."""
+        weight = weight_of(self.base_layer)
+        assert weight is not None
+        return weight.read()
 
     @property
     def scaling(self) -> float:
-        """s."""
-        rank, alpha = self.target.r or self.settings.r, self.target.alpha
-        alpha = self.settings.alpha if alpha is None else alpha
-        return alpha / math.sqrt(rank) if self.settings.use_rslora else alpha / rank
+        return scaling_of(self.settings, self.target)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B; where a start has moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B', B'] (O, 2R).
 
         So written, nothing large cancels, in whatever precision they are multiplied.
         """
-        if "start_A" not in self.held:
+        if "start_A" not in self.declared:
             return self.A, self.B
         return torch.cat([self.A, self.A - self.start_A]), torch.cat([self.B - self.start_B, self.start_B], dim=1)
 
+    def update(self, x: Tensor) -> Tensor:
+        if self.target.kind != "embedding":
+            return super().update(x)
+        a, b = (factor.to(self.base_layer.weight.dtype) for factor in self.factors())
+        rows = F.embedding(x, a.t(), self.base_layer.padding_idx)  # (..., R)
+        scale = self.scaling * getattr(self.base_layer, "embed_scale", 1.0)  # Gemma multiplies W[x] as well
+        return F.linear(rows, b) * scale
+
     def delta(self) -> Tensor:
         """s B A as a change of the matrix: (O, I), of an embedding (V, D); where A and B lie."""
-        a, b = self.factors()
-        delta = b.detach() @ a.detach() * self.scaling
+        delta = super().delta()
         return delta.t() if self.target.kind == "embedding" else delta
-
-    def update(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """s B A x, (..., O) in `dtype`."""
-        if self.target.kind == "embedding":
-            rows = F.embedding(x, self.A.t().to(dtype), self.base_layer.padding_idx)  # (..., R)
-            scale = self.scaling * getattr(self.base_layer, "embed_scale", 1.0)  # Gemma multiplies W[x] as well
-            return F.linear(rows, self.B.to(dtype)) * scale
-        x = F.dropout(x, self.settings.dropout, self.training)
-        a, b = self.factors()
-        low = F.linear(x, a.to(x.dtype))  # (..., R)
-        return F.linear(low, b.to(x.dtype)) * self.scaling
 
     def used_bias(self) -> Tensor | None:
         """The bias in use (O,)."""
-        bias: Tensor | None = self.own_bias if "own_bias" in self.held else getattr(self.base_layer, "bias", None)
+        bias: Tensor | None = self.own_bias if "own_bias" in self.declared else getattr(self.base_layer, "bias", None)
         return bias
 
     def base_output(self, x: Tensor) -> Tensor:
         """W x with the bias in use, (..., O)."""
-        y: Tensor = self.base_layer(x)
-        return y + (self.own_bias - self.base_layer.bias).to(y.dtype) if "own_bias" in self.held else y
+        y = super().base_output(x)
+        return y + (self.own_bias - self.base_layer.bias).to(y.dtype) if "own_bias" in self.declared else y
 
     def adapted(self, x: Tensor) -> Tensor:
-        fused: Tensor | None = None if self.fused is None else self.fused.product(self, x)
-        if fused is not None:
-            return fused
-        y = self.base_output(x)
-        return y + self.update(x, y.dtype)
+        joined = None if self.joined is None else self.joined.product(self, x)
+        return super().adapted(x) if joined is None else joined
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        bias = self.own_bias.detach().to(weight.device) if "own_bias" in self.held else bias
-        return weight + self.delta().to(weight.device), bias
+        bias = self.own_bias.detach().to(weight.device) if "own_bias" in self.declared else bias
+        return super().merged(weight, bias)
 
 
 METHOD = Method(
     peft=PeftSide("LORA", LoraSettings, LORA_FIELDS, LORA_FIXED),
     layer=Lora,
-    copies=saved_modules,
     parameter=ExpertLora,
-    parameters=target_parameters,
-    misfits=misfits,
+    kernel=JoinedProducts(Lora),
+    written_form=as_plain_lora,
+    tensors=LORA_TENSORS,
+    unbinding=LORA_UNBINDING,
+    conflicts=conflicts,
 )

@@ -1,18 +1,18 @@
-"""LoRA-FA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""LoRA-FA, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.expert_lora import ExpertLoraFa
-from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, misfits, saved_modules, target_parameters
+from tunekit.adapters.blocks.expert_lora import ExpertLoraFa, conflicts
+from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, LORA_TENSORS, LORA_UNBINDING
+from tunekit.adapters.blocks.plain_lora import as_plain_lora
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.method import Method
 from tunekit.adapters.methods.lora import Lora
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
+from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target
 
 
@@ -28,7 +28,7 @@ class LoraFa(Lora):
     A: Tensor  # type: ignore[assignment]
 
     @classmethod
-    def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
         trained = super().slots(settings, target)
         frozen = Slot(trained["A"].suffix, trained["A"].shape, kind="saved")
         return {**trained, "A": frozen}
@@ -37,9 +37,10 @@ class LoraFa(Lora):
 METHOD = Method(
     peft=PeftSide("LORA", LoraFaSettings, LORA_FIELDS, LORA_FIXED),
     layer=LoraFa,
-    copies=saved_modules,
     parameter=ExpertLoraFa,
-    parameters=target_parameters,
-    misfits=misfits,
+    written_form=as_plain_lora,
+    tensors=LORA_TENSORS,
+    unbinding=LORA_UNBINDING,
+    conflicts=conflicts,
     read_as="lora",
 )

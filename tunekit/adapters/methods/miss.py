@@ -1,4 +1,4 @@
-"""MiSS.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""MiSS, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.delta_product import delta_product
-from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.blocks.low_rank_layer import rank_of
+from tunekit.adapters.folder.fields import Fields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.model.quantized.weights import weight_of
@@ -32,7 +33,7 @@ class Miss(LayerAdapter):
 
     @classmethod
     def slots(cls, settings: MissSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
+        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
         if settings.variant == "balance":
             return {"s": Slot("miss_block", (rank, outputs))}
         bat = settings.variant == "bat"
@@ -50,14 +51,13 @@ class Miss(LayerAdapter):
         """S (R, O)."""
         return self.s.repeat(1, self.target.out_features // self.s.shape[1])
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
+    def update(self, x: Tensor) -> Tensor:
         if self.settings.variant == "bat":
-            return y + delta_product(x, self.bat, self.s)
+            return delta_product(x, self.bat, self.s)
         x = F.dropout(x, self.settings.dropout, self.training)
         x = F.pad(x, (0, -x.shape[-1] % self.s.shape[0]))
         x = x.reshape(*x.shape[:-1], -1, self.s.shape[0]).sum(-2)  # (..., R)
-        return y + x @ self.shard().to(x.dtype)
+        return x @ self.shard().to(x.dtype)
 
     def bat(self, s: Tensor) -> Tensor:
         """The update (O, I) of this layer's own matrix."""
@@ -93,12 +93,19 @@ class MissSide(PeftSide):
         return super().read({**config, "init_weights": "balance" if isinstance(variant, bool) else variant}, file)
 
 
-FIELDS: dict[str, tuple[str, Any]] = {
+def _is_linear(settings: MissSettings) -> bool:
+    return settings.variant != "bat"
+
+
+FIELDS: Fields = {
     "r": ("r", 64),
     "init_weights": ("variant", "balance"),
     "mini_r": ("mini_r", 1),
     "miss_dropout": ("dropout", 0.0),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
 }
-METHOD = Method(peft=MissSide("MISS", MissSettings, FIELDS, {"bias": ("none",)}), layer=Miss)
+METHOD = Method(
+    peft=MissSide("MISS", MissSettings, FIELDS, {"bias": ("none",)}),
+    layer=Miss,
+    tensors=("miss_block",),
+    is_linear=_is_linear,
+)

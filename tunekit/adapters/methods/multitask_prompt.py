@@ -1,8 +1,6 @@
-"""Multitask prompt tuning.  Comes in: any network with a token embedding.  Next: attach.py, folder.py."""
+"""Multitask prompt tuning, of any network with a token embedding."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,11 +10,11 @@ from tunekit.adapters.blocks.virtual_tokens import (
     ABSENT,
     BASE_FIELDS,
     FIELDS,
+    FIRST_VALUES,
     IN_FILES,
     START_FIELDS,
     ClassifierCopy,
     VirtualTokens,
-    copied_modules,
     started,
     total_vectors,
     width_of,
@@ -46,7 +44,7 @@ class MultitaskPrompt(VirtualTokens):
     rows: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: MultitaskPromptSettings, net: nn.Module) -> dict[str, Slot]:
         vectors, width, tasks = total_vectors(settings, net), width_of(net), settings.num_tasks
         return {
             "prompt": Slot(IN_FILES, (vectors, width), decays=False),
@@ -55,7 +53,7 @@ class MultitaskPrompt(VirtualTokens):
         }
 
     @classmethod
-    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: MultitaskPromptSettings, net: nn.Module) -> dict[str, Slot]:
         return cls.slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:
@@ -71,7 +69,7 @@ class MultitaskPrompt(VirtualTokens):
         return self.prompt * torch.bmm(self.columns[tasks], self.rows[tasks])  # (B, P, D)
 
     @classmethod
-    def may_differ(cls, settings: Any) -> frozenset[str]:
+    def may_differ(cls, settings: MultitaskPromptSettings) -> frozenset[str]:
         return frozenset() if settings.init_from_tasks == "all" else frozenset({"num_tasks"})
 
     def taken_over(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,7 +109,7 @@ METHOD = Method(
         absent=ABSENT,
     ),
     model=MultitaskPrompt,
-    copies=copied_modules,
     copy=ClassifierCopy,
+    unbinding=FIRST_VALUES | {"task", "init_from_tasks"},  # a folder holds all tasks
     with_tokenizer=with_text_ids,
 )

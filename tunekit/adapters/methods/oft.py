@@ -1,14 +1,12 @@
-"""OFT.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""OFT, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, cayley_neumann, rotate_blocks, skew_of
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.oft import OftSettings
 from tunekit.records import Target
@@ -57,16 +55,14 @@ def block_size(settings: OftSettings, inputs: int) -> int:
     return found if settings.block_size else inputs // found
 
 
-FIELDS: dict[str, tuple[str, Any]] = {
+FIELDS: Fields = {
     "r": ("blocks", 0),
     "oft_block_size": ("block_size", 32),
     "block_share": ("block_share", False),
     "use_cayley_neumann": ("use_cayley_neumann", True),
     "num_cayley_neumann_terms": ("num_cayley_neumann_terms", 5),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: Fixed = {
     "bias": ("none",),
     "coft": (False,),
     "eps": (6e-5, ANY),  # of coft
@@ -74,4 +70,4 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "init_weights": (True, False),
     "module_dropout": (0.0, ANY),  # of peft's training alone
 }
-METHOD = Method(peft=PeftSide("OFT", OftSettings, FIELDS, FIXED), layer=Oft)
+METHOD = Method(peft=PeftSide("OFT", OftSettings, FIELDS, FIXED), layer=Oft, tensors=("oft_R.weight",))

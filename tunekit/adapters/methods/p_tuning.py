@@ -1,4 +1,4 @@
-"""P-tuning.  Comes in: any network with a token embedding.  Next: attach.py, folder.py."""
+"""P-tuning, of any network with a token embedding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from tunekit.adapters.blocks.virtual_tokens import (
     IN_FILES,
     ClassifierCopy,
     VirtualTokens,
-    copied_modules,
     total_vectors,
     width_of,
 )
@@ -39,7 +38,7 @@ class PTuning(VirtualTokens):
     table: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: PTuningSettings, net: nn.Module) -> dict[str, Slot]:
         width, table = width_of(net), total_vectors(settings, net)
         hidden = settings.encoder_hidden_size or width
         lstm = settings.encoder_reparameterization_type == "LSTM"
@@ -58,7 +57,7 @@ class PTuning(VirtualTokens):
         """As torch starts an Embedding, an LSTM and Linear layers."""
         nn.init.normal_(self.table, generator=generator)
         hidden = self.settings.encoder_hidden_size or width_of(self.net)
-        for name in self.held:
+        for name in self.declared:
             tensor, bound = getattr(self, name), hidden**-0.5
             if name.startswith(("weight_", "bias_")):
                 bound = float(getattr(self, f"weight_{name.rpartition('_')[2]}").shape[1]) ** -0.5
@@ -73,14 +72,14 @@ class PTuning(VirtualTokens):
     def _encoded(self, dropout: float) -> Tensor:
         """(P, D)."""
         rows: Tensor = self.table
-        recurrent = [getattr(self, name) for name in self.held if name.startswith("lstm_")]
+        recurrent = [getattr(self, name) for name in self.declared if name.startswith("lstm_")]
         if recurrent:
             start = rows.new_zeros(2 * self.settings.encoder_num_layers, 1, recurrent[1].shape[1])
             layers, drops = self.settings.encoder_num_layers, dropout > 0
             rows = torch.lstm(rows[None], (start, start), recurrent, True, layers, dropout, drops, True, True)[0][
                 0
             ]  # (P, 2 H)
-        last = max(int(name.rpartition("_")[2]) for name in self.held if name.startswith("weight_"))
+        last = max(int(name.rpartition("_")[2]) for name in self.declared if name.startswith("weight_"))
         for number in range(last + 1):
             rows = F.linear(rows, getattr(self, f"weight_{number}"), getattr(self, f"bias_{number}"))
             rows = rows if number == last else F.relu(rows)
@@ -132,6 +131,6 @@ METHOD = Method(
         absent=ABSENT,
     ),
     model=PTuning,
-    copies=copied_modules,
     copy=ClassifierCopy,
+    unbinding=frozenset({"encoder_hidden_size"}),  # a shape of the state
 )

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunekit.adapters.base import ModelAdapter, Slot
+from tunekit.adapters.blocks.virtual_tokens import FIRST_VALUES, is_encoder_decoder, repeated
 from tunekit.adapters.folder.fields import ANY, MODULES, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.attention.earlier_keys import enter, keys_and_values
-from tunekit.model.attention.places import SelfAttention, decoder, self_attentions
+from tunekit.model.attention.self_attention import SelfAttention, decoder, self_attentions
 from tunekit.model.call import calling, current_call
 from tunekit.recipe.adapters.prefix import INIT_TEXT, PrefixSettings
 
@@ -52,7 +53,7 @@ class Prefix(ModelAdapter):
     net: nn.Module
 
     @classmethod
-    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: PrefixSettings, net: nn.Module) -> dict[str, Slot]:
         if not settings.prefix_projection:
             return cls.file_slots(settings, net)
         places = self_attentions(net)
@@ -67,20 +68,20 @@ class Prefix(ModelAdapter):
         }
 
     @classmethod
-    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: PrefixSettings, net: nn.Module) -> dict[str, Slot]:
         places = self_attentions(net)
         _compare(settings, net, places)
         width = places[0].heads * places[0].width
         return {"prefix": Slot(FILE_NAME, (settings.num_virtual_tokens, len(places) * 2 * width))}
 
     @classmethod
-    def virtual_tokens(cls, settings: Any) -> int:
+    def virtual_tokens(cls, settings: PrefixSettings) -> int:
         return int(settings.num_virtual_tokens)
 
     def attach(self, net: nn.Module) -> None:
         self.__dict__["net"] = net  # not a submodule of its own adapter
         self.places = self_attentions(net)
-        self.shared_rows = _encoder_decoder(net)
+        self.shared_rows = is_encoder_decoder(net)
         self._made: Tensor | None = None
         before = decoder(net).register_forward_pre_hook(
             lambda *_: self._make()
@@ -94,7 +95,7 @@ class Prefix(ModelAdapter):
     @property
     def projected(self) -> bool:
         """Whether the prefix is computed."""
-        return "prefix" not in self.held
+        return "prefix" not in self.declared
 
     def _make(self) -> None:
         self._made = self._computed() if self.projected and not current_call().bypassed else None
@@ -151,7 +152,7 @@ class Prefix(ModelAdapter):
                 "the text of the prefix has not been made into tokens", "give init_ids", key="adapter.init"
             )
         length = self.settings.num_virtual_tokens
-        tokens = torch.tensor([(list(ids) * (length // len(ids) + 1))[:length]])  # (1, P)
+        tokens = torch.tensor([repeated(ids, length)])  # (1, P)
         with calling(replace(current_call(), bypassed=True)):
             found = keys_and_values(self.net, self.places, tokens)
         rows = [part.transpose(0, 1).reshape(length, -1) for pair in found for part in pair]  # (P, H * D) each
@@ -165,17 +166,13 @@ class Prefix(ModelAdapter):
         return {**facts, "encoder_hidden_size": self.settings.encoder_hidden_size or facts["token_dim"]}
 
 
-def _encoder_decoder(net: nn.Module) -> bool:
-    return bool(getattr(getattr(net, "config", None), "is_encoder_decoder", False))
-
-
 def _facts(net: nn.Module, places: list[SelfAttention]) -> dict[str, int]:
     """What PEFT's configuration says of the base."""
     heads, width = places[0].heads, places[0].width
-    return dict(zip(SHAPES, (heads * width, heads, len(places), 2 if _encoder_decoder(net) else 1), strict=True))
+    return dict(zip(SHAPES, (heads * width, heads, len(places), 2 if is_encoder_decoder(net) else 1), strict=True))
 
 
-def _compare(settings: Any, net: nn.Module, places: list[SelfAttention]) -> None:
+def _compare(settings: PrefixSettings, net: nn.Module, places: list[SelfAttention]) -> None:
     """Raises: AdapterError with every fact of a folder that is not this base's; RecipeError for a senseless start."""
     facts = _facts(net, places)
     if isinstance(settings, FilePrefixSettings):
@@ -186,12 +183,12 @@ def _compare(settings: Any, net: nn.Module, places: list[SelfAttention]) -> None
         ]
         if wrong:
             raise AdapterError.of(wrong)
-    elif settings.first_values == "text" and _encoder_decoder(net):
+    elif settings.first_values == "text" and is_encoder_decoder(net):
         what = "an encoder-decoder's prefix cannot be made of a text: PEFT's format gives two layers the same one"
         raise RecipeError(what, "write init: random", key="adapter.init")
 
 
-def with_tokenizer(settings: Any, tokenizer: Tokenizer) -> Any:
+def with_tokenizer(settings: PrefixSettings, tokenizer: Tokenizer) -> PrefixSettings:
     """The settings with init_text as ids, behind the token that begins texts, where the tokenizer puts one there."""
     if settings.first_values != "text" or settings.init_ids is not None:
         return settings
@@ -205,7 +202,10 @@ class PrefixSide(PeftSide):
     """PEFT's fields, of which some tell about the base and are compared with it later."""
 
     def read(self, config: Mapping[str, Any], file: str) -> Any:
-        """Our settings for PEFT's fields. Raises: AdapterError."""
+        """Our settings for PEFT's fields.
+
+        Raises: AdapterError.
+        """
         settings = super().read(config, file)
         facts = {name: config[name] for name in SHAPES if config.get(name) is not None}
         wrong = [name for name, value in facts.items() if type(value) is not int]
@@ -232,5 +232,6 @@ METHOD = Method(
         absent=frozenset(MODULES) - {"modules_to_save"},
     ),
     model=Prefix,
+    unbinding=FIRST_VALUES | {"encoder_hidden_size"},
     with_tokenizer=with_tokenizer,
 )

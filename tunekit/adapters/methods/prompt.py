@@ -1,8 +1,6 @@
-"""Prompt tuning.  Comes in: any network with a token embedding.  Next: attach.py, folder.py."""
+"""Prompt tuning, of any network with a token embedding."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Generator, Tensor, nn
 
@@ -11,11 +9,11 @@ from tunekit.adapters.blocks.virtual_tokens import (
     ABSENT,
     BASE_FIELDS,
     FIELDS,
+    FIRST_VALUES,
     IN_FILES,
     START_FIELDS,
     ClassifierCopy,
     VirtualTokens,
-    copied_modules,
     started,
     total_vectors,
     width_of,
@@ -36,11 +34,11 @@ class Prompt(VirtualTokens):
     prompt: nn.Parameter
 
     @classmethod
-    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: PromptSettings, net: nn.Module) -> dict[str, Slot]:
         return {"prompt": Slot(IN_FILES, (total_vectors(settings, net), width_of(net)), decays=False)}
 
     @classmethod
-    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: PromptSettings, net: nn.Module) -> dict[str, Slot]:
         return cls.slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:
@@ -56,7 +54,7 @@ class Prompt(VirtualTokens):
 METHOD = Method(
     peft=PeftSide("PROMPT_TUNING", PromptSettings, FIELDS, {**BASE_FIELDS, **START_FIELDS}, absent=ABSENT),
     model=Prompt,
-    copies=copied_modules,
     copy=ClassifierCopy,
+    unbinding=FIRST_VALUES,
     with_tokenizer=with_text_ids,
 )

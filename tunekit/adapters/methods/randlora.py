@@ -1,4 +1,4 @@
-"""RandLoRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""RandLoRA, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -84,21 +84,19 @@ class Randlora(LayerAdapter):
             return scaled, b.flatten(start_dim=1)
         return b.flatten(start_dim=1).t(), scaled.t()
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
+    def update(self, x: Tensor) -> Tensor:
         first, second = self.factors(self.lambdas.to(x.dtype), self.gammas.to(x.dtype))
         low = F.linear(F.dropout(x, self.settings.dropout, self.training), first)  # (..., N R)
-        return y + F.linear(low, second) * (self.settings.alpha / self.settings.r)
+        return F.linear(low, second) * (self.settings.alpha / self.settings.r)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        first, second = self.factors(self.lambdas.detach(), self.gammas.detach())
-        return weight + (second @ first * (self.settings.alpha / self.settings.r)).to(weight.device), bias
+    def delta(self) -> Tensor:
+        first, second = self.factors(self.lambdas, self.gammas)
+        return second @ first * (self.settings.alpha / self.settings.r)
 
 
 FIELDS = {
     "r": ("r", 32),
     "randlora_alpha": ("alpha", 640),
-    "target_modules": ("target_modules", None),
     "projection_prng_key": ("projection_prng_key", 0),
     "save_projection": ("save_projection", True),
     "randlora_dropout": ("dropout", 0.0),

@@ -1,4 +1,4 @@
-"""RoAd.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""RoAd, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.divisors import undivided
 from tunekit.adapters.folder.fields import ANY, PeftSide
-from tunekit.adapters.method import Method, Misfit
+from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.road import RoadSettings
 from tunekit.records import Target
 
@@ -67,20 +67,19 @@ class Road(LayerAdapter):
             return turned, None if bias is None else self.rotated(bias.float().to(self.theta.device)).to(weight.device)
 
 
-def _misfits(settings: RoadSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: RoadSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     if settings.group_size % 2:
-        return [Misfit("group_size", f"{settings.group_size} is odd", "write an even number")]
+        return [Conflict("group_size", f"{settings.group_size} is odd", "write an even number")]
     return undivided("group_size", settings.group_size, targets, inputs=False)
 
 
 FIELDS = {
     "variant": ("variant", "road_1"),
     "group_size": ("group_size", 64),
-    "target_modules": ("target_modules", None),
 }
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 METHOD = Method(
     peft=PeftSide("ROAD", RoadSettings, FIELDS, {"init_weights": (True, ANY)}, absent=ABSENT),
     layer=Road,
-    misfits=_misfits,
+    conflicts=_conflicts,
 )

@@ -1,22 +1,21 @@
-"""SHiRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""SHiRA, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.blocks.delta_product import delta_product
-from tunekit.adapters.folder.fields import ANY, PeftSide
-from tunekit.adapters.method import Method
+from tunekit.adapters.base import Slot
+from tunekit.adapters.blocks.delta_product import DeltaLayer
+from tunekit.adapters.blocks.low_rank_layer import rank_of
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
+from tunekit.adapters.method import Method, always
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.shira import ShiraSettings
 from tunekit.records import Target
 
 
-class Shira(LayerAdapter):
+class Shira(DeltaLayer):
     """Sparse update: y = W x + S x, S zero but at N fixed places.
 
     Shapes: x (..., I) -> y (..., O); values (N,), places (2, N) int32: rows and columns; N = R (I + O).
@@ -31,7 +30,7 @@ class Shira(LayerAdapter):
     @classmethod
     def slots(cls, settings: ShiraSettings, target: Target) -> dict[str, Slot]:
         inputs, outputs = target.in_features, target.out_features
-        count = (target.r or settings.r) * (inputs + outputs)
+        count = rank_of(settings, target) * (inputs + outputs)
         if count > inputs * outputs:
             what = f"r {settings.r} asks for {count} of the {inputs * outputs} numbers of '{target.name}'"
             most = inputs * outputs // (inputs + outputs)
@@ -48,29 +47,27 @@ class Shira(LayerAdapter):
     def check_state(self) -> None:
         highest = torch.tensor([[self.target.out_features], [self.target.in_features]], device=self.places.device)
         if bool(((self.places < 0) | (self.places >= highest)).any()):
-            raise AdapterError(f"'{self.place}.shira_indices' names places outside of the matrix")
+            raise AdapterError(f"'{self.module_name}.shira_indices' names places outside of the matrix")
 
-    def delta(self, values: Tensor) -> Tensor:
+    def make(self, values: Tensor) -> Tensor:
         """S (O, I)."""
         rows, columns = self.places.long()
         flat = values.new_zeros(self.target.out_features * self.target.in_features)
         flat = flat.index_put((rows * self.target.in_features + columns,), values, accumulate=True)
         return flat.reshape(self.target.out_features, self.target.in_features)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
-        return y + delta_product(x, self.delta, self.values)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.delta(self.values.detach()).to(weight.device), bias
-
-
-FIELDS: dict[str, tuple[str, Any]] = {"r": ("r", 32), "target_modules": ("target_modules", None)}
-FIXED: dict[str, tuple[Any, ...]] = {
+FIELDS = {"r": ("r", 32)}
+FIXED: Fixed = {
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_weights": (True, False),
     "mask_type": ("random", ANY),  # how the places were found: they are in the file, as for the next one
     "random_seed": (None, ANY),
 }
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
-METHOD = Method(peft=PeftSide("SHIRA", ShiraSettings, FIELDS, FIXED, absent=ABSENT), layer=Shira)
+METHOD = Method(
+    peft=PeftSide("SHIRA", ShiraSettings, FIELDS, FIXED, absent=ABSENT),
+    layer=Shira,
+    tensors=("shira_weight", "shira_indices"),
+    is_linear=always,
+)

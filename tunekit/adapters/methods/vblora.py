@@ -1,4 +1,4 @@
-"""VB-LoRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""VB-LoRA, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
+from tunekit.adapters.base import SharedPart, Slot
 from tunekit.adapters.blocks.divisors import undivided
+from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.folder.fields import PeftSide
-from tunekit.adapters.method import Method, Misfit
+from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.records import Target
 
@@ -30,7 +31,7 @@ class VectorBank(SharedPart):
         nn.init.uniform_(self.vectors, -bound, bound, generator=generator)
 
 
-class Vblora(LayerAdapter):
+class Vblora(LowRankLayer):
     """Low-rank update from a vector bank: y = W x + B A x, each piece of A and B a mixture of k vectors of the bank.
 
     Shapes: x (..., I) -> y (..., O); logits of A (R, I / L, H), of B (O / L, R, H); A (R, I); B (O, R).
@@ -63,26 +64,15 @@ class Vblora(LayerAdapter):
         return (F.softmax(largest, dim=-1).unsqueeze(-1) * vectors).sum(-2)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, I) and B (O, R), float32."""
         rank = self.settings.r
         a = self.mixed(self.logits_a).reshape(rank, -1)
         return a, self.mixed(self.logits_b).transpose(1, 2).reshape(-1, rank)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
-        a, b = self.factors()
-        low = F.linear(F.dropout(x, self.settings.dropout, self.training), a.to(x.dtype))  # (..., R)
-        return y + F.linear(low, b.to(x.dtype))
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, b = self.factors()
-        return weight + (b @ a).detach().to(weight.device), bias
-
-
-def _misfits(settings: VbloraSettings, targets: Sequence[Target], file: bool) -> list[Misfit]:
+def _conflicts(settings: VbloraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
     found = undivided("vector_length", settings.vector_length, targets, inputs=True)
     if settings.topk > settings.num_vectors:
-        found.append(Misfit("topk", f"{settings.topk} is more than the bank's {settings.num_vectors} vectors", ""))
+        found.append(Conflict("topk", f"{settings.topk} is more than the bank's {settings.num_vectors} vectors", ""))
     return found
 
 
@@ -91,13 +81,11 @@ FIELDS = {
     "num_vectors": ("num_vectors", 256),
     "vector_length": ("vector_length", 256),
     "topk": ("topk", 2),
-    "target_modules": ("target_modules", None),
-    "exclude_modules": ("exclude_modules", None),
     "vblora_dropout": ("dropout", 0.0),
     "init_vector_bank_bound": ("init_vector_bank_bound", 0.02),
     "init_logits_std": ("init_logits_std", 0.1),
 }
 FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "save_only_topk_weights": (False,)}
 METHOD = Method(
-    peft=PeftSide("VBLORA", VbloraSettings, FIELDS, FIXED), layer=Vblora, shared=VectorBank, misfits=_misfits
+    peft=PeftSide("VBLORA", VbloraSettings, FIELDS, FIXED), layer=Vblora, shared=VectorBank, conflicts=_conflicts
 )

@@ -1,4 +1,4 @@
-"""VeRA.  Comes in: a linear layer or a Conv1D, packed or not.  Next: attach.py, folder.py."""
+"""VeRA, of linear layers and Conv1D, packed or not."""
 
 from __future__ import annotations
 
@@ -64,21 +64,18 @@ class Vera(LayerAdapter):
         a, b = self.shared.A[:, : self.target.in_features], self.shared.B[: self.target.out_features]
         return a.to(like), b.to(like)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., O)
+    def update(self, x: Tensor) -> Tensor:
         a, b = self.matrices(x)
         low = F.linear(F.dropout(x, self.settings.dropout, self.training), a) * self.d.to(x.dtype)  # (..., R)
-        return y + F.linear(low, b) * self.b.to(x.dtype)
+        return F.linear(low, b) * self.b.to(x.dtype)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, b = self.matrices(self.b.detach())
-        delta = (self.b.detach()[:, None] * b) @ (self.d.detach()[:, None] * a)  # (O, I)
-        return weight + delta.to(weight.device), bias
+    def delta(self) -> Tensor:
+        a, b = self.matrices(self.b)
+        return (self.b[:, None] * b) @ (self.d[:, None] * a)
 
 
 FIELDS = {
     "r": ("r", 256),
-    "target_modules": ("target_modules", None),
     "projection_prng_key": ("projection_prng_key", 0),
     "save_projection": ("save_projection", True),
     "vera_dropout": ("dropout", 0.0),

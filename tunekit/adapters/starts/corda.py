@@ -1,4 +1,4 @@
-"""CorDA start of LoRA.  Comes in: W and the covariance of its inputs.  Goes out: A and B.  Next: lora.py."""
+"""CorDA initialisation of LoRA: A and B from W and the covariance of its inputs."""
 
 from __future__ import annotations
 

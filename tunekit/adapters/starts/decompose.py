@@ -1,4 +1,4 @@
-"""Low-rank parts of a matrix.  Comes in: a matrix.  Goes out: singular values and vectors.  Next: the starts."""
+"""The largest singular values of a matrix with their vectors, exact or fast."""
 
 from __future__ import annotations
 

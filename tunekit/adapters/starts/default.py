@@ -1,4 +1,4 @@
-"""Uniform start of LoRA.  Comes in: the shapes of A and B.  Goes out: their values.  Next: lora.py."""
+"""Uniform initialisation of LoRA."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tunekit.adapters.starts.start import StartLayer
 
 def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
     """A (R, I) uniform within 1 / sqrt(I), B (O, R) = 0, as Hu et al. and PEFT have it."""
-    a = torch.empty(layer.rank, layer.inputs)
+    a = torch.empty(layer.rank * layer.experts, layer.inputs)
     nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=layer.generator)
-    return a, torch.zeros(layer.outputs, layer.rank)
+    return a, torch.zeros(layer.outputs, layer.rank * layer.experts)

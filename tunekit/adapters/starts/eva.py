@@ -1,4 +1,4 @@
-"""EVA start of LoRA.  Comes in: a layer's inputs by batch.  Goes out: A, and how ranks are shared.  Next: lora.py."""
+"""EVA initialisation of LoRA: A from a layer's inputs, batch by batch, and how ranks are shared out."""
 
 from __future__ import annotations
 

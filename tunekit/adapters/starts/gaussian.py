@@ -1,4 +1,4 @@
-"""Gaussian start of LoRA.  Comes in: the shapes of A and B.  Goes out: their values.  Next: lora.py."""
+"""Gaussian initialisation of LoRA."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from tunekit.adapters.starts.start import StartLayer
 
 def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
     """A (R, I) ~ N(0, 1 / R^2), B (O, R) = 0, as diffusers and PEFT have it."""
-    a = torch.randn(layer.rank, layer.inputs, generator=layer.generator) / layer.rank
-    return a, torch.zeros(layer.outputs, layer.rank)
+    a = torch.randn(layer.rank * layer.experts, layer.inputs, generator=layer.generator) / layer.rank
+    return a, torch.zeros(layer.outputs, layer.rank * layer.experts)

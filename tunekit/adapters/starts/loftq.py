@@ -1,4 +1,4 @@
-"""LoftQ start of LoRA.  Comes in: W as it was before quantization, and as it is.  Goes out: A and B.  Next: lora.py."""
+"""LoftQ initialisation of LoRA: A and B make up for what quantization took from W."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA-GA start of LoRA.  Comes in: the gradient of W.  Goes out: A and B along it.  Next: lora.py."""
+"""LoRA-GA initialisation of LoRA: A and B along the gradient of W."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLoRA start of LoRA.  Comes in: W.  Goes out: A and B, a part of its QR decomposition.  Next: lora.py."""
+"""OLoRA initialisation of LoRA: A and B are a part of the QR decomposition of W."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orthogonal start of LoRA.  Comes in: the shapes of A and B.  Goes out: their values.  Next: lora.py."""
+"""Orthogonal initialisation of LoRA: neither A nor B is 0, but B A is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PiSSA start of LoRA.  Comes in: W.  Goes out: A and B, its principal part.  Next: lora.py."""
+"""PiSSA initialisation of LoRA: A and B are the principal part of W."""
 
 from __future__ import annotations
 

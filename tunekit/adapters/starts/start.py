@@ -1,7 +1,8 @@
-"""How A and B of a layer of the LoRA family are first filled: what a start is given, and who is asked when.
+"""How A and B of a layer of the LoRA family are initialised: what an initialisation (`start` in recipes) is given, and
+when it is asked.
 
-Comes in: a layer, its generator, and what its start looks at.  Goes out: values in place.  Next: adapters/starts/.
-Starts that look at data or at the unquantized weight begin as `default` and are filled by `begin_all` before step 1.
+A layer, its generator, and what its initialisation looks at go in; A and B come out. One that looks at data or at the
+unquantized weight gives the values of `default` first, and is asked again by `initialise_all` before step 1.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from tunekit.adapters.base import LayerAdapter
 from tunekit.model.call import seed_for
-from tunekit.model.quantized.weights import weight_of
-
-if TYPE_CHECKING:
-    from tunekit.adapters.attach import AttachedAdapter
-    from tunekit.adapters.methods.lora import Lora
+from tunekit.recipe.section import StartSettings
 
 LINEAR = ("linear", "conv1d")  # the kinds of layers that a start fills
 
 
 @dataclass(frozen=True)
 class StartLayer:
-    """What a start sees of one layer: its sizes, s, W as it takes part in the forward, and what was gathered of it."""
+    """What a start sees of one layer: its sizes, s, W as it takes part in the forward, and what was gathered of it.
+
+    `experts`: of a fused parameter, whose A (R E, I) and B (O, R E) hold the factors of all of them.
+    """
 
     name: str
     inputs: int
@@ -37,6 +38,7 @@ class StartLayer:
     generator: Generator
     weight: Callable[[], Tensor]  # -> (O, I) float32
     evidence: Any = None
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,35 +60,19 @@ def start_module(name: str) -> ModuleType:
     return import_module(f"tunekit.adapters.starts.{name}")
 
 
-def begin(layer: Lora, generator: Generator, evidence: Any = None) -> None:
-    """Fill A and B, and what of W they hold at the start.
-
-    Shapes: A (R, I), B (O, R).
-    """
-    settings = layer.settings.start
-    name = "default" if settings.looks_at and evidence is None else settings.method
-    (rank, inputs), outputs = layer.A.shape, layer.B.shape[0]
-    given = StartLayer(
-        layer.target.name, inputs, outputs, rank, layer.scaling, generator, lambda: _weight(layer), evidence
-    )
+def make_factors(settings: StartSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R); without the evidence that an initialisation looks at, those of the default."""
+    name = "default" if settings.looks_at and layer.evidence is None else settings.method
     with torch.no_grad():
-        a, b = start_module(name).make_start(settings, given)
-        layer.A.copy_(a)
-        layer.B.copy_(b)
-        if "start_A" in layer.held:
-            layer.start_A.copy_(layer.A)
-            layer.start_B.copy_(layer.B)
+        factors: tuple[Tensor, Tensor] = start_module(name).make_start(settings, layer)
+    return factors
 
 
-def _weight(layer: Lora) -> Tensor:
-    weight = weight_of(layer.base_layer)
-    assert weight is not None
-    return weight.read()
-
-
-def begin_all(attached: AttachedAdapter, seed: int, evidence: Mapping[str, Any] | Callable[[str], Any]) -> None:
-    """Fill the layers of a start that looks at something; one without evidence (None) stays as it began."""
-    for name, layer in attached.adapted_modules().items():
+def initialise_all(
+    layers: Mapping[str, LayerAdapter], seed: int, evidence: Mapping[str, Any] | Callable[[str], Any]
+) -> None:
+    """Fill the layers of a start that looks at something; one without evidence (None) keeps its first values."""
+    for name, layer in sorted(layers.items()):
         found = evidence(name) if callable(evidence) else evidence.get(name)
         if layer.target.kind in LINEAR and found is not None:
-            layer.begin(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, name)), found)
+            layer.initialise_from(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, name)), found)

@@ -1,6 +1,6 @@
 """report.md: what was trained, what came of it, what it cost, and what to do next.
 
-Comes in: facts, plan, totals.  Goes out: Markdown text.  Next: write.py.  What was not measured is left out.
+Comes in: facts, plan, totals.  Goes out: Markdown text.  What was not measured is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts.report.totals import Totals
-from tunekit.files.secrets import redact
+from tunekit.errors import redact
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -105,7 +105,7 @@ def _step_label(step: int, rows: list[tuple[int, dict[str, Any]]], facts: Report
     return f"{step} (before training)" if step == 0 and step == rows[0][0] else str(step)
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else escape(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

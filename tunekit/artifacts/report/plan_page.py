@@ -1,6 +1,6 @@
 """A plan in words and tables.
 
-Comes in: a Plan.  Goes out: names and values, rows of tables.  Next: plan.py prints them.
+Comes in: a Plan.  Goes out: names and values, rows of tables.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def facts(plan: Plan) -> dict[str, object]:
 
 
 def _micro_batches(plan: Plan) -> str:
-    """How a step's rows are cut."""
+    """How a step's rows are divided into micro-batches."""
     unit = ("pack" if plan.packing else "row") + ("" if plan.micro_batch_size == 1 else "s")
     tokens = plan.recipe.get("training", {}).get("micro_batch_tokens")
     size = f"{plan.micro_batch_size:,} {unit}" if plan.micro_batch_size else f"{unit} of {tokens:,} padded tokens"

@@ -1,6 +1,6 @@
 """Sums over metrics.jsonl, so that a resumed run reports all its legs and not only the last.
 
-Comes in: records as metrics_log.py reads them.  Goes out: `Totals`.  Next: train.py fills ReportFacts, page.py draws.
+Comes in: records as metrics_log.py reads them.  Goes out: `Totals`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """report.json and report.md of a finished run.
 
-Comes in: ReportFacts and Plan.  Goes out: the two files in the run folder.  Next: nobody; a person reads them.
+Comes in: ReportFacts and Plan.  Goes out: the two files in the run folder.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from tunekit.artifacts.report.page import make_page
 from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.run import RunFolder
+from tunekit.errors import redact
 from tunekit.records import Plan, ReportFacts
 
 OPTIONAL_TABLES = ("seconds", "rows", "predicted_bytes", "measured_bytes")
@@ -27,10 +28,12 @@ def report_values(facts: ReportFacts) -> dict[str, Any]:
     }
 
 
-def _measured(value: Any) -> Any:
-    """The value without its unmeasured parts: None, NaN and infinities."""
+def _measured(value: object) -> Any:
+    """The value without secrets and without its unmeasured parts: None, NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, dict):
         kept = {name: _measured(inner) for name, inner in value.items()}
         return {name: inner for name, inner in kept.items() if inner is not None}

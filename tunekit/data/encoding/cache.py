@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from tunekit.data.encoding.store import FILES, StoreWriter, TokenStore, map_store, memory_streams, store_from_memory
 from tunekit.data.reading.data_file import content_hash
+from tunekit.files.durable import whole_folder
 
 Facts = dict[str, Any]
 # Whatever decides an id or a mask of an encoded row, wherever it lies.
@@ -54,26 +54,17 @@ def cached_store(folder: Path, key: str, fill: Fill, *, only_on_disk: bool = Fal
     found = _load_entry(place)
     if found is not None:
         return found
+    shutil.rmtree(place, ignore_errors=True)  # a damaged one
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{key[:12]}-", dir=place.parent))
+        with whole_folder(place) as work:
+            _fill_folder(work, fill)
     except OSError:
         if only_on_disk:
             raise
-        return _fill_memory(fill)
-    try:
-        _fill_folder(work, fill)
-        if place.exists():
-            shutil.rmtree(place)
-        work.rename(place)
-    except OSError:  # a full disk, or another process that was faster
-        found = _load_entry(place)
-        if found is None and only_on_disk:
-            raise
-        return found if found is not None else _fill_memory(fill)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return _load_entry(place) or _fill_memory(fill)
+    found = _load_entry(place)
+    if found is None and only_on_disk:
+        raise OSError(f"{place} cannot be replaced")
+    return found or _fill_memory(fill)
 
 
 def _fill_memory(fill: Fill) -> tuple[TokenStore, Facts]:

@@ -1,7 +1,6 @@
 """Causal attention as matrix products, for a CPU, where torch's own kernel is slow for rows of usual lengths.
 
 Comes in: queries, keys and values of the documents of one row.  Goes out: what each token attends to.
-Next: attention.py calls it in place of sdpa.
 
     P = softmax(scale Q K^T),  O = P V;   with G = dL/dO, S = scale P * (G V^T - rowsum(G * O)):
     dV = P^T G,  dQ = S K,  dK = S^T Q
@@ -48,8 +47,8 @@ class _CausalAttention(torch.autograd.Function):
         output = query.new_empty(tokens, heads, value.shape[-1])  # (T, H, E)
         queries, keys, values = _wide(query), _wide(key), _wide(value)
         for first, start, stop in _blocks(query, lengths):
-            chances = _chances(queries[:, start:stop], keys[:, first:stop], scale)  # (G, N, L)
-            seen = torch.bmm(chances, values[:, first:stop])  # (G, N, E)
+            probabilities = _probabilities(queries[:, start:stop], keys[:, first:stop], scale)  # (G, N, L)
+            seen = torch.bmm(probabilities, values[:, first:stop])  # (G, N, E)
             output[start:stop] = seen.view(heads, stop - start, -1).transpose(0, 1)
         ctx.save_for_backward(query, key, value, output)
         ctx.lengths, ctx.scale = lengths, scale
@@ -64,12 +63,12 @@ class _CausalAttention(torch.autograd.Function):
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
         for first, start, stop in _blocks(query, ctx.lengths):
             before, now = slice(first, stop), slice(start, stop)
-            chances = _chances(queries[:, now], keys[:, before], scale)  # (G, N, L)
+            probabilities = _probabilities(queries[:, now], keys[:, before], scale)  # (G, N, L)
             of_output = _rows(through[:, now], groups)  # (G, N, E)
-            of_value[:, before].baddbmm_(chances.transpose(1, 2), of_output)
+            of_value[:, before].baddbmm_(probabilities.transpose(1, 2), of_output)
             of_scores = torch.baddbmm(
                 _rows(offsets[:, now], groups), of_output, values[:, before].transpose(1, 2), beta=scale, alpha=scale
-            ).mul_(chances)  # (G, N, L)
+            ).mul_(probabilities)  # (G, N, L)
             of_query[:, now] = torch.bmm(of_scores, keys[:, before]).view(query.shape[0], stop - start, -1)
             of_key[:, before].baddbmm_(of_scores.transpose(1, 2), _rows(queries[:, now], groups))
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None
@@ -85,7 +84,7 @@ def _rows(tensor: Tensor, groups: int) -> Tensor:
     return tensor.reshape(groups, -1, tensor.shape[-1])
 
 
-def _chances(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def _probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """softmax(scale Q K^T) of the last queries of a document. Shapes: (H, N, D), (G, L, D) -> (G, H / G * N, L)."""
     groups, (heads, count, _), length = keys.shape[0], queries.shape, keys.shape[1]
     allowed = queries.new_zeros(count, length)  # (N, L)

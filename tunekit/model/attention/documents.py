@@ -1,7 +1,6 @@
 """Attention within each document of a packed row, without a mask of T x T.
 
 Comes in: a net, and `Segments` in the Call of a forward.  Goes out: the same attention, document by document.
-Next: load.py puts it in place; training/tuned.py finds the segments of a batch.
 
 transformers gives every layer what its mask function returns. Ours returns a DocumentMask where the forward has
 segments; the attention functions take that apart and hand each document to the function they replace. So scaling,
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from tunekit.model.attention.cpu_kernel import LONGEST_TOKENS, attend_causally
 from tunekit.model.attention.segments import Segments
 from tunekit.model.call import Call, calling, current_call
+from tunekit.model.transformers_guard import replaced
 
 SUFFIX = "_per_document"
 LOOPED = ("sdpa", "eager")  # attention functions that the loop can call
@@ -117,7 +118,7 @@ def _runs(net: nn.Module) -> bool:
             with torch.device("meta"):
                 trial = base._from_config(config)
                 ids = torch.zeros(1, 5, dtype=torch.int64)
-                with torch.no_grad(), calling(Call(segments=Segments(((3, 2),)))):
+                with torch.no_grad(), calling(Call(segments=Segments(((3, 2),)))), known_documents():
                     trial(input_ids=ids, position_ids=ids, use_cache=False)
             _tried[type(net)] = True
         except Exception:  # the model's own code, whatever it raises: it keeps the mask that it knows
@@ -128,7 +129,7 @@ def _runs(net: nn.Module) -> bool:
 @cache
 def _register() -> None:
     """Make our names known to transformers, once."""
-    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     for plain in LOOPED:
         AttentionInterface.register(plain + SUFFIX, _sdpa if plain == "sdpa" else _eager)
@@ -136,17 +137,23 @@ def _register() -> None:
     for name, attend in ((VARLEN, _kernel), (PRODUCTS, _products)):
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, _mask_function("sdpa"))
-    if hasattr(masking_utils, "find_packed_sequence_indices"):
-        found = masking_utils.find_packed_sequence_indices
-        masking_utils.find_packed_sequence_indices = partial(_documents_of_tokens, found)
 
 
-def _documents_of_tokens(plain: Callable[..., Any], position_ids: torch.Tensor) -> torch.Tensor | None:
-    """The document of each token (B, T), None where rows are single documents; transformers' own asks the device
-    which of the two it is, a wait in every forward, and impossible without values."""
-    segments = current_call().segments
-    if segments is None:
-        return plain(position_ids)  # type: ignore[no-any-return]
+def known_documents() -> AbstractContextManager[None]:
+    """A block in which transformers is told whether rows are packed, where the Call knows.
+
+    Its own search asks the device: a wait in every forward, and impossible without values.
+    """
+    from transformers import masking_utils
+
+    segments, name = current_call().segments, "find_packed_sequence_indices"
+    if segments is None or not hasattr(masking_utils, name):
+        return nullcontext()
+    return replaced(vars(masking_utils), **{name: partial(_documents_of_tokens, segments)})
+
+
+def _documents_of_tokens(segments: Segments, position_ids: torch.Tensor) -> torch.Tensor | None:
+    """The document of each token (B, T); None where every row is a single document."""
     if segments.single:
         return None
     before = torch.cat([position_ids[:, :1] - 1, position_ids[:, :-1]], dim=1)

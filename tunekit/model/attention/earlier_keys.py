@@ -1,7 +1,6 @@
 """Keys and values that stand before those of every layer's tokens, and what a base makes of a text as such.
 
-Comes in: a net, its SelfAttention places, P keys and values of each layer.  Goes out: hooks in the net.
-Next: adapters/prefix.py.
+Comes in: a net, the SelfAttention and P keys and values of each layer.  Goes out: hooks in the net.
 
 Inside one attention module the learned keys and values are what its cache seems to hold: the module's own code joins
 them to its own, so that scaling, grouped heads, soft caps and relative biases stay its business. No cache of the model
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.errors import ModelError
-from tunekit.model.attention.places import (
+from tunekit.model.attention.self_attention import (
     CACHE_NAMES,
     KEY,
     MASK_NAMES,
@@ -28,44 +27,38 @@ from tunekit.model.attention.places import (
     parameters_of,
 )
 from tunekit.model.call import current_call
+from tunekit.model.families.structure import training_mode
 
 KeysAndValues = Callable[[int], tuple[Tensor, Tensor]]  # layer -> (H, P, D) keys and values
+Masks = dict[int | None, tuple[tuple[Any, ...], Tensor | None]]  # by window: what the last one was made of, and it
 Hooked = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def enter(net: nn.Module, places: list[SelfAttention], length: int, keys_values: KeysAndValues) -> list[Any]:
+def enter(net: nn.Module, attentions: list[SelfAttention], length: int, keys_values: KeysAndValues) -> list[Any]:
     """Make every layer see `length` keys and values before its own, at the positions 0 to `length` - 1.
 
     The tokens' own positions then begin at `length`. Returns the hooks; `remove()` takes one out again.
     """
-    masks: dict[int | None, _Mask] = {}
-    entries = [_Entry(place, length, keys_values, masks) for place in places]
-    handles = [entry.place.module.register_forward_pre_hook(entry, with_kwargs=True) for entry in entries]
-    return [*handles, *_shift_positions(net, places, length)]
+    masks: Masks = {}
+    entries = [_Entry(attention, length, keys_values, masks) for attention in attentions]
+    handles = [entry.attention.module.register_forward_pre_hook(entry, with_kwargs=True) for entry in entries]
+    return [*handles, *_shift_positions(net, attentions, length)]
 
 
-class _Mask:
-    """A mask that was made, and what of: the next layer of the same window takes it too, not one of its own."""
-
-    def __init__(self, made_of: tuple[Any, ...], mask: Tensor | None) -> None:
-        self.made_of, self.mask = made_of, mask
-
-    def fits(self, made_of: tuple[Any, ...]) -> bool:
-        """Whether it would be made of the same: tensors are compared as objects."""
-        pairs = zip(self.made_of, made_of, strict=True)
-        return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
+def _same(ones: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether masks made of these would be the same: tensors are compared as objects."""
+    pairs = zip(ones, others, strict=True)
+    return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
 
 
 class _Entry:
     """The hook of one attention module: an earlier past, and a mask that shows it."""
 
-    def __init__(
-        self, place: SelfAttention, length: int, keys_values: KeysAndValues, masks: dict[int | None, _Mask]
-    ) -> None:
-        self.place, self.length, self.keys_values, self.masks = place, length, keys_values, masks
-        self.names = parameters_of(place.module)
-        self.cache_name = parameter_of(place.module, CACHE_NAMES)
-        self.mask_name = parameter_of(place.module, MASK_NAMES)
+    def __init__(self, attention: SelfAttention, length: int, keys_values: KeysAndValues, masks: Masks) -> None:
+        self.attention, self.length, self.keys_values, self.masks = attention, length, keys_values, masks
+        self.names = parameters_of(attention.module)
+        self.cache_name = parameter_of(attention.module, CACHE_NAMES)
+        self.mask_name = parameter_of(attention.module, MASK_NAMES)
 
     def __call__(self, module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Hooked | None:
         if current_call().bypassed:
@@ -73,28 +66,28 @@ class _Entry:
         named = dict(zip(self.names, positional, strict=False)) | named
         cache, hidden = named.get(self.cache_name or ""), named["hidden_states"]
         past = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder's pair of caches
-        named[self.cache_name or ""] = EarlierPast(past, self.place, *self.keys_values(self.place.layer))
+        named[self.cache_name or ""] = EarlierPast(past, self.attention, *self.keys_values(self.attention.layer))
         if self.mask_name is not None:
-            seen = int(past.get_seq_length(self.place.layer)) if past is not None else 0
+            seen = int(past.get_seq_length(self.attention.layer)) if past is not None else 0
             own, positions = named.get(self.mask_name), named.get("position_ids")
             inference = torch.is_inference_mode_enabled()  # no backward pass takes what is made in it
             made_of = (own, positions, tuple(hidden.shape[:2]), seen, hidden.dtype, hidden.device, inference)
-            made = self.masks.get(self.place.window)
-            if made is None or not made.fits(made_of):
-                made = self.masks[self.place.window] = _Mask(made_of, self._mask(own, past, seen, hidden, positions))
-            named[self.mask_name] = made.mask
+            window = self.attention.window
+            if window not in self.masks or not _same(self.masks[window][0], made_of):
+                self.masks[window] = made_of, self._mask(own, past, seen, hidden, positions)
+            named[self.mask_name] = self.masks[window][1]
         return (), named
 
     def _mask(self, mask: Any, past: Any, seen: int, hidden: Tensor, positions: Any) -> Tensor | None:
         """The layer's mask with `length` columns before its own; None where all is seen anyway."""
         queries = hidden.shape[1]
         if mask is None:
-            implementation = str(getattr(getattr(self.place.module, "config", None), "_attn_implementation", ""))
-            windowed = self.place.window is not None and seen + queries + self.length > self.place.window
+            implementation = str(getattr(getattr(self.attention.module, "config", None), "_attn_implementation", ""))
+            windowed = self.attention.window is not None and seen + queries + self.length > self.attention.window
             if implementation.startswith("flash") or (queries == 1 and not windowed):
                 return None  # every key is seen, or those kernels align causality with the last key
-            keys, first = past.get_mask_sizes(queries, self.place.layer) if past is not None else (queries, 0)
-            mask = _causal_mask(queries, keys, seen - first, self.place.window, hidden.device)
+            keys, first = past.get_mask_sizes(queries, self.attention.layer) if past is not None else (queries, 0)
+            mask = _causal_mask(queries, keys, seen - first, self.attention.window, hidden.device)
         if not isinstance(mask, Tensor):
             raise ModelError(f"a prefix cannot extend masks of the kind {type(mask).__name__}", key="model.attention")
         if mask.dim() == 2:  # of tokens, which flash kernels take
@@ -106,11 +99,11 @@ class _Entry:
 
     def _visible(self, positions: Any, queries: int, seen: int, device: torch.device) -> Tensor:
         """(1 or B, 1, T, P) bool: which of the earlier keys each query sees; in a window, those it still reaches."""
-        if self.place.window is None:
+        if self.attention.window is None:
             return torch.ones(1, 1, queries, self.length, dtype=torch.bool, device=device)
         if not isinstance(positions, Tensor):  # without them, padding on the left takes part in the distance
             positions = torch.arange(queries, device=device)[None] + seen + self.length
-        reached: Tensor = positions[:, None, :, None] - torch.arange(self.length, device=device) < self.place.window
+        reached: Tensor = positions[:, None, :, None] - torch.arange(self.length, device=device) < self.attention.window
         return reached
 
 
@@ -134,15 +127,15 @@ def _causal_mask(queries: int, keys: int, offset: int, window: int | None, devic
 class EarlierPast:
     """What an attention module takes for its cache: the real one, if there is one, and P keys and values before it."""
 
-    def __init__(self, past: Any, place: SelfAttention, keys: Tensor, values: Tensor) -> None:
-        self._past, self._place, self._keys, self._values = past, place, keys, values
+    def __init__(self, past: Any, attention: SelfAttention, keys: Tensor, values: Tensor) -> None:
+        self._past, self._attention, self._keys, self._values = past, attention, keys, values
 
     def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Store the new keys and values (B, H, T, D) in the real cache; return all of them, the learned ones first."""
         for own, learned in ((keys, self._keys), (values, self._values)):
             if own.shape[1] != learned.shape[0] or own.shape[3] != learned.shape[2]:
-                heads, width = self._place.heads, self._place.width
-                what = f"{self._place.name} has {own.shape[1]} heads of {own.shape[3]}, not {heads} of {width}"
+                heads, width = self._attention.heads, self._attention.width
+                what = f"{self._attention.name} has {own.shape[1]} heads of {own.shape[3]}, not {heads} of {width}"
                 raise ModelError(what, "choose another adapter.method", key=KEY)
         if self._past is not None:
             keys, values = self._past.update(keys, values, *more, **named)
@@ -150,35 +143,33 @@ class EarlierPast:
 
     def get_seq_length(self, *layer: int) -> int:
         """Tokens before the new ones, the learned ones included."""
-        seen = self._past.get_seq_length(self._place.layer) if self._past is not None else 0
+        seen = self._past.get_seq_length(self._attention.layer) if self._past is not None else 0
         return int(seen) + int(self._keys.shape[1])
 
 
 @torch.no_grad()
-def keys_and_values(net: nn.Module, places: list[SelfAttention], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+def keys_and_values(net: nn.Module, attentions: list[SelfAttention], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """What every layer of the plain base makes of these ids (1, T): keys and values (H, T, D), float32 on the CPU."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def record(place: SelfAttention) -> Any:
-        names, cache = parameters_of(place.module), parameter_of(place.module, CACHE_NAMES)
+    def record(attention: SelfAttention) -> Any:
+        names, cache = parameters_of(attention.module), parameter_of(attention.module, CACHE_NAMES)
 
         def give(module: nn.Module, positional: Any, named: dict[str, Any]) -> Any:
-            return (), dict(zip(names, positional, strict=False)) | named | {cache or "": _Recorder(found, place.layer)}
+            recorder = {cache or "": _Recorder(found, attention.layer)}
+            return (), dict(zip(names, positional, strict=False)) | named | recorder
 
         return give
 
     outer: Any = decoder(net)
-    handles = [place.module.register_forward_pre_hook(record(place), with_kwargs=True) for place in places]
-    training = {module: module.training for module in net.modules()}
+    handles = [each.module.register_forward_pre_hook(record(each), with_kwargs=True) for each in attentions]
     try:
-        net.eval()
-        outer(input_ids=ids.to(next(net.parameters()).device), use_cache=False)
+        with training_mode(net, False):
+            outer(input_ids=ids.to(next(net.parameters()).device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return [found[place.layer] for place in places]
+    return [found[attention.layer] for attention in attentions]
 
 
 class _Recorder:
@@ -202,7 +193,7 @@ def _joined(learned: Tensor, own: Tensor) -> Tensor:
     return torch.cat([learned.to(own.dtype).expand(own.shape[0], *learned.shape), own], dim=2)
 
 
-def _shift_positions(net: nn.Module, places: list[SelfAttention], length: int) -> list[Any]:
+def _shift_positions(net: nn.Module, attentions: list[SelfAttention], length: int) -> list[Any]:
     """A hook that adds `length` to the positions of the tokens, wherever this decoder makes them.
 
     Raises: ModelError where it makes them in a way of its own.
@@ -210,7 +201,7 @@ def _shift_positions(net: nn.Module, places: list[SelfAttention], length: int) -
     outer = decoder(net)
     if "position_ids" in parameters_of(outer):
         return [outer.register_forward_pre_hook(_Shift(outer, length), with_kwargs=True)]
-    if any(hasattr(place.module, "compute_bias") for place in places):
+    if any(hasattr(attention.module, "compute_bias") for attention in attentions):
         return []  # positions are distances, which the module takes from what its cache seems to hold
     for name, table in outer.named_children():
         if "position" in name and "position_ids" in parameters_of(table):

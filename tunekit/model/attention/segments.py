@@ -1,6 +1,6 @@
 """Where the documents of packed rows begin and end, found once for each batch.
 
-Comes in: position ids on the host.  Goes out: `Segments`, which travel in the Call.  Next: attention.py.
+Comes in: position ids on the host.  Goes out: `Segments`, which travel in the Call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The families of models, a small class each: where layers, head and hidden states are, how a net is called.
 
 Comes in: a family's name, found in the base's configuration by model/inspection.py.  Goes out: `Family`.
-Next: objectives/ read hidden states and head, memory/ and training/ read layers and stages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Causal language models, and what the other families share with them.
 
-Comes in: a net as transformers builds it.  Goes out: `Family`.  Next: seq2seq.py and classifier.py say what differs.
+Comes in: a net as transformers builds it.  Goes out: `Family`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tunekit.model.families.structure import (
     text_config,
 )
 
+UNUSED_ROWS = 2  # OPT's table of positions begins with two rows that no position uses
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
 
 
@@ -79,6 +80,18 @@ class Family:
     def embedding_name(self, net: nn.Module) -> str | None:
         """Module name of the token embedding."""
         return name_of(net, _call(net, "get_input_embeddings"))
+
+    def learned_positions(self, net: nn.Module) -> int | None:
+        """Usable rows of a learned table of positions; None where positions are computed."""
+        declared, tokens = getattr(text_config(net), "max_position_embeddings", None), self.embedding_name(net)
+        if not isinstance(declared, int):
+            return None
+        tables = [
+            module.num_embeddings
+            for name, module in net.named_modules()
+            if isinstance(module, nn.Embedding) and name != tokens
+        ]
+        return declared if any(0 <= rows - declared <= UNUSED_ROWS for rows in tables) else None
 
     def tied(self, net: nn.Module) -> bool:
         """Whether the head and the token embedding are one matrix."""

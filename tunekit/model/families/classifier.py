@@ -1,6 +1,6 @@
 """Sequence classifiers: an encoder or a decoder with one row of logits per text.
 
-Comes in: a net as transformers builds it.  Goes out: `ClassifierFamily`.  Next: load.py.
+Comes in: a net as transformers builds it.  Goes out: `ClassifierFamily`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The output projection of a text model: hidden states -> logits in float32, as the model itself would make them.
 
 Comes in: the net and the name of its head module.  Goes out: `TextHead.logits`.
-Next: objectives/logprobs.py, which calls it for chunks of supervised positions only.
 """
 
 from __future__ import annotations

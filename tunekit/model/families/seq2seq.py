@@ -1,6 +1,6 @@
 """Encoder-decoders: T5, BART and whatever is built like them.
 
-Comes in: a net as transformers builds it.  Goes out: `Seq2SeqFamily`.  Next: load.py and sample.py.
+Comes in: a net as transformers builds it.  Goes out: `Seq2SeqFamily`.
 """
 
 from __future__ import annotations

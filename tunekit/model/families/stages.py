@@ -1,7 +1,7 @@
 """A net cut into embed and layers, of one stack or of several, so that an engine can run it layer by layer.
 
-Comes in: what holds a list of layers, and a way to run the base.  Goes out: Stack, or None where the cut is unproven.
-Next: memory/streaming.py. The embed stage runs the base's own forward with recorders in place of the layers, so that
+Comes in: the module that has a list of layers, and a way to run the base.  Goes out: Stack.
+The embed stage runs the base's own forward with recorders in place of the layers, so that
 masks and position embeddings are made by the model's own code, whatever its version.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunekit.contracts import Beside, LayerCall, Stack
+from tunekit.contracts import LayerCall, SideInput, Stack
 
 # Families on which tests compare stages with the plain forward bit for bit.
 PROVEN = frozenset(
@@ -24,25 +24,25 @@ PROVEN = frozenset(
         *("t5", "mt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"),
     ]
 )
-# Families whose layers give a tuple, and how many things follow the hidden states in it.
-HANDED_ON = {"bloom": 1, "t5": 2, "mt5": 2}
+# Families whose layers give a tuple, and how many tensors follow the hidden states in it.
+SIDE_OUTPUTS = {"bloom": 1, "t5": 2, "mt5": 2}
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # settings that leave out layers at random
 
 
 class _Recorder(nn.Module):
-    """Stands in for a layer: notes what it is called with and hands the hidden states on."""
+    """Stands in for a layer: records what it is called with and returns its hidden states."""
 
-    def __init__(self, layer: nn.Module, handed_on: int) -> None:
+    def __init__(self, layer: nn.Module, side_outputs: int) -> None:
         super().__init__()
         object.__setattr__(self, "layer", layer)  # not a child: it must not be moved or saved twice
         self.arguments: tuple[Any, ...] = ()
         self.keywords: dict[str, Any] = {}
         self.hidden: torch.Tensor | None = None
-        self.handed_on = tuple(Beside() for _ in range(handed_on))
+        self.side_outputs = tuple(SideInput() for _ in range(side_outputs))
 
     def forward(self, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         self.hidden, self.arguments, self.keywords = hidden, arguments, keywords
-        return (hidden, *self.handed_on) if self.handed_on else hidden
+        return (hidden, *self.side_outputs) if self.side_outputs else hidden
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -66,16 +66,16 @@ class StageLayer(nn.Module):
         output = self.layer(hidden, *arguments, **{name: _value(each) for name, each in call.keywords.items()})
         if isinstance(output, tuple):
             output, *others = output
-            for beside, other in zip(call.handed_on, others, strict=False):
-                if beside is not None:
-                    beside.value = other
+            for side, other in zip(call.side_outputs, others, strict=False):
+                if side is not None:
+                    side.value = other
         for module in self.finish:
             output = module(output)
         return output  # type: ignore[no-any-return]
 
 
 def _value(argument: Any) -> Any:
-    return argument.value if isinstance(argument, Beside) else argument
+    return argument.value if isinstance(argument, SideInput) else argument
 
 
 def is_proven(config: Any) -> bool:
@@ -95,8 +95,8 @@ def make_stack(
     `finish` is what it does after the last."""
     layers: Any = getattr(parent, attribute)
 
-    def embed(inputs: dict[str, torch.Tensor], source: Beside | None) -> tuple[torch.Tensor, list[LayerCall]]:
-        recorders = [_Recorder(layer, HANDED_ON.get(model_type, 0)) for layer in layers]
+    def embed(inputs: dict[str, torch.Tensor], source: SideInput | None) -> tuple[torch.Tensor, list[LayerCall]]:
+        recorders = [_Recorder(layer, SIDE_OUTPUTS.get(model_type, 0)) for layer in layers]
         with _in_place(parent, attribute, nn.ModuleList(recorders)):
             run(inputs, None if source is None else source.value)
         hidden: Any = recorders[0].hidden  # (B, T, D)
@@ -117,8 +117,8 @@ def _in_place(parent: nn.Module, attribute: str, others: nn.ModuleList) -> Itera
         setattr(parent, attribute, layers)
 
 
-def _calls(recorders: Sequence[_Recorder], source: Beside | None) -> list[LayerCall]:
-    """What was recorded, with `source` in place of its value, and of what is handed on only what is read."""
+def _calls(recorders: Sequence[_Recorder], source: SideInput | None) -> list[LayerCall]:
+    """What was recorded, with `source` in place of its value, and of the side outputs only those that are read."""
 
     def replaced(argument: Any) -> Any:
         return source if source is not None and argument is source.value else argument
@@ -127,8 +127,8 @@ def _calls(recorders: Sequence[_Recorder], source: Beside | None) -> list[LayerC
         LayerCall(tuple(map(replaced, each.arguments)), {name: replaced(v) for name, v in each.keywords.items()})
         for each in recorders
     ]
-    read = {id(beside) for call in calls for beside in call.read}
+    read = {id(side) for call in calls for side in call.side_inputs}
     return [
-        LayerCall(call.arguments, call.keywords, tuple(b if id(b) in read else None for b in recorder.handed_on))
+        LayerCall(call.arguments, call.keywords, tuple(b if id(b) in read else None for b in recorder.side_outputs))
         for call, recorder in zip(calls, recorders, strict=True)
     ]

@@ -1,17 +1,20 @@
 """What every family looks up in a net: by structure and declared names, never by class names.
 
-Comes in: a net as transformers builds it.  Goes out: names and modules.  Next: the other files here.
+Comes in: a net as transformers builds it.  Goes out: names and modules.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from tunekit.errors import ModelError
+from tunekit.model.attention.documents import known_documents
 
 
 def text_config(net: nn.Module) -> Any:
@@ -40,7 +43,20 @@ def call_accepted(module: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     accepted = accepted_names(module)
     taken = {key: value for key, value in inputs.items() if key in accepted}
     switches = {"use_cache": False} if "use_cache" in accepted else {}
-    return module(**taken, **switches)
+    with known_documents():
+        return module(**taken, **switches)
+
+
+@contextmanager
+def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode inside the block; every module's own mode is put back after it."""
+    before = {module: module.training for module in net.modules()}
+    net.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def last_hidden(output: Any) -> torch.Tensor:

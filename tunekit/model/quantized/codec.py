@@ -1,8 +1,7 @@
 """Numbers to packed numbers and back: NF4 and FP4 in bitsandbytes' layout, and int8 with one scale for each row.
 
 Comes in: a dense matrix (O, I).  Goes out: named tensors that hold it packed, and the dense matrix again.
-Next: weights.py keeps those tensors in a module.  bitsandbytes is imported here only, and only when it is used: for
-4 bits beside the CPU, and for LLM.int8.
+bitsandbytes is imported here only, and only when it is used: for 4 bits on other devices than a CPU, and for LLM.int8.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from tunekit.errors import ModelError
 from tunekit.model.quantized import four_bit, fp8
 from tunekit.model.quantized.four_bit import BLOCK, NESTED_BLOCK
-from tunekit.model.transformers_guard import no_fetched_code
+from tunekit.model.transformers_guard import no_fetched_code, replaced
 
 FOUR_BIT = ("nf4", "fp4")
 EIGHT_BIT = ("int8", "int8_weight_only")
@@ -36,11 +35,10 @@ def import_bitsandbytes() -> Any:
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
     logger = logging.getLogger("bitsandbytes")
-    compiler, level = torch.compile, logger.level
-    torch.compile = _uncompiled  # type: ignore[assignment]
+    level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with no_fetched_code():
+        with no_fetched_code(), replaced(vars(torch), compile=_uncompiled):
             import bitsandbytes
             import bitsandbytes.functional
     except ImportError as error:
@@ -50,7 +48,6 @@ def import_bitsandbytes() -> Any:
             key="model.quantization",
         ) from error
     finally:
-        torch.compile = compiler
         logger.setLevel(level)
     return bitsandbytes
 
@@ -76,10 +73,9 @@ def packed_shapes(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names, shapes and dtypes of the tensors that hold a packed (O, I) matrix; what pack() returns."""
     out_features, in_features = shape
-    if quantization in EIGHT_BIT:
-        return {"packed": ((out_features, in_features), torch.int8), "absmax": ((out_features,), torch.float32)}
-    if quantization == "fp8":
-        return {"packed": ((out_features, in_features), torch.uint8), "absmax": ((out_features,), torch.float32)}
+    if quantization not in FOUR_BIT:
+        kind = torch.uint8 if quantization == "fp8" else torch.int8
+        return {"packed": (shape, kind), "absmax": ((out_features,), torch.float32)}
     elements = out_features * in_features
     blocks = -(-elements // BLOCK)
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"packed": ((-(-elements // 2), 1), torch.uint8)}

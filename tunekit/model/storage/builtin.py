@@ -1,20 +1,19 @@
 """Built-in models that need no download: a name such as `builtin:tiny-llama` -> a model folder, made on first use.
 
 Comes in: model.name_or_path.  Goes out: a folder of a few hundred kilobytes (llama, byte-level tokenizer, ChatML
-template) whose bytes depend on nothing but the name.  Next: source.py, which treats it as any local folder.
+template) whose bytes depend on nothing but the name.
 The weights are random: such a model shows that a recipe runs, not what it learns.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tunekit.files.cache_folder import default_cache_folder
+from tunekit.files.durable import whole_folder
 from tunekit.model.transformers_guard import quiet
 
 PREFIX = "builtin:"  # no hub name can hold a colon
@@ -33,25 +32,13 @@ def tiny_names() -> tuple[str, ...]:
 
 
 def tiny_model_folder(name: str) -> Path | None:
-    """The folder of a built-in model, written now if it is not there yet; None for any other name.
-
-    Two processes may ask at once: each writes a folder of its own, and the first to rename it wins.
-    """
+    """The folder of a built-in model, written now if it is not there yet; None for any other name."""
     if name not in tiny_names():
         return None
-    folder = _cache_folder() / f"{name.removeprefix(PREFIX)}-{LAYOUT}"
+    folder = default_cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{LAYOUT}"
     if not (folder / "config.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            write_tiny_llama(scratch)
-            if not folder.exists():
-                os.rename(scratch, folder)
-        except OSError:
-            if not (folder / "config.json").exists():
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with whole_folder(folder) as work:
+            write_tiny_llama(work)
     return folder
 
 
@@ -96,9 +83,3 @@ def _byte_tokenizer() -> Any:
     )
     native.chat_template = CHAT_TEMPLATE
     return native
-
-
-def _cache_folder() -> Path:
-    """`tunekit/models` in the user's cache (XDG_CACHE_HOME, else ~/.cache)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "tunekit" / "models"

@@ -1,7 +1,7 @@
 """Parameters that a checkpoint stores in pieces: a mixture's experts one by one, where the net has them fused.
 
 Comes in: the net, without values, and the names in its files.  Goes out: the fused parameter from its pieces, and back.
-Next: rewrite.py, reading.py.  What belongs where is asked of transformers, which made one of the other at load.
+Which piece belongs where is asked of transformers, whose loading joins them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StoredPieces:
         return pieces
 
     def places(self, whole: Tensor) -> dict[str, Tensor] | None:
-        """The parts of `whole` that the pieces are, as views to read them into; None where one is no such part."""
+        """Views into `whole` to read the pieces into; None where a piece is no contiguous part of it."""
         with _NoCopies():
             parts = self.split(whole)
         root = whole if whole._base is None else whole._base

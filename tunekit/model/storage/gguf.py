@@ -1,7 +1,6 @@
 """GGUF files as a base: read by transformers, unpacked to dense weights, each part parsed once.
 
 Comes in: a ModelSource with a GGUF file.  Goes out: arguments for transformers, and a block in which parsing is shared.
-Next: load.py, and whoever reads tokenizer and base of one file.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from tunekit.model.storage.source import ModelSource
+from tunekit.model.transformers_guard import replaced
 
 
 def gguf_arguments(source: ModelSource) -> dict[str, Any]:
@@ -34,9 +34,6 @@ def parsed_once(name_or_path: str) -> Iterator[None]:
         return
     import gguf
 
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = lru_cache(reader), lru_cache(names)
-    try:
+    kept = {name: lru_cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with replaced(vars(gguf), **kept):
         yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names

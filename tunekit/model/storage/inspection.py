@@ -1,7 +1,6 @@
 """What a base is, from its files alone: refusals by name before a weight is read, and the fingerprint.
 
 Comes in: a ModelSource.  Goes out: ModelError, or facts.
-Next: load.py.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 from tunekit.errors import ModelError
 from tunekit.files.tensors import read_raw_header
+from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import ModelSource, read_json
 from tunekit.recipe.model import ModelSection
@@ -158,9 +158,9 @@ def fingerprint(source: ModelSource) -> str:
     digest.update(json.dumps(config, sort_keys=True).encode())
     for name in shard_files(source.folder):
         path = source.folder / name
-        length, header = read_raw_header(path)
-        digest.update(json.dumps({key: header[key] for key in sorted(header)}, sort_keys=True).encode())
-        _digest_samples(digest, path, 8 + length, CHUNK_BYTES)
+        start, _, header = read_raw_header(path, MODEL_FILE)
+        digest.update(json.dumps(header, sort_keys=True).encode())
+        _digest_samples(digest, path, start, CHUNK_BYTES)
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """A packed base kept between runs: which file holds it, and when that file may be used.
 
 Comes in: a base to be packed and where its files lie.  Goes out: the net with its tensors, mapped from a sidecar or in
-memory.  Next: load.py.
+memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tunekit.errors import TunekitError
 from tunekit.files.cache_folder import code_version, default_cache_folder
 from tunekit.machine.malloc import trim_heap
 from tunekit.model.storage import sidecar as files
@@ -27,7 +28,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes")
 
 
 def can_be_kept(size_bytes: int) -> bool:
-    """Whether a packed base of this size is going to be a sidecar, as far as the folder and the disk tell now."""
+    """Whether a packed base of this size can be kept in a file, as far as the folder and the disk show now."""
     folder = _folder()
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     return (
@@ -52,13 +53,14 @@ def kept_base(packed: PackedBase, source: ModelSource, fingerprint: str) -> tupl
     opened, notes = open_sidecar(path, key, packed.layout), []
     if opened is None:
         try:
-            opened = write_sidecar(path, key, packed.layout, packed.held())
+            opened = write_sidecar(path, key, packed.layout, packed.iterate_tensors())
             remove_others(path, prefix)
             if _names(packed, source, fingerprint)[1] != key:  # changed while it was read
                 path.unlink()
                 opened = None
-        except OSError as error:
-            notes = [f"the packed base is not kept for the next run ({error.strerror or error})"]
+        except (OSError, TunekitError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            notes = [f"the packed base is not kept for the next run ({reason})"]
     if opened is None:
         packed.fill()
     else:
@@ -68,7 +70,7 @@ def kept_base(packed: PackedBase, source: ModelSource, fingerprint: str) -> tupl
 
 
 def _names(packed: PackedBase, source: ModelSource, fingerprint: str) -> tuple[str, str]:
-    """What the names of all files of this base begin with, and the key: other bytes, another key.
+    """The prefix of the names of all files of this base, and the key, which differs wherever a byte could.
 
     The fingerprint samples the files' data; their times and inodes tell a change that it does not see.
     """
@@ -88,5 +90,5 @@ def _names(packed: PackedBase, source: ModelSource, fingerprint: str) -> tuple[s
     return f"{prefix}-", _hash_of({**how, **base})
 
 
-def _hash_of(value: Any) -> str:
+def _hash_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -2,7 +2,7 @@
 streamed.
 
 Comes in: a net without values and where its files lie.  Goes out: the net over its own files, where they hold it as it
-is computed; else over a sidecar that is written once.  Next: load.py, memory/streaming.py.
+is computed; else over a sidecar that is written once.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def mapped_net(
 
 
 def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
-    """The files themselves; of the head a copy, where it does not lie as that of a resident base does: a layer is
-    copied into its slot in any case, and everything else enters no product."""
+    """Views into the files. Of the head a copy where it is not aligned as in a resident base, since its products depend
+    on that; a streamed layer is copied in any case, and no other tensor enters a product."""
     head = family.head_name(net)
     for name in reader.names:
         view = reader.view(name)

@@ -1,7 +1,6 @@
 """A base packed while it is loaded, one tensor at a time; and which tensors a packed base holds, in which order.
 
 Comes in: a net without values, a reader of its files.  Goes out: the net with packed layers, its tensors one by one.
-Next: load.py.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tunekit.machine.malloc import trim_heap
 from tunekit.model.families import Family
 from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
 from tunekit.model.storage.reading import BaseReader, place
-from tunekit.model.storage.sidecar import Place, Sidecar
+from tunekit.model.storage.sidecar import Sidecar, StoredTensor
 from tunekit.recipe.model import ModelSection
 
 
@@ -71,10 +70,10 @@ class PackedBase:
     dtype: torch.dtype
     device: torch.device
     notes: list[str] = field(default_factory=list)
-    layout: list[Place] = field(default_factory=list)
+    layout: list[StoredTensor] = field(default_factory=list)
     transposed: frozenset[str] = frozenset()  # packed layers that store (I, O)
 
-    def held(self) -> Iterator[tuple[str, Tensor]]:
+    def iterate_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in the layout's order, read and packed only when it is asked for."""
         layers = packed_layers(self.net)
         packed: dict[str, Tensor] = {}
@@ -96,7 +95,7 @@ class PackedBase:
 
     def fill(self) -> None:
         """Hold every tensor in memory of its own."""
-        for name, tensor in self.held():
+        for name, tensor in self.iterate_tensors():
             self._put(name, tensor)
 
     def map(self, sidecar: Sidecar) -> None:
@@ -128,11 +127,11 @@ def packed_base(
     return PackedBase(net, reader, section, dtype, device, notes, layout_of(net, family), transposed)
 
 
-def layout_of(net: nn.Module, family: Family) -> list[Place]:
+def layout_of(net: nn.Module, family: Family) -> list[StoredTensor]:
     """Every parameter and persistent buffer once: what lies outside of layers, then layer by layer."""
     layers = {name: index for index, (name, _) in enumerate(family.layers(net))}
-    found: dict[int, Place] = {}
+    found: dict[int, StoredTensor] = {}
     for name, tensor in net.state_dict(keep_vars=True).items():
         layer = next((each for each in layers if name.startswith(f"{each}.")), "")
-        found.setdefault(id(tensor), Place(name, tuple(tensor.shape), tensor.dtype, layer))
+        found.setdefault(id(tensor), StoredTensor(name, tuple(tensor.shape), tensor.dtype, layer))
     return sorted(found.values(), key=lambda each: layers.get(each.layer, -1))

@@ -1,7 +1,6 @@
 """A base read by the names of its net, one tensor at a time, straight from the safetensors files.
 
 Comes in: a net without values and the folder.  Goes out: views into shared read-only mappings, or copies of their own.
-Next: load.py fills or packs a net from it, memory/ streams layers from it.
 
 transformers' from_pretrained holds a whole base at once. What is read here is bit for bit what it would give: where
 that is not certain (renamed or unknown tensors, code of the model's own), `open_base` gives None and it stays in use.
@@ -12,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.core_model_loading import revert_weight_conversion
 
-from tunekit.errors import ModelError
-from tunekit.files.tensors import TensorHeader
+from tunekit.files.tensors import TensorEntry, fill_from_file
+from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.shards import read_headers
 
@@ -50,24 +49,23 @@ def unfilled_net(auto_class: Any, config: Any, dtype: torch.dtype, attention: st
 @contextmanager
 def _meta_parameters() -> Iterator[None]:
     """Every parameter that a module registers inside the block moves to the meta device at once."""
-    register = nn.Module.register_parameter
 
-    def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
+    def without_values(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.is_meta:
+            return parameter  # the object itself: tied parameters stay one
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = registered  # type: ignore[method-assign]
+    hook = register_module_parameter_registration_hook(without_values)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 class MappedFiles:
     """Tensors of a folder's safetensors files: views into shared read-only mappings, or read without mapping a page."""
 
-    def __init__(self, folder: Path, headers: dict[str, TensorHeader]) -> None:
+    def __init__(self, folder: Path, headers: dict[str, TensorEntry]) -> None:
         self.folder, self.headers = folder, headers
         self._maps: dict[str, mmap.mmap] = {}
 
@@ -96,7 +94,7 @@ class MappedFiles:
         with path.open("rb", buffering=0) as file:
             direct = target.dtype == header.dtype and target.is_contiguous() and target.device.type == "cpu"
             if direct:
-                _fill(file, header.offset_bytes, target.view(-1).view(torch.uint8), path)
+                fill_from_file(file.fileno(), header.offset_bytes, target, path, MODEL_FILE)
                 return
             rows = target.view(-1) if target.is_contiguous() else target
             row_elements = math.prod(rows.shape[1:])
@@ -105,7 +103,7 @@ class MappedFiles:
                 part = rows[first : first + step]
                 stored = torch.empty(part.shape, dtype=header.dtype)
                 offset = header.offset_bytes + first * row_elements * item_bytes
-                _fill(file, offset, stored.view(-1).view(torch.uint8), path)
+                fill_from_file(file.fileno(), offset, stored, path, MODEL_FILE)
                 part.copy_(stored)
 
     def drop_pages(self, name: str) -> None:
@@ -122,17 +120,6 @@ class MappedFiles:
             with (self.folder / file).open("rb") as stream:
                 self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
-
-
-def _fill(file: Any, offset: int, target: Tensor, path: Path) -> None:
-    """Read the file from `offset` on into all of `target` (bytes), which is contiguous on the CPU."""
-    numbers: Any = target.numpy()
-    done, memory = 0, memoryview(numbers)
-    while done < len(memory):
-        count = os.preadv(file.fileno(), [memory[done : done + 2**30]], offset + done)
-        if not count:
-            raise ModelError("ends before its tensors do", "fetch it again", file=str(path))
-        done += count
 
 
 class BaseReader:
@@ -231,7 +218,7 @@ class BaseReader:
 class _StoredNames:
     """The files' names, which may leave out the base model's prefix or have it where the net does not."""
 
-    def __init__(self, net: nn.Module, headers: dict[str, TensorHeader]) -> None:
+    def __init__(self, net: nn.Module, headers: dict[str, TensorEntry]) -> None:
         self._headers, self._prefix = headers, str(getattr(net, "base_model_prefix", ""))
         self._left = set(headers)
         self.ambiguous = False
@@ -260,7 +247,7 @@ class _StoredNames:
         return sorted(name for name in self._left if not any(re.search(pattern, name) for pattern in skipped))
 
 
-def needs_copies(headers: Mapping[str, TensorHeader], dtype: torch.dtype, device: torch.device) -> bool:
+def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether some tensor cannot be used as it lies in its mapped file: it has another dtype than the computation, or,
     on a CPU, does not begin at a multiple of 64 bytes: products of single rows depend on that in their last bit."""
     return any(

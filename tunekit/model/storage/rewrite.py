@@ -1,7 +1,7 @@
 """A base written anew with some of its matrices changed: tensor by tensor, in float32, with one cast at the end.
 
 Comes in: the model section, changes by module name, and what to change them onto.  Goes out: config and weights of a
-model folder.  Next: merge.py, which takes the changes from an adapter and adds the tokenizer.
+model folder.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Rewriter:
         return self.tensors.size_bytes() + extra
 
     def _configuration(self, changes: Changes) -> dict[str, Any]:
-        """The base's configuration; only what the new weights make untrue is changed."""
+        """The base's configuration; changed only where the new weights differ from it."""
         if self.source.gguf_file is None:
             config = inspection.read_config(self.source)
         else:

@@ -1,22 +1,19 @@
 """Safetensors folders read and written one tensor at a time, in bounded memory.
 
 Comes in: a folder of model.safetensors or shards with an index.  Goes out: headers, tensors, folders of that form.
-Next: load.py checks headers before anything is allocated; merge.py reads and writes.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from tunekit.errors import ModelError, ResourceError
-from tunekit.files.tensors import TensorHeader, read_file_header
+from tunekit.errors import ModelError
+from tunekit.files.durable import rename, write_json
+from tunekit.files.tensors import TensorEntry, read_tensor, read_tensor_header, write_tensors
+from tunekit.files.untrusted import MODEL_FILE
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -58,15 +55,15 @@ def _read_index(folder: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in weight_map.items()}
 
 
-def read_headers(folder: Path) -> dict[str, TensorHeader]:
+def read_headers(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor's file, dtype and shape, from the headers, which are checked against the files' sizes.
 
     Raises: ModelError for a file that is truncated, damaged, no safetensors file, or at odds with the index.
     """
     files = shard_files(folder)
-    headers: dict[str, TensorHeader] = {}
+    headers: dict[str, TensorEntry] = {}
     for name in files:
-        for tensor, header in read_file_header(folder / name).items():
+        for tensor, header in read_tensor_header(folder / name, MODEL_FILE).items():
             if tensor in headers:
                 raise ModelError(f"holds {tensor}, which {headers[tensor].file} holds too", file=str(folder / name))
             headers[tensor] = header
@@ -90,9 +87,8 @@ class ShardReader:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, a copy of its own."""
-        path = self.folder / self.headers[name].file
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+        entry = self.headers[name]
+        return read_tensor(self.folder / entry.file, entry, MODEL_FILE)
 
 
 class ShardWriter:
@@ -112,9 +108,6 @@ class ShardWriter:
             raise ModelError(f"the tensor {name} would be written twice")
         self._names.add(name)
         stored = tensor.detach().to("cpu").contiguous()
-        # A view into a larger tensor would be written whole, or refused as shared: keep only its own numbers.
-        if stored.untyped_storage().nbytes() != stored.numel() * stored.element_size():
-            stored = stored.clone()
         size = stored.numel() * stored.element_size()
         if self._pending and self._pending_bytes + size > self.max_shard_bytes:
             self._flush()
@@ -122,14 +115,7 @@ class ShardWriter:
         self._pending_bytes += size
 
     def _flush(self) -> None:
-        path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        try:
-            save_file(self._pending, str(path), metadata={"format": "pt"})
-            _sync(path)
-        except (OSError, SafetensorError) as error:
-            raise ResourceError(
-                f"{path.parent} cannot take {self._pending_bytes} bytes of weights ({error})", "free space there"
-            ) from error
+        write_tensors(self._shard_path(len(self._shards)), self._pending, {"format": "pt"})
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
@@ -141,22 +127,14 @@ class ShardWriter:
         count = len(self._shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         for index, name in enumerate(names):
-            os.replace(self.folder / f"shard-{index + 1:05d}.safetensors", self.folder / name)
+            rename(self._shard_path(index), self.folder / name)
         if count > 1:
             weight_map = {tensor: names[i] for i, shard in enumerate(self._shards) for tensor in shard}
             content = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            path = self.folder / INDEX
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            _sync(path)
+            write_json(self.folder / INDEX, content)
             names = [*names, INDEX]
-        _sync(self.folder)
         return names
 
-
-def _sync(path: Path) -> None:
-    """Make a file, or a folder's list of files, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _shard_path(self, index: int) -> Path:
+        """Where a shard lies until it is known how many there are."""
+        return self.folder / f"shard-{index + 1:05d}.safetensors"

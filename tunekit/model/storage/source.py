@@ -1,7 +1,6 @@
 """Where a base lies: a local folder, a .gguf file, a built-in model, or a hub name brought into the hub's cache.
 
 Comes in: the model section.  Goes out: `ModelSource`, always local from here on, so that nothing later needs a network.
-Next: inspection.py looks at its files, load.py reads them.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.errors import ModelError
+from tunekit.files.untrusted import MODEL_FILE, read_small
 from tunekit.model.storage.builtin import tiny_model_folder
 from tunekit.recipe.model import ModelSection
 
 KEY = "model.name_or_path"
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "USE_POLICY*", "NOTICE*")
-MAX_CONFIG_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -93,16 +92,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises: ModelError for a file that is missing, not regular, too large, not JSON or not an object.
     """
+    data = read_small(path, MODEL_FILE)
     try:
-        status = path.stat()
-    except OSError as error:
-        raise ModelError(f"{path} is missing", "give a complete model folder", file=str(path), key=KEY) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ModelError("is not a regular file", file=str(path))
-    if status.st_size > MAX_CONFIG_BYTES:
-        raise ModelError(f"has {status.st_size} bytes, which no configuration has", file=str(path))
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"))  # not parse_json: some models' configurations hold Infinity
     except (ValueError, RecursionError) as error:
         raise ModelError(f"cannot be read as JSON ({error})", "fetch it again", file=str(path)) from error
     if not isinstance(value, dict):

@@ -1,7 +1,6 @@
 """Text generation in batches, greedy unless asked otherwise, that leaves the model as it found it.
 
 Comes in: a loaded model (with or without adapters in place) and prompts as ids.  Goes out: the new ids of each prompt.
-Next: training/answers.py and generate.py decode them.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from tunekit.contracts import Tokenizer
 from tunekit.errors import DataError, ModelError
 from tunekit.model.call import seed_for
 from tunekit.model.families import text_config
+from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.transformers_guard import quiet
 
@@ -50,8 +50,8 @@ def generate_texts(
     if not model.family.answers:
         raise ModelError(f"{model.name_or_path} is a {model.family.text}, which gives no text", "read its logits")
     stops = sorted(set(find_stop_ids(model, tokenizer) if stop_ids is None else stop_ids))
-    longest = _position_table(model)
-    longest = None if longest is None else longest - virtual_tokens
+    table = model.family.learned_positions(model.net)
+    longest = None if table is None else table - virtual_tokens
     apart = model.family.reads_source  # then the answer has a table of positions to itself
     for number, prompt in enumerate(prompts_ids):
         if not len(prompt):
@@ -149,9 +149,9 @@ def _generate(
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)  # (B, T)
     apart = model.family.reads_source
     for row, prompt in enumerate(prompts):
-        place = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)
-        ids[row, place] = torch.tensor(list(prompt))
-        mask[row, place] = 1
+        columns = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)
+        ids[row, columns] = torch.tensor(list(prompt))
+        mask[row, columns] = 1
     net: Any = model.net
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     inputs = inputs if adapt is None else adapt(inputs)
@@ -166,35 +166,20 @@ def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
     return ids[:end]
 
 
-def _position_table(model: LoadedModel) -> int | None:
-    """Number of positions where they are learned rows of a table; None where they are computed."""
-    config = text_config(model.net)
-    embedding = model.family.embedding_name(model.net)
-    tables = [
-        name for name, module in model.net.named_modules() if isinstance(module, nn.Embedding) and name != embedding
-    ]
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if tables and limit else None
-
-
 @contextmanager
 def _left_as_found(net: nn.Module) -> Iterator[None]:
     """Eval mode, cache on and no generation defaults inside; modes, settings and random state put back afterwards."""
     from transformers import GenerationConfig
 
     holder: Any = net
-    modes = {module: module.training for module in net.modules()}
     use_cache, defaults = holder.config.use_cache, getattr(holder, "generation_config", None)
     devices = [parameter.device for parameter in net.parameters() if parameter.is_cuda][:1]
-    net.eval()
     holder.config.use_cache, holder.generation_config = True, GenerationConfig()
     # A head that is given a slice (each row's last position) would be copied once for each row of the batch.
     contiguous = holder.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
-        with torch.random.fork_rng(devices=devices):
+        with training_mode(net, False), torch.random.fork_rng(devices=devices):
             yield
     finally:
         contiguous.remove()
         holder.config.use_cache, holder.generation_config = use_cache, defaults
-        for module, mode in modes.items():
-            module.training = mode

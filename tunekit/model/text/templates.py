@@ -1,21 +1,21 @@
 """Chat templates: code from a stranger, run in transformers' sandbox with limits on time and memory.
 
 Comes in: a template and messages.  Goes out: text, or DataError with what the template said.
-Next: tokenizer.py.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any
 
 from tunekit.errors import DataError
+from tunekit.machine.memory import address_space_bytes
+from tunekit.model.transformers_guard import replaced
 
 KEY = "data.chat_template"
 LIMIT_SECONDS = 5.0
@@ -41,8 +41,7 @@ def render_template(
     Raises: DataError where the template refuses, is no template, takes too long or writes too much.
     """
     try:
-        with _limits():
-            _fix_today(template)
+        with _limits(), _fixed_day(template):
             text = native.apply_chat_template(
                 list(messages),
                 tools=None if tools is None else list(tools),
@@ -64,14 +63,14 @@ def render_template(
     return str(text)
 
 
-def _fix_today(template: str) -> None:
-    """Give the template a clock that stands still; transformers keeps one compiled copy of each template."""
+def _fixed_day(template: str) -> AbstractContextManager[None]:
+    """A block in which the template's clock stands still; transformers keeps one compiled copy of each template."""
     from transformers.utils import chat_template_utils
 
     compile_template: Callable[[str], Any] | None = getattr(chat_template_utils, "_compile_jinja_template", None)
     if compile_template is None or "strftime_now" not in template:
-        return
-    compile_template(template).environment.globals["strftime_now"] = FIXED_DAY.strftime
+        return nullcontext()
+    return replaced(compile_template(template).environment.globals, strftime_now=FIXED_DAY.strftime)
 
 
 @contextmanager
@@ -99,22 +98,12 @@ def _time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _pages() -> int:
-    """Pages of the process's address space. Read without Python's streams: it is asked for every row, twice."""
-    file = os.open("/proc/self/statm", os.O_RDONLY)
-    try:
-        return int(os.read(file, 64).split()[0])
-    finally:
-        os.close(file)
-
-
 @contextmanager
 def _memory_limit() -> Iterator[None]:
     """No allocation beyond what the process has now and LIMIT_EXTRA_BYTES more, where the system can say so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        pages = _pages()
-        limit = pages * resource.getpagesize() + LIMIT_EXTRA_BYTES
+        limit = address_space_bytes() + LIMIT_EXTRA_BYTES
         known = [value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
     except (OSError, ValueError):

@@ -1,7 +1,6 @@
 """Text to ids and back, special tokens, chat templates: protocols.Tokenizer over a tokenizer of transformers.
 
 Comes in: the model section.  Goes out: `LoadedTokenizer`.
-Next: data/render.py encodes rows with it, model/sample.py decodes with it.
 """
 
 from __future__ import annotations

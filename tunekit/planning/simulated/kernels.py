@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
+from tunekit.model.transformers_guard import replaced
+
 
 @contextmanager
 def kernels_as_on(device: torch.device) -> Iterator[None]:
@@ -23,7 +25,6 @@ def kernels_as_on(device: torch.device) -> Iterator[None]:
 
     The functions themselves are exchanged, because a torch function mode is not active in recomputation.
     """
-    changed: Any = functional
     attention: Any = functional.scaled_dot_product_attention
     product: Any = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
 
@@ -38,15 +39,9 @@ def kernels_as_on(device: torch.device) -> Iterator[None]:
             return rows @ matrices[0]
         return product(rows, matrices, **named)  # type: ignore[no-any-return]
 
-    changed.scaled_dot_product_attention = attend
-    if product is not None:
-        changed.grouped_mm = multiply
-    try:
+    others = {} if product is None else {"grouped_mm": multiply}
+    with replaced(vars(functional), scaled_dot_product_attention=attend, **others):
         yield
-    finally:
-        changed.scaled_dot_product_attention = attention
-        if product is not None:
-            changed.grouped_mm = product
 
 
 def _attend(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from tunekit.recipe.low_rank import one_or_several
+from tunekit.recipe.low_rank import LayersSettings
 from tunekit.recipe.section import (
-    AdapterSettings,
+    DROPOUT,
     Count,
     CountOrZero,
     Fraction,
@@ -16,13 +16,12 @@ from tunekit.recipe.section import (
     Positive,
     Several,
     Text,
-    TextOrTexts,
 )
 
 PositiveFraction = Annotated[Fraction, Field(gt=0)]
 
 
-class AdaloraSettings(AdapterSettings):
+class AdaloraSettings(LayersSettings):
     """Low-rank updates in the form of a singular value decomposition, whose ranks move to the layers that need them.
 
     The ranks of all layers together fall from `init_r` to `target_r` per layer between step `tinit` and the last
@@ -33,26 +32,13 @@ class AdaloraSettings(AdapterSettings):
     init_r: Count = Field(12, description="rank of every layer at the start")
     target_r: Count = Field(8, description="mean rank of the layers at the end")
     alpha: Positive = Field(32.0, description="the update is scaled by alpha / init_r")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    dropout: Fraction = DROPOUT
     tinit: CountOrZero = Field(0, description="steps before the first rank is taken away")
     tfinal: CountOrZero = Field(0, description="last steps, in which the ranks stay as they are")
     deltaT: Count = Field(1, description="steps between two changes of ranks")
     beta1: PositiveFraction = Field(0.85, description="memory of the importances from step to step")
     beta2: PositiveFraction = Field(0.85, description="memory of the importances' uncertainty")
     orth_reg_weight: NotNegative = Field(0.5, description="weight of the penalty that keeps the factors orthogonal")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
-    modules_to_save: Several[Text] = Field(
-        (), description="modules trained whole, such as a head: names or name endings"
-    )
-    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(one_or_several)] = Field(
-        (), description="numbers of the layers adapted; none: all"
-    )
-    layers_pattern: TextOrTexts | None = Field(
-        None, description="name of the list that holds the layers, where a module's name has several numbers"
-    )
     kept: dict[Text, Several[bool]] = Field(
         default_factory=dict, description="of an adapter already cut down: module.lora_E: which ranks it still has"
     )

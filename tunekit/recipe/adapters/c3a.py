@@ -6,18 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, Count, LayerSettings, PublishedRate, TextOrTexts
+from tunekit.recipe.section import METAMATH, Count, PublishedRate, TargetedSettings
 
 
-class C3aSettings(LayerSettings):
+class C3aSettings(TargetedSettings):
     """The update is made of circulant blocks. Wants a high learning rate: PEFT's MetaMathQA comparison (Llama-3.2-3B)
     used 3e-1 with blocks of 64."""
 
     default_learning_rate = PublishedRate(3e-1, f"{METAMATH}/c3a/llama-3.2-3B-default")
 
     method: Literal["c3a"] = Field("c3a", description="an update of circulant blocks")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
     block_size: Count = Field(64, description="side of a block; it must divide both sides of every layer")

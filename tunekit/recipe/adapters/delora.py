@@ -7,18 +7,19 @@ from typing import Literal
 from pydantic import Field
 
 from tunekit.recipe.section import (
+    DROPOUT,
     METAMATH,
+    RANK_PATTERN,
     Count,
     Fraction,
-    LayerSettings,
     NotNegative,
     PublishedRate,
+    TargetedSettings,
     Text,
-    TextOrTexts,
 )
 
 
-class DeloraSettings(LayerSettings):
+class DeloraSettings(TargetedSettings):
     """A low-rank update of normalised factors, whose strength is one trained number per layer."""
 
     default_learning_rate = PublishedRate(1e-3, f"{METAMATH}/delora/llama-3.2-3B-rank32")
@@ -26,9 +27,5 @@ class DeloraSettings(LayerSettings):
     method: Literal["delora"] = Field("delora", description="a low-rank update of unit factors and trained strength")
     r: Count = Field(8, description="rank")
     delora_lambda: NotNegative = Field(15.0, description="the strength at the start; it bounds the update's norm")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
-    rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
+    dropout: Fraction = DROPOUT
+    rank_pattern: dict[Text, Count] = RANK_PATTERN

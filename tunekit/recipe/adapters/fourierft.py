@@ -6,19 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, CountOrZero, LayerSettings, Positive, TextOrTexts
+from tunekit.recipe.section import Count, CountOrZero, Positive, TargetedSettings
 
 
-class FourierftSettings(LayerSettings):
+class FourierftSettings(TargetedSettings):
     """A few trained coefficients of the update's two-dimensional Fourier spectrum. 5000 coefficients and a scale of 300
     are those of PEFT's MetaMathQA comparison (Llama-3.2-3B), which measured .120 at its general rate of
     1e-4: try a higher one."""
 
     method: Literal["fourierft"] = Field("fourierft", description="a sparse Fourier spectrum of the update")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
     n_frequency: Count = Field(5000, description="trained coefficients per layer (PEFT's MetaMathQA comparison)")
     scaling: Positive = Field(300.0, description="scale of the update (PEFT's MetaMathQA comparison)")
     random_loc_seed: CountOrZero = Field(777, description="seed of the coefficients' places, as PEFT draws them")

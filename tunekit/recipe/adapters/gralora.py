@@ -7,18 +7,18 @@ from typing import Literal
 from pydantic import Field
 
 from tunekit.recipe.section import (
+    DROPOUT,
     METAMATH,
     Count,
     CountOrZero,
     Fraction,
-    LayerSettings,
     NotNegative,
     PublishedRate,
-    TextOrTexts,
+    TargetedSettings,
 )
 
 
-class GraloraSettings(LayerSettings):
+class GraloraSettings(TargetedSettings):
     """Each matrix in k x k blocks, each with a low-rank update of its own of rank r / k."""
 
     default_learning_rate = PublishedRate(2e-4, f"{METAMATH}/gralora/llama-3.2-3B-rank32")
@@ -28,8 +28,4 @@ class GraloraSettings(LayerSettings):
     k: Count = Field(2, description="blocks on either side; it divides every layer's inputs and outputs")
     hybrid_r: CountOrZero = Field(0, description="rank of a plain LoRA beside the blocks")
     alpha: NotNegative = Field(64.0, description="the update is scaled by alpha / (r + hybrid_r)")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+    dropout: Fraction = DROPOUT

@@ -6,18 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, Count, Fraction, LayerSettings, PublishedRate, TextOrTexts
+from tunekit.recipe.section import DROPOUT, METAMATH, Count, Fraction, PublishedRate, TargetedSettings
 
 
-class HiraSettings(LayerSettings):
+class HiraSettings(TargetedSettings):
     """A low-rank factor that scales each number of the base's matrix."""
 
     default_learning_rate = PublishedRate(4.5e-3, f"{METAMATH}/hira/llama-3.2-3B-rank32-lr4.5e-3")
 
     method: Literal["hira"] = Field("hira", description="the base's matrix times a low-rank one, number by number")
     r: Count = Field(32, description="rank of the factor")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
+    dropout: Fraction = DROPOUT

@@ -6,16 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, LayerSettings, TextOrTexts
+from tunekit.recipe.section import Count, TargetedSettings
 
 
-class HraSettings(LayerSettings):
+class HraSettings(TargetedSettings):
     """A chain of r reflections of each layer's inputs."""
 
     method: Literal["hra"] = Field("hra", description="a chain of reflections of each layer's inputs")
     r: Count = Field(8, description="reflections; an even number starts as the base, to rounding")
     orthogonal: bool = Field(False, description="make the reflections' vectors orthogonal (Gram-Schmidt)")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")

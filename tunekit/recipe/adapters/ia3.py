@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, LayerSettings, PublishedRate, TextOrTexts
+from tunekit.recipe.section import METAMATH, PublishedRate, TargetedSettings, TextOrTexts
 
 
-class Ia3Settings(LayerSettings):
+class Ia3Settings(TargetedSettings):
     """One number per output (or input) of each layer. Wants a learning rate of 5e-3: with that, all linear layers and
     the feed-forward block's inputs, PEFT's MetaMathQA comparison (Llama-3.2-3B) measured .455, against .311 with its
     two attention layers and one feed-forward layer at 1e-3."""
@@ -21,7 +21,6 @@ class Ia3Settings(LayerSettings):
         "all-linear",
         description="all-linear (as the best IA3 run of PEFT's MetaMathQA comparison), names, or a regular expression",
     )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
     feedforward_modules: TextOrTexts | None = Field(
         None, description="those of them whose inputs are scaled, not outputs: name endings, or a regular expression"
     )

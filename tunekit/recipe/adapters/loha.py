@@ -6,18 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, LayerSettings, NotNegative, Text, TextOrTexts
+from tunekit.recipe.section import ALPHA_PATTERN, RANK_PATTERN, Count, NotNegative, TargetedSettings, Text
 
 
-class LohaSettings(LayerSettings):
+class LohaSettings(TargetedSettings):
     """The update is the elementwise product of two low-rank matrices: its rank reaches r * r."""
 
     method: Literal["loha"] = Field("loha", description="an elementwise product of two low-rank updates")
     r: Count = Field(8, description="rank of each of the two factors")
     alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
-    rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
-    alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
+    rank_pattern: dict[Text, Count] = RANK_PATTERN
+    alpha_pattern: dict[Text, NotNegative] = ALPHA_PATTERN

@@ -6,10 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import LARGEST_COUNT, Count, LayerSettings, NotNegative, Text, TextOrTexts, Whole
+from tunekit.recipe.section import (
+    ALPHA_PATTERN,
+    LARGEST_COUNT,
+    RANK_PATTERN,
+    Count,
+    NotNegative,
+    TargetedSettings,
+    Text,
+    Whole,
+)
 
 
-class LokrSettings(LayerSettings):
+class LokrSettings(TargetedSettings):
     """The update is a Kronecker product of a small matrix and a larger one, each of them low-rank where r is small."""
 
     method: Literal["lokr"] = Field("lokr", description="a Kronecker product of two small matrices")
@@ -19,9 +28,5 @@ class LokrSettings(LayerSettings):
     decompose_factor: Annotated[Whole, Field(ge=-1, le=LARGEST_COUNT)] = Field(
         -1, description="larger bound of the smaller matrix's sides; -1: the divisor next to the square root"
     )
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
-    rank_pattern: dict[Text, Count] = Field(default_factory=dict, description="module pattern: its own r")
-    alpha_pattern: dict[Text, NotNegative] = Field(default_factory=dict, description="module pattern: its own alpha")
+    rank_pattern: dict[Text, Count] = RANK_PATTERN
+    alpha_pattern: dict[Text, NotNegative] = ALPHA_PATTERN

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, Fraction, LayerSettings, TextOrTexts
+from tunekit.recipe.section import Count, Fraction, TargetedSettings
 
 
-class MissSettings(LayerSettings):
+class MissSettings(TargetedSettings):
     """One trained shard, shared by all column blocks of a matrix."""
 
     method: Literal["miss"] = Field("miss", description="one trained shard for all column blocks of a matrix")
@@ -19,7 +19,3 @@ class MissSettings(LayerSettings):
     )
     mini_r: Count = Field(1, description="of mini: the shard's width; it divides the layer's outputs")
     dropout: Fraction = Field(0.0, description="on the update's input, while training; not of bat")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")

@@ -6,26 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import Count, CountOrZero, LayerSettings, TextOrTexts
+from tunekit.recipe.section import Count, CountOrZero, TargetedSettings
 
 
-class OftSettings(LayerSettings):
-    """A rotation of each layer's inputs, block by block. Of block_size and blocks one is given; the other is 0."""
+class BlockSettings(TargetedSettings):
+    """Rotations of blocks, whose size or number is given; the other one is 0."""
 
-    method: Literal["oft"] = Field("oft", description="a block-diagonal rotation of each layer's inputs")
-    block_size: CountOrZero = Field(
-        32, description="inputs rotated together; where it does not divide them, the nearest divisor"
-    )
+    block_size: CountOrZero
     blocks: CountOrZero = Field(0, description="number of blocks, instead of block_size")
-    block_share: bool = Field(False, description="one rotation for all blocks of a layer")
-    use_cayley_neumann: bool = Field(
-        True, description="a power series in place of the exact Cayley transform: faster, orthogonal only nearly"
-    )
-    num_cayley_neumann_terms: Count = Field(5, le=100, description="terms of that series")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
 
     @model_validator(mode="before")
     @classmethod
@@ -35,7 +23,21 @@ class OftSettings(LayerSettings):
         return values
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> OftSettings:
+    def _exactly_one(self) -> BlockSettings:
         if bool(self.block_size) == bool(self.blocks):
             raise ValueError("give block_size or blocks, not both and not neither")
         return self
+
+
+class OftSettings(BlockSettings):
+    """A rotation of each layer's inputs, block by block. Of block_size and blocks one is given; the other is 0."""
+
+    method: Literal["oft"] = Field("oft", description="a block-diagonal rotation of each layer's inputs")
+    block_size: CountOrZero = Field(
+        32, description="inputs rotated together; where it does not divide them, the nearest divisor"
+    )
+    block_share: bool = Field(False, description="one rotation for all blocks of a layer")
+    use_cayley_neumann: bool = Field(
+        True, description="a power series in place of the exact Cayley transform: faster, orthogonal only nearly"
+    )
+    num_cayley_neumann_terms: Count = Field(5, le=100, description="terms of that series")

@@ -6,21 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, CountOrZero, Fraction, LayerSettings, NotNegative, TextOrTexts
+from tunekit.recipe.section import DROPOUT, Count, CountOrZero, Fraction, NotNegative, TargetedSettings
 
 
-class RandloraSettings(LayerSettings):
+class RandloraSettings(TargetedSettings):
     """Sums of frozen random low-rank matrices, of full rank together, each scaled by trained diagonals. The initial
     values are those of PEFT's RandLoraConfig, with which its MetaMathQA comparison was run."""
 
     method: Literal["randlora"] = Field("randlora", description="trained scales of many frozen random updates")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
     r: Count = Field(32, description="rank of each random matrix; a smaller one means more trained numbers")
     alpha: NotNegative = Field(640.0, description="the update is scaled by alpha / r")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    dropout: Fraction = DROPOUT
     sparse: bool = Field(False, description="random matrices of -1, 0 and 1, of which 0 two thirds")
     very_sparse: bool = Field(False, description="the same with one in sqrt(D) not 0, D the smaller side")
     projection_prng_key: CountOrZero = Field(0, description="seed of the frozen random matrices, as PEFT draws them")

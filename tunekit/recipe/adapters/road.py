@@ -6,20 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, Count, LayerSettings, PublishedRate, TextOrTexts
+from tunekit.recipe.section import METAMATH, Count, PublishedRate, TargetedSettings
 
 
-class RoadSettings(LayerSettings):
+class RoadSettings(TargetedSettings):
     """Rotates and scales pairs of each layer's outputs. The initial values are those of PEFT's RoadConfig; its
     MetaMathQA comparison used a learning rate of 1e-3."""
 
     default_learning_rate = PublishedRate(1e-3, f"{METAMATH}/road/llama-3.2-3B-lr_0.001")
 
     method: Literal["road"] = Field("road", description="trained rotations of pairs of outputs")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
     variant: Literal["road_1", "road_2", "road_4"] = Field(
         "road_1", description="trained numbers per pair of outputs: 2, 4 or 8"
     )

@@ -6,17 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, Count, LayerSettings, PublishedRate, TextOrTexts
+from tunekit.recipe.section import METAMATH, Count, PublishedRate, TargetedSettings
 
 
-class ShiraSettings(LayerSettings):
+class ShiraSettings(TargetedSettings):
     """A few single numbers of each matrix, drawn at random by the run's seed, are trained."""
 
     default_learning_rate = PublishedRate(3e-4, f"{METAMATH}/shira/llama-3.2-3B-lr_0.0003-random_seed_42")
 
     method: Literal["shira"] = Field("shira", description="single numbers of each matrix, drawn at random")
     r: Count = Field(32, description="r * (inputs + outputs) numbers are trained, as many as LoRA of rank r has")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")

@@ -6,22 +6,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, Fraction, LayerSettings, Positive, TextOrTexts
+from tunekit.recipe.section import DROPOUT, Count, Fraction, Positive, TargetedSettings
 
 
-class VbloraSettings(LayerSettings):
+class VbloraSettings(TargetedSettings):
     """Both factors of every layer's update are made of a few vectors of one shared bank. The initial values are those
     of PEFT's VBLoRAConfig, with which its MetaMathQA comparison was run."""
 
     method: Literal["vblora"] = Field("vblora", description="updates made of vectors of one shared bank")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
     r: Count = Field(4, description="rank")
     num_vectors: Count = Field(256, description="vectors in the bank")
     vector_length: Count = Field(256, description="length of a vector; it must divide both sides of every layer")
     topk: Count = Field(2, description="vectors mixed for each piece of a factor")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    dropout: Fraction = DROPOUT
     init_vector_bank_bound: Positive = Field(0.02, description="the bank starts uniform within this bound")
     init_logits_std: Positive = Field(0.1, description="spread of the initial mixing logits")

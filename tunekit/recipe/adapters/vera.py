@@ -7,30 +7,26 @@ from typing import Literal
 from pydantic import Field
 
 from tunekit.recipe.section import (
+    DROPOUT,
     METAMATH,
     Count,
     CountOrZero,
     Fraction,
-    LayerSettings,
     Number,
     PublishedRate,
-    TextOrTexts,
+    TargetedSettings,
 )
 
 
-class VeraSettings(LayerSettings):
+class VeraSettings(TargetedSettings):
     """Two trained vectors per layer around random matrices that all layers share. The initial values are those of
     PEFT's VeraConfig, with which its MetaMathQA comparison was run."""
 
     default_learning_rate = PublishedRate(1e-3, f"{METAMATH}/vera/llama-3.2-3B-default")
 
     method: Literal["vera"] = Field("vera", description="trained scales of one frozen random update")
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
     r: Count = Field(256, description="rank of the shared matrices")
     d_initial: Number = Field(0.1, description="initial value of the scales between the two matrices")
-    dropout: Fraction = Field(0.0, description="on the update's input, while training")
+    dropout: Fraction = DROPOUT
     projection_prng_key: CountOrZero = Field(0, description="seed of the frozen random matrices, as PEFT draws them")
     save_projection: bool = Field(True, description="whether the adapter's file holds the frozen matrices")

@@ -1,7 +1,7 @@
 """Other tools' keys -> tunekit's, each rewrite recorded with its place.
 
 Comes in: a Draft as read.  Goes out: the same Draft without foreign keys; `rewrites` says what became of each.  Two
-spellings of one thing, and a value without an exact translation, are problems.  Next: load.py validates.
+spellings of one thing, and a value without an exact translation, are problems.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
     return None
 
 
-def _write(draft: Draft, target: KeyPath, value: Any, place: Place, spelled: str, *, translated: bool) -> bool:
+def _write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: str, *, translated: bool) -> bool:
     """Write our key, unless it is written already. False where it was not written."""
     if draft.has(target):
         other = draft.place(target)
@@ -160,7 +160,7 @@ def _settle_constant(draft: Draft, spelled: str) -> None:
         _write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant", translated=True)
 
 
-def _bits(value: Any, meaning: int | None) -> int | None:
+def _bits(value: object, meaning: int | None) -> int | None:
     """4 or 8, 0 for off, None for a value that is neither."""
     if meaning is None:
         return value if value in (4, 8) and not isinstance(value, bool) else None

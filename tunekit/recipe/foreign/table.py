@@ -1,6 +1,6 @@
 """The key names of Axolotl, LLaMA-Factory, TRL and PEFT, where those tools put them, and tunekit's key for each.
 
-Comes in: nothing.  Goes out: `TOP_LEVEL` (flat files) and `IN_ADAPTER` (PEFT's names).  Next: aliases.py applies them.
+Comes in: nothing.  Goes out: `TOP_LEVEL` (flat files) and `IN_ADAPTER` (PEFT's names).
 """
 
 from __future__ import annotations

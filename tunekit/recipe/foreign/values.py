@@ -1,7 +1,7 @@
 """Values of other tools -> tunekit's values, exactly or not at all.
 
 Comes in: one value as Axolotl, LLaMA-Factory, TRL or PEFT write it.  Goes out: our value, or NOTHING where the value
-says what is so anyway.  Raises NotExact, naming what would be lost.  Next: alias_table.py says which key uses which.
+says what is so anyway.  Raises: NotExact, naming what would be lost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class NotExact(Exception):
         self.what, self.how = what, how
 
 
-def same(value: Any) -> Any:
+def same(value: object) -> Any:
     """Only the name differs."""
     return value
 
@@ -35,7 +35,7 @@ def same(value: Any) -> Any:
 def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
     """A table of values; true and false are never taken for 1 and 0."""
 
-    def translate(value: Any) -> Any:
+    def translate(value: object) -> Any:
         for known, ours in choices.items():
             if value == known and type(value) is type(known):
                 return ours
@@ -48,7 +48,7 @@ def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
 def always_so(why: str) -> Translate:
     """Any value: the setting changes no result here."""
 
-    def translate(value: Any) -> Any:
+    def translate(value: object) -> Any:
         return NOTHING
 
     translate.__doc__ = why
@@ -58,7 +58,7 @@ def always_so(why: str) -> Translate:
 def lost(why: str, how: str = "") -> Translate:
     """Only false (or empty) can be translated: tunekit has nothing like it."""
 
-    def translate(value: Any) -> Any:
+    def translate(value: object) -> Any:
         if value is False or value == "" or value == [] or value == {}:
             return NOTHING
         raise NotExact(f"is a key of another tool and would be lost: {why}", how)
@@ -66,22 +66,22 @@ def lost(why: str, how: str = "") -> Translate:
     return translate
 
 
-def turned_off_by_zero(value: Any) -> Any:
+def turned_off_by_zero(value: object) -> Any:
     """max_grad_norm 0 is no clipping: null here."""
     return None if value == 0 and not isinstance(value, bool) else value
 
 
-def unset_by_negative(value: Any) -> Any:
+def unset_by_negative(value: object) -> Any:
     """max_steps -1 is unset there."""
     return NOTHING if value == -1 and not isinstance(value, bool) else value
 
 
-def negated(value: Any) -> Any:
+def negated(value: object) -> Any:
     """A switch with the opposite sense."""
     return not value if isinstance(value, bool) else value
 
 
-def evaluation_share(value: Any) -> Any:
+def evaluation_share(value: object) -> Any:
     """val_set_size: a fraction of the rows; 0 is none; a number of rows has no translation."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
@@ -92,7 +92,7 @@ def evaluation_share(value: Any) -> Any:
     return value
 
 
-def lora_targets(value: Any) -> Any:
+def lora_targets(value: object) -> Any:
     """LLaMA-Factory: `all`, or names separated by commas."""
     if not isinstance(value, str):
         return value
@@ -101,21 +101,21 @@ def lora_targets(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
-def trackers(value: Any) -> Any:
+def trackers(value: object) -> Any:
     """report_to: a name, a list of names, none."""
     if value in ("none", ["none"]):
         return []
     return [value] if isinstance(value, str) else value
 
 
-def best_metric(value: Any) -> Any:
+def best_metric(value: object) -> Any:
     """metric_for_best_model: loss and eval_loss are eval.loss."""
     if not isinstance(value, str):
         return value
     return f"eval.{value.removeprefix('eval_')}"
 
 
-def dataset_files(value: Any) -> Any:
+def dataset_files(value: object) -> Any:
     """LLaMA-Factory's `dataset` names entries of its own dataset_info.json; only file names mean something here."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -128,7 +128,7 @@ def dataset_files(value: Any) -> Any:
     return [{"path": name} for name in names]
 
 
-def dataset_list(value: Any) -> Any:
+def dataset_list(value: object) -> Any:
     """Axolotl's and TRL's `datasets`: a list of {path, type, ...}."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise NotExact("must be a list of {path: ..., type: ...}", "write data.train: FILE")

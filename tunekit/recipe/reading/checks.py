@@ -6,13 +6,13 @@ Comes in: a Draft in canonical form, with the sections that are valid on their o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from tunekit.errors import holds_secret
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
 from tunekit.recipe.reading.draft import Draft, KeyPath
-from tunekit.recipe.reading.suggest import did_you_mean, holds_secret
+from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.recipe.section import Section
 
 EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
@@ -81,7 +81,7 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
                 draft.add_problem(("evaluation", name), "needs evaluation rows", "set data.eval")
 
 
-def check_secrets(draft: Draft, value: Any = None, key: KeyPath = ()) -> None:
+def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None:
     """Refuse access tokens and passwords: a run saves its recipe as it is."""
     value = draft.values if not key else value
     if isinstance(value, str):

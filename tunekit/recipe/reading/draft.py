@@ -1,7 +1,7 @@
 """A recipe while it is being read: plain values, and for every written key the place it was written.
 
 Comes in: reader.py (the file) and overrides.py (the command line).  Goes out: the same values in canonical form, every
-problem found on the way.  Next: aliases.py and shorthands.py change it, load.py validates it.
+problem found on the way.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Draft:
                 return self.places[key[:length]]
         return Place(self.file)
 
-    def set(self, key: KeyPath, value: Any, place: Place) -> None:
+    def set(self, key: KeyPath, value: object, place: Place) -> None:
         """Write a value (its inner keys get the same place); the mappings on the way are made where absent."""
         self.forget(key)
         holder: Any = self.values
@@ -114,7 +114,7 @@ class Draft:
         """Dotted keys that were written in this file (or on the command line)."""
         return frozenset(dotted(key) for key, place in self.places.items() if place.file == file)
 
-    def _mark(self, key: KeyPath, value: Any, place: Place) -> None:
+    def _mark(self, key: KeyPath, value: object, place: Place) -> None:
         self.places[key] = place
         for part, inner in inner_items(value):
             self._mark((*key, part), inner, place)
@@ -132,14 +132,14 @@ class Draft:
         self.places = moved
 
 
-def has_item(value: Any, part: str | int) -> bool:
+def has_item(value: object, part: str | int) -> bool:
     """Whether a mapping has this key, or a list this index."""
     if isinstance(value, list):
         return isinstance(part, int) and 0 <= part < len(value)
     return isinstance(value, dict) and part in value
 
 
-def inner_items(value: Any) -> list[tuple[str | int, Any]]:
+def inner_items(value: object) -> list[tuple[str | int, Any]]:
     """The (key or index, value) pairs of a mapping or list; none for a scalar."""
     if isinstance(value, dict):
         return list(value.items())

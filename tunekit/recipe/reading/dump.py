@@ -33,7 +33,7 @@ def dump_recipe(recipe: Recipe, relative_to: Path) -> str:
     return "\n".join(_lines(values, "")) + "\n"
 
 
-def yaml_scalar(value: Any) -> str:
+def yaml_scalar(value: object) -> str:
     """One scalar as YAML text that reads back as itself."""
     if isinstance(value, str):
         bare = (

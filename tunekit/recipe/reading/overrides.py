@@ -64,7 +64,7 @@ def _assign(draft: Draft, foreign: Draft, text: str, given: set[KeyPath]) -> Non
         _set(draft, key, value_draft.values, HERE)
 
 
-def _set(draft: Draft, key: KeyPath, value: Any, place: Place) -> None:
+def _set(draft: Draft, key: KeyPath, value: object, place: Place) -> None:
     """Write one value where the values on the way can hold it."""
     holder: Any = draft.values
     for length, part in enumerate(key):

@@ -1,6 +1,6 @@
 """pydantic's findings -> our words: `recipe.yaml:7: training.epoch: unknown key; did you mean 'epochs'?`.
 
-Comes in: a ValidationError and the Draft it is about.  Goes out: Problems with file, line and key.  Next: load.py.
+Comes in: a ValidationError and the Draft it is about.  Goes out: Problems with file, line and key.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _problem(finding: dict[str, Any], section: KeyPath, draft: Draft) -> Problem
     return draft.problem(key, f"{what}, not {show(value)}", how)
 
 
-def _words(kind: str, context: dict[str, Any], value: Any, message: str) -> tuple[str, str]:
+def _words(kind: str, context: dict[str, Any], value: object, message: str) -> tuple[str, str]:
     """What is wrong with a value, and how to mend it."""
     if kind in _COMPARISONS:
         words, bound = _COMPARISONS[kind]
@@ -142,7 +142,7 @@ def _words(kind: str, context: dict[str, Any], value: Any, message: str) -> tupl
     return what, _mend(what, value)
 
 
-def _mend(what: str, value: Any) -> str:
+def _mend(what: str, value: object) -> str:
     """How to write what was probably meant."""
     if value is None:
         return "write a value or remove the key"

@@ -5,12 +5,9 @@ Comes in: what a user wrote and what exists.  Goes out: words.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from typing import Any
 
-_HIDDEN = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=://)[^/\s@]+@")
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=://)[^/\s@]+@")  # longer: a folder may be called hf_checkpoints
+from tunekit.errors import redact
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -29,7 +26,7 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean '{found}'?" if found else f"{otherwise}: {', '.join(names)}"
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as a message shows it: its kind and a short, secret-free form."""
     if value is None:
         return "empty"
@@ -39,17 +36,7 @@ def show(value: Any) -> str:
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
-    text = hide_secrets(str(value)) if not isinstance(value, int) or abs(value) < 10**40 else "a very long number"
+    text = redact(str(value)) if not isinstance(value, int) or abs(value) < 10**40 else "a very long number"
     if isinstance(value, str):
         text = repr(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def hide_secrets(text: str) -> str:
-    """Text without access tokens and without the user:password part of a URL."""
-    return _HIDDEN.sub("***", text)
-
-
-def holds_secret(text: str) -> bool:
-    """Whether text holds what looks like an access token or a URL with a user and password."""
-    return _SECRET.search(text) is not None

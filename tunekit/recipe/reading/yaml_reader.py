@@ -1,6 +1,6 @@
 """YAML text -> plain values with the line of every key, read the way people mean it.
 
-Comes in: a recipe file, or the value of a command-line override.  Goes out: a Draft.  Next: aliases.py, shorthands.py.
+Comes in: a recipe file, or the value of a command-line override.  Goes out: a Draft.
 
 Scalars follow YAML 1.2's core schema: only true and false are booleans, 1e-4 is a number, `no`, dates and 12:30 are
 text. Values are built here from the parser's events, so no resolver table of PyYAML is touched or relied upon, and
@@ -34,7 +34,10 @@ _NOT_TEXT = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-
 
 
 def read_recipe_file(path: Path) -> Draft:
-    """Read a recipe file into a Draft. Raises RecipeError where it is no readable YAML mapping."""
+    """Read a recipe file into a Draft.
+
+    Raises: RecipeError where it is no readable YAML mapping.
+    """
     file = str(path)
     draft = read_yaml(_decode(_read_bytes(path), file), file)
     if not isinstance(draft.values, dict):
@@ -49,7 +52,10 @@ def read_recipe_file(path: Path) -> Draft:
 
 
 def read_yaml(text: str, file: str) -> Draft:
-    """Read one YAML document; `values` of the Draft may be any value. Raises RecipeError at a syntax error."""
+    """Read one YAML document; `values` of the Draft may be any value.
+
+    Raises: RecipeError at a syntax error.
+    """
     bad = _NOT_TEXT.search(text)
     if bad:
         line = text.count("\n", 0, bad.start()) + 1
@@ -141,7 +147,7 @@ class _Reader:
         """Read the only document of the stream."""
         self._events = events
         documents = 0
-        value: Any = None
+        value: object = None
         for event in events:
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,5 +11,7 @@ from tunekit.recipe.section import StartSettings
 
 class GaussianSettings(StartSettings):
     """A normal, B = 0."""
+
+    fills_experts: ClassVar[bool] = True
 
     method: Literal["gaussian"] = Field("gaussian", description="A normal with deviation 1 / r, B = 0")

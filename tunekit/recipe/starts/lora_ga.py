@@ -14,6 +14,7 @@ class LoraGaSettings(CalibratedStart):
 
     looks_at: ClassVar[str] = "gradients"
     moves_weights: ClassVar[bool] = True
+    needs_twice_the_rank: ClassVar[bool] = True
 
     method: Literal["lora_ga"] = Field("lora_ga", description="singular vectors of each matrix's gradient")
     direction: Literal["ArB2r", "A2rBr", "ArBr"] = Field(

@@ -1,6 +1,6 @@
 """Which engine runs the windows of a run: the plan's word for where the base's weights wait decides.
 
-Comes in: the base, or its slots.  Goes out: an Engine.  Next: train.py.
+Comes in: the base, or its slots.  Goes out: an Engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""An adapter whose start moved weights, as plain LoRA of rank 2R against the untouched base, which every reader knows.
-
-Comes in: an attached adapter.  Goes out: itself, or its plain form, which is not in the network.  Next: folder_writing.
-"""
+"""An adapter whose initialisation moved weights, as plain LoRA of rank 2R against the untouched base, which every
+reader knows."""
 
 from __future__ import annotations
 
@@ -12,34 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import LayerAdapter
-from tunekit.adapters.methods.lora import Lora
+from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
+from tunekit.adapters.method import WrittenForm
 from tunekit.recipe.start_choice import DEFAULT_START
 from tunekit.records import Target
 
 
-def as_plain_lora(attached: AttachedAdapter) -> AttachedAdapter:
+def as_plain_lora(form: WrittenForm) -> WrittenForm:
     """The same change of the same layers, of rank 2R where A and B hold a part of W.
 
     B A - B' A' = [B - B', B'] [A; A - A'].  Alpha grows with the rank, so that the scaling stays what it was.
     """
-    moved = {name for name, layer in attached.layers.items() if "start_A" in layer.held}
+    moved = {name for name, layer in form.layers.items() if "start_A" in layer.declared}
     if not moved:
-        return attached
-    rank = 2 * attached.settings.r
-    changes = {"r": rank, "alpha": _alpha(attached.settings, attached.settings.alpha, attached.settings.r, rank)}
+        return form
+    rank = 2 * form.settings.r
+    changes = {"r": rank, "alpha": _alpha(form.settings, form.settings.alpha, form.settings.r, rank)}
     changes |= {"start": DEFAULT_START, "rank_pattern": {}, "alpha_pattern": {}}  # written from the targets
-    settings = attached.settings.model_copy(update=changes)
-    targets = [_target(target, settings) if target.name in moved else target for target in attached.targets]
-    plain = AttachedAdapter(attached.net, settings, attached.method, targets)
-    plain.head_name, plain.copies, plain.parameters = attached.head_name, attached.copies, attached.parameters
-    plain.tokens, plain.tied_tokens = attached.tokens, attached.tied_tokens
-    for target in targets:
-        if target.name in attached.layers:
-            layer = attached.layers[target.name]
-            plain.layers[target.name] = _plain_layer(layer, settings, target) if target.name in moved else layer
-    return plain
+    settings = form.settings.model_copy(update=changes)
+    targets = {t.name: _target(t, settings) if t.name in moved else t for t in form.targets}
+    layers = {
+        name: _plain_layer(layer, settings, targets[name]) if name in moved else layer
+        for name, layer in form.layers.items()
+    }
+    return WrittenForm(settings, list(targets.values()), layers)
 
 
 def _target(target: Target, settings: Any) -> Target:
@@ -56,12 +51,12 @@ def _alpha(settings: Any, alpha: float, old: int, new: int) -> float:
 
 def _plain_layer(layer: LayerAdapter, settings: Any, target: Target) -> LayerAdapter:
     """A layer of the plain form, outside the network; what is not of A and B is shared."""
-    assert isinstance(layer, Lora)
+    assert isinstance(layer, LowRankLayer)
     a, b = (factor.detach() for factor in layer.factors())
     if target.r != len(a):
         a, b = _narrowed(a, b)
     plain = type(layer)(layer.base_layer, settings, target)
-    for attribute in plain.held:
+    for attribute in plain.declared:
         values = {"A": a, "B": b}.get(attribute)
         getattr(plain, attribute).data = getattr(layer, attribute).detach() if values is None else values
     return plain

@@ -1,7 +1,7 @@
 """LoRA folders, ours or peft's, read without their base: every tensor must be one that the configuration entitles.
 
-Comes in: a folder.  Goes out: LooseLora, the updates by module name and whatever else the file holds.
-Next: summary.py, combine.py, plain_lora.py, difference.py.  Whoever loads the folder compares it with the base as well.
+A folder goes in; LoraFolder, the updates by module name and whatever else the file holds, comes out. Whoever loads the
+folder compares it with the base as well.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
-from tunekit.adapters.folder.expected import FLOATS
-from tunekit.adapters.patterns import Budget
+from tunekit.adapters.base import Part
+from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.expected import BASE_COPY, FLOATS, refuse_not_finite
+from tunekit.adapters.method import Method, load_method
+from tunekit.adapters.patterns import Patterns
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.tensors import iterate_tensors
-from tunekit.files.untrusted import TensorEntry, parse_json, read_small, read_tensor_header, sha256_of, shown
+from tunekit.files.tensors import NAMES, TensorEntry, iterate_tensors, read_tensor_header
+from tunekit.files.untrusted import shown
 
-PREFIX = "base_model.model."
+PREFIX = Part.file_prefix
 FACTORS = {  # suffix -> which factor, and whether of an embedding
     ".lora_A.weight": ("A", False),
     ".lora_B.weight": ("B", False),
     ".lora_embedding_A": ("A", True),
     ".lora_embedding_B": ("B", True),
 }
-BASE_COPY = ".base_layer.weight"  # peft's copy of an embedding's own weight
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding trained one by one
 SHOWN_PROBLEMS = 6
 
 
 @dataclass(frozen=True)
-class LooseLora:
+class LoraFolder:
     """A LoRA adapter by itself. `rest`: trained copies, biases and the base's own embeddings, by file key."""
 
     config: AdapterConfig
@@ -50,7 +50,12 @@ class LooseLora:
         return str(self.config.folder)
 
 
-def read_loose_lora(folder: Path, instead: Mapping[str, Any] | None = None) -> LooseLora:
+def plain_lora_method() -> Method:
+    """LoRA itself, the one method that the arithmetic of updates reads and writes."""
+    return load_method("lora")
+
+
+def read_lora_folder(folder: Path, instead: Mapping[str, Any] | None = None) -> LoraFolder:
     """Read a LoRA folder whole; factors in float32.
 
     `instead`: as read_adapter_config.
@@ -58,20 +63,17 @@ def read_loose_lora(folder: Path, instead: Mapping[str, Any] | None = None) -> L
     another type, or not finite.
     """
     config = read_adapter_config(folder, instead=instead)
-    if config.settings.method != "lora":
+    if config.method is not plain_lora_method():
         how = "tunekit adapter convert --rank R writes a LoRA that is near it"
         raise AdapterError(f"holds a {config.settings.method} adapter, and not a LoRA", how, file=config.file)
     if config.settings.target_parameters:
         what = "adapts fused expert parameters, whose factors are of all experts at once: PEFT cannot add such adapters"
         raise AdapterError(what, "merge it instead", file=config.file, key="target_parameters")
-    fields = parse_json(read_small(config.folder / CONFIG_NAME), config.file)
     path = config.folder / TENSORS_NAME
     header = read_tensor_header(path)
     factors, rest = _sort(config, header)
     _check_shapes(config, factors, header, str(path))
-    check_files(config)
-    tensors = dict(iterate_tensors(path, header))
-    refuse_not_finite(tensors, str(path))
+    tensors = read_tensors(config, header)
     scalings = Scalings(config)
     updates = {
         module: LowRank(
@@ -79,26 +81,20 @@ def read_loose_lora(folder: Path, instead: Mapping[str, Any] | None = None) -> L
         )
         for module, pair in sorted(factors.items())
     }
-    conv1d = fields.get("fan_in_fan_out") is True
-    return LooseLora(config, updates, {key: tensors[key] for key in rest}, fields.get("target_modules"), conv1d)
+    conv1d, targets = config.fields.get("fan_in_fan_out") is True, config.fields.get("target_modules")
+    return LoraFolder(config, updates, {key: tensors[key] for key in rest}, targets, conv1d)
 
 
-def check_files(config: AdapterConfig) -> None:
-    """Refuse files that are not those tunekit wrote, where tunekit.json says which."""
-    for name, digest in config.files:
-        if sha256_of(config.folder / name) != digest:
-            how = f"restore it, or delete {FACTS_NAME} to accept the folder as it is"
-            raise AdapterError("is not the file that tunekit wrote", how, file=str(config.folder / name))
+def read_tensors(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+    """Every tensor of the folder's file.
 
-
-def refuse_not_finite(tensors: Mapping[str, Tensor], file: str) -> None:
-    """NaN and infinity would be in whatever is made of them."""
-    broken = [
-        name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())
-    ]
-    if broken:
-        how = "tunekit adapter show lists them"
-        raise AdapterError(f"{broken[0]} holds NaN or infinity ({len(broken)} such tensors)", how, file=file)
+    Raises: AdapterError where the file is not the one that tunekit wrote, or holds NaN or infinity.
+    """
+    path = config.folder / TENSORS_NAME
+    config.check_files()
+    tensors = dict(iterate_tensors(path, header))
+    refuse_not_finite(tensors, str(path))
+    return tensors
 
 
 def _is_embedding(key: str) -> bool:
@@ -150,7 +146,8 @@ def _check_shapes(
         a, b, rank = header[pair["A"]], header[pair["B"]], ranks.of(module, config.settings.r)
         for entry in (a, b):
             if entry.dtype not in FLOATS:
-                wrong.append(f"the factors of '{module}' have type {entry.dtype}, expected {' or '.join(FLOATS)}")
+                expected = " or ".join(NAMES[dtype] for dtype in FLOATS)
+                wrong.append(f"the factors of '{module}' have type {NAMES[entry.dtype]}, expected {expected}")
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
             shapes = f"{list(a.shape)} and {list(b.shape)}"
             wrong.append(f"the factors of '{module}' have shapes {shapes}, which is not rank {rank}")
@@ -167,16 +164,19 @@ class Resolved:
     """rank_pattern or alpha_pattern of a file, as every reader understands it: patterns that differ may not meet."""
 
     def __init__(self, config: AdapterConfig, key: str) -> None:
-        self.patterns: Mapping[str, Any] = getattr(config.settings, key)
-        self.budget = Budget(file=config.file, key=key)
+        self.values: Mapping[str, Any] = getattr(config.settings, key)
+        self.patterns = Patterns(file=config.file, key=key)
 
     def of(self, module: str, default: Any) -> Any:
-        """The value for a module. Raises: AdapterError where two patterns give it different ones."""
-        matching = [p for p in self.patterns if self.budget.pattern(p).matches_ending(module)]
-        values = {self.patterns[pattern] for pattern in matching}
+        """The value for a module.
+
+        Raises: AdapterError where two patterns give it different ones.
+        """
+        matching = [p for p in self.values if self.patterns.matches_ending(p, module)]
+        values = {self.values[pattern] for pattern in matching}
         if len(values) > 1:
             what = f"{' and '.join(map(repr, matching[:3]))} match '{module}' with different values"
-            raise AdapterError(what, "keep one of them", file=self.budget.file, key=self.budget.key)
+            raise AdapterError(what, "keep one of them", file=self.patterns.file, key=self.patterns.key)
         return values.pop() if values else default
 
 

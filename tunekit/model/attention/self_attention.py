@@ -1,7 +1,6 @@
 """Each decoder layer's self-attention: where it is, its key heads, how far back it sees.
 
-Comes in: a net as transformers builds it.  Goes out: SelfAttention places, or why there are none.
-Next: earlier_keys.py, adapters/prefix.py and adapters/llama_adapter.py.
+Comes in: a net as transformers builds it.  Goes out: SelfAttention, one a layer, or why there are none.
 """
 
 from __future__ import annotations
@@ -48,10 +47,11 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
     if sorted(found) != list(range(int(config.num_hidden_layers))):
         raise no_way_in(config, f"has attention in {len(found)} of its {config.num_hidden_layers} layers only")
     prefix = _name_in(net, decoder(net))
-    places = [_place(config, f"{prefix}{name}", module, layer) for layer, (name, module) in sorted(found.items())]
-    if len({(place.heads, place.width) for place in places}) > 1 or getattr(config, "num_kv_shared_layers", None):
+    attentions = [_attention(config, prefix + name, module, layer) for layer, (name, module) in sorted(found.items())]
+    sizes = {(attention.heads, attention.width) for attention in attentions}
+    if len(sizes) > 1 or getattr(config, "num_kv_shared_layers", None):
         raise no_way_in(config, "has keys that differ from layer to layer")
-    return places
+    return attentions
 
 
 def decoder(net: nn.Module) -> nn.Module:
@@ -72,8 +72,11 @@ def _name_in(net: nn.Module, wanted: nn.Module) -> str:
     return f"{name}." if name else ""
 
 
-def _place(config: Any, name: str, module: nn.Module, layer: int) -> SelfAttention:
-    """One place with its sizes. Raises: ModelError where a layer is of a kind that prefixes were not made for."""
+def _attention(config: Any, name: str, module: nn.Module, layer: int) -> SelfAttention:
+    """One of them with its sizes.
+
+    Raises: ModelError where a layer is of a kind that prefixes were not made for.
+    """
     parameters = parameters_of(module)
     if ("alibi" in parameters and getattr(config, "alibi", True)) or (
         "position_bias" in parameters and not hasattr(module, "compute_bias")
@@ -85,12 +88,12 @@ def _place(config: Any, name: str, module: nn.Module, layer: int) -> SelfAttenti
     window = getattr(config, "sliding_window", None)
     varied = getattr(config, "per_layer_config", None)
     heads, width = heads_and_width(config if varied is None else varied[layer])
-    place = SelfAttention(name, module, layer, heads, width, None if kinds and "full" in kinds[layer] else window)
+    attention = SelfAttention(name, module, layer, heads, width, None if kinds and "full" in kinds[layer] else window)
     for own in ("k_proj", "k"):
         outputs = getattr(getattr(module, own, None), "out_features", heads * width)
         if outputs != heads * width:
             raise no_way_in(config, f"has {outputs} key numbers in {name}, not {heads} heads of {width}")
-    return place
+    return attention
 
 
 def heads_and_width(config: Any) -> tuple[int, int]:

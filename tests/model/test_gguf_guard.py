@@ -1,0 +1,46 @@
+"""What is replaced in other libraries while a base is read is theirs again afterwards, also after an error."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import gguf
+import pytest
+import tqdm
+
+from tunekit.model.storage.gguf import parsed_once
+from tunekit.model.transformers_guard import ASKING, no_fetched_code, quiet
+
+
+def state() -> dict[str, Any]:
+    """Everything that these blocks replace."""
+    asking = [importlib.import_module(name) for name in ASKING]
+    return {
+        "reader": gguf.GGUFReader,
+        "names": gguf.get_tensor_name_map,
+        "kernels": sys.modules.get("kernels", "absent"),
+        "answers": [getattr(module, "is_kernels_available", "absent") for module in asking],
+        "bars": vars(tqdm.tqdm)["__init__"],
+    }
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("block", [lambda: parsed_once("a.gguf"), lambda: no_fetched_code(gguf=True), quiet])
+@pytest.mark.parametrize("installed", [False, True])
+def test_everything_is_as_it_was(
+    block: Callable[[], AbstractContextManager[None]], fails: bool, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "kernels", sys)
+    if not installed:
+        del sys.modules["kernels"]
+    before = state()
+    with contextlib.suppress(ZeroDivisionError), block():
+        inside = state()
+        _ = 1 / (not fails)
+    assert inside != before
+    assert state() == before

@@ -1,0 +1,54 @@
+"""One process per folder: a file lock, which the system itself drops when the process dies, however it ends.
+
+Comes in: the folder.  Goes out: a held lock, or RunFolderError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tunekit.errors import RunFolderError
+from tunekit.files.durable import explain, perform
+
+LOCK_NAME = ".tunekit.lock"
+
+
+class FolderLock:
+    """Held from construction until `release` or the end of the process; a forked child does not hold it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK_NAME
+        self._lock = FileLock(self.path, thread_local=False, fallback_to_soft=False)
+        try:
+            perform("create", self.path, lambda: self._lock.acquire(blocking=False))
+        except Timeout as error:
+            what = f"another process{self._holder()} is working in {folder}"
+            raise RunFolderError(what, "wait for it, stop it, or choose another output.dir") from error
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                what = f"{folder} is on a file system without locks"
+                raise RunFolderError(what, "choose an output.dir on another one") from error
+            raise explain(error, "lock", self.path) from error
+        with contextlib.suppress(OSError):  # only for the message of another process
+            self.path.write_text(f"{os.getpid()}\n")
+
+    def _holder(self) -> str:
+        """ " (its id is 123)", if the lock file says so."""
+        with contextlib.suppress(OSError, ValueError):
+            return f" (its id is {int(self.path.read_text())})"
+        return ""
+
+    def release(self) -> None:
+        """Let another process in; the file stays, since removing it could split the lock in two."""
+        self._lock.release()
+
+    def remove(self) -> None:
+        """Remove the file while it is still held, then let go: after a failed start the folder is left as it was."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        self.release()

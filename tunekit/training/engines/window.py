@@ -1,0 +1,110 @@
+"""What every engine does with a window: its micro-batches in pieces that fit, their losses summed and divided.
+
+Comes in: a window and the step's units.  Goes out: the gradient of (sum of losses / units), in the flat buffers.
+A micro-batch that runs out of memory is split (memory/splitting.py): the same sums, in another order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Batch, Objective, Window
+from tunekit.memory.splitting import PIECE_STRIDE, Splitting
+from tunekit.model.call import AFTER_LAYERS, Call, current_call, seed_layer
+from tunekit.model.placing import placed
+from tunekit.tuned.model import TunedModel
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A micro-batch, or one part of a split one; `number` counts the parts, `index` the step's micro-batches."""
+
+    batch: Batch
+    index: int
+    number: int
+    shares: int  # what per-step terms are divided by: the step's micro-batches times the parts of this one
+
+
+class WindowRun:
+    """One attempt at a window: what its pieces have in common, and what they add up to."""
+
+    def __init__(
+        self, engine: WindowEngine, model: TunedModel, objective: Objective, window: Window, units: Tensor
+    ) -> None:
+        self.engine, self.model, self.objective, self.step = engine, model, objective, window.step
+        self.units = placed(units, model.device)
+        self.losses = {index: torch.zeros_like(self.units) for index in window.indices}  # (K,) float64 each
+        self.metrics: dict[str, float] = defaultdict(float)
+
+    def call(self, piece: Piece) -> Call:
+        """A split micro-batch's pieces draw as micro-batches of their own."""
+        return Call(step=self.step, micro_batch=piece.index + piece.number * PIECE_STRIDE, seed=self.engine.seed)
+
+    def computing(self, piece: Piece) -> None:
+        """Say whose failure it is, should memory run out."""
+        if self.engine.splitting is not None:
+            self.engine.splitting.running = piece.batch
+
+    def backward(self, piece: Piece, hidden: Tensor, penalty: Callable[[], Tensor | None]) -> None:
+        """The loss of the last hidden states (B, T, D), added to the sums, and its gradient."""
+        seed_layer(current_call(), AFTER_LAYERS)
+        loss = self.objective.loss(hidden, self.model.head(), piece.batch, self.model.head_parameters())
+        del hidden
+        value = (loss.total / self.units.to(loss.total.dtype)).sum()
+        for term in (loss.per_step, penalty()):
+            if term is not None:
+                value = value + term / piece.shares
+        (value * self.engine.loss_scale).backward()  # type: ignore[no-untyped-call]
+        self.losses[piece.index] += loss.total.detach().to(torch.float64)
+        for name, metric in loss.metrics.items():
+            self.metrics[name] += metric
+
+
+class WindowEngine:
+    """Runs a window, and begins it anew with smaller pieces where memory runs out.
+
+    `splitting`: what to do where memory runs out; None: that is an error.
+    """
+
+    def __init__(self, seed: int, splitting: Splitting | None = None) -> None:
+        self.seed, self.splitting = seed, splitting
+        self.loss_scale = 1.0  # float16's; multiplies the loss before the backward pass
+        self.losses: list[Tensor] = []  # of each micro-batch of the last window, on the device; names the rows of a NaN
+
+    def run_window(
+        self, model: TunedModel, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Returns this rank's (K,) float64 sum of losses / units, on the device, and summed metrics.
+
+        The gradient must be zero before: after a failed attempt it is cleared.
+        `micro_batches`: how many the whole step has, over all ranks; per-step terms are averaged over them.
+        Raises: ResourceError where a single document does not fit (with `splitting`).
+        """
+
+        def attempt(parts: list[list[Batch]]) -> tuple[Tensor, dict[str, float]]:
+            run = WindowRun(self, model, objective, window, units)
+            pieces = [
+                Piece(batch, index, number, micro_batches * len(batches))
+                for index, batches in zip(window.indices, parts, strict=True)
+                for number, batch in enumerate(batches)
+            ]
+            with model.unchanged_weights(), model.nothing_left():
+                self._run(run, pieces)
+            self.losses = list(run.losses.values())
+            total = torch.zeros_like(run.units)
+            for losses in self.losses:
+                total += losses / run.units
+            return total, dict(run.metrics)
+
+        if self.splitting is None:
+            return attempt([[batch] for batch in window.batches])
+        return self.splitting.run(window.batches, attempt, model.clear_gradient, window.step + 1)
+
+    def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
+        """Forward and backward of every piece, in the order of the step."""
+        raise NotImplementedError
