@@ -237,12 +237,12 @@ def judge(row: Row, folder: Path) -> dict:
         "measured": growth,
         "error": predicted / growth - 1,
         "parts": plan["peak_bytes"],
-        "checkpointed": plan["checkpointed_layers"],
-        "micro_batch_size": plan["micro_batch_size"],
-        "logits_chunk_tokens": plan["logits_chunk_tokens"],
+        "checkpointed": plan["choice"]["checkpointed_layers"],
+        "micro_batch_size": plan["choice"]["micro_batch_size"],
+        "logits_chunk_tokens": plan["choice"]["logits_chunk_tokens"],
         "budget": plan["budget_bytes"],
         "kept": None if plan["budget_bytes"] is None else growth <= plan["budget_bytes"],
-        "packing": plan["packing"],
+        "packing": plan["rows"]["packing"],
         "recipe_values": plan["recipe"],
     }
 

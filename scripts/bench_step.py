@@ -16,6 +16,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,11 +26,10 @@ import torch
 
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.kernels.joined_lora import GatedMlp
-from tunekit.contracts import Batch, EncodedRow, Window
-from tunekit.data.batching.pad import collate_rows
+from tunekit.contracts import Batch, Objective, Row, Window
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.logprobs import logits_chunk_tokens
+from tunekit.objectives.sft import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
@@ -45,16 +45,16 @@ VARIANTS = {
 }
 
 
-def packed_batch(tokens: int, vocabulary: int) -> Batch:
+def packed_batch(tokens: int, vocabulary: int, objective: Objective) -> Batch:
     """One row of documents, `tokens` long."""
     draw, left = np.random.default_rng(0), tokens
-    rows: list[EncodedRow] = []
+    rows: list[Row] = []
     while left >= SHORTEST:
         length = min(left, max(SHORTEST, int(draw.lognormal(np.log(MEDIAN_TOKENS), SPREAD))))
         ids = draw.integers(0, vocabulary, length).astype(np.int32)
-        rows.append(EncodedRow(ids, np.arange(length) >= length // 2, f"row {len(rows)}"))
+        rows.append(make_row(ids, np.arange(length) >= length // 2, f"row {len(rows)}"))
         left -= length
-    return collate_rows([rows], [range(len(rows))], pad_id=0, packed=True)
+    return objective.collate([rows])
 
 
 class Switch:
@@ -81,10 +81,9 @@ class Switch:
                 module.forward = forward
 
 
-def measure(model: TunedModel, batch: Batch, repeats: int) -> dict[str, dict[str, float]]:
+def measure(model: TunedModel, objective: Objective, batch: Batch, repeats: int) -> dict[str, dict[str, float]]:
     """CPU seconds and loss of each variant."""
-    facts, switch = model.base.facts, Switch(model)
-    objective = make_objective(SftSettings(), logits_chunk_tokens=logits_chunk_tokens(facts.vocabulary_size))
+    switch = Switch(model)
     window, units = Window(0, 0.0, (0,), (batch,)), objective.units(batch)
     found: dict[str, dict[str, float]] = {}
     with model.training_mode(True):
@@ -111,11 +110,13 @@ def main() -> None:
     adapter = attach_adapter(base.net, LoraSettings(), seed=0, head_name=base.family.head_name(base.net))
     for parameter in adapter.trained().values():
         parameter.grad = torch.zeros_like(parameter)
-    batch = packed_batch(settings.tokens, base.facts.vocabulary_size)
+    ids_only: Any = SimpleNamespace(pad_id=0, fingerprint="random ids")
+    objective = make_objective(SftSettings(), ids_only)
+    batch = packed_batch(settings.tokens, base.text.vocabulary_size, objective)
     result: dict[str, Any] = {
-        "variants": measure(TunedModel(base, adapter), batch, settings.repeats),
+        "variants": measure(TunedModel(base, adapter), objective, batch, settings.repeats),
         "tokens": batch.tokens,
-        "documents": len(batch.row_ids[0]),
+        "documents": len(batch.rows),
         "dtype": settings.dtype,
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,

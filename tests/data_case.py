@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tunekit.contracts import EncodedRow
+from tunekit.contracts import Objective, Row, RowEncoder, Tokenizer
 from tunekit.data.batching.windows import BatchSettings
-from tunekit.formats.example import ChatExample, Message
-from tunekit.machine.forks import Child, fork_child
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.formats.example import ChatExample, Example, Message
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.objectives.base import make_objective
+from tunekit.objectives.sft import make_row
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.section import ObjectiveSettings
 
 
 def tokenizer_of(folder: Path) -> LoadedTokenizer:
@@ -27,11 +31,43 @@ def chat(*turns: tuple[str, str]) -> ChatExample:
     return ChatExample(tuple(Message(role, content) for role, content in turns))
 
 
-def trained_texts(row: EncodedRow, tokenizer: LoadedTokenizer) -> list[str]:
+class BareTokenizer:
+    """What an objective asks of a tokenizer once its rows are encoded."""
+
+    fingerprint = "of no text"
+
+    def __init__(self, pad_id: int = 0) -> None:
+        self.pad_id = pad_id
+
+
+def objective_of(settings: ObjectiveSettings | None = None, *, pad_id: int = 0) -> Objective:
+    """An objective, sft unless another is asked for, over rows that are encoded already."""
+    return make_objective(settings or SftSettings(), BareTokenizer(pad_id))  # type: ignore[arg-type]
+
+
+def encoder_of(
+    tokenizer: Tokenizer,
+    train_on: str = "assistant",
+    template: str | None = None,
+    settings: ObjectiveSettings | None = None,
+) -> RowEncoder:
+    """What encodes examples for an objective, sft unless another is asked for."""
+    options = EncodeOptions(train_on, template, max_length=2048, excess_length="drop")
+    return make_objective(settings or SftSettings(), tokenizer).row_encoder(options)
+
+
+def encode_example(
+    example: Example, tokenizer: Tokenizer, train_on: str = "assistant", template: str | None = None
+) -> Row:
+    """One example as a row of the objective sft."""
+    return encoder_of(tokenizer, train_on, template).encode(example, "rows:1")
+
+
+def trained_texts(row: Row, tokenizer: LoadedTokenizer) -> list[str]:
     """Each stretch of trained tokens, decoded."""
     texts: list[str] = []
     current: list[int] = []
-    for token_id, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
+    for token_id, trained in zip(row.parts["ids"].tolist(), row.parts["trained"].tolist(), strict=True):
         if trained:
             current.append(token_id)
         elif current:
@@ -47,7 +83,7 @@ def write_lines(path: Path, rows: Iterable[Any]) -> Path:
 
 
 class Rows:
-    """EncodedRows of given lengths; token t of row r is 1000 r + t, all of them trained."""
+    """Rows of given lengths for the objective sft; token t of row r is 1000 r + t, all of them trained."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = np.array(lengths, dtype=np.int64)
@@ -55,10 +91,15 @@ class Rows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> EncodedRow:
+    def __getitem__(self, index: int) -> Row:
         length = int(self.lengths[index])
         ids = np.arange(length, dtype=np.int32) + 1000 * index
-        return EncodedRow(ids, np.ones(length, dtype=np.bool_), f"rows:{index}")
+        return make_row(ids, np.ones(length, dtype=np.bool_), f"rows:{index}", index)
+
+    @property
+    def sizes(self) -> Any:
+        """(rows, 1) one part each."""
+        return self.lengths[:, None]
 
     @property
     def supervised(self) -> Any:
@@ -78,19 +119,5 @@ def settings(**changes: Any) -> BatchSettings:
         "seed": 0,
         "epochs": 1.0,
         "max_steps": None,
-        "pad_id": 0,
     }
     return BatchSettings(**{**values, **changes})
-
-
-def recording_fork(pids: list[int]) -> Callable[[Callable[[], None]], Child | None]:
-    """fork_child, which notes every child that it makes."""
-
-    def fork(work: Callable[[], None]) -> Child | None:
-        child = fork_child(work)
-        assert child is not None
-        assert child._pid is not None
-        pids.append(child._pid)
-        return child
-
-    return fork

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data_case import objective_of
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.contracts import EncodedRow, Engine
+from tunekit.contracts import Engine, Row
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.errors import Stopped
 from tunekit.machine.devices import make_devices
@@ -21,45 +22,49 @@ from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.streaming import make_slots, stream_layers
 from tunekit.model.load import LoadedModel, load_model
-from tunekit.objectives.base import make_objective
+from tunekit.objectives.sft import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.section import ObjectiveSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.engines.streaming import StreamingEngine
 from tunekit.training.loop import run_loop
-from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import warmup_steps
-from tunekit.training.state import LoopParts, LoopState
+from tunekit.training.state import LoopState, Run
 from tunekit.tuned.model import TunedModel
 
 CPU = torch.device("cpu")
 
 
 class ListedRows:
-    """EncodedRows over a list."""
+    """Rows over a list."""
 
-    def __init__(self, rows: Sequence[EncodedRow]) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = [replace(row, number=number) for number, row in enumerate(rows)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> EncodedRow:
+    def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
     @property
+    def sizes(self) -> Any:
+        return np.array([row.sizes for row in self.rows], dtype=np.int64)
+
+    @property
     def lengths(self) -> Any:
-        return np.array([len(row.ids) for row in self.rows], dtype=np.int64)
+        return self.sizes.sum(axis=1)
 
     @property
     def supervised(self) -> Any:
-        return np.array([row.supervised_tokens for row in self.rows], dtype=np.int64)
+        return np.array([row.supervised for row in self.rows], dtype=np.int64)
 
 
 def make_rows(count: int, *, vocabulary: int = 256, shortest: int = 2, longest: int = 31, seed: int = 0) -> ListedRows:
@@ -71,7 +76,7 @@ def make_rows(count: int, *, vocabulary: int = 256, shortest: int = 2, longest: 
         ids = generator.integers(3, vocabulary, length).astype(np.int32)
         trained = np.arange(length) >= length // 2
         trained[-1] = True
-        rows.append(EncodedRow(ids, trained, f"rows:{number + 1}"))
+        rows.append(make_row(ids, trained, f"rows:{number + 1}"))
     return ListedRows(rows)
 
 
@@ -84,23 +89,24 @@ class Case:
     windows: TrainingWindows
     optimizer: Optimizer
     training: TrainingSection
-    parts: LoopParts
+    parts: Run
     records: list[StepRecord | EvaluationRecord] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
 
     def run(self, state: LoopState | None = None) -> LoopState:
-        return run_loop(self.parts, state or LoopState())
+        self.parts.state = state or LoopState(self.parts.state.scale)
+        run_loop(self.parts)
+        return self.parts.state
 
     def run_after_a_stop(self, stopped: Case, steps: int) -> None:
         """Stop `stopped` by a signal after so many steps, and go on here from what a checkpoint holds of it."""
         stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= steps else 0
-        reached = LoopState()
         with pytest.raises(Stopped):
-            stopped.run(reached)
+            stopped.run()
         tensors = {
             name: value.clone() for name, value in checkpoint_tensors(stopped.optimizer, stopped.adapter).items()
         }
-        facts = checkpoint_facts(stopped.optimizer, reached, {})
+        facts = checkpoint_facts(stopped.optimizer, stopped.parts.state, {})
         self.run(restore(tensors, facts, self.optimizer, self.adapter))
 
     @property
@@ -156,7 +162,7 @@ def make_case(
         slots = make_slots(weights, device, **{"tier": "host", "poison": True, **settings_of_slots})
         stream_layers(layers, slots)
         engine = StreamingEngine(training.seed, slots, pass_size)
-    tuned = TunedModel(base, attached, store)
+    tuned = TunedModel(base, attached, store, chunk)
     settings = BatchSettings(
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
@@ -167,33 +173,25 @@ def make_case(
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
-        pad_id=0,
         end_to_end=end_to_end,
-        reads_source=base.family.reads_source,
     )
-    windows = TrainingWindows(rows, settings, rank=rank, world=world)
-    groups = [Group(tuple(names), rate, decays) for names, rate, decays in attached.groups(training)]
-    optimizer = Optimizer(training, groups, attached.trained())
+    minimised = objective_of(objective)
+    windows = TrainingWindows(rows, minimised, settings, rank=rank, world=world)
+    optimizer = make_optimizer(training, attached)
     records: list[StepRecord | EvaluationRecord] = []
     saved: list[int] = []
-    parts = LoopParts(
+    run = Run(
         model=tuned,
-        objective=make_objective(objective or SftSettings(), logits_chunk_tokens=chunk),
+        objective=minimised,
         engine=engine,
         optimizer=optimizer,
         devices=devices,
         windows=windows,
-        settings=training,
+        training=training,
+        evaluation=EvaluationSection(),
         warmup_steps=warmup_steps(training, windows.steps),
-        scale=LossScale(base.dtype == torch.float16),
+        state=LoopState(LossScale(base.dtype == torch.float16)),
         record=records.append,
-        save=lambda state: saved.append(state.step),
-        evaluate=None,
-        is_better=lambda value, best: best is None or value < best,
-        watched_metric=None,
-        saves_best=False,
-        patience=None,
-        stop_signal=lambda: 0,
-        peak_bytes=lambda: 0,
+        save=lambda: saved.append(run.state.step),
     )
-    return Case(tuned, attached, windows, optimizer, training, parts, records, saved)
+    return Case(tuned, attached, windows, optimizer, training, run, records, saved)

@@ -282,8 +282,12 @@ def test_objects_are_collected_as_usual_while_training(monkeypatch: pytest.Monke
         pass
 
     before = gc.get_threshold()
-    monkeypatch.setattr(tunekit.train, "_prepare", lambda *_: SimpleNamespace(plan=None, state=SimpleNamespace(step=0)))
-    monkeypatch.setattr(tunekit.train, "make_trackers", stop)
+    run = SimpleNamespace(state=SimpleNamespace(step=0))
+    monkeypatch.setattr(tunekit.train, "_plan", lambda *_: (None, None))
+    monkeypatch.setattr(tunekit.train, "_load", lambda *_: None)
+    monkeypatch.setattr(tunekit.train, "assemble_run", lambda *_: (None, run))
+    monkeypatch.setattr(tunekit.train.run_files, "announce_run", lambda *_: None)
+    monkeypatch.setattr(tunekit.train.run_files, "make_trackers", stop)
     try:
         gc.set_threshold(*WHILE_STARTING)
         session = SimpleNamespace(signals=SimpleNamespace(at_once=lambda _: nullcontext()))

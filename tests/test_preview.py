@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_case import chat, tokenizer_of, write_lines
+from tests.data_case import chat, encode_example, objective_of, tokenizer_of, write_lines
 from tunekit.cli import app
-from tunekit.data.rendering.render import encode_example
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.preview import AFTER, BETWEEN, FIRST, PROMPT, TRAINED, explain_tokens, preview_verb, segments
 
@@ -41,18 +40,19 @@ def recipe(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_segments_and_reasons(tiny: LoadedTokenizer) -> None:
     row = encode_example(chat(("user", "é"), ("assistant", "b"), ("user", "c"), ("assistant", "d")), tiny)
-    assert segments(row, tiny) == [
+    (part,) = objective_of().spans(row)
+    assert segments(part, tiny) == [
         ("<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n", False),
         ("b<|im_end|>", True),
         ("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", False),
         ("d<|im_end|>", True),
         ("\n", False),
     ]
-    tokens = explain_tokens(row, tiny)
+    tokens = explain_tokens(part, tiny)
     reasons = [token.why for token in tokens]
     assert reasons[0] == FIRST
     assert list(dict.fromkeys(reasons)) == [FIRST, PROMPT, TRAINED, BETWEEN, AFTER]
-    assert [token.trained for token in tokens] == row.trained.tolist()
+    assert [token.trained for token in tokens] == row.parts["trained"].tolist()
 
 
 def test_the_screen_shows_rows_marks_and_counts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.tuned.adapter_losses import adapter_losses
-from tunekit.tuned.target import find_target
+from tunekit.tuned.target import find_target, measuring_objective
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 
@@ -249,14 +249,14 @@ def _measure(folders: Sequence[Path], data: str, base: str | None) -> list[float
     devices = make_devices()
     try:
         tokenizer = load_tokenizer(target.model)
-        rows = load_evaluation_rows(section, tokenizer, seed=target.seed).evaluation
-        assert rows is not None  # the section asks for them
         model = load_model(target.model, device=devices.device)
+        loaded = load_evaluation_rows(section, measuring_objective(model, tokenizer), seed=target.seed)
+        rows, objective = loaded.evaluation, loaded.objective
+        assert rows is not None  # the section asks for them
         adapters = AdapterSet(model.net)
         for name, folder in zip("AB", folders, strict=True):
             adapters.add(name, partial(_attach, model, folder))
-        length, settings = section.max_length, target.evaluation
-        losses = adapter_losses(model, adapters, tokenizer, rows, devices, settings, max_length=length)
+        losses = adapter_losses(model, adapters, tokenizer, objective, rows, devices, target.evaluation)
     finally:
         devices.close()
     return [losses[name] for name in (None, "A", "B")]

@@ -1,11 +1,12 @@
-"""What rooms of one level know of each other: Tokenizer, rows, Batch, Window, Loss, Objective, Engine, Stages.
+"""What rooms of one level know of each other: Tokenizer, Row, Batch, Window, Loss, Objective, Engine, Stages.
 
 Typing, numpy and torch only.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -67,66 +68,126 @@ class Tokenizer(Protocol):
         ...
 
 
+Processor = Tokenizer  # what turns an example into a row; of other families a feature extractor or image processor
+
+
 @dataclass(frozen=True)
-class EncodedRow:
-    """One row ready to train on. `trained[t]` says whether token t is a target (the first token never counts).
+class RowLayout:
+    """What a row of an objective is made of: its parts and their dtypes, which of them hold token ids, and how many
+    sizes it has."""
 
-    Of an encoder-decoder: the source, the token with which an answer begins, the answer; that alone is trained on.
-    """
+    parts: Mapping[str, str]
+    token_parts: tuple[str, ...]
+    sizes: int
 
-    ids: NDArray[np.int32]  # (T,)
-    trained: NDArray[np.bool_]  # (T,)
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One encoded row. `sizes`: of each part that is padded by itself; `supervised`: what the loss sums over in it."""
+
+    parts: Mapping[str, NDArray[Any]]
+    sizes: tuple[int, ...]
+    supervised: int
     origin: str  # "train.jsonl:17", for errors and preview
+    number: int = 0  # its index in Rows
 
     @property
-    def supervised_tokens(self) -> int:
-        """Targets that a causal model predicts: trained[1:], for token 0 is never predicted."""
-        return int(self.trained[1:].sum())
+    def size(self) -> int:
+        """Of all parts together, padding excluded."""
+        return sum(self.sizes)
 
 
-class EncodedRows(Protocol):
+class Rows(Protocol):
     """Random access to encoded rows; small enough an interface for a memory map."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> EncodedRow: ...
+    def __getitem__(self, index: int) -> Row: ...
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(rows, sizes) of each row's parts."""
+        ...
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(rows,) tokens of each row."""
+        """(rows,) the sizes of each row, added up."""
         ...
 
     @property
     def supervised(self) -> NDArray[np.int64]:
-        """(rows,) supervised tokens of each row."""
+        """(rows,) what the loss sums over in each row."""
         ...
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch, right-padded. Rows are whole rows, or packs of rows when `packed`.
+class Part:
+    """Token ids of a row as preview shows them, and which of them are trained on."""
 
-    Position ids restart at 0 for each segment of a pack and for the padding tail; there is no attention mask, since
-    padding comes after every real token and a causal model never looks ahead.
+    ids: NDArray[Any]  # (T,)
+    trained: NDArray[np.bool_]  # (T,)
+    title: str = ""  # written before it
+
+
+class RowEncoder(Protocol):
+    """Examples to rows of one objective; counts in `notices` what the user should know."""
+
+    notices: Counter[str]
+
+    def encode(self, example: Any, origin: str) -> Row:
+        """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""
+        ...
+
+    def prompt(self, example: Any) -> tuple[list[int], str] | None:
+        """Ids of what is asked, up to where the answer begins, and the answer's text; None where there is none."""
+        ...
+
+    def question(self, text: str) -> list[int]:
+        """Ids of what is asked where a user writes `text`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch of whole rows: what the network is called with, what the loss reads, and the rows themselves.
+
+    `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where each row is padded by itself.
     """
 
-    input_ids: torch.Tensor  # (B, T) int64
-    position_ids: torch.Tensor  # (B, T) int64
-    labels: torch.Tensor  # (B, T) int64; IGNORED where not trained, and at the first token of each segment
-    lengths: tuple[int, ...]  # (B,) real tokens of each row
-    packed: bool
-    origins: tuple[tuple[str, ...], ...]  # for each of the B rows, the origins of its segments
-    row_ids: tuple[tuple[int, ...], ...]  # the same as indices into EncodedRows
+    inputs: dict[str, torch.Tensor]  # each (B, ...)
+    targets: dict[str, torch.Tensor]
+    sequences: tuple[tuple[Row, ...], ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every row."""
+        return [row for sequence in self.sequences for row in sequence]
+
+    @property
+    def lengths(self) -> list[int]:
+        """(B,) sizes of each sequence, without padding."""
+        return [sum(row.size for row in sequence) for sequence in self.sequences]
 
     @property
     def tokens(self) -> int:
-        """Non-padding tokens."""
+        """Sizes of all rows, without padding."""
         return sum(self.lengths)
 
     @property
-    def supervised_tokens(self) -> int:
-        """Tokens that a causal model is trained to predict; the first of a row never is."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+    def supervised(self) -> int:
+        """What the loss sums over."""
+        return sum(row.supervised for row in self.rows)
+
+    @property
+    def width(self) -> int:
+        """Of one sequence with its padding: the widest of each part, added up."""
+        widths = [[sum(sizes) for sizes in zip(*(row.sizes for row in rows), strict=True)] for rows in self.sequences]
+        return sum(max(part) for part in zip(*widths, strict=True))
+
+    @property
+    def padded(self) -> int:
+        """Sizes of all sequences with their padding."""
+        return len(self.sequences) * self.width
 
 
 @dataclass(frozen=True)
@@ -156,30 +217,81 @@ class Head(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward gives: hidden states with the head that reads them, or the logits of a head that reads rows."""
+
+    hidden: torch.Tensor | None = None  # (B, T, D)
+    head: Head | None = None
+    head_parameters: Sequence[torch.Tensor] = ()  # trained ones inside the head
+    chunk_tokens: int = 1  # positions that pass the head at a time
+    logits: torch.Tensor | None = None  # (B, C)
+
+
+Sums = dict[str, torch.Tensor]  # float64, of any shape; what evaluation adds up over batches and ranks
+
+
 class Objective(Protocol):
-    """What is minimised. It never makes a forward of its own outside `prepare`."""
+    """What is minimised. It owns its rows, and never makes a forward of its own outside `prepare`."""
 
+    name: str
     family: str
-    packable: bool
-    needs_reference: bool
+    example: str  # the kind of example that it learns from, as formats give it
+    packable: bool  # whether several rows may lie end to end in one sequence
+    reference: str  # none, or "policy at step 0"
+    layout: RowLayout
+    metrics: Sequence[str]  # always measured
+    facts: Mapping[str, Any]  # beside its settings: plain values that its adapter's folder keeps
+    fingerprint: str  # sha256 of everything of it that decides a row
 
-    def prepare(self, model: Any, window: Window) -> Window: ...
+    def section(self, model: Any, seed: int = 0) -> Any:
+        """The recipe's model section as the base is loaded for this objective."""
+        ...
+
+    def row_encoder(self, options: Any) -> RowEncoder:
+        """What encodes examples with these options of the data section. Raises: RecipeError for a senseless one."""
+        ...
+
+    def informed(self, rows: Sequence[Rows]) -> Objective:
+        """The same objective with what only all of its rows tell."""
+        ...
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """What lies at sizes start .. stop-1 of a row."""
+        ...
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """Rows of so large a size together as one sequence can hold, `part` of them as large as it can be."""
+        ...
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """The batch whose sequence b holds the rows sequences[b]."""
+        ...
+
+    def spans(self, row: Row) -> list[Part]:
+        """What preview shows of a row."""
+        ...
+
+    def prepare(self, model: Any, window: Window) -> Window:
+        """The window with all that depends on the step; without gradient."""
+        ...
 
     def units(self, batch: Batch) -> torch.Tensor:
         """(K,) float64: what the step's loss is divided by, known before the forward."""
         ...
 
-    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """What the network is called with."""
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Sum over the batch's units."""
         ...
 
-    def loss(
-        self, output: torch.Tensor, head: Head, batch: Batch, head_parameters: Sequence[torch.Tensor] = ()
-    ) -> Loss:
-        """Sum over the batch's units; `output` is hidden states (B, T, D) for text families.
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """What metrics are made of; no gradient."""
+        ...
 
-        `head_parameters`: trained parameters inside the head. Without gradient, metrics counts `correct` targets too.
-        """
+    def answer(
+        self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        """The text that the model gives to each prompt."""
         ...
 
 

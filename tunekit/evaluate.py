@@ -14,11 +14,10 @@ from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.files.durable import require_writable, write_json
 from tunekit.machine.devices import Devices, make_devices
-from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
 from tunekit.tuned.answers import Question
-from tunekit.tuned.evaluator import make_evaluator, measuring_objective
+from tunekit.tuned.evaluator import make_evaluator
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 
@@ -44,10 +43,10 @@ def evaluate_verb(
         console.info(rewrite)
     try:
         loaded = load_target(found, devices.device)
-        rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.tokenizer, seed=found.seed))
+        rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
         for note in rows.notes:
             console.info(note)
-        values = evaluate_rows(loaded, rows, section, metrics, devices)
+        values = evaluate_rows(loaded, rows, metrics, devices)
     finally:
         devices.close()
     if devices.is_main:
@@ -86,27 +85,23 @@ def _data_section(target: Target, data: str | None, format: str | None) -> DataS
 
 
 def evaluate_rows(
-    loaded: LoadedTarget, rows: RowSet, data: DataSection, metrics: Sequence[str], devices: Devices
+    loaded: LoadedTarget, rows: RowSet, metrics: Sequence[str], devices: Devices
 ) -> dict[str, float | int]:
     """Every metric by name, and what it was measured on."""
     settings, model = loaded.target.evaluation, loaded.model
-    chunk = logits_chunk_tokens(model.base.facts.vocabulary_size)
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
-    objective = measuring_objective(model.base, chunk)
-    problems = row_problems(model.base, loaded.tokenizer, [evaluation], model.virtual_tokens)
+    problems = row_problems(model.base, loaded.tokenizer, rows.objective, [evaluation], model.virtual_tokens)
     if problems:
         raise ModelError.of(problems)
     evaluator = make_evaluator(
         model,
-        objective,
-        loaded.tokenizer,
+        rows.objective,
         devices,
         evaluation,
         lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
         settings,
-        max_length=data.max_length,
         metric_names=tuple(metrics),
     )
     sums, values = evaluator.evaluate()
-    return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": sums.supervised_tokens}
+    return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": int(sums.values["units"])}

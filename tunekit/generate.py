@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 
 from tunekit.console import Console
-from tunekit.data.rendering.render import Renderer
+from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, InputError
-from tunekit.formats.example import ChatExample, CompletionExample, Message
 from tunekit.machine.devices import make_devices
-from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.tuned.scores import undisturbed
 from tunekit.tuned.target import LoadedTarget, find_target, load_target
@@ -76,31 +74,13 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
 
 @torch.no_grad()
 def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
-    """The greedy answer to each text: a user's turn where there is a chat template, else a text to go on with."""
-    tokenizer, settings = loaded.tokenizer, loaded.target.evaluation
-    prompts = [_prompt_ids(loaded, text) for text in texts]
+    """What the model answers to each text, asked as the training rows ask."""
+    tokenizer, settings, model = loaded.tokenizer, loaded.target.evaluation, loaded.model
+    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
+    prompts = [encoder.question(text) for text in texts]
     largest = max((max(ids, default=0) for ids in prompts), default=0)
-    check_vocabulary(tokenizer, loaded.model.base.facts.vocabulary_size, largest)
-    with undisturbed(loaded.model):
-        ids = generate_texts(
-            loaded.model.base,
-            tokenizer,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            adapt=loaded.model.adapted,
-            virtual_tokens=loaded.model.virtual_tokens,
+    check_vocabulary(tokenizer, model.base.text.vocabulary_size, largest)
+    with undisturbed(model):
+        return loaded.objective.answer(
+            model, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
         )
-    return [tokenizer.decode(of_one, skip_special_tokens=True) for of_one in ids]
-
-
-def _prompt_ids(loaded: LoadedTarget, text: str) -> list[int]:
-    """Ids up to where the answer begins, made as the training rows were; of an encoder-decoder the whole source."""
-    if loaded.model.base.family.reads_source and loaded.tokenizer.answer_start_id is None:  # of a GGUF file
-        return loaded.tokenizer.encode_source(text)
-    renderer = Renderer(loaded.tokenizer, "assistant", loaded.target.chat_template)
-    question, answer = Message("user", text), Message("assistant", "answer")
-    plain = CompletionExample(text, "answer")
-    prompt = renderer.prompt(ChatExample((question, answer)) if renderer.has_template else plain)
-    assert prompt is not None
-    return prompt[0]

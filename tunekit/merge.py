@@ -1,7 +1,4 @@
-"""`tunekit merge`: an adapter written into its base, as a model folder that needs neither tunekit nor peft.
-
-Comes in: an adapter (or a run), and where to.  Goes out: the folder, and how far it is from the running adapter.
-"""
+"""`tunekit merge`: an adapter or a run goes in; a model folder that needs neither tunekit nor peft comes out."""
 
 from __future__ import annotations
 
@@ -15,7 +12,10 @@ from tunekit.tuned.target import find_target
 
 
 def merge_verb(adapter: str, output: str, base: str | None, onto: str | None, overrides: Sequence[str]) -> None:
-    """Merge. Raises: TunekitError, whose exit code the command line returns."""
+    """Merge and say how far the result is from the running adapter.
+
+    Raises: TunekitError, whose exit code the command line returns.
+    """
     console = Console()
     target = find_target(adapter, base, overrides)
     for rewrite in target.rewrites:
@@ -28,8 +28,9 @@ def merge_verb(adapter: str, output: str, base: str | None, onto: str | None, ov
         f"logits differ from the running adapter's by {difference.largest:.3g} at most and {difference.mean:.3g} on "
         f"average (their spread is {difference.spread:.3g}), on {difference.tokens} tokens of {difference.rows}"
     )
-    console.info(
-        f"loss over all these tokens, prompts included: {difference.running_loss:.5f} running, "
-        f"{difference.merged_loss:.5f} merged"
-    )
+    if difference.running_loss is not None:
+        console.info(
+            f"loss over all these tokens, prompts included: {difference.running_loss:.5f} running, "
+            f"{difference.merged_loss:.5f} merged"
+        )
     console.info(f"written to {result.folder}")

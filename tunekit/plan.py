@@ -1,7 +1,4 @@
-"""`tunekit plan`: everything decided before a weight is loaded; `train` obeys.
-
-Comes in: a LoadedRecipe.  Goes out: Plan (plan.json) and Prepared, which train would make twice.  Next: train.py.
-"""
+"""`tunekit plan`: a recipe goes in; out comes a page of what `train` would do, and plan.json where asked for."""
 
 from __future__ import annotations
 
@@ -21,7 +18,10 @@ from tunekit.records import Plan
 
 
 def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
-    """Print what train would do. Raises: TunekitError with every refusal."""
+    """Print what train would do.
+
+    Raises: TunekitError with every refusal.
+    """
     loaded = load_recipe(recipe_path, overrides)
     if json_file is not None:
         require_writable(Path(json_file))

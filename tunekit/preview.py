@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from tunekit.console import Console, visible
-from tunekit.contracts import EncodedRow, Tokenizer
+from tunekit.contracts import Objective, Part, Row, Tokenizer
 from tunekit.data.batching.order import epoch_rows
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.files.durable import write_text
 from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
 from tunekit.records import RowCounts
 
@@ -44,7 +45,7 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
     written = load_recipe(recipe_path, overrides)
     recipe = written.recipe
     tokenizer = load_tokenizer(recipe.model)
-    loaded = load_rows(recipe.data, tokenizer, seed=recipe.training.seed)
+    loaded = load_rows(recipe.data, make_objective(recipe.objective, tokenizer), seed=recipe.training.seed)
     order = epoch_rows(loaded.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)
     shown = [loaded.train[int(index)] for index in order[:rows]]
     console = Console()
@@ -52,30 +53,32 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
         console.info(note)
     for row in shown:
         console.info(f"\n{heading(row)}")
-        console.print_segments(segments(row, tokenizer))
+        for part in loaded.objective.spans(row):
+            if part.title:
+                console.info(part.title)
+            console.print_segments(segments(part, tokenizer))
     console.info(
         "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
     )
     facts = statistics(loaded)
     console.table(["rows", "value"], facts)
     if html is not None:
-        write_text(Path(html), page(shown, tokenizer, facts, loaded.notes))
+        write_text(Path(html), page(shown, loaded.objective, tokenizer, facts, loaded.notes))
         console.info(f"written to {html}")
 
 
-def heading(row: EncodedRow) -> str:
+def heading(row: Row) -> str:
     """Where a row stands, and how much of it is trained on."""
-    return f"{row.origin}: {len(row.ids)} tokens, {row.supervised_tokens} of them trained on"
+    return f"{row.origin}: {row.size} tokens, {row.supervised} of them trained on"
 
 
-def explain_tokens(row: EncodedRow, tokenizer: Tokenizer) -> list[Token]:
+def explain_tokens(part: Part, tokenizer: Tokenizer) -> list[Token]:
     """Every token with the reason why it is trained on or not."""
-    trained = row.trained.copy()  # (T,)
-    trained[:1] = False
+    trained = part.trained  # (T,)
     places = np.flatnonzero(trained)
     first, last = (int(places[0]), int(places[-1])) if len(places) else (len(trained), -1)
     tokens = []
-    for index, token_id in enumerate(row.ids.tolist()):
+    for index, token_id in enumerate(part.ids.tolist()):
         why = TRAINED
         if not trained[index]:
             why = FIRST if index == 0 else PROMPT if index < first else AFTER if index > last else BETWEEN
@@ -83,13 +86,12 @@ def explain_tokens(row: EncodedRow, tokenizer: Tokenizer) -> list[Token]:
     return tokens
 
 
-def segments(row: EncodedRow, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+def segments(part: Part, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """Stretches of text that are trained on or not; decoded whole, so that split characters are shown right."""
-    trained = row.trained.copy()  # (T,)
-    trained[:1] = False
+    trained = part.trained  # (T,)
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
     pairs = pairwise(borders)
-    return [(tokenizer.decode(row.ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairs]
+    return [(tokenizer.decode(part.ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairs]
 
 
 def statistics(rows: RowSet) -> list[tuple[str, object]]:
@@ -123,22 +125,28 @@ def _evaluation_facts(counts: RowCounts | None) -> list[tuple[str, object]]:
 
 
 def page(
-    rows: Sequence[EncodedRow], tokenizer: Tokenizer, facts: Sequence[tuple[str, object]], notes: Sequence[str]
+    rows: Sequence[Row],
+    objective: Objective,
+    tokenizer: Tokenizer,
+    facts: Sequence[tuple[str, object]],
+    notes: Sequence[str],
 ) -> str:
     """A page that stands alone. Everything that comes from the data is escaped."""
-    shown = "\n".join(_row_section(row, tokenizer) for row in rows)
+    shown = "\n".join(_row_section(row, objective, tokenizer) for row in rows)
     lines = "\n".join(f"<p>{escape(visible(note))}</p>" for note in notes)
     cells = "\n".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in facts)
     return _PAGE.format(notes=lines, rows=shown, facts=cells)
 
 
-def _row_section(row: EncodedRow, tokenizer: Tokenizer) -> str:
+def _row_section(row: Row, objective: Objective, tokenizer: Tokenizer) -> str:
     spans = []
-    for token in explain_tokens(row, tokenizer):
+    parts = objective.spans(row)
+    for token in (token for part in parts for token in explain_tokens(part, tokenizer)):
         shown = escape(visible(token.text)).replace("\n", "&#9166;\n")
         title = escape(f"{token.token_id}: {token.why}")
         spans.append(f'<span class="{"t" if token.trained else "n"}" title="{title}">{shown}</span>')
-    return f"<h2>{escape(visible(heading(row)))}</h2>\n<pre>{''.join(spans)}</pre>"
+    titles = "".join(f"<p>{escape(visible(part.title))}</p>\n" for part in parts if part.title)
+    return f"<h2>{escape(visible(heading(row)))}</h2>\n{titles}<pre>{''.join(spans)}</pre>"
 
 
 _PAGE = """<!doctype html>

@@ -1,7 +1,7 @@
-"""Plain records that pass between rooms: the plan, a step, an evaluation, the facts of a report.
+"""Plain records that pass between rooms: the plan and its parts, a step, an evaluation, the facts of a report.
 
-Frozen dataclasses of plain values (str, int, float, bool, None, lists and dicts of those), so that every record can be
-written as JSON by `dataclasses.asdict`.  Imports nothing of ours.
+Frozen dataclasses of plain values (str, int, float, bool, None, lists and dicts of those) and of each other, so that
+every record can be written as JSON by `dataclasses.asdict`.
 """
 
 from __future__ import annotations
@@ -81,8 +81,47 @@ class ModelFacts:
     total_parameters: int
     layers: int
     hidden_size: int
-    vocabulary_size: int
     fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a model of text takes: ids, and positions, of which None is said where the model declares none."""
+
+    vocabulary_size: int
+    positions: int | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the run computes what the recipe asks for. `micro_batch_size` None: micro-batches are cut by tokens.
+
+    `streaming`: where base weights wait: off (on the device), host, disk. `pass_micro_batches`: how many then pass a
+    layer before the next.
+    """
+
+    micro_batch_size: int | None = None
+    gradient_accumulation_steps: int = 1
+    logits_chunk_tokens: int = 0  # 0: as many as the vocabulary allows
+    checkpointed_layers: int = 0
+    streaming: str = "off"
+    pass_micro_batches: int = 1
+    activation_offload: str | bool = "auto"
+    mlp_tile_tokens: int | None = None
+    kernels: str = "none"
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """The rows that are trained on and evaluated, and how an epoch of them is cut; None where a stream has no end."""
+
+    training: RowCounts
+    evaluation: RowCounts | None
+    packing: bool
+    packing_reason: str
+    micro_batches_per_epoch: int | None
+    steps_per_epoch: int | None
 
 
 @dataclass(frozen=True)
@@ -92,33 +131,22 @@ class Plan:
     tunekit_version: str
     recipe: dict[str, Any]
     model: ModelFacts
+    text: TextFacts | None  # None: a family without text
     device: str
     targets: list[Target]
     trainable_parameters: int
     total_parameters: int
     steps: int
-    steps_per_epoch: int | None
     warmup_steps: int
-    micro_batches_per_epoch: int | None
-    rows: RowCounts
-    eval_rows: RowCounts | None
     supervised_tokens: int
-    packing: bool
-    packing_reason: str
-    checkpointed_layers: int
-    logits_chunk_tokens: int
-    engine: str
+    rows: PlannedRows
+    choice: Choice
     peak_bytes: PeakBytes
     refusals: list[Refusal]
     notes: list[str] = field(default_factory=list)
-    micro_batch_size: int | None = None  # as run; within a budget smaller than written, at the same rows a step
-    gradient_accumulation_steps: int = 1  # as run
-    streaming: str = "off"  # where the layers' weights wait: off (on the device), host, disk
-    pass_micro_batches: int = 1  # of a streamed run: how many pass a layer before the next
     budget_bytes: int | None = None
     tries_longest_batch: bool = False  # before step 1
     trial_reason: str = ""
-    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,19 +225,3 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What plan decides for memory's sake. `micro_batch_size` None: micro-batches are cut by tokens, as written.
-
-    `streaming`: where base weights wait: off (on the device), host, disk. `pass_micro_batches`: how many then pass a
-    layer before the next.
-    """
-
-    micro_batch_size: int | None
-    gradient_accumulation_steps: int
-    logits_chunk_tokens: int
-    checkpointed_layers: int = 0
-    streaming: str = "off"
-    pass_micro_batches: int = 1

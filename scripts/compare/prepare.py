@@ -20,8 +20,10 @@ from tunekit.contracts import IGNORED
 from tunekit.data.rows import load_rows
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.sft import SftSettings
 
 MAX_LENGTH = 2048
 
@@ -47,15 +49,16 @@ def write_rows(source: Path, folder: Path, count: int) -> None:
     for name, rows in (("chat", chat), ("turns", turns), ("few", chat[:count])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     section = DataSection(train=[{"path": str(folder / "few.jsonl"), "format": "chat"}], max_length=MAX_LENGTH)
-    tokenizer = load_tokenizer(ModelSection(name_or_path=str(folder / "model")))
-    encoded = load_rows(section, tokenizer, seed=0).train
+    objective = make_objective(SftSettings(), load_tokenizer(ModelSection(name_or_path=str(folder / "model"))))
+    encoded = load_rows(section, objective, seed=0).train
     if len(encoded) != count:
         sys.exit(f"{count - len(encoded)} rows were dropped; both sides must train on the same ones")
     with (folder / "ids.jsonl").open("w", encoding="utf-8") as file:
         for index in range(count):
             row = encoded[index]
-            labels = [token if on else IGNORED for token, on in zip(row.ids.tolist(), row.trained, strict=True)]
-            file.write(json.dumps({"input_ids": row.ids.tolist(), "labels": labels}) + "\n")
+            ids, trained = row.parts["ids"].tolist(), row.parts["trained"].tolist()
+            labels = [token if on else IGNORED for token, on in zip(ids, trained, strict=True)]
+            file.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from arithmetic import (
 )
 from random_model import configuration_folder, model_section
 from shapes import Row
-from work import micro_batch
+from work import micro_batch, objective_of
 
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import find_targets, trained_count
@@ -33,9 +33,8 @@ from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.planning.simulated.estimate import peak_bytes
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.lora import LoraSettings
-from tunekit.recipe.memory import MemorySection
-from tunekit.recipe.recipe import supervised_objective
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import Choice
 
 SEES_SOURCE = r"encoder\.block\.|EncDecAttention\.[kv]\."  # of a T5's parameters
 CARD_BYTES = 78 * 2**30  # of an H100, where there is none to ask
@@ -63,6 +62,19 @@ def training_section(row: Row) -> TrainingSection:
         gradient_accumulation_steps=row.micro_batches,
         compile=row.compiled,
         kernels=row.kernels,
+    )
+
+
+def row_choice(row: Row, vocabulary_size: int, checkpointed: int) -> Choice:
+    """How the row computes; where weights are streamed every layer is recomputed in any case."""
+    streamed = row.engine != "resident"
+    return Choice(
+        logits_chunk_tokens=logits_chunk_tokens(vocabulary_size),
+        checkpointed_layers=0 if streamed else checkpointed,
+        streaming=row.engine if streamed else "off",
+        pass_micro_batches=row.pass_size,
+        kernels=row.kernels,
+        compiled=row.compiled,
     )
 
 
@@ -108,12 +120,10 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
     run_device = torch.device("cuda") if device.type != "cpu" else device
     with configuration_folder(row.model) as folder:
         section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
-        chunk, tier = logits_chunk_tokens(base.facts.vocabulary_size), "off" if row.engine == "resident" else row.engine
-        objective = supervised_objective(base.family.name)
-        settings = (section, adapter_settings(row), objective, training_section(row), chunk, run_device)
-        run = SimulatedRun(*settings, MemorySection(), tier)
-        together = 1 if tier == "off" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
-        step = run.training_step(micro_batch(row, 0, 0), checkpointed if tier == "off" else 0, together)
+        choice = row_choice(row, base.text.vocabulary_size, checkpointed)
+        run = SimulatedRun(section, adapter_settings(row), objective_of(row), training_section(row), choice, run_device)
+        together = 1 if row.engine == "resident" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
+        step = run.training_step(micro_batch(row, 0, 0), together)
     peak = peak_bytes(step, None, run_device)
     parts = {name: getattr(peak, name) for name in ("weights", "adapter", "optimizer", "activations", "logits")}
     return parts | {"total": peak.total}
@@ -153,7 +163,7 @@ def expected_minutes(row: Row, device: torch.device, ceilings: Ceilings) -> floa
 def supervised_share(row: Row) -> float:
     """Supervised tokens of all tokens."""
     batch = micro_batch(row, 0, 0)
-    return batch.supervised_tokens / batch.tokens
+    return batch.supervised / batch.tokens
 
 
 def plan_row(row: Row, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:

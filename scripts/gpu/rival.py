@@ -15,7 +15,6 @@ from torch import nn
 from work import window
 
 from tunekit.contracts import IGNORED, Batch
-from tunekit.objectives.seq2seq import parts_of
 
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 
@@ -84,7 +83,7 @@ def _train(model: Any, row: Row, device: torch.device, size: int, recompute: boo
     for step in range(row.steps):
         batches = window(row, step).batches
         started = time.monotonic()
-        total = sum(batch.supervised_tokens for batch in batches)
+        total = sum(batch.supervised for batch in batches)
         loss_sum = torch.zeros((), device=device)
         for batch in batches:
             for start in range(0, row.rows, size):
@@ -109,14 +108,13 @@ def _train(model: Any, row: Row, device: torch.device, size: int, recompute: boo
 
 def _summed_loss(model: Any, row: Row, batch: Batch, part: slice, device: torch.device) -> torch.Tensor:
     """Of some rows, by transformers' own loss."""
+    ids, labels = (tensor[part].to(device) for tensor in (batch.inputs["input_ids"], batch.targets["labels"]))
     if not row.reads_source:
-        ids, labels = batch.input_ids[part].to(device), batch.labels[part].to(device)
         # Documents of a row see each other here: peft's loop has no packing of its own.
         return model(input_ids=ids, labels=labels, num_items_in_batch=1, use_cache=False).loss
-    parts = parts_of(batch)
-    source, mask, labels = (tensor[part].to(device) for tensor in (parts.source, parts.source_mask, parts.labels))
-    mean = model(input_ids=source, attention_mask=mask, labels=labels, use_cache=False).loss
-    return mean * (parts.labels[part] != IGNORED).sum().item()
+    mask = batch.inputs["attention_mask"][part].to(device)
+    mean = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    return mean * (batch.targets["labels"][part] != IGNORED).sum().item()
 
 
 def random_net(row: Row, device: torch.device) -> tuple[Any, str]:

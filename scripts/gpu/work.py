@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from shapes import MODELS, Row
 
-from tunekit.contracts import Batch, EncodedRow, Window
-from tunekit.data.batching.pad import collate_rows
+from tunekit.contracts import Batch, Objective, Window
+from tunekit.contracts import Row as EncodedRow
+from tunekit.objectives import seq2seq, sft
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
+from tunekit.recipe.objectives.sft import SftSettings
 
 MEDIAN_TOKENS, SPREAD, SHORTEST = 180, 0.6, 16  # of documents, log-normal
+IDS_ONLY: Any = SimpleNamespace(pad_id=0, fingerprint="random ids")  # in the place of a tokenizer
+
+
+def objective_of(row: Row) -> Objective:
+    """What is minimised over the row's tokens."""
+    return make_objective(Seq2seqSettings() if row.reads_source else SftSettings(), IDS_ONLY)
 
 
 def micro_batch(row: Row, step: int, number: int) -> Batch:
@@ -22,20 +34,22 @@ def micro_batch(row: Row, step: int, number: int) -> Batch:
         lengths = _documents(draw, row.length) if row.documents else [row.length]
         sequences.append(
             [
-                EncodedRow(
+                _made_row(
+                    row,
                     draw.integers(3, vocabulary, length).astype(np.int32),
-                    np.arange(length) >= (length // 2 if row.documents else _first_supervised(row)),
                     f"step {step}, row {index}, document {place}",
                 )
                 for place, length in enumerate(lengths)
             ]
         )
-    return collate_rows(sequences, [range(len(each)) for each in sequences], pad_id=0, packed=row.documents)
+    return objective_of(row).collate(sequences)
 
 
-def _first_supervised(row: Row) -> int:
-    """Behind a source stands one more token, with which the answer begins."""
-    return row.source_tokens + 1 if row.reads_source else 0
+def _made_row(row: Row, ids: np.ndarray, origin: str) -> EncodedRow:
+    """Of a source and an answer, the first token behind the source is the one with which the answer begins."""
+    if row.reads_source:
+        return seq2seq.make_row(ids[: row.source_tokens], ids[row.source_tokens :], origin)
+    return sft.make_row(ids, np.arange(len(ids)) >= (len(ids) // 2 if row.documents else 0), origin)
 
 
 def _documents(draw: np.random.Generator, tokens: int) -> list[int]:

@@ -32,6 +32,7 @@ from tunekit.machine.devices import make_devices
 from tunekit.model.load import load_model
 from tunekit.model.storage.builtin import write_tiny_llama
 from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.objectives.base import make_objective
 from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -39,6 +40,7 @@ from tunekit.recipe.adapters.prompt import PromptSettings
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.tuned.adapter_losses import adapter_losses
 from tunekit.tuned.target import find_target
 
@@ -293,9 +295,10 @@ def test_losses_are_measured_over_one_base(
         adapters.add(name, partial(attach_adapter_folder, model.net, tmp_path / name, head_name="lm_head"))
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(base)))
     section = DataSection(train=(Source(path=str(rows)),), eval=(Source(path=str(rows)),))
-    encoded = load_evaluation_rows(section, tokenizer, seed=0).evaluation
+    objective = make_objective(SftSettings(), tokenizer)
+    encoded = load_evaluation_rows(section, objective, seed=0).evaluation
     assert encoded is not None
     devices = make_devices()
-    losses = adapter_losses(model, adapters, tokenizer, encoded, devices, EvaluationSection(), max_length=64)
+    losses = adapter_losses(model, adapters, tokenizer, objective, encoded, devices, EvaluationSection())
     devices.close()
     assert losses == pytest.approx({None: expected["base"], "a": expected["a"], "b": expected["b"]}, rel=1e-5)

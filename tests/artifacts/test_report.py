@@ -15,15 +15,18 @@ from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.report.write import report_values, write_report
 from tunekit.artifacts.run import RunFolder
 from tunekit.records import (
+    Choice,
     EvaluationRecord,
     ModelFacts,
     PeakBytes,
     Plan,
+    PlannedRows,
     Reaction,
     ReportFacts,
     RowCounts,
     StepRecord,
     Target,
+    TextFacts,
 )
 
 MIB = 1 << 20
@@ -59,24 +62,25 @@ def make_plan(**changes: Any) -> Plan:
         tunekit_version="0.1.0",
         recipe={"adapter": {"method": "lora", "r": 16}, "data": {"train": [{"path": "train.jsonl"}]}},
         model=ModelFacts(
-            "models/tiny_llama", None, "causal", "llama", "float32", "nf4", True, "sdpa", 1_000_000, 2, 64, 262, "f"
+            "models/tiny_llama", None, "causal", "llama", "float32", "nf4", True, "sdpa", 1_000_000, 2, 64, "f"
         ),
+        text=TextFacts(262, 2048),
         device="cpu",
         targets=[Target("model.layers.0.self_attn.q_proj", "linear", 64, 64, 500_000, 16, 32.0)],
         trainable_parameters=500_000,
         total_parameters=100_000_000,
         steps=4,
-        steps_per_epoch=2,
         warmup_steps=0,
-        micro_batches_per_epoch=4,
-        rows=RowCounts(100, 90, 10, 3, 5000, 2000, 99, dropped_reasons={"longer than max_length": 10}),
-        eval_rows=None,
         supervised_tokens=2000,
-        packing=True,
-        packing_reason="auto: rows are isolated",
-        checkpointed_layers=0,
-        logits_chunk_tokens=128,
-        engine="resident",
+        rows=PlannedRows(
+            RowCounts(100, 90, 10, 3, 5000, 2000, 99, dropped_reasons={"longer than max_length": 10}),
+            evaluation=None,
+            packing=True,
+            packing_reason="auto: rows are isolated",
+            micro_batches_per_epoch=4,
+            steps_per_epoch=2,
+        ),
+        choice=Choice(logits_chunk_tokens=128),
         peak_bytes=PeakBytes(50 * MIB, 2 * MIB, 4 * MIB, 40 * MIB, 14 * MIB, 110 * MIB),
         refusals=[],
     )
@@ -215,9 +219,9 @@ def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
         evaluations=[],
         reactions=[],
     )
-    page = make_page(
-        run.path, facts, make_plan(steps_per_epoch=None, recipe={"adapter": {"method": "full"}}), sum_metrics([])
-    )
+    rows = dataclasses.replace(make_plan().rows, steps_per_epoch=None)
+    plan = make_plan(rows=rows, recipe={"adapter": {"method": "full"}})
+    page = make_page(run.path, facts, plan, sum_metrics([]))
     assert "None" not in page.replace("None: every check", "")
     assert "nan" not in page.lower()
     assert "those after **step 4**, the last" in page

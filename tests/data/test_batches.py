@@ -13,26 +13,34 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.data_case import Rows, settings
+from tests.data_case import Rows, objective_of, settings
 from tunekit.contracts import IGNORED, Batch, Window
 from tunekit.data.batching.order import Share, epoch_rows, held_out
-from tunekit.data.batching.pad import collate
-from tunekit.data.batching.windows import TrainingWindows, evaluation_batches, longest_batch
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate, evaluation_batches, filled_batch
 
 LENGTHS = [2 + (7 * index) % 30 for index in range(23)]  # 2 .. 31 tokens
 
 
+def windows_of(lengths: list[int], chosen: BatchSettings, **changes: int) -> TrainingWindows:
+    return TrainingWindows(Rows(lengths), objective_of(), chosen, **changes)
+
+
+def groups_of(batch: Batch) -> list[list[int]]:
+    return [[row.number for row in sequence] for sequence in batch.sequences]
+
+
 def rows_of(window: Window) -> list[int]:
-    return [row for batch in window.batches for group in batch.row_ids for row in group]
+    return [row.number for batch in window.batches for row in batch.rows]
 
 
 def same(one: Batch, other: Batch) -> bool:
-    tensors = ((one.input_ids, other.input_ids), (one.labels, other.labels), (one.position_ids, other.position_ids))
-    return one.row_ids == other.row_ids and all(torch.equal(left, right) for left, right in tensors)
+    left, right = {**one.inputs, **one.targets}, {**other.inputs, **other.targets}
+    equal = left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return groups_of(one) == groups_of(other) and equal
 
 
 def test_the_last_partial_window_is_stepped() -> None:
-    windows = TrainingWindows(Rows(LENGTHS), settings())
+    windows = windows_of(LENGTHS, settings())
     assert (windows.steps, windows.steps_per_epoch, windows.micro_batches_per_epoch) == (3, 3, 12)
     found = list(windows.windows(0))
     assert [len(window.batches) for window in found] == [5, 5, 2]
@@ -42,9 +50,7 @@ def test_the_last_partial_window_is_stepped() -> None:
 
 
 def test_without_shuffling_the_order_is_the_file_s() -> None:
-    found = [
-        rows_of(window) for window in TrainingWindows(Rows(LENGTHS), settings(shuffle=False, epochs=2.0)).windows(0)
-    ]
+    found = [rows_of(window) for window in windows_of(LENGTHS, settings(shuffle=False, epochs=2.0)).windows(0)]
     assert [row for rows in found for row in rows] == [*range(23), *range(23)]
 
 
@@ -77,11 +83,11 @@ def test_the_order_does_not_depend_on_the_process() -> None:
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 3), (0.1, 1), (0.5, 2), (1.5, 5), (2.0, 6), (2.34, 8)])
 def test_fractional_epochs_round_their_last_part_up(epochs: float, steps: int) -> None:
-    assert TrainingWindows(Rows(LENGTHS), settings(epochs=epochs)).steps == steps
+    assert windows_of(LENGTHS, settings(epochs=epochs)).steps == steps
 
 
 def test_max_steps_goes_through_as_many_epochs_as_it_needs() -> None:
-    found = list(TrainingWindows(Rows(LENGTHS), settings(epochs=None, max_steps=7)).windows(0))
+    found = list(windows_of(LENGTHS, settings(epochs=None, max_steps=7)).windows(0))
     assert [round(window.epoch, 6) for window in found] == [round(step / 3, 6) for step in range(1, 8)]
     assert sorted(row for window in found[3:6] for row in rows_of(window)) == list(range(23))
 
@@ -89,7 +95,7 @@ def test_max_steps_goes_through_as_many_epochs_as_it_needs() -> None:
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 70}])
 def test_resuming_at_any_step_gives_the_same_windows(changes: dict[str, object]) -> None:
     def make() -> TrainingWindows:
-        return TrainingWindows(Rows(LENGTHS), settings(epochs=3.0, gradient_accumulation_steps=2, **changes))
+        return windows_of(LENGTHS, settings(epochs=3.0, gradient_accumulation_steps=2, **changes))
 
     whole = list(make().windows(0))
     assert len(whole) == make().steps
@@ -104,10 +110,8 @@ def test_resuming_at_any_step_gives_the_same_windows(changes: dict[str, object])
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_each_window(world: int) -> None:
-    one = list(TrainingWindows(Rows(LENGTHS), settings()).windows(0))
-    ranks = [
-        list(TrainingWindows(Rows(LENGTHS), settings(), rank=rank, world=world).windows(0)) for rank in range(world)
-    ]
+    one = list(windows_of(LENGTHS, settings()).windows(0))
+    ranks = [list(windows_of(LENGTHS, settings(), rank=rank, world=world).windows(0)) for rank in range(world)]
     for step, window in enumerate(one):
         parts = [windows[step] for windows in ranks]
         together = {index: batch for part in parts for index, batch in zip(part.indices, part.batches, strict=True)}
@@ -121,7 +125,7 @@ def test_ranks_share_each_window(world: int) -> None:
 def test_packs_hold_every_token_once_within_max_length(seed: int) -> None:
     draw = random.Random(seed)
     lengths = [draw.randint(1, 64) for _ in range(draw.randint(1, 90))]
-    windows = TrainingWindows(Rows(lengths), settings(packing=True, seed=seed, epochs=2.0))
+    windows = windows_of(lengths, settings(packing=True, seed=seed, epochs=2.0))
     found = list(windows.windows(0))
     assert len(found) == windows.steps
     batches = [batch for window in found for batch in window.batches]
@@ -129,55 +133,60 @@ def test_packs_hold_every_token_once_within_max_length(seed: int) -> None:
     tokens = Counter(
         token
         for batch in batches
-        for ids, length in zip(batch.input_ids, batch.lengths, strict=True)
+        for ids, length in zip(batch.inputs["input_ids"], batch.lengths, strict=True)
         for token in ids[:length].tolist()
     )
     assert tokens == Counter({1000 * row + at: 2 for row, length in enumerate(lengths) for at in range(length)})
-    supervised = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    supervised = sum(int((batch.targets["labels"] != IGNORED).sum()) for batch in batches)
     assert supervised == 2 * sum(length - 1 for length in lengths)
 
 
 def test_steps_are_counted_from_packs() -> None:
-    windows = TrainingWindows(Rows([8] * 64), settings(packing=True, micro_batch_size=1, gradient_accumulation_steps=2))
+    windows = windows_of([8] * 64, settings(packing=True, micro_batch_size=1, gradient_accumulation_steps=2))
     assert windows.micro_batches_per_epoch == 8
     assert windows.steps == 4
 
 
 def test_micro_batches_by_padded_tokens() -> None:
-    windows = TrainingWindows(Rows(LENGTHS), settings(micro_batch_size=None, micro_batch_tokens=40))
+    windows = windows_of(LENGTHS, settings(micro_batch_size=None, micro_batch_tokens=40))
     batches = [batch for window in windows.windows(0) for batch in window.batches]
-    assert all(batch.input_ids.numel() <= 40 for batch in batches)
+    assert all(batch.inputs["input_ids"].numel() <= 40 for batch in batches)
     assert max(len(batch.lengths) for batch in batches) > 1
-    assert sorted(row for batch in batches for group in batch.row_ids for row in group) == list(range(23))
-    alone = TrainingWindows(Rows([50, 3]), settings(micro_batch_size=None, micro_batch_tokens=40, shuffle=False))
-    assert [batch.lengths for window in alone.windows(0) for batch in window.batches] == [(50,), (3,)]
+    assert sorted(row.number for batch in batches for row in batch.rows) == list(range(23))
+    alone = windows_of([50, 3], settings(micro_batch_size=None, micro_batch_tokens=40, shuffle=False))
+    assert [batch.lengths for window in alone.windows(0) for batch in window.batches] == [[50], [3]]
 
 
 def test_collation_restarts_positions_and_hides_first_labels() -> None:
-    batch = collate(Rows([3, 2, 4]), [(0, 1), (2,), (1,)], pad_id=9, packed=True)
-    assert batch.input_ids.tolist() == [[0, 1, 2, 1000, 1001], [2000, 2001, 2002, 2003, 9], [1000, 1001, 9, 9, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0], [0, 1, 0, 1, 2]]
-    assert batch.labels.tolist() == [
+    batch = collate(Rows([3, 2, 4]), [(0, 1), (2,), (1,)], objective_of(pad_id=9))
+    assert batch.inputs["input_ids"].tolist() == [
+        [0, 1, 2, 1000, 1001],
+        [2000, 2001, 2002, 2003, 9],
+        [1000, 1001, 9, 9, 9],
+    ]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0], [0, 1, 0, 1, 2]]
+    assert batch.targets["labels"].tolist() == [
         [-100, 1, 2, -100, 1001],
         [-100, 2001, 2002, 2003, -100],
         [-100, 1001, -100, -100, -100],
     ]
-    assert (batch.lengths, batch.tokens) == ((5, 4, 2), 11)
-    assert batch.origins == (("rows:0", "rows:1"), ("rows:2",), ("rows:1",))
+    assert (batch.lengths, batch.tokens, batch.width, batch.padded, batch.supervised) == ([5, 4, 2], 11, 5, 15, 7)
+    assert [[row.origin for row in rows] for rows in batch.sequences] == [["rows:0", "rows:1"], ["rows:2"], ["rows:1"]]
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"micro_batch_size": None, "micro_batch_tokens": 64}])
 def test_end_to_end_the_same_rows_are_trained_together_without_padding(changes: dict[str, object]) -> None:
-    rows = Rows(LENGTHS)
-    padded = list(TrainingWindows(rows, settings(**changes)).windows(0))
-    laid = list(TrainingWindows(rows, settings(**changes, end_to_end=True)).windows(0))
+    padded = list(windows_of(LENGTHS, settings(**changes)).windows(0))
+    laid = list(windows_of(LENGTHS, settings(**changes, end_to_end=True)).windows(0))
     assert [rows_of(window) for window in laid] == [rows_of(window) for window in padded]
     for batch in (batch for window in laid for batch in window.batches):
-        lengths = [LENGTHS[row] for group in batch.row_ids for row in group]
-        assert batch.input_ids.shape == (1, sum(lengths))
-        assert batch.position_ids[0].tolist() == [position for length in lengths for position in range(length)]
+        lengths = [LENGTHS[row.number] for row in batch.rows]
+        assert batch.inputs["input_ids"].shape == (1, sum(lengths))
+        assert batch.inputs["position_ids"][0].tolist() == [
+            position for length in lengths for position in range(length)
+        ]
         starts = np.cumsum([0, *lengths[:-1]])
-        assert (batch.labels[0, starts] == IGNORED).all()
+        assert (batch.targets["labels"][0, starts] == IGNORED).all()
 
 
 def test_weights_take_whole_copies_and_a_fresh_draw_of_the_rest() -> None:
@@ -192,19 +201,20 @@ def test_weights_take_whole_copies_and_a_fresh_draw_of_the_rest() -> None:
 
 
 def test_evaluation_sees_every_row_once() -> None:
-    for packing in (False, True):
-        batches = list(evaluation_batches(Rows(LENGTHS), batch_size=4, pad_id=0, packing=packing, max_length=64))
-        assert sorted(row for batch in batches for group in batch.row_ids for row in group) == list(range(23))
-        assert sum(int((batch.labels != IGNORED).sum()) for batch in batches) == sum(LENGTHS) - 23
+    for size in (1, 4):
+        batches = list(evaluation_batches(Rows(LENGTHS), objective_of(), batch_size=size))
+        assert sorted(row.number for batch in batches for row in batch.rows) == list(range(23))
+        assert sum(int((batch.targets["labels"] != IGNORED).sum()) for batch in batches) == sum(LENGTHS) - 23
 
 
 @pytest.mark.parametrize("end_to_end", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 70}])
-def test_no_epoch_has_a_larger_batch_than_the_longest(changes: dict[str, object], end_to_end: bool) -> None:
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 128}])
+def test_no_epoch_has_a_larger_batch_than_one_of_full_sequences(changes: dict[str, object], end_to_end: bool) -> None:
     chosen = settings(epochs=20.0, **changes, end_to_end=end_to_end and "packing" not in changes)
-    longest = longest_batch(Rows(LENGTHS), chosen).input_ids.numel()
-    found = [batch for window in TrainingWindows(Rows(LENGTHS), chosen).windows(0) for batch in window.batches]
-    assert max(batch.input_ids.numel() for batch in found) <= longest
+    full = filled_batch(Rows(LENGTHS), objective_of(), chosen)
+    assert full.lengths == [64, 64]
+    found = [batch for window in windows_of(LENGTHS, chosen).windows(0) for batch in window.batches]
+    assert max(batch.inputs["input_ids"].numel() for batch in found) <= full.inputs["input_ids"].numel() == full.padded
 
 
 def test_held_out_rows_are_the_nearest_number_and_equal_rows_stay_together() -> None:

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from tests.data_case import settings, tokenizer_of, write_lines
+from tunekit.contracts import Objective
 from tunekit.data.encoding.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
 from tunekit.data.rendering.render import EMPTY_ANSWER
 from tunekit.data.rows import RowSet, load_evaluation_rows, load_rows
 from tunekit.errors import DataError, RecipeError
 from tunekit.files.cache_folder import default_cache_folder
 from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.objectives.sft import SftSettings
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +39,13 @@ def pairs(*lengths: int) -> list[dict[str, str]]:
     return [{"prompt": "p", "completion": chr(97 + index % 26) * length} for index, length in enumerate(lengths)]
 
 
+def sft(tokenizer: LoadedTokenizer) -> Objective:
+    return make_objective(SftSettings(), tokenizer)
+
+
 def load(tokenizer: LoadedTokenizer, *paths: Path, seed: int = 0, **changes: Any) -> RowSet:
-    return load_rows(
-        DataSection(train=tuple(Source(path=str(path)) for path in paths), **changes), tokenizer, seed=seed
-    )
+    data = DataSection(train=tuple(Source(path=str(path)) for path in paths), **changes)
+    return load_rows(data, sft(tokenizer), seed=seed)
 
 
 def test_counts(tiny: LoadedTokenizer, tmp_path: Path) -> None:
@@ -56,7 +62,7 @@ def test_counts(tiny: LoadedTokenizer, tmp_path: Path) -> None:
 def test_truncation_keeps_the_start_and_invents_no_end(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", [*pairs(20), {"prompt": "q" * 30, "completion": "a"}])
     rows = load(tiny, path, max_length=10, excess_length="truncate")
-    assert tiny.decode(rows.train[0].ids.tolist()) == "p" + "a" * 9
+    assert tiny.decode(rows.train[0].parts["ids"].tolist()) == "p" + "a" * 9
     assert (rows.counts.trained, rows.counts.truncated, rows.counts.dropped_reasons) == (1, 1, {NO_TARGET_LEFT: 1})
 
 
@@ -65,7 +71,7 @@ def test_splitting_keeps_every_token(tiny: LoadedTokenizer, tmp_path: Path) -> N
     path = write_lines(tmp_path / "d.jsonl", [{"text": text}])
     rows = load(tiny, path, max_length=10, excess_length="split")
     pieces = [rows.train[index] for index in range(len(rows.train))]
-    assert "".join(tiny.decode(piece.ids.tolist()) for piece in pieces) == text + "<|im_end|>"
+    assert "".join(tiny.decode(piece.parts["ids"].tolist()) for piece in pieces) == text + "<|im_end|>"
     assert {piece.origin for piece in pieces} == {"d.jsonl:1"}
     assert (rows.counts.trained, len(pieces)) == (1, 11)
 
@@ -110,10 +116,11 @@ def test_the_eval_fraction_is_taken_by_content_before_weights(tiny: LoadedTokeni
 
     def split(path: Path, seed: int, weight: float = 1.0) -> tuple[set[str], set[str], RowSet]:
         data = DataSection(train=(Source(path=str(path), weight=weight),), eval=0.1)
-        found = load_rows(data, tiny, seed=seed)
+        found = load_rows(data, sft(tiny), seed=seed)
         assert found.evaluation is not None
         parts = [
-            {tiny.decode(part[i].ids.tolist()) for i in range(len(part))} for part in (found.train, found.evaluation)
+            {tiny.decode(part[i].parts["ids"].tolist()) for i in range(len(part))}
+            for part in (found.train, found.evaluation)
         ]
         return parts[0], parts[1], found
 
@@ -135,17 +142,28 @@ def test_equal_rows_never_stand_on_both_sides(tiny: LoadedTokenizer, tmp_path: P
     assert not any(note.startswith("warning") for note in found.notes)
 
 
-def test_pieces_of_one_text_can_be_held_out_but_a_single_row_cannot(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+def test_pieces_of_one_document_are_held_out_together(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    texts = [f"{index:02d}" * (5 + 8 * index) for index in range(20)]  # 1 to 16 pieces
+    path = write_lines(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    found = load(tiny, path, eval=0.2, max_length=20, excess_length="split")
+    assert found.evaluation is not None
+    sides = [{part[index].origin for index in range(len(part))} for part in (found.train, found.evaluation)]
+    assert sides[0] | sides[1] == {f"d.jsonl:{line}" for line in range(1, 21)}
+    assert not sides[0] & sides[1]
+    assert len(found.evaluation) > len(sides[1]) > 1, "whole documents, of several pieces"
+    assert len(found.evaluation) <= 0.2 * (len(found.train) + len(found.evaluation)) + 1
+    assert found.eval_counts is not None
+    assert (found.counts.trained, found.eval_counts.trained) == (len(sides[0]), len(sides[1]))
+    assert found.counts.tokens + found.eval_counts.tokens == sum(len(text) + 1 for text in texts)
+
+
+def test_of_a_single_document_nothing_can_be_held_out(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "d.txt"
     path.write_text("".join(f"line {index}\n" for index in range(200)), encoding="utf-8")
-    found = load(tiny, path, eval=0.1, max_length=20, excess_length="split")
-    assert found.evaluation is not None
-    assert (len(found.train), len(found.evaluation)) == (76, 9)
-    assert found.eval_counts is not None
-    assert (found.counts.read, found.counts.trained, found.eval_counts.trained) == (1, 1, 1)
-    assert found.counts.tokens + found.eval_counts.tokens == 1691
-    with pytest.raises(DataError, match="only one row"):
-        load(tiny, write_lines(tmp_path / "d.jsonl", pairs(3)), eval=0.1)
+    assert len(load(tiny, path, max_length=20, excess_length="split").train) == 85
+    for file in (path, write_lines(tmp_path / "d.jsonl", pairs(3))):
+        with pytest.raises(DataError, match="only one row"):
+            load(tiny, file, eval=0.1, max_length=20, excess_length="split")
 
 
 def test_leaks_are_told(tiny: LoadedTokenizer, tmp_path: Path) -> None:
@@ -159,7 +177,7 @@ def test_leaks_are_told(tiny: LoadedTokenizer, tmp_path: Path) -> None:
         "warning: 3 of 3 evaluation rows stand in the training rows too",
     ]
     alone = load_evaluation_rows(
-        DataSection(train=(Source(path="absent.jsonl"),), eval=(Source(path=str(path)),)), tiny, seed=0
+        DataSection(train=(Source(path="absent.jsonl"),), eval=(Source(path=str(path)),)), sft(tiny), seed=0
     )
     assert alone.evaluation is not None
     assert len(alone.evaluation) == 3
@@ -177,9 +195,9 @@ def test_prompts_of_evaluation_rows(tiny: LoadedTokenizer, tmp_path: Path) -> No
 def test_weights_reach_the_windows(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     one, two = write_lines(tmp_path / "a.jsonl", pairs(*[1] * 10)), write_lines(tmp_path / "b.jsonl", pairs(*[2] * 10))
     data = DataSection(train=(Source(path=str(one), weight=3.0), Source(path=str(two), weight=0.5)))
-    rows = load_rows(data, tiny, seed=0)
+    rows = load_rows(data, sft(tiny), seed=0)
     windows = rows.windows(settings(gradient_accumulation_steps=1))
-    origins = [o for w in windows.windows(0) for b in w.batches for group in b.origins for o in group]
+    origins = [row.origin for window in windows.windows(0) for batch in window.batches for row in batch.rows]
     assert sum(origin.startswith("a.jsonl") for origin in origins) == 30
     assert sum(origin.startswith("b.jsonl") for origin in origins) == 5
     assert rows.counts.tokens == 30 * 3 + 5 * 4
@@ -191,7 +209,7 @@ def test_a_custom_template_is_read_from_its_file(tiny: LoadedTokenizer, tmp_path
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     path = write_lines(tmp_path / "d.jsonl", [row])
     rows = load(tiny, path, chat_template=str(template))
-    assert tiny.decode(rows.train[0].ids.tolist()) == "<|im_start|>q<|im_end|><|im_start|>a<|im_end|>"
+    assert tiny.decode(rows.train[0].parts["ids"].tolist()) == "<|im_start|>q<|im_end|><|im_start|>a<|im_end|>"
     with pytest.raises(RecipeError, match=r"data\.chat_template"):
         load(tiny, path, chat_template=str(tmp_path))
 
@@ -238,7 +256,7 @@ def test_a_damaged_cache_is_made_anew(
     tiny: LoadedTokenizer, tmp_path: Path, cache: Path, file: str, damage: str
 ) -> None:
     path = write_lines(tmp_path / "d.jsonl", pairs(3, 4))
-    good = [load(tiny, path).train[index].ids.tolist() for index in range(2)]
+    good = [load(tiny, path).train[index].parts["ids"].tolist() for index in range(2)]
     (entry,) = (cache / "tokens").iterdir()
     content = bytearray((entry / file).read_bytes())
     if damage == "remove":
@@ -248,7 +266,7 @@ def test_a_damaged_cache_is_made_anew(
     else:
         content[2] ^= 1
         (entry / file).write_bytes(content)
-    assert [load(tiny, path).train[index].ids.tolist() for index in range(2)] == good
+    assert [load(tiny, path).train[index].parts["ids"].tolist() for index in range(2)] == good
     counting: Any = Counting(tiny)
     load(counting, path)
     assert counting.calls == 0
@@ -279,7 +297,7 @@ def test_the_fingerprint_follows_content_and_options(tiny: LoadedTokenizer, tmp_
     assert load(tiny, path, eval=0.1).fingerprint != first
     assert load(tiny, path, eval=0.1).fingerprint != load(tiny, path, eval=0.1, seed=1).fingerprint
     weighted = DataSection(train=(Source(path=str(path), weight=2.0),))
-    assert load_rows(weighted, tiny, seed=0).fingerprint != first
+    assert load_rows(weighted, sft(tiny), seed=0).fingerprint != first
     os.utime(path, (1, 1))
     assert load(tiny, path).fingerprint == first
     write_lines(path, pairs(*[3] * 29, 4))
@@ -295,8 +313,8 @@ def test_notes_and_counts_come_from_the_cache_too(tiny: LoadedTokenizer, tmp_pat
 def test_stored_rows_are_copies(tiny: LoadedTokenizer, tmp_path: Path, cache: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", pairs(3))
     rows = load(tiny, path)
-    rows.train[0].ids[:] = 7
-    assert not np.array_equal(rows.train[0].ids, np.full(5, 7))
+    rows.train[0].parts["ids"][:] = 7
+    assert not np.array_equal(rows.train[0].parts["ids"], np.full(5, 7))
     with pytest.raises(IndexError):
         rows.train[1]
 
@@ -305,15 +323,15 @@ def test_real_chat_rows_train_exactly_their_answers(smollm2: Path, shared: Path,
     tokenizer = tokenizer_of(smollm2)
     path = shared / "data" / "chat_multiturn" / "fastchat_identity.jsonl"
     data = DataSection(train=(Source(path=str(path)),))
-    loaded = load_rows(data, tokenizer, seed=0)
+    loaded = load_rows(data, sft(tokenizer), seed=0)
     written = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").split("\n") if line]
     assert loaded.counts.trained == len(written)
     for index, messages in enumerate(written):
         row = loaded.train[index]
         answers = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
-        assert tokenizer.decode(row.ids[row.trained].tolist()) == "".join(answers)
+        assert tokenizer.decode(row.parts["ids"][row.parts["trained"]].tolist()) == "".join(answers)
         expected = tokenizer.native.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-        assert row.ids.tolist() == expected
+        assert row.parts["ids"].tolist() == expected
 
 
 def test_rows_of_a_json_array_on_one_line_are_rows_of_their_own(tiny: LoadedTokenizer, tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from tunekit.data.reading.shards import must_stream, shard_source
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.objectives.sft import SftSettings
 
 ROWS = 200
 
@@ -44,7 +46,8 @@ def write_rows(path: Path, mark: str = "r") -> Path:
 
 
 def load(tokenizer: LoadedTokenizer, *sources: Source, **changes: Any) -> RowSet:
-    return load_rows(DataSection(train=sources, max_length=32, **changes), tokenizer, seed=0)
+    objective = make_objective(SftSettings(), tokenizer)
+    return load_rows(DataSection(train=sources, max_length=32, **changes), objective, seed=0)
 
 
 def streamed(path: Path, **changes: Any) -> Source:
@@ -52,7 +55,7 @@ def streamed(path: Path, **changes: Any) -> Source:
 
 
 def origins(windows: list[Window]) -> list[str]:
-    return [o for window in windows for batch in window.batches for group in batch.origins for o in group]
+    return [row.origin for window in windows for batch in window.batches for row in batch.rows]
 
 
 @pytest.mark.parametrize("size", [1, 37, 700, 701, 1400, 100_000])
@@ -105,8 +108,8 @@ def test_resume_and_ranks(tiny: LoadedTokenizer, tmp_path: Path, changes: dict[s
         assert parts[0][step].indices + parts[1][step].indices == (0, 2, 1)
         for index, batch in enumerate(window.batches):
             other = parts[index % 2][step].batches[index // 2]
-            assert torch.equal(batch.input_ids, other.input_ids)
-            assert torch.equal(batch.labels, other.labels)
+            assert all(torch.equal(batch.inputs[name], other.inputs[name]) for name in batch.inputs)
+            assert torch.equal(batch.targets["labels"], other.targets["labels"])
     assert all(length <= 32 for window in whole for batch in window.batches for length in batch.lengths)
 
 
@@ -138,8 +141,7 @@ def test_counts_are_estimated_and_marked(
     assert rows.counts.read == exact.read == ROWS
     assert rows.counts.tokens == pytest.approx(exact.tokens, rel=0.05)
     assert len(rows.train) == 50
-    longest = rows.longest_batch(settings(max_length=32))
-    assert longest.lengths == (32, 32)
+    assert rows.filled_batch(settings(max_length=32)).lengths == [32, 32]
 
 
 def test_what_streaming_needs(tiny: LoadedTokenizer, tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_other_kinds_stream_too(name: str, tiny: LoadedTokenizer, tmp_path: Path
         tiny.decode(ids[:n].tolist())
         for w in windows
         for b in w.batches
-        for ids, n in zip(b.input_ids, b.lengths, strict=True)
+        for ids, n in zip(b.inputs["input_ids"], b.lengths, strict=True)
     ]
     assert sorted(found) == [text + "<|im_end|>" for text in texts]
     assert found != sorted(found)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.adapters.test_joined_lora import unfused
+from tests.data_case import objective_of
 from tests.loop_case import Case, ListedRows, make_case, make_rows
 from tests.training.test_compiling import compiled_case, needs_compiler
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.adapters.kernels.liger import use_liger
 from tunekit.contracts import Batch, Window
-from tunekit.data.batching.pad import collate_rows
 from tunekit.model.attention.documents import PRODUCTS, VARLEN, _varlen
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
@@ -57,8 +57,8 @@ def test_packed_documents_equal_padded_rows(folder: Path, device: torch.device, 
     looped = PRODUCTS if device.type == "cpu" else "sdpa_per_document"
     assert case.model.base.facts.attention == (VARLEN if kernel else looped)
     rows = make_rows(7, longest=31, shortest=5).rows
-    packed = collate_rows([rows[:4], rows[4:]], [range(4), range(4, 7)], pad_id=0, packed=True)
-    padded = collate_rows([[row] for row in rows], [[index] for index in range(7)], pad_id=0, packed=False)
+    packed = objective_of().collate([rows[:4], rows[4:]])
+    padded = objective_of().collate([[row] for row in rows])
     ours, reference = gradient_of(case, [packed]), gradient_of(case, [padded])
     assert difference(ours[0], reference[0]) < TOLERANCE[dtype]
     assert difference(ours[1], reference[1]) < TOLERANCE[dtype]

@@ -35,12 +35,12 @@ def test_no_step_waits_for_the_device(
     assert case.parts.reads_later
     make_step, seen = loop._make_step, []
 
-    def watched(parts: Any, state: Any, window: Any) -> Any:
-        seen.append(state.step)
-        if state.step:  # the first makes handles and work spaces
+    def watched(run: Any, window: Any) -> Any:
+        seen.append(run.state.step)
+        if run.state.step:  # the first makes handles and work spaces
             torch.cuda.set_sync_debug_mode("error")
         try:
-            return make_step(parts, state, window)
+            return make_step(run, window)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

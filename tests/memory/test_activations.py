@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from tests.adapters.test_joined_lora import IDS
 from tests.conftest import write_tiny_llama
+from tests.data_case import objective_of
 from tests.loop_case import Case, make_case, make_rows
 from tests.memory.test_offload import TriedCopies, store_with
 from tests.model.test_families import make_net
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.data.batching.pad import collate
 from tunekit.errors import ModelError
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
@@ -37,10 +37,9 @@ from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.adapters.oft import OftSettings
 from tunekit.recipe.adapters.prefix import PrefixSettings
 from tunekit.recipe.adapters.vera import VeraSettings
-from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import Choice
 
 SEED = 20240607
 LAYERS = 4
@@ -267,11 +266,11 @@ def adapted(model_type: str, checkpointed: int, tokens: int | None) -> tuple[Any
 def simulated(folder: Path, device: str = "cpu", layers: int = 0, tokens: int = 480, **memory: Any) -> Simulation:
     """A step of one long row; eager attention, whose memory needs no kernel of the device."""
     run = SimulatedRun(
-        ModelSection(name_or_path=str(folder), dtype="float32", attention="eager"), LoraSettings(r=4), SftSettings(),
-        TrainingSection(), 16, torch.device(device), MemorySection(**memory),
+        ModelSection(name_or_path=str(folder), dtype="float32", attention="eager"), LoraSettings(r=4), objective_of(),
+        TrainingSection(), Choice(logits_chunk_tokens=16, checkpointed_layers=layers, **memory), torch.device(device),
     )  # fmt: skip
     rows = make_rows(1, shortest=tokens, longest=tokens)
-    return run.training_step(collate(rows, [(0,)], pad_id=0, packed=False), layers)
+    return run.training_step(objective_of().collate([rows.rows]))
 
 
 def test_tiles_take_a_tiles_memory(tmp_path: Path) -> None:

@@ -222,17 +222,17 @@ def test_a_run_without_waits_goes_wrong(deep_llama: Path, plain: dict[str, Tenso
 def test_evaluation_in_between_touches_nothing(deep_llama: Path, plain: dict[str, Tensor]) -> None:
     copies = TriedCopies(late=True)
     case = start(deep_llama, store_with(copies), LAYERS)
-    batches = list(evaluation_batches(make_rows(4), batch_size=2, pad_id=0))
+    batches = list(evaluation_batches(make_rows(4), case.parts.objective, batch_size=2))
     losses: list[float] = []
 
     def evaluate() -> dict[str, float]:
         before = len(copies.events)
-        losses.append(summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices).loss)
+        losses.append(summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices).values["loss"])
         assert len(copies.events) == before
         return {"loss": losses[-1]}
 
     case.parts.evaluate = evaluate
-    case.parts.settings = case.training.model_copy(update={"eval_steps": 1})
+    case.parts.training = case.training.model_copy(update={"eval_steps": 1})
     case.run()
     assert len(losses) >= 3
     assert_same_bits(state(case), plain)
@@ -293,7 +293,7 @@ def test_two_forwards_may_be_alive_at_once(deep_llama: Path) -> None:
     for store in (None, store_with(TriedCopies(late=True))):
         case = start(deep_llama, store, LAYERS, adapter=LoraSettings(r=4))
         batch = next(iter(case.windows.windows(0))).batches[0]
-        inputs = case.parts.objective.inputs(batch)
+        inputs = batch.inputs
         with case.model.training_mode(True):
             first, second = case.model.hidden(inputs), case.model.hidden(inputs)
             (first.square().sum() + second.sum()).backward()  # type: ignore[no-untyped-call]

@@ -12,62 +12,59 @@ from typing import Any
 import pytest
 import torch
 
+from tests.data_case import objective_of
 from tests.loop_case import Case, make_case, make_rows
 from tests.train_case import records, train_in_child, write_recipe
 from tunekit.contracts import IGNORED, Batch, Window
-from tunekit.data.batching.pad import collate
 from tunekit.data.batching.split import split_batch
+from tunekit.data.batching.windows import collate
 from tunekit.errors import ResourceError
 from tunekit.memory.splitting import Splitting, is_out_of_memory
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Reaction
 from tunekit.training.engines.resident import ResidentEngine
-from tunekit.training.session import try_longest_batch
+from tunekit.training.trial import try_longest_batch
 from tunekit.tuned.scores import summed_evaluation
 
 ROWS = make_rows(24, shortest=3, longest=20)
 CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
 
-def batch_of(groups: list[tuple[int, ...]], *, packed: bool) -> Batch:
-    return collate(ROWS, groups, pad_id=0, packed=packed)
+def batch_of(groups: list[tuple[int, ...]]) -> Batch:
+    return collate(ROWS, groups, objective_of())
 
 
 def targets(batch: Batch) -> list[tuple[str, int, int]]:
     """Every supervised token: its row, its position there, and the token."""
     found = []
-    for row, (origins, length) in enumerate(zip(batch.origins, batch.lengths, strict=True)):
+    positions, labels = batch.inputs["position_ids"], batch.targets["labels"]
+    for line, (rows, length) in enumerate(zip(batch.sequences, batch.lengths, strict=True)):
         document = -1
         for at in range(length):
-            position = int(batch.position_ids[row, at])
+            position = int(positions[line, at])
             document += position == 0
-            if batch.labels[row, at] != IGNORED:
-                found.append((origins[document], position, int(batch.labels[row, at])))
+            if labels[line, at] != IGNORED:
+                found.append((rows[document].origin, position, int(labels[line, at])))
     return found
 
 
-@pytest.mark.parametrize(
-    ("groups", "packed"),
-    [([(0,), (5,), (2,)], False), ([(0, 1), (2, 3, 4)], True), ([(7, 1, 4, 9)], True), ([(3, 3)], True)],
-)
-def test_halves_hold_every_target_once_and_in_order(groups: list[tuple[int, ...]], packed: bool) -> None:
-    batch = batch_of(groups, packed=packed)
-    halves = split_batch(batch)
+@pytest.mark.parametrize("groups", [[(0,), (5,), (2,)], [(0, 1), (2, 3, 4)], [(7, 1, 4, 9)], [(3, 3)]])
+def test_halves_hold_every_target_once_and_in_order(groups: list[tuple[int, ...]]) -> None:
+    batch = batch_of(groups)
+    halves = split_batch(batch, objective_of())
     assert halves is not None
     assert [target for half in halves for target in targets(half)] == targets(batch)
-    assert sum(half.supervised_tokens for half in halves) == batch.supervised_tokens
+    assert sum(half.supervised for half in halves) == batch.supervised
     assert sum(half.tokens for half in halves) == batch.tokens
-    assert [origin for half in halves for group in half.origins for origin in group] == [
-        origin for group in batch.origins for origin in group
-    ]
+    assert [row.origin for half in halves for row in half.rows] == [row.origin for row in batch.rows]
     for half in halves:
-        assert half.input_ids.shape == (len(half.lengths), max(half.lengths)), "no padding that nobody needs"
-        assert half.input_ids.numel() < batch.input_ids.numel()
+        ids = half.inputs["input_ids"]
+        assert ids.shape == (len(half.lengths), max(half.lengths)), "no padding that nobody needs"
+        assert ids.numel() == half.padded < batch.padded
 
 
 def test_a_single_document_is_not_split() -> None:
-    assert split_batch(batch_of([(4,)], packed=False)) is None
-    assert split_batch(batch_of([(4,)], packed=True)) is None
+    assert split_batch(batch_of([(4,)]), objective_of()) is None
 
 
 def test_the_allocators_own_errors_are_known() -> None:
@@ -135,7 +132,7 @@ def test_the_gradient_of_a_split_batch_is_that_of_the_whole(tiny_llama: Path, wh
         torch.nn.init.normal_(parameter.data, std=0.05)
     groups = [(0, 1), (2, 3), (4, 5, 6), (7,)] if packed else [(0,), (9,), (17,), (3,)]
     last = [(10, 11, 12, 13)] if packed else [(5,), (6,)]
-    window = Window(2, 0.0, (0, 1), (batch_of(groups, packed=packed), batch_of(last, packed=packed)))
+    window = Window(2, 0.0, (0, 1), (batch_of(groups), batch_of(last)))
     expected, loss = gradient(case, ResidentEngine(0), window)
     reactions: list[Reaction] = []
     engine = ResidentEngine(0, Splitting(reactions.append))
@@ -157,7 +154,7 @@ def test_the_gradient_of_a_split_batch_is_that_of_the_whole(tiny_llama: Path, wh
 
 def test_a_document_that_does_not_fit_alone_is_an_error_of_its_own(tiny_llama: Path) -> None:
     case = make_model(tiny_llama)
-    window = Window(0, 0.0, (0,), (batch_of([(17,), (9,)], packed=False),))
+    window = Window(0, 0.0, (0,), (batch_of([(17,), (9,)]),))
     with failing(case, tokens=15, where="forward"), pytest.raises(ResourceError) as caught:
         gradient(case, ResidentEngine(0, Splitting()), window)
     assert caught.value.exit_code == 4
@@ -173,7 +170,7 @@ def test_another_error_is_not_taken_for_one_of_memory(tiny_llama: Path) -> None:
 
     case.model.hidden = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shapes"):
-        gradient(case, ResidentEngine(0, Splitting()), Window(0, 0.0, (0,), (batch_of([(0,), (1,)], packed=False),)))
+        gradient(case, ResidentEngine(0, Splitting()), Window(0, 0.0, (0,), (batch_of([(0,), (1,)]),)))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -193,32 +190,36 @@ def test_a_run_with_split_batches_is_the_plain_run(tiny_llama: Path, where: str)
 
 def test_an_evaluation_batch_that_does_not_fit_is_split(tiny_llama: Path) -> None:
     case = make_model(tiny_llama)
-    batches = [batch_of([(0,), (9,), (17,), (3,)], packed=False), batch_of([(1,), (2,)], packed=False)]
+    batches = [batch_of([(0,), (9,), (17,), (3,)]), batch_of([(1,), (2,)])]
     objective, devices = case.parts.objective, case.parts.devices
     whole = summed_evaluation(case.model, objective, batches, devices)
     split: list[Batch] = []
     with failing(case, tokens=30, where="forward"):
         found = summed_evaluation(case.model, objective, batches, devices, on_split=split.append)
     assert split == [batches[0], *split[1:]]
-    assert found.loss == pytest.approx(whole.loss, rel=1e-6)
-    assert (found.supervised_tokens, found.tokens, found.rows) == (whole.supervised_tokens, whole.tokens, whole.rows)
+    assert found.values["loss"] == pytest.approx(whole.values["loss"], rel=1e-6)
+    units, expected = found.values["units"], whole.values["units"]
+    assert (units, found.tokens, found.rows) == (expected, whole.tokens, whole.rows)
+    assert (units, found.tokens) == tuple(
+        sum(getattr(batch, name) for batch in batches) for name in ("supervised", "tokens")
+    )
 
 
 def test_no_graph_of_a_micro_batch_lives_while_the_next_one_runs(tiny_llama: Path) -> None:
     """Its nodes are small objects between the freed blocks: the heap of a CPU run grew by a third."""
     case, lost = make_model(tiny_llama), []
-    measure, inputs = case.parts.objective.loss, case.parts.objective.inputs
+    measure, output = case.parts.objective.loss, case.model.output
 
     def loss(*given: Any) -> Any:
         found = measure(*given)
         lost.append(weakref.ref(found))
         return found
 
-    def begin(batch: Batch) -> Any:
+    def begin(inputs: dict[str, torch.Tensor]) -> Any:
         assert all(reference() is None for reference in lost)
-        return inputs(batch)
+        return output(inputs)
 
-    case.parts.objective.loss, case.parts.objective.inputs = loss, begin  # type: ignore[method-assign]
+    case.parts.objective.loss, case.model.output = loss, begin  # type: ignore[method-assign]
     case.run()
     assert len(lost) == 8
 
@@ -229,7 +230,7 @@ def test_trying_the_longest_batch_changes_no_bit(tiny_llama: Path) -> None:
         case = make_model(tiny_llama)
         if tries:
             state = torch.random.get_rng_state()
-            try_longest_batch(case.model, case.parts.objective, case.parts.engine, batch_of([(17,)] * 4, packed=False))
+            try_longest_batch(case.parts, batch_of([(17,)] * 4))
             assert torch.equal(torch.random.get_rng_state(), state)
             assert all(not gradient.any() for gradient in case.optimizer.gradients())
         case.run()

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from tests.data_case import objective_of
 from tests.loop_case import CPU
 from tests.model.test_families import MODELS
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import EncodedRow, Engine, Window
-from tunekit.data.batching.pad import collate_rows
-from tunekit.data.rendering.render import make_row
+from tunekit.contracts import Engine, Row, Window
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
 from tunekit.model.families import Seq2SeqFamily
 from tunekit.model.families.stages import PROVEN
 from tunekit.model.load import load_model
-from tunekit.objectives.seq2seq import Seq2seq
+from tunekit.objectives.seq2seq import make_row
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import settings_class
+from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.engines.streaming import StreamingEngine
 from tunekit.tuned.model import TunedModel
@@ -78,15 +78,15 @@ def make_window(step: int) -> Window:
     batches = []
     for number in range(3):
         rows = [answer_row(generator, 7 + number, 5 + number), answer_row(generator, 4 + number, 3)]
-        batches.append(collate_rows([[row] for row in rows], [[0], [1]], pad_id=0, packed=False))
+        batches.append(objective_of(Seq2seqSettings()).collate([[row] for row in rows]))
     return Window(step, 0.0, (0, 1, 2), tuple(batches))
 
 
-def answer_row(generator: np.random.Generator, source: int, answer: int) -> EncodedRow:
+def answer_row(generator: np.random.Generator, source: int, answer: int) -> Row:
     """So many tokens, with the 0 between them with which these nets' answers begin."""
     ids = generator.integers(3, VOCABULARY, source + 1 + answer)
     ids[source] = 0
-    return make_row(ids.tolist(), np.arange(len(ids)) > source, "rows:1")
+    return make_row(ids[:source], ids[source:], "rows:1")
 
 
 @dataclass
@@ -125,7 +125,7 @@ def run(folder: Path, settings: Any, streaming: dict[str, Any] | None, quantizat
     """Two steps of plain gradient descent, dropout as the base says."""
     tuned, engine = tune(folder, settings, streaming, quantization)
     assert tuned.adapter is not None
-    trained, objective = tuned.adapter.trained(), Seq2seq(16)
+    trained, objective = tuned.adapter.trained(), objective_of(Seq2seqSettings())
     losses, gradients = [], {name: list[Tensor]() for name in trained}
     with tuned.training_mode(True):
         for step in range(2):
@@ -230,7 +230,7 @@ def test_nothing_is_computed_again_below_the_lowest_trained_layer(folders: dict[
 
 def test_evaluation_finds_each_layer_in_its_slot(folders: dict[str, Path]) -> None:
     settings = adapter_of("lora", r=4, target_modules="all-linear")
-    inputs = Seq2seq(16).inputs(make_window(0).batches[0])
+    inputs = make_window(0).batches[0].inputs
     found = []
     for streaming in (None, {}):
         tuned, _ = tune(folders["bart"], settings, streaming)

@@ -36,10 +36,12 @@ def test_no_answers_and_uneven_lists_are_no_scores(metric: object) -> None:
 
 
 def test_from_sums() -> None:
-    assert loss.from_sums(6.0, 1, 4) == 1.5
-    assert perplexity.from_sums(6.0, 1, 4) == pytest.approx(math.exp(1.5))
-    assert perplexity.from_sums(1e6, 0, 1) == math.inf
-    assert token_accuracy.from_sums(6.0, 1, 4) == 0.25
+    sums = {"loss": 6.0, "correct": 1.0, "units": 4.0}
+    assert loss.from_sums(sums) == 1.5
+    assert perplexity.from_sums(sums) == pytest.approx(math.exp(1.5))
+    assert perplexity.from_sums({"loss": 1e6, "units": 1.0}) == math.inf
+    assert token_accuracy.from_sums(sums) == 0.25
     for metric in (loss, perplexity, token_accuracy):
+        assert set(metric.NEEDS) <= set(sums)
         with pytest.raises(ValueError):
-            metric.from_sums(0.0, 0, 0)
+            metric.from_sums(dict.fromkeys(metric.NEEDS, 0.0))

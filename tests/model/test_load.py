@@ -52,7 +52,7 @@ def test_loaded_model_is_frozen_exact_and_described(tiny_llama: Path) -> None:
     assert model.config.use_cache is False
     facts = model.facts
     assert facts.total_parameters == sum(tensor.numel() for tensor in stored.values())
-    assert (facts.layers, facts.hidden_size, facts.vocabulary_size) == (2, 64, 264)
+    assert (facts.layers, facts.hidden_size, model.text.vocabulary_size) == (2, 64, 264)
     assert (facts.dtype, facts.attention, facts.model_type) == ("float32", "products_per_document", "llama")
     assert facts.fingerprint == base_fingerprint(section(tiny_llama))
 
@@ -303,7 +303,7 @@ def test_other_families_are_refused_by_name(tiny_llama: Path) -> None:
 
 def test_vocabulary_is_checked(tiny_llama: Path) -> None:
     model, tokenizer = load_model(section(tiny_llama), device=CPU), load_tokenizer(section(tiny_llama))
-    check_vocabulary(tokenizer, model.facts.vocabulary_size)
+    check_vocabulary(tokenizer, model.text.vocabulary_size)
     check_vocabulary(tokenizer, 200, largest_used_id=150)
     with pytest.raises(ModelError, match="tokens without a row"):
         check_vocabulary(tokenizer, 200)

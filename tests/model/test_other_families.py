@@ -102,7 +102,7 @@ def test_it_loads_and_computes_as_transformers_does(name: str, folders: Path, qu
     model, inputs = load(folders / name, quantization=quantization), inputs_of(name)
     family, head, layers = FACTS[name]
     assert (model.facts.family, model.family.head_name(model.net), model.facts.layers) == (family, head, layers)
-    assert model.facts.vocabulary_size == VOCABULARY
+    assert model.text.vocabulary_size == VOCABULARY
     assert not any(parameter.requires_grad for parameter in model.net.parameters())
     logits = model.family.logits(model.net, inputs)
     assert logits.shape == ((2, 7, VOCABULARY) if family == "seq2seq" else (2, LABELS))

@@ -53,16 +53,14 @@ def big_batch_loss(model: torch.nn.Module, window: Window, case: Case) -> torch.
     """Every row of the window by itself, unpadded and unpacked: the plainest possible forward."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in window.batches:
-        for row_ids in batch.row_ids:
-            for index in row_ids:
-                row = case.windows._rows[index]
-                ids = torch.tensor(row.ids, dtype=torch.int64)[None]
-                labels = torch.where(torch.tensor(row.trained), ids[0], IGNORED)
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
-                total = total + torch.nn.functional.cross_entropy(
-                    logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum"
-                )
-                count += int((labels[1:] != IGNORED).sum())
+        for row in batch.rows:
+            ids = torch.tensor(row.parts["ids"], dtype=torch.int64)[None]
+            labels = torch.where(torch.tensor(row.parts["trained"]), ids[0], IGNORED)
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
+            total = total + torch.nn.functional.cross_entropy(
+                logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum"
+            )
+            count += int((labels[1:] != IGNORED).sum())
     return total / count
 
 

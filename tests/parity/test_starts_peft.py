@@ -25,20 +25,20 @@ from peft.utils.incremental_pca import IncrementalPCA
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor, nn
 
+from tests.data_case import objective_of
 from tests.loop_case import ListedRows
 from tests.parity.peft_case import BASES, TOLERANCE, close
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import Batch, EncodedRow
+from tunekit.contracts import Batch
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.quantized.weights import weight_of
-from tunekit.objectives.base import make_objective
+from tunekit.objectives.sft import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.training.begin import begin_adapter
 from tunekit.training.calibrate import first_windows
+from tunekit.training.initialise import initialise_adapter
 
 FAMILIES = ("llama", "gpt2")
 RANK, ALPHA, TOKENS = 8, 12, 12
@@ -49,16 +49,17 @@ def make_windows(rows: int, batch: int) -> TrainingWindows:
     """Rows of 12 random ids, the first four of each a prompt."""
     generator = np.random.default_rng(0)
     trained = np.arange(TOKENS) >= 4
-    listed = [EncodedRow(generator.integers(3, 97, TOKENS).astype(np.int32), trained, f"r:{n}") for n in range(rows)]
-    settings = BatchSettings(batch, None, 2, TOKENS, False, False, 0, 1.0, None, 0)
-    return TrainingWindows(ListedRows(listed), settings)
+    listed = [make_row(generator.integers(3, 97, TOKENS).astype(np.int32), trained, f"r:{n}") for n in range(rows)]
+    settings = BatchSettings(batch, None, 2, TOKENS, False, False, 0, 1.0, None)
+    return TrainingWindows(ListedRows(listed), objective_of(), settings)
 
 
 def peft_inputs(windows: TrainingWindows, batches: int) -> Iterator[dict[str, Tensor]]:
     """The same micro-batches as transformers takes them."""
     found: list[Batch] = [batch for window in first_windows(windows, batches) for batch in window.batches]
     for batch in found:
-        yield {"input_ids": batch.input_ids, "attention_mask": torch.ones_like(batch.labels), "labels": batch.labels}
+        ids, labels = batch.inputs["input_ids"], batch.targets["labels"]
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def without_dropout(net: nn.Module) -> nn.Module:
@@ -84,16 +85,16 @@ def ours(family: str, folder: Path, start: Any, windows: TrainingWindows | None 
     section = {name: own.pop(name) for name in ("quantization",) if name in own}
     base = loaded(family, folder, **section)
     settings = LoraSettings(r=RANK, alpha=float(ALPHA), target_modules=targets_of(family), start=start, **own)
-    return begin_adapter(
+    return initialise_adapter(
         base,
         settings,
         ModelSection(name_or_path=str(folder), dtype="float32", **section),
         seed=0,
         devices=make_devices(),
-        objective=make_objective(SftSettings(), logits_chunk_tokens=16),
+        objective=objective_of(),
         windows=lambda: windows or make_windows(2, 1),
         resumed=None,
-    ).adapter
+    )[0]
 
 
 def peft_config(family: str, start: str, **more: Any) -> peft.LoraConfig:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,16 +16,14 @@ import pytest
 import torch
 
 from tests.conftest import write_tiny_llama
+from tests.data_case import objective_of
 from tests.loop_case import make_case, make_rows
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
-from tunekit.data.batching.pad import collate
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.machine.memory import _group_available, _host_available
-from tunekit.memory.checkpointing import prepare_layers
 from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
-from tunekit.objectives.base import make_objective
 from tunekit.planning.choice import SearchSpace, Workload, fastest
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.simulated.estimate import KEPT_SHARE, MOST_KEPT_BYTES, PROCESS_BYTES, peak_bytes
@@ -33,12 +32,11 @@ from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
 from tunekit.training.engines.resident import ResidentEngine
 from tunekit.training.optimizers import Group, Optimizer
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.network import prepare_network
 from tunekit.tuned.probes import logprob_difference, packing_leak
 
 CPU = torch.device("cpu")
@@ -86,22 +84,22 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("wide"), layers=3, hidden=128)
 
 
-def real_step(run: SimulatedRun, batch: Any, checkpointed: int) -> Simulation:
+def real_step(run: SimulatedRun, batch: Any) -> Simulation:
     """The same step as SimulatedRun.training_step with values, followed by the same tracker."""
     base = load_model(run.model, device=CPU)
-    adapter = attach_adapter(base.net, run.adapter, seed=0, head_name=base.family.head_name(base.net))
-    prepare_layers([layer for _, layer in base.family.layers(base.net)], checkpointed)
+    head = base.family.head_name(base.net)
+    tuned = prepare_network(base, run.choice, partial(attach_adapter, base.net, run.adapter, seed=0, head_name=head))
+    adapter = tuned.adapter
+    assert adapter is not None
     tracker = StorageTracker(CPU)
-    objective = make_objective(run.objective, logits_chunk_tokens=run.logits_chunk_tokens)
     with tracker:
         tracker.adopt(adapter.state().values(), "adapter")
         tracker.adopt([*base.net.parameters(), *base.net.buffers()], "weights")
         optimizer = make_tracked_optimizer(tracker, adapter, run.training)
         tracker.start()
-        tuned = TunedModel(base, adapter)
         with tuned.training_mode(True):
-            units = objective.units(batch)
-            ResidentEngine(0).run_window(tuned, objective, Window(0, 0.0, (0,), (batch,)), units)
+            units = run.objective.units(batch)
+            ResidentEngine(0).run_window(tuned, run.objective, Window(0, 0.0, (0,), (batch,)), units)
         optimizer.gradient_norm()
     return tracker.result()
 
@@ -122,31 +120,31 @@ def test_a_simulated_step_needs_what_a_real_one_needs(
     run = SimulatedRun(
         ModelSection(name_or_path=str(wide_llama), dtype=dtype, attention=attention),
         LoraSettings(r=8, dropout=dropout),
-        SftSettings(),
+        objective_of(),
         TrainingSection(),
-        logits_chunk_tokens=64,
-        device=CPU,
+        Choice(checkpointed_layers=checkpointed),
+        CPU,
     )
     rows = make_rows(8, shortest=100, longest=120)
     groups = [(0, 1, 2), (3, 4)] if packed else [(0,), (1,), (2,)]
-    batch = collate(rows, groups, pad_id=0, packed=packed)
-    simulated, real = run.training_step(batch, checkpointed), real_step(run, batch, checkpointed)
+    batch = collate(rows, groups, objective_of())
+    simulated, real = run.training_step(batch), real_step(run, batch)
     # ids and positions exist on the host before a real step, and are placed on the device inside a simulated one
-    placed = 3 * batch.input_ids.numel() * 8
+    placed = 3 * batch.padded * 8
     assert abs(simulated.total - real.total) <= placed
     for part in ("weights", "adapter", "optimizer"):
         assert simulated.peak[part] == real.peak[part]
 
 
 def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> None:
-    batch = collate(make_rows(2), [(0,), (1,)], pad_id=0, packed=False)
+    batch = collate(make_rows(2), [(0,), (1,)], objective_of())
     peaks = {}
     for quantization in ("none", "int8_weight_only", "nf4"):
         section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
         for optimizer in ("adamw", "adamw_8bit", "paged_adamw"):
             training = TrainingSection(optimizer=optimizer)
-            run = SimulatedRun(section, LoraSettings(r=64), SftSettings(), training, 64, CPU)
-            peaks[quantization, optimizer] = run.training_step(batch, 0).peak
+            run = SimulatedRun(section, LoraSettings(r=64), objective_of(), training, Choice(), CPU)
+            peaks[quantization, optimizer] = run.training_step(batch).peak
     weights = {name: peaks[name, "adamw"]["weights"] for name in ("none", "int8_weight_only", "nf4")}
     assert weights["nf4"] < weights["int8_weight_only"] < weights["none"]
     adapter = peaks["none", "adamw"]["adapter"]
@@ -185,13 +183,13 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
     run = SimulatedRun(
         ModelSection(name_or_path=str(wide_llama), dtype="float32"),
         LoraSettings(),
-        SftSettings(),
+        objective_of(),
         TrainingSection(),
-        64,
+        Choice(),
         CPU,
     )
-    batch = collate(make_rows(4, shortest=200, longest=220), [(0,), (1,)], pad_id=0, packed=False)
-    totals = [run.training_step(batch, layers).total for layers in range(4)]
+    batch = collate(make_rows(4, shortest=200, longest=220), [(0,), (1,)], objective_of())
+    totals = [replace(run, choice=Choice(checkpointed_layers=n)).training_step(batch).total for n in range(4)]
     assert totals == sorted(totals, reverse=True)
     assert totals[3] < totals[0]
     assert run.evaluation(batch).total < totals[0]
@@ -199,10 +197,10 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
 
 def test_a_simulation_leaves_the_random_state_alone(wide_llama: Path) -> None:
     run = SimulatedRun(
-        ModelSection(name_or_path=str(wide_llama)), LoraSettings(), SftSettings(), TrainingSection(), 64, CPU
+        ModelSection(name_or_path=str(wide_llama)), LoraSettings(), objective_of(), TrainingSection(), Choice(), CPU
     )
     before = torch.random.get_rng_state()
-    run.training_step(collate(make_rows(2), [(0,)], pad_id=0, packed=False), 0)
+    run.training_step(collate(make_rows(2), [(0,)], objective_of()))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -210,11 +208,12 @@ def test_the_largest_batch_is_one_that_the_run_makes() -> None:
     rows = make_rows(20, shortest=5, longest=24)
     settings = BatchSettings(
         micro_batch_size=2, micro_batch_tokens=None, gradient_accumulation_steps=2, max_length=32, packing=True,
-        shuffle=True, seed=3, epochs=2.0, max_steps=None, pad_id=0,
+        shuffle=True, seed=3, epochs=2.0, max_steps=None,
     )  # fmt: skip
-    windows = TrainingWindows(rows, settings)
-    shapes = [batch.input_ids.shape for window in windows.windows(0) for batch in window.batches]
-    assert largest_batch(windows, rows, settings).input_ids.numel() == max(shape.numel() for shape in shapes)
+    windows = TrainingWindows(rows, objective_of(), settings)
+    sizes = [batch.padded for window in windows.windows(0) for batch in window.batches]
+    largest = largest_batch(windows, rows, objective_of(), settings)
+    assert largest.inputs["input_ids"].numel() == largest.padded == max(sizes)
 
 
 def test_the_peak_of_a_run_is_the_highest_of_its_work() -> None:

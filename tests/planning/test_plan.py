@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ import torch
 
 from tests.recipe_mutator import make_valid_case
 from tests.train_case import write_recipe
-from tunekit.artifacts.plan_file import plan_from_json
-from tunekit.errors import InputError, ModelError, RecipeError, TunekitError
+from tunekit.errors import ModelError, RecipeError, TunekitError
 from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
-from tunekit.planning.plan import Prepared, make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.planning.refusals import library_problems
 from tunekit.recipe.load import load_recipe
-from tunekit.records import Plan
+from tunekit.records import Choice, Plan
+from tunekit.training.state import Prepared
 
 CPU = torch.device("cpu")
 # what a mutated recipe may draw so that a tiny llama over chat rows can take it
@@ -66,13 +65,6 @@ def test_a_plan_needs_no_weight(tmp_path: Path, tiny_llama: Path) -> None:
     assert not plan.refusals
 
 
-def test_a_plan_survives_json(recipe: Path) -> None:
-    plan, _ = plan_of(recipe)
-    assert plan_from_json(json.loads(json.dumps(asdict(plan)))) == plan
-    with pytest.raises(InputError, match="no plan"):
-        plan_from_json({"steps": 3})
-
-
 def test_counts_are_those_of_the_windows(recipe: Path) -> None:
     for overrides in (
         (),
@@ -82,10 +74,10 @@ def test_counts_are_those_of_the_windows(recipe: Path) -> None:
     ):
         plan, prepared = plan_of(recipe, *overrides)
         windows = list(prepared.rows.windows(prepared.batch_settings).windows(0))
-        supervised = sum(int((batch.labels != -100).sum()) for window in windows for batch in window.batches)
+        supervised = sum(int((batch.targets["labels"] != -100).sum()) for window in windows for batch in window.batches)
         assert plan.steps == len(windows)
         assert plan.supervised_tokens == supervised
-        assert plan.packing == ("data.packing=true" in overrides)
+        assert plan.rows.packing == ("data.packing=true" in overrides)
 
 
 def test_parameters_are_counted_by_target(recipe: Path) -> None:
@@ -107,18 +99,18 @@ def test_warm_up_and_chunks_follow_their_rules(recipe: Path) -> None:
         64,
         64,
     ]
-    assert plan.logits_chunk_tokens == 1024
+    assert plan.choice.logits_chunk_tokens == 1024
 
 
 def test_packing_is_decided_by_the_model(tmp_path: Path, tiny_llama: Path, recipe: Path) -> None:
     plan, _ = plan_of(recipe, "data.packing=auto")
-    assert plan.packing
-    assert "allow" in plan.packing_reason
+    assert plan.rows.packing
+    assert "allow" in plan.rows.packing_reason
     bloom = write_other(tmp_path / "bloom", tiny_llama, "bloom", hidden_size=64, n_layer=2, n_head=4)
     other = write_recipe(tmp_path / "other", bloom)
     plan, _ = plan_of(other, "data.packing=auto")
-    assert not plan.packing
-    assert "position ids" in plan.packing_reason
+    assert not plan.rows.packing
+    assert "position ids" in plan.rows.packing_reason
     plan, _ = plan_of(other, "data.packing=true")
     assert [refusal.key for refusal in plan.refusals] == ["data.packing"]
 
@@ -161,7 +153,7 @@ def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatc
     plain, _ = plan_of(recipe, *longer, "memory.gradient_checkpointing=false")
     every, _ = plan_of(recipe, *longer, "memory.gradient_checkpointing=true")
     one, _ = plan_of(recipe, *longer, "memory.gradient_checkpointing=1")
-    assert [plan.checkpointed_layers for plan in (plain, one, every)] == [0, 1, 2]
+    assert [plan.choice.checkpointed_layers for plan in (plain, one, every)] == [0, 1, 2]
     assert plain.peak_bytes.total > one.peak_bytes.total
     assert every.peak_bytes.total == pytest.approx(one.peak_bytes.total, rel=0.01), "the last layer saves nothing"
     overrides = (*longer, "memory.gradient_checkpointing=auto")
@@ -173,7 +165,7 @@ def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatc
     ):
         monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device, free=available: free)
         plan, _ = plan_of(recipe, *overrides)
-        assert plan.checkpointed_layers == layers
+        assert plan.choice.checkpointed_layers == layers
         assert bool(plan.refusals) == refused
     assert plan.refusals[0].key == "training.micro_batch_size"
 
@@ -242,6 +234,11 @@ def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest
         assert words in text
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["steps"] == 3
+    fixed = {"targets", "trainable_parameters", "total_parameters", "supervised_tokens", "refusals"}
+    assert fixed <= written.keys()
+    plan, _ = plan_of(recipe, "training.epochs=1")
+    assert Choice(**written["choice"]) == plan.choice, "a resumed run reads it back"
+    assert written["text"] == {"vocabulary_size": 264, "positions": plan.text.positions if plan.text else None}
     assert set(written["peak_bytes"]) == {"weights", "adapter", "optimizer", "activations", "logits", "total"}
     assert not (recipe.parent / "run").exists(), "plan makes no folder"
 

@@ -69,7 +69,7 @@ def test_a_model_without_an_mlp_of_its_own_is_refused(tmp_path: Path, tiny_llama
 def test_plan_says_when_nothing_waits(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe", tiny_llama)
     plan, _ = make_plan(load_recipe(recipe, ["memory.activation_offload=true"]), device=CPU)
-    assert plan.checkpointed_layers == 0
+    assert plan.choice.checkpointed_layers == 0
     assert any("no input waits on the host" in note for note in plan.notes)
     plan, _ = make_plan(load_recipe(recipe, []), device=CPU)
     assert not [note for note in plan.notes if "wait" in note or "MLPs" in note]

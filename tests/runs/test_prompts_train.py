@@ -181,7 +181,7 @@ def test_an_encoder_decoder_answers_behind_a_prompt(family: str, tiny_llama: Pat
             for _ in range(6):
                 ids = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([answer])}
                 hidden = model.hidden(ids)  # (1, answer, D)
-                answer.append(int(model.head().logits(hidden[0, -1:]).argmax()))
+                answer.append(int(base.family.head(net).logits(hidden[0, -1:]).argmax()))
             expected.append(answer[1:])
         tokenizer = load_tokenizer(ModelSection(name_or_path=str(tiny_llama)))
         found = generate_texts(
@@ -302,7 +302,7 @@ def test_plan_counts_the_vectors(name: str, numbers: int, tiny_llama: Path, tmp_
     plan, prepared = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name)))
     assert plan.refusals == []
     assert plan.trainable_parameters == numbers
-    assert (plan.packing, plan.packing_reason) == (False, "the adapter puts virtual tokens before each row")
+    assert (plan.rows.packing, plan.rows.packing_reason) == (False, "the adapter puts virtual tokens before each row")
     assert any(note.startswith("5 virtual tokens before each row") for note in plan.notes)
     assert "activations of" not in str(plan.notes)
     longer, _ = make_plan(load_recipe(recipe_of(tmp_path, tiny_llama, name), ["adapter.num_virtual_tokens=300"]))

@@ -11,27 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data_case import chat, settings, tokenizer_of
+from tests.data_case import chat, encoder_of, objective_of, settings, tokenizer_of
 from tests.loop_case import CPU, ListedRows, make_case
 from tests.runs.test_every_method_trains import SETTINGS
-from tunekit.contracts import IGNORED, EncodedRow
-from tunekit.data.batching.pad import collate_rows
-from tunekit.data.batching.windows import TrainingWindows, padded_tokens, part_lengths
-from tunekit.data.rendering.render import (
-    EMPTY_ANSWER,
-    EMPTY_SOURCE,
-    ONLY_LAST_ANSWER,
-    Dropped,
-    Renderer,
-    encode_example,
-    make_row,
-)
+from tunekit.contracts import IGNORED, Row, RowEncoder
+from tunekit.data.batching.windows import TrainingWindows, filled_batch, padded_size
+from tunekit.data.encoding.encode import Dropped
+from tunekit.data.rendering.render import EMPTY_ANSWER
 from tunekit.errors import DataError, ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.example import CompletionExample, TextExample
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
-from tunekit.objectives.seq2seq import Seq2seq, parts_of
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.objectives.seq2seq import EMPTY_SOURCE, ONLY_LAST_ANSWER, make_row
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -87,60 +80,70 @@ def measured(target: Path, output: Path, *overrides: str, **given: Any) -> dict[
 # Rows.
 
 
-def row(source: int, answer: int, first: int = 10) -> EncodedRow:
+def row(source: int, answer: int, first: int = 10) -> Row:
     """Ids that count up, with the start of the answer between them."""
-    ids = [*range(first, first + source), START, *range(first + source, first + source + answer)]
-    return make_row(ids, np.arange(len(ids)) > source, "rows:1")
+    ids = np.arange(first, first + source + answer)
+    return make_row(ids[:source], np.array([START, *ids[source:]]), "rows:1")
+
+
+def seq2seq_encoder(tokenizer: LoadedTokenizer, template: str | None = None) -> RowEncoder:
+    return encoder_of(tokenizer, template=template, settings=Seq2seqSettings())
 
 
 def test_a_row_is_source_start_and_answer(model: Path) -> None:
     tokenizer = tokenizer_of(model)
-    found = encode_example(CompletionExample("king", "kˈɪŋ"), tokenizer)
+    found = seq2seq_encoder(tokenizer).encode(CompletionExample("king", "kˈɪŋ"), "rows:1")
     source, answer = tokenizer.native("king")["input_ids"], tokenizer.native(text_target="kˈɪŋ")["input_ids"]
-    assert found.ids.tolist() == [*source, START, *answer]
+    assert {name: ids.tolist() for name, ids in found.parts.items()} == {"source": source, "answer": [START, *answer]}
     assert source[-1] == answer[-1] == tokenizer.eos_id
-    assert found.trained.tolist() == [False] * (len(source) + 1) + [True] * len(answer)
-    assert found.supervised_tokens == len(answer)  # the first one counts, unlike a causal row's
+    assert found.sizes == (len(source), len(answer))
+    assert found.supervised == len(answer)  # the first one counts, unlike a causal row's
+    shown = objective_of(Seq2seqSettings()).spans(found)
+    assert [span.ids.tolist() for span in shown] == [source, [START, *answer]]
+    assert [span.trained.tolist() for span in shown] == [[False] * len(source), [False] + [True] * len(answer)]
 
 
 def test_an_answer_without_an_end_is_given_one(model: Path) -> None:
     tokenizer = tokenizer_of(model)
     tokenizer.native.backend_tokenizer.post_processor = None
-    found = encode_example(CompletionExample("ab", "c"), tokenizer)
-    assert found.ids[-1] == tokenizer.eos_id
-    assert found.ids.tolist().count(tokenizer.eos_id) == 1
+    found = seq2seq_encoder(tokenizer).encode(CompletionExample("ab", "c"), "rows:1")
+    assert found.parts["answer"][-1] == tokenizer.eos_id
+    assert [*found.parts["source"], *found.parts["answer"]].count(tokenizer.eos_id) == 1
 
 
 def test_rows_that_leave_a_part_empty_are_dropped_and_running_text_is_refused(model: Path) -> None:
     tokenizer = tokenizer_of(model)
     with pytest.raises(Dropped, match=EMPTY_ANSWER):
-        encode_example(CompletionExample("king", ""), tokenizer)
+        seq2seq_encoder(tokenizer).encode(CompletionExample("king", ""), "rows:1")
     with pytest.raises(DataError, match="no source for the encoder"):
-        encode_example(TextExample("king"), tokenizer)
+        seq2seq_encoder(tokenizer).encode(TextExample("king"), "rows:1")
     with pytest.raises(DataError, match="no chat template"):
-        encode_example(chat(("user", "king"), ("assistant", "kˈɪŋ")), tokenizer)
+        seq2seq_encoder(tokenizer).encode(chat(("user", "king"), ("assistant", "kˈɪŋ")), "rows:1")
     tokenizer.native.backend_tokenizer.post_processor = None
     with pytest.raises(Dropped, match=EMPTY_SOURCE):
-        encode_example(CompletionExample("", "king"), tokenizer)
+        seq2seq_encoder(tokenizer).encode(CompletionExample("", "king"), "rows:1")
 
 
 def test_of_a_conversation_the_last_answer_is_trained_on(model: Path) -> None:
     tokenizer = tokenizer_of(model)
-    renderer = Renderer(tokenizer, "assistant", "{% for m in messages %}{{ m['content'] }} {% endfor %}")
-    found = renderer.encode(chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")), "rows:1")
-    assert renderer.notices == {ONLY_LAST_ANSWER: 1}
-    assert tokenizer.decode(found.ids[~found.trained].tolist(), skip_special_tokens=True).split() == ["abc"]
-    assert tokenizer.decode(found.ids[found.trained].tolist(), skip_special_tokens=True) == "d"
+    encoder = seq2seq_encoder(tokenizer, "{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    found = encoder.encode(chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")), "rows:1")
+    assert encoder.notices == {ONLY_LAST_ANSWER: 1}
+    source, answer = (found.parts[name].tolist() for name in ("source", "answer"))
+    assert tokenizer.decode(source, skip_special_tokens=True).split() == ["abc"]
+    assert tokenizer.decode(answer[1:], skip_special_tokens=True) == "d"
     plain = tokenizer.encode_source("a")
-    assert (found.ids[0], found.ids[~found.trained][-2]) == (plain[0], plain[-1])  # around the text, as around any
+    assert (source[0], source[-1]) == (plain[0], plain[-1])  # around the text, as around any
 
 
 def test_a_template_may_write_the_special_tokens_itself(model: Path) -> None:
     tokenizer = tokenizer_of(model)
     exchange = chat(("user", "king"), ("assistant", "k"))
-    bare = Renderer(tokenizer, "assistant", "{{ messages[0]['content'] }}").encode(exchange, "rows:1")
-    own = Renderer(tokenizer, "assistant", "<s>{{ messages[0]['content'] }}</s>").encode(exchange, "rows:1")
-    assert bare.ids.tolist() == own.ids.tolist()
+    bare, own = (
+        seq2seq_encoder(tokenizer, template).encode(exchange, "rows:1")
+        for template in ("{{ messages[0]['content'] }}", "<s>{{ messages[0]['content'] }}</s>")
+    )
+    assert all(bare.parts[name].tolist() == own.parts[name].tolist() for name in ("source", "answer"))
 
 
 @pytest.mark.parametrize(
@@ -158,33 +161,43 @@ def test_options_without_a_meaning_are_refused(
 
 
 def test_source_and_answer_are_padded_by_themselves() -> None:
-    batch = collate_rows([[row(4, 2)], [row(2, 3, first=30)]], [[0], [1]], pad_id=0, packed=False)
-    parts = parts_of(batch)
-    assert parts.source_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert [ids[mask.bool()].tolist() for ids, mask in zip(parts.source, parts.source_mask, strict=True)] == [
+    objective = objective_of(Seq2seqSettings())
+    batch = objective.collate([[row(4, 2)], [row(2, 3, first=30)]])
+    mask = batch.inputs["attention_mask"]
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert [ids[real.bool()].tolist() for ids, real in zip(batch.inputs["input_ids"], mask, strict=True)] == [
         [10, 11, 12, 13],
         [30, 31],
     ]
-    assert parts.labels.tolist() == [[14, 15, IGNORED], [32, 33, 34]]
-    assert parts.decoder_ids[0, :2].tolist() == [START, 14]
-    assert parts.decoder_ids[1].tolist() == [START, 32, 33]
-    assert Seq2seq(4).units(batch).tolist() == [5.0]
+    assert batch.targets["labels"].tolist() == [[14, 15, IGNORED], [32, 33, 34]]
+    assert batch.inputs["decoder_input_ids"][0, :2].tolist() == [START, 14]
+    assert batch.inputs["decoder_input_ids"][1].tolist() == [START, 32, 33]
+    assert (batch.lengths, batch.width, batch.padded) == ([6, 5], 4 + 3, 2 * (4 + 3))
+    assert objective.units(batch).tolist() == [5.0]
 
 
 def test_no_micro_batch_by_tokens_is_larger_with_its_padding() -> None:
     """A long source beside a long answer: either part is padded to the longest."""
     rows = ListedRows([row(9, 1), row(1, 9), row(5, 5), row(8, 2), row(2, 8), row(4, 4)])
-    chosen = settings(
-        micro_batch_size=None, micro_batch_tokens=24, packing=False, reads_source=True, shuffle=False, epochs=1.0
-    )
-    found = TrainingWindows(rows, chosen)
-    widths = part_lengths(np.asarray(rows.lengths), np.asarray(rows.supervised), reads_source=True)
+    chosen = settings(micro_batch_size=None, micro_batch_tokens=24, packing=False, shuffle=False, epochs=1.0)
+    objective = objective_of(Seq2seqSettings())
+    found = TrainingWindows(rows, objective, chosen)
+    widths = [tuple(sizes) for sizes in rows.sizes.tolist()]
     assert widths[:2] == [(9, 1), (1, 9)]
-    sizes = [padded_tokens([widths[index] for (index,) in batch]) for batch in found.micro_batches(0)]
+    sizes = [padded_size([widths[index] for (index,) in batch]) for batch in found.micro_batches(0)]
     assert max(sizes) <= 24
     assert [len(batch) for batch in found.micro_batches(0)] == [1, 1, 1, 1, 2]
-    largest = parts_of(largest_batch(found, rows, chosen))
-    assert largest.source.numel() + largest.labels.numel() == max(sizes)
+    largest = largest_batch(found, rows, objective, chosen)
+    made = largest.inputs["input_ids"].numel() + largest.inputs["decoder_input_ids"].numel()
+    assert made == largest.padded == max(sizes)
+
+
+def test_of_a_stream_no_batch_is_larger_than_the_filled_one() -> None:
+    """As long a source in one row as an answer in every other, and as many predicted tokens as that allows."""
+    rows = ListedRows([row(9, 1), row(1, 9), row(5, 5)])
+    batch = filled_batch(rows, objective_of(Seq2seqSettings()), settings(micro_batch_size=3, max_length=16))
+    assert [one.sizes for one in batch.rows] == [(15, 1), (1, 15), (1, 15)]
+    assert (batch.padded, batch.supervised) == (3 * 30, 31)
 
 
 # Training.
@@ -223,8 +236,7 @@ def test_twenty_steps_equal_transformers_and_peft(kind: str, tmp_path: Path) -> 
     expected = []
     for window in case.windows.windows(0):
         total, units = torch.zeros(()), 0
-        for index in (index for batch in window.batches for (index,) in batch.row_ids):
-            source, answer = _parted(rows[index])
+        for source, answer in (_parted(one) for batch in window.batches for one in batch.rows):
             total = total + theirs(input_ids=source, labels=answer).loss * answer.numel()
             units += answer.numel()
         (total / units).backward()
@@ -240,18 +252,17 @@ def test_twenty_steps_equal_transformers_and_peft(kind: str, tmp_path: Path) -> 
         torch.testing.assert_close(value.detach(), own[places[name]].detach(), rtol=1e-4, atol=1e-5)
 
 
-def _random_row(generator: np.random.Generator, vocabulary: int) -> EncodedRow:
+def _random_row(generator: np.random.Generator, vocabulary: int) -> Row:
     source, answer = int(generator.integers(2, 12)), int(generator.integers(1, 9))
     ids = generator.integers(3, vocabulary, source + 1 + answer)
     ids[source] = 0
-    return make_row(ids.tolist(), np.arange(len(ids)) > source, "rows:1")
+    return make_row(ids[:source], ids[source:], "rows:1")
 
 
-def _parted(one: EncodedRow) -> tuple[torch.Tensor, torch.Tensor]:
+def _parted(one: Row) -> tuple[torch.Tensor, torch.Tensor]:
     """Source and answer, as one batch of one row each."""
-    start = len(one.ids) - one.supervised_tokens - 1
-    ids = torch.from_numpy(one.ids).long()[None]  # (1, T)
-    return ids[:, :start], ids[:, start + 1 :]
+    source, answer = (torch.from_numpy(one.parts[name]).long()[None] for name in ("source", "answer"))
+    return source, answer[:, 1:]
 
 
 def _cosine(warmup: int, steps: int) -> Any:
@@ -330,8 +341,9 @@ def test_a_base_that_does_not_say_how_answers_begin_is_refused(model: Path, word
         values = json.loads((copy / name).read_text("utf-8"))
         values.pop("decoder_start_token_id")
         (copy / name).write_text(json.dumps(values))
-    (refusal,) = make_plan(load_recipe(write_recipe(tmp_path, copy, words)), device=CPU)[0].refusals
-    assert "with which token its answers begin" in refusal.message
+    with pytest.raises(ModelError, match="with which token its answers begin") as caught:
+        make_plan(load_recipe(write_recipe(tmp_path, copy, words)), device=CPU)
+    assert [problem.key for problem in caught.value.problems] == ["model.name_or_path"]
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "king", "completion": "k"}\n')
     with pytest.raises(ModelError, match="with which token"):

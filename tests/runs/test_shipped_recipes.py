@@ -70,6 +70,13 @@ def make_t5(vocabulary_size: int) -> Any:
     return T5ForConditionalGeneration(T5Config(vocab_size=vocabulary_size, **sizes, **ids))
 
 
+def make_bert(vocabulary_size: int) -> Any:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(vocab_size=vocabulary_size, **sizes))
+
+
 @pytest.fixture(scope="session")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What stands in for each base that a recipe names; a new base needs an entry."""
@@ -79,6 +86,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HuggingFaceTB/SmolLM2-135M-Instruct": "builtin:tiny-llama",
         "SmolLM2-135M-Instruct.Q4_1.gguf": "builtin:tiny-llama",
         "Qwen/Qwen2.5-7B-Instruct": str(write_twin(folder / "qwen2", make_qwen2, chat_template=True)),
+        "sentence-transformers/all-MiniLM-L6-v2": str(write_twin(folder / "bert", make_bert, chat_template=False)),
         "google/flan-t5-base": str(write_twin(folder / "t5", make_t5, chat_template=False)),
         "openai-community/gpt2": str(write_twin(folder / "gpt2", make_gpt2, chat_template=False)),
     }

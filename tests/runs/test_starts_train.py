@@ -80,9 +80,9 @@ def kill_after(step: int) -> Callable[[], None]:
 
         save = loop._save
 
-        def save_and_die(parts: Any, state: Any) -> None:
-            save(parts, state)
-            if state.step == step:
+        def save_and_die(run: Any) -> None:
+            save(run)
+            if run.state.step == step:
                 kill_self()
 
         loop._save = save_and_die

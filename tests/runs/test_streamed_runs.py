@@ -73,7 +73,7 @@ def test_a_streamed_run_leaves_the_same_files(
     train(recipe, tmp_path / "on", *storage, f"memory.streaming={tier}")
     assert result(tmp_path / "on") == result(tmp_path / "off")
     plan = json.loads((tmp_path / "on" / "plan.json").read_text("utf-8"))
-    assert (plan["engine"], plan["streaming"], plan["pass_micro_batches"]) == ("streaming", tier, 3)
+    assert (plan["choice"]["streaming"], plan["choice"]["pass_micro_batches"]) == (tier, 3)
     assert (len(list(kept.glob("*"))) if kept.exists() else 0) == max(before, files)
 
 
@@ -105,9 +105,9 @@ def test_a_resumed_run_goes_on_alike_in_either_way(tmp_path: Path, model: Path) 
 
         save, saved = loop._save, []
 
-        def stop(parts: Any, state: Any) -> None:
-            save(parts, state)
-            saved.append(state.step)
+        def stop(run: Any) -> None:
+            save(run)
+            saved.append(run.state.step)
             if len(saved) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -139,7 +139,7 @@ def test_a_budget_too_small_for_the_base_streams_it(
     monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: between)
     plan = plan_of(recipe)
     assert not plan.refusals
-    assert plan.streaming == "disk"
+    assert plan.choice.streaming == "disk"
     assert any("break-even" in note for note in plan.notes)
 
 
@@ -156,12 +156,12 @@ def test_pass_sizes_fall_until_a_pass_fits(tmp_path: Path, model: Path, monkeypa
     recipe = write_recipe(tmp_path / "recipe", model)
     accumulation = "training.gradient_accumulation_steps=8"
     plans = [plan_of(recipe, "memory.streaming=disk", accumulation)]
-    assert plans[0].pass_micro_batches == 8
+    assert plans[0].choice.pass_micro_batches == 8
     for expected in (4, 2, 1):
         limit = plans[-1].peak_bytes.total - 1
         monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device, limit=limit: limit)
         plans.append(plan_of(recipe, "memory.streaming=disk", accumulation))
-        assert plans[-1].pass_micro_batches == expected
+        assert plans[-1].choice.pass_micro_batches == expected
         assert plans[-1].peak_bytes.total < plans[-2].peak_bytes.total
 
 

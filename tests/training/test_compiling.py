@@ -19,8 +19,7 @@ from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
-from tunekit.training import compiling
-from tunekit.training.compiling import compilable, compile_layers
+from tunekit.tuned.network import MOST_VARIANTS, compilable, compile_layers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler (g++)")
@@ -56,7 +55,7 @@ def test_what_cannot_be_compiled_is_refused_by_name(monkeypatch: pytest.MonkeyPa
 def test_plan_says_what_it_chose(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, training={"compile": "auto"})
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
-    assert plan.compiled is False
+    assert plan.choice.compiled is False
     assert "decoder layers compiled: no, a CPU gains nothing by it" in plan.notes
     plan, _ = make_plan(load_recipe(recipe, ["training.compile=false"]), device=CPU)
     assert not [note for note in plan.notes if "compiled" in note]
@@ -117,7 +116,7 @@ def test_compiled_layers_give_the_same_curve(
         torch.compiler.disable(lambda *_: limits.append(torch._dynamo.config.recompile_limit))  # type: ignore[no-untyped-call]
     )
     case.run()
-    assert set(limits) == {compiling.MOST_VARIANTS}
+    assert set(limits) == {MOST_VARIANTS}
     assert torch._dynamo.config.recompile_limit == limit, "left as it was found"
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     assert 0 < graphs <= 60, "compiled once, for all layers"

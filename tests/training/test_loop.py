@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from tests.data_case import objective_of
 from tests.loop_case import Case, ListedRows, make_case, make_rows
 from tunekit.contracts import Window
-from tunekit.data.batching.pad import collate
-from tunekit.data.batching.windows import TrainingWindows, evaluation_batches
+from tunekit.data.batching.windows import TrainingWindows, collate, evaluation_batches
 from tunekit.errors import NumericsError, Stopped
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
@@ -108,8 +109,8 @@ class OneByOne:
 
     def windows(self, first_step: int) -> Iterator[Window]:
         for window in self._windows.windows(first_step):
-            groups = [group for batch in window.batches for group in batch.row_ids]
-            batches = tuple(collate(self._rows, [group], pad_id=0, packed=False) for group in groups)
+            numbers = [row.number for batch in window.batches for row in batch.rows]
+            batches = tuple(collate(self._rows, [(number,)], objective_of()) for number in numbers)
             yield Window(window.step, window.epoch, tuple(range(len(batches))), batches)
 
 
@@ -154,10 +155,10 @@ def test_bitsandbytes_optimizers_train_and_resume_bit_for_bit(tiny_llama: Path, 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_step_and_rows(tiny_llama: Path) -> None:
     case = make_case(tiny_llama, make_rows(8), training=training(learning_rate=1e-3, max_steps=4))
     embedding = case.model.base.net.get_input_embeddings().weight
-    bad_id = int(case.windows._rows[5].ids[0])
+    bad_id = int(case.windows._rows[5].parts["ids"][0])
     with torch.no_grad():
         embedding[bad_id] = float("nan")
-    guilty = [row.origin for row in case.windows._rows.rows if bad_id in row.ids.tolist()]
+    guilty = [row.origin for row in case.windows._rows.rows if bad_id in row.parts["ids"].tolist()]
     snapshots = [weights(case)]
     case.parts.record = lambda record: (case.records.append(record), snapshots.append(weights(case)))
     with pytest.raises(NumericsError) as caught:
@@ -187,10 +188,10 @@ def test_evaluation_changes_nothing(tiny_llama: Path) -> None:
     def evaluate() -> dict[str, float]:
         torch.rand(3)  # a metric that draws numbers
         modes["inside"] = case.model.base.net.training
-        batches = evaluation_batches(rows, batch_size=4, pad_id=0)
+        batches = evaluation_batches(rows, case.parts.objective, batch_size=4)
         sums = summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices)
         modes["after"] = case.model.base.net.training
-        return sums.metrics()
+        return sums.metrics(case.parts.objective.metrics)
 
     case.parts.evaluate = evaluate
     case.run()
@@ -206,24 +207,20 @@ def test_evaluation_does_not_depend_on_the_batch_size(tiny_llama: Path) -> None:
     case.run()
     found = []
     for size in (1, 4, 23):
-        batches = evaluation_batches(rows, batch_size=size, pad_id=0)
+        batches = evaluation_batches(rows, case.parts.objective, batch_size=size)
         found.append(summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices))
     for sums in found:
-        assert sums.loss / sums.supervised_tokens == pytest.approx(found[0].loss / found[0].supervised_tokens, rel=1e-6)
-        assert (sums.supervised_tokens, sums.tokens, sums.rows) == (
-            int(rows.supervised.sum()),
-            int(rows.lengths.sum()),
-            23,
-        )
-        assert sums.correct == found[0].correct
+        assert sums.metrics(["loss"])["loss"] == pytest.approx(found[0].metrics(["loss"])["loss"], rel=1e-6)
+        assert sums.values["units"] == int(rows.supervised.sum())
+        assert (sums.tokens, sums.rows) == (int(rows.lengths.sum()), 23)
+        assert sums.values["correct"] == found[0].values["correct"]
 
 
 def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, eval_steps=1))
     values = iter([3.0, float("nan"), 2.0, 2.5, 2.0, 1.0])
     case.parts.evaluate = lambda: {"loss": next(values)}
-    case.parts.is_better = lambda value, best: not math.isnan(value) and (best is None or value < best)
-    case.parts.watched_metric, case.parts.saves_best, case.parts.patience = "loss", True, 2
+    case.parts.evaluation = EvaluationSection(best="eval.loss", patience=2)
     state = case.run()
     assert (state.step, state.best_step, state.best_value, state.stopped_early) == (5, 3, 2.0, True)
     assert case.saved == [1, 3, 5]
@@ -231,11 +228,11 @@ def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
 
 def test_the_metrics_are_those_of_the_metrics_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     from tunekit.metrics import token_accuracy
-    from tunekit.tuned.scores import LossSums
+    from tunekit.tuned.scores import EvaluationSums
 
-    sums = LossSums(loss=6.0, correct=1, supervised_tokens=4, tokens=9, rows=1)
-    assert sums.metrics() == {"loss": 1.5, "perplexity": pytest.approx(math.exp(1.5))}
-    monkeypatch.setattr(token_accuracy, "from_sums", lambda *sums: 0.125)
+    sums = EvaluationSums({"loss": 6.0, "correct": 1.0, "units": 4.0}, tokens=9, rows=1)
+    assert sums.metrics(objective_of().metrics) == {"loss": 1.5, "perplexity": pytest.approx(math.exp(1.5))}
+    monkeypatch.setattr(token_accuracy, "from_sums", lambda sums: 0.125)
     assert sums.metrics(["token_accuracy"]) == {"token_accuracy": 0.125}
 
 
@@ -250,7 +247,7 @@ def test_an_evaluation_that_is_not_finite_leaves_a_log_that_can_be_read(tmp_path
 @pytest.fixture
 def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device."""
-    monkeypatch.setattr("tunekit.training.state.LoopParts.reads_later", True)
+    monkeypatch.setattr("tunekit.training.state.Run.reads_later", True)
 
 
 class ReadsForbidden(TorchDispatchMode):
@@ -268,10 +265,10 @@ def test_numbers_read_one_step_later_are_the_same(
     rows, section = make_rows(23), training(max_steps=steps, save_steps=every)
     plain = make_case(tiny_llama, rows, training=section)
     plain.run()
-    monkeypatch.setattr("tunekit.training.state.LoopParts.reads_later", True)
+    monkeypatch.setattr("tunekit.training.state.Run.reads_later", True)
     case = make_case(tiny_llama, rows, training=section)
     known: list[int] = []
-    case.parts.save = lambda state: (case.saved.append(state.step), known.append(len(case.losses)))
+    case.parts.save = lambda: (case.saved.append(case.parts.state.step), known.append(len(case.losses)))
     state = case.run()
     assert case.losses == plain.losses
     assert_same_bits(weights(case), weights(plain))
@@ -329,7 +326,7 @@ def test_an_error_that_is_read_later_names_its_own_step_and_no_checkpoint_holds_
     with pytest.raises(NumericsError) as caught:
         case.run()
     assert "step 3: the loss is not finite" in str(caught.value)
-    assert all(origin in str(caught.value) for origins in window.batches[1].origins for origin in origins)
-    assert not any(origin + "," in str(caught.value) for origins in window.batches[0].origins for origin in origins)
+    assert all(row.origin in str(caught.value) for row in window.batches[1].rows)
+    assert not any(row.origin + "," in str(caught.value) for row in window.batches[0].rows)
     assert_same_bits(seen[4], seen[3])
     assert (case.saved, len(case.losses)) == ([2], 2)

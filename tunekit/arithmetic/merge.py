@@ -6,23 +6,26 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import TEMPLATE_NAME
 from tunekit.arithmetic.on_base import attach_without_weights
+from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
-from tunekit.errors import AdapterError, InputError, ModelError, ResourceError
+from tunekit.errors import AdapterError, InputError, ResourceError
 from tunekit.files.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.records import bytes_text
-from tunekit.tuned.target import Target, load_target
+from tunekit.tuned.network import prepare_network
+from tunekit.tuned.target import Target, as_trained, load_target
 
 REPORT = "merge_report.json"
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
@@ -43,8 +46,8 @@ class Difference:
     largest: float
     mean: float
     spread: float
-    running_loss: float
-    merged_loss: float
+    running_loss: float | None  # of the next token; None of models that predict none
+    merged_loss: float | None
     rows: str  # which rows, in words
     tokens: int
 
@@ -69,13 +72,12 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
         raise InputError("there is no adapter to merge", "name an adapter folder, or a run")
     chosen, reason = choose_onto(target, onto)
     source = find_source(target.model, weights=True)
+    adapter = target.adapter
+    target, _ = as_trained(target, load_tokenizer(target.model))
     output = output.expanduser().absolute()
-    _check_output(output, [source.folder, target.adapter])
+    _check_output(output, [source.folder, adapter])
     rewriter = Rewriter(target.model, chosen)
-    if not rewriter.family.answers:
-        what = f"{target.model.name_or_path} is a {rewriter.family.text}, whose merge this version cannot measure"
-        raise ModelError(what, "use it as an adapter")
-    changes = collect_changes(attach_without_weights(target.adapter, target.model, rewriter))
+    changes = collect_changes(attach_without_weights(adapter, target.model, rewriter))
     _check_space(output, rewriter.output_bytes(changes))
     staging = output.with_name(f".{output.name}.part-{os.getpid()}")
     staging.mkdir(parents=True)
@@ -198,27 +200,33 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     """Run both models on the same rows, one after the other, so that only one is in memory."""
     device = torch.device("cpu")
     tokenizer = load_tokenizer(target.model)
-    running = load_target(target, device).model.base
-    rows, described = _rows(target, tokenizer, running.facts.vocabulary_size)
+    loaded = load_target(target, device)
+    running = loaded.model.base
+    rows, described = _rows(target, loaded.objective, tokenizer, running.text.vocabulary_size)
     before = [_logits(running, row) for row in rows]
     dtype, attention = running.facts.dtype, running.facts.attention
-    del running
+    family = running.family
+    del loaded, running
     gc.collect()
     section = target.model.model_copy(
         update={"name_or_path": str(merged), "quantization": "none", "dtype": dtype, "attention": attention}
     )
-    model = load_packed_folder(section, device) if requantized else load_model(section, device=device)
+    packed = load_packed_folder(section, device) if requantized else load_model(section, device=device)
+    model = prepare_network(packed, replace(target.choice, streaming="off")).base
     after = [_logits(model, row) for row in rows]
-    return _compare(rows, before, after, described)
+    return _compare(rows, before, after, described, predicts=family.answers)
 
 
-def _rows(target: Target, tokenizer: LoadedTokenizer, vocabulary_size: int) -> tuple[list[torch.Tensor], str]:
+def _rows(
+    target: Target, objective: Objective, tokenizer: LoadedTokenizer, vocabulary_size: int
+) -> tuple[list[torch.Tensor], str]:
     """Up to MAX_ROWS held-out rows of up to MAX_TOKENS ids: the run's eval rows, else fixed texts."""
     if target.data is not None and target.data.eval is not None:
-        evaluation = load_rows(target.data, tokenizer, seed=target.seed).evaluation
+        evaluation = load_rows(target.data, objective, seed=target.seed).evaluation
         if evaluation is not None and len(evaluation):
             chosen = [evaluation[index] for index in range(min(MAX_ROWS, len(evaluation)))]
-            rows = [torch.tensor(row.ids[:MAX_TOKENS].astype("int64"))[None] for row in chosen]
+            parts = [[row.parts[name] for name in objective.layout.token_parts] for row in chosen]
+            rows = [torch.tensor(np.concatenate(ids)[:MAX_TOKENS].astype("int64"))[None] for ids in parts]
             return rows, f"{len(rows)} eval rows of the run"
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     encoded = [[*start, *tokenizer.encode(text)][:MAX_TOKENS] for text in TEXTS]
@@ -228,15 +236,17 @@ def _rows(target: Target, tokenizer: LoadedTokenizer, vocabulary_size: int) -> t
 
 @torch.no_grad()
 def _logits(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """(T, V) float32 of one row (1, T)."""
-    positions = torch.arange(ids.shape[1])[None]
-    answer = {"decoder_input_ids": ids} if model.family.reads_source else {}  # the row is source and answer at once
-    hidden = model.family.hidden(model.net, {"input_ids": ids, "position_ids": positions, **answer})
-    return model.family.head(model.net).logits(hidden[0])
+    """What the head makes of one row (1, T): (T, V) float32."""
+    return model.family.scores(model.net, ids)
 
 
 def _compare(
-    rows: list[torch.Tensor], before: list[torch.Tensor], after: list[torch.Tensor], described: str
+    rows: list[torch.Tensor],
+    before: list[torch.Tensor],
+    after: list[torch.Tensor],
+    described: str,
+    *,
+    predicts: bool,
 ) -> Difference:
     gaps = [(first - second).abs() for first, second in zip(before, after, strict=True)]
     count = sum(gap.numel() for gap in gaps)
@@ -244,8 +254,8 @@ def _compare(
         largest=max(float(gap.max()) for gap in gaps),
         mean=sum(float(gap.double().sum()) for gap in gaps) / count,
         spread=float(torch.cat([logits.reshape(-1) for logits in before]).std()),
-        running_loss=_loss(rows, before),
-        merged_loss=_loss(rows, after),
+        running_loss=_loss(rows, before) if predicts else None,
+        merged_loss=_loss(rows, after) if predicts else None,
         rows=described,
         tokens=sum(row.shape[1] for row in rows),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from tunekit.errors import ModelError
 from tunekit.model.load import make_meta_model
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.model import ModelSection
+from tunekit.records import Choice
+from tunekit.tuned.network import prepare_network
 
 
 def base_section(config: AdapterConfig, base: str | None, how: str) -> ModelSection:
@@ -43,12 +46,17 @@ def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter
 
 def attach_without_weights(folder: Path, section: ModelSection, rewriter: Rewriter) -> AttachedAdapter:
     """The adapter in a net without weights: its tensors are real, the base's are not."""
-    meta = make_meta_model(section, device=torch.device("cpu"))
-    return attach_adapter_folder(
-        meta.net,
+    cpu = torch.device("cpu")
+    base = make_meta_model(section, device=cpu)
+    attach = partial(
+        attach_adapter_folder,
+        base.net,
         folder,
-        head_name=meta.family.head_name(meta.net),
+        head_name=base.family.head_name(base.net),
         base_fingerprint=rewriter.fingerprint(),
-        device=torch.device("cpu"),
+        device=cpu,
         base_weight=rewriter.base_weight,
     )
+    attached = prepare_network(base, Choice(), attach, planned_for=cpu).adapter
+    assert attached is not None
+    return attached

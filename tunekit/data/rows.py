@@ -1,6 +1,6 @@
-"""The data section and a tokenizer to encoded rows: cached, split, counted.
+"""The data section to the rows of an objective: cached, split, counted.
 
-Comes in: DataSection, Tokenizer, seed.  Goes out: RowSet.  Next: plan.py, train.py, preview.py, evaluate.py.
+Comes in: DataSection, Objective, seed.  Goes out: RowSet.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.contracts import Batch, EncodedRows, Tokenizer
+from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.order import Share, epoch_rows, held_out
 from tunekit.data.batching.stream import StreamedSource, StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, longest_batch
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch
 from tunekit.data.encoding.cache import hash_of
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.sample import sample_source, scaled
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.shards import machine_memory_bytes, must_stream
-from tunekit.data.rendering.render import Renderer
 from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.recipe.data import DataSection
 from tunekit.records import RowCounts
@@ -42,8 +41,9 @@ class Prompt(NamedTuple):
 class RowSet:
     """Rows to train on and to evaluate on, with their counts and what to tell the user (`notes`)."""
 
-    train: EncodedRows
-    evaluation: EncodedRows | None
+    objective: Objective
+    train: Rows
+    evaluation: Rows | None
     counts: RowCounts
     eval_counts: RowCounts | None
     fingerprint: str
@@ -58,39 +58,36 @@ class RowSet:
         return bool(self.streams)
 
     @property
-    def all(self) -> list[EncodedRows]:
+    def all(self) -> list[Rows]:
         """Training rows, and those to evaluate on if there are any."""
         return [self.train] if self.evaluation is None else [self.train, self.evaluation]
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
         """The windows to train on, with the sources' weights."""
         if self.streams:
-            return StreamedWindows(self.streams, settings, rank=rank, world=world)
-        return TrainingWindows(self.train, settings, rank=rank, world=world, draws=self.draws)
+            return StreamedWindows(self.streams, self.objective, settings, rank=rank, world=world)
+        return TrainingWindows(self.train, self.objective, settings, rank=rank, world=world, draws=self.draws)
 
-    def longest_batch(self, settings: BatchSettings) -> Batch:
-        """A micro-batch as large as any that training can meet; of a stream, one of rows of max_length."""
-        if not self.streams:
-            return longest_batch(self.train, settings)
-        count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // settings.max_length, 1)
-        return filled_batch(self.train, settings, count, settings.max_length)
+    def filled_batch(self, settings: BatchSettings) -> Batch:
+        """A micro-batch as large as a stream can give."""
+        return filled_batch(self.train, self.objective, settings)
 
     def evaluation_prompts(self) -> list[Prompt]:
         """Every evaluation row that has an answer, as a prompt with that answer."""
         return self.read_prompts()
 
 
-def load_rows(data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: Path | None = None) -> RowSet:
+def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None) -> RowSet:
     """Encoded training and evaluation rows. Raises: DataError naming every wrong row, or that none is left."""
-    options = encode_options(data, tokenizer)
+    options = encode_options(data)
     memory_bytes = machine_memory_bytes()
     if any(must_stream(source, memory_bytes) for source in data.train):
-        return _load_streamed(data, tokenizer, options, seed, cache_dir)
-    sources = load_sources(data.train, tokenizer, options, cache_dir)
+        return _load_streamed(data, objective, options, seed, cache_dir)
+    sources = load_sources(data.train, objective, options, cache_dir)
     train, held = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)
     eval_sources, evaluation = sources, held
     if isinstance(data.eval, tuple):
-        eval_sources = load_sources(data.eval, tokenizer, options, cache_dir)
+        eval_sources = load_sources(data.eval, objective, options, cache_dir)
         evaluation = [_whole(source) for source in eval_sources]
     train_rows = ChosenRows(train)
     if held and not len(train_rows) and len(ChosenRows(held)):
@@ -108,6 +105,7 @@ def load_rows(data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: 
     notes = [note for source in sources for note in source.notices]
     notes += [note for source in eval_sources for note in source.notices] if own else []
     return RowSet(
+        objective=objective.informed([train_rows] if eval_rows is None else [train_rows, eval_rows]),
         train=train_rows,
         evaluation=eval_rows,
         counts=_count(sources, train_rows, epoch_rows(draws, seed=seed, epoch=0, shuffle=False)),
@@ -116,23 +114,24 @@ def load_rows(data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: 
         draws=draws,
         streams=(),
         notes=(*dict.fromkeys(notes), *_leaks(data, train_rows, eval_rows)),
-        read_prompts=lambda: _prompts(eval_sources, evaluation, tokenizer, options),
+        read_prompts=lambda: _prompts(eval_sources, evaluation, objective, options),
     )
 
 
 def load_evaluation_rows(
-    data: DataSection, tokenizer: Tokenizer, *, seed: int, cache_dir: Path | None = None
+    data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None
 ) -> RowSet:
     """Only the evaluation rows of a data section; `train` is empty unless they are a fraction of it."""
     if isinstance(data.eval, tuple):
-        options = encode_options(data, tokenizer)
-        sources = load_sources(data.eval, tokenizer, options, cache_dir)
+        options = encode_options(data)
+        sources = load_sources(data.eval, objective, options, cache_dir)
         parts = [_whole(source) for source in sources]
         rows = ChosenRows(parts)
         _require_rows(rows, sources, "data.eval")
         counts = _count(sources, rows)
         notes = tuple(dict.fromkeys(note for source in sources for note in source.notices))
         return RowSet(
+            objective=objective.informed([rows]),
             train=ChosenRows([]),
             evaluation=rows,
             counts=RowCounts(0, 0, 0, 0, 0, 0, 0),
@@ -141,13 +140,13 @@ def load_evaluation_rows(
             draws=(),
             streams=(),
             notes=notes,
-            read_prompts=lambda: _prompts(sources, parts, tokenizer, options),
+            read_prompts=lambda: _prompts(sources, parts, objective, options),
         )
-    return load_rows(data, tokenizer, seed=seed, cache_dir=cache_dir)
+    return load_rows(data, objective, seed=seed, cache_dir=cache_dir)
 
 
 def _load_streamed(
-    data: DataSection, tokenizer: Tokenizer, options: EncodeOptions, seed: int, cache_dir: Path | None
+    data: DataSection, objective: Objective, options: EncodeOptions, seed: int, cache_dir: Path | None
 ) -> RowSet:
     """Training rows on the fly: `train` holds each source's first rows, and every count is estimated from them."""
     if isinstance(data.eval, float):
@@ -156,7 +155,7 @@ def _load_streamed(
             "name an eval source of its own",
             key="data.eval",
         )
-    sampled = [sample_source(source, number, tokenizer, options) for number, source in enumerate(data.train)]
+    sampled = [sample_source(source, number, objective, options) for number, source in enumerate(data.train)]
     samples = [replace(one.sample, counts=scaled(one.sample.counts, one.scale or 1.0)) for one in sampled]
     rows = ChosenRows([_whole(sample) for sample in samples])
     _require_rows(rows, samples, "data.train")
@@ -164,10 +163,11 @@ def _load_streamed(
     counts = _count(samples, rows)
     trained = sum(sample.counts.kept for sample in samples)
     scale = trained / counts.trained
-    own = None if data.eval is None else load_evaluation_rows(data, tokenizer, seed=seed, cache_dir=cache_dir)
+    own = None if data.eval is None else load_evaluation_rows(data, objective, seed=seed, cache_dir=cache_dir)
     fingerprint = [_fingerprint(data, samples, (), seed), own.fingerprint if own else None, "streamed"]
     notes = [note for sample in samples for note in sample.notices]
     return RowSet(
+        objective=objective.informed([rows]),
         train=rows,
         evaluation=own.evaluation if own else None,
         counts=replace(
@@ -266,16 +266,16 @@ def _fingerprint(
 
 
 def _prompts(
-    sources: Sequence[EncodedSource], parts: Sequence[Part], tokenizer: Tokenizer, options: EncodeOptions
+    sources: Sequence[EncodedSource], parts: Sequence[Part], objective: Objective, options: EncodeOptions
 ) -> list[Prompt]:
     """Prompts of the evaluation rows, read again from their files."""
-    renderer = Renderer(tokenizer, options.train_on, options.template)
+    encoder = objective.row_encoder(options)
     prompts: list[Prompt] = []
     for source, part in zip(sources, parts, strict=True):
         numbers = set(source.store.records["number"][part.chosen].tolist())
-        for line, example in read_examples(source.source, numbers):
+        for line, example in read_examples(source.source, objective, numbers):
             try:
-                found = renderer.prompt(example)
+                found = encoder.prompt(example)
             except TunekitError as error:
                 raise DataError(error.problems[0].what, file=source.source.path, line=line) from None
             if found is not None:

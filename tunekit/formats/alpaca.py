@@ -16,6 +16,7 @@ from tunekit.formats.fields import check_text, read_optional_text, read_text
 DESCRIPTION = "instruction, input (may be empty or absent), output; system: optional"
 FIELDS = ("instruction", "input", "output", "system", "history")
 REQUIRED = ("instruction", "output")
+EXAMPLE = "text"
 
 _HEADER = "Below is an instruction that describes a task"
 _TASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n"

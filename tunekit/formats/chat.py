@@ -17,6 +17,7 @@ from tunekit.formats.fields import check_text, listed, read_json
 DESCRIPTION = "messages: a list of {role, content}, as OpenAI's API has them; tools: optional tool definitions"
 FIELDS = ("messages", "tools")
 REQUIRED = ("messages",)
+EXAMPLE = "text"
 
 
 def make_example(row: Mapping[str, Any]) -> Example:

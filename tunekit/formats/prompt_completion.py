@@ -17,6 +17,7 @@ from tunekit.formats.fields import read_text
 DESCRIPTION = "prompt, completion: plain text, or lists of messages; only the completion is trained on"
 FIELDS = ("prompt", "completion", "tools")
 REQUIRED = ("prompt", "completion")
+EXAMPLE = "text"
 
 
 def make_example(row: Mapping[str, Any]) -> Example:

@@ -17,6 +17,7 @@ from tunekit.formats.fields import listed, read_json, read_optional_text, read_t
 DESCRIPTION = "conversations: a list of {from: human|gpt|system, value}; system and tools: optional"
 FIELDS = ("conversations", "system", "tools")
 REQUIRED = ("conversations",)
+EXAMPLE = "text"
 
 ROLES_BY_SENDER = {
     "system": "system",

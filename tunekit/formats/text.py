@@ -14,6 +14,7 @@ from tunekit.formats.fields import read_text
 DESCRIPTION = "text: trained on whole, with the end-of-sequence token after it"
 FIELDS = ("text",)
 REQUIRED = ("text",)
+EXAMPLE = "text"
 
 
 def make_example(row: Mapping[str, Any]) -> Example:

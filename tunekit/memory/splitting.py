@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from tunekit.contracts import Batch
+from tunekit.contracts import Batch, Objective
 from tunekit.data.batching.split import split_batch
 from tunekit.errors import ResourceError
 from tunekit.records import Reaction
@@ -42,8 +42,7 @@ def first_line(error: BaseException) -> str:
 
 def shape_text(batch: Batch) -> str:
     """A micro-batch as a person counts it: 4 x 512 tokens."""
-    rows, tokens = batch.input_ids.shape
-    return f"{rows:,} x {tokens:,} tokens"
+    return f"{len(batch.sequences):,} x {batch.width:,} tokens"
 
 
 class Splitting:
@@ -54,15 +53,16 @@ class Splitting:
         self.running: Batch | None = None  # whoever runs pieces says which, so that a failure is its
         self._react = react
 
-    def pieces(self, batch: Batch) -> list[Batch]:
+    def pieces(self, objective: Objective, batch: Batch) -> list[Batch]:
         """The batch, or what it is cut into: none as large as one that failed, unless it is a single document."""
-        if self.tokens is None or batch.input_ids.numel() < self.tokens:
+        if self.tokens is None or batch.padded < self.tokens:
             return [batch]
-        halves = split_batch(batch)
-        return [batch] if halves is None else [piece for half in halves for piece in self.pieces(half)]
+        halves = split_batch(batch, objective)
+        return [batch] if halves is None else [piece for half in halves for piece in self.pieces(objective, half)]
 
     def run(
         self,
+        objective: Objective,
         batches: Sequence[Batch],
         attempt: Callable[[list[list[Batch]]], Result],
         undo: Callable[[], None],
@@ -75,21 +75,21 @@ class Splitting:
         """
         while True:
             try:
-                return attempt([self.pieces(batch) for batch in batches])
+                return attempt([self.pieces(objective, batch) for batch in batches])
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
             # Not inside `except`: there the error still holds the failed attempt's tensors.
-            self._shrink(reason, step)
+            self._shrink(objective, reason, step)
             undo()
 
-    def _shrink(self, reason: str, step: int) -> None:
+    def _shrink(self, objective: Objective, reason: str, step: int) -> None:
         """Split what failed, and all that is as large, from now on."""
         failed, self.running = self.running, None
-        if failed is None or split_batch(failed) is None:
+        if failed is None or split_batch(failed, objective) is None:
             raise document_too_large(failed, reason)
-        self.tokens = min(failed.input_ids.numel(), self.tokens or failed.input_ids.numel())
+        self.tokens = min(failed.padded, self.tokens or failed.padded)
         collect_failed()
         if self._react is not None:
             what = f"a micro-batch of {shape_text(failed)} ran out of memory"
@@ -108,5 +108,5 @@ def document_too_large(batch: Batch | None, reason: str) -> ResourceError:
     """The error for what cannot be split any further."""
     if batch is None:
         return ResourceError(f"out of memory ({reason})", HOW)
-    place = batch.origins[0][0] if batch.origins and batch.origins[0] else "a row"
-    return ResourceError(f"out of memory on a single document of {batch.lengths[0]:,} tokens, {place} ({reason})", HOW)
+    row = batch.rows[0]
+    return ResourceError(f"out of memory on a single document of {row.size:,} tokens, {row.origin} ({reason})", HOW)

@@ -80,8 +80,9 @@ def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: st
     """Let the layers pass through slots from now on, as the tier says; None where it is off."""
     if tier == "off":
         return None
-    slots = make_slots(weights, base.device, tier=tier, mapped=base.mapped)
-    embedding = host_embedding(base)
+    simulated = base.device.type == "meta"  # nothing waits on a host there
+    slots = make_slots(weights, base.device, tier="disk" if simulated else tier, mapped=base.mapped)
+    embedding = None if simulated else host_embedding(base)
     if embedding is not None:
         gather_on_host(embedding, base.device)
     stream_layers([layer for _, layer in base.family.layers(base.net)], slots)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 DESCRIPTION = "share of generated answers that contain the reference"
-COMPUTED_FROM = "generation"
 HIGHER_IS_BETTER = True
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 DESCRIPTION = "mean negative log-likelihood of the supervised tokens"
-COMPUTED_FROM = "loss"
+NEEDS = ("loss", "units")
 HIGHER_IS_BETTER = False
 
 
-def from_sums(loss_sum: float, correct_tokens: int, supervised_tokens: int) -> float:
-    """loss_sum / supervised_tokens, in nats a token. Raises ValueError without tokens."""
-    if supervised_tokens <= 0:
+def from_sums(sums: Mapping[str, Any]) -> float:
+    """sums["loss"] / sums["units"], in nats a unit (a supervised token, a label). Raises ValueError without tokens."""
+    if sums["units"] <= 0:
         raise ValueError("no supervised tokens")
-    return loss_sum / supervised_tokens
+    return float(sums["loss"] / sums["units"])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from tunekit.metrics import loss
 
 DESCRIPTION = "exp of the loss"
-COMPUTED_FROM = "loss"
+NEEDS = ("loss", "units")
 HIGHER_IS_BETTER = False
 
 
-def from_sums(loss_sum: float, correct_tokens: int, supervised_tokens: int) -> float:
-    """exp(loss_sum / supervised_tokens), infinite where that overflows. Raises ValueError without tokens."""
+def from_sums(sums: Mapping[str, Any]) -> float:
+    """exp(sums["loss"] / sums["units"]), infinite where that overflows. Raises ValueError without tokens."""
     try:
-        return math.exp(loss.from_sums(loss_sum, correct_tokens, supervised_tokens))
+        return math.exp(loss.from_sums(sums))
     except OverflowError:
         return math.inf

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 DESCRIPTION = "longest common subsequence of words, as a mean F1"
-COMPUTED_FROM = "generation"
 HIGHER_IS_BETTER = True
 
 

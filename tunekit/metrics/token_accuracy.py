@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 DESCRIPTION = "share of supervised tokens that are the model's first choice, given the true ones before"
-COMPUTED_FROM = "loss"
+NEEDS = ("correct", "units")
 HIGHER_IS_BETTER = True
 
 
-def from_sums(loss_sum: float, correct_tokens: int, supervised_tokens: int) -> float:
-    """correct_tokens / supervised_tokens, 0 to 1. Raises ValueError without tokens."""
-    if supervised_tokens <= 0:
+def from_sums(sums: Mapping[str, Any]) -> float:
+    """sums["correct"] / sums["units"], 0 to 1. Raises ValueError without tokens."""
+    if sums["units"] <= 0:
         raise ValueError("no supervised tokens")
-    return correct_tokens / supervised_tokens
+    return float(sums["correct"] / sums["units"])

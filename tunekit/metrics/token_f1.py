@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 DESCRIPTION = "overlap of the answer's words with the reference's, as a mean F1"
-COMPUTED_FROM = "generation"
 HIGHER_IS_BETTER = True
 
 

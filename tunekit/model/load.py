@@ -16,6 +16,7 @@ from tunekit.files.tensors import TensorEntry
 from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family, text_config
+from tunekit.model.families.heads import draw_head, new_head
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
 from tunekit.model.storage import inspection
@@ -28,8 +29,8 @@ from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.transformers_guard import ModelErrors, no_fetched_code, quiet
-from tunekit.recipe.model import ModelSection
-from tunekit.records import ModelFacts
+from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.records import ModelFacts, TextFacts
 
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
 
@@ -49,6 +50,7 @@ class LoadedModel:
     revision: str | None
     fingerprint: str | None
     facts: ModelFacts
+    text: TextFacts
     generation_config: Any
     notes: list[str] = field(default_factory=list)
     sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
@@ -108,6 +110,7 @@ def load_model(section: ModelSection, *, device: torch.device, streamed: bool = 
             return _load_streamed(request)
         direct = _from_files(request)
         net, notes, sidecar = direct or (*_read_weights(request), None)
+        draw_head(section, request.family, net, request.dtype)
     if direct is None:
         notes += request.packed(net, device)
     loaded = _finish(net.to(device), request, notes)
@@ -124,6 +127,7 @@ def _load_streamed(request: _Request) -> LoadedModel:
         net, notes, mapped = mapped_net(
             request.source, section, request.config, family, request.dtype, request.attention, request.fingerprint
         )
+        draw_head(section, family, net, request.dtype)
     stored = [tensor for _, layer in family.layers(net) for tensor in layer.state_dict(keep_vars=True).values()]
     inside = {id(tensor) for tensor in stored}
     for tensor in [*net.parameters(), *net.buffers()]:
@@ -165,7 +169,8 @@ def _can_be_read_alone(net: nn.Module, request: _Request) -> bool:
     if request.source.gguf_file is not None or request.section.trust_remote_code:
         return False
     try:
-        return open_base(net, request.source.folder, request.dtype) is not None
+        head = new_head(request.section, request.family, net)
+        return open_base(net, request.source.folder, request.dtype, head) is not None
     except ModelError:
         return True
 
@@ -209,18 +214,21 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Any
     """The configuration object and the base's family, checked: architecture, stored quantization, remote code."""
     from transformers import AutoConfig
 
-    family = make_family("causal")
-
     arguments: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "local_files_only": True}
     if source.gguf_file is not None:
         inspection.check_gguf(source)
         arguments["gguf_file"] = source.gguf_file
+        family = make_family(section.family if isinstance(section, HeadedModel) else "causal")
     else:
         raw = inspection.read_config(source)
         inspection.check_quantized(raw, section)
         family = make_family(inspection.find_family(raw, section))
     with ModelErrors(section), quiet():
         config = AutoConfig.from_pretrained(str(source.folder), **arguments)
+    if isinstance(section, HeadedModel):
+        config.id2label = dict(enumerate(section.labels))
+        config.label2id = {label: number for number, label in enumerate(section.labels)}
+        config.pad_token_id = section.head_pad_id if config.pad_token_id is None else config.pad_token_id
     _check_known(config, family, section)
     config.use_cache = False
     if hasattr(config, "transformers_weights"):
@@ -233,7 +241,7 @@ def _check_known(config: Any, family: Family, section: ModelSection) -> None:
     if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
         return
     raise ModelError(
-        f"{section.name_or_path} ({config.model_type}) is no {family.text} that transformers knows",
+        f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows",
         "choose another base, or a newer transformers",
         key="model.name_or_path",
     )
@@ -253,6 +261,10 @@ def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
             **arguments,
         )
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    head = new_head(section, request.family, net)
+    if head is not None and any(key.startswith(f"{head}.") for key in missing):
+        net.get_submodule(head).to("meta")  # to be drawn
+        missing = [key for key in missing if not key.startswith(f"{head}.")]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ModelError(
@@ -277,7 +289,7 @@ def _from_files(request: _Request) -> tuple[nn.Module, list[str], Sidecar | None
         return None
     with ModelErrors(section), quiet(), no_fetched_code():
         net = unfilled_net(family.auto_class(), request.config, dtype, request.attention)
-        reader = open_base(net, source.folder, dtype)
+        reader = open_base(net, source.folder, dtype, new_head(section, family, net))
         if reader is None:
             return None
         load_generation_config(net, source.folder)
@@ -294,7 +306,7 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
     """Freeze, set eval mode and collect the facts. `meta`: the net lies there, and not on the device it is for."""
     net.requires_grad_(False)
     net.eval()
-    if request.family.name == "causal":
+    if request.family.looks_back(net):
         attend_per_document(net, request.device, request.dtype)
     config: Any = net.config
     config.use_cache = False
@@ -311,6 +323,7 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
         revision=facts.revision,
         fingerprint=request.fingerprint,
         facts=facts,
+        text=_text_facts(net, request.family),
         generation_config=getattr(net, "generation_config", None),
         notes=notes,
     )
@@ -318,8 +331,6 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
 
 def _facts(net: nn.Module, request: _Request) -> ModelFacts:
     config, section, family = text_config(net), request.section, request.family
-    embedding_name = family.embedding_name(net)
-    embedding: Any = net.get_submodule(embedding_name) if embedding_name else None
     return ModelFacts(
         name_or_path=section.name_or_path,
         revision=request.source.commit,
@@ -332,6 +343,15 @@ def _facts(net: nn.Module, request: _Request) -> ModelFacts:
         total_parameters=element_count(net),
         layers=len(family.layers(net)),
         hidden_size=int(config.hidden_size),
-        vocabulary_size=int(embedding.num_embeddings) if embedding is not None else int(config.vocab_size),
         fingerprint=request.fingerprint,
+    )
+
+
+def _text_facts(net: nn.Module, family: Family) -> TextFacts:
+    config, name = text_config(net), family.embedding_name(net)
+    embedding: Any = net.get_submodule(name) if name else None
+    positions = getattr(config, "max_position_embeddings", None)
+    return TextFacts(
+        vocabulary_size=int(embedding.num_embeddings) if embedding is not None else int(config.vocab_size),
+        positions=positions if isinstance(positions, int) else None,
     )

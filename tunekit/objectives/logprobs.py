@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.contracts import IGNORED, Head, Loss
+from tunekit.contracts import IGNORED, Head, Loss, ModelOutput, Sums
+from tunekit.model.placing import placed
 
 CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
@@ -115,18 +116,35 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
     return torch.cat(losses), torch.cat(correct)
 
 
-def loss_of_positions(
-    output: Tensor, index: Tensor, targets: Tensor, head: Head, chunk_tokens: int, head_parameters: Sequence[Tensor]
-) -> Loss:
-    """The summed loss of some positions, with gradient; without, their metrics too: how many are `correct`.
+def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Loss:
+    """The summed loss of some positions, with gradient.
 
-    Shapes: output (B, T, D), index (N,) into its flattened positions, targets (N,) -> total (1,).
+    Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> total (1,).
     """
-    hidden = select_positions(output, index)  # (N, D)
-    if torch.is_grad_enabled():
-        return Loss(summed_loss(hidden, targets, head, chunk_tokens, head_parameters)[None])
-    losses, correct = scored_positions(hidden, targets, head, chunk_tokens)
-    return Loss(losses.sum(dtype=torch.float64)[None], metrics={"correct": float(correct.sum())})
+    hidden, targets, head = _selected(output, index, targets)
+    return Loss(summed_loss(hidden, targets, head, output.chunk_tokens, output.head_parameters)[None])
+
+
+def sums_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Sums:
+    """Of some positions, added up in float64: their loss, how many are predicted right, and their number."""
+    hidden, targets, head = _selected(output, index, targets)
+    losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
+    count = torch.tensor(float(len(targets)), dtype=torch.float64)
+    return {"loss": losses.sum(dtype=torch.float64), "correct": correct.sum().double(), "units": count}
+
+
+def losses_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:
+    """(N,) float32: the loss of each position, without gradient."""
+    hidden, targets, head = _selected(output, index, targets)
+    return scored_positions(hidden, targets, head, output.chunk_tokens)[0]
+
+
+def _selected(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Head]:
+    """Hidden states (N, D) at the positions, and their targets (N,), on the device."""
+    assert output.hidden is not None
+    assert output.head is not None
+    device = output.hidden.device
+    return select_positions(output.hidden, placed(index, device)), placed(targets, device), output.head
 
 
 def logits_chunk_tokens(vocabulary_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:

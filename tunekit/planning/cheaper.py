@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from tunekit.contracts import Batch
+from tunekit.data.batching.split import cut_batch
 from tunekit.model.load import make_meta_model
 from tunekit.planning.forecast import Forecast
 from tunekit.planning.refusals import library_problems
@@ -127,10 +128,10 @@ def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
     """Shorter rows; where micro-batches are cut by tokens, fewer of them."""
     if recipe.training.micro_batch_tokens is not None:
         tokens = recipe.training.micro_batch_tokens // 2
-        if forecast.largest_batch(None).input_ids.shape[0] > 1:
+        if len(forecast.largest_batch(None).sequences) > 1:
             yield Change("training.micro_batch_tokens", tokens, _half_the_rows)
         return
-    longest = forecast.largest_batch(1).input_ids.shape[1]
+    longest = forecast.largest_batch(1).width
     half = longest // 2 - longest // 2 % 8
     if half:
         yield Change("data.max_length", half, lambda given: _cut_to(given, half))
@@ -145,7 +146,7 @@ def _is_possible(recipe: Recipe, section: str, **values: object) -> bool:
 
 def _one_evaluation_row(forecast: Forecast) -> Forecast:
     assert forecast.evaluation_batch is not None
-    return replace(forecast, evaluation_batch=_cut(forecast.evaluation_batch, rows=1))
+    return replace(forecast, evaluation_batch=cut_batch(forecast.evaluation_batch, forecast.run.objective, sequences=1))
 
 
 def _half_the_rows(forecast: Forecast) -> Forecast:
@@ -153,30 +154,15 @@ def _half_the_rows(forecast: Forecast) -> Forecast:
 
     def halved(size: int | None) -> Batch:
         batch = largest(size)
-        return _cut(batch, rows=-(-batch.input_ids.shape[0] // 2))
+        return cut_batch(batch, forecast.run.objective, sequences=-(-len(batch.sequences) // 2))
 
     return replace(forecast, largest_batch=halved)
 
 
 def _cut_to(forecast: Forecast, tokens: int) -> Forecast:
-    largest, evaluation = forecast.largest_batch, forecast.evaluation_batch
+    largest, evaluation, objective = forecast.largest_batch, forecast.evaluation_batch, forecast.run.objective
     return replace(
         forecast,
-        largest_batch=lambda size: _cut(largest(size), tokens=tokens),
-        evaluation_batch=None if evaluation is None else _cut(evaluation, tokens=tokens),
-    )
-
-
-def _cut(batch: Batch, *, rows: int | None = None, tokens: int | None = None) -> Batch:
-    """The first rows, and of each the first tokens: what the simulation sees of smaller batches."""
-    part = (slice(rows), slice(tokens))
-    width = batch.input_ids[part].shape[1]
-    return replace(
-        batch,
-        input_ids=batch.input_ids[part],
-        position_ids=batch.position_ids[part],
-        labels=batch.labels[part],
-        lengths=tuple(min(length, width) for length in batch.lengths[:rows]),
-        origins=batch.origins[:rows],
-        row_ids=batch.row_ids[:rows],
+        largest_batch=lambda size: cut_batch(largest(size), objective, size=tokens),
+        evaluation_batch=None if evaluation is None else cut_batch(evaluation, objective, size=tokens),
     )

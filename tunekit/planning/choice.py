@@ -1,6 +1,4 @@
-"""The fastest setting that fits a memory limit: which tier, how many rows at a time, how much is recomputed.
-
-Comes in: what may be chosen, a way to predict a peak, a cost.  Goes out: a Choice.
+"""What may be chosen, a way to predict a peak and an ordered cost go in; the fastest Choice that fits comes out.
 
 The cost orders settings; it predicts no seconds. Every setting computes the same sums in another order, so the choice
 is one of speed and memory alone.
@@ -11,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tunekit.records import Choice
 
@@ -32,12 +30,21 @@ class SearchSpace:
     layers: int
     tiers: Sequence[str] = ("off",)  # values of memory.streaming
     passes: Sequence[int] = ()  # micro-batches of a pass, where that is not free
+    written: Choice = field(default_factory=Choice)  # with what the recipe alone decides
 
     def grid(self, tier: str) -> list[Choice]:
         """Every choice of a tier, with the fewest layers recomputed; what needs the least memory comes last."""
         fewest = self.layer_range()[0] if tier == "off" else 0
         return [
-            Choice(rows, steps, chunk, fewest, tier, size)
+            replace(
+                self.written,
+                micro_batch_size=rows,
+                gradient_accumulation_steps=steps,
+                logits_chunk_tokens=chunk,
+                checkpointed_layers=fewest,
+                streaming=tier,
+                pass_micro_batches=size,
+            )
             for (rows, steps), chunk in itertools.product(self.micro_batches, self.logits_chunks)
             for size in self.passes or pass_sizes(tier, steps)
         ]

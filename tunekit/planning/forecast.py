@@ -1,11 +1,10 @@
-"""The peak memory of a run, foreseen: its largest batches simulated, its base loaded on paper.
-
-Comes in: sections, the model without weights, rows.  Goes out: PeakBytes of a Choice.
+"""The recipe's sections, the model without weights and the rows go in; the peak memory of a run with some Choice comes
+out: its largest batches simulated, its base loaded on paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunekit.contracts import Batch, EncodedRows
-from tunekit.data.batching.pad import collate
+from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.stream import StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, padded_tokens, part_lengths
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.errors import ModelError
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
@@ -44,37 +42,34 @@ SAMPLED_ROWS = 20_000  # for the ids that occur
 
 
 def largest_batch(
-    windows: TrainingWindows, rows: EncodedRows, settings: BatchSettings, *, by_scores: bool = False
+    windows: TrainingWindows, rows: Rows, objective: Objective, settings: BatchSettings, *, by_scores: bool = False
 ) -> Batch:
     """The micro-batch with most tokens, padding included, among those that the run will really make.
 
     `by_scores`: the one with most attention scores, which grow with the square of a document; of batches cut by tokens
     that is another one: a single long row.
     """
-    lengths = np.asarray(rows.lengths)  # (rows,)
-    parts = part_lengths(lengths, np.asarray(rows.supervised), settings.reads_source)  # of each row
+    sizes = np.asarray(rows.sizes)  # (rows, sizes)
+    lengths = sizes.sum(axis=1)  # (rows,)
     best, best_size, left = None, (-1, -1), windows.steps
     for epoch in range(EXAMINED_EPOCHS):
         micro_batches = windows.micro_batches(epoch)[: left * settings.gradient_accumulation_steps]
         left -= -(-len(micro_batches) // settings.gradient_accumulation_steps)
         for micro_batch in micro_batches:
-            widths = [int(lengths[list(group)].sum()) for group in micro_batch]
-            tokens = sum(widths) if settings.end_to_end else max(widths) * len(widths)
-            if settings.reads_source:
-                tokens = padded_tokens([parts[row] for group in micro_batch for row in group])
-            size = (tokens, max(widths))
+            widths = np.stack([sizes[list(group)].sum(axis=0) for group in micro_batch])  # (B, sizes)
+            tokens = int(widths.sum() if settings.end_to_end else len(widths) * widths.max(axis=0).sum())
             if by_scores:
-                documents = [int(lengths[row]) for group in micro_batch for row in group]
-                size = (sum(length**2 for length in documents), max(widths))
+                tokens = sum(int(lengths[row]) ** 2 for group in micro_batch for row in group)
+            size = (tokens, int(widths.sum(axis=1).max()))
             if size > best_size:
                 best, best_size = micro_batch, size
         if left <= 0:
             break
     assert best is not None
-    return collate(rows, best, pad_id=settings.pad_id, packed=settings.packing, end_to_end=settings.end_to_end)
+    return collate(rows, best, objective, end_to_end=settings.end_to_end)
 
 
-def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: EncodedRows, settings: BatchSettings) -> int:
+def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, settings: BatchSettings) -> int:
     """Loss tokens of the whole run, step by step as the windows will be; of a stream, as its sample has them."""
     supervised, per_step = np.asarray(rows.supervised), settings.gradient_accumulation_steps  # (rows,)
     if not isinstance(windows, TrainingWindows):
@@ -100,7 +95,7 @@ class Forecast:
     run: SimulatedRun
     base: LoadedModel
     largest_batch: Callable[[int | None], Batch]
-    rows: EncodedRows
+    rows: Rows
     evaluation_batch: Batch | None = None
     answer_tokens: int = 0
     start_bytes: int = 0
@@ -122,12 +117,12 @@ class Forecast:
         return self._step(choice).offloaded
 
     def _run(self, choice: Choice) -> SimulatedRun:
-        return replace(self.run, logits_chunk_tokens=choice.logits_chunk_tokens, streaming=choice.streaming)
+        return replace(self.run, choice=choice)
 
     def _step(self, choice: Choice) -> Simulation:
         if choice not in self._steps:
             batch, together = self.largest_batch(choice.micro_batch_size), min(choice.pass_micro_batches, SIMULATED)
-            simulation = self._run(choice).training_step(batch, choice.checkpointed_layers, together)
+            simulation = self._run(choice).training_step(batch, together)
             more = (choice.pass_micro_batches - together) * self._input_bytes(batch)
             simulation = _with_inputs(simulation, more, self.run.device)
             self._steps[choice] = self._without_unread(simulation, choice.streaming)
@@ -135,7 +130,7 @@ class Forecast:
 
     def _input_bytes(self, batch: Batch) -> int:
         """What one more micro-batch of a pass keeps: the input of every layer."""
-        return int(batch.input_ids.numel()) * self.base.facts.hidden_size * self.base.dtype.itemsize * (
+        return batch.padded * self.base.facts.hidden_size * self.base.dtype.itemsize * (
             self.base.facts.layers + 1
         )  # fmt: skip
 
@@ -149,10 +144,10 @@ class Forecast:
         """Of the longest evaluation batch; of a choice, the logits chunk and the tier are of any consequence to it."""
         if self.evaluation_batch is None:
             return None
-        known, chunk = self._evaluations, run.logits_chunk_tokens
-        if (chunk, run.streaming) not in known:
-            known[chunk, run.streaming] = self._without_unread(run.evaluation(self.evaluation_batch), run.streaming)
-        return known[chunk, run.streaming]
+        known, chunk, tier = self._evaluations, run.choice.logits_chunk_tokens, run.choice.streaming
+        if (chunk, tier) not in known:
+            known[chunk, tier] = self._without_unread(run.evaluation(self.evaluation_batch), tier)
+        return known[chunk, tier]
 
     @cached_property
     def _cache_bytes(self) -> int:
@@ -162,7 +157,7 @@ class Forecast:
         config = text_config(self.base.net)
         heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        rows = self.evaluation_batch.input_ids.shape[0]
+        rows = len(self.evaluation_batch.sequences)
         return 2 * self.base.facts.layers * rows * heads * self.answer_tokens * width * self.base.dtype.itemsize
 
     @cached_property
@@ -221,7 +216,9 @@ class Forecast:
         if embedding is None:
             return 0
         row_bytes = embedding.shape[1] * self.base.dtype.itemsize
-        return untouched_bytes(_ids(self.rows), row_bytes, embedding.shape[0] * row_bytes)
+        return untouched_bytes(
+            _ids(self.rows, self.run.objective.layout.token_parts), row_bytes, embedding.shape[0] * row_bytes
+        )
 
 
 def _with_inputs(simulation: Simulation, size_bytes: int, device: torch.device) -> Simulation:
@@ -234,9 +231,10 @@ def _with_inputs(simulation: Simulation, size_bytes: int, device: torch.device) 
     return replace(simulation, peak=peak, total=simulation.total + size_bytes)
 
 
-def _ids(rows: EncodedRows) -> NDArray[np.int64]:
-    """(ids,) that occur in the rows (in the first of very many)."""
+def _ids(rows: Rows, parts: Sequence[str]) -> NDArray[np.int64]:
+    """(ids,) that occur in these parts of the rows (in the first of very many)."""
     found: set[int] = set()
     for index in range(min(len(rows), SAMPLED_ROWS)):
-        found.update(rows[index].ids.tolist())
+        row = rows[index]
+        found.update(*(row.parts[part].tolist() for part in parts))
     return np.array(sorted(found), dtype=np.int64)

@@ -1,6 +1,5 @@
-"""What is chosen for memory's sake (rows at a time, recomputed layers, logits at a time), and whether the run fits.
-
-Comes in: a Forecast, what the recipe leaves free.  Goes out: PlannedMemory; a run too large is a finding.
+"""A Forecast and what the recipe asks for and leaves free go in; what is chosen for memory's sake comes out (rows at a
+time, recomputed layers, logits at a time), and whether the run fits.
 
 Only memory.budget changes micro-batches and logits chunks: the free memory of the moment must not decide what a resumed
 run cannot repeat bit by bit. Without a budget it decides how many layers are recomputed, which changes no bit, and
@@ -111,15 +110,15 @@ def plan_memory(
         reasons.append(f"warning: activations of {model_type} are not in the predicted peak ({peaks.unknown[0]})")
     trial = trial_reason(run.device, needed, available, budget)
     offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
-    tokens = int(forecast.largest_batch(choice.micro_batch_size).input_ids.numel())
+    tokens = forecast.largest_batch(choice.micro_batch_size).padded
     return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded, tokens)
 
 
 def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | None) -> SearchSpace:
     """What plan may choose: all axes within a budget, else layers and tier alone."""
-    run, facts = forecast.run, forecast.base.facts
+    run, base = forecast.run, forecast.base
     written = (run.training.micro_batch_size, run.training.gradient_accumulation_steps)
-    chunk = device_chunk_tokens(facts.vocabulary_size, run.device)
+    chunk = device_chunk_tokens(base.text.vocabulary_size, run.device)
     micro_batches, chunks, passes = [written], [chunk], []
     if resumed is not None:
         micro_batches = [(resumed.micro_batch_size, resumed.gradient_accumulation_steps)]
@@ -130,7 +129,8 @@ def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | Non
         chunks = [size for size in (chunk, chunk // 4, chunk // 16) if size >= LEAST_CHUNK_TOKENS]
         if calibrated_start(run.adapter) is None:
             micro_batches = smaller_micro_batches(*written)
-    return SearchSpace(micro_batches, chunks, run.memory.gradient_checkpointing, facts.layers, tiers, passes)
+    setting, layers = run.memory.gradient_checkpointing, base.facts.layers
+    return SearchSpace(micro_batches, chunks, setting, layers, tiers, passes, run.choice)
 
 
 def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int | None) -> str:
@@ -170,13 +170,13 @@ def _budget_reasons(
 def make_workload(forecast: Forecast) -> Workload:
     """What the cost of a choice depends on, from the largest batch."""
     training, facts = forecast.run.training, forecast.base.facts
-    rows, tokens = forecast.largest_batch(training.micro_batch_size).input_ids.shape
+    batch = forecast.largest_batch(training.micro_batch_size)
     return Workload(
         device=forecast.run.device.type,
         layers=facts.layers,
-        row_tokens=tokens if training.micro_batch_size is not None else rows * tokens,
-        step_tokens=rows * tokens * training.gradient_accumulation_steps,
-        head_share=min(1.0, facts.vocabulary_size * facts.hidden_size / max(facts.total_parameters, 1)),
+        row_tokens=batch.width if training.micro_batch_size is not None else batch.padded,
+        step_tokens=batch.padded * training.gradient_accumulation_steps,
+        head_share=min(1.0, forecast.base.text.vocabulary_size * facts.hidden_size / max(facts.total_parameters, 1)),
     )
 
 

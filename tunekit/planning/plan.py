@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,9 +18,8 @@ from tunekit.adapters.targets import copied_parameters, find_targets, trained_co
 from tunekit.contracts import Batch
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches
-from tunekit.data.encoding.ahead import encoded_ahead
 from tunekit.data.rows import RowSet, load_rows
-from tunekit.errors import Problem
+from tunekit.errors import Problem, RecipeError
 from tunekit.machine.devices import make_devices
 from tunekit.model.attention.documents import keeps_documents_apart
 from tunekit.model.load import LoadedModel, make_meta_model
@@ -38,31 +38,23 @@ from tunekit.planning.simulation import SimulatedRun
 from tunekit.planning.starts import start_bytes, start_notes, start_problems
 from tunekit.planning.tiers import allowed_tiers, streaming_notes
 from tunekit.recipe.load import LoadedRecipe
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.supported import refuse_unsupported
-from tunekit.records import Choice, Plan, Target
+from tunekit.records import Choice, Plan, PlannedRows, Target
 from tunekit.training.schedules import warmup_steps
+from tunekit.training.state import Prepared
 from tunekit.tuned.fit import check_family, row_problems
 
 Windows = TrainingWindows | StreamedWindows
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What plan made on the way and train needs again."""
-
-    tokenizer: LoadedTokenizer
-    rows: RowSet
-    batch_settings: BatchSettings  # with the micro-batches that plan chose
-    adapter: AdapterSettings  # with its texts as token ids
-    largest_batch: Batch  # of those that the run makes; of a stream, as large as any could be
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What the recipe names, read as far as it can be without a weight."""
 
+    model: ModelSection  # as the objective has the base loaded
     base: LoadedModel
     tokenizer: LoadedTokenizer
     rows: RowSet
@@ -81,12 +73,12 @@ def make_plan(
     *,
     device: torch.device | None = None,
     check_folder: bool = False,
-    begun: Choice | None = None,
+    previous: Choice | None = None,
 ) -> tuple[Plan, Prepared]:
     """Decide everything; what would make the run fail is in `plan.refusals`.
 
     `check_folder`: look at output.dir too (train holds it already).
-    `begun`: what the plan of a run that goes on had chosen; only the recomputed layers, which change no bit, are anew.
+    `previous`: what the plan of a resumed run had chosen; only the recomputed layers, which change no bit, are anew.
     Raises: TunekitError with every problem found, where model, data or targets cannot be read at all.
     """
     recipe, device = loaded.recipe, device or make_devices().device
@@ -98,26 +90,28 @@ def make_plan(
     inputs = _read_inputs(recipe, device, findings)
     if inputs is None:
         raise findings.error()
-    recipe = recipe.model_copy(update={"adapter": inputs.adapter})
-    packing, reason = _packing(recipe, inputs.base, findings)
+    recipe = recipe.model_copy(update={"adapter": inputs.adapter, "model": inputs.model})
+    packing, reason = _packing(recipe, inputs, findings)
     settings = _batch_settings(recipe, inputs, packing)
     reason += "; the rows of a micro-batch lie end to end, without padding" if settings.end_to_end else ""
     windows = findings.attempt(lambda: inputs.rows.windows(settings))
     if windows is None:
         raise findings.error()
-    findings.add(row_problems(inputs.base, inputs.tokenizer, inputs.rows.all, inputs.virtual_tokens))
+    findings.add(
+        row_problems(inputs.base, inputs.tokenizer, inputs.rows.objective, inputs.rows.all, inputs.virtual_tokens)
+    )
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     tiers, problems = allowed_tiers(recipe, inputs.base, device)
     findings.add(problems)
-    memory = plan_memory(forecast, tiers, begun, findings, partial(cheapest_changes, recipe, forecast))
+    memory = plan_memory(forecast, tiers, previous, findings, partial(cheapest_changes, recipe, forecast))
     if as_chosen(settings, memory.choice) != settings:
         settings = as_chosen(settings, memory.choice)
         windows = inputs.rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
     largest = forecast.largest_batch(settings.micro_batch_size)
-    return plan, Prepared(inputs.tokenizer, inputs.rows, settings, inputs.adapter, largest)
+    return plan, Prepared(inputs.model, inputs.tokenizer, inputs.rows, settings, inputs.adapter, largest)
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
@@ -128,16 +122,21 @@ def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
     """Model, tokenizer, rows and targets; the problems of all of them are noted."""
-    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
-    with parsed_once(recipe.model.name_or_path):
-        tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
-        with encoded_ahead(recipe.data, tokenizer):  # by another core, while this one imports the model's code
-            base = findings.attempt(lambda: check_family(make_meta_model(recipe.model, device=device), objective))
+    family, seed, model = recipe.objective.family, recipe.training.seed, recipe.model
     rows = targets = adapter = None
+    with parsed_once(model.name_or_path):
+        tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
+        if tokenizer is not None:
+            objective = make_objective(recipe.objective, tokenizer)
+            rows = findings.attempt(lambda: load_rows(recipe.data, objective, seed=seed))
+            model = (objective if rows is None else rows.objective).section(model, seed)
+        base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
     if tokenizer is not None:
         with_tokenizer = load_method(recipe.adapter.method).with_tokenizer
         adapter = findings.attempt(lambda: with_tokenizer(recipe.adapter, tokenizer))
-        rows = findings.attempt(lambda: load_rows(recipe.data, tokenizer, seed=recipe.training.seed))
+    if base is not None and adapter is not None:
+        given, beside = adapter, base.family.trained_with(base.net)
+        adapter = findings.attempt(lambda: with_saved_modules(given, beside))
     if base is not None:
         head = base.family.head_name(base.net)
         targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
@@ -148,7 +147,17 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         findings.attempt(lambda: read_adapter_config(Path(start)))
     if base is None or tokenizer is None or rows is None or targets is None or adapter is None:
         return None
-    return Inputs(base, tokenizer, rows, targets, adapter)
+    return Inputs(model, base, tokenizer, rows, targets, adapter)
+
+
+def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:
+    """The adapter with these modules trained whole beside it. Raises: RecipeError where its method trains none."""
+    own = getattr(adapter, "modules_to_save", None)
+    if own is None and names:
+        what = f"{adapter.method} trains no module beside the adapter, and this objective needs the head '{names[0]}'"
+        raise RecipeError(what, "choose another method, lora for one", key="adapter.method")
+    missing = [name for name in names if name not in (own or ())]
+    return adapter.model_copy(update={"modules_to_save": (*own, *missing)}) if own is not None and missing else adapter
 
 
 def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findings) -> bool:
@@ -157,15 +166,12 @@ def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findi
     return whole is None or findings.attempt(lambda: whole.slots(adapter, base.net)) is not None
 
 
-def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[bool, str]:
+def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, str]:
     """Whether rows are packed, and why."""
     asked = recipe.data.packing
     if asked is False:
         return False, "as the recipe says"
-    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
-    whole = load_method(recipe.adapter.method).model
-    prefixed = whole is not None and whole.virtual_tokens(recipe.adapter) > 0
-    obstacle = refusals.packing_obstacle(base, objective.packable, prefixed)
+    obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective.packable, inputs.virtual_tokens > 0)
     if obstacle is None:
         return True, "as the recipe says" if asked is True else "adapter, objective and model allow it"
     if asked is True:
@@ -175,8 +181,7 @@ def _packing(recipe: Recipe, base: LoadedModel, findings: Findings) -> tuple[boo
 
 def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSettings:
     """Rows that are not packed still need no padding where the model takes a micro-batch as documents of one row."""
-    objective = make_objective(recipe.objective, logits_chunk_tokens=LEAST_CHUNK_TOKENS)
-    apart = objective.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
+    apart = inputs.rows.objective.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
     training, data = recipe.training, recipe.data
     return BatchSettings(
         micro_batch_size=training.micro_batch_size,
@@ -188,9 +193,7 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
-        pad_id=inputs.tokenizer.pad_id,
         end_to_end=apart and not packing,
-        reads_source=inputs.base.family.reads_source,
     )
 
 
@@ -207,18 +210,32 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Prob
 def _forecast(
     recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
 ) -> Forecast:
-    rows, chunk = inputs.rows, LEAST_CHUNK_TOKENS
-    settings_of = (recipe.model, recipe.adapter, recipe.objective, recipe.training)
-    run = SimulatedRun(*settings_of, chunk, device, recipe.memory, bases={recipe.model: inputs.base})
+    rows, choice = inputs.rows, _written_choice(recipe, device, windows.steps)
+    sections = (recipe.model, recipe.adapter, rows.objective, recipe.training)
+    run = SimulatedRun(*sections, choice, device, recipe.memory, bases={recipe.model: inputs.base})
     evaluation, answers = None, 0
     if rows.evaluation is not None and rows.eval_counts is not None:
         size = recipe.evaluation.batch_size
-        evaluation = next(iter(evaluation_batches(rows.evaluation, batch_size=size, pad_id=settings.pad_id)))
+        evaluation = next(iter(evaluation_batches(rows.evaluation, rows.objective, batch_size=size)))
         if recipe.evaluation.generate:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     beside = start_bytes(recipe.adapter, inputs.targets)
     largest = cache(partial(_largest_batch, inputs, windows, settings, run))
     return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside)
+
+
+def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
+    """What the recipe alone decides; the rest is as it is where nothing is scarce."""
+    training, memory = recipe.training, recipe.memory
+    return Choice(
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        logits_chunk_tokens=LEAST_CHUNK_TOKENS,
+        activation_offload=memory.activation_offload,
+        mlp_tile_tokens=memory.mlp_tile_tokens,
+        kernels=training.kernels,
+        compiled=planned_compile(training.compile, device, steps)[0],
+    )
 
 
 def _largest_batch(
@@ -228,12 +245,13 @@ def _largest_batch(
     rows = inputs.rows
     windows, settings = _cut_anew(inputs, windows, settings, micro_batch_size)
     if not isinstance(windows, TrainingWindows):
-        return rows.longest_batch(settings)
-    largest = largest_batch(windows, rows.train, settings)
+        return rows.filled_batch(settings)
+    largest = largest_batch(windows, rows.train, rows.objective, settings)
     if not inputs.base.facts.attention.startswith("eager"):
         return largest
-    other = largest_batch(windows, rows.train, settings, by_scores=True)
-    return other if other.row_ids != largest.row_ids and run.needs_more(other, largest) else largest
+    other = largest_batch(windows, rows.train, rows.objective, settings, by_scores=True)
+    same = [row.number for row in other.rows] == [row.number for row in largest.rows]
+    return other if not same and run.needs_more(other, largest) else largest
 
 
 def _cut_anew(
@@ -264,22 +282,18 @@ def _assemble(
         tunekit_version=tunekit.__version__,
         recipe=recipe.model_dump(mode="json"),
         model=facts,
+        text=inputs.base.text,
         device=str(device),
         targets=inputs.targets,
         trainable_parameters=trainable,
         total_parameters=facts.total_parameters + trainable,
         steps=windows.steps,
-        steps_per_epoch=windows.steps_per_epoch,
         warmup_steps=warmup_steps(recipe.training, windows.steps),
-        micro_batches_per_epoch=windows.micro_batches_per_epoch,
-        rows=rows.counts,
-        eval_rows=rows.eval_counts,
         supervised_tokens=supervised_tokens(windows, rows.train, settings),
-        packing=packing[0],
-        packing_reason=packing[1],
-        checkpointed_layers=memory.choice.checkpointed_layers,
-        logits_chunk_tokens=memory.choice.logits_chunk_tokens,
-        engine="resident" if memory.choice.streaming == "off" else "streaming",
+        rows=PlannedRows(
+            rows.counts, rows.eval_counts, *packing, windows.micro_batches_per_epoch, windows.steps_per_epoch
+        ),
+        choice=memory.choice,
         peak_bytes=memory.peak,
         refusals=findings.refusals(),
         notes=[
@@ -288,11 +302,6 @@ def _assemble(
             *compile_notes(recipe.training.compile, device, windows.steps),
             *kernel_notes(recipe.training.kernels, inputs.base.net),
         ],
-        compiled=planned_compile(recipe.training.compile, device, windows.steps)[0],
-        micro_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        streaming=memory.choice.streaming,
-        pass_micro_batches=memory.choice.pass_micro_batches,
         budget_bytes=recipe.memory.budget_bytes,
         tries_longest_batch=memory.tries_longest,
         trial_reason=memory.trial_reason,

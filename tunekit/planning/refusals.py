@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunekit.contracts import EncodedRows
+from tunekit.contracts import Rows
 from tunekit.errors import Problem
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
@@ -64,9 +64,9 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"{existing} cannot be written to", "choose another output.dir, or change its mode", key=key)
 
 
-def position_notes(base: LoadedModel, rows: Sequence[EncodedRows], virtual_tokens: int) -> Iterator[str]:
+def position_notes(base: LoadedModel, rows: Sequence[Rows], virtual_tokens: int) -> Iterator[str]:
     """Rows longer than what the model was trained for, where positions are computed and not looked up."""
-    longest_tokens = max(longest_positions(base, some) for some in rows) + virtual_tokens
+    longest_tokens = max(longest_positions(some) for some in rows) + virtual_tokens
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
     if isinstance(trained, int) and longest_tokens > trained and base.family.learned_positions(base.net) is None:
         yield (

@@ -1,37 +1,33 @@
-"""A training step and an evaluation without values: the same model, adapter, engine and optimizer on the meta device.
-
-Comes in: the recipe's sections and the longest batches.  Goes out: Simulations.
+"""A training step and an evaluation without values: the recipe's sections and the longest batches go in, what the same
+network, engine and optimizer keep on the meta device comes out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.contracts import Batch, Head, Loss, Objective, Window
-from tunekit.memory.blobs import frozen_tensors
-from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.offload import make_store
+from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Sums, Window
 from tunekit.memory.slots import LayerSlots
-from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
-from tunekit.memory.tiling import tile_layers
+from tunekit.memory.streaming import host_embedding
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized import codec
-from tunekit.objectives.base import make_objective
 from tunekit.planning.simulated.kernels import kernels_as_on
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.section import AdapterSettings, ObjectiveSettings
+from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import Choice
 from tunekit.training.engines.choice import make_engine
-from tunekit.training.optimizers import Group, Optimizer
+from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.network import prepare_network
 from tunekit.tuned.scores import undisturbed
 
 MOMENTS = 2  # AdamW's, which torch makes in its first step
@@ -44,26 +40,23 @@ class SimulatedRun:
 
     model: ModelSection
     adapter: AdapterSettings
-    objective: ObjectiveSettings
+    objective: Objective
     training: TrainingSection
-    logits_chunk_tokens: int
+    choice: Choice
     device: torch.device
     memory: MemorySection = field(default_factory=MemorySection)
-    streaming: str = "off"
     bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made already
 
-    def training_step(self, batch: Batch, checkpointed_layers: int, micro_batches: int = 1) -> Simulation:
+    def training_step(self, batch: Batch, micro_batches: int = 1) -> Simulation:
         """Forward, backward and update of one micro-batch, the second of its step: gradients and moments exist.
 
         `micro_batches`: how many of this size pass through the layers together, where weights are streamed.
         """
-        (tuned, slots), tracker = self._tuned(checkpointed_layers), StorageTracker(self.device)
-        assert tuned.adapter is not None
-        objective = _LogitsApart(self._objective(), tracker)
-        engine = make_engine(self.training.seed, slots, micro_batches)
+        tuned, tracker = self._tuned(), StorageTracker(self.device)
+        objective = _LogitsApart(self.objective, tracker)
+        engine = make_engine(self.training.seed, tuned.slots, micro_batches)
         with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), tracker:
-            self._adopt(tracker, tuned, slots)
-            optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
+            optimizer = self._adopt(tracker, tuned)
             tracker.start()
             units = objective.units(batch)
             window = Window(0, 0.0, tuple(range(micro_batches)), (batch,) * micro_batches)
@@ -79,32 +72,28 @@ class SimulatedRun:
     def needs_more(self, batch: Batch, other: Batch) -> bool:
         """Whether a step of one batch needs more memory than one of another; False where neither can be simulated."""
         try:
-            return self.training_step(batch, 0).total > self.training_step(other, 0).total
+            return self.training_step(batch).total > self.training_step(other).total
         except (RuntimeError, NotImplementedError, TypeError, ValueError):  # the model's own code
             return False
 
     def before_a_step(self) -> dict[str, int]:
         """Bytes by part of what exists before the first step."""
-        (tuned, slots), tracker = self._tuned(0), StorageTracker(self.device)
-        assert tuned.adapter is not None
+        tuned, tracker = self._tuned(), StorageTracker(self.device)
         with tracker:
-            self._adopt(tracker, tuned, slots)
-            optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
+            optimizer = self._adopt(tracker, tuned)
             live = dict(tracker.live)
         del optimizer
         return live
 
     def evaluation(self, batch: Batch) -> Simulation:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
-        (tuned, slots), tracker = self._tuned(0), StorageTracker(self.device)
-        assert tuned.adapter is not None
-        objective = _LogitsApart(self._objective(), tracker)
+        tuned, tracker = self._tuned(), StorageTracker(self.device)
+        objective = _LogitsApart(self.objective, tracker)
         with kernels_as_on(self.device), tracker:
-            self._adopt(tracker, tuned, slots)
-            optimizer = make_tracked_optimizer(tracker, tuned.adapter, self.training)
+            optimizer = self._adopt(tracker, tuned)
             tracker.start()
             with undisturbed(tuned):
-                objective.loss(tuned.hidden(objective.inputs(batch)), tuned.head(), batch)
+                objective.sums(tuned.output(batch.inputs), batch)
         del optimizer
         return tracker.result()
 
@@ -117,30 +106,16 @@ class SimulatedRun:
         base = self.bases[self.model]
         return replace(base, net=deepcopy(base.net))
 
-    def _tuned(self, checkpointed_layers: int) -> tuple[TunedModel, LayerSlots | None]:
+    def _tuned(self) -> TunedModel:
         base = self._base()
-        weights = [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
         head = base.family.head_name(base.net)
-        adapter = attach_adapter(base.net, self.adapter, seed=self.training.seed, head_name=head)
-        store = make_store(self.memory.activation_offload, self.device, simulated=True)
-        layers = base.family.layers(base.net)
-        prepare_layers([layer for _, layer in layers], checkpointed_layers, store)
-        if self.memory.mlp_tile_tokens is not None:
-            hidden = torch.empty(0, base.facts.hidden_size, dtype=base.dtype, device="meta")
-            tile_layers(layers, self.memory.mlp_tile_tokens, hidden)
-        slots = None
-        if self.streaming != "off":
-            slots = make_slots(weights, torch.device("meta"), tier="disk")  # what waits on the host: see _waiting_bytes
-            stream_layers([layer for _, layer in layers], slots)
-        return TunedModel(replace(base, device=torch.device("meta")), adapter, store), slots
+        attach = partial(attach_adapter, base.net, self.adapter, seed=self.training.seed, head_name=head)
+        return prepare_network(base, self.choice, attach, planned_for=self.device)
 
-    def _objective(self) -> Objective:
-        return make_objective(self.objective, logits_chunk_tokens=self.logits_chunk_tokens)
-
-    def _adopt(self, tracker: StorageTracker, tuned: TunedModel, slots: LayerSlots | None) -> None:
-        """Count what exists before the step: the adapter's state, then everything else of the network."""
+    def _adopt(self, tracker: StorageTracker, tuned: TunedModel) -> Optimizer:
+        """Count what exists before the step: the adapter's state, everything else of the network, the optimizer."""
         assert tuned.adapter is not None
-        net = tuned.base.net
+        net, slots = tuned.base.net, tuned.slots
         with tracker.counting_as("adapter"):  # where state() detaches a tensor, that alone brings it to notice
             tracker.adopt(tuned.adapter.state().values(), "adapter")
         on_host = None if slots is None or self.device.type == "cpu" else host_embedding(tuned.base)
@@ -150,23 +125,23 @@ class SimulatedRun:
         if slots is not None:
             waiting = slots.waiting = torch.empty(self._waiting_bytes(slots), dtype=torch.uint8, device="meta")
             tracker.adopt([*(slot.memory for slot in slots.slots), waiting], "weights")
+        return make_tracked_optimizer(tracker, tuned.adapter, self.training)
 
     def _waiting_bytes(self, slots: LayerSlots) -> int:
         """What layers outside of slots take of a CPU's memory: all of it, or of mapped files the one tensor that is
         being copied."""
         if self.device.type != "cpu":
             return 0
-        if self.streaming == "host":
+        if self.choice.streaming == "host":
             return sum(blob.size_bytes for blob in slots.blobs)
         return max(piece.size_bytes for blob in slots.blobs for piece in blob.pieces)
 
 
 def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:
     """The real optimizer, whose flat buffers replace the adapter's own tensors; AdamW's moments made at once."""
-    groups = [Group(tuple(names), rate, decays) for names, rate, decays in adapter.groups(training)]
     training = training.model_copy(update={"optimizer": UNPAGED.get(training.optimizer, training.optimizer)})
     with tracker.counting_as("optimizer"):
-        optimizer = Optimizer(training, groups, adapter.trained())
+        optimizer = make_optimizer(training, adapter)
         for flat in optimizer.groups:
             tracker.move([flat.data], "adapter")
             if optimizer.gated:
@@ -176,22 +151,18 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
 
 
 class _LogitsApart:
-    """An objective whose `loss` is counted as logits."""
+    """An objective whose `loss` and `sums` are counted as logits."""
 
     def __init__(self, objective: Objective, tracker: StorageTracker) -> None:
         self._objective, self._tracker = objective, tracker
-        self.family, self.packable = objective.family, objective.packable
-        self.needs_reference = objective.needs_reference
 
-    def prepare(self, model: object, window: Window) -> Window:
-        return self._objective.prepare(model, window)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
 
-    def units(self, batch: Batch) -> Tensor:
-        return self._objective.units(batch)
-
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return self._objective.inputs(batch)
-
-    def loss(self, output: Tensor, head: Head, batch: Batch, head_parameters: Sequence[Tensor] = ()) -> Loss:
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         with self._tracker.counting_as("logits"):
-            return self._objective.loss(output, head, batch, head_parameters)
+            return self._objective.loss(output, batch)
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        with self._tracker.counting_as("logits"):
+            return self._objective.sums(output, batch)

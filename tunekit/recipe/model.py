@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -28,3 +28,19 @@ class ModelSection(Section):
         "auto", description="attention implementation"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model; never without reading it")
+
+
+class HeadedModel(ModelSection):
+    """The section of a base that is loaded with a head of one score a label, whatever it was saved with.
+
+    `head_seed`: of the head where the base's files have none; `head_pad_id`: where its configuration names no padding.
+    """
+
+    labels: tuple[str, ...]
+    head_seed: int = 0
+    head_pad_id: int | None = None
+
+    @classmethod
+    def of(cls, section: ModelSection, **head: Any) -> HeadedModel:
+        """The section with a head."""
+        return cls.model_validate({**section.model_dump(), **head})

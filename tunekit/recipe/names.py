@@ -43,6 +43,11 @@ def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
     return found  # type: ignore[no-any-return]
 
 
+def formats_of(example: str) -> list[str]:
+    """The formats that give this kind of example."""
+    return [name for name in known_names("formats") if getattr(facts_of("formats", name), "EXAMPLE", None) == example]
+
+
 def needs_generation(metric: str) -> bool:
-    """Whether a known metric compares generated answers (else it follows from the loss's sums)."""
-    return bool(facts_of("metrics", metric).COMPUTED_FROM == "generation")
+    """Whether a known metric compares answers with references (else it follows from an objective's sums)."""
+    return hasattr(facts_of("metrics", metric), "score")

@@ -19,7 +19,6 @@ from tunekit.recipe.section import AdapterSettings, ObjectiveSettings, Section
 from tunekit.recipe.training import TrainingSection
 
 DEFAULT_METHOD = {"adapter": "lora", "objective": "sft"}
-SUPERVISED = {"causal": "sft", "seq2seq": "seq2seq"}  # family -> objective
 
 
 def make_adapter_settings(values: Any) -> Any:
@@ -54,9 +53,11 @@ def _default_objective() -> ObjectiveSettings:
 
 def supervised_objective(family: str) -> ObjectiveSettings | None:
     """The objective that measures the loss of answers, for models of this family; None where there is none."""
-    name = SUPERVISED.get(family)
-    settings: Any = None if name is None else make_objective_settings({"method": name})
-    return settings  # type: ignore[no-any-return]
+    for name in known_names("objectives"):
+        kind: Any = settings_class("objectives", name)
+        if kind.family == family and kind.supervised:
+            return kind()  # type: ignore[no-any-return]
+    return None
 
 
 class Recipe(Section):

@@ -51,10 +51,15 @@ class AdapterSettings(MethodSettings):
 class ObjectiveSettings(MethodSettings):
     """What every objective has; the settings of one are in recipe/objectives/NAME.py.
 
-    `family`: of the models that it trains.
+    `family`: of the models that it trains; `example`: the kind of example that it learns from, as formats give it;
+    `sums`: what its evaluation adds up, of which metrics are made; `supervised`: whether it measures models of its
+    family that come without a recipe.
     """
 
     family: ClassVar[str] = "causal"
+    example: ClassVar[str] = "text"
+    sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units")
+    supervised: ClassVar[bool] = False
 
 
 class StartSettings(MethodSettings):

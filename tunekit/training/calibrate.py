@@ -1,7 +1,5 @@
-"""One pass over the run's first batches before step 1: what each layer's inputs and gradients are, for its start.
-
-Comes in: the bare base, the start's settings, the training windows.  Goes out: Calibration.  Next: begin.py.
-The statistics themselves are in adapters/starts/; nothing of the base is changed.
+"""The bare base, an initialisation's settings and the training windows go in; what each layer's inputs and gradients
+are in the run's first batches comes out. Nothing of the base is changed.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.starts.start import LINEAR, Seen, start_module
 from tunekit.contracts import IGNORED, Batch, Objective, Window, WindowSource
+from tunekit.data.batching.pad import real_positions
 from tunekit.errors import RecipeError
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.section import CalibratedStart
@@ -58,15 +57,16 @@ def _seen(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) 
     """Real tokens only; a layer that sees other rows than the batch's (an expert's) is given all of them."""
     flat = inputs.reshape(-1, inputs.shape[-1]).float()  # (N, I)
     of_output = None if gradients is None else gradients.reshape(-1, gradients.shape[-1]).float() / scale  # (N, O)
-    rows_count, tokens = batch.input_ids.shape
-    if len(flat) != rows_count * tokens:
+    real = real_positions(batch.lengths)  # (B, T)
+    if len(flat) != real.numel():
         rows = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
         return Seen(flat, rows, torch.ones_like(rows, dtype=torch.bool), of_output)
-    lengths = torch.tensor(batch.lengths)[:, None]  # (B, 1)
-    real = (torch.arange(tokens)[None] < lengths).reshape(-1).to(flat.device)  # (N,)
-    rows = torch.arange(rows_count).repeat_interleave(tokens).to(flat.device)
-    supervised = (batch.labels != IGNORED).reshape(-1).to(flat.device)
-    return Seen(flat[real], rows[real], supervised[real], None if of_output is None else of_output[real])
+    labels = batch.targets["labels"]
+    supervised = labels != IGNORED if labels.shape == real.shape else real  # (B, T)
+    rows = torch.arange(len(real))[:, None].expand_as(real)  # (B, T)
+    rows, supervised = (part[real].to(flat.device) for part in (rows, supervised))
+    kept = real.reshape(-1).to(flat.device)  # (N,)
+    return Seen(flat[kept], rows, supervised, None if of_output is None else of_output[kept])
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def _run_forward(model: TunedModel, watch: Watch, objective: Objective, batches:
     with undisturbed(model):
         for batch in batches:
             watch.batch = batch
-            model.hidden(objective.inputs(batch))
+            model.hidden(batch.inputs)
 
 
 def _run_backward(model: TunedModel, watch: Watch, objective: Objective, windows: Sequence[Window], seed: int) -> None:

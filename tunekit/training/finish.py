@@ -1,7 +1,4 @@
-"""The end of a run: the adapter in PEFT's format, and the facts of the report.
-
-Comes in: the trained model, the plan, what was measured.  Goes out: adapter/, report.json, report.md, status 0.
-"""
+"""The trained model, the plan and what was measured go in; an adapter folder and the report's facts come out."""
 
 from __future__ import annotations
 
@@ -10,8 +7,9 @@ from dataclasses import dataclass
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.artifacts.run import RunFolder
+from tunekit.contracts import Objective
 from tunekit.model.load import LoadedModel
-from tunekit.records import Plan, Reaction, ReportFacts, RowCounts
+from tunekit.records import Plan, Reaction, ReportFacts
 from tunekit.training.state import LoopState
 
 
@@ -27,7 +25,11 @@ class Measured:
 
 
 def export_adapter(
-    run: RunFolder, base: LoadedModel, adapter: AttachedAdapter, chat_template: str | None = None
+    run: RunFolder,
+    base: LoadedModel,
+    adapter: AttachedAdapter,
+    objective: Objective,
+    chat_template: str | None = None,
 ) -> int:
     """Write adapter/ whole or not at all; returns its bytes."""
     return save_adapter_folder(
@@ -39,21 +41,22 @@ def export_adapter(
         base_dtype=base.facts.dtype,
         quantization=base.quantization,
         double_quantization=base.double_quantization,
+        task_type=base.family.task_type,
         chat_template=chat_template,
+        objective={"method": objective.name, **objective.facts},
     )
 
 
 def report_facts(
     plan: Plan,
     state: LoopState,
-    rows: RowCounts,
     measured: Measured,
     adapter_bytes: int,
     run: RunFolder,
     saved_best: bool,
 ) -> ReportFacts:
     """Everything report.json says, all legs of a resumed run together."""
-    train_seconds = state.seconds.get("train", 0.0)
+    rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)
     device = "cpu" if measured.peak_allocated_bytes is None else "cuda"
     peak = measured.host_growth_bytes if device == "cpu" else measured.peak_allocated_bytes
     return ReportFacts(

@@ -1,7 +1,5 @@
-"""All trained parameters in one flat float32 buffer per group, and the optimizer that steps it.
-
-Comes in: parameters by name with their groups.  Goes out: one norm, one update, one copy to the checkpoint.
-Next: training/loop.py.
+"""An adapter's trained parameters go in; out comes the optimizer over one flat float32 buffer per group: one norm, one
+update, one copy to the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunekit.adapters.attach import AttachedAdapter
 from tunekit.errors import RunFolderError
 from tunekit.recipe.training import TrainingSection
 
@@ -164,6 +163,11 @@ class Optimizer:
 
 def _as_tensor(value: Any) -> Tensor:
     return value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optimizer:
+    """The optimizer over the groups that the adapter's method names."""
+    return Optimizer(settings, [Group(*group) for group in adapter.groups(settings)], adapter.trained())
 
 
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:

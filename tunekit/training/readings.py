@@ -1,6 +1,5 @@
-"""A step's loss and gradient norm on their way to the host, and the error where they are not finite.
-
-Comes in: numbers on the device.  Goes out: floats, one step later where waiting for them would cost.  Next: loop.py.
+"""A step's loss and gradient norm go in as numbers on the device and come out as floats, one step later where waiting
+for them would cost; or as the error that they are not finite.
 """
 
 from __future__ import annotations
@@ -83,4 +82,4 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
 
 
 def _rows_of(batches: Sequence[Batch]) -> list[str]:
-    return [origin for batch in batches for origins in batch.origins for origin in origins]
+    return [row.origin for batch in batches for row in batch.rows]

@@ -1,26 +1,54 @@
-"""What a run leaves in its folder beside checkpoints: how it ended, what is run, trackers; and the space it needs.
-
-Comes in: the session, the plan.  Goes out: status.json, recipe.yaml, environment.json, plan.json, tracking/.
-Next: train.py.
-"""
+"""What a run reads and leaves in its folder beside the result: how it ended, what is run, records and checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from tunekit.artifacts.checkpoint import Checkpoint, load_newest, save_checkpoint
+from tunekit.artifacts.fingerprint import make_fingerprint, require_same, resume_notes
 from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.trackers import Trackers
-from tunekit.errors import TunekitError
-from tunekit.machine.environment import read_environment
+from tunekit.console.progress import Progress
+from tunekit.errors import ResourceError, TunekitError
+from tunekit.machine.environment import accelerator_names, library_versions, read_environment
+from tunekit.memory.splitting import is_out_of_memory
 from tunekit.recipe.load import dump_recipe
-from tunekit.records import Plan
+from tunekit.records import Choice, EvaluationRecord, Plan, StepRecord
+from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
+from tunekit.training.state import Run
 
 OPTIMIZER_COPIES = 3  # weights and two moments: what a checkpoint holds of each trained number, in float32
 
 
-def leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None:
+@contextmanager
+def locked_folder(session: Session, path: Path, resume: bool) -> Iterator[None]:
+    """Lock the run folder inside the block, and leave in status.json how a run that fails there ended."""
+    open_folder = RunFolder.open_resume if resume else RunFolder.open_new
+    session.folder = session.devices.on_main(lambda: open_folder(path, warn=session.console.warn))
+    try:
+        yield
+    except TunekitError as error:
+        _leave_status(session.folder, error.exit_code, str(error))
+        raise
+    except BaseException as error:
+        if is_out_of_memory(error):
+            _leave_status(session.folder, ResourceError.exit_code, "out of memory")
+            raise session.out_of_memory() from error
+        _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
+        raise
+    finally:
+        if session.folder is not None:
+            session.folder.close()
+
+
+def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None:
     """Best effort: on a full disk the error itself matters more."""
     if folder is not None:
         try:
@@ -29,12 +57,64 @@ def leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None:
             folder.warn(f"status.json could not be written: {error}")
 
 
-def written_bytes(plan: Plan, keep: int) -> int:
-    """Checkpoints (one more than are kept, while saving) and the adapter."""
-    return plan.trainable_parameters * 4 * (OPTIMIZER_COPIES * (keep + 1) + 1)
+def newest_checkpoint(session: Session) -> Checkpoint | None:
+    """The newest whole checkpoint; the order of sums depends on the thread count, which becomes that of its run."""
+    checkpoint = session.from_folder(load_newest)
+    if checkpoint is not None:
+        torch.set_num_threads(int(checkpoint.facts["threads"]))
+    return checkpoint
 
 
-def begin_folder(session: Session, plan: Plan, step: int, fingerprint: dict[str, Any]) -> None:
+def previous_choice(session: Session) -> Choice | None:
+    """What the plan of the run in this folder chose: a resume makes the same micro-batches, whatever is free now."""
+    plan = session.from_folder(lambda folder: folder.read_json("plan.json"))
+    choice = plan.get("choice") if isinstance(plan, dict) else None
+    return None if choice is None else Choice(**choice)
+
+
+def checked_fingerprint(session: Session, data: str, base: str | None, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What a checkpoint must agree with; `checkpoint`: the one that is resumed.
+
+    Raises: RunFolderError naming each difference from the run in this folder: recipe, data, base or version.
+    """
+    names, cuda = accelerator_names(), session.devices.device.type == "cuda"
+    new = make_fingerprint(
+        session.loaded.recipe.model_dump(mode="json"),
+        data=data,
+        base=base or "",
+        versions=library_versions(),
+        device=session.devices.device.type,
+        accelerator=names[0] if cuda else None,
+        threads=torch.get_num_threads(),
+    )
+    old = session.from_folder(_previous_fingerprint) if checkpoint is None else checkpoint.facts["fingerprint"]
+    if old is not None:
+        require_same(old, new, lines=session.loaded.lines, file=str(session.loaded.path))
+        for note in resume_notes(old, new):
+            session.console.warn(note)
+    return new
+
+
+def _previous_fingerprint(folder: RunFolder) -> dict[str, Any] | None:
+    """Of a run in this folder that has no checkpoint yet."""
+    environment = folder.read_json("environment.json") if (folder.path / "plan.json").exists() else None
+    found: dict[str, Any] | None = None if environment is None else environment.get("fingerprint")
+    return found
+
+
+def announce_run(session: Session, plan: Plan) -> None:
+    """Say in the folder that the run is under way.
+
+    Raises: ResourceError where the disk is too small for the checkpoints (while saving, one more than are kept) and
+    the adapter.
+    """
+    if session.folder is not None:
+        session.folder.status(None, "running")
+        copies = OPTIMIZER_COPIES * (session.loaded.recipe.training.keep_checkpoints + 1) + 1
+        session.folder.require_free_bytes(plan.trainable_parameters * torch.float32.itemsize * copies)
+
+
+def write_plan(session: Session, plan: Plan, step: int, fingerprint: dict[str, Any]) -> None:
     """Leave in the run folder what is run; on a resume, forget what was logged after the checkpoint."""
 
     def write() -> None:
@@ -51,7 +131,51 @@ def begin_folder(session: Session, plan: Plan, step: int, fingerprint: dict[str,
 
 
 def make_trackers(session: Session, step: int) -> Trackers | None:
-    recipe = session.loaded.recipe
-    if session.folder is None or not recipe.output.report_to:
+    """The recipe's experiment trackers, from this step on; None where it names none, and on other ranks."""
+    names = session.loaded.recipe.output.report_to
+    if session.folder is None or not names:
         return None
-    return Trackers(recipe.output.report_to, session.folder.path / "tracking", step)
+    return Trackers(names, session.folder.path / "tracking", step)
+
+
+def make_recorder(
+    session: Session, progress: Progress, trackers: Trackers | None
+) -> Callable[[StepRecord | EvaluationRecord], None]:
+    """Where records go: metrics.jsonl, the progress line, the trackers; nowhere on other ranks."""
+
+    def record(value: StepRecord | EvaluationRecord) -> None:
+        if session.folder is None:
+            return
+        session.folder.append_metrics(value)
+        if isinstance(value, StepRecord):
+            progress.update(value)
+            numbers = {"loss": value.loss, "learning_rate": value.learning_rate, "grad_norm": value.grad_norm}
+            numbers["tokens_per_second"] = value.tokens_per_second
+        else:
+            progress.evaluation(value)
+            numbers = {f"eval/{name}": number for name, number in value.metrics.items()}
+        if trackers is not None:
+            trackers.log(numbers, value.step)
+
+    return record
+
+
+def save_run(session: Session, run: Run, fingerprint: dict[str, Any]) -> None:
+    """Write a checkpoint on the main rank; an error of it stops every rank."""
+    state, recipe = run.state, session.loaded.recipe
+
+    def write() -> None:
+        if session.folder is None:
+            return
+        protected = {state.best_step} if recipe.evaluation.best and state.best_step is not None else set()
+        with session.signals.critical():
+            save_checkpoint(
+                session.folder,
+                state.step,
+                checkpoint_tensors(run.optimizer, run.adapter),
+                checkpoint_facts(run.optimizer, state, fingerprint),
+                keep=recipe.training.keep_checkpoints,
+                protect=protected,
+            )
+
+    session.devices.on_main(write)

@@ -1,7 +1,6 @@
 """What a checkpoint holds, and how it is put back: weights, optimizer, adapter buffers, loop state, thread count.
 
-Comes in: LoopParts' optimizer and adapter, LoopState.  Goes out: tensors by name and plain facts, and the reverse.
-Next: artifacts/checkpoint.py writes them.  No RNG state: every random number is a function of (seed, step, place).
+There is no state of random generators: every random number is a function of (seed, step, place).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.errors import RunFolderError
 from tunekit.training.optimizers import Optimizer
+from tunekit.training.scaling import LossScale
 from tunekit.training.state import LoopState
 
 BUFFER_PREFIX = "adapter."  # adapter state that is not trained: seeds, indices, importances
@@ -52,4 +52,5 @@ def restore(
         raise RunFolderError("the checkpoint's adapter state does not fit this adapter", "resume with the same tunekit")
     adapter.load_state(buffers, kinds=("saved", "resume"))
     optimizer.load_state(tensors, facts["layout"])
-    return LoopState(**facts["loop"])
+    loop = facts["loop"]
+    return LoopState(**(loop | {"scale": LossScale(**loop["scale"])}))

@@ -1,6 +1,6 @@
-"""Loss scaling for float16: the scale grows while gradients are finite and shrinks when one overflows.
+"""Loss scaling for float16: whether a step's gradients were finite goes in, the next scale comes out.
 
-Comes in: whether a step's gradients were finite.  Goes out: the next scale.  Source: Micikevicius et al. 2018, 3.2.
+Source: Micikevicius et al. 2018, 3.2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GROWTH_INTERVAL_STEPS = 2000
 class LossScale:
     """`scale` is a power of two, so scaling and unscaling are exact; `factor` is 1 where `enabled` is false."""
 
-    enabled: bool
+    enabled: bool = False
     scale: float = INITIAL_SCALE
     good_steps: int = 0
     skipped_steps: int = 0

@@ -1,7 +1,4 @@
-"""Learning rate as a function of the number of updates made; transformers' conventions.
-
-Comes in: training settings and the number of steps.  Goes out: a multiplier of the learning rate.
-"""
+"""The number of updates made goes in, a multiplier of the learning rate comes out; transformers' conventions."""
 
 from __future__ import annotations
 

@@ -1,20 +1,26 @@
-"""What the loop works with, and where it is.
-
-Comes in: everything train.py made.  Goes out: LoopParts and LoopState.  Next: loop.py; saved_state.py keeps LoopState.
-"""
+"""A prepared run, and where it is: what train.py puts together, the loop works with, and a checkpoint keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunekit.contracts import Engine, Objective, WindowSource
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.contracts import Batch, Engine, Objective, WindowSource
+from tunekit.data.batching.windows import BatchSettings
+from tunekit.data.rows import RowSet
 from tunekit.machine.devices import Devices
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.optimizers import Optimizer
-from tunekit.training.scaling import INITIAL_SCALE, LossScale
+from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
 from tunekit.tuned.model import TunedModel
 
@@ -23,6 +29,7 @@ from tunekit.tuned.model import TunedModel
 class LoopState:
     """Where the run is; plain values, so that a checkpoint can hold them all."""
 
+    scale: LossScale = field(default_factory=LossScale)
     step: int = 0  # optimizer steps made, skipped ones counted
     updates: int = 0  # steps that changed weights; the schedule's clock
     evaluated_step: int = 0
@@ -33,18 +40,27 @@ class LoopState:
     tokens: int = 0
     supervised_tokens: int = 0
     loss: float | None = None
-    loss_scale: float = INITIAL_SCALE
-    good_steps: int = 0
-    skipped_steps: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None  # the pass over the data before step 1
-    reactions: list[dict[str, Any]] = field(default_factory=list)  # decisions.Reaction as plain values
+    reactions: list[dict[str, Any]] = field(default_factory=list)  # records.Reaction as plain values
     split_tokens: int | None = None  # padded tokens from which on micro-batches are split, once one was too large
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What plan made on the way and train needs again."""
+
+    model: ModelSection  # as the objective has the base loaded
+    tokenizer: LoadedTokenizer
+    rows: RowSet
+    batch_settings: BatchSettings  # with the micro-batches that plan chose
+    adapter: AdapterSettings  # with its texts as token ids
+    largest_batch: Batch  # of those that the run makes; of a stream, as large as any could be
+
+
 @dataclass
-class LoopParts:
-    """What the loop works with. `evaluate` and `save` run on every rank; `record` does its work on the main one."""
+class Run:
+    """What is trained, with what, and where it is. `save` and `evaluate` are called on every rank."""
 
     model: TunedModel
     objective: Objective
@@ -52,24 +68,37 @@ class LoopParts:
     optimizer: Optimizer
     devices: Devices
     windows: WindowSource
-    settings: TrainingSection
+    training: TrainingSection
+    evaluation: EvaluationSection
     warmup_steps: int
-    scale: LossScale
-    record: Callable[[StepRecord | EvaluationRecord], None]
-    save: Callable[[LoopState], None]
-    evaluate: Callable[[], dict[str, float]] | None
-    is_better: Callable[[float, float | None], bool]
-    watched_metric: str | None  # what best and patience look at
-    saves_best: bool
-    patience: int | None
-    stop_signal: Callable[[], int]  # 0, or the number of the signal that asked to stop
-    peak_bytes: Callable[[], int]
+    state: LoopState
+    save: Callable[[], None]
+    record: Callable[[StepRecord | EvaluationRecord], None] = lambda record: None
+    evaluate: Callable[[], dict[str, float]] | None = None
+    stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that asked to stop
+    peak_bytes: Callable[[], int] = lambda: 0
+
+    @property
+    def adapter(self) -> AttachedAdapter:
+        """What is trained."""
+        assert self.model.adapter is not None
+        return self.model.adapter
 
     @property
     def reads_later(self) -> bool:
         """Whether a step's numbers are read one step later: where the device itself keeps a non-finite update off."""
-        return self.optimizer.gated and not self.scale.enabled and self.model.device.type == "cuda"
+        return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type == "cuda"
 
-    def rate(self, updates: int) -> float:
+    def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""
-        return rate_multiplier(self.settings.scheduler, updates, self.windows.steps, self.warmup_steps)
+        return rate_multiplier(self.training.scheduler, self.state.updates, self.windows.steps, self.warmup_steps)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the block's time to `part` of the report's seconds."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[part] = seconds.get(part, 0.0) + time.monotonic() - started

@@ -1,19 +1,15 @@
-"""The loss of one base alone and with each of several adapters, on the same rows; the base is loaded once.
-
-Comes in: a loaded base, adapters over it, encoded rows.  Goes out: losses.  Next: `tunekit adapter diff --data`.
-"""
+"""A loaded base, adapters over it and encoded rows go in; the loss of the base, alone and with each, comes out."""
 
 from __future__ import annotations
 
 from tunekit.adapters.several import AdapterSet
-from tunekit.contracts import EncodedRows
+from tunekit.contracts import Objective, Rows
 from tunekit.errors import ModelError
 from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.tokenizer import LoadedTokenizer
-from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.tuned.evaluator import make_evaluator, measuring_objective
+from tunekit.tuned.evaluator import make_evaluator
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.model import TunedModel
 
@@ -22,28 +18,23 @@ def adapter_losses(
     model: LoadedModel,
     adapters: AdapterSet,
     tokenizer: LoadedTokenizer,
-    rows: EncodedRows,
+    objective: Objective,
+    rows: Rows,
     devices: Devices,
     settings: EvaluationSection,
-    *,
-    max_length: int,
 ) -> dict[str | None, float]:
     """Token-weighted mean loss by adapter; None: the base alone.
 
     Raises: ModelError where the model cannot look up the rows.
     """
-    chunk = logits_chunk_tokens(model.facts.vocabulary_size)
-    objective = measuring_objective(model, chunk)
     losses: dict[str | None, float] = {}
     for name in (None, *adapters.adapters):
         adapters.switch(name)
         tuned = TunedModel(model, adapters.adapters.get(name or ""))
-        problems = row_problems(model, tokenizer, [rows], tuned.virtual_tokens)
+        problems = row_problems(model, tokenizer, objective, [rows], tuned.virtual_tokens)
         if problems:
             raise ModelError.of(problems)
-        evaluator = make_evaluator(
-            tuned, objective, tokenizer, devices, rows, list, settings, max_length=max_length, metric_names=("loss",)
-        )
+        evaluator = make_evaluator(tuned, objective, devices, rows, list, settings, metric_names=("loss",))
         losses[name] = evaluator.evaluate()[1]["loss"]
     adapters.switch(None)
     return losses

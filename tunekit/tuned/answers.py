@@ -1,7 +1,4 @@
-"""Answers generated for evaluation rows, and the text metrics over them.
-
-Comes in: prompts with their reference answers.  Goes out: predictions and metric values.  Next: loop.py, evaluate.py.
-"""
+"""Prompts with their reference answers go in; answers and the text metrics over them come out."""
 
 from __future__ import annotations
 
@@ -9,9 +6,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tunekit.contracts import Tokenizer
+from tunekit.contracts import Objective
 from tunekit.machine.devices import Devices
-from tunekit.model.text.generation import generate_texts
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import undisturbed
 
@@ -26,27 +22,18 @@ class Question:
 
 def answer_questions(
     model: TunedModel,
-    tokenizer: Tokenizer,
+    objective: Objective,
     questions: Sequence[Question],
     devices: Devices,
     *,
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """The greedy answer to each question, in order; questions are shared among the ranks."""
+    """The model's answer to each question, in order; questions are shared among the ranks."""
     mine = list(range(devices.rank, len(questions), devices.world))
     prompts = [list(questions[index].prompt_ids) for index in mine]
     with undisturbed(model):
-        ids = generate_texts(
-            model.base,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            adapt=model.adapted,
-            virtual_tokens=model.virtual_tokens,
-        )
-    texts = [tokenizer.decode(of_one, skip_special_tokens=True) for of_one in ids]
+        texts = objective.answer(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     gathered = dict(devices.gather(list(zip(mine, texts, strict=True))))
     return [gathered[index] for index in range(len(questions))]
 

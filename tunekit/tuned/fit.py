@@ -6,22 +6,21 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tunekit.contracts import EncodedRows, Objective
+from tunekit.contracts import Objective, Rows
 from tunekit.errors import ModelError, Problem
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.recipe import supervised_objective
 
 
-def check_family(base: LoadedModel, objective: Objective) -> LoadedModel:
-    """The base again, if the objective is one of its family.
+def check_family(base: LoadedModel, family: str) -> LoadedModel:
+    """The base again, if it is of the family that an objective is for.
 
     Raises: ModelError.
     """
-    if base.family.name == objective.family:
+    if base.family.name == family:
         return base
-    article = "an" if base.family.reads_source else "a"
-    what = f"{base.name_or_path} ({base.facts.model_type}) is {article} {base.family.text}"
+    what = f"{base.name_or_path} ({base.facts.model_type}) is {base.family.text}"
     fitting = supervised_objective(base.family.name)
     if fitting is not None:
         method = fitting.method
@@ -36,36 +35,35 @@ def check_family(base: LoadedModel, objective: Objective) -> LoadedModel:
 
 
 def row_problems(
-    base: LoadedModel, tokenizer: LoadedTokenizer, rows: Sequence[EncodedRows], virtual_tokens: int = 0
+    base: LoadedModel,
+    tokenizer: LoadedTokenizer,
+    objective: Objective,
+    rows: Sequence[Rows],
+    virtual_tokens: int = 0,
 ) -> list[Problem]:
     """Rows that the model cannot take: too long for its positions, or with ids beyond its embedding."""
-    if base.family.reads_source and tokenizer.answer_start_id is None:
-        what = f"{base.name_or_path} does not say with which token its answers begin"
-        return [Problem(what, "write decoder_start_token_id into its config.json", key="model.name_or_path")]
-    longest = max((longest_positions(base, some) for some in rows), default=0) + virtual_tokens
+    longest = max((longest_positions(some) for some in rows), default=0) + virtual_tokens
     problems = list(position_problems(base, longest, virtual_tokens))
     for some in rows:
-        problems += [] if problems else vocabulary_problems(base, tokenizer, some)
+        problems += [] if problems else vocabulary_problems(base, tokenizer, some, objective.layout.token_parts)
     return problems
 
 
-def longest_positions(base: LoadedModel, rows: EncodedRows) -> int:
-    """Positions that the longest row takes; of an encoder-decoder, where each part counts anew, its longest part."""
-    lengths = np.asarray(rows.lengths)  # (rows,)
-    if not base.family.reads_source:
-        return int(lengths.max(initial=0))
-    answers = np.asarray(rows.supervised)  # (rows,), as many as positions of the decoder
-    return int(np.maximum(lengths - answers - 1, answers).max(initial=0))
+def longest_positions(rows: Rows) -> int:
+    """Positions that the longest part of a row takes: each part counts anew."""
+    return int(np.asarray(rows.sizes).max(initial=0))
 
 
-def vocabulary_problems(base: LoadedModel, tokenizer: LoadedTokenizer, rows: EncodedRows) -> Iterator[Problem]:
+def vocabulary_problems(
+    base: LoadedModel, tokenizer: LoadedTokenizer, rows: Rows, parts: Sequence[str]
+) -> Iterator[Problem]:
     """Ids in the rows beyond the model's embedding."""
-    size = base.facts.vocabulary_size
+    size = base.text.vocabulary_size
     if tokenizer.vocabulary_size <= size:
         return
     for index in range(len(rows)):
         row = rows[index]
-        largest = int(row.ids.max(initial=0))
+        largest = max(int(row.parts[part].max(initial=0)) for part in parts)
         if largest >= size:
             text = tokenizer.token_text(largest)
             what = f"{row.origin} holds the token {text!r} ({largest}), but the model's embedding ends at {size - 1}"

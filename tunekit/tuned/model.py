@@ -1,7 +1,4 @@
-"""A loaded base with its adapter: what engines, evaluation and generation call.
-
-Comes in: LoadedModel and AttachedAdapter.  Goes out: hidden states and the head.  Next: resident.py, evaluation.py.
-"""
+"""A loaded base with its adapter, as engines, evaluation and generation call it: inputs in, hidden states out."""
 
 from __future__ import annotations
 
@@ -13,13 +10,15 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import Head
+from tunekit.contracts import ModelOutput
 from tunekit.memory.offload import BoundaryStore
+from tunekit.memory.slots import LayerSlots
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import placed
+from tunekit.objectives.logprobs import logits_chunk_tokens
 
 
 @dataclass
@@ -29,11 +28,25 @@ class TunedModel:
     base: LoadedModel
     adapter: AttachedAdapter | None
     boundaries: BoundaryStore | None = None  # where the inputs of recomputed layers wait
+    slots: LayerSlots | None = None  # of a streamed base
+    chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
         return self.base.device
+
+    def output(self, inputs: dict[str, Tensor]) -> ModelOutput:
+        """What the objective reads; where positions restart, another row begins."""
+        if self.base.family.reads_rows(self.base.net):
+            with calling(self.call_for(inputs)):
+                return ModelOutput(logits=self.base.family.logits(self.base.net, self.entering(inputs)))
+        return self.finished(self.hidden(inputs))
+
+    def finished(self, hidden: Tensor) -> ModelOutput:
+        """What the objective reads of last hidden states (B, T, D)."""
+        chunk = self.chunk_tokens or logits_chunk_tokens(self.base.text.vocabulary_size)
+        return ModelOutput(hidden, self.base.family.head(self.base.net), self.head_parameters(), chunk)
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""
@@ -91,10 +104,6 @@ class TunedModel:
         for parameter in self.adapter.trained().values() if self.adapter else ():
             if parameter.grad is not None:
                 parameter.grad.zero_()
-
-    def head(self) -> Head:
-        """The output projection, with whatever adapter it carries."""
-        return self.base.family.head(self.base.net)
 
     def head_parameters(self) -> list[Tensor]:
         """Trained parameters inside the head, whose gradient is taken chunk by chunk with the loss."""

@@ -1,15 +1,15 @@
-"""Load-time probes: does packing keep rows apart, and do our log-probabilities equal the model's own?
-
-Comes in: the loaded model, before the first step.  Goes out: how far apart two ways to compute one thing are.
-Next: train.py acts as the plan announced.
+"""Load-time probes: the loaded model goes in; out comes how far packed rows are from rows alone, and our
+log-probabilities from the model's own.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from tunekit.objectives.logprobs import scored_positions, select_positions, supervised_positions
+from tunekit.objectives.logprobs import losses_of_positions, supervised_positions
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import undisturbed
 
@@ -46,11 +46,10 @@ def logprob_difference(model: TunedModel, ids: Tensor) -> float:
     row drawn from `ids`."""
     ids = _probe_ids(ids, 2)  # (1, T)
     index, targets = (part.to(model.device) for part in supervised_positions(ids))
-    alone = {"position_ids": torch.arange(PROBE_TOKENS)[None]}  # (1, T)
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.base.family.reads_source else alone)
+    inputs = model.base.family.inputs_of(ids)
     with undisturbed(model):
-        hidden = model.hidden(inputs)
-        ours, _ = scored_positions(select_positions(hidden, index), targets, model.head(), 5)
+        output = replace(model.output(inputs), chunk_tokens=5)
+        ours = losses_of_positions(output, index, targets)
         logits = model.own_logits(inputs).float()  # (1, T, V)
         own = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="none")
     return _relative_difference(ours, own)

@@ -1,6 +1,6 @@
-"""Evaluation that changes nothing: token-weighted sums over batches, and answers for text metrics.
+"""Evaluation that changes nothing: an objective's sums over batches.
 
-Comes in: a TunedModel and evaluation batches.  Goes out: metrics by name.  Next: loop.py, evaluate.py.
+Comes in: a TunedModel and evaluation batches.  Goes out: sums, of which metrics are made.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 
-from tunekit.contracts import Batch, Objective
+from tunekit.contracts import Batch, Objective, Sums
 from tunekit.data.batching.split import split_batch
 from tunekit.machine.devices import Devices
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
 from tunekit.model.call import Call, calling
 from tunekit.tuned.model import TunedModel
 
-LOSS_METRICS = ("loss", "perplexity")  # always measured
+TOKENS, ROWS = "tokens of all rows", "rows"  # beside the objective's own sums
 
 
 class EvaluationStopped(Exception):
@@ -27,19 +28,16 @@ class EvaluationStopped(Exception):
 
 
 @dataclass(frozen=True)
-class LossSums:
-    """Sums over all evaluation rows."""
+class EvaluationSums:
+    """Sums over all evaluation rows: the objective's, and of rows and tokens."""
 
-    loss: float
-    correct: int
-    supervised_tokens: int
+    values: dict[str, Any]  # float64 numbers, or lists of them
     tokens: int
     rows: int
 
-    def metrics(self, names: Sequence[str] = LOSS_METRICS) -> dict[str, float]:
-        """The named metrics of metrics/ that follow from the sums, all weighted by token."""
-        sums = (self.loss, self.correct, self.supervised_tokens)
-        return {name: import_module(f"tunekit.metrics.{name}").from_sums(*sums) for name in names}
+    def metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """The named metrics of metrics/ that follow from the sums."""
+        return {name: import_module(f"tunekit.metrics.{name}").from_sums(self.values) for name in names}
 
 
 @contextmanager
@@ -57,14 +55,14 @@ def summed_evaluation(
     devices: Devices,
     stop: Callable[[], bool] = lambda: False,
     on_split: Callable[[Batch], None] = lambda batch: None,
-) -> LossSums:
-    """Loss sums of all batches, shared among the ranks.
+) -> EvaluationSums:
+    """The sums of all batches, shared among the ranks.
 
-    Sums are token-weighted and in float64, so they do not depend on the batch size beyond a forward's own rounding.
+    Sums are in float64, so they do not depend on the batch size beyond a forward's own rounding.
     `on_split`: told of each batch that ran out of memory and is evaluated in two halves.
     Raises: EvaluationStopped where `stop` says so on any rank; ResourceError where a single document does not fit.
     """
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums: Sums = {}
     stopped = False
     with undisturbed(model):
         for number, batch in enumerate(batches):
@@ -73,37 +71,38 @@ def summed_evaluation(
             stopped = stopped or stop()
             if stopped:
                 break
-            sums += _sums_or_halves(model, objective, batch, on_split)
+            sums = added(sums, _sums_or_halves(model, objective, batch, on_split))
     if devices.any(int(stopped)):
         raise EvaluationStopped
-    total, correct, supervised, tokens, count = devices.sum(sums).tolist()
-    return LossSums(total, int(correct), int(supervised), int(tokens), int(count))
+    total: Sums = {}
+    for each in devices.gather([sums]):
+        total = added(total, each)
+    values: dict[str, Any] = {name: value.tolist() for name, value in total.items()}
+    return EvaluationSums(values, tokens=int(values.pop(TOKENS, 0)), rows=int(values.pop(ROWS, 0)))
 
 
-def _sums_or_halves(
-    model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]
-) -> torch.Tensor:
-    """(5,) float64: the batch's sums; those of its halves, added, where it runs out of memory."""
+def added(one: Sums, other: Sums) -> Sums:
+    """Sums of two sets of batches, either of which may be empty."""
+    return {name: one[name] + other[name] for name in one} if one and other else one or other
+
+
+def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]) -> Sums:
+    """The batch's sums; those of its halves, added, where it runs out of memory."""
     try:
-        return _sums(model, objective, batch)
+        sums = objective.sums(model.output(batch.inputs), batch)
+        counted = {TOKENS: batch.tokens, ROWS: len(batch.rows)}
+        return {name: value.double().cpu() for name, value in sums.items()} | {
+            name: torch.tensor(float(count), dtype=torch.float64) for name, count in counted.items()
+        }
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         reason = first_line(error)
     # Not inside `except`: there the error still holds the failed attempt's tensors.
-    halves = split_batch(batch)
+    halves = split_batch(batch, objective)
     if halves is None:
         raise document_too_large(batch, reason)
     on_split(batch)
     collect_failed()
     first, second = (_sums_or_halves(model, objective, half, on_split) for half in halves)
-    return first + second
-
-
-def _sums(model: TunedModel, objective: Objective, batch: Batch) -> torch.Tensor:
-    """(5,) float64: loss, correct and supervised tokens, all tokens, rows."""
-    hidden = model.hidden(objective.inputs(batch))
-    loss = objective.loss(hidden, model.head(), batch)
-    rows = sum(len(ids) for ids in batch.row_ids)
-    counts = [float(loss.total.sum()), loss.metrics["correct"], float(objective.units(batch)), batch.tokens, rows]
-    return torch.tensor(counts, dtype=torch.float64)
+    return added(first, second)

@@ -1,33 +1,40 @@
-"""TARGET of eval, generate and merge: what it is, and the loaded model with its adapter.
-
-Comes in: a path, hub id or recipe, --base, overrides.  Goes out: Target (nothing loaded), then LoadedTarget.
-Next: evaluate.py, generate.py, merge.py.
+"""TARGET of eval, generate and merge: a path, hub id or recipe goes in; out comes what it is, and then its loaded model
+with the adapter in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.config import TEMPLATE_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import InputError, ModelError
-from tunekit.memory.streaming import layer_weights, stream_base
-from tunekit.model.load import load_model
+from tunekit.files.tensors import read_tensor_header
+from tunekit.model.families import FAMILIES
+from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.names import known_names
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
+from tunekit.records import Choice
+from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
+from tunekit.tuned.network import prepare_network
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,25 @@ class Target:
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the template file. Raises: RecipeError where it cannot be read."""
+        """The text of the template file.
+
+        Raises: RecipeError where it cannot be read.
+        """
         return None if self.template_file is None else read_template(self.template_file)
 
     @property
     def seed(self) -> int:
         """The seed that splits the eval rows off."""
         return 0 if self.recipe is None else self.recipe.training.seed
+
+    @property
+    def choice(self) -> Choice:
+        """What of the recipe's ways to save memory also holds where nothing is trained."""
+        if self.recipe is None:
+            return Choice()
+        memory = self.recipe.memory
+        tier = memory.streaming if memory.streaming in ("host", "disk") else "off"
+        return Choice(streaming=tier, mlp_tile_tokens=memory.mlp_tile_tokens)
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,7 @@ class LoadedTarget:
     target: Target
     model: TunedModel
     tokenizer: LoadedTokenizer
+    objective: Objective  # for which it was trained, or which measures models of its family
 
 
 def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Target:
@@ -95,8 +115,18 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
     return replace(found, rewrites=tuple(rewrites))
 
 
+def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
+    """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
+    settings = supervised_objective(base.family.name) or SftSettings()
+    check_family(base, settings.family)
+    return make_objective(settings, processor, base.family.facts(base.net))
+
+
 def _require_model(target: str, section: ModelSection) -> None:
-    """Refuse a name that is nothing on this machine and no model of the hub. Raises: InputError."""
+    """Refuse a name.
+
+    Raises: InputError where it is nothing on this machine and no model of the hub.
+    """
     try:
         find_source(section, weights=False)
     except ModelError as error:
@@ -188,25 +218,56 @@ def _own_template(adapter: Path | None) -> Path | None:
     return path if path is not None and path.exists() else None
 
 
+def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None:
+    """For what the target was or would be trained, as its recipe or its adapter's folder say; None of bare models."""
+    config = None if target.adapter is None else read_adapter_config(target.adapter)
+    facts = dict((config.objective if config else None) or {})
+    method = facts.pop("method", None)
+    if target.recipe is not None:
+        return make_objective(target.recipe.objective, tokenizer, facts)
+    if method in known_names("objectives"):
+        return make_objective(make_objective_settings({"method": method}), tokenizer, facts)
+    if config is None:
+        return None
+    family = next((name for name, kind in FAMILIES.items() if kind.task_type == config.task_type), "causal")
+    settings = supervised_objective(family)
+    return None if settings is None else make_objective(settings, tokenizer, head_facts(config))
+
+
+def head_facts(config: AdapterConfig) -> dict[str, Any]:
+    """What the file of another tool's adapter tells of its head: one label for each row of its last matrix."""
+    header = read_tensor_header(config.folder / TENSORS_NAME)
+    named = set(getattr(config.settings, "modules_to_save", ()))
+    matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
+    rows = [shape[0] for name, shape in matrices.items() if named & set(name.split("."))]
+    return {"labels": [f"LABEL_{number}" for number in range(min(rows))]} if rows else {}
+
+
+def as_trained(target: Target, tokenizer: LoadedTokenizer) -> tuple[Target, Objective | None]:
+    """The target with its base as the objective has it loaded, and that objective."""
+    objective = objective_of(target, tokenizer)
+    return (target if objective is None else replace(target, model=objective.section(target.model))), objective
+
+
 def load_target(target: Target, device: torch.device) -> LoadedTarget:
     """Load the base, put the adapter into it, and load the tokenizer; ready for evaluation.
 
-    Where the recipe streams the base's weights, they are streamed here too.
+    Where the recipe streams the base's weights or computes its MLPs in tiles, so does this.
     """
-    written = "auto" if target.recipe is None else target.recipe.memory.streaming
-    tier = written if written in ("host", "disk") else "off"
+    choice = target.choice
     with parsed_once(target.model.name_or_path):
         tokenizer = load_tokenizer(target.model)
-        base = load_model(target.model, device=device, streamed=tier != "off")
-    weights = layer_weights(base)
-    adapter = None
+        target, objective = as_trained(target, tokenizer)
+        base = load_model(target.model, device=device, streamed=choice.streaming != "off")
+    objective = objective or measuring_objective(base, tokenizer)
+    attach = None
     if target.adapter is not None:
-        adapter = attach_adapter_folder(
+        attach = partial(
+            attach_adapter_folder,
             base.net,
             target.adapter,
             head_name=base.family.head_name(base.net),
             base_fingerprint=base.fingerprint,
             device=base.device,
         )
-    stream_base(base, weights, tier)
-    return LoadedTarget(target, TunedModel(base, adapter), tokenizer)
+    return LoadedTarget(target, prepare_network(base, choice, attach), tokenizer, objective)

@@ -35,6 +35,7 @@ class AdapterConfig:
     quantization: str | None = None
     double_quantization: bool | None = None
     files: tuple[tuple[str, str], ...] = ()  # name, sha256
+    objective: Mapping[str, Any] | None = None  # its method and facts
     fields: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, as the file has them
 
     @property
@@ -153,6 +154,7 @@ def _own_facts(folder: Path) -> dict[str, Any]:
         "base_dtype": _text(base, "dtype", path),
         "quantization": _text(base, "quantization", path),
         "double_quantization": double if isinstance(double, bool) else None,
+        "objective": facts["objective"] if isinstance(facts.get("objective"), dict) else None,
         "files": tuple((name, _sha256(entry, path)) for name, entry in sorted(files.items())),
     }
 

@@ -41,10 +41,12 @@ def save_adapter_folder(
     quantization: str = "none",
     double_quantization: bool = False,
     chat_template: str | None = None,
+    objective: Mapping[str, Any] | None = None,
 ) -> int:
     """Write the folder whole or not at all; returns its bytes. A local base is named relative to the folder.
 
-    `chat_template`: the text of one other than the base's own; it then belongs to the adapter.
+    `chat_template`: the text of one other than the base's own; it then belongs to the adapter.  `objective`: for what
+    it was trained, and what that must know when it is used.
 
     Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
     """
@@ -62,7 +64,7 @@ def save_adapter_folder(
         "double_quantization": double_quantization,
     }
     tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.exported().items()}
-    return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template)
+    return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template, objective)
 
 
 def write_adapter_folder(
@@ -72,6 +74,7 @@ def write_adapter_folder(
     settings: Any,
     base: Mapping[str, Any],
     chat_template: str | None = None,
+    objective: Mapping[str, Any] | None = None,
 ) -> int:
     """Write tensors by file key, PEFT's configuration and our own facts, whole or not at all; returns their bytes.
 
@@ -83,7 +86,7 @@ def write_adapter_folder(
     temporary = durable.temporary_name(folder)
     durable.make_folder(temporary)
     try:
-        size_bytes = _write_files(temporary, tensors, config, settings, base, chat_template)
+        size_bytes = _write_files(temporary, tensors, config, settings, base, chat_template, objective)
         durable.sync_folder(temporary)
         _put_in_place(temporary, folder)
     except BaseException:
@@ -101,6 +104,7 @@ def _write_files(
     settings: Any,
     base: Mapping[str, Any],
     chat_template: str | None,
+    objective: Mapping[str, Any] | None,
 ) -> int:
     """The three files, and the template if there is one, each flushed to the disk; returns their bytes."""
     tensor_bytes, digest = write_tensors(folder / TENSORS_NAME, tensors, {"format": "pt"})
@@ -121,6 +125,7 @@ def _write_files(
         "settings": settings.model_dump(mode="json", exclude={"init_from"}),  # a path of this machine
         "base": dict(base),
         "files": files,
+        **({} if objective is None else {"objective": dict(objective)}),
     }
     facts_bytes, _ = _write_json(folder / FACTS_NAME, facts)
     return tensor_bytes + config_bytes + facts_bytes + template_bytes

@@ -1,4 +1,6 @@
-"""liger-kernel's functions in place of a network's own norms and gated products."""
+"""liger-kernel's functions in place of a network's own norms and gated products; on the meta device stand-ins that keep
+what they keep.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.kernels.joined_lora import GatedMlp
@@ -19,6 +22,8 @@ class LigerGated(Gated):
     """SwiGLU by liger-kernel: one kernel each way, and the gradients take the place of gate and up."""
 
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
+        if gate.is_meta:
+            return torch.empty_like(gate)
         from liger_kernel.ops.swiglu import swiglu_forward
 
         hidden: Tensor = swiglu_forward(gate, up)[2]
@@ -27,9 +32,11 @@ class LigerGated(Gated):
     def backward(
         self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        of_hidden, of_down = through_down(self.hidden(gate, up))
+        if gate.is_meta:
+            return gate, up, of_down
         from liger_kernel.ops.swiglu import swiglu_backward
 
-        of_hidden, of_down = through_down(self.hidden(gate, up))
         of_gate, of_up = swiglu_backward(gate, up, of_hidden)
         return of_gate, of_up, of_down
 
@@ -52,8 +59,24 @@ def use_liger(net: nn.Module) -> None:
 
 
 def _liger_norm(norm: Any, x: Tensor) -> Tensor:
+    if x.is_meta:
+        stand_in: Tensor = _SimulatedNorm.apply(x)  # type: ignore[no-untyped-call]
+        return stand_in
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     # The gradient is not written over dy: a residual may need that again.
     y: Tensor = LigerRMSNormFunction.apply(x, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
     return y
+
+
+class _SimulatedNorm(torch.autograd.Function):
+    """Keeps x (..., D) and a float32 number for each of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.empty_like(gradients[0])

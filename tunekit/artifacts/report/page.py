@@ -55,7 +55,7 @@ def _head(path: Path, facts: ReportFacts, plan: Plan) -> str:
     rank = f" of rank {adapter['r']}" if adapter.get("r") else ""
     quantized = f", weights in {escape(model.quantization)}" if model.quantization != "none" else ""
     share = facts.trainable_parameters / plan.total_parameters if plan.total_parameters else 0.0
-    epochs = f" ({facts.final_step / plan.steps_per_epoch:.2f} epochs)" if plan.steps_per_epoch else ""
+    epochs = f" ({facts.final_step / plan.rows.steps_per_epoch:.2f} epochs)" if plan.rows.steps_per_epoch else ""
     return (
         f"# {escape(path.name)}\n\n"
         f"{escape(adapter.get('method', 'adapter'))}{rank} on **{escape(model.name_or_path)}** "
@@ -198,10 +198,10 @@ def _rows(facts: ReportFacts, plan: Plan) -> str:
     order = ("read", "trained", "dropped", "truncated")
     rows = sorted(facts.rows.items(), key=lambda item: _place(order, item[0]))
     lines = ["## Rows", _table(["rows", "number"], [[escape(name), f"{count:,}"] for name, count in rows])]
-    reasons = sorted(plan.rows.dropped_reasons.items())
+    reasons = sorted(plan.rows.training.dropped_reasons.items())
     if reasons:
         lines.append("Dropped: " + "; ".join(f"{count:,} {escape(reason)}" for reason, count in reasons) + ".")
-    lines.append(f"Packing: {'on' if plan.packing else 'off'} ({escape(plan.packing_reason)}).")
+    lines.append(f"Packing: {'on' if plan.rows.packing else 'off'} ({escape(plan.rows.packing_reason)}).")
     return "\n\n".join(lines)
 
 

@@ -1,7 +1,4 @@
-"""A plan in words and tables.
-
-Comes in: a Plan.  Goes out: names and values, rows of tables.
-"""
+"""A plan in words: names with values, and rows of tables."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ ATTENTION = {
 
 def facts(plan: Plan) -> dict[str, object]:
     """What the run is, by name; None where there is nothing to say."""
-    model, rows = plan.model, plan.rows
-    per_epoch = "" if plan.steps_per_epoch is None else f", {plan.steps_per_epoch:,} an epoch"
+    model, rows, choice = plan.model, plan.rows.training, plan.choice
+    per_epoch = "" if plan.rows.steps_per_epoch is None else f", {plan.rows.steps_per_epoch:,} an epoch"
     share = plan.trainable_parameters / max(plan.total_parameters, 1)
     about = "about " if rows.estimated else ""
     return {
@@ -29,23 +26,24 @@ def facts(plan: Plan) -> dict[str, object]:
         "parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} trained ({share:.2%})",
         "rows": f"{rows.trained:,} of {rows.read:,} ({rows.dropped:,} dropped, {rows.truncated:,} truncated)",
         "tokens": f"{about}{rows.tokens:,} an epoch; {about}{plan.supervised_tokens:,} supervised in the run",
-        "evaluation rows": None if plan.eval_rows is None else f"{plan.eval_rows.trained:,}",
+        "evaluation rows": None if plan.rows.evaluation is None else f"{plan.rows.evaluation.trained:,}",
         "attention": ATTENTION.get(model.attention, f"{model.attention}, with a mask over whole rows"),
-        "packing": f"{'yes' if plan.packing else 'no'}: {plan.packing_reason}",
+        "packing": f"{'yes' if plan.rows.packing else 'no'}: {plan.rows.packing_reason}",
         "steps": f"{plan.steps:,}{per_epoch}; {plan.warmup_steps:,} of warm-up",
         "micro-batches": _micro_batches(plan),
         "longest first": f"{'yes' if plan.tries_longest_batch else 'no'}: {plan.trial_reason}",
-        "recomputed": f"{plan.checkpointed_layers} of {model.layers} layers",
-        "logits": f"{plan.logits_chunk_tokens:,} positions at a time",
+        "recomputed": f"{choice.checkpointed_layers} of {model.layers} layers",
+        "logits": None if plan.text is None else f"{choice.logits_chunk_tokens:,} positions at a time",
     }
 
 
 def _micro_batches(plan: Plan) -> str:
     """How a step's rows are divided into micro-batches."""
-    unit = ("pack" if plan.packing else "row") + ("" if plan.micro_batch_size == 1 else "s")
+    count = plan.choice.micro_batch_size
+    unit = ("pack" if plan.rows.packing else "row") + ("" if count == 1 else "s")
     tokens = plan.recipe.get("training", {}).get("micro_batch_tokens")
-    size = f"{plan.micro_batch_size:,} {unit}" if plan.micro_batch_size else f"{unit} of {tokens:,} padded tokens"
-    return f"{plan.gradient_accumulation_steps:,} a step, of {size} each"
+    size = f"{count:,} {unit}" if count else f"{unit} of {tokens:,} padded tokens"
+    return f"{plan.choice.gradient_accumulation_steps:,} a step, of {size} each"
 
 
 def target_rows(plan: Plan) -> list[list[object]]:

@@ -1,52 +1,37 @@
-"""Rows to tensors: one micro-batch, right-padded, or end to end without padding.
+"""Ways to bring rows of several sizes into one tensor: end to end, and padded on the right.
 
-Comes in: rows, grouped into sequences of one row or of several (packs).  Goes out: Batch.  Next: batches.py.
-Padding is masked by length, never by id.  Position ids restart at 0 for every segment and for the padding tail.
+Comes in: arrays, grouped into sequences.  Goes out: tensors.  Padding is masked by size, never by id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from tunekit.contracts import IGNORED, Batch, EncodedRow, EncodedRows
-
-
-def collate(
-    rows: EncodedRows, groups: Sequence[Sequence[int]], *, pad_id: int, packed: bool, end_to_end: bool = False
-) -> Batch:
-    """The batch whose sequence b holds the rows groups[b] one after the other; `end_to_end`: all in one sequence."""
-    groups = [[index for group in groups for index in group]] if end_to_end else groups
-    return collate_rows([[rows[index] for index in group] for group in groups], groups, pad_id=pad_id, packed=packed)
+Arrays = Sequence[Sequence[NDArray[Any]]]
 
 
-def collate_rows(
-    sequences: Sequence[Sequence[EncodedRow]], row_ids: Sequence[Sequence[int]], *, pad_id: int, packed: bool
-) -> Batch:
-    """The batch of given rows."""
-    lengths = tuple(sum(len(row.ids) for row in sequence) for sequence in sequences)
-    shape = (len(sequences), max(lengths, default=0))
-    input_ids = np.full(shape, pad_id, dtype=np.int64)  # (B, T)
-    labels = np.full(shape, IGNORED, dtype=np.int64)  # (B, T)
-    position_ids = np.zeros(shape, dtype=np.int64)  # (B, T)
-    for number, sequence in enumerate(sequences):
-        start = 0
-        for row in sequence:
-            stop = start + len(row.ids)
-            input_ids[number, start:stop] = row.ids
-            labels[number, start:stop] = np.where(row.trained, row.ids, IGNORED)
-            labels[number, start] = IGNORED  # nothing before it predicts a segment's first token
-            position_ids[number, start:stop] = np.arange(stop - start)
-            start = stop
-        position_ids[number, start:] = np.arange(shape[1] - start)
-    return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(position_ids),
-        labels=torch.from_numpy(labels),
-        lengths=lengths,
-        packed=packed,
-        origins=tuple(tuple(row.origin for row in sequence) for sequence in sequences),
-        row_ids=tuple(tuple(int(index) for index in group) for group in row_ids),
-    )
+def lay_end_to_end(sequences: Arrays, fill: int) -> Tensor:
+    """(B, T) int64: the arrays of each sequence one after the other, then `fill`."""
+    widths = [sum(map(len, arrays)) for arrays in sequences]
+    laid = np.full((len(widths), max(widths, default=0)), fill, dtype=np.int64)  # (B, T)
+    for line, arrays, width in zip(laid, sequences, widths, strict=True):
+        np.concatenate(arrays, out=line[:width], casting="unsafe")
+    return torch.from_numpy(laid)
+
+
+def positions(sizes: Sequence[Sequence[int]]) -> Tensor:
+    """(B, T) int64: counting from 0 in each of a sequence's parts, whose sizes are given, and in its padding."""
+    width = max((sum(parts) for parts in sizes), default=0)
+    counted = [[np.arange(part) for part in (*parts, width - sum(parts))] for parts in sizes]
+    return lay_end_to_end(counted, 0)
+
+
+def real_positions(widths: Sequence[int]) -> Tensor:
+    """(B, T) bool: which positions of sequences of these sizes are no padding."""
+    return torch.arange(max(widths, default=0))[None] < torch.tensor(widths)[:, None]

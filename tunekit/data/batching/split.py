@@ -1,65 +1,36 @@
-"""A micro-batch cut into two that hold the same documents: its loss and its gradient are the sum of theirs.
+"""A micro-batch cut into two that hold the same rows: its loss and its gradient are the sum of theirs.
 
-Comes in: a Batch too large for the memory there is.  Goes out: two smaller ones.  Next: memory/splitting.py.
+Comes in: a Batch too large for the memory there is.  Goes out: two smaller ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
-
-from tunekit.contracts import Batch
+from tunekit.contracts import Batch, Objective, Row
 
 
-def split_batch(batch: Batch) -> tuple[Batch, Batch] | None:
-    """The first and the second half: of several rows by rows, of one packed row by documents; None for one document.
+def split_batch(batch: Batch, objective: Objective) -> tuple[Batch, Batch] | None:
+    """The first and the second half, by sequences, or by rows of a single sequence; None for a single row.
 
-    Halves are as wide as their longest row. Rows and documents keep their order, their labels and their positions, so
-    that every supervised token is in exactly one half.
+    Each half is as wide as its longest row. Rows keep their order, so that each is in exactly one half.
     """
-    count = len(batch.lengths)
-    if count > 1:
-        middle = count // 2
-        return _rows(batch, slice(0, middle)), _rows(batch, slice(middle, count))
-    starts = _document_starts(batch)
-    if len(starts) < 2:
+    sequences = batch.sequences
+    if len(sequences) > 1:
+        middle = len(sequences) // 2
+        return objective.collate(sequences[:middle]), objective.collate(sequences[middle:])
+    rows, size = sequences[0], batch.tokens
+    if len(rows) < 2:
         return None
-    half = batch.lengths[0] / 2
-    cut = min(range(1, len(starts)), key=lambda document: abs(starts[document] - half))
-    return _documents(batch, cut, slice(0, starts[cut])), _documents(batch, cut, slice(starts[cut], batch.lengths[0]))
+    middle = min(range(1, len(rows)), key=lambda at: abs(sum(row.size for row in rows[:at]) - size / 2))
+    return objective.collate([rows[:middle]]), objective.collate([rows[middle:]])
 
 
-def _rows(batch: Batch, chosen: slice) -> Batch:
-    """Some rows of a batch, without the padding that only the others needed."""
-    lengths = batch.lengths[chosen]
-    width = max(lengths)
-    return replace(
-        batch,
-        input_ids=batch.input_ids[chosen, :width],
-        position_ids=batch.position_ids[chosen, :width],
-        labels=batch.labels[chosen, :width],
-        lengths=lengths,
-        origins=batch.origins[chosen],
-        row_ids=batch.row_ids[chosen],
-    )
-
-
-def _document_starts(batch: Batch) -> list[int]:
-    """Where the documents of a batch of one row begin; padding is none."""
-    positions = batch.position_ids[0, : batch.lengths[0]]  # (T,)
-    return [int(start) for start in torch.nonzero(positions == 0)[:, 0]]
-
-
-def _documents(batch: Batch, cut: int, tokens: slice) -> Batch:
-    """The documents before (a slice from 0) or from `cut` on, of a batch of one row."""
-    documents = slice(0, cut) if tokens.start == 0 else slice(cut, None)
-    return replace(
-        batch,
-        input_ids=batch.input_ids[:, tokens],
-        position_ids=batch.position_ids[:, tokens],
-        labels=batch.labels[:, tokens],
-        lengths=(tokens.stop - tokens.start,),
-        origins=(batch.origins[0][documents],),
-        row_ids=(batch.row_ids[0][documents],),
-    )
+def cut_batch(batch: Batch, objective: Objective, *, sequences: int | None = None, size: int | None = None) -> Batch:
+    """The first sequences, and of each what lies within a size."""
+    kept: list[list[Row]] = []
+    for rows in batch.sequences[:sequences]:
+        left, cut = batch.tokens if size is None else size, []
+        for row in rows:
+            cut += [objective.cut(row, 0, min(row.size, left))] if left else []
+            left -= min(row.size, left)
+        kept.append(cut)
+    return objective.collate(kept)

@@ -1,28 +1,26 @@
 """Training on data larger than memory: encoded as it is read, shuffled by shard and buffer.
 
-Comes in: sharded sources, a Tokenizer, BatchSettings.  Goes out: StreamedWindows.  Memory holds one buffer a source.
+Comes in: sharded sources, an Objective, BatchSettings.  Goes out: StreamedWindows.  Memory holds one buffer a source.
 The order is a pure function of (sources, settings, seed); to resume, everything before a step is encoded once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
-from tunekit.contracts import Batch, EncodedRow, Tokenizer, Window
+from tunekit.contracts import Batch, Objective, Row, Window
 from tunekit.data.batching.order import draw_raw, permutation
 from tunekit.data.batching.pack import first_fit
-from tunekit.data.batching.pad import collate_rows
-from tunekit.data.batching.windows import BatchSettings, Widths, part_lengths
+from tunekit.data.batching.windows import BatchSettings, Sizes
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import Sharded
-from tunekit.data.rendering.render import Renderer
 from tunekit.errors import DataError
 
 BUFFER_ROWS = 10_000
@@ -33,24 +31,22 @@ DRAWS = 4096
 
 @dataclass(frozen=True)
 class StreamedRow:
-    """A row, its number in the stream, and how often its source had been read through when it came."""
+    """A row, and how often its source had been read through when it came."""
 
-    row: EncodedRow
-    number: int
+    row: Row
     epoch: float
 
 
 @dataclass(frozen=True)
-class Strip:
+class StreamedSequence:
     """What fills one row of a batch: one row, or a pack."""
 
     rows: tuple[StreamedRow, ...]
 
-    def widths(self, reads_source: bool) -> Widths:
-        """Tokens of each part that is padded by itself."""
-        lengths = np.array([sum(len(part.row.ids) for part in self.rows)])  # (1,)
-        supervised = np.array([sum(part.row.supervised_tokens for part in self.rows)])  # (1,)
-        return part_lengths(lengths, supervised, reads_source)[0]
+    @property
+    def sizes(self) -> Sizes:
+        """Of each part that is padded by itself."""
+        return tuple(map(sum, zip(*(part.row.sizes for part in self.rows), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,10 @@ class StreamedSource:
     sharded: Sharded
     format_name: str
     number: int
-    tokenizer: Tokenizer
+    objective: Objective
     options: EncodeOptions
 
-    def rows(self, seed: int, shuffle: bool) -> Iterator[tuple[EncodedRow, float]]:
+    def rows(self, seed: int, shuffle: bool) -> Iterator[tuple[Row, float]]:
         """Rows without end. Raises: DataError with the wrong rows of a buffer, or where nothing can be trained on."""
         for epoch in count():
             found = False
@@ -77,25 +73,25 @@ class StreamedSource:
             if not found:
                 raise DataError("no row of it can be trained on", "", file=self.sharded.source.path)
 
-    def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[EncodedRow], float]]:
+    def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:
         """Encoded rows of one pass in bounded buffers, each with the share of the shards begun before it ended."""
         problems = Problems()
-        renderer = Renderer(self.tokenizer, self.options.train_on, self.options.template)
         begun = [0]
         encoded = encode_rows(
             self._raw_rows(seed, epoch, shuffle, problems, begun),
             format_maker(self.format_name),
-            renderer,
+            self.objective.row_encoder(self.options),
+            self.objective,
             self.options,
             name=self.sharded.source.path,
             problems=problems,
             counts=SourceCounts(),
         )
-        buffer: list[EncodedRow] = []
+        buffer: list[Row] = []
         tokens = 0
         for row, line, _, _ in encoded:
-            buffer.append(EncodedRow(row.ids, row.trained, f"{Path(self.sharded.source.path).name}:{line}"))
-            tokens += len(row.ids)
+            buffer.append(replace(row, origin=f"{Path(self.sharded.source.path).name}:{line}"))
+            tokens += row.size
             if len(buffer) >= BUFFER_ROWS or tokens >= BUFFER_TOKENS:
                 problems.raise_if_any()
                 yield buffer, (begun[0] - 1) / len(self.sharded.shards)
@@ -118,19 +114,25 @@ class StreamedWindows:
     """A WindowSource over streamed sources, drawn from in proportion to their weights."""
 
     def __init__(
-        self, sources: Sequence[StreamedSource], settings: BatchSettings, *, rank: int = 0, world: int = 1
+        self,
+        sources: Sequence[StreamedSource],
+        objective: Objective,
+        settings: BatchSettings,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if settings.max_steps is None:
             raise DataError("a streamed source has no known length", "set training.max_steps", key="training.max_steps")
         self.steps = settings.max_steps
         self.steps_per_epoch: int | None = None
         self.micro_batches_per_epoch: int | None = None
-        self._sources, self._settings = tuple(sources), settings
+        self._sources, self._objective, self._settings = tuple(sources), objective, settings
         self._rank, self._world = rank, world
 
     def windows(self, first_step: int) -> Iterator[Window]:
         """This rank's share of each step from `first_step` on."""
-        window: list[tuple[Strip, ...]] = []
+        window: list[tuple[StreamedSequence, ...]] = []
         step = 0
         for micro_batch in self._micro_batches():
             window.append(micro_batch)
@@ -143,20 +145,16 @@ class StreamedWindows:
             if step == self.steps:
                 return
 
-    def _window(self, step: int, micro_batches: Sequence[tuple[Strip, ...]]) -> Window:
+    def _window(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> Window:
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         epoch = max(part.epoch for batch in micro_batches for group in batch for part in group.rows)
         return Window(step, epoch, indices, tuple(self._collate(micro_batches[index]) for index in indices))
 
-    def _collate(self, groups: Sequence[Strip]) -> Batch:
+    def _collate(self, groups: Sequence[StreamedSequence]) -> Batch:
+        sequences = [[part.row for part in group.rows] for group in groups]
         if self._settings.end_to_end:
-            groups = [Strip(tuple(part for group in groups for part in group.rows))]
-        return collate_rows(
-            [[part.row for part in group.rows] for group in groups],
-            [[part.number for part in group.rows] for group in groups],
-            pad_id=self._settings.pad_id,
-            packed=self._settings.packing,
-        )
+            sequences = [[row for sequence in sequences for row in sequence]]
+        return self._objective.collate(sequences)
 
     def _rows(self) -> Iterator[StreamedRow]:
         """Rows of all sources: each position draws its source by the weights."""
@@ -168,34 +166,34 @@ class StreamedWindows:
             chosen = np.minimum(np.searchsorted(weights, draws, side="right"), len(streams) - 1)  # (DRAWS,)
             for offset, number in enumerate(chosen.tolist()):
                 row, epoch = next(streams[number])
-                yield StreamedRow(row, block * DRAWS + offset, epoch)
+                yield StreamedRow(replace(row, number=block * DRAWS + offset), epoch)
 
-    def _groups(self) -> Iterator[Strip]:
+    def _groups(self) -> Iterator[StreamedSequence]:
         """Single rows, or packs of the rows of a few windows at a time."""
         settings = self._settings
         if not settings.packing:
             for row in self._rows():
-                yield Strip((row,))
+                yield StreamedSequence((row,))
         per_micro_batch = settings.micro_batch_tokens or (settings.micro_batch_size or 1) * settings.max_length
         wanted = PACKED_WINDOWS * settings.gradient_accumulation_steps * max(per_micro_batch, settings.max_length)
         block: list[StreamedRow] = []
         tokens = 0
         for row in self._rows():
             block.append(row)
-            tokens += len(row.row.ids)
+            tokens += row.row.size
             if tokens >= wanted:
-                for pack in first_fit([len(part.row.ids) for part in block], settings.max_length):
-                    yield Strip(tuple(block[position] for position in pack))
+                for pack in first_fit([part.row.size for part in block], settings.max_length):
+                    yield StreamedSequence(tuple(block[position] for position in pack))
                 block, tokens = [], 0
 
-    def _micro_batches(self) -> Iterator[tuple[Strip, ...]]:
+    def _micro_batches(self) -> Iterator[tuple[StreamedSequence, ...]]:
         """As TrainingWindows cuts them: so many sequences, or as many as fit so many padded tokens."""
         settings = self._settings
-        current: list[Strip] = []
-        widest: Widths = (0, 0)
+        current: list[StreamedSequence] = []
+        widest: Sizes = ()
         for group in self._groups():
-            width = group.widths(settings.reads_source)
-            wider = tuple(map(max, widest, width))
+            width = group.sizes
+            wider = tuple(map(max, widest, width)) if current else width
             if settings.micro_batch_tokens is not None and current:
                 full = sum(wider) * (len(current) + 1) > settings.micro_batch_tokens
             else:

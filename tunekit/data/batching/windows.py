@@ -1,7 +1,7 @@
 """Which rows are trained together, and when: epochs to packs to micro-batches to windows of one optimizer step.
 
-Comes in: encoded rows and BatchSettings.  Goes out: TrainingWindows, evaluation batches, the longest batch.  Next: the
-loop.  The order is a pure function of (rows, settings, seed): a window never depends on the number of ranks, and
+Comes in: rows, their objective and BatchSettings.  Goes out: TrainingWindows, evaluation batches.
+The order is a pure function of (rows, settings, seed): a window never depends on the number of ranks, and
 `windows(first_step)` gives exactly the windows that an uninterrupted run would have seen from there on.
 """
 
@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tunekit.contracts import Batch, EncodedRow, EncodedRows, Window
+from tunekit.contracts import Batch, Objective, Rows, Window
 from tunekit.data.batching.order import Share, epoch_rows
 from tunekit.data.batching.pack import first_fit
-from tunekit.data.batching.pad import collate, collate_rows
 from tunekit.errors import DataError
 
 Group = tuple[int, ...]  # the rows of one sequence: one row, or a pack
 MicroBatch = tuple[Group, ...]
-Widths = tuple[int, ...]  # tokens of a sequence, part by part
+Sizes = tuple[int, ...]  # of a sequence, part by part
 STEP_ROUNDING = 1e-9  # 0.1 * 30 is not quite 3
 
 
@@ -39,11 +38,7 @@ class BatchSettings:
     seed: int
     epochs: float | None
     max_steps: int | None
-    pad_id: int
-    end_to_end: bool = (
-        False  # unpacked rows of a micro-batch lie in one sequence, as documents of their own: no padding
-    )
-    reads_source: bool = False  # rows are a source and an answer, each padded by itself
+    end_to_end: bool = False  # rows that are not packed lie in one sequence, as documents of their own: no padding
 
 
 def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSettings) -> list[Group]:
@@ -53,20 +48,18 @@ def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSett
     return [tuple(int(order[position]) for position in pack) for pack in first_fit(lengths, settings.max_length)]
 
 
-def part_lengths(lengths: NDArray[np.int64], supervised: NDArray[np.int64], reads_source: bool) -> list[Widths]:
-    """Tokens of each part of a row that is padded by itself: of the row, or of its source and its answer."""
-    if not reads_source:
-        return [(length,) for length in lengths.tolist()]
-    return list(zip((lengths - supervised - 1).tolist(), supervised.tolist(), strict=True))
+def collate(rows: Rows, groups: Sequence[Group], objective: Objective, *, end_to_end: bool = False) -> Batch:
+    """The batch whose sequence b holds the rows groups[b]; `end_to_end`: all of them in one sequence."""
+    groups = [tuple(index for group in groups for index in group)] if end_to_end else groups
+    return objective.collate([[rows[index] for index in group] for group in groups])
 
 
-def padded_tokens(widths: Sequence[Widths]) -> int:
-    """Tokens of a micro-batch of such sequences, padding included."""
-    together: int = sum(max(part) for part in zip(*widths, strict=True))
-    return len(widths) * together
+def padded_size(sizes: Sequence[Sizes]) -> int:
+    """Of a micro-batch of such sequences, padding included."""
+    return len(sizes) * sum(map(max, *sizes)) if len(sizes) > 1 else sum(sum(each) for each in sizes)
 
 
-def cut_micro_batches(groups: Sequence[Group], lengths: Sequence[Widths], settings: BatchSettings) -> list[MicroBatch]:
+def cut_micro_batches(groups: Sequence[Group], sizes: Sequence[Sizes], settings: BatchSettings) -> list[MicroBatch]:
     """Consecutive groups: micro_batch_size of them, or as many as fit micro_batch_tokens padded tokens (at least 1)."""
     if settings.micro_batch_size is not None:
         size = settings.micro_batch_size
@@ -74,12 +67,12 @@ def cut_micro_batches(groups: Sequence[Group], lengths: Sequence[Widths], settin
     budget = settings.micro_batch_tokens or 1
     batches: list[MicroBatch] = []
     current: list[Group] = []
-    widest: Widths = (0, 0)
-    for group, length in zip(groups, lengths, strict=True):
-        wider = tuple(map(max, widest, length))
+    widest: Sizes = ()
+    for group, own in zip(groups, sizes, strict=True):
+        wider = tuple(map(max, widest, own)) if current else own
         if current and sum(wider) * (len(current) + 1) > budget:
             batches.append(tuple(current))
-            current, wider = [], length
+            current, wider = [], own
         current.append(group)
         widest = wider
     return [*batches, tuple(current)] if current else batches
@@ -90,7 +83,8 @@ class TrainingWindows:
 
     def __init__(
         self,
-        rows: EncodedRows,
+        rows: Rows,
+        objective: Objective,
         settings: BatchSettings,
         *,
         rank: int = 0,
@@ -101,11 +95,11 @@ class TrainingWindows:
             raise DataError(
                 "there are no rows to train on", "see the dropped rows, or name other sources in data.train"
             )
-        self._rows, self._settings = rows, settings
+        self._rows, self._objective, self._settings = rows, objective, settings
         self._rank, self._world = rank, world
         self._shares = draws or (Share(0, len(rows)),)
-        self._lengths = np.asarray(rows.lengths)  # (rows,)
-        self._supervised = np.asarray(rows.supervised) if settings.reads_source else self._lengths  # (rows,)
+        self._sizes = np.asarray(rows.sizes)  # (rows, sizes)
+        self._lengths = self._sizes.sum(axis=1)  # (rows,)
         self._steps_of: list[int] = []  # optimizer steps of each epoch that was cut
         self._last: tuple[int, list[MicroBatch]] | None = None
         self.micro_batches_per_epoch = len(self.micro_batches(0))
@@ -120,15 +114,11 @@ class TrainingWindows:
             settings = self._settings
             order = epoch_rows(self._shares, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
             groups = group_rows(order.tolist(), self._lengths[order].tolist(), settings)
-            lengths = self._widths(groups) if settings.micro_batch_tokens else []
-            self._last = epoch, cut_micro_batches(groups, lengths, settings)
+            sizes = [
+                tuple(self._sizes[list(group)].sum(axis=0).tolist()) for group in groups if settings.micro_batch_tokens
+            ]
+            self._last = epoch, cut_micro_batches(groups, sizes, settings)
         return self._last[1]
-
-    def _widths(self, groups: Sequence[Group]) -> list[Widths]:
-        if not self._settings.reads_source:
-            return [(int(self._lengths[list(group)].sum()),) for group in groups]
-        order = [group[0] for group in groups]  # never packed
-        return part_lengths(self._lengths[order], self._supervised[order], reads_source=True)
 
     def windows(self, first_step: int) -> Iterator[Window]:
         """This rank's share of each step from `first_step` on, up to `steps`."""
@@ -149,14 +139,7 @@ class TrainingWindows:
         return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches)
 
     def _collate(self, micro_batch: MicroBatch) -> Batch:
-        settings = self._settings
-        return collate(
-            self._rows,
-            micro_batch,
-            pad_id=settings.pad_id,
-            packed=settings.packing,
-            end_to_end=settings.end_to_end,
-        )
+        return collate(self._rows, micro_batch, self._objective, end_to_end=self._settings.end_to_end)
 
     def _epoch_steps(self, epoch: int) -> int:
         """Steps of an epoch: the last, partial window counts. Packs differ from epoch to epoch, so steps may."""
@@ -182,65 +165,19 @@ class TrainingWindows:
         return steps + (math.ceil(part * self._epoch_steps(whole) - STEP_ROUNDING) if part else 0)
 
 
-def evaluation_batches(
-    rows: EncodedRows, *, batch_size: int, pad_id: int, packing: bool = False, max_length: int | None = None
-) -> Iterator[Batch]:
+def evaluation_batches(rows: Rows, objective: Objective, *, batch_size: int) -> Iterator[Batch]:
     """Every row once, longest first (least padding, and a batch that does not fit fails at once)."""
-    lengths = np.asarray(rows.lengths)  # (rows,)
-    order = np.argsort(-lengths, kind="stable")  # (rows,)
+    order = np.argsort(-np.asarray(rows.lengths), kind="stable")  # (rows,)
     groups: list[Group] = [(int(row),) for row in order]
-    if packing:
-        capacity = max_length or int(lengths.max(initial=1))
-        groups = [tuple(int(order[at]) for at in pack) for pack in first_fit(lengths[order].tolist(), capacity)]
     for start in range(0, len(groups), batch_size):
-        yield collate(rows, groups[start : start + batch_size], pad_id=pad_id, packed=packing)
+        yield collate(rows, groups[start : start + batch_size], objective)
 
 
-def longest_batch(rows: EncodedRows, settings: BatchSettings) -> Batch:
-    """A micro-batch as large as any that an epoch can produce: the longest rows, or packs filled to the brim."""
-    lengths = np.asarray(rows.lengths)  # (rows,)
-    if settings.packing:
-        capacity = min(settings.max_length, int(lengths.sum()))
-        count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // capacity, 1)
-        return filled_batch(rows, settings, min(count, len(rows)), capacity)
-    if settings.end_to_end and settings.micro_batch_tokens is not None:
-        return filled_batch(
-            rows, settings, 1, min(max(settings.micro_batch_tokens, int(lengths.max())), int(lengths.sum()))
-        )
-    order = np.argsort(-lengths, kind="stable")  # (rows,), longest first
-    count, first = settings.micro_batch_size or 1, 0
-    if settings.micro_batch_tokens is not None:
-        widths = lengths[order]  # (rows,)
-        fitting = np.maximum(settings.micro_batch_tokens // widths, 1)  # (rows,)
-        counts = np.minimum(fitting, len(order) - np.arange(len(order)))  # rows at least as short
-        first = int(np.argmax(counts * widths))
-        count = int(counts[first])
-    chosen = [(int(row),) for row in order[first : first + count]]
-    return collate(rows, chosen, pad_id=settings.pad_id, packed=False, end_to_end=settings.end_to_end)
-
-
-def filled_batch(rows: EncodedRows, settings: BatchSettings, count: int, capacity: int) -> Batch:
-    """`count` sequences of exactly `capacity` tokens, of the longest rows; the last row of each is cut to fit."""
-    order = np.argsort(-np.asarray(rows.lengths), kind="stable").tolist()
-    sequences: list[list[EncodedRow]] = []
-    indices: list[Group] = []
-    position = 0
-    for number in range(count):
-        sequence, used, room = [], [], capacity
-        while room:
-            row = rows[order[position % len(order)]]
-            kept = EncodedRow(row.ids[:room], row.trained[:room], row.origin)
-            sequence.append(kept)
-            used.append(order[position % len(order)])
-            room -= len(kept.ids)
-            position += 1
-        sequences.append([_one_part(sequence, number)] if settings.reads_source and count > 1 else sequence)
-        indices.append(tuple(used))
-    return collate_rows(sequences, indices, pad_id=settings.pad_id, packed=True)
-
-
-def _one_part(sequence: Sequence[EncodedRow], number: int) -> EncodedRow:
-    """Nearly all of it source in the first of several, answer in the others: either part is padded to the longest."""
-    ids = np.concatenate([row.ids for row in sequence])  # (T,)
-    trained = np.arange(len(ids)) >= (len(ids) - 1 if number == 0 else 2)  # (T,)
-    return EncodedRow(ids, trained, sequence[0].origin)
+def filled_batch(rows: Rows, objective: Objective, settings: BatchSettings) -> Batch:
+    """A micro-batch of sequences of exactly max_length, made of the longest rows; of a stream none is larger."""
+    capacity = settings.max_length
+    count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // capacity, 1)
+    longest = np.argsort(-np.asarray(rows.lengths), kind="stable").tolist()
+    source = (rows[index] for index in cycle(longest))
+    parts = objective.layout.sizes
+    return objective.collate([objective.fill(source, capacity, min(number, parts - 1)) for number in range(count)])

@@ -1,6 +1,6 @@
-"""A source's raw rows to encoded rows: format, rendering, excess length, and the count of what became of each.
+"""A source's raw rows to encoded rows: format, excess length, and the count of what became of each.
 
-Comes in: RawRows, a Renderer, EncodeOptions.  Goes out: Encoded rows and SourceCounts.  Next: cache.py, rows.py.
+Comes in: RawRows, an objective's RowEncoder, EncodeOptions.  Goes out: Encoded rows and SourceCounts.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tunekit.contracts import EncodedRow
+from tunekit.contracts import Objective, Row, RowEncoder, RowLayout
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
-from tunekit.data.rendering.render import Dropped, Renderer
 from tunekit.errors import DataError
 from tunekit.formats.example import Example
-from tunekit.recipe.names import facts_of, known_names
+from tunekit.recipe.names import facts_of, formats_of
 
 MakeExample = Callable[[Mapping[str, Any]], Example]
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
 TOO_LONG = "longer than max_length"
 EMPTY_PIECE = "piece without a supervised token"
+
+
+class Dropped(Exception):
+    """A row that cannot be trained on, and is counted under this reason."""
 
 
 @dataclass
@@ -39,13 +42,6 @@ class SourceCounts:
     split: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     lost_pieces: int = 0
-
-    def add(self, other: SourceCounts) -> None:
-        """Count other rows of the source too."""
-        for name, value in vars(other).items():
-            if name != "dropped":
-                setattr(self, name, getattr(self, name) + value)
-        self.dropped.update(other.dropped)
 
 
 @dataclass(frozen=True)
@@ -61,22 +57,26 @@ class EncodeOptions:
 class Encoded(NamedTuple):
     """A row or a piece of one, and where it was written: several rows of a JSON array may share a line."""
 
-    row: EncodedRow
+    row: Row
     line: int
     number: int  # of the row in its source, from 0
-    digest: int
+    digest: int  # of the whole row, so that its pieces stay together
 
 
-def choose_format(named: str, values: Mapping[str, Any]) -> tuple[str, str]:
-    """The format of a source and why, from its first row. Raises: DataError listing the formats' fields."""
+def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[str, str]:
+    """The format of a source and why, from its first row; of those that give this kind of example.
+
+    Raises: DataError listing the formats' fields.
+    """
     if named != "auto":
         return named, "the recipe says so"
-    for name in known_names("formats"):
+    fitting = formats_of(example)
+    for name in fitting:
         required = facts_of("formats", name).REQUIRED
         if all(field in values for field in required) and _looks_like(name, values):
             return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
-    wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in known_names("formats"))
+    wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
     raise DataError(
         f"the first row has {there}, which is no known format ({wanted})",
         "set data.train[].format, or map columns to these fields under data.train[].columns",
@@ -101,20 +101,20 @@ def format_maker(name: str) -> MakeExample:
 def encode_rows(
     rows: Iterable[RawRow],
     make_example: MakeExample,
-    renderer: Renderer,
+    encoder: RowEncoder,
+    objective: Objective,
     options: EncodeOptions,
     *,
     name: str,
     problems: Problems,
     counts: SourceCounts,
-    first_number: int = 0,
 ) -> Iterator[Encoded]:
-    """Every row that can be trained on; wrong rows go into `problems`. `first_number`: of the first row."""
-    for number, raw in enumerate(rows, first_number):
+    """Every row that can be trained on; wrong rows go into `problems`."""
+    for number, raw in enumerate(rows):
         counts.read += 1
         try:
-            row = renderer.encode(make_example(raw.values), f"{name}:{raw.line}")
-            pieces = cut_row(row, options, counts)
+            row = encoder.encode(make_example(raw.values), f"{name}:{raw.line}")
+            pieces = cut_row(row, objective, options, counts)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
@@ -122,15 +122,16 @@ def encode_rows(
             problems.add_error(name, raw.line, error)
             continue
         counts.kept += 1
+        digest = digest_of(row, objective.layout)
         for piece in pieces:
-            yield Encoded(piece, raw.line, number, digest_of(piece))
+            yield Encoded(piece, raw.line, number, digest)
 
 
-def cut_row(row: EncodedRow, options: EncodeOptions, counts: SourceCounts) -> list[EncodedRow]:
+def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: SourceCounts) -> list[Row]:
     """The row as it is, cut, or in pieces. Raises: Dropped with the reason; DataError where longer rows are errors."""
-    if row.supervised_tokens == 0:
+    if row.supervised == 0:
         raise Dropped(NO_TARGET)
-    length, most = len(row.ids), options.max_length
+    length, most = row.size, options.max_length
     if length <= most:
         return [row]
     if options.excess_length == "error":
@@ -141,14 +142,13 @@ def cut_row(row: EncodedRow, options: EncodeOptions, counts: SourceCounts) -> li
     if options.excess_length == "drop":
         raise Dropped(TOO_LONG)
     if options.excess_length == "truncate":
-        kept = EncodedRow(row.ids[:most], row.trained[:most], row.origin)
-        if kept.supervised_tokens == 0:
+        kept = objective.cut(row, 0, most)
+        if kept.supervised == 0:
             raise Dropped(NO_TARGET_LEFT)
         counts.truncated += 1
         return [kept]
-    starts = range(0, length, most)
-    pieces = [EncodedRow(row.ids[at : at + most], row.trained[at : at + most], row.origin) for at in starts]
-    kept_pieces = [piece for piece in pieces if piece.supervised_tokens]
+    pieces = [objective.cut(row, start, start + most) for start in range(0, length, most)]
+    kept_pieces = [piece for piece in pieces if piece.supervised]
     if not kept_pieces:
         raise Dropped(NO_TARGET_LEFT)
     counts.split += 1
@@ -156,7 +156,9 @@ def cut_row(row: EncodedRow, options: EncodeOptions, counts: SourceCounts) -> li
     return kept_pieces
 
 
-def digest_of(row: EncodedRow) -> int:
-    """64 bits of the row's ids: equal rows have equal digests, whatever file they stand in."""
-    raw = np.ascontiguousarray(row.ids, dtype="<i4").tobytes()
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+def digest_of(row: Row, layout: RowLayout) -> int:
+    """64 bits of a row's ids: equal rows have equal digests, whatever file they stand in."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in layout.token_parts:
+        digest.update(np.ascontiguousarray(row.parts[part], dtype="<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little")

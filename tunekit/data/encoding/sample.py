@@ -1,23 +1,22 @@
 """The first rows of a streamed source, encoded, to show and to estimate from.
 
-Comes in: a Source.  Goes out: Sampled, the stream and its sample.  Next: rows.py.
+Comes in: a Source.  Goes out: Sampled, the stream and its sample.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from tunekit.contracts import Tokenizer
+from tunekit.contracts import Objective
 from tunekit.data.batching.stream import StreamedSource
 from tunekit.data.encoding.cache import hash_of
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
-from tunekit.data.encoding.sources import EncodedSource
+from tunekit.data.encoding.sources import EncodedSource, encoding_facts
 from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_memory
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import first_rows, shard_source
-from tunekit.data.rendering.render import Renderer
 from tunekit.errors import DataError
 from tunekit.recipe.data import Source
 
@@ -33,7 +32,7 @@ class Sampled:
     scale: float | None
 
 
-def sample_source(source: Source, number: int, tokenizer: Tokenizer, options: EncodeOptions) -> Sampled:
+def sample_source(source: Source, number: int, objective: Objective, options: EncodeOptions) -> Sampled:
     """Open a source for streaming. Raises: DataError where its first rows are wrong."""
     sharded = shard_source(source)
     problems, counts = Problems(), SourceCounts()
@@ -41,23 +40,22 @@ def sample_source(source: Source, number: int, tokenizer: Tokenizer, options: En
     problems.raise_if_any()
     if not rows:
         raise DataError("there is no row in it", "", file=source.path)
-    format_name, reason = choose_format(source.format, rows[0].values)
-    renderer = Renderer(tokenizer, options.train_on, options.template)
-    streams = memory_streams()
-    writer = StoreWriter(streams)
-    encoded = encode_rows(
-        rows, format_maker(format_name), renderer, options, name=source.path, problems=problems, counts=counts
-    )
+    format_name, reason = choose_format(source.format, rows[0].values, objective.example)
+    encoder = objective.row_encoder(options)
+    streams = memory_streams(objective.layout)
+    writer = StoreWriter(objective.layout, streams)
+    given = (format_maker(format_name), encoder, objective, options)
+    encoded = encode_rows(rows, *given, name=source.path, problems=problems, counts=counts)
     for piece in encoded:
         writer.add(*piece)
     problems.raise_if_any()
     name = Path(source.path).name
     notices = [f"{name}: format {format_name} ({reason}); streamed, shuffled by shard and buffer"]
-    notices += [f"{name}: {count} of the first {len(rows)}: {what}" for what, count in renderer.notices.items()]
-    reading = source.model_dump(mode="json", include={"format", "columns", "max_rows"})
-    fingerprint = hash_of([sharded.content, reading, tokenizer.fingerprint, asdict(options)])
-    sample = EncodedSource(source, store_from_memory(streams), name, counts, tuple(notices), fingerprint)
-    stream = StreamedSource(sharded, format_name, number, tokenizer, options)
+    notices += [f"{name}: {count} of the first {len(rows)}: {what}" for what, count in encoder.notices.items()]
+    fingerprint = hash_of([sharded.content, *encoding_facts(source, objective, options)])
+    store = store_from_memory(objective.layout, streams)
+    sample = EncodedSource(source, store, name, counts, tuple(notices), fingerprint)
+    stream = StreamedSource(sharded, format_name, number, objective, options)
     return Sampled(stream, sample, None if sharded.lines is None else max(sharded.lines / len(rows), 1.0))
 
 

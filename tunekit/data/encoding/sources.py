@@ -1,6 +1,6 @@
 """One source, encoded: from the token cache if nothing that decides its ids has changed.
 
-Comes in: a Source, a Tokenizer, EncodeOptions.  Goes out: EncodedSource.  Next: rows.py.
+Comes in: a Source, an Objective, EncodeOptions.  Goes out: EncodedSource.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tunekit.contracts import Tokenizer
-from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store, has_entry, hash_of
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, format_maker
-from tunekit.data.encoding.parts import encode_in_parts
+from tunekit.contracts import Objective
+from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store, hash_of
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import hub_fingerprint, is_hub_name, read_source
-from tunekit.data.rendering.render import Renderer
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.cache_folder import code_version, default_cache_folder
 from tunekit.formats.example import Example
@@ -42,20 +40,8 @@ class EncodedSource:
     fingerprint: str
 
 
-def encode_options(data: DataSection, tokenizer: Tokenizer) -> EncodeOptions:
-    """The data section's options that decide ids, with the template read from its file.
-
-    Raises: RecipeError for those that mean nothing where an encoder reads the prompt.
-    """
-    problems = []
-    if tokenizer.answer_start_id is not None and data.train_on == "all":
-        what = "the prompt is read by an encoder, which predicts nothing"
-        problems.append(Problem(what, "write assistant or last", key="data.train_on"))
-    if tokenizer.answer_start_id is not None and data.excess_length == "split":
-        what = "the later pieces of a row would have no source for the encoder to read"
-        problems.append(Problem(what, "write drop, truncate or error", key="data.excess_length"))
-    if problems:
-        raise RecipeError.of(problems)
+def encode_options(data: DataSection) -> EncodeOptions:
+    """The data section's options that decide ids, with the template read from its file."""
     template = None if data.chat_template is None else read_template(Path(data.chat_template))
     return EncodeOptions(data.train_on, template, data.max_length, data.excess_length)
 
@@ -73,7 +59,7 @@ def read_template(path: Path) -> str:
 
 
 def load_sources(
-    sources: Sequence[Source], tokenizer: Tokenizer, options: EncodeOptions, cache_dir: Path | None
+    sources: Sequence[Source], objective: Objective, options: EncodeOptions, cache_dir: Path | None
 ) -> list[EncodedSource]:
     """Every source, encoded; the problems of all are raised together."""
     folder = cache_dir or default_cache_folder()
@@ -81,7 +67,7 @@ def load_sources(
     problems: list[Problem] = []
     for source in sources:
         try:
-            loaded.append(load_source(source, tokenizer, options, cache_folder=folder))
+            loaded.append(load_source(source, objective, options, cache_folder=folder))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -89,71 +75,48 @@ def load_sources(
     return loaded
 
 
-def load_source(
-    source: Source, tokenizer: Tokenizer, options: EncodeOptions, *, cache_folder: Path, ahead: bool = False
-) -> EncodedSource:
-    """The encoded rows of a source.
-
-    `ahead`: nobody waits for the rows yet, so that the first wrong row ends it and nothing is kept in memory.
-    Raises: DataError with every wrong row found, by file and line.
-    """
-    fingerprint = source_fingerprint(source, tokenizer, options)
+def load_source(source: Source, objective: Objective, options: EncodeOptions, *, cache_folder: Path) -> EncodedSource:
+    """The encoded rows of a source. Raises: DataError with every wrong row found, by file and line."""
+    fingerprint = source_fingerprint(source, objective, options)
     name = Path(source.path).name
 
     def fill(writer: StoreWriter) -> Facts:
-        return _encode_into(writer, source, tokenizer, options, ahead)
+        return _encode_into(writer, source, objective, options)
 
-    store, facts = cached_store(cache_folder, _key(fingerprint), fill, only_on_disk=ahead)
+    key = hash_of([fingerprint, code_version(CODE, PACKAGES)])
+    store, facts = cached_store(cache_folder, key, objective.layout, fill)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
     lead = f"{name}: format {facts['format']} ({facts['reason']})"
     notices = (lead, *(f"{name}: {number} {what}" for what, number in facts["notices"].items()))
     return EncodedSource(source, store, name, counts, notices, fingerprint)
 
 
-def is_encoded(source: Source, tokenizer: Tokenizer, options: EncodeOptions, *, cache_folder: Path) -> bool:
-    """Whether the cache holds an entry of the source; it may be damaged. Raises: DataError for what is no data file."""
-    return has_entry(cache_folder, _key(source_fingerprint(source, tokenizer, options)))
-
-
-def _key(fingerprint: str) -> str:
-    return hash_of([fingerprint, code_version(CODE, PACKAGES)])
-
-
-def source_fingerprint(source: Source, tokenizer: Tokenizer, options: EncodeOptions) -> str:
+def source_fingerprint(source: Source, objective: Objective, options: EncodeOptions) -> str:
     """sha256 over the source's content and everything that decides how it is encoded; its path is no part of it."""
     hub = is_hub_name(source.path)
     content = hub_fingerprint(source) if hub else content_hash(inspect_file(Path(source.path)).path)
+    return hash_of([content, Path(source.path).suffixes, *encoding_facts(source, objective, options)])
+
+
+def encoding_facts(source: Source, objective: Objective, options: EncodeOptions) -> list[Any]:
+    """What decides ids beside the content: how it is read, and by which objective, tokenizer and options."""
     reading = source.model_dump(mode="json", include={"format", "columns", "max_rows"})
-    return hash_of([content, Path(source.path).suffixes, reading, tokenizer.fingerprint, asdict(options)])
+    return [reading, objective.fingerprint, asdict(options)]
 
 
-def _encode_into(
-    writer: StoreWriter, source: Source, tokenizer: Tokenizer, options: EncodeOptions, ahead: bool
-) -> Facts:
-    problems, counts = Problems(), SourceCounts()
-    renderer = Renderer(tokenizer, options.train_on, options.template)
-    rows, format_name, reason = open_rows(source, problems)
-    encoded = encode_in_parts(
-        rows,
-        lambda again: open_rows(source, again)[0],
-        source.path,
-        format_maker(format_name),
-        renderer,
-        options,
-        problems=problems,
-        counts=counts,
-    )
-    for piece in encoded:
+def _encode_into(writer: StoreWriter, source: Source, objective: Objective, options: EncodeOptions) -> Facts:
+    problems, counts, encoder = Problems(), SourceCounts(), objective.row_encoder(options)
+    rows, format_name, reason = open_rows(source, objective.example, problems)
+    make, name = format_maker(format_name), source.path
+    for piece in encode_rows(rows, make, encoder, objective, options, name=name, problems=problems, counts=counts):
         if not problems.count:
             writer.add(*piece)
-        elif ahead:
-            break
     problems.raise_if_any()
     facts: dict[str, Any] = {"format": format_name, "reason": reason}
-    return {**facts, "counts": {**vars(counts), "dropped": dict(counts.dropped)}, "notices": dict(renderer.notices)}
+    return {**facts, "counts": {**vars(counts), "dropped": dict(counts.dropped)}, "notices": dict(encoder.notices)}
 
 
-def open_rows(source: Source, problems: Problems) -> tuple[Iterator[RawRow], str, str]:
+def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], str, str]:
     """The raw rows of a source, its format and why. Raises: DataError where there is no row at all."""
     rows = read_source(source, problems)
     first = next(rows, None)
@@ -161,17 +124,17 @@ def open_rows(source: Source, problems: Problems) -> tuple[Iterator[RawRow], str
         problems.raise_if_any()
         raise DataError("there is no row in it", "", file=source.path)
     try:
-        format_name, reason = choose_format(source.format, first.values)
+        format_name, reason = choose_format(source.format, first.values, example)
     except DataError as error:
         problem = error.problems[0]
         raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
     return chain([first], rows), format_name, reason
 
 
-def read_examples(source: Source, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
+def read_examples(source: Source, objective: Objective, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
     """Some examples of a source that was encoded before, by their numbers from 0, each with its line."""
     problems = Problems()
-    rows, format_name, _ = open_rows(source, problems)
+    rows, format_name, _ = open_rows(source, objective.example, problems)
     make_example = format_maker(format_name)
     for number, raw in enumerate(rows):
         if number in numbers:

@@ -1,6 +1,6 @@
-"""Encoded rows as three flat arrays: ids, mask, and one record a row. In memory, or mapped from a file.
+"""Encoded rows as flat arrays: one for each part, and one record a row. In memory, or mapped from a file.
 
-Comes in: EncodedRows one by one.  Goes out: TokenStore and views of several of them.  Next: cache.py, rows.py.
+Comes in: rows one by one, and their layout.  Goes out: TokenStore and views of several of them.
 """
 
 from __future__ import annotations
@@ -15,35 +15,50 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.contracts import EncodedRow
+from tunekit.contracts import Row, RowLayout
 
-RECORD = np.dtype([("length", "<i8"), ("supervised", "<i8"), ("line", "<i8"), ("number", "<i8"), ("digest", "<u8")])
-FILES = ("ids.bin", "trained.bin", "rows.bin")
-TYPES = (np.dtype("<i4"), np.dtype(np.bool_), RECORD)
+RECORDS = "rows.bin"
+Files = dict[str, np.dtype[Any]]  # file name -> what it holds
+
+
+def files_of(layout: RowLayout) -> Files:
+    """One file for each part of a row, and one of records."""
+    lengths, sizes = (len(layout.parts),), (layout.sizes,)
+    plain = [(name, "<i8") for name in ("supervised", "line", "number")]
+    record = np.dtype([("lengths", "<i8", lengths), ("sizes", "<i8", sizes), *plain, ("digest", "<u8")])
+    return {**{f"{name}.bin": np.dtype(kind) for name, kind in layout.parts.items()}, RECORDS: record}
 
 
 class TokenStore:
-    """Rows of one source. `line` is where a row began, `number` its place among the rows as written, from 0, and
-    `digest` a hash of its ids.
+    """Rows of one source. A record has the `lengths` of a row's parts, its `sizes` and what is `supervised` in it;
+    `line` is where it began, `number` its place among the rows as written, from 0, and `digest` a hash of the whole row
+    of which it may be a piece.
     """
 
-    def __init__(self, ids: NDArray[Any], trained: NDArray[Any], records: NDArray[Any]) -> None:
-        self.ids, self.trained, self.records = ids, trained, records  # (tokens,) (tokens,) (rows,)
-        self.offsets = np.concatenate([[0], np.cumsum(records["length"])]).astype(np.int64)  # (rows + 1,)
+    def __init__(self, layout: RowLayout, arrays: Sequence[NDArray[Any]]) -> None:
+        *parts, self.records = arrays  # (values,) of each part; (rows,)
+        self.parts = dict(zip(layout.parts, parts, strict=True))
+        ends = np.cumsum(self.records["lengths"], axis=0, dtype=np.int64)  # (rows, parts)
+        self.offsets = np.concatenate([np.zeros_like(ends[:1]), ends]) if len(ends) else ends
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def row(self, index: int, name: str) -> EncodedRow:
-        """One row, as copies."""
-        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        origin = f"{name}:{int(self.records['line'][index])}"
-        return EncodedRow(np.array(self.ids[part]), np.array(self.trained[part]), origin)
+    def row(self, index: int, name: str, number: int) -> Row:
+        """One row, as copies; `number` of all rows of the run."""
+        bounds = self.offsets[index : index + 2].T.tolist()
+        parts = {
+            part: np.array(values[start:stop])
+            for (part, values), (start, stop) in zip(self.parts.items(), bounds, strict=True)
+        }
+        record = self.records[index]
+        sizes = tuple(record["sizes"].tolist())
+        return Row(parts, sizes, int(record["supervised"]), f"{name}:{int(record['line'])}", number)
 
 
-def map_store(folder: Path) -> TokenStore:
+def map_store(folder: Path, layout: RowLayout) -> TokenStore:
     """The store written in a folder, without reading its tokens."""
-    return TokenStore(*(_map(folder / name, kind) for name, kind in zip(FILES, TYPES, strict=True)))
+    return TokenStore(layout, [_map(folder / name, kind) for name, kind in files_of(layout).items()])
 
 
 def _map(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
@@ -53,17 +68,18 @@ def _map(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
 
 
 class StoreWriter:
-    """Appends rows to three streams and keeps their sha256; memory does not grow with the rows if they are files."""
+    """Appends rows to one stream a file and keeps their sha256; in files, memory does not grow with the rows."""
 
-    def __init__(self, streams: Sequence[IO[bytes]]) -> None:
-        self._streams = streams
+    def __init__(self, layout: RowLayout, streams: Sequence[IO[bytes]]) -> None:
+        self._files, self._streams = files_of(layout), streams
         self._hashes = [hashlib.sha256() for _ in streams]
 
-    def add(self, row: EncodedRow, line: int, number: int, digest: int) -> None:
+    def add(self, row: Row, line: int, number: int, digest: int) -> None:
         """One row more."""
-        record = np.array([(len(row.ids), row.supervised_tokens, line, number, digest)], dtype=RECORD)  # (1,)
+        lengths = tuple(len(values) for values in row.parts.values())
+        record = np.array([(lengths, row.sizes, row.supervised, line, number, digest)], dtype=self._files[RECORDS])
         for stream, digester, values, kind in zip(
-            self._streams, self._hashes, (row.ids, row.trained, record), TYPES, strict=True
+            self._streams, self._hashes, (*row.parts.values(), record), self._files.values(), strict=True
         ):
             raw = np.ascontiguousarray(values, dtype=kind).tobytes()
             stream.write(raw)
@@ -71,18 +87,20 @@ class StoreWriter:
 
     def hashes(self) -> dict[str, str]:
         """sha256 of each file so far."""
-        return {name: digester.hexdigest() for name, digester in zip(FILES, self._hashes, strict=True)}
+        return {name: digester.hexdigest() for name, digester in zip(self._files, self._hashes, strict=True)}
 
 
-def memory_streams() -> list[io.BytesIO]:
+def memory_streams(layout: RowLayout) -> list[io.BytesIO]:
     """Streams for a store that is kept in memory."""
-    return [io.BytesIO() for _ in FILES]
+    return [io.BytesIO() for _ in files_of(layout)]
 
 
-def store_from_memory(streams: Sequence[io.BytesIO]) -> TokenStore:
+def store_from_memory(layout: RowLayout, streams: Sequence[io.BytesIO]) -> TokenStore:
     """The store that was written to memory."""
-    arrays = [np.frombuffer(stream.getvalue(), dtype=kind) for stream, kind in zip(streams, TYPES, strict=True)]
-    return TokenStore(*arrays)
+    kinds = files_of(layout).values()
+    return TokenStore(
+        layout, [np.frombuffer(each.getvalue(), dtype=kind) for each, kind in zip(streams, kinds, strict=True)]
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +119,7 @@ class Part:
 
 
 class ChosenRows:
-    """EncodedRows over parts of several stores, one after the other."""
+    """Rows over parts of several stores, one after the other."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
@@ -110,28 +128,36 @@ class ChosenRows:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, index: int) -> EncodedRow:
+    def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         part = self.parts[number]
-        return part.store.row(int(part.chosen[index - self.starts[number]]), part.name)
+        return part.store.row(int(part.chosen[index - self.starts[number]]), part.name, index)
 
     def _column(self, name: str, kind: type[Any]) -> NDArray[Any]:
         columns = [part.store.records[name][part.chosen] for part in self.parts]
-        return np.concatenate(columns).astype(kind) if columns else np.empty(0, dtype=kind)
+        return (
+            np.concatenate(columns).astype(kind) if columns else np.empty((0, 1) if name == "sizes" else 0, dtype=kind)
+        )
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(rows, sizes) of each row's parts."""
+        return self._column("sizes", np.int64)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(rows,) tokens of each row."""
-        return self._column("length", np.int64)
+        """(rows,) the sizes of each row, added up."""
+        lengths: NDArray[np.int64] = self.sizes.sum(axis=-1)
+        return lengths
 
     @property
     def supervised(self) -> NDArray[np.int64]:
-        """(rows,) supervised tokens of each row."""
+        """(rows,) what the loss sums over in each row."""
         return self._column("supervised", np.int64)
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """(rows,) hash of each row: equal rows have equal ones."""
+        """(rows,) hash of the whole row: equal rows, and pieces of one, have equal ones."""
         return self._column("digest", np.uint64)

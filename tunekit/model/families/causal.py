@@ -35,7 +35,7 @@ class Family:
 
     name: str = "causal"
     task_type: str = "CAUSAL_LM"  # as PEFT's adapter folders name the family
-    text: str = "causal language model"
+    text: str = "a causal language model"
     answers: bool = True  # whether it generates text
     reads_source: bool = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
 
@@ -61,6 +61,30 @@ class Family:
         """The net's own logits, whole: (B, T, V), of a classifier (B, C). Training reads hidden states and head."""
         logits: torch.Tensor = call_accepted(net, inputs).logits
         return logits
+
+    def looks_back(self, net: nn.Module) -> bool:
+        """Whether each position sees only those before it, so that rows may lie end to end."""
+        return True
+
+    def reads_rows(self, net: nn.Module) -> bool:
+        """Whether the head reads whole rows, so that only the net itself can call it."""
+        return False
+
+    def trained_with(self, net: nn.Module) -> list[str]:
+        """Names of modules that are trained whole beside any adapter."""
+        return []
+
+    def facts(self, net: nn.Module) -> dict[str, Any]:
+        """What an objective of this family must know of the net."""
+        return {}
+
+    def inputs_of(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the net is called with for one row of ids (1, T)."""
+        return {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
+
+    def scores(self, net: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        """What the head makes of one row of ids (1, T): (T, V) float32, of a classifier (1, C)."""
+        return self.head(net).logits(self.hidden(net, self.inputs_of(ids))[0])
 
     def takes_positions(self, net: nn.Module) -> bool:
         """Whether the base accepts position ids; without them rows cannot be packed or padded on the left."""

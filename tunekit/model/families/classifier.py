@@ -25,13 +25,43 @@ class ClassifierFamily(Family):
 
     name: str = "classifier"
     task_type: str = "SEQ_CLS"
-    text: str = "sequence classifier"
+    text: str = "a sequence classifier"
     answers: bool = False
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification
 
         return AutoModelForSequenceClassification
+
+    def decoder(self, net: nn.Module) -> bool:
+        """Whether the net is a decoder, whose head reads the last token of a row."""
+        return isinstance(getattr(net, "score", None), nn.Module)
+
+    def looks_back(self, net: nn.Module) -> bool:
+        return self.decoder(net)
+
+    def takes_positions(self, net: nn.Module) -> bool:
+        return self.decoder(net) and super().takes_positions(net)
+
+    def reads_rows(self, net: nn.Module) -> bool:
+        """Of encoders and encoder-decoders, whose heads differ from net to net."""
+        return not self.decoder(net)
+
+    def trained_with(self, net: nn.Module) -> list[str]:
+        """The head."""
+        name = self.head_name(net)
+        return [] if name is None else [name]
+
+    def facts(self, net: nn.Module) -> dict[str, Any]:
+        """The labels of the net's own head."""
+        config: Any = net.config
+        return {"labels": [str(label) for _, label in sorted(config.id2label.items())]}
+
+    def inputs_of(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"input_ids": ids}
+
+    def scores(self, net: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        return self.logits(net, self.inputs_of(ids)).float()
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """The layers in order, of an encoder-decoder both stacks', with their module names."""
@@ -40,20 +70,30 @@ class ClassifierFamily(Family):
         return Seq2SeqFamily().layers(net) if both else super().layers(net)
 
     def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(B, C). Raises: ModelError where a decoder could not tell padding from text."""
+        """(B, C). An encoder counts positions itself: some begin at another number than 0.
+
+        Raises: ModelError where a decoder could not tell padding from text.
+        """
         config: Any = net.config
         rows = next(iter(inputs.values())).shape[0]
-        last_position = isinstance(getattr(net, "score", None), nn.Module)  # of decoders: the last that is no padding
-        if rows > 1 and last_position and getattr(config, "pad_token_id", None) is None:
+        if rows > 1 and self.decoder(net) and getattr(config, "pad_token_id", None) is None:
             raise ModelError(
                 f"{config.model_type} reads the last token of each row, and its configuration names no padding token",
                 "write pad_token_id into the base's config.json",
             )
-        return super().logits(net, inputs)
+        return super().logits(net, {name: value for name, value in inputs.items() if name != "position_ids"})
+
+    def hidden(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, T, D) of a decoder after its final norm; padding comes last, so that none of it is seen."""
+        return super().hidden(net, {name: value for name, value in inputs.items() if name != "attention_mask"})
 
     def head(self, net: nn.Module) -> TextHead:
-        """None that turns every hidden state into logits. Raises: ModelError."""
-        raise ModelError(f"{type(net).__name__} gives one row of logits per text, none per token", "read its logits")
+        """Of a decoder: hidden states (D) -> scores (C). Raises: ModelError for others."""
+        if not self.decoder(net):
+            raise ModelError(
+                f"{type(net).__name__} gives one row of logits per text, none per token", "read its logits"
+            )
+        return TextHead(net, "score")
 
     def head_name(self, net: nn.Module) -> str | None:
         """Module name of what stands beside the base and ends in one number per label."""
@@ -65,5 +105,5 @@ class ClassifierFamily(Family):
         return None
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """None: what follows the layers is not a norm alone."""
-        return None
+        """Of decoders as of causal models; None of others: what follows their layers is not a norm alone."""
+        return super().stages(net) if self.decoder(net) else None

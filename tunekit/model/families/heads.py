@@ -6,10 +6,13 @@ Comes in: the net and the name of its head module.  Goes out: `TextHead.logits`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+from tunekit.model.call import seed_for
+from tunekit.recipe.model import HeadedModel, ModelSection
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,27 @@ def make_head(net: nn.Module, name: str, config: Any) -> TextHead:
         cap = cap if cap is not None else getattr(config, field, None)
     offset = "final_logits_bias" if "final_logits_bias" in dict(net.named_buffers(recurse=False)) else None  # BART
     return TextHead(net, name, scale, divisor, None if cap is None else float(cap), offset)
+
+
+def new_head(section: ModelSection, family: Any, net: nn.Module) -> str | None:
+    """Module name of the head that the section asks for, which the base's files need not hold; None of other bases."""
+    name: str | None = family.head_name(net) if isinstance(section, HeadedModel) else None
+    return name
+
+
+def draw_head(section: ModelSection, family: Any, net: nn.Module, dtype: torch.dtype) -> None:
+    """Values for a new head that the base's files did not hold, as transformers initialises one, on the CPU.
+
+    They depend on the section's seed and the head's name alone.
+    """
+    name = new_head(section, family, net)
+    if name is None or not any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
+        return
+    assert isinstance(section, HeadedModel)
+    drawn, owner = net.get_submodule(name).to_empty(device="cpu").float(), cast(Any, net)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for("head", section.head_seed, name))
+        for module in drawn.modules():
+            cast(Any, module)._is_hf_initialized = False
+            owner._init_weights(module)
+    drawn.to(dtype)

@@ -30,7 +30,7 @@ class Seq2SeqFamily(Family):
 
     name: str = "seq2seq"
     task_type: str = "SEQ_2_SEQ_LM"
-    text: str = "encoder-decoder"
+    text: str = "an encoder-decoder"
     reads_source: bool = True
 
     def auto_class(self) -> Any:
@@ -54,6 +54,14 @@ class Seq2SeqFamily(Family):
         if torch.is_grad_enabled():
             seed_layer(current_call(), BETWEEN_STACKS)
         return last_hidden(_answer(decoder, inputs, source))
+
+    def looks_back(self, net: nn.Module) -> bool:
+        """Never: an encoder sees the whole source."""
+        return False
+
+    def inputs_of(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the net is called with for one row of ids (1, T), source and answer at once."""
+        return {"input_ids": ids, "decoder_input_ids": ids}
 
     def takes_positions(self, net: nn.Module) -> bool:
         """Never: an answer of a packed row would see the sources of the others."""

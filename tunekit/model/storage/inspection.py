@@ -16,7 +16,7 @@ from tunekit.files.tensors import read_raw_header
 from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import ModelSource, read_json
-from tunekit.recipe.model import ModelSection
+from tunekit.recipe.model import HeadedModel, ModelSection
 
 CHUNK_BYTES = 64 * 1024
 SAMPLED_CHUNKS = 16
@@ -77,17 +77,20 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
         raise ModelError(what, MEND, key="model.family")
     kind = str(config.get("model_type", "unknown"))
     name = f"{section.name_or_path} ({kind})"
+    headed = isinstance(section, HeadedModel)
     architectures = config.get("architectures") or []
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = next((family for ending, family in HEADS.items() if architecture.endswith(ending)), None)
     reason = None
     if any(key in config for key in ("vision_config", "audio_config", "vq_config", "speech_config")):
         reason = "is a vision-language or audio-language model"
-    elif architecture and family is None:
+    elif architecture and family is None and not headed:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
         reason = next(known, f"has the architecture {architecture}, which is none that tunekit knows")
     if reason:
         raise ModelError(f"{name} {reason}", MEND, key="model.name_or_path")
+    if headed:
+        return section.family
     found = family or ("seq2seq" if config.get("is_encoder_decoder") else "causal")
     if section.family not in ("auto", found):
         raise ModelError(

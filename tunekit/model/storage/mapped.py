@@ -14,6 +14,7 @@ from torch import nn
 
 from tunekit.errors import ModelError, ResourceError
 from tunekit.model.families import Family
+from tunekit.model.families.heads import new_head
 from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.packing import PackedBase, layout_of, packed_base
 from tunekit.model.storage.reading import ALIGNMENT, BaseReader, load_generation_config, open_base, place, unfilled_net
@@ -41,7 +42,7 @@ def mapped_net(
         what = "a GGUF file" if source.gguf_file is not None else "a base with code of its own"
         raise ModelError(f"{what} cannot be streamed: its weights are no tensors of the net's names", HOW, key=KEY)
     net = unfilled_net(family.auto_class(), config, dtype, attention)
-    reader = open_base(net, source.folder, dtype)
+    reader = open_base(net, source.folder, dtype, new_head(section, family, net))
     if reader is None:
         what = f"{section.name_or_path} stores its weights under other names or shapes than the net"
         raise ModelError(f"{what}, so that it cannot be streamed", HOW, key=KEY)
@@ -77,4 +78,4 @@ def _to_be_kept(
     device = torch.device("cpu")
     if section.quantization != "none":
         return packed_base(net, reader, family, section, dtype, device)
-    return PackedBase(net, reader, section, dtype, device, layout=layout_of(net, family))
+    return PackedBase(net, reader, section, dtype, device, layout=layout_of(net, family, reader.new))

@@ -124,14 +124,17 @@ def packed_base(
     kinds = {name: layer_kind(net.get_submodule(name)) for name in packable(net, family)}
     notes = quantize_layers(net, family, section, dtype, torch.device("meta"))
     transposed = frozenset(name for name, kind in kinds.items() if kind == "conv1d")
-    return PackedBase(net, reader, section, dtype, device, notes, layout_of(net, family), transposed)
+    return PackedBase(net, reader, section, dtype, device, notes, layout_of(net, family, reader.new), transposed)
 
 
-def layout_of(net: nn.Module, family: Family) -> list[StoredTensor]:
-    """Every parameter and persistent buffer once: what lies outside of layers, then layer by layer."""
+def layout_of(net: nn.Module, family: Family, new: frozenset[str]) -> list[StoredTensor]:
+    """Every parameter and persistent buffer once: what lies outside of layers, then layer by layer; not those in `new`,
+    which no file holds."""
     layers = {name: index for index, (name, _) in enumerate(family.layers(net))}
     found: dict[int, StoredTensor] = {}
     for name, tensor in net.state_dict(keep_vars=True).items():
         layer = next((each for each in layers if name.startswith(f"{each}.")), "")
+        if name in new:
+            continue
         found.setdefault(id(tensor), StoredTensor(name, tuple(tensor.shape), tensor.dtype, layer))
     return sorted(found.values(), key=lambda each: layers.get(each.layer, -1))

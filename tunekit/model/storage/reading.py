@@ -129,10 +129,11 @@ class BaseReader:
     the others of a tied tensor.  Made by `open_base`.
     """
 
-    def __init__(self, net: nn.Module, files: MappedFiles, groups: dict[str, str]) -> None:
-        self.files, self._groups = files, groups
+    def __init__(self, net: nn.Module, files: MappedFiles, groups: dict[str, str], head: str | None = None) -> None:
+        self.files, self._groups, self._head = files, groups, head
         self._tensors: dict[str, Tensor] = dict(net.state_dict(keep_vars=True))
         self.names = tuple(name for name in self._tensors if groups[name] == name)
+        self.new: frozenset[str] = frozenset()  # of a head, names that no file holds
         self._stored: dict[str, str] = {}  # name -> its name in the files
         self._pieces: dict[str, dict[str, str]] = {}  # name -> piece's name as converted -> its name in the files
         self._joined: dict[str, StoredPieces] = {}
@@ -201,7 +202,11 @@ class BaseReader:
                     return False  # transformers does not tie what the files hold twice with other numbers
                 self._stored.setdefault(group, inside)
         covered = self._stored.keys() | self._pieces.keys()
-        return not found.ambiguous and covered == set(self.names) and not found.unknown(net)
+        if self._head is not None:  # a head that the files need not hold, in place of another
+            self.new = frozenset(name for name in set(self.names) - covered if name.startswith(f"{self._head}."))
+            self.names = tuple(name for name in self.names if name not in self.new)
+        unknown = found.unknown(net) if self._head is None else []
+        return not found.ambiguous and covered == set(self.names) and not unknown
 
     def _find_pieces(self, net: nn.Module, name: str, found: _StoredNames) -> None:
         """Note a parameter that the files hold in pieces."""
@@ -257,8 +262,10 @@ def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device:
     )
 
 
-def open_base(net: nn.Module, folder: Path, dtype: torch.dtype) -> BaseReader | None:
+def open_base(net: nn.Module, folder: Path, dtype: torch.dtype, head: str | None = None) -> BaseReader | None:
     """A reader of the base in `folder` for a net of `unfilled_net`; None where it might not equal from_pretrained.
+
+    `head`: module name of a head that the files need not hold.
 
     Raises: ModelError for files that are damaged or missing.
     """
@@ -269,7 +276,7 @@ def open_base(net: nn.Module, folder: Path, dtype: torch.dtype) -> BaseReader | 
         return None
     first: dict[int, str] = {}
     groups = {name: first.setdefault(id(tensor), name) for name, tensor in net.state_dict(keep_vars=True).items()}
-    reader = BaseReader(net, MappedFiles(folder, read_headers(folder)), groups)
+    reader = BaseReader(net, MappedFiles(folder, read_headers(folder)), groups, head)
     return reader if reader._find(net) else None
 
 

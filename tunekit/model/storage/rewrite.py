@@ -24,7 +24,7 @@ from tunekit.model.storage import inspection
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.shards import ShardReader, ShardWriter
 from tunekit.model.storage.source import ModelSource, find_source
-from tunekit.recipe.model import ModelSection
+from tunekit.recipe.model import HeadedModel, ModelSection
 
 # (weight (O, I) float32, bias (O,) float32 or None) -> the same two, changed
 LayerChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
@@ -107,13 +107,18 @@ class Rewriter:
         self.names = frozenset(self.tensors.names())
 
     def _open(self, plain: ModelSection) -> BaseTensors | LoadedTensors:
-        if self.source.gguf_file is None:
+        if not self._rewritten:
             parameters = frozenset(self.net.state_dict())
             return BaseTensors(self.source.folder, parameters, str(getattr(self.net, "base_model_prefix", "")))
         wide = plain.model_copy(update={"dtype": "float32"})
         loaded = load_model(wide, device=torch.device("cpu"))
         self.generation_config = loaded.generation_config
         return LoadedTensors(loaded.net, self.head if self.tied else None, self.compute_dtype)
+
+    @property
+    def _rewritten(self) -> bool:
+        """Whether the new files are written from the net in memory: those of the base are no files of this net."""
+        return self.source.gguf_file is not None or isinstance(self.section, HeadedModel)
 
     def fingerprint(self) -> str:
         """The base's fingerprint."""
@@ -190,7 +195,7 @@ class Rewriter:
 
     def _configuration(self, changes: Changes) -> dict[str, Any]:
         """The base's configuration; changed only where the new weights differ from it."""
-        if self.source.gguf_file is None:
+        if not self._rewritten:
             config = inspection.read_config(self.source)
         else:
             self.config.use_cache = True

@@ -48,7 +48,7 @@ def generate_texts(
     gives no text.
     """
     if not model.family.answers:
-        raise ModelError(f"{model.name_or_path} is a {model.family.text}, which gives no text", "read its logits")
+        raise ModelError(f"{model.name_or_path} is {model.family.text}, which gives no text", "read its logits")
     stops = sorted(set(find_stop_ids(model, tokenizer) if stop_ids is None else stop_ids))
     table = model.family.learned_positions(model.net)
     longest = None if table is None else table - virtual_tokens

@@ -12,6 +12,7 @@ from tunekit.recipe.section import ObjectiveSettings
 class Seq2seqSettings(ObjectiveSettings):
     """No settings of its own."""
 
+    supervised: ClassVar[bool] = True
     family: ClassVar[str] = "seq2seq"
 
     method: Literal["seq2seq"] = Field("seq2seq", description="cross entropy on the answers of encoder-decoders")

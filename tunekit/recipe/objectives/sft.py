@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,5 +11,7 @@ from tunekit.recipe.section import ObjectiveSettings
 
 class SftSettings(ObjectiveSettings):
     """No settings of its own."""
+
+    supervised: ClassVar[bool] = True
 
     method: Literal["sft"] = Field("sft", description="next-token cross entropy on the supervised tokens")

@@ -5,15 +5,16 @@ Comes in: a Draft in canonical form, with the sections that are valid on their o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tunekit.errors import holds_secret
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
+from tunekit.recipe.names import facts_of, formats_of, known_names, needs_generation, settings_class
 from tunekit.recipe.reading.draft import Draft, KeyPath
 from tunekit.recipe.reading.suggest import did_you_mean
-from tunekit.recipe.section import Section
+from tunekit.recipe.section import ObjectiveSettings, Section
 
 EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
 _ONE_NEEDED = (("epochs", "max_steps"), ("micro_batch_size", "micro_batch_tokens"))
@@ -71,10 +72,11 @@ def settle_learning_rate(draft: Draft) -> None:
 def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
     """Every check that needs valid sections; a section with problems of its own is absent and is not checked."""
     data, evaluation = sections.get("data"), sections.get("evaluation")
+    objective = _objective_class(draft)
     if isinstance(data, DataSection):
-        _check_sources(draft, data)
+        _check_sources(draft, data, objective)
     if isinstance(evaluation, EvaluationSection):
-        _check_metrics(draft, evaluation)
+        _check_metrics(draft, evaluation, objective)
     if isinstance(data, DataSection) and isinstance(evaluation, EvaluationSection) and data.eval is None:
         for name in ("best", "patience"):
             if getattr(evaluation, name) is not None:
@@ -93,11 +95,19 @@ def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None
         check_secrets(draft, inner, (*key, part))
 
 
-def _check_sources(draft: Draft, data: DataSection) -> None:
+def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
+    """Of the objective that the recipe names; of the default where it names none that is known."""
+    written = draft.values.get("objective")
+    method = written.get("method") if isinstance(written, dict) else written
+    found: Any = settings_class("objectives", method if method in known_names("objectives") else "sft")
+    return found  # type: ignore[no-any-return]
+
+
+def _check_sources(draft: Draft, data: DataSection, objective: type[ObjectiveSettings]) -> None:
     evaluation = data.eval if isinstance(data.eval, tuple) else ()
     for name, sources in (("train", data.train), ("eval", evaluation)):
         for index, source in enumerate(sources):
-            _check_source(draft, ("data", name, index), source)
+            _check_source(draft, ("data", name, index), source, formats_of(objective.example))
     streamed = [index for index, source in enumerate(data.train) if source.streaming]
     if streamed:
         _check_streaming(draft, ("data", "train", streamed[0], "streaming"), data)
@@ -115,11 +125,12 @@ def _check_streaming(draft: Draft, key: KeyPath, data: DataSection) -> None:
         draft.add_problem(("data", "eval"), "no fraction can be taken of a streamed source", "name an eval source")
 
 
-def _check_source(draft: Draft, key: KeyPath, source: Source) -> None:
-    formats = known_names("formats")
+def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[str]) -> None:
     if source.format != "auto" and source.format not in formats:
-        how = did_you_mean(source.format, ["auto", *formats], "known formats")
-        draft.add_problem((*key, "format"), f"unknown format '{source.format}'", how)
+        known = source.format in known_names("formats")
+        what = "the objective does not learn from the format" if known else "unknown format"
+        how = did_you_mean(source.format, ["auto", *formats], "its formats" if known else "known formats")
+        draft.add_problem((*key, "format"), f"{what} '{source.format}'", how)
         return
     chosen = formats if source.format == "auto" else (source.format,)
     fields = sorted({field for name in chosen for field in facts_of("formats", name).FIELDS})
@@ -133,7 +144,7 @@ def _check_source(draft: Draft, key: KeyPath, source: Source) -> None:
         taken.add(field)
 
 
-def _check_metrics(draft: Draft, evaluation: EvaluationSection) -> None:
+def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[ObjectiveSettings]) -> None:
     known = known_names("metrics")
     for index, name in enumerate(evaluation.metrics):
         key: KeyPath = ("evaluation", "metrics", index)
@@ -141,6 +152,9 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection) -> None:
             draft.add_problem(key, f"unknown metric '{name}'", did_you_mean(name, known, "known metrics"))
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
+        elif absent := set(getattr(facts_of("metrics", name), "NEEDS", ())) - set(objective.sums):
+            what = f"the metric {name} needs {sorted(absent)[0]}, which an evaluation of this objective does not give"
+            draft.add_problem(key, what, "leave it out")
     best = (evaluation.best or "eval.loss").removeprefix("eval.")
     if best != "loss" and best not in evaluation.metrics:
         how = f"add {best} to evaluation.metrics" if best in known else did_you_mean(best, known, "known metrics")

@@ -26,4 +26,4 @@ class ResidentEngine(WindowEngine):
             run.computing(piece)
             with calling(run.call(piece)) as call:
                 seed_layer(call, OUTSIDE_LAYERS)
-                run.backward(piece, model.hidden(run.objective.inputs(piece.batch)), penalty)
+                run.backward(piece, model.output(piece.batch.inputs), penalty)

@@ -35,7 +35,7 @@ class PieceState:
 
     piece: Piece
     call: Call
-    inputs: dict[str, Tensor]  # what the objective calls the network with
+    inputs: dict[str, Tensor]  # what the network is called with
     hidden: Tensor = field(init=False)  # (B, T, D) so far; on the way back its gradient
     source: SideInput | None = None  # (B, S, D) that the stack before gave
     calls: list[LayerCall] = field(default_factory=list)  # of the layers of all stacks so far
@@ -98,7 +98,7 @@ class _LayerPass:
 
     def begin(self, piece: Piece) -> PieceState:
         """The piece before the first layer."""
-        inputs = self.run.objective.inputs(piece.batch)
+        inputs = piece.batch.inputs
         with calling(self.run.call(piece)):
             return PieceState(piece, self.run.model.call_for(inputs), inputs)
 
@@ -160,7 +160,9 @@ class _LayerPass:
         self.run.computing(state.piece)
         hidden = state.hidden.requires_grad_(self.requires.layers[-1])
         with calling(state.call):
-            self.run.backward(state.piece, self.run.model.leaving(hidden), lambda: self._penalty(None))
+            self.run.backward(
+                state.piece, self.run.model.finished(self.run.model.leaving(hidden)), lambda: self._penalty(None)
+            )
         state.hidden = hidden.grad if hidden.grad is not None else hidden.detach()
 
     def backward(self, states: Sequence[PieceState]) -> None:

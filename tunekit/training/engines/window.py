@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Objective, Window
+from tunekit.contracts import Batch, ModelOutput, Objective, Window
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting
 from tunekit.model.call import AFTER_LAYERS, Call, current_call, seed_layer
 from tunekit.model.placing import placed
@@ -50,11 +50,11 @@ class WindowRun:
         if self.engine.splitting is not None:
             self.engine.splitting.running = piece.batch
 
-    def backward(self, piece: Piece, hidden: Tensor, penalty: Callable[[], Tensor | None]) -> None:
-        """The loss of the last hidden states (B, T, D), added to the sums, and its gradient."""
+    def backward(self, piece: Piece, output: ModelOutput, penalty: Callable[[], Tensor | None]) -> None:
+        """The loss of what the forward gave, added to the sums, and its gradient."""
         seed_layer(current_call(), AFTER_LAYERS)
-        loss = self.objective.loss(hidden, self.model.head(), piece.batch, self.model.head_parameters())
-        del hidden
+        loss = self.objective.loss(output, piece.batch)
+        del output
         value = (loss.total / self.units.to(loss.total.dtype)).sum()
         for term in (loss.per_step, penalty()):
             if term is not None:
@@ -103,7 +103,7 @@ class WindowEngine:
 
         if self.splitting is None:
             return attempt([[batch] for batch in window.batches])
-        return self.splitting.run(window.batches, attempt, model.clear_gradient, window.step + 1)
+        return self.splitting.run(objective, window.batches, attempt, model.clear_gradient, window.step + 1)
 
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
         """Forward and backward of every piece, in the order of the step."""

@@ -1,13 +1,15 @@
-"""A fresh adapter in the base, filled as its start says: from nothing, from W, from the data, or from W unquantized.
+"""The loaded base, the sections and a way to the training windows go in; the adapter comes out, attached and with its
+first values: from nothing, from W, from the data, from W unquantized, or from another adapter.
 
-Comes in: the loaded base, the sections, a way to the training windows.  Goes out: Begun.  Next: train.py.
 What a resumed run restores from its checkpoint is not gathered again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import slot_count
+from tunekit.adapters.folder.read import load_into
 from tunekit.adapters.method import load_method
 from tunekit.adapters.starts.start import initialise_all, start_module
 from tunekit.adapters.targets import find_targets
@@ -25,39 +28,22 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import packed_layers
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.section import CalibratedStart
-from tunekit.records import Plan, Target
+from tunekit.recipe.section import AdapterSettings, CalibratedStart
+from tunekit.records import Target
 from tunekit.training.calibrate import calibrate
 
 Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint: names with [start, *shape], group by group
 
 
-@dataclass(frozen=True)
-class Begun:
-    """The adapter in place, and what a pass over the data cost, if one was made."""
-
-    adapter: AttachedAdapter
-    calibration: dict[str, Any] | None = None
-
-
-def needed_batches(settings: Any) -> int:
+def needed_batches(settings: AdapterSettings) -> int:
     """How many micro-batches the adapter's start looks at."""
     start = getattr(settings, "start", None)
     return start.batches if isinstance(start, CalibratedStart) else 0
 
 
-def with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
-    """The plan with the layers and ranks that the start chose, where it had a choice."""
-    if adapter.targets == plan.targets:
-        return plan
-    trained = sum(parameter.numel() for parameter in adapter.trained().values())
-    total = plan.total_parameters - plan.trainable_parameters + trained
-    return replace(plan, targets=adapter.targets, trainable_parameters=trained, total_parameters=total)
-
-
-def begin_adapter(
+def initialise_adapter(
     base: LoadedModel,
-    settings: Any,
+    settings: AdapterSettings,
     model: ModelSection,
     *,
     seed: int,
@@ -65,33 +51,35 @@ def begin_adapter(
     objective: Objective,
     windows: Callable[[], WindowSource],
     resumed: Layout | None,
-) -> Begun:
-    """Attach the adapter and fill it; `resumed`: the layout of the checkpoint that will be restored into it.
+) -> tuple[AttachedAdapter, dict[str, Any] | None]:
+    """Attach the adapter and fill it; returns also what a pass over the data cost, where one was made.
 
-    Raises: RecipeError, DataError or ModelError where a start lacks what it looks at.
+    `resumed`: the layout of the checkpoint that will be restored into it.
+    Raises: RecipeError, DataError or ModelError where an initialisation lacks what it looks at.
     """
-    start, head_name = getattr(settings, "start", None), base.family.head_name(base.net)
-    looks_at = getattr(start, "looks_at", "")
+    head_name, start = base.family.head_name(base.net), getattr(settings, "start", None)
+    attach = partial(attach_adapter, base.net, settings, seed=seed, head_name=head_name, device=base.device)
+    facts = None
     if not isinstance(start, CalibratedStart):
-        adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name, device=base.device)
-        if looks_at == "original" and resumed is None:
+        adapter = attach()
+        if getattr(start, "looks_at", "") == "original" and resumed is None:
             initialise_all(adapter.layers, seed, _originals(adapter, model))
-        return Begun(adapter)
-    targets = find_targets(base.net, settings, head_name=head_name)
-    if resumed is not None:
-        ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
-        targets = with_ranks(settings, targets, ranks)
-        return Begun(
-            attach_adapter(base.net, settings, seed=seed, head_name=head_name, device=base.device, targets=targets)
-        )
-    found = calibrate(base, start, targets, windows(), objective, seed=seed)
-    share = getattr(start_module(start.method), "share_ranks", None)
-    if share is not None:
-        targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
-    adapter = attach_adapter(base.net, settings, seed=seed, head_name=head_name, device=base.device, targets=targets)
-    initialise_all(adapter.layers, seed, found.evidence)
-    _as_on_main(adapter, devices)
-    return Begun(adapter, found.facts)
+    else:
+        targets = find_targets(base.net, settings, head_name=head_name)
+        if resumed is not None:
+            ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
+            adapter = attach(targets=with_ranks(settings, targets, ranks))
+        else:
+            found = calibrate(base, start, targets, windows(), objective, seed=seed)
+            share = getattr(start_module(start.method), "share_ranks", None)
+            if share is not None:
+                targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
+            adapter, facts = attach(targets=targets), found.facts
+            initialise_all(adapter.layers, seed, found.evidence)
+            _as_on_main(adapter, devices)
+    if settings.init_from is not None:
+        load_into(adapter, Path(settings.init_from), base_fingerprint=base.fingerprint)
+    return adapter, facts
 
 
 def with_ranks(settings: Any, targets: Sequence[Target], ranks: Mapping[str, int | None]) -> list[Target]:

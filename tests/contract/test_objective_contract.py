@@ -1,0 +1,340 @@
+"""What every objective promises of its rows, and that rows of another shape, such as pairs, pass through unbroken."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.data_case import settings, tokenizer_of, write_lines
+from tests.loop_case import CPU
+from tests.memory.test_streaming_seq2seq import make_net
+from tunekit.adapters.attach import attach_adapter
+from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Row, RowLayout, Window
+from tunekit.data.batching.pad import lay_end_to_end, positions
+from tunekit.data.batching.split import split_batch
+from tunekit.data.batching.windows import TrainingWindows
+from tunekit.data.encoding import sources
+from tunekit.data.encoding.cache import CODE, PACKAGES, cached_store
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.store import ChosenRows, Part, StoreWriter, TokenStore
+from tunekit.data.rows import load_rows
+from tunekit.files import cache_folder
+from tunekit.formats.example import CompletionExample
+from tunekit.memory.splitting import Splitting
+from tunekit.model.load import load_model
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.objectives.base import make_objective
+from tunekit.objectives.rows import TextObjective
+from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.section import ObjectiveSettings
+from tunekit.training.engines.resident import ResidentEngine
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.scores import added
+
+ANSWERED = tuple(CompletionExample("q" * asked, "a" * answered) for asked, answered in ((3, 4), (1, 9), (8, 2), (5, 5)))
+EXAMPLES: dict[str, tuple[Any, ...]] = {}  # of objectives that are not for prompts with answers
+OPTIONS = EncodeOptions("assistant", None, max_length=64, excess_length="drop")
+every_objective = pytest.mark.parametrize("name", known_names("objectives"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> LoadedTokenizer:
+    return LoadedTokenizer(tokenizer_of(tiny_llama).native, None, answer_start_id=0)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base of each family."""
+    bart = tmp_path_factory.mktemp("bart")
+    make_net("bart", vocab_size=300).save_pretrained(bart)  # type: ignore[operator]
+    return {"causal": tiny_llama, "seq2seq": bart}
+
+
+def make(name: str, tokenizer: LoadedTokenizer) -> Objective:
+    return make_objective(settings_class("objectives", name)(method=name), tokenizer)
+
+
+def rows_of(name: str, objective: Objective) -> list[Row]:
+    encoder = objective.row_encoder(OPTIONS)
+    examples = EXAMPLES.get(name, ANSWERED)
+    return [replace(encoder.encode(one, f"d:{line}"), number=line) for line, one in enumerate(examples)]
+
+
+def stored(folder: Path, layout: RowLayout, rows: Sequence[Row]) -> TokenStore:
+    """Rows written to files, and mapped."""
+
+    def fill(writer: StoreWriter) -> dict[str, Any]:
+        for number, row in enumerate(rows):
+            writer.add(row, number, number, number)
+        return {}
+
+    cached_store(folder, "rows", layout, fill)
+    return cached_store(folder, "rows", layout, lambda writer: pytest.fail("they were written"))[0]
+
+
+def assert_equal(one: Row, other: Row, layout: RowLayout) -> None:
+    assert set(one.parts) == set(other.parts) == set(layout.parts)
+    for part, values in one.parts.items():
+        assert np.array_equal(values, other.parts[part])
+        assert values.dtype == other.parts[part].dtype == np.dtype(layout.parts[part])
+    assert (one.sizes, one.supervised, one.origin, one.number) == (
+        other.sizes,
+        other.supervised,
+        other.origin,
+        other.number,
+    )
+
+
+@every_objective
+def test_rows_survive_the_store(name: str, tokenizer: LoadedTokenizer, tmp_path: Path) -> None:
+    objective = make(name, tokenizer)
+    rows = rows_of(name, objective)
+    store = stored(tmp_path, objective.layout, rows)
+    assert any(isinstance(values, np.memmap) for values in store.parts.values())
+    assert set(objective.layout.token_parts) <= set(objective.layout.parts)
+    for number, row in enumerate(rows):
+        assert len(row.sizes) == objective.layout.sizes
+        assert row.supervised > 0
+        assert_equal(store.row(number, "d", number), row, objective.layout)
+
+
+@every_objective
+def test_a_whole_row_is_what_is_cut_at_its_size(name: str, tokenizer: LoadedTokenizer) -> None:
+    objective = make(name, tokenizer)
+    for row in rows_of(name, objective):
+        assert_equal(objective.cut(row, 0, row.size), row, objective.layout)
+        assert objective.cut(row, 0, row.size - 1).size == row.size - 1
+
+
+@every_objective
+def test_a_batch_counts_what_its_rows_do(name: str, tokenizer: LoadedTokenizer) -> None:
+    objective = make(name, tokenizer)
+    rows = rows_of(name, objective)
+    layouts = [[[row] for row in rows], [rows[:1], rows[1:]]] if objective.packable else [[[row] for row in rows]]
+    for sequences in layouts:
+        batch = objective.collate(sequences)
+        assert batch.rows == rows
+        assert batch.tokens == sum(row.size for row in rows)
+        assert objective.units(batch).tolist() == [batch.supervised] == [sum(row.supervised for row in rows)]
+        assert batch.padded >= batch.tokens
+
+
+@every_objective
+def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokenizer, folders: dict[str, Path]) -> None:
+    objective = make(name, tokenizer)
+    base = load_model(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"), device=CPU)
+    model, rows = TunedModel(base, None, chunk_tokens=3), rows_of(name, objective)
+    base.net.eval()
+    layouts = [[[row] for row in rows], [rows]] if objective.packable else [[[row] for row in rows]]
+    for sequences in layouts:
+        whole = objective.collate(sequences)
+        halves = split_batch(whole, objective)
+        assert halves is not None
+        assert [row for half in halves for row in half.rows] == rows
+        losses = [objective.loss(model.output(batch.inputs), batch).total for batch in (whole, *halves)]
+        assert float(losses[0]) > 0
+        torch.testing.assert_close(losses[1] + losses[2], losses[0], rtol=1e-5, atol=1e-6)
+        sums = [objective.sums(model.output(batch.inputs), batch) for batch in (whole, *halves)]
+        together = added(sums[1], sums[2])
+        assert together.keys() == sums[0].keys()
+        for kind, value in sums[0].items():
+            torch.testing.assert_close(together[kind].double(), value.double(), rtol=1e-5, atol=1e-6)
+        for batch, found in zip((whole, *halves), sums, strict=True):
+            assert found["units"].item() == objective.units(batch).item() == batch.supervised
+        if "loss" in sums[0]:
+            assert sums[0]["loss"].item() == pytest.approx(float(losses[0]), rel=1e-5)
+
+
+# Rows of another shape: a chosen and a rejected answer, which belong together.
+
+
+class PairSettings(ObjectiveSettings):
+    method: Literal["pairs"] = "pairs"
+
+
+class Pairs(TextObjective):
+    """loss = sum over pairs of -log sigmoid of how much more than the reference the policy prefers the chosen one.
+
+    Line b of a batch's tensors is the chosen sequence of row b, line B + b its rejected one.
+    """
+
+    reference = "policy at step 0"
+    layout = RowLayout({"chosen": "<i4", "rejected": "<i4"}, ("chosen", "rejected"), sizes=2)
+    seen: ClassVar[list[Batch]] = []
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        rows = [row for (row,) in sequences]
+        lines = [row.parts[part] for part in self.layout.parts for row in rows]
+        inputs = {
+            "input_ids": lay_end_to_end([[line] for line in lines], self.tokenizer.pad_id),
+            "position_ids": positions([[len(line)] for line in lines]),
+        }
+        known = all("reference" in row.parts for row in rows)
+        values = [row.parts["reference"] for row in rows] if known else []
+        targets = {"reference": torch.from_numpy(np.stack(values))} if known else {}
+        return Batch(inputs, targets, tuple(map(tuple, sequences)))
+
+    def prepare(self, model: TunedModel, window: Window) -> Window:  # type: ignore[override]
+        """Each row with what the reference thinks of it."""
+        return replace(window, batches=tuple(self._with_reference(model, batch) for batch in window.batches))
+
+    def _with_reference(self, model: TunedModel, batch: Batch) -> Batch:
+        with torch.no_grad():
+            scores = self._scores(model.output(batch.inputs), batch).numpy()  # (B, 2)
+        known = [
+            replace(row, parts={**row.parts, "reference": score}) for row, score in zip(batch.rows, scores, strict=True)
+        ]
+        return self.collate([[row] for row in known])
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        self.seen.append(batch)
+        gain = self._scores(output, batch) - batch.targets["reference"]  # (B, 2)
+        return Loss(-torch.nn.functional.logsigmoid(gain[:, 0] - gain[:, 1]).sum()[None])
+
+    def _scores(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """(B, 2) log-probability of each sequence, given its first token."""
+        assert output.hidden is not None
+        assert output.head is not None
+        ids, found = batch.inputs["input_ids"], []
+        for line, length in enumerate(len(row.parts[part]) for part in self.layout.parts for row in batch.rows):
+            logits = output.head.logits(output.hidden[line, : length - 1])  # (length - 1, V)
+            found.append(-torch.nn.functional.cross_entropy(logits, ids[line, 1:length], reduction="sum"))
+        return torch.stack(found).view(2, -1).T
+
+
+PAIR_LENGTHS = [(5, 9), (7, 3), (12, 4), (6, 6), (3, 11), (8, 5), (4, 4)]
+
+
+def pair(number: int, lengths: tuple[int, int]) -> Row:
+    draw = np.random.default_rng(number)
+    chosen, rejected = (draw.integers(3, 250, length).astype(np.int32) for length in lengths)
+    return Row({"chosen": chosen, "rejected": rejected}, lengths, 1, f"d:{number}", number)
+
+
+def expected_losses(net: Any, rows: Sequence[Row], reference: Mapping[int, Any]) -> list[float]:
+    """Each pair by itself through the net's own logits."""
+    found = []
+    for row in rows:
+        gains = []
+        for place, part in enumerate(("chosen", "rejected")):
+            ids = torch.from_numpy(row.parts[part]).long()
+            loss = torch.nn.functional.cross_entropy(net(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="sum")
+            gains.append(-float(loss) - float(reference[row.number][place]))
+        found.append(-float(torch.nn.functional.logsigmoid(torch.tensor(gains[0] - gains[1]))))
+    return found
+
+
+def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp_path: Path) -> None:
+    objective: Any = Pairs(PairSettings(), tokenizer)
+    written = [pair(number, lengths) for number, lengths in enumerate(PAIR_LENGTHS)]
+    store = stored(tmp_path, objective.layout, written)
+    rows = ChosenRows([Part(store, np.arange(len(store)), "d")])
+    chosen = settings(micro_batch_size=None, micro_batch_tokens=60, gradient_accumulation_steps=9)
+    (window,) = TrainingWindows(rows, objective, chosen).windows(0)
+    assert sorted(row.number for batch in window.batches for row in batch.rows) == list(range(len(PAIR_LENGTHS)))
+    assert max(len(batch.rows) for batch in window.batches) > 1
+    assert max(batch.padded for batch in window.batches) <= 60
+    for row in (row for batch in window.batches for row in batch.rows):
+        assert_equal(row, written[row.number], objective.layout)
+
+    base = load_model(ModelSection(name_or_path=str(tiny_llama), dtype="float32"), device=CPU)
+    adapter = attach_adapter(base.net, LoraSettings(r=4), seed=0, head_name="lm_head")
+    model, trained = TunedModel(base, adapter), adapter.trained()
+    window = objective.prepare(model, window)
+    reference = {row.number: row.parts["reference"] for batch in window.batches for row in batch.rows}
+    assert len(reference) == len(PAIR_LENGTHS)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trained.values():  # else the policy is its own reference
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    units = torch.stack([objective.units(batch) for batch in window.batches]).sum(0)
+    assert units.tolist() == [len(PAIR_LENGTHS)]
+
+    found = []
+    for splitting in (None, Splitting(tokens=1)):
+        objective.seen.clear()
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        with model.training_mode(True):
+            total, _ = ResidentEngine(0, splitting).run_window(model, objective, window, units, len(window.batches))
+        found.append(
+            (float(total), torch.cat([p.grad.flatten().clone() for p in trained.values() if p.grad is not None]))
+        )
+        assert sorted(row.number for batch in objective.seen for row in batch.rows) == list(range(len(PAIR_LENGTHS)))
+        for batch in objective.seen:
+            assert len(batch.inputs["input_ids"]) == 2 * len(batch.rows), "both of each pair"
+            assert all("reference" in row.parts for row in batch.rows)
+    assert {len(batch.rows) for batch in objective.seen} == {1}, "each pair by itself"
+    with torch.no_grad():
+        expected = sum(expected_losses(base.net.eval(), written, reference)) / len(written)
+    assert abs(expected - float(np.log(2))) > 1e-3, "no pair is as the reference has it"
+    assert found[0][0] == pytest.approx(expected, rel=1e-5)
+    assert found[1][0] == pytest.approx(expected, rel=1e-5)
+    assert float(found[0][1].abs().max()) > 0
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-7)
+
+
+# What the token cache is kept under.
+
+
+class WeighedSettings(SftSettings):
+    weight: float = 1.0
+
+
+def test_the_cache_of_one_objective_is_not_another_s(
+    tokenizer: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"prompt": "p", "completion": "c"}])
+    data = DataSection(train=(Source(path=str(path)),))
+
+    def entries(objective: Objective) -> int:
+        load_rows(data, objective, seed=0, cache_dir=tmp_path / "cache")
+        return len(os.listdir(tmp_path / "cache" / "tokens"))
+
+    names = known_names("objectives")
+    assert [entries(make(name, tokenizer)) for name in names] == list(range(1, len(names) + 1))
+    assert entries(make("sft", tokenizer)) == len(names), "it is kept"
+    assert entries(make_objective(WeighedSettings(), tokenizer)) == len(names) + 1
+    assert entries(make_objective(WeighedSettings(weight=2.0), tokenizer)) == len(names) + 2
+    other = LoadedTokenizer(tokenizer.native, None, answer_start_id=1)
+    assert entries(make("seq2seq", other)) == len(names) + 3
+    monkeypatch.setattr(sources, "code_version", lambda places, packages: "of other code")
+    assert entries(make("sft", tokenizer)) == len(names) + 4
+
+
+@pytest.mark.parametrize(
+    "place", ["data", "formats", "objectives", "recipe/objectives", "recipe/data.py", "model/text"]
+)
+def test_the_cache_follows_every_file_that_decides_a_row(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version: Any = cache_folder.code_version.__wrapped__  # type: ignore[attr-defined]
+    copy = tmp_path / "tunekit"
+    shutil.copytree(cache_folder.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    here = version(CODE, PACKAGES)
+    monkeypatch.setattr(cache_folder, "PACKAGE", copy)
+    before = version(CODE, PACKAGES)
+    assert before == here
+    files = [copy / place] if place.endswith(".py") else sorted((copy / place).rglob("*.py"))
+    assert files
+    for file in files:
+        text = file.read_bytes()
+        file.write_bytes(text + b"\n# another line\n")
+        assert version(CODE, PACKAGES) != before, file
+        file.write_bytes(text)
+    assert version(CODE, PACKAGES) == before
+    shutil.rmtree(copy / place) if (copy / place).is_dir() else (copy / place).unlink()
+    with pytest.raises(FileNotFoundError):
+        version(CODE, PACKAGES)

@@ -1,0 +1,257 @@
+"""Sequence classification: encoder and decoder from recipe to merged model, against transformers and peft."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, get_scheduler
+
+from tests.conftest import write_tiny_llama
+from tunekit.errors import TunekitError
+from tunekit.evaluate import evaluate_verb
+from tunekit.generate import answer
+from tunekit.merge import merge_verb
+from tunekit.metrics import accuracy, macro_f1
+from tunekit.planning.findings import raise_refusals
+from tunekit.planning.plan import make_plan
+from tunekit.recipe.load import load_recipe
+from tunekit.train import train_verb
+from tunekit.tuned.target import find_target, load_target
+
+CPU = torch.device("cpu")
+WORDS = {"good": "yes", "bad": "no", "odd": "perhaps"}
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="module")
+def bert(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random encoder without a head, saved as sentence encoders are, with the tiny llama's tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertModel(BertConfig(vocab_size=len(tokenizer) + 5, **sizes, **dropout)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["bert", "llama"])
+def base(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+def texts(count: int) -> list[tuple[str, str]]:
+    """Rows of three labels, of different lengths."""
+    kinds = list(WORDS.items())
+    return [(f"{kinds[number % 3][0]}{' so' * (number % 5)}", kinds[number % 3][1]) for number in range(count)]
+
+
+def write_recipe(folder: Path, base: Path, **sections: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", 42), ("test", 12)):
+        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in texts(count)]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "data": {"train": "train.jsonl", "eval": "test.jsonl", "max_length": 64, "packing": False},
+        "objective": "classify",
+        "adapter": {"method": "lora", "r": 4},
+        "training": {"learning_rate": 0.01, "micro_batch_size": 6, "gradient_accumulation_steps": 1, "epochs": 3},
+        "output": {"dir": "run"},
+    }
+    for name, section in sections.items():
+        written = values.get(name, {})
+        values[name] = {**written, **section} if isinstance(section, dict) and isinstance(written, dict) else section
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
+    train_verb(str(recipe), list(overrides), resume, False)
+    return recipe.parent / "run"
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def tensors_of(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path: Path) -> None:
+    run = train(write_recipe(tmp_path, base, training={"epochs": 30}))
+    evaluate_verb(str(run), None, None, None, [], str(tmp_path / "after.json"), [])
+    after = json.loads((tmp_path / "after.json").read_text("utf-8"))
+    assert after["accuracy"] == 1.0
+    assert after["macro_f1"] == 1.0
+    assert after["rows"] == 12
+    loaded = load_target(find_target(str(run), None, []), CPU)
+    assert answer(loaded, ["good so", "bad"]) == ["yes", "no"]
+    # The adapter's folder alone says what it was trained for, and its head is in PEFT's configuration.
+    alone = tmp_path / "alone"
+    (run / "adapter").rename(alone)
+    loaded = load_target(find_target(str(alone), str(base), []), CPU)
+    assert answer(loaded, ["odd so so"]) == ["perhaps"]
+    config = json.loads((alone / "adapter_config.json").read_text("utf-8"))
+    assert config["task_type"] == "SEQ_CLS"
+    assert config["modules_to_save"]
+    merge_verb(str(alone), str(tmp_path / "merged"), str(base), None, [])
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    ids = tokenizer("odd so so", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert merged.config.id2label[int(merged(input_ids=ids).logits.argmax())] == "perhaps"
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text("utf-8"))
+    assert report["largest_logit_difference"] < 1e-4 * max(1.0, report["logit_spread"])
+
+
+def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, base, data={"shuffle": False}, training={"learning_rate": 2e-3, "epochs": None, "max_steps": STEPS}
+    )
+    plan, prepared = make_plan(load_recipe(recipe), device=CPU)
+    run = train(recipe)
+    ours = losses(run)
+    labels = ["no", "perhaps", "yes"]
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=3, dtype=torch.float32, pad_token_id=prepared.tokenizer.pad_id
+    )
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+    )
+    _start_as_ours(theirs, recipe, tmp_path)
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    settings = load_recipe(recipe).recipe.training
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+    schedule = get_scheduler(settings.scheduler, optimizer, plan.warmup_steps, STEPS)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows, found = texts(42), []
+    for step in range(STEPS):
+        batch = rows[step % 7 * 6 : step % 7 * 6 + 6]
+        total = torch.zeros(())
+        for text, label in batch:
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([labels.index(label)]))
+        loss = total / len(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        found.append(float(loss))
+    assert ours == pytest.approx(found, rel=1e-5)
+
+
+def _start_as_ours(theirs: peft.PeftModel, recipe: Path, folder: Path) -> None:
+    """The adapter and the head of a run without a step: its first rate is 0, so one step changes nothing."""
+    train_verb(str(recipe), [f"output.dir={folder / 'start'}", "training.max_steps=1"], False, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = peft.load_peft_weights(str(folder / "start" / "adapter"))
+    result = peft.set_peft_model_state_dict(theirs, state)
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "lora" in key or "modules_to_save" in key]
+
+
+def test_peft_reads_the_folder_and_its_own_is_read(base: Path, tmp_path: Path) -> None:
+    run = train(write_recipe(tmp_path, base))
+    loaded = load_target(find_target(str(run), None, []), CPU)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(model, str(run / "adapter")).eval()
+    ids = torch.tensor([[5, 9, 11, 4]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        torch.testing.assert_close(loaded.model.base.family.logits(loaded.model.base.net, {"input_ids": ids}), expected)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = load_target(find_target(str(tmp_path / "theirs"), str(base), []), CPU)
+    assert again.objective.facts["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    with torch.no_grad():
+        torch.testing.assert_close(again.model.base.family.logits(again.model.base.net, {"input_ids": ids}), expected)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
+    whole = train(write_recipe(tmp_path / "whole", base, adapter={"dropout": 0.1}))
+    recipe = write_recipe(tmp_path / "parts", base, adapter={"dropout": 0.1}, training={"save_steps": 5})
+    run = train(recipe)
+    (run / "status.json").unlink()
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)
+    shutil.rmtree(run / "adapter")
+    train(recipe, resume=True)
+    assert tensors_of(run) == tensors_of(whole)
+
+
+def test_the_batch_size_is_a_memory_knob(base: Path, tmp_path: Path) -> None:
+    one = train(write_recipe(tmp_path / "one", base, training={"learning_rate": 2e-3}))
+    changed = {"learning_rate": 2e-3, "micro_batch_size": 2, "gradient_accumulation_steps": 3}
+    other = train(write_recipe(tmp_path / "other", base, training=changed))
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
+
+
+def test_a_decoder_streamed_is_the_resident_run_and_packed_nearly(llama: Path, tmp_path: Path) -> None:
+    plain = train(write_recipe(tmp_path / "plain", llama))
+    streamed = train(write_recipe(tmp_path / "streamed", llama, memory={"streaming": "disk"}))
+    assert tensors_of(streamed) == tensors_of(plain)
+    plan, _ = make_plan(load_recipe(write_recipe(tmp_path / "packed", llama, data={"packing": True})), device=CPU)
+    assert not plan.refusals
+    packed = train(write_recipe(tmp_path / "packed", llama, data={"packing": True}))
+    assert losses(packed)[-1] < losses(packed)[0]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8_weight_only"])
+def test_a_quantized_base_keeps_its_head_whole(base: Path, tmp_path: Path, quantization: str) -> None:
+    run = train(write_recipe(tmp_path, base, model={"quantization": quantization}, training={"epochs": 8}))
+    assert losses(run)[-1] < 0.5 * losses(run)[0]
+
+
+def test_metrics_are_scikit_learns() -> None:
+    confusion = [[5.0, 1.0, 0.0], [2.0, 3.0, 0.0], [0.0, 0.0, 0.0]]
+    assert accuracy.from_sums({"confusion": confusion}) == pytest.approx(8 / 11)
+    first, second = 2 * 5 / (6 + 7), 2 * 3 / (5 + 4)
+    assert macro_f1.from_sums({"confusion": confusion}) == pytest.approx((first + second) / 2)
+    for metric in (accuracy, macro_f1):
+        with pytest.raises(ValueError, match="no labelled rows"):
+            metric.from_sums({"confusion": [[0.0]]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": {"method": "classify", "labels": ["yes", "no"]}}, "the label 'perhaps' is not among the labels"),
+        ({"data": {"excess_length": "split"}}, "data.excess_length: a piece of a text need not have the label"),
+        ({"adapter": {"method": "bitfit", "r": None}}, "bitfit"),
+        ({"evaluation": {"metrics": ["token_f1"]}}, None),
+        ({"objective": "sft", "evaluation": {"metrics": ["macro_f1"]}}, "the metric macro_f1 needs confusion"),
+        ({"data": {"train": [{"path": "train.jsonl", "format": "chat"}]}}, "does not learn from the format 'chat'"),
+    ],
+)
+def test_what_cannot_be_is_said(llama: Path, tmp_path: Path, changes: dict[str, Any], said: str | None) -> None:
+    if changes.get("adapter"):
+        changes = {**changes, "adapter": {"method": "bitfit"}}
+    recipe = write_recipe(tmp_path, llama, **changes)
+    if "adapter" in changes:
+        values = json.loads(recipe.read_text("utf-8"))
+        values["adapter"] = changes["adapter"]
+        recipe.write_text(json.dumps(values), encoding="utf-8")
+    if said is None:
+        load_recipe(recipe)
+        return
+    with pytest.raises(TunekitError, match=said.replace(".", r"\.").replace("[", r"\[")):
+        raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])

@@ -1,0 +1,44 @@
+"""`format: labels`: a text and its label, `{"text": ..., "label": ...}`.
+
+Comes in: one row.  Goes out: LabelExample.  A label is text; a whole number or a truth value is read as its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunekit.errors import DataError
+from tunekit.formats.fields import check_text, listed
+
+DESCRIPTION = "text, and label: the name of its class, or a whole number"
+FIELDS = ("text", "label")
+REQUIRED = ("text", "label")
+EXAMPLE = "label"
+
+
+@dataclass(frozen=True)
+class LabelExample:
+    """A text and the name of its class."""
+
+    text: str
+    label: str
+
+
+def make_example(row: Mapping[str, Any]) -> LabelExample:
+    """The text and its label."""
+    for name in REQUIRED:
+        if name not in row:
+            raise DataError(f"no field '{name}'; this row has {listed(row)}", "add it, or map a column to it")
+    label = row["label"]
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if not isinstance(label, str | int):
+        raise DataError(
+            f"'label' must be a text or a whole number, not {type(label).__name__}", "write one label a row"
+        )
+    text = str(label).strip()
+    if not text:
+        raise DataError("'label' is empty", "name a class, or leave the row out")
+    return LabelExample(check_text(row["text"], "text"), text)

@@ -1,0 +1,182 @@
+"""Sequence classification: cross entropy on one label for each text.
+
+Comes in: texts with labels, then a Batch and the model's output.  Goes out: rows, then Loss (sum over rows).
+An encoder's head reads whole rows and gives their scores; a decoder's is called on the last token of each row, so that
+rows may lie end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Part, Row, RowLayout, Rows, Sums, Tokenizer
+from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
+from tunekit.data.encoding.encode import Dropped, EncodeOptions
+from tunekit.errors import DataError, Problem, RecipeError
+from tunekit.formats.labels import LabelExample
+from tunekit.model.placing import placed
+from tunekit.objectives.rows import TextEncoder, TextObjective
+from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.recipe.objectives.classify import ClassifySettings
+
+EMPTY_TEXT = "empty text"
+
+
+class ClassifyEncoder(TextEncoder):
+    """A row is a text with the tokenizer's special tokens around it, and its label as UTF-8."""
+
+    def encode(self, example: LabelExample, origin: str) -> Row:
+        """The row. Raises: Dropped for an empty text."""
+        if not example.text.strip():
+            raise Dropped(EMPTY_TEXT)
+        return make_row(self.question(example.text), np.frombuffer(example.label.encode(), np.uint8), origin)
+
+    def prompt(self, example: LabelExample) -> tuple[list[int], str] | None:
+        """Ids of the text, and its label."""
+        return self.question(example.text), example.label
+
+    def question(self, text: str) -> list[int]:
+        """Ids of a text as the tokenizer lays it out."""
+        return self.tokenizer.encode_source(text)
+
+
+def make_row(
+    ids: Sequence[int] | np.ndarray[Any, Any], label: np.ndarray[Any, Any], origin: str, number: int = 0
+) -> Row:
+    """A row of (T,) ids and a label; the loss counts one label a row."""
+    tokens = np.asarray(ids, dtype=np.int32)
+    return Row({"ids": tokens, "label": label}, (len(tokens),), 1, origin, number)
+
+
+def label_of(row: Row) -> str:
+    """The label of a row as text."""
+    return row.parts["label"].tobytes().decode()
+
+
+class Classify(TextObjective):
+    """loss = sum over rows of -log p(label | text); divided by the step's number of rows."""
+
+    packable = True
+    metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")
+    layout = RowLayout({"ids": "<i4", "label": "u1"}, ("ids",), sizes=1)
+
+    def __init__(self, settings: ClassifySettings, tokenizer: Tokenizer, labels: Sequence[str]) -> None:
+        super().__init__(settings, tokenizer)
+        self.settings, self.labels = settings, tuple(labels)
+        self.facts = {"labels": list(labels)}
+
+    def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
+        """The base with a head of one score a label, whatever it was saved with."""
+        head = {"labels": self.labels, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
+        return HeadedModel.of(model, family=self.family, **head)
+
+    def informed(self, rows: Sequence[Rows]) -> Objective:
+        """With the labels of the rows, where none were given.
+
+        Raises: DataError for a label beyond those that were, or for fewer than two.
+        """
+        found = {label_of(some[index]): some[index].origin for some in rows for index in range(len(some))}
+        unknown = sorted(set(found) - set(self.labels)) if self.labels else []
+        if unknown:
+            known = ", ".join(self.labels[:8])
+            raise DataError(
+                f"{found[unknown[0]]}: the label '{unknown[0]}' is not among the labels ({known})", "mend it"
+            )
+        labels = self.labels or sorted(found, key=_by_number)
+        if len(labels) < 2:
+            raise DataError(f"all rows have the label '{labels[0]}'", "classification needs two labels or more")
+        return Classify(self.settings, self.tokenizer, labels)
+
+    def row_encoder(self, options: EncodeOptions) -> ClassifyEncoder:
+        """Raises: RecipeError where a long text would be split: each piece would be taught the label of the whole."""
+        if options.excess_length == "split":
+            what = "a piece of a text need not have the label of the whole"
+            raise RecipeError.of([Problem(what, "write truncate, drop or error", key="data.excess_length")])
+        return ClassifyEncoder(self.tokenizer, options)
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """Tokens start .. stop-1, with the label of the whole."""
+        return make_row(row.parts["ids"][start:stop], row.parts["label"], row.origin, row.number)
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """One row, its ids again and again."""
+        row = next(rows)
+        return [make_row(np.resize(row.parts["ids"], size), row.parts["label"], row.origin, row.number)]
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """Labels are those of the rows in order, and `last` is where each of them ends in the flattened positions.
+
+        Shapes: input_ids, position_ids (B, T), and attention_mask where there is padding; labels, last (R,).
+        """
+        ids = lay_end_to_end([[row.parts["ids"] for row in rows] for rows in sequences], self.tokenizer.pad_id)
+        sizes = [[row.size for row in rows] for rows in sequences]
+        inputs = {"input_ids": ids, "position_ids": positions(sizes)}
+        if len(sequences) > 1:
+            inputs["attention_mask"] = real_positions([sum(each) for each in sizes]).long()
+        ends = [ids.shape[1] * line + end - 1 for line, each in enumerate(sizes) for end in np.cumsum(each).tolist()]
+        numbers = [self.labels.index(label_of(row)) for rows in sequences for row in rows]
+        targets = {"labels": torch.tensor(numbers), "last": torch.tensor(ends)}
+        return Batch(inputs, targets, tuple(map(tuple, sequences)))
+
+    def spans(self, row: Row) -> list[Part]:
+        """The text under its label; no token of it is predicted."""
+        ids = row.parts["ids"]
+        return [Part(ids, np.zeros(len(ids), np.bool_), title=f"label: {label_of(row)}")]
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Shapes: output.logits (R, C), or output.hidden (B, T, D) -> total (1,)."""
+        scores, labels = _scores(output, batch)
+        return Loss(torch.nn.functional.cross_entropy(scores, labels, reduction="sum")[None])
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """loss, correct, units, and confusion (C, C): rows are true labels, columns predicted ones."""
+        scores, labels = _scores(output, batch)
+        losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (R,)
+        count = len(self.labels)
+        true, predicted = (
+            torch.nn.functional.one_hot(each, count).double() for each in (labels, scores.argmax(dim=-1))
+        )
+        confusion = true.T @ predicted  # (C, C)
+        units = torch.tensor(float(len(labels)), dtype=torch.float64)
+        totals = {"loss": losses.sum(dtype=torch.float64), "correct": confusion.trace(), "units": units}
+        return {**totals, "confusion": confusion}
+
+    def answer(
+        self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        """The most likely label of each text."""
+        unknown = np.frombuffer(self.labels[0].encode(), np.uint8)
+        rows = [make_row(ids, unknown, "") for ids in prompts]
+        found: list[str] = []
+        for start in range(0, len(rows), batch_size):
+            batch = self.collate([[row] for row in rows[start : start + batch_size]])
+            scores, _ = _scores(model.output(batch.inputs), batch)
+            found += [self.labels[number] for number in scores.argmax(dim=-1).tolist()]
+        return found
+
+
+def _scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(R, C) float32 scores of the batch's rows, and their (R,) labels, on the device."""
+    if output.logits is not None:
+        return output.logits.float(), placed(batch.targets["labels"], output.logits.device)
+    assert output.hidden is not None
+    assert output.head is not None
+    last, labels = (placed(batch.targets[name], output.hidden.device) for name in ("last", "labels"))
+    ends = output.hidden.reshape(-1, output.hidden.shape[-1]).index_select(0, last)  # (R, D)
+    return output.head.logits(ends), labels
+
+
+def _by_number(label: str) -> tuple[float, str]:
+    """Whole numbers in their own order, before names."""
+    return (float(label), "") if label.lstrip("-").isdigit() else (float("inf"), label)
+
+
+def make(settings: ClassifySettings, processor: Tokenizer, facts: Mapping[str, Any]) -> Classify:
+    """The objective of `objective: classify`; facts are the labels that its head was trained for."""
+    given = facts.get("labels") or settings.labels
+    return Classify(settings, processor, [str(label) for label in given])

@@ -1,0 +1,93 @@
+"""What objectives over text share: rows of token ids, answers by generation, and nothing to prepare.
+
+Comes in: settings and a tokenizer.  Goes out: TextObjective, which an objective's file makes whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Batch, Objective, Row, Rows, Tokenizer, Window
+from tunekit.data.encoding.cache import hash_of
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.rendering.render import Renderer
+from tunekit.model.text.generation import generate_texts
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.section import ObjectiveSettings
+
+
+class TextEncoder:
+    """A RowEncoder whose prompts are those of a Renderer."""
+
+    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
+        self.tokenizer = tokenizer
+        self.notices: Counter[str] = Counter()
+        self.renderer = Renderer(tokenizer, options.train_on, options.template, self.notices)
+
+    def prompt(self, example: Any) -> tuple[list[int], str] | None:
+        """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
+        return self.renderer.prompt(example)
+
+    def question(self, text: str) -> list[int]:
+        """A user's turn where there is a chat template, else a text to go on with."""
+        return self.renderer.question(text)
+
+
+class TextObjective:
+    """An Objective over rows of text: units are what its rows count as supervised."""
+
+    packable = False
+    reference = "none"
+    metrics: Sequence[str] = ("loss", "perplexity")
+    facts: Mapping[str, Any] = {}
+
+    def __init__(self, settings: ObjectiveSettings, tokenizer: Tokenizer) -> None:
+        self.name, self.family, self.example = settings.method, settings.family, settings.example
+        self.tokenizer = tokenizer
+        self.fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
+
+    def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
+        """The base as it is."""
+        return model
+
+    def informed(self, rows: Sequence[Rows]) -> Objective:
+        """Rows tell it nothing."""
+        return self  # type: ignore[return-value]
+
+    def prepare(self, model: object, window: Window) -> Window:
+        """Nothing to prepare."""
+        return window
+
+    def units(self, batch: Batch) -> Tensor:
+        """(1,) float64: what the batch's rows count as supervised."""
+        return torch.tensor([float(batch.supervised)], dtype=torch.float64)
+
+    def answer(
+        self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        """The greedy continuation of each prompt."""
+        found = generate_texts(
+            model.base,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            adapt=model.adapted,
+            virtual_tokens=model.virtual_tokens,
+        )
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+
+
+def fill_with(rows: Iterator[Row], size: int, objective: Objective) -> list[Row]:
+    """Rows one after the other until they are so large together, the last of them cut."""
+    found: list[Row] = []
+    while size:
+        row = next(rows)
+        found.append(objective.cut(row, 0, min(size, row.size)))
+        size -= found[-1].size
+    return found

@@ -1,0 +1,156 @@
+"""A plan, what was prepared with it and the loaded base go in; the Run that the loop works with comes out: attached,
+probed, restored from its checkpoint, and tried where plan wants that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.artifacts.checkpoint import Checkpoint
+from tunekit.contracts import Objective
+from tunekit.data.batching.windows import evaluation_batches
+from tunekit.machine.malloc import settle_heap, trim_heap
+from tunekit.memory.splitting import shape_text
+from tunekit.model.load import LoadedModel
+from tunekit.records import Plan, calibration_text
+from tunekit.training.engines.choice import make_engine
+from tunekit.training.initialise import initialise_adapter, needed_batches
+from tunekit.training.optimizers import make_optimizer
+from tunekit.training.run_files import checked_fingerprint, save_run, write_plan
+from tunekit.training.saved_state import restore
+from tunekit.training.scaling import LossScale
+from tunekit.training.session import Session
+from tunekit.training.state import LoopState, Prepared, Run
+from tunekit.training.trial import make_splitting, probe_model, split_evaluation_noted, try_longest_batch
+from tunekit.tuned.answers import Question
+from tunekit.tuned.evaluator import make_evaluator
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.network import prepare_network
+from tunekit.tuned.scores import summed_evaluation
+
+
+def assemble_run(
+    session: Session, plan: Plan, prepared: Prepared, base: LoadedModel, checkpoint: Checkpoint | None = None
+) -> tuple[Plan, Run]:
+    """Put the run together and leave its plan in the run folder; returns also that plan, with the layers adapted.
+
+    Raises: RunFolderError where `checkpoint` belongs to another run; ModelError from the probes.
+    """
+    recipe, devices = session.loaded.recipe, session.devices
+    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint)
+    objective = prepared.rows.objective
+    state = LoopState(LossScale(base.dtype == torch.float16))
+    model = _tuned(session, plan, prepared, base, objective, state, checkpoint)
+    probe_model(plan, model, prepared.largest_batch)
+    adapter = model.adapter
+    assert adapter is not None
+    optimizer = make_optimizer(recipe.training, adapter)
+    trim_heap()  # the adapter's own tensors left pieces between small objects, too short for an activation
+    settle_heap()
+    if checkpoint is not None:
+        state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
+        session.console.info(f"going on after step {state.step} of {plan.steps}")
+    plan = _with_targets(plan, adapter)
+    write_plan(session, plan, state.step, fingerprint)
+    splitting = make_splitting(session, state)
+    run = Run(
+        model=model,
+        objective=objective,
+        engine=make_engine(recipe.training.seed, model.slots, plan.choice.pass_micro_batches, splitting),
+        optimizer=optimizer,
+        devices=devices,
+        windows=prepared.rows.windows(prepared.batch_settings, rank=devices.rank, world=devices.world),
+        training=recipe.training,
+        evaluation=recipe.evaluation,
+        warmup_steps=plan.warmup_steps,
+        state=state,
+        save=lambda: save_run(session, run, fingerprint),
+        evaluate=_make_evaluate(session, prepared, model, objective, state),
+        stop_signal=lambda: session.signals.requested or 0,
+        peak_bytes=session.peak_bytes,
+    )
+    if plan.tries_longest_batch or session.dry_run:
+        with session.timed("try"):
+            _try_longest(session, prepared, run)
+    for part, seconds in session.seconds.items():
+        state.seconds[part] = state.seconds.get(part, 0.0) + seconds
+    return plan, run
+
+
+def _tuned(
+    session: Session,
+    plan: Plan,
+    prepared: Prepared,
+    base: LoadedModel,
+    objective: Objective,
+    state: LoopState,
+    checkpoint: Checkpoint | None,
+) -> TunedModel:
+    """The base with the recipe's adapter, initialised; what that cost is kept in the state."""
+    recipe, devices = session.loaded.recipe, session.devices
+
+    def attach() -> AttachedAdapter:
+        adapter, state.calibration = initialise_adapter(
+            base,
+            prepared.adapter,
+            prepared.model,
+            seed=recipe.training.seed,
+            devices=devices,
+            objective=objective,
+            windows=lambda: prepared.rows.windows(prepared.batch_settings),
+            resumed=None if checkpoint is None else checkpoint.facts["layout"],
+        )
+        return adapter
+
+    with session.timed("calibrate" if needed_batches(recipe.adapter) else "load"):
+        model = prepare_network(base, plan.choice, attach)
+    if state.calibration is not None:
+        session.console.info(calibration_text(state.calibration))
+    if devices.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the report's peak is the training's, not the loader's
+    return model
+
+
+def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
+    """The plan with the layers and ranks that the initialisation chose, where it had a choice."""
+    if adapter.targets == plan.targets:
+        return plan
+    trained = sum(parameter.numel() for parameter in adapter.trained().values())
+    total = plan.total_parameters - plan.trainable_parameters + trained
+    return replace(plan, targets=adapter.targets, trainable_parameters=trained, total_parameters=total)
+
+
+def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
+    """The longest batch of training and of evaluation, before anything depends on their going well."""
+    try_longest_batch(run, prepared.largest_batch)
+    rows = prepared.rows.evaluation
+    if rows is not None:
+        size = run.evaluation.batch_size
+        batches = evaluation_batches(rows, run.objective, batch_size=size)
+        split = split_evaluation_noted(session, run.state)
+        summed_evaluation(run.model, run.objective, [next(batches)], run.devices, on_split=split)
+    if not run.state.reactions:
+        session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
+
+
+def _make_evaluate(
+    session: Session, prepared: Prepared, model: TunedModel, objective: Objective, state: LoopState
+) -> Callable[[], dict[str, float]] | None:
+    """One evaluation of the eval rows; None where the recipe has none."""
+    recipe, rows = session.loaded.recipe, prepared.rows
+    if rows.evaluation is None:
+        return None
+    evaluator = make_evaluator(
+        model,
+        objective,
+        session.devices,
+        rows.evaluation,
+        lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        recipe.evaluation,
+        on_split=split_evaluation_noted(session, state),
+    )
+    return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]

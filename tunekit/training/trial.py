@@ -1,0 +1,80 @@
+"""What is tried before step 1 (probes, the longest batch), and what a batch that is too large leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from tunekit.contracts import Batch, Window
+from tunekit.errors import ModelError
+from tunekit.memory.splitting import Splitting, shape_text
+from tunekit.records import Plan, Reaction
+from tunekit.training.session import Session
+from tunekit.training.state import LoopState, Run
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.probes import logprob_difference, packing_leak, tolerance
+
+BEFORE_TRAINING = -1  # the step of a window that is only tried
+
+
+def probe_model(plan: Plan, model: TunedModel, batch: Batch) -> None:
+    """Make the load-time probes, with ids of the batch, and act as plan announced.
+
+    Raises: ModelError where a result could not be trusted.
+    """
+    limit = tolerance(model.base.dtype)
+    if plan.rows.packing:
+        leak = packing_leak(model, batch.inputs["input_ids"])
+        if not leak <= limit:
+            raise ModelError(
+                f"packed rows see each other in {plan.model.model_type} (hidden states differ by {leak:.1e})",
+                "set data.packing: false",
+                key="data.packing",
+            )
+    if not model.base.family.answers:
+        return
+    difference = logprob_difference(model, batch.inputs["input_ids"])
+    if not difference <= limit:
+        raise ModelError(
+            f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)",
+            "this architecture's output projection is not supported; choose another base",
+            key="model.name_or_path",
+        )
+
+
+def make_splitting(session: Session, state: LoopState) -> Splitting:
+    """What a micro-batch that runs out of memory leads to: told at once, kept with the state for report and resume."""
+
+    def react(reaction: Reaction) -> None:
+        state.reactions.append(asdict(reaction))
+        state.split_tokens = splitting.tokens
+        session.console.warn(f"step {reaction.step}: {reaction.probe}; {reaction.action}")
+
+    splitting = Splitting(react, state.split_tokens)
+    return splitting
+
+
+def split_evaluation_noted(session: Session, state: LoopState) -> Callable[[Batch], None]:
+    """Tells and keeps that an evaluation batch ran out of memory; each shape once."""
+
+    def note(batch: Batch) -> None:
+        what = f"an evaluation batch of {shape_text(batch)} ran out of memory"
+        if all(reaction["probe"] != what for reaction in state.reactions):
+            state.reactions.append(asdict(Reaction(what, "split in two; its sums are the same", state.step)))
+            session.console.warn(f"step {state.step}: {what}; split in two")
+
+    return note
+
+
+def try_longest_batch(run: Run, batch: Batch) -> None:
+    """Forward and backward of the longest micro-batch, without an update.
+
+    No gradient and no random number stays behind: what is trained afterwards is the same to the bit.
+    """
+    devices = [torch.cuda.current_device()] if run.model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), run.model.training_mode(True):
+        window = Window(BEFORE_TRAINING, 0.0, (0,), (batch,))
+        run.engine.run_window(run.model, run.objective, window, run.objective.units(batch))
+    run.model.clear_gradient()
