@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.data_case import objective_of
 from tests.loop_case import make_rows
 from tests.train_case import write_recipe
 from tunekit.adapters.attach import attach_adapter
