@@ -28,6 +28,15 @@ def test_rouge_l() -> None:
     assert rouge_l.score(["été à Paris"], ["Été à paris"]) == 1.0
 
 
+def test_words_of_other_scripts_are_whole_words() -> None:
+    for metric in (token_f1, rouge_l):
+        assert metric.score(["\u0926\u093f\u0928"], ["\u0926\u093e\u0928"]) == 0.0, (
+            "two Hindi words of one letter's difference"
+        )
+        assert metric.score(["\u0926\u093f\u0928"], ["\u0926\u093f\u0928"]) == 1.0
+    assert rouge_l.score(["snake_case, it's"], ["snake case it s"]) == 1.0, "as rouge_score splits ASCII"
+
+
 @pytest.mark.parametrize("metric", [exact_match, contains, token_f1, rouge_l])
 def test_no_answers_and_uneven_lists_are_no_scores(metric: object) -> None:
     for predictions, references in (([], []), (["a"], [])):

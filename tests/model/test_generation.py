@@ -105,3 +105,15 @@ def test_stops(loaded: tuple[LoadedModel, LoadedTokenizer], monkeypatch: pytest.
 def test_empty_prompt_is_refused(loaded: tuple[LoadedModel, LoadedTokenizer]) -> None:
     with pytest.raises(DataError, match="prompt 2 is empty"):
         generate_texts(*loaded, [[5], []], max_new_tokens=1, batch_size=2)
+
+
+def test_an_answer_ends_where_the_runs_own_template_ends_it(loaded: tuple[LoadedModel, LoadedTokenizer]) -> None:
+    model, tokenizer = loaded
+    template = "{% for m in messages %}{{ m['content'] }}<|im_start|>{% endfor %}"
+    start = tokenizer.native.convert_tokens_to_ids("<|im_start|>")
+    assert start not in find_stop_ids(model, tokenizer)
+    assert start in find_stop_ids(model, tokenizer, template)
+    expected = greedy(model, PROMPTS[0], 6, set())
+    ended = "{% for m in messages %}{{ m['content'] }}" + tokenizer.decode([start]) + "{% endfor %}"
+    assert generate(loaded, stop_ids=None, template=ended)[0] == greedy(model, PROMPTS[0], 6, {start, 2, 0})
+    assert expected

@@ -220,3 +220,18 @@ def test_token_text(tokenizer: LoadedTokenizer) -> None:
     assert tokenizer.token_text(1) == "<|im_start|>"
     assert tokenizer.token_text(tokenizer.encode(" ")[0]) == " "
     assert tokenizer.token_text(100_000) == "<unused 100000>"
+
+
+def test_fingerprint_follows_what_is_put_around_a_text(folder: Path, tokenizer: LoadedTokenizer) -> None:
+    """A post-processor changes the rows of encoders and the first token of plain text."""
+    definition = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    around = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": around},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    assert load(folder).adds_bos
+    assert load(folder).fingerprint != tokenizer.fingerprint

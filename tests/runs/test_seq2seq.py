@@ -283,6 +283,8 @@ def test_a_real_model_is_tuned_measured_asked_and_merged(
     assert after["loss"] < 0.7 * before["loss"]
     assert after["loss"] == pytest.approx(losses(run)[-1], rel=1e-6)
     assert after["exact_match"] > 0.4
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text("utf-8"))
+    assert config["task_type"] == "SEQ_2_SEQ_LM"
     folder = tmp_path / "elsewhere"  # an adapter with no recipe beside it
     shutil.copytree(run / "adapter", folder)
     rows = tmp_path / "rows.jsonl"

@@ -12,7 +12,7 @@ HIGHER_IS_BETTER = True
 def score(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean over the pairs of F1 = 2 LCS / (words of p + words of r); 1 where both have none.
 
-    Words are runs of letters with their marks and of digits, case-folded, not stemmed; on ASCII as rouge_score has them.
+    Words are runs of letters with their marks and of numbers, case-folded, not stemmed; on ASCII those of rouge_score.
     Raises: ValueError without pairs, or where the lengths differ.    Source: Lin 2004, with beta = 1.
     """
     scores = [

@@ -43,8 +43,9 @@ def generate_texts(
 
     Prompts of similar length share a batch, padded with a mask: on the left, but where an encoder reads them on the
     right, since its positions count from the start of the row. The base's own generation defaults (penalties, top-k)
-    are not used. `stop_ids`: by default those of find_stop_ids with `template`, a chat template other than the tokenizer's own. `adapt`: what an adapter of the whole model makes of
-    the first step's inputs, which then have `virtual_tokens` more positions.
+    are not used. `stop_ids`: by default those of find_stop_ids with `template`, a chat template other than the
+    tokenizer's own. `adapt`: what an adapter of the whole model makes of the first step's inputs, which then have
+    `virtual_tokens` more positions.
     Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
     gives no text.
     """
