@@ -305,6 +305,15 @@ def test_files_and_functions_stay_short() -> None:
     assert statistics.median(lengths.values()) <= 14
 
 
+def test_no_folder_holds_more_than_a_tenth_of_the_lines() -> None:
+    lines: dict[str, int] = {}
+    for file in source_files():
+        folder = str(file.parent.relative_to(PACKAGE))
+        lines[folder] = lines.get(folder, 0) + len(file.read_text("utf-8").splitlines())
+    whole = sum(lines.values())
+    assert not {folder: count for folder, count in lines.items() if count > whole / 10}
+
+
 def test_the_loop_fits_on_a_page() -> None:
     assert len((PACKAGE / "training" / "loop.py").read_text("utf-8").splitlines()) <= 200
 

@@ -29,6 +29,7 @@ from tunekit.data.encoding.store import ChosenRows, Part, StoreWriter, TokenStor
 from tunekit.data.rows import load_rows
 from tunekit.files import cache_folder
 from tunekit.formats.example import CompletionExample
+from tunekit.formats.labels import LabelExample
 from tunekit.memory.splitting import Splitting
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
@@ -45,7 +46,9 @@ from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import added
 
 ANSWERED = tuple(CompletionExample("q" * asked, "a" * answered) for asked, answered in ((3, 4), (1, 9), (8, 2), (5, 5)))
-EXAMPLES: dict[str, tuple[Any, ...]] = {}  # of objectives that are not for prompts with answers
+LABELLED = tuple(LabelExample("t" * size, label) for size, label in ((3, "no"), (9, "yes"), (2, "no"), (5, "yes")))
+EXAMPLES: dict[str, tuple[Any, ...]] = {"label": LABELLED}  # by kind, of those that are not prompts with answers
+FACTS = {"classify": {"labels": ["no", "yes"]}}
 OPTIONS = EncodeOptions("assistant", None, max_length=64, excess_length="drop")
 every_objective = pytest.mark.parametrize("name", known_names("objectives"))
 
@@ -60,16 +63,16 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """A base of each family."""
     bart = tmp_path_factory.mktemp("bart")
     make_net("bart", vocab_size=300).save_pretrained(bart)  # type: ignore[operator]
-    return {"causal": tiny_llama, "seq2seq": bart}
+    return {"causal": tiny_llama, "seq2seq": bart, "classifier": tiny_llama}
 
 
 def make(name: str, tokenizer: LoadedTokenizer) -> Objective:
-    return make_objective(settings_class("objectives", name)(method=name), tokenizer)
+    return make_objective(settings_class("objectives", name)(method=name), tokenizer, FACTS.get(name))
 
 
 def rows_of(name: str, objective: Objective) -> list[Row]:
     encoder = objective.row_encoder(OPTIONS)
-    examples = EXAMPLES.get(name, ANSWERED)
+    examples = EXAMPLES.get(objective.example, ANSWERED)
     return [replace(encoder.encode(one, f"d:{line}"), number=line) for line, one in enumerate(examples)]
 
 
@@ -135,7 +138,8 @@ def test_a_batch_counts_what_its_rows_do(name: str, tokenizer: LoadedTokenizer) 
 @every_objective
 def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokenizer, folders: dict[str, Path]) -> None:
     objective = make(name, tokenizer)
-    base = load_model(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"), device=CPU)
+    section = ModelSection(name_or_path=str(folders[objective.family]), dtype="float32")
+    base = load_model(objective.section(section), device=CPU)
     model, rows = TunedModel(base, None, chunk_tokens=3), rows_of(name, objective)
     base.net.eval()
     layouts = [[[row] for row in rows], [rows]] if objective.packable else [[[row] for row in rows]]
@@ -303,7 +307,7 @@ def test_the_cache_of_one_objective_is_not_another_s(
         load_rows(data, objective, seed=0, cache_dir=tmp_path / "cache")
         return len(os.listdir(tmp_path / "cache" / "tokens"))
 
-    names = known_names("objectives")
+    names = [name for name in known_names("objectives") if make(name, tokenizer).example == "text"]
     assert [entries(make(name, tokenizer)) for name in names] == list(range(1, len(names) + 1))
     assert entries(make("sft", tokenizer)) == len(names), "it is kept"
     assert entries(make_objective(WeighedSettings(), tokenizer)) == len(names) + 1

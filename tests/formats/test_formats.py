@@ -32,10 +32,10 @@ def make(name: str, row: dict[str, Any]) -> Any:
     ],
 )
 def test_auto_names_the_format_and_why(row: dict[str, Any], name: str) -> None:
-    found, reason = choose_format("auto", row)
+    found, reason = choose_format("auto", row, "text")
     assert found == name
     assert f"'{facts_of('formats', name).REQUIRED[0]}'" in reason
-    assert choose_format("text", row)[0] == "text"
+    assert choose_format("text", row, "text")[0] == "text"
 
 
 def test_every_format_has_both_halves() -> None:

@@ -197,7 +197,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     ("holds an adapter", adapter_folder),
     ("runs code of its own", remote_code),
     ("masked language model", configured(architectures=["BertForMaskedLM"], model_type="bert")),
-    ("no encoder-decoder", configured(architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True)),
+    ("is not an encoder-decoder", configured(architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True)),
     ("vision-language", configured(model_type="llava", vision_config={}, architectures=["LlavaForCausalLM"])),
     ("lacks weights.*score", configured(architectures=["LlamaForSequenceClassification"])),
     ("token classifier", configured(architectures=["LlamaForTokenClassification"])),

@@ -244,8 +244,7 @@ def test_a_classifier_gives_no_text_and_pads_only_with_a_padding_token(folders: 
     tokenizer: Any = None
     with pytest.raises(ModelError, match="gives no text"):
         generate_texts(model, tokenizer, [[3]], max_new_tokens=1, batch_size=1)
-    with pytest.raises(ModelError, match="one row of logits per text"):
-        model.family.head(model.net)
+    assert model.family.head(model.net).name == "score", "of a decoder; it is called on the last token of a row"
     model.net.config.pad_token_id = None  # type: ignore[union-attr]
     with pytest.raises(ModelError, match="names no padding token"):
         model.family.logits(model.net, inputs)
@@ -268,14 +267,14 @@ def test_an_objective_of_another_family_is_refused_with_the_right_one(encoder_de
     assert [(problem.key, problem.line) for problem in caught.value.problems] == [("objective", 3)]
 
 
-def test_plan_and_eval_refuse_what_no_objective_reads(folders: Path, tmp_path: Path) -> None:
+def test_a_classifier_is_no_base_of_text_objectives(folders: Path, tmp_path: Path) -> None:
     classifier = tmp_path / "classifier"
     write_tiny_llama(classifier)  # for its tokenizer
     (classifier / "model.safetensors").unlink()
     shutil.copytree(folders / "bart-classifier", classifier, dirs_exist_ok=True)
     recipe = write_recipe(tmp_path, classifier, "sft")
-    with pytest.raises(TunekitError, match="sequence classifier, and no objective") as caught:
+    with pytest.raises(TunekitError, match=r"is a sequence classifier.*write objective: classify") as caught:
         make_plan(load_recipe(recipe), device=CPU)
-    assert [problem.key for problem in caught.value.problems] == ["model.name_or_path"]
-    with pytest.raises(ModelError, match="no objective"):
+    assert [problem.key for problem in caught.value.problems] == ["objective"]
+    with pytest.raises(TunekitError, match="labels"):
         evaluate_verb(str(classifier), None, str(tmp_path / "rows.jsonl"), "prompt_completion", [], None, [])
