@@ -241,6 +241,7 @@ class Objective(Protocol):
     reference: str  # none, or "policy at step 0"
     layout: RowLayout
     metrics: Sequence[str]  # always measured
+    complete: bool  # whether it knows what its base and its loss need; else its rows tell
     facts: Mapping[str, Any]  # beside its settings: plain values that its adapter's folder keeps
     fingerprint: str  # sha256 of everything of it that decides a row
 

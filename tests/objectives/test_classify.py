@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -119,6 +120,14 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path:
         assert merged.config.id2label[int(merged(input_ids=ids).logits.argmax())] == "perhaps"
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text("utf-8"))
     assert report["largest_logit_difference"] < 1e-4 * max(1.0, report["logit_spread"])
+
+
+def test_the_untuned_base_of_a_recipe_is_measured_with_the_labels_of_its_rows(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    evaluate_verb(str(recipe), None, None, None, [], str(tmp_path / "before.json"), [])
+    before = json.loads((tmp_path / "before.json").read_text("utf-8"))
+    assert 0 <= before["accuracy"] < 1
+    assert before["loss"] == pytest.approx(math.log(3), rel=0.3), "a drawn head knows nothing"
 
 
 def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ class Classify(TextObjective):
         super().__init__(settings, tokenizer)
         self.settings, self.labels = settings, tuple(labels)
         self.facts = {"labels": list(labels)}
+        self.complete = bool(labels)
 
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
         """The base with a head of one score a label, whatever it was saved with."""

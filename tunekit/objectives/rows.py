@@ -45,6 +45,7 @@ class TextObjective:
     reference = "none"
     metrics: Sequence[str] = ("loss", "perplexity")
     facts: Mapping[str, Any] = {}
+    complete = True
 
     def __init__(self, settings: ObjectiveSettings, tokenizer: Tokenizer) -> None:
         self.name, self.family, self.example = settings.method, settings.family, settings.example

@@ -16,6 +16,7 @@ from tunekit.adapters.folder.config import TEMPLATE_NAME, TENSORS_NAME, AdapterC
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
+from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
 from tunekit.files.tensors import read_tensor_header
 from tunekit.model.families import FAMILIES
@@ -224,7 +225,10 @@ def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None
     facts = dict((config.objective if config else None) or {})
     method = facts.pop("method", None)
     if target.recipe is not None:
-        return make_objective(target.recipe.objective, tokenizer, facts)
+        objective = make_objective(target.recipe.objective, tokenizer, facts)
+        if objective.complete:
+            return objective
+        return load_rows(target.recipe.data, objective, seed=target.seed).objective
     if method in known_names("objectives"):
         return make_objective(make_objective_settings({"method": method}), tokenizer, facts)
     if config is None:
