@@ -68,9 +68,11 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
 
     Raises: DataError listing the formats' fields.
     """
+    fitting = formats_of(example)
+    if named not in ("auto", *fitting):
+        raise DataError(f"the objective does not learn from the format {named}", f"its formats: {', '.join(fitting)}")
     if named != "auto":
         return named, "the recipe says so"
-    fitting = formats_of(example)
     for name in fitting:
         required = facts_of("formats", name).REQUIRED
         if all(field in values for field in required) and _looks_like(name, values):
