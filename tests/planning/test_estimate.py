@@ -21,7 +21,7 @@ from tests.loop_case import make_case, make_rows
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
-from tunekit.machine.memory import _group_available, _host_available
+from tunekit.machine.memory import _group_available
 from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.planning.choice import SearchSpace, Workload, fastest
@@ -293,10 +293,7 @@ def test_the_fewest_layers_that_fit_are_recomputed(setting: Any, available: floa
     assert len(set(asked)) <= 5, "each is a simulation"
 
 
-def test_free_memory_is_the_hosts_or_the_control_groups(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 50 kB\n")
-    assert _host_available(tmp_path / "meminfo") == 50 * 1024
-    assert _host_available(tmp_path / "none") is None
+def test_a_control_groups_limit_leaves_so_much(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert _group_available(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
@@ -321,14 +318,15 @@ def load_bench() -> ModuleType:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_fresh_process_grows_as_predicted(quantization: str, tmp_path: Path) -> None:
+    """Over as many steps as a heap needs to settle."""
     bench = load_bench()
     recipe = {
         "model": {"name_or_path": "replaced", "dtype": "float32", "quantization": quantization},
         "data": {"train": "rows.jsonl", "max_length": 256, "packing": False},
-        "training": {"max_steps": 2, "micro_batch_size": 2, "gradient_accumulation_steps": 1},
+        "training": {"max_steps": bench.STEPS, "micro_batch_size": 2, "gradient_accumulation_steps": 1},
         "output": {"dir": "run"},
     }
-    model = {"family": "llama", "layers": 8, "hidden": 576, "vocabulary": 16384}
+    model = {"family": "llama", "layers": 12, "hidden": 768}  # of a smaller base the constant is too much
     result = bench.judge(bench.make_row("row", recipe, model, {"count": 6, "tokens": 256}, tmp_path), tmp_path)
     assert result["measured"] > 250e6
     assert -0.05 < result["error"] < 0.15, result
