@@ -293,7 +293,7 @@ def test_the_fewest_layers_that_fit_are_recomputed(setting: Any, available: floa
     assert len(set(asked)) <= 5, "each is a simulation"
 
 
-def test_a_control_groups_limit_leaves_so_much(tmp_path: Path) -> None:
+def test_free_memory_is_within_the_control_groups_limit(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     assert _group_available(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")

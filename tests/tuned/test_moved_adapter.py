@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.train_case import train_in_child, write_recipe
+from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.evaluate import evaluate_verb
-from tunekit.generate import _prompt_ids
 from tunekit.machine.devices import make_devices
 from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
@@ -31,7 +31,8 @@ def run(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def prompt_of(loaded: LoadedTarget) -> str:
-    return loaded.tokenizer.decode(_prompt_ids(loaded, "q"))
+    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 64, "drop"))
+    return loaded.tokenizer.decode(encoder.question("q"))
 
 
 def test_the_template_goes_with_the_adapter(run: Path, tiny_llama: Path, tmp_path: Path) -> None:
