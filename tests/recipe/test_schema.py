@@ -61,8 +61,11 @@ def test_every_alias_leads_to_a_key_that_exists() -> None:
 
 def test_every_named_file_states_its_facts() -> None:
     for name in known_names("metrics"):
-        assert facts_of("metrics", name).COMPUTED_FROM in ("loss", "generation")
-        assert isinstance(facts_of("metrics", name).HIGHER_IS_BETTER, bool)
+        facts = facts_of("metrics", name)
+        assert needs_generation(name) == hasattr(facts, "score") != hasattr(facts, "from_sums")
+        summed = [settings_class("objectives", objective).sums for objective in known_names("objectives")]
+        assert needs_generation(name) or any(set(facts.NEEDS) <= set(sums) for sums in summed)
+        assert isinstance(facts.HIGHER_IS_BETTER, bool)
     assert needs_generation("exact_match")
     assert not needs_generation("perplexity")
     for name in known_names("formats"):

@@ -10,8 +10,9 @@ import pytest
 
 from tests.train_case import train_in_child, write_recipe
 from tunekit.evaluate import evaluate_verb
-from tunekit.generate import _prompt_ids
+from tunekit.generate import answer
 from tunekit.machine.devices import make_devices
+from tunekit.objectives.rows import TextObjective
 from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
 TEMPLATE = (
@@ -31,7 +32,13 @@ def run(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def prompt_of(loaded: LoadedTarget) -> str:
-    return loaded.tokenizer.decode(_prompt_ids(loaded, "q"))
+    """What the model is asked where a user writes q."""
+    asked: list[list[int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextObjective, "answer", lambda self, model, prompts, **_: asked.extend(prompts))
+        answer(loaded, ["q"])
+    (ids,) = asked
+    return loaded.tokenizer.decode(ids)
 
 
 def test_the_template_goes_with_the_adapter(run: Path, tiny_llama: Path, tmp_path: Path) -> None:

@@ -11,16 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from tests.data_case import objective_of
 from tests.loop_case import make_rows
 from tests.train_case import write_recipe
 from tunekit.adapters.attach import attach_adapter
-from tunekit.data.batching.pad import collate
 from tunekit.memory.tiling import Tiles
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
 from tunekit.tuned.network import LayerForward, prepare_network
@@ -71,8 +70,8 @@ def test_a_layers_own_code_is_compiled_and_nothing_around_it(tiny_llama: Path, m
 def test_a_simulation_counts_other_kernels_and_runs_compiled_layers_plain(tiny_llama: Path) -> None:
     """liger's norms keep their input and one number a row, whether or not liger-kernel is installed."""
     section = ModelSection(name_or_path=str(tiny_llama), dtype="bfloat16")
-    run = SimulatedRun(section, LoraSettings(r=4), SftSettings(), TrainingSection(), Choice(), CPU)
-    batch = collate(make_rows(2, shortest=256, longest=256), [(0,), (1,)], pad_id=0, packed=False)
+    run = SimulatedRun(section, LoraSettings(r=4), objective_of(), TrainingSection(), Choice(), CPU)
+    batch = objective_of().collate([[row] for row in make_rows(2, shortest=256, longest=256).rows])
     plain, liger, compiled = (
         replace(run, choice=choice).training_step(batch).peak["activations"]
         for choice in (Choice(), Choice(kernels="liger"), Choice(compiled=True))
