@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.train_case import train_in_child, write_recipe
+from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.evaluate import evaluate_verb
-from tunekit.generate import answer
 from tunekit.machine.devices import make_devices
-from tunekit.objectives.rows import TextObjective
 from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
 TEMPLATE = (
@@ -32,13 +31,8 @@ def run(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def prompt_of(loaded: LoadedTarget) -> str:
-    """What the model is asked where a user writes q."""
-    asked: list[list[int]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextObjective, "answer", lambda self, model, prompts, **_: asked.extend(prompts))
-        answer(loaded, ["q"])
-    (ids,) = asked
-    return loaded.tokenizer.decode(ids)
+    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 64, "drop"))
+    return loaded.tokenizer.decode(encoder.question("q"))
 
 
 def test_the_template_goes_with_the_adapter(run: Path, tiny_llama: Path, tmp_path: Path) -> None:
