@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.data_case import settings, tokenizer_of, write_lines
-from tests.loop_case import CPU
+from tests.loop_case import CPU, ListedRows
 from tests.memory.test_streaming_seq2seq import make_net
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Row, RowLayout, Window
@@ -45,10 +45,13 @@ from tunekit.training.engines.resident import ResidentEngine
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import added
 
-ANSWERED = tuple(CompletionExample("q" * asked, "a" * answered) for asked, answered in ((3, 4), (1, 9), (8, 2), (5, 5)))
-LABELLED = tuple(LabelExample("t" * size, label) for size, label in ((3, "no"), (9, "yes"), (2, "no"), (5, "yes")))
-EXAMPLES: dict[str, tuple[Any, ...]] = {"label": LABELLED}  # by kind, of those that are not prompts with answers
-FACTS = {"classify": {"labels": ["no", "yes"]}}
+ANSWERED = tuple(
+    CompletionExample(*texts) for texts in (("abc", "defg"), ("z", "ihgfedcba"), ("keyboard", "xy"), ("12345", "54321"))
+)
+LABELLED = tuple(
+    LabelExample(*row) for row in (("abc", "yes"), ("ihgfedcba", "no"), ("xy", "yes"), ("12345", "perhaps"))
+)
+EXAMPLES = {"text": ANSWERED, "label": LABELLED}  # by the kind of example that an objective learns from
 OPTIONS = EncodeOptions("assistant", None, max_length=64, excess_length="drop")
 every_objective = pytest.mark.parametrize("name", known_names("objectives"))
 
@@ -63,17 +66,20 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """A base of each family."""
     bart = tmp_path_factory.mktemp("bart")
     make_net("bart", vocab_size=300).save_pretrained(bart)  # type: ignore[operator]
-    return {"causal": tiny_llama, "seq2seq": bart, "classifier": tiny_llama}
+    return {"causal": tiny_llama, "classifier": tiny_llama, "seq2seq": bart}
 
 
 def make(name: str, tokenizer: LoadedTokenizer) -> Objective:
-    return make_objective(settings_class("objectives", name)(method=name), tokenizer, FACTS.get(name))
+    return make_objective(settings_class("objectives", name)(method=name), tokenizer)
 
 
-def rows_of(name: str, objective: Objective) -> list[Row]:
+def make_case(name: str, tokenizer: LoadedTokenizer) -> tuple[Objective, list[Row]]:
+    """An objective, told of its rows, and rows of every kind of example that it learns from."""
+    objective = make(name, tokenizer)
     encoder = objective.row_encoder(OPTIONS)
-    examples = EXAMPLES.get(objective.example, ANSWERED)
-    return [replace(encoder.encode(one, f"d:{line}"), number=line) for line, one in enumerate(examples)]
+    rows = [encoder.encode(example, f"d:{line}") for line, example in enumerate(EXAMPLES[objective.example])]
+    listed = ListedRows(rows)
+    return objective.informed([listed]), listed.rows
 
 
 def stored(folder: Path, layout: RowLayout, rows: Sequence[Row]) -> TokenStore:
@@ -103,8 +109,7 @@ def assert_equal(one: Row, other: Row, layout: RowLayout) -> None:
 
 @every_objective
 def test_rows_survive_the_store(name: str, tokenizer: LoadedTokenizer, tmp_path: Path) -> None:
-    objective = make(name, tokenizer)
-    rows = rows_of(name, objective)
+    objective, rows = make_case(name, tokenizer)
     store = stored(tmp_path, objective.layout, rows)
     assert any(isinstance(values, np.memmap) for values in store.parts.values())
     assert set(objective.layout.token_parts) <= set(objective.layout.parts)
@@ -116,16 +121,15 @@ def test_rows_survive_the_store(name: str, tokenizer: LoadedTokenizer, tmp_path:
 
 @every_objective
 def test_a_whole_row_is_what_is_cut_at_its_size(name: str, tokenizer: LoadedTokenizer) -> None:
-    objective = make(name, tokenizer)
-    for row in rows_of(name, objective):
+    objective, rows = make_case(name, tokenizer)
+    for row in rows:
         assert_equal(objective.cut(row, 0, row.size), row, objective.layout)
         assert objective.cut(row, 0, row.size - 1).size == row.size - 1
 
 
 @every_objective
 def test_a_batch_counts_what_its_rows_do(name: str, tokenizer: LoadedTokenizer) -> None:
-    objective = make(name, tokenizer)
-    rows = rows_of(name, objective)
+    objective, rows = make_case(name, tokenizer)
     layouts = [[[row] for row in rows], [rows[:1], rows[1:]]] if objective.packable else [[[row] for row in rows]]
     for sequences in layouts:
         batch = objective.collate(sequences)
@@ -137,12 +141,16 @@ def test_a_batch_counts_what_its_rows_do(name: str, tokenizer: LoadedTokenizer) 
 
 @every_objective
 def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokenizer, folders: dict[str, Path]) -> None:
-    objective = make(name, tokenizer)
-    section = ModelSection(name_or_path=str(folders[objective.family]), dtype="float32")
-    base = load_model(objective.section(section), device=CPU)
-    model, rows = TunedModel(base, None, chunk_tokens=3), rows_of(name, objective)
+    objective, rows = make_case(name, tokenizer)
+    section = objective.section(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"))
+    base = load_model(section, device=CPU)
+    model = TunedModel(base, None, chunk_tokens=3)
     base.net.eval()
-    layouts = [[[row] for row in rows], [rows]] if objective.packable else [[[row] for row in rows]]
+    torch.manual_seed(0)
+    for parameter in base.net.parameters():  # so that a row that saw another would show
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    layouts = [[[row] for row in rows]]
+    layouts += [[rows], [rows[:1], rows[1:]]] if objective.packable else []
     for sequences in layouts:
         whole = objective.collate(sequences)
         halves = split_batch(whole, objective)
@@ -158,6 +166,7 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
             torch.testing.assert_close(together[kind].double(), value.double(), rtol=1e-5, atol=1e-6)
         for batch, found in zip((whole, *halves), sums, strict=True):
             assert found["units"].item() == objective.units(batch).item() == batch.supervised
+        assert set(settings_class("objectives", name).sums) == set(sums[0])  # type: ignore[attr-defined]
         if "loss" in sums[0]:
             assert sums[0]["loss"].item() == pytest.approx(float(losses[0]), rel=1e-5)
 
@@ -300,14 +309,17 @@ class WeighedSettings(SftSettings):
 def test_the_cache_of_one_objective_is_not_another_s(
     tokenizer: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_lines(tmp_path / "d.jsonl", [{"prompt": "p", "completion": "c"}])
-    data = DataSection(train=(Source(path=str(path)),))
+    rows = {
+        "text": [{"prompt": "p", "completion": "c"}],
+        "label": [{"text": "p", "label": "c"}, {"text": "p", "label": "d"}],
+    }
 
     def entries(objective: Objective) -> int:
-        load_rows(data, objective, seed=0, cache_dir=tmp_path / "cache")
+        path = write_lines(tmp_path / "d.jsonl", rows[objective.example])
+        load_rows(DataSection(train=(Source(path=str(path)),)), objective, seed=0, cache_dir=tmp_path / "cache")
         return len(os.listdir(tmp_path / "cache" / "tokens"))
 
-    names = [name for name in known_names("objectives") if make(name, tokenizer).example == "text"]
+    names = known_names("objectives")
     assert [entries(make(name, tokenizer)) for name in names] == list(range(1, len(names) + 1))
     assert entries(make("sft", tokenizer)) == len(names), "it is kept"
     assert entries(make_objective(WeighedSettings(), tokenizer)) == len(names) + 1
