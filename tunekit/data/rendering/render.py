@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunekit.contracts import Tokenizer
-from tunekit.data.encoding.encode import Dropped
+from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
 from tunekit.data.rendering.turns import Span, TurnFinder, last_answer
 from tunekit.errors import DataError
