@@ -47,7 +47,7 @@ def assemble_run(
     objective = prepared.rows.objective
     state = LoopState(LossScale(base.dtype == torch.float16))
     model = _tuned(session, plan, prepared, base, objective, state, checkpoint)
-    probe_model(plan, model, prepared.largest_batch)
+    probe_model(plan, model, objective, prepared.largest_batch)
     adapter = model.adapter
     assert adapter is not None
     optimizer = make_optimizer(recipe.training, adapter)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tunekit.contracts import Window
 from tunekit.errors import Stopped
 from tunekit.records import EvaluationRecord, StepRecord
-from tunekit.training.readings import Reading, Waiting, check_finite, start_reading
+from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
 from tunekit.training.state import Run, timed
 from tunekit.tuned.evaluator import is_better
 from tunekit.tuned.scores import EvaluationStopped
@@ -55,15 +55,16 @@ def run_loop(run: Run) -> None:
 def _make_step(run: Run, window: Window) -> Reading:
     """One optimizer step; state is advanced, and the step's numbers are on their way."""
     state, started = run.state, time.monotonic()
-    window = run.objective.prepare(run.model, window)
+    window = run.objective.prepare(run.model, window, run.devices.gather)
     units, counts = _step_counts(run, window)
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor
-    total, _ = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
+    total, sums = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
     run.adapter.after_backward()
     run.devices.sum_in_place(run.optimizer.gradients())
     loss, norm, found_inf = _clip(run, run.devices.sum(total).sum())
-    reading = start_reading(state.step + 1, window, run.engine.losses, counts, loss, norm)
+    logged = means(run.objective.logged, sums, units, run.devices)
+    reading = start_reading(state.step + 1, window, run.engine.losses, counts, loss, norm, logged)
     reading.started, finite = started, True
     if not run.reads_later:
         numbers = reading.read()
@@ -100,6 +101,7 @@ def _settle(run: Run, waiting: Waiting) -> None:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             peak_bytes=run.peak_bytes(),
+            metrics=reading.logged(),
         )
         run.record(record)
     waiting.readings.clear()

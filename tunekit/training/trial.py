@@ -7,19 +7,19 @@ from dataclasses import asdict
 
 import torch
 
-from tunekit.contracts import Batch, Window
+from tunekit.contracts import Batch, Objective, Window
 from tunekit.errors import ModelError
 from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.records import Plan, Reaction
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Run
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.probes import logprob_difference, packing_leak, tolerance
+from tunekit.tuned.probes import bypass_difference, logprob_difference, packing_leak, tolerance
 
 BEFORE_TRAINING = -1  # the step of a window that is only tried
 
 
-def probe_model(plan: Plan, model: TunedModel, batch: Batch) -> None:
+def probe_model(plan: Plan, model: TunedModel, objective: Objective, batch: Batch) -> None:
     """Make the load-time probes, with ids of the batch, and act as plan announced.
 
     Raises: ModelError where a result could not be trusted.
@@ -32,6 +32,14 @@ def probe_model(plan: Plan, model: TunedModel, batch: Batch) -> None:
                 f"packed rows see each other in {plan.model.model_type} (hidden states differ by {leak:.1e})",
                 "set data.packing: false",
                 key="data.packing",
+            )
+    if objective.reference != "none":
+        moved = bypass_difference(model, batch.inputs["input_ids"])
+        if not moved <= limit:
+            raise ModelError(
+                f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})",
+                f"{objective.name} compares with that model: choose another adapter.method or adapter.start",
+                key="adapter.method",
             )
     if not model.base.family.answers:
         return
@@ -75,6 +83,6 @@ def try_longest_batch(run: Run, batch: Batch) -> None:
     """
     devices = [torch.cuda.current_device()] if run.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), run.model.training_mode(True):
-        window = Window(BEFORE_TRAINING, 0.0, (0,), (batch,))
+        window = run.objective.prepare(run.model, Window(BEFORE_TRAINING, 0.0, (0,), (batch,)))
         run.engine.run_window(run.model, run.objective, window, run.objective.units(batch))
     run.model.clear_gradient()

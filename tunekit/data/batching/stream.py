@@ -186,7 +186,7 @@ class StreamedWindows:
         current: list[StreamedSequence] = []
         widest: Sizes = ()
         for group in self._groups():
-            width = group.sizes
+            width = self._objective.layout.padded(group.sizes)
             wider = tuple(map(max, widest, width)) if current else width
             if settings.micro_batch_tokens is not None and current:
                 full = sum(wider) * (len(current) + 1) > settings.micro_batch_tokens

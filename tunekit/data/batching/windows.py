@@ -115,7 +115,9 @@ class TrainingWindows:
             order = epoch_rows(self._shares, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
             groups = group_rows(order.tolist(), self._lengths[order].tolist(), settings)
             sizes = [
-                tuple(self._sizes[list(group)].sum(axis=0).tolist()) for group in groups if settings.micro_batch_tokens
+                self._objective.layout.padded(self._sizes[list(group)].sum(axis=0).tolist())
+                for group in groups
+                if settings.micro_batch_tokens
             ]
             self._last = epoch, cut_micro_batches(groups, sizes, settings)
         return self._last[1]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tunekit.recipe.foreign import values as values
 from tunekit.recipe.foreign.values import Translate, always_so, lost, one_of, same
+from tunekit.recipe.names import known_names
 from tunekit.recipe.reading.draft import KeyPath
 
 
@@ -105,7 +106,28 @@ ADAPTER: dict[str, Alias] = {
     "peft_use_rslora": _to("adapter.use_rslora"),
     "lora_model_dir": _to("adapter.init_from"),
     "adapter_name_or_path": _to("adapter.init_from"),
+}
+_METHODS = one_of({name: name for name in known_names("objectives")}, "write objective: {method: ...}")
+_PAIR_LOSSES = one_of({"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo"}, "write objective: {method: ...}")
+OBJECTIVE: dict[str, Alias] = {
     "stage": _to("objective.method"),
+    "rl": _to("objective.method", _METHODS),
+    "beta": _to("objective.beta"),
+    "rl_beta": _to("objective.beta"),
+    "pref_beta": _to("objective.beta"),
+    "loss_type": _to("objective.loss_type"),
+    "pref_loss": _to("objective.loss_type", _PAIR_LOSSES),
+    "loss_weights": _to("objective.loss_weights"),
+    "label_smoothing": _to("objective.label_smoothing"),
+    "dpo_label_smoothing": _to("objective.label_smoothing"),
+    "rpo_alpha": _to("objective.rpo_alpha"),
+    "ld_alpha": _to("objective.ld_alpha"),
+    "discopop_tau": _to("objective.discopop_tau"),
+    "pref_ftx": Alias(None, lost("it is a mean of each answer", "write objective.rpo_alpha, a mean over the step")),
+    "precompute_ref_log_probs": Alias(None, always_so("the reference is the bypassed adapter")),
+    "f_divergence_type": Alias(None, one_of({"reverse_kl": _NOTHING})),
+    "use_weighting": Alias(None, lost("pairs are not weighted")),
+    "sync_ref_model": Alias(None, lost("the reference is the model at step 0")),
 }
 TRAINING: dict[str, Alias] = {
     "num_epochs": _to("training.epochs"),
@@ -165,7 +187,7 @@ LOST: dict[str, Alias] = {
     "overwrite_output_dir": Alias(None, lost("a run folder is never overwritten", "choose another output.dir")),
     "dataset_prepared_path": Alias(None, lost("the cache is keyed by content and needs no place")),
 }
-TOP_LEVEL: dict[str, Alias] = {**MODEL, **DATA, **ADAPTER, **TRAINING, **EVALUATION_AND_OUTPUT, **LOST}
+TOP_LEVEL: dict[str, Alias] = {**MODEL, **DATA, **ADAPTER, **OBJECTIVE, **TRAINING, **EVALUATION_AND_OUTPUT, **LOST}
 
 IN_ADAPTER: dict[str, Alias] = {
     "peft_type": _to("adapter.method", one_of({"LORA": "lora"})),
