@@ -91,8 +91,7 @@ def combine_verb(
         raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R")
     else:
         _combine_others(folders, mixture, facts, place)
-    for note in facts.notes:
-        console.warn(note)
+    console.warn(*facts.notes)
     console.info(f"{kind} of {' and '.join(f'{w:g} x {f}' for w, f in zip(given, folders, strict=True))}")
     console.info(f"written to {place}")
 
@@ -375,8 +374,7 @@ def _show(console: Console, summary: AdapterSummary) -> None:
     console.table(columns[:width], [row[:width] for row in rows])
     _list(console, "all-zero tensors (as they started, or dead)", summary.dead)
     _list(console, "tensors with NaN or infinity", summary.not_finite)
-    for fault in summary.faults:
-        console.warn(f"would not be loaded: {fault}")
+    console.warn(*(f"would not be loaded: {fault}" for fault in summary.faults))
 
 
 def _settings_text(summary: AdapterSummary) -> str:

@@ -39,13 +39,11 @@ def evaluate_verb(
     section = _data_section(found, data, format)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
-    for rewrite in found.rewrites:
-        console.info(rewrite)
+    console.info(*found.rewrites)
     try:
         loaded = load_target(found, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
-        for note in rows.notes:
-            console.info(note)
+        console.info(*rows.notes)
         values = evaluate_rows(loaded, rows, metrics, devices)
     finally:
         devices.close()

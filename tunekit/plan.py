@@ -28,8 +28,7 @@ def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
     try:
-        for rewrite in loaded.rewrites:
-            console.info(rewrite)
+        console.info(*loaded.rewrites)
         plan, _ = make_plan(loaded, device=devices.device, check_folder=True)
         print_plan(console, plan, available_bytes(devices.device))
         if json_file is not None and devices.is_main:
@@ -44,5 +43,4 @@ def print_plan(console: Console, plan: Plan, available: int | None) -> None:
     console.panel(plan.model.name_or_path, plan_page.facts(plan))
     console.table(["target", "layers", "shape", "rank", "parameters"], plan_page.target_rows(plan))
     console.table(["memory", "at the peak"], plan_page.memory_rows(plan, available))
-    for note in plan.notes:
-        console.info(note)
+    console.info(*plan.notes)
