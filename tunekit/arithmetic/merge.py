@@ -18,7 +18,7 @@ from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ResourceError
-from tunekit.files.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
+from tunekit.files.durable import free_bytes, remove_tree, rename, sync, write_json
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
@@ -100,8 +100,8 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
 def _sync(folder: Path) -> None:
     """Make a flat folder durable."""
     for path in sorted(folder.iterdir()):
-        sync_file(path)
-    sync_folder(folder)
+        sync(path)
+    sync(folder)
 
 
 def choose_onto(target: Target, onto: str | None) -> tuple[str, str]:

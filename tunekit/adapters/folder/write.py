@@ -87,7 +87,7 @@ def write_adapter_folder(
     durable.make_folder(temporary)
     try:
         size_bytes = _write_files(temporary, tensors, config, settings, base, chat_template, objective)
-        durable.sync_folder(temporary)
+        durable.sync(temporary)
         _put_in_place(temporary, folder)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -206,4 +206,4 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     durable.rename(temporary, folder)
     if durable.is_real_folder(old):
         durable.remove_tree(old)
-        durable.sync_folder(folder.parent)
+        durable.sync(folder.parent)
