@@ -67,7 +67,7 @@ def layer_changes(attached: AttachedAdapter, base_layer: BaseLayer) -> Iterator[
     if attached.parameters or not attached.layers:
         what = "expert parameters" if attached.parameters else "copies of whole modules, and no layer"
         raise AdapterError(f"the adapter changes {what}, which LoRA of layers cannot", "merge it instead")
-    for name in attached.adapted_modules():
+    for name in attached.layers:
         yield layer_change(attached, name, base_layer)
 
 

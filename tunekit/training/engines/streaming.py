@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunekit.adapters.attach import total_penalty
 from tunekit.contracts import LayerCall, SideInput, Stages
 from tunekit.errors import ModelError
 from tunekit.memory.offload import BoundaryStore
@@ -219,9 +220,7 @@ class _LayerPass:
 
     def _penalty(self, number: int | None) -> Tensor | None:
         """() float32: the penalties of the adapter's parts in one layer, or (None) outside all of them."""
-        found = [part.penalty() for part in self._adapters[number]]
-        found = [penalty for penalty in found if penalty is not None]
-        return torch.stack(found).sum() if found else None
+        return total_penalty(self._adapters[number])
 
 
 def _take_gradient(side: SideInput) -> Tensor | None:
