@@ -29,7 +29,7 @@ from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
 from tunekit.training.trial import make_splitting, probe_model, split_evaluation_noted, try_longest_batch
 from tunekit.tuned.answers import Question
-from tunekit.tuned.evaluator import make_evaluator
+from tunekit.tuned.evaluator import Evaluator
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 from tunekit.tuned.scores import summed_evaluation
@@ -146,7 +146,7 @@ def _make_evaluate(
     recipe, rows = session.loaded.recipe, prepared.rows
     if rows.evaluation is None:
         return None
-    evaluator = make_evaluator(
+    evaluator = Evaluator(
         model,
         objective,
         session.devices,
