@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class TunedModel:
 
     base: LoadedModel
     adapter: AttachedAdapter | None
-    boundaries: BoundaryStore | None = None  # where the inputs of recomputed layers wait
+    boundaries: BoundaryStore = field(default_factory=lambda: BoundaryStore(None))  # of recomputed layers' inputs
     slots: LayerSlots | None = None  # of a streamed base
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
 
@@ -94,8 +94,7 @@ class TunedModel:
         try:
             yield
         except BaseException:
-            if self.boundaries is not None:
-                self.boundaries.clear()
+            self.boundaries.clear()
             raise
 
     def clear_gradient(self) -> None:
