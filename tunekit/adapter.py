@@ -1,5 +1,5 @@
-"""`tunekit adapter show`, `combine`, `convert`, `diff`: what a folder holds; several made one; any made a LoRA; how far
-two are apart.
+"""`tunekit adapter show`, `combine`, `convert`, `diff`, `export-checkpoint`: what a folder holds; several made one; any
+made a LoRA; how far two are apart; the adapter of a checkpoint.
 
 Comes in: folders, or runs.  Goes out: tables, JSON files.
 """
@@ -34,6 +34,7 @@ from tunekit.arithmetic.nearest_lora import Loss, loss_between, nearest_lora, to
 from tunekit.arithmetic.on_base import attach_to_base, base_section
 from tunekit.arithmetic.summary import AdapterSummary, in_order, summarise_adapter
 from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, write_lora, write_without_base
+from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.console import Console
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import AdapterError, InputError
@@ -47,6 +48,7 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.tuned.adapter_losses import adapter_losses
+from tunekit.tuned.export import export_checkpoint
 from tunekit.tuned.target import find_target, measuring_objective
 
 LISTED = 12  # names printed of a list; a JSON file has them all
@@ -204,6 +206,19 @@ def _convert_method(
     _tell_losses(console, found.losses, rank)
     write_lora(place, base_of([config], base), found.lora, found.lora.updates)
     console.info(f"written to {place}")
+
+
+def export_checkpoint_verb(checkpoint: str, base: str | None, output: str) -> None:
+    """Write the adapter of a checkpoint. Raises: InputError where there is none, or the base is not there."""
+    found = find_checkpoint(checkpoint)
+    if found is None:
+        how = "write RUN@120, RUN@best or RUN@last, or the path of a folder in RUN/checkpoints"
+        raise InputError(f"{checkpoint} names no checkpoint", how)
+    place = check_new_folder(Path(output), [found])
+    place.parent.mkdir(parents=True, exist_ok=True)
+    given = {} if base is None else {"name_or_path": str(Path(base).resolve()) if Path(base).exists() else base}
+    size_bytes = export_checkpoint(found, place, given)
+    Console().info(f"the adapter of {found.name} ({bytes_text(size_bytes)}) is written to {place}")
 
 
 def diff_verb(

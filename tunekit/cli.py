@@ -55,7 +55,11 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one"),
 ]
 Target = Annotated[
-    str, typer.Argument(metavar="TARGET", help="a run, an adapter, a model folder, a recipe or a hub name")
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name",
+    ),
 ]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
@@ -150,7 +154,7 @@ def generate(
 @app.command()
 def merge(
     context: typer.Context,
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder or a run")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, a run or a checkpoint")],
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="the new model folder")],
     overrides: Overrides = None,
     base: Base = None,
@@ -219,6 +223,19 @@ def adapter_convert(
 ) -> None:
     """Write an adapter as plain LoRA for the untouched base."""
     _call(context, "tunekit.adapter:convert_verb", adapter, rank, initial, base, output)
+
+
+@adapter_app.command("export-checkpoint")
+def adapter_export_checkpoint(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="RUN@120, RUN@best, RUN@last or a checkpoint folder")
+    ],
+    output: Output,
+    base: Base = None,
+) -> None:
+    """Write the adapter of a checkpoint, as the run would have after that step."""
+    _call(context, "tunekit.adapter:export_checkpoint_verb", checkpoint, base, output)
 
 
 @adapter_app.command("diff")

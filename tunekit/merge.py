@@ -1,4 +1,4 @@
-"""`tunekit merge`: an adapter or a run goes in; a model folder that needs neither tunekit nor peft comes out."""
+"""`tunekit merge`: an adapter, run or checkpoint in; out comes a model folder that needs neither tunekit nor peft."""
 
 from __future__ import annotations
 

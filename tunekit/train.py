@@ -14,7 +14,6 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.console.progress import Progress
-from tunekit.data.encoding.sources import read_template
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
@@ -26,11 +25,12 @@ from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice, Plan, bytes_text
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
-from tunekit.training.finish import export_adapter, report_facts
+from tunekit.training.finish import report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
 from tunekit.training.state import Prepared, Run
+from tunekit.tuned.export import export_adapter
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
@@ -142,11 +142,10 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run) -> None:
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
-    named = recipe.data.chat_template
-    template = None if named is None else read_template(Path(named))
-    adapter_bytes = export_adapter(folder, run.model.base, run.adapter, run.objective, template)
+    place, base, template = folder.path / "adapter", run.model.base, recipe.data.chat_template
+    adapter_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
     facts = report_facts(plan, state, session.measured(run.model), adapter_bytes, folder, saves_best)
     write_report(folder, facts, plan)
     folder.status(0, "stopped early: no gain" if state.stopped_early else "finished")
-    console.info(f"adapter: {folder.path / 'adapter'} ({bytes_text(adapter_bytes)})")
+    console.info(f"adapter: {place} ({bytes_text(adapter_bytes)})")
     console.info(f"report:  {folder.path / 'report.md'}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig
 from tunekit.adapters.folder.fields import plain
-from tunekit.adapters.folder.write import portable, write_adapter_folder
+from tunekit.adapters.folder.write import base_names, write_adapter_folder
 from tunekit.adapters.method import Method
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
@@ -76,7 +76,7 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
     if len(set(templates)) > 1:
         notes.append(f"they were trained with different chat templates; that of {first.folder} is kept")
     return BaseFacts(
-        name=_absolute(named, Path.cwd()) if named else _located(first),
+        name=_located(first) if named is None else os.path.abspath(named) if os.path.exists(named) else named,
         revision=None if named else next((config.revision for config in configs if config.revision), None),
         fingerprint=next((config.base_fingerprint for config in configs if config.base_fingerprint), None),
         dtype=known["base_dtype"],
@@ -102,12 +102,8 @@ def _refuse_other_base(first: AdapterConfig, other: AdapterConfig, named: str | 
 
 def _located(config: AdapterConfig) -> str | None:
     """The base's hub id, or its absolute path, whether it is there or not."""
-    return _absolute(config.base_name_or_path, config.folder) if config.base_name_or_path else None
-
-
-def _absolute(name: str, folder: Path) -> str:
-    near = folder / Path(name).expanduser()
-    return os.path.abspath(near) if near.exists() or name.startswith((".", "/", "~")) else name
+    name = config.base_name_or_path
+    return config.base_location() or (name and os.path.abspath(config.folder / Path(name).expanduser()))
 
 
 def _template(config: AdapterConfig) -> str | None:
@@ -124,10 +120,11 @@ def write_without_base(
     fields: Mapping[str, Any],
 ) -> int:
     """Write the folder; `fields` are PEFT's that settings do not tell. Returns its bytes."""
-    name = None if base.name is None else portable(base.name, output)
+    name, path = (None, None) if base.name is None else base_names(base.name, output)
     config = {**method.peft.write(settings), **fields, "base_model_name_or_path": name, "revision": base.revision}
     config |= {"task_type": base.task_type}
     facts = {
+        "path": path,
         "fingerprint": base.fingerprint,
         "revision": base.revision,
         "dtype": base.dtype,

@@ -12,7 +12,13 @@ from typing import Any
 
 from tunekit.errors import Problem, RunFolderError
 
-FREE_KEYS = {"output.report_to", "output.dir", "training.save_steps", "training.keep_checkpoints"}
+FREE_KEYS = {
+    "output.report_to",
+    "output.dir",
+    "training.save_steps",
+    "training.keep_checkpoints",
+    "training.eval_steps",
+}
 # A file that moved is the same file: its content is in the data's or the base's fingerprint, or already in the state.
 PATH_KEYS = ("data.train.", "data.eval.", "data.chat_template", "model.name_or_path", "adapter.init_from")
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")

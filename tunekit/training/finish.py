@@ -1,14 +1,10 @@
-"""The trained model, the plan and what was measured go in; an adapter folder and the report's facts come out."""
+"""The plan and what was measured go in; the report's facts come out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.artifacts.run import RunFolder
-from tunekit.contracts import Objective
-from tunekit.model.load import LoadedModel
 from tunekit.records import Plan, Reaction, ReportFacts
 from tunekit.training.state import LoopState
 
@@ -22,29 +18,6 @@ class Measured:
     peak_host_bytes: int
     host_growth_bytes: int  # peak_host_bytes less what the process had before it loaded the base
     base_bytes: int
-
-
-def export_adapter(
-    run: RunFolder,
-    base: LoadedModel,
-    adapter: AttachedAdapter,
-    objective: Objective,
-    chat_template: str | None = None,
-) -> int:
-    """Write adapter/ whole or not at all; returns its bytes."""
-    return save_adapter_folder(
-        adapter,
-        run.path / "adapter",
-        base_name=base.name_or_path,
-        base_fingerprint=base.fingerprint,
-        revision=base.revision,
-        base_dtype=base.facts.dtype,
-        quantization=base.quantization,
-        double_quantization=base.double_quantization,
-        task_type=base.family.task_type,
-        chat_template=chat_template,
-        objective={"method": objective.name, **objective.facts},
-    )
 
 
 def report_facts(

@@ -23,6 +23,7 @@ from tunekit.records import Choice, EvaluationRecord, Plan, StepRecord
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
 from tunekit.training.state import Run
+from tunekit.tuned.export import facts_for_export
 
 OPTIMIZER_COPIES = 3  # weights and two moments: what a checkpoint holds of each trained number, in float32
 
@@ -173,7 +174,8 @@ def save_run(session: Session, run: Run, fingerprint: dict[str, Any]) -> None:
                 session.folder,
                 state.step,
                 checkpoint_tensors(run.optimizer, run.adapter),
-                checkpoint_facts(run.optimizer, state, fingerprint),
+                checkpoint_facts(run.optimizer, state, fingerprint)
+                | {"export": facts_for_export(run.adapter, run.objective)},
                 keep=recipe.training.keep_checkpoints,
                 protect=protected,
             )

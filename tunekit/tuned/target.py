@@ -4,16 +4,18 @@ with the adapter in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from tunekit.adapters.folder.config import TEMPLATE_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
@@ -33,22 +35,26 @@ from tunekit.recipe.names import known_names
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
+from tunekit.tuned.export import export_checkpoint
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+
+NAME_BASE = "give the base with --base"
 
 
 @dataclass(frozen=True)
 class Target:
     """What TARGET names. `adapter` is a folder, or None for a bare model; `recipe` where one belongs to it."""
 
-    kind: str  # adapter, run, model, recipe
+    kind: str  # adapter, run, checkpoint, model, recipe
     model: ModelSection
     adapter: Path | None
     recipe: Recipe | None
     evaluation: EvaluationSection
     template_file: Path | None  # a chat template other than the tokenizer's own
     rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
+    holder: TemporaryDirectory[str] | None = None  # of the adapter of a checkpoint, as long as this target lives
 
     @property
     def data(self) -> DataSection | None:
@@ -104,6 +110,8 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
         loaded = load_recipe(path)
         rewrites = [*loaded.rewrites, *rewrites]
         found = _from_recipe("recipe", loaded.recipe, None, given.model, given.evaluation)
+    elif (checkpoint := find_checkpoint(target)) is not None:
+        found = _from_checkpoint(checkpoint, given.model, given.evaluation)
     elif path.is_dir():
         found = _from_folder(path.resolve(), given.model, given.evaluation)
     elif path.exists() and path.suffix != ".gguf":
@@ -144,7 +152,8 @@ def _from_folder(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]
     if (folder / "plan.json").exists():
         recipe = load_recipe(folder / "recipe.yaml").recipe
         if not (folder / "adapter" / "adapter_config.json").exists():
-            raise InputError(f"{folder} is a run without a result yet", "finish it with: tunekit train RECIPE --resume")
+            how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
+            raise InputError(f"{folder} is a run without a result yet", how)
         return _from_recipe("run", recipe, folder / "adapter", model, evaluation)
     if (folder / "config.json").exists():
         return _bare_model(str(folder), model, evaluation)
@@ -157,14 +166,24 @@ def _from_recipe(
     kind: str, recipe: Recipe, adapter: Path | None, model: dict[str, Any], evaluation: dict[str, Any]
 ) -> Target:
     named = recipe.data.chat_template
+    base = {} if adapter is None else _base_name(read_adapter_config(adapter), model)
     return Target(
         kind=kind,
-        model=recipe.model.model_copy(update=model),
+        model=recipe.model.model_copy(update=base | model),
         adapter=adapter,
         recipe=recipe,
         evaluation=recipe.evaluation.model_copy(update=evaluation),
         template_file=_own_template(adapter) or (Path(named) if named is not None else None),
     )
+
+
+def _from_checkpoint(checkpoint: Path, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
+    """The run as it was after that step."""
+    holder = TemporaryDirectory(prefix="tunekit-")
+    adapter = Path(holder.name) / "adapter"
+    export_checkpoint(checkpoint, adapter, model)
+    recipe = load_recipe(checkpoint.parent.parent / "recipe.yaml").recipe
+    return replace(_from_recipe("checkpoint", recipe, adapter, model, evaluation), holder=holder)
 
 
 def _from_adapter(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
@@ -174,7 +193,7 @@ def _from_adapter(folder: Path, model: dict[str, Any], evaluation: dict[str, Any
         recipe = load_recipe(run / "recipe.yaml").recipe
         return _from_recipe("adapter", recipe, folder, model, evaluation)
     config = read_adapter_config(folder)
-    fields = _base_fields(config, model)
+    fields = base_fields(config, model)
     return Target(
         kind="adapter",
         model=ModelSection.model_validate(fields | model),
@@ -185,21 +204,28 @@ def _from_adapter(folder: Path, model: dict[str, Any], evaluation: dict[str, Any
     )
 
 
-def _base_fields(config: AdapterConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The model section that the adapter was trained on, as far as its folder tells."""
+def base_fields(config: AdapterConfig, overrides: Mapping[str, Any], how: str = NAME_BASE) -> dict[str, Any]:
+    """The model section that the adapter was trained on, as far as its folder tells.
+
+    Raises: ModelError, with `how` to mend it, where nothing says which base it is.
+    """
     facts = {
         "dtype": config.base_dtype,
         "quantization": config.quantization,
         "double_quantization": config.double_quantization,
     }
-    fields: dict[str, Any] = {name: value for name, value in facts.items() if value is not None}
+    return {name: value for name, value in facts.items() if value is not None} | _base_name(config, overrides, how)
+
+
+def _base_name(config: AdapterConfig, overrides: Mapping[str, Any], how: str = NAME_BASE) -> dict[str, Any]:
+    """Where the adapter's base is; nothing where an override says so."""
     if "name_or_path" in overrides:
-        return fields
+        return {}
     name = config.base_location()
     if name is None:
         wanted = config.base_name_or_path or "a base that it does not name"
-        raise ModelError(f"{config.folder} belongs to {wanted}, which is not there", "give the base with --base")
-    return fields | {"name_or_path": name} | ({"revision": config.revision} if config.revision else {})
+        raise ModelError(f"{config.folder} belongs to {wanted}, which is not there", how)
+    return {"name_or_path": name} | ({"revision": config.revision} if config.revision else {})
 
 
 def _bare_model(name: str, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
