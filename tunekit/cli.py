@@ -117,9 +117,14 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="load and try the longest batch; write nothing")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="begin anew; an old run is moved aside, to RUN.1, never deleted")
+    ] = False,
 ) -> None:
     """Train, and write the run folder."""
-    _call(context, "tunekit.train:train_verb", recipe, overrides or [], resume, dry_run)
+    words = overrides or []
+    first = () if resume or dry_run or overwrite else ("tunekit.validate:check_new_run", recipe, words)
+    _call(context, "tunekit.train:train_verb", recipe, words, resume, dry_run, overwrite, first=first)
 
 
 @app.command("eval")
@@ -161,9 +166,13 @@ def merge(
     onto: Annotated[
         str | None, typer.Option("--onto", metavar="dequantized|full|quantized", help="which base weights to add to")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="float32|bfloat16|float16", help="of the written weights; default: the base's"),
+    ] = None,
 ) -> None:
     """Merge an adapter into its base."""
-    _call(context, "tunekit.merge:merge_verb", adapter, output, base, onto, overrides or [])
+    _call(context, "tunekit.merge:merge_verb", adapter, output, base, onto, overrides or [], dtype)
 
 
 @adapter_app.command("show")
@@ -235,7 +244,7 @@ def adapter_export_checkpoint(
     base: Base = None,
 ) -> None:
     """Write the adapter of a checkpoint, as the run would have after that step."""
-    _call(context, "tunekit.adapter:export_checkpoint_verb", checkpoint, base, output)
+    _call(context, "tunekit.export_checkpoint:export_checkpoint_verb", checkpoint, base, output)
 
 
 @adapter_app.command("diff")
@@ -285,13 +294,17 @@ def schema(
     _call(context, "tunekit.schema:schema_verb", output, reference)
 
 
-def _call(context: typer.Context, verb: str, *values: Any) -> None:
-    """Import a verb, call it, and turn whatever happens into words on stderr and an exit code."""
-    module, _, name = verb.partition(":")
+def _call(context: typer.Context, verb: str, *values: Any, first: tuple[Any, ...] = ()) -> None:
+    """Import a verb, call it, and turn whatever happens into words on stderr and an exit code.
+
+    `first`: another one and its values, called before this one is so much as imported.
+    """
     ordinary, code = gc.get_threshold(), 0
     gc.set_threshold(*WHILE_STARTING)
     try:
-        code = getattr(import_module(module), name)(*values) or 0
+        for name, *given in (first, (verb, *values)) if first else ((verb, *values),):
+            module, _, function = name.partition(":")
+            code = getattr(import_module(module), function)(*given) or 0
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if context.obj and not isinstance(error, BrokenPipeError):

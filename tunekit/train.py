@@ -14,6 +14,7 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.console.progress import Progress
+from tunekit.errors import InputError
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
@@ -35,11 +36,15 @@ from tunekit.tuned.export import export_adapter
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
-def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool) -> None:
+def train_verb(
+    recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool, overwrite: bool = False
+) -> None:
     """Run the recipe.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
+    if overwrite and (resume or dry_run):
+        raise InputError(f"--overwrite begins anew, and {'--resume' if resume else '--dry-run'} does not", "give one")
     loaded = load_recipe(recipe_path, overrides)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
@@ -54,7 +59,7 @@ def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run
             elif devices.from_main(devices.is_main and resume and is_finished(path)):
                 console.info(f"{path} holds a finished run; nothing to do")
             else:
-                with run_files.locked_folder(session, path, resume):
+                with run_files.locked_folder(session, path, resume, overwrite):
                     _train(session, resume)
     finally:
         devices.close()
@@ -144,8 +149,13 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run) -> None:
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
     place, base, template = folder.path / "adapter", run.model.base, recipe.data.chat_template
     adapter_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
-    facts = report_facts(plan, state, session.measured(run.model), adapter_bytes, folder, saves_best)
+    is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
+    begun_from = "the base" if is_base else "before training"
+    facts = report_facts(plan, state, session.measured(run.model), adapter_bytes, folder, saves_best, begun_from)
     write_report(folder, facts, plan)
-    folder.status(0, "stopped early: no gain" if state.stopped_early else "finished")
+    ended = "stopped early: no gain" if state.stopped_early else "finished"
+    folder.status(0, ended if facts.verdict is None else f"{ended}; {facts.verdict}")
+    if facts.verdict is not None:
+        console.warn(f"{facts.verdict}; lower training.learning_rate, train less, or look at the rows")
     console.info(f"adapter: {place} ({bytes_text(adapter_bytes)})")
     console.info(f"report:  {folder.path / 'report.md'}")

@@ -301,6 +301,10 @@ CONFIG_DAMAGE: dict[str, tuple[Damage, str]] = {
     "targets match nothing": (lambda f: change_config(f, target_modules=["xyz"]), "no layer of the base is left"),
     "hostile target": (lambda f: change_config(f, target_modules="((((a|a)*)*)*)*" * 9 + "!"), "target_modules"),
     "hostile rank": (lambda f: change_config(f, rank_pattern={"(.*.*)*" * 9 + "!": 2}), "rank_pattern.*too many"),
+    "list for a mapping": (lambda f: change_config(f, rank_pattern=[]), "rank_pattern.*malformed.*dictionary"),
+    "text for a mapping": (lambda f: change_config(f, alpha_pattern=""), "alpha_pattern.*malformed.*dictionary"),
+    "mapping for a list": (lambda f: change_config(f, target_modules={}), "target_modules.*malformed"),
+    "text for a list": (lambda f: change_config(f, layers_to_transform=""), "layers_to_transform.*malformed"),
     "rivals": (lambda f: change_config(f, alpha_pattern={"q_proj": 1, "self_attn.q_proj": 2}), "both match"),
     "DoRA": (lambda f: change_config(f, use_dora=True), "lora_magnitude_vector' is missing"),
     "modules to save": (

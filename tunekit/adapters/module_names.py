@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tunekit.adapters.base import Wrapper
+from tunekit.adapters.base import Wrapper, full_name
 
 OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's, before they were fused
 
@@ -35,7 +35,9 @@ def base_modules(net: nn.Module) -> dict[str, nn.Module]:
 def parameter_names(net: nn.Module) -> list[str]:
     """Names of the base's own parameters."""
     modules = base_modules(net)
-    return [f"{name}.{own}" for name, module in modules.items() for own, _ in module.named_parameters(recurse=False)]
+    return [
+        full_name(name, own) for name, module in modules.items() for own, _ in module.named_parameters(recurse=False)
+    ]
 
 
 def fused_parameters(net: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:

@@ -8,23 +8,12 @@ from pathlib import Path
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.folder.config import AdapterConfig
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.model.load import make_meta_model
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.model import ModelSection
 from tunekit.records import Choice
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.target import base_fields
-
-
-def base_section(config: AdapterConfig, base: str | None, how: str) -> ModelSection:
-    """The base as the adapter saw it.
-
-    Raises: ModelError where nothing says which it is.
-    """
-    given = {} if base is None else {"name_or_path": str(Path(base).resolve()) if Path(base).exists() else base}
-    return ModelSection.model_validate(base_fields(config, given, how) | given)
 
 
 def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter, Rewriter]:

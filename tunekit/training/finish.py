@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.run import RunFolder
 from tunekit.records import Plan, Reaction, ReportFacts
 from tunekit.training.state import LoopState
@@ -27,8 +28,15 @@ def report_facts(
     adapter_bytes: int,
     run: RunFolder,
     saved_best: bool,
+    begun_from: str,
 ) -> ReportFacts:
-    """Everything report.json says, all legs of a resumed run together."""
+    """Everything report.json says, all legs of a resumed run together. `begun_from`: the model before training."""
+    totals = sum_metrics(run.read_metrics())
+    losses = {record["step"]: record["eval"].get("loss") for record in totals.evaluations}
+    before, loss = losses.get(0), losses.get(state.best_step if saved_best else max(losses, default=None))
+    verdict = None
+    if before is not None and loss is not None and loss > before:
+        verdict = f"worse than {begun_from}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)
     device = "cpu" if measured.peak_allocated_bytes is None else "cuda"
     peak = measured.host_growth_bytes if device == "cpu" else measured.peak_allocated_bytes
@@ -49,8 +57,12 @@ def report_facts(
         trainable_parameters=plan.trainable_parameters,
         best_step=state.best_step if saved_best else None,
         final_step=state.step,
-        final_loss=state.loss,
-        evaluations=[record for record in run.read_metrics() if "eval" in record],
+        first_loss=totals.first_loss,
+        final_loss=totals.final_loss,
+        base_eval_loss=before,
+        eval_loss=loss,
+        verdict=verdict,
+        evaluations=list(totals.evaluations),
         reactions=[Reaction(**reaction) for reaction in state.reactions],
         calibration=state.calibration,
         budget_bytes=plan.budget_bytes,

@@ -108,8 +108,8 @@ def _resumed_rank(target: Target, layout: Layout) -> int | None:
 
 def _originals(adapter: AttachedAdapter, model: ModelSection) -> Callable[[str], Tensor | None]:
     """A layer's name -> its matrix (O, I) from before quantization, read from the base's files one at a time."""
-    rewriter, layers = Rewriter(model, "full"), adapter.adapted_modules()
-    packed = {name for name, layer in layers.items() if packed_layers(layer.base_layer)}
+    rewriter = Rewriter(model, "full")
+    packed = {name for name, layer in adapter.layers.items() if packed_layers(layer.base_layer)}
 
     def read(name: str) -> Tensor | None:
         if name not in packed:  # left as it was: there is nothing to make up for

@@ -67,7 +67,7 @@ def _head(path: Path, facts: ReportFacts, plan: Plan) -> str:
 
 
 def _result(facts: ReportFacts, totals: Totals) -> str:
-    lines = ["## Result"]
+    lines = ["## Result", *([f"**{escape(facts.verdict.capitalize())}.**"] if facts.verdict else [])]
     rows = [(entry["step"], entry["eval"]) for entry in facts.evaluations if entry.get("eval")]
     if rows:
         names = sorted({name for _, metrics in rows for name in metrics}, key=lambda name: (name != "loss", name))
@@ -83,7 +83,8 @@ def _result(facts: ReportFacts, totals: Totals) -> str:
         )
     if totals.losses:
         lines.append(
-            f"Training loss: {_number(totals.losses[0])} at the first step, {_number(totals.losses[-1])} at the last."
+            f"Training loss: {_number(totals.first_loss)} over the first tenth of the steps, "
+            f"{_number(totals.final_loss)} over the last."
         )
     if len(totals.losses) > 2:
         lines.append(f"```\n{curve(totals.losses)}\n```")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 
@@ -20,6 +21,20 @@ class Totals:
     seconds: float
     losses: tuple[float, ...]
     evaluations: tuple[dict[str, Any], ...]
+
+    @property
+    def first_loss(self) -> float | None:
+        """Mean loss over the first tenth of the steps, since single ones are noisy; None where there are none."""
+        return fmean(self.losses[: self._tenth]) if self.losses else None
+
+    @property
+    def final_loss(self) -> float | None:
+        """Mean loss over the last tenth of the steps; None where there are none."""
+        return fmean(self.losses[-self._tenth :]) if self.losses else None
+
+    @property
+    def _tenth(self) -> int:
+        return -(-len(self.losses) // 10)
 
     @property
     def tokens_per_second(self) -> float | None:
