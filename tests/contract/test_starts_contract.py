@@ -48,7 +48,7 @@ def attach(family: str, settings: Any) -> AttachedAdapter:
         gradients = torch.randn(60, target.out_features, generator=generator) * 0.01
         statistics.add(Seen(x, torch.arange(60) // 20, torch.ones(60, dtype=torch.bool), gradients))
         evidence[target.name] = statistics.finish()
-    initialise_all(adapter.layers, 1, evidence)
+    initialise_all(adapter.layers, 1, evidence.get)
     return adapter
 
 

@@ -60,9 +60,8 @@ class AttachedAdapter:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained tensors, float32, sorted by name."""
-        return {
-            name: tensor for name, tensor in self._tensors(("trained",)).items() if isinstance(tensor, nn.Parameter)
-        }
+        found = self._tensors(("trained",))
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, nn.Parameter)}
 
     def state(self, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
         """State of these kinds (trained, saved, resume) without gradient, sorted by name; not copies."""

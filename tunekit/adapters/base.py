@@ -240,6 +240,8 @@ class ModelAdapter(Part):
 
     file_prefix = ""
 
+    hooks: Sequence[Any] = ()  # those that `attach` has put into the network
+
     def __init__(self, net: nn.Module, settings: Any, *, meta: bool = False, finished: bool = False) -> None:
         super().__init__()
         self.settings, self.finished = settings, finished
@@ -274,6 +276,8 @@ class ModelAdapter(Part):
 
     def detach(self, net: nn.Module) -> None:
         """Take it out again."""
+        for hook in self.hooks:
+            hook.remove()
 
     def inputs(self, net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the network is called with (embeddings, mask, positions); in generation, for the first step only."""

@@ -120,7 +120,7 @@ class Method:
 
     def copy_class(self, settings: Any, name: str) -> type[TrainedCopy]:
         """The class of this module's copy: `copy`, but for what is trained whole beside a method of copies."""
-        whole = self.only_copies is not None and bool(named_copies({name: nn.Identity()}, saved_modules(settings)))
+        whole = self.only_copies is not None and bool(named_copies([name], saved_modules(settings)))
         return TrainedCopy if whole else self.copy
 
 

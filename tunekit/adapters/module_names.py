@@ -64,10 +64,9 @@ def is_fused_in(entry: str, parameter_name: str) -> bool:
     return bool(last) and set(last.split("_")) <= set(own.split("_"))
 
 
-def named_copies(modules: Mapping[str, nn.Module], entries: Sequence[str]) -> list[str]:
+def named_copies(modules: Iterable[str], entries: Sequence[str]) -> list[str]:
     """Names of the modules that the entries (whole names or endings) ask to train as copies."""
-    names = {name for name in modules for entry in entries if name and (name == entry or name.endswith(f".{entry}"))}
-    return sorted(names)
+    return sorted({name for name in modules for entry in entries if name and f".{name}".endswith(f".{entry}")})
 
 
 def is_within(name: str, outer: Sequence[str]) -> bool:

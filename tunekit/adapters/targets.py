@@ -94,6 +94,7 @@ class Search:
         self.settings, self.method, self.head_name, self.file = settings, method, head_name, file
         self.net, self.modules = net, base_modules(net)
         self.fused = fused_parameters(net)
+        self.copies = named_copies(self.modules, saved_modules(settings))  # no targets, nor is anything inside them
         self.kinds = method.layer.kinds if method.layer else frozenset()
         self.patterns = Patterns(error=AdapterError if file else RecipeError, file=file)
         self.problems: list[Problem] = []
@@ -121,8 +122,9 @@ class Search:
             return []
         excluded = self._matched("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
         names = self._matched("target_modules", self.settings.target_modules) - excluded
-        copies = self._copies()
-        names = {name for name in self._in_layers(names) if not is_within(name, copies)}
+        for what, how in wrong_entries(self.modules, saved_modules(self.settings), self.file is not None):
+            self.report("modules_to_save", what, how)
+        names = {name for name in self._in_layers(names) if not is_within(name, self.copies)}
         return [self._layer_target(name) for name in sorted(names)]
 
     def parameters(self) -> list[Target]:
@@ -137,16 +139,8 @@ class Search:
 
     def tokens(self, targets: Sequence[str]) -> None:
         """Report what cannot be trained by rows."""
-        copies = named_copies(self.modules, saved_modules(self.settings))
-        for what, how in wrong_tokens(self.net, self.settings, targets, copies):
+        for what, how in wrong_tokens(self.net, self.settings, targets, self.copies):
             self.report("trainable_token_indices", what, how)
-
-    def _copies(self) -> list[str]:
-        """Modules trained as copies, which are no targets, nor is anything inside them."""
-        entries = saved_modules(self.settings)
-        for what, how in wrong_entries(self.modules, entries, self.file is not None):
-            self.report("modules_to_save", what, how)
-        return named_copies(self.modules, entries)
 
     def _in_layers(self, names: set[str]) -> set[str]:
         """Those in the chosen layers; a number without a layer is a problem."""

@@ -13,7 +13,6 @@ import ctypes
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +46,6 @@ class LayerBlob:
             self.pieces.append(Piece(tensor, self.size_bytes))
             self.size_bytes = aligned(self.size_bytes + tensor.nbytes)
         self.source: list[Tensor] = [tensor.data for tensor in tensors]
-
-    @cached_property
-    def elements(self) -> int:
-        """Numbers in the layer's tensors, packed ones as bytes."""
-        return sum(piece.tensor.numel() for piece in self.pieces)
 
     def gather(self, blob: Tensor, mapped: frozenset[int]) -> None:
         """Copy the values into one blob (bytes,) uint8, which is the source from now on: one copy moves a whole layer.

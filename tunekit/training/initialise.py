@@ -75,7 +75,7 @@ def initialise_adapter(
             if share is not None:
                 targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
             adapter, facts = attach(targets=targets), found.facts
-            initialise_all(adapter.layers, seed, found.evidence)
+            initialise_all(adapter.layers, seed, found.evidence.get)
             _as_on_main(adapter, devices)
     if settings.init_from is not None:
         load_into(adapter, Path(settings.init_from), base_fingerprint=base.fingerprint)

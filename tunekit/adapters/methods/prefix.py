@@ -86,10 +86,6 @@ class Prefix(ModelAdapter):
         before = decoder(net).register_forward_pre_hook(lambda *_: self._make())
         self.hooks = [before, *enter(net, self.places, self.settings.num_virtual_tokens, self.keys_values)]
 
-    def detach(self, net: nn.Module) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
     @property
     def projected(self) -> bool:
         """Whether the prefix is computed."""
@@ -208,15 +204,14 @@ class PrefixSide(PeftSide):
         wrong = [name for name, value in facts.items() if type(value) is not int]
         if wrong:
             raise AdapterError.of([Problem("must be a whole number", "", file, None, name) for name in wrong])
-        found = FilePrefixSettings(**settings.model_dump())
-        found._facts = tuple(facts.items())
-        return found
+        settings._facts = tuple(facts.items())
+        return settings
 
 
 METHOD = Method(
     peft=PrefixSide(
         "PREFIX_TUNING",
-        PrefixSettings,
+        FilePrefixSettings,
         fields={"num_virtual_tokens": ("num_virtual_tokens", None)},
         # A file holds a plain prefix, however it was computed.
         fixed={
