@@ -27,8 +27,7 @@ def merge_verb(
         raise InputError(f"--dtype {dtype} is unknown", f"choose {', '.join(DTYPES)}", key="--dtype")
     console = Console()
     target = find_target(adapter, base, overrides)
-    for rewrite in target.rewrites:
-        console.info(rewrite)
+    console.info(*target.rewrites)
     with StopSignals(announce=False) as signals, signals.at_once("in the merge; what it had written is removed"):
         result = merge_adapter(target, Path(output), onto, DTYPES.get(dtype or ""))
     difference = result.difference

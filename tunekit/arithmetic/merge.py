@@ -19,7 +19,7 @@ from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ResourceError
-from tunekit.files.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
+from tunekit.files.durable import free_bytes, remove_tree, rename, sync, write_json
 from tunekit.machine.memory import available_bytes
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
@@ -103,8 +103,8 @@ def merge_adapter(
         result = MergeResult(output, chosen, reason, str(written)[6:], str(computed)[6:], difference)
         write_json(staging / REPORT, _report(result))
         for path in sorted(staging.iterdir()):
-            sync_file(path)
-        sync_folder(staging)
+            sync(path)
+        sync(staging)
         if output.exists():
             output.rmdir()  # empty, as checked
         rename(staging, output)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 
-from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.run import RunFolder
 from tunekit.records import Plan, Reaction, ReportFacts
 from tunekit.training.state import LoopState
@@ -31,8 +31,11 @@ def report_facts(
     begun_from: str,
 ) -> ReportFacts:
     """Everything report.json says, all legs of a resumed run together. `begun_from`: the model before training."""
-    totals = sum_metrics(run.read_metrics())
-    losses = {record["step"]: record["eval"].get("loss") for record in totals.evaluations}
+    records = run.read_metrics()
+    steps = [record["loss"] for record in records if "eval" not in record]
+    tenth = -(-len(steps) // 10)
+    evaluations = [record for record in records if "eval" in record]
+    losses = {record["step"]: record["eval"].get("loss") for record in evaluations}
     before, loss = losses.get(0), losses.get(state.best_step if saved_best else max(losses, default=None))
     verdict = None
     if before is not None and loss is not None and loss > before:
@@ -57,12 +60,12 @@ def report_facts(
         trainable_parameters=plan.trainable_parameters,
         best_step=state.best_step if saved_best else None,
         final_step=state.step,
-        first_loss=totals.first_loss,
-        final_loss=totals.final_loss,
+        first_loss=fmean(steps[:tenth]) if steps else None,
+        final_loss=fmean(steps[-tenth:]) if steps else None,
         base_eval_loss=before,
         eval_loss=loss,
         verdict=verdict,
-        evaluations=list(totals.evaluations),
+        evaluations=evaluations,
         reactions=[Reaction(**reaction) for reaction in state.reactions],
         calibration=state.calibration,
         budget_bytes=plan.budget_bytes,

@@ -119,7 +119,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     durable.make_folder(temporary)
     try:
         yield temporary
-        durable.sync_folder(temporary)
+        durable.sync(temporary)
         _put_in_place(temporary, folder)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -199,4 +199,4 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     durable.rename(temporary, folder)
     if durable.is_real_folder(old):
         durable.remove_tree(old)
-        durable.sync_folder(folder.parent)
+        durable.sync(folder.parent)
