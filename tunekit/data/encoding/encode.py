@@ -23,19 +23,16 @@ from tunekit.recipe.names import facts_of, formats_of
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
 TOO_LONG = "longer than max_length"
-EMPTY_PIECE = "piece without a supervised token"
 
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows; `dropped` by reason, `lost_pieces` are parts of split rows."""
+    """What became of a source's rows; `dropped` by reason."""
 
     read: int = 0
     kept: int = 0
     truncated: int = 0
-    split: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    lost_pieces: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,19 +127,13 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
         )
     if options.excess_length == "drop":
         raise Dropped(TOO_LONG)
-    if options.excess_length == "truncate":
-        kept = objective.cut(row, 0, most)
-        if kept.supervised == 0:
-            raise Dropped(NO_TARGET_LEFT)
-        counts.truncated += 1
-        return [kept]
-    pieces = [objective.cut(row, start, start + most) for start in range(0, length, most)]
-    kept_pieces = [piece for piece in pieces if piece.supervised]
-    if not kept_pieces:
+    truncates = options.excess_length == "truncate"
+    starts = range(0, most if truncates else length, most)
+    kept = [piece for start in starts if (piece := objective.cut(row, start, start + most)).supervised]
+    if not kept:
         raise Dropped(NO_TARGET_LEFT)
-    counts.split += 1
-    counts.lost_pieces += len(pieces) - len(kept_pieces)
-    return kept_pieces
+    counts.truncated += truncates
+    return kept
 
 
 def digest_of(row: Row, layout: RowLayout) -> int:
