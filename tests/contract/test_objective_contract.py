@@ -159,7 +159,7 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
         whole = prepared(model, objective, objective.collate(sequences))
         halves = split_batch(whole, objective)
         assert halves is not None
-        assert [row for half in halves for row in half.rows] == rows
+        assert [row for half in halves for row in half.rows] == whole.rows
         losses = [objective.loss(model.output(batch.inputs), batch).total for batch in (whole, *halves)]
         assert float(losses[0]) > 0
         torch.testing.assert_close(losses[1] + losses[2], losses[0], rtol=1e-5, atol=1e-6)

@@ -213,7 +213,6 @@ def test_batches_are_what_they_say(base: Path, tmp_path: Path, monkeypatch: pyte
         plan, prepared = make_plan(load_recipe(write_recipe(tmp_path, base)), device=CPU)
         found.append(prepared.largest_batch)
         assert plan.peak_bytes.activations > 0
-        assert plan.peak_bytes.logits > 0
     apart, padded = found
     assert apart.inputs["input_ids"].shape == (1, apart.tokens)
     assert apart.padded == apart.tokens == sum(row.size for row in apart.rows)
