@@ -105,6 +105,8 @@ TOP_LEVEL: dict[str, Alias] = {
     **_to("objective.loss_weights", "loss_weights"),
     **_to("objective.rpo_alpha", "rpo_alpha"),
     **_to("objective.ld_alpha", "ld_alpha"),
+    **_to("objective.simpo_gamma", "simpo_gamma"),
+    **_to("objective.cpo_alpha", "cpo_alpha"),
     **_to("objective.discopop_tau", "discopop_tau"),
     **_nowhere(lost("it is a mean of each answer", "write objective.rpo_alpha, a mean over the step"), "pref_ftx"),
     **_nowhere(always_so, "precompute_ref_log_probs"),  # the reference is the adapter, bypassed
