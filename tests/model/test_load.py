@@ -338,3 +338,15 @@ def test_a_single_row_is_the_same_product_in_a_streamed_base(base: Path) -> None
     row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(resident.net.lm_head(row), streamed.net.lm_head(row))
     assert streamed.net.lm_head.weight.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("damage", [truncate, pointer, html, pickle_only])
+def test_weights_that_cannot_be_read_are_refused_before_they_are(base: Path, damage: Callable[[Path], None]) -> None:
+    """By plan, in the words of train."""
+    damage(base)
+    refusals = []
+    for load in (load_model, make_meta_model):
+        with pytest.raises(ModelError) as caught:
+            load(section(base), device=CPU)
+        refusals.append(str(caught.value))
+    assert refusals[0] == refusals[1]

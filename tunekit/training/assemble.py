@@ -27,7 +27,13 @@ from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
-from tunekit.training.trial import make_splitting, probe_model, split_evaluation_noted, try_longest_batch
+from tunekit.training.trial import (
+    make_splitting,
+    probe_layout,
+    probe_logprobs,
+    split_evaluation_noted,
+    try_longest_batch,
+)
 from tunekit.tuned.answers import Question
 from tunekit.tuned.evaluator import make_evaluator
 from tunekit.tuned.model import TunedModel
@@ -47,7 +53,8 @@ def assemble_run(
     objective = prepared.rows.objective
     state = LoopState(LossScale(base.dtype == torch.float16))
     model = _tuned(session, plan, prepared, base, objective, state, checkpoint)
-    probe_model(plan, model, prepared.largest_batch)
+    prepared = probe_layout(session, prepared, model, state)
+    probe_logprobs(model, prepared.largest_batch)
     adapter = model.adapter
     assert adapter is not None
     optimizer = make_optimizer(recipe.training, adapter)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from signal import Signals
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tunekit.contracts import Window
 from tunekit.errors import Stopped
 from tunekit.records import EvaluationRecord, StepRecord
+from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, start_reading
 from tunekit.training.state import Run, timed
 from tunekit.tuned.evaluator import is_better
@@ -36,8 +38,9 @@ def run_loop(run: Run) -> None:
         _stop_if_asked(run, True, waiting)
         if state.stopped_early:
             return
-        for window in run.windows.windows(state.step):
-            reading = _make_step(run, window)
+        for made, window in enumerate(run.windows.windows(state.step)):
+            with nullcontext() if made else reaching_all(run.adapter, run.devices):
+                reading = _make_step(run, window)
             _settle(run, waiting)  # the step before: its numbers came while this one was sent off
             waiting.readings.append(reading)
             if not run.reads_later or _pauses(run):

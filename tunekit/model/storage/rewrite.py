@@ -22,8 +22,10 @@ from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.model.storage import inspection
 from tunekit.model.storage.converted import StoredPieces
+from tunekit.model.storage.packing import packable
 from tunekit.model.storage.shards import ShardReader, ShardWriter
 from tunekit.model.storage.source import ModelSource, find_source
+from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 # (weight (O, I) float32, bias (O,) float32 or None) -> the same two, changed
@@ -101,6 +103,7 @@ class Rewriter:
         self.embedding = self.family.embedding_name(self.net)
         self.tied = self.family.tied(self.net)
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
+        self.packable = packable(self.net, self.family)
         self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
         self.generation_config: Any = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
@@ -214,7 +217,7 @@ class Rewriter:
                 "bnb_4bit_use_double_quant": self.section.double_quantization,
                 "bnb_4bit_compute_dtype": str(self.compute_dtype).removeprefix("torch."),
                 "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": [self.head],
+                "llm_int8_skip_modules": [self.head, *sorted(uncalled_layers(self.modules))],
             }
         return config
 
@@ -256,8 +259,7 @@ class Rewriter:
 
     def is_packed(self, module_name: str) -> bool:
         """Whether training saw this layer's matrix packed."""
-        kind = layer_kind(self.modules[module_name])
-        return self.section.quantization != "none" and kind in ("linear", "conv1d") and module_name != self.head
+        return self.section.quantization != "none" and module_name in self.packable
 
     def _layer(
         self, module_name: str, stored: torch.Tensor, bias: torch.Tensor | None, changes: Changes
