@@ -43,8 +43,7 @@ def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run
     loaded = load_recipe(recipe_path, overrides)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
-    for rewrite in loaded.rewrites:
-        console.info(rewrite)
+    console.info(*loaded.rewrites)
     try:
         with StopSignals(announce=devices.is_main) as signals:
             session, path = Session(loaded, devices, console, signals, dry_run), Path(loaded.recipe.output.dir)
@@ -121,8 +120,7 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepa
         f"{rows.trained:,} rows, {rows.dropped:,} dropped, {plan.steps:,} steps, "
         f"{plan.supervised_tokens:,} supervised tokens; predicted peak {bytes_text(plan.peak_bytes.total)}"
     )
-    for note in plan.notes:
-        console.info(note)
+    console.info(*plan.notes)
     return plan, prepared
 
 

@@ -15,7 +15,7 @@ from tunekit.training.reached import reaching_all
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.probes import logprob_difference, packing_leak, tolerance
+from tunekit.tuned.probes import TOLERANCE, logprob_difference, packing_leak
 
 BEFORE_TRAINING = -1  # the step of a window that is only tried
 
@@ -30,7 +30,7 @@ def probe_layout(session: Session, prepared: Prepared, model: TunedModel, state:
     if not (settings.packing or settings.end_to_end):
         return prepared
     leak = packing_leak(model, batch.inputs["input_ids"])
-    if leak <= tolerance(model.base.dtype):
+    if leak <= TOLERANCE[model.base.dtype]:
         return prepared
     what = f"see each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
     if settings.packing:
@@ -50,7 +50,7 @@ def probe_logprobs(model: TunedModel, batch: Batch) -> None:
     if not model.base.family.answers:
         return
     difference = logprob_difference(model, batch.inputs["input_ids"])
-    if not difference <= tolerance(model.base.dtype):
+    if not difference <= TOLERANCE[model.base.dtype]:
         raise ModelError(
             f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)",
             "this architecture's output projection is not supported; choose another base",

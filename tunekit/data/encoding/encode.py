@@ -1,6 +1,6 @@
-"""A source's raw rows to encoded rows: format, excess length, and the count of what became of each.
+"""A source's rows as they are trained on: format, excess length, and the count of what became of each.
 
-Comes in: RawRows, an objective's RowEncoder, EncodeOptions.  Goes out: Encoded rows and SourceCounts.
+Comes in: the Outcomes of raw rows, EncodeOptions.  Goes out: Encoded rows and SourceCounts.
 """
 
 from __future__ import annotations
@@ -8,40 +8,31 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tunekit.contracts import Objective, Row, RowEncoder, RowLayout
-from tunekit.data.reading.lines import RawRow
+from tunekit.contracts import Objective, Row, RowLayout
+from tunekit.data.encoding.outcomes import Dropped, MakeExample, Outcome
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
-from tunekit.formats.example import Example
 from tunekit.recipe.names import facts_of, formats_of
 
-MakeExample = Callable[[Mapping[str, Any]], Example]
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
 TOO_LONG = "longer than max_length"
-EMPTY_PIECE = "piece without a supervised token"
-
-
-class Dropped(Exception):
-    """A row that cannot be trained on, and is counted under this reason."""
 
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows; `dropped` by reason, `lost_pieces` are parts of split rows."""
+    """What became of a source's rows; `dropped` by reason."""
 
     read: int = 0
     kept: int = 0
     truncated: int = 0
-    split: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    lost_pieces: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,10 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
         return named, "the recipe says so"
     for name in fitting:
         required = facts_of("formats", name).REQUIRED
-        if all(field in values for field in required) and _looks_like(name, values):
+        if all(field in values for field in required):
+            if "chosen" in values and "rejected" in values:  # fields alone do not tell preference pairs from chat
+                what = "the first row has 'chosen' and 'rejected': preference pairs"
+                raise DataError(what, "the objective sft needs answers")
             return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
@@ -85,15 +79,6 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
     )
 
 
-def _looks_like(name: str, values: Mapping[str, Any]) -> bool:
-    """Fields alone do not tell preference pairs from chat."""
-    if "chosen" in values and "rejected" in values:
-        raise DataError(
-            "the first row has 'chosen' and 'rejected': preference pairs", "the objective sft needs answers"
-        )
-    return True
-
-
 def format_maker(name: str) -> MakeExample:
     """The function that turns a row of the format into an Example."""
     make: MakeExample = importlib.import_module(f"tunekit.formats.{name}").make_example
@@ -101,9 +86,7 @@ def format_maker(name: str) -> MakeExample:
 
 
 def encode_rows(
-    rows: Iterable[RawRow],
-    make_example: MakeExample,
-    encoder: RowEncoder,
+    outcomes: Iterable[Outcome],
     objective: Objective,
     options: EncodeOptions,
     *,
@@ -111,22 +94,23 @@ def encode_rows(
     problems: Problems,
     counts: SourceCounts,
 ) -> Iterator[Encoded]:
-    """Every row that can be trained on; wrong rows go into `problems`."""
-    for number, raw in enumerate(rows):
+    """Every row that can be trained on; what is wrong with the others goes into `problems`."""
+    for number, (line, row) in enumerate(outcomes):
         counts.read += 1
         try:
-            row = encoder.encode(make_example(raw.values), f"{name}:{raw.line}")
+            if not isinstance(row, Row):
+                raise row
             pieces = cut_row(row, objective, options, counts)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
         except DataError as error:
-            problems.add_error(name, raw.line, error)
+            problems.add_error(name, line, error)
             continue
         counts.kept += 1
         digest = digest_of(row, objective.layout)
         for piece in pieces:
-            yield Encoded(piece, raw.line, number, digest)
+            yield Encoded(piece, line, number, digest)
 
 
 def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: SourceCounts) -> list[Row]:
@@ -143,19 +127,13 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
         )
     if options.excess_length == "drop":
         raise Dropped(TOO_LONG)
-    if options.excess_length == "truncate":
-        kept = objective.cut(row, 0, most)
-        if kept.supervised == 0:
-            raise Dropped(NO_TARGET_LEFT)
-        counts.truncated += 1
-        return [kept]
-    pieces = [objective.cut(row, start, start + most) for start in range(0, length, most)]
-    kept_pieces = [piece for piece in pieces if piece.supervised]
-    if not kept_pieces:
+    truncates = options.excess_length == "truncate"
+    starts = range(0, most if truncates else length, most)
+    kept = [piece for start in starts if (piece := objective.cut(row, start, start + most)).supervised]
+    if not kept:
         raise Dropped(NO_TARGET_LEFT)
-    counts.split += 1
-    counts.lost_pieces += len(pieces) - len(kept_pieces)
-    return kept_pieces
+    counts.truncated += truncates
+    return kept
 
 
 def digest_of(row: Row, layout: RowLayout) -> int:

@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tunekit.contracts import Objective
-from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store, hash_of
+from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import hub_fingerprint, is_hub_name, read_source
 from tunekit.errors import DataError, Problem, RecipeError
-from tunekit.files.cache_folder import code_version, default_cache_folder
+from tunekit.files.cache_folder import code_version, default_cache_folder, hash_of
 from tunekit.formats.example import Example
 from tunekit.recipe.data import DataSection, Source
 
@@ -71,7 +73,7 @@ def load_sources(
         except DataError as error:
             problems += error.problems
     if problems:
-        raise DataError.of(list(dict.fromkeys(problems)))
+        raise DataError.of(problems)
     return loaded
 
 
@@ -79,12 +81,9 @@ def load_source(source: Source, objective: Objective, options: EncodeOptions, *,
     """The encoded rows of a source. Raises: DataError with every wrong row found, by file and line."""
     fingerprint = source_fingerprint(source, objective, options)
     name = Path(source.path).name
-
-    def fill(writer: StoreWriter) -> Facts:
-        return _encode_into(writer, source, objective, options)
-
     key = hash_of([fingerprint, code_version(CODE, PACKAGES)])
-    store, facts = cached_store(cache_folder, key, objective.layout, fill)
+    encode = partial(_encode_into, source=source, objective=objective, options=options)
+    store, facts = cached_store(cache_folder, key, objective.layout, encode)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
     lead = f"{name}: format {facts['format']} ({facts['reason']})"
     notices = (lead, *(f"{name}: {number} {what}" for what, number in facts["notices"].items()))
@@ -105,15 +104,20 @@ def encoding_facts(source: Source, objective: Objective, options: EncodeOptions)
 
 
 def _encode_into(writer: StoreWriter, source: Source, objective: Objective, options: EncodeOptions) -> Facts:
-    problems, counts, encoder = Problems(), SourceCounts(), objective.row_encoder(options)
+    problems, counts = Problems(), SourceCounts()
     rows, format_name, reason = open_rows(source, objective.example, problems)
-    make, name = format_maker(format_name), source.path
-    for piece in encode_rows(rows, make, encoder, objective, options, name=name, problems=problems, counts=counts):
+    encoder = SourceEncoder(format_maker(format_name), objective.row_encoder(options), source.path)
+    found = outcomes(rows, encoder, objective, options)
+    for piece in encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts):
         if not problems.count:
             writer.add(*piece)
     problems.raise_if_any()
     facts: dict[str, Any] = {"format": format_name, "reason": reason}
-    return {**facts, "counts": {**vars(counts), "dropped": dict(counts.dropped)}, "notices": dict(encoder.notices)}
+    return {
+        **facts,
+        "counts": {**vars(counts), "dropped": dict(counts.dropped)},
+        "notices": dict(encoder.encoder.notices),
+    }
 
 
 def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], str, str]:
