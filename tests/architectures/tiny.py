@@ -59,6 +59,8 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba": {"layer_types": ["mamba", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
     "reformer": {"is_decoder": True},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "rwkv": {"attention_hidden_size": HIDDEN},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }

@@ -23,7 +23,8 @@ PRODUCTS = ("linear", "matmul")  # functions that multiply
 def uncalled_layers(modules: Mapping[str, nn.Module]) -> set[str]:
     """Names of those among a net's modules."""
     split = ((name, *name.rpartition(".")[::2]) for name in modules if name)
-    return {name for name, parent, own in split if parent in modules and own in _multiplied(type(modules[parent]))}
+    kinds: dict[str, Any] = {name: type(module) for name, module in modules.items()}
+    return {name for name, parent, own in split if parent in kinds and own in _multiplied(kinds[parent])}
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def reaching_all(adapter: AttachedAdapter, devices: Devices) -> Iterator[None]:
     Raises: AdapterError with the names of those that got none.
     """
     reached: set[str] = set()
-    trained = adapter.trained()
+    trained: dict[str, Any] = dict(adapter.trained())
     hooks = [
         parameter.register_post_accumulate_grad_hook(partial(_note, reached, _kind(name)))
         for name, parameter in trained.items()

@@ -34,16 +34,23 @@ def expert_layout(net: nn.Module) -> str | None:
 
 
 def base_name(net: nn.Module) -> str:
-    """Module name of the net without its head: the declared one, or else its one child that takes token ids."""
-    declared = str(getattr(net, "base_model_prefix", ""))
-    if declared and isinstance(getattr(net, declared, None), nn.Module):
-        return declared
-    found = [name for name, child in net.named_children() if "input_ids" in accepted_names(child)]
-    if len(found) != 1:
+    """Module name of the net without its head: the declared one, or the one inside it or the net that takes token ids.
+
+    Llama 4's language model declares the name of another, and a decoder of BART's lies in a shell without arguments.
+    """
+    name = str(getattr(net, "base_model_prefix", ""))
+    declared = getattr(net, name, None) if name else None
+    inside = declared if isinstance(declared, nn.Module) else net
+    if inside is declared and "input_ids" in accepted_names(inside):
+        return name
+    found = [own for own, child in inside.named_children() if "input_ids" in accepted_names(child)]
+    if len(found) == 1:
+        return found[0] if inside is net else f"{name}.{found[0]}"
+    if inside is net:
         raise ModelError(
             f"{type(net).__name__} has no base model apart from its head", "choose a causal language model"
         )
-    return found[0]
+    return name
 
 
 def accepted_names(module: nn.Module) -> frozenset[str]:
