@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from tunekit.cli import app
+from tunekit.errors import TunekitError
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
@@ -45,6 +47,8 @@ def run_architecture(model: Path, work: Path) -> dict[str, str]:
             found[cell] = ""
         except Refused as refusal:
             found[cell] = f"refused: {refusal}"
+        except TunekitError as error:
+            found[cell] = f"refused: {error}"
         except Exception as error:  # whatever any architecture's own code raises
             found[cell] = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
     return found
@@ -67,9 +71,27 @@ class Trial:
             "output": {"dir": str(self.run)},
         }
         self.recipe.write_text(json.dumps(recipe), encoding="utf-8")
+        self.rows: list[Tensor] = []  # (1, T) each
+
+    @cached_property
+    def plain_loss(self) -> float:
+        """Of the untuned base, by transformers."""
+        return self._loss(self._plain())
+
+    @cached_property
+    def trained_loss(self) -> float:
+        """Of the run's adapter, by `tunekit eval`."""
+        out = self.work / "eval.json"
+        call("eval", self.run, "--data", self.data, "--format", "text", "--json", out)
+        return float(json.loads(out.read_text("utf-8"))["loss"])
 
     def try_plan(self) -> None:
-        call("plan", self.recipe)
+        """What `tunekit plan` would refuse; the rows stay, as they are encoded."""
+        plan, prepared = make_plan(load_recipe(str(self.recipe), []), device=torch.device("cpu"))
+        if plan.refusals:
+            raise Refused("; ".join(refusal.message for refusal in plan.refusals))
+        rows: Any = prepared.rows.train
+        self.rows = [torch.as_tensor(rows[number].parts["ids"]).long()[None] for number in range(len(rows))]
 
     def try_train(self) -> None:
         self._train(self.run)
@@ -84,7 +106,7 @@ class Trial:
         self._train(self.work / "nf4", "model.quantization=nf4", within=0.2)
 
     def try_eval(self) -> None:
-        self._trained_loss()
+        assert self.trained_loss != self.plain_loss
 
     def try_generate(self) -> None:
         assert call("generate", self.run, "--prompt", "sing", "evaluation.max_new_tokens=5") is not None
@@ -93,7 +115,7 @@ class Trial:
         merged = self.work / "merged"
         call("merge", self.run / "adapter", "--output", merged)
         net = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-        close(self._loss(net), self._trained_loss(), TOLERANCE)
+        close(self._loss(net), self.trained_loss, TOLERANCE)
 
     def try_peft(self) -> None:
         with warnings.catch_warnings(record=True) as caught:
@@ -101,7 +123,7 @@ class Trial:
             net = peft.PeftModel.from_pretrained(self._plain(), str(self.run / "adapter")).eval()
         said = [str(each.message) for each in caught if "adapter" in str(each.message)]
         assert not said, said[0]
-        close(self._loss(net), self._trained_loss(), TOLERANCE)
+        close(self._loss(net), self.trained_loss, TOLERANCE)
 
     def _train(self, run: Path, *overrides: str, within: float = TOLERANCE) -> None:
         """The recipe's steps; the first one's loss is that of transformers."""
@@ -109,24 +131,16 @@ class Trial:
         lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
         losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
         assert len(losses) == STEPS, losses
-        close(losses[0], self._loss(self._plain()), within)
+        close(losses[0], self.plain_loss, within)
 
     def _plain(self) -> nn.Module:
         net: nn.Module = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
         return net
 
-    def _trained_loss(self) -> float:
-        out = self.work / "eval.json"
-        call("eval", self.run, "--data", self.data, "--format", "text", "--json", out)
-        return float(json.loads(out.read_text("utf-8"))["loss"])
-
     def _loss(self, net: nn.Module) -> float:
         """Of all rows, each of them alone, by the net's own logits."""
-        prepared = make_plan(load_recipe(str(self.recipe), []), device=torch.device("cpu"))[1]
-        rows: Any = prepared.rows.train
         total, count = 0.0, 0
-        for number in range(len(rows)):
-            ids = torch.as_tensor(rows[number].parts["ids"]).long()[None]  # (1, T)
+        for ids in self.rows:
             logits = own_logits(net, ids)
             total += float(F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum"))
             count += ids.shape[1] - 1

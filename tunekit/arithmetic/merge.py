@@ -168,10 +168,8 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     for copy in attached.copies.values():
         parameters |= {name: _constant(tensor.detach()) for name, tensor in copy.state().items()}
     for name, tokens in attached.tokens.items():
-        change = tokens.merged  # one and the same for a tied head, so that it stays tied
-        parameters[f"{name}.weight"] = change
-        if attached.head_name in attached.tied_tokens.get(name, ()):
-            parameters[f"{attached.head_name}.weight"] = change
+        together = (name, *attached.tied_tokens.get(name, ()))  # one and the same change, so that they stay tied
+        parameters |= {f"{each}.weight": tokens.merged for each in together}
     return Changes(layers={name: layer.merged for name, layer in attached.layers.items()}, parameters=parameters)
 
 

@@ -28,26 +28,33 @@ def uncalled_layers(modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 @cache
-def _multiplied(kind: Any) -> frozenset[str]:
-    """Attributes of a class whose `weight` its code multiplies by something."""
-    classes = _classes(kind.__module__)
-    return frozenset(
-        found[1]
-        for each in ast.walk(classes[kind.__name__] if kind.__name__ in classes else ast.Pass())
-        for factor in _factors(each)
-        for found in [OWN_WEIGHT.fullmatch(ast.unparse(factor))]
-        if found
-    )
+def returns_several(kind: Any) -> bool:
+    """Whether a class of linear layers gives more than a product, as Llama 4's routers do."""
+    if kind.forward is nn.Linear.forward:
+        return False
+    return any(isinstance(each, ast.Return) and isinstance(each.value, ast.Tuple) for each in ast.walk(_code(kind)))
 
 
 @cache
-def _classes(module_name: str) -> dict[str, ast.ClassDef]:
-    """The classes of a file by name, if it reads any layer's weight."""
+def _multiplied(kind: Any) -> frozenset[str]:
+    """Attributes of a class whose `weight` its code multiplies by something."""
+    factors = (factor for each in ast.walk(_code(kind)) for factor in _factors(each))
+    return frozenset(found[1] for factor in factors for found in [OWN_WEIGHT.fullmatch(ast.unparse(factor))] if found)
+
+
+def _code(kind: Any) -> ast.AST:
+    """The class as it is written; nothing where that is not to be had."""
+    return _classes(kind.__module__).get(kind.__name__, ast.Pass())
+
+
+@cache
+def _classes(module_name: str) -> dict[str, ast.AST]:
+    """The classes of a file by name, if it reads any layer's weight or has linear layers of its own."""
     try:
         source = inspect.getsource(sys.modules[module_name])
     except (KeyError, OSError, TypeError):
         return {}
-    tree = ast.parse(source) if OWN_WEIGHT.search(source) else ast.Module([], [])
+    tree = ast.parse(source) if OWN_WEIGHT.search(source) or "(nn.Linear)" in source else ast.Module([], [])
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 

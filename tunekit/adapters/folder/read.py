@@ -6,6 +6,7 @@ A folder by anyone goes in; an attached adapter, or a refusal that names the fau
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from tunekit.adapters.folder.expected import expected_tensors, refuse_not_finite
 from tunekit.adapters.folder.fields import SAME_NAMED
 from tunekit.adapters.folder.write import save_adapter_folder as save_adapter_folder
 from tunekit.adapters.method import Method, load_method
-from tunekit.adapters.module_names import base_modules
+from tunekit.adapters.module_names import base_modules, named_copies
 from tunekit.adapters.targets import find_targets
-from tunekit.adapters.tokens import token_rows
+from tunekit.adapters.tokens import embedding_name, tied_with, token_rows
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import read_tensor, read_tensor_header
 from tunekit.files.untrusted import shown
@@ -48,7 +49,7 @@ def attach_adapter_folder(
     files of peft that carry a copy of an embedding. `method`: found from the folder's peft_type by default.
     Raises: AdapterError for everything that is not exactly as the configuration says, before the base is touched.
     """
-    config = read_adapter_config(folder, method)
+    config = _with_tied_partners(read_adapter_config(folder, method), net, head_name)
     _check_fingerprint(config, base_fingerprint)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     tensors = _read_tensors(config, net, targets, head_name, base_weight)
@@ -66,6 +67,23 @@ def attach_adapter_folder(
     return attached
 
 
+def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
+    """What PEFT adds under ensure_weight_tying: where the embedding or a tied head is adapted, or copied, both are.
+
+    Its files hold the tensors of both.
+    """
+    modules = base_modules(net)
+    embedding = embedding_name(net, modules)
+    if not config.fields.get("ensure_weight_tying") or head_name not in tied_with(modules, embedding):
+        return config
+    both, entries = {embedding: net, head_name: net}, {}
+    for key in ("target_modules", "modules_to_save"):
+        named = getattr(config.settings, key)
+        if not isinstance(named, str) and named_copies(both, named):
+            entries[key] = (*named, *both)
+    return replace(config, settings=config.settings.model_copy(update=entries))
+
+
 def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str | None = None) -> None:
     """Continue from a folder: fill an adapter that has the same layers, ranks and scaling.
 
@@ -76,6 +94,7 @@ def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str 
         config = read_adapter_config(folder, attached.method)
     _check_fingerprint(config, base_fingerprint)
     net, head_name = attached.net, attached.head_name
+    config = _with_tied_partners(config, net, head_name)
     _refuse_computed(attached, config)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     _refuse_difference(attached, config, targets)

@@ -20,7 +20,7 @@ from tunekit.errors import ModelError, NumericsError
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.load import load_model, make_meta_model
 from tunekit.model.quantized import codec
-from tunekit.model.quantized.weights import layer_kind, weight_of
+from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage import inspection
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.packing import packable
@@ -110,6 +110,8 @@ class Rewriter:
         self.generation_config: Any = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
         self.names = frozenset(self.tensors.names())
+        self.aliases = self._find_aliases()
+        self.stored = set(self.aliases.values())
 
     def _open(self, plain: ModelSection) -> BaseTensors | LoadedTensors:
         if not self._rewritten:
@@ -131,7 +133,7 @@ class Rewriter:
 
     def base_weight(self, module_name: str) -> torch.Tensor:
         """The base's own matrix (O, I) of a module."""
-        stored = self.tensors.read(self._weight_name(module_name))
+        stored = self.tensors.read(self._stored_name(f"{module_name}.weight"))
         return stored.t() if layer_kind(self.modules[module_name]) == "conv1d" else stored
 
     def trained_on(self, module_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -140,16 +142,20 @@ class Rewriter:
         bias = self.tensors.read(bias_name).float() if bias_name in self.names else None
         return self._through_packing(matrix) if self.is_packed(module_name) else matrix, bias
 
-    def _weight_name(self, module_name: str) -> str:
-        """Name of the matrix of a module; a tied head's is the embedding's."""
-        name = f"{module_name}.weight"
-        if name not in self.names and self.tied and module_name == self.head:
-            return f"{self.embedding}.weight"
-        return name
-
     def _stored_name(self, name: str) -> str:
         """The name under which the base stores a parameter of the net."""
-        return self._weight_name(name.removesuffix(".weight")) if name.endswith(".weight") else name
+        return self.aliases.get(name, name)
+
+    def _find_aliases(self) -> dict[str, str]:
+        """Matrices that the files leave out, since they are another module's: name -> that one's."""
+        found = [
+            (f"{name}.{own}", module, tensor)
+            for name, module in self.modules.items()
+            for own, tensor in module.named_parameters(recurse=False)
+        ]
+        stored = {id(tensor): (name, module) for name, module, tensor in found if name in self.names}
+        left_out = [each for each in found if each[0] not in self.names and id(each[2]) in stored]
+        return {name: stored[id(tensor)][0] for name, module, tensor in left_out if stored[id(tensor)][1] is not module}
 
     def write(self, folder: Path, changes: Changes) -> None:
         """Write config.json and the weights.
@@ -182,21 +188,18 @@ class Rewriter:
             )
 
     def unties(self, changes: Changes) -> bool:
-        """Whether head and embedding were one matrix and are two afterwards. The same change of both keeps them one."""
-        head, embedding = (changes.parameters.get(f"{name}.weight") for name in (self.head, self.embedding))
-        if head is not None and head is embedding:
-            return False
-        pair = {self.head, self.embedding}
-        touched = pair & set(changes.layers) or {f"{name}.weight" for name in pair} & set(changes.parameters)
-        return self.tied and bool(touched)
+        """Whether matrices that were one are several afterwards. The same change of all of them keeps them one."""
+        groups = [{stored, *(name for name, its in self.aliases.items() if its == stored)} for stored in self.stored]
+        if self.tied:
+            groups.append({f"{self.head}.weight", f"{self.embedding}.weight"})
+        touched = {f"{name}.weight" for name in changes.layers} | set(changes.parameters)
+        made = [{changes.parameters.get(name) for name in group} for group in groups if group & touched]
+        return any(len(each) > 1 or None in each for each in made)
 
     def output_bytes(self, changes: Changes) -> int:
         """Bytes of the weights that `write` writes (a little less where they are packed again)."""
-        extra = 0
-        if self.unties(changes):
-            weight = weight_of(self.modules[str(self.embedding)])
-            extra = 0 if weight is None else weight.elements * self.written_dtype(f"{self.embedding}.weight").itemsize
-        return extra + sum(self.tensors.elements(name) * self.written_dtype(name).itemsize for name in self.names)
+        more = self.aliases.values() if self.unties(changes) else ()
+        return sum(self.tensors.elements(name) * self.written_dtype(name).itemsize for name in [*self.names, *more])
 
     def written_dtype(self, name: str) -> torch.dtype:
         """In which a tensor is written: the base's own, or the one that was asked for."""
@@ -212,14 +215,13 @@ class Rewriter:
         """Give a float32 net of the new model what `write` would write, before it is rounded."""
         asked, self.written = self.written, torch.float32
         places = dict(net.named_parameters(remove_duplicate=False))
-        head, embedding = (places.get(f"{name}.weight") for name in (self.head, self.embedding))
         for name, tensor in self._outputs(changes):
             if name in places:
                 places[name].data = tensor
         for pieces in set(self.pieces.values()):
             places[pieces.parameter].data = self._joined(pieces, changes)
-        if self.tied and not self.unties(changes) and head is not None and embedding is not None:
-            head.data = embedding.data
+        for name, stored in () if self.unties(changes) else self.aliases.items():
+            places[name].data = places[stored].data
         self.written = asked
 
     def _configuration(self, changes: Changes) -> dict[str, Any]:
@@ -271,10 +273,8 @@ class Rewriter:
                     yield new_name, tensor
             else:
                 yield name, self._cast(name, self._parameter(name, changes))
-        head_name = f"{self.head}.weight"
-        if self.unties(changes) and head_name not in done:
-            stored = self.tensors.read(f"{self.embedding}.weight")
-            yield from self._layer(str(self.head), stored, None, changes)
+        for name, stored in self.aliases.items() if self.unties(changes) else ():
+            yield from self._layer(name.removesuffix(".weight"), self.tensors.read(stored), None, changes)
 
     def _in_pieces(self, pieces: StoredPieces, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in pieces.split(self._joined(pieces, changes)).items():
