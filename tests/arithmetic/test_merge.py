@@ -74,12 +74,12 @@ def train(base: LoadedModel, folder: Path, **settings: Any) -> Path:
     save_adapter_folder(
         attached,
         folder,
-        base_name=base.name_or_path,
+        base_name=base.facts.name_or_path,
         base_fingerprint=base.fingerprint,
         revision=None,
         base_dtype=base.facts.dtype,
-        quantization=base.quantization,
-        double_quantization=base.double_quantization,
+        quantization=base.facts.quantization,
+        double_quantization=base.facts.double_quantization,
     )
     return folder
 
