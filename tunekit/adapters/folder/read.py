@@ -5,7 +5,7 @@ A folder by anyone goes in; an attached adapter, or a refusal that names the fau
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig
 from tunekit.adapters.folder.config import read_adapter_config as read_adapter_config
 from tunekit.adapters.folder.expected import expected_tensors, refuse_not_finite
 from tunekit.adapters.folder.fields import SAME_NAMED
+from tunekit.adapters.folder.vocabulary import added_rows, enlarge
 from tunekit.adapters.folder.write import save_adapter_folder as save_adapter_folder
 from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.module_names import base_modules, named_copies
@@ -51,8 +52,10 @@ def attach_adapter_folder(
     """
     config = _with_tied_partners(read_adapter_config(folder, method), net, head_name)
     _check_fingerprint(config, base_fingerprint)
+    rows = added_rows(net, head_name, config.folder / TENSORS_NAME)
+    enlarge(net, rows)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
-    tensors = _read_tensors(config, net, targets, head_name, base_weight)
+    tensors = _read_tensors(config, net, targets, head_name, base_weight, rows)
     attached = attach_adapter(
         net,
         config.settings,
@@ -64,6 +67,7 @@ def attach_adapter_folder(
         finished=True,
     )
     attached.load_state(tensors, ("trained", "saved"))
+    attached.added_rows = rows
     return attached
 
 
@@ -153,12 +157,20 @@ def _check_fingerprint(config: AdapterConfig, base_fingerprint: str | None) -> N
 
 
 def _read_tensors(
-    config: AdapterConfig, net: nn.Module, targets: list[Target], head_name: str | None, base_weight: BaseWeight | None
+    config: AdapterConfig,
+    net: nn.Module,
+    targets: list[Target],
+    head_name: str | None,
+    base_weight: BaseWeight | None,
+    enlarged: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Every expected tensor by state name, after header, names, shapes, types and hashes have been checked."""
+    """Every expected tensor by state name, after header, names, shapes, types and hashes have been checked.
+
+    `enlarged`: modules whose matrices the file holds whole, for the rows that it adds to them.
+    """
     path = config.folder / TENSORS_NAME
     header = read_tensor_header(path)
-    expected = expected_tensors(net, config.method, config.settings, targets, head_name)
+    expected = expected_tensors(net, config.method, config.settings, targets, head_name, enlarged)
     copies = expected.check(header, str(path))
     config.check_files()
     tensors = {
@@ -183,6 +195,8 @@ def _check_base_copy(copy: Tensor, module: nn.Module, name: str, base_weight: Ba
     own = base_weight(name) if base_weight else None
     if own is None and weight is not None and weight.kind == "dense" and weight.device.type != "meta":
         own = weight.read(weight.dtype or torch.float32).cpu()
+    if own is not None:
+        copy = copy[: len(own)]  # what lies beyond was added to the base
     if own is None:
         raise AdapterError(f"carries the base's own weight of '{name}', which cannot be compared here", file=file)
     if not (torch.equal(copy.to(own.dtype), own) or torch.equal(own.to(copy.dtype), copy)):

@@ -35,10 +35,11 @@ LayerChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, 
 
 @dataclass(frozen=True)
 class Changes:
-    """What becomes of the base: layers by module name; whole parameters by parameter name."""
+    """What becomes of the base: layers by module name; whole parameters by parameter name, before a layer's change."""
 
     layers: Mapping[str, LayerChange]
     parameters: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+    vocabulary_size: int | None = None  # where it becomes another
 
 
 class BaseTensors:
@@ -193,8 +194,12 @@ class Rewriter:
         if self.tied:
             groups.append({f"{self.head}.weight", f"{self.embedding}.weight"})
         touched = {f"{name}.weight" for name in changes.layers} | set(changes.parameters)
-        made = [{changes.parameters.get(name) for name in group} for group in groups if group & touched]
-        return any(len(each) > 1 or None in each for each in made)
+        made = [
+            {(changes.parameters.get(name), changes.layers.get(name.removesuffix(".weight"))) for name in group}
+            for group in groups
+            if group & touched
+        ]
+        return any(len(each) > 1 for each in made)
 
     def output_bytes(self, changes: Changes) -> int:
         """Bytes of the weights that `write` writes (a little less where they are packed again)."""
@@ -236,6 +241,8 @@ class Rewriter:
             config.setdefault("architectures", [type(self.net).__name__])
         if self.unties(changes):
             config["tie_word_embeddings"] = False
+        if changes.vocabulary_size is not None:
+            config["vocab_size"] = changes.vocabulary_size
         if self.written is not None:
             config.pop("torch_dtype", None)  # as older versions of transformers call it
             config["dtype"] = str(self.written).removeprefix("torch.")
