@@ -63,3 +63,5 @@ def _factors(node: ast.AST) -> Iterator[ast.expr]:
         yield from (node.left, node.right)
     elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in PRODUCTS:
         yield from node.args
+    elif isinstance(node, ast.Attribute) and node.attr == "data":  # changed in place, as Gemma 3n's coefficients are
+        yield node.value
