@@ -19,7 +19,7 @@ from tunekit.data.batching.order import Share, epoch_rows, held_out
 from tunekit.data.batching.stream import StreamedSource, StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch
 from tunekit.data.encoding.cache import hash_of
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.encode import EncodeOptions, dropped_notes
 from tunekit.data.encoding.sample import sample_source, scaled
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
@@ -102,8 +102,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     eval_rows = ChosenRows(evaluation) if data.eval is not None else None
     if eval_rows is not None:
         _require_rows(eval_rows, eval_sources, "data.eval")
-    notes = [note for source in sources for note in source.notices]
-    notes += [note for source in eval_sources for note in source.notices] if own else []
+    notes = [*_notes(sources), *(_notes(eval_sources, evaluation=True) if own else [])]
     return RowSet(
         objective=objective.informed([train_rows] if eval_rows is None else [train_rows, eval_rows]),
         train=train_rows,
@@ -129,7 +128,6 @@ def load_evaluation_rows(
         rows = ChosenRows(parts)
         _require_rows(rows, sources, "data.eval")
         counts = _count(sources, rows)
-        notes = tuple(dict.fromkeys(note for source in sources for note in source.notices))
         return RowSet(
             objective=objective.informed([rows]),
             train=ChosenRows([]),
@@ -139,7 +137,7 @@ def load_evaluation_rows(
             fingerprint=_fingerprint(data, (), sources, seed),
             draws=(),
             streams=(),
-            notes=notes,
+            notes=tuple(dict.fromkeys(_notes(sources, evaluation=True))),
             read_prompts=lambda: _prompts(sources, parts, objective, options),
         )
     return load_rows(data, objective, seed=seed, cache_dir=cache_dir)
@@ -165,7 +163,7 @@ def _load_streamed(
     scale = trained / counts.trained
     own = None if data.eval is None else load_evaluation_rows(data, objective, seed=seed, cache_dir=cache_dir)
     fingerprint = [_fingerprint(data, samples, (), seed), own.fingerprint if own else None, "streamed"]
-    notes = [note for sample in samples for note in sample.notices]
+    notes = _notes(samples)
     return RowSet(
         objective=objective.informed([rows]),
         train=rows,
@@ -241,6 +239,15 @@ def _count(sources: Sequence[EncodedSource], rows: ChosenRows, order: NDArray[np
         longest_tokens=int(lengths.max(initial=0)),
         dropped_reasons=dict(sorted(reasons.items())),
     )
+
+
+def _notes(sources: Sequence[EncodedSource], *, evaluation: bool = False) -> list[str]:
+    """What the user should know of each source, lost rows among it."""
+    return [
+        note
+        for source in sources
+        for note in (*source.notices, *dropped_notes(source.name, source.counts, evaluation=evaluation))
+    ]
 
 
 def _leaks(data: DataSection, train: ChosenRows, evaluation: ChosenRows | None) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,7 +25,9 @@ MakeExample = Callable[[Mapping[str, Any]], Example]
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
 TOO_LONG = "longer than max_length"
-EMPTY_PIECE = "piece without a supervised token"
+WARNING = "warning: "
+NAMED = "the recipe says so"
+MANY_DROPPED = 0.05  # of a source's rows
 
 
 class Dropped(Exception):
@@ -34,10 +36,12 @@ class Dropped(Exception):
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows; `dropped` by reason, `lost_pieces` are parts of split rows."""
+    """What became of a source's rows; `dropped` by reason, `lost_pieces` are parts of split rows, `longest_tokens` is
+    the size of the longest row before it was cut."""
 
     read: int = 0
     kept: int = 0
+    longest_tokens: int = 0
     truncated: int = 0
     split: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -72,7 +76,7 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
     if named not in ("auto", *fitting):
         raise DataError(f"the objective does not learn from the format {named}", f"its formats: {', '.join(fitting)}")
     if named != "auto":
-        return named, "the recipe says so"
+        return named, NAMED
     for name in fitting:
         required = facts_of("formats", name).REQUIRED
         if all(field in values for field in required) and _looks_like(name, values):
@@ -92,6 +96,39 @@ def _looks_like(name: str, values: Mapping[str, Any]) -> bool:
             "the first row has 'chosen' and 'rejected': preference pairs", "the objective sft needs answers"
         )
     return True
+
+
+def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]) -> str:
+    """How a source is read, and which columns are not; a warning where one of them may be what was to be learned."""
+    fields = facts_of("formats", format_name).FIELDS
+    unread = ", ".join(f"'{column}'" for column in columns if column not in fields)
+    note = f"{name}: format {format_name} ({reason})" + (f", which does not read {unread}" if unread else "")
+    if not unread or format_name != "text" or reason == NAMED:
+        return note
+    return f"warning: {note}; map columns to a format's fields with `columns`, or write format: text if that is meant"
+
+
+def filled_columns(values: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold something."""
+    return [name for name, value in values.items() if value is not None]
+
+
+def counted_note(name: str, number: int, what: str) -> str:
+    """What `number` rows of a source have in common; `what` begins with "warning: " where it is one."""
+    start = WARNING if what.startswith(WARNING) else ""
+    return f"{start}{name}: {number:,} {what.removeprefix(WARNING)}"
+
+
+def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[str]:
+    """Warnings of dropped rows, with the cure: of any row to evaluate on, and of many to train on."""
+    longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens), or set data.excess_length"
+    cures = dict.fromkeys((TOO_LONG, NO_TARGET_LEFT), f"{longer}: truncate or split")
+    return [
+        f"warning: {name}: {number:,} of {counts.read:,} rows are dropped: {reason}; "
+        + cures.get(reason, "mend them, or take them out of the file")
+        for reason, number in sorted(counts.dropped.items())
+        if evaluation or number > MANY_DROPPED * counts.read
+    ]
 
 
 def format_maker(name: str) -> MakeExample:
@@ -134,6 +171,7 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
     if row.supervised == 0:
         raise Dropped(NO_TARGET)
     length, most = row.size, options.max_length
+    counts.longest_tokens = max(counts.longest_tokens, length)
     if length <= most:
         return [row]
     if options.excess_length == "error":

@@ -82,7 +82,7 @@ class TurnFinder:
 
     def render_neutral(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False) -> str:
         """The same with special tokens that the data spells blotted out."""
-        rows = self._control.neutralized([message.as_dict() for message in messages])
+        rows = [{**self._control.neutralized(message.as_dict()), "role": message.role} for message in messages]
         return self._render(rows, self._control.neutralized(tools), add_generation_prompt, self._template)
 
     def _render(self, rows: Any, tools: Any, add_generation_prompt: bool, template: str | None) -> str:
