@@ -28,6 +28,10 @@ class ControlTokens:
         """Whether any text inside `value` spells a control token."""
         return self._pattern is not None and self.neutralized(value) != value
 
+    def without_last(self, text: str) -> str:
+        """`text` without a control token at its end."""
+        return text if self._pattern is None else re.sub(rf"(?:{self._pattern.pattern})\Z", "", text)
+
     def neutralized(self, value: Any) -> Any:
         """`value` with every spelled control token replaced by as many placeholders."""
         if self._pattern is None:

@@ -7,6 +7,7 @@ offsets.  Text of the data that spells a special token stays text: only the temp
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ SPELLED = (
     "warning: rows that spell a special token, which stays text: only a chat template makes special tokens; "
     "write conversations as messages (format chat)"
 )
+UNSAID = ("name", "tool_call_id", "tool_calls")  # need not be written; of tool_calls, turns.py sees to it
+REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # one thing, as several models name it
 MERGED_BOUNDARY = "rows whose first answer token holds the prompt's last characters too; it is trained on"
 
 
@@ -126,21 +129,25 @@ class Renderer:
 
     def _turns_before(self, example: ChatExample, index: int) -> list[int]:
         """Ids of the turns before one, and of what the template writes where an answer begins."""
-        self._need_template()
+        self._need_template(example)
         text = self._turns.render(example.messages[:index], example.tools, add_generation_prompt=True)
         neutral = self._turns.render_neutral(example.messages[:index], example.tools, add_generation_prompt=True)
         return encode_trusted(text, neutral, self.tokenizer, self._control)[0]
 
-    def _need_template(self) -> None:
-        if not self.has_template:
-            raise DataError(
-                "a conversation, but the tokenizer has no chat template",
-                "name a Jinja file",
-                key="data.chat_template",
-            )
+    def _need_template(self, example: ChatExample) -> None:
+        """Refuse a conversation without a template, or with fields that the template does not read."""
+        written, key = self.template or self.tokenizer.chat_template, "data.chat_template"
+        if written is None:
+            raise DataError("a conversation, but the tokenizer has no chat template", "name a Jinja file", key=key)
+        for name in dict.fromkeys(name for message in example.messages for name in message.extra):
+            if name in UNSAID or reads_field(written, name):
+                continue
+            other = next((other for other in REASONING if name in REASONING and reads_field(written, other)), None)
+            how = f"it reads '{other}': rename the field" if other else "take the field out, or give another template"
+            raise DataError(f"the chat template does not read '{name}' of a message", how, key=key)
 
     def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Mask]:
-        self._need_template()
+        self._need_template(example)
         conversation = self._turns.find(example, self.train_on)
         if not conversation.spans and self.train_on != "all":
             raise Dropped(EMPTY_ANSWER if conversation.empty_answers else NO_ANSWER)
@@ -177,6 +184,11 @@ class Renderer:
                 self.notices[MERGED_BOUNDARY] += 1
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         return [*begin, *ids, *end], np.concatenate([[False] * len(begin), trained, [True] * len(end)]).astype(np.bool_)
+
+
+def reads_field(template: str, name: str) -> bool:
+    """Whether a template names a field: `message.name`, `message['name']`, `'name' in message`."""
+    return re.search(rf"[.'\"]{re.escape(name)}\b", template) is not None
 
 
 def fill_gaps(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
