@@ -116,8 +116,9 @@ def test_the_mask_is_that_of_trl_but_for_headers_and_line_ends(name: str) -> Non
 @pytest.mark.parametrize("name", ["deepseekv3", "glm4moe", "gptoss", "qwen2_5", "llama3_1", "gemma4"])
 def test_tool_calls_are_trained_as_the_template_writes_them(name: str) -> None:
     written = {
-        "deepseekv3": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Oslo"}\n'
-        "```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>",
+        "deepseekv3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        '{"city": "Oslo"}\n```'
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>",
         "glm4moe": "\n<think></think>\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
         "</tool_call><|observation|>",
         "gptoss": ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>',
@@ -144,9 +145,8 @@ def test_tool_calls_are_trained_as_the_template_writes_them(name: str) -> None:
 def test_a_field_is_read_by_the_template_or_refused_by_name(name: str, field: str, hint: str | None) -> None:
     tokenizer = tokenizer_for(name)
     call = {"tool_calls": [CALL]} if name == "gptoss" else {}  # it keeps thoughts beside calls alone
-    example = make_example(
-        {"messages": [CHAT[0], {"role": "assistant", "content": "" if call else "a", **call, field: "Hm."}]}
-    )
+    answer = {"role": "assistant", "content": "" if call else "a", **call, field: "Hm."}
+    example = make_example({"messages": [CHAT[0], answer]})
     if hint is None:
         row = encoder_of(tokenizer).encode(example, "x:1")
         assert "Hm." in "".join(trained_texts(row, tokenizer))

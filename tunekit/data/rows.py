@@ -19,7 +19,8 @@ from tunekit.data.batching.order import Share, epoch_rows, held_out
 from tunekit.data.batching.stream import StreamedSource, StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch
 from tunekit.data.encoding.cache import hash_of
-from tunekit.data.encoding.encode import EncodeOptions, dropped_notes
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.notes import dropped_notes
 from tunekit.data.encoding.sample import sample_source, scaled
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part

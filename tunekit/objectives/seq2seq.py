@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tunekit.contracts import IGNORED, Batch, Loss, ModelOutput, Part, Row, RowLayout, Sums, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, real_positions
-from tunekit.data.encoding.encode import Dropped, EncodeOptions
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER, NO_ANSWER
 from tunekit.data.rendering.turns import answer_indices
 from tunekit.errors import DataError, ModelError, Problem, RecipeError
@@ -31,10 +32,6 @@ ONLY_LAST_ANSWER = "conversations with earlier answers: the encoder reads them, 
 class Seq2seqEncoder(TextEncoder):
     """A row is the source with the tokenizer's special tokens around it, and the answer after the token that begins
     every answer."""
-
-    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
-        super().__init__(tokenizer, options)
-        self.train_on = options.train_on
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row.

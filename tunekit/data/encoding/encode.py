@@ -1,6 +1,6 @@
-"""A source's raw rows to encoded rows: format, excess length, and the count of what became of each.
+"""A source's rows as they are trained on: format, excess length, and the count of what became of each.
 
-Comes in: RawRows, an objective's RowEncoder, EncodeOptions.  Goes out: Encoded rows and SourceCounts.
+Comes in: the Outcomes of raw rows, EncodeOptions.  Goes out: Encoded rows and SourceCounts.
 """
 
 from __future__ import annotations
@@ -8,30 +8,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tunekit.contracts import Objective, Row, RowEncoder, RowLayout
-from tunekit.data.reading.lines import RawRow
+from tunekit.contracts import Objective, Row, RowLayout
+from tunekit.data.encoding.outcomes import Dropped, MakeExample, Outcome
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
-from tunekit.formats.example import Example
 from tunekit.recipe.names import facts_of, formats_of
 
-MakeExample = Callable[[Mapping[str, Any]], Example]
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
 TOO_LONG = "longer than max_length"
-WARNING = "warning: "
 NAMED = "the recipe says so"
-MANY_DROPPED = 0.05  # of a source's rows
-
-
-class Dropped(Exception):
-    """A row that cannot be trained on, and is counted under this reason."""
 
 
 @dataclass
@@ -98,39 +90,6 @@ def _looks_like(name: str, values: Mapping[str, Any]) -> bool:
     return True
 
 
-def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]) -> str:
-    """How a source is read, and which columns are not; a warning where one of them may be what was to be learned."""
-    fields = facts_of("formats", format_name).FIELDS
-    unread = ", ".join(f"'{column}'" for column in columns if column not in fields)
-    note = f"{name}: format {format_name} ({reason})" + (f", which does not read {unread}" if unread else "")
-    if not unread or format_name != "text" or reason == NAMED:
-        return note
-    return f"warning: {note}; map columns to a format's fields with `columns`, or write format: text if that is meant"
-
-
-def filled_columns(values: Mapping[str, Any]) -> list[str]:
-    """The columns of a row that hold something."""
-    return [name for name, value in values.items() if value is not None]
-
-
-def counted_note(name: str, number: int, what: str) -> str:
-    """What `number` rows of a source have in common; `what` begins with "warning: " where it is one."""
-    start = WARNING if what.startswith(WARNING) else ""
-    return f"{start}{name}: {number:,} {what.removeprefix(WARNING)}"
-
-
-def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[str]:
-    """Warnings of dropped rows, with the cure: of any row to evaluate on, and of many to train on."""
-    longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens), or set data.excess_length"
-    cures = dict.fromkeys((TOO_LONG, NO_TARGET_LEFT), f"{longer}: truncate or split")
-    return [
-        f"warning: {name}: {number:,} of {counts.read:,} rows are dropped: {reason}; "
-        + cures.get(reason, "mend them, or take them out of the file")
-        for reason, number in sorted(counts.dropped.items())
-        if evaluation or number > MANY_DROPPED * counts.read
-    ]
-
-
 def format_maker(name: str) -> MakeExample:
     """The function that turns a row of the format into an Example."""
     make: MakeExample = importlib.import_module(f"tunekit.formats.{name}").make_example
@@ -138,9 +97,7 @@ def format_maker(name: str) -> MakeExample:
 
 
 def encode_rows(
-    rows: Iterable[RawRow],
-    make_example: MakeExample,
-    encoder: RowEncoder,
+    outcomes: Iterable[Outcome],
     objective: Objective,
     options: EncodeOptions,
     *,
@@ -148,22 +105,23 @@ def encode_rows(
     problems: Problems,
     counts: SourceCounts,
 ) -> Iterator[Encoded]:
-    """Every row that can be trained on; wrong rows go into `problems`."""
-    for number, raw in enumerate(rows):
+    """Every row that can be trained on; what is wrong with the others goes into `problems`."""
+    for number, (line, row) in enumerate(outcomes):
         counts.read += 1
         try:
-            row = encoder.encode(make_example(raw.values), f"{name}:{raw.line}")
+            if not isinstance(row, Row):
+                raise row
             pieces = cut_row(row, objective, options, counts)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
         except DataError as error:
-            problems.add_error(name, raw.line, error)
+            problems.add_error(name, line, error)
             continue
         counts.kept += 1
         digest = digest_of(row, objective.layout)
         for piece in pieces:
-            yield Encoded(piece, raw.line, number, digest)
+            yield Encoded(piece, line, number, digest)
 
 
 def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: SourceCounts) -> list[Row]:

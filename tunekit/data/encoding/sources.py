@@ -14,16 +14,9 @@ from typing import Any
 
 from tunekit.contracts import Objective
 from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store, hash_of
-from tunekit.data.encoding.encode import (
-    EncodeOptions,
-    SourceCounts,
-    choose_format,
-    counted_note,
-    encode_rows,
-    filled_columns,
-    format_maker,
-    format_note,
-)
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
+from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
 from tunekit.data.reading.lines import RawRow
@@ -114,15 +107,21 @@ def encoding_facts(source: Source, objective: Objective, options: EncodeOptions)
 
 
 def _encode_into(writer: StoreWriter, source: Source, objective: Objective, options: EncodeOptions) -> Facts:
-    problems, counts, encoder = Problems(), SourceCounts(), objective.row_encoder(options)
+    problems, counts = Problems(), SourceCounts()
     rows, first, format_name, reason = open_rows(source, objective.example, problems)
-    make, name = format_maker(format_name), source.path
-    for piece in encode_rows(rows, make, encoder, objective, options, name=name, problems=problems, counts=counts):
+    encoder = SourceEncoder(format_maker(format_name), objective.row_encoder(options), source.path)
+    found = outcomes(rows, encoder, objective, options)
+    for piece in encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts):
         if not problems.count:
             writer.add(*piece)
     problems.raise_if_any()
-    facts: dict[str, Any] = {"format": format_name, "reason": reason, "columns": filled_columns(first.values)}
-    return {**facts, "counts": {**vars(counts), "dropped": dict(counts.dropped)}, "notices": dict(encoder.notices)}
+    return {
+        "format": format_name,
+        "reason": reason,
+        "columns": filled_columns(first.values),
+        "counts": {**vars(counts), "dropped": dict(counts.dropped)},
+        "notices": dict(encoder.encoder.notices),
+    }
 
 
 def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], RawRow, str, str]:

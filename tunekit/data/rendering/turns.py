@@ -1,6 +1,6 @@
 """Where the assistant's turns lie in a rendered conversation.
 
-Comes in: a ChatExample.  Goes out: its text and the character spans to train on.  Next: render.py.
+Comes in: a ChatExample.  Goes out: its text and the character spans to train on.
 A template with {% generation %} markers says so itself.  Any other is rendered up to each turn: the turn lies between
 "everything before, with the generation prompt" and "everything including it", if both are prefixes of the whole text.
 """
@@ -142,9 +142,7 @@ class TurnFinder:
         except DataError:
             return None
         if not text.startswith(upto):
-            upto = self._control.without_last(
-                upto
-            )  # a token that ends the whole conversation, as Phi-3's template does
+            upto = self._control.without_last(upto)  # which may end the whole conversation, as in Phi-3's template
         if not text.startswith(upto):
             return None
         start = self._answer_start(messages, index, tools, upto)

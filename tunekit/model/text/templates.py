@@ -83,19 +83,11 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    calls = [
-        {
-            "type": "function",
-            **call,
-            "function": {**call["function"], "arguments": _json(call["function"]["arguments"])},
-        }
-        for call in message.get("tool_calls", ())
-    ]
+    calls = []
+    for call in message.get("tool_calls", ()):
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({"type": "function", **call, "function": {**call["function"], "arguments": arguments}})
     return {**message, "tool_calls": calls} if calls else message
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _apply(
