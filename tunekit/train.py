@@ -14,7 +14,6 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.console.progress import Progress
-from tunekit.data.encoding.sources import read_template
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
@@ -76,7 +75,7 @@ def _train(session: Session, resume: bool) -> None:
     if trackers is not None:
         trackers.close()
     if session.folder is not None:
-        _finish(session, session.folder, plan, run)
+        _finish(session, session.folder, plan, run, prepared.rows.template)
     session.devices.wait()
 
 
@@ -135,15 +134,13 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
         return load_model(prepared.model, device=device, streamed=plan.choice.streaming != "off")
 
 
-def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run) -> None:
+def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run, template: str | None) -> None:
     """Export the best or the last state, report, and say that it is finished, in this order."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
-    named = recipe.data.chat_template
-    template = None if named is None else read_template(Path(named))
     adapter_bytes = export_adapter(folder, run.model.base, run.adapter, run.objective, template)
     facts = report_facts(plan, state, session.measured(run.model), adapter_bytes, folder, saves_best)
     write_report(folder, facts, plan)

@@ -7,6 +7,7 @@ output (warnings and errors: standard error).  rich is imported only where a tab
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
 from tunekit.console.streams import EncodedBuffer, NullStream, can_encode, encodable, is_terminal, redirect_to_nothing
-from tunekit.console.text import cell_text, join_segments, visible
+from tunekit.console.text import cell_text, join_segments, json_line, visible
 from tunekit.errors import redact
 
 __all__ = ["Console", "visible"]
@@ -66,6 +67,11 @@ class Console:
     def info(self, text: str = "") -> None:
         """A line of output."""
         self.write(visible(text) + "\n")
+
+    def json(self, value: object) -> None:
+        """A value as one line of JSON, also where the stream cannot hold its characters."""
+        text = json_line(value)
+        self.write(f"{text if can_encode(self.output, text) else json.dumps(value)}\n")
 
     def warn(self, text: str) -> None:
         """A line on standard error that begins with `warning: `."""

@@ -52,6 +52,7 @@ class RowSet:
     streams: tuple[StreamedSource, ...]
     notes: tuple[str, ...]
     read_prompts: Callable[[], list[Prompt]]
+    template: str | None  # of data.chat_template, as it was read
 
     @property
     def streamed(self) -> bool:
@@ -115,6 +116,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         streams=(),
         notes=(*dict.fromkeys(notes), *_leaks(data, train_rows, eval_rows)),
         read_prompts=lambda: _prompts(eval_sources, evaluation, objective, options),
+        template=options.template,
     )
 
 
@@ -140,6 +142,7 @@ def load_evaluation_rows(
             streams=(),
             notes=tuple(dict.fromkeys(_notes(sources, evaluation=True))),
             read_prompts=lambda: _prompts(sources, parts, objective, options),
+            template=options.template,
         )
     return load_rows(data, objective, seed=seed, cache_dir=cache_dir)
 
@@ -183,6 +186,7 @@ def _load_streamed(
         streams=tuple(one.stream for one in sampled),
         notes=tuple(dict.fromkeys([*notes, *(own.notes if own else ())])),
         read_prompts=own.read_prompts if own else list,
+        template=options.template,
     )
 
 

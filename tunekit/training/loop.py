@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Window
-from tunekit.errors import Stopped
+from tunekit.errors import InputError, Problem, Stopped
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.readings import Reading, Waiting, check_finite, start_reading
 from tunekit.training.state import Run, timed
@@ -27,13 +27,25 @@ CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 def run_loop(run: Run) -> None:
     """Train from where the run is to its last step.
 
-    Raises: NumericsError; Stopped, after a checkpoint.
+    Raises: NumericsError; Stopped, and InputError for data that are gone, after a checkpoint.
     """
+    state, waiting = run.state, Waiting()
+    try:
+        _make_steps(run, waiting)
+    except InputError as error:
+        if run.devices.world > 1 or state.step == state.saved_step:  # another rank may be in the middle of a step
+            raise
+        _settle(run, waiting)
+        _save(run)
+        saved = Problem(f"the checkpoint of step {state.step} is written", "mend it, and go on with --resume")
+        raise InputError.of([*error.problems, saved]) from error
+
+
+def _make_steps(run: Run, waiting: Waiting) -> None:
     state = run.state
     with run.model.training_mode(True):
         _evaluate_if_due(run)  # a signal may have cut it short before the resume
-        waiting = Waiting()
-        _stop_if_asked(run, True, waiting)
+        _stop_if_asked(run, waiting)
         if state.stopped_early:
             return
         for window in run.windows.windows(state.step):
@@ -44,10 +56,9 @@ def run_loop(run: Run) -> None:
                 _settle(run, waiting)
             saved_best = _evaluate_if_due(run)
             last = state.step == run.windows.steps or state.stopped_early
-            saved = saved_best or last or state.step % run.training.save_steps == 0
-            if saved:
+            if saved_best or last or state.step % run.training.save_steps == 0:
                 _save(run)
-            _stop_if_asked(run, saved, waiting)
+            _stop_if_asked(run, waiting)
             if last:
                 break
 
@@ -171,11 +182,12 @@ def _evaluate_if_due(run: Run) -> bool:
 
 
 def _save(run: Run) -> None:
+    run.state.saved_step = run.state.step
     with timed(run.state.seconds, "save"):
         run.save()
 
 
-def _stop_if_asked(run: Run, saved: bool, waiting: Waiting) -> None:
+def _stop_if_asked(run: Run, waiting: Waiting) -> None:
     """End the run where a signal asked for it.
 
     Raises: Stopped, after a checkpoint.
@@ -184,7 +196,7 @@ def _stop_if_asked(run: Run, saved: bool, waiting: Waiting) -> None:
     if not number:
         return
     _settle(run, waiting)
-    if step and not saved:
+    if step > run.state.saved_step:
         _save(run)
     name = Signals(number).name
     if not step:

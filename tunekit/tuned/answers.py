@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
 
 from tunekit.contracts import Objective
+from tunekit.data.rows import Prompt
 from tunekit.machine.devices import Devices
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import undisturbed
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt up to the answer, and the answer that the row gives."""
-
-    prompt_ids: Sequence[int]
-    reference: str
-
-
 def answer_questions(
     model: TunedModel,
     objective: Objective,
-    questions: Sequence[Question],
+    questions: Sequence[Prompt],
     devices: Devices,
     *,
     max_new_tokens: int,
