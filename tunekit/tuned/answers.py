@@ -24,7 +24,7 @@ def answer_questions(
 ) -> list[str]:
     """The model's answer to each question, in order; questions are shared among the ranks."""
     mine = list(range(devices.rank, len(questions), devices.world))
-    prompts = [list(questions[index].prompt_ids) for index in mine]
+    prompts = [questions[index].prompt_ids for index in mine]
     with undisturbed(model):
         texts = objective.answer(
             model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
