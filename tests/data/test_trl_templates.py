@@ -55,7 +55,8 @@ ASKED = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "
 CHAT = [*ASKED, {"role": "user", "content": "two?"}, {"role": "assistant", "content": "Second."}]
 ORIGINALS = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
 CALL = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+SCHEMA = {"type": "object", "properties": {}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a place", "parameters": SCHEMA}}]
 CALLED = [
     CHAT[0],
     {"role": "assistant", "content": None, "tool_calls": [CALL]},

@@ -26,10 +26,7 @@ CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
 
 def run_loop(run: Run) -> None:
-    """Train from where the run is to its last step.
-
-    Raises: NumericsError; Stopped, and InputError for data that are gone, after a checkpoint.
-    """
+    """Train from where the run is to its last step. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
     state, waiting = run.state, Waiting()
     try:
         _make_steps(run, waiting)
@@ -88,10 +85,7 @@ def _make_step(run: Run, window: Window) -> Reading:
 
 
 def _settle(run: Run, waiting: Waiting) -> None:
-    """Wait for the numbers of the steps that were sent off, check and record them.
-
-    Raises: NumericsError.
-    """
+    """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
     state = run.state
     for reading in waiting.readings:
         loss, norm = reading.read()
@@ -192,10 +186,7 @@ def _save(run: Run) -> None:
 
 
 def _stop_if_asked(run: Run, waiting: Waiting) -> None:
-    """End the run where a signal asked for it.
-
-    Raises: Stopped, after a checkpoint.
-    """
+    """End the run where a signal asked for it. Raises: Stopped, after a checkpoint."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
     if not number:
         return

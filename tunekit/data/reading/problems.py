@@ -38,10 +38,11 @@ class Problems:
             self.add(file, line, problem.what, problem.how, problem.key)
 
     def raise_if_any(self) -> None:
-        """One DataError with every problem shown, in the order found."""
+        """One DataError with every problem shown, by line."""
         if not self.shown:
             return
-        problems = [_counted(problem, self.others.get(problem, [])) for problem in self.shown]
+        in_order = sorted(self.shown, key=lambda problem: problem.line or 0)
+        problems = [_counted(problem, self.others.get(problem, [])) for problem in in_order]
         if self.count > len(problems):
             problems.append(Problem(f"and {self.count - len(problems)} more problems", file=problems[-1].file))
         raise DataError.of(problems)
