@@ -26,7 +26,7 @@ CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
 
 def run_loop(run: Run) -> None:
-    """Train to the last step from where the run is. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
+    """Train from where the run is to its end. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
     state, waiting = run.state, Waiting()
     try:
         _make_steps(run, waiting)

@@ -98,8 +98,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
         filled=True,
     )
     adapter.load_state(_adapter_state(found.tensors, found.facts["layout"]))
-    named = recipe.data.chat_template
-    template = None if named is None else read_template(Path(named))
+    path = recipe.data.chat_template
+    template = None if path is None else read_template(Path(path))
     return export_adapter(folder, base, adapter, objective, template, fingerprint)
 
 
