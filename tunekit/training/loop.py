@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from signal import Signals
 
 import torch
@@ -48,9 +47,8 @@ def _make_steps(run: Run, waiting: Waiting) -> None:
         _stop_if_asked(run, waiting)
         if state.stopped_early:
             return
-        for made, window in enumerate(run.windows.windows(state.step)):
-            with nullcontext() if made else reaching_all(run.adapter, run.devices):
-                reading = _make_step(run, window)
+        for window in run.windows.windows(state.step):
+            reading = _make_step(run, window)
             _settle(run, waiting)  # the step before: its numbers came while this one was sent off
             waiting.readings.append(reading)
             if not run.reads_later or _pauses(run):
@@ -66,12 +64,12 @@ def _make_steps(run: Run, waiting: Waiting) -> None:
 
 def _make_step(run: Run, window: Window) -> Reading:
     """One optimizer step; state is advanced, and the step's numbers are on their way."""
-    state, started = run.state, time.monotonic()
-    window = run.objective.prepare(run.model, window)
+    state, started, window = run.state, time.monotonic(), run.objective.prepare(run.model, window)
     units, counts = _step_counts(run, window)
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor
-    total, _ = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
+    with reaching_all(run.adapter, run.devices, state.step == state.saved_step):
+        total, _ = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
     run.adapter.after_backward()
     run.devices.sum_in_place(run.optimizer.gradients())
     loss, norm, found_inf = _clip(run, run.devices.sum(total).sum())
