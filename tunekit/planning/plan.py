@@ -47,6 +47,10 @@ from tunekit.training.schedules import warmup_steps
 from tunekit.training.state import Prepared
 from tunekit.tuned.fit import check_family, row_problems
 
+END_TO_END = (
+    "; the rows of a micro-batch lie end to end, without padding "
+    "(padded where the loaded model lets them see each other)"
+)
 Windows = TrainingWindows | StreamedWindows
 
 
@@ -93,9 +97,9 @@ def make_plan(
     recipe = recipe.model_copy(update={"adapter": inputs.adapter, "model": inputs.model})
     packing, reason = _packing(recipe, inputs, findings)
     settings = _batch_settings(recipe, inputs, packing)
-    if settings.end_to_end:
-        inputs = replace(inputs, rows=replace(inputs.rows, objective=inputs.rows.objective.laid_end_to_end()))
-    reason += "; the rows of a micro-batch lie end to end, without padding" if settings.end_to_end else ""
+    objective = inputs.rows.objective.laid_out(settings.end_to_end)
+    inputs = replace(inputs, rows=replace(inputs.rows, objective=objective))
+    reason += END_TO_END if settings.end_to_end else ""
     windows = findings.attempt(lambda: inputs.rows.windows(settings))
     if windows is None:
         raise findings.error()

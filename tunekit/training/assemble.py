@@ -6,14 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.data.batching.windows import evaluation_batches
-from tunekit.data.encoding.sources import read_template
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
@@ -26,8 +24,14 @@ from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
-from tunekit.training.trial import make_splitting, probe_model, split_evaluation_noted, try_longest_batch
-from tunekit.tuned.evaluator import Evaluator
+from tunekit.training.trial import (
+    make_splitting,
+    probe_layout,
+    probe_logprobs,
+    split_evaluation_noted,
+    try_longest_batch,
+)
+from tunekit.tuned.evaluator import Evaluator, questions_for
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 from tunekit.tuned.scores import summed_evaluation
@@ -44,7 +48,9 @@ def assemble_run(
     fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint)
     state = LoopState(LossScale(base.dtype == torch.float16))
     model = _tuned(session, plan, prepared, base, state, checkpoint)
-    probe_model(plan, model, prepared.rows.objective, prepared.largest_batch)
+    prepared = probe_layout(session, prepared, model, state)
+    probe_logprobs(model, prepared.largest_batch)
+    probe_reference(model, prepared.rows.objective, prepared.largest_batch)
     adapter = model.adapter
     assert adapter is not None
     optimizer = make_optimizer(recipe.training, adapter)
@@ -147,9 +153,9 @@ def _make_evaluate(
         rows.objective,
         session.devices,
         rows.evaluation,
-        rows.evaluation_prompts,
+        questions_for(rows, recipe.evaluation.metrics),
         recipe.evaluation,
-        template=None if recipe.data.chat_template is None else read_template(Path(recipe.data.chat_template)),
+        template=rows.template,
         on_split=split_evaluation_noted(session, state),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Window
-from tunekit.errors import Stopped
+from tunekit.errors import InputError, Problem, Stopped
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.divergence import watch_loss
+from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
 from tunekit.training.state import Run, timed
 from tunekit.tuned.evaluator import is_better
@@ -26,15 +27,24 @@ CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
 
 def run_loop(run: Run) -> None:
-    """Train from where the run is to its last step.
+    """Train from where the run is to its end. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
+    state, waiting = run.state, Waiting()
+    try:
+        _make_steps(run, waiting)
+    except InputError as error:
+        if run.devices.world > 1 or state.step == state.saved_step:  # another rank may be in the middle of a step
+            raise
+        _settle(run, waiting)
+        _save(run)
+        saved = Problem(f"the checkpoint of step {state.step} is written", "mend it, and go on with --resume")
+        raise InputError.of([*error.problems, saved]) from error
 
-    Raises: NumericsError; Stopped, after a checkpoint.
-    """
+
+def _make_steps(run: Run, waiting: Waiting) -> None:
     state = run.state
     with run.model.training_mode(True):
         _evaluate_if_due(run)  # before training; and a signal may have cut one short before the resume
-        waiting = Waiting()
-        _stop_if_asked(run, True, waiting)
+        _stop_if_asked(run, waiting)
         if state.stopped_early:
             return
         for window in run.windows.windows(state.step):
@@ -45,10 +55,9 @@ def run_loop(run: Run) -> None:
                 _settle(run, waiting)
             saved_best = _evaluate_if_due(run)
             last = state.step == run.windows.steps or state.stopped_early
-            saved = saved_best or last or state.step % run.training.save_steps == 0
-            if saved:
+            if saved_best or last or state.step % run.training.save_steps == 0:
                 _save(run)
-            _stop_if_asked(run, saved, waiting)
+            _stop_if_asked(run, waiting)
             if last:
                 break
 
@@ -60,7 +69,8 @@ def _make_step(run: Run, window: Window) -> Reading:
     units, counts = _step_counts(run, window)
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor
-    total, sums = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
+    with reaching_all(run.adapter, run.devices, state.step == state.saved_step):
+        total, sums = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
     run.adapter.after_backward()
     run.devices.sum_in_place(run.optimizer.gradients())
     loss, norm, found_inf = _clip(run, run.devices.sum(total).sum())
@@ -78,10 +88,7 @@ def _make_step(run: Run, window: Window) -> Reading:
 
 
 def _settle(run: Run, waiting: Waiting) -> None:
-    """Wait for the numbers of the steps that were sent off, check and record them.
-
-    Raises: NumericsError.
-    """
+    """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
     state = run.state
     for reading in waiting.readings:
         loss, norm = reading.read()
@@ -177,20 +184,18 @@ def _evaluate_if_due(run: Run) -> bool:
 
 
 def _save(run: Run) -> None:
+    run.state.saved_step = run.state.step
     with timed(run.state.seconds, "save"):
         run.save()
 
 
-def _stop_if_asked(run: Run, saved: bool, waiting: Waiting) -> None:
-    """End the run where a signal asked for it.
-
-    Raises: Stopped, after a checkpoint.
-    """
+def _stop_if_asked(run: Run, waiting: Waiting) -> None:
+    """End the run where a signal asked for it. Raises: Stopped, after a checkpoint."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
     if not number:
         return
     _settle(run, waiting)
-    if step and not saved:
+    if step > run.state.saved_step:
         _save(run)
     name = Signals(number).name
     if not step:
