@@ -262,8 +262,8 @@ class Objective(Protocol):
     def spans(self, row: Row) -> list[Part]:
         """What preview shows of a row."""
 
-    def laid_end_to_end(self) -> Objective:
-        """The same objective for a model that keeps documents apart."""
+    def laid_out(self, end_to_end: bool) -> Objective:
+        """The same objective for a model that keeps documents of one sequence apart, or for one that does not."""
 
     def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
         """The window with all that depends on the step; without gradient. `gather`: where all ranks' shares decide."""

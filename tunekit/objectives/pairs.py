@@ -128,10 +128,10 @@ class PairObjective(TextObjective):
         """(P,) of each pair, without its likelihood."""
         raise NotImplementedError
 
-    def laid_end_to_end(self) -> PairObjective:
-        """For a model that keeps documents apart: both answers of a row in one line."""
+    def laid_out(self, end_to_end: bool) -> PairObjective:
+        """With both answers of a row in one line, for a model that keeps documents apart; or in a line each."""
         found = copy(self)
-        found.apart = True
+        found.apart = end_to_end
         return found
 
     def row_encoder(self, options: EncodeOptions) -> PairEncoder:

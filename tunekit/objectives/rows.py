@@ -61,7 +61,7 @@ class TextObjective:
         """Rows tell it nothing."""
         return self  # type: ignore[return-value]
 
-    def laid_end_to_end(self) -> Objective:
+    def laid_out(self, end_to_end: bool) -> Objective:
         """Rows are laid out as they are asked for."""
         return self  # type: ignore[return-value]
 

@@ -28,6 +28,7 @@ from tunekit.training.trial import (
     make_splitting,
     probe_layout,
     probe_logprobs,
+    probe_reference,
     split_evaluation_noted,
     try_longest_batch,
 )

@@ -5,7 +5,6 @@ for them would cost; or as the error that they are not finite.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +29,8 @@ class Reading:
     numbers: Tensor  # (2 + M,) float64 on the host: loss, norm before clipping, what is logged
     names: Sequence[str]  # of what is logged
     copied: Any  # the CUDA event after which `numbers` hold, None on a CPU
+    started: float
     rate: float = 0.0
-    started: float = field(default_factory=time.monotonic)
 
     def read(self) -> tuple[float, float]:
         """Loss and norm, waited for."""
@@ -67,19 +66,18 @@ def start_reading(
     window: Window,
     losses: Sequence[Tensor],
     counts: Sequence[float],
-    loss: Tensor,
-    norm: Tensor,
-    logged: Mapping[str, Tensor],
+    named: Mapping[str, Tensor],
+    started: float,
 ) -> Reading:
-    """Begin the one copy of a step's numbers to the host; nothing waits for it yet."""
-    numbers = torch.stack([value.detach().to(torch.float64) for value in (loss, norm, *logged.values())])  # (2 + M,)
+    """Begin the one copy of a step's numbers to the host: the loss, the norm, what is logged. Nothing waits for it."""
+    numbers = torch.stack([value.detach().to(torch.float64) for value in named.values()])  # (2 + M,)
     copied = None
     if numbers.is_cuda:
         pinned = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
         numbers = pinned.copy_(numbers, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-    return Reading(step, window, losses, counts, numbers, list(logged), copied)
+    return Reading(step, window, losses, counts, numbers, list(named)[2:], copied, started)
 
 
 def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *, may_overflow: bool) -> None:
