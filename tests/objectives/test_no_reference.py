@@ -54,7 +54,7 @@ def trl_loss(told: Told, name: str, settings: Any) -> tuple[Tensor, dict[str, fl
         values, chosen, rejected = CPOTrainer.cpo_loss(trainer, scores[:pairs], scores[pairs:])
         total = values.mean() + settings.cpo_alpha * likelihood
     logged = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), scores[:pairs], scores[pairs:])
-    return total, {key: float(value.mean()) for key, value in zip(REWARDS, logged, strict=True)}
+    return total, {key: value.mean().item() for key, value in zip(REWARDS, logged, strict=True)}
 
 
 @pytest.mark.parametrize("sizes", [[5], [2, 1, 2]], ids=["one batch", "three micro-batches"])
