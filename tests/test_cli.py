@@ -47,6 +47,7 @@ def call(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(SMALL, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     return path
 
 
@@ -76,6 +77,33 @@ def test_validate_refuses_what_cannot_be_obeyed(
 ) -> None:
     assert run(monkeypatch, "validate", str(recipe), "model.family=diffusion") == 2
     assert capsys.readouterr().err.startswith("command line: model.family: sft trains models of the family causal")
+
+
+def test_validate_looks_for_every_file_that_the_recipe_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder").mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: ./folder\n"
+        "data:\n  train:\n  - org/rows\n  - rows.jsonl\n  - empty.jsonl\n"
+        "  eval: folder\n  chat_template: absent.jinja\n"
+        "adapter: {init_from: folder}\noutput: {dir: out}\n",
+        encoding="utf-8",
+    )
+    assert run(monkeypatch, "validate", str(recipe)) == 2
+    said = sorted(capsys.readouterr().err.replace(str(tmp_path), "").splitlines())
+    assert said == [
+        "/recipe.yaml:1: model.name_or_path: /folder: no model there; check the path, or write a hub name",
+        "/recipe.yaml:5: data.train.1.path: /rows.jsonl: no such file; check data.train and data.eval",
+        "/recipe.yaml:6: data.train.2.path: /empty.jsonl: the file is empty",
+        "/recipe.yaml:7: data.eval.0.path: /folder: this is a folder, not a file; name the file in it",
+        "/recipe.yaml:8: data.chat_template: /absent.jinja: no such file; check the path",
+        "/recipe.yaml:9: adapter.init_from: /folder: no adapter there (adapter_config.json); check the path",
+    ]
+    assert run(monkeypatch, "validate", str(recipe), f"model={tmp_path}/m.gguf") == 2
+    assert "command line: model.name_or_path: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -225,6 +253,7 @@ def test_init_writes_a_valid_recipe_and_never_over_another(
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "init") == 0
     text = Path("recipe.yaml").read_text(encoding="utf-8")
+    Path("train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     assert run(monkeypatch, "validate", "recipe.yaml") == 0
     assert run(monkeypatch, "init") == 2
     assert "recipe.yaml: exists already" in capsys.readouterr().err

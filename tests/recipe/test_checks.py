@@ -75,6 +75,31 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
         ("adapter: {start: ghp_" + "a" * 36 + "}", "recipe.yaml:4: adapter.start: holds what looks like a secret"),
         ("memory: {budget: 8}", "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not 8"),
         (
+            "training: {scheduler: cosine, scheduler_settings: {min_lr: 1e-5}}",
+            "recipe.yaml:4: training.scheduler_settings: has 'min_lr'; those of cosine are: num_cycles",
+        ),
+        (
+            "training: {scheduler: polynomial, scheduler_settings: {power: linear}}",
+            "recipe.yaml:4: training.scheduler_settings: has power: linear, which",
+        ),
+        (
+            "training: {scheduler: cosine_with_min_lr, scheduler_settings: {min_lr: 0, min_lr_rate: 0}}",
+            "recipe.yaml:4: training.scheduler_settings: has min_lr and min_lr_rate, two ways",
+        ),
+        ("training: {scheduler: cosin}", "recipe.yaml:4: training.scheduler: must be one of constant, linear, cosine,"),
+        (
+            "adapter: {target_modules: 'q_proj(', exclude_modules: '*.x'}",
+            "recipe.yaml:4: adapter.target_modules: must be a regular expression (missing ), unterminated subpattern",
+        ),
+        (
+            "adapter: {exclude_modules: '*.x'}",
+            "recipe.yaml:4: adapter.exclude_modules: must be a regular expression (nothing to repeat at position 0)",
+        ),
+        (
+            "adapter: {rank_pattern: {'layers.[0': 2}}",
+            "recipe.yaml:4: adapter.rank_pattern.layers.[0: must be a regular expression (unterminated character set",
+        ),
+        (
             "memory: {budget: 0GiB}",
             "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not '0GiB'",
         ),

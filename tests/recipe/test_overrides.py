@@ -183,7 +183,7 @@ def test_peft_names_in_adapter(tmp_path: Path) -> None:
         ),
         ("num_epochs: abc", "recipe.yaml:4: training.epochs (written num_epochs): must be a number, not 'abc'"),
         ("optim: adafactor", "recipe.yaml:4: optim: 'adafactor' has no exact translation"),
-        ("lr_scheduler_type: polynomial", "recipe.yaml:4: lr_scheduler_type: 'polynomial' has no exact translation"),
+        ("lr_scheduler: one_cycle", "recipe.yaml:4: lr_scheduler: 'one_cycle' has no exact translation"),
         ("lr_scheduler: constant\nwarmup_steps: 5", "recipe.yaml:4: lr_scheduler: constant ignores the warm-up there"),
         ("val_set_size: 200", "recipe.yaml:4: val_set_size: is a number of rows; write a fraction"),
         (

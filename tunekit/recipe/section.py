@@ -6,10 +6,11 @@ Comes in: plain values read from YAML.  Goes out: validated, immutable settings.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
 METAMATH = "huggingface/peft, method_comparison/MetaMathQA/experiments"  # on Llama-3.2-3B
 LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
@@ -116,10 +117,18 @@ def _auto_bool_or_count(value: Any) -> Any:
     return int(value)
 
 
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"must be a regular expression ({error})") from None
+    return text
+
+
 def text_or_texts(value: Any) -> Any:
-    """A text, or texts as a tuple; neither may be empty."""
+    """A regular expression, or texts as a tuple; neither may be empty."""
     if isinstance(value, str) and value:
-        return value
+        return _expression(value)
     if isinstance(value, list | tuple) and value and all(isinstance(item, str) and item for item in value):
         return tuple(value)
     raise ValueError("must be text or a list of texts")
@@ -133,6 +142,7 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
 Text = Annotated[str, Field(min_length=1)]
+Expression = Annotated[Text, AfterValidator(_expression)]
 AutoOrBool = Annotated[str | bool, BeforeValidator(_auto_or_bool), WithJsonSchema({"enum": ["auto", True, False]})]
 AutoBoolOrCount = Annotated[
     str | bool | int,

@@ -11,11 +11,11 @@ from tunekit.recipe.section import (
     METAMATH,
     RANK_PATTERN,
     Count,
+    Expression,
     Fraction,
     NotNegative,
     PublishedRate,
     TargetedSettings,
-    Text,
 )
 
 
@@ -28,4 +28,4 @@ class DeloraSettings(TargetedSettings):
     r: Count = Field(8, description="rank")
     delora_lambda: NotNegative = Field(15.0, description="the strength at the start; it bounds the update's norm")
     dropout: Fraction = DROPOUT
-    rank_pattern: dict[Text, Count] = RANK_PATTERN
+    rank_pattern: dict[Expression, Count] = RANK_PATTERN

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tunekit.recipe.foreign import values as values
 from tunekit.recipe.foreign.values import Translate, always_so, lost, one_of, same
 from tunekit.recipe.reading.draft import KeyPath
+from tunekit.recipe.training import SCHEDULERS
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ def _to(dotted_key: str, translate: Translate = same) -> Alias:
 
 _NOTHING = values.NOTHING
 _SCHEDULERS = one_of(
-    {"cosine": "cosine", "linear": "linear", "constant_with_warmup": "constant", "constant": "constant"},
-    "write training.scheduler: constant, linear or cosine",
+    {**{name: name for name in SCHEDULERS}, "constant_with_warmup": "constant"}, "write training.scheduler"
 )
 _OPTIMIZERS = one_of(
     {
@@ -117,6 +117,7 @@ TRAINING: dict[str, Alias] = {
     "learning_rate": _to("training.learning_rate"),
     "lr_scheduler": _to("training.scheduler", _SCHEDULERS),
     "lr_scheduler_type": _to("training.scheduler", _SCHEDULERS),
+    "lr_scheduler_kwargs": _to("training.scheduler_settings"),
     "warmup_steps": _to("training.warmup_steps"),
     "warmup_ratio": _to("training.warmup_ratio"),
     "optimizer": _to("training.optimizer", _OPTIMIZERS),
