@@ -29,7 +29,7 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
         "r: 8\n"
     )
     assert problems_of(text, tmp_path, "training.sed=3") == [
-        "recipe.yaml:1: model.dtype: must be one of auto, float32, bfloat16, float16, not 'bf16'",
+        "recipe.yaml:1: model.dtype: must be one of auto, float32, bfloat16, float16, not 'bf16'; did you mean 'bfloat16'?",
         "recipe.yaml:1: model.trust_remote_code: must be true or false, not 'no'; write false",
         "recipe.yaml:1: model.quantizaton: unknown key; did you mean 'quantization'?",
         "recipe.yaml:2: data.train.1.path: is required; write a file or a hub data set",
@@ -134,6 +134,39 @@ def test_contradictions(text: str, expected: str, tmp_path: Path) -> None:
 def test_sources(data: str, expected: str, tmp_path: Path) -> None:
     lines = problems_of(f"model: m\ndata: {data}\noutput: {{dir: out}}\n", tmp_path)
     assert any(line.startswith(f"recipe.yaml:2: {expected}") for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training: {lr: 1e-4}", "training.lr: unknown key; did you mean 'learning_rate'?"),
+        ("training: {batch_size: 4}", "training.batch_size: unknown key; did you mean 'micro_batch_size'?"),
+        (
+            "adapter: {lora_target_linear: true}",
+            "adapter.lora_target_linear: unknown key; write adapter.target_modules: 'all-linear'",
+        ),
+        ("adapter: {lora_rank: 4}", "adapter.lora_rank: unknown key; write adapter.r: 4"),
+        ("memory: {load_in_4bit: true}", "memory.load_in_4bit: unknown key; write model.quantization: 'nf4'"),
+        ("training: {bf16: true}", "training.bf16: unknown key; did you mean 'model.dtype'?"),
+        ("data: {max_seq_length: 9}", "data.max_seq_length: unknown key; write data.max_length: 9"),
+        (
+            "output: {report_to: wandb}",
+            "output.report_to.0: must be tensorboard, not 'wandb'; it is the one tracker that is served",
+        ),
+        *(
+            (f"model: {{quantization: {written}}}", f"not {shown}; did you mean '{meant}'?")
+            for written, shown, meant in (("int4", "'int4'", "nf4"), ("4", "4", "nf4"), ("8bit", "'8bit'", "int8"))
+        ),
+        ("model: {dtype: bf16}", "not 'bf16'; did you mean 'bfloat16'?"),
+    ],
+)
+def test_what_habit_writes_is_answered_with_what_is_meant(text: str, expected: str, tmp_path: Path) -> None:
+    assert any(expected in line for line in problems_of(f"{text}\n", tmp_path))
+
+
+@pytest.mark.parametrize(("written", "names"), [("tensorboard", ("tensorboard",)), ("none", ())])
+def test_a_single_tracker_needs_no_list(written: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    assert load(SMALL.replace("dir: out", f"dir: out, report_to: {written}"), tmp_path).output.report_to == names
 
 
 def test_writing_one_voids_the_default_of_the_other(tmp_path: Path) -> None:

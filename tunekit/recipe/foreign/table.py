@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tunekit.recipe.foreign import values as values
-from tunekit.recipe.foreign.values import Translate, always_so, lost, one_of, same
+from tunekit.recipe.foreign.values import NotExact, Translate, always_so, lost, one_of, same
 from tunekit.recipe.reading.draft import KeyPath
 from tunekit.recipe.training import SCHEDULERS
 
@@ -191,6 +191,18 @@ def alias_target(name: str) -> KeyPath | None:
         return ("model", "dtype")
     alias = TOP_LEVEL.get(name) or IN_ADAPTER.get(name)
     return alias.target if alias else None
+
+
+def meaning(name: str, value: object) -> tuple[KeyPath, object] | None:
+    """tunekit's key and value for a foreign name and its value, wherever they stand; None where nothing is exact."""
+    if name in QUANTIZATION_KEYS and value in (True, 4, 8):
+        return ("model", "quantization"), "int8" if value == 8 or "8bit" in name else "nf4"
+    alias = TOP_LEVEL.get(name) or IN_ADAPTER.get(name)
+    try:
+        ours = alias.translate(value) if alias and alias.target else _NOTHING
+    except NotExact:
+        return None
+    return None if ours is _NOTHING or alias is None or alias.target is None else (alias.target, ours)
 
 
 def is_alias(key: KeyPath) -> bool:
