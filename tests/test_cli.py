@@ -106,6 +106,46 @@ def test_validate_looks_for_every_file_that_the_recipe_names(
     assert "command line: model.name_or_path: " in capsys.readouterr().err
 
 
+def test_validate_in_json(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "validate", str(recipe), "num_epochs=2", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "valid": True,
+        "problems": [],
+        "notes": ["command line: num_epochs -> training.epochs"],
+    }
+    assert run(monkeypatch, "validate", str(recipe), "num_epochs=2", "training.sed=1", "--json", "-") == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["valid"], found["problems"][0]["key"], found["notes"]) == (
+        False,
+        "training.sed",
+        ["command line: num_epochs -> training.epochs"],
+    )
+    assert err.splitlines() == [*found["notes"], "command line: training.sed: unknown key; did you mean 'seed'?"]
+    assert run(monkeypatch, "validate", str(recipe), "--json", str(recipe.parent / "absent" / "x.json")) == 2
+
+
+def test_json_on_standard_output_is_alone_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(shipped_recipes()["smoke"]), f"output.dir={tmp_path / 'run'}"]
+    found = {}
+    for verb in ("plan", "train"):
+        assert run(monkeypatch, verb, *words, "--json", "-") == 0
+        out, err = capsys.readouterr()
+        found[verb] = json.loads(out)
+        assert "steps" in err
+    report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert found["train"] == report
+    assert report["model"] == found["plan"]["model"]
+    recipe = found["plan"]["recipe"]
+    assert (report["method"], report["objective"]) == (recipe["adapter"]["method"], "sft")
+    assert (report["seed"], report["learning_rate"]) == (
+        recipe["training"]["seed"],
+        recipe["training"]["learning_rate"],
+    )
+
+
 @pytest.mark.parametrize(
     "words", [["~training.epochs", "training.max_steps=-1"], ["training.max_steps=-1", "~training.epochs"]]
 )

@@ -37,7 +37,7 @@ from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, write
 from tunekit.console import Console
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import AdapterError, InputError
-from tunekit.files.durable import require_writable, write_json
+from tunekit.files.durable import require_writable, write_result
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.rewrite import Rewriter
@@ -54,13 +54,11 @@ LISTED = 12  # names printed of a list; a JSON file has them all
 
 def show_verb(adapter: str, json_file: str | None) -> None:
     """Tell what is in the folder. Raises: AdapterError where it cannot be read as an adapter at all."""
-    if json_file is not None:
-        require_writable(Path(json_file))
+    require_writable(json_file)
     console = Console()
     summary = summarise_adapter(adapter_folder(adapter))
     _show(console, summary)
-    if json_file is not None:
-        write_json(Path(json_file), asdict(summary))
+    write_result(json_file, asdict(summary))
 
 
 def combine_verb(
@@ -216,8 +214,7 @@ def diff_verb(
     output: str | None,
 ) -> None:
     """Compare two adapters or two models. Raises: InputError where they are not two of a kind."""
-    if json_file is not None:
-        require_writable(Path(json_file))
+    require_writable(json_file)
     console = Console()
     if (rank is None) != (output is None) or (rank is not None and rank < 1):
         raise InputError("to extract a LoRA takes a rank and a folder", "give --extract-rank R --output DIR")
@@ -233,8 +230,7 @@ def diff_verb(
         differences = _diff_adapters(console, folders, rank, base, place)
     else:
         differences = _diff_models(console, [left, right], rank, None if output is None else Path(output))
-    if json_file is not None:
-        write_json(Path(json_file), [asdict(difference) for difference in differences])
+    write_result(json_file, [asdict(difference) for difference in differences])
     if losses is not None:
         labels = ("the base alone", f"with A ({left})", f"with B ({right})")
         console.table(["", "loss"], list(zip(labels, losses, strict=True)), title=data)

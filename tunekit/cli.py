@@ -59,7 +59,9 @@ Target = Annotated[
 ]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
-JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result there, as JSON")]
+JsonFile = Annotated[
+    str | None, typer.Option("--json", metavar="FILE|-", help="write the result there as JSON; - is standard output")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -83,9 +85,11 @@ def start(
 
 
 @app.command()
-def validate(context: typer.Context, recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Check a recipe, without loading anything."""
-    _call(context, "tunekit.validate:validate_verb", recipe, overrides or [])
+def validate(
+    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None
+) -> None:
+    """Check a recipe and that its files are there, without loading anything."""
+    _call(context, "tunekit.validate:validate_verb", recipe, overrides or [], json_file)
 
 
 @app.command()
@@ -113,9 +117,10 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="load and try the longest batch; write nothing")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Train, and write the run folder."""
-    _call(context, "tunekit.train:train_verb", recipe, overrides or [], resume, dry_run)
+    _call(context, "tunekit.train:train_verb", recipe, overrides or [], resume, dry_run, json_file)
 
 
 @app.command("eval")
@@ -288,7 +293,7 @@ def _call(context: typer.Context, verb: str, *values: Any) -> None:
 def _report(error: BaseException) -> int:
     """Print one line for each problem; the exit code."""
     if isinstance(error, TunekitError):
-        return _say("\n".join(str(problem) for problem in error.problems), error.exit_code)
+        return _say("\n".join([*error.notes, *map(str, error.problems)]), error.exit_code)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
         return EXIT_BROKEN_PIPE

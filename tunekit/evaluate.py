@@ -12,7 +12,7 @@ from pathlib import Path
 from tunekit.console import Console
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
-from tunekit.files.durable import require_writable, write_json
+from tunekit.files.durable import require_writable, write_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
@@ -33,12 +33,11 @@ def evaluate_verb(
 ) -> None:
     """Evaluate TARGET. Raises: TunekitError, whose exit code the command line returns."""
     _check_metrics(metrics)
-    if json_file is not None:
-        require_writable(Path(json_file))
+    require_writable(json_file)
     found = find_target(target, base, overrides)
     section = _data_section(found, data, format)
     devices = make_devices()
-    console = Console(enabled=devices.is_main)
+    console = Console(enabled=devices.is_main, json_file=json_file)
     for rewrite in found.rewrites:
         console.info(rewrite)
     try:
@@ -51,8 +50,7 @@ def evaluate_verb(
         devices.close()
     if devices.is_main:
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
-        if json_file is not None:
-            write_json(Path(json_file), {name: value for name, value in values.items() if math.isfinite(value)})
+        write_result(json_file, {name: value for name, value in values.items() if math.isfinite(value)})
 
 
 def _check_metrics(names: Sequence[str]) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
-from tunekit.files.durable import require_writable, write_json
+from tunekit.files.durable import require_writable, write_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import available_bytes
 from tunekit.planning.findings import raise_refusals
@@ -23,17 +22,16 @@ def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None)
     Raises: TunekitError with every refusal.
     """
     loaded = load_recipe(recipe_path, overrides)
-    if json_file is not None:
-        require_writable(Path(json_file))
+    require_writable(json_file)
     devices = make_devices()
-    console = Console(enabled=devices.is_main)
+    console = Console(enabled=devices.is_main, json_file=json_file)
     try:
         for rewrite in loaded.rewrites:
             console.info(rewrite)
         plan, _ = make_plan(loaded, device=devices.device, check_folder=True)
         print_plan(console, plan, available_bytes(devices.device))
-        if json_file is not None and devices.is_main:
-            write_json(Path(json_file), asdict(plan))
+        if devices.is_main:
+            write_result(json_file, asdict(plan))
     finally:
         devices.close()
     raise_refusals(plan)

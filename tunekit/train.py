@@ -6,8 +6,10 @@ Every decision was plan's; this file only obeys.
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.report.write import write_report
@@ -15,6 +17,7 @@ from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.console.progress import Progress
 from tunekit.data.encoding.sources import read_template
+from tunekit.files.durable import require_writable, write_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
@@ -35,14 +38,17 @@ from tunekit.training.state import Prepared, Run
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
-def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool) -> None:
+def train_verb(
+    recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool, json_file: str | None = None
+) -> None:
     """Run the recipe.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
     loaded = load_recipe(recipe_path, overrides)
+    require_writable(json_file)
     devices = make_devices()
-    console = Console(enabled=devices.is_main)
+    console = Console(enabled=devices.is_main, json_file=json_file)
     for rewrite in loaded.rewrites:
         console.info(rewrite)
     try:
@@ -50,12 +56,14 @@ def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run
             session, path = Session(loaded, devices, console, signals, dry_run), Path(loaded.recipe.output.dir)
             if dry_run:
                 with signals.at_once("in the dry run; nothing was written"):
-                    _try_out(session)
+                    result = _try_out(session)
             elif devices.from_main(devices.is_main and resume and is_finished(path)):
                 console.info(f"{path} holds a finished run; nothing to do")
             else:
                 with run_files.locked_folder(session, path, resume):
                     _train(session, resume)
+            if devices.is_main:
+                write_result(json_file, result if dry_run else json.loads((path / "report.json").read_bytes()))
     finally:
         devices.close()
 
@@ -80,7 +88,7 @@ def _train(session: Session, resume: bool) -> None:
     session.devices.wait()
 
 
-def _try_out(session: Session) -> None:
+def _try_out(session: Session) -> dict[str, Any]:
     """--dry-run: load, attach, probe, the longest batch forward and backward; no update, nothing written."""
     plan, prepared = _plan(session)
     try:
@@ -102,6 +110,13 @@ def _try_out(session: Session) -> None:
             "steps": plan.steps,
         },
     )
+    return {
+        "predicted_bytes": plan.peak_bytes.total,
+        "measured_bytes": peak,
+        "base_bytes": measured.base_bytes,
+        "trainable_parameters": plan.trainable_parameters,
+        "steps": plan.steps,
+    }
 
 
 def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepared]:

@@ -6,21 +6,30 @@ Comes in: a recipe and overrides.  Goes out: lines on stdout.  Imports no torch,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tunekit.data.reading.data_file import inspect_file
 from tunekit.errors import DataError, Problem, RecipeError
+from tunekit.files.durable import require_writable, write_result
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.supported import refuse_unsupported
 
 
-def validate_verb(recipe_path: str, overrides: Sequence[str]) -> None:
+def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
     """Check a recipe and say so. Raises RecipeError with every problem."""
-    loaded = validate(recipe_path, overrides)
-    for line in (*loaded.rewrites, *loaded.defaults):
-        print(line)
-    print(f"{recipe_path}: valid")
+    require_writable(json_file)
+    try:
+        loaded = validate(recipe_path, overrides)
+    except RecipeError as error:
+        problems = [asdict(problem) for problem in error.problems]
+        write_result(json_file, {"valid": False, "problems": problems, "notes": list(error.notes)})
+        raise
+    notes = [*loaded.rewrites, *loaded.defaults]
+    write_result(json_file, {"valid": True, "problems": [], "notes": notes})
+    if json_file != "-":
+        print("\n".join([*notes, f"{recipe_path}: valid"]))
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -28,7 +37,7 @@ def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     loaded = load_recipe(recipe_path, overrides)
     refusals = [*refuse_unsupported(loaded.recipe), *_missing_files(loaded.recipe)]
     if refusals:
-        raise RecipeError.of([loaded.locate(problem) for problem in refusals])
+        raise RecipeError.of([loaded.locate(problem) for problem in refusals], loaded.rewrites)
     return loaded
 
 

@@ -29,7 +29,8 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
         "r: 8\n"
     )
     assert problems_of(text, tmp_path, "training.sed=3") == [
-        "recipe.yaml:1: model.dtype: must be one of auto, float32, bfloat16, float16, not 'bf16'; did you mean 'bfloat16'?",
+        "recipe.yaml:1: model.dtype: must be one of auto, float32, bfloat16, float16, not 'bf16'; "
+        "did you mean 'bfloat16'?",
         "recipe.yaml:1: model.trust_remote_code: must be true or false, not 'no'; write false",
         "recipe.yaml:1: model.quantizaton: unknown key; did you mean 'quantization'?",
         "recipe.yaml:2: data.train.1.path: is required; write a file or a hub data set",

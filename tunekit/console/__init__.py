@@ -24,10 +24,19 @@ COLOURS = {"warning": "33", "error": "31"}
 
 
 class Console:
-    """Where a verb prints. With enabled=False (every rank but the first) it prints nothing at all."""
+    """Where a verb prints. With enabled=False (every rank but the first) it prints nothing at all; with `json_file` -
+    everything goes to standard error, since standard output then holds JSON and nothing else."""
 
-    def __init__(self, *, enabled: bool = True, output: TextIO | None = None, errors: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        enabled: bool = True,
+        json_file: str | None = None,
+        output: TextIO | None = None,
+        errors: TextIO | None = None,
+    ) -> None:
         self.enabled = enabled
+        self._beside_json = json_file == "-"
         self._output = output
         self._errors = errors
         self._drawn = False  # whether a live line stands at the bottom of the terminal
@@ -37,7 +46,7 @@ class Console:
     @property
     def output(self) -> TextIO:
         """Standard output, or what was given instead."""
-        return self._output or sys.stdout or NullStream()
+        return self.errors if self._beside_json else self._output or sys.stdout or NullStream()
 
     @property
     def errors(self) -> TextIO:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -250,11 +251,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def require_writable(path: Path) -> None:
-    """Before the work whose result `path` will hold.
+def require_writable(json_file: str | None) -> None:
+    """Before the work whose result the file will hold; None is no file, - is standard output.
 
     Raises: RunFolderError where it could not be written.
     """
+    if json_file in (None, "-"):
+        return
+    path = Path(str(json_file))
     if path.is_dir():
         raise RunFolderError(f"{path} is a folder", "name a file")
     if not path.parent.is_dir():
@@ -277,3 +281,11 @@ def json_bytes(value: object) -> bytes:
 def write_json(path: Path, value: object) -> None:
     """`write_bytes` of `json_bytes`."""
     write_bytes(path, json_bytes(value))
+
+
+def write_result(json_file: str | None, value: object) -> None:
+    """`write_json` to the file that --json names; None is no file, - is standard output."""
+    if json_file == "-":
+        sys.stdout.write(json_bytes(value).decode("ascii"))
+    elif json_file is not None:
+        write_json(Path(json_file), value)

@@ -101,7 +101,7 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
     sections = {name: section for name in ("model", "evaluation") if (section := _make_section(name, draft))}
     check_across(draft, sections)
     if draft.problems:
-        raise RecipeError.of(draft.problems)
+        raise RecipeError.of(draft.problems, draft.rewrites)
     return TargetOverrides(
         model={name: getattr(sections["model"], name) for name in model},
         evaluation={name: getattr(sections["evaluation"], name) for name in evaluation},
@@ -122,7 +122,7 @@ def make_recipe(draft: Draft, folder: Path) -> Recipe:
     sections = _make_sections(draft)
     check_across(draft, sections)
     if draft.problems:
-        raise RecipeError.of(sorted(draft.problems, key=_place_order))
+        raise RecipeError.of(sorted(draft.problems, key=_place_order), draft.rewrites)
     return Recipe.model_validate(sections)
 
 
