@@ -31,7 +31,7 @@ from tunekit.arithmetic.moved_starts import (
     subtract_start,
 )
 from tunekit.arithmetic.nearest_lora import Loss, loss_between, nearest_lora, total
-from tunekit.arithmetic.on_base import attach_to_base, base_section
+from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.summary import AdapterSummary, in_order, summarise_adapter
 from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, write_lora, write_without_base
 from tunekit.console import Console
@@ -47,7 +47,7 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.tuned.adapter_losses import adapter_losses
-from tunekit.tuned.target import find_target, measuring_objective
+from tunekit.tuned.target import base_section, find_target, measuring_objective, named_base
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 
@@ -162,7 +162,8 @@ def _untouched(
     if not follows_from_base(start):
         what = f"the start {start} moved weights of the base into the adapter, and cannot be computed again"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
-    section = base_section(lora.config, base, f"{HOW}, or --base MODEL, from which {start} can be computed again")
+    how = f"{HOW}, or --base MODEL, from which {start} can be computed again"
+    section = base_section(lora.config, named_base(base), how)
     if section.quantization != "none":
         what = f"the start {start} on a {section.quantization} base cannot be computed again"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
@@ -196,7 +197,7 @@ def _convert_method(
     if rank is None:
         what = f"no LoRA computes exactly what a {method} adapter does"
         raise AdapterError(what, "--rank R writes the nearest of that rank, and tells the error", file=config.file)
-    section = base_section(config, base, "name it with --base MODEL")
+    section = base_section(config, named_base(base), "name it with --base MODEL")
     attached, rewriter = attach_to_base(folder, section)
     found = nearest_lora(attached, config, rewriter.trained_on, rank)
     _tell_losses(console, found.losses, rank)
@@ -269,8 +270,7 @@ def _diff_adapters(
     first, second = (read_changes(folder, base) for folder in folders)
     facts = base_of([first.config, second.config], base)
     differences = [
-        compare(name, first.of(name), second.of(name))
-        for name in sorted({*first.updates, *second.updates}, key=in_order)
+        compare(name, first.of(name), second.of(name)) for name in sorted(first.names | second.names, key=in_order)
     ]
     _tell_differences(console, "updates of layers", differences)
     others = [compare(key, first.rest.get(key), second.rest.get(key)) for key in sorted({*first.rest, *second.rest})]
@@ -285,7 +285,7 @@ def _diff_adapters(
 
 
 def _diff_models(console: Console, names: list[str], rank: int | None, output: Path | None) -> list[Difference]:
-    sections = [ModelSection(name_or_path=str(Path(n).resolve()) if Path(n).exists() else n) for n in names]
+    sections = [ModelSection.model_validate(named_base(name)) for name in names]
     sources = [find_source(section, weights=True) for section in sections]
     packed = next((source.gguf_file for source in sources if source.gguf_file), None)
     if packed:

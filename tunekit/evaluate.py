@@ -17,7 +17,7 @@ from tunekit.machine.devices import Devices, make_devices
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
 from tunekit.tuned.answers import Question
-from tunekit.tuned.evaluator import make_evaluator
+from tunekit.tuned.evaluator import Evaluator
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 
@@ -92,7 +92,7 @@ def evaluate_rows(
     problems = row_problems(model.base, loaded.tokenizer, rows.objective, [evaluation], model.virtual_tokens)
     if problems:
         raise ModelError.of(problems)
-    evaluator = make_evaluator(
+    evaluator = Evaluator(
         model,
         rows.objective,
         devices,

@@ -86,7 +86,9 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
         _copy_companions(target, source.folder, staging)
         difference = measure_difference(target, staging, requantized=chosen == "quantized")
         write_json(staging / REPORT, _report(chosen, reason, difference))
-        _sync(staging)
+        for path in sorted(staging.iterdir()):
+            sync_file(path)
+        sync_folder(staging)
         if output.exists():
             output.rmdir()  # empty, as checked
         rename(staging, output)
@@ -95,13 +97,6 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
             remove_tree(staging)
         raise
     return MergeResult(output, chosen, reason, difference)
-
-
-def _sync(folder: Path) -> None:
-    """Make a flat folder durable."""
-    for path in sorted(folder.iterdir()):
-        sync_file(path)
-    sync_folder(folder)
 
 
 def choose_onto(target: Target, onto: str | None) -> tuple[str, str]:
@@ -152,9 +147,8 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     """
     if attached.model_adapter is not None:
         raise AdapterError("a prompt adapter is not a change of weights and cannot be merged", "use it as an adapter")
-    parameters: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        name: adapter.merged for name, adapter in attached.parameters.items()
-    }
+    parameters: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+    parameters = {name: adapter.merged for name, adapter in attached.parameters.items()}
     for name, copy in attached.copies.items():
         for own_name, tensor in copy.copied().items():
             parameters[f"{name}.{own_name}"] = _constant(tensor.detach().float())
@@ -203,7 +197,7 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     loaded = load_target(target, device)
     running = loaded.model.base
     rows, described = _rows(target, loaded.objective, tokenizer, running.text.vocabulary_size)
-    before = [_logits(running, row) for row in rows]
+    before = _logits(running, rows)
     dtype, attention = running.facts.dtype, running.facts.attention
     family = running.family
     del loaded, running
@@ -213,8 +207,7 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     )
     packed = load_packed_folder(section, device) if requantized else load_model(section, device=device)
     model = prepare_network(packed, replace(target.choice, streaming="off")).base
-    after = [_logits(model, row) for row in rows]
-    return _compare(rows, before, after, described, predicts=family.answers)
+    return _compare(rows, before, _logits(model, rows), described, predicts=family.answers)
 
 
 def _rows(
@@ -235,9 +228,9 @@ def _rows(
 
 
 @torch.no_grad()
-def _logits(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """What the head makes of one row (1, T): (T, V) float32."""
-    return model.family.scores(model.net, ids)
+def _logits(model: LoadedModel, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the head makes of each row (1, T): (T, V) float32."""
+    return [model.family.scores(model.net, ids) for ids in rows]
 
 
 def _compare(

@@ -25,7 +25,7 @@ class TextEncoder:
     """A RowEncoder whose prompts are those of a Renderer."""
 
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.train_on = tokenizer, options.train_on
         self.notices: Counter[str] = Counter()
         self.renderer = Renderer(tokenizer, options.train_on, options.template, self.notices)
 

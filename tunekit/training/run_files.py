@@ -117,17 +117,14 @@ def announce_run(session: Session, plan: Plan) -> None:
 def write_plan(session: Session, plan: Plan, step: int, fingerprint: dict[str, Any]) -> None:
     """Leave in the run folder what is run; on a resume, forget what was logged after the checkpoint."""
 
-    def write() -> None:
-        folder = session.folder
-        if folder is None:
-            return
+    def write(folder: RunFolder) -> None:
         folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
         environment = read_environment(device=str(session.devices.device), more={"fingerprint": fingerprint})
         folder.write_json("environment.json", environment)
         folder.truncate_metrics(step)
         folder.write_json("plan.json", asdict(plan))
 
-    session.devices.on_main(write)
+    session.in_folder(write)
 
 
 def make_trackers(session: Session, step: int) -> Trackers | None:
@@ -164,13 +161,11 @@ def save_run(session: Session, run: Run, fingerprint: dict[str, Any]) -> None:
     """Write a checkpoint on the main rank; an error of it stops every rank."""
     state, recipe = run.state, session.loaded.recipe
 
-    def write() -> None:
-        if session.folder is None:
-            return
+    def write(folder: RunFolder) -> None:
         protected = {state.best_step} if recipe.evaluation.best and state.best_step is not None else set()
         with session.signals.critical():
             save_checkpoint(
-                session.folder,
+                folder,
                 state.step,
                 checkpoint_tensors(run.optimizer, run.adapter),
                 checkpoint_facts(run.optimizer, state, fingerprint),
@@ -178,4 +173,4 @@ def save_run(session: Session, run: Run, fingerprint: dict[str, Any]) -> None:
                 protect=protected,
             )
 
-    session.devices.on_main(write)
+    session.in_folder(write)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 from tunekit.contracts import Objective
 from tunekit.machine.devices import Devices
@@ -43,9 +43,4 @@ def answer_questions(
 
 def text_metrics(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Each named metric of metrics/ over all pairs."""
-    return {name: _score(name)(predictions, references) for name in names}
-
-
-def _score(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
-    score: Callable[[Sequence[str], Sequence[str]], float] = importlib.import_module(f"tunekit.metrics.{name}").score
-    return score
+    return {name: import_module(f"tunekit.metrics.{name}").score(predictions, references) for name in names}

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
-from tunekit.adapters.method import WrittenForm
+from tunekit.adapters.method import WrittenForm, saved_modules
 from tunekit.adapters.module_names import base_modules, named_copies, parameter_names, plain_entries
 from tunekit.adapters.tokens import written_indices
 from tunekit.errors import AdapterError
@@ -81,12 +81,42 @@ def write_adapter_folder(
     `base`: fingerprint, revision, dtype, quantization and double_quantization of the base.
     Raises: as save_adapter_folder.
     """
+    with _replacing(folder) as temporary:
+        tensor_bytes, digest = write_tensors(temporary / TENSORS_NAME, tensors, {"format": "pt"})
+        files = {
+            TENSORS_NAME: {"bytes": tensor_bytes, "sha256": digest},
+            CONFIG_NAME: _write(temporary / CONFIG_NAME, durable.json_bytes(config)),
+        }
+        if chat_template is not None:
+            files[TEMPLATE_NAME] = _write(temporary / TEMPLATE_NAME, chat_template.encode())
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "tunekit_version": __version__,
+            "settings": settings.model_dump(mode="json", exclude={"init_from"}),  # a path of this machine
+            "base": dict(base),
+            "files": files,
+            **({} if objective is None else {"objective": dict(objective)}),
+        }
+        written = [*files.values(), _write(temporary / FACTS_NAME, durable.json_bytes(facts))]
+    return sum(file["bytes"] for file in written)
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a file, flushed to the disk; its size and its hash."""
+    with durable.DurableFile(path) as file:
+        file.write(content)
+    return {"bytes": file.size_bytes, "sha256": file.sha256}
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder for the block to fill, which takes the place of `folder`, or is gone where the block fails."""
     _refuse_foreign_files(folder)
     _remove_left_overs(folder)
     temporary = durable.temporary_name(folder)
     durable.make_folder(temporary)
     try:
-        size_bytes = _write_files(temporary, tensors, config, settings, base, chat_template, objective)
+        yield temporary
         durable.sync_folder(temporary)
         _put_in_place(temporary, folder)
     except BaseException:
@@ -94,54 +124,13 @@ def write_adapter_folder(
             if durable.is_real_folder(temporary):
                 durable.remove_tree(temporary)
         raise
-    return size_bytes
-
-
-def _write_files(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    settings: Any,
-    base: Mapping[str, Any],
-    chat_template: str | None,
-    objective: Mapping[str, Any] | None,
-) -> int:
-    """The three files, and the template if there is one, each flushed to the disk; returns their bytes."""
-    tensor_bytes, digest = write_tensors(folder / TENSORS_NAME, tensors, {"format": "pt"})
-    config_bytes, config_digest = _write_json(folder / CONFIG_NAME, config)
-    files = {
-        TENSORS_NAME: {"bytes": tensor_bytes, "sha256": digest},
-        CONFIG_NAME: {"bytes": config_bytes, "sha256": config_digest},
-    }
-    template_bytes = 0
-    if chat_template is not None:
-        with durable.DurableFile(folder / TEMPLATE_NAME) as file:
-            file.write(chat_template.encode())
-        template_bytes = file.size_bytes
-        files[TEMPLATE_NAME] = {"bytes": template_bytes, "sha256": file.sha256}
-    facts = {
-        "format_version": FORMAT_VERSION,
-        "tunekit_version": __version__,
-        "settings": settings.model_dump(mode="json", exclude={"init_from"}),  # a path of this machine
-        "base": dict(base),
-        "files": files,
-        **({} if objective is None else {"objective": dict(objective)}),
-    }
-    facts_bytes, _ = _write_json(folder / FACTS_NAME, facts)
-    return tensor_bytes + config_bytes + facts_bytes + template_bytes
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> tuple[int, str]:
-    with durable.DurableFile(path) as file:
-        file.write(durable.json_bytes(value))
-    return file.size_bytes, file.sha256
 
 
 def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     """Every field of PEFT's configuration, with concrete targets and patterns that mean the same in any order."""
     settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)
-    named = named_copies(base_modules(attached.net), attached.method.copies(settings))
+    named = named_copies(base_modules(attached.net), saved_modules(settings))
     if "target_modules" in config:
         chosen = [name for name in sorted(attached.copies) if name not in named]
         names = chosen if attached.method.only_copies else [t.name for t in targets if t.kind != "parameter"]
