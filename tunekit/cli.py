@@ -255,6 +255,18 @@ def recipes(
     _call(context, "tunekit.recipes:recipes_verb", name, copy_to)
 
 
+@app.command("import")
+def import_recipe(
+    context: typer.Context,
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="a configuration of Axolotl, LLaMA-Factory or TRL (YAML)")
+    ],
+    output: Annotated[str | None, typer.Option("--output", metavar="RECIPE", help="write the recipe there")] = None,
+) -> None:
+    """Turn another tool's configuration into a recipe, and tell what became of each key."""
+    _call(context, "tunekit.foreign:import_verb", path, output)
+
+
 @app.command()
 def init(
     context: typer.Context, path: Annotated[str, typer.Argument(metavar="[PATH]", help="the new file")] = "recipe.yaml"

@@ -19,6 +19,12 @@ class Alias:
 
     target: KeyPath | None
     translate: Translate = same
+    why: str = "it changes nothing here"  # a value that says nothing says nothing
+
+
+def _dropped(why: str) -> Alias:
+    """A key of which no result depends, whatever its value."""
+    return Alias(None, always_so, why)
 
 
 def _to(dotted_key: str, translate: Translate = same) -> Alias:
@@ -65,7 +71,7 @@ MODEL: dict[str, Alias] = {
     "use_bnb_nested_quant": _to("model.double_quantization"),
     "bnb_4bit_use_double_quant": _to("model.double_quantization"),
     "gradient_checkpointing": _to("memory.gradient_checkpointing", one_of({True: True, False: False})),
-    "gradient_checkpointing_kwargs": Alias(None, always_so("it is always non-reentrant")),
+    "gradient_checkpointing_kwargs": _dropped("it is always non-reentrant"),
 }
 DATA: dict[str, Alias] = {
     "datasets": _to("data.train", values.dataset_list),
@@ -86,7 +92,6 @@ DATA: dict[str, Alias] = {
     "mask_history": _to("data.train_on", one_of({True: "last", False: _NOTHING})),
     "assistant_only_loss": _to("data.train_on", _ONLY_ANSWERS),
     "completion_only_loss": _to("data.train_on", _ONLY_ANSWERS),
-    "chat_template": Alias(None, one_of({"tokenizer_default": _NOTHING}, "write data.chat_template: FILE")),
     "chat_template_path": _to("data.chat_template"),
     "shuffle_merged_datasets": _to("data.shuffle"),
     "disable_shuffling": _to("data.shuffle", values.negated),
@@ -143,7 +148,42 @@ EVALUATION_AND_OUTPUT: dict[str, Alias] = {
     "output_dir": _to("output.dir"),
     "report_to": _to("output.report_to", values.trackers),
     "use_tensorboard": _to("output.report_to", one_of({True: ["tensorboard"], False: _NOTHING})),
-    "logging_steps": Alias(None, always_so("every step is logged")),
+    "logging_steps": _dropped("every step is logged"),
+}
+HARMLESS: dict[str, Alias] = {
+    **dict.fromkeys(
+        ("logging_first_step", "logging_strategy", "log_level", "include_num_input_tokens_seen", "plot_loss"),
+        _dropped("every step is logged"),
+    ),
+    **dict.fromkeys(
+        (
+            "dataset_prepared_path",
+            "overwrite_cache",
+            "preprocessing_num_workers",
+            "dataset_num_proc",
+            "dataset_processes",
+        ),
+        _dropped("rows are cached by their content"),
+    ),
+    **dict.fromkeys(
+        ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "remove_unused_columns"),
+        _dropped("rows are ready before training begins"),
+    ),
+    **dict.fromkeys(
+        ("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model", "run_name"),
+        _dropped("that tracker is not served; metrics.jsonl holds every number"),
+    ),
+    **dict.fromkeys(("logging_dir", "trackio_space_id"), _dropped("the run folder holds everything")),
+    **dict.fromkeys(("pad_to_sequence_len", "pad_to_multiple_of"), _dropped("padding changes no result")),
+    **dict.fromkeys(("group_by_length", "length_column_name"), _dropped("rows lie end to end without padding")),
+    **dict.fromkeys(("strict", "local_rank", "debug", "ddp_timeout", "use_cache"), _dropped("it changes no result")),
+    **dict.fromkeys(
+        ("save_safetensors", "save_only_model"), _dropped("checkpoints are safetensors, for an exact resume")
+    ),
+    "overwrite_output_dir": _dropped("`tunekit train --overwrite` says so"),
+    "tf32": _dropped("matrix products keep their precision"),
+    "ddp_find_unused_parameters": _dropped("gradients are summed without DistributedDataParallel"),
+    "use_fast_tokenizer": _dropped("the fast tokenizer is always used"),
 }
 LOST: dict[str, Alias] = {
     "deepspeed": Alias(None, lost("the device layer is accelerate")),
@@ -151,22 +191,15 @@ LOST: dict[str, Alias] = {
     "fsdp_config": Alias(None, lost("base weights are not sharded")),
     "evals_per_epoch": Alias(None, lost("evaluation goes by steps", "write training.eval_steps")),
     "saves_per_epoch": Alias(None, lost("saving goes by steps", "write training.save_steps")),
-    "pad_to_sequence_len": Alias(None, lost("rows are padded to the longest of their batch")),
-    "group_by_length": Alias(None, lost("the order is a pure function of the seed")),
     "neftune_noise_alpha": Alias(None, lost("there is no embedding noise")),
-    "tf32": Alias(None, lost("matrix products keep their precision")),
-    "template": Alias(None, lost("templates have no names here", "write data.chat_template: FILE, or nothing")),
     "lora_modules_to_save": _to("adapter.modules_to_save"),
     "peft_use_dora": Alias(None, lost("it is an adapter of its own", "write adapter.method: dora")),
     "use_dora": Alias(None, lost("it is an adapter of its own", "write adapter.method: dora")),
-    "wandb_project": Alias(None, lost("that tracker is not served", "write output.report_to")),
     "push_to_hub": Alias(None, lost("nothing is uploaded")),
     "hub_model_id": Alias(None, lost("nothing is uploaded")),
     "resume_from_checkpoint": Alias(None, lost("resuming is a choice of the run", "run `tunekit train --resume`")),
-    "overwrite_output_dir": Alias(None, lost("a run folder is never overwritten", "choose another output.dir")),
-    "dataset_prepared_path": Alias(None, lost("the cache is keyed by content and needs no place")),
 }
-TOP_LEVEL: dict[str, Alias] = {**MODEL, **DATA, **ADAPTER, **TRAINING, **EVALUATION_AND_OUTPUT, **LOST}
+TOP_LEVEL: dict[str, Alias] = {**MODEL, **DATA, **ADAPTER, **TRAINING, **EVALUATION_AND_OUTPUT, **HARMLESS, **LOST}
 
 IN_ADAPTER: dict[str, Alias] = {
     "peft_type": _to("adapter.method", one_of({"LORA": "lora"})),
@@ -174,13 +207,21 @@ IN_ADAPTER: dict[str, Alias] = {
     "lora_dropout": _to("adapter.dropout"),
     "task_type": Alias(None, one_of({"CAUSAL_LM": _NOTHING})),
     "init_lora_weights": Alias(None, one_of({True: _NOTHING}, "write adapter.start")),
-    "fan_in_fan_out": Alias(None, always_so("it follows from the layer")),
+    "fan_in_fan_out": _dropped("it follows from the layer"),
     "inference_mode": Alias(None, one_of({False: _NOTHING})),
     "use_dora": Alias(None, lost("it is an adapter of its own", "write adapter.method: dora")),
 }
 # Keys that aliases.py reads together, because other tools spread one decision over several.
 QUANTIZATION_KEYS = ("load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "quantization_type")
 PRECISION_KEYS = ("bf16", "fp16")
+SOURCE_KEYS = {"max_samples": "max_rows", "dataset_train_split": "split", "dataset_text_field": "columns"}
+TEMPLATE_KEYS = ("template", "chat_template")
+TEMPLATES = {  # what names of templates begin with: what the names of bases begin or go on with whose tokenizer has it
+    **{name: (name,) for name in ("llama", "qwen", "gemma", "mistral", "phi", "deepseek", "falcon", "glm", "granite")},
+    "chatml": ("qwen", "smollm", "yi"),
+    "command": ("command", "aya"),
+}
+FLAT = (*TOP_LEVEL, *QUANTIZATION_KEYS, *PRECISION_KEYS, *SOURCE_KEYS, *TEMPLATE_KEYS)
 
 
 def alias_target(name: str) -> KeyPath | None:
@@ -189,6 +230,10 @@ def alias_target(name: str) -> KeyPath | None:
         return ("model", "quantization")
     if name in PRECISION_KEYS:
         return ("model", "dtype")
+    if name in TEMPLATE_KEYS:
+        return ("data", "chat_template")
+    if name in SOURCE_KEYS:
+        return ("data", "train", 0, SOURCE_KEYS[name])
     alias = TOP_LEVEL.get(name) or IN_ADAPTER.get(name)
     return alias.target if alias else None
 
@@ -209,4 +254,4 @@ def is_alias(key: KeyPath) -> bool:
     """Whether a written key is another tool's."""
     if len(key) == 2 and key[0] == "adapter":
         return key[1] in IN_ADAPTER
-    return len(key) == 1 and (key[0] in TOP_LEVEL or key[0] in QUANTIZATION_KEYS or key[0] in PRECISION_KEYS)
+    return len(key) == 1 and key[0] in FLAT
