@@ -248,7 +248,11 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
         tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))
         verbs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
         assert len(verbs) == 1, f"{module}:{name}"
-        given = {"evaluate_verb": 7, "combine_verb": 9}[name] if values == "*values" else len(values.split(", "))
+        given = (
+            {"evaluate_verb": 7, "combine_verb": 9, "generate_verb": 10}[name]
+            if values == "*values"
+            else len(values.split(", "))
+        )
         assert len(verbs[0].args.args) == given, f"{module}:{name}"
 
 

@@ -54,6 +54,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one"),
 ]
+TargetOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="of model.* and evaluation.*, such as evaluation.batch_size=1"),
+]
+MergeOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="of model.*, such as model.trust_remote_code=true")
+]
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="a run, an adapter, a model folder, a recipe or a hub name")
 ]
@@ -127,7 +134,14 @@ def train(
 def evaluate(
     context: typer.Context,
     target: Target,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
+            "data.eval.0.columns.question=prompt (the file's column, the format's field)",
+        ),
+    ] = None,
     base: Base = None,
     data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="rows to evaluate on")] = None,
     data_format: Annotated[str | None, typer.Option("--format", metavar="NAME", help="what a row is")] = None,
@@ -143,13 +157,33 @@ def evaluate(
 def generate(
     context: typer.Context,
     target: Target,
-    overrides: Overrides = None,
+    overrides: TargetOverrides = None,
     base: Base = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="one prompt")] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="a file of prompts")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts", metavar="FILE|-", help='one prompt a line (.jsonl: {"prompt": ...}); - is standard input'
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="tokens of an answer, at most")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", min=0, help="of sampling; 0 takes the likeliest token")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", metavar="P", min=0, max=1, help="sample from this share of probability")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="K", min=1, help="sample from the K likeliest tokens")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
 ) -> None:
-    """Generate answers."""
-    _call(context, "tunekit.generate:generate_verb", target, base, prompt, prompts, overrides or [])
+    """Generate answers: plain text for --prompt, one JSON object a line for several prompts."""
+    asked = (target, base, prompt, prompts, overrides or [])
+    values = (*asked, max_new_tokens, temperature, top_p, top_k, seed)
+    _call(context, "tunekit.generate:generate_verb", *values)
 
 
 @app.command()
@@ -157,7 +191,7 @@ def merge(
     context: typer.Context,
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder or a run")],
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="the new model folder")],
-    overrides: Overrides = None,
+    overrides: MergeOverrides = None,
     base: Base = None,
     onto: Annotated[
         str | None, typer.Option("--onto", metavar="dequantized|full|quantized", help="which base weights to add to")

@@ -1,17 +1,19 @@
 """`tunekit generate`: the answer of a target to one prompt, or to each line of a file.
 
-Comes in: TARGET and --prompt or --prompts.  Goes out: text; for a file, one JSON object per line.
+Comes in: TARGET and --prompt, --prompts or standard input.  Goes out: text; for a file, one JSON object per line.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from tunekit.console import Console
+from tunekit.contracts import GREEDY, Sampling
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, InputError
 from tunekit.machine.devices import make_devices
@@ -21,11 +23,31 @@ from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
 
 def generate_verb(
-    target: str, base: str | None, prompt: str | None, prompts: str | None, overrides: Sequence[str]
+    target: str,
+    base: str | None,
+    prompt: str | None,
+    prompts: str | None,
+    overrides: Sequence[str],
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
 ) -> None:
     """Generate. Raises: TunekitError, whose exit code the command line returns."""
+    if prompt is None and prompts is None and not sys.stdin.isatty():
+        prompts = "-"
     if (prompt is None) == (prompts is None):
-        raise InputError("give either --prompt TEXT or --prompts FILE")
+        raise InputError("give either --prompt TEXT or --prompts FILE, or prompts on standard input, one a line")
+    drawn = {"top_p": top_p, "top_k": top_k, "seed": seed}
+    given = {name: value for name, value in drawn.items() if value is not None}
+    if given and not temperature:
+        named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(
+            f"without --temperature nothing is sampled, so {named} would say nothing", "add --temperature 1"
+        )
+    if max_new_tokens is not None:
+        overrides = [*overrides, f"evaluation.max_new_tokens={max_new_tokens}"]
     texts = [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
     devices = make_devices()
@@ -33,7 +55,7 @@ def generate_verb(
     for rewrite in found.rewrites:
         console.warn(rewrite)  # standard output holds the answers alone
     try:
-        answers = answer(load_target(found, devices.device), texts)
+        answers = answer(load_target(found, devices.device), texts, Sampling(temperature, **given))
     finally:
         devices.close()
     if prompt is not None:
@@ -44,12 +66,13 @@ def generate_verb(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`.
+    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`; `-` is standard input.
 
     Raises: DataError naming the line.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}", "give a UTF-8 text file", file=str(path)) from error
     prompts = [
@@ -73,7 +96,7 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
 
 
 @torch.no_grad()
-def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
+def answer(loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
     """What the model answers to each text, asked as the training rows ask."""
     tokenizer, settings, model = loaded.tokenizer, loaded.target.evaluation, loaded.model
     encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
@@ -87,4 +110,5 @@ def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             template=loaded.target.chat_template,
+            sampling=sampling,
         )

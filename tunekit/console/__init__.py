@@ -99,14 +99,15 @@ class Console:
         from rich.text import Text
 
         rows = [list(row) for row in rows]
-        heading = Text(visible(title), style="bold") if title else None
-        table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
             cells = [row[index] for row in rows if row[index] is not None]
             numbers = bool(cells) and all(isinstance(cell, int | float) for cell in cells)
             table.add_column(Text(visible(column)), justify="right" if numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(visible(cell_text(cell))) for cell in row))
+        if title:
+            self.info(title)
         self._print_rich(table)
 
     def panel(self, title: str, pairs: Mapping[str, object] | Iterable[tuple[str, object]]) -> None:
