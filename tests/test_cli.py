@@ -7,6 +7,7 @@ import errno
 import gc
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -123,6 +124,19 @@ def test_validate_in_json(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     )
     assert err.splitlines() == [*found["notes"], "command line: training.sed: unknown key; did you mean 'seed'?"]
     assert run(monkeypatch, "validate", str(recipe), "--json", str(recipe.parent / "absent" / "x.json")) == 2
+
+
+def test_something_is_said_within_a_second_on_a_terminal(recipe: Path) -> None:
+    """Before anything heavy is imported, and on a terminal only."""
+    main_end, other_end = pty.openpty()
+    command = [sys.executable, "-m", "tunekit", "plan", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=other_end) as process:
+        first = os.read(main_end, 100)
+        process.kill()
+    os.close(other_end)
+    os.close(main_end)
+    assert first.split() == [b"loading", b"..."]
+    assert "loading" not in call("eval", "./absent").stderr
 
 
 def test_json_on_standard_output_is_alone_there(

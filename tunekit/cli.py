@@ -32,6 +32,7 @@ ENVIRONMENT = {
 # importing torch and transformers makes 100,000s of objects that stay: looking through them again and again took a
 # fifth of a start (0.6 of 3.3 CPU seconds, measured); training sets the collector back
 WHILE_STARTING = (100_000, 20, 100)
+LIGHT = {f"tunekit.{verb}" for verb in ("validate", "foreign", "recipes", "init", "schema")}  # which import no torch
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
@@ -322,6 +323,8 @@ def schema(
 def _call(context: typer.Context, verb: str, *values: Any) -> None:
     """Import a verb, call it, and turn whatever happens into words on stderr and an exit code."""
     module, _, name = verb.partition(":")
+    if module not in LIGHT and sys.stderr.isatty():
+        print("loading ...", file=sys.stderr, flush=True)
     ordinary, code = gc.get_threshold(), 0
     gc.set_threshold(*WHILE_STARTING)
     try:

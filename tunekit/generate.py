@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tunekit.console import Console
+from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, Sampling
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, InputError
@@ -59,10 +59,10 @@ def generate_verb(
     finally:
         devices.close()
     if prompt is not None:
-        console.info(answers[0])
+        console.write(f"{visible(answers[0])}\n")
         return
     for text, reply in zip(texts, answers, strict=True):
-        console.info(json.dumps({"prompt": text, "answer": reply}, ensure_ascii=False))
+        console.write(visible(json.dumps({"prompt": text, "answer": reply}, ensure_ascii=False)) + "\n")
 
 
 def read_prompts(path: Path) -> list[str]:

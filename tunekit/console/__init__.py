@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
@@ -73,8 +74,8 @@ class Console:
         return max(shutil.get_terminal_size(fallback).columns, 10)
 
     def info(self, text: str = "") -> None:
-        """A line of output."""
-        self.write(visible(text) + "\n")
+        """A line of output; on a terminal that is narrower, several, broken between words."""
+        self.write(self._wrapped(visible(text)) + "\n")
 
     def warn(self, text: str) -> None:
         """A line on standard error that begins with `warning: `."""
@@ -87,7 +88,18 @@ class Console:
     def _complain(self, word: str, text: str) -> None:
         colours = is_terminal(self.errors) and self._may_colour()
         label = f"\x1b[{COLOURS[word]}m{word}:\x1b[0m" if colours else f"{word}:"
-        self.write(f"{label} {visible(redact(text))}\n", self.errors)
+        self.write(self._wrapped(f"{label} {visible(redact(text))}") + "\n", self.errors)
+
+    def _wrapped(self, text: str) -> str:
+        if not self.is_terminal:
+            return text
+        lines = [
+            textwrap.fill(line, self.columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            if len(line) > self.columns
+            else line
+            for line in text.split("\n")
+        ]
+        return "\n".join(lines)
 
     def _may_colour(self) -> bool:
         return not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in ("", "dumb", "unknown")

@@ -326,7 +326,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes += refusals.rate_notes(recipe.training, steps)
     groups = planned_groups(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
     if groups:
-        notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")
+        notes.append(f"layers that share one computation, which saves memory and time: {describe(groups)}")
     layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
     notes += memory.reasons
     notes += streaming_notes(inputs.base, device, memory.choice, memory.largest_tokens)
