@@ -37,7 +37,7 @@ from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, write
 from tunekit.console import Console
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import AdapterError, InputError
-from tunekit.files.durable import require_writable, write_result
+from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.rewrite import Rewriter
@@ -54,11 +54,10 @@ LISTED = 12  # names printed of a list; a JSON file has them all
 
 def show_verb(adapter: str, json_file: str | None) -> None:
     """Tell what is in the folder. Raises: AdapterError where it cannot be read as an adapter at all."""
-    require_writable(json_file)
-    console = Console()
+    write_result = json_result(json_file)
     summary = summarise_adapter(adapter_folder(adapter))
-    _show(console, summary)
-    write_result(json_file, asdict(summary))
+    _show(Console(json_file=json_file), summary)
+    write_result(asdict(summary))
 
 
 def combine_verb(
@@ -89,8 +88,7 @@ def combine_verb(
         raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R")
     else:
         _combine_others(folders, mixture, facts, place)
-    for note in facts.notes:
-        console.warn(note)
+    console.warn(*facts.notes)
     console.info(f"{kind} of {' and '.join(f'{w:g} x {f}' for w, f in zip(given, folders, strict=True))}")
     console.info(f"written to {place}")
 
@@ -215,8 +213,7 @@ def diff_verb(
     output: str | None,
 ) -> None:
     """Compare two adapters or two models. Raises: InputError where they are not two of a kind."""
-    require_writable(json_file)
-    console = Console()
+    console, write_result = Console(json_file=json_file), json_result(json_file)
     if (rank is None) != (output is None) or (rank is not None and rank < 1):
         raise InputError("to extract a LoRA takes a rank and a folder", "give --extract-rank R --output DIR")
     folders = [adapter_folder(left), adapter_folder(right)]
@@ -231,7 +228,7 @@ def diff_verb(
         differences = _diff_adapters(console, folders, rank, base, place)
     else:
         differences = _diff_models(console, [left, right], rank, None if output is None else Path(output))
-    write_result(json_file, [asdict(difference) for difference in differences])
+    write_result([asdict(difference) for difference in differences])
     if losses is not None:
         labels = ("the base alone", f"with A ({left})", f"with B ({right})")
         console.table(["", "loss"], list(zip(labels, losses, strict=True)), title=data)
@@ -371,8 +368,7 @@ def _show(console: Console, summary: AdapterSummary) -> None:
     console.table(columns[:width], [row[:width] for row in rows])
     _list(console, "all-zero tensors (as they started, or dead)", summary.dead)
     _list(console, "tensors with NaN or infinity", summary.not_finite)
-    for fault in summary.faults:
-        console.warn(f"would not be loaded: {fault}")
+    console.warn(*(f"would not be loaded: {fault}" for fault in summary.faults))
 
 
 def _settings_text(summary: AdapterSummary) -> str:

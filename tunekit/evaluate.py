@@ -13,13 +13,12 @@ from tunekit.console import Console
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
-from tunekit.files.durable import require_writable, write_result
+from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.names import known_names
 from tunekit.recipe.reading.dump import yaml_scalar
-from tunekit.tuned.answers import Question
 from tunekit.tuned.evaluator import Evaluator
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
@@ -36,7 +35,7 @@ def evaluate_verb(
 ) -> None:
     """Evaluate TARGET. Raises: TunekitError, whose exit code the command line returns."""
     _check_metrics(metrics)
-    require_writable(json_file)
+    write_result = json_result(json_file)
     if data is None and format is not None:
         raise InputError("--format says how to read --data, which is not given", "give --data FILE")
     if data is not None:
@@ -47,19 +46,17 @@ def evaluate_verb(
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
-    for rewrite in found.rewrites:
-        console.info(rewrite)
+    console.info(*found.rewrites)
     try:
         loaded = load_target(found, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
-        for note in rows.notes:
-            console.info(note)
+        console.info(*rows.notes)
         values = evaluate_rows(loaded, rows, metrics, devices, template)
     finally:
         devices.close()
     if devices.is_main:
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
-        write_result(json_file, {name: value for name, value in values.items() if math.isfinite(value)})
+        write_result({name: value for name, value in values.items() if math.isfinite(value)})
 
 
 def _check_metrics(names: Sequence[str]) -> None:
@@ -97,7 +94,7 @@ def evaluate_rows(
         rows.objective,
         devices,
         evaluation,
-        lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        rows.evaluation_prompts,
         settings,
         metric_names=tuple(metrics),
         template=template,

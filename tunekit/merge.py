@@ -18,8 +18,7 @@ def merge_verb(adapter: str, output: str, base: str | None, onto: str | None, ov
     """
     console = Console()
     target = find_target(adapter, base, overrides)
-    for rewrite in target.rewrites:
-        console.info(rewrite)
+    console.info(*target.rewrites)
     with StopSignals(announce=False) as signals, signals.at_once("in the merge; what it had written is removed"):
         result = merge_adapter(target, Path(output), onto)
     difference = result.difference

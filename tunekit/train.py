@@ -17,7 +17,7 @@ from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.console.progress import Progress
 from tunekit.data.encoding.sources import read_template
-from tunekit.files.durable import require_writable, write_result
+from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
@@ -46,11 +46,10 @@ def train_verb(
     Raises: TunekitError, whose exit code the command line returns.
     """
     loaded = load_recipe(recipe_path, overrides)
-    require_writable(json_file)
+    write_result = json_result(json_file)
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
-    for rewrite in loaded.rewrites:
-        console.info(rewrite)
+    console.info(*loaded.rewrites)
     try:
         with StopSignals(announce=devices.is_main) as signals:
             session, path = Session(loaded, devices, console, signals, dry_run), Path(loaded.recipe.output.dir)
@@ -63,7 +62,7 @@ def train_verb(
                 with run_files.locked_folder(session, path, resume):
                     _train(session, resume)
             if devices.is_main:
-                write_result(json_file, result if dry_run else json.loads((path / "report.json").read_bytes()))
+                write_result(result if dry_run else json.loads((path / "report.json").read_bytes()))
     finally:
         devices.close()
 
@@ -137,8 +136,7 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepa
         f"{rows.trained:,} rows, {rows.dropped:,} dropped, {plan.steps:,} steps, "
         f"{plan.supervised_tokens:,} supervised tokens; predicted peak {bytes_text(plan.peak_bytes.total)}"
     )
-    for note in plan.notes:
-        console.info(note)
+    console.info(*plan.notes)
     return plan, prepared
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tunekit.data.reading.data_file import inspect_file
 from tunekit.errors import DataError, Problem, RecipeError
-from tunekit.files.durable import require_writable, write_result
+from tunekit.files.durable import json_result
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.supported import refuse_unsupported
@@ -19,15 +19,15 @@ from tunekit.recipe.supported import refuse_unsupported
 
 def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
     """Check a recipe and say so. Raises RecipeError with every problem."""
-    require_writable(json_file)
+    write_result = json_result(json_file)
     try:
         loaded = validate(recipe_path, overrides)
     except RecipeError as error:
         problems = [asdict(problem) for problem in error.problems]
-        write_result(json_file, {"valid": False, "problems": problems, "notes": list(error.notes)})
+        write_result({"valid": False, "problems": problems, "notes": list(error.notes)})
         raise
     notes = [*loaded.rewrites, *loaded.defaults]
-    write_result(json_file, {"valid": True, "problems": [], "notes": notes})
+    write_result({"valid": True, "problems": [], "notes": notes})
     if json_file != "-":
         print("\n".join([*notes, f"{recipe_path}: valid"]))
 

@@ -18,7 +18,7 @@ from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ResourceError
-from tunekit.files.durable import free_bytes, remove_tree, rename, sync_file, sync_folder, write_json
+from tunekit.files.durable import free_bytes, remove_tree, rename, sync, write_json
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
@@ -87,8 +87,8 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
         difference = measure_difference(target, staging, requantized=chosen == "quantized")
         write_json(staging / REPORT, _report(chosen, reason, difference))
         for path in sorted(staging.iterdir()):
-            sync_file(path)
-        sync_folder(staging)
+            sync(path)
+        sync(staging)
         if output.exists():
             output.rmdir()  # empty, as checked
         rename(staging, output)

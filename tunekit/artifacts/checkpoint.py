@@ -70,7 +70,7 @@ def save_checkpoint(
     folder, parent = run.checkpoints / checkpoint_name(step), run.checkpoints
     if not durable.is_real_folder(parent):
         durable.make_folder(parent)
-        durable.sync_folder(run.path)
+        durable.sync(run.path)
     run.sync_metrics()
     temporary = parent / f".tmp-{checkpoint_name(step)}-{os.getpid()}"
     if durable.is_real_folder(temporary):
@@ -96,7 +96,7 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], f
     files[STATE] = {"bytes": file.size_bytes, "sha256": file.sha256}
     with durable.DurableFile(folder / MANIFEST) as file:
         file.write(durable.json_bytes({"format": FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}))
-    durable.sync_folder(folder)
+    durable.sync(folder)
 
 
 def _put_in_place(run: RunFolder, temporary: Path, folder: Path) -> None:

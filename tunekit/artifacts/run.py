@@ -101,7 +101,7 @@ class RunFolder:
     def sync_metrics(self) -> None:
         """Make metrics.jsonl durable; a checkpoint calls it, so that the log is never behind a checkpoint."""
         if self.metrics_path.exists():
-            durable.sync_file(self.metrics_path)
+            durable.sync(self.metrics_path)
 
     def status(self, exit_code: int | None, reason: str) -> None:
         """Write status.json; None while the run goes on, 0 once all results are durable."""
@@ -204,7 +204,7 @@ def _make_folders(path: Path, made: list[Path]) -> None:
         except OSError as error:
             raise durable.explain(error, "make", folder) from error
         made.append(folder)
-        durable.sync_folder(folder.parent)
+        durable.sync(folder.parent)
 
 
 def _probe(path: Path) -> None:
@@ -218,7 +218,7 @@ def _probe(path: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(probe)
-    durable.sync_folder(path)
+    durable.sync(path)
 
 
 def _tidy(path: Path) -> None:

@@ -106,5 +106,5 @@ def forget_pages(values: Tensor) -> None:
         return
     page = mmap.PAGESIZE
     start = values.data_ptr() // page * page
-    stop = -(-(values.data_ptr() + values.numel() * values.element_size()) // page) * page
+    stop = -(-(values.data_ptr() + values.nbytes) // page) * page
     ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)

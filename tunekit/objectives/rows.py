@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import GREEDY, Batch, Objective, Row, Rows, Sampling, Tokenizer, Window
-from tunekit.data.encoding.cache import hash_of
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
+from tunekit.files.cache_folder import hash_of
 from tunekit.model.text.generation import generate_texts
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import ObjectiveSettings

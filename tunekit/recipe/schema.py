@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunekit.recipe.data import Source
-from tunekit.recipe.foreign.table import FLAT, IN_ADAPTER, alias_target
+from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target
 from tunekit.recipe.names import facts_of, known_names, settings_class
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.dump import yaml_scalar
@@ -37,7 +37,7 @@ def make_schema() -> JsonSchema:
     trackers = properties["output"]["properties"]["report_to"]
     properties["output"]["properties"]["report_to"] = {"anyOf": [trackers["items"], {"const": "none"}, trackers]}
     _add_known_names(definitions["Source"], properties["evaluation"])
-    foreign = {name: _alias_schema(name) for name in FLAT}
+    foreign = {name: _alias_schema(name) for name in TOP_LEVEL}
     return {
         "$schema": DIALECT,
         "title": "tunekit recipe",
@@ -67,7 +67,7 @@ def make_reference() -> str:
     for kind in ("formats", "metrics"):
         lines += [f"{kind}:", *(f"  {name:<20} {facts_of(kind, name).DESCRIPTION}" for name in known_names(kind)), ""]
     lines.append("names of other tools, accepted where they put them:")
-    for name in sorted(FLAT):
+    for name in sorted(TOP_LEVEL):
         target = alias_target(name)
         if target:
             lines.append(f"  {name:<30} {dotted(target)}")

@@ -27,7 +27,6 @@ from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
 from tunekit.training.trial import make_splitting, probe_model, split_evaluation_noted, try_longest_batch
-from tunekit.tuned.answers import Question
 from tunekit.tuned.evaluator import Evaluator
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
@@ -147,7 +146,7 @@ def _make_evaluate(
         rows.objective,
         session.devices,
         rows.evaluation,
-        lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        rows.evaluation_prompts,
         recipe.evaluation,
         template=None if recipe.data.chat_template is None else read_template(Path(recipe.data.chat_template)),
         on_split=split_evaluation_noted(session, state),

@@ -85,4 +85,4 @@ def _adapter_bytes(model: TunedModel) -> int:
     """Bytes of the adapter's own tensors that lie inside the network; those of the whole model lie beside it."""
     parts = [] if model.adapter is None else model.adapter.parts()
     inside = [part for part in parts if part is not (model.adapter and model.adapter.model_adapter)]
-    return sum(tensor.numel() * tensor.element_size() for part in inside for tensor in part.state().values())
+    return sum(tensor.nbytes for part in inside for tensor in part.state().values())

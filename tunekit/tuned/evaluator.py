@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.rows import Prompt
 from tunekit.machine.devices import Devices
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, needs_generation
-from tunekit.tuned.answers import Question, answer_questions, text_metrics
+from tunekit.tuned.answers import answer_questions, text_metrics
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import EvaluationSums, summed_evaluation
 
@@ -27,7 +28,7 @@ class Evaluator:
     objective: Objective
     devices: Devices
     rows: Rows
-    questions: Callable[[], Sequence[Question]]  # asked for only where a metric needs answers
+    questions: Callable[[], Sequence[Prompt]]  # asked for only where a metric needs answers
     settings: EvaluationSection
     metric_names: tuple[str, ...] = ()
     template: str | None = None  # of the questions, where it is not the tokenizer's own

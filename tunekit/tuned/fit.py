@@ -20,7 +20,7 @@ def check_family(base: LoadedModel, family: str) -> LoadedModel:
     """
     if base.family.name == family:
         return base
-    what = f"{base.name_or_path} ({base.facts.model_type}) is {base.family.text}"
+    what = f"{base.facts.name_or_path} ({base.facts.model_type}) is {base.family.text}"
     fitting = supervised_objective(base.family.name)
     if fitting is not None:
         how = f"write objective: {fitting.method}"

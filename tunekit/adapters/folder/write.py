@@ -117,7 +117,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     durable.make_folder(temporary)
     try:
         yield temporary
-        durable.sync_folder(temporary)
+        durable.sync(temporary)
         _put_in_place(temporary, folder)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -195,4 +195,4 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     durable.rename(temporary, folder)
     if durable.is_real_folder(old):
         durable.remove_tree(old)
-        durable.sync_folder(folder.parent)
+        durable.sync(folder.parent)

@@ -1,6 +1,6 @@
 """report.md: what was trained, what came of it, what it cost, and what to do next.
 
-Comes in: facts, plan, totals.  Goes out: Markdown text.  What was not measured is left out.
+Comes in: facts, plan, the loss of each step.  Goes out: Markdown text.  What was not measured is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tunekit.artifacts.report.totals import Totals
 from tunekit.errors import redact
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text
 
@@ -29,13 +28,13 @@ def escape(value: object) -> str:
     return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in flat)
 
 
-def make_page(path: Path, facts: ReportFacts, plan: Plan, totals: Totals) -> str:
+def make_page(path: Path, facts: ReportFacts, plan: Plan, losses: Sequence[float]) -> str:
     """The whole page."""
     sections = [
         _head(path, facts, plan),
-        _result(facts, totals),
+        _result(facts, losses),
         _memory(facts, plan),
-        _speed(facts, totals),
+        _speed(facts),
         _rows(facts, plan),
         _size(facts, plan),
         _reactions(facts, plan),
@@ -66,7 +65,7 @@ def _head(path: Path, facts: ReportFacts, plan: Plan) -> str:
     )
 
 
-def _result(facts: ReportFacts, totals: Totals) -> str:
+def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
     lines = ["## Result"]
     rows = [(entry["step"], entry["eval"]) for entry in facts.evaluations if entry.get("eval")]
     if rows:
@@ -81,12 +80,10 @@ def _result(facts: ReportFacts, totals: Totals) -> str:
                 ],
             )
         )
-    if totals.losses:
-        lines.append(
-            f"Training loss: {_number(totals.losses[0])} at the first step, {_number(totals.losses[-1])} at the last."
-        )
-    if len(totals.losses) > 2:
-        lines.append(f"```\n{curve(totals.losses)}\n```")
+    if losses:
+        lines.append(f"Training loss: {_number(losses[0])} at the first step, {_number(losses[-1])} at the last.")
+    if len(losses) > 2:
+        lines.append(f"```\n{curve(losses)}\n```")
     kept = facts.best_step if facts.best_step is not None else facts.final_step
     why = "the best evaluation" if facts.best_step is not None else "the last"
     lines.append(f"The exported weights are those after **step {kept}**, {why}.")
@@ -166,7 +163,7 @@ def _difference(predicted: int, measured: int) -> str:
     return f"{(predicted - measured) / measured:+.1%}" if measured else ""
 
 
-def _speed(facts: ReportFacts, totals: Totals) -> str:
+def _speed(facts: ReportFacts) -> str:
     lines = ["## Speed"]
     rates = [
         ("tokens per second", facts.tokens_per_second),
