@@ -39,13 +39,11 @@ def generate_verb(
         prompts = "-"
     if (prompt is None) == (prompts is None):
         raise InputError("give either --prompt TEXT or --prompts FILE, or prompts on standard input, one a line")
-    drawn = {"top_p": top_p, "top_k": top_k, "seed": seed}
-    given = {name: value for name, value in drawn.items() if value is not None}
+    given = [flag for flag, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)) if value is not None]
     if given and not temperature:
-        named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise InputError(
-            f"without --temperature nothing is sampled, so {named} would say nothing", "add --temperature 1"
-        )
+        what = f"without --temperature nothing is sampled, so {' and '.join(given)} would say nothing"
+        raise InputError(what, "add --temperature 1")
+    sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     if max_new_tokens is not None:
         overrides = [*overrides, f"evaluation.max_new_tokens={max_new_tokens}"]
     texts = [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
@@ -54,7 +52,7 @@ def generate_verb(
     console = Console(enabled=devices.is_main)
     console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
-        answers = answer(load_target(found, devices.device), texts, Sampling(temperature, **given))
+        answers = answer(load_target(found, devices.device), texts, sampling)
     finally:
         devices.close()
     if prompt is not None:
