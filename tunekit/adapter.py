@@ -350,6 +350,13 @@ def adapter_folder(name: str) -> Path:
 
 
 def _show(console: Console, summary: AdapterSummary) -> None:
+    """Layer by layer, and at the end, where a terminal stands, the whole in a few lines."""
+    rows = [(layer.name, layer.rank, layer.parameters, layer.norm, layer.update_norm) for layer in summary.layers]
+    columns = ["layer", "rank", "parameters", "norm of its tensors", "norm of s B A"]
+    width = 5 if any(row[4] is not None for row in rows) else 4
+    console.table(columns[:width], [row[:width] for row in rows])
+    _list(console, "all-zero tensors (as they started, or dead)", summary.dead)
+    _list(console, "tensors with NaN or infinity", summary.not_finite)
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in summary.ranks.items())
     facts = {
         "method": f"{summary.method} (peft type {summary.peft_type})",
@@ -362,19 +369,17 @@ def _show(console: Console, summary: AdapterSummary) -> None:
         "file": f"{bytes_text(summary.tensor_bytes)}, {len(summary.tensors)} tensors",
     }
     console.panel(summary.folder, facts)
-    rows = [(layer.name, layer.rank, layer.parameters, layer.norm, layer.update_norm) for layer in summary.layers]
-    columns = ["layer", "rank", "parameters", "norm of its tensors", "norm of s B A"]
-    width = 5 if any(row[4] is not None for row in rows) else 4
-    console.table(columns[:width], [row[:width] for row in rows])
-    _list(console, "all-zero tensors (as they started, or dead)", summary.dead)
-    _list(console, "tensors with NaN or infinity", summary.not_finite)
     console.warn(*(f"would not be loaded: {fault}" for fault in summary.faults))
 
 
 def _settings_text(summary: AdapterSummary) -> str:
-    """Settings that say something."""
-    said = {key: value for key, value in summary.settings.items() if value not in (None, [], {}, "")}
-    return ", ".join(f"{key} {value}" for key, value in said.items() if key != "method")
+    """Settings that say something; of long lists and mappings, how long they are."""
+    said = {key: value for key, value in summary.settings.items() if value not in (None, [], {}, "", False)}
+    short = {
+        key: f"({len(value)})" if isinstance(value, list | dict) and len(value) > LISTED else value
+        for key, value in said.items()
+    }
+    return ", ".join(f"{key} {value}" for key, value in short.items() if key != "method")
 
 
 def _list(console: Console, title: str, names: list[str]) -> None:

@@ -63,7 +63,11 @@ MergeOverrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="of model.*, such as model.trust_remote_code=true")
 ]
 Target = Annotated[
-    str, typer.Argument(metavar="TARGET", help="a run, an adapter, a model folder, a recipe or a hub name")
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name",
+    ),
 ]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
@@ -125,10 +129,15 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="load and try the longest batch; write nothing")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="begin anew; an old run is moved aside, to RUN.1, never deleted")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Train, and write the run folder."""
-    _call(context, "tunekit.train:train_verb", recipe, overrides or [], resume, dry_run, json_file)
+    words = overrides or []
+    first = () if resume or dry_run or overwrite else ("tunekit.validate:check_new_run", recipe, words)
+    _call(context, "tunekit.train:train_verb", recipe, words, resume, dry_run, overwrite, json_file, first=first)
 
 
 @app.command("eval")
@@ -190,16 +199,20 @@ def generate(
 @app.command()
 def merge(
     context: typer.Context,
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder or a run")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, a run or a checkpoint")],
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="the new model folder")],
     overrides: MergeOverrides = None,
     base: Base = None,
     onto: Annotated[
         str | None, typer.Option("--onto", metavar="dequantized|full|quantized", help="which base weights to add to")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="float32|bfloat16|float16", help="of the written weights; default: the base's"),
+    ] = None,
 ) -> None:
     """Merge an adapter into its base."""
-    _call(context, "tunekit.merge:merge_verb", adapter, output, base, onto, overrides or [])
+    _call(context, "tunekit.merge:merge_verb", adapter, output, base, onto, overrides or [], dtype)
 
 
 @adapter_app.command("show")
@@ -261,6 +274,19 @@ def adapter_convert(
     _call(context, "tunekit.adapter:convert_verb", adapter, rank, initial, base, output)
 
 
+@adapter_app.command("export-checkpoint")
+def adapter_export_checkpoint(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="RUN@120, RUN@best, RUN@last or a checkpoint folder")
+    ],
+    output: Output,
+    base: Base = None,
+) -> None:
+    """Write the adapter of a checkpoint, as the run would have after that step."""
+    _call(context, "tunekit.export_checkpoint:export_checkpoint_verb", checkpoint, base, output)
+
+
 @adapter_app.command("diff")
 def adapter_diff(
     context: typer.Context,
@@ -320,15 +346,19 @@ def schema(
     _call(context, "tunekit.schema:schema_verb", output, reference)
 
 
-def _call(context: typer.Context, verb: str, *values: Any) -> None:
-    """Import a verb, call it, and turn whatever happens into words on stderr and an exit code."""
-    module, _, name = verb.partition(":")
-    if module not in LIGHT and sys.stderr.isatty():
+def _call(context: typer.Context, verb: str, *values: Any, first: tuple[Any, ...] = ()) -> None:
+    """Import a verb, call it, and turn whatever happens into words on stderr and an exit code.
+
+    `first`: another one and its values, called before this one is so much as imported.
+    """
+    if verb.partition(":")[0] not in LIGHT and sys.stderr.isatty():
         print("loading ...", file=sys.stderr, flush=True)
     ordinary, code = gc.get_threshold(), 0
     gc.set_threshold(*WHILE_STARTING)
     try:
-        code = getattr(import_module(module), name)(*values) or 0
+        for name, *given in (first, (verb, *values)) if first else ((verb, *values),):
+            module, _, function = name.partition(":")
+            code = getattr(import_module(module), function)(*given) or 0
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if context.obj and not isinstance(error, BrokenPipeError):

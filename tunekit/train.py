@@ -16,7 +16,7 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.console.progress import Progress
-from tunekit.data.encoding.sources import read_template
+from tunekit.errors import InputError
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
@@ -29,22 +29,30 @@ from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice, Plan, bytes_text
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
-from tunekit.training.finish import export_adapter, report_facts
+from tunekit.training.finish import report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
 from tunekit.training.state import Prepared, Run
+from tunekit.tuned.export import export_adapter
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
 def train_verb(
-    recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool, json_file: str | None = None
+    recipe_path: str,
+    overrides: Sequence[str],
+    resume: bool,
+    dry_run: bool,
+    overwrite: bool = False,
+    json_file: str | None = None,
 ) -> None:
     """Run the recipe.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
+    if overwrite and (resume or dry_run):
+        raise InputError(f"--overwrite begins anew, and {'--resume' if resume else '--dry-run'} does not", "give one")
     loaded = load_recipe(recipe_path, overrides)
     write_result = json_result(json_file)
     devices = make_devices()
@@ -59,7 +67,7 @@ def train_verb(
             elif devices.from_main(devices.is_main and resume and is_finished(path)):
                 console.info(f"{path} holds a finished run; nothing to do")
             else:
-                with run_files.locked_folder(session, path, resume):
+                with run_files.locked_folder(session, path, resume, overwrite):
                     _train(session, resume)
             if devices.is_main:
                 write_result(result if dry_run else json.loads((path / "report.json").read_bytes()))
@@ -156,11 +164,15 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run) -> None:
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
-    named = recipe.data.chat_template
-    template = None if named is None else read_template(Path(named))
-    adapter_bytes = export_adapter(folder, run.model.base, run.adapter, run.objective, template)
-    facts = report_facts(plan, state, session.measured(run.model), adapter_bytes, folder, saves_best)
+    place, base, template = folder.path / "adapter", run.model.base, recipe.data.chat_template
+    adapter_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
+    is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
+    begun_from = "the base" if is_base else "before training"
+    facts = report_facts(plan, state, session.measured(run.model), adapter_bytes, folder, saves_best, begun_from)
     write_report(folder, facts, plan)
-    folder.status(0, "stopped early: no gain" if state.stopped_early else "finished")
-    console.info(f"adapter: {folder.path / 'adapter'} ({bytes_text(adapter_bytes)})")
+    ended = "stopped early: no gain" if state.stopped_early else "finished"
+    folder.status(0, ended if facts.verdict is None else f"{ended}; {facts.verdict}")
+    if facts.verdict is not None:
+        console.warn(f"{facts.verdict}; lower training.learning_rate, train less, or look at the rows")
+    console.info(f"adapter: {place} ({bytes_text(adapter_bytes)})")
     console.info(f"report:  {folder.path / 'report.md'}")

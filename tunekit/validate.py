@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from tunekit.artifacts.run import refuse_old_run
 from tunekit.data.reading.data_file import inspect_file
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.durable import json_result
@@ -30,6 +31,11 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
     write_result({"valid": True, "problems": [], "notes": notes})
     if json_file != "-":
         print("\n".join([*notes, f"{recipe_path}: valid"]))
+
+
+def check_new_run(recipe_path: str, overrides: Sequence[str]) -> None:
+    """What train asks before it loads anything. Raises: RecipeError; RunFolderError where a run is in the way."""
+    refuse_old_run(Path(load_recipe(recipe_path, overrides).recipe.output.dir))
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -46,7 +46,11 @@ FACTS = ReportFacts(
     trainable_parameters=500_000,
     best_step=2,
     final_step=4,
+    first_loss=3.0,
     final_loss=1.25,
+    base_eval_loss=3.0,
+    eval_loss=1.0,
+    verdict=None,
     evaluations=[
         {"step": 0, "eval": {"loss": 3.0}},
         {"step": 2, "eval": {"loss": 1.0, "accuracy": 0.75}},
@@ -114,6 +118,7 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
         "peak_reserved_bytes",
         "calibration",
         "budget_bytes",
+        "verdict",
     }
 
 
@@ -183,7 +188,7 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
         "| 0 (before training) | 3 |  |",
         "| 2 (best) | 1 | 0.75 |",
         "| 4 | 1.5 | 0.5 |",
-        "Training loss: 3 at the first step, 1.25 at the last.",
+        "Training loss: 3 over the first tenth of the steps, 1.25 over the last.",
         "those after **step 2**, the best evaluation",
         "| activations | 40.0 MiB |",
         "| cpu | 110.0 MiB | 100.0 MiB | +10.0% |",
@@ -199,6 +204,13 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
         assert text in page, text
     order = [page.index(f"| {part} |") for part in ("load", "data", "train", "evaluate", "save")]
     assert order == sorted(order)
+
+
+def test_a_result_that_is_worse_than_the_base_is_told_first(run: RunFolder) -> None:
+    verdict = "worse than the base: eval loss 3.5 of the exported weights, 3 before training"
+    write_report(run, dataclasses.replace(FACTS, eval_loss=3.5, verdict=verdict), make_plan())
+    assert json.loads((run.path / "report.json").read_text())["verdict"] == verdict
+    assert f"## Result\n\n**{verdict.capitalize()}.**" in (run.path / "report.md").read_text()
 
 
 def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:

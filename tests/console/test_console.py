@@ -189,6 +189,17 @@ def test_the_last_step_is_told_once_and_an_early_end_keeps_the_last_line() -> No
     assert [line.split()[1] for line in output.getvalue().splitlines()] == ["1/100", "3/100"]
 
 
+def test_time_left_does_not_count_the_evaluation_before_training() -> None:
+    console, _, _ = both()
+    clock = Clock()
+    progress = Progress(console, 10, 0, clock)
+    clock.now += 500.0
+    progress.evaluation(EvaluationRecord(0, {"loss": 1.0}))
+    clock.now += 2.0
+    progress.update(record(1))
+    assert progress.seconds_left() == pytest.approx(18.0)
+
+
 def test_time_left_after_a_resume_counts_this_leg_only() -> None:
     console, _, _ = both()
     clock = Clock()

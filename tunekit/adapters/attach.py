@@ -186,11 +186,13 @@ def attach_adapter(
     method: Method | None = None,
     targets: list[Target] | None = None,
     finished: bool = False,
+    filled: bool = False,
 ) -> AttachedAdapter:
     """Freeze the base and put a fresh adapter into it, in place.
 
     Each tensor's first value depends on the seed and its module's name alone. `device`: where its tensors lie;
     by default where the base lies (on a meta base they have no values). `finished`: nothing but what folders hold.
+    `filled`: the caller loads the whole state afterwards.
     Raises: RecipeError where an entry of the settings fits nothing.
     """
     method = method or load_method(settings.method)
@@ -203,7 +205,7 @@ def attach_adapter(
     _build(attached, meta, finished)
     for part in attached.parts():
         if part.declared and not meta:
-            if not (finished and isinstance(part, ModelAdapter)):  # its values come from the folder, all of them
+            if not (filled or (finished and isinstance(part, ModelAdapter))):  # else the folder has all of its values
                 part.initialise(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, part.module_name)))
             part.move(device or _home(part, net))
     if method.kernel is not None:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,15 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def open_new(cls, path: Path | str, *, warn: Callable[[str], None] = print_warning) -> RunFolder:
-        """Lock a folder that holds no run yet.
+    def open_new(
+        cls, path: Path | str, *, overwrite: bool = False, warn: Callable[[str], None] = print_warning
+    ) -> RunFolder:
+        """Lock a folder that holds no run yet; with `overwrite` one that is there is moved aside first.
 
         Raises: RunFolderError where it does, or where another process has it.
         """
+        if overwrite:
+            _move_aside(Path(os.path.abspath(path)), warn)
         return _open(Path(path), resume=False, warn=warn)
 
     @classmethod
@@ -137,6 +142,26 @@ def is_finished(path: Path | str) -> bool:
     return isinstance(status, dict) and status.get("exit_code") == 0
 
 
+def refuse_old_run(path: Path) -> None:
+    """Raises: RunFolderError where a new run cannot have this folder."""
+    _refuse(path, resume=False)
+
+
+def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
+    """Rename the folder of an earlier run to PATH.1, or the first of PATH.2 ... that is free; nothing in it changes."""
+    if not any(os.path.lexists(path / name) for name in RUN_SIGNS):
+        return
+    aside = next(each for number in count(1) if not os.path.lexists(each := path.with_name(f"{path.name}.{number}")))
+    lock = FolderLock(path)
+    try:
+        durable.rename(path, aside)
+    except OSError as error:
+        raise durable.explain(error, "move aside", path) from error
+    finally:
+        lock.release()
+    warn(f"the old run in {path} is now in {aside}")
+
+
 def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder:
     """Check the folder, make and lock it, check it again, try to write, remove leftovers; the lock comes before any
     file."""
@@ -175,7 +200,7 @@ def _refuse(path: Path, *, resume: bool, ours: bool = False) -> None:
         return
     for name in RUN_SIGNS:
         if os.path.lexists(path / name) and not resume:
-            how = "go on with --resume, or choose another output.dir"
+            how = "go on with --resume, move the old run aside with --overwrite, or choose another output.dir"
             if (path / LOCK_NAME).exists():
                 FolderLock(path).release()  # a run that is going on is the better message
             raise RunFolderError(f"{path} already holds a run ({name})", how)

@@ -54,7 +54,7 @@ def assemble_run(
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
         session.console.info(f"going on after step {state.step} of {plan.steps}")
     plan = _with_targets(plan, adapter)
-    write_plan(session, plan, state.step, fingerprint)
+    write_plan(session, plan, -1 if checkpoint is None else state.step, fingerprint)
     splitting = make_splitting(session, state)
     run = Run(
         model=model,
@@ -71,6 +71,7 @@ def assemble_run(
         evaluate=_make_evaluate(session, prepared, model, state),
         stop_signal=lambda: session.signals.requested or 0,
         peak_bytes=session.peak_bytes,
+        warn=session.console.warn,
     )
     if plan.tries_longest_batch or session.dry_run:
         with session.timed("try"):

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from tunekit.adapters.folder.config import TEMPLATE_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
@@ -33,21 +35,25 @@ from tunekit.recipe.names import known_names
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
+from tunekit.tuned.export import export_checkpoint
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+
+NAME_BASE = "give the base with --base"
 
 
 @dataclass(frozen=True)
 class Target:
     """What TARGET names. `adapter` is a folder, or None for a bare model; `recipe` where one belongs to it."""
 
-    kind: str  # adapter, run, model, recipe
+    kind: str  # adapter, run, checkpoint, model, recipe
     model: ModelSection
     evaluation: EvaluationSection
     adapter: Path | None = None
     recipe: Recipe | None = None
     rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
+    holder: TemporaryDirectory[str] | None = None  # of the adapter of a checkpoint, as long as this target lives
 
     @property
     def template_file(self) -> Path | None:
@@ -111,6 +117,8 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
         loaded = load_recipe(path)
         rewrites = [*loaded.rewrites, *rewrites]
         found = _from_recipe("recipe", loaded.recipe, None, given)
+    elif (checkpoint := find_checkpoint(target)) is not None:
+        found = _from_checkpoint(checkpoint, given)
     elif path.is_dir():
         found = _from_folder(path.resolve(), given)
     elif path.exists() and path.suffix != ".gguf":
@@ -158,7 +166,8 @@ def _from_folder(folder: Path, given: TargetOverrides) -> Target:
     if (folder / "plan.json").exists():
         recipe = load_recipe(folder / "recipe.yaml").recipe
         if not (folder / "adapter" / "adapter_config.json").exists():
-            raise InputError(f"{folder} is a run without a result yet", "finish it with: tunekit train RECIPE --resume")
+            how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
+            raise InputError(f"{folder} is a run without a result yet", how)
         return _from_recipe("run", recipe, folder / "adapter", given)
     if (folder / "config.json").exists():
         return _bare_model(str(folder), given)
@@ -168,8 +177,20 @@ def _from_folder(folder: Path, given: TargetOverrides) -> Target:
 
 
 def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, given: TargetOverrides) -> Target:
-    evaluation = recipe.evaluation.model_copy(update=given.evaluation)
-    return Target(kind, recipe.model.model_copy(update=given.model), evaluation, adapter, recipe)
+    evaluation, model = recipe.evaluation.model_copy(update=given.evaluation), given.model
+    if adapter is not None and "name_or_path" not in model:
+        base = base_section(read_adapter_config(adapter), {}, NAME_BASE)
+        model = base.model_dump(include={"name_or_path", "revision"}, exclude_unset=True) | model
+    return Target(kind, recipe.model.model_copy(update=model), evaluation, adapter, recipe)
+
+
+def _from_checkpoint(checkpoint: Path, given: TargetOverrides) -> Target:
+    """The run as it was after that step."""
+    holder = TemporaryDirectory(prefix="tunekit-")
+    adapter = Path(holder.name) / "adapter"
+    export_checkpoint(checkpoint, adapter, given.model)
+    recipe = load_recipe(checkpoint.parent.parent / "recipe.yaml").recipe
+    return replace(_from_recipe("checkpoint", recipe, adapter, given), holder=holder)
 
 
 def _from_adapter(folder: Path, given: TargetOverrides) -> Target:
@@ -177,7 +198,7 @@ def _from_adapter(folder: Path, given: TargetOverrides) -> Target:
     run = folder.parent
     if folder.name == "adapter" and (run / "plan.json").exists():
         return _from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, given)
-    model = base_section(read_adapter_config(folder), given.model, "give the base with --base")
+    model = base_section(read_adapter_config(folder), given.model, NAME_BASE)
     return Target("adapter", model, EvaluationSection().model_copy(update=given.evaluation), folder)
 
 

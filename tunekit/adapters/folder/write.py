@@ -43,7 +43,7 @@ def save_adapter_folder(
     chat_template: str | None = None,
     objective: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write the folder whole or not at all; returns its bytes. A local base is named relative to the folder.
+    """Write the folder whole or not at all; returns its bytes.
 
     `chat_template`: the text of one other than the base's own; it then belongs to the adapter.  `objective`: for what
     it was trained, and what that must know when it is used.
@@ -54,9 +54,11 @@ def save_adapter_folder(
     form = attached.method.written_form(WrittenForm(attached.settings, attached.targets, attached.layers))
     plain = copy.copy(attached)
     plain.settings, plain.targets, plain.layers = form.settings, form.targets, form.layers
+    name, path = base_names(base_name, folder)
     config = peft_config(plain)
-    config |= {"base_model_name_or_path": portable(base_name, folder), "revision": revision, "task_type": task_type}
+    config |= {"base_model_name_or_path": name, "revision": revision, "task_type": task_type}
     base = {
+        "path": path,
         "fingerprint": base_fingerprint,
         "revision": revision,
         "dtype": base_dtype,
@@ -78,7 +80,7 @@ def write_adapter_folder(
 ) -> int:
     """Write tensors by file key, PEFT's configuration and our own facts, whole or not at all; returns their bytes.
 
-    `base`: fingerprint, revision, dtype, quantization and double_quantization of the base.
+    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base.
     Raises: as save_adapter_folder.
     """
     with _replacing(folder) as temporary:
@@ -160,13 +162,15 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in attached.method.peft.absent}
 
 
-def portable(base_name: str, folder: Path) -> str:
-    """A hub id as it is; a local base relative to the adapter folder, so that no user's path leaves the machine."""
+def base_names(base_name: str, folder: Path) -> tuple[str, str | None]:
+    """What PEFT is told, a hub id or an absolute path; and the path of a local base from the adapter folder.
+
+    PEFT takes a relative path from its working directory; folders that moved together are found by the second.
+    """
     base = Path(base_name).expanduser()
-    if not base.is_absolute() and not base.exists():
-        return base_name
-    relative = os.path.relpath(base.resolve(), folder.resolve())
-    return relative if relative.startswith("..") else os.path.join(".", relative)
+    if not base.is_absolute():
+        return base_name, None
+    return str(base.resolve()), os.path.relpath(base.resolve(), folder.resolve())
 
 
 def _refuse_foreign_files(folder: Path) -> None:

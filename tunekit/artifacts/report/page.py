@@ -66,7 +66,7 @@ def _head(path: Path, facts: ReportFacts, plan: Plan) -> str:
 
 
 def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
-    lines = ["## Result"]
+    lines = ["## Result", *([f"**{escape(facts.verdict.capitalize())}.**"] if facts.verdict else [])]
     rows = [(entry["step"], entry["eval"]) for entry in facts.evaluations if entry.get("eval")]
     if rows:
         names = sorted({name for _, metrics in rows for name in metrics}, key=lambda name: (name != "loss", name))
@@ -81,7 +81,10 @@ def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
             )
         )
     if losses:
-        lines.append(f"Training loss: {_number(losses[0])} at the first step, {_number(losses[-1])} at the last.")
+        lines.append(
+            f"Training loss: {_number(facts.first_loss)} over the first tenth of the steps, "
+            f"{_number(facts.final_loss)} over the last."
+        )
     if len(losses) > 2:
         lines.append(f"```\n{curve(losses)}\n```")
     kept = facts.best_step if facts.best_step is not None else facts.final_step
