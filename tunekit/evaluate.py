@@ -19,7 +19,7 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.names import known_names
 from tunekit.recipe.reading.dump import yaml_scalar
-from tunekit.tuned.evaluator import Evaluator
+from tunekit.tuned.evaluator import Evaluator, questions_for
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 
@@ -94,7 +94,7 @@ def evaluate_rows(
         rows.objective,
         devices,
         evaluation,
-        rows.evaluation_prompts,
+        questions_for(rows, metrics or settings.metrics),
         settings,
         metric_names=tuple(metrics),
         template=template,

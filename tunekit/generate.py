@@ -59,7 +59,7 @@ def generate_verb(
         console.write(f"{visible(answers[0])}\n")
         return
     for text, reply in zip(texts, answers, strict=True):
-        console.write(visible(json.dumps({"prompt": text, "answer": reply}, ensure_ascii=False)) + "\n")
+        console.json({"prompt": text, "answer": reply})
 
 
 def read_prompts(path: Path) -> list[str]:

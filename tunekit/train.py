@@ -92,7 +92,7 @@ def _train(session: Session, resume: bool) -> None:
     if trackers is not None:
         trackers.close()
     if session.folder is not None:
-        _finish(session, session.folder, plan, run)
+        _finish(session, session.folder, plan, run, prepared.rows.template)
     session.devices.wait()
 
 
@@ -157,14 +157,14 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
         return load_model(prepared.model, device=device, streamed=plan.choice.streaming != "off")
 
 
-def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run) -> None:
+def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run, template: str | None) -> None:
     """Export the best or the last state, report, and say that it is finished, in this order."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
-    place, base, template = folder.path / "adapter", run.model.base, recipe.data.chat_template
+    place, base = folder.path / "adapter", run.model.base
     adapter_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
     begun_from = "the base" if is_base else "before training"
