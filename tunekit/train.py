@@ -26,7 +26,7 @@ from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice, Plan, bytes_text
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
-from tunekit.training.finish import export_adapter, report_facts
+from tunekit.training.finish import export_result, report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
@@ -76,7 +76,7 @@ def _train(session: Session, resume: bool) -> None:
     if trackers is not None:
         trackers.close()
     if session.folder is not None:
-        _finish(session, session.folder, plan, run)
+        _finish(session, session.folder, plan, prepared, run)
     session.devices.wait()
 
 
@@ -135,7 +135,7 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
         return load_model(prepared.model, device=device, streamed=plan.choice.streaming != "off")
 
 
-def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run) -> None:
+def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared, run: Run) -> None:
     """Export the best or the last state, report, and say that it is finished, in this order."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
@@ -144,9 +144,9 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run) -> None:
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
     named = recipe.data.chat_template
     template = None if named is None else read_template(Path(named))
-    adapter_bytes = export_adapter(folder, run.model.base, run.adapter, run.objective, template)
-    facts = report_facts(plan, state, session.measured(run.model), adapter_bytes, folder, saves_best)
+    name, size_bytes = export_result(folder, run.model, run.objective, prepared, template)
+    facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best)
     write_report(folder, facts, plan)
     folder.status(0, "stopped early: no gain" if state.stopped_early else "finished")
-    console.info(f"adapter: {folder.path / 'adapter'} ({bytes_text(adapter_bytes)})")
+    console.info(f"{name + ':':<8} {folder.path / name} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.md'}")

@@ -23,9 +23,27 @@ def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     if recipe.model.family not in ("auto", trained):
         what = f"{recipe.objective.method} trains models of the family {trained}, and model.family is "
         refuse("model.family", f"{what}{recipe.model.family}", f"write {trained} or auto, or another objective")
+    _refuse_beside_the_base(recipe, refuse)
     _refuse_activations(recipe, refuse)
     _refuse_start(recipe, refuse)
     return problems
+
+
+def _refuse_beside_the_base(recipe: Recipe, refuse: Callable[[str, str, str], None]) -> None:
+    """What cannot be had where the base's own weights are trained."""
+    adapter, quantization = recipe.adapter, recipe.model.quantization
+    if not adapter.trains_base:
+        return
+    what = f"{adapter.method} trains the base's own weights"
+    if quantization != "none":
+        how = "write quantization: none, or train an adapter of it, lora for one"
+        refuse("model.quantization", f"{what}, and packed ones ({quantization}) have no gradient", how)
+    if recipe.memory.streaming in ("host", "disk"):
+        refuse("memory.streaming", f"{what}, which a streamed base only reads", "write off, or train an adapter")
+    if recipe.training.loraplus_ratio is not None:
+        refuse("training.loraplus_ratio", f"{what}: there is no B that could be faster than A", "remove it")
+    if adapter.init_from is not None:
+        refuse("adapter.init_from", f"{what}: there is no adapter to continue", "name the model in model.name_or_path")
 
 
 def _refuse_activations(recipe: Recipe, refuse: Callable[[str, str, str], None]) -> None:

@@ -1,4 +1,4 @@
-"""The trained model, the plan and what was measured go in; an adapter folder and the report's facts come out."""
+"""The trained model, the plan and what was measured go in; a folder with the result and the report's facts come out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.artifacts.run import RunFolder
 from tunekit.contracts import Objective
 from tunekit.model.load import LoadedModel
+from tunekit.model.storage.model_folder import copy_companions, whole_model_folder
+from tunekit.model.storage.rewrite import Rewriter
 from tunekit.records import Plan, Reaction, ReportFacts
-from tunekit.training.state import LoopState
+from tunekit.training.state import LoopState, Prepared
+from tunekit.tuned.model import TunedModel
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,17 @@ class Measured:
     peak_host_bytes: int
     host_growth_bytes: int  # peak_host_bytes less what the process had before it loaded the base
     base_bytes: int
+
+
+def export_result(
+    run: RunFolder, model: TunedModel, objective: Objective, prepared: Prepared, chat_template: str | None
+) -> tuple[str, int]:
+    """Write what was trained; the name of its folder, and its bytes."""
+    base, adapter = model.base, model.adapter
+    assert adapter is not None
+    if prepared.adapter.trains_base:
+        return "model", export_model(run, base, adapter, prepared, chat_template)
+    return "adapter", export_adapter(run, base, adapter, objective, chat_template)
 
 
 def export_adapter(
@@ -45,6 +59,17 @@ def export_adapter(
         chat_template=chat_template,
         objective={"method": objective.name, **objective.facts},
     )
+
+
+def export_model(
+    run: RunFolder, base: LoadedModel, adapter: AttachedAdapter, prepared: Prepared, chat_template: str | None
+) -> int:
+    """Write model/ whole or not at all, in the dtype of the base's files, a shard in memory at a time; its bytes."""
+    folder, rewriter = run.path / "model", Rewriter(prepared.model, "full", base)
+    with whole_model_folder(folder) as staging:
+        rewriter.write(staging, rewriter.as_changes(adapter.trained()))
+        copy_companions(prepared.model, rewriter.source.folder, prepared.tokenizer, chat_template, staging)
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def report_facts(

@@ -142,7 +142,12 @@ def _from_folder(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]
     if (folder / "adapter_config.json").exists():
         return _from_adapter(folder, model, evaluation)
     if (folder / "plan.json").exists():
-        recipe = load_recipe(folder / "recipe.yaml").recipe
+        recipe, whole = load_recipe(folder / "recipe.yaml").recipe, folder / "model"
+        if recipe.adapter.trains_base and (whole / "config.json").exists():
+            if "name_or_path" in model:
+                raise InputError(f"{folder} trained its base: no other can stand for it", "leave --base out")
+            model = {**model, "name_or_path": str(whole)}
+            return replace(_from_recipe("run", recipe, None, model, evaluation), template_file=_own_template(whole))
         if not (folder / "adapter" / "adapter_config.json").exists():
             raise InputError(f"{folder} is a run without a result yet", "finish it with: tunekit train RECIPE --resume")
         return _from_recipe("run", recipe, folder / "adapter", model, evaluation)
@@ -228,6 +233,8 @@ def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None
         objective = make_objective(target.recipe.objective, tokenizer, facts)
         if objective.complete:
             return objective
+        if target.kind == "run" and target.adapter is None:
+            return None  # the model itself knows: see measuring_objective
         return load_rows(target.recipe.data, objective, seed=target.seed).objective
     if method in known_names("objectives"):
         return make_objective(make_objective_settings({"method": method}), tokenizer, facts)
