@@ -1,6 +1,7 @@
 """Predicted against measured peak memory on a CPU: every shipped recipe with a random model, and drawn recipes.
 
-    scripts/bench estimate [--only NAME] [--drawn N] [--budgets N] [--seed N] [--json FILE] [--work FOLDER]
+    scripts/bench estimate [--only NAME] [--drawn N] [--budgets N] [--seed N] [--dtype NAME] [--json FILE]
+        [--work FOLDER]
 
 For each row: a seeded random model of 100M to 200M parameters is written (its own process), the recipe is planned (its
 own process), then a fresh process imports what planning had imported, notes its resident memory and trains a few steps.
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--drawn", type=int, default=10)
     parser.add_argument("--budgets", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", help="of every row: auto, float32, bfloat16")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
@@ -272,6 +274,8 @@ def main() -> None:
         rows = shipped_rows() + drawn_rows(arguments.drawn, arguments.seed, folder)
         rows += budget_rows(arguments.budgets, arguments.seed, folder)
         rows = [row for row in rows if arguments.only is None or arguments.only in row.name]
+        if arguments.dtype:
+            rows = [replace(row, overrides=[*row.overrides, f"model.dtype={arguments.dtype}"]) for row in rows]
         results = []
         for row in rows:
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _PREFIX = r"\b(?:hf_|api_org_|sk-(?:proj-)?|gh[pousr]_|github_pat_|glpat-)"  # of access tokens
 _PASSWORD = r"(?<=://)[^/\s@]+(?=@)"
@@ -69,6 +70,10 @@ class TunekitError(Exception):
         error.problems = problems
         error.args = ("\n".join(str(problem) for problem in problems),)
         return error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As another process is handed it."""
+        return type(self).of, (self.problems,)
 
 
 class InputError(TunekitError):

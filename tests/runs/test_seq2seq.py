@@ -16,7 +16,7 @@ from tests.loop_case import CPU, ListedRows, make_case
 from tests.runs.test_every_method_trains import SETTINGS
 from tunekit.contracts import IGNORED, Row, RowEncoder
 from tunekit.data.batching.windows import TrainingWindows, filled_batch, padded_size
-from tunekit.data.encoding.encode import Dropped
+from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER
 from tunekit.errors import DataError, ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb

@@ -1,6 +1,6 @@
 """Examples: what a row means, whatever format it was written in.
 
-Comes in: formats/*.py turn rows into these.  Goes out: plain frozen values.  Next: render.py.
+Comes in: formats/*.py turn rows into these.  Goes out: plain frozen values.
 """
 
 from __future__ import annotations

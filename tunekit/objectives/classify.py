@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Part, Row, RowLayout, Rows, Sums, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
-from tunekit.data.encoding.encode import Dropped, EncodeOptions
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.formats.labels import LabelExample
 from tunekit.model.placing import placed

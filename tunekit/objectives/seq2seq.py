@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tunekit.contracts import IGNORED, Batch, Loss, ModelOutput, Part, Row, RowLayout, Sums, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, real_positions
-from tunekit.data.encoding.encode import Dropped, EncodeOptions
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER, NO_ANSWER
 from tunekit.data.rendering.turns import answer_indices
 from tunekit.errors import DataError, ModelError, Problem, RecipeError

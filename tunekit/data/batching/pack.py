@@ -1,6 +1,6 @@
 """Packing: several rows in one sequence, by first-fit.
 
-Comes in: lengths in training order and a capacity.  Goes out: packs as lists of positions.  Next: batches.py.
+Comes in: lengths in training order and a capacity.  Goes out: packs as lists of positions.
 """
 
 from __future__ import annotations

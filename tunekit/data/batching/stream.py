@@ -18,6 +18,7 @@ from tunekit.data.batching.order import draw_raw, permutation
 from tunekit.data.batching.pack import first_fit
 from tunekit.data.batching.windows import BatchSettings, Sizes
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
+from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import Sharded
@@ -75,18 +76,11 @@ class StreamedSource:
 
     def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:
         """Encoded rows of one pass in bounded buffers, each with the share of the shards begun before it ended."""
-        problems = Problems()
+        problems, name = Problems(), self.sharded.source.path
         begun = [0]
-        encoded = encode_rows(
-            self._raw_rows(seed, epoch, shuffle, problems, begun),
-            format_maker(self.format_name),
-            self.objective.row_encoder(self.options),
-            self.objective,
-            self.options,
-            name=self.sharded.source.path,
-            problems=problems,
-            counts=SourceCounts(),
-        )
+        source = SourceEncoder(format_maker(self.format_name), self.objective.row_encoder(self.options), name)
+        found = map(source.outcome, self._raw_rows(seed, epoch, shuffle, problems, begun))
+        encoded = encode_rows(found, self.objective, self.options, name=name, problems=problems, counts=SourceCounts())
         buffer: list[Row] = []
         tokens = 0
         for row, line, _, _ in encoded:

@@ -1,6 +1,6 @@
-"""A source's raw rows to encoded rows: format, excess length, and the count of what became of each.
+"""A source's rows as they are trained on: format, excess length, and the count of what became of each.
 
-Comes in: RawRows, an objective's RowEncoder, EncodeOptions.  Goes out: Encoded rows and SourceCounts.
+Comes in: the Outcomes of raw rows, EncodeOptions.  Goes out: Encoded rows and SourceCounts.
 """
 
 from __future__ import annotations
@@ -8,28 +8,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tunekit.contracts import Objective, Row, RowEncoder, RowLayout
-from tunekit.data.reading.lines import RawRow
+from tunekit.contracts import Objective, Row, RowLayout
+from tunekit.data.encoding.outcomes import Dropped, MakeExample, Outcome
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
-from tunekit.formats.example import Example
 from tunekit.recipe.names import facts_of, formats_of
 
-MakeExample = Callable[[Mapping[str, Any]], Example]
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
 TOO_LONG = "longer than max_length"
 EMPTY_PIECE = "piece without a supervised token"
-
-
-class Dropped(Exception):
-    """A row that cannot be trained on, and is counted under this reason."""
 
 
 @dataclass
@@ -101,9 +95,7 @@ def format_maker(name: str) -> MakeExample:
 
 
 def encode_rows(
-    rows: Iterable[RawRow],
-    make_example: MakeExample,
-    encoder: RowEncoder,
+    outcomes: Iterable[Outcome],
     objective: Objective,
     options: EncodeOptions,
     *,
@@ -111,22 +103,23 @@ def encode_rows(
     problems: Problems,
     counts: SourceCounts,
 ) -> Iterator[Encoded]:
-    """Every row that can be trained on; wrong rows go into `problems`."""
-    for number, raw in enumerate(rows):
+    """Every row that can be trained on; what is wrong with the others goes into `problems`."""
+    for number, (line, row) in enumerate(outcomes):
         counts.read += 1
         try:
-            row = encoder.encode(make_example(raw.values), f"{name}:{raw.line}")
+            if not isinstance(row, Row):
+                raise row
             pieces = cut_row(row, objective, options, counts)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
         except DataError as error:
-            problems.add_error(name, raw.line, error)
+            problems.add_error(name, line, error)
             continue
         counts.kept += 1
         digest = digest_of(row, objective.layout)
         for piece in pieces:
-            yield Encoded(piece, raw.line, number, digest)
+            yield Encoded(piece, line, number, digest)
 
 
 def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: SourceCounts) -> list[Row]:

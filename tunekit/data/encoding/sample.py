@@ -13,6 +13,7 @@ from tunekit.contracts import Objective
 from tunekit.data.batching.stream import StreamedSource
 from tunekit.data.encoding.cache import hash_of
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.encoding.sources import EncodedSource, encoding_facts
 from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_memory
 from tunekit.data.reading.problems import Problems
@@ -44,8 +45,8 @@ def sample_source(source: Source, number: int, objective: Objective, options: En
     encoder = objective.row_encoder(options)
     streams = memory_streams(objective.layout)
     writer = StoreWriter(objective.layout, streams)
-    given = (format_maker(format_name), encoder, objective, options)
-    encoded = encode_rows(rows, *given, name=source.path, problems=problems, counts=counts)
+    found = map(SourceEncoder(format_maker(format_name), encoder, source.path).outcome, rows)
+    encoded = encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts)
     for piece in encoded:
         writer.add(*piece)
     problems.raise_if_any()

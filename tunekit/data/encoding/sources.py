@@ -15,6 +15,7 @@ from typing import Any
 from tunekit.contracts import Objective
 from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store, hash_of
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
 from tunekit.data.reading.lines import RawRow
@@ -105,15 +106,20 @@ def encoding_facts(source: Source, objective: Objective, options: EncodeOptions)
 
 
 def _encode_into(writer: StoreWriter, source: Source, objective: Objective, options: EncodeOptions) -> Facts:
-    problems, counts, encoder = Problems(), SourceCounts(), objective.row_encoder(options)
+    problems, counts = Problems(), SourceCounts()
     rows, format_name, reason = open_rows(source, objective.example, problems)
-    make, name = format_maker(format_name), source.path
-    for piece in encode_rows(rows, make, encoder, objective, options, name=name, problems=problems, counts=counts):
+    encoder = SourceEncoder(format_maker(format_name), objective.row_encoder(options), source.path)
+    found = outcomes(rows, encoder, objective, options)
+    for piece in encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts):
         if not problems.count:
             writer.add(*piece)
     problems.raise_if_any()
     facts: dict[str, Any] = {"format": format_name, "reason": reason}
-    return {**facts, "counts": {**vars(counts), "dropped": dict(counts.dropped)}, "notices": dict(encoder.notices)}
+    return {
+        **facts,
+        "counts": {**vars(counts), "dropped": dict(counts.dropped)},
+        "notices": dict(encoder.encoder.notices),
+    }
 
 
 def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], str, str]:

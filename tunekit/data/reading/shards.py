@@ -1,6 +1,6 @@
 """Large sources in pieces that can be read on their own and in any order.
 
-Comes in: a Source.  Goes out: Shards and their raw rows.  Next: stream.py.
+Comes in: a Source.  Goes out: Shards and their raw rows.
 JSON Lines is cut at line ends, Parquet at its row groups.  What cannot be entered in the middle (CSV, a compressed
 file, a hub data set, a source cut short by max_rows) is one shard, read from its start.
 """

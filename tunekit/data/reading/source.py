@@ -1,6 +1,6 @@
 """One source of the recipe, row by row: a file, or a data set of the hub.
 
-Comes in: a Source.  Goes out: RawRows under the format's field names.  Next: rows.py.  The only door to pyarrow and
+Comes in: a Source.  Goes out: RawRows under the format's field names.  The only door to pyarrow and
 datasets, each imported where it is used.
 """
 

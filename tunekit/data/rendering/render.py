@@ -1,6 +1,6 @@
 """Example to ids and a mask: which tokens are trained on is known from message spans, never from searching ids.
 
-Comes in: an Example, a Tokenizer.  Goes out: EncodedRow, or the reason why there is none.  Next: rows.py.
+Comes in: an Example, a Tokenizer.  Goes out: EncodedRow, or the reason why there is none.
 A conversation is rendered whole, once more up to each assistant turn (turns.py finds the spans), and tokenized with
 offsets.  Text of the data that spells a special token stays text: only the template makes control tokens.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunekit.contracts import Tokenizer
-from tunekit.data.encoding.encode import Dropped
+from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
 from tunekit.data.rendering.turns import Span, TurnFinder, last_answer
 from tunekit.errors import DataError

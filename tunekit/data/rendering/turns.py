@@ -1,6 +1,6 @@
 """Where the assistant's turns lie in a rendered conversation.
 
-Comes in: a ChatExample.  Goes out: its text and the character spans to train on.  Next: render.py.
+Comes in: a ChatExample.  Goes out: its text and the character spans to train on.
 A template with {% generation %} markers says so itself.  Any other is rendered up to each turn: the turn lies between
 "everything before, with the generation prompt" and "everything including it", if both are prefixes of the whole text.
 """

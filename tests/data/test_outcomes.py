@@ -1,0 +1,59 @@
+"""Rows of a long source are encoded by processes of their own: the same rows, counts, notices and problems."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from tests.data_case import tokenizer_of, write_lines
+from tunekit.data.encoding import outcomes
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.sources import EncodedSource, load_source
+from tunekit.errors import DataError, Problem
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.data import Source
+from tunekit.recipe.objectives.sft import SftSettings
+
+OPTIONS = EncodeOptions("assistant", None, 64, "split")
+
+
+def load(rows: Path, model: Path, cache: Path) -> EncodedSource:
+    objective = make_objective(SftSettings(), tokenizer_of(model))
+    return load_source(Source(path=str(rows)), objective, OPTIONS, cache_folder=cache)
+
+
+def in_processes(patch: pytest.MonkeyPatch) -> None:
+    """Two of them, from the tenth row on."""
+    patch.setattr(outcomes, "LONG_ROWS", 10)
+    patch.setattr(outcomes, "CHUNK_ROWS", 3)
+    patch.setattr(outcomes.os, "sched_getaffinity", lambda _: {0, 1})
+
+
+def test_processes_make_the_same_entry(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = [
+        {"prompt": f"{number}: " + "a word " * (number % 20), "completion": f"done {number}"} for number in range(32)
+    ]
+    written[7]["completion"] = ""
+    written[29]["completion"] = ""
+    rows = write_lines(tmp_path / "rows.jsonl", written)
+    alone = load(rows, tiny_llama, tmp_path / "alone")
+    in_processes(monkeypatch)
+    together = load(rows, tiny_llama, tmp_path / "together")
+    assert together.counts == alone.counts
+    assert alone.counts.split
+    assert alone.counts.dropped["empty answer"] == 2
+    assert together.notices == alone.notices
+    files = sorted(path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*") if path.is_file())
+    assert files
+    for file in files:
+        assert (tmp_path / "together" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+
+
+def test_a_wrong_row_is_told_to_the_process_that_asked() -> None:
+    problems = (Problem("what", "how", "rows.jsonl", 3, "key"), Problem("other", line=4))
+    told = pickle.loads(pickle.dumps(DataError.of(problems)))
+    assert type(told) is DataError
+    assert told.problems == problems
+    assert str(told) == str(DataError.of(problems))

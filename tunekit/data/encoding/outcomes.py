@@ -1,0 +1,114 @@
+"""Raw rows to encoded ones, in their order: one after the other, or those of a long source on every core.
+
+Comes in: RawRows.  Goes out: of each its line, and the Row or why there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from threading import Thread
+from typing import Any
+
+from tunekit.contracts import Objective, Row, RowEncoder
+from tunekit.data.reading.lines import RawRow
+from tunekit.errors import DataError, ResourceError
+from tunekit.formats.example import Example
+
+MakeExample = Callable[[Mapping[str, Any]], Example]
+LONG_ROWS = 8_000  # from here on processes, which take some seconds to begin, end earlier than one alone
+CHUNK_ROWS = 500
+
+
+class Dropped(Exception):
+    """A row that cannot be trained on, and is counted under this reason."""
+
+
+Outcome = tuple[int, Row | Dropped | DataError]
+
+
+@dataclass(frozen=True)
+class SourceEncoder:
+    """What makes rows of one source's raw rows; `name` is the source's, in the rows' origins."""
+
+    make_example: MakeExample
+    encoder: RowEncoder
+    name: str
+
+    def outcome(self, raw: RawRow) -> Outcome:
+        """The row's line, and what became of it."""
+        try:
+            return raw.line, self.encoder.encode(self.make_example(raw.values), f"{self.name}:{raw.line}")
+        except (Dropped, DataError) as reason:
+            return raw.line, reason
+
+
+def outcomes(rows: Iterator[RawRow], source: SourceEncoder, objective: Objective, options: Any) -> Iterator[Outcome]:
+    """Of every row; the notices of `source.encoder` are complete at the end. Raises: ResourceError."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    first = list(islice(rows, LONG_ROWS))
+    if len(first) < LONG_ROWS or cores == 1:
+        yield from map(source.outcome, chain(first, rows))
+        return
+    arguments = (source.make_example, objective, options, source.name)
+    pool = ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_begin, initargs=arguments)
+    try:
+        for found, notices in _in_order(pool, chain(first, rows), 2 * cores):
+            source.encoder.notices.update(notices)
+            yield from found
+    except BrokenProcessPool:
+        raise ResourceError(
+            "a process that encodes rows was ended from outside", "give the run more memory", file=source.name
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, rows: Iterable[RawRow], ahead: int
+) -> Iterator[tuple[list[Outcome], Counter[str]]]:
+    """Chunk after chunk, with so many on their way at a time."""
+    pending: deque[Future[tuple[list[Outcome], Counter[str]]]] = deque()
+    rest = iter(rows)
+    for chunk in iter(lambda: list(islice(rest, CHUNK_ROWS)), []):
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, [signal.SIGINT]
+        )  # which a new process inherits: Ctrl-C is ours to obey
+        try:
+            pending.append(pool.submit(_encode, chunk))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+_source: list[SourceEncoder] = []  # of this process, which encodes for another
+
+
+def _begin(make_example: MakeExample, objective: Objective, options: Any, name: str) -> None:
+    _source.append(SourceEncoder(make_example, objective.row_encoder(options), name))
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Its end, however it came, is this process's too."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode(chunk: list[RawRow]) -> tuple[list[Outcome], Counter[str]]:
+    source = _source[0]
+    source.encoder.notices.clear()
+    return list(map(source.outcome, chunk)), source.encoder.notices
