@@ -82,11 +82,13 @@ def by_hand(
 
 
 def assert_as_by_hand(ours: dict[str, Tensor], theirs: dict[str, Tensor], start: dict[str, Tensor]) -> None:
-    """Every trained tensor, and the whole way from the start."""
-    assert set(ours) == set(theirs)
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-4)
-    way = [torch.cat([(side[name] - start[name]).flatten() for name in sorted(start)]) for side in (ours, theirs)]
+    """Every trained tensor, and the whole way from the start. A key's bias has no gradient but rounding: softmax does
+    not see it, and AdamW makes steps of full length of nothing."""
+    assert set(ours) == set(theirs) == set(start)
+    names = [name for name in start if not name.endswith(("k_proj.bias", "key.bias"))]
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+    way = [torch.cat([(side[name] - start[name]).flatten() for name in names]) for side in (ours, theirs)]
     assert (way[0] - way[1]).norm() < 1e-3 * way[1].norm()
 
 
@@ -201,13 +203,13 @@ def sixteen_bits(folder: Path, **changes: Any) -> Case:
 
 def test_masters_in_float32_keep_what_16_bits_would_round_away(tied_llama: Path) -> None:
     """Twenty updates far below a bfloat16's last place add up as those of a float32 loop over the same forwards."""
-    changes = {"learning_rate": 1e-5, "weight_decay": 0.0, "scheduler": "constant", "max_grad_norm": None}
+    changes = {"learning_rate": 1e-6, "weight_decay": 0.0, "scheduler": "constant", "max_grad_norm": None}
     case = sixteen_bits(tied_llama, **changes)
     net: Any = AutoModelForCausalLM.from_pretrained(tied_llama, dtype=torch.bfloat16)
     own = dict(net.named_parameters())
     masters = {name: nn.Parameter(value.detach().float()) for name, value in own.items()}
     start = {name: value.detach().clone() for name, value in masters.items()}
-    optimizer = torch.optim.AdamW(masters.values(), lr=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-6, weight_decay=0.0)
     schedule = get_scheduler("constant_with_warmup", optimizer, case.parts.warmup_steps, STEPS)
     expected = []
     for window in case.windows.windows(0):
@@ -361,9 +363,12 @@ def test_the_run_is_a_target_of_every_verb(
     evaluate_verb(str(run), None, None, None, [], str(tmp_path / "eval.json"), [])
     measured = json.loads((tmp_path / "eval.json").read_text("utf-8"))["loss"]
     assert measured == pytest.approx(records[-1]["eval"]["loss"], rel=1e-6)
-    capsys.readouterr()
-    generate_verb(str(run), None, "say 1", None, ["evaluation.max_new_tokens=4"])
-    assert capsys.readouterr().out.strip()
+    answers = []
+    for target in (run, run / "model"):
+        capsys.readouterr()
+        generate_verb(str(target), None, "say 1", None, ["evaluation.max_new_tokens=4"])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
     with pytest.raises(InputError, match="nothing to merge: the run trained its base, and the result is"):
         merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     with pytest.raises(InputError, match="no other can stand for it; leave --base out"):
@@ -379,7 +384,7 @@ def test_transformers_loads_the_folder(run: Path, tied_llama: Path) -> None:
     ids = torch.tensor([[5, 9, 11, 4]])
     net = load_target(find_target(str(run), None, []), CPU).model.base.net
     with torch.no_grad():
-        assert torch.equal(theirs(ids).logits, net(ids).logits)
+        torch.testing.assert_close(theirs(ids).logits, net(ids).logits)
         before = AutoModelForCausalLM.from_pretrained(tied_llama)(ids).logits
     assert (theirs(ids).logits - before).abs().max() > 1e-3
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
