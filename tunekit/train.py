@@ -142,6 +142,7 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
+    run.optimizer.native.state.clear()  # what is written may need as much room as its moments
     named = recipe.data.chat_template
     template = None if named is None else read_template(Path(named))
     name, size_bytes = export_result(folder, run.model, run.objective, prepared, template)

@@ -38,9 +38,12 @@ from tunekit.data.batching.windows import collate
 from tunekit.errors import AdapterError, InputError, RecipeError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
+from tunekit.memory.tiling import tile_layers
 from tunekit.merge import merge_verb
+from tunekit.model.families.heads import TextHead
 from tunekit.model.load import load_model
 from tunekit.model.storage.rewrite import Rewriter
+from tunekit.objectives.logprobs import summed_loss
 from tunekit.planning.plan import make_plan
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.full import FullSettings
@@ -234,6 +237,30 @@ def test_masters_in_float32_keep_what_16_bits_would_round_away(tied_llama: Path)
     assert (way[0] - way[1]).norm() < 0.15 * way[1].norm()
     rounded = torch.cat([(ours[name].bfloat16().float() - start[name]).flatten() for name in start])
     assert (rounded - way[1]).norm() > 0.5 * way[1].norm(), "an update is smaller than what 16 bits can hold"
+
+
+def test_gradients_of_16_bits_are_summed_in_float32(tied_llama: Path) -> None:
+    """Over chunks of logits and tiles of an MLP, one token each: a sum in bfloat16 would stall."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1000, 8, generator=generator).abs().bfloat16()
+    net = nn.ModuleDict({"head": nn.Linear(8, 16, bias=False, dtype=torch.bfloat16)})
+    weight, targets = net["head"].weight, torch.zeros(1000, dtype=torch.int64)
+    whole, chunked = (
+        torch.autograd.grad(summed_loss(hidden, targets, TextHead(net, "head"), size, [weight]), weight)[0]
+        for size in (1000, 1)
+    )
+    assert (whole - chunked).float().norm() < 0.01 * whole.float().norm()
+
+    gradients = []
+    for tokens in (10_000, 1):
+        case = sixteen_bits(tied_llama, micro_batch_size=12)
+        base = case.model.base
+        tile_layers(base.family.layers(base.net), tokens, torch.empty(0, base.facts.hidden_size, dtype=base.dtype))
+        window = next(case.windows.windows(0))
+        case.parts.engine.run_window(case.model, case.parts.objective, window, torch.ones(1, dtype=torch.float64))
+        gradients.append({name: value.grad.clone() for name, value in case.adapter.trained().items() if "mlp" in name})
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() < 0.01 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -64,7 +64,8 @@ def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
 def fixed_parameters(net: nn.Module) -> frozenset[str]:
     """Names of parameters that the model's own class keeps as they are, such as computed positions."""
     config: Any = getattr(net, "config", None)
-    return frozenset() if config is None else _fixed_by(type(net), type(config), config.to_json_string())
+    kinds: tuple[Any, Any] = (type(net), type(config))
+    return frozenset() if config is None else _fixed_by(*kinds, config.to_json_string())
 
 
 @cache
