@@ -64,9 +64,10 @@ sys.path.insert(0, REPOSITORY)
 import torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
+from tests.model.packed import packed_hash
 from tunekit.model.load import load_model
 from tunekit.machine.memory import status_bytes
-from tunekit.model.quantized.weights import packed_hash, stored_bytes
+from tunekit.model.quantized.weights import stored_bytes
 from tunekit.recipe.model import ModelSection
 def memory():
     return {name: status_bytes(name) for name in ("RssAnon", "RssFile")}

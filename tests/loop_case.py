@@ -162,7 +162,7 @@ def make_case(
         slots = make_slots(weights, device, **{"tier": "host", "poison": True, **settings_of_slots})
         stream_layers(layers, slots)
         engine = StreamingEngine(training.seed, slots, pass_size)
-    tuned = TunedModel(base, attached, store, chunk)
+    tuned = TunedModel(base, attached, BoundaryStore(None) if store is None else store, chunk)
     settings = BatchSettings(
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,

@@ -129,19 +129,36 @@ def test_whatever_happens_becomes_words_and_a_code(
         assert "hf_abcdefghijkl" not in err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"], ["validate", "RECIPE"], ["schema"]])
-def test_nothing_heavy_is_imported(words: list[str], recipe: Path) -> None:
-    arguments = [str(recipe) if word == "RECIPE" else word for word in words]
+def imported_by(*words: str) -> tuple[int, str, list[str]]:
+    """The exit code of `tunekit WORDS` in a process of its own, what it complained of, and what it had imported."""
     program = (
         "import sys, atexit\n"
-        f"sys.argv = ['tunekit', *{arguments!r}]\n"
+        f"sys.argv = ['tunekit', *{list(words)!r}]\n"
         "def show(): print('\\nMODULES', *sys.modules)\n"
         "atexit.register(show)\n"
         "from tunekit.cli import main\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    modules = done.stdout.rpartition("MODULES")[2].split()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr, done.stdout.rpartition("MODULES")[2].split()
+
+
+def test_an_old_run_is_in_the_way_before_anything_heavy_is_imported(recipe: Path) -> None:
+    run_folder = Path(load_recipe(recipe).recipe.output.dir)
+    run_folder.mkdir(parents=True)
+    (run_folder / "plan.json").write_text("{}", encoding="utf-8")
+    code, complaint, modules = imported_by("train", str(recipe))
+    assert code == 2
+    assert f"{run_folder} already holds a run (plan.json); go on with --resume" in complaint
+    assert "--overwrite" in complaint
+    assert [name for name in modules if name.startswith(HEAVY)] == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"], ["validate", "RECIPE"], ["schema"]])
+def test_nothing_heavy_is_imported(words: list[str], recipe: Path) -> None:
+    arguments = [str(recipe) if word == "RECIPE" else word for word in words]
+    code, _, modules = imported_by(*arguments)
+    assert code == 0
     assert "tunekit.cli" in modules
     assert [name for name in modules if name.startswith(HEAVY)] == []
 
@@ -176,12 +193,16 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
     calls = re.findall(
         r'"tunekit\.(\w+):(\w+)", (.*)\)$', (package / "cli.py").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert len(calls) == 14
+    assert len(calls) == 16
     for module, name, values in calls:
         tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))
         verbs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
         assert len(verbs) == 1, f"{module}:{name}"
-        given = {"evaluate_verb": 7, "combine_verb": 9}[name] if values == "*values" else len(values.split(", "))
+        given = (
+            {"evaluate_verb": 7, "combine_verb": 9}[name]
+            if values == "*values"
+            else len(values.removesuffix(", first=first").split(", "))
+        )
         assert len(verbs[0].args.args) == given, f"{module}:{name}"
 
 

@@ -31,13 +31,13 @@ from tunekit.arithmetic.moved_starts import (
     subtract_start,
 )
 from tunekit.arithmetic.nearest_lora import Loss, loss_between, nearest_lora, total
-from tunekit.arithmetic.on_base import attach_to_base, base_section
+from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.summary import AdapterSummary, in_order, summarise_adapter
 from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, write_lora, write_without_base
 from tunekit.console import Console
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import AdapterError, InputError
-from tunekit.files.durable import require_writable, write_json
+from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.rewrite import Rewriter
@@ -47,20 +47,17 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.tuned.adapter_losses import adapter_losses
-from tunekit.tuned.target import find_target, measuring_objective
+from tunekit.tuned.target import base_section, find_target, measuring_objective, named_base
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 
 
 def show_verb(adapter: str, json_file: str | None) -> None:
     """Tell what is in the folder. Raises: AdapterError where it cannot be read as an adapter at all."""
-    if json_file is not None:
-        require_writable(Path(json_file))
-    console = Console()
+    write_result = json_result(json_file)
     summary = summarise_adapter(adapter_folder(adapter))
-    _show(console, summary)
-    if json_file is not None:
-        write_json(Path(json_file), asdict(summary))
+    _show(Console(), summary)
+    write_result(asdict(summary))
 
 
 def combine_verb(
@@ -91,8 +88,7 @@ def combine_verb(
         raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R")
     else:
         _combine_others(folders, mixture, facts, place)
-    for note in facts.notes:
-        console.warn(note)
+    console.warn(*facts.notes)
     console.info(f"{kind} of {' and '.join(f'{w:g} x {f}' for w, f in zip(given, folders, strict=True))}")
     console.info(f"written to {place}")
 
@@ -164,7 +160,8 @@ def _untouched(
     if not follows_from_base(start):
         what = f"the start {start} moved weights of the base into the adapter, and cannot be computed again"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
-    section = base_section(lora.config, base, f"{HOW}, or --base MODEL, from which {start} can be computed again")
+    how = f"{HOW}, or --base MODEL, from which {start} can be computed again"
+    section = base_section(lora.config, named_base(base), how)
     if section.quantization != "none":
         what = f"the start {start} on a {section.quantization} base cannot be computed again"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
@@ -198,7 +195,7 @@ def _convert_method(
     if rank is None:
         what = f"no LoRA computes exactly what a {method} adapter does"
         raise AdapterError(what, "--rank R writes the nearest of that rank, and tells the error", file=config.file)
-    section = base_section(config, base, "name it with --base MODEL")
+    section = base_section(config, named_base(base), "name it with --base MODEL")
     attached, rewriter = attach_to_base(folder, section)
     found = nearest_lora(attached, config, rewriter.trained_on, rank)
     _tell_losses(console, found.losses, rank)
@@ -216,9 +213,7 @@ def diff_verb(
     output: str | None,
 ) -> None:
     """Compare two adapters or two models. Raises: InputError where they are not two of a kind."""
-    if json_file is not None:
-        require_writable(Path(json_file))
-    console = Console()
+    console, write_result = Console(), json_result(json_file)
     if (rank is None) != (output is None) or (rank is not None and rank < 1):
         raise InputError("to extract a LoRA takes a rank and a folder", "give --extract-rank R --output DIR")
     folders = [adapter_folder(left), adapter_folder(right)]
@@ -233,8 +228,7 @@ def diff_verb(
         differences = _diff_adapters(console, folders, rank, base, place)
     else:
         differences = _diff_models(console, [left, right], rank, None if output is None else Path(output))
-    if json_file is not None:
-        write_json(Path(json_file), [asdict(difference) for difference in differences])
+    write_result([asdict(difference) for difference in differences])
     if losses is not None:
         labels = ("the base alone", f"with A ({left})", f"with B ({right})")
         console.table(["", "loss"], list(zip(labels, losses, strict=True)), title=data)
@@ -273,8 +267,7 @@ def _diff_adapters(
     first, second = (read_changes(folder, base) for folder in folders)
     facts = base_of([first.config, second.config], base)
     differences = [
-        compare(name, first.of(name), second.of(name))
-        for name in sorted({*first.updates, *second.updates}, key=in_order)
+        compare(name, first.of(name), second.of(name)) for name in sorted(first.names | second.names, key=in_order)
     ]
     _tell_differences(console, "updates of layers", differences)
     others = [compare(key, first.rest.get(key), second.rest.get(key)) for key in sorted({*first.rest, *second.rest})]
@@ -289,7 +282,7 @@ def _diff_adapters(
 
 
 def _diff_models(console: Console, names: list[str], rank: int | None, output: Path | None) -> list[Difference]:
-    sections = [ModelSection(name_or_path=str(Path(n).resolve()) if Path(n).exists() else n) for n in names]
+    sections = [ModelSection.model_validate(named_base(name)) for name in names]
     sources = [find_source(section, weights=True) for section in sections]
     packed = next((source.gguf_file for source in sources if source.gguf_file), None)
     if packed:
@@ -357,6 +350,13 @@ def adapter_folder(name: str) -> Path:
 
 
 def _show(console: Console, summary: AdapterSummary) -> None:
+    """Layer by layer, and at the end, where a terminal stands, the whole in a few lines."""
+    rows = [(layer.name, layer.rank, layer.parameters, layer.norm, layer.update_norm) for layer in summary.layers]
+    columns = ["layer", "rank", "parameters", "norm of its tensors", "norm of s B A"]
+    width = 5 if any(row[4] is not None for row in rows) else 4
+    console.table(columns[:width], [row[:width] for row in rows])
+    _list(console, "all-zero tensors (as they started, or dead)", summary.dead)
+    _list(console, "tensors with NaN or infinity", summary.not_finite)
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in summary.ranks.items())
     facts = {
         "method": f"{summary.method} (peft type {summary.peft_type})",
@@ -369,20 +369,17 @@ def _show(console: Console, summary: AdapterSummary) -> None:
         "file": f"{bytes_text(summary.tensor_bytes)}, {len(summary.tensors)} tensors",
     }
     console.panel(summary.folder, facts)
-    rows = [(layer.name, layer.rank, layer.parameters, layer.norm, layer.update_norm) for layer in summary.layers]
-    columns = ["layer", "rank", "parameters", "norm of its tensors", "norm of s B A"]
-    width = 5 if any(row[4] is not None for row in rows) else 4
-    console.table(columns[:width], [row[:width] for row in rows])
-    _list(console, "all-zero tensors (as they started, or dead)", summary.dead)
-    _list(console, "tensors with NaN or infinity", summary.not_finite)
-    for fault in summary.faults:
-        console.warn(f"would not be loaded: {fault}")
+    console.warn(*(f"would not be loaded: {fault}" for fault in summary.faults))
 
 
 def _settings_text(summary: AdapterSummary) -> str:
-    """Settings that say something."""
-    said = {key: value for key, value in summary.settings.items() if value not in (None, [], {}, "")}
-    return ", ".join(f"{key} {value}" for key, value in said.items() if key != "method")
+    """Settings that say something; of long lists and mappings, how long they are."""
+    said = {key: value for key, value in summary.settings.items() if value not in (None, [], {}, "", False)}
+    short = {
+        key: f"({len(value)})" if isinstance(value, list | dict) and len(value) > LISTED else value
+        for key, value in said.items()
+    }
+    return ", ".join(f"{key} {value}" for key, value in short.items() if key != "method")
 
 
 def _list(console: Console, title: str, names: list[str]) -> None:

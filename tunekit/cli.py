@@ -55,7 +55,11 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one"),
 ]
 Target = Annotated[
-    str, typer.Argument(metavar="TARGET", help="a run, an adapter, a model folder, a recipe or a hub name")
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name",
+    ),
 ]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
@@ -113,9 +117,14 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="load and try the longest batch; write nothing")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="begin anew; an old run is moved aside, to RUN.1, never deleted")
+    ] = False,
 ) -> None:
     """Train, and write the run folder."""
-    _call(context, "tunekit.train:train_verb", recipe, overrides or [], resume, dry_run)
+    words = overrides or []
+    first = () if resume or dry_run or overwrite else ("tunekit.validate:check_new_run", recipe, words)
+    _call(context, "tunekit.train:train_verb", recipe, words, resume, dry_run, overwrite, first=first)
 
 
 @app.command("eval")
@@ -150,16 +159,20 @@ def generate(
 @app.command()
 def merge(
     context: typer.Context,
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder or a run")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, a run or a checkpoint")],
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="the new model folder")],
     overrides: Overrides = None,
     base: Base = None,
     onto: Annotated[
         str | None, typer.Option("--onto", metavar="dequantized|full|quantized", help="which base weights to add to")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="float32|bfloat16|float16", help="of the written weights; default: the base's"),
+    ] = None,
 ) -> None:
     """Merge an adapter into its base."""
-    _call(context, "tunekit.merge:merge_verb", adapter, output, base, onto, overrides or [])
+    _call(context, "tunekit.merge:merge_verb", adapter, output, base, onto, overrides or [], dtype)
 
 
 @adapter_app.command("show")
@@ -221,6 +234,19 @@ def adapter_convert(
     _call(context, "tunekit.adapter:convert_verb", adapter, rank, initial, base, output)
 
 
+@adapter_app.command("export-checkpoint")
+def adapter_export_checkpoint(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="RUN@120, RUN@best, RUN@last or a checkpoint folder")
+    ],
+    output: Output,
+    base: Base = None,
+) -> None:
+    """Write the adapter of a checkpoint, as the run would have after that step."""
+    _call(context, "tunekit.export_checkpoint:export_checkpoint_verb", checkpoint, base, output)
+
+
 @adapter_app.command("diff")
 def adapter_diff(
     context: typer.Context,
@@ -268,13 +294,17 @@ def schema(
     _call(context, "tunekit.schema:schema_verb", output, reference)
 
 
-def _call(context: typer.Context, verb: str, *values: Any) -> None:
-    """Import a verb, call it, and turn whatever happens into words on stderr and an exit code."""
-    module, _, name = verb.partition(":")
+def _call(context: typer.Context, verb: str, *values: Any, first: tuple[Any, ...] = ()) -> None:
+    """Import a verb, call it, and turn whatever happens into words on stderr and an exit code.
+
+    `first`: another one and its values, called before this one is so much as imported.
+    """
     ordinary, code = gc.get_threshold(), 0
     gc.set_threshold(*WHILE_STARTING)
     try:
-        code = getattr(import_module(module), name)(*values) or 0
+        for name, *given in (first, (verb, *values)) if first else ((verb, *values),):
+            module, _, function = name.partition(":")
+            code = getattr(import_module(module), function)(*given) or 0
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if context.obj and not isinstance(error, BrokenPipeError):

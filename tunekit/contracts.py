@@ -32,25 +32,20 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
         """Ids of `text`; with special_tokens_in_text=False, text that spells a special token is encoded as text."""
-        ...
 
     def encode_with_offsets(
         self, text: str, *, special_tokens_in_text: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and their [start, end) character offsets in `text`."""
-        ...
 
     def encode_source(self, text: str) -> list[int]:
         """Ids of a whole text for an encoder, with the special tokens that the tokenizer puts around one."""
-        ...
 
     def encode_answer(self, text: str) -> list[int]:
         """Ids of a whole text for a decoder to learn, likewise."""
-        ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`."""
-        ...
 
     def render(
         self,
@@ -61,11 +56,9 @@ class Tokenizer(Protocol):
         template: str | None = None,
     ) -> str:
         """Messages through the chat template (or `template`), as text. Raises DataError where the template refuses."""
-        ...
 
     def token_text(self, token_id: int) -> str:
         """One token as a person reads it."""
-        ...
 
 
 Processor = Tokenizer  # what turns an example into a row; of other families a feature extractor or image processor
@@ -107,17 +100,14 @@ class Rows(Protocol):
     @property
     def sizes(self) -> NDArray[np.int64]:
         """(rows, sizes) of each row's parts."""
-        ...
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """(rows,) the sizes of each row, added up."""
-        ...
 
     @property
     def supervised(self) -> NDArray[np.int64]:
         """(rows,) what the loss sums over in each row."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -136,15 +126,12 @@ class RowEncoder(Protocol):
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""
-        ...
 
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
         """Ids of what is asked, up to where the answer begins, and the answer's text; None where there is none."""
-        ...
 
     def question(self, text: str) -> list[int]:
         """Ids of what is asked where a user writes `text`."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +201,6 @@ class Head(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, D) -> (N, V) in float32."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -247,47 +233,36 @@ class Objective(Protocol):
 
     def section(self, model: Any, seed: int = 0) -> Any:
         """The recipe's model section as the base is loaded for this objective."""
-        ...
 
     def row_encoder(self, options: Any) -> RowEncoder:
         """What encodes examples with these options of the data section. Raises: RecipeError for a senseless one."""
-        ...
 
     def informed(self, rows: Sequence[Rows]) -> Objective:
         """The same objective with what only all of its rows tell."""
-        ...
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """What lies at sizes start .. stop-1 of a row."""
-        ...
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """Rows of so large a size together as one sequence can hold, `part` of them as large as it can be."""
-        ...
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """The batch whose sequence b holds the rows sequences[b]."""
-        ...
 
     def spans(self, row: Row) -> list[Part]:
         """What preview shows of a row."""
-        ...
 
     def prepare(self, model: Any, window: Window) -> Window:
         """The window with all that depends on the step; without gradient."""
-        ...
 
     def units(self, batch: Batch) -> torch.Tensor:
         """(K,) float64: what the step's loss is divided by, known before the forward."""
-        ...
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Sum over the batch's units."""
-        ...
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """What metrics are made of; no gradient."""
-        ...
 
     def answer(
         self,
@@ -299,7 +274,6 @@ class Objective(Protocol):
         template: str | None = None,
     ) -> list[str]:
         """The text that the model gives to each prompt, made with `template`, None being the tokenizer's own."""
-        ...
 
 
 class Engine(Protocol):
@@ -315,7 +289,6 @@ class Engine(Protocol):
 
         `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them.
         """
-        ...
 
 
 @dataclass(eq=False)

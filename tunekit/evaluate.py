@@ -12,12 +12,11 @@ from pathlib import Path
 from tunekit.console import Console
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
-from tunekit.files.durable import require_writable, write_json
+from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
-from tunekit.tuned.answers import Question
-from tunekit.tuned.evaluator import make_evaluator
+from tunekit.tuned.evaluator import Evaluator
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 
@@ -33,26 +32,22 @@ def evaluate_verb(
 ) -> None:
     """Evaluate TARGET. Raises: TunekitError, whose exit code the command line returns."""
     _check_metrics(metrics)
-    if json_file is not None:
-        require_writable(Path(json_file))
+    write_result = json_result(json_file)
     found = find_target(target, base, overrides)
     section = _data_section(found, data, format)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
-    for rewrite in found.rewrites:
-        console.info(rewrite)
+    console.info(*found.rewrites)
     try:
         loaded = load_target(found, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
-        for note in rows.notes:
-            console.info(note)
+        console.info(*rows.notes)
         values = evaluate_rows(loaded, rows, metrics, devices)
     finally:
         devices.close()
     if devices.is_main:
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
-        if json_file is not None:
-            write_json(Path(json_file), {name: value for name, value in values.items() if math.isfinite(value)})
+        write_result({name: value for name, value in values.items() if math.isfinite(value)})
 
 
 def _check_metrics(names: Sequence[str]) -> None:
@@ -94,12 +89,12 @@ def evaluate_rows(
     problems = row_problems(model.base, loaded.tokenizer, rows.objective, [evaluation], model.virtual_tokens)
     if problems:
         raise ModelError.of(problems)
-    evaluator = make_evaluator(
+    evaluator = Evaluator(
         model,
         rows.objective,
         devices,
         evaluation,
-        lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        rows.evaluation_prompts,
         settings,
         metric_names=tuple(metrics),
         template=loaded.target.chat_template,

@@ -30,8 +30,7 @@ def generate_verb(
     found = find_target(target, base, overrides)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
-    for rewrite in found.rewrites:
-        console.warn(rewrite)  # standard output holds the answers alone
+    console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
         answers = answer(load_target(found, devices.device), texts)
     finally:

@@ -1,33 +1,47 @@
-"""`tunekit merge`: an adapter or a run goes in; a model folder that needs neither tunekit nor peft comes out."""
+"""`tunekit merge`: an adapter, run or checkpoint in; out comes a model folder that needs neither tunekit nor peft."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from tunekit.arithmetic.merge import merge_adapter
 from tunekit.console import Console
+from tunekit.errors import InputError
 from tunekit.machine.signals import StopSignals
 from tunekit.tuned.target import find_target
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-def merge_verb(adapter: str, output: str, base: str | None, onto: str | None, overrides: Sequence[str]) -> None:
+
+def merge_verb(
+    adapter: str, output: str, base: str | None, onto: str | None, overrides: Sequence[str], dtype: str | None = None
+) -> None:
     """Merge and say how far the result is from the running adapter.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype} is unknown", f"choose {', '.join(DTYPES)}", key="--dtype")
     console = Console()
     target = find_target(adapter, base, overrides)
-    for rewrite in target.rewrites:
-        console.info(rewrite)
+    console.info(*target.rewrites)
     with StopSignals(announce=False) as signals, signals.at_once("in the merge; what it had written is removed"):
-        result = merge_adapter(target, Path(output), onto)
+        result = merge_adapter(target, Path(output), onto, DTYPES.get(dtype or ""))
     difference = result.difference
-    console.info(f"merged onto {result.onto}: {result.reason}")
+    console.info(f"merged onto {result.onto}, written in {result.dtype}: {result.reason}")
     console.info(
         f"logits differ from the running adapter's by {difference.largest:.3g} at most and {difference.mean:.3g} on "
         f"average (their spread is {difference.spread:.3g}), on {difference.tokens} tokens of {difference.rows}"
     )
+    if difference.unrounded is not None and difference.unrounded != difference.largest:
+        console.info(
+            f"of that, {difference.unrounded:.3g} at most is left in float32 and before any rounding; the rest is "
+            f"rounding: of the weights to {result.dtype} ({difference.rounding:.3g} at most, computed in float32) "
+            f"and of the computation in {result.computed_in}"
+        )
     if difference.running_loss is not None:
         console.info(
             f"loss over all these tokens, prompts included: {difference.running_loss:.5f} running, "

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from tunekit.artifacts.report import plan_page
 from tunekit.console import Console
-from tunekit.files.durable import require_writable, write_json
+from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import available_bytes
 from tunekit.planning.findings import raise_refusals
@@ -23,17 +22,15 @@ def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None)
     Raises: TunekitError with every refusal.
     """
     loaded = load_recipe(recipe_path, overrides)
-    if json_file is not None:
-        require_writable(Path(json_file))
+    write_result = json_result(json_file)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
     try:
-        for rewrite in loaded.rewrites:
-            console.info(rewrite)
+        console.info(*loaded.rewrites)
         plan, _ = make_plan(loaded, device=devices.device, check_folder=True)
         print_plan(console, plan, available_bytes(devices.device))
-        if json_file is not None and devices.is_main:
-            write_json(Path(json_file), asdict(plan))
+        if devices.is_main:
+            write_result(asdict(plan))
     finally:
         devices.close()
     raise_refusals(plan)
@@ -44,5 +41,4 @@ def print_plan(console: Console, plan: Plan, available: int | None) -> None:
     console.panel(plan.model.name_or_path, plan_page.facts(plan))
     console.table(["target", "layers", "shape", "rank", "parameters"], plan_page.target_rows(plan))
     console.table(["memory", "at the peak"], plan_page.memory_rows(plan, available))
-    for note in plan.notes:
-        console.info(note)
+    console.info(*plan.notes)

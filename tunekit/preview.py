@@ -49,8 +49,7 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
     order = epoch_rows(loaded.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)
     shown = [loaded.train[int(index)] for index in order[:rows]]
     console = Console()
-    for note in (*written.rewrites, *loaded.notes):
-        console.info(note)
+    console.info(*written.rewrites, *loaded.notes)
     for row in shown:
         console.info(f"\n{heading(row)}")
         for part in loaded.objective.spans(row):

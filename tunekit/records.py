@@ -202,7 +202,11 @@ class ReportFacts:
     trainable_parameters: int
     best_step: int | None
     final_step: int
+    first_loss: float | None  # means over the first and the last tenth of the steps
     final_loss: float | None
+    base_eval_loss: float | None  # before training
+    eval_loss: float | None  # of the exported weights
+    verdict: str | None  # that the second is the larger one, in words
     evaluations: list[dict[str, Any]]
     reactions: list[Reaction]
     calibration: dict[str, Any] | None = None

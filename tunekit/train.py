@@ -14,7 +14,7 @@ from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.console.progress import Progress
-from tunekit.data.encoding.sources import read_template
+from tunekit.errors import InputError
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
@@ -26,25 +26,29 @@ from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice, Plan, bytes_text
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
-from tunekit.training.finish import export_result, report_facts
+from tunekit.training.finish import report_facts
 from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
 from tunekit.training.state import Prepared, Run
+from tunekit.tuned.export import export_adapter, export_model
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
-def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool) -> None:
+def train_verb(
+    recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool, overwrite: bool = False
+) -> None:
     """Run the recipe.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
+    if overwrite and (resume or dry_run):
+        raise InputError(f"--overwrite begins anew, and {'--resume' if resume else '--dry-run'} does not", "give one")
     loaded = load_recipe(recipe_path, overrides)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
-    for rewrite in loaded.rewrites:
-        console.info(rewrite)
+    console.info(*loaded.rewrites)
     try:
         with StopSignals(announce=devices.is_main) as signals:
             session, path = Session(loaded, devices, console, signals, dry_run), Path(loaded.recipe.output.dir)
@@ -54,7 +58,7 @@ def train_verb(recipe_path: str, overrides: Sequence[str], resume: bool, dry_run
             elif devices.from_main(devices.is_main and resume and is_finished(path)):
                 console.info(f"{path} holds a finished run; nothing to do")
             else:
-                with run_files.locked_folder(session, path, resume):
+                with run_files.locked_folder(session, path, resume, overwrite):
                     _train(session, resume)
     finally:
         devices.close()
@@ -121,8 +125,7 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepa
         f"{rows.trained:,} rows, {rows.dropped:,} dropped, {plan.steps:,} steps, "
         f"{plan.supervised_tokens:,} supervised tokens; predicted peak {bytes_text(plan.peak_bytes.total)}"
     )
-    for note in plan.notes:
-        console.info(note)
+    console.info(*plan.notes)
     return plan, prepared
 
 
@@ -142,12 +145,20 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
+    base, template = run.model.base, recipe.data.chat_template
     run.optimizer.native.state.clear()  # what is written may need as much room as its moments
-    named = recipe.data.chat_template
-    template = None if named is None else read_template(Path(named))
-    name, size_bytes = export_result(folder, run.model, run.objective, prepared, template)
-    facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best)
+    place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
+    if recipe.adapter.trains_base:
+        size_bytes = export_model(place, prepared.model, base, run.adapter, prepared.tokenizer, template)
+    else:
+        size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
+    is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
+    begun_from = "the base" if is_base else "before training"
+    facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, begun_from)
     write_report(folder, facts, plan)
-    folder.status(0, "stopped early: no gain" if state.stopped_early else "finished")
-    console.info(f"{name + ':':<8} {folder.path / name} ({bytes_text(size_bytes)})")
+    ended = "stopped early: no gain" if state.stopped_early else "finished"
+    folder.status(0, ended if facts.verdict is None else f"{ended}; {facts.verdict}")
+    if facts.verdict is not None:
+        console.warn(f"{facts.verdict}; lower training.learning_rate, train less, or look at the rows")
+    console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.md'}")

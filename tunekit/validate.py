@@ -6,7 +6,9 @@ Comes in: a recipe and overrides.  Goes out: lines on stdout.  Imports no torch,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from tunekit.artifacts.run import refuse_old_run
 from tunekit.errors import RecipeError
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.supported import refuse_unsupported
@@ -18,6 +20,11 @@ def validate_verb(recipe_path: str, overrides: Sequence[str]) -> None:
     for line in (*loaded.rewrites, *loaded.defaults):
         print(line)
     print(f"{recipe_path}: valid")
+
+
+def check_new_run(recipe_path: str, overrides: Sequence[str]) -> None:
+    """What train asks before it loads anything. Raises: RecipeError; RunFolderError where a run is in the way."""
+    refuse_old_run(Path(load_recipe(recipe_path, overrides).recipe.output.dir))
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -150,6 +150,10 @@ def test_merged_model_folder(tmp_path: Path, architecture: str, changes: dict[st
     result = merge_adapter(find_target(str(tmp_path / "adapter"), None, []), tmp_path / "merged")
     assert result.difference.largest < 1e-4
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, rtol=0, atol=1e-5)
+    rounded = merge_adapter(find_target(str(tmp_path / "adapter"), None, []), tmp_path / "half", None, torch.bfloat16)
+    assert rounded.difference.unrounded is not None
+    assert rounded.difference.rounding is not None
+    assert rounded.difference.unrounded < 1e-4 < rounded.difference.rounding
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
     assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
 

@@ -111,15 +111,15 @@ def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
 
-def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
+def test_a_local_base_has_its_absolute_path_for_peft_and_its_relative_one_in_our_facts(tmp_path: Path) -> None:
     base = tmp_path / "models" / "base"
     base.mkdir(parents=True)
     run = tmp_path / "runs" / "a"
     run.mkdir(parents=True)
     folder = save(make_adapter(init_from=str(tmp_path / "earlier")), run / "adapter", str(base))
-    for name in (CONFIG, FACTS):
-        assert str(tmp_path) not in (folder / name).read_text()
-    assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == "../../../models/base"
+    assert str(tmp_path) not in (folder / FACTS).read_text()
+    assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == str(base.resolve())
+    assert json.loads((folder / FACTS).read_text())["base"]["path"] == "../../../models/base"
     assert read_adapter_config(folder).base_location() == str(base.resolve())
     os.rename(base, tmp_path / "gone")
     assert read_adapter_config(folder).base_location() is None
@@ -301,6 +301,10 @@ CONFIG_DAMAGE: dict[str, tuple[Damage, str]] = {
     "targets match nothing": (lambda f: change_config(f, target_modules=["xyz"]), "no layer of the base is left"),
     "hostile target": (lambda f: change_config(f, target_modules="((((a|a)*)*)*)*" * 9 + "!"), "target_modules"),
     "hostile rank": (lambda f: change_config(f, rank_pattern={"(.*.*)*" * 9 + "!": 2}), "rank_pattern.*too many"),
+    "list for a mapping": (lambda f: change_config(f, rank_pattern=[]), "rank_pattern.*malformed.*dictionary"),
+    "text for a mapping": (lambda f: change_config(f, alpha_pattern=""), "alpha_pattern.*malformed.*dictionary"),
+    "mapping for a list": (lambda f: change_config(f, target_modules={}), "target_modules.*malformed"),
+    "text for a list": (lambda f: change_config(f, layers_to_transform=""), "layers_to_transform.*malformed"),
     "rivals": (lambda f: change_config(f, alpha_pattern={"q_proj": 1, "self_attn.q_proj": 2}), "both match"),
     "DoRA": (lambda f: change_config(f, use_dora=True), "lora_magnitude_vector' is missing"),
     "modules to save": (

@@ -381,7 +381,8 @@ def test_a_local_base_is_named_from_the_new_place(tmp_path: Path) -> None:
         edit(write(tmp_path / "runs" / n, s), base_model_name_or_path="../../base") for n, s in (("a", 1), ("b", 2))
     ]
     new = call(tmp_path / "made" / "of" / "both", folders, "cat")
-    assert json.loads((new / CONFIG).read_text())["base_model_name_or_path"] == "../../../base"
+    assert json.loads((new / CONFIG).read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+    assert json.loads((new / "tunekit.json").read_text())["base"]["path"] == "../../../base"
 
 
 def test_adapters_of_experts_are_refused_as_by_peft(tmp_path: Path) -> None:

@@ -242,8 +242,9 @@ def test_a_low_rank_is_the_best_one_and_its_error_is_told(
 def test_a_quantized_base_is_seen_as_it_was(bases: Callable[[str], Path], tmp_path: Path) -> None:
     """HiRA multiplies W itself: its update of the packed matrix is not that of the stored one."""
     from tunekit.adapters.folder.config import read_adapter_config
-    from tunekit.arithmetic.on_base import attach_to_base, base_section
+    from tunekit.arithmetic.on_base import attach_to_base
     from tunekit.model.quantized.weights import pack_linear, weight_of
+    from tunekit.tuned.target import base_section
 
     net = BASES["llama"].make()
     folder = trained(
@@ -252,7 +253,7 @@ def test_a_quantized_base_is_seen_as_it_was(bases: Callable[[str], Path], tmp_pa
     facts = json.loads((folder / "tunekit.json").read_text())
     facts["base"] |= {"quantization": "nf4", "double_quantization": True, "dtype": "float32"}
     (folder / "tunekit.json").write_text(json.dumps(facts))
-    _, rewriter = attach_to_base(folder, base_section(read_adapter_config(folder), None, ""))
+    _, rewriter = attach_to_base(folder, base_section(read_adapter_config(folder), {}, ""))
     name = "model.layers.0.self_attn.q_proj"
     packed = weight_of(pack_linear(net.get_submodule(name), "nf4", True, torch.float32))
     assert packed is not None

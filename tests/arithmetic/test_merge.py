@@ -74,12 +74,12 @@ def train(base: LoadedModel, folder: Path, **settings: Any) -> Path:
     save_adapter_folder(
         attached,
         folder,
-        base_name=base.name_or_path,
+        base_name=base.facts.name_or_path,
         base_fingerprint=base.fingerprint,
         revision=None,
         base_dtype=base.facts.dtype,
-        quantization=base.quantization,
-        double_quantization=base.double_quantization,
+        quantization=base.facts.quantization,
+        double_quantization=base.facts.double_quantization,
     )
     return folder
 
@@ -224,6 +224,63 @@ def test_one_cast_from_float32(tmp_path: Path) -> None:
         exact = weight.double() + delta
         bound = 2.0 ** (exact.abs().log2().floor() - 8) * 1.001 + 1e-8  # half a unit in the last of 8 bits
         assert ((after[name].double() - exact).abs() <= bound).all()
+
+
+def test_trained_copies_are_written_as_they_were_trained(tmp_path: Path) -> None:
+    """Heads, norms and biases of a float32 base, of which a run in bfloat16 keeps float32 copies."""
+    base = write_base(tmp_path / "base", "llama", attention_bias=True)
+    model = load_model(ModelSection(name_or_path=str(base), dtype="bfloat16"), device=CPU)
+    adapter = train(model, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"], bias="all")
+    merge(adapter, tmp_path / "merged")
+    trained, merged = load_file(adapter / "adapter_model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], trained["base_model.model.lm_head.weight"])
+    for name in ("q_proj", "k_proj"):
+        key = next(
+            key
+            for key in trained
+            if key.startswith(f"base_model.model.model.layers.0.self_attn.{name}.") and "bias" in key
+        )
+        assert torch.equal(merged[f"model.layers.0.self_attn.{name}.bias"], trained[key])
+
+
+@pytest.mark.parametrize(
+    ("stored", "written"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float16")]
+)
+def test_the_written_dtype_and_how_much_of_the_difference_is_its_rounding(
+    tmp_path: Path, stored: str, written: str
+) -> None:
+    adapter, _ = prepared(tmp_path, "gpt2", dtype=stored, target_modules=["c_attn", "c_proj", "wte"])
+    target = find_target(str(adapter), None, ["model.dtype=float32"])
+    result = merge_adapter(target, tmp_path / "merged", None, getattr(torch, written))
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, written)}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == written
+    difference = result.difference
+    assert difference.unrounded is not None
+    assert difference.rounding is not None
+    assert difference.unrounded < 1e-4
+    if written == "float32":
+        assert difference.rounding == 0
+        return
+    assert difference.rounding > 10 * difference.unrounded
+    assert difference.rounding == pytest.approx(difference.largest, abs=difference.unrounded + 1e-5)
+    told = json.loads((tmp_path / "merged" / REPORT).read_text())
+    assert (told["dtype"], told["computed_in"]) == (written, "float32")
+    assert told["largest_logit_difference_of_rounding"] == difference.rounding
+
+
+def test_the_certificate_of_a_half_precision_run_says_what_is_rounding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, _ = prepared(tmp_path, "llama", quantization="nf4", dtype="bfloat16", target_modules=["lm_head", "q_proj"])
+    merge_verb(str(adapter), str(tmp_path / "merged"), None, None, [])
+    told = json.loads((tmp_path / "merged" / REPORT).read_text())
+    assert told["largest_logit_difference_unrounded"] < 1e-3 < told["largest_logit_difference"]
+    assert "before any rounding; the rest is rounding: of the weights to bfloat16" in capsys.readouterr().out
+    with pytest.raises(InputError, match="packed weights have no other dtype"):
+        merge_verb(str(adapter), str(tmp_path / "packed"), None, "quantized", [], "float16")
+    with pytest.raises(InputError, match="--dtype int8 is unknown; choose float32"):
+        merge_verb(str(adapter), str(tmp_path / "packed"), None, None, [], "int8")
 
 
 def test_sharded_base_and_prefixless_names(tmp_path: Path) -> None:

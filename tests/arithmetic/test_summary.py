@@ -141,8 +141,11 @@ def test_a_run_stands_for_its_result(
 ) -> None:
     copy_as_peft(good, tmp_path / "adapter")
     assert run(monkeypatch, "adapter", "show", str(tmp_path)) == 0
-    method = next(line for line in capsys.readouterr().out.splitlines() if "method" in line)
-    assert "lora (peft type LORA)" in method  # module names are folded where the terminal is narrow
+    lines = capsys.readouterr().out.splitlines()
+    method = next(number for number, line in enumerate(lines) if "method" in line)
+    assert "lora (peft type LORA)" in lines[method]  # module names are folded where the terminal is narrow
+    assert not any("layers.0" in line for line in lines[method:])  # the summary stands last, and is short
+    assert len(lines) - method < 12
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def save(run: RunFolder, step: int, *, keep: int = 2, protect: tuple[int, ...] =
 
 
 def steps(run: RunFolder) -> list[int]:
-    return [step for step, _ in list_checkpoints(run)]
+    return [step for step, _ in list_checkpoints(run.checkpoints)]
 
 
 def require_state(checkpoint: Checkpoint | None, *allowed: int) -> int:

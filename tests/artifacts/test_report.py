@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tunekit.artifacts.report.page import curve, escape, make_page
-from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.report.write import report_values, write_report
 from tunekit.artifacts.run import RunFolder
 from tunekit.records import (
@@ -47,7 +46,11 @@ FACTS = ReportFacts(
     trainable_parameters=500_000,
     best_step=2,
     final_step=4,
+    first_loss=3.0,
     final_loss=1.25,
+    base_eval_loss=3.0,
+    eval_loss=1.0,
+    verdict=None,
     evaluations=[
         {"step": 0, "eval": {"loss": 3.0}},
         {"step": 2, "eval": {"loss": 1.0, "accuracy": 0.75}},
@@ -115,6 +118,7 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
         "peak_reserved_bytes",
         "calibration",
         "budget_bytes",
+        "verdict",
     }
 
 
@@ -184,7 +188,7 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
         "| 0 (before training) | 3 |  |",
         "| 2 (best) | 1 | 0.75 |",
         "| 4 | 1.5 | 0.5 |",
-        "Training loss: 3 at the first step, 1.25 at the last.",
+        "Training loss: 3 over the first tenth of the steps, 1.25 over the last.",
         "those after **step 2**, the best evaluation",
         "| activations | 40.0 MiB |",
         "| cpu | 110.0 MiB | 100.0 MiB | +10.0% |",
@@ -200,6 +204,13 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
         assert text in page, text
     order = [page.index(f"| {part} |") for part in ("load", "data", "train", "evaluate", "save")]
     assert order == sorted(order)
+
+
+def test_a_result_that_is_worse_than_the_base_is_told_first(run: RunFolder) -> None:
+    verdict = "worse than the base: eval loss 3.5 of the exported weights, 3 before training"
+    write_report(run, dataclasses.replace(FACTS, eval_loss=3.5, verdict=verdict), make_plan())
+    assert json.loads((run.path / "report.json").read_text())["verdict"] == verdict
+    assert f"## Result\n\n**{verdict.capitalize()}.**" in (run.path / "report.md").read_text()
 
 
 def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
@@ -221,7 +232,7 @@ def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
     )
     rows = dataclasses.replace(make_plan().rows, steps_per_epoch=None)
     plan = make_plan(rows=rows, recipe={"adapter": {"method": "full"}})
-    page = make_page(run.path, facts, plan, sum_metrics([]))
+    page = make_page(run.path, facts, plan, [])
     assert "None" not in page.replace("None: every check", "")
     assert "nan" not in page.lower()
     assert "those after **step 4**, the last" in page
@@ -247,16 +258,6 @@ def test_text_of_others_is_never_markup(run: RunFolder) -> None:
     assert escape("plain words, 1.5") == "plain words, 1.5"
 
 
-def test_totals_add_all_legs_of_a_run(run: RunFolder) -> None:
-    totals = sum_metrics(run.read_metrics())
-    assert (totals.steps, totals.tokens, totals.supervised_tokens, totals.seconds) == (4, 400, 160, 2.0)
-    assert totals.losses == (3.0, 2.0, 1.5, 1.25)
-    assert totals.evaluations == ({"step": 4, "eval": {"loss": 1.5}},)
-    assert totals.tokens_per_second == 200.0
-    assert totals.supervised_tokens_per_second == 80.0
-    assert sum_metrics([]).tokens_per_second is None
-
-
 def test_the_curve_falls_with_the_loss() -> None:
     bars, _, words = curve([4.0, 3.0, 2.0, 1.0]).partition("  ")
     assert bars == "█▆▃▁"
@@ -267,9 +268,7 @@ def test_the_curve_falls_with_the_loss() -> None:
 
 def test_many_evaluations_are_thinned_but_keep_first_best_and_last(run: RunFolder) -> None:
     evaluations = [{"step": number, "eval": {"loss": 1.0 + number}} for number in range(500)]
-    page = make_page(
-        run.path, dataclasses.replace(FACTS, evaluations=evaluations, best_step=123), make_plan(), sum_metrics([])
-    )
+    page = make_page(run.path, dataclasses.replace(FACTS, evaluations=evaluations, best_step=123), make_plan(), [])
     for label in ("| 0 (before training) |", "| 123 (best) |", "| 499 |"):
         assert label in page
     assert page.count("\n| ") < 60

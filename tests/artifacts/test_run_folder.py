@@ -68,6 +68,23 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path, sign: str
         pass
 
 
+def test_an_old_run_is_moved_aside_whole_and_never_one_that_goes_on(tmp_path: Path) -> None:
+    place, told = tmp_path / "run", list[str]()
+    for number in range(3):
+        with RunFolder.open_new(place, overwrite=True, warn=told.append) as run:
+            run.write_json("plan.json", {"number": number})
+            with pytest.raises(RunFolderError, match="is working in"):
+                RunFolder.open_new(place, overwrite=True)
+    kept = {path.name: json.loads((path / "plan.json").read_text())["number"] for path in tmp_path.iterdir()}
+    assert kept == {"run.1": 0, "run.2": 1, "run": 2}
+    assert told == [f"the old run in {place} is now in {place}.{number}" for number in (1, 2)]
+    (place / "plan.json").unlink()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.md").write_text("by hand")
+    with pytest.raises(RunFolderError, match=r"holds report\.md, which no run wrote"):
+        RunFolder.open_new(tmp_path / "mine", overwrite=True)
+
+
 def test_resume_where_nothing_is_starts_new(tmp_path: Path) -> None:
     with RunFolder.open_resume(tmp_path / "none") as run:
         run.write_text("recipe.yaml", "x: 1\n")

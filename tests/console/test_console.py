@@ -46,10 +46,11 @@ def both(console_is_terminal: bool = False) -> tuple[Console, io.StringIO, io.St
 def test_lines_go_where_they_belong() -> None:
     console, output, errors = both()
     console.info("hello [red]x[/red]")
-    console.warn("careful")
-    console.error("recipe.yaml:3: wrong")
-    assert output.getvalue() == "hello [red]x[/red]\n"
-    assert errors.getvalue() == "warning: careful\nerror: recipe.yaml:3: wrong\n"
+    console.info("one", "two")
+    console.info()
+    console.warn("careful", "and slow")
+    assert output.getvalue() == "hello [red]x[/red]\none\ntwo\n"
+    assert errors.getvalue() == "warning: careful\nwarning: and slow\n"
 
 
 def test_colours_only_on_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +128,9 @@ def test_cells() -> None:
     assert [time_text(value) for value in (-1, 0.4, 75, 3725)] == ["0s", "0s", "1m15s", "1h02m"]
 
 
-def test_segments_are_coloured_joined_and_complete() -> None:
+def test_segments_are_coloured_and_complete() -> None:
     console, output, _ = both(True)
-    console.print_segments([("user\n", False), ("yes", True), (" sir", True), ("", False)])
+    console.print_segments([("user\n", False), ("yes sir", True), ("", False)])
     assert "\x1b[1;32myes sir\x1b[0m" in output.getvalue()
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     Console(output=output).print_segments([("a", False), ("é", True)])
@@ -141,7 +142,6 @@ def test_other_ranks_print_nothing() -> None:
     console = Console(enabled=False, output=(output := io.StringIO()), errors=(errors := io.StringIO()))
     console.info("x")
     console.warn("x")
-    console.error("x")
     console.table(["a"], [[1]])
     console.panel("x", {"a": 1})
     console.print_segments([("x", True)])
@@ -187,6 +187,17 @@ def test_the_last_step_is_told_once_and_an_early_end_keeps_the_last_line() -> No
         for step in (1, 2, 3):
             progress.update(record(step))
     assert [line.split()[1] for line in output.getvalue().splitlines()] == ["1/100", "3/100"]
+
+
+def test_time_left_does_not_count_the_evaluation_before_training() -> None:
+    console, _, _ = both()
+    clock = Clock()
+    progress = Progress(console, 10, 0, clock)
+    clock.now += 500.0
+    progress.evaluation(EvaluationRecord(0, {"loss": 1.0}))
+    clock.now += 2.0
+    progress.update(record(1))
+    assert progress.seconds_left() == pytest.approx(18.0)
 
 
 def test_time_left_after_a_resume_counts_this_leg_only() -> None:
@@ -297,7 +308,7 @@ def test_a_real_terminal() -> None:
 
 def test_plain_lines_need_no_rich() -> None:
     code = (
-        "import sys; from tunekit.console import Console; c = Console(); c.info('x'); c.warn('y'); c.error('z');"
+        "import sys; from tunekit.console import Console; c = Console(); c.info('x'); c.warn('y');"
         "sys.exit('rich' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -146,7 +146,7 @@ def test_forward_is_the_base_layer_with_merged_weight(method: str, storage: str)
     plain = base(x)
     attached = attach(base, method)
     randomise(attached)
-    layer = attached.adapted_modules()["layer"]
+    layer = attached.layers["layer"]
     weight = weight_of(layer.base_layer)
     assert weight is not None
     matrix, bias = layer.merged(weight.read(), weight.bias)
@@ -230,7 +230,7 @@ def test_unknown_attributes_are_the_base_layers() -> None:
     attached = attach(base, "lora")
     assert base.layer.in_features == INPUTS
     assert base.layer.stride == (1,)
-    assert base.layer.weight is attached.adapted_modules()["layer"].base_layer.weight
+    assert base.layer.weight is attached.layers["layer"].base_layer.weight
     with pytest.raises(AttributeError, match="no_such"):
         _ = base.layer.no_such
 
@@ -250,7 +250,7 @@ def test_a_layer_that_cannot_merge_says_so() -> None:
     gated = Method(peft=lora.method.peft, layer=Gate)
     attached = attach_adapter(base, METHODS["lora"](), seed=0, head_name=None, method=gated)
     with pytest.raises(NotMergeable, match="Gate cannot be written into the weights of layer"):
-        attached.adapted_modules()["layer"].merged(torch.zeros(1, 1), None)
+        attached.layers["layer"].merged(torch.zeros(1, 1), None)
 
 
 def test_settings_and_method_files_come_in_pairs() -> None:

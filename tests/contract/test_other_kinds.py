@@ -31,10 +31,11 @@ class Settings(Section):
     method: Literal["throwaway"] = "throwaway"
     r: int = 4
     target_modules: str | tuple[str, ...] = ("q_proj", "v_proj")
-    names: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
 
 
-FIELDS = {"r": ("r", 4), "target_modules": ("target_modules", ("q_proj", "v_proj")), "names": ("names", [])}
+FIELDS = {"r": ("r", 4), "target_modules": ("target_modules", ("q_proj", "v_proj"))}
 PEFT = PeftSide("THROWAWAY", Settings, FIELDS)
 
 
@@ -152,10 +153,6 @@ class Prompt(ModelAdapter):
         return hidden[:, self.settings.r :]
 
 
-def named(settings: Settings) -> tuple[str, ...]:
-    return settings.names
-
-
 def make_llama() -> nn.Module:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2)).eval()
@@ -173,10 +170,10 @@ EXPERTS = ("gate_up_proj", "down_proj")
 KINDS: dict[str, tuple[Callable[[], nn.Module], Method, Settings]] = {
     "shared": (make_llama, Method(PEFT, layer=Scaled, shared=SharedMatrices), Settings()),
     "three states": (make_llama, Method(PEFT, layer=Ranked), Settings()),
-    "copies": (make_llama, Method(PEFT, copies=named), Settings(names=("norm", "lm_head", "input_layernorm"))),
-    "experts": (make_mixtral, Method(PEFT, parameter=Experts, parameters=named), Settings(names=EXPERTS)),
+    "copies": (make_llama, Method(PEFT), Settings(modules_to_save=("norm", "lm_head", "input_layernorm"))),
+    "experts": (make_mixtral, Method(PEFT, parameter=Experts), Settings(target_parameters=EXPERTS)),
     "prompt": (make_llama, Method(PEFT, model=Prompt), Settings()),
-    "layers and copies": (make_llama, Method(PEFT, layer=Ranked, copies=named), Settings(names=("embed_tokens",))),
+    "layers and copies": (make_llama, Method(PEFT, layer=Ranked), Settings(modules_to_save=("embed_tokens",))),
 }
 
 
@@ -235,17 +232,17 @@ def test_contract(kind: str, tmp_path: Path) -> None:
 def test_shared_matrices_are_one_object_saved_once() -> None:
     net = make_llama()
     attached = attach("shared", net)
-    layers = list(attached.adapted_modules().values())
+    layers = list(attached.layers.values())
     assert len(layers) == 4
     assert all(layer.shared is attached.shared for layer in layers)
     assert [name for name in attached.state() if "vera_A" in name] == ["vera_A"]
     assert "vera_A" not in attached.trained()
-    assert attached.no_decay() == set(attached.trained())
+    assert not any(decays for _, _, decays in attached.groups(TrainingSection()))
 
 
 def test_three_kinds_of_state_and_hooks() -> None:
     attached = attach("three states", make_llama())
-    layer = attached.adapted_modules()["model.layers.0.self_attn.q_proj"]
+    layer = attached.layers["model.layers.0.self_attn.q_proj"]
     prefix = "model.layers.0.self_attn.q_proj."
     assert f"{prefix}ranked_importance" not in attached.state(("trained", "saved"))
     assert f"{prefix}ranked_importance" in attached.state()
@@ -272,7 +269,8 @@ def test_groups_name_every_trained_tensor_once() -> None:
         names = [name for group_names, _, _ in groups for name in group_names]
         assert sorted(names) == list(attached.trained())
     assert {rate for _, rate, _ in plain} == {1.0}
-    assert {name for names, rate, _ in fast if rate == 16 for name in names} == attached.lora_b() != set()
+    of_outputs = {name for name in attached.trained() if name.endswith(("lora_B.weight", "ranked_B"))}
+    assert {name for names, rate, _ in fast if rate == 16 for name in names} == of_outputs != set()
     assert ("model.embed_tokens.weight",) in [names for names, _, decays in fast if not decays]
 
 

@@ -48,7 +48,7 @@ def attach(family: str, settings: Any) -> AttachedAdapter:
         gradients = torch.randn(60, target.out_features, generator=generator) * 0.01
         statistics.add(Seen(x, torch.arange(60) // 20, torch.ones(60, dtype=torch.bool), gradients))
         evidence[target.name] = statistics.finish()
-    initialise_all(adapter.layers, 1, evidence)
+    initialise_all(adapter.layers, 1, evidence.get)
     return adapter
 
 
@@ -88,7 +88,7 @@ def test_residual_and_start_are_the_original(start: str) -> None:
     """A and B hold a part of W that is not small, and W less that part is what stays frozen."""
     adapter = attach("llama", settings_of("lora", start, "llama"))
     generator = torch.Generator().manual_seed(7)
-    for layer in adapter.adapted_modules().values():
+    for layer in adapter.layers.values():
         weight = weight_of(layer.base_layer)
         assert weight is not None
         moved = layer.scaling * layer.B.detach() @ layer.A.detach()
@@ -104,7 +104,7 @@ def test_residual_and_start_are_the_original(start: str) -> None:
 @pytest.mark.parametrize("start", MOVING)
 def test_gradients_are_those_of_a_base_without_the_part(start: str) -> None:
     """y = (W - s B' A') x + s B A x has the same gradients of A and B."""
-    layer = attach("llama", settings_of("lora", start, "llama")).adapted_modules()["model.layers.0.self_attn.q_proj"]
+    layer = attach("llama", settings_of("lora", start, "llama")).layers["model.layers.0.self_attn.q_proj"]
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         layer.A.add_(0.1)
@@ -138,8 +138,8 @@ def test_the_export_is_plain_lora_that_peft_reads(method: str, start: str, famil
     close(logits(peft.PeftModel.from_pretrained(base.make(), str(folder)).eval(), family), running)
     read = attach_adapter_folder(base.make(), folder, head_name=base.head_name)
     close(logits(read.net, family), running)
-    scalings = {name: layer.scaling for name, layer in adapter.adapted_modules().items()}
-    assert scalings == pytest.approx({name: layer.scaling for name, layer in read.adapted_modules().items()})
+    scalings = {name: layer.scaling for name, layer in adapter.layers.items()}
+    assert scalings == pytest.approx({name: layer.scaling for name, layer in read.layers.items()})
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -164,7 +164,7 @@ def test_twice_the_rank_is_never_more_than_the_matrix_has(start: str, tmp_path: 
 def test_nothing_cancels_in_low_precision() -> None:
     """A small step from a large start, multiplied in bfloat16, is as exact as one from nothing."""
     adapter = attach("llama", settings_of("lora", "pissa", "llama"))
-    layer = adapter.adapted_modules()["model.layers.0.mlp.down_proj"]
+    layer = adapter.layers["model.layers.0.mlp.down_proj"]
     with torch.no_grad():
         layer.A.mul_(1.001)
     x = torch.randn(200, 48, generator=torch.Generator().manual_seed(1)).bfloat16()

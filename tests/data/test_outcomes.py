@@ -42,7 +42,7 @@ def test_processes_make_the_same_entry(tmp_path: Path, tiny_llama: Path, monkeyp
     in_processes(monkeypatch)
     together = load(rows, tiny_llama, tmp_path / "together")
     assert together.counts == alone.counts
-    assert alone.counts.split
+    assert len(alone.store) > alone.counts.kept  # some are split
     assert alone.counts.dropped["empty answer"] == 2
     assert together.notices == alone.notices
     files = sorted(path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*") if path.is_file())

@@ -187,8 +187,8 @@ def test_prompts_of_evaluation_rows(tiny: LoadedTokenizer, tmp_path: Path) -> No
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     path = write_lines(tmp_path / "d.jsonl", [{"messages": messages}, {"messages": messages[:1]}])
     found = load(tiny, path, eval=(Source(path=str(path)),)).evaluation_prompts()
-    assert [(tiny.decode(ids), reference, origin) for ids, reference, origin in found] == [
-        ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a", "d.jsonl:1")
+    assert [(tiny.decode(ids), reference) for ids, reference in found] == [
+        ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a")
     ]
 
 

@@ -14,6 +14,7 @@ import torch
 from tests.data_case import settings, tokenizer_of, write_lines
 from tunekit.contracts import Window
 from tunekit.data.batching import stream
+from tunekit.data.batching.windows import filled_batch
 from tunekit.data.reading import shards
 from tunekit.data.reading.data_file import inspect_file
 from tunekit.data.reading.lines import read_json_lines
@@ -137,11 +138,11 @@ def test_counts_are_estimated_and_marked(
     path = write_rows(tmp_path / "d.jsonl")
     exact = load(tiny, Source(path=str(path))).counts
     rows = load(tiny, streamed(path))
-    assert (rows.streamed, rows.counts.estimated, exact.estimated) == (True, True, False)
+    assert (bool(rows.streams), rows.counts.estimated, exact.estimated) == (True, True, False)
     assert rows.counts.read == exact.read == ROWS
     assert rows.counts.tokens == pytest.approx(exact.tokens, rel=0.05)
     assert len(rows.train) == 50
-    assert rows.filled_batch(settings(max_length=32)).lengths == [32, 32]
+    assert filled_batch(rows.train, rows.objective, settings(max_length=32)).lengths == [32, 32]
 
 
 def test_what_streaming_needs(tiny: LoadedTokenizer, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import write_tiny_llama
+from tests.model.packed import packed_hash
 from tests.model.test_four_bit import with_peak
 from tests.model.test_reading import KINDS, save
 from tests.train_case import in_child
@@ -24,7 +25,7 @@ from tunekit.errors import ModelError
 from tunekit.files import durable
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.quantized import four_bit
-from tunekit.model.quantized.weights import PackedLinear, packed_hash, packed_layers, weight_of
+from tunekit.model.quantized.weights import PackedLinear, packed_layers, weight_of
 from tunekit.model.storage import sidecar
 from tunekit.model.storage.packing import packed_base
 from tunekit.model.storage.reading import open_base, unfilled_net
@@ -88,7 +89,7 @@ def test_a_base_packed_while_it_is_read_equals_one_packed_afterwards(
         with monkeypatch.context() as patch:
             patch.setattr(sidecar, "LEAST_BYTES", 2**40)
             in_memory = load(folder, quantization, dtype=dtype)
-            patch.setattr("tunekit.model.load.open_base", lambda *_: None)
+            patch.setattr("tunekit.model.load.open_net", lambda *_: None)
             afterwards = load(folder, quantization, dtype=dtype)
         assert in_memory.sidecar is None
         for found in (mapped, in_memory):
@@ -140,7 +141,7 @@ def test_a_changed_base_is_packed_anew(base: Path, bases: Path, sampled: bool, m
     after = load(base)
     assert packed_hash(after.net) != packed_hash(before.net)
     assert only(bases) != kept, "what was made of the old files is gone"
-    monkeypatch.setattr("tunekit.model.load.open_base", lambda *_: None)
+    monkeypatch.setattr("tunekit.model.load.open_net", lambda *_: None)
     assert_equal(load(base).net, after.net)
 
 
@@ -199,7 +200,7 @@ def test_a_damaged_sidecar_is_made_anew(
     assert only(bases).read_bytes() != before
     again = load(base)
     assert only(bases).read_bytes() == before
-    monkeypatch.setattr("tunekit.model.load.open_base", lambda *_: None)
+    monkeypatch.setattr("tunekit.model.load.open_net", lambda *_: None)
     assert_equal(load(base).net, again.net)
 
 
@@ -232,7 +233,7 @@ def test_where_nothing_can_be_kept_the_base_is_held_in_memory(
     assert any(note.startswith("the packed base is not kept for the next run (") for note in loaded.notes)
     assert not bases.is_dir() or list(bases.iterdir()) == []
     monkeypatch.undo()
-    monkeypatch.setattr("tunekit.model.load.open_base", lambda *_: None)
+    monkeypatch.setattr("tunekit.model.load.open_net", lambda *_: None)
     assert_equal(load(base).net, loaded.net)
 
 
@@ -244,22 +245,18 @@ def test_the_file_is_plain_safetensors_with_layers_that_are_contiguous(base: Pat
     with safe_open(str(opened.path), framework="pt") as file:
         assert {name for name in file.keys() if not name.startswith(sidecar.FILLER)} == set(state)  # noqa: SIM118
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in state.items())
-    layers = [name for name, _ in model.family.layers(model.net)]
-    assert list(opened.layers) == ["", *layers]
-    assert set(opened.layers[""]) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     starts = {name: opened.files.headers[name].offset_bytes for name in opened.names}
     assert sorted(starts.values()) == list(starts.values())
     assert all(start % 64 == 0 for start in starts.values())
-    for layer in layers:
-        assert starts[opened.layers[layer][0]] % 4096 == 0
-        blob, offsets = opened.blob(layer)
-        for name, view in opened.layer(layer).items():
-            assert torch.equal(view, state[name])
-            assert view.data_ptr() == state[name].data_ptr() == blob.data_ptr() + offsets[name]
-            raw = blob[offsets[name] : offsets[name] + view.nbytes]
-            assert torch.equal(raw.view(view.dtype).view(view.shape), view)
-        assert blob.nbytes < sum(view.nbytes + 64 for view in opened.layer(layer).values())
-        opened.drop_pages(layer)
+    assert set(opened.names[:3]) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    for layer, _ in model.family.layers(model.net):
+        first, *others = [name for name in opened.names if name.startswith(f"{layer}.")]
+        assert starts[first] % 4096 == 0
+        for name in (first, *others):
+            assert torch.equal(opened.view(name), state[name])
+            assert opened.view(name).data_ptr() == state[name].data_ptr()
+            assert state[name].data_ptr() - state[first].data_ptr() == starts[name] - starts[first]
+        assert starts[others[-1]] - starts[first] < sum(state[name].nbytes + 64 for name in (first, *others[:-1]))
     assert torch.equal(opened.view("lm_head.weight"), state["lm_head.weight"])
 
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.model.packed import packed_hash
 from tunekit.errors import ModelError
 from tunekit.model import compute as devices
 from tunekit.model.load import base_fingerprint, load_model, make_meta_model, resolve_dtype
-from tunekit.model.quantized.weights import PackedLinear, element_count, packed_hash, stored_bytes
+from tunekit.model.quantized.weights import PackedLinear, element_count, stored_bytes
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.recipe.model import ModelSection

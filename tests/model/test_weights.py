@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.model.packed import packed_hash
 from tunekit.errors import ModelError
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import (
@@ -17,7 +18,6 @@ from tunekit.model.quantized.weights import (
     element_count,
     layer_kind,
     pack_linear,
-    packed_hash,
     stored_bytes,
     weight_of,
 )

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from tests.conftest import write_tiny_llama
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.export_checkpoint import export_checkpoint_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.metrics import accuracy, macro_f1
@@ -112,6 +113,9 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path:
     config = json.loads((alone / "adapter_config.json").read_text("utf-8"))
     assert config["task_type"] == "SEQ_CLS"
     assert config["modules_to_save"]
+    export_checkpoint_verb(f"{run}@last", None, str(tmp_path / "exported"))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "exported" / name).read_bytes() == (alone / name).read_bytes()
     merge_verb(str(alone), str(tmp_path / "merged"), str(base), None, [])
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")

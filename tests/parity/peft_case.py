@@ -278,7 +278,7 @@ def merged_net(ours: AttachedAdapter, base: Base) -> nn.Module:
     """A plain net with every layer's merged weight and bias, every merged parameter and every trained copy."""
     net = base.make()
     with torch.no_grad():
-        for name, layer in ours.adapted_modules().items():
+        for name, layer in ours.layers.items():
             module = net.get_submodule(name)
             weight = weight_of(module)
             assert weight is not None

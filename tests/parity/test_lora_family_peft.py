@@ -87,5 +87,5 @@ def test_starts_draw_from_the_distributions_of_peft(start: str) -> None:
         right = torch.cat([p.detach().flatten() for n, p in other.items() if letter in n])
         assert abs(left.std() - right.std()) <= 0.1 * right.std()
         assert (start == "orthogonal" or letter == "lora_A") == bool(left.abs().max() > 0)
-    for layer in ours.adapted_modules().values():
+    for layer in ours.layers.values():
         assert layer.delta().abs().max() < 1e-6

@@ -136,7 +136,7 @@ def test_tunekit_reads_what_peft_wrote(case: str, tmp_path: Path) -> None:
     close(running, logits_of(theirs))
     compare_gradients(attached, theirs)
     attached.detach()
-    for name, layer in attached.adapted_modules().items():
+    for name, layer in attached.layers.items():
         weight = weight_of(net.get_submodule(name))
         assert weight is not None
         weight.replace(layer.merged(weight.read(), weight.bias)[0].detach())  # unties: the partner keeps its own

@@ -118,7 +118,7 @@ def peft_factors(theirs: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 def own_factors(adapter: AttachedAdapter) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Module name -> A, B and W less what they hold of it."""
     found = {}
-    for name, layer in adapter.adapted_modules().items():
+    for name, layer in adapter.layers.items():
         weight = weight_of(layer.base_layer)
         assert weight is not None
         a, b = layer.A.detach(), layer.B.detach()
@@ -209,7 +209,7 @@ def test_eva_shares_ranks_as_peft_does(family: str, tmp_path: Path) -> None:
     for group in sorted({name.rpartition(".")[0] for name in mine}):
         inside = [sum(r for n, r in ranks.items() if n.startswith(group)) for ranks in (mine, other)]
         assert abs(inside[0] - inside[1]) <= 1, group
-    assert {layer.scaling for layer in adapter.adapted_modules().values()} == {ALPHA / RANK}
+    assert {layer.scaling for layer in adapter.layers.values()} == {ALPHA / RANK}
 
 
 def test_eva_of_several_batches_is_peft_s_incremental_decomposition(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_loftq(quantization: str, tmp_path: Path) -> None:
         pytest.importorskip("bitsandbytes")
     net = BASES["llama"].make()
     adapter = ours("llama", tmp_path, "loftq", quantization=quantization)
-    for name, layer in adapter.adapted_modules().items():
+    for name, layer in adapter.layers.items():
         weight, packed = weight_of(net.get_submodule(name)), weight_of(layer.base_layer)
         assert weight is not None
         assert packed is not None

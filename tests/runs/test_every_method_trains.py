@@ -2,7 +2,8 @@
 
 The methods are the files of recipe/adapters/, so that a new one is tried here without being listed. Of each: the loss
 ends below that of the same run at learning rate 0, every trained tensor changed, a resume from the middle gives the
-same bytes, gradient checkpointing gives the same bytes, and eval and generate work from the result's folder alone.
+same bytes, gradient checkpointing gives the same bytes, the last checkpoint of an adapter exports the same bytes, and
+eval and generate work from the result's folder alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunekit.evaluate import evaluate_verb
+from tunekit.export_checkpoint import export_checkpoint_verb
 from tunekit.generate import generate_verb
 from tunekit.recipe.names import known_names
 from tunekit.train import train_verb
@@ -153,6 +155,10 @@ def test_a_method_trains(method: str, stories: Path, tmp_path: Path, capsys: pyt
 
     alone = Path(shutil.copytree(result_of(whole), tmp_path / "alone"))
     base = None if (alone / "config.json").exists() else str(model)
+    if base is not None:
+        exported = recipe.parent / "exported"
+        export_checkpoint_verb(f"{whole}@last", None, str(exported / "adapter"))
+        assert result_bytes(exported) == result_bytes(whole)
     evaluate_verb(str(alone), base, str(recipe.parent / "rows.jsonl"), None, [], str(tmp_path / "eval.json"), [])
     measured = json.loads((tmp_path / "eval.json").read_text("utf-8"))
     assert measured["loss"] < losses(still)[0]

@@ -35,7 +35,7 @@ from tests.train_case import write_recipe
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import collate
-from tunekit.errors import AdapterError, InputError, RecipeError
+from tunekit.errors import AdapterError, InputError, RecipeError, RunFolderError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
 from tunekit.memory.tiling import tile_layers
@@ -400,6 +400,8 @@ def test_the_run_is_a_target_of_every_verb(
         merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     with pytest.raises(InputError, match="no other can stand for it; leave --base out"):
         find_target(str(run), str(tied_llama), [])
+    with pytest.raises(RunFolderError, match="holds no adapter: the run trains its base"):
+        find_target(f"{run}@last", None, [])
     page = (run / "report.md").read_text("utf-8")
     assert "merge" not in page
     assert "modules were trained" not in page

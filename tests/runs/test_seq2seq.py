@@ -15,7 +15,7 @@ from tests.data_case import chat, encoder_of, objective_of, settings, tokenizer_
 from tests.loop_case import CPU, ListedRows, make_case
 from tests.runs.test_every_method_trains import SETTINGS
 from tunekit.contracts import IGNORED, Row, RowEncoder
-from tunekit.data.batching.windows import TrainingWindows, filled_batch, padded_size
+from tunekit.data.batching.windows import TrainingWindows, filled_batch
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER
 from tunekit.errors import DataError, ModelError, TunekitError
@@ -184,7 +184,8 @@ def test_no_micro_batch_by_tokens_is_larger_with_its_padding() -> None:
     found = TrainingWindows(rows, objective, chosen)
     widths = [tuple(sizes) for sizes in rows.sizes.tolist()]
     assert widths[:2] == [(9, 1), (1, 9)]
-    sizes = [padded_size([widths[index] for (index,) in batch]) for batch in found.micro_batches(0)]
+    batches = [[widths[index] for (index,) in batch] for batch in found.micro_batches(0)]
+    sizes = [len(batch) * sum(max(part) for part in zip(*batch, strict=True)) for batch in batches]
     assert max(sizes) <= 24
     assert [len(batch) for batch in found.micro_batches(0)] == [1, 1, 1, 1, 2]
     largest = largest_batch(found, rows, objective, chosen)

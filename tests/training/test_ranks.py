@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -74,6 +75,33 @@ def test_two_processes_give_the_curve_of_one(recipe: Path, tmp_path: Path, launc
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
         for name in ("step", "epoch", "learning_rate", "tokens", "supervised_tokens"):
             assert right[name] == left[name]
+
+
+DYING = """
+import os, signal, sys
+import tunekit.training.loop as loop
+from tunekit.cli import main
+make_step = loop._make_step
+def dying(run, window):
+    if os.environ["RANK"] == "1" and run.state.step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make_step(run, window)
+loop._make_step = dying
+main()
+"""
+
+
+def test_a_lost_rank_is_named(recipe: Path, tmp_path: Path) -> None:
+    script, run = tmp_path / "dying.py", tmp_path / "run"
+    script.write_text(DYING)
+    command = [sys.executable, *TORCHRUN, str(script), "train", str(recipe), f"output.dir={run}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TUNEKIT_DEVICE": "cpu", "PYTHONPATH": os.getcwd()}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode != 0
+    reason = "rank 1 of 2 is lost: its process has ended"
+    status = json.loads((run / "status.json").read_text())
+    assert (status["exit_code"], status["reason"]) == (1, reason), ended.stderr
+    assert f"{reason}; see what it said last" in ended.stderr
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,9 +60,8 @@ class AttachedAdapter:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained tensors, float32, sorted by name."""
-        return {
-            name: tensor for name, tensor in self._tensors(("trained",)).items() if isinstance(tensor, nn.Parameter)
-        }
+        found = self._tensors(("trained",))
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, nn.Parameter)}
 
     def state(self, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
         """State of these kinds (trained, saved, resume) without gradient, sorted by name; not copies."""
@@ -97,14 +96,6 @@ class AttachedAdapter:
         for part in self.parts():
             part.check_state()
 
-    def no_decay(self) -> set[str]:
-        """Names of trained tensors that weight decay never touches."""
-        return {name for name, (_, slot) in self.slots().items() if slot.kind == "trained" and not slot.decays}
-
-    def lora_b(self) -> set[str]:
-        """Names of trained tensors that LoRA+ speeds up."""
-        return {name for name, (_, slot) in self.slots().items() if slot.kind == "trained" and slot.rate == "b"}
-
     def groups(self, training: TrainingSection) -> list[tuple[tuple[str, ...], float, bool]]:
         """Optimizer groups (names, learning-rate multiplier, whether weight decay applies): every trained name once.
 
@@ -127,8 +118,7 @@ class AttachedAdapter:
 
     def penalty(self) -> Tensor | None:
         """() float32: sum of the parts' penalties, or None."""
-        found = [penalty for part in self.parts() for penalty in [part.penalty()] if penalty is not None]
-        return torch.stack(found).sum() if found else None
+        return total_penalty(self.parts())
 
     def after_backward(self) -> None:
         """Once per optimizer step, before clipping."""
@@ -159,10 +149,6 @@ class AttachedAdapter:
             return hidden
         return self.model_adapter.outputs(hidden)
 
-    def adapted_modules(self) -> dict[str, LayerAdapter]:
-        """Adapted layers by the base's module name, sorted."""
-        return dict(sorted(self.layers.items()))
-
     def put(self, name: str, wrapper: nn.Module) -> None:
         """Put a wrapper wherever the base holds the module of this name."""
         old = self.net.get_submodule(name)
@@ -184,6 +170,12 @@ class AttachedAdapter:
             self.model_adapter.detach(self.net)
 
 
+def total_penalty(parts: Iterable[Part]) -> Tensor | None:
+    """() float32: the sum of the parts' penalties, or None."""
+    found = [penalty for part in parts for penalty in [part.penalty()] if penalty is not None]
+    return torch.stack(found).sum() if found else None
+
+
 def attach_adapter(
     net: nn.Module,
     settings: Any,
@@ -194,11 +186,13 @@ def attach_adapter(
     method: Method | None = None,
     targets: list[Target] | None = None,
     finished: bool = False,
+    filled: bool = False,
 ) -> AttachedAdapter:
     """Freeze the base and put a fresh adapter into it, in place.
 
     Each tensor's first value depends on the seed and its module's name alone. `device`: where its tensors lie;
     by default where the base lies (on a meta base they have no values). `finished`: nothing but what folders hold.
+    `filled`: the caller loads the whole state afterwards.
     Raises: RecipeError where an entry of the settings fits nothing.
     """
     method = method or load_method(settings.method)
@@ -211,7 +205,7 @@ def attach_adapter(
     _build(attached, meta, finished)
     for part in attached.parts():
         if part.declared and not meta:
-            if not (finished and isinstance(part, ModelAdapter)):  # its values come from the folder, all of them
+            if not (filled or (finished and isinstance(part, ModelAdapter))):  # else the folder has all of its values
                 part.initialise(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, part.module_name)))
             part.move(device or _home(part, net))
     if method.kernel is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
+from tunekit.model.quantized.weights import Weight, weight_of
 from tunekit.records import Target
 
 KINDS = ("trained", "saved", "resume")  # trained; saved with the adapter but not trained; in checkpoints only
@@ -30,7 +31,8 @@ class Slot:
     """One tensor of an adapter's state, declared before anything is allocated.
 
     `suffix` is its name in PEFT's files, after the module's; `rate` is "b" where LoRA+ speeds it up, "embedding" for
-    the factors of an embedding; `decays` says whether weight decay may touch it.
+    the factors of an embedding; `decays` says whether weight decay may touch it. `first`: its value before any step;
+    None: drawn as torch draws a linear layer's matrix.
     """
 
     suffix: str
@@ -39,6 +41,7 @@ class Slot:
     decays: bool = True
     rate: str = ""
     dtype: torch.dtype = torch.float32
+    first: float | None = 0.0
 
 
 class Part(nn.Module):
@@ -62,7 +65,12 @@ class Part(nn.Module):
 
     def initialise(self, generator: torch.Generator) -> None:
         """Fill every declared tensor; all randomness comes from `generator`, on the CPU, seeded by the module."""
-        raise NotImplementedError(f"{type(self).__name__} has state but no initialise")
+        for attribute, slot in self.declared.items():
+            tensor = getattr(self, attribute).data
+            if slot.first is None:
+                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+            else:
+                tensor.fill_(slot.first)
 
     def move(self, device: torch.device) -> None:
         """Bring the declared tensors, and nothing of the base, to `device`."""
@@ -154,7 +162,7 @@ class Wrapper(nn.Module):
 class LayerAdapter(Wrapper, Part):
     """One adapted layer: y = adapted(x), or base_layer(x) where the call bypasses adapters.
 
-    A subclass gives `slots` and `initialise`; an additive one `update` and `delta`, any other `adapted` and `merged`.
+    A subclass gives `slots`; an additive one `update` and `delta`, any other `adapted` and `changed`.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})  # of model.weights.layer_kind
@@ -175,6 +183,12 @@ class LayerAdapter(Wrapper, Part):
     def initialise_from(self, generator: torch.Generator, evidence: Any) -> None:
         """Fill it anew from what the recipe's initialisation has gathered of this layer, where a method has such."""
         raise NotImplementedError
+
+    def base_weight(self) -> Weight:
+        """The handle of the base's own matrix."""
+        weight = weight_of(self.base_layer)
+        assert weight is not None
+        return weight
 
     def base_output(self, x: Tensor) -> Tensor:
         """What the base gives, (..., O)."""
@@ -197,13 +211,20 @@ class LayerAdapter(Wrapper, Part):
         """
         raise NotMergeable(f"{type(self).__name__} cannot be written into the weights of {self.target.name}")
 
+    def changed(self, weight: Tensor) -> Tensor:
+        """The matrix (O, I), float32, of the plain layer that computes the same, where the base's `weight` lies.
+
+        Raises: NotMergeable.
+        """
+        return weight + self.delta().to(weight.device)
+
+    @torch.no_grad()
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (O, I) and bias (O,), float32, of the plain layer that computes the same.
 
         Raises: NotMergeable.
         """
-        with torch.no_grad():
-            return weight + self.delta().to(weight.device), bias
+        return self.changed(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.base_layer(x) if current_call().bypassed else self.adapted(x)
@@ -218,6 +239,8 @@ class ModelAdapter(Part):
     """
 
     file_prefix = ""
+
+    hooks: Sequence[Any] = ()  # those that `attach` has put into the network
 
     def __init__(self, net: nn.Module, settings: Any, *, meta: bool = False, finished: bool = False) -> None:
         super().__init__()
@@ -253,6 +276,8 @@ class ModelAdapter(Part):
 
     def detach(self, net: nn.Module) -> None:
         """Take it out again."""
+        for hook in self.hooks:
+            hook.remove()
 
     def inputs(self, net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the network is called with (embeddings, mask, positions); in generation, for the first step only."""

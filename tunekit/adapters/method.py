@@ -59,46 +59,15 @@ class WrittenForm:
     layers: dict[str, LayerAdapter]
 
 
-def no_conflicts(settings: Any, targets: Sequence[Target], file: bool) -> Sequence[Conflict]:
-    """The default of Method.conflicts."""
-    return ()
-
-
-def no_run_conflicts(settings: Any, steps: int) -> Sequence[Conflict]:
-    """The default of Method.run_conflicts."""
-    return ()
-
-
-def target_parameters(settings: Any) -> Sequence[str]:
-    """The default of Method.parameters."""
-    names: Sequence[str] = getattr(settings, "target_parameters", ())
-    return names
-
-
 def saved_modules(settings: Any) -> Sequence[str]:
-    """The default of Method.copies: modules trained whole."""
+    """Names of the modules that are trained whole."""
     names: Sequence[str] = getattr(settings, "modules_to_save", ())
     return names
-
-
-def as_recipe_has_it(settings: Any, tokenizer: Tokenizer) -> Any:
-    """The default of Method.with_tokenizer."""
-    return settings
-
-
-def as_trained(form: WrittenForm) -> WrittenForm:
-    """The default of Method.written_form."""
-    return form
 
 
 def always(settings: Any) -> bool:
     """Method.is_linear of a method whose update is always linear in its tensors."""
     return True
-
-
-def never(settings: Any) -> bool:
-    """The default of Method.is_linear."""
-    return False
 
 
 @dataclass(frozen=True)
@@ -113,6 +82,7 @@ class Method:
     `neutral`: the value of a trained tensor that changes nothing.
     `unbinding`: settings of its own that a folder may have otherwise and compute the same.
     `conflicts`: settings, targets, whether the settings are a file's; `run_conflicts`: settings, optimizer steps.
+    `with_tokenizer`: gives the settings with their texts as token ids.
     `read_as`: the method as which its folder is read, where the two differ only in training.
     """
 
@@ -122,24 +92,22 @@ class Method:
     repeats_shared: bool = False  # PEFT's files repeat the shared tensors under each layer
     parameter: type[ParameterAdapter] | None = None
     model: type[ModelAdapter] | None = None
-    parameters: Callable[[Any], Sequence[str]] = target_parameters  # settings -> names of fused 3-D parameters
-    copies: Callable[[Any], Sequence[str]] = saved_modules  # settings -> names of modules trained as full copies
     only_copies: Callable[[Mapping[str, nn.Module], Any], Mapping[str, tuple[str, ...] | None]] | None = None
     copy: type[TrainedCopy] = TrainedCopy
     kernel: Kernel | None = None
-    written_form: Callable[[WrittenForm], WrittenForm] = as_trained
+    written_form: Callable[[WrittenForm], WrittenForm] = lambda form: form
     tensors: tuple[str, ...] = ()
-    is_linear: Callable[[Any], bool] = never
+    is_linear: Callable[[Any], bool] = lambda settings: False
     neutral: float = 0.0
     unbinding: frozenset[str] = frozenset()
-    conflicts: Callable[[Any, Sequence[Target], bool], Sequence[Conflict]] = no_conflicts
-    run_conflicts: Callable[[Any, int], Sequence[Conflict]] = no_run_conflicts
-    with_tokenizer: Callable[[Any, Tokenizer], Any] = as_recipe_has_it  # settings with their texts as token ids
+    conflicts: Callable[[Any, Sequence[Target], bool], Sequence[Conflict]] = lambda settings, targets, file: ()
+    run_conflicts: Callable[[Any, int], Sequence[Conflict]] = lambda settings, steps: ()
+    with_tokenizer: Callable[[Any, Tokenizer], Any] = lambda settings, tokenizer: settings
     read_as: str | None = None
 
     def copied_modules(self, modules: Mapping[str, nn.Module], settings: Any, targets: Sequence[Target]) -> Copies:
         """Every module to copy. With bias: all these are also all owners of a bias that is not an adapted layer's."""
-        whole = named_copies(modules, self.copies(settings))
+        whole = named_copies(modules, saved_modules(settings))
         copied: Copies = dict.fromkeys(whole)
         if getattr(settings, "bias", "none") == "all":
             adapted = {target.name for target in targets}
@@ -152,7 +120,7 @@ class Method:
 
     def copy_class(self, settings: Any, name: str) -> type[TrainedCopy]:
         """The class of this module's copy: `copy`, but for what is trained whole beside a method of copies."""
-        whole = self.only_copies is not None and bool(named_copies({name: nn.Identity()}, self.copies(settings)))
+        whole = self.only_copies is not None and bool(named_copies([name], saved_modules(settings)))
         return TrainedCopy if whole else self.copy
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tunekit.adapters.base import Wrapper
+from tunekit.adapters.base import Wrapper, full_name
 
 OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's, before they were fused
 
@@ -35,7 +35,9 @@ def base_modules(net: nn.Module) -> dict[str, nn.Module]:
 def parameter_names(net: nn.Module) -> list[str]:
     """Names of the base's own parameters."""
     modules = base_modules(net)
-    return [f"{name}.{own}" for name, module in modules.items() for own, _ in module.named_parameters(recurse=False)]
+    return [
+        full_name(name, own) for name, module in modules.items() for own, _ in module.named_parameters(recurse=False)
+    ]
 
 
 def fused_parameters(net: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
@@ -62,10 +64,9 @@ def is_fused_in(entry: str, parameter_name: str) -> bool:
     return bool(last) and set(last.split("_")) <= set(own.split("_"))
 
 
-def named_copies(modules: Mapping[str, nn.Module], entries: Sequence[str]) -> list[str]:
+def named_copies(modules: Iterable[str], entries: Sequence[str]) -> list[str]:
     """Names of the modules that the entries (whole names or endings) ask to train as copies."""
-    names = {name for name in modules for entry in entries if name and (name == entry or name.endswith(f".{entry}"))}
-    return sorted(names)
+    return sorted({name for name in modules for entry in entries if name and f".{name}".endswith(f".{entry}")})
 
 
 def is_within(name: str, outer: Sequence[str]) -> bool:

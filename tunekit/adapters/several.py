@@ -7,7 +7,7 @@ of LoRA then take their plain paths, so that logits equal those of the adapter a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
 from tunekit.errors import AdapterError
 from tunekit.model.attention.self_attention import decoder
-from tunekit.model.call import Call, calling, current_call
+from tunekit.model.call import calling, current_call
 
 
 class Choice:
@@ -132,12 +132,6 @@ class AdapterSet:
         finally:
             self._hook(hooked)
 
-    @contextmanager
-    def bypassing(self) -> Iterator[Call]:
-        """Inside the block calls go through the base alone."""
-        with calling(replace(current_call(), bypassed=True)) as call:
-            yield call
-
     def detach(self) -> None:
         """Take all of them out; the plain base stands again, module for module."""
         self.switch(None)
@@ -191,12 +185,9 @@ class AdapterSet:
         """A copied module runs with other parameters under its own names, which a Switch inside it would change."""
         for other_name, other in [*self.adapters.items(), (name, attached)]:
             for one, two in ((attached, other), (other, attached)):
+                names = [*two.layers, *two.copies, *two.parameters, *two.tokens]
                 for copied in one.copies if one is not two else ():
-                    inside = next((p for p in _module_names(two) if p.startswith(f"{copied}.")), None)
+                    inside = next((p for p in names if p.startswith(f"{copied}.")), None)
                     if inside is not None:
                         what = f"'{copied}' is trained whole by one and '{inside}' adapted by the other"
                         raise AdapterError(f"'{name}' and '{other_name}' cannot be loaded at once: {what}")
-
-
-def _module_names(attached: AttachedAdapter) -> Mapping[str, object]:
-    return {**attached.layers, **attached.copies, **attached.parameters, **attached.tokens}

@@ -17,7 +17,7 @@ from torch import nn
 from tunekit.adapters.base import slot_count
 from tunekit.adapters.copies import TrainedCopy, wrong_entries
 from tunekit.adapters.expert_parameters import fused_shape, stored_transposed
-from tunekit.adapters.method import Method, load_method
+from tunekit.adapters.method import Method, load_method, saved_modules
 from tunekit.adapters.module_names import (
     base_modules,
     endings,
@@ -94,6 +94,7 @@ class Search:
         self.settings, self.method, self.head_name, self.file = settings, method, head_name, file
         self.net, self.modules = net, base_modules(net)
         self.fused = fused_parameters(net)
+        self.copies = named_copies(self.modules, saved_modules(settings))  # no targets, nor is anything inside them
         self.kinds = method.layer.kinds if method.layer else frozenset()
         self.patterns = Patterns(error=AdapterError if file else RecipeError, file=file)
         self.problems: list[Problem] = []
@@ -121,15 +122,16 @@ class Search:
             return []
         excluded = self._matched("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
         names = self._matched("target_modules", self.settings.target_modules) - excluded
-        copies = self._copies()
-        names = {name for name in self._in_layers(names) if not is_within(name, copies)}
+        for what, how in wrong_entries(self.modules, saved_modules(self.settings), self.file is not None):
+            self.report("modules_to_save", what, how)
+        names = {name for name in self._in_layers(names) if not is_within(name, self.copies)}
         return [self._layer_target(name) for name in sorted(names)]
 
     def parameters(self) -> list[Target]:
         """Targets of the method's class for fused parameters."""
         names = {
             name: None
-            for entry in (self.method.parameters(self.settings) if self.method.parameter else ())
+            for entry in (getattr(self.settings, "target_parameters", ()) if self.method.parameter else ())
             for name in [n for n in self.fused if entry in endings(n)] or self._miss("target_parameters", entry)
         }
         chosen = set(names) if self.file else self._in_layers(set(names))
@@ -137,16 +139,8 @@ class Search:
 
     def tokens(self, targets: Sequence[str]) -> None:
         """Report what cannot be trained by rows."""
-        copies = named_copies(self.modules, self.method.copies(self.settings))
-        for what, how in wrong_tokens(self.net, self.settings, targets, copies):
+        for what, how in wrong_tokens(self.net, self.settings, targets, self.copies):
             self.report("trainable_token_indices", what, how)
-
-    def _copies(self) -> list[str]:
-        """Modules trained as copies, which are no targets, nor is anything inside them."""
-        entries = self.method.copies(self.settings)
-        for what, how in wrong_entries(self.modules, entries, self.file is not None):
-            self.report("modules_to_save", what, how)
-        return named_copies(self.modules, entries)
 
     def _in_layers(self, names: set[str]) -> set[str]:
         """Those in the chosen layers; a number without a layer is a problem."""
@@ -239,7 +233,7 @@ class Search:
         assert kind is not None
         outputs, inputs = weight.shape if kind != "embedding" else weight.shape[::-1]
         bias = weight.bias is not None
-        return self._sized(Target(name, kind, inputs, outputs, 0, self._rank(name), self._alpha(name), has_bias=bias))
+        return self._sized(Target(name, kind, inputs, outputs, 0, *self._rank_and_alpha(name), has_bias=bias))
 
     def _parameter_target(self, name: str, chosen: Collection[str]) -> Target:
         owner, parameter = self.fused[name]
@@ -248,7 +242,7 @@ class Search:
         owner_name, _, own = name.rpartition(".")
         later = own_names[own_names.index(own) + 1 :]
         target = Target(
-            *(name, "parameter", inputs, outputs, 0, self._rank(name), self._alpha(name)),
+            *(name, "parameter", inputs, outputs, 0, *self._rank_and_alpha(name)),
             experts=experts,
             transposed=stored_transposed(owner),
             wrapped=sum(f"{owner_name}.{other}" in chosen for other in later),
@@ -275,15 +269,10 @@ class Search:
         what = f"rank {first.r} is too large for '{first.name}' {shape}{more}"
         self.report("r", what, f"use at most {min(first.in_features, first.out_features)}")
 
-    def _rank(self, name: str) -> int | None:
-        rank: int | None = self._by_pattern("rank_pattern", name, getattr(self.settings, "r", None))
-        return rank
+    def _rank_and_alpha(self, name: str) -> tuple[int | None, float | None]:
+        return self._by_pattern("rank_pattern", name, "r"), self._by_pattern("alpha_pattern", name, "alpha")
 
-    def _alpha(self, name: str) -> float | None:
-        alpha: float | None = self._by_pattern("alpha_pattern", name, getattr(self.settings, "alpha", None))
-        return alpha
-
-    def _by_pattern(self, key: str, name: str, default: Any) -> Any:
+    def _by_pattern(self, key: str, name: str, default: str) -> Any:
         """The value of the longest pattern that matches, as PEFT matches them; PEFT takes the first in file order.
 
         Two that differ are a problem in an adapter file, and in a recipe where they are equally long.
@@ -291,7 +280,7 @@ class Search:
         patterns: dict[str, Any] = getattr(self.settings, key, {})
         matching = sorted((p for p in patterns if self._patterns_of(key).matches_ending(p, name)), key=len)
         if not matching:
-            return default
+            return getattr(self.settings, default, None)
         longest = patterns[matching[-1]]
         rivals = [p for p in matching if self.file or len(p) == len(matching[-1])]
         for rival in rivals:

@@ -103,7 +103,8 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
     relative = {name: errors[name] / norms[name] if norms[name] else 0.0 for name in names}
     worst = max(names, key=lambda name: relative[name])
     distance = math.hypot(*errors.values()) / (math.hypot(*norms.values()) or 1.0)
-    return Combined(updates, _combine_rest(adapters, mixture), distance, (worst, relative[worst]))
+    rest = {key: _combine_copies(key, adapters, mixture) for key in sorted({key for a in adapters for key in a.rest})}
+    return Combined(updates, rest, distance, (worst, relative[worst]))
 
 
 def _refuse_other_shapes(name: str, updates: Sequence[LowRank], adapters: Sequence[LoraFolder]) -> None:
@@ -167,17 +168,12 @@ def _generator(mixture: Mixture, name: str, factor: str, index: int) -> Generato
     return torch.Generator().manual_seed(seed_for("combine", mixture.seed, name, factor, index))
 
 
-def _combine_rest(adapters: Sequence[LoraFolder], mixture: Mixture) -> dict[str, Tensor]:
-    """Trained copies and biases. A tensor that is the same in all stays; others need weights that sum to 1.
+def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) -> Tensor:
+    """A trained copy or bias. One that is the same in all stays; others need weights that sum to 1.
 
     A copy is the base's tensor and a change of it: only with such weights is the sum of copies the base's tensor and
     the sum of the changes. A copy of the base's own embedding must be the same wherever there is one.
     """
-    keys = sorted({key for adapter in adapters for key in adapter.rest})
-    return {key: _combine_copies(key, adapters, mixture) for key in keys}
-
-
-def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) -> Tensor:
     found: Mapping[str, Tensor] = {a.name: a.rest[key] for a in adapters if key in a.rest}
     tensors = list(found.values())
     rows = not key.endswith(TOKEN_ROWS) or all(_tokens(adapter) == _tokens(adapters[0]) for adapter in adapters)

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import AdapterConfig, read_adapter_config
 from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
-from tunekit.arithmetic.nearest_lora import BaseLayer, Loss, layer_change, loss_between, loss_of, trained_beside
-from tunekit.arithmetic.on_base import attach_to_base, base_section
+from tunekit.arithmetic.nearest_lora import Loss, layer_change, loss_between, loss_of, trained_beside
+from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.errors import AdapterError
+from tunekit.tuned.target import base_section, named_base
 
 PIECE = 2**22  # numbers
 Change = LowRank | Tensor  # of one layer: factors, or the whole (O, I)
@@ -50,14 +50,15 @@ class Changes:
     """An adapter's updates by module, each made when it is asked for, and what else it trains."""
 
     config: AdapterConfig
-    updates: Mapping[str, Callable[[], Change]]
+    names: frozenset[str]
+    make: Callable[[str], Change]
     rest: Mapping[str, Tensor]
     embeddings: frozenset[str]
     conv1d: bool
 
     def of(self, name: str) -> Change | None:
         """One layer's update; None where the adapter has none."""
-        return self.updates[name]() if name in self.updates else None
+        return self.make(name) if name in self.names else None
 
 
 def read_changes(folder: Path, base: str | None) -> Changes:
@@ -69,24 +70,21 @@ def read_changes(folder: Path, base: str | None) -> Changes:
     if config.method is plain_lora_method():
         lora = read_lora_folder(folder)
         embeddings = frozenset(name for name, update in lora.updates.items() if update.embedding)
-        made: dict[str, Callable[[], Change]] = {name: _constant(update) for name, update in lora.updates.items()}
-        return Changes(config, made, lora.rest, embeddings, lora.fan_in_fan_out)
-    attached, rewriter = attach_to_base(folder, base_section(config, base, "name it with --base MODEL"))
+        make = lora.updates.__getitem__
+        return Changes(config, frozenset(lora.updates), make, lora.rest, embeddings, lora.fan_in_fan_out)
+    attached, rewriter = attach_to_base(folder, base_section(config, named_base(base), "name it with --base MODEL"))
     if attached.model_adapter is not None or attached.parameters:
         what = f"a {config.settings.method} adapter is no change of layers' weights, and cannot be compared as one"
         raise AdapterError(what, "tunekit adapter show tells of either by itself", file=config.file)
-    made = {name: _update_of(attached, name, rewriter.trained_on) for name in attached.layers}
     kinds = {target.name: target.kind for target in attached.targets}
-    embeddings = frozenset(name for name, kind in kinds.items() if kind == "embedding")
-    return Changes(config, made, trained_beside(attached), embeddings, "conv1d" in kinds.values())
-
-
-def _constant(update: LowRank) -> Callable[[], Change]:
-    return lambda: update
-
-
-def _update_of(attached: AttachedAdapter, name: str, base_layer: BaseLayer) -> Callable[[], Change]:
-    return lambda: layer_change(attached, name, base_layer).delta
+    return Changes(
+        config,
+        frozenset(attached.layers),
+        lambda name: layer_change(attached, name, rewriter.trained_on).delta,
+        trained_beside(attached),
+        frozenset(name for name, kind in kinds.items() if kind == "embedding"),
+        "conv1d" in kinds.values(),
+    )
 
 
 def compare(name: str, left: Change | None, right: Change | None) -> Difference:
@@ -100,7 +98,7 @@ def compare(name: str, left: Change | None, right: Change | None) -> Difference:
         inner, distance = left.inner(right), weighted_sum([right, left], [1.0, -1.0]).norm()
     else:
         one, two = (change.dense() if isinstance(change, LowRank) else change for change in (left, right))
-        inner, distance = _sum(one, two, product), math.sqrt(_sum(one, two, squared_distance))
+        inner, distance = _sum(one, two, torch.mul), math.sqrt(_sum(one, two, lambda a, b: (b - a).square()))
     sizes = (_norm(left) or 0.0) * (_norm(right) or 0.0)
     cosine = max(-1.0, min(1.0, inner / sizes)) if sizes else None
     return Difference(name, _norm(left), _norm(right), distance, cosine)
@@ -109,17 +107,7 @@ def compare(name: str, left: Change | None, right: Change | None) -> Difference:
 def _norm(change: Change | None) -> float | None:
     if change is None:
         return None
-    return change.norm() if isinstance(change, LowRank) else math.sqrt(_sum(change, change, product))
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Number by number."""
-    return left * right
-
-
-def squared_distance(left: Tensor, right: Tensor) -> Tensor:
-    """Number by number."""
-    return (right - left).square()
+    return change.norm() if isinstance(change, LowRank) else math.sqrt(_sum(change, change, torch.mul))
 
 
 def _sum(left: Tensor, right: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -130,14 +118,11 @@ def _sum(left: Tensor, right: Tensor, of: Callable[[Tensor, Tensor], Tensor]) ->
 
 def together(differences: list[Difference]) -> Difference:
     """All layers as one; what is missing on a side counts as 0 there."""
-    left, right = (math.hypot(*(each or 0.0 for each in side)) for side in _sides(differences))
+    left = math.hypot(*(d.left or 0.0 for d in differences))
+    right = math.hypot(*(d.right or 0.0 for d in differences))
     distance = math.hypot(*(d.distance if d.distance is not None else (d.left or d.right or 0.0) for d in differences))
     inner = sum((d.cosine or 0.0) * (d.left or 0.0) * (d.right or 0.0) for d in differences)
     return Difference("all layers", left, right, distance, inner / (left * right) if left and right else None)
-
-
-def _sides(differences: list[Difference]) -> tuple[list[float | None], list[float | None]]:
-    return [d.left for d in differences], [d.right for d in differences]
 
 
 def extract(left: Changes, right: Changes, rank: int) -> tuple[LoraFolder, dict[str, Loss]]:
@@ -147,7 +132,7 @@ def extract(left: Changes, right: Changes, rank: int) -> tuple[LoraFolder, dict[
     """
     updates: dict[str, LowRank] = {}
     losses: dict[str, Loss] = {}
-    for name in sorted(left.updates.keys() | right.updates.keys()):
+    for name in sorted(left.names | right.names):
         one, two = left.of(name), right.of(name)
         if one is not None and two is not None and one.shape != two.shape:
             what = f"'{name}' is {list(two.shape)} there and {list(one.shape)} in {left.config.folder}"

@@ -60,9 +60,8 @@ def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -
         _refuse_difference(first, other)
     method = first.config.method
     if method.only_copies is not None and not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
-        what = (
-            f"{first.config.settings.method} trains whole tensors, and the weights sum to {sum(weights):g} and not to 1"
-        )
+        name = first.config.settings.method
+        what = f"{name} trains whole tensors, and the weights sum to {sum(weights):g} and not to 1"
         raise AdapterError(what, "give weights that sum to 1", key="--weights")
 
     def add(tensors: list[Tensor]) -> Tensor:

@@ -57,9 +57,8 @@ class LowRank:
         """The same D at a higher rank, filled with zeros; s is kept."""
         more = rank - self.rank
         a = torch.cat([self.a, self.a.new_zeros(more, self.a.shape[1])])
-        return LowRank(
-            a, torch.cat([self.b, self.b.new_zeros(self.b.shape[0], more)], dim=1), self.scaling, self.embedding
-        )
+        b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], more)], dim=1)
+        return LowRank(a, b, self.scaling, self.embedding)
 
 
 def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

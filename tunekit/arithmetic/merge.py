@@ -11,22 +11,26 @@ import numpy as np
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ResourceError
 from tunekit.files.durable import free_bytes, write_json
+from tunekit.machine.memory import available_bytes
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
 from tunekit.model.storage.model_folder import copy_companions, whole_model_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.tuned.network import prepare_network
 from tunekit.tuned.target import Target, as_trained, load_target
 
 REPORT = "merge_report.json"
 SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report
+SPARE_SHARE = 1.5  # of the float32 weights: activations, logits, a matrix on its way
 MAX_ROWS, MAX_TOKENS = 8, 64
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -47,6 +51,9 @@ class Difference:
     merged_loss: float | None
     rows: str  # which rows, in words
     tokens: int
+    # largest, all computed in float32: of the merge before its weights are rounded; of rounding them to what is written
+    unrounded: float | None = None
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,17 @@ class MergeResult:
     folder: Path
     onto: str
     reason: str
+    dtype: str  # of the written weights
+    computed_in: str
     difference: Difference
 
 
-def merge_adapter(target: Target, output: Path, onto: str | None = None) -> MergeResult:
+def merge_adapter(
+    target: Target, output: Path, onto: str | None = None, dtype: torch.dtype | None = None
+) -> MergeResult:
     """Write the merged model beside `output`, measure it, and rename it into place; on any failure nothing stays.
 
+    `dtype`: of the written weights; by default each as the base has it.
     Raises: AdapterError where the method is no change of weights; InputError for a choice or a folder that cannot be;
     ResourceError where the disk is too small.
     """
@@ -71,20 +83,24 @@ def merge_adapter(target: Target, output: Path, onto: str | None = None) -> Merg
     if target.adapter is None:
         raise InputError("there is no adapter to merge", "name an adapter folder, or a run")
     chosen, reason = choose_onto(target, onto)
+    if chosen == "quantized" and dtype is not None:
+        raise InputError("packed weights have no other dtype", "leave --dtype out", key="--dtype")
     source = find_source(target.model, weights=True)
     adapter = target.adapter
     target, _ = as_trained(target, load_tokenizer(target.model))
     output = output.expanduser().absolute()
     _check_output(output, [source.folder, adapter])
-    rewriter = Rewriter(target.model, chosen)
+    rewriter = Rewriter(target.model, chosen, dtype)
     changes = collect_changes(attach_without_weights(adapter, target.model, rewriter))
     _check_space(output, rewriter.output_bytes(changes))
     with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
         copy_companions(target.model, source.folder, load_tokenizer(target.model), target.chat_template, staging)
-        difference = measure_difference(target, staging, requantized=chosen == "quantized")
-        write_json(staging / REPORT, _report(chosen, reason, difference))
-    return MergeResult(output, chosen, reason, difference)
+        difference = measure_difference(target, staging, rewriter, changes)
+        written, computed = rewriter.written_dtype(f"{rewriter.embedding}.weight"), rewriter.compute_dtype
+        result = MergeResult(output, chosen, reason, str(written)[6:], str(computed)[6:], difference)
+        write_json(staging / REPORT, _report(result))
+    return result
 
 
 def choose_onto(target: Target, onto: str | None) -> tuple[str, str]:
@@ -135,12 +151,10 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     """
     if attached.model_adapter is not None:
         raise AdapterError("a prompt adapter is not a change of weights and cannot be merged", "use it as an adapter")
-    parameters: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        name: adapter.merged for name, adapter in attached.parameters.items()
-    }
-    for name, copy in attached.copies.items():
-        for own_name, tensor in copy.copied().items():
-            parameters[f"{name}.{own_name}"] = _constant(tensor.detach().float())
+    parameters: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+    parameters = {name: adapter.merged for name, adapter in attached.parameters.items()}
+    for copy in attached.copies.values():
+        parameters |= {name: _constant(tensor.detach()) for name, tensor in copy.state().items()}
     for name, tokens in attached.tokens.items():
         change = tokens.merged  # one and the same for a tied head, so that it stays tied
         parameters[f"{name}.weight"] = change
@@ -154,11 +168,19 @@ def _constant(new: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda _old: new
 
 
-def _report(onto: str, reason: str, difference: Difference) -> dict[str, object]:
+def _report(result: MergeResult) -> dict[str, object]:
+    difference = result.difference
+    measured = {
+        "largest_logit_difference_unrounded": difference.unrounded,
+        "largest_logit_difference_of_rounding": difference.rounding,
+    }
     return {
-        "onto": onto,
-        "reason": reason,
+        "onto": result.onto,
+        "reason": result.reason,
+        "dtype": result.dtype,
+        "computed_in": result.computed_in,
         "largest_logit_difference": difference.largest,
+        **{name: value for name, value in measured.items() if value is not None},
         "mean_logit_difference": difference.mean,
         "logit_spread": difference.spread,
         "measured_on": difference.rows,
@@ -168,14 +190,14 @@ def _report(onto: str, reason: str, difference: Difference) -> dict[str, object]
     }
 
 
-def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Difference:
+def measure_difference(target: Target, merged: Path, rewriter: Rewriter, changes: Changes) -> Difference:
     """Run both models on the same rows, one after the other, so that only one is in memory."""
-    device = torch.device("cpu")
+    device, requantized = torch.device("cpu"), rewriter.onto == "quantized"
     tokenizer = load_tokenizer(target.model)
     loaded = load_target(target, device)
     running = loaded.model.base
     rows, described = _rows(target, loaded.objective, tokenizer, running.text.vocabulary_size)
-    before = [_logits(running, row) for row in rows]
+    before = _logits(running, rows)
     dtype, attention = running.facts.dtype, running.facts.attention
     family = running.family
     del loaded, running
@@ -185,8 +207,49 @@ def measure_difference(target: Target, merged: Path, *, requantized: bool) -> Di
     )
     packed = load_packed_folder(section, device) if requantized else load_model(section, device=device)
     model = prepare_network(packed, replace(target.choice, streaming="off")).base
-    after = [_logits(model, row) for row in rows]
-    return _compare(rows, before, after, described, predicts=family.answers)
+    difference = _compare(rows, before, _logits(model, rows), described, predicts=family.answers)
+    if requantized:
+        return difference
+    if dtype == "float32" and not rewriter.rounds():
+        return replace(difference, unrounded=difference.largest, rounding=0.0)
+    del packed, model
+    gc.collect()
+    return _without_rounding(difference, target, section, rewriter, changes, rows)
+
+
+def _without_rounding(
+    difference: Difference,
+    target: Target,
+    section: ModelSection,
+    rewriter: Rewriter,
+    changes: Changes,
+    rows: list[torch.Tensor],
+) -> Difference:
+    """The difference with what of it is rounding: the merged model as written, before its cast, and the base with the
+    running adapter, all in float32; as it is where the memory is too small for that."""
+    device = torch.device("cpu")
+    free = available_bytes(device)
+    if free is not None and free < SPARE_SHARE * sum(map(rewriter.tensors.elements, rewriter.names)) * 4:
+        return difference
+    model = load_model(section.model_copy(update={"dtype": "float32"}), device=device)
+    rounded = _logits(model, rows)
+    rewriter.fill(model.net, changes)
+    exact = _logits(model, rows)
+    rewriter.fill(model.net, Changes({}, {}))
+    assert target.adapter is not None
+    attach_adapter_folder(
+        model.net,
+        target.adapter,
+        head_name=model.family.head_name(model.net),
+        base_fingerprint=rewriter.fingerprint(),
+        device=device,
+    )
+    running = _logits(model, rows)
+    return replace(difference, unrounded=_largest(running, exact), rounding=_largest(exact, rounded))
+
+
+def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+    return max(float((first - second).abs().max()) for first, second in zip(before, after, strict=True))
 
 
 def _rows(
@@ -207,9 +270,9 @@ def _rows(
 
 
 @torch.no_grad()
-def _logits(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """What the head makes of one row (1, T): (T, V) float32."""
-    return model.family.scores(model.net, ids)
+def _logits(model: LoadedModel, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the head makes of each row (1, T): (T, V) float32."""
+    return [model.family.scores(model.net, ids) for ids in rows]
 
 
 def _compare(

@@ -70,9 +70,8 @@ def extract_models(left: Rewriter, right: Rewriter, rank: int) -> ModelDifferenc
     for name in left.tensors.names():
         if name.removesuffix(".weight") in layers and name.endswith(".weight"):
             continue
-        difference = _compare_tensors(
-            name, left.tensors.read(name), right.tensors.read(name) if name in right.names else None
-        )
+        other = right.tensors.read(name) if name in right.names else None
+        difference = _compare_tensors(name, left.tensors.read(name), other)
         if not difference.equal:
             found.left_out[name] = difference.distance
     if not found.updates:

@@ -9,7 +9,6 @@ low-rank update [B, -B0] [A; A0]; PEFT's path_initial_model_for_weight_conversio
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +44,6 @@ def start_of(folder: Path) -> str | None:
 
     Raises: AdapterError for LoftQ, which rather replaced them.
     """
-    file = folder / CONFIG_NAME
     fields = read_fields(folder)
     start = fields.get(START)
     if fields.get("peft_type") != "LORA" or not isinstance(start, str):
@@ -55,7 +53,7 @@ def start_of(folder: Path) -> str | None:
         raise AdapterError(
             "LoftQ starts from a quantized base: the adapter is an update of that one, and of no other",
             "load the base with that quantization, and write true for the field",
-            file=str(file),
+            file=str(folder / CONFIG_NAME),
             key=START,
         )
     return start if start.startswith(tuple(_moving())) else None
@@ -113,11 +111,7 @@ def subtract_start(trained: LoraFolder, start: str, matrix_of: Callable[[str], T
             what = f"'{name}' is {list(update.shape)} there and {list(matrix.shape)} in the base"
             raise AdapterError(what, "name the right base with --base", file=trained.config.file)
         (outputs, inputs), generator = update.shape, torch.Generator()
-        given = StartLayer(name, inputs, outputs, update.rank, update.scaling, generator, partial(_same, matrix))
+        given = StartLayer(name, inputs, outputs, update.rank, update.scaling, generator, matrix.float)
         a, b = make_factors(_moving()[start], given)
         updates[name] = difference(update, LowRank(a, b, update.scaling))
     return updates
-
-
-def _same(matrix: Tensor) -> Tensor:
-    return matrix

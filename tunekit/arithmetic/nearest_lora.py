@@ -62,12 +62,11 @@ def layer_changes(attached: AttachedAdapter, base_layer: BaseLayer) -> Iterator[
     Raises: AdapterError for methods that change something other than the weights of layers.
     """
     if attached.model_adapter is not None:
-        how = "use it as an adapter"
-        raise AdapterError("a prompt is no change of weights, and no LoRA does the same", how)
+        raise AdapterError("a prompt is no change of weights, and no LoRA does the same", "use it as an adapter")
     if attached.parameters or not attached.layers:
         what = "expert parameters" if attached.parameters else "copies of whole modules, and no layer"
         raise AdapterError(f"the adapter changes {what}, which LoRA of layers cannot", "merge it instead")
-    for name in attached.adapted_modules():
+    for name in attached.layers:
         yield layer_change(attached, name, base_layer)
 
 
@@ -104,7 +103,8 @@ def nearest_lora(attached: AttachedAdapter, config: AdapterConfig, base_layer: B
     biases: dict[str, Tensor] = {}
     moved = False
     for change in layer_changes(attached, base_layer):
-        updates[change.name], losses[change.name] = nearest(change, rank)
+        update = decompose(change.delta, rank, embedding=change.embedding)
+        updates[change.name], losses[change.name] = update, loss_of(change.name, change.delta, update)
         moved = moved or change.moves_bias
         if change.bias is not None and not change.embedding:
             biases[f"{PREFIX}{change.name}.base_layer.bias"] = change.bias
@@ -131,12 +131,6 @@ def lora_settings(settings: Any, moves_bias: bool) -> LowRankSettings:
         own["bias"] = "lora_only"
     plain: LowRankSettings = plain_lora_method().peft.settings()
     return plain.model_copy(update=own)
-
-
-def nearest(change: LayerChange, rank: int) -> tuple[LowRank, Loss]:
-    """The best LoRA of one layer of that rank, with what it loses."""
-    update = decompose(change.delta, rank, embedding=change.embedding)
-    return update, loss_of(change.name, change.delta, update)
 
 
 def loss_of(name: str, delta: Tensor, update: LowRank) -> Loss:

@@ -8,34 +8,12 @@ from pathlib import Path
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.folder.config import AdapterConfig
 from tunekit.adapters.folder.read import attach_adapter_folder
-from tunekit.errors import ModelError
 from tunekit.model.load import make_meta_model
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.model import ModelSection
 from tunekit.records import Choice
 from tunekit.tuned.network import prepare_network
-
-
-def base_section(config: AdapterConfig, base: str | None, how: str) -> ModelSection:
-    """The base as the adapter saw it.
-
-    Raises: ModelError where nothing says which it is.
-    """
-    name = base if base is None or not Path(base).exists() else str(Path(base).resolve())
-    name = name or config.base_location()
-    if name is None:
-        wanted = config.base_name_or_path or "a base that it does not name"
-        raise ModelError(f"{config.folder} belongs to {wanted}, which is not there", how)
-    facts = {
-        "dtype": config.base_dtype,
-        "quantization": config.quantization,
-        "double_quantization": config.double_quantization,
-        "revision": None if base else config.revision,
-    }
-    known = {key: value for key, value in facts.items() if value is not None}
-    return ModelSection.model_validate({"name_or_path": name, **known})
 
 
 def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter, Rewriter]:

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig
 from tunekit.adapters.folder.fields import plain
-from tunekit.adapters.folder.write import portable, write_adapter_folder
+from tunekit.adapters.folder.write import base_names, write_adapter_folder
 from tunekit.adapters.method import Method
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import read_small
+from tunekit.tuned.target import named_base
 
-BASE_FACTS = ("base_dtype", "quantization", "double_quantization")
+BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_quantization": "double_quantization"}
 
 
 @dataclass(frozen=True)
@@ -67,21 +68,19 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
     if len(tasks) > 1:
         raise AdapterError(f"the adapters are for different tasks: {' and '.join(sorted(map(str, tasks)))}")
     known: dict[str, Any] = {}
-    for fact in BASE_FACTS:
-        values = {getattr(config, fact) for config in configs} - {None}
+    for fact, own in BASE_FACTS.items():
+        values = {getattr(config, own) for config in configs} - {None}
         known[fact] = values.pop() if len(values) == 1 else None
         if len(values) > 0:
-            notes.append(f"they were trained on a base of different {fact.removeprefix('base_')}")
+            notes.append(f"they were trained on a base of different {fact}")
     templates = [_template(config) for config in configs]
     if len(set(templates)) > 1:
         notes.append(f"they were trained with different chat templates; that of {first.folder} is kept")
     return BaseFacts(
-        name=_absolute(named, Path.cwd()) if named else _located(first),
+        name=named_base(named).get("name_or_path") or _located(first),
         revision=None if named else next((config.revision for config in configs if config.revision), None),
         fingerprint=next((config.base_fingerprint for config in configs if config.base_fingerprint), None),
-        dtype=known["base_dtype"],
-        quantization=known["quantization"],
-        double_quantization=known["double_quantization"],
+        **known,
         task_type=next(iter(tasks), None),
         chat_template=templates[0],
         notes=tuple(notes),
@@ -102,12 +101,8 @@ def _refuse_other_base(first: AdapterConfig, other: AdapterConfig, named: str | 
 
 def _located(config: AdapterConfig) -> str | None:
     """The base's hub id, or its absolute path, whether it is there or not."""
-    return _absolute(config.base_name_or_path, config.folder) if config.base_name_or_path else None
-
-
-def _absolute(name: str, folder: Path) -> str:
-    near = folder / Path(name).expanduser()
-    return os.path.abspath(near) if near.exists() or name.startswith((".", "/", "~")) else name
+    name = config.base_name_or_path
+    return config.base_location() or (name and os.path.abspath(config.folder / Path(name).expanduser()))
 
 
 def _template(config: AdapterConfig) -> str | None:
@@ -124,16 +119,10 @@ def write_without_base(
     fields: Mapping[str, Any],
 ) -> int:
     """Write the folder; `fields` are PEFT's that settings do not tell. Returns its bytes."""
-    name = None if base.name is None else portable(base.name, output)
+    name, path = (None, None) if base.name is None else base_names(base.name, output)
     config = {**method.peft.write(settings), **fields, "base_model_name_or_path": name, "revision": base.revision}
     config |= {"task_type": base.task_type}
-    facts = {
-        "fingerprint": base.fingerprint,
-        "revision": base.revision,
-        "dtype": base.dtype,
-        "quantization": base.quantization,
-        "double_quantization": base.double_quantization,
-    }
+    facts = {"path": path} | {fact: getattr(base, fact) for fact in ("fingerprint", "revision", *BASE_FACTS)}
     present = {key: None if value == [] else value for key, value in config.items() if key not in method.peft.absent}
     if output.exists():
         output.rmdir()  # empty, as checked

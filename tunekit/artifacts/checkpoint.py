@@ -70,7 +70,7 @@ def save_checkpoint(
     folder, parent = run.checkpoints / checkpoint_name(step), run.checkpoints
     if not durable.is_real_folder(parent):
         durable.make_folder(parent)
-        durable.sync_folder(run.path)
+        durable.sync(run.path)
     run.sync_metrics()
     temporary = parent / f".tmp-{checkpoint_name(step)}-{os.getpid()}"
     if durable.is_real_folder(temporary):
@@ -96,7 +96,7 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], f
     files[STATE] = {"bytes": file.size_bytes, "sha256": file.sha256}
     with durable.DurableFile(folder / MANIFEST) as file:
         file.write(durable.json_bytes({"format": FORMAT, "version": FORMAT_VERSION, "step": step, "files": files}))
-    durable.sync_folder(folder)
+    durable.sync(folder)
 
 
 def _put_in_place(run: RunFolder, temporary: Path, folder: Path) -> None:
@@ -151,14 +151,36 @@ def tidy_checkpoints(run: RunFolder) -> None:
 # --- what is there -------------------------------------------------------------------------------------------------
 
 
-def list_checkpoints(run: RunFolder) -> list[tuple[int, Path]]:
+def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything named like a checkpoint, newest first; says nothing about its being whole."""
-    if not durable.is_real_folder(run.checkpoints):
+    if not durable.is_real_folder(checkpoints):
         return []
-    found = [
-        (int(match[1]), entry) for entry in run.checkpoints.iterdir() if (match := STEP_NAME.fullmatch(entry.name))
-    ]
+    found = [(int(match[1]), entry) for entry in checkpoints.iterdir() if (match := STEP_NAME.fullmatch(entry.name))]
     return sorted(found, reverse=True)
+
+
+def find_checkpoint(name: str) -> Path | None:
+    """The folder that RUN@120, RUN@best, RUN@last, or its own path names; None where the name is of another kind.
+
+    Raises: RunFolderError where the run has no such checkpoint.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path.resolve() if (path / MANIFEST).exists() and STEP_NAME.fullmatch(path.resolve().name) else None
+    start, sign, which = name.rpartition("@")
+    run = Path(start).expanduser()
+    if not sign or not run.is_dir():
+        return None
+    found = dict(list_checkpoints(run.resolve() / "checkpoints"))  # newest first
+    step = int(which) if which.isdecimal() else next(iter(found), -1)
+    if which == "best" and found:
+        step = load_checkpoint(found[step]).facts["loop"]["best_step"]
+    if step in found and (which.isdecimal() or which in ("best", "last")):
+        return found[step]
+    there = f"it has {', '.join(map(str, sorted(found)))}" if found else "it has none yet"
+    raise RunFolderError(
+        f"{start} has no checkpoint '{which}'", f"{there}; write {start}@STEP, {start}@best or {start}@last"
+    )
 
 
 # --- reading back --------------------------------------------------------------------------------------------------
@@ -195,7 +217,7 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
     """
     tidy_checkpoints(run)
     damaged = []
-    for _, folder in list_checkpoints(run):
+    for _, folder in list_checkpoints(run.checkpoints):
         try:
             checkpoint = _load(folder)
         except DamagedError as error:
@@ -220,7 +242,9 @@ def _rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) -
 
     Those after `step` are left: they were damaged when this run went back behind them, and it will come by again.
     """
-    ours = [(number, folder) for number, folder in list_checkpoints(run) if number <= step and is_ours(folder)]
+    ours = [
+        (number, folder) for number, folder in list_checkpoints(run.checkpoints) if number <= step and is_ours(folder)
+    ]
     newest = {number for number, _ in [item for item in ours if has_sizes(item[1])][: max(keep, 1)]} | {step}
     for number, folder in ours:
         if number not in newest and number not in protect:

@@ -12,7 +12,14 @@ from typing import Any
 
 from tunekit.errors import Problem, RunFolderError
 
-FREE_KEYS = {"output.report_to", "output.dir", "training.save_steps", "training.keep_checkpoints"}
+FREE_KEYS = {
+    "output.report_to",
+    "output.dir",
+    "training.save_steps",
+    "training.keep_checkpoints",
+    "training.eval_steps",
+    "evaluation.before_training",
+}
 # A file that moved is the same file: its content is in the data's or the base's fingerprint, or already in the state.
 PATH_KEYS = ("data.train.", "data.eval.", "data.chat_template", "model.name_or_path", "adapter.init_from")
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
@@ -32,7 +39,7 @@ def make_fingerprint(
     """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda."""
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
     return {
-        "recipe": {key: value for key, value in sorted(_flat(recipe)) if key not in FREE_KEYS},
+        "recipe": {key: value for key, value in sorted(flat_values(recipe)) if key not in FREE_KEYS},
         "data": data,
         "base": base,
         "versions": {name: versions[name] for name in names if name in versions},
@@ -50,16 +57,16 @@ def _uses_bitsandbytes(recipe: Mapping[str, Any], device: str) -> bool:
     return bool(quantization in kernels or optimizer != "adamw")
 
 
-def _flat(value: object, key: str = "") -> Iterator[tuple[str, Any]]:
+def flat_values(value: object, key: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, plain value) of everything in nested mappings and lists; an empty one is a value itself."""
     if key in FREE_KEYS:
         return
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+            yield from flat_values(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple) and value:
         for index, inner in enumerate(value):
-            yield from _flat(inner, f"{key}.{index}")
+            yield from flat_values(inner, f"{key}.{index}")
     else:
         yield key, list(value) if isinstance(value, tuple) else value
 

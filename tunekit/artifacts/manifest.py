@@ -52,9 +52,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "resume with the version that wrote it",
         )
     files = manifest.get("files")
-    if version != FORMAT_VERSION or not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
-        raise DamagedError(f"{MANIFEST} is incomplete")
-    if not all(isinstance(expected, dict) for expected in files.values()):
+    if (
+        version != FORMAT_VERSION
+        or not isinstance(files, dict)
+        or set(files) != {TENSORS, STATE}
+        or not all(isinstance(expected, dict) for expected in files.values())
+    ):
         raise DamagedError(f"{MANIFEST} is incomplete")
     if not isinstance(step, int) or checkpoint_name(step) != folder.name:
         raise DamagedError(f"{MANIFEST} is of step {step}")

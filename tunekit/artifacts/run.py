@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,15 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def open_new(cls, path: Path | str, *, warn: Callable[[str], None] = print_warning) -> RunFolder:
-        """Lock a folder that holds no run yet.
+    def open_new(
+        cls, path: Path | str, *, overwrite: bool = False, warn: Callable[[str], None] = print_warning
+    ) -> RunFolder:
+        """Lock a folder that holds no run yet; with `overwrite` one that is there is moved aside first.
 
         Raises: RunFolderError where it does, or where another process has it.
         """
+        if overwrite:
+            _move_aside(Path(os.path.abspath(path)), warn)
         return _open(Path(path), resume=False, warn=warn)
 
     @classmethod
@@ -104,7 +109,7 @@ class RunFolder:
     def sync_metrics(self) -> None:
         """Make metrics.jsonl durable; a checkpoint calls it, so that the log is never behind a checkpoint."""
         if self.metrics_path.exists():
-            durable.sync_file(self.metrics_path)
+            durable.sync(self.metrics_path)
 
     def status(self, exit_code: int | None, reason: str) -> None:
         """Write status.json; None while the run goes on, 0 once all results are durable."""
@@ -138,6 +143,26 @@ def is_finished(path: Path | str) -> bool:
     """Whether a run ended well there: its status says 0, which is written after everything else."""
     status = read_json(Path(path) / "status.json")
     return isinstance(status, dict) and status.get("exit_code") == 0
+
+
+def refuse_old_run(path: Path) -> None:
+    """Raises: RunFolderError where a new run cannot have this folder."""
+    _refuse(path, resume=False)
+
+
+def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
+    """Rename the folder of an earlier run to PATH.1, or the first of PATH.2 ... that is free; nothing in it changes."""
+    if not any(os.path.lexists(path / name) for name in RUN_SIGNS):
+        return
+    aside = next(each for number in count(1) if not os.path.lexists(each := path.with_name(f"{path.name}.{number}")))
+    lock = FolderLock(path)
+    try:
+        durable.rename(path, aside)
+    except OSError as error:
+        raise durable.explain(error, "move aside", path) from error
+    finally:
+        lock.release()
+    warn(f"the old run in {path} is now in {aside}")
 
 
 def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder:
@@ -178,7 +203,7 @@ def _refuse(path: Path, *, resume: bool, ours: bool = False) -> None:
         return
     for name in RUN_SIGNS:
         if os.path.lexists(path / name) and not resume:
-            how = "go on with --resume, or choose another output.dir"
+            how = "go on with --resume, move the old run aside with --overwrite, or choose another output.dir"
             if (path / LOCK_NAME).exists():
                 FolderLock(path).release()  # a run that is going on is the better message
             raise RunFolderError(f"{path} already holds a run ({name})", how)
@@ -207,7 +232,7 @@ def _make_folders(path: Path, made: list[Path]) -> None:
         except OSError as error:
             raise durable.explain(error, "make", folder) from error
         made.append(folder)
-        durable.sync_folder(folder.parent)
+        durable.sync(folder.parent)
 
 
 def _probe(path: Path) -> None:
@@ -221,7 +246,7 @@ def _probe(path: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(probe)
-    durable.sync_folder(path)
+    durable.sync(path)
 
 
 def _tidy(path: Path) -> None:

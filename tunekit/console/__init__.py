@@ -6,21 +6,20 @@ output (warnings and errors: standard error).  rich is imported only where a tab
 
 from __future__ import annotations
 
-import contextlib
+import io
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
-from tunekit.console.streams import EncodedBuffer, NullStream, can_encode, encodable, is_terminal, redirect_to_nothing
-from tunekit.console.text import cell_text, join_segments, visible
+from tunekit.console.streams import can_draw, can_encode, encodable, redirect_to_nothing
+from tunekit.console.text import cell_text, visible
 from tunekit.errors import redact
 
 __all__ = ["Console", "visible"]
 
 PIPE_COLUMNS = 120  # where output is not a terminal and COLUMNS is not set
-COLOURS = {"warning": "33", "error": "31"}
 
 
 class Console:
@@ -37,17 +36,17 @@ class Console:
     @property
     def output(self) -> TextIO:
         """Standard output, or what was given instead."""
-        return self._output or sys.stdout or NullStream()
+        return self._output or sys.stdout or io.StringIO()
 
     @property
     def errors(self) -> TextIO:
         """Standard error, or what was given instead."""
-        return self._errors or sys.stderr or NullStream()
+        return self._errors or sys.stderr or io.StringIO()
 
     @property
     def is_terminal(self) -> bool:
         """Whether standard output can draw a live line."""
-        return is_terminal(self.output) and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+        return can_draw(self.output)
 
     @property
     def has_colours(self) -> bool:
@@ -57,31 +56,20 @@ class Console:
     @property
     def columns(self) -> int:
         """Width to lay out for: COLUMNS, the terminal's, or 120 in a pipe."""
-        fallback = (80, 24) if self.is_terminal else (PIPE_COLUMNS, 24)
-        with contextlib.suppress(ValueError):
-            if not self.is_terminal:
-                return max(int(os.environ.get("COLUMNS") or PIPE_COLUMNS), 10)
-        return max(shutil.get_terminal_size(fallback).columns, 10)
+        if self.is_terminal:
+            return max(shutil.get_terminal_size().columns, 10)
+        written = os.environ.get("COLUMNS", "")
+        return max(int(written), 10) if written.isdecimal() else PIPE_COLUMNS
 
-    def info(self, text: str = "") -> None:
-        """A line of output."""
-        self.write(visible(text) + "\n")
+    def info(self, *lines: str) -> None:
+        """Lines of output."""
+        self.write("".join(f"{visible(line)}\n" for line in lines))
 
-    def warn(self, text: str) -> None:
-        """A line on standard error that begins with `warning: `."""
-        self._complain("warning", text)
-
-    def error(self, text: str) -> None:
-        """A line on standard error that begins with `error: `."""
-        self._complain("error", text)
-
-    def _complain(self, word: str, text: str) -> None:
-        colours = is_terminal(self.errors) and self._may_colour()
-        label = f"\x1b[{COLOURS[word]}m{word}:\x1b[0m" if colours else f"{word}:"
-        self.write(f"{label} {visible(redact(text))}\n", self.errors)
-
-    def _may_colour(self) -> bool:
-        return not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    def warn(self, *lines: str) -> None:
+        """Lines on standard error that begin with `warning: `."""
+        colours = can_draw(self.errors) and not os.environ.get("NO_COLOR")
+        label = "\x1b[33mwarning:\x1b[0m" if colours else "warning:"
+        self.write("".join(f"{label} {visible(redact(line))}\n" for line in lines), self.errors)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
         """A table; numbers are set to the right, None is left empty."""
@@ -120,7 +108,7 @@ class Console:
 
         text, colours = Text(), self.has_colours
         opening, closing = ("⟦", "⟧") if can_encode(self.output, "⟦⟧") else ("[[", "]]")
-        for piece, trained in join_segments(segments):
+        for piece, trained in segments:
             if colours:
                 text.append(visible(piece), style="bold green" if trained else "dim")
             else:
@@ -144,7 +132,7 @@ class Console:
             return
         from rich.console import Console as RichConsole
 
-        paper = EncodedBuffer(self.output.encoding or "utf-8")
+        paper = io.TextIOWrapper(io.BytesIO(), self.output.encoding or "utf-8", "backslashreplace", newline="")
         rich_console = RichConsole(
             file=paper,
             force_terminal=self.is_terminal,
@@ -155,12 +143,13 @@ class Console:
             safe_box=True,
         )
         rich_console.print(thing, markup=False, highlight=False, emoji=False)
-        self.write("\n".join(line.rstrip(" ") for line in paper.getvalue().split("\n")))
+        paper.seek(0)
+        self.write("\n".join(line.rstrip(" ") for line in paper.read().split("\n")))
 
     def write(self, text: str, stream: TextIO | None = None) -> None:
         """Write text as it is. A reader that has gone (a closed pipe, a hung-up terminal) never stops a run."""
         stream = stream or self.output
-        if not self.enabled or id(stream) in self._gone:
+        if not self.enabled or not text or id(stream) in self._gone:
             return
         try:
             if self._drawn:

@@ -62,6 +62,8 @@ class Progress:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """An evaluation is done; it stays on the screen."""
+        if self._last is None:
+            self._pace[0] = (self._pace[0][0], self._clock())  # what came before the first step is no part of its pace
         values = "  ".join(f"{name} {value:.4f}" for name, value in sorted(record.metrics.items()))
         self._console.info(f"step {record.step}  eval  {values}")
 

@@ -1,11 +1,9 @@
-"""Text for a terminal: safe to show, and values, pieces and durations in words.
+"""Text for a terminal: safe to show, and values and durations in words.
 
 Comes in: plain values.  Goes out: text.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
 
@@ -24,17 +22,6 @@ def cell_text(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def join_segments(segments: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Neighbours of one kind put together."""
-    joined: list[tuple[str, bool]] = []
-    for piece, trained in segments:
-        if joined and joined[-1][1] == trained:
-            joined[-1] = (joined[-1][0] + piece, trained)
-        else:
-            joined.append((piece, trained))
-    return joined
 
 
 def time_text(seconds: float) -> str:

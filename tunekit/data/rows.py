@@ -14,27 +14,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.contracts import Batch, Objective, Rows
+from tunekit.contracts import Objective, Rows
 from tunekit.data.batching.order import Share, epoch_rows, held_out
 from tunekit.data.batching.stream import StreamedSource, StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch
-from tunekit.data.encoding.cache import hash_of
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.sample import sample_source, scaled
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.shards import machine_memory_bytes, must_stream
 from tunekit.errors import DataError, RecipeError, TunekitError
+from tunekit.files.cache_folder import hash_of
 from tunekit.recipe.data import DataSection
 from tunekit.records import RowCounts
 
 
 class Prompt(NamedTuple):
-    """A row for generation: ids up to its last answer, that answer, and where the row stands."""
+    """A row for generation: ids up to its last answer, and that answer."""
 
     prompt_ids: list[int]
     reference: str
-    origin: str
 
 
 @dataclass
@@ -50,12 +49,7 @@ class RowSet:
     draws: tuple[Share, ...]
     streams: tuple[StreamedSource, ...]
     notes: tuple[str, ...]
-    read_prompts: Callable[[], list[Prompt]]
-
-    @property
-    def streamed(self) -> bool:
-        """Whether training rows are read on the fly; `train` is then a sample of them."""
-        return bool(self.streams)
+    evaluation_prompts: Callable[[], list[Prompt]]  # every evaluation row that has an answer, as a prompt with it
 
     @property
     def all(self) -> list[Rows]:
@@ -68,14 +62,6 @@ class RowSet:
             return StreamedWindows(self.streams, self.objective, settings, rank=rank, world=world)
         return TrainingWindows(self.train, self.objective, settings, rank=rank, world=world, draws=self.draws)
 
-    def filled_batch(self, settings: BatchSettings) -> Batch:
-        """A micro-batch as large as a stream can give."""
-        return filled_batch(self.train, self.objective, settings)
-
-    def evaluation_prompts(self) -> list[Prompt]:
-        """Every evaluation row that has an answer, as a prompt with that answer."""
-        return self.read_prompts()
-
 
 def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None) -> RowSet:
     """Encoded training and evaluation rows. Raises: DataError naming every wrong row, or that none is left."""
@@ -85,10 +71,8 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         return _load_streamed(data, objective, options, seed, cache_dir)
     sources = load_sources(data.train, objective, options, cache_dir)
     train, held = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)
-    eval_sources, evaluation = sources, held
-    if isinstance(data.eval, tuple):
-        eval_sources = load_sources(data.eval, objective, options, cache_dir)
-        evaluation = [_whole(source) for source in eval_sources]
+    own = load_sources(data.eval, objective, options, cache_dir) if isinstance(data.eval, tuple) else []
+    eval_sources, evaluation = (own, [_whole(source) for source in own]) if own else (sources, held)
     train_rows = ChosenRows(train)
     if held and not len(train_rows) and len(ChosenRows(held)):
         raise DataError(
@@ -98,23 +82,20 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         )
     _require_rows(train_rows, sources, "data.train")
     draws = _shares(train_rows, [source.source.weight for source in sources])
-    own = isinstance(data.eval, tuple)
     eval_rows = ChosenRows(evaluation) if data.eval is not None else None
     if eval_rows is not None:
         _require_rows(eval_rows, eval_sources, "data.eval")
-    notes = [note for source in sources for note in source.notices]
-    notes += [note for source in eval_sources for note in source.notices] if own else []
     return RowSet(
         objective=objective.informed([train_rows] if eval_rows is None else [train_rows, eval_rows]),
         train=train_rows,
         evaluation=eval_rows,
         counts=_count(sources, train_rows, epoch_rows(draws, seed=seed, epoch=0, shuffle=False)),
-        eval_counts=None if eval_rows is None else _count(eval_sources if own else (), eval_rows),
-        fingerprint=_fingerprint(data, sources, eval_sources if own else (), seed),
+        eval_counts=None if eval_rows is None else _count(own, eval_rows),
+        fingerprint=_fingerprint(data, sources, own, seed),
         draws=draws,
         streams=(),
-        notes=(*dict.fromkeys(notes), *_leaks(data, train_rows, eval_rows)),
-        read_prompts=lambda: _prompts(eval_sources, evaluation, objective, options),
+        notes=(*_notices([*sources, *own]), *_leaks(data, train_rows, eval_rows)),
+        evaluation_prompts=lambda: _prompts(eval_sources, evaluation, objective, options),
     )
 
 
@@ -128,19 +109,17 @@ def load_evaluation_rows(
         parts = [_whole(source) for source in sources]
         rows = ChosenRows(parts)
         _require_rows(rows, sources, "data.eval")
-        counts = _count(sources, rows)
-        notes = tuple(dict.fromkeys(note for source in sources for note in source.notices))
         return RowSet(
             objective=objective.informed([rows]),
             train=ChosenRows([]),
             evaluation=rows,
             counts=RowCounts(0, 0, 0, 0, 0, 0, 0),
-            eval_counts=counts,
+            eval_counts=_count(sources, rows),
             fingerprint=_fingerprint(data, (), sources, seed),
             draws=(),
             streams=(),
-            notes=notes,
-            read_prompts=lambda: _prompts(sources, parts, objective, options),
+            notes=_notices(sources),
+            evaluation_prompts=lambda: _prompts(sources, parts, objective, options),
         )
     return load_rows(data, objective, seed=seed, cache_dir=cache_dir)
 
@@ -165,7 +144,6 @@ def _load_streamed(
     scale = trained / counts.trained
     own = None if data.eval is None else load_evaluation_rows(data, objective, seed=seed, cache_dir=cache_dir)
     fingerprint = [_fingerprint(data, samples, (), seed), own.fingerprint if own else None, "streamed"]
-    notes = [note for sample in samples for note in sample.notices]
     return RowSet(
         objective=objective.informed([rows]),
         train=rows,
@@ -182,9 +160,14 @@ def _load_streamed(
         fingerprint=hash_of(fingerprint),
         draws=draws,
         streams=tuple(one.stream for one in sampled),
-        notes=tuple(dict.fromkeys([*notes, *(own.notes if own else ())])),
-        read_prompts=own.read_prompts if own else list,
+        notes=tuple(dict.fromkeys([*_notices(samples), *(own.notes if own else ())])),
+        evaluation_prompts=own.evaluation_prompts if own else list,
     )
+
+
+def _notices(sources: Sequence[EncodedSource]) -> tuple[str, ...]:
+    """What the sources have to tell, each thing once."""
+    return tuple(dict.fromkeys(note for source in sources for note in source.notices))
 
 
 def _whole(source: EncodedSource) -> Part:
@@ -279,5 +262,5 @@ def _prompts(
             except TunekitError as error:
                 raise DataError(error.problems[0].what, file=source.source.path, line=line) from None
             if found is not None:
-                prompts.append(Prompt(found[0], found[1], f"{source.name}:{line}"))
+                prompts.append(Prompt(*found))
     return prompts

@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,13 +74,13 @@ def effect(kind: str, path: Path, action: Callable[[], T], size_bytes: int = 0) 
 
 
 class DurableFile:
-    """A new file written piece by piece; `close` makes it durable. Knows its size and sha256."""
+    """A new file, written piece by piece inside a `with` block that makes it durable. Knows its size and sha256."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size_bytes = 0
         self._hash = hashlib.sha256()
-        self._number: int | None = effect("create", path, lambda: os.open(path, NEW_FILE, 0o666))
+        self._file = effect("create", path, lambda: os.fdopen(os.open(path, NEW_FILE, 0o666), "wb", buffering=0))
 
     @property
     def sha256(self) -> str:
@@ -89,81 +89,51 @@ class DurableFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Write all of `data`, however many calls the system needs."""
-        number = self._number
-        if number is None:
-            raise RuntimeError(f"{self.path} is closed")
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")  # an empty one cannot be cast
         self._hash.update(view)
         done = 0
         while done < len(view):
             piece = view[done : done + WRITE_BYTES]
-            done += effect("write", self.path, lambda piece=piece: os.write(number, piece), len(view))  # type: ignore[misc]
+            done += effect("write", self.path, partial(self._file.write, piece), len(view))
         self.size_bytes += len(view)
-
-    def close(self) -> None:
-        """Flush to the disk itself and close; errors of either are errors of the write."""
-        number = self._number
-        if number is None:
-            return
-        effect("fsync", self.path, lambda: os.fsync(number), self.size_bytes)
-        self._number = None
-        os.close(number)
-
-    def abandon(self) -> None:
-        """Close without a flush, after a failure."""
-        if self._number is not None:
-            number, self._number = self._number, None
-            with contextlib.suppress(OSError):
-                os.close(number)
 
     def __enter__(self) -> DurableFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
+        """Close, after a flush to the disk itself unless the block failed; errors of either are errors of the write."""
+        try:
+            if kind is None:
+                effect("fsync", self.path, lambda: os.fsync(self._file.fileno()), self.size_bytes)
+        finally:
+            self._file.close()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+def sync(path: Path) -> None:
+    """Make durable the names in a folder, or the present bytes of a file."""
 
-    def sync() -> None:
-        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def flush() -> None:
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(number)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+        except OSError as error:  # some network file systems cannot flush a folder, and need not
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
                 raise
         finally:
             os.close(number)
 
-    effect("fsync", folder, sync)
-
-
-def sync_file(path: Path) -> None:
-    """Make the present bytes of a file durable."""
-
-    def sync() -> None:
-        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-    effect("fsync", path, sync)
+    effect("fsync", path, flush)
 
 
 def make_folder(folder: Path) -> None:
-    """A new folder; its name is durable only after sync_folder(parent)."""
+    """A new folder; its name is durable only after sync(parent)."""
     effect("mkdir", folder, lambda: os.mkdir(folder))
 
 
 def rename(old: Path, new: Path) -> None:
     """Rename within one file system and make the new name durable."""
     effect("rename", new, lambda: os.rename(old, new))
-    sync_folder(new.parent)
+    sync(new.parent)
 
 
 def unlink(path: Path) -> None:
@@ -174,7 +144,7 @@ def unlink(path: Path) -> None:
 def truncate(path: Path, size_bytes: int) -> None:
     """Cut a file and make the cut durable."""
     effect("truncate", path, lambda: os.truncate(path, size_bytes))
-    sync_file(path)
+    sync(path)
 
 
 def remove_tree(folder: Path) -> None:
@@ -190,19 +160,12 @@ def remove_tree(folder: Path) -> None:
 
 def is_real_folder(path: Path) -> bool:
     """A folder and not a symbolic link to one."""
-    return _has_mode(path, stat.S_ISDIR)
+    return os.path.isdir(path) and not os.path.islink(path)
 
 
 def is_real_file(path: Path) -> bool:
     """A regular file and not a symbolic link to one."""
-    return _has_mode(path, stat.S_ISREG)
-
-
-def _has_mode(path: Path, test: Callable[[int], bool]) -> bool:
-    try:
-        return test(os.lstat(path).st_mode)
-    except OSError:
-        return False
+    return os.path.isfile(path) and not os.path.islink(path)
 
 
 def temporary_name(path: Path) -> Path:
@@ -218,7 +181,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     rename(temporary, folder)
     if is_real_folder(old):
         remove_tree(old)
-        sync_folder(folder.parent)
+        sync(folder.parent)
 
 
 @contextlib.contextmanager
@@ -261,11 +224,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def require_writable(path: Path) -> None:
-    """Before the work whose result `path` will hold.
+def json_result(name: str | None) -> Callable[[object], None]:
+    """What writes a verb's result, as JSON, to the file that is named, if one is; asked for before the work.
 
     Raises: RunFolderError where it could not be written.
     """
+    if name is None:
+        return lambda value: None
+    path = Path(name)
     if path.is_dir():
         raise RunFolderError(f"{path} is a folder", "name a file")
     if not path.parent.is_dir():
@@ -273,6 +239,7 @@ def require_writable(path: Path) -> None:
     temporary = temporary_name(path)
     write_bytes(temporary, b"")
     unlink(temporary)
+    return partial(write_json, path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -121,10 +121,10 @@ def parse_json(data: bytes, file: str, error: type[InputError] = AdapterError) -
     try:
         value = json.loads(
             data.decode("utf-8-sig"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=unique_pairs,
             parse_int=_whole,
             parse_float=_finite,
-            parse_constant=_refuse_constant,
+            parse_constant=refuse_constant,
         )
     except RecursionError as fault:
         raise error("is nested too deeply", file=file) from fault
@@ -135,12 +135,12 @@ def parse_json(data: bytes, file: str, error: type[InputError] = AdapterError) -
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key '{shown(key)}' stands twice")
-        found[key] = value
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's object_pairs_hook. Raises: ValueError for a key that stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key '{shown(next(key for key in keys if keys.count(key) > 1))}' stands twice")
     return found
 
 
@@ -157,7 +157,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _refuse_constant(text: str) -> None:
+def refuse_constant(text: str) -> None:
+    """For json's parse_constant: NaN and the infinities. Raises: ValueError."""
     raise ValueError(f"the literal {text} is not JSON")
 
 
@@ -205,12 +206,6 @@ class _Repeats:
     depth: int = 0
     copies: int = 1
 
-    def add(self, other: _Repeats) -> None:
-        """Take in a part of this part."""
-        self.count += other.count
-        self.depth = max(self.depth, other.depth)
-        self.copies = max(self.copies, other.copies)
-
     def repeat(self, quantifier: str) -> None:
         """Apply *, +, ?, {n}, {n,} or {n,m}."""
         numbers = [int(number) for number in re.findall(r"\d+", quantifier)]
@@ -236,10 +231,9 @@ def _refuse_costly(text: str) -> None:
             if token == "(" and text.startswith("?", piece.end()):
                 raise ValueError("sets flags such as (?i), or uses conditions or atomic groups")
         elif kind == "close" and len(parts) > 1:
-            whole = _Repeats()
-            for part in parts.pop():
-                whole.add(part)
-            parts[-1].append(whole)
+            inner = parts.pop()
+            count, depth = sum(part.count for part in inner), max(part.depth for part in inner)
+            parts[-1].append(_Repeats(count, depth, max(part.copies for part in inner)))
         elif kind == "repeat":
             parts[-1][-1].repeat(token)
         elif token == "{" or (kind == "set" and "[:" in token):
@@ -248,8 +242,5 @@ def _refuse_costly(text: str) -> None:
             raise ValueError("uses back references")
         else:
             parts[-1].append(_Repeats())
-    whole = _Repeats()
-    for part in (part for group in parts for part in group):
-        whole.add(part)
-    if whole.count > MAX_OPEN_REPEATS:
+    if sum(part.count for group in parts for part in group) > MAX_OPEN_REPEATS:
         raise ValueError("can take too many steps: it repeats too much")

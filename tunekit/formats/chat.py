@@ -6,13 +6,12 @@ on an assistant message keeps it as context.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats.example import ROLES, ChatExample, Example, Message
-from tunekit.formats.fields import check_text, listed, read_json
+from tunekit.formats.fields import check_text, listed, named_nearly, read_json, read_value
 
 DESCRIPTION = "messages: a list of {role, content}, as OpenAI's API has them; tools: optional tool definitions"
 FIELDS = ("messages", "tools")
@@ -22,9 +21,7 @@ EXAMPLE = "text"
 
 def make_example(row: Mapping[str, Any]) -> Example:
     """The conversation of a row."""
-    if "messages" not in row:
-        raise DataError(f"no field 'messages'; this row has {listed(row)}", "add it, or map a column to it")
-    return ChatExample(read_messages(row["messages"], "messages"), read_tools(row.get("tools")))
+    return ChatExample(read_messages(read_value(row, "messages"), "messages"), read_tools(row.get("tools")))
 
 
 def read_messages(value: Any, label: str) -> tuple[Message, ...]:
@@ -58,9 +55,8 @@ def _read_role(value: Mapping[str, Any], label: str) -> str:
         raise DataError(f"'{label}' has no role; it has {listed(value)}", how)
     role = value["role"]
     if role not in ROLES:
-        near = difflib.get_close_matches(str(role), ROLES, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise DataError(f"'{label}' has the unknown role {str(role)[:40]!r}", f"{hint}known roles: {', '.join(ROLES)}")
+        how = f"{named_nearly(role, ROLES)}known roles: {', '.join(ROLES)}"
+        raise DataError(f"'{label}' has the unknown role {str(role)[:40]!r}", how)
     return str(role)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,13 +12,21 @@ from tunekit.errors import DataError
 
 def read_text(row: Mapping[str, Any], name: str, *, where: str = "") -> str:
     """The text under `name`."""
-    label = f"{where}{name}"
+    return check_text(read_value(row, name, where=where), f"{where}{name}")
+
+
+def read_value(row: Mapping[str, Any], name: str, *, where: str = "") -> Any:
+    """Whatever stands under `name`, which must be there."""
     if name not in row:
-        raise DataError(
-            f"no field '{label}'; this row has {listed(row)}",
-            "add it, or map a column to it under data.train[].columns",
-        )
-    return check_text(row[name], label)
+        what = f"no field '{where}{name}'; this row has {listed(row)}"
+        raise DataError(what, "add it, or map a column to it under data.train[].columns")
+    return row[name]
+
+
+def named_nearly(value: object, known: Iterable[str]) -> str:
+    """A question after the known name that is nearest to a wrong one; nothing where none is near."""
+    near = difflib.get_close_matches(str(value), list(known), n=1)
+    return f"did you mean '{near[0]}'? " if near else ""
 
 
 def read_optional_text(row: Mapping[str, Any], name: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunekit.errors import DataError
-from tunekit.formats.fields import check_text, listed
+from tunekit.formats.fields import read_text, read_value
 
 DESCRIPTION = "text, and label: the name of its class, or a whole number"
 FIELDS = ("text", "label")
@@ -28,17 +28,14 @@ class LabelExample:
 
 def make_example(row: Mapping[str, Any]) -> LabelExample:
     """The text and its label."""
-    for name in REQUIRED:
-        if name not in row:
-            raise DataError(f"no field '{name}'; this row has {listed(row)}", "add it, or map a column to it")
-    label = row["label"]
+    text, label = read_text(row, "text"), read_value(row, "label")
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if not isinstance(label, str | int):
         raise DataError(
             f"'label' must be a text or a whole number, not {type(label).__name__}", "write one label a row"
         )
-    text = str(label).strip()
-    if not text:
+    name = str(label).strip()
+    if not name:
         raise DataError("'label' is empty", "name a class, or leave the row out")
-    return LabelExample(check_text(row["text"], "text"), text)
+    return LabelExample(text, name)

@@ -5,14 +5,13 @@ Comes in: one row; `system` and `tools` may stand beside.  Goes out: ChatExample
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, Example, Message
-from tunekit.formats.fields import listed, read_json, read_optional_text, read_text
+from tunekit.formats.fields import listed, named_nearly, read_json, read_optional_text, read_text
 
 DESCRIPTION = "conversations: a list of {from: human|gpt|system, value}; system and tools: optional"
 FIELDS = ("conversations", "system", "tools")
@@ -54,11 +53,8 @@ def _read_turn(turn: Any, label: str) -> Message:
         raise DataError(f"'{label}' has no 'from'; it has {known}", how)
     sender = turn["from"]
     if sender not in ROLES_BY_SENDER:
-        near = difflib.get_close_matches(str(sender), ROLES_BY_SENDER, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise DataError(
-            f"'{label}' is from the unknown sender {str(sender)[:40]!r}", f"{hint}known: {', '.join(ROLES_BY_SENDER)}"
-        )
+        how = f"{named_nearly(sender, ROLES_BY_SENDER)}known: {', '.join(ROLES_BY_SENDER)}"
+        raise DataError(f"'{label}' is from the unknown sender {str(sender)[:40]!r}", how)
     value = read_text(turn, "value", where=f"{label}.")
     if sender == "function_call":
         calls = read_json(value, f"{label}.value")

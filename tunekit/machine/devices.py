@@ -6,15 +6,19 @@ Comes in: the environment (torchrun, accelerate launch or neither).  Goes out: D
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
 from tunekit.errors import RecipeError, TunekitError
 
 Value = TypeVar("Value")
+ENDING_SECONDS = 5.0  # a connection closes before the process that had it has ended
 
 
 class Devices:
@@ -27,6 +31,7 @@ class Devices:
         self.device: torch.device = self.state.device
         self.rank: int = self.state.process_index
         self.world: int = self.state.num_processes
+        self.processes: list[tuple[int, str, int]] = self.gather([(self.rank, socket.gethostname(), os.getpid())])
 
     @property
     def is_main(self) -> bool:
@@ -89,6 +94,15 @@ class Devices:
         value = self.on_main(work)
         return work() if value is None else value
 
+    def lost_ranks(self) -> list[int]:
+        """Ranks on this machine whose process has ended; waits a moment for one to end that is about to."""
+        here, deadline = socket.gethostname(), time.monotonic() + ENDING_SECONDS
+        while True:
+            lost = [rank for rank, host, process in self.processes if host == here and has_ended(process)]
+            if lost or self.world == 1 or time.monotonic() > deadline:
+                return lost
+            time.sleep(0.05)
+
     def wait(self) -> None:
         """Until every rank is here."""
         self.state.wait_for_everyone()
@@ -97,6 +111,14 @@ class Devices:
         """Leave the process group."""
         if self.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def has_ended(process: int) -> bool:
+    """Whether no process of this id runs, if only its parent has not yet asked how it ended."""
+    try:
+        return bool(psutil.Process(process).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def make_devices() -> Devices:

@@ -13,7 +13,6 @@ import ctypes
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +27,10 @@ class Piece:
 
     tensor: Tensor
     start: int  # in bytes
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the tensor itself."""
-        return self.tensor.numel() * self.dtype.itemsize
 
     def view(self, blob: Tensor) -> Tensor:
         """The tensor inside a blob (bytes,) uint8."""
-        return blob[self.start : self.start + self.size_bytes].view(self.dtype).view(self.shape)
+        return blob[self.start : self.start + self.tensor.nbytes].view(self.tensor.dtype).view(self.tensor.shape)
 
 
 class LayerBlob:
@@ -51,15 +43,9 @@ class LayerBlob:
         self.pieces: list[Piece] = []
         self.size_bytes = 0
         for tensor in tensors:
-            piece = Piece(tensor, self.size_bytes, tuple(tensor.shape), tensor.dtype)
-            self.pieces.append(piece)
-            self.size_bytes = aligned(self.size_bytes + piece.size_bytes)
+            self.pieces.append(Piece(tensor, self.size_bytes))
+            self.size_bytes = aligned(self.size_bytes + tensor.nbytes)
         self.source: list[Tensor] = [tensor.data for tensor in tensors]
-
-    @cached_property
-    def elements(self) -> int:
-        """Numbers in the layer's tensors, packed ones as bytes."""
-        return sum(piece.tensor.numel() for piece in self.pieces)
 
     def gather(self, blob: Tensor, mapped: frozenset[int]) -> None:
         """Copy the values into one blob (bytes,) uint8, which is the source from now on: one copy moves a whole layer.
@@ -91,16 +77,13 @@ class LayerBlob:
     def unbind(self, device: torch.device) -> None:
         """Let them read NaN: whoever uses a layer that is not mapped in gets no number."""
         for piece in self.pieces:
-            piece.tensor.data = _unset(piece.dtype, device).expand(piece.shape)
+            bits = torch.full((piece.tensor.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device)
+            piece.tensor.data = bits.view(piece.tensor.dtype).view(()).expand(piece.tensor.shape)
 
 
 def aligned(size_bytes: int) -> int:
     """The next multiple of ALIGNMENT_BYTES."""
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _unset(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((dtype.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device).view(dtype).view(())
 
 
 def frozen_tensors(layer: nn.Module) -> list[Tensor]:
@@ -123,5 +106,5 @@ def forget_pages(values: Tensor) -> None:
         return
     page = mmap.PAGESIZE
     start = values.data_ptr() // page * page
-    stop = -(-(values.data_ptr() + values.numel() * values.element_size()) // page) * page
+    stop = -(-(values.data_ptr() + values.nbytes) // page) * page
     ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)

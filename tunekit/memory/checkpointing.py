@@ -51,14 +51,16 @@ def _checkpointed(
             return run(*inputs, **named)
         call = current_call()
         hidden, *others = inputs or (named.pop("hidden_states"),)
-
-        def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[Any]]:
-            return contextlib.nullcontext(), calling(call)
-
         part = boundaries.leave(run, number, hidden)
         stand_in = hidden.new_empty(0)  # tells checkpoint the device, and keeps nothing alive
         return checkpoint(
-            part, stand_in, *others, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **named
+            part,
+            stand_in,
+            *others,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), calling(call)),
+            **named,
         )
 
     return forward

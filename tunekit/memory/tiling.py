@@ -89,8 +89,9 @@ class Tiles:
             return self.run(x)
         if not torch.is_grad_enabled():
             return self.output(x, None)
-        if self.trained is None:
-            self.trained = self._find_trained(x)
+        if self.trained is None:  # a recomputation around this does not count what the first tile's graph saves
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                self.trained = _trained_leaves(self.run(_flat(x)[:, : self.tokens].detach()))
         output: Tensor = _Tiled.apply(self, current_call(), x, *self.trained)  # type: ignore[no-untyped-call]
         return output
 
@@ -126,11 +127,6 @@ class Tiles:
                 if part is not None:
                     total += part
         return of_x, sums
-
-    def _find_trained(self, x: Tensor) -> list[Tensor]:
-        """What the first tile's graph leads to; a recomputation around this does not count what it saves."""
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            return _trained_leaves(self.run(_flat(x)[:, : self.tokens].detach()))
 
     def _seed(self, call: Call | None, index: int) -> None:
         if call is not None and self.module.training:

@@ -24,11 +24,11 @@ from tunekit.model.storage.gguf import gguf_arguments, parsed_once
 from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.mapped import mapped_net
 from tunekit.model.storage.packing import packed_base, quantize_layers
-from tunekit.model.storage.reading import fill_net, load_generation_config, needs_copies, open_base, unfilled_net
+from tunekit.model.storage.reading import fill_net, needs_copies, open_base, open_net
 from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
-from tunekit.model.transformers_guard import ModelErrors, no_fetched_code, quiet
+from tunekit.model.transformers_guard import model_errors, no_fetched_code, quiet
 from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.records import ModelFacts, TextFacts
 
@@ -44,10 +44,6 @@ class LoadedModel:
     family: Family
     dtype: torch.dtype
     device: torch.device
-    quantization: str
-    double_quantization: bool
-    name_or_path: str
-    revision: str | None
     fingerprint: str | None
     facts: ModelFacts
     text: TextFacts
@@ -123,7 +119,7 @@ def _load_streamed(request: _Request) -> LoadedModel:
     assert request.attention is not None
     assert request.fingerprint is not None
     section, family = request.section, request.family
-    with ModelErrors(section), quiet(), no_fetched_code():
+    with model_errors(section), quiet(), no_fetched_code():
         net, notes, mapped = mapped_net(
             request.source, section, request.config, family, request.dtype, request.attention, request.fingerprint
         )
@@ -145,7 +141,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     """
     source = find_source(section, weights=False)
     request = _read_request(source, section, device, weights=False)
-    with ModelErrors(section), quiet(), torch.device("meta"):
+    with model_errors(section), quiet(), torch.device("meta"):
         net = request.family.auto_class().from_config(request.config, **request.arguments)
     dense, alone = section.quantization == "none", _can_be_read_alone(net, request)
     headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
@@ -183,7 +179,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
     family = make_family(inspection.find_family(inspection.read_config(source), section))
     attention = None if section.attention == "auto" else section.attention
     request = _Request(section, source, None, family, resolve_dtype(section, device), device, attention)
-    with ModelErrors(section), quiet():
+    with model_errors(section), quiet():
         net = family.auto_class().from_pretrained(
             str(source.folder), local_files_only=True, use_safetensors=True, **request.arguments
         )
@@ -223,7 +219,7 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Any
         raw = inspection.read_config(source)
         inspection.check_quantized(raw, section)
         family = make_family(inspection.find_family(raw, section))
-    with ModelErrors(section), quiet():
+    with model_errors(section), quiet():
         config = AutoConfig.from_pretrained(str(source.folder), **arguments)
     if isinstance(section, HeadedModel):
         config.id2label = dict(enumerate(section.labels))
@@ -251,7 +247,7 @@ def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
     """The net on the CPU in `dtype`. Weights that the checkpoint lacks would be random, so they are refused."""
     section, source = request.section, request.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
-    with ModelErrors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
+    with model_errors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
         net, loading = request.family.auto_class().from_pretrained(
             str(source.folder),
             config=request.config,
@@ -287,13 +283,11 @@ def _from_files(request: _Request) -> tuple[nn.Module, list[str], Sidecar | None
     dense = section.quantization == "none"
     if dense and not needs_copies(read_headers(source.folder), dtype, request.device):
         return None
-    with ModelErrors(section), quiet(), no_fetched_code():
-        net = unfilled_net(family.auto_class(), request.config, dtype, request.attention)
-        reader = open_base(net, source.folder, dtype, new_head(section, family, net))
-        if reader is None:
-            return None
-        load_generation_config(net, source.folder)
-    net.config.name_or_path = str(source.folder)
+    with model_errors(section), quiet(), no_fetched_code():
+        opened = open_net(source.folder, section, request.config, family, dtype, request.attention)
+    if opened is None:
+        return None
+    net, reader = opened
     if dense:
         fill_net(net, reader)
         return net, [], None
@@ -310,19 +304,14 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
         attend_per_document(net, request.device, request.dtype)
     config: Any = net.config
     config.use_cache = False
-    facts = _facts(net, request)
     return LoadedModel(
         net=net,
         config=config,
         family=request.family,
         dtype=request.dtype,
         device=torch.device("meta") if meta else request.device,
-        quantization=facts.quantization,
-        double_quantization=facts.double_quantization,
-        name_or_path=facts.name_or_path,
-        revision=facts.revision,
         fingerprint=request.fingerprint,
-        facts=facts,
+        facts=_facts(net, request),
         text=_text_facts(net, request.family),
         generation_config=getattr(net, "generation_config", None),
         notes=notes,

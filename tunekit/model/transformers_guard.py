@@ -94,22 +94,16 @@ def _module(name: str) -> Any:
     return module if hasattr(module, "is_kernels_available") else None
 
 
-class ModelErrors:
-    """Turns what transformers raises while reading a model into ModelError, first line only."""
-
-    def __init__(self, section: ModelSection) -> None:
-        self.section = section
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, TunekitError):
-            return
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return
-        name = self.section.name_or_path
-        text = str(error)
+@contextmanager
+def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
+    """Turn what transformers raises inside the block, reading a model or a `part` of it, into ModelError, first line
+    only."""
+    try:
+        yield
+    except (TunekitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        name, text = f"{part}{section.name_or_path}", str(error)
         if "trust_remote_code" in text:
             how = "read that code, and set model.trust_remote_code: true if you trust it"
             raise ModelError(f"{name} runs code of its own", how, key="model.trust_remote_code") from error

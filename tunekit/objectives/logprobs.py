@@ -30,11 +30,6 @@ def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows * labels.shape[1] + columns, shifted[rows, columns]
 
 
-def select_positions(hidden: Tensor, index: Tensor) -> Tensor:
-    """Rows of the flattened hidden states. Shapes: hidden (B, T, D), index (N,) -> (N, D)."""
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
-
-
 class _SummedLoss(torch.autograd.Function):
     """Sum of -log softmax(head(h))[target]; the gradient is computed in the forward, chunk by chunk.
 
@@ -144,8 +139,8 @@ def _selected(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tens
     """Hidden states (N, D) at the positions, and their targets (N,), on the device."""
     assert output.hidden is not None
     assert output.head is not None
-    device = output.hidden.device
-    return select_positions(output.hidden, placed(index, device)), placed(targets, device), output.head
+    index, targets = (placed(each, output.hidden.device) for each in (index, targets))
+    return output.hidden.reshape(-1, output.hidden.shape[-1]).index_select(0, index), targets, output.head
 
 
 def logits_chunk_tokens(vocabulary_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Objective, Row, Rows, Tokenizer, Window
-from tunekit.data.encoding.cache import hash_of
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
+from tunekit.files.cache_folder import hash_of
 from tunekit.model.text.generation import generate_texts
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import ObjectiveSettings
@@ -25,7 +25,7 @@ class TextEncoder:
     """A RowEncoder whose prompts are those of a Renderer."""
 
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.train_on = tokenizer, options.train_on
         self.notices: Counter[str] = Counter()
         self.renderer = Renderer(tokenizer, options.train_on, options.template, self.notices)
 

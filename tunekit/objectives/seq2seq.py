@@ -33,10 +33,6 @@ class Seq2seqEncoder(TextEncoder):
     """A row is the source with the tokenizer's special tokens around it, and the answer after the token that begins
     every answer."""
 
-    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
-        super().__init__(tokenizer, options)
-        self.train_on = options.train_on
-
     def encode(self, example: Any, origin: str) -> Row:
         """The row.
 

@@ -51,11 +51,9 @@ class Tried:
 
 def cheapest_changes(recipe: Recipe, forecast: Forecast, choice: Choice, needed: int, limit: int) -> str:
     """Up to three changes as a text, those that suffice by themselves before others, cheapest first."""
-    tried = []
-    for change in _changes(recipe, forecast, choice):
-        needs = _needs([change], forecast, choice)
-        if needs is not None and needed - needs >= LEAST_SHARE * needed:
-            tried.append(Tried(change, needs))
+    changes = ((change, _needs([change], forecast, choice)) for change in _changes(recipe, forecast, choice))
+    most = (1 - LEAST_SHARE) * needed
+    tried = [Tried(change, needs) for change, needs in changes if needs is not None and needs <= most]
     if not tried:
         return "no change of the recipe that plan knows of saves memory; choose a smaller base"
     chosen = sorted(tried, key=lambda one: one.needs > limit)[:SHOWN]  # sorting keeps the order of cost

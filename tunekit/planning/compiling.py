@@ -48,7 +48,8 @@ def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: 
         yield Problem(what, "write compile: false", key=KEY)
     if device.type == "cuda" and find_spec("triton") is None:
         yield Problem("compiling for a GPU needs triton", "run: pip install triton, or write compile: false", key=KEY)
-    if device.type == "cpu" and not _has_compiler():
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
         yield Problem("compiling for a CPU needs a C++ compiler", "install g++, or write compile: false", key=KEY)
 
 
@@ -67,8 +68,3 @@ def kernel_notes(kernels: str, net: nn.Module) -> Iterator[str]:
     """What they will compute."""
     if kernels == "liger":
         yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU where the MLP is computed in one go"
-
-
-def _has_compiler() -> bool:
-    named = os.environ.get("CXX")
-    return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++"]))

@@ -17,6 +17,7 @@ from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.errors import ModelError
+from tunekit.model.attention.self_attention import heads_and_width
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import packed_layers, stored_bytes, weight_of
@@ -104,7 +105,7 @@ class Forecast:
 
     def peak(self, choice: Choice) -> PeakBytes:
         """Of the run with this choice: the one function that every search for a setting asks."""
-        run = self._run(choice)
+        run = replace(self.run, choice=choice)
         load = self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes
         step, evaluation = self._step(choice), self._evaluation(run)
         peak = peak_bytes(step, evaluation, self.run.device, cache_bytes=self._cache_bytes, load_bytes=load)
@@ -116,13 +117,10 @@ class Forecast:
         """Pinned memory of the host beside a GPU's, where inputs of recomputed layers wait."""
         return self._step(choice).offloaded
 
-    def _run(self, choice: Choice) -> SimulatedRun:
-        return replace(self.run, choice=choice)
-
     def _step(self, choice: Choice) -> Simulation:
         if choice not in self._steps:
             batch, together = self.largest_batch(choice.micro_batch_size), min(choice.pass_micro_batches, SIMULATED)
-            simulation = self._run(choice).training_step(batch, together)
+            simulation = replace(self.run, choice=choice).training_step(batch, together)
             more = (choice.pass_micro_batches - together) * self._input_bytes(batch)
             simulation = _with_inputs(simulation, more, self.run.device)
             self._steps[choice] = self._without_unread(simulation, choice.streaming)
@@ -130,9 +128,8 @@ class Forecast:
 
     def _input_bytes(self, batch: Batch) -> int:
         """What one more micro-batch of a pass keeps: the input of every layer."""
-        return batch.padded * self.base.facts.hidden_size * self.base.dtype.itemsize * (
-            self.base.facts.layers + 1
-        )  # fmt: skip
+        facts = self.base.facts
+        return batch.padded * facts.hidden_size * self.base.dtype.itemsize * (facts.layers + 1)
 
     def without_activations(self) -> PeakBytes:
         """What is known of a model whose own code does not run without values."""
@@ -154,9 +151,7 @@ class Forecast:
         """Keys and values of all layers at the end of an answer."""
         if not self.answer_tokens or self.evaluation_batch is None:
             return 0
-        config = text_config(self.base.net)
-        heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        heads, width = heads_and_width(text_config(self.base.net))
         rows = len(self.evaluation_batch.sequences)
         return 2 * self.base.facts.layers * rows * heads * self.answer_tokens * width * self.base.dtype.itemsize
 

@@ -17,7 +17,7 @@ from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
 from tunekit.contracts import Batch
 from tunekit.data.batching.stream import StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches, filled_batch
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
 from tunekit.machine.devices import make_devices
@@ -242,7 +242,7 @@ def _largest_batch(
     rows = inputs.rows
     windows, settings = _cut_anew(inputs, windows, settings, micro_batch_size)
     if not isinstance(windows, TrainingWindows):
-        return rows.filled_batch(settings)
+        return filled_batch(rows.train, rows.objective, settings)
     largest = largest_batch(windows, rows.train, rows.objective, settings)
     if not inputs.base.facts.attention.startswith("eager"):
         return largest

@@ -65,7 +65,6 @@ class SimulatedRun:
             optimizer.gradient_norm()
             with tracker.counting_as("optimizer"):
                 tracker.pass_through(optimizer.update_blocks(self.device))
-        assert tuned.boundaries is not None
         pinned = tuned.boundaries.host_bytes if self.device.type == "cuda" else 0  # on a CPU they are counted already
         return replace(tracker.result(), offloaded=pinned)
 
@@ -135,7 +134,7 @@ class SimulatedRun:
             return 0
         if self.choice.streaming == "host":
             return sum(blob.size_bytes for blob in slots.blobs)
-        return max(piece.size_bytes for blob in slots.blobs for piece in blob.pieces)
+        return max(piece.tensor.nbytes for blob in slots.blobs for piece in blob.pieces)
 
 
 def trained_part(adapter: AttachedAdapter) -> str:

@@ -22,6 +22,7 @@ class EvaluationSection(Section):
     """`best: eval.loss` exports the checkpoint where that metric was best; `patience` counts on it, or on eval.loss."""
 
     metrics: Several[Text] = Field(("loss",), description="what is measured; loss always is")
+    before_training: bool = Field(True, description="evaluate before the first step too, to compare the result with")
     generate: bool = Field(False, description="generate an answer for every eval row, for the metrics that need one")
     max_new_tokens: Count = Field(128, description="tokens of one generated answer, at most")
     batch_size: Count = Field(8, description="rows of one evaluation forward; only memory and speed")

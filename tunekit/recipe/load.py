@@ -27,7 +27,7 @@ from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
 from tunekit.recipe.reading.dump import dump_recipe
 from tunekit.recipe.reading.overrides import apply_overrides
 from tunekit.recipe.reading.paths import resolve_paths
-from tunekit.recipe.reading.problems import kind_of, problems_of, section_class, unknown_key
+from tunekit.recipe.reading.problems import kind_of, missing_key, problems_of, section_class, unknown_key
 from tunekit.recipe.reading.shorthands import expand_shorthands
 from tunekit.recipe.reading.suggest import did_you_mean, show
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
@@ -140,7 +140,7 @@ def _make_sections(draft: Draft) -> dict[str, Section]:
     for name, field_info in Recipe.model_fields.items():
         if name not in draft.values:
             if field_info.is_required() and name not in {key[0] for key in draft.untranslated}:
-                draft.problems.append(_missing(name, draft))
+                draft.problems.append(missing_key((name,), draft))
             continue
         section = _make_section(name, draft)
         if section is not None:
@@ -167,11 +167,6 @@ def _make_section(name: str, draft: Draft) -> Section | None:
     except ValidationError as error:
         draft.problems.extend(problems_of(error, key, draft))
         return None
-
-
-def _missing(name: str, draft: Draft) -> Problem:
-    examples = {"model": "model: NAME", "data": "data: {train: rows.jsonl}", "output": "output: {dir: runs/first}"}
-    return Problem("is required", f"write {examples[name]}", file=draft.file, key=name)
 
 
 def _place_order(problem: Problem) -> tuple[bool, int]:

@@ -87,15 +87,11 @@ class LowRankSettings(LayersSettings):
     )
 
     @model_validator(mode="after")
-    def _pattern_needs_layers(self) -> LowRankSettings:
+    def _what_goes_together(self) -> LowRankSettings:
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules names no layer, and there are no target_parameters")
         if self.layers_pattern is not None and not self.layers_to_transform:
             raise ValueError("layers_pattern says nothing without layers_to_transform")
-        return self
-
-    @model_validator(mode="after")
-    def _start_or_init_from(self) -> LowRankSettings:
         if self.init_from is not None and self.start.method != "default":
             raise ValueError(f"start cannot be {self.start.method} where init_from names the adapter to continue")
         return self

@@ -23,32 +23,21 @@ DEFAULT_METHOD = {"adapter": "lora", "objective": "sft"}
 
 def make_adapter_settings(values: Any) -> Any:
     """{method: lora, r: 8} -> LoraSettings; settings pass as they are."""
-    return _named_settings("adapter", values)
+    return _named_settings("adapter", "adapters", values)
 
 
 def make_objective_settings(values: Any) -> Any:
     """{method: sft} -> SftSettings; settings pass as they are."""
-    return _named_settings("objective", values)
+    return _named_settings("objective", "objectives", values)
 
 
-def _named_settings(section: str, values: Any) -> Any:
+def _named_settings(section: str, kind: SettingsKind, values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     name = values.get("method", DEFAULT_METHOD[section])
-    kind: SettingsKind = "adapters" if section == "adapter" else "objectives"
     if name not in known_names(kind):
         raise ValueError(f"unknown {section} {name!r}; known: {', '.join(known_names(kind))}")
     return settings_class(kind, name).model_validate(values)
-
-
-def _default_adapter() -> AdapterSettings:
-    settings: AdapterSettings = make_adapter_settings({})
-    return settings
-
-
-def _default_objective() -> ObjectiveSettings:
-    settings: ObjectiveSettings = make_objective_settings({})
-    return settings
 
 
 def supervised_objective(family: str) -> ObjectiveSettings | None:
@@ -66,10 +55,10 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     adapter: Annotated[SerializeAsAny[AdapterSettings], BeforeValidator(make_adapter_settings)] = Field(
-        default_factory=_default_adapter
+        default_factory=lambda: make_adapter_settings({})
     )
     objective: Annotated[SerializeAsAny[ObjectiveSettings], BeforeValidator(make_objective_settings)] = Field(
-        default_factory=_default_objective
+        default_factory=lambda: make_objective_settings({})
     )
     training: TrainingSection = Field(default_factory=TrainingSection)
     memory: MemorySection = Field(default_factory=MemorySection)

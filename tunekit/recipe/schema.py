@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunekit.recipe.data import Source
-from tunekit.recipe.foreign.table import IN_ADAPTER, PRECISION_KEYS, QUANTIZATION_KEYS, TOP_LEVEL, alias_target
+from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target
 from tunekit.recipe.names import facts_of, known_names, settings_class
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.dump import yaml_scalar
@@ -35,7 +35,7 @@ def make_schema() -> JsonSchema:
     properties["model"] = {"anyOf": [{"type": "string", "minLength": 1}, properties["model"]]}
     _add_source_shorthands(properties["data"]["properties"])
     _add_known_names(definitions["Source"], properties["evaluation"])
-    foreign = {name: _alias_schema(name) for name in (*TOP_LEVEL, *QUANTIZATION_KEYS, *PRECISION_KEYS)}
+    foreign = {name: _alias_schema(name) for name in TOP_LEVEL}
     return {
         "$schema": DIALECT,
         "title": "tunekit recipe",
@@ -65,7 +65,7 @@ def make_reference() -> str:
     for kind in ("formats", "metrics"):
         lines += [f"{kind}:", *(f"  {name:<20} {facts_of(kind, name).DESCRIPTION}" for name in known_names(kind)), ""]
     lines.append("names of other tools, accepted where they put them:")
-    for name in sorted({*TOP_LEVEL, *QUANTIZATION_KEYS, *PRECISION_KEYS}):
+    for name in sorted(TOP_LEVEL):
         target = alias_target(name)
         if target:
             lines.append(f"  {name:<30} {dotted(target)}")

@@ -12,7 +12,6 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
-from tunekit.contracts import Objective
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.sources import read_template
 from tunekit.machine.malloc import settle_heap, trim_heap
@@ -28,8 +27,7 @@ from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
 from tunekit.training.trial import make_splitting, probe_model, split_evaluation_noted, try_longest_batch
-from tunekit.tuned.answers import Question
-from tunekit.tuned.evaluator import make_evaluator
+from tunekit.tuned.evaluator import Evaluator
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 from tunekit.tuned.scores import summed_evaluation
@@ -44,9 +42,8 @@ def assemble_run(
     """
     recipe, devices = session.loaded.recipe, session.devices
     fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint)
-    objective = prepared.rows.objective
     state = LoopState(LossScale(base.dtype == torch.float16))
-    model = _tuned(session, plan, prepared, base, objective, state, checkpoint)
+    model = _tuned(session, plan, prepared, base, state, checkpoint)
     probe_model(plan, model, prepared.largest_batch)
     adapter = model.adapter
     assert adapter is not None
@@ -57,11 +54,11 @@ def assemble_run(
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
         session.console.info(f"going on after step {state.step} of {plan.steps}")
     plan = _with_targets(plan, adapter)
-    write_plan(session, plan, state.step, fingerprint)
+    write_plan(session, plan, -1 if checkpoint is None else state.step, fingerprint)
     splitting = make_splitting(session, state)
     run = Run(
         model=model,
-        objective=objective,
+        objective=prepared.rows.objective,
         engine=make_engine(recipe.training.seed, model.slots, plan.choice.pass_micro_batches, splitting),
         optimizer=optimizer,
         devices=devices,
@@ -71,9 +68,10 @@ def assemble_run(
         warmup_steps=plan.warmup_steps,
         state=state,
         save=lambda: save_run(session, run, fingerprint),
-        evaluate=_make_evaluate(session, prepared, model, objective, state),
+        evaluate=_make_evaluate(session, prepared, model, state),
         stop_signal=lambda: session.signals.requested or 0,
         peak_bytes=session.peak_bytes,
+        warn=session.console.warn,
     )
     if plan.tries_longest_batch or session.dry_run:
         with session.timed("try"):
@@ -88,7 +86,6 @@ def _tuned(
     plan: Plan,
     prepared: Prepared,
     base: LoadedModel,
-    objective: Objective,
     state: LoopState,
     checkpoint: Checkpoint | None,
 ) -> TunedModel:
@@ -102,7 +99,7 @@ def _tuned(
             prepared.model,
             seed=recipe.training.seed,
             devices=devices,
-            objective=objective,
+            objective=prepared.rows.objective,
             windows=lambda: prepared.rows.windows(prepared.batch_settings),
             resumed=None if checkpoint is None else checkpoint.facts["layout"],
         )
@@ -131,8 +128,7 @@ def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
     try_longest_batch(run, prepared.largest_batch)
     rows = prepared.rows.evaluation
     if rows is not None:
-        size = run.evaluation.batch_size
-        batches = evaluation_batches(rows, run.objective, batch_size=size)
+        batches = evaluation_batches(rows, run.objective, batch_size=run.evaluation.batch_size)
         split = split_evaluation_noted(session, run.state)
         summed_evaluation(run.model, run.objective, [next(batches)], run.devices, on_split=split)
     if not run.state.reactions:
@@ -140,18 +136,18 @@ def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
 
 
 def _make_evaluate(
-    session: Session, prepared: Prepared, model: TunedModel, objective: Objective, state: LoopState
+    session: Session, prepared: Prepared, model: TunedModel, state: LoopState
 ) -> Callable[[], dict[str, float]] | None:
     """One evaluation of the eval rows; None where the recipe has none."""
     recipe, rows = session.loaded.recipe, prepared.rows
     if rows.evaluation is None:
         return None
-    evaluator = make_evaluator(
+    evaluator = Evaluator(
         model,
-        objective,
+        rows.objective,
         session.devices,
         rows.evaluation,
-        lambda: [Question(ids, reference) for ids, reference, _ in rows.evaluation_prompts()],
+        rows.evaluation_prompts,
         recipe.evaluation,
         template=None if recipe.data.chat_template is None else read_template(Path(recipe.data.chat_template)),
         on_split=split_evaluation_noted(session, state),

@@ -75,7 +75,7 @@ def initialise_adapter(
             if share is not None:
                 targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))
             adapter, facts = attach(targets=targets), found.facts
-            initialise_all(adapter.layers, seed, found.evidence)
+            initialise_all(adapter.layers, seed, found.evidence.get)
             _as_on_main(adapter, devices)
     if settings.init_from is not None:
         load_into(adapter, Path(settings.init_from), base_fingerprint=base.fingerprint)
@@ -108,8 +108,8 @@ def _resumed_rank(target: Target, layout: Layout) -> int | None:
 
 def _originals(adapter: AttachedAdapter, model: ModelSection) -> Callable[[str], Tensor | None]:
     """A layer's name -> its matrix (O, I) from before quantization, read from the base's files one at a time."""
-    rewriter, layers = Rewriter(model, "full"), adapter.adapted_modules()
-    packed = {name for name, layer in layers.items() if packed_layers(layer.base_layer)}
+    rewriter = Rewriter(model, "full")
+    packed = {name for name, layer in adapter.layers.items() if packed_layers(layer.base_layer)}
 
     def read(name: str) -> Tensor | None:
         if name not in packed:  # left as it was: there is nothing to make up for

@@ -16,6 +16,7 @@ from torch import Tensor
 from tunekit.contracts import Window
 from tunekit.errors import Stopped
 from tunekit.records import EvaluationRecord, StepRecord
+from tunekit.training.divergence import watch_loss
 from tunekit.training.readings import Reading, Waiting, check_finite, start_reading
 from tunekit.training.state import Run, timed
 from tunekit.tuned.evaluator import is_better
@@ -31,7 +32,7 @@ def run_loop(run: Run) -> None:
     """
     state = run.state
     with run.model.training_mode(True):
-        _evaluate_if_due(run)  # a signal may have cut it short before the resume
+        _evaluate_if_due(run)  # before training; and a signal may have cut one short before the resume
         waiting = Waiting()
         _stop_if_asked(run, True, waiting)
         if state.stopped_early:
@@ -86,7 +87,8 @@ def _settle(run: Run, waiting: Waiting) -> None:
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
         now = time.monotonic()
         seconds = now - max(reading.started, waiting.settled)  # of a step that began before the last one was read
-        waiting.settled, state.loss = now, loss
+        waiting.settled = now
+        watch_loss(run, reading, loss)
         state.seconds["train"] = state.seconds.get("train", 0.0) + seconds
         tokens = int(reading.counts[0])
         record = StepRecord(
@@ -147,9 +149,11 @@ def _advance(run: Run, finite: bool, counts: list[float]) -> None:
 
 
 def _evaluate_if_due(run: Run) -> bool:
-    """Evaluate at every eval_steps and at the end; returns whether this is the best state so far, to be kept."""
+    """Evaluate before training, at every eval_steps and at the end; returns whether this is the best state so far, to
+    be kept. The one before training is only compared with."""
     state, settings = run.state, run.evaluation
     due = state.step % run.training.eval_steps == 0 or state.step == run.windows.steps
+    due = due if state.step else settings.before_training
     if run.evaluate is None or not due or state.step <= state.evaluated_step:
         return False
     try:
@@ -159,7 +163,7 @@ def _evaluate_if_due(run: Run) -> bool:
         return False
     state.evaluated_step = state.step
     run.record(EvaluationRecord(state.step, metrics))
-    if settings.best is None and settings.patience is None:
+    if not state.step or (settings.best is None and settings.patience is None):
         return False
     watched = (settings.best or "eval.loss").removeprefix("eval.")
     if is_better(watched, metrics[watched], state.best_value):

@@ -125,7 +125,7 @@ class Optimizer:
         for number, flat in enumerate(self.groups):
             tensors[f"group{number}.weights"] = flat.data.detach()
             for key, value in sorted(self.native.state.get(flat.data, {}).items()):
-                tensors[f"group{number}.optimizer.{key}"] = _as_tensor(value)
+                tensors[f"group{number}.optimizer.{key}"] = torch.as_tensor(value).detach()
         return tensors
 
     def layout(self) -> list[dict[str, list[int]]]:
@@ -161,23 +161,16 @@ class Optimizer:
                 made[key] = int(value)  # the step counter
 
 
-def _as_tensor(value: Any) -> Tensor:
-    return value.detach() if isinstance(value, Tensor) else torch.tensor(value)
-
-
 def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optimizer:
     """The optimizer over the groups that the adapter's method names."""
     return Optimizer(settings, [Group(*group) for group in adapter.groups(settings)], adapter.trained())
 
 
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """bitsandbytes' with its state made at once: it would say on the first step what plan has said already (no paging
+    on a CPU)."""
     if name == "adamw":
         return torch.optim.AdamW(options, fused=True)
-    return _make_bitsandbytes(name, options)
-
-
-def _make_bitsandbytes(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """With its state made at once: it would say on the first step what plan has said already (no paging on a CPU)."""
     from tunekit.model.quantized.codec import import_bitsandbytes
     from tunekit.model.transformers_guard import quiet
 

@@ -72,14 +72,15 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
     finite = [bool(torch.isfinite(value).all()) for value in reading.losses]
     batches = reading.window.batches
     bad = [batch for batch, is_finite in zip(batches, finite, strict=True) if not is_finite]
-    rows = devices.gather(_rows_of(bad)) or devices.gather(_rows_of(batches))
-    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    rows = rows_text(bad, devices) or rows_text(batches, devices)
     raise NumericsError(
-        f"step {reading.step}: the {what} is not finite; rows {', '.join(rows[:8])}{more}. "
-        "No weight was changed by this step",
+        f"step {reading.step}: the {what} is not finite; rows {rows}. No weight was changed by this step",
         "lower training.learning_rate, or look at these rows",
     )
 
 
-def _rows_of(batches: Sequence[Batch]) -> list[str]:
-    return [row.origin for batch in batches for row in batch.rows]
+def rows_text(batches: Sequence[Batch], devices: Devices) -> str:
+    """Where the rows of all ranks' batches come from, the first eight of them."""
+    rows = devices.gather([row.origin for batch in batches for row in batch.rows])
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return f"{', '.join(rows[:8])}{more}"

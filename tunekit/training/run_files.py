@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunekit.artifacts.checkpoint import Checkpoint, load_newest, save_checkpoint
-from tunekit.artifacts.fingerprint import make_fingerprint, require_same, resume_notes
+from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, require_same, resume_notes
 from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.trackers import Trackers
 from tunekit.console.progress import Progress
-from tunekit.errors import ResourceError, TunekitError
+from tunekit.errors import ResourceError, RunFolderError, TunekitError
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.memory.splitting import is_out_of_memory
 from tunekit.recipe.load import dump_recipe
@@ -23,14 +24,18 @@ from tunekit.records import Choice, EvaluationRecord, Plan, StepRecord
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
 from tunekit.training.state import Run
+from tunekit.tuned.export import facts_for_export
 
 OPTIMIZER_COPIES = 3  # weights and two moments: what a checkpoint holds of each trained number, in float32
 
 
 @contextmanager
-def locked_folder(session: Session, path: Path, resume: bool) -> Iterator[None]:
+def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     """Lock the run folder inside the block, and leave in status.json how a run that fails there ended."""
-    open_folder = RunFolder.open_resume if resume else RunFolder.open_new
+    if overwrite:
+        _refuse_inputs_inside(session, path)
+    open_new = partial(RunFolder.open_new, overwrite=overwrite)
+    open_folder = RunFolder.open_resume if resume else open_new
     session.folder = session.devices.on_main(lambda: open_folder(path, warn=session.console.warn))
     try:
         yield
@@ -41,11 +46,26 @@ def locked_folder(session: Session, path: Path, resume: bool) -> Iterator[None]:
         if is_out_of_memory(error):
             _leave_status(session.folder, ResourceError.exit_code, "out of memory")
             raise session.out_of_memory() from error
+        lost = session.devices.lost_ranks() if isinstance(error, RuntimeError) else []  # as torch's collectives raise
+        if lost:
+            what = f"rank {', '.join(map(str, lost))} of {session.devices.world} is lost: its process has ended"
+            _leave_status(session.folder, TunekitError.exit_code, what)
+            raise TunekitError(what, "see what it said last; go on with --resume") from error
         _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
         raise
     finally:
         if session.folder is not None:
             session.folder.close()
+
+
+def _refuse_inputs_inside(session: Session, path: Path) -> None:
+    """Raises: RunFolderError where the run would read what --overwrite moves away."""
+    values = flat_values(session.loaded.recipe.model_dump(mode="json", exclude={"output"}))
+    inside = [(key, value) for key, value in values if isinstance(value, str) and path in Path(value).parents]
+    if inside:
+        key, value = inside[0]
+        what = f"--overwrite would move {value} away, from which the run reads"
+        raise RunFolderError(what, "choose another output.dir", file=str(session.loaded.path), key=key)
 
 
 def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None:
@@ -117,17 +137,14 @@ def announce_run(session: Session, plan: Plan) -> None:
 def write_plan(session: Session, plan: Plan, step: int, fingerprint: dict[str, Any]) -> None:
     """Leave in the run folder what is run; on a resume, forget what was logged after the checkpoint."""
 
-    def write() -> None:
-        folder = session.folder
-        if folder is None:
-            return
+    def write(folder: RunFolder) -> None:
         folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
         environment = read_environment(device=str(session.devices.device), more={"fingerprint": fingerprint})
         folder.write_json("environment.json", environment)
         folder.truncate_metrics(step)
         folder.write_json("plan.json", asdict(plan))
 
-    session.devices.on_main(write)
+    session.in_folder(write)
 
 
 def make_trackers(session: Session, step: int) -> Trackers | None:
@@ -164,18 +181,17 @@ def save_run(session: Session, run: Run, fingerprint: dict[str, Any]) -> None:
     """Write a checkpoint on the main rank; an error of it stops every rank."""
     state, recipe = run.state, session.loaded.recipe
 
-    def write() -> None:
-        if session.folder is None:
-            return
+    def write(folder: RunFolder) -> None:
         protected = {state.best_step} if recipe.evaluation.best and state.best_step is not None else set()
         with session.signals.critical():
             save_checkpoint(
-                session.folder,
+                folder,
                 state.step,
                 checkpoint_tensors(run.optimizer, run.adapter),
-                checkpoint_facts(run.optimizer, state, fingerprint),
+                checkpoint_facts(run.optimizer, state, fingerprint)
+                | {"export": facts_for_export(run.adapter, run.objective)},
                 keep=recipe.training.keep_checkpoints,
                 protect=protected,
             )
 
-    session.devices.on_main(write)
+    session.in_folder(write)

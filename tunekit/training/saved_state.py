@@ -17,8 +17,7 @@ from tunekit.errors import RunFolderError
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.state import LoopState
-
-BUFFER_PREFIX = "adapter."  # adapter state that is not trained: seeds, indices, importances
+from tunekit.tuned.export import BUFFER_PREFIX
 
 
 def checkpoint_tensors(optimizer: Optimizer, adapter: AttachedAdapter) -> dict[str, Tensor]:

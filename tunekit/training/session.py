@@ -41,11 +41,13 @@ class Session:
         """A block whose time is added to `part` of the report's seconds."""
         return timed(self.seconds, part)
 
+    def in_folder(self, use: Callable[[RunFolder], Found]) -> Found | None:
+        """What the main rank makes of the run folder, where there is one; an error of it is raised on every rank."""
+        return self.devices.on_main(lambda: None if self.folder is None else use(self.folder))
+
     def from_folder(self, read: Callable[[RunFolder], Found]) -> Found | None:
         """What the main rank reads in the run folder, the same on every rank."""
-        found: Found | None = self.devices.from_main(
-            self.devices.on_main(lambda: None if self.folder is None else read(self.folder))
-        )
+        found: Found | None = self.devices.from_main(self.in_folder(read))
         return found
 
     def out_of_memory(self) -> ResourceError:
@@ -83,4 +85,4 @@ def _adapter_bytes(model: TunedModel) -> int:
     """Bytes of the adapter's own tensors that lie inside the network; those of the whole model lie beside it."""
     parts = [] if model.adapter is None else model.adapter.parts()
     inside = [part for part in parts if part is not (model.adapter and model.adapter.model_adapter)]
-    return sum(tensor.numel() * tensor.element_size() for part in inside for tensor in part.state().values())
+    return sum(tensor.nbytes for part in inside for tensor in part.state().values())

@@ -32,14 +32,15 @@ class LoopState:
     scale: LossScale = field(default_factory=LossScale)
     step: int = 0  # optimizer steps made, skipped ones counted
     updates: int = 0  # steps that changed weights; the schedule's clock
-    evaluated_step: int = 0
+    evaluated_step: int = -1
     best_step: int | None = None
     best_value: float | None = None
     evaluations_without_gain: int = 0
     stopped_early: bool = False
     tokens: int = 0
     supervised_tokens: int = 0
-    loss: float | None = None
+    first_losses: list[float] = field(default_factory=list)
+    past_losses: list[float] = field(default_factory=list)  # of the last steps, with which the next one is compared
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None  # the pass over the data before step 1
     reactions: list[dict[str, Any]] = field(default_factory=list)  # records.Reaction as plain values
@@ -77,6 +78,7 @@ class Run:
     evaluate: Callable[[], dict[str, float]] | None = None
     stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that asked to stop
     peak_bytes: Callable[[], int] = lambda: 0
+    warn: Callable[[str], None] = lambda text: None
 
     @property
     def adapter(self) -> AttachedAdapter:

@@ -14,7 +14,7 @@ from tunekit.records import Plan, Reaction
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Run
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.probes import logprob_difference, packing_leak, tolerance
+from tunekit.tuned.probes import TOLERANCE, logprob_difference, packing_leak
 
 BEFORE_TRAINING = -1  # the step of a window that is only tried
 
@@ -24,7 +24,7 @@ def probe_model(plan: Plan, model: TunedModel, batch: Batch) -> None:
 
     Raises: ModelError where a result could not be trusted.
     """
-    limit = tolerance(model.base.dtype)
+    limit = TOLERANCE[model.base.dtype]
     if plan.rows.packing:
         leak = packing_leak(model, batch.inputs["input_ids"])
         if not leak <= limit:

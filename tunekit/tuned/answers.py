@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from importlib import import_module
 
 from tunekit.contracts import Objective
+from tunekit.data.rows import Prompt
 from tunekit.machine.devices import Devices
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import undisturbed
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt up to the answer, and the answer that the row gives."""
-
-    prompt_ids: Sequence[int]
-    reference: str
-
-
 def answer_questions(
     model: TunedModel,
     objective: Objective,
-    questions: Sequence[Question],
+    questions: Sequence[Prompt],
     devices: Devices,
     *,
     max_new_tokens: int,
@@ -32,7 +24,7 @@ def answer_questions(
 ) -> list[str]:
     """The model's answer to each question, in order; questions are shared among the ranks."""
     mine = list(range(devices.rank, len(questions), devices.world))
-    prompts = [list(questions[index].prompt_ids) for index in mine]
+    prompts = [questions[index].prompt_ids for index in mine]
     with undisturbed(model):
         texts = objective.answer(
             model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
@@ -43,9 +35,4 @@ def answer_questions(
 
 def text_metrics(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Each named metric of metrics/ over all pairs."""
-    return {name: _score(name)(predictions, references) for name in names}
-
-
-def _score(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
-    score: Callable[[Sequence[str], Sequence[str]], float] = importlib.import_module(f"tunekit.metrics.{name}").score
-    return score
+    return {name: import_module(f"tunekit.metrics.{name}").score(predictions, references) for name in names}

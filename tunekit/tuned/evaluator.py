@@ -6,38 +6,39 @@ Model, rows and settings go in; metrics by name come out, those of the objective
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.rows import Prompt
 from tunekit.machine.devices import Devices
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, needs_generation
-from tunekit.tuned.answers import Question, answer_questions, text_metrics
+from tunekit.tuned.answers import answer_questions, text_metrics
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import EvaluationSums, summed_evaluation
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Computes `metric_names` over one set of rows."""
+    """Computes metrics over one set of rows: the objective's, and `metric_names`, or those of the settings."""
 
     model: TunedModel
     objective: Objective
     devices: Devices
-    batches: Callable[[], Iterable[Batch]]
-    questions: Callable[[], Sequence[Question]]  # asked for only where a metric needs answers
-    metric_names: tuple[str, ...]
-    max_new_tokens: int
-    batch_size: int
+    rows: Rows
+    questions: Callable[[], Sequence[Prompt]]  # asked for only where a metric needs answers
+    settings: EvaluationSection
+    metric_names: tuple[str, ...] = ()
     template: str | None = None  # of the questions, where it is not the tokenizer's own
     on_split: Callable[[Batch], None] = lambda batch: None  # told of a batch that ran out of memory
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[EvaluationSums, dict[str, float]]:
         """The sums, and every metric by name. Raises: EvaluationStopped where `stop` says so."""
-        sums = summed_evaluation(self.model, self.objective, self.batches(), self.devices, stop, self.on_split)
-        wanted = list(dict.fromkeys([*self.objective.metrics, *self.metric_names]))
+        batches = evaluation_batches(self.rows, self.objective, batch_size=self.settings.batch_size)
+        sums = summed_evaluation(self.model, self.objective, batches, self.devices, stop, self.on_split)
+        wanted = list(dict.fromkeys([*self.objective.metrics, *(self.metric_names or self.settings.metrics)]))
         texts = [name for name in wanted if needs_generation(name)]
         computed = sums.metrics([name for name in wanted if name not in texts])
         if texts:
@@ -47,39 +48,12 @@ class Evaluator:
                 self.objective,
                 questions,
                 self.devices,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size,
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_size=self.settings.batch_size,
                 template=self.template,
             )
             computed |= text_metrics(texts, answers, [question.reference for question in questions])
         return sums, {name: computed[name] for name in wanted}
-
-
-def make_evaluator(
-    model: TunedModel,
-    objective: Objective,
-    devices: Devices,
-    rows: Rows,
-    questions: Callable[[], Sequence[Question]],
-    settings: EvaluationSection,
-    *,
-    metric_names: tuple[str, ...] = (),
-    template: str | None = None,
-    on_split: Callable[[Batch], None] = lambda batch: None,
-) -> Evaluator:
-    """The evaluator of `rows`, with the section's metrics unless others are named."""
-    return Evaluator(
-        model=model,
-        objective=objective,
-        devices=devices,
-        batches=lambda: evaluation_batches(rows, objective, batch_size=settings.batch_size),
-        questions=questions,
-        metric_names=metric_names or settings.metrics,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        template=template,
-        on_split=on_split,
-    )
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:

@@ -20,13 +20,11 @@ def check_family(base: LoadedModel, family: str) -> LoadedModel:
     """
     if base.family.name == family:
         return base
-    what = f"{base.name_or_path} ({base.facts.model_type}) is {base.family.text}"
+    what = f"{base.facts.name_or_path} ({base.facts.model_type}) is {base.family.text}"
     fitting = supervised_objective(base.family.name)
     if fitting is not None:
-        method = fitting.method
-        raise ModelError(
-            f"{what}, and the objective is for another kind", f"write objective: {method}", key="objective"
-        )
+        how = f"write objective: {fitting.method}"
+        raise ModelError(f"{what}, and the objective is for another kind", how, key="objective")
     raise ModelError(
         f"{what}, and no objective of this version reads what it computes: it can be loaded, adapted and called",
         "choose a causal language model or an encoder-decoder",

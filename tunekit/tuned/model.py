@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class TunedModel:
 
     base: LoadedModel
     adapter: AttachedAdapter | None
-    boundaries: BoundaryStore | None = None  # where the inputs of recomputed layers wait
+    boundaries: BoundaryStore = field(default_factory=lambda: BoundaryStore(None))  # of recomputed layers' inputs
     slots: LayerSlots | None = None  # of a streamed base
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
 
@@ -62,7 +62,7 @@ class TunedModel:
         return self.adapted({name: placed(tensor, self.device) for name, tensor in inputs.items()})
 
     def leaving(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D) of the real positions."""
+        """Hidden states (B, T, D), or logits, of the real positions."""
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
 
     def _segments(self, inputs: dict[str, Tensor]) -> Segments | None:
@@ -82,8 +82,7 @@ class TunedModel:
 
     def own_logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """The network's own logits (B, T, V), whole: for a few tokens only."""
-        logits = self.base.family.logits(self.base.net, self.entering(inputs))
-        return logits if self.adapter is None else self.adapter.outputs(logits)
+        return self.leaving(self.base.family.logits(self.base.net, self.entering(inputs)))
 
     def unchanged_weights(self) -> AbstractContextManager[None]:
         """A block in which no trained weight changes, so that each is cast to the compute dtype once."""
@@ -95,8 +94,7 @@ class TunedModel:
         try:
             yield
         except BaseException:
-            if self.boundaries is not None:
-                self.boundaries.clear()
+            self.boundaries.clear()
             raise
 
     def clear_gradient(self) -> None:

@@ -104,11 +104,8 @@ def compile_layers(forwards: Sequence[LayerForward]) -> None:
 
 
 def _is_island(module: nn.Module) -> bool:
-    """Whether compiled code must call this module as it is."""
-    return isinstance(module, Wrapper) or bool(packed_layers(module).get("")) or _replaced(module)
-
-
-def _replaced(module: nn.Module) -> bool:
-    """Whether something else than the class's own forward stands there, such as a fused MLP."""
+    """Whether compiled code must call this module as it is: with an adapter, packed, or with something else than its
+    class's own forward, such as a fused MLP."""
     own = module.__dict__.get("forward")
-    return own is not None and not isinstance(own, LayerForward)
+    replaced = own is not None and not isinstance(own, LayerForward)
+    return replaced or isinstance(module, Wrapper) or bool(packed_layers(module).get(""))

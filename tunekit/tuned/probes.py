@@ -14,12 +14,8 @@ from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import undisturbed
 
 PROBE_TOKENS = 12
+# The largest relative difference that rounding explains: a leak or a missing scale is far larger.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest relative difference that rounding explains in `dtype`: a leak or a missing scale is far larger."""
-    return TOLERANCE[dtype]
 
 
 def packing_leak(model: TunedModel, ids: Tensor) -> float:
@@ -27,17 +23,12 @@ def packing_leak(model: TunedModel, ids: Tensor) -> float:
 
     Both rows are drawn from `ids`, a seeded choice; 0 up to rounding where position ids alone isolate packed rows.
     """
-    first = _probe_ids(ids, 0)  # (1, T)
-    second = _probe_ids(ids, 1)
+    first, second = _probe_ids(ids, 0), _probe_ids(ids, 1)  # (1, T) each
     positions = torch.arange(PROBE_TOKENS)[None]
     with undisturbed(model):
         alone = model.hidden({"input_ids": second, "position_ids": positions})
-        packed = model.hidden(
-            {
-                "input_ids": torch.cat([first, second], dim=1),
-                "position_ids": torch.cat([positions, positions], dim=1),
-            }
-        )
+        both, places = torch.cat([first, second], dim=1), torch.cat([positions, positions], dim=1)
+        packed = model.hidden({"input_ids": both, "position_ids": places})
     return _relative_difference(packed[:, PROBE_TOKENS:], alone)
 
 

@@ -4,16 +4,18 @@ with the adapter in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from tunekit.adapters.folder.config import TEMPLATE_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
@@ -27,28 +29,40 @@ from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.recipe.load import load_recipe, load_target_overrides
+from tunekit.recipe.load import TargetOverrides, load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import known_names
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
+from tunekit.tuned.export import export_checkpoint
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+
+NAME_BASE = "give the base with --base"
 
 
 @dataclass(frozen=True)
 class Target:
     """What TARGET names. `adapter` is a folder, or None for a bare model; `recipe` where one belongs to it."""
 
-    kind: str  # adapter, run, model, recipe
+    kind: str  # adapter, run, checkpoint, model, recipe
     model: ModelSection
-    adapter: Path | None
-    recipe: Recipe | None
     evaluation: EvaluationSection
-    template_file: Path | None  # a chat template other than the tokenizer's own
+    adapter: Path | None = None
+    recipe: Recipe | None = None
     rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
+    holder: TemporaryDirectory[str] | None = None  # of the adapter of a checkpoint, as long as this target lives
+
+    @property
+    def template_file(self) -> Path | None:
+        """A chat template other than the tokenizer's own: the one in the adapter's folder, else the recipe's."""
+        own = None if self.adapter is None else self.adapter / TEMPLATE_NAME
+        named = None if self.recipe is None else self.recipe.data.chat_template
+        if own is not None and own.exists():
+            return own
+        return None if named is None else Path(named)
 
     @property
     def data(self) -> DataSection | None:
@@ -97,23 +111,31 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
     Raises: InputError where it is nothing, or where no base can be found for an adapter.
     """
     given = load_target_overrides(overrides)
-    if base is not None:
-        given.model["name_or_path"] = str(Path(base).resolve()) if Path(base).exists() else base
+    given.model.update(named_base(base))
     path, rewrites = Path(target).expanduser(), given.rewrites
     if path.suffix in (".yaml", ".yml"):
         loaded = load_recipe(path)
         rewrites = [*loaded.rewrites, *rewrites]
-        found = _from_recipe("recipe", loaded.recipe, None, given.model, given.evaluation)
+        found = _from_recipe("recipe", loaded.recipe, None, given)
+    elif (checkpoint := find_checkpoint(target)) is not None:
+        found = _from_checkpoint(checkpoint, given)
     elif path.is_dir():
-        found = _from_folder(path.resolve(), given.model, given.evaluation)
+        found = _from_folder(path.resolve(), given)
     elif path.exists() and path.suffix != ".gguf":
         raise InputError(f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)")
     elif path.exists():
-        found = _bare_model(str(path.resolve()), given.model, given.evaluation)
+        found = _bare_model(str(path.resolve()), given)
     else:
-        found = _bare_model(target, given.model, given.evaluation)
+        found = _bare_model(target, given)
         _require_model(target, found.model)
     return replace(found, rewrites=tuple(rewrites))
+
+
+def named_base(base: str | None) -> dict[str, str]:
+    """The override of the model section that --base is."""
+    if base is None:
+        return {}
+    return {"name_or_path": str(Path(base).resolve()) if Path(base).exists() else base}
 
 
 def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
@@ -138,90 +160,75 @@ def _require_model(target: str, section: ModelSection) -> None:
         ) from error
 
 
-def _from_folder(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
+def _from_folder(folder: Path, given: TargetOverrides) -> Target:
     if (folder / "adapter_config.json").exists():
-        return _from_adapter(folder, model, evaluation)
+        return _from_adapter(folder, given)
     if (folder / "plan.json").exists():
         recipe, whole = load_recipe(folder / "recipe.yaml").recipe, folder / "model"
         if recipe.adapter.trains_base and (whole / "config.json").exists():
-            if "name_or_path" in model:
+            if "name_or_path" in given.model:
                 raise InputError(f"{folder} trained its base: no other can stand for it", "leave --base out")
-            model = {**model, "name_or_path": str(whole)}
-            return replace(_from_recipe("run", recipe, None, model, evaluation), template_file=_own_template(whole))
+            own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": None})})
+            return _from_recipe("run", own, None, replace(given, model={**given.model, "name_or_path": str(whole)}))
         if not (folder / "adapter" / "adapter_config.json").exists():
-            raise InputError(f"{folder} is a run without a result yet", "finish it with: tunekit train RECIPE --resume")
-        return _from_recipe("run", recipe, folder / "adapter", model, evaluation)
+            how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
+            raise InputError(f"{folder} is a run without a result yet", how)
+        return _from_recipe("run", recipe, folder / "adapter", given)
     if (folder / "config.json").exists():
-        return _bare_model(str(folder), model, evaluation)
+        return _bare_model(str(folder), given)
     raise InputError(
         f"{folder} holds neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
     )
 
 
-def _from_recipe(
-    kind: str, recipe: Recipe, adapter: Path | None, model: dict[str, Any], evaluation: dict[str, Any]
-) -> Target:
-    named = recipe.data.chat_template
-    return Target(
-        kind=kind,
-        model=recipe.model.model_copy(update=model),
-        adapter=adapter,
-        recipe=recipe,
-        evaluation=recipe.evaluation.model_copy(update=evaluation),
-        template_file=_own_template(adapter) or (Path(named) if named is not None else None),
-    )
+def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, given: TargetOverrides) -> Target:
+    evaluation, model = recipe.evaluation.model_copy(update=given.evaluation), given.model
+    if adapter is not None and "name_or_path" not in model:
+        base = base_section(read_adapter_config(adapter), {}, NAME_BASE)
+        model = base.model_dump(include={"name_or_path", "revision"}, exclude_unset=True) | model
+    return Target(kind, recipe.model.model_copy(update=model), evaluation, adapter, recipe)
 
 
-def _from_adapter(folder: Path, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
+def _from_checkpoint(checkpoint: Path, given: TargetOverrides) -> Target:
+    """The run as it was after that step."""
+    holder = TemporaryDirectory(prefix="tunekit-")
+    adapter = Path(holder.name) / "adapter"
+    export_checkpoint(checkpoint, adapter, given.model)
+    recipe = load_recipe(checkpoint.parent.parent / "recipe.yaml").recipe
+    return replace(_from_recipe("checkpoint", recipe, adapter, given), holder=holder)
+
+
+def _from_adapter(folder: Path, given: TargetOverrides) -> Target:
     """An adapter folder; in a run folder it also has that run's data."""
     run = folder.parent
     if folder.name == "adapter" and (run / "plan.json").exists():
-        recipe = load_recipe(run / "recipe.yaml").recipe
-        return _from_recipe("adapter", recipe, folder, model, evaluation)
-    config = read_adapter_config(folder)
-    fields = _base_fields(config, model)
-    return Target(
-        kind="adapter",
-        model=ModelSection.model_validate(fields | model),
-        adapter=folder,
-        recipe=None,
-        evaluation=EvaluationSection().model_copy(update=evaluation),
-        template_file=_own_template(folder),
-    )
+        return _from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, given)
+    model = base_section(read_adapter_config(folder), given.model, NAME_BASE)
+    return Target("adapter", model, EvaluationSection().model_copy(update=given.evaluation), folder)
 
 
-def _base_fields(config: AdapterConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The model section that the adapter was trained on, as far as its folder tells."""
-    facts = {
+def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) -> ModelSection:
+    """The base as the adapter saw it, but for what is overridden.
+
+    Raises: ModelError where nothing says which it is, and `how` that is mended.
+    """
+    facts: dict[str, Any] = {
         "dtype": config.base_dtype,
         "quantization": config.quantization,
         "double_quantization": config.double_quantization,
     }
-    fields: dict[str, Any] = {name: value for name, value in facts.items() if value is not None}
-    if "name_or_path" in overrides:
-        return fields
-    name = config.base_location()
-    if name is None:
-        wanted = config.base_name_or_path or "a base that it does not name"
-        raise ModelError(f"{config.folder} belongs to {wanted}, which is not there", "give the base with --base")
-    return fields | {"name_or_path": name} | ({"revision": config.revision} if config.revision else {})
+    if "name_or_path" not in overrides:
+        facts |= {"name_or_path": config.base_location(), "revision": config.revision}
+        if facts["name_or_path"] is None:
+            wanted = config.base_name_or_path or "a base that it does not name"
+            raise ModelError(f"{config.folder} belongs to {wanted}, which is not there", how)
+    known = {name: value for name, value in facts.items() if value is not None}
+    return ModelSection.model_validate({**known, **overrides})
 
 
-def _bare_model(name: str, model: dict[str, Any], evaluation: dict[str, Any]) -> Target:
-    return Target(
-        kind="model",
-        model=ModelSection.model_validate({"name_or_path": name} | model),
-        adapter=None,
-        recipe=None,
-        evaluation=EvaluationSection().model_copy(update=evaluation),
-        template_file=None,
-    )
-
-
-def _own_template(adapter: Path | None) -> Path | None:
-    """The template in the adapter's folder, which is the one it was trained with."""
-    path = None if adapter is None else adapter / TEMPLATE_NAME
-    return path if path is not None and path.exists() else None
+def _bare_model(name: str, given: TargetOverrides) -> Target:
+    model = ModelSection.model_validate({"name_or_path": name} | given.model)
+    return Target("model", model, EvaluationSection().model_copy(update=given.evaluation))
 
 
 def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None:

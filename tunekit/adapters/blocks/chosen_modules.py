@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tunekit.adapters.module_names import named_copies
 from tunekit.adapters.patterns import Patterns
 from tunekit.errors import AdapterError
 
@@ -19,7 +20,7 @@ def chosen_names(names: Sequence[str], entries: str | Sequence[str], everything:
         patterns = Patterns(key="target_modules")
         found = {entries: [name for name in names if patterns.matches(entries, name)]}
     else:
-        found = {entry: [n for n in names if n == entry or n.endswith(f".{entry}")] for entry in entries}
+        found = {entry: named_copies(names, [entry]) for entry in entries}
     for entry, matching in found.items():
         if not matching:
             last = ", ".join(sorted({name.rpartition(".")[2] for name in names})[:12])

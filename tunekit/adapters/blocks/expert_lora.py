@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.lora_fields import start_conflicts
@@ -71,17 +71,6 @@ class ExpertLora(ParameterAdapter):
         a = self.A.reshape(experts, -1, self.A.shape[1])[index]  # (..., R, I)
         b = (self.B * self.scaling).reshape(self.B.shape[0], -1, experts).permute(2, 0, 1)[index]  # (..., O, R)
         return (a.transpose(-2, -1), b.transpose(-2, -1)) if self.target.transposed else (b, a)
-
-
-class ExpertLoraFa(ExpertLora):
-    """The same with A frozen as it was drawn."""
-
-    A: Tensor  # type: ignore[assignment]
-
-    @classmethod
-    def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
-        trained = super().slots(settings, target)
-        return {**trained, "A": Slot(trained["A"].suffix, trained["A"].shape, kind="saved")}
 
 
 def conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:

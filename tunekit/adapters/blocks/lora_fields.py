@@ -39,8 +39,6 @@ LORA_FIXED: Fixed = {  # first the value written, then the others that change no
     "use_qalora": (False,),
     "velora_config": (None,),
 }
-LORA_TENSORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
-LORA_UNBINDING = frozenset({"start"})
 
 
 def start_conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:

@@ -21,7 +21,7 @@ from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError
 from tunekit.model.call import calling, current_call
 from tunekit.model.families.structure import text_config
-from tunekit.recipe.virtual_tokens import StartedTokenSettings, VirtualTokenSettings
+from tunekit.recipe.virtual_tokens import StartedTokenSettings
 
 IN_FILES = "prompt_embeddings"  # PEFT's name for the finished vectors
 FIELDS: Fields = {
@@ -30,6 +30,7 @@ FIELDS: Fields = {
 }
 BASE_FIELDS: Fixed = dict.fromkeys(("token_dim", "num_attention_heads", "num_layers"), (None, ANY))
 START_FIELDS: Fixed = {  # how the vectors once started; a finished file computes the same
+    **BASE_FIELDS,
     "prompt_tuning_init": ("RANDOM", ANY),
     **dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"), (None, ANY)),
 }
@@ -50,7 +51,7 @@ class VirtualTokens(ModelAdapter):
     settings: Any
     net: Any
     real: Tensor | None
-    finished_vectors: Tensor
+    prompt: nn.Parameter  # the vectors themselves, where they are trained, or nothing else is left of what was
 
     def attach(self, net: nn.Module) -> None:
         self.__dict__["net"] = net  # not a submodule of its own adapter
@@ -66,20 +67,21 @@ class VirtualTokens(ModelAdapter):
         return int(settings.num_virtual_tokens)
 
     @classmethod
+    def vector_count(cls, settings: Any) -> int:
+        """Vectors in the file: PEFT counts an encoder-decoder's twice where both halves are to have some."""
+        return cls.virtual_tokens(settings) * int(getattr(settings, "num_transformer_submodules", 1))
+
+    @classmethod
     def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
-        return {"finished_vectors": Slot(IN_FILES, (total_vectors(settings, net), width_of(net)))}
+        return {"prompt": Slot(IN_FILES, (cls.vector_count(settings), width_of(net)), decays=False)}
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
         """(P, D), or a row's own (B, P, D); twice as many where a decoder has its own."""
-        raise NotImplementedError
+        return self.prompt
 
     def exported(self) -> dict[str, Tensor]:
         """The finished vectors under PEFT's name."""
-        return {IN_FILES: self.finished_state() if self.finished else self.vectors(None).detach()}
-
-    def finished_state(self) -> Tensor:
-        """(P, D) as the folder holds it."""
-        return self.finished_vectors.detach()
+        return {IN_FILES: self.vectors(None).detach()}
 
     def inputs(self, net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         given = dict(inputs)
@@ -153,11 +155,6 @@ class ClassifierCopy(TrainedCopy):
     """A copy beside a prompt, which PEFT's files name without the wrapper that adapters of layers have."""
 
     file_prefix = "base_model."
-
-
-def total_vectors(settings: VirtualTokenSettings, net: nn.Module) -> int:
-    """Vectors in the file: PEFT counts an encoder-decoder's twice where both halves are to have some."""
-    return settings.num_virtual_tokens * settings.num_transformer_submodules
 
 
 def width_of(net: nn.Module) -> int:

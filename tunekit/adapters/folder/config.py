@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.adapters.method import Method, all_methods
-from tunekit.errors import AdapterError
+from tunekit.errors import AdapterError, ModelError
 from tunekit.files.untrusted import parse_json, read_small, same, sha256_of, shown
+from tunekit.model.storage.inspection import fingerprint
+from tunekit.model.storage.source import find_source
+from tunekit.recipe.model import ModelSection
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -27,9 +30,10 @@ class AdapterConfig:
     folder: Path
     method: Method
     settings: Any
-    base_name_or_path: str | None  # as written: a hub id, or a path relative to the folder
+    base_name_or_path: str | None  # as written: a hub id or a path; a relative one is meant from the folder
     revision: str | None
     task_type: str | None
+    base_path: str | None = None  # relative to the folder
     base_fingerprint: str | None = None
     base_dtype: str | None = None
     quantization: str | None = None
@@ -57,14 +61,29 @@ class AdapterConfig:
             raise AdapterError("is not the file that tunekit wrote", how, file=str(self.folder / name))
 
     def base_location(self) -> str | None:
-        """Where the base is: the path that the name means from the folder, else the name as a hub id, or None."""
+        """Where the base is: at a path that the folder names, or near the folder under its name; a hub id; or None.
+
+        Of several places the one with the base's fingerprint; what the folder does not name must have it.
+        """
         name = self.base_name_or_path
         if not name:
             return None
-        near = self.folder / Path(name).expanduser()
-        if near.exists():
-            return str(near.resolve())
-        return None if name.startswith((".", "/", "~")) else name
+        is_path = name.startswith((".", "/", "~"))
+        named = [self.folder / Path(each).expanduser() for each in (self.base_path, name) if each]
+        near = [parent / Path(name).name for parent in self.folder.resolve().parents[:3]] if is_path else []
+        if self.base_fingerprint is not None:
+            for place in [*named, *near]:
+                if place.exists() and _fingerprint_of(place) == self.base_fingerprint:
+                    return str(place.resolve())
+        there = next((str(place.resolve()) for place in named if place.exists()), None)
+        return there or (None if is_path else name)
+
+
+def _fingerprint_of(place: Path) -> str | None:
+    try:
+        return fingerprint(find_source(ModelSection(name_or_path=str(place)), weights=True))
+    except ModelError:
+        return None
 
 
 def read_adapter_config(
@@ -150,6 +169,7 @@ def _own_facts(folder: Path) -> dict[str, Any]:
         raise AdapterError("is malformed: base or files", "delete it to read the folder as peft's", file=str(path))
     double = base.get("double_quantization")
     return {
+        "base_path": _text(base, "path", path),
         "base_fingerprint": _text(base, "fingerprint", path),
         "base_dtype": _text(base, "dtype", path),
         "quantization": _text(base, "quantization", path),

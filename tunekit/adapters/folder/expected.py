@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tunekit.adapters.base import Part, Slot, full_name
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.method import Method
-from tunekit.adapters.module_names import base_modules
+from tunekit.adapters.module_names import base_modules, parameter_names
 from tunekit.adapters.tokens import TrainedTokens, token_slots
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import NAMES, TensorEntry
@@ -105,13 +105,7 @@ def expected_tensors(
 ) -> Expected:
     """Everything that a file of this configuration must hold on this base; allocates nothing."""
     modules = base_modules(net)
-    expected = Expected(
-        base_names=frozenset(
-            full_name(name, own)
-            for name, module in modules.items()
-            for own, _ in module.named_parameters(recurse=False)
-        )
-    )
+    expected = Expected(base_names=frozenset(parameter_names(net)))
     for target in targets:
         part = method.parameter if target.kind == "parameter" else method.layer
         assert part is not None

@@ -111,7 +111,7 @@ class PeftSide:
         values: dict[str, Any] = {}
         for name, (own, default) in self.fields.items():
             value = config.get(name, default)
-            if value in (None, [], {}, "") and default in (None, {}, []):
+            if default in (None, {}, []) and (value is None or (default is None and value in ([], ""))):
                 value = default  # nothing, in any of the spellings that peft has used
             values[own] = tuple(value) if isinstance(value, list) else value
         try:

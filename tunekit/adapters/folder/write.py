@@ -9,7 +9,7 @@ import contextlib
 import copy
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
-from tunekit.adapters.method import WrittenForm
+from tunekit.adapters.method import WrittenForm, saved_modules
 from tunekit.adapters.module_names import base_modules, named_copies, parameter_names, plain_entries
 from tunekit.adapters.tokens import written_indices
 from tunekit.errors import AdapterError
@@ -43,7 +43,7 @@ def save_adapter_folder(
     chat_template: str | None = None,
     objective: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write the folder whole or not at all; returns its bytes. A local base is named relative to the folder.
+    """Write the folder whole or not at all; returns its bytes.
 
     `chat_template`: the text of one other than the base's own; it then belongs to the adapter.  `objective`: for what
     it was trained, and what that must know when it is used.
@@ -54,9 +54,11 @@ def save_adapter_folder(
     form = attached.method.written_form(WrittenForm(attached.settings, attached.targets, attached.layers))
     plain = copy.copy(attached)
     plain.settings, plain.targets, plain.layers = form.settings, form.targets, form.layers
+    name, path = base_names(base_name, folder)
     config = peft_config(plain)
-    config |= {"base_model_name_or_path": portable(base_name, folder), "revision": revision, "task_type": task_type}
+    config |= {"base_model_name_or_path": name, "revision": revision, "task_type": task_type}
     base = {
+        "path": path,
         "fingerprint": base_fingerprint,
         "revision": revision,
         "dtype": base_dtype,
@@ -78,70 +80,59 @@ def write_adapter_folder(
 ) -> int:
     """Write tensors by file key, PEFT's configuration and our own facts, whole or not at all; returns their bytes.
 
-    `base`: fingerprint, revision, dtype, quantization and double_quantization of the base.
+    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base.
     Raises: as save_adapter_folder.
     """
+    with _replacing(folder) as temporary:
+        tensor_bytes, digest = write_tensors(temporary / TENSORS_NAME, tensors, {"format": "pt"})
+        files = {
+            TENSORS_NAME: {"bytes": tensor_bytes, "sha256": digest},
+            CONFIG_NAME: _write(temporary / CONFIG_NAME, durable.json_bytes(config)),
+        }
+        if chat_template is not None:
+            files[TEMPLATE_NAME] = _write(temporary / TEMPLATE_NAME, chat_template.encode())
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "tunekit_version": __version__,
+            "settings": settings.model_dump(mode="json", exclude={"init_from"}),  # a path of this machine
+            "base": dict(base),
+            "files": files,
+            **({} if objective is None else {"objective": dict(objective)}),
+        }
+        written = [*files.values(), _write(temporary / FACTS_NAME, durable.json_bytes(facts))]
+    return sum(file["bytes"] for file in written)
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a file, flushed to the disk; its size and its hash."""
+    with durable.DurableFile(path) as file:
+        file.write(content)
+    return {"bytes": file.size_bytes, "sha256": file.sha256}
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder for the block to fill, which takes the place of `folder`, or is gone where the block fails."""
     _refuse_foreign_files(folder)
     _remove_left_overs(folder)
     temporary = durable.temporary_name(folder)
     durable.make_folder(temporary)
     try:
-        size_bytes = _write_files(temporary, tensors, config, settings, base, chat_template, objective)
-        durable.sync_folder(temporary)
+        yield temporary
+        durable.sync(temporary)
         durable.replace_folder(temporary, folder)
     except BaseException:
         with contextlib.suppress(Exception):
             if durable.is_real_folder(temporary):
                 durable.remove_tree(temporary)
         raise
-    return size_bytes
-
-
-def _write_files(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    settings: Any,
-    base: Mapping[str, Any],
-    chat_template: str | None,
-    objective: Mapping[str, Any] | None,
-) -> int:
-    """The three files, and the template if there is one, each flushed to the disk; returns their bytes."""
-    tensor_bytes, digest = write_tensors(folder / TENSORS_NAME, tensors, {"format": "pt"})
-    config_bytes, config_digest = _write_json(folder / CONFIG_NAME, config)
-    files = {
-        TENSORS_NAME: {"bytes": tensor_bytes, "sha256": digest},
-        CONFIG_NAME: {"bytes": config_bytes, "sha256": config_digest},
-    }
-    template_bytes = 0
-    if chat_template is not None:
-        with durable.DurableFile(folder / TEMPLATE_NAME) as file:
-            file.write(chat_template.encode())
-        template_bytes = file.size_bytes
-        files[TEMPLATE_NAME] = {"bytes": template_bytes, "sha256": file.sha256}
-    facts = {
-        "format_version": FORMAT_VERSION,
-        "tunekit_version": __version__,
-        "settings": settings.model_dump(mode="json", exclude={"init_from"}),  # a path of this machine
-        "base": dict(base),
-        "files": files,
-        **({} if objective is None else {"objective": dict(objective)}),
-    }
-    facts_bytes, _ = _write_json(folder / FACTS_NAME, facts)
-    return tensor_bytes + config_bytes + facts_bytes + template_bytes
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> tuple[int, str]:
-    with durable.DurableFile(path) as file:
-        file.write(durable.json_bytes(value))
-    return file.size_bytes, file.sha256
 
 
 def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     """Every field of PEFT's configuration, with concrete targets and patterns that mean the same in any order."""
     settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)
-    named = named_copies(base_modules(attached.net), attached.method.copies(settings))
+    named = named_copies(base_modules(attached.net), saved_modules(settings))
     if "target_modules" in config:
         chosen = [name for name in sorted(attached.copies) if name not in named]
         names = chosen if attached.method.only_copies else [t.name for t in targets if t.kind != "parameter"]
@@ -171,13 +162,15 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in attached.method.peft.absent}
 
 
-def portable(base_name: str, folder: Path) -> str:
-    """A hub id as it is; a local base relative to the adapter folder, so that no user's path leaves the machine."""
+def base_names(base_name: str, folder: Path) -> tuple[str, str | None]:
+    """What PEFT is told, a hub id or an absolute path; and the path of a local base from the adapter folder.
+
+    PEFT takes a relative path from its working directory; folders that moved together are found by the second.
+    """
     base = Path(base_name).expanduser()
-    if not base.is_absolute() and not base.exists():
-        return base_name
-    relative = os.path.relpath(base.resolve(), folder.resolve())
-    return relative if relative.startswith("..") else os.path.join(".", relative)
+    if not base.is_absolute():
+        return base_name, None
+    return str(base.resolve()), os.path.relpath(base.resolve(), folder.resolve())
 
 
 def _refuse_foreign_files(folder: Path) -> None:

@@ -89,9 +89,11 @@ class Products:
         return [low[:, own] for own in self.columns]
 
     def backward(
-        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: Masks
     ) -> tuple[Tensor | None, list[Tensor]]:
         """dx (..., I), None unless wanted, and the factors' gradients in float32. A gradient of None is zero."""
+        if masks.each:
+            return self._masked_backward(x, factors, gradients, wants_x, masks)
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
         low = flat @ a.t()  # (N, sum of R)
         through = torch.zeros_like(low)  # (N, sum of R): s g B
@@ -112,7 +114,7 @@ class Products:
             of_factors[2 * index].copy_(of_a[own])
         return None if of_x is None else of_x.addmm_(through, a).view(x.shape), of_factors
 
-    def masked_backward(
+    def _masked_backward(
         self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: Masks
     ) -> tuple[Tensor | None, list[Tensor]]:
         """As `backward`, where each layer has a mask."""
@@ -147,21 +149,8 @@ class _Products(torch.autograd.Function):
         x, *others = ctx.saved_tensors
         count = 2 * len(ctx.group.members)
         masks = Masks(tuple(others[count:]), ctx.scale)
-        of_x, of_factors = _backward(ctx.group, x, others[:count], gradients, ctx.needs_input_grad[2], masks)
+        of_x, of_factors = ctx.group.backward(x, others[:count], gradients, ctx.needs_input_grad[2], masks)
         return None, None, of_x, *of_factors
-
-
-def _backward(
-    group: Products,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    wants_x: bool,
-    masks: Masks,
-) -> tuple[Tensor | None, list[Tensor]]:
-    if masks.each:
-        return group.masked_backward(x, factors, gradients, wants_x, masks)
-    return group.backward(x, factors, gradients, wants_x)
 
 
 def products(group: Products, x: Tensor, factors: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
@@ -215,12 +204,12 @@ class _Gated(torch.autograd.Function):
         factors, inner, down = others[:6], Masks(tuple(others[6:8]), ctx.scale), Masks(tuple(others[8:]), ctx.scale)
 
         def through_down(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
-            of_hidden, of_factors = _backward(gated.down, hidden, factors[4:], gradients, True, down)
+            of_hidden, of_factors = gated.down.backward(hidden, factors[4:], gradients, True, down)
             assert of_hidden is not None
             return of_hidden, of_factors
 
         of_gate, of_up, of_down = gated.backward(gate, up, through_down)
-        of_x, of_inner = _backward(gated.inner, x, factors[:4], (of_gate, of_up), ctx.needs_input_grad[2], inner)
+        of_x, of_inner = gated.inner.backward(x, factors[:4], (of_gate, of_up), ctx.needs_input_grad[2], inner)
         return None, None, of_x, *of_inner, *of_down
 
 

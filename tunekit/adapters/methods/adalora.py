@@ -49,14 +49,12 @@ class Adalora(LowRankLayer):
             slots |= {
                 f"{own}_{average}": Slot(f"lora_{own}.{average}", slots[own].shape, kind="resume") for own in FACTORS
             }
-        return {**slots, "kept": Slot("kept", (rank,), kind="resume", dtype=torch.bool)}
+        return {**slots, "kept": Slot("kept", (rank,), kind="resume", dtype=torch.bool, first=True)}
 
     def initialise(self, generator: Generator) -> None:
-        for attribute in self.declared:
-            getattr(self, attribute).data.zero_()
+        super().initialise(generator)
         self.A.data.normal_(0, SPREAD, generator=generator)
         self.B.data.normal_(0, SPREAD, generator=generator)
-        self.kept.fill_(True)
 
     @property
     def scaling(self) -> float:
@@ -75,7 +73,7 @@ class Adalora(LowRankLayer):
         """This layer's share of the mean over all layers, halved as PEFT has it."""
         if not self.settings.orth_reg_weight:
             return None
-        weight: float = self.settings.orth_reg_weight / (2 * self.shared.layer_count)
+        weight: float = self.settings.orth_reg_weight / (2 * len(self.shared.layers))
         return self.nonorthogonality() * weight
 
     @torch.no_grad()
@@ -179,59 +177,52 @@ class RankBudget(SharedPart):
     def slots(cls, settings: AdaloraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
         return {"total_steps": Slot("total_steps", (1,), kind="resume", dtype=torch.int64)}
 
-    def initialise(self, generator: Generator) -> None:
-        self.total_steps.zero_()
-
     def take_layers(self, layers: Mapping[str, LayerAdapter]) -> None:
-        self.__dict__["layers"] = list(layers.values())  # not submodules
+        self.__dict__["_layers"] = list(layers.values())  # not submodules
 
     @property
-    def _layers(self) -> Sequence[Adalora]:
-        layers: Sequence[Adalora] = self.__dict__["layers"]
+    def layers(self) -> Sequence[Adalora]:
+        """Those that share the budget."""
+        layers: Sequence[Adalora] = self.__dict__["_layers"]
         return layers
-
-    @property
-    def layer_count(self) -> int:
-        """Layers that share the budget."""
-        return len(self._layers)
 
     def after_step(self, step: int, total_steps: int) -> None:
         self.total_steps.fill_(total_steps)
         settings, end = self.settings, total_steps - self.settings.tfinal
-        target = settings.target_r * len(self._layers)
+        target = settings.target_r * len(self.layers)
         if step < end:
-            for layer in self._layers:
+            for layer in self.layers:
                 layer.measure()
         if step == min(end, total_steps - 1):
             self._allocate(target)
         elif step > end:
-            if sum(int(layer.kept.sum()) for layer in self._layers) > target:  # that step was skipped
+            if sum(int(layer.kept.sum()) for layer in self.layers) > target:  # that step was skipped
                 self._allocate(target)
             self._clear()
         elif step > settings.tinit and step % settings.deltaT == 0:
             left = 1 - (step - settings.tinit) / (end - settings.tinit)
-            start = sum(len(layer.E) for layer in self._layers)
+            start = sum(len(layer.E) for layer in self.layers)
             self._allocate(int((start - target) * left**3 + target))
 
     def _allocate(self, budget: int) -> None:
         """Keep the triplets whose score is above that of the first one beyond the budget."""
-        scores = [layer.scores() for layer in self._layers]
+        scores = [layer.scores() for layer in self.layers]
         together = torch.cat([each.to(self.total_steps.device) for each in scores])
         beyond = len(together) - budget
         if beyond > 0:
             threshold = torch.kthvalue(together, beyond).values
-            for layer, score in zip(self._layers, scores, strict=True):
+            for layer, score in zip(self.layers, scores, strict=True):
                 layer.kept.copy_(score > threshold.to(score.device))
         self._clear()
 
     @torch.no_grad()
     def _clear(self) -> None:
-        for layer in self._layers:
+        for layer in self.layers:
             layer.E.masked_fill_(~layer.kept[:, None], 0.0)
 
     def file_fields(self) -> dict[str, Any]:
         """rank_pattern, where a rank is gone, and a total_step with which PEFT takes the schedule for possible."""
-        patterns = {f"{layer.module_name}.lora_E": layer.rank_pattern() for layer in self._layers}
+        patterns = {f"{layer.module_name}.lora_E": layer.rank_pattern() for layer in self.layers}
         least = self.settings.tinit + self.settings.tfinal + 1
         return {
             "rank_pattern": patterns if not all(map(all, patterns.values())) else None,

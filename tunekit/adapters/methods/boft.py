@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, rotate_blocks
 from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
-from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.boft import BoftSettings
 from tunekit.records import Target
 
@@ -39,12 +38,8 @@ class Boft(LayerAdapter):
             raise AdapterError(what, how, key="adapter.block_size" if settings.block_size else "adapter.blocks")
         return {
             "q": Slot("boft_R", (factors, inputs // size, size, size)),
-            "s": Slot("boft_s", (target.out_features, 1), decays=False),
+            "s": Slot("boft_s", (target.out_features, 1), decays=False, first=1.0),
         }
-
-    def initialise(self, generator: Generator) -> None:
-        nn.init.zeros_(self.q)
-        nn.init.ones_(self.s)
 
     def rotated(self, x: Tensor, transposed: bool = False) -> Tensor:
         """x R, or x R^T."""
@@ -58,15 +53,12 @@ class Boft(LayerAdapter):
 
     def adapted(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(self.rotated(x))  # (..., O)
-        weight = weight_of(self.base_layer)
-        bias = None if weight is None else weight.bias
+        bias = self.base_weight().bias
         plain = y if bias is None else y - bias.to(y.dtype)
         return y + plain * (self.s[:, 0] - 1).to(y.dtype)  # exactly y where s = 1
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        with torch.no_grad():
-            moved = self.rotated(weight.to(self.q.device), transposed=True) * self.s
-        return moved.to(weight.device), bias
+    def changed(self, weight: Tensor) -> Tensor:
+        return (self.rotated(weight.to(self.q.device), transposed=True) * self.s).to(weight.device)
 
 
 def butterfly(inputs: int, size: int, index: int) -> Tensor:

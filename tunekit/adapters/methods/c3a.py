@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.fft import irfft, rfft
 
 from tunekit.adapters.base import LayerAdapter, Slot
@@ -30,9 +30,6 @@ class C3a(LayerAdapter):
     def slots(cls, settings: C3aSettings, target: Target) -> dict[str, Slot]:
         side = settings.block_size
         return {"kernels": Slot("c3a_kernel", (target.out_features // side, target.in_features // side, side))}
-
-    def initialise(self, generator: Generator) -> None:
-        nn.init.zeros_(self.kernels)
 
     def update(self, x: Tensor) -> Tensor:
         side = self.settings.block_size

@@ -13,7 +13,6 @@ from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.virtual_tokens import (
     ABSENT,
     BASE_FIELDS,
-    IN_FILES,
     VirtualTokens,
     embeddings_of,
     is_encoder_decoder,
@@ -47,15 +46,11 @@ class Cpt(VirtualTokens):
 
     @classmethod
     def slots(cls, settings: CptSettings, net: nn.Module) -> dict[str, Slot]:
-        shape = (cls.virtual_tokens(settings), width_of(net))
+        shape = (cls.vector_count(settings), width_of(net))
         return {
             "delta": Slot("delta_embedding.weight", shape, decays=False),
             "context": Slot("embedding.weight", shape, kind="resume"),
         }
-
-    @classmethod
-    def file_slots(cls, settings: CptSettings, net: nn.Module) -> dict[str, Slot]:
-        return {"finished_vectors": Slot(IN_FILES, (cls.virtual_tokens(settings), width_of(net)))}
 
     @classmethod
     def virtual_tokens(cls, settings: CptSettings) -> int:
@@ -69,7 +64,7 @@ class Cpt(VirtualTokens):
             raise RecipeError("cpt is for decoder-only models, as PEFT's is", "use prompt", key="adapter.method")
 
     def initialise(self, generator: Generator) -> None:
-        nn.init.zeros_(self.delta)
+        super().initialise(generator)
         self.context.copy_(embeddings_of(self.net, self.settings.token_ids or ()))
 
     def bounds(self) -> Tensor:
@@ -88,7 +83,7 @@ class Cpt(VirtualTokens):
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
         if self.finished:
-            return self.finished_state()
+            return self.prompt
         types = torch.tensor(self.settings.token_types, device=self.delta.device)
         moves = (types.remainder(TYPES) != OUTPUT)[:, None]  # (P, 1)
         delta = torch.where(moves, self.delta, self.delta.detach())

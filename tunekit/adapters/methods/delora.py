@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer, rank_of
 from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
-from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.delora import DeloraSettings
 from tunekit.records import Target
 
@@ -35,21 +32,16 @@ class Delora(LowRankLayer):
     def slots(cls, settings: DeloraSettings, target: Target) -> dict[str, Slot]:
         rank = rank_of(settings, target)
         return {
-            "A": Slot("delora_A", (rank, target.in_features)),
+            "A": Slot("delora_A", (rank, target.in_features), first=None),
             "B": Slot("delora_B", (target.out_features, rank)),
-            "strength": Slot("delora_lambda", (1,), decays=False),
+            "strength": Slot("delora_lambda", (1,), decays=False, first=settings.delora_lambda),
             "c": Slot("delora_w_norm", (target.in_features,), kind="saved"),
         }
 
     def initialise(self, generator: Generator) -> None:
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
-        nn.init.zeros_(self.B)
-        nn.init.constant_(self.strength, self.settings.delora_lambda)
-        weight = weight_of(self.base_layer)
-        assert weight is not None
-        if weight.device.type == "meta":
-            self.c.zero_()  # its values are loaded afterwards
-        else:
+        super().initialise(generator)
+        weight = self.base_weight()
+        if weight.device.type != "meta":  # else its values are loaded afterwards
             self.c.copy_(weight.read().norm(dim=0))
 
     def factors(self) -> tuple[Tensor, Tensor]:

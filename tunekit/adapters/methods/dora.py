@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.lora_fields import (
-    LORA_FIELDS,
-    LORA_FIXED,
-    LORA_TENSORS,
-    LORA_UNBINDING,
-    start_conflicts,
-)
-from tunekit.adapters.blocks.plain_lora import as_plain_lora
-from tunekit.adapters.folder.fields import PeftSide
-from tunekit.adapters.method import Conflict, Method
+from tunekit.adapters.blocks.lora_fields import start_conflicts
+from tunekit.adapters.method import Conflict
+from tunekit.adapters.methods.lora import METHOD as LORA
 from tunekit.adapters.methods.lora import Lora
-from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target
@@ -53,37 +46,32 @@ class Dora(Lora):
 
     def _set_magnitude(self) -> None:
         """m = n: neither changes W + s B A at the start."""
-        weight = weight_of(self.base_layer)
-        assert weight is not None
-        if weight.device.type == "meta":  # the values are loaded afterwards
+        if self.base_weight().device.type == "meta":  # the values are loaded afterwards
             self.magnitude.data.fill_(1)
         else:
-            with torch.no_grad():
-                self.magnitude.copy_(self._norm(weight.read().add_(self.delta().to(weight.device))))
+            self.magnitude.data.copy_(self.norm())
 
     def _norm(self, weight: Tensor) -> Tensor:
         """|weight| (O,) over inputs; of an embedding (V, D) over the vocabulary, as PEFT has it."""
         norm: Tensor = torch.linalg.vector_norm(weight, dim=0 if self.target.kind == "embedding" else 1)
         return norm
 
-    def _scale(self) -> Tensor:
-        """m / n, (O,) float32; n carries no gradient."""
-        weight = weight_of(self.base_layer)
-        assert weight is not None
-        with torch.no_grad():
-            norm = self._norm(weight.read().add_(self.delta()))
-        return self.magnitude / norm
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """n, (O,) float32, without gradient."""
+        weight = self.base_weight().read()
+        return self._norm(weight.add_(self.delta().to(weight.device)))
 
     def adapted(self, x: Tensor) -> Tensor:
         y = self.base_output(x)  # (..., O)
-        scale, bias = self._scale(), self.used_bias()  # (O,)
+        scale, bias = self.magnitude / self.norm(), self.used_bias()  # (O,)
         unbiased = y if bias is None else y - bias.to(y.dtype)
         return y + unbiased * (scale - 1).to(y.dtype) + self.update(x).to(y.dtype) * scale.to(y.dtype)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        changed, bias = super().merged(weight, bias)
-        scale = self.magnitude.detach().to(weight.device) / self._norm(changed)
-        return changed * (scale if self.target.kind == "embedding" else scale[:, None]), bias
+    def changed(self, weight: Tensor) -> Tensor:
+        changed = super().changed(weight)
+        scale = self.magnitude.to(weight.device) / self._norm(changed)
+        return changed * (scale if self.target.kind == "embedding" else scale[:, None])
 
 
 def _conflicts(settings: DoraSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
@@ -94,11 +82,5 @@ def _conflicts(settings: DoraSettings, targets: Sequence[Target], file: bool) ->
     return found
 
 
-METHOD = Method(
-    peft=PeftSide("LORA", DoraSettings, LORA_FIELDS, LORA_FIXED, claims={"use_dora": True}),
-    layer=Dora,
-    written_form=as_plain_lora,
-    tensors=LORA_TENSORS,
-    unbinding=LORA_UNBINDING,
-    conflicts=_conflicts,
-)
+PEFT = replace(LORA.peft, settings=DoraSettings, claims={"use_dora": True})
+METHOD = replace(LORA, peft=PEFT, layer=Dora, parameter=None, kernel=None, conflicts=_conflicts)

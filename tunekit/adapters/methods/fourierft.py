@@ -30,9 +30,6 @@ class Fourierft(DeltaLayer):
     def slots(cls, settings: FourierftSettings, target: Target) -> dict[str, Slot]:
         return {"spectrum": Slot("fourierft_spectrum", (settings.n_frequency,))}
 
-    def initialise(self, generator: Generator) -> None:
-        nn.init.zeros_(self.spectrum)
-
     def make(self, spectrum: Tensor) -> Tensor:
         """The update (O, I), float32."""
         outputs, inputs = self.target.out_features, self.target.in_features

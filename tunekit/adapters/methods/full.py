@@ -25,7 +25,6 @@ class BaseWeights(ModelAdapter):
     Shapes: as the base's.    Weight decay spares vectors.
     """
 
-    starts_as_identity = False  # bypassed, it would be the weights of the moment
     masters: list[tuple[nn.Parameter, nn.Parameter]]  # parameter of 16 bits, its master
 
     @classmethod

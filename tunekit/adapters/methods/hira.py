@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
@@ -12,7 +10,6 @@ from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.blocks.low_rank_layer import rank_of
 from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
 from tunekit.adapters.method import Method
-from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.hira import HiraSettings
 from tunekit.records import Target
 
@@ -32,22 +29,17 @@ class Hira(DeltaLayer):
     @classmethod
     def slots(cls, settings: HiraSettings, target: Target) -> dict[str, Slot]:
         rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
-        infix = "embedding_" if target.kind == "embedding" else ""
-        return {"A": Slot(f"hira_{infix}A", (rank, inputs)), "B": Slot(f"hira_{infix}B", (outputs, rank))}
+        infix, first = ("embedding_", 0.0) if target.kind == "embedding" else ("", None)
+        return {"A": Slot(f"hira_{infix}A", (rank, inputs), first=first), "B": Slot(f"hira_{infix}B", (outputs, rank))}
 
     def initialise(self, generator: Generator) -> None:
+        super().initialise(generator)
         if self.target.kind == "embedding":
-            nn.init.zeros_(self.A)
             nn.init.normal_(self.B, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
-            nn.init.zeros_(self.B)
 
     def make(self, a: Tensor, b: Tensor) -> Tensor:
         """The update (O, I) of this layer's own matrix."""
-        weight = weight_of(self.base_layer)
-        assert weight is not None
-        return weight.read(a.dtype) * (b @ a)
+        return self.base_weight().read(a.dtype) * (b @ a)
 
     def update(self, x: Tensor) -> Tensor:
         return super().update(F.dropout(x, self.settings.dropout, self.training))
@@ -59,9 +51,9 @@ class Hira(DeltaLayer):
         rows = F.embedding(x, self.A.t().to(y.dtype), self.base_layer.padding_idx)  # (..., R)
         return y + y * F.linear(rows, self.B.to(y.dtype))
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        factor = (self.B.detach() @ self.A.detach()).to(weight.device)  # (O, I), of an embedding (D, V)
-        return weight + weight * (factor.t() if self.target.kind == "embedding" else factor), bias
+    def changed(self, weight: Tensor) -> Tensor:
+        factor = (self.B @ self.A).to(weight.device)  # (O, I), of an embedding (D, V)
+        return weight + weight * (factor.t() if self.target.kind == "embedding" else factor)
 
 
 FIELDS: Fields = {

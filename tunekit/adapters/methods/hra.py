@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -32,10 +30,10 @@ class Hra(LayerAdapter):
 
     @classmethod
     def slots(cls, settings: HraSettings, target: Target) -> dict[str, Slot]:
-        return {"u": Slot("hra_u", (target.in_features, rank_of(settings, target)), decays=False)}
+        return {"u": Slot("hra_u", (target.in_features, rank_of(settings, target)), decays=False, first=None)}
 
     def initialise(self, generator: Generator) -> None:
-        nn.init.kaiming_uniform_(self.u, a=math.sqrt(5), generator=generator)
+        super().initialise(generator)
         if self.u.shape[1] % 2 == 0 and not self.settings.orthogonal:
             self.u.data = self.u.data[:, ::2].repeat_interleave(2, 1)
 
@@ -52,9 +50,9 @@ class Hra(LayerAdapter):
         y: Tensor = self.base_layer(x - F.linear(F.linear(x, rest), unit))
         return y
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        unit, rest = (factor.detach().to(weight.device) for factor in self.factors())
-        return weight - (weight @ unit) @ rest, bias
+    def changed(self, weight: Tensor) -> Tensor:
+        unit, rest = (factor.to(weight.device) for factor in self.factors())
+        return weight - (weight @ unit) @ rest
 
 
 FIELDS: Fields = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.folder.fields import PeftSide
@@ -30,10 +30,8 @@ class Ia3(LayerAdapter):
     @classmethod
     def slots(cls, settings: Ia3Settings, target: Target) -> dict[str, Slot]:
         inputs = is_feedforward(settings.feedforward_modules, target.name)
-        return {"scale": Slot("ia3_l", (1, target.in_features) if inputs else (target.out_features, 1), decays=False)}
-
-    def initialise(self, generator: Generator) -> None:
-        nn.init.ones_(self.scale)
+        shape = (1, target.in_features) if inputs else (target.out_features, 1)
+        return {"scale": Slot("ia3_l", shape, decays=False, first=1.0)}
 
     def adapted(self, x: Tensor) -> Tensor:
         if self.scale.shape[0] == 1:

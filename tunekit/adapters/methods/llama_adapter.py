@@ -64,10 +64,6 @@ class LlamaAdapter(ModelAdapter):
             self.hooks.append(source.register_forward_hook(self._keeper(place.layer)))
             self.hooks.append(place.module.register_forward_hook(self._adder(place), with_kwargs=True))
 
-    def detach(self, net: nn.Module) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
     def _keeper(self, layer: int) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if not current_call().bypassed:
@@ -164,15 +160,14 @@ class LlamaAdapterSide(PeftSide):
             problems.append(Problem("names no attention modules that PEFT knows", "", file, None, "target_modules"))
         if problems:
             raise AdapterError.of(problems)
-        found = FileLlamaAdapterSettings(**settings.model_dump())
-        found._target_modules = target
-        return found
+        settings._target_modules = target
+        return settings
 
 
 METHOD = Method(
     peft=LlamaAdapterSide(
         "ADAPTION_PROMPT",
-        LlamaAdapterSettings,
+        FileLlamaAdapterSettings,
         fields={"adapter_len": ("adapter_len", 100), "adapter_layers": ("adapter_layers", None)},
         absent=frozenset(MODULES),
     ),

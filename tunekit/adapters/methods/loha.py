@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
@@ -32,16 +30,11 @@ class Loha(DeltaLayer):
     def slots(cls, settings: LohaSettings, target: Target) -> dict[str, Slot]:
         rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
         return {
-            "a1": Slot("hada_w1_a", (outputs, rank)),
-            "b1": Slot("hada_w1_b", (rank, inputs)),
-            "a2": Slot("hada_w2_a", (outputs, rank)),
+            "a1": Slot("hada_w1_a", (outputs, rank), first=None),
+            "b1": Slot("hada_w1_b", (rank, inputs), first=None),
+            "a2": Slot("hada_w2_a", (outputs, rank), first=None),
             "b2": Slot("hada_w2_b", (rank, inputs)),
         }
-
-    def initialise(self, generator: Generator) -> None:
-        for factor in (self.a1, self.b1, self.a2):
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
-        nn.init.zeros_(self.b2)
 
     def make(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         """The update (O, I)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
@@ -34,14 +34,6 @@ class Lokr(LayerAdapter):
         large = max(more_rows, more_columns)
         return slots | _slots("w2", more_rows, more_columns, rank if rank < large / 2 else 0)
 
-    def initialise(self, generator: Generator) -> None:
-        for attribute in self.declared:
-            tensor = getattr(self, attribute)
-            if attribute in ("w1", "w1_a"):
-                nn.init.zeros_(tensor)
-            else:
-                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
-
     def matrix(self, name: str) -> Tensor:
         """C (w1) or D (w2)."""
         if name in self.declared:
@@ -61,10 +53,11 @@ class Lokr(LayerAdapter):
 
 def _slots(name: str, rows: int, columns: int, rank: int) -> dict[str, Slot]:
     """A whole matrix, or its two factors."""
+    first = 0.0 if name == "w1" else None
     if not rank:
-        return {name: Slot(f"lokr_{name}", (rows, columns))}
-    left, right = Slot(f"lokr_{name}_a", (rows, rank)), Slot(f"lokr_{name}_b", (rank, columns))
-    return {f"{name}_a": left, f"{name}_b": right}
+        return {name: Slot(f"lokr_{name}", (rows, columns), first=first)}
+    left = Slot(f"lokr_{name}_a", (rows, rank), first=first)
+    return {f"{name}_a": left, f"{name}_b": Slot(f"lokr_{name}_b", (rank, columns), first=None)}
 
 
 def divisors(size: int, bound: int) -> tuple[int, int]:

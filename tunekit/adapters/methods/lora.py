@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.expert_lora import ExpertLora, conflicts
-from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, LORA_TENSORS, LORA_UNBINDING
+from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer, rank_of, scaling_of
 from tunekit.adapters.blocks.plain_lora import as_plain_lora
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.kernels.joined_lora import JoinedLayers, JoinedProducts
 from tunekit.adapters.method import Method
 from tunekit.adapters.starts.start import StartLayer, make_factors
-from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.records import Target
@@ -68,19 +67,12 @@ class Lora(LowRankLayer):
     def initialise_from(self, generator: torch.Generator, evidence: Any) -> None:
         """Fill A and B as the recipe's start says, and keep what of W they hold then."""
         (rank, inputs), outputs = self.A.shape, self.B.shape[0]
-        layer = StartLayer(
-            self.target.name, inputs, outputs, rank, self.scaling, generator, self._weight, evidence=evidence
-        )
+        weight = self.base_weight().read
+        layer = StartLayer(self.target.name, inputs, outputs, rank, self.scaling, generator, weight, evidence=evidence)
         a, b = make_factors(self.settings.start, layer)
         values = {"A": a, "B": b, "start_A": a, "start_B": b}
         for attribute in values.keys() & self.declared.keys():
             getattr(self, attribute).data.copy_(values[attribute])
-
-    def _weight(self) -> Tensor:
-        """W (O, I) float32 as it takes part in the forward."""
-        weight = weight_of(self.base_layer)
-        assert weight is not None
-        return weight.read()
 
     @property
     def scaling(self) -> float:
@@ -133,7 +125,7 @@ METHOD = Method(
     parameter=ExpertLora,
     kernel=JoinedProducts(Lora),
     written_form=as_plain_lora,
-    tensors=LORA_TENSORS,
-    unbinding=LORA_UNBINDING,
+    tensors=("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"),
+    unbinding=frozenset({"start"}),
     conflicts=conflicts,
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.expert_lora import ExpertLoraFa, conflicts
-from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, LORA_TENSORS, LORA_UNBINDING
-from tunekit.adapters.blocks.plain_lora import as_plain_lora
-from tunekit.adapters.folder.fields import PeftSide
-from tunekit.adapters.method import Method
+from tunekit.adapters.blocks.expert_lora import ExpertLora
+from tunekit.adapters.methods.lora import METHOD as LORA
 from tunekit.adapters.methods.lora import Lora
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
 from tunekit.recipe.low_rank import LowRankSettings
@@ -30,17 +29,19 @@ class LoraFa(Lora):
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
         trained = super().slots(settings, target)
-        frozen = Slot(trained["A"].suffix, trained["A"].shape, kind="saved")
-        return {**trained, "A": frozen}
+        return {**trained, "A": replace(trained["A"], kind="saved")}
 
 
-METHOD = Method(
-    peft=PeftSide("LORA", LoraFaSettings, LORA_FIELDS, LORA_FIXED),
-    layer=LoraFa,
-    parameter=ExpertLoraFa,
-    written_form=as_plain_lora,
-    tensors=LORA_TENSORS,
-    unbinding=LORA_UNBINDING,
-    conflicts=conflicts,
-    read_as="lora",
-)
+class ExpertLoraFa(ExpertLora):
+    """The same of fused expert weights."""
+
+    A: Tensor  # type: ignore[assignment]
+
+    @classmethod
+    def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
+        trained = super().slots(settings, target)
+        return {**trained, "A": replace(trained["A"], kind="saved")}
+
+
+PEFT = replace(LORA.peft, settings=LoraFaSettings)
+METHOD = replace(LORA, peft=PEFT, layer=LoraFa, parameter=ExpertLoraFa, kernel=None, read_as="lora")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.delta_product import delta_product
@@ -15,7 +15,6 @@ from tunekit.adapters.blocks.low_rank_layer import rank_of
 from tunekit.adapters.folder.fields import Fields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
-from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.miss import MissSettings
 from tunekit.records import Target
 
@@ -44,9 +43,6 @@ class Miss(LayerAdapter):
         shape = (outputs // rank, rank, rank) if bat else (rank, settings.mini_r)
         return {"s": Slot("miss_block", shape)}
 
-    def initialise(self, generator: Generator) -> None:
-        nn.init.zeros_(self.s)
-
     def shard(self) -> Tensor:
         """S (R, O)."""
         return self.s.repeat(1, self.target.out_features // self.s.shape[1])
@@ -61,16 +57,13 @@ class Miss(LayerAdapter):
 
     def bat(self, s: Tensor) -> Tensor:
         """The update (O, I) of this layer's own matrix."""
-        weight = weight_of(self.base_layer)
-        assert weight is not None
-        return _bat(weight.read(s.dtype), s)
+        return _bat(self.base_weight().read(s.dtype), s)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        s = self.s.detach().to(weight.device)
+    def changed(self, weight: Tensor) -> Tensor:
         if self.settings.variant == "bat":
-            return weight + _bat(weight, s), bias
-        shard = self.shard().detach().t().to(weight.device)  # (O, R)
-        return weight + shard.repeat(1, -(-weight.shape[1] // shard.shape[1]))[:, : weight.shape[1]], bias
+            return weight + _bat(weight, self.s.to(weight.device))
+        shard = self.shard().t().to(weight.device)  # (O, R)
+        return weight + shard.repeat(1, -(-weight.shape[1] // shard.shape[1]))[:, : weight.shape[1]]
 
 
 def _bat(weight: Tensor, s: Tensor) -> Tensor:

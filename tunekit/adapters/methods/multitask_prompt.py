@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.virtual_tokens import (
-    ABSENT,
-    BASE_FIELDS,
-    FIELDS,
-    FIRST_VALUES,
-    IN_FILES,
-    START_FIELDS,
-    ClassifierCopy,
-    VirtualTokens,
-    started,
-    total_vectors,
-    width_of,
-    with_text_ids,
-)
+from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIELDS, START_FIELDS, width_of
 from tunekit.adapters.folder.fields import ANY, PeftSide
-from tunekit.adapters.method import Method
+from tunekit.adapters.methods.prompt import METHOD as PROMPT
+from tunekit.adapters.methods.prompt import Prompt
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 
 SPREAD = 0.02  # of the tasks' factors at the start, PEFT's
 
 
-class MultitaskPrompt(VirtualTokens):
+class MultitaskPrompt(Prompt):
     """P_task = P * (C_task R_task), element by element.
 
     Shapes: P (P, D); C (tasks, P, R); R (tasks, R, D).    A call may name each row's task as task_ids (B,); else all
@@ -39,15 +29,14 @@ class MultitaskPrompt(VirtualTokens):
     prompts_decoder = True
 
     settings: MultitaskPromptSettings
-    prompt: nn.Parameter
     columns: nn.Parameter
     rows: nn.Parameter
 
     @classmethod
     def slots(cls, settings: MultitaskPromptSettings, net: nn.Module) -> dict[str, Slot]:
-        vectors, width, tasks = total_vectors(settings, net), width_of(net), settings.num_tasks
+        vectors, width, tasks = cls.vector_count(settings), width_of(net), settings.num_tasks
         return {
-            "prompt": Slot(IN_FILES, (vectors, width), decays=False),
+            **super().file_slots(settings, net),
             "columns": Slot("prefix_task_cols", (tasks, vectors, settings.num_ranks), decays=False),
             "rows": Slot("prefix_task_rows", (tasks, settings.num_ranks, width), decays=False),
         }
@@ -57,7 +46,7 @@ class MultitaskPrompt(VirtualTokens):
         return cls.slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:
-        self.prompt.data.copy_(started(self.net, self.settings, self.prompt.shape[0], generator))
+        super().initialise(generator)
         nn.init.normal_(self.columns, std=SPREAD, generator=generator)
         nn.init.normal_(self.rows, std=SPREAD, generator=generator)
 
@@ -95,13 +84,13 @@ class MultitaskPrompt(VirtualTokens):
         return self.state(("trained",))
 
 
-METHOD = Method(
+METHOD = replace(
+    PROMPT,
     peft=PeftSide(
         "MULTITASK_PROMPT_TUNING",
         MultitaskPromptSettings,
         {**FIELDS, "num_ranks": ("num_ranks", 1), "num_tasks": ("num_tasks", 1)},
         {
-            **BASE_FIELDS,
             **START_FIELDS,
             "prompt_tuning_init_state_dict_path": (None, ANY),  # a file of the machine that trained it: never followed
             "prompt_tuning_init_task": (0, ANY),
@@ -109,7 +98,5 @@ METHOD = Method(
         absent=ABSENT,
     ),
     model=MultitaskPrompt,
-    copy=ClassifierCopy,
-    unbinding=FIRST_VALUES | {"task", "init_from_tasks"},  # a folder holds all tasks
-    with_tokenizer=with_text_ids,
+    unbinding=PROMPT.unbinding | {"task", "init_from_tasks"},  # a folder holds all tasks
 )

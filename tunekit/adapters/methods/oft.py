@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, cayley_neumann, rotate_blocks, skew_of
@@ -29,9 +29,6 @@ class Oft(LayerAdapter):
         blocks = 1 if settings.block_share else target.in_features // size
         return {"q": Slot("oft_R.weight", (blocks, size * (size - 1) // 2))}
 
-    def initialise(self, generator: Generator) -> None:
-        nn.init.zeros_(self.q)
-
     def rotation(self) -> Tensor:
         """The blocks of R, (blocks or 1, b, b)."""
         q = skew_of(self.q, block_size(self.settings, self.target.in_features))
@@ -43,9 +40,8 @@ class Oft(LayerAdapter):
         y: Tensor = self.base_layer(rotate_blocks(x, self.rotation().to(x.dtype)))
         return y
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        rotation = self.rotation().detach().to(weight.device)
-        return rotate_blocks(weight, rotation.transpose(-1, -2)), bias
+    def changed(self, weight: Tensor) -> Tensor:
+        return rotate_blocks(weight, self.rotation().to(weight.device).transpose(-1, -2))
 
 
 def block_size(settings: OftSettings, inputs: int) -> int:

@@ -17,7 +17,6 @@ from tunekit.adapters.blocks.virtual_tokens import (
     IN_FILES,
     ClassifierCopy,
     VirtualTokens,
-    total_vectors,
     width_of,
 )
 from tunekit.adapters.folder.fields import ANY, PeftSide
@@ -39,7 +38,7 @@ class PTuning(VirtualTokens):
 
     @classmethod
     def slots(cls, settings: PTuningSettings, net: nn.Module) -> dict[str, Slot]:
-        width, table = width_of(net), total_vectors(settings, net)
+        width, table = width_of(net), cls.vector_count(settings)
         hidden = settings.encoder_hidden_size or width
         lstm = settings.encoder_reparameterization_type == "LSTM"
         sizes = [2 * hidden, 2 * hidden, width] if lstm else [width, hidden, hidden, width]
@@ -65,20 +64,19 @@ class PTuning(VirtualTokens):
                 nn.init.uniform_(tensor, -bound, bound, generator=generator)
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
-        if self.finished:
-            return self.finished_state()
         return self._encoded(self.settings.encoder_dropout if self.net.training else 0.0)
 
     def _encoded(self, dropout: float) -> Tensor:
         """(P, D)."""
+        if self.finished:
+            return self.prompt
         rows: Tensor = self.table
         recurrent = [getattr(self, name) for name in self.declared if name.startswith("lstm_")]
         if recurrent:
-            start = rows.new_zeros(2 * self.settings.encoder_num_layers, 1, recurrent[1].shape[1])
             layers, drops = self.settings.encoder_num_layers, dropout > 0
-            rows = torch.lstm(rows[None], (start, start), recurrent, True, layers, dropout, drops, True, True)[0][
-                0
-            ]  # (P, 2 H)
+            start = rows.new_zeros(2 * layers, 1, recurrent[1].shape[1])
+            found = torch.lstm(rows[None], (start, start), recurrent, True, layers, dropout, drops, True, True)
+            rows = found[0][0]  # (P, 2 H)
         last = max(int(name.rpartition("_")[2]) for name in self.declared if name.startswith("weight_"))
         for number in range(last + 1):
             rows = F.linear(rows, getattr(self, f"weight_{number}"), getattr(self, f"bias_{number}"))
@@ -87,17 +85,13 @@ class PTuning(VirtualTokens):
 
     def exported(self) -> dict[str, Tensor]:
         """Without dropout, whatever mode the network is in."""
-        return {IN_FILES: self.finished_state() if self.finished else self._encoded(0.0).detach()}
+        return {IN_FILES: self._encoded(0.0).detach()}
 
     def file_fields(self) -> dict[str, Any]:
-        settings = self.settings
-        hidden = settings.encoder_hidden_size or width_of(self.net)
         names = ("encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout")
-        return {
-            **super().file_fields(),
-            **{name: getattr(settings, name) for name in names},
-            "encoder_hidden_size": hidden,
-        }
+        own = {name: getattr(self.settings, name) for name in names}
+        hidden = self.settings.encoder_hidden_size or width_of(self.net)
+        return {**super().file_fields(), **own, "encoder_hidden_size": hidden}
 
 
 def _lstm(settings: PTuningSettings, width: int, hidden: int) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunekit.adapters.base import ModelAdapter, Slot
-from tunekit.adapters.blocks.virtual_tokens import FIRST_VALUES, is_encoder_decoder, repeated
-from tunekit.adapters.folder.fields import ANY, MODULES, PeftSide
+from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIRST_VALUES, IN_FILES, is_encoder_decoder, repeated
+from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, Problem, RecipeError
@@ -29,7 +29,6 @@ from tunekit.model.attention.self_attention import SelfAttention, decoder, self_
 from tunekit.model.call import calling, current_call
 from tunekit.recipe.adapters.prefix import INIT_TEXT, PrefixSettings
 
-FILE_NAME = "prompt_embeddings"
 SHAPES = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")  # PEFT's facts of the base
 
 
@@ -72,7 +71,7 @@ class Prefix(ModelAdapter):
         places = self_attentions(net)
         _compare(settings, net, places)
         width = places[0].heads * places[0].width
-        return {"prefix": Slot(FILE_NAME, (settings.num_virtual_tokens, len(places) * 2 * width))}
+        return {"prefix": Slot(IN_FILES, (settings.num_virtual_tokens, len(places) * 2 * width))}
 
     @classmethod
     def virtual_tokens(cls, settings: PrefixSettings) -> int:
@@ -83,14 +82,9 @@ class Prefix(ModelAdapter):
         self.places = self_attentions(net)
         self.shared_rows = is_encoder_decoder(net)
         self._made: Tensor | None = None
-        before = decoder(net).register_forward_pre_hook(
-            lambda *_: self._make()
-        )  # a recomputed layer takes what this made
+        # A recomputed layer takes what this made.
+        before = decoder(net).register_forward_pre_hook(lambda *_: self._make())
         self.hooks = [before, *enter(net, self.places, self.settings.num_virtual_tokens, self.keys_values)]
-
-    def detach(self, net: nn.Module) -> None:
-        for hook in self.hooks:
-            hook.remove()
 
     @property
     def projected(self) -> bool:
@@ -148,9 +142,8 @@ class Prefix(ModelAdapter):
         """(P, L * 2 * H * D): the base's own keys and values of the tokens, repeated or cut to P."""
         ids = self.settings.init_ids
         if ids is None:
-            raise AdapterError(
-                "the text of the prefix has not been made into tokens", "give init_ids", key="adapter.init"
-            )
+            what = "the text of the prefix has not been made into tokens"
+            raise AdapterError(what, "give init_ids", key="adapter.init")
         length = self.settings.num_virtual_tokens
         tokens = torch.tensor([repeated(ids, length)])  # (1, P)
         with calling(replace(current_call(), bypassed=True)):
@@ -159,7 +152,7 @@ class Prefix(ModelAdapter):
         return torch.cat(rows, dim=1)
 
     def exported(self) -> dict[str, Tensor]:
-        return {FILE_NAME: self._computed().detach()}
+        return {IN_FILES: self._computed().detach()}
 
     def file_fields(self) -> dict[str, Any]:
         facts = _facts(self.net, self.places)
@@ -211,15 +204,14 @@ class PrefixSide(PeftSide):
         wrong = [name for name, value in facts.items() if type(value) is not int]
         if wrong:
             raise AdapterError.of([Problem("must be a whole number", "", file, None, name) for name in wrong])
-        found = FilePrefixSettings(**settings.model_dump())
-        found._facts = tuple(facts.items())
-        return found
+        settings._facts = tuple(facts.items())
+        return settings
 
 
 METHOD = Method(
     peft=PrefixSide(
         "PREFIX_TUNING",
-        PrefixSettings,
+        FilePrefixSettings,
         fields={"num_virtual_tokens": ("num_virtual_tokens", None)},
         # A file holds a plain prefix, however it was computed.
         fixed={
@@ -229,7 +221,7 @@ METHOD = Method(
             "modules_to_save": (None, []),
             **dict.fromkeys(SHAPES, (None, ANY)),
         },
-        absent=frozenset(MODULES) - {"modules_to_save"},
+        absent=ABSENT,
     ),
     model=Prefix,
     unbinding=FIRST_VALUES | {"encoder_hidden_size"},

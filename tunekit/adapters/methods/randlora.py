@@ -67,12 +67,8 @@ class Randlora(LayerAdapter):
         bases = -(-small // settings.r)
         return {
             "lambdas": Slot("randlora_lambda", (settings.r, bases), decays=False),
-            "gammas": Slot("randlora_gamma", (bases, small), decays=False),
+            "gammas": Slot("randlora_gamma", (bases, small), decays=False, first=1 / max(bases, small)),
         }
-
-    def initialise(self, generator: Generator) -> None:
-        nn.init.zeros_(self.lambdas)
-        nn.init.constant_(self.gammas, 1 / max(self.gammas.shape))
 
     def factors(self, lambdas: Tensor, gammas: Tensor) -> tuple[Tensor, Tensor]:
         """What x meets first (N R, I), and second (O, N R), in the dtype of `lambdas`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.divisors import undivided
@@ -33,11 +33,8 @@ class Road(LayerAdapter):
     @classmethod
     def slots(cls, settings: RoadSettings, target: Target) -> dict[str, Slot]:
         size = target.out_features // 2 * NUMBERS_PER_PAIR[settings.variant]
-        return {"theta": Slot("road_theta", (size,), decays=False), "alpha": Slot("road_alpha", (size,), decays=False)}
-
-    def initialise(self, generator: Generator) -> None:
-        nn.init.zeros_(self.theta)
-        nn.init.ones_(self.alpha)
+        alpha = Slot("road_alpha", (size,), decays=False, first=1.0)
+        return {"theta": Slot("road_theta", (size,), decays=False), "alpha": alpha}
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """The factors (O,) of an output itself, and of its partner."""

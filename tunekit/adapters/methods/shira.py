@@ -39,7 +39,7 @@ class Shira(DeltaLayer):
         return {"values": Slot("shira_weight", (count,)), "places": places}
 
     def initialise(self, generator: Generator) -> None:
-        nn.init.zeros_(self.values)
+        super().initialise(generator)
         size = self.target.out_features * self.target.in_features
         chosen = torch.randperm(size, generator=generator)[: len(self.values)].sort().values
         self.places.copy_(torch.stack([chosen // self.target.in_features, chosen % self.target.in_features]))

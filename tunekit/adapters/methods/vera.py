@@ -51,13 +51,9 @@ class Vera(LayerAdapter):
     @classmethod
     def slots(cls, settings: VeraSettings, target: Target) -> dict[str, Slot]:
         return {
-            "d": Slot("vera_lambda_d", (settings.r,), decays=False),
+            "d": Slot("vera_lambda_d", (settings.r,), decays=False, first=settings.d_initial),
             "b": Slot("vera_lambda_b", (target.out_features,), decays=False),
         }
-
-    def initialise(self, generator: Generator) -> None:
-        nn.init.constant_(self.d, self.settings.d_initial)
-        nn.init.zeros_(self.b)
 
     def matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R) on the device and in the dtype of `like`."""

@@ -12,7 +12,6 @@ from tunekit.records import Target
 
 DAMPING, WORST_INVERSE = 0.01, 0.05  # the authors'
 MOST_DAMPING = 1e6
-FLOAT_BYTES = 4
 
 
 class Statistics:
@@ -39,7 +38,7 @@ class Statistics:
 
 def statistics_bytes(settings: CordaSettings, target: Target) -> int:
     """What Statistics keeps of one layer."""
-    return FLOAT_BYTES * target.in_features**2
+    return torch.float32.itemsize * target.in_features**2
 
 
 def make_start(settings: CordaSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:
@@ -66,6 +65,5 @@ def _invertible(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:
         if not failed and torch.dist(damped @ inverse, one) < WORST_INVERSE:
             return damped, inverse
         damping *= 2
-    raise NumericsError(
-        f"the covariance of the inputs of {name} cannot be inverted", "look at the rows, or at the base"
-    )
+    what = f"the covariance of the inputs of {name} cannot be inverted"
+    raise NumericsError(what, "look at the rows, or at the base")

@@ -14,8 +14,6 @@ from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.recipe.starts.eva import EvaSettings
 from tunekit.records import Target
 
-DOUBLE_BYTES = 8
-
 
 class Statistics:
     """The principal components of all inputs so far, by incremental decomposition; only they are kept.
@@ -66,7 +64,7 @@ def component_count(settings: EvaSettings, target: Target) -> int:
 
 def statistics_bytes(settings: EvaSettings, target: Target) -> int:
     """What Statistics keeps of one layer."""
-    return DOUBLE_BYTES * target.in_features * (component_count(settings, target) + 1)
+    return torch.float64.itemsize * target.in_features * (component_count(settings, target) + 1)
 
 
 def _leading(matrix: Tensor, count: int) -> Tensor:

@@ -11,8 +11,6 @@ from tunekit.errors import NumericsError
 from tunekit.recipe.starts.lora_ga import LoraGaSettings
 from tunekit.records import Target
 
-FLOAT_BYTES = 4
-
 
 class Statistics:
     """G (O, I) float32: the gradient of the mean loss over all batches."""
@@ -33,7 +31,7 @@ class Statistics:
 
 def statistics_bytes(settings: LoraGaSettings, target: Target) -> int:
     """What Statistics keeps of one layer."""
-    return FLOAT_BYTES * target.in_features * target.out_features
+    return torch.float32.itemsize * target.in_features * target.out_features
 
 
 def make_start(settings: LoraGaSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:

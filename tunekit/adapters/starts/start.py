@@ -68,11 +68,9 @@ def make_factors(settings: StartSettings, layer: StartLayer) -> tuple[Tensor, Te
     return factors
 
 
-def initialise_all(
-    layers: Mapping[str, LayerAdapter], seed: int, evidence: Mapping[str, Any] | Callable[[str], Any]
-) -> None:
+def initialise_all(layers: Mapping[str, LayerAdapter], seed: int, evidence: Callable[[str], Any]) -> None:
     """Fill the layers of a start that looks at something; one without evidence (None) keeps its first values."""
     for name, layer in sorted(layers.items()):
-        found = evidence(name) if callable(evidence) else evidence.get(name)
+        found = evidence(name)
         if layer.target.kind in LINEAR and found is not None:
             layer.initialise_from(torch.Generator("cpu").manual_seed(seed_for("adapter", seed, name)), found)

@@ -1,6 +1,6 @@
 """report.md: what was trained, what came of it, what it cost, and what to do next.
 
-Comes in: facts, plan, totals.  Goes out: Markdown text.  What was not measured is left out.
+Comes in: facts, plan, the loss of each step.  Goes out: Markdown text.  What was not measured is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tunekit.artifacts.report.totals import Totals
 from tunekit.errors import redact
 from tunekit.recipe.names import known_names, settings_class
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text
@@ -30,13 +29,13 @@ def escape(value: object) -> str:
     return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in flat)
 
 
-def make_page(path: Path, facts: ReportFacts, plan: Plan, totals: Totals) -> str:
+def make_page(path: Path, facts: ReportFacts, plan: Plan, losses: Sequence[float]) -> str:
     """The whole page."""
     sections = [
         _head(path, facts, plan),
-        _result(facts, totals),
+        _result(facts, losses),
         _memory(facts, plan),
-        _speed(facts, totals),
+        _speed(facts),
         _rows(facts, plan),
         _size(facts, plan),
         _reactions(facts, plan),
@@ -68,8 +67,8 @@ def _head(path: Path, facts: ReportFacts, plan: Plan) -> str:
     )
 
 
-def _result(facts: ReportFacts, totals: Totals) -> str:
-    lines = ["## Result"]
+def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
+    lines = ["## Result", *([f"**{escape(facts.verdict.capitalize())}.**"] if facts.verdict else [])]
     rows = [(entry["step"], entry["eval"]) for entry in facts.evaluations if entry.get("eval")]
     if rows:
         names = sorted({name for _, metrics in rows for name in metrics}, key=lambda name: (name != "loss", name))
@@ -83,12 +82,13 @@ def _result(facts: ReportFacts, totals: Totals) -> str:
                 ],
             )
         )
-    if totals.losses:
+    if losses:
         lines.append(
-            f"Training loss: {_number(totals.losses[0])} at the first step, {_number(totals.losses[-1])} at the last."
+            f"Training loss: {_number(facts.first_loss)} over the first tenth of the steps, "
+            f"{_number(facts.final_loss)} over the last."
         )
-    if len(totals.losses) > 2:
-        lines.append(f"```\n{curve(totals.losses)}\n```")
+    if len(losses) > 2:
+        lines.append(f"```\n{curve(losses)}\n```")
     kept = facts.best_step if facts.best_step is not None else facts.final_step
     why = "the best evaluation" if facts.best_step is not None else "the last"
     lines.append(f"The exported weights are those after **step {kept}**, {why}.")
@@ -168,7 +168,7 @@ def _difference(predicted: int, measured: int) -> str:
     return f"{(predicted - measured) / measured:+.1%}" if measured else ""
 
 
-def _speed(facts: ReportFacts, totals: Totals) -> str:
+def _speed(facts: ReportFacts) -> str:
     lines = ["## Speed"]
     rates = [
         ("tokens per second", facts.tokens_per_second),

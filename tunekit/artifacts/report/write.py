@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from tunekit.artifacts.report.page import make_page
-from tunekit.artifacts.report.totals import sum_metrics
 from tunekit.artifacts.run import RunFolder
 from tunekit.errors import redact
 from tunekit.records import Plan, ReportFacts
@@ -20,12 +19,8 @@ OPTIONAL_TABLES = ("seconds", "rows", "predicted_bytes", "measured_bytes")
 
 def report_values(facts: ReportFacts) -> dict[str, Any]:
     """report.json: every fact that was measured; what was not is absent, never null or zero in its place."""
-    values = {name: _measured(value) for name, value in asdict(facts).items()}
-    return {
-        name: value
-        for name, value in values.items()
-        if value is not None and not (name in OPTIONAL_TABLES and not value)
-    }
+    values: dict[str, Any] = _measured(asdict(facts))
+    return {name: value for name, value in values.items() if value or name not in OPTIONAL_TABLES}
 
 
 def _measured(value: object) -> Any:
@@ -45,4 +40,5 @@ def _measured(value: object) -> Any:
 def write_report(run: RunFolder, facts: ReportFacts, plan: Plan) -> None:
     """Write report.json, then report.md, each whole or not at all."""
     run.write_json("report.json", report_values(facts))
-    run.write_text("report.md", make_page(run.path, facts, plan, sum_metrics(run.read_metrics())))
+    losses = [record["loss"] for record in run.read_metrics() if "eval" not in record]
+    run.write_text("report.md", make_page(run.path, facts, plan, losses))

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from tunekit.contracts import Batch, Objective, Row, Window
 from tunekit.data.batching.order import draw_raw, permutation
 from tunekit.data.batching.pack import first_fit
-from tunekit.data.batching.windows import BatchSettings, Sizes
+from tunekit.data.batching.windows import BatchSettings, Sizes, cut_micro_batches
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.reading.lines import RawRow
@@ -30,24 +31,19 @@ PACKED_WINDOWS = 8  # rows of so many windows are packed at a time
 DRAWS = 4096
 
 
-@dataclass(frozen=True)
-class StreamedRow:
+class StreamedRow(NamedTuple):
     """A row, and how often its source had been read through when it came."""
 
     row: Row
     epoch: float
 
 
-@dataclass(frozen=True)
-class StreamedSequence:
-    """What fills one row of a batch: one row, or a pack."""
+StreamedSequence = tuple[StreamedRow, ...]  # what fills one row of a batch: one row, or a pack
 
-    rows: tuple[StreamedRow, ...]
 
-    @property
-    def sizes(self) -> Sizes:
-        """Of each part that is padded by itself."""
-        return tuple(map(sum, zip(*(part.row.sizes for part in self.rows), strict=True)))
+def _sizes_of(sequence: StreamedSequence) -> Sizes:
+    """Of each part that is padded by itself."""
+    return tuple(map(sum, zip(*(part.row.sizes for part in sequence), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ class StreamedWindows:
         """This rank's share of each step from `first_step` on."""
         window: list[tuple[StreamedSequence, ...]] = []
         step = 0
-        for micro_batch in self._micro_batches():
+        for micro_batch in cut_micro_batches(self._groups(), _sizes_of, self._settings):
             window.append(micro_batch)
             if len(window) < self._settings.gradient_accumulation_steps:
                 continue
@@ -141,11 +137,11 @@ class StreamedWindows:
 
     def _window(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> Window:
         indices = tuple(range(self._rank, len(micro_batches), self._world))
-        epoch = max(part.epoch for batch in micro_batches for group in batch for part in group.rows)
+        epoch = max(part.epoch for batch in micro_batches for group in batch for part in group)
         return Window(step, epoch, indices, tuple(self._collate(micro_batches[index]) for index in indices))
 
     def _collate(self, groups: Sequence[StreamedSequence]) -> Batch:
-        sequences = [[part.row for part in group.rows] for group in groups]
+        sequences = [[part.row for part in group] for group in groups]
         if self._settings.end_to_end:
             sequences = [[row for sequence in sequences for row in sequence]]
         return self._objective.collate(sequences)
@@ -167,7 +163,7 @@ class StreamedWindows:
         settings = self._settings
         if not settings.packing:
             for row in self._rows():
-                yield StreamedSequence((row,))
+                yield (row,)
         per_micro_batch = settings.micro_batch_tokens or (settings.micro_batch_size or 1) * settings.max_length
         wanted = PACKED_WINDOWS * settings.gradient_accumulation_steps * max(per_micro_batch, settings.max_length)
         block: list[StreamedRow] = []
@@ -177,23 +173,5 @@ class StreamedWindows:
             tokens += row.row.size
             if tokens >= wanted:
                 for pack in first_fit([part.row.size for part in block], settings.max_length):
-                    yield StreamedSequence(tuple(block[position] for position in pack))
+                    yield tuple(block[position] for position in pack)
                 block, tokens = [], 0
-
-    def _micro_batches(self) -> Iterator[tuple[StreamedSequence, ...]]:
-        """As TrainingWindows cuts them: so many sequences, or as many as fit so many padded tokens."""
-        settings = self._settings
-        current: list[StreamedSequence] = []
-        widest: Sizes = ()
-        for group in self._groups():
-            width = group.sizes
-            wider = tuple(map(max, widest, width)) if current else width
-            if settings.micro_batch_tokens is not None and current:
-                full = sum(wider) * (len(current) + 1) > settings.micro_batch_tokens
-            else:
-                full = len(current) == settings.micro_batch_size
-            if full:
-                yield tuple(current)
-                current, wider = [], width
-            current.append(group)
-            widest = wider

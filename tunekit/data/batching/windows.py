@@ -8,9 +8,10 @@ The order is a pure function of (rows, settings, seed): a window never depends o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from tunekit.errors import DataError
 Group = tuple[int, ...]  # the rows of one sequence: one row, or a pack
 MicroBatch = tuple[Group, ...]
 Sizes = tuple[int, ...]  # of a sequence, part by part
+Cut = TypeVar("Cut")  # a group of rows, in whatever form
 STEP_ROUNDING = 1e-9  # 0.1 * 30 is not quite 3
 
 
@@ -54,28 +56,24 @@ def collate(rows: Rows, groups: Sequence[Group], objective: Objective, *, end_to
     return objective.collate([[rows[index] for index in group] for group in groups])
 
 
-def padded_size(sizes: Sequence[Sizes]) -> int:
-    """Of a micro-batch of such sequences, padding included."""
-    return len(sizes) * sum(map(max, *sizes)) if len(sizes) > 1 else sum(sum(each) for each in sizes)
-
-
-def cut_micro_batches(groups: Sequence[Group], sizes: Sequence[Sizes], settings: BatchSettings) -> list[MicroBatch]:
+def cut_micro_batches(
+    groups: Iterable[Cut], sizes_of: Callable[[Cut], Sizes], settings: BatchSettings
+) -> Iterator[tuple[Cut, ...]]:
     """Consecutive groups: micro_batch_size of them, or as many as fit micro_batch_tokens padded tokens (at least 1)."""
-    if settings.micro_batch_size is not None:
-        size = settings.micro_batch_size
-        return [tuple(groups[start : start + size]) for start in range(0, len(groups), size)]
-    budget = settings.micro_batch_tokens or 1
-    batches: list[MicroBatch] = []
-    current: list[Group] = []
+    budget = settings.micro_batch_tokens
+    current: list[Cut] = []
     widest: Sizes = ()
-    for group, own in zip(groups, sizes, strict=True):
+    for group in groups:
+        own = () if budget is None else sizes_of(group)
         wider = tuple(map(max, widest, own)) if current else own
-        if current and sum(wider) * (len(current) + 1) > budget:
-            batches.append(tuple(current))
+        full = len(current) == settings.micro_batch_size if budget is None else sum(wider) * (len(current) + 1) > budget
+        if current and full:
+            yield tuple(current)
             current, wider = [], own
         current.append(group)
         widest = wider
-    return [*batches, tuple(current)] if current else batches
+    if current:
+        yield tuple(current)
 
 
 class TrainingWindows:
@@ -114,11 +112,11 @@ class TrainingWindows:
             settings = self._settings
             order = epoch_rows(self._shares, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
             groups = group_rows(order.tolist(), self._lengths[order].tolist(), settings)
-            sizes = [
-                tuple(self._sizes[list(group)].sum(axis=0).tolist()) for group in groups if settings.micro_batch_tokens
-            ]
-            self._last = epoch, cut_micro_batches(groups, sizes, settings)
+            self._last = epoch, list(cut_micro_batches(groups, self._sizes_of, settings))
         return self._last[1]
+
+    def _sizes_of(self, group: Group) -> Sizes:
+        return tuple(self._sizes[list(group)].sum(axis=0).tolist())
 
     def windows(self, first_step: int) -> Iterator[Window]:
         """This rank's share of each step from `first_step` on, up to `steps`."""

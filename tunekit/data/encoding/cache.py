@@ -6,7 +6,6 @@ beside its place and renamed into it; one that does not match its own checksums 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -24,11 +23,6 @@ Facts = dict[str, Any]
 CODE = ("data", "formats", "objectives", "recipe/objectives", "recipe/data.py", "model/text")
 PACKAGES = ("tunekit", "transformers", "tokenizers", "jinja2")
 Fill = Callable[[StoreWriter], Facts]
-
-
-def hash_of(value: Any) -> str:
-    """sha256 of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def cached_store(folder: Path, key: str, layout: RowLayout, fill: Fill) -> tuple[TokenStore, Facts]:

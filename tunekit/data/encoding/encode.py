@@ -23,19 +23,16 @@ from tunekit.recipe.names import facts_of, formats_of
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
 TOO_LONG = "longer than max_length"
-EMPTY_PIECE = "piece without a supervised token"
 
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows; `dropped` by reason, `lost_pieces` are parts of split rows."""
+    """What became of a source's rows; `dropped` by reason."""
 
     read: int = 0
     kept: int = 0
     truncated: int = 0
-    split: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    lost_pieces: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,10 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
         return named, "the recipe says so"
     for name in fitting:
         required = facts_of("formats", name).REQUIRED
-        if all(field in values for field in required) and _looks_like(name, values):
+        if all(field in values for field in required):
+            if "chosen" in values and "rejected" in values:  # fields alone do not tell preference pairs from chat
+                what = "the first row has 'chosen' and 'rejected': preference pairs"
+                raise DataError(what, "the objective sft needs answers")
             return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
@@ -77,15 +77,6 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
         f"the first row has {there}, which is no known format ({wanted})",
         "set data.train[].format, or map columns to these fields under data.train[].columns",
     )
-
-
-def _looks_like(name: str, values: Mapping[str, Any]) -> bool:
-    """Fields alone do not tell preference pairs from chat."""
-    if "chosen" in values and "rejected" in values:
-        raise DataError(
-            "the first row has 'chosen' and 'rejected': preference pairs", "the objective sft needs answers"
-        )
-    return True
 
 
 def format_maker(name: str) -> MakeExample:
@@ -136,19 +127,13 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
         )
     if options.excess_length == "drop":
         raise Dropped(TOO_LONG)
-    if options.excess_length == "truncate":
-        kept = objective.cut(row, 0, most)
-        if kept.supervised == 0:
-            raise Dropped(NO_TARGET_LEFT)
-        counts.truncated += 1
-        return [kept]
-    pieces = [objective.cut(row, start, start + most) for start in range(0, length, most)]
-    kept_pieces = [piece for piece in pieces if piece.supervised]
-    if not kept_pieces:
+    truncates = options.excess_length == "truncate"
+    starts = range(0, most if truncates else length, most)
+    kept = [piece for start in starts if (piece := objective.cut(row, start, start + most)).supervised]
+    if not kept:
         raise Dropped(NO_TARGET_LEFT)
-    counts.split += 1
-    counts.lost_pieces += len(pieces) - len(kept_pieces)
-    return kept_pieces
+    counts.truncated += truncates
+    return kept
 
 
 def digest_of(row: Row, layout: RowLayout) -> int:

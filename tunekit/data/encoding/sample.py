@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tunekit.contracts import Objective
 from tunekit.data.batching.stream import StreamedSource
-from tunekit.data.encoding.cache import hash_of
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.encoding.sources import EncodedSource, encoding_facts
@@ -19,6 +18,7 @@ from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import first_rows, shard_source
 from tunekit.errors import DataError
+from tunekit.files.cache_folder import hash_of
 from tunekit.recipe.data import Source
 
 SAMPLE_ROWS = 1000
@@ -66,6 +66,5 @@ def scaled(counts: SourceCounts, scale: float) -> SourceCounts:
         read=round(counts.read * scale),
         kept=round(counts.kept * scale),
         truncated=round(counts.truncated * scale),
-        split=round(counts.split * scale),
         dropped=Counter({reason: round(count * scale) for reason, count in counts.dropped.items()}),
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from tunekit.data.reading.data_file import DataFile, open_bytes
 from tunekit.data.reading.problems import Problems
+from tunekit.files.untrusted import refuse_constant, unique_pairs
 
 LONGEST_LINE_BYTES = 64 * 2**20
 BOM = b"\xef\xbb\xbf"
@@ -30,20 +31,7 @@ class JsonFault(Exception):
     """Why a JSON text is refused."""
 
 
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise JsonFault(f"the key '{twice[:60]}' stands there twice")
-    return row
-
-
-def _no_constant(name: str) -> Any:
-    raise JsonFault(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_pairs, parse_constant=refuse_constant)
 
 
 def parse_json(text: str, position: int = 0) -> tuple[Any, int]:
@@ -54,33 +42,47 @@ def parse_json(text: str, position: int = 0) -> tuple[Any, int]:
         raise JsonFault(f"not valid JSON: {error.msg} (character {error.pos - position + 1})") from None
     except RecursionError:
         raise JsonFault("nested too deeply") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise JsonFault(f"not readable: {str(error).split(';')[0].split(':')[0]}") from None
+    except ValueError as error:  # a key twice, NaN, an integer of thousands of digits
+        raise JsonFault(str(error).partition("; use sys.")[0]) from None
 
 
-def iterate_lines(file: DataFile, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ending, decoded; lines that are not UTF-8 become problems."""
-    name = str(file.path)
-    number = 0
+def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
+    """One object a line; blank lines are skipped."""
+    name, number = str(file.path), 0
     with open_bytes(file) as stream:
         while True:
+            number += 1
             try:
                 raw = stream.readline(LONGEST_LINE_BYTES + 1)
             except (OSError, EOFError) as error:
-                problems.add(name, number + 1, f"the file cannot be read on: {error}", "it may be cut short")
+                problems.add(name, number, f"the file cannot be read on: {error}", "it may be cut short")
                 return
             if not raw:
                 return
-            number += 1
             if len(raw) > LONGEST_LINE_BYTES:
-                problems.add(
-                    name, number, f"a line of more than {LONGEST_LINE_BYTES // 2**20} MiB", "is this JSON Lines?"
-                )
+                what = f"a line of more than {LONGEST_LINE_BYTES // 2**20} MiB"
+                problems.add(name, number, what, "is this JSON Lines?")
                 return
-            raw = raw.removeprefix(BOM) if number == 1 else raw
-            text = decode(raw.removesuffix(b"\n").removesuffix(b"\r"), name, number, problems)
-            if text is not None:
-                yield number, text
+            yield from parse_line(raw, number, name, problems)
+
+
+def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterator[RawRow]:
+    """The object of one line, if there is one and nothing is wrong with it."""
+    text = decode(raw.removeprefix(BOM) if number == 1 else raw, name, number, problems)
+    stripped = (text or "").strip(" \t\r\n")
+    if not stripped:
+        return
+    try:
+        value, end = parse_json(stripped)
+        if end != len(stripped):
+            raise JsonFault(f"more text after the JSON value (character {end + 1})")
+    except JsonFault as fault:
+        problems.add(name, number, str(fault), "write one JSON object a line")
+        return
+    if isinstance(value, dict):
+        yield RawRow(number, value)
+    else:
+        problems.add(name, number, f"{kind_of(value)}, not an object", "write {...}")
 
 
 def decode(raw: bytes, name: str, number: int, problems: Problems) -> str | None:
@@ -94,32 +96,6 @@ def decode(raw: bytes, name: str, number: int, problems: Problems) -> str | None
         byte = raw[error.start]
         problems.add(name, number, f"not UTF-8: byte 0x{byte:02x} at byte {error.start + 1}", "save the file as UTF-8")
         return None
-
-
-def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
-    """One object a line; blank lines are skipped."""
-    for number, text in iterate_lines(file, problems):
-        row = parse_line(text, number, str(file.path), problems)
-        if row is not None:
-            yield row
-
-
-def parse_line(text: str, number: int, name: str, problems: Problems) -> RawRow | None:
-    """The object of one line; None for a blank line, or with a problem."""
-    stripped = text.strip(" \t\r")
-    if not stripped:
-        return None
-    try:
-        value, end = parse_json(stripped)
-        if end != len(stripped):
-            raise JsonFault(f"more text after the JSON value (character {end + 1})")
-    except JsonFault as fault:
-        problems.add(name, number, str(fault), "write one JSON object a line")
-        return None
-    if not isinstance(value, dict):
-        problems.add(name, number, f"{kind_of(value)}, not an object", "write {...}")
-        return None
-    return RawRow(number, value)
 
 
 def read_json_array(file: DataFile, problems: Problems) -> Iterator[RawRow]:
@@ -188,9 +164,6 @@ def read_text(file: DataFile, problems: Problems) -> Iterator[RawRow]:
     """A .txt file is one row, byte for byte."""
     with open_bytes(file) as stream:
         raw = stream.read().removeprefix(BOM)
-    before = 0
-    for number, part in enumerate(raw.split(b"\n"), 1):
-        if decode(part, str(file.path), number, problems) is None:
-            before += 1
-    if not before:
+    lines = enumerate(raw.split(b"\n"), 1)
+    if None not in [decode(part, str(file.path), number, problems) for number, part in lines]:
         yield RawRow(1, {"text": raw.decode("utf-8")})

@@ -11,11 +11,11 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 from tunekit.data.reading.data_file import DataFile, inspect_file
-from tunekit.data.reading.lines import BOM, LONGEST_LINE_BYTES, RawRow, decode, parse_line
+from tunekit.data.reading.lines import LONGEST_LINE_BYTES, RawRow, parse_line
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import is_hub_name, prepare_rows, read_row_groups, read_source, row_group_sizes
 from tunekit.errors import DataError
@@ -49,7 +49,7 @@ class Sharded:
         if self.file is None or shard.stop < 0:
             return read_source(self.source, problems)
         if self.file.kind == "parquet":
-            rows = read_row_groups(self.file, [shard.start], shard.before, problems)
+            rows = read_row_groups(self.file, problems, [shard.start], shard.before)
         else:
             rows = _read_lines(self.file, shard, problems)
         return prepare_rows(rows, self.source)
@@ -115,12 +115,8 @@ def _scan(file: DataFile) -> tuple[tuple[Shard, ...], int, str]:
 
 
 def _row_groups(file: DataFile) -> tuple[tuple[Shard, ...], int]:
-    shards: list[Shard] = []
-    before = 0
-    for number, rows in enumerate(row_group_sizes(file)):
-        shards.append(Shard(number, number + 1, before))
-        before += rows
-    return tuple(shards), before
+    *starts, rows = accumulate(row_group_sizes(file), initial=0)
+    return tuple(Shard(number, number + 1, before) for number, before in enumerate(starts)), rows
 
 
 def _read_lines(file: DataFile, shard: Shard, problems: Problems) -> Iterator[RawRow]:
@@ -130,18 +126,10 @@ def _read_lines(file: DataFile, shard: Shard, problems: Problems) -> Iterator[Ra
         number = shard.before
         while stream.tell() < shard.stop and (raw := stream.readline(LONGEST_LINE_BYTES)):
             number += 1
-            raw = raw.removeprefix(BOM) if number == 1 else raw
-            text = decode(raw.removesuffix(b"\n").removesuffix(b"\r"), name, number, problems)
-            row = None if text is None else parse_line(text, number, name, problems)
-            if row is not None:
-                yield row
+            yield from parse_line(raw, number, name, problems)
 
 
 def first_rows(sharded: Sharded, count: int, problems: Problems) -> list[RawRow]:
     """The first rows of the source, in its own order."""
-    rows: list[RawRow] = []
-    for shard in sharded.shards:
-        rows += islice(sharded.read(shard, problems), count - len(rows))
-        if len(rows) >= count:
-            break
-    return rows
+    rows = (row for shard in sharded.shards for row in sharded.read(shard, problems))
+    return list(islice(rows, count))

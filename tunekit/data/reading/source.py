@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tunekit.data.reading.data_file import DataFile, inspect_file, open_bytes
+from tunekit.data.reading.data_file import KINDS, DataFile, inspect_file, open_bytes
 from tunekit.data.reading.lines import RawRow, read_json_array, read_json_lines, read_text
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
@@ -26,10 +26,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 def is_hub_name(path: str) -> bool:
     """Whether a path names a data set of the hub. The recipe makes every local path absolute."""
-    return not Path(path).exists() and bool(_HUB_NAME.fullmatch(path)) and Path(path).suffix.lower() not in _ENDINGS
-
-
-_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
+    local = Path(path).exists() or Path(path).suffix.lower() in (*KINDS, ".gz")
+    return not local and bool(_HUB_NAME.fullmatch(path))
 
 
 def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
@@ -48,9 +46,9 @@ def prepare_rows(rows: Iterable[RawRow], source: Source) -> Iterator[RawRow]:
 
 def rename_columns(values: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     """The row under the format's field names; a mapped column displaces a column of that name."""
-    taken = {columns[name] for name in values if name in columns}
-    kept = {name: value for name, value in values.items() if name not in columns and name not in taken}
-    return {**kept, **{columns[name]: value for name, value in values.items() if name in columns}}
+    renamed = {columns[name]: value for name, value in values.items() if name in columns}
+    kept = {name: value for name, value in values.items() if name not in columns and name not in renamed}
+    return {**kept, **renamed}
 
 
 def _check_columns(source: Source, row: RawRow) -> None:
@@ -71,7 +69,7 @@ def read_file(file: DataFile, problems: Problems) -> Iterator[RawRow]:
         "jsonl": read_json_lines,
         "json": read_json_array,
         "csv": _read_csv,
-        "parquet": _read_parquet,
+        "parquet": read_row_groups,
         "text": read_text,
     }
     return readers[file.kind](file, problems)
@@ -132,11 +130,9 @@ def _check_header(cells: list[str], name: str) -> list[str]:
     return cells
 
 
-def _read_parquet(file: DataFile, problems: Problems) -> Iterator[RawRow]:
-    yield from read_row_groups(file, None, 0, problems)
-
-
-def read_row_groups(file: DataFile, groups: list[int] | None, before: int, problems: Problems) -> Iterator[RawRow]:
+def read_row_groups(
+    file: DataFile, problems: Problems, groups: list[int] | None = None, before: int = 0
+) -> Iterator[RawRow]:
     """Rows of some row groups of a Parquet file, or of all; `before` rows precede them."""
     import pyarrow
     import pyarrow.parquet

@@ -49,11 +49,6 @@ class Renderer:
         """Whether conversations can be rendered."""
         return self.template is not None or self.tokenizer.chat_template is not None
 
-    @property
-    def learned(self) -> bool | None:
-        """What the rows so far have told of the template; see TurnFinder.prompts."""
-        return self._turns.prompts
-
     def sequence(self, example: Example) -> tuple[list[int], Mask]:
         """Ids of the whole row, and which of them are trained on.
 

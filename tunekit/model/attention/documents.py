@@ -62,9 +62,7 @@ class DocumentMask:
             fixed = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=self.device)
             found = self.allowed(fixed + row, fixed, index[None, None, :, None], index[None, None, None, :])
             found = found.expand(1, 1, length, length)
-            if dtype != torch.bool:
-                lowest = torch.finfo(dtype).min
-                found = torch.zeros(found.shape, dtype=dtype, device=self.device).masked_fill_(~found, lowest)
+            found = found if dtype == torch.bool else as_added(found, dtype)
             self._blocks[row, start, dtype] = found
         return found
 
@@ -74,6 +72,13 @@ class DocumentMask:
             ends = torch.tensor(self.segments.boundaries(), dtype=torch.int32)
             self._boundaries = ends.to(self.device, non_blocking=True)
         return self._boundaries
+
+
+def as_added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask as what is added to scores: 0 where a key is seen."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -96,8 +101,7 @@ def uncompiled_attention() -> None:
     from transformers import AttentionInterface
 
     _register()
-    looped = ((LOOPED[0] + SUFFIX, _sdpa), (LOOPED[1] + SUFFIX, _eager))
-    for name, function in (*looped, (VARLEN, _kernel), (PRODUCTS, _products)):
+    for name, function in _functions().items():
         AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
@@ -131,12 +135,14 @@ def _register() -> None:
     """Make our names known to transformers, once."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    for plain in LOOPED:
-        AttentionInterface.register(plain + SUFFIX, _sdpa if plain == "sdpa" else _eager)
-        AttentionMaskInterface.register(plain + SUFFIX, _mask_function(plain))
-    for name, attend in ((VARLEN, _kernel), (PRODUCTS, _products)):
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, _mask_function("sdpa"))
+    for name, function in _functions().items():
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, _mask_function("eager" if function is _eager else "sdpa"))
+
+
+def _functions() -> dict[str, Callable[..., Any]]:
+    """Our attention functions by the names under which transformers knows them."""
+    return {LOOPED[0] + SUFFIX: _sdpa, LOOPED[1] + SUFFIX: _eager, VARLEN: _kernel, PRODUCTS: _products}
 
 
 def known_documents() -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.errors import ModelError
+from tunekit.model.attention.documents import as_added
 from tunekit.model.attention.self_attention import (
     CACHE_NAMES,
     KEY,
@@ -94,7 +95,9 @@ class _Entry:
             return torch.cat([mask.new_ones(mask.shape[0], self.length), mask], dim=1)
         visible = self._visible(positions, queries, seen, mask.device)
         rows = max(mask.shape[0], visible.shape[0])
-        parts = [_added(part, hidden.dtype) for part in (visible, mask)]  # booleans would become one such in each layer
+        parts = [
+            as_added(part, hidden.dtype) for part in (visible, mask)
+        ]  # booleans would become one such in each layer
         return torch.cat([part.expand(rows, mask.shape[1], queries, part.shape[-1]) for part in parts], dim=-1)
 
     def _visible(self, positions: Any, queries: int, seen: int, device: torch.device) -> Tensor:
@@ -105,13 +108,6 @@ class _Entry:
             positions = torch.arange(queries, device=device)[None] + seen + self.length
         reached: Tensor = positions[:, None, :, None] - torch.arange(self.length, device=device) < self.attention.window
         return reached
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as what is added to scores: 0 where a key is seen."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _causal_mask(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:

@@ -7,14 +7,14 @@ masks and position embeddings are made by the model's own code, whatever its ver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from tunekit.contracts import LayerCall, SideInput, Stack
+from tunekit.model.transformers_guard import replaced
 
 # Families on which tests compare stages with the plain forward bit for bit.
 PROVEN = frozenset(
@@ -97,7 +97,7 @@ def make_stack(
 
     def embed(inputs: dict[str, torch.Tensor], source: SideInput | None) -> tuple[torch.Tensor, list[LayerCall]]:
         recorders = [_Recorder(layer, SIDE_OUTPUTS.get(model_type, 0)) for layer in layers]
-        with _in_place(parent, attribute, nn.ModuleList(recorders)):
+        with replaced(parent._modules, **{attribute: nn.ModuleList(recorders)}):
             run(inputs, None if source is None else source.value)
         hidden: Any = recorders[0].hidden  # (B, T, D)
         return hidden, _calls(recorders, source)
@@ -106,25 +106,14 @@ def make_stack(
     return Stack(embed, [StageLayer(layer, finish if index == last else ()) for index, layer in enumerate(layers)])
 
 
-@contextmanager
-def _in_place(parent: nn.Module, attribute: str, others: nn.ModuleList) -> Iterator[None]:
-    """A block in which `parent` holds other layers."""
-    layers = getattr(parent, attribute)
-    setattr(parent, attribute, others)
-    try:
-        yield
-    finally:
-        setattr(parent, attribute, layers)
-
-
 def _calls(recorders: Sequence[_Recorder], source: SideInput | None) -> list[LayerCall]:
     """What was recorded, with `source` in place of its value, and of the side outputs only those that are read."""
 
-    def replaced(argument: Any) -> Any:
+    def given(argument: Any) -> Any:
         return source if source is not None and argument is source.value else argument
 
     calls = [
-        LayerCall(tuple(map(replaced, each.arguments)), {name: replaced(v) for name, v in each.keywords.items()})
+        LayerCall(tuple(map(given, each.arguments)), {name: given(v) for name, v in each.keywords.items()})
         for each in recorders
     ]
     read = {id(side) for call in calls for side in call.side_inputs}

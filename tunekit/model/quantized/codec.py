@@ -114,11 +114,9 @@ def _pack_rows(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
     absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)  # (O,)
     rows = max(1, four_bit.CHUNK_ELEMENTS // max(1, matrix.shape[1]))
     for first in range(0, matrix.shape[0], rows):
-        wide = matrix[first : first + rows].float()
-        largest = wide.abs().amax(dim=1)
-        scale = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
-        packed[first : first + rows] = torch.round(wide * scale[:, None]).clamp_(-127, 127).to(torch.int8)
-        absmax[first : first + rows] = largest
+        part = slice(first, first + rows)
+        scaled, absmax[part] = fp8.scaled_rows(matrix[part], 127.0)
+        packed[part] = scaled.round_()
     return {"packed": packed, "absmax": absmax}
 
 

@@ -23,12 +23,18 @@ def computes_fp8(device: torch.device) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row in e4m3 with a scale of its own: (N, I) -> (N, I) float8, absmax (N,) float32; row = q absmax / 448."""
+def scaled_rows(rows: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row times largest / absmax(row): (N, I) -> the same in float32, absmax (N,) float32."""
     wide = rows.float()
     absmax = wide.abs().amax(dim=1)  # (N,)
-    scale = torch.where(absmax > 0, LARGEST / absmax, torch.zeros_like(absmax))  # (N,)
-    return (wide * scale[:, None]).clamp_(-LARGEST, LARGEST).to(KIND), absmax
+    scale = torch.where(absmax > 0, largest / absmax, torch.zeros_like(absmax))  # (N,)
+    return (wide * scale[:, None]).clamp_(-largest, largest), absmax
+
+
+def rounded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row in e4m3 with a scale of its own: (N, I) -> (N, I) float8, absmax (N,) float32; row = q absmax / 448."""
+    values, absmax = scaled_rows(rows, LARGEST)
+    return values.to(KIND), absmax
 
 
 def pack(matrix: torch.Tensor) -> dict[str, torch.Tensor]:

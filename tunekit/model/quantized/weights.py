@@ -5,7 +5,6 @@ Comes in: a module of the base.  Goes out: `Weight`, a matrix (O, I) whatever th
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,8 +147,7 @@ def adopt_packed(net: nn.Module) -> None:
         layer = PackedLinear(
             module.in_features, module.out_features, quantization, "nested_absmax" in tensors, tensors, bias
         )
-        parent_name, _, attribute = name.rpartition(".")
-        setattr(net.get_submodule(parent_name), attribute, layer)
+        net.set_submodule(name, layer)
 
 
 @dataclass(frozen=True)
@@ -165,13 +163,6 @@ class Weight:
     def elements(self) -> int:
         """Numbers in the matrix, packed or not."""
         return self.shape[0] * self.shape[1]
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that the matrix takes as it is stored, with scales."""
-        if isinstance(self.module, PackedLinear):
-            return sum(tensor.numel() * tensor.element_size() for tensor in self.module.tensors().values())
-        return _dense(self.module).numel() * _dense(self.module).element_size()
 
     @property
     def device(self) -> torch.device:
@@ -266,20 +257,10 @@ def packed_layers(net: nn.Module) -> dict[str, PackedLinear]:
 def stored_bytes(net: nn.Module) -> int:
     """Bytes of all parameters and buffers as they are stored; tied ones once."""
     tensors = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def element_count(net: nn.Module) -> int:
     """Parameters of the model: tied ones once, a packed matrix as the numbers it stands for."""
     dense = sum(parameter.numel() for parameter in net.parameters())
     return dense + sum(layer.in_features * layer.out_features for layer in packed_layers(net).values())
-
-
-def packed_hash(net: nn.Module) -> str:
-    """sha256 over every packed tensor: two loads of one base must agree, or a resumed run would differ."""
-    digest = hashlib.sha256()
-    for name, layer in sorted(packed_layers(net).items()):
-        for tensor_name, tensor in layer.tensors().items():
-            digest.update(f"{name}.{tensor_name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -6,15 +6,13 @@ memory.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from tunekit.errors import TunekitError
-from tunekit.files.cache_folder import code_version, default_cache_folder
+from tunekit.files.cache_folder import code_version, default_cache_folder, hash_of
 from tunekit.machine.malloc import trim_heap
 from tunekit.model.storage import sidecar as files
 from tunekit.model.storage.packing import PackedBase
@@ -86,9 +84,5 @@ def _names(packed: PackedBase, source: ModelSource, fingerprint: str) -> tuple[s
         for name, each in stored.items()
     }
     base = {"fingerprint": fingerprint, "files": times, "code": code_version(CODE, PACKAGES)}
-    prefix = _hash_of({**how, "folder": str(source.folder.resolve())})[:16]
-    return f"{prefix}-", _hash_of({**how, **base})
-
-
-def _hash_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    prefix = hash_of({**how, "folder": str(source.folder.resolve())})[:16]
+    return f"{prefix}-", hash_of({**how, **base})

@@ -14,10 +14,9 @@ from torch import nn
 
 from tunekit.errors import ModelError, ResourceError
 from tunekit.model.families import Family
-from tunekit.model.families.heads import new_head
 from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.packing import PackedBase, layout_of, packed_base
-from tunekit.model.storage.reading import ALIGNMENT, BaseReader, load_generation_config, open_base, place, unfilled_net
+from tunekit.model.storage.reading import ALIGNMENT, BaseReader, open_net, place
 from tunekit.model.storage.source import ModelSource
 from tunekit.recipe.model import ModelSection
 
@@ -41,13 +40,11 @@ def mapped_net(
     if source.gguf_file is not None or section.trust_remote_code:
         what = "a GGUF file" if source.gguf_file is not None else "a base with code of its own"
         raise ModelError(f"{what} cannot be streamed: its weights are no tensors of the net's names", HOW, key=KEY)
-    net = unfilled_net(family.auto_class(), config, dtype, attention)
-    reader = open_base(net, source.folder, dtype, new_head(section, family, net))
-    if reader is None:
+    opened = open_net(source.folder, section, config, family, dtype, attention)
+    if opened is None:
         what = f"{section.name_or_path} stores its weights under other names or shapes than the net"
         raise ModelError(f"{what}, so that it cannot be streamed", HOW, key=KEY)
-    load_generation_config(net, source.folder)
-    net.config.name_or_path = str(source.folder)
+    net, reader = opened
     if section.quantization == "none" and all(map(reader.is_mapped, reader.names)):
         _place_views(net, reader, family)
         return net, [], True

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync_file, sync_folder, temporary_name
+from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.model import ModelSection
 
@@ -24,8 +24,8 @@ def whole_model_folder(output: Path) -> Iterator[Path]:
     try:
         yield staging
         for path in sorted(staging.iterdir()):
-            sync_file(path)
-        sync_folder(staging)
+            sync(path)
+        sync(staging)
         replace_folder(staging, output)
     except BaseException:
         if staging.exists():

@@ -26,11 +26,8 @@ def quantize_layers(
 ) -> list[str]:
     """Pack every linear layer but the head, one at a time, so that only one is ever held twice. Returns notes."""
     for name in packable(net, family):
-        parent_name, _, attribute = name.rpartition(".")
-        parent = net.get_submodule(parent_name)
-        dense = getattr(parent, attribute)
-        packed = pack_linear(dense.to(device), section.quantization, section.double_quantization, dtype)
-        setattr(parent, attribute, packed)
+        dense = net.get_submodule(name).to(device)
+        net.set_submodule(name, pack_linear(dense, section.quantization, section.double_quantization, dtype))
         del dense
     for parameter in net.parameters():
         parameter.data = parameter.data.clone()  # a view into the mapped file would keep all of it mapped

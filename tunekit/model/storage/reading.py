@@ -25,8 +25,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tunekit.files.tensors import TensorEntry, fill_from_file
 from tunekit.files.untrusted import MODEL_FILE
+from tunekit.model.families import Family
+from tunekit.model.families.heads import new_head
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.shards import read_headers
+from tunekit.recipe.model import ModelSection
 
 CHUNK_BYTES = 4 * 2**20  # of a file, held beside the tensor that is read
 ALIGNMENT = 64  # of a tensor's first byte, as torch's own are
@@ -75,16 +78,10 @@ class MappedFiles:
         count = math.prod(header.shape)
         if not count:
             return torch.empty(header.shape, dtype=header.dtype)
-        return self._numbers(header.file, header.dtype, count, header.offset_bytes).reshape(header.shape)
-
-    def view_bytes(self, file: str, start: int, count: int) -> Tensor:
-        """(count,) uint8: a part of a file, in the same mapping."""
-        return self._numbers(file, torch.uint8, count, start)
-
-    def _numbers(self, file: str, dtype: torch.dtype, count: int, start: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the mapping cannot be written to, which is intended
-            return torch.frombuffer(self._map(file), dtype=dtype, count=count, offset=start)
+            mapping, offset = self._map(header.file), header.offset_bytes
+            return torch.frombuffer(mapping, dtype=header.dtype, count=count, offset=offset).reshape(header.shape)
 
     def read_into(self, name: str, target: Tensor) -> None:
         """Copy the stored tensor into `target` (same shape, any strides and dtype), a piece of the file at a time."""
@@ -105,15 +102,6 @@ class MappedFiles:
                 offset = header.offset_bytes + first * row_elements * item_bytes
                 fill_from_file(file.fileno(), offset, stored, path, MODEL_FILE)
                 part.copy_(stored)
-
-    def drop_pages(self, name: str) -> None:
-        """Take the tensor's pages out of this process's resident memory; they come back when it is read again."""
-        header = self.headers[name]
-        mapping = self._maps.get(header.file)
-        if mapping is None or not hasattr(mapping, "madvise"):
-            return
-        start = header.offset_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        mapping.madvise(mmap.MADV_DONTNEED, start, header.offset_bytes + header.size_bytes - start)
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:
@@ -180,12 +168,6 @@ class BaseReader:
             return
         for piece, part in (self._joined[name].places(target) or {}).items():
             self.files.read_into(self._pieces[name][piece], part)
-
-    def drop_pages(self, name: str) -> None:
-        """Take what was viewed of the tensor out of this process's resident memory."""
-        name = self._groups[name]
-        for stored in [self._stored[name]] if name in self._stored else self._pieces[name].values():
-            self.files.drop_pages(stored)
 
     def _find(self, net: nn.Module) -> bool:
         """Match names with the files; whether each tensor of the net is there, in its shape, and nothing else."""
@@ -278,6 +260,19 @@ def open_base(net: nn.Module, folder: Path, dtype: torch.dtype, head: str | None
     groups = {name: first.setdefault(id(tensor), name) for name, tensor in net.state_dict(keep_vars=True).items()}
     reader = BaseReader(net, MappedFiles(folder, read_headers(folder)), groups, head)
     return reader if reader._find(net) else None
+
+
+def open_net(
+    folder: Path, section: ModelSection, config: Any, family: Family, dtype: torch.dtype, attention: str
+) -> tuple[Any, BaseReader] | None:
+    """The net of `unfilled_net`, and the reader that `open_base` gives for it; None where that gives none."""
+    net = unfilled_net(family.auto_class(), config, dtype, attention)
+    reader = open_base(net, folder, dtype, new_head(section, family, net))
+    if reader is None:
+        return None
+    load_generation_config(net, folder)
+    net.config.name_or_path = str(folder)
+    return net, reader
 
 
 def place(net: nn.Module, reader: BaseReader, name: str, tensor: Tensor) -> None:

@@ -7,6 +7,7 @@ model folder.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -58,8 +59,8 @@ class BaseTensors:
     def dtype(self, name: str) -> torch.dtype:
         return self.reader.headers[self.files[name]].dtype
 
-    def size_bytes(self) -> int:
-        return sum(header.size_bytes for header in self.reader.headers.values())
+    def elements(self, name: str) -> int:
+        return math.prod(self.reader.headers[self.files[name]].shape)
 
     def read(self, name: str) -> torch.Tensor:
         return self.reader.read(self.files[name])
@@ -81,8 +82,8 @@ class LoadedTensors:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype if self.tensors[name].is_floating_point() else self.tensors[name].dtype
 
-    def size_bytes(self) -> int:
-        return sum(tensor.numel() * self.dtype(name).itemsize for name, tensor in self.tensors.items())
+    def elements(self, name: str) -> int:
+        return int(self.tensors[name].numel())
 
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self.tensors[name]
@@ -91,11 +92,14 @@ class LoadedTensors:
 
 class Rewriter:
     """One base with its changes. `onto`: full (the base's own weights), dequantized (those that its packed form
-    stands for), or quantized (dequantized, changed, and packed again). `loaded`: the base, where it is in memory
-    already; asked for only where its files are not those of the net that is written."""
+    stands for), or quantized (dequantized, changed, and packed again). `written`: the dtype of all numbers that are
+    written, in place of each tensor's own. `loaded`: the base, where it is in memory already; asked for only where its
+    files are not those of the net that is written."""
 
-    def __init__(self, section: ModelSection, onto: str, loaded: LoadedModel | None = None) -> None:
-        self.section, self.onto, self.loaded = section, onto, loaded
+    def __init__(
+        self, section: ModelSection, onto: str, written: torch.dtype | None = None, loaded: LoadedModel | None = None
+    ) -> None:
+        self.section, self.onto, self.written, self.loaded = section, onto, written, loaded
         device = torch.device("cpu")
         self.compute_dtype = resolve_dtype(section, device)
         self.source: ModelSource = find_source(section, weights=True)
@@ -118,14 +122,10 @@ class Rewriter:
         wide = plain.model_copy(update={"dtype": "float32"})
         loaded = self.loaded or load_model(wide, device=torch.device("cpu"))
         self.generation_config = loaded.generation_config
-        return LoadedTensors(loaded.net, self.head if self.tied else None, self._written_dtype())
-
-    def _written_dtype(self) -> torch.dtype:
-        """Of weights that are written from a net in memory: as wide as the base's own files, where the net is given."""
-        if self.loaded is None or self.source.gguf_file is not None:
-            return self.compute_dtype if self.loaded is None else self.loaded.dtype
-        stored = {entry.dtype for entry in read_headers(self.source.folder).values() if entry.dtype.is_floating_point}
-        return max(stored, key=lambda dtype: dtype.itemsize)
+        if self.loaded is not None and self.source.gguf_file is None:  # as wide as the base's own files
+            stored = {each.dtype for each in read_headers(self.source.folder).values() if each.dtype.is_floating_point}
+            self.written = max(stored, key=lambda dtype: dtype.itemsize)
+        return LoadedTensors(loaded.net, self.head if self.tied else None, self.compute_dtype)
 
     @property
     def _rewritten(self) -> bool:
@@ -214,8 +214,32 @@ class Rewriter:
         extra = 0
         if self.unties(changes):
             weight = weight_of(self.modules[str(self.embedding)])
-            extra = 0 if weight is None else weight.elements * self.tensors.dtype(f"{self.embedding}.weight").itemsize
-        return self.tensors.size_bytes() + extra
+            extra = 0 if weight is None else weight.elements * self.written_dtype(f"{self.embedding}.weight").itemsize
+        return extra + sum(self.tensors.elements(name) * self.written_dtype(name).itemsize for name in self.names)
+
+    def written_dtype(self, name: str) -> torch.dtype:
+        """In which a tensor is written: the base's own, or the one that was asked for."""
+        own = self.tensors.dtype(self._stored_name(name))
+        return self.written if self.written is not None and own.is_floating_point else own
+
+    def rounds(self) -> bool:
+        """Whether what is written has less precision than the float32 in which it is computed."""
+        dtypes = {self.written_dtype(name) for name in self.names}
+        return any(dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize for dtype in dtypes)
+
+    def fill(self, net: nn.Module, changes: Changes) -> None:
+        """Give a float32 net of the new model what `write` would write, before it is rounded."""
+        asked, self.written = self.written, torch.float32
+        places = dict(net.named_parameters(remove_duplicate=False))
+        head, embedding = (places.get(f"{name}.weight") for name in (self.head, self.embedding))
+        for name, tensor in self._outputs(changes):
+            if name in places:
+                places[name].data = tensor
+        for pieces in set(self.pieces.values()):
+            places[pieces.parameter].data = self._joined(pieces, changes)
+        if self.tied and not self.unties(changes) and head is not None and embedding is not None:
+            head.data = embedding.data
+        self.written = asked
 
     def _configuration(self, changes: Changes) -> dict[str, Any]:
         """The base's configuration; changed only where the new weights differ from it."""
@@ -223,12 +247,15 @@ class Rewriter:
             config = inspection.read_config(self.source)
         else:
             self.config.use_cache = True
-            config = json.loads(self.config.to_json_string()) | {"dtype": str(self._written_dtype())[6:]}
+            config = json.loads(self.config.to_json_string()) | {"dtype": str(self.compute_dtype)[6:]}
             for key in ("quantization_config", "_name_or_path"):  # the file's packing, and a path of this machine
                 config.pop(key, None)
             config["architectures"] = [type(self.net).__name__]
         if self.unties(changes):
             config["tie_word_embeddings"] = False
+        if self.written is not None:
+            config.pop("torch_dtype", None)  # as older versions of transformers call it
+            config["dtype"] = str(self.written).removeprefix("torch.")
         if self.onto == "quantized":
             config["quantization_config"] = {
                 "quant_method": "bitsandbytes",
@@ -269,9 +296,12 @@ class Rewriter:
             yield from self._layer(str(self.head), stored, None, changes)
 
     def _in_pieces(self, pieces: StoredPieces, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
-        changed = changes.parameters[pieces.parameter](pieces.join(self.tensors.read))
-        for name, tensor in pieces.split(changed).items():
+        for name, tensor in pieces.split(self._joined(pieces, changes)).items():
             yield name, self._cast(name, tensor)
+
+    def _joined(self, pieces: StoredPieces, changes: Changes) -> torch.Tensor:
+        whole, change = pieces.join(self.tensors.read), changes.parameters.get(pieces.parameter)
+        return whole if change is None else change(whole)
 
     def _parameter(self, name: str, changes: Changes) -> torch.Tensor:
         stored = self.tensors.read(name)
@@ -327,8 +357,8 @@ class Rewriter:
             yield name + suffix, tensor
 
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The one cast, to the dtype in which the base stores the tensor."""
-        result = tensor.to(self.tensors.dtype(self._stored_name(name)))
+        """The one cast, to the dtype in which the tensor is written."""
+        result = tensor.to(self.written_dtype(name))
         if result.is_floating_point():
             _refuse_non_finite(name, result)
         return result

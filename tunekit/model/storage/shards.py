@@ -108,11 +108,10 @@ class ShardWriter:
             raise ModelError(f"the tensor {name} would be written twice")
         self._names.add(name)
         stored = tensor.detach().to("cpu").contiguous()
-        size = stored.numel() * stored.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
+        if self._pending and self._pending_bytes + stored.nbytes > self.max_shard_bytes:
             self._flush()
         self._pending[name] = stored
-        self._pending_bytes += size
+        self._pending_bytes += stored.nbytes
 
     def _flush(self) -> None:
         write_tensors(self._shard_path(len(self._shards)), self._pending, {"format": "pt"})

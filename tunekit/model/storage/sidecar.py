@@ -51,36 +51,12 @@ class Sidecar:
 
     def __init__(self, path: Path, layout: list[StoredTensor]) -> None:
         self.path = path
-        self.layers: dict[str, tuple[str, ...]] = {}  # layer -> its tensors' names in file order; "": outside
-        for place in layout:
-            self.layers[place.layer] = (*self.layers.get(place.layer, ()), place.name)
+        self.names = [place.name for place in layout]  # in file order
         self.files = MappedFiles(path.parent, read_tensor_header(path, MODEL_FILE))
-
-    @property
-    def names(self) -> list[str]:
-        """Every tensor in file order."""
-        return [name for names in self.layers.values() for name in names]
 
     def view(self, name: str) -> Tensor:
         """One tensor, at a multiple of 64 bytes."""
         return self.files.view(name)
-
-    def layer(self, layer: str) -> dict[str, Tensor]:
-        """The tensors of a layer by their names in the net, in file order."""
-        return {name: self.view(name) for name in self.layers[layer]}
-
-    def blob(self, layer: str) -> tuple[Tensor, dict[str, int]]:
-        """A layer as one (n,) uint8 view, and where in it each tensor starts, a multiple of 64."""
-        headers = [self.files.headers[name] for name in self.layers[layer]]
-        first = headers[0].offset_bytes
-        offsets = {name: each.offset_bytes - first for name, each in zip(self.layers[layer], headers, strict=True)}
-        length = headers[-1].offset_bytes + headers[-1].size_bytes - first
-        return self.files.view_bytes(headers[0].file, first, length), offsets
-
-    def drop_pages(self, layer: str) -> None:
-        """Take a layer's pages out of this process's resident memory; they come back when they are read again."""
-        for name in self.layers[layer]:
-            self.files.drop_pages(name)
 
 
 def open_sidecar(path: Path, key: str, layout: list[StoredTensor]) -> Sidecar | None:

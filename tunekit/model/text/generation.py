@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def generate_texts(
     gives no text.
     """
     if not model.family.answers:
-        raise ModelError(f"{model.name_or_path} is {model.family.text}, which gives no text", "read its logits")
+        raise ModelError(f"{model.facts.name_or_path} is {model.family.text}, which gives no text", "read its logits")
     stops = sorted(set(find_stop_ids(model, tokenizer, template) if stop_ids is None else stop_ids))
     table = model.family.learned_positions(model.net)
     longest = None if table is None else table - virtual_tokens
@@ -71,7 +72,7 @@ def generate_texts(
             settings = _settings(model, tokenizer.pad_id, new_tokens, temperature, top_p, stops)
             produced = _generate(model, [prompts_ids[index] for index in rows], tokenizer.pad_id, settings, adapt)
             for index, ids in zip(rows, produced, strict=True):
-                results[index] = _up_to_stop(ids, stops)
+                results[index] = list(takewhile(lambda token_id: token_id not in stops, ids))
     return results
 
 
@@ -95,7 +96,7 @@ def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[i
         return []
     _, found, after = text.rpartition(PROBE_ANSWER)
     ids = tokenizer.encode(after) if found and after.strip() else []
-    special: frozenset[int] = getattr(tokenizer, "special_ids", frozenset())
+    special = tokenizer.special_ids
     first = next((token_id for token_id in ids if tokenizer.decode([token_id]).strip() or token_id in special), None)
     return [first] if first is not None and first in special else []
 
@@ -131,7 +132,7 @@ def _answer_ends(model: LoadedModel) -> dict[str, int]:
             found |= {} if value is None else {name: int(value)}
     if "decoder_start_token_id" not in found:
         raise ModelError(
-            f"{model.name_or_path} does not say with which token its answers begin",
+            f"{model.facts.name_or_path} does not say with which token its answers begin",
             "write decoder_start_token_id into its config.json",
         )
     return found
@@ -161,11 +162,6 @@ def _generate(
         output = net.generate(**inputs, generation_config=settings)
     repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
     return output[:, repeated:].tolist()  # type: ignore[no-any-return]
-
-
-def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
-    end = next((position for position, token_id in enumerate(ids) if token_id in stops), len(ids))
-    return ids[:end]
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def render_template(
     Raises: DataError where the template refuses, is no template, takes too long or writes too much.
     """
     try:
-        with _limits(), _fixed_day(template):
+        with _memory_limit(), _time_limit(), _fixed_day(template):
             text = native.apply_chat_template(
                 list(messages),
                 tools=None if tools is None else list(tools),
@@ -74,14 +74,8 @@ def _fixed_day(template: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _limits() -> Iterator[None]:
-    """At most LIMIT_SECONDS and LIMIT_EXTRA_BYTES for the block. The clock needs the main thread, as signals do."""
-    with _memory_limit(), _time_limit():
-        yield
-
-
-@contextmanager
 def _time_limit() -> Iterator[None]:
+    """At most LIMIT_SECONDS for the block; in the main thread alone, as signals are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

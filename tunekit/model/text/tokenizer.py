@@ -16,7 +16,7 @@ from tunekit.errors import DataError, ModelError
 from tunekit.model.storage.inspection import check_gguf, read_answer_start
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.text.templates import render_template
-from tunekit.model.transformers_guard import quiet
+from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import ModelSection
 
 FILES = (
@@ -55,7 +55,9 @@ class LoadedTokenizer:
         self.pad_id: int = next(int(i) for i in candidates if i is not None and i < self.vocabulary_size)
         self.chat_template: str | None = _one_template(native.chat_template)
         self.special_ids = frozenset(
-            token_id for token_id, token in native.added_tokens_decoder.items() if _is_control(token)
+            token_id
+            for token_id, token in native.added_tokens_decoder.items()
+            if token.special or _is_marker(token.content)
         )
         # A character that the tokenizer does not know becomes the unknown token without anyone spelling it.
         self._forbidden_in_text = self.special_ids - {native.unk_token_id}
@@ -159,13 +161,10 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
     if source.gguf_file is not None:
         check_gguf(source)
         arguments["gguf_file"] = source.gguf_file
-    try:
-        with quiet():
-            native = AutoTokenizer.from_pretrained(
-                str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
-            )
-    except Exception as error:
-        raise _tokenizer_error(section, error) from error
+    with model_errors(section, "the tokenizer of "), quiet():
+        native = AutoTokenizer.from_pretrained(
+            str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
+        )
     if getattr(native, "backend_tokenizer", None) is None:
         raise ModelError(
             f"{section.name_or_path} has only a slow tokenizer",
@@ -173,15 +172,6 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
             key="model.name_or_path",
         )
     return LoadedTokenizer(native, source, read_answer_start(source, section))
-
-
-def _tokenizer_error(section: ModelSection, error: Exception) -> ModelError:
-    text = str(error)
-    if "trust_remote_code" in text:
-        how = "read that code, and set model.trust_remote_code: true if you trust it"
-        return ModelError(f"the tokenizer of {section.name_or_path} runs code of its own", how, key="model")
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return ModelError(f"the tokenizer of {section.name_or_path} cannot be loaded: {first}", key="model.name_or_path")
 
 
 def _make_backend(native: Any) -> Any:
@@ -201,10 +191,6 @@ def _make_backend(native: Any) -> Any:
 def _is_marker(content: str) -> bool:
     """<|name|>: the form of a turn marker, which some tokenizers do not declare as special."""
     return content.startswith("<|") and content.endswith("|>")
-
-
-def _is_control(token: Any) -> bool:
-    return bool(token.special) or _is_marker(token.content)
 
 
 def _one_template(template: Any) -> str | None:

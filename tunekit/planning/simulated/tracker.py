@@ -97,7 +97,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
         if func is torch.ops.aten.logsumexp.default:  # makes exp(x - max(x)) inside: ATen/native/ReduceOps.cpp
-            self.pass_through([args[0].numel() * args[0].element_size()])
+            self.pass_through([args[0].nbytes])
         return output
 
     def _follow(self, tensor: Tensor) -> None:

@@ -8,21 +8,20 @@ from pydantic import Field
 
 from tunekit.recipe.section import (
     DROPOUT,
-    METAMATH,
     RANK_PATTERN,
     Count,
     Fraction,
     NotNegative,
-    PublishedRate,
     TargetedSettings,
     Text,
+    metamath_rate,
 )
 
 
 class DeloraSettings(TargetedSettings):
     """A low-rank update of normalised factors, whose strength is one trained number per layer."""
 
-    default_learning_rate = PublishedRate(1e-3, f"{METAMATH}/delora/llama-3.2-3B-rank32")
+    default_learning_rate = metamath_rate(1e-3, "delora/llama-3.2-3B-rank32")
 
     method: Literal["delora"] = Field("delora", description="a low-rank update of unit factors and trained strength")
     r: Count = Field(8, description="rank")

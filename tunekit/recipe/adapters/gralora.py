@@ -6,22 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import (
-    DROPOUT,
-    METAMATH,
-    Count,
-    CountOrZero,
-    Fraction,
-    NotNegative,
-    PublishedRate,
-    TargetedSettings,
-)
+from tunekit.recipe.section import DROPOUT, Count, CountOrZero, Fraction, NotNegative, TargetedSettings, metamath_rate
 
 
 class GraloraSettings(TargetedSettings):
     """Each matrix in k x k blocks, each with a low-rank update of its own of rank r / k."""
 
-    default_learning_rate = PublishedRate(2e-4, f"{METAMATH}/gralora/llama-3.2-3B-rank32")
+    default_learning_rate = metamath_rate(2e-4, "gralora/llama-3.2-3B-rank32")
 
     method: Literal["gralora"] = Field("gralora", description="a low-rank update of each of k x k blocks")
     r: Count = Field(32, description="rank; k divides it")

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import DROPOUT, METAMATH, Count, Fraction, PublishedRate, TargetedSettings
+from tunekit.recipe.section import DROPOUT, Count, Fraction, TargetedSettings, metamath_rate
 
 
 class HiraSettings(TargetedSettings):
     """A low-rank factor that scales each number of the base's matrix."""
 
-    default_learning_rate = PublishedRate(4.5e-3, f"{METAMATH}/hira/llama-3.2-3B-rank32-lr4.5e-3")
+    default_learning_rate = metamath_rate(4.5e-3, "hira/llama-3.2-3B-rank32-lr4.5e-3")
 
     method: Literal["hira"] = Field("hira", description="the base's matrix times a low-rank one, number by number")
     r: Count = Field(32, description="rank of the factor")

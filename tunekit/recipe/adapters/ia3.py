@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, PublishedRate, TargetedSettings, TextOrTexts
+from tunekit.recipe.section import TargetedSettings, TextOrTexts, metamath_rate
 
 
 class Ia3Settings(TargetedSettings):
@@ -14,7 +14,7 @@ class Ia3Settings(TargetedSettings):
     the feed-forward block's inputs, PEFT's MetaMathQA comparison (Llama-3.2-3B) measured .455, against .311 with its
     two attention layers and one feed-forward layer at 1e-3."""
 
-    default_learning_rate = PublishedRate(5e-3, f"{METAMATH}/ia3/llama-3.2-3B-all-attn-5k-lr0.005")
+    default_learning_rate = metamath_rate(5e-3, "ia3/llama-3.2-3B-all-attn-5k-lr0.005")
 
     method: Literal["ia3"] = Field("ia3", description="a trained scale of each layer's outputs or inputs")
     target_modules: TextOrTexts = Field(

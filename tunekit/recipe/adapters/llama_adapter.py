@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, AdapterSettings, Count, PublishedRate
+from tunekit.recipe.section import AdapterSettings, Count, metamath_rate
 
 
 class LlamaAdapterSettings(AdapterSettings):
@@ -14,7 +14,7 @@ class LlamaAdapterSettings(AdapterSettings):
     learning rate of 5e-3: PEFT's MetaMathQA comparison (Llama-3.2-3B, these defaults) measured .381 with it, against
     .212 at 5e-4."""
 
-    default_learning_rate = PublishedRate(5e-3, f"{METAMATH}/adaptionprompt/llama-3.2-3B-lr_5e-3")
+    default_learning_rate = metamath_rate(5e-3, "adaptionprompt/llama-3.2-3B-lr_5e-3")
 
     method: Literal["llama_adapter"] = Field("llama_adapter", description="trained tokens behind gates that start at 0")
     adapter_len: Count = Field(100, description="trained tokens of each layer")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import METAMATH, AdapterSettings, Count, CountOrZero, PublishedRate, Several, Text
+from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Several, Text, metamath_rate
 
 INIT_TEXT = (
     "You are a helpful assistant. Read carefully what is asked of you, and find out what the task is. Then solve it "
@@ -20,7 +20,7 @@ class PrefixSettings(AdapterSettings):
     50 tokens of a real prefix, PEFT's MetaMathQA comparison (Llama-3.2-3B) measured .416, against .186 from random
     values at 1e-3."""
 
-    default_learning_rate = PublishedRate(5e-3, f"{METAMATH}/prefixtuning/llama-3.2-3B-tokens50-init_prefix-lr_0.005")
+    default_learning_rate = metamath_rate(5e-3, "prefixtuning/llama-3.2-3B-tokens50-init_prefix-lr_0.005")
 
     method: Literal["prefix"] = Field("prefix", description="trained keys and values before those of every layer")
     num_virtual_tokens: Count = Field(50, description="length of the prefix (that comparison's best)")

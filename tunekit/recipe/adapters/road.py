@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, Count, PublishedRate, TargetedSettings
+from tunekit.recipe.section import Count, TargetedSettings, metamath_rate
 
 
 class RoadSettings(TargetedSettings):
     """Rotates and scales pairs of each layer's outputs. The initial values are those of PEFT's RoadConfig; its
     MetaMathQA comparison used a learning rate of 1e-3."""
 
-    default_learning_rate = PublishedRate(1e-3, f"{METAMATH}/road/llama-3.2-3B-lr_0.001")
+    default_learning_rate = metamath_rate(1e-3, "road/llama-3.2-3B-lr_0.001")
 
     method: Literal["road"] = Field("road", description="trained rotations of pairs of outputs")
     variant: Literal["road_1", "road_2", "road_4"] = Field(

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import METAMATH, Count, PublishedRate, TargetedSettings
+from tunekit.recipe.section import Count, TargetedSettings, metamath_rate
 
 
 class ShiraSettings(TargetedSettings):
     """A few single numbers of each matrix, drawn at random by the run's seed, are trained."""
 
-    default_learning_rate = PublishedRate(3e-4, f"{METAMATH}/shira/llama-3.2-3B-lr_0.0003-random_seed_42")
+    default_learning_rate = metamath_rate(3e-4, "shira/llama-3.2-3B-lr_0.0003-random_seed_42")
 
     method: Literal["shira"] = Field("shira", description="single numbers of each matrix, drawn at random")
     r: Count = Field(32, description="r * (inputs + outputs) numbers are trained, as many as LoRA of rank r has")

@@ -6,23 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import (
-    DROPOUT,
-    METAMATH,
-    Count,
-    CountOrZero,
-    Fraction,
-    Number,
-    PublishedRate,
-    TargetedSettings,
-)
+from tunekit.recipe.section import DROPOUT, Count, CountOrZero, Fraction, Number, TargetedSettings, metamath_rate
 
 
 class VeraSettings(TargetedSettings):
     """Two trained vectors per layer around random matrices that all layers share. The initial values are those of
     PEFT's VeraConfig, with which its MetaMathQA comparison was run."""
 
-    default_learning_rate = PublishedRate(1e-3, f"{METAMATH}/vera/llama-3.2-3B-default")
+    default_learning_rate = metamath_rate(1e-3, "vera/llama-3.2-3B-default")
 
     method: Literal["vera"] = Field("vera", description="trained scales of one frozen random update")
     r: Count = Field(256, description="rank of the shared matrices")

@@ -35,15 +35,15 @@ def rewrite_aliases(draft: Draft) -> None:
 
 def _rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
     """One foreign key by its table entry; an empty value says nothing, as in those tools."""
-    place = draft.place(key)
-    inner = [draft.place((*key, index)) for index, _ in enumerate(draft.get(key))] if _is_list(draft, key) else []
-    value = draft.remove(key)
+    place, value = draft.place(key), draft.get(key)
+    inner = [draft.place((*key, index)) for index in range(len(value) if isinstance(value, list) else 0)]
+    draft.remove(key)
     if value is None:
         return _record(draft, place, dotted(key), "nothing (it is empty)")
     try:
         ours = alias.translate(value)
     except NotExact as lost:
-        draft.problems.append(_problem_at(place, dotted(key), lost.what, lost.how))
+        _complain(draft, place, dotted(key), lost.what, lost.how)
         draft.untranslated.add(alias.target or key)
         return None
     if ours is NOTHING or alias.target is None:
@@ -59,11 +59,11 @@ def _write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: 
     if draft.has(target):
         other = draft.place(target)
         what = f"{spelled} and {other.spelled or dotted(target)} ({other}) are two spellings of one thing"
-        draft.problems.append(_problem_at(place, spelled, what, "keep one"))
+        _complain(draft, place, spelled, what, "keep one")
         return False
     holder = draft.values.get(str(target[0]), {})
     if not isinstance(holder, dict):
-        draft.problems.append(_problem_at(place, spelled, f"{target[0]} ({draft.place(target[:1])}) is no mapping", ""))
+        _complain(draft, place, spelled, f"{target[0]} ({draft.place(target[:1])}) is no mapping")
         return False
     draft.set(target, value, Place(place.file, place.line, spelled))
     for length in range(1, len(target)):  # a section that only an alias opened was not spelled by anyone
@@ -85,9 +85,10 @@ def _rewrite_quantization(draft: Draft) -> None:
         width = _bits(value, meaning)
         if width is None:
             expected = "must be true or false" if meaning else "must be 4 or 8"
-            draft.problems.append(_problem_at(place, name, f"{expected}, not {show(value)}", ""))
+            _complain(draft, place, name, f"{expected}, not {show(value)}")
         elif width == 0:
-            _refuse_unquantized_qlora(draft, name, place)
+            if draft.get(METHOD) == "qlora" and name == "load_in_4bit":
+                _complain(draft, place, name, "false contradicts adapter: qlora", "write adapter: lora")
             _record(draft, place, name, "nothing (it changes nothing here)")
         else:
             bits[name] = (width, place)
@@ -105,14 +106,14 @@ def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> Non
     if len(explicit) > 1 or len({width for width, _ in bits.values()}) > 1:
         first, second = list(bits)[:2]
         what = f"{second} and {first} ({bits[first][1]}) contradict or repeat each other"
-        draft.problems.append(_problem_at(bits[second][1], second, what, "keep one"))
+        _complain(draft, bits[second][1], second, what, "keep one")
         return
     four_bit = next(iter(bits.values()))[0] == 4 if bits else False
     kind = "nf4"
     for name, (value, place) in kinds:
         if value not in ("nf4", "fp4") or not four_bit:
             what = f"must be nf4 or fp4, not {show(value)}" if four_bit else "nothing is loaded in 4 bits"
-            draft.problems.append(_problem_at(place, name, what, "write model.quantization: nf4 or fp4"))
+            _complain(draft, place, name, what, "write model.quantization: nf4 or fp4")
         else:
             kind = value
             _record(draft, place, name, f"model.quantization: {value!r}")
@@ -120,33 +121,27 @@ def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> Non
         _write(draft, QUANTIZATION, kind if four_bit else "int8", bits[name][1], name, translated=True)
 
 
-def _refuse_unquantized_qlora(draft: Draft, name: str, place: Place) -> None:
-    if draft.get(METHOD) == "qlora" and name == "load_in_4bit":
-        draft.problems.append(_problem_at(place, name, "false contradicts adapter: qlora", "write adapter: lora"))
-
-
 def _rewrite_precision(draft: Draft) -> None:
     """bf16 and fp16 -> model.dtype; both off is float32."""
     found = {name: taken for name in PRECISION_KEYS if (taken := _take(draft, name)) is not None}
-    names = {True: {"bf16": "bfloat16", "fp16": "float16"}, "auto": {"bf16": "auto"}}
+    names = {("bf16", True): "bfloat16", ("fp16", True): "float16", ("bf16", "auto"): "auto"}
     chosen: list[tuple[str, str]] = []
     for name, (value, place) in found.items():
         if value is False:
             continue
-        dtype = names.get(value, {}).get(name) if isinstance(value, bool | str) else None
+        dtype = names.get((name, value)) if isinstance(value, bool | str) else None
         if dtype is None:
-            draft.problems.append(_problem_at(place, name, f"must be true or false, not {show(value)}", ""))
+            _complain(draft, place, name, f"must be true or false, not {show(value)}")
         else:
             chosen.append((name, dtype))
     if len(chosen) > 1:
         place = found["fp16"][1]
-        draft.problems.append(_problem_at(place, "fp16", f"contradicts bf16 ({found['bf16'][1]})", "keep one"))
-    elif chosen:
-        name, dtype = chosen[0]
+        _complain(draft, place, "fp16", f"contradicts bf16 ({found['bf16'][1]})", "keep one")
+        return
+    if all(value is False for value, _ in found.values()):
+        chosen = [(name, "float32") for name in found][:1]
+    for name, dtype in chosen:
         _write(draft, ("model", "dtype"), dtype, found[name][1], name, translated=True)
-    elif found and all(value is False for value, _ in found.values()):
-        name = next(iter(found))
-        _write(draft, ("model", "dtype"), "float32", found[name][1], name, translated=True)
 
 
 def _settle_constant(draft: Draft, spelled: str) -> None:
@@ -155,7 +150,7 @@ def _settle_constant(draft: Draft, spelled: str) -> None:
     written = [name for name in ("warmup_ratio", "warmup_steps") if draft.has(("training", name))]
     if any(draft.get(("training", name)) for name in written):
         how = "write constant_with_warmup, or remove the warm-up"
-        draft.problems.append(_problem_at(place, spelled, "constant ignores the warm-up there", how))
+        _complain(draft, place, spelled, "constant ignores the warm-up there", how)
     elif not written:
         _write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant", translated=True)
 
@@ -179,10 +174,6 @@ def _take(draft: Draft, name: str) -> tuple[Any, Place] | None:
     return value, place
 
 
-def _is_list(draft: Draft, key: KeyPath) -> bool:
-    return isinstance(draft.get(key), list)
-
-
 def _move_places(draft: Draft, key: KeyPath, place: Place) -> None:
     """The items of a translated list keep their own lines."""
     for known in [known for known in draft.places if known[: len(key)] == key]:
@@ -193,5 +184,5 @@ def _record(draft: Draft, place: Place, spelled: str, what: str) -> None:
     draft.rewrites.append(f"{place}: {spelled} -> {what}")
 
 
-def _problem_at(place: Place, spelled: str, what: str, how: str) -> Problem:
-    return Problem(what, how, file=place.file, line=place.line, key=spelled)
+def _complain(draft: Draft, place: Place, spelled: str, what: str, how: str = "") -> None:
+    draft.problems.append(Problem(what, how, file=place.file, line=place.line, key=spelled))

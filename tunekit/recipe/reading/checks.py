@@ -12,7 +12,7 @@ from tunekit.errors import holds_secret
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, formats_of, known_names, needs_generation, settings_class
-from tunekit.recipe.reading.draft import Draft, KeyPath
+from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
 from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.recipe.section import ObjectiveSettings, Section
 
@@ -86,12 +86,9 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
 def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None:
     """Refuse access tokens and passwords: a run saves its recipe as it is."""
     value = draft.values if not key else value
-    if isinstance(value, str):
-        if holds_secret(value):
-            draft.add_problem(key, "holds what looks like a secret, and runs save their recipe", "set HF_TOKEN instead")
-        return
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for part, inner in pairs:
+    if isinstance(value, str) and holds_secret(value):
+        draft.add_problem(key, "holds what looks like a secret, and runs save their recipe", "set HF_TOKEN instead")
+    for part, inner in inner_items(value):
         check_secrets(draft, inner, (*key, part))
 
 

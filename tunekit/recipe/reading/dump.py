@@ -11,20 +11,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tunekit.recipe.reading.paths import relative_path
+from tunekit.recipe.reading.paths import ALWAYS_LOCAL, relative_path
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
 
 _BARE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 _TAKEN_FOR_BOOLEAN = {"y", "n", "yes", "no", "on", "off"}  # by readers of YAML 1.1
 _ESCAPED = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
-_LEADING_TO_PATHS = (("output", "dir"), ("data", "chat_template"), ("adapter", "init_from"), ("model", "name_or_path"))
 
 
 def dump_recipe(recipe: Recipe, relative_to: Path) -> str:
     """The recipe as YAML; absolute paths are written relative to the folder the new file will stand in."""
     values = recipe.model_dump(mode="json")
-    for section, name in _LEADING_TO_PATHS:
+    for section, name in (*ALWAYS_LOCAL, ("model", "name_or_path")):
         if values[section].get(name) is not None:
             values[section][name] = relative_path(values[section][name], relative_to)
     for sources in (values["data"]["train"], values["data"]["eval"]):

@@ -13,14 +13,14 @@ from tunekit.recipe.reading.draft import Draft, KeyPath
 
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_BYTES = 4096
-_ALWAYS_LOCAL: tuple[KeyPath, ...] = (("output", "dir"), ("data", "chat_template"), ("adapter", "init_from"))
+ALWAYS_LOCAL = (("output", "dir"), ("data", "chat_template"), ("adapter", "init_from"))
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".arrow")
 _MODEL_ENDINGS = (".gguf",)
 
 
 def resolve_paths(draft: Draft, folder: Path) -> None:
     """Make every local path of the draft absolute, in place; a path that no system can hold is a problem."""
-    for key in _ALWAYS_LOCAL:
+    for key in ALWAYS_LOCAL:
         _resolve(draft, key, folder, endings=None)
     _resolve(draft, ("model", "name_or_path"), folder, endings=_MODEL_ENDINGS)
     for name in ("train", "eval"):
@@ -47,13 +47,9 @@ def _resolve(draft: Draft, key: KeyPath, folder: Path, *, endings: tuple[str, ..
         draft.add_problem(key, fault, "write a shorter path" if "long" in fault else "")
         return
     absolute = os.path.normpath(folder / os.path.expanduser(text))
-    if endings is None or _looks_local(text, endings) or os.path.lexists(absolute):
-        holder = draft.get(key[:-1])
-        holder[key[-1]] = absolute
-
-
-def _looks_local(text: str, endings: tuple[str, ...]) -> bool:
-    return text in (".", "..") or text.startswith(("./", "../", "/", "~")) or text.lower().endswith(endings)
+    local = endings is None or text in (".", "..") or text.startswith(("./", "../", "/", "~"))
+    if local or text.lower().endswith(endings or ()) or os.path.lexists(absolute):
+        draft.get(key[:-1])[key[-1]] = absolute
 
 
 def _fault(text: str) -> str | None:

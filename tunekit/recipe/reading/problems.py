@@ -117,7 +117,7 @@ def _problem(finding: dict[str, Any], section: KeyPath, draft: Draft) -> Problem
     if kind == "extra_forbidden":
         return unknown_key(key, draft)
     if kind == "missing":
-        return draft.problem(key, "is required", f"write {_example(key)}")
+        return missing_key(key, draft)
     if kind in _EMPTY:
         return draft.problem(key, "must not be empty")
     if kind == "value_error" and not finding["loc"] and isinstance(value, dict):  # its first word names the key
@@ -172,7 +172,8 @@ def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -
     return tuple(key)
 
 
-def _example(key: KeyPath) -> str:
+def missing_key(key: KeyPath, draft: Draft) -> Problem:
+    """A required key that is not there, with an example."""
     examples = {
         "name_or_path": "a local folder or a hub id",
         "path": "a file or a hub data set",
@@ -182,4 +183,5 @@ def _example(key: KeyPath) -> str:
         "data": "data: {train: rows.jsonl}",
         "output": "output: {dir: runs/first}",
     }
-    return examples.get(str(key[-1]), str(key[-1]))
+    name = str(key[-1])
+    return draft.problem(key, "is required", f"write {examples.get(name, name)}")

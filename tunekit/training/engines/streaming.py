@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunekit.adapters.attach import total_penalty
 from tunekit.contracts import LayerCall, SideInput, Stages
 from tunekit.errors import ModelError
-from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import Splitting
 from tunekit.model.call import BETWEEN_STACKS, OUTSIDE_LAYERS, Call, calling, seed_layer
+from tunekit.model.load import LoadedModel
 from tunekit.training.engines.window import Piece, WindowEngine, WindowRun
 
 
@@ -72,7 +73,7 @@ class StreamingEngine(WindowEngine):
         self._requires: RequiresGrad | None = None
 
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
-        self._stages = self._stages or _stages_of(run.model)
+        self._stages = self._stages or _stages_of(run.model.base)
         for start in range(0, len(pieces), self.micro_batches_per_pass):
             layers = _LayerPass(run, self._stages, self.slots, self._requires)
             states = [layers.begin(piece) for piece in pieces[start : start + self.micro_batches_per_pass]]
@@ -90,7 +91,7 @@ class _LayerPass:
         self.run, self.slots = run, slots
         self.stacks, self.layers, self.stack_at = stages.stacks, stages.layers, stages.stack_at
         self.requires, self.learns = requires or RequiresGrad(), requires is None
-        self.store = BoundaryStore(None) if run.model.boundaries is None else run.model.boundaries
+        self.store = run.model.boundaries
         self._adapters: dict[int | None, list[Any]] = defaultdict(list)
         numbers = {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
         for part in run.model.adapter.parts() if run.model.adapter else []:
@@ -219,9 +220,7 @@ class _LayerPass:
 
     def _penalty(self, number: int | None) -> Tensor | None:
         """() float32: the penalties of the adapter's parts in one layer, or (None) outside all of them."""
-        found = [part.penalty() for part in self._adapters[number]]
-        found = [penalty for penalty in found if penalty is not None]
-        return torch.stack(found).sum() if found else None
+        return total_penalty(self._adapters[number])
 
 
 def _take_gradient(side: SideInput) -> Tensor | None:
@@ -232,13 +231,10 @@ def _take_gradient(side: SideInput) -> Tensor | None:
     return gradient
 
 
-def _stages_of(model: Any) -> Stages:
+def _stages_of(base: LoadedModel) -> Stages:
     """Raises: ModelError for a base that nobody has compared layer by layer; plan refuses it before."""
-    stages: Stages | None = model.base.family.stages(model.base.net)
+    stages = base.family.stages(base.net)
     if stages is None:
-        raise ModelError(
-            f"{model.base.facts.model_type} cannot be computed layer by layer",
-            "write memory.streaming: off",
-            key="memory.streaming",
-        )
+        what = f"{base.facts.model_type} cannot be computed layer by layer"
+        raise ModelError(what, "write memory.streaming: off", key="memory.streaming")
     return stages

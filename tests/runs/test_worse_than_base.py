@@ -1,0 +1,59 @@
+"""A learning rate that harms: what the run says of it, in its console, report and status; and that looking changes no
+bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.train_case import Ended, records, result_bytes, train_in_child, write_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("work"), tiny_llama, training={"epochs": 4.0})
+
+
+def trained(recipe: Path, name: str, *overrides: str) -> tuple[Path, Ended]:
+    ended = train_in_child(recipe, recipe.parent / name, *overrides)
+    assert ended.code == 0, ended.output
+    return recipe.parent / name, ended
+
+
+def test_the_evaluation_before_training_changes_no_bit_and_can_be_switched_off(recipe: Path) -> None:
+    looked, ended = trained(recipe, "looked")
+    blind, _ = trained(recipe, "blind", "evaluation.before_training=false")
+    assert result_bytes(looked) == result_bytes(blind)
+    first, *rest = records(looked)
+    assert first.keys() == {"step", "eval"}
+    assert first["step"] == 0
+    others = [record for record in records(blind) if "eval" in record]
+    assert [record for record in rest if "eval" in record] == others
+    report = json.loads((looked / "report.json").read_text())
+    assert report["base_eval_loss"] == first["eval"]["loss"] > report["eval_loss"] == others[-1]["eval"]["loss"]
+    assert "verdict" not in report
+    losses = [record["loss"] for record in rest if "loss" in record]
+    assert len(losses) == 12
+    assert report["first_loss"] == pytest.approx(sum(losses[:2]) / 2)
+    assert report["final_loss"] == pytest.approx(sum(losses[-2:]) / 2)
+    assert "base_eval_loss" not in json.loads((blind / "report.json").read_text())
+    assert "worse than" not in ended.output
+
+
+def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Path) -> None:
+    training = {"epochs": 4.0, "learning_rate": 1.0, "scheduler": "constant"}
+    recipe = write_recipe(tmp_path / "work", stories, data={"train": [{"path": "rows.jsonl"}]}, training=training)
+    rows = [{"text": f"Once upon a time there was a little dog. It had {number} red balls."} for number in range(20)]
+    (tmp_path / "work" / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run, ended = trained(recipe, "diverged")
+    report = json.loads((run / "report.json").read_text())
+    assert report["eval_loss"] > report["base_eval_loss"]
+    assert report["verdict"].startswith("worse than the base: eval loss ")
+    assert json.loads((run / "status.json").read_text()) == {"exit_code": 0, "reason": f"finished; {report['verdict']}"}
+    assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
+    assert report["verdict"].capitalize() in (run / "report.md").read_text().replace("\\", "")
+    (reaction,) = [each for each in report["reactions"] if "training began at" in each["probe"]]
+    assert "rows.jsonl:" in reaction["action"]
+    assert f"warning: step {reaction['step']}: {reaction['probe']}" in ended.output

@@ -1,0 +1,46 @@
+"""The rule by which a loss is above its own past: noise is not told, spikes and lasting rises are, each once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from tunekit.training.divergence import FIRST, PAST, divergence
+
+
+def told(losses: Sequence[float]) -> dict[int, str]:
+    """What is told at which step, counted from 1."""
+    found = {}
+    for index, loss in enumerate(losses):
+        why = divergence(losses[: min(FIRST, index)], losses[max(0, index - PAST) : index], loss)
+        if why is not None:
+            found[index + 1] = why
+    return found
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.3, 0.6])
+def test_noise_and_a_falling_loss_are_not_told(noise: float) -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        losses = [2.5 * 0.99**step * draw.lognormvariate(0, noise / 2) for step in range(300)]
+        assert not told(losses)
+
+
+def test_a_spike_is_told_with_what_it_is_compared_with() -> None:
+    draw = random.Random(0)
+    losses = [2 + draw.gauss(0, 0.1) for _ in range(60)]
+    losses[40] = 6.0
+    assert list(told(losses)) == [41]
+    assert "the loss 6 is far above that of the 40 steps before (1.989 on average)" in told(losses)[41]
+
+
+def test_a_run_that_diverges_at_once_is_told_once() -> None:
+    losses = [2.0, 2.0, 7.0, 9.0, 10.0, 11.0, 12.0, 12.0, 12.0, 13.0, 12.5]
+    assert told(losses) == {7: "the loss has been above 3 for 5 steps, and training began at 2"}
+
+
+def test_a_slow_rise_is_told_once() -> None:
+    losses = [2 + 0.02 * step for step in range(200)]
+    assert len(told(losses)) == 1

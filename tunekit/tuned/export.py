@@ -1,0 +1,138 @@
+"""What was trained as its folder: an adapter in place, or of a checkpoint, whose base is read without its weights; or a
+whole model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.folder.write import save_adapter_folder
+from tunekit.artifacts.checkpoint import load_checkpoint
+from tunekit.contracts import Objective
+from tunekit.data.encoding.sources import read_template
+from tunekit.errors import RunFolderError
+from tunekit.model.load import LoadedModel, base_fingerprint, make_meta_model
+from tunekit.model.storage.model_folder import copy_companions, whole_model_folder
+from tunekit.model.storage.rewrite import Rewriter
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
+from tunekit.records import Target
+
+BUFFER_PREFIX = "adapter."  # of a checkpoint's tensors: adapter state that is not trained: seeds, indices, importances
+
+
+def export_adapter(
+    folder: Path,
+    base: LoadedModel,
+    adapter: AttachedAdapter,
+    objective: Objective,
+    chat_template: str | None,
+    fingerprint: str | None,
+) -> int:
+    """Write the adapter's folder whole or not at all; returns its bytes. `chat_template`: a file of the recipe's."""
+    return save_adapter_folder(
+        adapter,
+        folder,
+        base_name=base.facts.name_or_path,
+        base_fingerprint=fingerprint,
+        revision=base.facts.revision,
+        base_dtype=base.facts.dtype,
+        quantization=base.facts.quantization,
+        double_quantization=base.facts.double_quantization,
+        task_type=base.family.task_type,
+        chat_template=None if chat_template is None else read_template(Path(chat_template)),
+        objective=_objective_facts(objective),
+    )
+
+
+def export_model(
+    folder: Path,
+    section: ModelSection,
+    base: LoadedModel,
+    adapter: AttachedAdapter,
+    tokenizer: LoadedTokenizer,
+    chat_template: str | None,
+) -> int:
+    """Write the trained base whole or not at all, in the dtype of its files, a shard in memory at a time; its bytes."""
+    rewriter = Rewriter(section, "full", loaded=base)
+    template = None if chat_template is None else read_template(Path(chat_template))
+    with whole_model_folder(folder) as staging:
+        rewriter.write(staging, rewriter.as_changes(adapter.trained()))
+        copy_companions(section, rewriter.source.folder, tokenizer, template, staging)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _objective_facts(objective: Objective) -> dict[str, Any]:
+    return {"method": objective.name, **objective.facts}
+
+
+def facts_for_export(adapter: AttachedAdapter, objective: Objective) -> dict[str, Any]:
+    """What a checkpoint says of its adapter beside the tensors: settings, targets and objective, as they became."""
+    return {
+        "settings": adapter.settings.model_dump(mode="json", exclude={"init_from"}),
+        "targets": [asdict(target) for target in adapter.targets],
+        "objective": _objective_facts(objective),
+    }
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) -> int:
+    """Write the adapter folder that the run would have exported after this step; returns its bytes.
+
+    `model`: overrides of the recipe's model section.
+    Raises: RunFolderError, ModelError.
+    """
+    written = checkpoint.parent.parent / "recipe.yaml"
+    if not written.exists():
+        what = f"{checkpoint} lies in no run folder: {written} is missing"
+        raise RunFolderError(what, "leave checkpoints where the run wrote them")
+    recipe = load_recipe(written).recipe
+    if recipe.adapter.trains_base:
+        what = f"{checkpoint} holds no adapter: the run trains its base, and writes a model at its end alone"
+        raise RunFolderError(what, "finish it with: tunekit train RECIPE --resume, then name the run")
+    found = load_checkpoint(checkpoint)
+    facts = found.facts.get("export")
+    if facts is None:
+        raise RunFolderError(
+            f"{checkpoint} is of an older tunekit and cannot be exported", "finish the run with --resume"
+        )
+    section = recipe.model.model_copy(update=model)
+    named = {key: value for key, value in facts["objective"].items() if key != "method"}
+    objective = make_objective(recipe.objective, load_tokenizer(section), named)
+    section, cpu = objective.section(section, recipe.training.seed), torch.device("cpu")
+    fingerprint = base_fingerprint(section)
+    if fingerprint != found.facts["fingerprint"]["base"]:
+        what = f"{checkpoint} was trained on another base than {section.name_or_path} (their fingerprints differ)"
+        raise RunFolderError(what, "name the right base with --base")
+    base = make_meta_model(section, device=cpu)
+    adapter = attach_adapter(
+        base.net,
+        type(recipe.adapter).model_validate(facts["settings"]),
+        seed=0,
+        head_name=base.family.head_name(base.net),
+        device=cpu,
+        targets=[Target(**target) for target in facts["targets"]],
+        filled=True,
+    )
+    adapter.load_state(_adapter_state(found.tensors, found.facts["layout"]))
+    return export_adapter(folder, base, adapter, objective, recipe.data.chat_template, fingerprint)
+
+
+def _adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+    """The adapter's tensors by name, of which the trained ones lie in one buffer a group."""
+    state = {
+        name.removeprefix(BUFFER_PREFIX): value for name, value in tensors.items() if name.startswith(BUFFER_PREFIX)
+    }
+    for number, group in enumerate(layout):
+        weights = tensors[f"group{number}.weights"]
+        for name, (start, *shape) in group.items():
+            state[name] = weights[start : start + math.prod(shape)].view(shape)
+    return state
