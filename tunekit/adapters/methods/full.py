@@ -80,9 +80,4 @@ def chosen_parameters(net: nn.Module, settings: FullSettings) -> dict[str, nn.Pa
     return {name: each for name, each in own.items() if name not in fixed}
 
 
-def no_copies(settings: FullSettings) -> tuple[str, ...]:
-    """modules_to_save are trained where they lie, too."""
-    return ()
-
-
-METHOD = Method(peft=PeftSide("", FullSettings), model=BaseWeights, copies=no_copies)
+METHOD = Method(peft=PeftSide("", FullSettings), model=BaseWeights)
