@@ -128,6 +128,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["[loss]", "[loss, perplexity]", "[token_accuracy]", "[loss, exact_match]", "[rouge_l, token_f1, contains]"],
         ["loss", "[los]", "[5]", "{a: b}", "null", "[loss, loss]"],
     ),
+    "evaluation.before_training": (["true", "false"], NOT_BOOLEANS),
     "evaluation.generate": (["true"], NOT_BOOLEANS),
     "evaluation.max_new_tokens": (COUNTS, NOT_COUNTS),
     "evaluation.batch_size": (COUNTS, NOT_COUNTS),

@@ -16,7 +16,7 @@ from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.names import known_names
-from tunekit.tuned.evaluator import Evaluator
+from tunekit.tuned.evaluator import Evaluator, questions_for
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 
@@ -94,7 +94,7 @@ def evaluate_rows(
         rows.objective,
         devices,
         evaluation,
-        rows.evaluation_prompts,
+        questions_for(rows, metrics or settings.metrics),
         settings,
         metric_names=tuple(metrics),
         template=loaded.target.chat_template,

@@ -39,7 +39,7 @@ def generate_verb(
         console.info(answers[0])
         return
     for text, reply in zip(texts, answers, strict=True):
-        console.info(json.dumps({"prompt": text, "answer": reply}, ensure_ascii=False))
+        console.json({"prompt": text, "answer": reply})
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -145,7 +145,7 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
-    base, template = run.model.base, recipe.data.chat_template
+    base, template = run.model.base, prepared.rows.template
     run.optimizer.native.state.clear()  # what is written may need as much room as its moments
     place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
     if recipe.adapter.trains_base:

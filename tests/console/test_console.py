@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import pty
 import subprocess
@@ -312,3 +313,16 @@ def test_plain_lines_need_no_rich() -> None:
         "sys.exit('rich' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_line_of_json_is_json_whatever_it_holds(encoding: str) -> None:
+    value = {"answer": "".join(map(chr, range(0xA1))) + "\u2028\u2029 é 漢 🙂"}
+    paper = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    Console(output=paper).json(value)
+    paper.seek(0)
+    text = paper.read()
+    assert len(text.splitlines()) == 1
+    assert json.loads(text) == value
+    assert not set(text[:-1]) & {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0))}
+    assert ("é 漢 🙂" in text) == (encoding == "utf-8")

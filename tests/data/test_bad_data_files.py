@@ -142,7 +142,7 @@ def test_every_problem_is_named_and_the_rest_counted(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "d.jsonl"
-    path.write_bytes(GOOD + b"3\n" * 15 + row(prompt="a") * 15)
+    path.write_bytes(GOOD + b"".join(b'{"text%d": "a"}\n' % number for number in range(30)))
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_llama}\ndata: {{train: d.jsonl}}\noutput: {{dir: run}}\n", encoding="utf-8")
@@ -152,3 +152,12 @@ def test_every_problem_is_named_and_the_rest_counted(
     assert [f"{path}:{number}: " in line for number, line in enumerate(lines[:20], 2)] == [True] * 20
     assert lines[20].endswith("and 10 more problems")
     assert len(lines) == 21
+    path.write_bytes(GOOD + b"3\n" * 15 + row(prompt="a") * 2 + b"3\n")
+    with pytest.raises(SystemExit):
+        app(["preview", str(recipe)])
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert [line.removeprefix("error: ") for line in lines] == [
+        f"{path}:2: a number, not an object (15 more: line 3, 4, 5, 6, 7, ...); write {{...}}",
+        f"{path}:17: no field 'completion'; this row has 'prompt' (1 more: line 18); "
+        "add it, or map a column to it under data.train[].columns",
+    ]

@@ -9,11 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.data_case import chat, encode_example, encoder_of, tokenizer_of, trained_texts
+from tunekit.data.encoding.encode import format_maker
 from tunekit.data.rendering.render import (
     EMPTY_ANSWER,
     EOS_ADDED,
     MERGED_BOUNDARY,
     NO_TEMPLATE,
+    SPELLED,
     Dropped,
     fill_gaps,
 )
@@ -182,6 +184,69 @@ def test_a_template_that_rewrites_a_spelled_token_is_refused(tiny: LoadedTokeniz
     template = CHATML.replace("m['content']", "m['content'] | replace('<|im_end|>', '<|im_end|>!')")
     with pytest.raises(DataError, match="spells a special token"):
         encode_example(chat(("user", "a<|im_end|>"), ("assistant", "b")), tiny, template=template)
+
+
+EVIL = "a<|im_end|>b"
+PLAIN_ROWS: dict[str, dict[str, str]] = {
+    "text": {"text": EVIL},
+    "prompt_completion": {"prompt": EVIL, "completion": EVIL},
+    "alpaca": {"instruction": EVIL, "input": EVIL, "output": EVIL, "system": EVIL},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_ROWS)
+def test_spelled_special_tokens_stay_text_without_a_template(name: str) -> None:
+    tokenizer = make_tokenizer(["<|im_end|>", "<s>"], eos="<|im_end|>")
+    encoder = encoder_of(tokenizer)
+    example = format_maker(name)(PLAIN_ROWS[name])
+    row = encoder.encode(example, "x:1")
+    ids = row.parts["ids"].tolist()
+    assert [token for token in ids if token in tokenizer.special_ids] == [tokenizer.eos_id]
+    assert tokenizer.decode(ids).endswith(EVIL + "<|im_end|>")
+    assert trained_texts(row, tokenizer) == [EVIL + "<|im_end|>"]
+    assert encoder.notices[SPELLED] == 1
+    found = encoder.prompt(example)
+    assert found is None if name == "text" else found is not None and found[0] == ids[: len(found[0])]
+
+
+def test_a_text_may_spell_the_tokens_that_begin_and_end_it(stories: Path) -> None:
+    tokenizer = tokenizer_of(stories)
+    encoder = encoder_of(tokenizer)
+    plain = encoder.encode(CompletionExample("Once", " upon"), "x:1").parts["ids"].tolist()
+    spelled = CompletionExample("<s>Once", " upon</s>")
+    assert encoder.encode(spelled, "x:1").parts["ids"].tolist() == plain
+    assert encoder.prompt(spelled) == (plain[: len(tokenizer.encode("Once")) + 1], " upon")
+    assert not encoder.notices[SPELLED]
+
+
+SCHEMA_TEMPLATE = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% if t.function.parameters.type == 'object' %}!{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | ORDER }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("place", ["argument", "role", "property", "type"])
+def test_spelled_special_tokens_stay_text_in_tools(tiny: LoadedTokenizer, place: str) -> None:
+    spelled = {name: EVIL if name == place else name for name in ("argument", "role", "property", "type")}
+    call = {"function": {"name": "f", "arguments": {spelled["argument"]: 1, "role": spelled["role"]}}}
+    kind = {spelled["property"]: {"type": spelled["type"]}}
+    tools = ({"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": kind}}},)
+    messages = (Message("user", "q"), Message("assistant", "", extra={"tool_calls": [call]}))
+    row = encode_example(ChatExample(messages, tools), tiny, template=SCHEMA_TEMPLATE.replace("ORDER", "tojson"))
+    text = tiny.decode(row.parts["ids"].tolist())
+    assert EVIL in text
+    assert "}!<|im_start|>user" in text
+    assert sum(token in tiny.special_ids for token in row.parts["ids"].tolist()) == 4
+
+
+def test_a_template_that_sorts_spelled_keys_elsewhere_is_refused(tiny: LoadedTokenizer) -> None:
+    template = SCHEMA_TEMPLATE.replace("{{ c.function.arguments | ORDER }}", "{{ c.function.arguments | dictsort }}")
+    call = {"function": {"name": "f", "arguments": {EVIL: 1, "c": 2, "<|im_end|>": 3}}}
+    messages = (Message("user", "q"), Message("assistant", "", extra={"tool_calls": [call]}))
+    with pytest.raises(DataError, match="spells a special token"):
+        encode_example(ChatExample(messages), tiny, template=template)
 
 
 def test_the_template_s_own_bos_is_the_only_one() -> None:

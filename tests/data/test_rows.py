@@ -56,7 +56,45 @@ def test_counts(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     assert counts.dropped_reasons == {EMPTY_ANSWER: 1, TOO_LONG: 1}
     assert (counts.tokens, counts.supervised_tokens, counts.longest_tokens) == (5 + 7, 4 + 6, 7)
     assert [rows.train[index].origin for index in range(2)] == ["d.jsonl:1", "d.jsonl:3"]
-    assert rows.notes == ("d.jsonl: format prompt_completion (the first row has 'prompt' and 'completion')",)
+    assert rows.notes == (
+        "d.jsonl: format prompt_completion (the first row has 'prompt' and 'completion')",
+        f"warning: d.jsonl: 1 of 4 rows are dropped: {EMPTY_ANSWER}; mend them, or take them out of the file",
+        f"warning: d.jsonl: 1 of 4 rows are dropped: {TOO_LONG}; raise data.max_length (the longest row has 22 tokens),"
+        " or set data.excess_length: truncate or split",
+    )
+
+
+def test_dropped_rows_are_a_warning_where_they_are_many_or_evaluated_on(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    few = write_lines(tmp_path / "few.jsonl", pairs(*[3] * 29, 20))
+    many = write_lines(tmp_path / "many.jsonl", pairs(*[3] * 28, 20, 20))
+    evaluated = DataSection(train=(Source(path=str(few)),), eval=(Source(path=str(few)),), max_length=10)
+
+    def warned(rows: RowSet) -> list[str]:
+        return [note.split(" rows")[0] for note in rows.notes if TOO_LONG in note]
+
+    assert warned(load(tiny, few, many, max_length=10)) == ["warning: many.jsonl: 2 of 30"]
+    assert warned(load_evaluation_rows(evaluated, sft(tiny), seed=0)) == ["warning: few.jsonl: 1 of 30"]
+    assert warned(load_rows(evaluated, sft(tiny), seed=0)) == ["warning: few.jsonl: 1 of 30"]
+
+
+def test_a_column_that_is_not_read_is_mentioned(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("text,answer\na,b\n", encoding="utf-8")
+    note = "d.csv: format text (the first row has 'text'), which does not read 'answer'"
+    assert load(tiny, path).notes == (
+        f"warning: {note}; map columns to a format's fields with `columns`, or write format: text if that is meant",
+    )
+    for source, said in (
+        (
+            Source(path=str(path), format="text"),
+            "d.csv: format text (the recipe says so), which does not read 'answer'",
+        ),
+        (
+            Source(path=str(path), columns={"text": "prompt", "answer": "completion"}),
+            "d.csv: format prompt_completion (the first row has 'prompt' and 'completion')",
+        ),
+    ):
+        assert load_rows(DataSection(train=(source,)), sft(tiny), seed=0).notes == (said,)
 
 
 def test_truncation_keeps_the_start_and_invents_no_end(tiny: LoadedTokenizer, tmp_path: Path) -> None:

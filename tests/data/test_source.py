@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.source import is_hub_name, read_source
+from tunekit.data.reading.source import hub_fingerprint, is_hub_name, read_source
 from tunekit.errors import DataError
 from tunekit.recipe.data import Source
 
@@ -92,6 +93,8 @@ def test_columns_and_max_rows(tmp_path: Path) -> None:
     assert [row.values for row in read(path, columns={"q": "prompt"}, max_rows=2)] == [{"prompt": "a"}] * 2
     with pytest.raises(DataError, match=r"no column 'w'.*'q', 'prompt'"):
         read(path, columns={"w": "prompt"})
+    with pytest.raises(DataError, match=r"no column 'completion'.*write columns: \{q: completion\}"):
+        read(path, columns={"completion": "q"})
 
 
 def test_what_is_a_hub_name(tmp_path: Path) -> None:
@@ -100,7 +103,9 @@ def test_what_is_a_hub_name(tmp_path: Path) -> None:
     assert not any(is_hub_name(path) for path in ("/a/b", "./a", "a.jsonl", "x/y.csv", "a/b/c", str(tmp_path)))
 
 
-def test_the_hub_is_asked_for_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_split_and_revision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[Any] = []
 
     class Datasets:
@@ -111,6 +116,7 @@ def test_the_hub_is_asked_for_split_and_revision(monkeypatch: pytest.MonkeyPatch
         def load_dataset(path: str, **options: Any) -> list[dict[str, str]]:
             asked.append((path, options))
             if path == "no/such":
+                logging.getLogger("huggingface_hub").warning("retrying 1/5")
                 raise FileNotFoundError("no such data set\nmore")
             return [{"q": "a"}, {"q": "b"}]
 
@@ -118,8 +124,17 @@ def test_the_hub_is_asked_for_split_and_revision(monkeypatch: pytest.MonkeyPatch
     source = Source(path="some/set", split="test", revision="abc", columns={"q": "prompt"}, max_rows=1)
     assert list(read_source(source, Problems())) == [RawRow(1, {"prompt": "a"})]
     assert asked == [("some/set", {"split": "test", "revision": "abc", "streaming": False})]
-    with pytest.raises(DataError, match=r"no/such: no such file.*no such data set"):
-        list(read_source(Source(path="no/such"), Problems()))
+    absent = Source(path="no/such")
+    for read in (lambda: list(read_source(absent, Problems())), lambda: hub_fingerprint(absent)):
+        with pytest.raises(DataError, match=r"no/such: no such file.*no such data set.*loaded before"):
+            read()
+    assert not logging.root.manager.disable
+    printed = capsys.readouterr()
+    assert not printed.out + printed.err
+    (tmp_path / "some" / "set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert len(list(read_source(source, Problems()))) == 1
+    assert asked[-1][0] == "hf://datasets/some/set", "a folder of that name in the working directory is not meant"
 
 
 def test_local_files_import_neither_datasets_nor_pyarrow(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tunekit.errors import ModelError
 from tunekit.model import compute as devices
 from tunekit.model.load import base_fingerprint, load_model, make_meta_model, resolve_dtype
 from tunekit.model.quantized.weights import PackedLinear, element_count, stored_bytes
+from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.recipe.model import ModelSection
@@ -250,6 +251,7 @@ def audit(event, arguments):
 sys.addaudithook(audit)
 import torch
 from tunekit.model.load import load_model
+from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
 section = ModelSection(name_or_path=sys.argv[1], quantization="nf4")
@@ -339,3 +341,20 @@ def test_a_single_row_is_the_same_product_in_a_streamed_base(base: Path) -> None
     row = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(resident.net.lm_head(row), streamed.net.lm_head(row))
     assert streamed.net.lm_head.weight.data_ptr() % 64 == 0
+
+
+def test_a_folder_of_the_working_directory_shadows_no_hub_name(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def snapshot(name: str, **_: Any) -> str:
+        asked.append(name)
+        return str(tiny_llama)
+
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert find_source(ModelSection(name_or_path="org/model"), weights=False).folder == tiny_llama
+    assert find_source(ModelSection(name_or_path="./org/model"), weights=False).folder == Path("org/model")
+    assert asked == ["org/model"]

@@ -65,6 +65,16 @@ def test_special_tokens_in_text(tokenizer: LoadedTokenizer) -> None:
     assert tokenizer.encode(text)[0] == 1  # asking for plain text once changes nothing later
 
 
+def test_special_tokens_go_around_a_text_and_stay_text_in_it(shared: Path) -> None:
+    tokenizer = load(shared / "models" / "bart-g2p")
+    for encode in (tokenizer.encode_source, tokenizer.encode_answer):
+        assert encode("go on") == tokenizer.native("go on")["input_ids"]
+        assert encode("") == tokenizer.native("")["input_ids"]
+        ids = encode("<s> go </s>")
+        assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids[1:-1])
+
+
 def test_turn_marker_that_is_not_declared_special(folder: Path) -> None:
     path = folder / "tokenizer.json"
     definition = json.loads(path.read_text())

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import CHAT_TEMPLATE
 from tests.runs.test_kill import Watched, assert_resumes_to, events_of, interrupted
-from tests.train_case import kill_self, result_bytes, train_in_child, write_recipe
+from tests.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
+from tunekit.training.state import Run
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +197,31 @@ def test_a_stop_signal_before_training_ends_the_run_at_once(recipe: Path, tmp_pa
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["exit_code"] == 143
     assert train_in_child(recipe, tmp_path / "run").code == 0  # nothing is in the way of a new start
+
+
+def test_a_run_needs_neither_its_eval_file_nor_its_template_once_it_has_begun(tiny_llama: Path, tmp_path: Path) -> None:
+    kept = {"template": tmp_path / "t.jinja", "eval": tmp_path / "eval.jsonl"}
+    kept["template"].write_text(CHAT_TEMPLATE, encoding="utf-8")
+    recipe = write_recipe(
+        tmp_path,
+        tiny_llama,
+        data={"eval": [{"path": "eval.jsonl"}], "chat_template": "t.jinja"},
+        training={"max_steps": 3, "eval_steps": 2, "epochs": None},
+        evaluation={"metrics": ["loss", "exact_match"], "max_new_tokens": 2},
+    )
+    kept["eval"].write_bytes(b"".join((tmp_path / "train.jsonl").read_bytes().splitlines(keepends=True)[:3]))
+
+    def before() -> None:
+        from tunekit import train
+
+        def run_loop(run: Run) -> None:
+            for path in kept.values():
+                path.unlink()
+            loop(run)
+
+        loop, train.run_loop = train.run_loop, run_loop
+
+    ended = train_in_child(recipe, tmp_path / "run", before=before)
+    assert ended.code == 0, ended.output
+    assert [list(record["eval"]) for record in records(tmp_path / "run") if "eval" in record][-1][-1] == "exact_match"
+    assert (tmp_path / "run" / "adapter" / "chat_template.jinja").read_text("utf-8") == CHAT_TEMPLATE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.data_case import objective_of
 from tests.loop_case import Case, ListedRows, make_case, make_rows
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import TrainingWindows, collate, evaluation_batches
-from tunekit.errors import NumericsError, Stopped
+from tunekit.errors import DataError, InputError, NumericsError, Stopped
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.training import TrainingSection
@@ -331,3 +332,32 @@ def test_an_error_that_is_read_later_names_its_own_step_and_no_checkpoint_holds_
     assert not any(row.origin + "," in str(caught.value) for row in window.batches[0].rows)
     assert_same_bits(seen[4], seen[3])
     assert (case.saved, len(case.losses)) == ([2], 2)
+
+
+@pytest.mark.parametrize("place", ["windows", "evaluation"])
+def test_data_that_are_gone_end_the_run_after_a_checkpoint(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, save_steps=2, eval_steps=3))
+    windows = case.windows.windows
+
+    def gone() -> dict[str, float]:
+        if case.parts.state.step < 3:
+            return {"loss": 1.0}
+        raise DataError("no such file", file="d.jsonl")
+
+    def three(first: int) -> Iterator[Window]:
+        yield from islice(windows(first), 3)
+        gone()
+
+    if place == "windows":
+        monkeypatch.setattr(case.windows, "windows", three)
+    else:
+        case.parts.evaluate = gone
+    with pytest.raises(InputError) as caught:
+        case.run()
+    assert [problem.what for problem in caught.value.problems] == [
+        "no such file",
+        "the checkpoint of step 3 is written",
+    ]
+    assert (case.saved, len(case.losses)) == ([2, 3], 3)

@@ -7,6 +7,7 @@ output (warnings and errors: standard error).  rich is imported only where a tab
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
 from tunekit.console.streams import can_draw, can_encode, encodable, redirect_to_nothing
-from tunekit.console.text import cell_text, visible
+from tunekit.console.text import cell_text, json_line, visible
 from tunekit.errors import redact
 
 __all__ = ["Console", "visible"]
@@ -64,6 +65,11 @@ class Console:
     def info(self, *lines: str) -> None:
         """Lines of output."""
         self.write("".join(f"{visible(line)}\n" for line in lines))
+
+    def json(self, value: object) -> None:
+        """A value as one line of JSON, also where the stream cannot hold its characters."""
+        text = json_line(value)
+        self.write(f"{text if can_encode(self.output, text) else json.dumps(value)}\n")
 
     def warn(self, *lines: str) -> None:
         """Lines on standard error that begin with `warning: `."""

@@ -5,12 +5,20 @@ Comes in: plain values.  Goes out: text.
 
 from __future__ import annotations
 
+import json
+
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
+JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
 
 
 def visible(text: str) -> str:
     """`text` with control characters spelled out, so that data cannot command the terminal."""
     return text.translate(CONTROL)
+
+
+def json_line(value: object) -> str:
+    """A value as JSON without a character that commands a terminal or ends a line; other writing stays readable."""
+    return json.dumps(value, ensure_ascii=False).translate(JSON_ESCAPES)
 
 
 def cell_text(value: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from tunekit.data.batching.order import Share, epoch_rows, held_out
 from tunekit.data.batching.stream import StreamedSource, StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.notes import dropped_notes
 from tunekit.data.encoding.sample import sample_source, scaled
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
@@ -50,6 +52,7 @@ class RowSet:
     streams: tuple[StreamedSource, ...]
     notes: tuple[str, ...]
     evaluation_prompts: Callable[[], list[Prompt]]  # every evaluation row that has an answer, as a prompt with it
+    template: str | None  # of data.chat_template, as it was read
 
     @property
     def all(self) -> list[Rows]:
@@ -94,8 +97,9 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         fingerprint=_fingerprint(data, sources, own, seed),
         draws=draws,
         streams=(),
-        notes=(*_notices([*sources, *own]), *_leaks(data, train_rows, eval_rows)),
+        notes=(*_notes(sources), *_notes(own, evaluation=True), *_leaks(data, train_rows, eval_rows)),
         evaluation_prompts=lambda: _prompts(eval_sources, evaluation, objective, options),
+        template=options.template,
     )
 
 
@@ -118,8 +122,9 @@ def load_evaluation_rows(
             fingerprint=_fingerprint(data, (), sources, seed),
             draws=(),
             streams=(),
-            notes=_notices(sources),
+            notes=_notes(sources, evaluation=True),
             evaluation_prompts=lambda: _prompts(sources, parts, objective, options),
+            template=options.template,
         )
     return load_rows(data, objective, seed=seed, cache_dir=cache_dir)
 
@@ -160,14 +165,10 @@ def _load_streamed(
         fingerprint=hash_of(fingerprint),
         draws=draws,
         streams=tuple(one.stream for one in sampled),
-        notes=tuple(dict.fromkeys([*_notices(samples), *(own.notes if own else ())])),
+        notes=tuple(dict.fromkeys([*_notes(samples), *(own.notes if own else ())])),
         evaluation_prompts=own.evaluation_prompts if own else list,
+        template=options.template,
     )
-
-
-def _notices(sources: Sequence[EncodedSource]) -> tuple[str, ...]:
-    """What the sources have to tell, each thing once."""
-    return tuple(dict.fromkeys(note for source in sources for note in source.notices))
 
 
 def _whole(source: EncodedSource) -> Part:
@@ -224,6 +225,12 @@ def _count(sources: Sequence[EncodedSource], rows: ChosenRows, order: NDArray[np
         longest_tokens=int(lengths.max(initial=0)),
         dropped_reasons=dict(sorted(reasons.items())),
     )
+
+
+def _notes(sources: Sequence[EncodedSource], *, evaluation: bool = False) -> tuple[str, ...]:
+    """What the sources have to tell, lost rows among it, each thing once."""
+    notes = ((*source.notices, *dropped_notes(source.name, source.counts, evaluation=evaluation)) for source in sources)
+    return tuple(dict.fromkeys(chain.from_iterable(notes)))
 
 
 def _leaks(data: DataSection, train: ChosenRows, evaluation: ChosenRows | None) -> list[str]:

@@ -43,9 +43,9 @@ def _read_message(value: Any, label: str) -> Message:
         if role != "assistant":
             raise DataError(f"'{label}' has tool_calls, but its role is {role!r}", "only the assistant calls tools")
         extra["tool_calls"] = _read_tool_calls(calls, f"{label}.tool_calls")
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if value.get(name) is not None:
-            extra[name] = check_text(value[name], f"{label}.{name}")
+    for name, part in value.items():
+        if part not in (None, "", [], {}) and name not in ("role", "content", "weight", "tool_calls"):
+            extra[name] = check_text(part, f"{label}.{name}") if isinstance(part, str) else read_json(part, label)
     return Message(role, _read_content(value, label, bool(calls)), _read_weight(value, label), extra)
 
 

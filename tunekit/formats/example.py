@@ -13,7 +13,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `extra` holds tool_calls, name, tool_call_id. `trained` is false where the row says so."""
+    """One turn; `extra` holds tool_calls and whatever else it has. `trained` is false where the row says so."""
 
     role: str
     content: str

@@ -56,8 +56,9 @@ def _read_turn(turn: Any, label: str) -> Message:
         how = f"{named_nearly(sender, ROLES_BY_SENDER)}known: {', '.join(ROLES_BY_SENDER)}"
         raise DataError(f"'{label}' is from the unknown sender {str(sender)[:40]!r}", how)
     value = read_text(turn, "value", where=f"{label}.")
+    message = {name: part for name, part in turn.items() if name not in ("from", "value")}
+    message |= {"role": ROLES_BY_SENDER[sender], "content": value}
     if sender == "function_call":
         calls = read_json(value, f"{label}.value")
-        message = {"role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
-        return read_messages([message], label)[0]
-    return Message(ROLES_BY_SENDER[sender], value)
+        message |= {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return read_messages([message], label)[0]

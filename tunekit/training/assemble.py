@@ -6,14 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.data.batching.windows import evaluation_batches
-from tunekit.data.encoding.sources import read_template
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
@@ -27,7 +25,7 @@ from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
 from tunekit.training.trial import make_splitting, probe_model, split_evaluation_noted, try_longest_batch
-from tunekit.tuned.evaluator import Evaluator
+from tunekit.tuned.evaluator import Evaluator, questions_for
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 from tunekit.tuned.scores import summed_evaluation
@@ -147,9 +145,9 @@ def _make_evaluate(
         rows.objective,
         session.devices,
         rows.evaluation,
-        rows.evaluation_prompts,
+        questions_for(rows, recipe.evaluation.metrics),
         recipe.evaluation,
-        template=None if recipe.data.chat_template is None else read_template(Path(recipe.data.chat_template)),
+        template=rows.template,
         on_split=split_evaluation_noted(session, state),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Window
-from tunekit.errors import Stopped
+from tunekit.errors import InputError, Problem, Stopped
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.divergence import watch_loss
 from tunekit.training.readings import Reading, Waiting, check_finite, start_reading
@@ -26,15 +26,24 @@ CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
 
 def run_loop(run: Run) -> None:
-    """Train from where the run is to its last step.
+    """Train from where the run is to its end. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
+    state, waiting = run.state, Waiting()
+    try:
+        _make_steps(run, waiting)
+    except InputError as error:
+        if run.devices.world > 1 or state.step == state.saved_step:  # another rank may be in the middle of a step
+            raise
+        _settle(run, waiting)
+        _save(run)
+        saved = Problem(f"the checkpoint of step {state.step} is written", "mend it, and go on with --resume")
+        raise InputError.of([*error.problems, saved]) from error
 
-    Raises: NumericsError; Stopped, after a checkpoint.
-    """
+
+def _make_steps(run: Run, waiting: Waiting) -> None:
     state = run.state
     with run.model.training_mode(True):
         _evaluate_if_due(run)  # before training; and a signal may have cut one short before the resume
-        waiting = Waiting()
-        _stop_if_asked(run, True, waiting)
+        _stop_if_asked(run, waiting)
         if state.stopped_early:
             return
         for window in run.windows.windows(state.step):
@@ -45,10 +54,9 @@ def run_loop(run: Run) -> None:
                 _settle(run, waiting)
             saved_best = _evaluate_if_due(run)
             last = state.step == run.windows.steps or state.stopped_early
-            saved = saved_best or last or state.step % run.training.save_steps == 0
-            if saved:
+            if saved_best or last or state.step % run.training.save_steps == 0:
                 _save(run)
-            _stop_if_asked(run, saved, waiting)
+            _stop_if_asked(run, waiting)
             if last:
                 break
 
@@ -77,10 +85,7 @@ def _make_step(run: Run, window: Window) -> Reading:
 
 
 def _settle(run: Run, waiting: Waiting) -> None:
-    """Wait for the numbers of the steps that were sent off, check and record them.
-
-    Raises: NumericsError.
-    """
+    """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
     state = run.state
     for reading in waiting.readings:
         loss, norm = reading.read()
@@ -175,20 +180,18 @@ def _evaluate_if_due(run: Run) -> bool:
 
 
 def _save(run: Run) -> None:
+    run.state.saved_step = run.state.step
     with timed(run.state.seconds, "save"):
         run.save()
 
 
-def _stop_if_asked(run: Run, saved: bool, waiting: Waiting) -> None:
-    """End the run where a signal asked for it.
-
-    Raises: Stopped, after a checkpoint.
-    """
+def _stop_if_asked(run: Run, waiting: Waiting) -> None:
+    """End the run where a signal asked for it. Raises: Stopped, after a checkpoint."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
     if not number:
         return
     _settle(run, waiting)
-    if step and not saved:
+    if step > run.state.saved_step:
         _save(run)
     name = Signals(number).name
     if not step:

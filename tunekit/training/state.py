@@ -32,6 +32,7 @@ class LoopState:
     scale: LossScale = field(default_factory=LossScale)
     step: int = 0  # optimizer steps made, skipped ones counted
     updates: int = 0  # steps that changed weights; the schedule's clock
+    saved_step: int = 0
     evaluated_step: int = -1
     best_step: int | None = None
     best_value: float | None = None

@@ -34,7 +34,7 @@ def adapter_losses(
         problems = row_problems(model, tokenizer, objective, [rows], tuned.virtual_tokens)
         if problems:
             raise ModelError.of(problems)
-        evaluator = Evaluator(tuned, objective, devices, rows, list, settings, metric_names=("loss",))
+        evaluator = Evaluator(tuned, objective, devices, rows, (), settings, metric_names=("loss",))
         losses[name] = evaluator.evaluate()[1]["loss"]
     adapters.switch(None)
     return losses

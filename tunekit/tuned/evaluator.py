@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.windows import evaluation_batches
-from tunekit.data.rows import Prompt
+from tunekit.data.rows import Prompt, RowSet
 from tunekit.machine.devices import Devices
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, needs_generation
@@ -28,7 +28,7 @@ class Evaluator:
     objective: Objective
     devices: Devices
     rows: Rows
-    questions: Callable[[], Sequence[Prompt]]  # asked for only where a metric needs answers
+    questions: Sequence[Prompt]  # see questions_for
     settings: EvaluationSection
     metric_names: tuple[str, ...] = ()
     template: str | None = None  # of the questions, where it is not the tokenizer's own
@@ -42,18 +42,26 @@ class Evaluator:
         texts = [name for name in wanted if needs_generation(name)]
         computed = sums.metrics([name for name in wanted if name not in texts])
         if texts:
-            questions = self.questions()
             answers = answer_questions(
                 self.model,
                 self.objective,
-                questions,
+                self.questions,
                 self.devices,
                 max_new_tokens=self.settings.max_new_tokens,
                 batch_size=self.settings.batch_size,
                 template=self.template,
             )
-            computed |= text_metrics(texts, answers, [question.reference for question in questions])
+            computed |= text_metrics(texts, answers, [question.reference for question in self.questions])
         return sums, {name: computed[name] for name in wanted}
+
+
+def questions_for(rows: RowSet, metric_names: Sequence[str]) -> Sequence[Prompt]:
+    """The prompts of the evaluation rows where one of these metrics, or of the objective's, needs answers.
+
+    They are read here and now: the files may have moved by the time of an evaluation.
+    """
+    names = [*rows.objective.metrics, *metric_names]
+    return rows.evaluation_prompts() if any(needs_generation(name) for name in names) else ()
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:

@@ -38,7 +38,7 @@ def export_adapter(
     chat_template: str | None,
     fingerprint: str | None,
 ) -> int:
-    """Write the adapter's folder whole or not at all; returns its bytes. `chat_template`: a file of the recipe's."""
+    """Write the adapter's folder whole or not at all; returns its bytes. `chat_template`: the recipe's, as text."""
     return save_adapter_folder(
         adapter,
         folder,
@@ -49,7 +49,7 @@ def export_adapter(
         quantization=base.facts.quantization,
         double_quantization=base.facts.double_quantization,
         task_type=base.family.task_type,
-        chat_template=None if chat_template is None else read_template(Path(chat_template)),
+        chat_template=chat_template,
         objective=_objective_facts(objective),
     )
 
@@ -123,7 +123,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
         filled=True,
     )
     adapter.load_state(_adapter_state(found.tensors, found.facts["layout"]))
-    return export_adapter(folder, base, adapter, objective, recipe.data.chat_template, fingerprint)
+    path = recipe.data.chat_template
+    template = None if path is None else read_template(Path(path))
+    return export_adapter(folder, base, adapter, objective, template, fingerprint)
 
 
 def _adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> dict[str, Tensor]:

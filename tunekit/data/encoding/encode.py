@@ -23,14 +23,16 @@ from tunekit.recipe.names import facts_of, formats_of
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
 TOO_LONG = "longer than max_length"
+NAMED = "the recipe says so"
 
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows; `dropped` by reason."""
+    """What became of a source's rows; `dropped` by reason, `longest_tokens` the size of the longest before a cut."""
 
     read: int = 0
     kept: int = 0
+    longest_tokens: int = 0
     truncated: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -63,7 +65,7 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
     if named not in ("auto", *fitting):
         raise DataError(f"the objective does not learn from the format {named}", f"its formats: {', '.join(fitting)}")
     if named != "auto":
-        return named, "the recipe says so"
+        return named, NAMED
     for name in fitting:
         required = facts_of("formats", name).REQUIRED
         if all(field in values for field in required):
@@ -118,6 +120,7 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
     if row.supervised == 0:
         raise Dropped(NO_TARGET)
     length, most = row.size, options.max_length
+    counts.longest_tokens = max(counts.longest_tokens, length)
     if length <= most:
         return [row]
     if options.excess_length == "error":

@@ -12,6 +12,7 @@ from pathlib import Path
 from tunekit.contracts import Objective
 from tunekit.data.batching.stream import StreamedSource
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.encoding.sources import EncodedSource, encoding_facts
 from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_memory
@@ -51,8 +52,10 @@ def sample_source(source: Source, number: int, objective: Objective, options: En
         writer.add(*piece)
     problems.raise_if_any()
     name = Path(source.path).name
-    notices = [f"{name}: format {format_name} ({reason}); streamed, shuffled by shard and buffer"]
-    notices += [f"{name}: {count} of the first {len(rows)}: {what}" for what, count in encoder.notices.items()]
+    notices = [format_note(name, format_name, reason, filled_columns(rows[0].values))]
+    notices += [f"{name}: streamed, shuffled by shard and buffer"]
+    head = f"{name}, first {len(rows):,} rows"
+    notices += [counted_note(head, count, what) for what, count in encoder.notices.items()]
     fingerprint = hash_of([sharded.content, *encoding_facts(source, objective, options)])
     store = store_from_memory(objective.layout, streams)
     sample = EncodedSource(source, store, name, counts, tuple(notices), fingerprint)

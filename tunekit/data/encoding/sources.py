@@ -16,6 +16,7 @@ from typing import Any
 from tunekit.contracts import Objective
 from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
@@ -85,8 +86,8 @@ def load_source(source: Source, objective: Objective, options: EncodeOptions, *,
     encode = partial(_encode_into, source=source, objective=objective, options=options)
     store, facts = cached_store(cache_folder, key, objective.layout, encode)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
-    lead = f"{name}: format {facts['format']} ({facts['reason']})"
-    notices = (lead, *(f"{name}: {number} {what}" for what, number in facts["notices"].items()))
+    lead = format_note(name, facts["format"], facts["reason"], facts["columns"])
+    notices = (lead, *(counted_note(name, number, what) for what, number in facts["notices"].items()))
     return EncodedSource(source, store, name, counts, notices, fingerprint)
 
 
@@ -105,23 +106,24 @@ def encoding_facts(source: Source, objective: Objective, options: EncodeOptions)
 
 def _encode_into(writer: StoreWriter, source: Source, objective: Objective, options: EncodeOptions) -> Facts:
     problems, counts = Problems(), SourceCounts()
-    rows, format_name, reason = open_rows(source, objective.example, problems)
+    rows, first, format_name, reason = open_rows(source, objective.example, problems)
     encoder = SourceEncoder(format_maker(format_name), objective.row_encoder(options), source.path)
     found = outcomes(rows, encoder, objective, options)
     for piece in encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts):
         if not problems.count:
             writer.add(*piece)
     problems.raise_if_any()
-    facts: dict[str, Any] = {"format": format_name, "reason": reason}
     return {
-        **facts,
+        "format": format_name,
+        "reason": reason,
+        "columns": filled_columns(first.values),
         "counts": {**vars(counts), "dropped": dict(counts.dropped)},
         "notices": dict(encoder.encoder.notices),
     }
 
 
-def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], str, str]:
-    """The raw rows of a source, its format and why. Raises: DataError where there is no row at all."""
+def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], RawRow, str, str]:
+    """The raw rows of a source, the first of them, its format and why. Raises: DataError where there is no row."""
     rows = read_source(source, problems)
     first = next(rows, None)
     if first is None:
@@ -132,13 +134,13 @@ def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterato
     except DataError as error:
         problem = error.problems[0]
         raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
-    return chain([first], rows), format_name, reason
+    return chain([first], rows), first, format_name, reason
 
 
 def read_examples(source: Source, objective: Objective, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
     """Some examples of a source that was encoded before, by their numbers from 0, each with its line."""
     problems = Problems()
-    rows, format_name, _ = open_rows(source, objective.example, problems)
+    rows, _, format_name, _ = open_rows(source, objective.example, problems)
     make_example = format_maker(format_name)
     for number, raw in enumerate(rows):
         if number in numbers:

@@ -1,6 +1,6 @@
-"""Collecting what is wrong with a file's rows: the first twenty in full, the rest counted.
+"""Collecting what is wrong with a file's rows: what repeats is said once, with its other rows; twenty things in full.
 
-A problem with a key has its cause in the recipe and not in the row: it is said once, with its other rows.
+Comes in: problems with their places.  Goes out: one DataError.
 """
 
 from __future__ import annotations
@@ -19,35 +19,30 @@ class Problems:
 
     shown: list[Problem] = field(default_factory=list)
     count: int = 0
-    others: dict[Problem, list[int]] = field(default_factory=dict)  # of those said once: lines beyond the first
+    others: dict[Problem, list[int]] = field(default_factory=dict)  # lines beyond the first that have the same
 
-    def add(self, file: str, line: int, what: str, how: str = "") -> None:
+    def add(self, file: str, line: int, what: str, how: str = "", key: str | None = None) -> None:
         """One problem at a place."""
+        problem = Problem(what, how, file, line, key)
+        same = next((known for known in self.shown if replace(known, line=line) == problem), None)
+        if same is not None:
+            self.others.setdefault(same, []).append(line)
+            return
         self.count += 1
         if len(self.shown) < MOST_SHOWN:
-            self.shown.append(Problem(what, how, file, line))
+            self.shown.append(problem)
 
     def add_error(self, file: str, line: int, error: TunekitError) -> None:
         """The problems of an error that does not know where it happened."""
         for problem in error.problems:
-            if problem.key is None:
-                self.add(file, line, problem.what, problem.how)
-            else:
-                self._add_once(replace(problem, file=file, line=line), line)
-
-    def _add_once(self, problem: Problem, line: int) -> None:
-        for known in self.shown:
-            if replace(known, line=line) == problem:
-                self.others.setdefault(known, []).append(line)
-                return
-        self.count += 1
-        self.shown.append(problem)
+            self.add(file, line, problem.what, problem.how, problem.key)
 
     def raise_if_any(self) -> None:
-        """One DataError with every problem shown, in the order found."""
+        """One DataError with every problem shown, by line."""
         if not self.shown:
             return
-        problems = [_counted(problem, self.others.get(problem, [])) for problem in self.shown]
+        in_order = sorted(self.shown, key=lambda problem: problem.line or 0)
+        problems = [_counted(problem, self.others.get(problem, [])) for problem in in_order]
         if self.count > len(problems):
             problems.append(Problem(f"and {self.count - len(problems)} more problems", file=problems[-1].file))
         raise DataError.of(problems)

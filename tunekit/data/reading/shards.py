@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 
-from tunekit.data.reading.data_file import DataFile, inspect_file
+from tunekit.data.reading.data_file import DataFile, inspect_file, open_bytes
 from tunekit.data.reading.lines import LONGEST_LINE_BYTES, RawRow, parse_line
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import is_hub_name, prepare_rows, read_row_groups, read_source, row_group_sizes
@@ -121,7 +121,7 @@ def _row_groups(file: DataFile) -> tuple[tuple[Shard, ...], int]:
 
 def _read_lines(file: DataFile, shard: Shard, problems: Problems) -> Iterator[RawRow]:
     name = str(file.path)
-    with file.path.open("rb") as stream:
+    with open_bytes(file) as stream:
         stream.seek(shard.start)
         number = shard.before
         while stream.tell() < shard.stop and (raw := stream.readline(LONGEST_LINE_BYTES)):

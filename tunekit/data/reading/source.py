@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -25,9 +26,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path names a data set of the hub. The recipe makes every local path absolute."""
-    local = Path(path).exists() or Path(path).suffix.lower() in (*KINDS, ".gz")
-    return not local and bool(_HUB_NAME.fullmatch(path))
+    """Whether a path names a data set of the hub.
+
+    Local paths are absolute by now, or begin with a dot: what the working directory holds of that name is not meant.
+    """
+    return bool(_HUB_NAME.fullmatch(path)) and Path(path).suffix.lower() not in (*KINDS, ".gz")
 
 
 def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
@@ -55,9 +58,13 @@ def _check_columns(source: Source, row: RawRow) -> None:
     absent = [name for name in source.columns if name not in row.values]
     if absent:
         there = ", ".join(f"'{name}'" for name in row.values)
+        turned = {column: field for field, column in source.columns.items()}
+        written = ", ".join(f"{column}: {field}" for column, field in turned.items())
         raise DataError(
             f"no column '{absent[0]}', which data.train[].columns maps; the first row has {there}",
-            "name a column that is there",
+            f"columns maps the file's column to the format's field: write columns: {{{written}}}"
+            if set(turned) <= set(row.values)
+            else "name a column that is there",
             file=source.path,
             line=row.line,
         )
@@ -162,27 +169,39 @@ def row_group_sizes(file: DataFile) -> list[int]:
 
 def _read_hub(source: Source) -> Iterator[RawRow]:
     """Rows of a hub data set; a streamed one is read over the network as it is used."""
-    import datasets
-
-    datasets.disable_progress_bars()
+    rows = _load_hub(source, streaming=source.streaming)
     try:
-        loaded = datasets.load_dataset(
-            source.path, split=source.split, revision=source.revision, streaming=source.streaming
-        )
-    except Exception as error:  # datasets raises whatever its loaders, the hub or the network raise
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(
-            f"no such file, and the hub's data set cannot be loaded: {first}",
-            "check data.train[].path, split and revision, and the network",
-            file=source.path,
-        ) from None
-    for number, values in enumerate(loaded, 1):
-        yield RawRow(number, dict(values))
+        for number, values in enumerate(rows, 1):
+            yield RawRow(number, dict(values))
+    except Exception as error:  # the network, or a damaged file
+        raise _hub_error(source, error) from error
 
 
 def hub_fingerprint(source: Source) -> str:
     """What changes when the data set's content changes, as datasets itself computes it."""
+    return str(_load_hub(source, streaming=False)._fingerprint)
+
+
+def _load_hub(source: Source, *, streaming: bool) -> Any:
+    """The data set; without a network, the copy that datasets has kept of it. Raises: DataError."""
     import datasets
 
-    loaded = datasets.load_dataset(source.path, split=source.split, revision=source.revision)
-    return str(loaded._fingerprint)
+    datasets.disable_progress_bars()
+    path = f"hf://datasets/{source.path}" if Path(source.path).exists() else source.path  # which is no folder here
+    printed = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # of each retry, a line
+    try:
+        return datasets.load_dataset(path, split=source.split, revision=source.revision, streaming=streaming)
+    except Exception as error:  # datasets raises whatever its loaders, the hub or the network raise
+        raise _hub_error(source, error) from error
+    finally:
+        logging.disable(printed)
+
+
+def _hub_error(source: Source, error: Exception) -> DataError:
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return DataError(
+        f"no such file, and the hub's data set cannot be loaded: {first}",
+        "check path, split and revision, and the network; without one, only data sets loaded before can be read",
+        file=source.path,
+    )

@@ -13,7 +13,6 @@ from tunekit.contracts import Tokenizer
 from tunekit.errors import DataError
 
 PLACEHOLDER = "\ue000"  # a private-use character; no tokenizer's special token holds it
-STRUCTURE = ("role", "type")  # values that the formats have checked; everything else is the data's own text
 
 
 class ControlTokens:
@@ -29,6 +28,10 @@ class ControlTokens:
         """Whether any text inside `value` spells a control token."""
         return self._pattern is not None and self.neutralized(value) != value
 
+    def without_last(self, text: str) -> str:
+        """`text` without a control token at its end."""
+        return text if self._pattern is None else re.sub(rf"(?:{self._pattern.pattern})\Z", "", text)
+
     def neutralized(self, value: Any) -> Any:
         """`value` with every spelled control token replaced by as many placeholders."""
         if self._pattern is None:
@@ -36,7 +39,7 @@ class ControlTokens:
         if isinstance(value, str):
             return self._pattern.sub(lambda match: PLACEHOLDER * len(match.group()), value)
         if isinstance(value, Mapping):
-            return {key: part if key in STRUCTURE else self.neutralized(part) for key, part in value.items()}
+            return {self.neutralized(key): self.neutralized(part) for key, part in value.items()}
         if isinstance(value, Sequence):
             return [self.neutralized(part) for part in value]
         return value
@@ -51,7 +54,8 @@ def encode_trusted(
     """
     if neutral == text:
         return tokenizer.encode_with_offsets(text)
-    if len(neutral) != len(text):
+    pairs = zip(text, neutral, strict=False)
+    if len(neutral) != len(text) or any(blotted not in (own, PLACEHOLDER) for own, blotted in pairs):
         raise DataError(
             "the row spells a special token of the tokenizer, and the chat template rewrites it",
             "remove that text from the row",

@@ -7,6 +7,7 @@ offsets.  Text of the data that spells a special token stays text: only the temp
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
 from tunekit.data.rendering.turns import Span, TurnFinder, last_answer
 from tunekit.errors import DataError
-from tunekit.formats.example import ChatExample, CompletionExample, Example, Message, TextExample
+from tunekit.formats.example import ChatExample, Example, Message, TextExample
 
 Mask = NDArray[np.bool_]  # (T,)
 
@@ -28,6 +29,12 @@ EMPTY_TEXT = "empty text"
 NO_ANSWER = "no answer to train on"
 NO_TEMPLATE = "rows written as plain prompt and answer: the tokenizer has no chat template"
 EOS_ADDED = "rows whose last turn the chat template does not end; the end-of-sequence token was added"
+SPELLED = (
+    "warning: rows that spell a special token, which stays text: only a chat template makes special tokens; "
+    "write conversations as messages (format chat)"
+)
+UNSAID = ("name", "tool_call_id", "tool_calls")  # need not be written; of tool_calls, turns.py sees to it
+REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # one thing, as several models name it
 MERGED_BOUNDARY = "rows whose first answer token holds the prompt's last characters too; it is trained on"
 
 
@@ -57,9 +64,9 @@ class Renderer:
         example = self._readable(example)
         if isinstance(example, ChatExample):
             return self._chat_sequence(example)
-        if isinstance(example, CompletionExample):
-            return self._completion_sequence(example)
-        return self._text_sequence(example)
+        if isinstance(example, TextExample):
+            return self._plain_sequence("", example.text, EMPTY_TEXT)
+        return self._plain_sequence(example.prompt, example.completion, EMPTY_ANSWER)
 
     def prompt(self, example: Example) -> tuple[list[int], str] | None:
         """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
@@ -67,7 +74,7 @@ class Renderer:
         if found is None:
             return None
         text, ids, answer = found
-        return (self._begin() + self.tokenizer.encode(text) if ids is None else ids), answer
+        return (self._plain(text) if ids is None else ids), answer
 
     def source(self, example: Example) -> tuple[str, list[int] | None, str] | None:
         """What comes before the last answer, and the answer's text: plain text, or a rendered conversation's ids."""
@@ -77,13 +84,15 @@ class Renderer:
             return None if index is None else ("", self._turns_before(example, index), example.messages[index].content)
         if isinstance(example, TextExample) or not example.completion:
             return None
-        return example.prompt, None, example.completion
+        prompt, completion = self._begun(example.prompt)[1], self._unended(example.completion)
+        self._count_spelled(prompt + completion)
+        return prompt, None, completion
 
     def question(self, text: str) -> list[int]:
         """Ids of a user's turn up to where the answer begins; of the plain text where there is no template."""
         if self.has_template:
             return self._turns_before(ChatExample((Message("user", text),)), 1)
-        return self._begin() + self.tokenizer.encode(text)
+        return self._plain(text)
 
     def _readable(self, example: Example) -> Example:
         """The example, or how it is written where the tokenizer has no chat template."""
@@ -92,27 +101,48 @@ class Renderer:
         self.notices[NO_TEMPLATE] += 1
         return example.without_template
 
-    def _begin(self) -> list[int]:
-        """The beginning-of-sequence token where this tokenizer puts it before text."""
-        return [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
+    def _plain(self, text: str) -> list[int]:
+        """Ids of text that no template wrote and that goes on."""
+        begin, text = self._begun(text)
+        return begin + self.tokenizer.encode(text, special_tokens_in_text=False)
+
+    def _begun(self, text: str) -> tuple[list[int], str]:
+        """The beginning-of-sequence token where this tokenizer puts it before text, and the text without it."""
+        bos = self.tokenizer.bos_id
+        if bos is None or not self.tokenizer.adds_bos:
+            return [], text
+        return [bos], text.removeprefix(self.tokenizer.decode([bos]))
+
+    def _unended(self, text: str) -> str:
+        """The text without the end-of-sequence token that it may end with."""
+        eos = self.tokenizer.eos_id
+        return text if eos is None else text.removesuffix(self.tokenizer.decode([eos]))
+
+    def _count_spelled(self, text: str) -> None:
+        if self._control.spelled_in(text):
+            self.notices[SPELLED] += 1
 
     def _turns_before(self, example: ChatExample, index: int) -> list[int]:
         """Ids of the turns before one, and of what the template writes where an answer begins."""
-        self._need_template()
+        self._need_template(example)
         text = self._turns.render(example.messages[:index], example.tools, add_generation_prompt=True)
         neutral = self._turns.render_neutral(example.messages[:index], example.tools, add_generation_prompt=True)
         return encode_trusted(text, neutral, self.tokenizer, self._control)[0]
 
-    def _need_template(self) -> None:
-        if not self.has_template:
-            raise DataError(
-                "a conversation, but the tokenizer has no chat template",
-                "name a Jinja file",
-                key="data.chat_template",
-            )
+    def _need_template(self, example: ChatExample) -> None:
+        """Refuse a conversation without a template, or with fields that the template does not read."""
+        written, key = self.template or self.tokenizer.chat_template, "data.chat_template"
+        if written is None:
+            raise DataError("a conversation, but the tokenizer has no chat template", "name a Jinja file", key=key)
+        for name in dict.fromkeys(name for message in example.messages for name in message.extra):
+            if name in UNSAID or reads_field(written, name):
+                continue
+            other = next((other for other in REASONING if name in REASONING and reads_field(written, other)), None)
+            how = f"it reads '{other}': rename the field" if other else "take the field out, or give another template"
+            raise DataError(f"the chat template does not read '{name}' of a message", how, key=key)
 
     def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Mask]:
-        self._need_template()
+        self._need_template(example)
         conversation = self._turns.find(example, self.train_on)
         if not conversation.spans and self.train_on != "all":
             raise Dropped(EMPTY_ANSWER if conversation.empty_answers else NO_ANSWER)
@@ -128,34 +158,32 @@ class Renderer:
             ids, trained = [*ids, eos], np.append(trained, True)
         return ids, trained
 
-    def _completion_sequence(self, example: CompletionExample) -> tuple[list[int], Mask]:
-        if not example.completion:
-            raise Dropped(EMPTY_ANSWER)
-        ids, offsets = self.tokenizer.encode_with_offsets(example.prompt + example.completion)
-        start = len(example.prompt)
-        filled = fill_gaps(offsets)
-        if self.train_on == "all":
-            trained = np.ones(len(ids), dtype=np.bool_)  # (T,)
-        else:
-            trained = mark_spans(filled, [Span(start, start + len(example.completion))])
+    def _plain_sequence(self, prompt: str, trained_text: str, empty: str) -> tuple[list[int], Mask]:
+        """Text that no template wrote, with the tokens that begin and end a sequence; the last of them is trained on.
+
+        The text may spell these two itself. Whatever else in it spells a special token stays text.
+        """
+        if not trained_text:
+            raise Dropped(empty)
+        whole = prompt + trained_text
+        begin, text = self._begun(whole)
+        start = 0 if self.train_on == "all" else max(0, len(prompt) - len(whole) + len(text))
+        text = self._unended(text)
+        self._count_spelled(text)
+        ids, offsets = self.tokenizer.encode_with_offsets(text, special_tokens_in_text=False)
+        trained = np.ones(len(ids), dtype=np.bool_)  # (T,)
+        if start:
+            filled = fill_gaps(offsets)
+            trained = mark_spans(filled, [Span(start, len(text))])
             if any(first < start < end for first, end in filled):
                 self.notices[MERGED_BOUNDARY] += 1
-        return self._finish_plain(ids, trained)
+        end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        return [*begin, *ids, *end], np.concatenate([[False] * len(begin), trained, [True] * len(end)]).astype(np.bool_)
 
-    def _text_sequence(self, example: TextExample) -> tuple[list[int], Mask]:
-        if not example.text:
-            raise Dropped(EMPTY_TEXT)
-        ids = self.tokenizer.encode(example.text)
-        return self._finish_plain(ids, np.ones(len(ids), dtype=np.bool_))
 
-    def _finish_plain(self, ids: list[int], trained: Mask) -> tuple[list[int], Mask]:
-        """Put BOS before where the tokenizer does, and a trained EOS after; neither where the text has it already."""
-        begin, eos = self._begin(), self.tokenizer.eos_id
-        if begin and ids[:1] != begin:
-            ids, trained = begin + ids, np.insert(trained, 0, False)
-        if eos is not None and ids[-1:] != [eos]:
-            ids, trained = [*ids, eos], np.append(trained, True)
-        return ids, trained
+def reads_field(template: str, name: str) -> bool:
+    """Whether a template names a field: `message.name`, `message['name']`, `'name' in message`."""
+    return re.search(rf"[.'\"]{re.escape(name)}\b", template) is not None
 
 
 def fill_gaps(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

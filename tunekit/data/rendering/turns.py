@@ -29,11 +29,10 @@ _MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) to train on; `marked` by the template itself."""
+    """Characters [start, end) to train on."""
 
     start: int
     end: int
-    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class TurnFinder:
 
     def render_neutral(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False) -> str:
         """The same with special tokens that the data spells blotted out."""
-        rows = self._control.neutralized([message.as_dict() for message in messages])
+        rows = [{**self._control.neutralized(message.as_dict()), "role": message.role} for message in messages]
         return self._render(rows, self._control.neutralized(tools), add_generation_prompt, self._template)
 
     def _render(self, rows: Any, tools: Any, add_generation_prompt: bool, template: str | None) -> str:
@@ -127,7 +126,7 @@ class TurnFinder:
             if part == _OPENING:
                 opened = position
             elif part == _CLOSING:
-                spans.append(Span(opened, position, marked=True))
+                spans.append(Span(opened, position))
             else:
                 position += len(part)
         answers = [index for index, message in enumerate(example.messages) if message.role == "assistant"]
@@ -142,6 +141,8 @@ class TurnFinder:
             upto = text if complete else self.render(messages[: index + 1], tools)
         except DataError:
             return None
+        if not text.startswith(upto):
+            upto = self._control.without_last(upto)  # which may end the whole conversation, as in Phi-3's template
         if not text.startswith(upto):
             return None
         start = self._answer_start(messages, index, tools, upto)
@@ -201,17 +202,20 @@ class TurnFinder:
             self._notices[TOOLS_IGNORED] += 1
 
     def close(self, span: Span, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Span:
-        """The span up to its end-of-turn token: whitespace that the template writes after it is not the model's."""
+        """The span up to its end-of-turn token: whitespace that the template writes after it is not the model's.
+
+        Where a turn has none, as in GLM-4's template, the control token that opens the next turn ends it.
+        """
         first = bisect_right([end for _, end in offsets], span.start)
         stop = bisect_left([start for start, _ in offsets], span.end)
         for token in range(stop - 1, first - 1, -1):
             start, end = offsets[token]
             if ids[token] in self._control.ids or ids[token] == self._tokenizer.eos_id:
-                return Span(span.start, end, span.marked)
+                return Span(span.start, end)
             if text[start:end].strip():
                 break
-        if span.marked and stop < len(ids) and ids[stop] in self._control.ids and offsets[stop][0] == span.end:
-            return Span(span.start, offsets[stop][1], span.marked)
+        if stop < len(ids) and ids[stop] in self._control.ids and offsets[stop][0] == span.end:
+            return Span(span.start, offsets[stop][1])
         return span
 
 

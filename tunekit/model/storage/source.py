@@ -33,6 +33,7 @@ class ModelSource:
 def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
     """Resolve the name; for a hub name download what is missing (weights only where asked for).
 
+    Paths are absolute by now, or begin with a dot: `org/name` is of the hub, whatever the working directory holds.
     Raises: ModelError where there is no such folder, file, repository or revision.
     """
     name = section.name_or_path
@@ -40,8 +41,9 @@ def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
     if built_in is not None:
         return ModelSource(name, built_in)
     path = Path(name).expanduser()
+    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf"
     try:
-        mode = path.stat().st_mode
+        mode = path.stat().st_mode if local else None
     except (OSError, ValueError):
         mode = None
     if mode is not None and stat.S_ISDIR(mode):
@@ -52,7 +54,7 @@ def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but not a .gguf file", "give the model's folder", key=KEY)
         return ModelSource(name, path.parent, gguf_file=path.name)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf":
+    if local:
         raise ModelError(f"there is no folder or file {name}", "check the path", key=KEY)
     return _from_hub(section, weights)
 
@@ -77,7 +79,9 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"{section.name_or_path} is not on this machine and the hub cannot be reached",
-            "give a local folder",
+            "give a local folder"
+            if not Path(section.name_or_path).exists()
+            else "give the path of the folder as ./name",
             key=KEY,
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:

@@ -86,19 +86,23 @@ def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """The special token that follows an answer in the chat template, as a list of none or one."""
+    """The special token that follows a last answer in the chat template, else the one that follows an earlier answer,
+    as a list of none or one."""
     if template is None and tokenizer.chat_template is None:
         return []
-    turns = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
-    try:
-        text = tokenizer.render(turns, template=template)
-    except DataError:  # a template that refuses plain turns says nothing about their end
-        return []
-    _, found, after = text.rpartition(PROBE_ANSWER)
-    ids = tokenizer.encode(after) if found and after.strip() else []
+    question = {"role": "user", "content": PROBE_QUESTION}
+    turns = [question, {"role": "assistant", "content": PROBE_ANSWER}]
     special = tokenizer.special_ids
-    first = next((token_id for token_id in ids if tokenizer.decode([token_id]).strip() or token_id in special), None)
-    return [first] if first is not None and first in special else []
+    for asked in (turns, [*turns, question]):
+        try:
+            _, found, after = tokenizer.render(asked, template=template).rpartition(PROBE_ANSWER)
+        except DataError:  # a template that refuses plain turns says nothing about their end
+            return []
+        ids = tokenizer.encode(after) if found else []
+        first = next((token for token in ids if tokenizer.decode([token]).strip() or token in special), None)
+        if first in special:
+            return [first]
+    return []
 
 
 def _settings(

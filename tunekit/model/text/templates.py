@@ -5,6 +5,7 @@ Comes in: a template and messages.  Goes out: text, or DataError with what the t
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import threading
@@ -29,17 +30,73 @@ class _TimeUp(Exception):
     pass
 
 
+class _Refused(DataError):
+    pass
+
+
+Messages = Sequence[dict[str, Any]]
+
+
 def render_template(
     native: Any,
     template: str,
-    messages: Sequence[dict[str, Any]],
+    messages: Messages,
     tools: Sequence[dict[str, Any]] | None,
     add_generation_prompt: bool,
 ) -> str:
-    """The template applied to messages.
+    """The template applied to messages, whose content is text and whose tool calls have objects as arguments.
 
+    A template that cannot write these gets the content as a list of text parts, or the arguments as JSON text.
     Raises: DataError where the template refuses, is no template, takes too long or writes too much.
     """
+    parts = [_with_parts(message) for message in messages]
+    forms = [messages, parts, *([_with_text_arguments(message) for message in form] for form in (messages, parts))]
+    written: list[str] = []
+    refusals: list[_Refused] = []
+    for number, form in enumerate(forms):
+        if form in forms[:number]:
+            continue
+        try:
+            written.append(_apply(native, template, form, tools, add_generation_prompt))
+        except _Refused as error:
+            refusals.append(error)
+            continue
+        if _is_written(messages, written[-1]):
+            return written[-1]
+    if not written:
+        raise refusals[0]
+    return written[0]
+
+
+def _is_written(messages: Messages, text: str) -> bool:
+    """Whether contents stand in the text, and no arguments as Python would print them."""
+    contents = [message["content"].strip() for message in messages if isinstance(message.get("content"), str)]
+    objects = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
+    said = [content for content in contents if content]
+    printed = any(part and isinstance(part, dict) and str(part) in text for part in objects)
+    return not printed and (not said or any(content in text for content in said))
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return message if not isinstance(content, str) else {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = []
+    for call in message.get("tool_calls", ()):
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({"type": "function", **call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _apply(
+    native: Any,
+    template: str,
+    messages: Messages,
+    tools: Sequence[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+) -> str:
     try:
         with _memory_limit(), _time_limit(), _fixed_day(template):
             text = native.apply_chat_template(
@@ -57,7 +114,7 @@ def render_template(
         raise DataError("the chat template, or the row, nests too deeply") from error
     except Exception as error:  # a template may raise anything
         reason = str(error).strip() or type(error).__name__
-        raise DataError(f"the chat template refused the row: {reason}", key=KEY) from error
+        raise _Refused(f"the chat template refused the row: {reason}", key=KEY) from error
     if len(text) > LIMIT_CHARACTERS:
         raise DataError(f"the chat template wrote {len(text)} characters")
     return str(text)

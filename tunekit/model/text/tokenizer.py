@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +80,30 @@ class LoadedTokenizer:
         ids: list[int] = encoding.ids
         if not special_tokens_in_text and not self._forbidden_in_text.isdisjoint(ids):
             found = next(token_id for token_id in ids if token_id in self._forbidden_in_text)
-            raise DataError(f"text spells the special token {self.token_text(found)!r} and cannot be encoded as text")
+            raise DataError(
+                f"text spells the special token {self.token_text(found)!r}, which this tokenizer cannot keep as text",
+                "remove it from the row",
+            )
         return ids, encoding.offsets
 
     def encode_source(self, text: str) -> list[int]:
         """Ids of a whole text for an encoder, with the special tokens that the tokenizer puts around one."""
-        return self._encode_whole(text=text)
+        return self._encode_whole(text, "text")
 
     def encode_answer(self, text: str) -> list[int]:
         """Ids of a whole text for a decoder to learn, likewise; some tokenizers mark its language otherwise."""
-        return self._encode_whole(text_target=text)
+        return self._encode_whole(text, "text_target")
 
-    def _encode_whole(self, **named: str) -> list[int]:
-        try:
-            ids: list[int] = self.native(**named, truncation=False, padding=False, verbose=False)["input_ids"]
-        except (TypeError, UnicodeError) as error:
-            raise DataError("text holds characters that are no valid Unicode (a lone surrogate)") from error
-        return ids
+    def _encode_whole(self, text: str, name: str) -> list[int]:
+        """transformers says what goes around the text; what in it spells a special token stays text."""
+        ids = self.encode(text, special_tokens_in_text=False)
+        whole = self.native(
+            **{name: text}, truncation=False, padding=False, verbose=False, return_special_tokens_mask=True
+        )
+        added = whole["special_tokens_mask"]
+        before = list(takewhile(bool, added))
+        after = list(takewhile(bool, reversed(added[len(before) :])))
+        return [*whole["input_ids"][: len(before)], *ids, *whole["input_ids"][len(added) - len(after) :]]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`."""

@@ -1,0 +1,165 @@
+"""The chat templates that trl ships: what is trained on is each answer with what ends it, worked out by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_render import make_tokenizer
+from tests.data_case import encoder_of, trained_texts
+from tunekit.data.rendering.turns import ONLY_LAST
+from tunekit.errors import DataError
+from tunekit.formats.chat import make_example
+from tunekit.model.text.generation import end_of_turn_ids
+from tunekit.model.text.tokenizer import LoadedTokenizer
+
+TRL = importlib.util.find_spec("trl")
+FOLDER = Path(TRL.origin or "").parent / "chat_templates" if TRL is not None else Path("absent")
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="trl's templates are absent: pip install trl")
+SPECIAL = re.compile(r"<[|｜][^<>'\"{}]*?[|｜]>|</?s>|<\|?[a-z_]+\|?>|<\|\"\|>|\[gMASK\]")
+NO_MARKERS = {"<tools>", "<think>", "<tool_call>", "<tool_response>"}
+
+# The template's name begins so: (what a model writes before an answer, after an earlier answer, after the last one).
+ENDS: dict[str, tuple[str, str, str]] = {
+    "cohere2": ("", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+    "cohere": ("", "<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+    "deepseek": ("", "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "diffusion_gemma": ("", "<turn|>", "<turn|>"),
+    "gemma4": ("", "<turn|>", "<turn|>"),
+    "gemma": ("", "<end_of_turn>", "<end_of_turn>"),
+    "glm4moe": ("\n<think></think>\n", "<|user|>", "<eos>"),  # a turn ends where the next one is opened
+    "gptoss": ("<|channel|>final<|message|>", "<|end|>", "<|return|>"),
+    "idefics3": (" ", "<end_of_utterance>", "<end_of_utterance>"),
+    "lfm2": ("", "<|im_end|>", "<|im_end|>"),
+    "llama3": ("", "<|eot_id|>", "<|eot_id|>"),
+    "llava_next": (" ", "</s>", "</s>"),
+    "muse_glimmer": (" to=user<|message|>", "<|eot|>", "<|eot|>"),
+    "nemotron_3": ("</think>", "<|im_end|>", "<|im_end|>"),  # the prompt ends with <think>
+    "phi3": ("", "<|end|>", "<|end|>\n<eos>"),
+    "qwen3_5_think": ("\n</think>\n\n", "", "<|im_end|>"),
+    "qwen3_6": ("\n</think>\n\n", "", "<|im_end|>"),
+    "qwen3_8": ("\n</think>\n\n", "<|im_end|>", "<|im_end|>"),
+    "qwen3_5_nothink": ("", "", "<|im_end|>"),
+    "qwen3_instruct": ("", "<|im_end|>", "<|im_end|>"),
+    "qwen3_vl": ("", "<|im_end|>", "<|im_end|>"),
+    "qwen3": ("<think>\n\n</think>\n\n", "", "<|im_end|>"),
+    "qwen2_5": ("", "<|im_end|>", "<|im_end|>"),
+    "smolvlm": (" ", "<end_of_utterance>", "<end_of_utterance>"),
+}
+REWRITES = ("qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6")  # earlier answers, once others follow
+ASKED = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "First."}]
+CHAT = [*ASKED, {"role": "user", "content": "two?"}, {"role": "assistant", "content": "Second."}]
+ORIGINALS = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
+CALL = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+SCHEMA = {"type": "object", "properties": {}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a place", "parameters": SCHEMA}}]
+CALLED = [
+    CHAT[0],
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "weather", "content": "rain"},
+    {"role": "assistant", "content": "Rainy."},
+]
+
+
+@cache
+def tokenizer_for(name: str) -> LoadedTokenizer:
+    """Byte by byte, with the template's own control tokens."""
+    template = (FOLDER / f"{name}.jinja").read_text("utf-8")
+    words = ["<eos>", "<bos>", *sorted(set(SPECIAL.findall(template)) - NO_MARKERS - {"<eos>", "<bos>"})]
+    tokenizer = make_tokenizer(words, eos="<eos>", bos="<bos>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def parts_of(name: str) -> tuple[str, str, str]:
+    """The entry of ENDS with the longest name that this one begins with."""
+    return ENDS[max((start for start in ENDS if name.startswith(start)), key=len)]
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_each_answer_is_trained_with_what_ends_it(name: str) -> None:
+    tokenizer = tokenizer_for(name)
+    encoder = encoder_of(tokenizer)
+    row = encoder.encode(make_example({"messages": CHAT}), "x:1")
+    lead, earlier, last = parts_of(name)
+    wanted = [f"{lead}First.{earlier}", f"{lead}Second.{last}"]
+    assert trained_texts(row, tokenizer) == (wanted[1:] if name in REWRITES else wanted)
+    assert (ONLY_LAST in encoder.notices) == (name in REWRITES)
+
+
+@pytest.mark.parametrize("name", [name for name in ORIGINALS if (FOLDER / f"{name}_training.jinja").exists()])
+def test_the_mask_is_that_of_trl_but_for_headers_and_line_ends(name: str) -> None:
+    """trl's own copies of the templates, with {% generation %} markers, read by transformers."""
+    tokenizer, marked = tokenizer_for(name), (FOLDER / f"{name}_training.jinja").read_text("utf-8")
+    content = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
+    theirs = tokenizer.native.apply_chat_template(
+        content if name in ("idefics3", "llava_next", "smolvlm") else CHAT,
+        chat_template=marked,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    spoken = [token for token, mask in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True) if mask]
+    row = encoder_of(tokenizer).encode(make_example({"messages": CHAT}), "x:1")
+    rest = tokenizer.decode(spoken)
+    for text in trained_texts(row, tokenizer):
+        found = text if text in rest else text.replace("<eos>", "<|user|>")  # trl ends GLM's last answer as the others
+        before, said, rest = rest.partition(found)
+        assert said
+        assert not {"First.", "Second."} & set(before.split("<|im_end|>")) or name in REWRITES
+    assert not rest.strip()
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "glm4moe", "gptoss", "qwen2_5", "llama3_1", "gemma4"])
+def test_tool_calls_are_trained_as_the_template_writes_them(name: str) -> None:
+    written = {
+        "deepseekv3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        '{"city": "Oslo"}\n```'
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>",
+        "glm4moe": "\n<think></think>\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+        "</tool_call><|observation|>",
+        "gptoss": ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>',
+        "qwen2_5": '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+        "llama3_1": '{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>',
+        "gemma4": '<|tool_call>call:weather{city:<|"|>Oslo<|"|>}<tool_call|><|tool_response>',
+    }
+    tokenizer = tokenizer_for(name)
+    row = encoder_of(tokenizer).encode(make_example({"messages": CALLED, "tools": TOOLS}), "x:1")
+    lead, _, last = parts_of(name)
+    assert trained_texts(row, tokenizer) == [written[name], f"{lead}Rainy.{last}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "hint"),
+    [
+        ("gptoss", "thinking", None),
+        ("gptoss", "tool_plan", "it reads 'thinking': rename the field"),
+        ("qwen3", "reasoning_content", None),
+        ("qwen2_5", "reasoning_content", "take the field out"),
+        ("cohere2", "timestamp", "take the field out"),
+    ],
+)
+def test_a_field_is_read_by_the_template_or_refused_by_name(name: str, field: str, hint: str | None) -> None:
+    tokenizer = tokenizer_for(name)
+    call = {"tool_calls": [CALL]} if name == "gptoss" else {}  # it keeps thoughts beside calls alone
+    answer = {"role": "assistant", "content": "" if call else "a", **call, field: "Hm."}
+    example = make_example({"messages": [CHAT[0], answer]})
+    if hint is None:
+        row = encoder_of(tokenizer).encode(example, "x:1")
+        assert "Hm." in "".join(trained_texts(row, tokenizer))
+        return
+    with pytest.raises(DataError, match=f"does not read '{field}' of a message; {hint}"):
+        encoder_of(tokenizer).encode(example, "x:1")
+
+
+def test_an_answer_ends_where_the_next_turn_is_opened_if_nothing_else_ends_it() -> None:
+    glm = tokenizer_for("glm4moe")
+    assert [glm.token_text(token) for token in end_of_turn_ids(glm)] == ["<|user|>"]
+    oss = tokenizer_for("gptoss")
+    assert [oss.token_text(token) for token in end_of_turn_ids(oss)] == ["<|return|>"]
+    idefics = tokenizer_for("idefics3")
+    assert [idefics.token_text(token) for token in end_of_turn_ids(idefics)] == ["<end_of_utterance>"]

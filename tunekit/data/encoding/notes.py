@@ -1,0 +1,48 @@
+"""What the user should know of a source: how it is read, what its rows have in common, which of them are lost.
+
+Comes in: a source's name, format and counts.  Goes out: lines; those that begin with "warning: " ask for a look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunekit.data.encoding.encode import NAMED, NO_TARGET_LEFT, TOO_LONG, SourceCounts
+from tunekit.recipe.names import facts_of
+
+WARNING = "warning: "
+MANY_DROPPED = 0.05  # of a source's rows
+
+
+def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]) -> str:
+    """How a source is read, and which columns are not; a warning where one of them may be what was to be learned."""
+    fields = facts_of("formats", format_name).FIELDS
+    unread = ", ".join(f"'{column}'" for column in columns if column not in fields)
+    note = f"{name}: format {format_name} ({reason})" + (f", which does not read {unread}" if unread else "")
+    if not unread or format_name != "text" or reason == NAMED:
+        return note
+    return f"warning: {note}; map columns to a format's fields with `columns`, or write format: text if that is meant"
+
+
+def filled_columns(values: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold something."""
+    return [name for name, value in values.items() if value is not None]
+
+
+def counted_note(name: str, number: int, what: str) -> str:
+    """What `number` rows of a source have in common; `what` begins with "warning: " where it is one."""
+    start = WARNING if what.startswith(WARNING) else ""
+    return f"{start}{name}: {number:,} {what.removeprefix(WARNING)}"
+
+
+def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[str]:
+    """Warnings of dropped rows, with the cure: of any row to evaluate on, and of many to train on."""
+    longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens), or set data.excess_length"
+    cures = dict.fromkeys((TOO_LONG, NO_TARGET_LEFT), f"{longer}: truncate or split")
+    return [
+        f"warning: {name}: {number:,} of {counts.read:,} rows are dropped: {reason}; "
+        + cures.get(reason, "mend them, or take them out of the file")
+        for reason, number in sorted(counts.dropped.items())
+        if evaluation or number > MANY_DROPPED * counts.read
+    ]
