@@ -34,7 +34,7 @@ from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
 from tunekit.training.state import Prepared, Run
-from tunekit.tuned.export import export_adapter
+from tunekit.tuned.export import export_adapter, export_model
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
@@ -92,7 +92,7 @@ def _train(session: Session, resume: bool) -> None:
     if trackers is not None:
         trackers.close()
     if session.folder is not None:
-        _finish(session, session.folder, plan, run, prepared.rows.template)
+        _finish(session, session.folder, plan, prepared, run)
     session.devices.wait()
 
 
@@ -157,22 +157,27 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
         return load_model(prepared.model, device=device, streamed=plan.choice.streaming != "off")
 
 
-def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run, template: str | None) -> None:
+def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared, run: Run) -> None:
     """Export the best or the last state, report, and say that it is finished, in this order."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
-    place, base = folder.path / "adapter", run.model.base
-    adapter_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
+    base, template = run.model.base, prepared.rows.template
+    run.optimizer.native.state.clear()  # what is written may need as much room as its moments
+    place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
+    if recipe.adapter.trains_base:
+        size_bytes = export_model(place, prepared.model, base, run.adapter, prepared.tokenizer, template)
+    else:
+        size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
     begun_from = "the base" if is_base else "before training"
-    facts = report_facts(plan, state, session.measured(run.model), adapter_bytes, folder, saves_best, begun_from)
+    facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, begun_from)
     write_report(folder, facts, plan)
     ended = "stopped early: no gain" if state.stopped_early else "finished"
     folder.status(0, ended if facts.verdict is None else f"{ended}; {facts.verdict}")
     if facts.verdict is not None:
         console.warn(f"{facts.verdict}; lower training.learning_rate, train less, or look at the rows")
-    console.info(f"adapter: {place} ({bytes_text(adapter_bytes)})")
+    console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.md'}")

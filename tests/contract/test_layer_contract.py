@@ -266,5 +266,6 @@ def test_settings_and_method_files_come_in_pairs() -> None:
     assert settings == methods
     elsewhere = {"bitfit", "ln_tuning"}  # test_copies_contract.py
     elsewhere |= {"prefix", "llama_adapter"}  # test_prefix_contract.py
+    elsewhere |= {"full"}  # runs/test_full.py
     elsewhere |= {"prompt", "p_tuning", "multitask_prompt", "cpt"}  # test_prompts_contract.py
     assert {make().method for make in METHODS.values()} | elsewhere == methods, "a method without contract tests"

@@ -173,6 +173,17 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.part-{os.getpid()}")
 
 
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename into place; what stood there goes only after the new folder stands."""
+    old = temporary.with_name(temporary.name + ".old")
+    if is_real_folder(folder):
+        rename(folder, old)
+    rename(temporary, folder)
+    if is_real_folder(old):
+        remove_tree(old)
+        sync(folder.parent)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[DurableFile]:
     """A file written whole or not at all: temporary file beside it, fsync, rename, fsync of the folder."""

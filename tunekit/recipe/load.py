@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.rewrite import rewrite_aliases
-from tunekit.recipe.names import known_names
+from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.reading.checks import (
     check_across,
     check_secrets,
@@ -72,6 +72,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     rewrite_aliases(draft)
     expand_shorthands(draft)
     apply_overrides(draft, overrides)
+    if "~adapter" in overrides and not draft.has(("adapter",)):
+        known = known_names("adapters")
+        whole = [name for name in known if getattr(settings_class("adapters", name), "trains_base", False)]
+        default = f"adapter: without the section, {DEFAULT_METHOD['adapter']} with its defaults"
+        draft.defaults.append(f"{default}; adapter={whole[0]} trains the base's own weights")
     recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
     return LoadedRecipe(recipe, path, draft.lines(), draft.written_in(COMMAND_LINE), draft.rewrites, draft.defaults)
 

@@ -44,9 +44,17 @@ class AdapterSettings(MethodSettings):
     """What every adapter has; the settings of one method are in recipe/adapters/NAME.py.
 
     `default_learning_rate`: training.learning_rate where the recipe does not write it; None: the recipe's own default.
+    `trains_base`: the base's own weights are trained, so that nothing can be bypassed and the result is a model.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
+    trains_base: ClassVar[bool] = False
+
+    @property
+    def less_memory(self) -> str:
+        """What else in the recipe would save most of a run's memory, in words."""
+        quantize = "quantize the base with model.quantization: nf4"
+        return "train an adapter, lora for one" if self.trains_base else quantize
 
     init_from: str | None = Field(
         None, description="an existing adapter folder, ours or peft's, that training continues"
