@@ -303,7 +303,7 @@ def test_the_written_model_is_the_trained_one(name: str, tmp_path: Path) -> None
     with torch.no_grad():
         for value in attached.trained().values():
             value.copy_(value + torch.randn_like(value) * 0.1)
-    rewriter = Rewriter(section, "full", loaded)
+    rewriter = Rewriter(section, "full", loaded=loaded)
     (tmp_path / "new").mkdir()
     rewriter.write(tmp_path / "new", rewriter.as_changes(attached.trained()))
     again, info = type(base).from_pretrained(tmp_path / "new", output_loading_info=True, dtype="auto")  # type: ignore[attr-defined]
