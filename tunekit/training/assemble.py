@@ -28,6 +28,7 @@ from tunekit.training.trial import (
     make_splitting,
     probe_layout,
     probe_logprobs,
+    probe_reference,
     split_evaluation_noted,
     try_longest_batch,
 )
@@ -50,6 +51,7 @@ def assemble_run(
     model = _tuned(session, plan, prepared, base, state, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
+    probe_reference(model, prepared.rows.objective, prepared.largest_batch)
     adapter = model.adapter
     assert adapter is not None
     optimizer = make_optimizer(recipe.training, adapter)

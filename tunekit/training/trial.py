@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from tunekit.contracts import Batch, Window
+from tunekit.contracts import Batch, Objective, Window
 from tunekit.errors import ModelError
 from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.records import Reaction
@@ -15,7 +15,7 @@ from tunekit.training.reached import reaching_all
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.probes import TOLERANCE, logprob_difference, packing_leak
+from tunekit.tuned.probes import TOLERANCE, bypass_difference, logprob_difference, packing_leak
 
 BEFORE_TRAINING = -1  # the step of a window that is only tried
 
@@ -38,8 +38,24 @@ def probe_layout(session: Session, prepared: Prepared, model: TunedModel, state:
     reaction = Reaction(f"rows that lie end to end {what}", "rows are padded instead", state.step)
     state.reactions.append(asdict(reaction))
     session.console.warn(f"{reaction.probe}; {reaction.action}")
-    padded = prepared.rows.objective.collate([[row] for row in batch.rows])
-    return replace(prepared, batch_settings=replace(settings, end_to_end=False), largest_batch=padded)
+    objective = prepared.rows.objective.laid_out(end_to_end=False)
+    padded = objective.collate([[row] for row in batch.rows])
+    rows = replace(prepared.rows, objective=objective)
+    return replace(prepared, rows=rows, batch_settings=replace(settings, end_to_end=False), largest_batch=padded)
+
+
+def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> None:
+    """See whether the base with its adapter bypassed is the model at step 0, where the objective compares with that.
+
+    Raises: ModelError where it is not.
+    """
+    moved = 0.0 if objective.reference == "none" else bypass_difference(model, batch.inputs["input_ids"])
+    if not moved <= TOLERANCE[model.base.dtype]:
+        raise ModelError(
+            f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})",
+            f"{objective.name} compares with that model: choose another adapter.method or adapter.start",
+            key="adapter.method",
+        )
 
 
 def probe_logprobs(model: TunedModel, batch: Batch) -> None:
@@ -89,7 +105,7 @@ def try_longest_batch(run: Run, batch: Batch) -> None:
     """
     devices = [torch.cuda.current_device()] if run.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), run.model.training_mode(True):
-        window = Window(BEFORE_TRAINING, 0.0, (0,), (batch,))
+        window = run.objective.prepare(run.model, Window(BEFORE_TRAINING, 0.0, (0,), (batch,)))
         with reaching_all(run.adapter, run.devices):
             run.engine.run_window(run.model, run.objective, window, run.objective.units(batch))
     run.model.clear_gradient()
