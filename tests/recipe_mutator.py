@@ -101,7 +101,11 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "adapter.init_from": (["null", "~"], ["5", "true", "[a]", '"a\\0b"']),
     "objective.method": (["sft"], ["sftt", "5", "null"]),
     "training.learning_rate": ([*POSITIVE, "0"], NOT_NEGATIVE),
-    "training.scheduler": (["constant", "linear", "cosine"], ["cosin", "null", "true"]),
+    "training.scheduler": (
+        ["constant", "linear", "cosine", "warmup_stable_decay", "constant_with_warmup"],
+        ["cosin", "null", "true"],
+    ),
+    "training.scheduler_settings": (["{}"], ["{x: 1}", "{num_cycles: -1}", "{decay_type: x}", "null", "[1]", "5"]),
     "training.warmup_ratio": (["0", "0.03", "1", "1e-1"], ["1.5", "-0.1", "true", '"0.1"', ".inf"]),
     "training.warmup_steps": (["0", "5", "1e2"], ["-1", "0.5", "true", '"5"', ".nan"]),
     "training.optimizer": (["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"], ["adam", "null", "8"]),
@@ -135,7 +139,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "evaluation.best": (["null", "eval.loss"], ["loss", "eval.bleu", "true", "5", "eval."]),
     "evaluation.patience": (["null", "3"], [each for each in NOT_COUNTS if each != "null"]),
     "output.dir": ([OUTPUT, "no", "2024-01-01", "~/runs/x", "'runs/ä b'"], [*NOT_TEXT, "x" * 300, '"a\\0b"']),
-    "output.report_to": (["[]", "[tensorboard]"], ["tensorboard", "[wandb]", "null", "[5]"]),
+    "output.report_to": (["[]", "[tensorboard]", "tensorboard", "none"], ["wandb", "[wandb]", "null", "[5]"]),
 }
 REQUIRED = ("model.name_or_path", "data.train.0.path", "output.dir")
 EXCLUSIVE = (

@@ -7,6 +7,7 @@ import errno
 import gc
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -47,6 +48,7 @@ def call(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(SMALL, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     return path
 
 
@@ -76,6 +78,84 @@ def test_validate_refuses_what_cannot_be_obeyed(
 ) -> None:
     assert run(monkeypatch, "validate", str(recipe), "model.family=diffusion") == 2
     assert capsys.readouterr().err.startswith("command line: model.family: sft trains models of the family causal")
+
+
+def test_validate_looks_for_every_file_that_the_recipe_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder").mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: ./folder\n"
+        "data:\n  train:\n  - org/rows\n  - rows.jsonl\n  - empty.jsonl\n"
+        "  eval: folder\n  chat_template: absent.jinja\n"
+        "adapter: {init_from: folder}\noutput: {dir: out}\n",
+        encoding="utf-8",
+    )
+    assert run(monkeypatch, "validate", str(recipe)) == 2
+    said = sorted(capsys.readouterr().err.replace(str(tmp_path), "").splitlines())
+    assert said == [
+        "/recipe.yaml:1: model.name_or_path: /folder: no model there; check the path, or write a hub name",
+        "/recipe.yaml:5: data.train.1.path: /rows.jsonl: no such file; check data.train and data.eval",
+        "/recipe.yaml:6: data.train.2.path: /empty.jsonl: the file is empty",
+        "/recipe.yaml:7: data.eval.0.path: /folder: this is a folder, not a file; name the file in it",
+        "/recipe.yaml:8: data.chat_template: /absent.jinja: no such file; check the path",
+        "/recipe.yaml:9: adapter.init_from: /folder: no adapter there (adapter_config.json); check the path",
+    ]
+    assert run(monkeypatch, "validate", str(recipe), f"model={tmp_path}/m.gguf") == 2
+    assert "command line: model.name_or_path: " in capsys.readouterr().err
+
+
+def test_validate_in_json(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "validate", str(recipe), "num_epochs=2", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "valid": True,
+        "problems": [],
+        "notes": ["command line: num_epochs -> training.epochs"],
+    }
+    assert run(monkeypatch, "validate", str(recipe), "num_epochs=2", "training.sed=1", "--json", "-") == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["valid"], found["problems"][0]["key"], found["notes"]) == (
+        False,
+        "training.sed",
+        ["command line: num_epochs -> training.epochs"],
+    )
+    assert err.splitlines() == [*found["notes"], "command line: training.sed: unknown key; did you mean 'seed'?"]
+    assert run(monkeypatch, "validate", str(recipe), "--json", str(recipe.parent / "absent" / "x.json")) == 2
+
+
+def test_something_is_said_within_a_second_on_a_terminal(recipe: Path) -> None:
+    """Before anything heavy is imported, and on a terminal only."""
+    main_end, other_end = pty.openpty()
+    command = [sys.executable, "-m", "tunekit", "plan", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=other_end) as process:
+        first = os.read(main_end, 100)
+        process.kill()
+    os.close(other_end)
+    os.close(main_end)
+    assert first.split() == [b"loading", b"..."]
+    assert "loading" not in call("eval", "./absent").stderr
+
+
+def test_json_on_standard_output_is_alone_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(shipped_recipes()["smoke"]), f"output.dir={tmp_path / 'run'}"]
+    found = {}
+    for verb in ("plan", "train"):
+        assert run(monkeypatch, verb, *words, "--json", "-") == 0
+        out, err = capsys.readouterr()
+        found[verb] = json.loads(out)
+        assert "steps" in err
+    report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert found["train"] == report
+    assert report["model"].items() <= found["plan"]["model"].items()  # what is not known is left out of a report
+    recipe = found["plan"]["recipe"]
+    assert (report["method"], report["objective"]) == (recipe["adapter"]["method"], "sft")
+    assert report["seed"] == recipe["training"]["seed"]
+    assert report["learning_rate"] == recipe["training"]["learning_rate"]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +256,7 @@ def test_help_lists_the_verbs_and_every_verb_exists() -> None:
         "merge",
         "adapter",
         "recipes",
+        "import",
         "init",
         "schema",
     ]
@@ -193,13 +274,13 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
     calls = re.findall(
         r'"tunekit\.(\w+):(\w+)", (.*)\)$', (package / "cli.py").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert len(calls) == 16
+    assert len(calls) == 17
     for module, name, values in calls:
         tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))
         verbs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
         assert len(verbs) == 1, f"{module}:{name}"
         given = (
-            {"evaluate_verb": 7, "combine_verb": 9}[name]
+            {"evaluate_verb": 7, "combine_verb": 9, "generate_verb": 10}[name]
             if values == "*values"
             else len(values.removesuffix(", first=first").split(", "))
         )
@@ -246,11 +327,51 @@ def test_init_writes_a_valid_recipe_and_never_over_another(
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "init") == 0
     text = Path("recipe.yaml").read_text(encoding="utf-8")
+    Path("train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     assert run(monkeypatch, "validate", "recipe.yaml") == 0
     assert run(monkeypatch, "init") == 2
     assert "recipe.yaml: exists already" in capsys.readouterr().err
     assert Path("recipe.yaml").read_text(encoding="utf-8") == text
     assert run(monkeypatch, "init", "absent/x.yaml") == 2
+
+
+def test_another_tools_configuration_becomes_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, ours = tmp_path / "theirs.yaml", tmp_path / "new" / "ours.yaml"
+    ours.parent.mkdir()
+    theirs.write_text(
+        "model_name_or_path: Qwen/Qwen3-0.6B\ntemplate: qwen3\nstage: sft\nfinetuning_type: lora\nlora_rank: 4\n"
+        "dataset: rows.jsonl\nmax_samples: 500\ndataset_text_field: body\nplot_loss: true\noverwrite_cache: true\n"
+        "preprocessing_num_workers: 16\nnum_train_epochs: 2\noutput_dir: out\nlr_scheduler_type: cosine_with_min_lr\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 0.2}\n",
+        encoding="utf-8",
+    )
+    assert run(monkeypatch, "import", str(theirs), "--output", str(ours)) == 0
+    said = capsys.readouterr().err
+    for line in (
+        "theirs.yaml:2: template -> nothing (the tokenizer's own template is used; `tunekit preview` shows it)",
+        "theirs.yaml:7: max_samples -> data.train.0.max_rows",
+        "theirs.yaml:9: plot_loss -> nothing (every step is logged)",
+        "theirs.yaml:11: preprocessing_num_workers -> nothing (rows are cached by their content)",
+    ):
+        assert line in said
+    assert load_recipe(ours).recipe == load_recipe(theirs).recipe
+    assert load_recipe(ours).rewrites == []
+    source = load_recipe(ours).recipe.data.train[0]
+    assert (source.path, source.max_rows, source.columns) == (str(tmp_path / "rows.jsonl"), 500, {"body": "text"})
+    text = ours.read_text(encoding="utf-8")
+    assert "weight_decay" not in text, "defaults are not written out"
+    assert run(monkeypatch, "import", str(theirs), "--output", str(ours)) == 2
+    assert ours.read_text(encoding="utf-8") == text
+    theirs.write_text(f"{theirs.read_text(encoding='utf-8')}deepspeed: zero3.json\nchat_template: vicuna\n")
+    capsys.readouterr()
+    assert run(monkeypatch, "import", str(theirs)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "theirs.yaml:5: lora_rank -> adapter.r" in err, "what was rewritten is shown while problems stand"
+    assert "theirs.yaml:16: deepspeed: is a key of another tool and would be lost" in err
+    assert "theirs.yaml:17: chat_template: the template 'vicuna' has no name here" in err
 
 
 def test_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def show_verb(adapter: str, json_file: str | None) -> None:
     """Tell what is in the folder. Raises: AdapterError where it cannot be read as an adapter at all."""
     write_result = json_result(json_file)
     summary = summarise_adapter(adapter_folder(adapter))
-    _show(Console(), summary)
+    _show(Console(json_file=json_file), summary)
     write_result(asdict(summary))
 
 
@@ -213,7 +213,7 @@ def diff_verb(
     output: str | None,
 ) -> None:
     """Compare two adapters or two models. Raises: InputError where they are not two of a kind."""
-    console, write_result = Console(), json_result(json_file)
+    console, write_result = Console(json_file=json_file), json_result(json_file)
     if (rank is None) != (output is None) or (rank is not None and rank < 1):
         raise InputError("to extract a LoRA takes a rank and a folder", "give --extract-rank R --output DIR")
     folders = [adapter_folder(left), adapter_folder(right)]

@@ -32,6 +32,7 @@ ENVIRONMENT = {
 # importing torch and transformers makes 100,000s of objects that stay: looking through them again and again took a
 # fifth of a start (0.6 of 3.3 CPU seconds, measured); training sets the collector back
 WHILE_STARTING = (100_000, 20, 100)
+LIGHT = {f"tunekit.{verb}" for verb in ("validate", "foreign", "recipes", "init", "schema")}  # which import no torch
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
@@ -54,6 +55,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one"),
 ]
+TargetOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="of model.* and evaluation.*, such as evaluation.batch_size=1"),
+]
+MergeOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="of model.*, such as model.trust_remote_code=true")
+]
 Target = Annotated[
     str,
     typer.Argument(
@@ -63,7 +71,9 @@ Target = Annotated[
 ]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
-JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="write the result there, as JSON")]
+JsonFile = Annotated[
+    str | None, typer.Option("--json", metavar="FILE|-", help="write the result there as JSON; - is standard output")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -87,9 +97,11 @@ def start(
 
 
 @app.command()
-def validate(context: typer.Context, recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Check a recipe, without loading anything."""
-    _call(context, "tunekit.validate:validate_verb", recipe, overrides or [])
+def validate(
+    context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None
+) -> None:
+    """Check a recipe and that its files are there, without loading anything."""
+    _call(context, "tunekit.validate:validate_verb", recipe, overrides or [], json_file)
 
 
 @app.command()
@@ -120,18 +132,26 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="begin anew; an old run is moved aside, to RUN.1, never deleted")
     ] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Train, and write the run folder."""
     words = overrides or []
     first = () if resume or dry_run or overwrite else ("tunekit.validate:check_new_run", recipe, words)
-    _call(context, "tunekit.train:train_verb", recipe, words, resume, dry_run, overwrite, first=first)
+    _call(context, "tunekit.train:train_verb", recipe, words, resume, dry_run, overwrite, json_file, first=first)
 
 
 @app.command("eval")
 def evaluate(
     context: typer.Context,
     target: Target,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
+            "data.eval.0.columns.question=prompt (the file's column, the format's field)",
+        ),
+    ] = None,
     base: Base = None,
     data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="rows to evaluate on")] = None,
     data_format: Annotated[str | None, typer.Option("--format", metavar="NAME", help="what a row is")] = None,
@@ -147,13 +167,25 @@ def evaluate(
 def generate(
     context: typer.Context,
     target: Target,
-    overrides: Overrides = None,
+    overrides: TargetOverrides = None,
     base: Base = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="one prompt")] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="a file of prompts")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts", metavar="FILE|-", help='one prompt a line (.jsonl: {"prompt": ...}); - is standard input'
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="of an answer, at most")] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="the share to draw from")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="draw from the K likeliest tokens")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
 ) -> None:
-    """Generate answers."""
-    _call(context, "tunekit.generate:generate_verb", target, base, prompt, prompts, overrides or [])
+    """Generate answers: plain text for --prompt, one JSON object a line for several prompts."""
+    asked = (target, base, prompt, prompts, overrides or [])
+    values = (*asked, max_new_tokens, temperature, top_p, top_k, seed)
+    _call(context, "tunekit.generate:generate_verb", *values)
 
 
 @app.command()
@@ -161,7 +193,7 @@ def merge(
     context: typer.Context,
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, a run or a checkpoint")],
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="the new model folder")],
-    overrides: Overrides = None,
+    overrides: MergeOverrides = None,
     base: Base = None,
     onto: Annotated[
         str | None, typer.Option("--onto", metavar="dequantized|full|quantized", help="which base weights to add to")
@@ -201,9 +233,7 @@ def adapter_combine(
             help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four with _svd",
         ),
     ] = "cat",
-    density: Annotated[
-        float | None, typer.Option("--density", metavar="D", help="share of numbers that pruning keeps")
-    ] = None,
+    density: Annotated[float | None, typer.Option(metavar="D", help="share of numbers that pruning keeps")] = None,
     rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="rank of the result of an svd")] = None,
     majority_sign: Annotated[
         str, typer.Option("--majority-sign", metavar="total|frequency", help="how ties finds the sign of a number")
@@ -221,9 +251,7 @@ def adapter_convert(
     context: typer.Context,
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
     output: Output,
-    rank: Annotated[
-        int | None, typer.Option("--rank", metavar="R", help="write the nearest LoRA of this rank, and tell the error")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="as the nearest LoRA of this rank")] = None,
     initial: Annotated[
         str | None,
         typer.Option("--initial", metavar="DIR", help="the adapter before training, of PiSSA, OLoRA, CorDA, LoRA-GA"),
@@ -256,9 +284,7 @@ def adapter_diff(
         int | None, typer.Option("--extract-rank", metavar="R", help="write B minus A as a LoRA of this rank")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="where to write that LoRA")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="rows on which the losses of both are measured")
-    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="rows on which both losses are measured")] = None,
     base: Base = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -274,6 +300,18 @@ def recipes(
 ) -> None:
     """List, print or copy the recipes that come with tunekit."""
     _call(context, "tunekit.recipes:recipes_verb", name, copy_to)
+
+
+@app.command("import")
+def import_recipe(
+    context: typer.Context,
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="a configuration of Axolotl, LLaMA-Factory or TRL (YAML)")
+    ],
+    output: Annotated[str | None, typer.Option("--output", metavar="RECIPE", help="write the recipe there")] = None,
+) -> None:
+    """Turn another tool's configuration into a recipe, and tell what became of each key."""
+    _call(context, "tunekit.foreign:import_verb", path, output)
 
 
 @app.command()
@@ -299,6 +337,8 @@ def _call(context: typer.Context, verb: str, *values: Any, first: tuple[Any, ...
 
     `first`: another one and its values, called before this one is so much as imported.
     """
+    if verb.partition(":")[0] not in LIGHT and sys.stderr.isatty():
+        print("loading ...", file=sys.stderr, flush=True)
     ordinary, code = gc.get_threshold(), 0
     gc.set_threshold(*WHILE_STARTING)
     try:
@@ -318,7 +358,7 @@ def _call(context: typer.Context, verb: str, *values: Any, first: tuple[Any, ...
 def _report(error: BaseException) -> int:
     """Print one line for each problem; the exit code."""
     if isinstance(error, TunekitError):
-        return _say("\n".join(str(problem) for problem in error.problems), error.exit_code)
+        return _say("\n".join([*error.notes, *map(str, error.problems)]), error.exit_code)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
         return EXIT_BROKEN_PIPE

@@ -226,6 +226,19 @@ class ModelOutput:
     logits: torch.Tensor | None = None  # (B, C)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen: the likeliest at temperature 0, else drawn. `top_k` 0: of all tokens."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
 class Objective(Protocol):
     """What is minimised. It owns its rows, and never makes a forward of its own outside `prepare`."""
 
@@ -285,6 +298,7 @@ class Objective(Protocol):
         max_new_tokens: int,
         batch_size: int,
         template: str | None = None,
+        sampling: Sampling = GREEDY,
     ) -> list[str]:
         """The text that the model gives to each prompt, made with `template`, None being the tokenizer's own."""
 

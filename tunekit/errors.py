@@ -54,6 +54,7 @@ class TunekitError(Exception):
     """
 
     exit_code = 1
+    notes: tuple[str, ...] = ()  # said before the problems, such as the spellings of other tools that were rewritten
 
     def __init__(
         self, what: str, how: str = "", *, file: str | None = None, line: int | None = None, key: str | None = None
@@ -62,12 +63,12 @@ class TunekitError(Exception):
         super().__init__(str(self.problems[0]))
 
     @classmethod
-    def of(cls, problems: Sequence[Problem]) -> TunekitError:
+    def of(cls, problems: Sequence[Problem], notes: Sequence[str] = ()) -> TunekitError:
         """Wrap every problem of one pass in one error."""
         problems = tuple(dict.fromkeys(problems))  # two parts may have found the same one
         first = problems[0]
         error = cls(first.what, first.how, file=first.file, line=first.line, key=first.key)
-        error.problems = problems
+        error.problems, error.notes = problems, tuple(notes)
         error.args = ("\n".join(str(problem) for problem in problems),)
         return error
 

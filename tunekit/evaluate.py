@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunekit.console import Console
+from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
-from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.data import DataSection
+from tunekit.recipe.load import override_data
 from tunekit.recipe.names import known_names
+from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.tuned.evaluator import Evaluator, questions_for
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
@@ -33,16 +36,22 @@ def evaluate_verb(
     """Evaluate TARGET. Raises: TunekitError, whose exit code the command line returns."""
     _check_metrics(metrics)
     write_result = json_result(json_file)
-    found = find_target(target, base, overrides)
-    section = _data_section(found, data, format)
+    if data is None and format is not None:
+        raise InputError("--format says how to read --data, which is not given", "give --data FILE")
+    if data is not None:
+        overrides = [f"data.eval=[{{path: {yaml_scalar(data)}, format: {yaml_scalar(format or 'auto')}}}]", *overrides]
+    of_data = [text for text in overrides if text.removeprefix("~").startswith("data")]
+    found = find_target(target, base, [text for text in overrides if text not in of_data])
+    section = _data_section(found, of_data)
+    template = None if section.chat_template is None else read_template(Path(section.chat_template))
     devices = make_devices()
-    console = Console(enabled=devices.is_main)
+    console = Console(enabled=devices.is_main, json_file=json_file)
     console.info(*found.rewrites)
     try:
         loaded = load_target(found, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
         console.info(*rows.notes)
-        values = evaluate_rows(loaded, rows, metrics, devices)
+        values = evaluate_rows(loaded, rows, metrics, devices, template)
     finally:
         devices.close()
     if devices.is_main:
@@ -58,29 +67,20 @@ def _check_metrics(names: Sequence[str]) -> None:
         )
 
 
-def _data_section(target: Target, data: str | None, format: str | None) -> DataSection:
-    """The rows to evaluate: --data as an eval source, or the eval rows of the run or recipe."""
-    if data is not None:
-        path = str(Path(data).resolve()) if Path(data).exists() else data
-        source = Source(path=path, format=format or "auto")
-        own = target.data
-        if own is None:
-            template = None if target.template_file is None else str(target.template_file)
-            return DataSection(train=(source,), eval=(source,), chat_template=template)
-        return own.model_copy(update={"train": (source,), "eval": (source,)})
-    if format is not None:
-        raise InputError("--format says how to read --data, which is not given", "give --data FILE")
-    if target.data is None:
-        raise InputError("there is nothing to evaluate on: this target has no recipe", "give the rows with --data FILE")
-    if target.data.eval is None:
-        raise InputError(
-            "the recipe has no data.eval, so there is nothing to evaluate on", "give the rows with --data FILE"
-        )
-    return target.data
+def _data_section(target: Target, overrides: Sequence[str]) -> DataSection:
+    """The rows to evaluate: the eval rows of the run or recipe, as overridden, or those that the overrides name."""
+    own = target.data
+    if (own is None or own.eval is None) and not any(text.startswith("data.eval") for text in overrides):
+        whose = "this target has no recipe" if own is None else "the recipe has no data.eval"
+        raise InputError(f"there is nothing to evaluate on: {whose}", "give the rows with --data FILE")
+    section = override_data(own, overrides)
+    if section.chat_template is None and own is None and target.template_file is not None:
+        return section.model_copy(update={"chat_template": str(target.template_file)})
+    return section
 
 
 def evaluate_rows(
-    loaded: LoadedTarget, rows: RowSet, metrics: Sequence[str], devices: Devices
+    loaded: LoadedTarget, rows: RowSet, metrics: Sequence[str], devices: Devices, template: str | None = None
 ) -> dict[str, float | int]:
     """Every metric by name, and what it was measured on."""
     settings, model = loaded.target.evaluation, loaded.model
@@ -97,7 +97,7 @@ def evaluate_rows(
         questions_for(rows, metrics or settings.metrics),
         settings,
         metric_names=tuple(metrics),
-        template=loaded.target.chat_template,
+        template=template,
     )
     sums, values = evaluator.evaluate()
     return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": int(sums.values["units"])}

@@ -1,17 +1,19 @@
 """`tunekit generate`: the answer of a target to one prompt, or to each line of a file.
 
-Comes in: TARGET and --prompt or --prompts.  Goes out: text; for a file, one JSON object per line.
+Comes in: TARGET and --prompt, --prompts or standard input.  Goes out: text; for a file, one JSON object per line.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from tunekit.console import Console
+from tunekit.console import Console, visible
+from tunekit.contracts import GREEDY, Sampling
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, InputError
 from tunekit.machine.devices import make_devices
@@ -21,34 +23,53 @@ from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
 
 def generate_verb(
-    target: str, base: str | None, prompt: str | None, prompts: str | None, overrides: Sequence[str]
+    target: str,
+    base: str | None,
+    prompt: str | None,
+    prompts: str | None,
+    overrides: Sequence[str],
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
 ) -> None:
     """Generate. Raises: TunekitError, whose exit code the command line returns."""
+    if prompt is None and prompts is None and not sys.stdin.isatty():
+        prompts = "-"
     if (prompt is None) == (prompts is None):
-        raise InputError("give either --prompt TEXT or --prompts FILE")
+        raise InputError("give either --prompt TEXT or --prompts FILE, or prompts on standard input, one a line")
+    given = [flag for flag, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)) if value is not None]
+    if given and not temperature:
+        what = f"without --temperature nothing is sampled, so {' and '.join(given)} would say nothing"
+        raise InputError(what, "add --temperature 1")
+    sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
+    if max_new_tokens is not None:
+        overrides = [*overrides, f"evaluation.max_new_tokens={max_new_tokens}"]
     texts = [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
     console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
-        answers = answer(load_target(found, devices.device), texts)
+        answers = answer(load_target(found, devices.device), texts, sampling)
     finally:
         devices.close()
     if prompt is not None:
-        console.info(answers[0])
+        console.write(f"{visible(answers[0])}\n")
         return
     for text, reply in zip(texts, answers, strict=True):
         console.json({"prompt": text, "answer": reply})
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`.
+    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`; `-` is standard input.
 
     Raises: DataError naming the line.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}", "give a UTF-8 text file", file=str(path)) from error
     prompts = [
@@ -72,7 +93,7 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
 
 
 @torch.no_grad()
-def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
+def answer(loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
     """What the model answers to each text, asked as the training rows ask."""
     tokenizer, settings, model = loaded.tokenizer, loaded.target.evaluation, loaded.model
     encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
@@ -86,4 +107,5 @@ def answer(loaded: LoadedTarget, texts: Sequence[str]) -> list[str]:
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             template=loaded.target.chat_template,
+            sampling=sampling,
         )

@@ -24,7 +24,7 @@ def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None)
     loaded = load_recipe(recipe_path, overrides)
     write_result = json_result(json_file)
     devices = make_devices()
-    console = Console(enabled=devices.is_main)
+    console = Console(enabled=devices.is_main, json_file=json_file)
     try:
         console.info(*loaded.rewrites)
         plan, _ = make_plan(loaded, device=devices.device, check_folder=True)

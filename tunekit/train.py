@@ -6,8 +6,10 @@ Every decision was plan's; this file only obeys.
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.report.write import write_report
@@ -15,6 +17,7 @@ from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.console.progress import Progress
 from tunekit.errors import InputError
+from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
@@ -31,13 +34,18 @@ from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
 from tunekit.training.state import Prepared, Run
-from tunekit.tuned.export import export_adapter
+from tunekit.tuned.export import export_adapter, export_model
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
 def train_verb(
-    recipe_path: str, overrides: Sequence[str], resume: bool, dry_run: bool, overwrite: bool = False
+    recipe_path: str,
+    overrides: Sequence[str],
+    resume: bool,
+    dry_run: bool,
+    overwrite: bool = False,
+    json_file: str | None = None,
 ) -> None:
     """Run the recipe.
 
@@ -46,20 +54,23 @@ def train_verb(
     if overwrite and (resume or dry_run):
         raise InputError(f"--overwrite begins anew, and {'--resume' if resume else '--dry-run'} does not", "give one")
     loaded = load_recipe(recipe_path, overrides)
+    write_result = json_result(json_file)
     devices = make_devices()
-    console = Console(enabled=devices.is_main)
+    console = Console(enabled=devices.is_main, json_file=json_file)
     console.info(*loaded.rewrites)
     try:
         with StopSignals(announce=devices.is_main) as signals:
             session, path = Session(loaded, devices, console, signals, dry_run), Path(loaded.recipe.output.dir)
             if dry_run:
                 with signals.at_once("in the dry run; nothing was written"):
-                    _try_out(session)
+                    result = _try_out(session)
             elif devices.from_main(devices.is_main and resume and is_finished(path)):
                 console.info(f"{path} holds a finished run; nothing to do")
             else:
                 with run_files.locked_folder(session, path, resume, overwrite):
                     _train(session, resume)
+            if devices.is_main:
+                write_result(result if dry_run else json.loads((path / "report.json").read_bytes()))
     finally:
         devices.close()
 
@@ -72,7 +83,8 @@ def _train(session: Session, resume: bool) -> None:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
-    with Progress(session.console, plan.steps, run.state.step) as progress:
+    base_bytes = 0 if session.devices.device.type == "cuda" else session.baseline_bytes  # plan counts from there
+    with Progress(session.console, plan.steps, run.state.step, base_bytes=base_bytes) as progress:
         run.record = run_files.make_recorder(session, progress, trackers)
         run_loop(run)
     found = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
@@ -80,11 +92,11 @@ def _train(session: Session, resume: bool) -> None:
     if trackers is not None:
         trackers.close()
     if session.folder is not None:
-        _finish(session, session.folder, plan, run, prepared.rows.template)
+        _finish(session, session.folder, plan, prepared, run)
     session.devices.wait()
 
 
-def _try_out(session: Session) -> None:
+def _try_out(session: Session) -> dict[str, Any]:
     """--dry-run: load, attach, probe, the longest batch forward and backward; no update, nothing written."""
     plan, prepared = _plan(session)
     try:
@@ -106,6 +118,13 @@ def _try_out(session: Session) -> None:
             "steps": plan.steps,
         },
     )
+    return {
+        "predicted_bytes": plan.peak_bytes.total,
+        "measured_bytes": peak,
+        "base_bytes": measured.base_bytes,
+        "trainable_parameters": plan.trainable_parameters,
+        "steps": plan.steps,
+    }
 
 
 def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepared]:
@@ -138,22 +157,27 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
         return load_model(prepared.model, device=device, streamed=plan.choice.streaming != "off")
 
 
-def _finish(session: Session, folder: RunFolder, plan: Plan, run: Run, template: str | None) -> None:
+def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared, run: Run) -> None:
     """Export the best or the last state, report, and say that it is finished, in this order."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         restore(best.tensors, best.facts, run.optimizer, run.adapter)
-    place, base = folder.path / "adapter", run.model.base
-    adapter_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
+    base, template = run.model.base, prepared.rows.template
+    run.optimizer.native.state.clear()  # what is written may need as much room as its moments
+    place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
+    if recipe.adapter.trains_base:
+        size_bytes = export_model(place, prepared.model, base, run.adapter, prepared.tokenizer, template)
+    else:
+        size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
     begun_from = "the base" if is_base else "before training"
-    facts = report_facts(plan, state, session.measured(run.model), adapter_bytes, folder, saves_best, begun_from)
+    facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, begun_from)
     write_report(folder, facts, plan)
     ended = "stopped early: no gain" if state.stopped_early else "finished"
     folder.status(0, ended if facts.verdict is None else f"{ended}; {facts.verdict}")
     if facts.verdict is not None:
         console.warn(f"{facts.verdict}; lower training.learning_rate, train less, or look at the rows")
-    console.info(f"adapter: {place} ({bytes_text(adapter_bytes)})")
+    console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.md'}")

@@ -171,8 +171,8 @@ def test_plain_lines_first_last_and_now_and_then() -> None:
             clock.now += 1.0
             progress.update(record(step))
     lines = output.getvalue().splitlines()
-    assert lines[0].startswith("step 1/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  1.5 GiB  16m39s left")
-    assert lines[-1] == "step 1000/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  1.5 GiB"
+    assert lines[0].startswith("step 1/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB  16m39s left")
+    assert lines[-1] == "step 1000/1000  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB"
     assert 40 < len(lines) <= 101
     assert "\r" not in output.getvalue()
 
@@ -223,7 +223,7 @@ def test_one_live_line_that_steps_aside() -> None:
     assert "\r\x1b[Ka message\n" in text
     assert "step 3  eval  accuracy 1.0000  loss 0.5000\n" in text
     assert text.endswith("\n")
-    assert text.splitlines()[-1].endswith("step 3/3  loss 0.5000  lr 1.00e-04  1,234 tok/s  1.5 GiB\x1b[K")
+    assert text.splitlines()[-1].endswith("step 3/3  loss 0.5000  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB\x1b[K")
 
 
 def test_the_live_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +233,36 @@ def test_the_live_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -
         progress.update(record(1))
     drawn = output.getvalue().replace("\x1b[K", "").replace("\n", "").split("\r")
     assert all(len(line) <= 19 for line in drawn)
+
+
+def test_the_time_left_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    for columns, shown in (
+        (80, "step 1/9  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 0.5 GiB  24s left"),
+        (64, "step 1/9  loss 1.2500  1,234 tok/s  peak 0.5 GiB  24s left"),
+        (50, "step 1/9  loss 1.2500  1,234 tok/s  24s left"),
+        (40, "step 1/9  loss 1.2500  24s left"),
+        (20, "step 1/9  24s left"),
+    ):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        progress = Progress(both(True)[0], 9, 0, clock, base_bytes=1 << 30)
+        clock.now += 3.0
+        progress._pace.append((1, clock.now))
+        assert progress.line(record(1)) == shown.replace("0.5 GiB", "512.0 MiB"), columns
+
+
+def test_no_word_is_broken_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "24")
+    console, output, errors = both(True)
+    text = "the longest row has 4,096 tokens, in /a/folder/whose/name/is/longer/than/the/line"
+    console.info(text)
+    console.warn(text)
+    for stream in (output, errors):
+        lines = stream.getvalue().replace("\x1b[33mwarning:\x1b[0m ", "").splitlines()
+        assert [word for line in lines for word in line.split()] == text.split()
+        assert all(len(line) <= 24 or len(line.split()) == 1 for line in lines), lines
+    console.table(["metric"], [["loss"]], title="/a/folder/whose/name/is/longer/than/the/line")
+    assert "/a/folder/whose/name/is/longer/than/the/line\n" in output.getvalue()
 
 
 # --- readers that go away ------------------------------------------------------------------------------------------

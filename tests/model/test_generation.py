@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tunekit.contracts import Sampling
 from tunekit.errors import DataError
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.text.generation import end_of_turn_ids, find_stop_ids, generate_texts
@@ -85,10 +86,11 @@ def test_model_and_random_state_are_left_as_found(loaded: tuple[LoadedModel, Loa
 
 
 def test_sampling_follows_its_seed(loaded: tuple[LoadedModel, LoadedTokenizer]) -> None:
-    first = generate(loaded, temperature=2.0, seed=1)
+    first = generate(loaded, sampling=Sampling(2.0, seed=1))
     torch.manual_seed(99)
-    assert generate(loaded, temperature=2.0, seed=1) == first
-    assert generate(loaded, temperature=2.0, seed=2) != first
+    assert generate(loaded, sampling=Sampling(2.0, seed=1)) == first
+    assert generate(loaded, sampling=Sampling(2.0, seed=2)) != first
+    assert generate(loaded, sampling=Sampling(2.0, top_k=1, seed=2)) == generate(loaded)
 
 
 def test_stops(loaded: tuple[LoadedModel, LoadedTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,13 +316,14 @@ def load_bench() -> ModuleType:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_fresh_process_grows_as_predicted(quantization: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adapter", "quantization"), [("lora", "none"), ("lora", "nf4"), ("full", "none")])
+def test_a_fresh_process_grows_as_predicted(adapter: str, quantization: str, tmp_path: Path) -> None:
     """Over as many steps as a heap needs to settle."""
     bench = load_bench()
     recipe = {
         "model": {"name_or_path": "replaced", "dtype": "float32", "quantization": quantization},
         "data": {"train": "rows.jsonl", "max_length": 256, "packing": False},
+        "adapter": {"method": adapter},
         "training": {"max_steps": bench.STEPS, "micro_batch_size": 2, "gradient_accumulation_steps": 1},
         "output": {"dir": "run"},
     }

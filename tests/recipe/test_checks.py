@@ -29,7 +29,8 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
         "r: 8\n"
     )
     assert problems_of(text, tmp_path, "training.sed=3") == [
-        "recipe.yaml:1: model.dtype: must be one of auto, float32, bfloat16, float16, not 'bf16'",
+        "recipe.yaml:1: model.dtype: must be one of auto, float32, bfloat16, float16, not 'bf16'; "
+        "did you mean 'bfloat16'?",
         "recipe.yaml:1: model.trust_remote_code: must be true or false, not 'no'; write false",
         "recipe.yaml:1: model.quantizaton: unknown key; did you mean 'quantization'?",
         "recipe.yaml:2: data.train.1.path: is required; write a file or a hub data set",
@@ -75,6 +76,31 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
         ("adapter: {start: ghp_" + "a" * 36 + "}", "recipe.yaml:4: adapter.start: holds what looks like a secret"),
         ("memory: {budget: 8}", "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not 8"),
         (
+            "training: {scheduler: cosine, scheduler_settings: {min_lr: 1e-5}}",
+            "recipe.yaml:4: training.scheduler_settings: has 'min_lr'; those of cosine are: num_cycles",
+        ),
+        (
+            "training: {scheduler: polynomial, scheduler_settings: {power: linear}}",
+            "recipe.yaml:4: training.scheduler_settings: has power: linear, which",
+        ),
+        (
+            "training: {scheduler: cosine_with_min_lr, scheduler_settings: {min_lr: 0, min_lr_rate: 0}}",
+            "recipe.yaml:4: training.scheduler_settings: has min_lr and min_lr_rate, two ways",
+        ),
+        ("training: {scheduler: cosin}", "recipe.yaml:4: training.scheduler: must be one of constant, linear, cosine,"),
+        (
+            "adapter: {target_modules: 'q_proj(', exclude_modules: '*.x'}",
+            "recipe.yaml:4: adapter.target_modules: must be a regular expression (missing ), unterminated subpattern",
+        ),
+        (
+            "adapter: {exclude_modules: '*.x'}",
+            "recipe.yaml:4: adapter.exclude_modules: must be a regular expression (nothing to repeat at position 0)",
+        ),
+        (
+            "adapter: {rank_pattern: {'layers.[0': 2}}",
+            "recipe.yaml:4: adapter.rank_pattern.layers.[0: must be a regular expression (unterminated character set",
+        ),
+        (
             "memory: {budget: 0GiB}",
             "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not '0GiB'",
         ),
@@ -109,6 +135,39 @@ def test_contradictions(text: str, expected: str, tmp_path: Path) -> None:
 def test_sources(data: str, expected: str, tmp_path: Path) -> None:
     lines = problems_of(f"model: m\ndata: {data}\noutput: {{dir: out}}\n", tmp_path)
     assert any(line.startswith(f"recipe.yaml:2: {expected}") for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training: {lr: 1e-4}", "training.lr: unknown key; did you mean 'learning_rate'?"),
+        ("training: {batch_size: 4}", "training.batch_size: unknown key; did you mean 'micro_batch_size'?"),
+        (
+            "adapter: {lora_target_linear: true}",
+            "adapter.lora_target_linear: unknown key; write adapter.target_modules: 'all-linear'",
+        ),
+        ("adapter: {lora_rank: 4}", "adapter.lora_rank: unknown key; write adapter.r: 4"),
+        ("memory: {load_in_4bit: true}", "memory.load_in_4bit: unknown key; write model.quantization: 'nf4'"),
+        ("training: {bf16: true}", "training.bf16: unknown key; did you mean 'model.dtype'?"),
+        ("data: {max_seq_length: 9}", "data.max_seq_length: unknown key; write data.max_length: 9"),
+        (
+            "output: {report_to: wandb}",
+            "output.report_to.0: must be tensorboard, not 'wandb'; it is the one tracker that is served",
+        ),
+        *(
+            (f"model: {{quantization: {written}}}", f"not {shown}; did you mean '{meant}'?")
+            for written, shown, meant in (("int4", "'int4'", "nf4"), ("4", "4", "nf4"), ("8bit", "'8bit'", "int8"))
+        ),
+        ("model: {dtype: bf16}", "not 'bf16'; did you mean 'bfloat16'?"),
+    ],
+)
+def test_what_habit_writes_is_answered_with_what_is_meant(text: str, expected: str, tmp_path: Path) -> None:
+    assert any(expected in line for line in problems_of(f"{text}\n", tmp_path))
+
+
+@pytest.mark.parametrize(("written", "names"), [("tensorboard", ("tensorboard",)), ("none", ())])
+def test_a_single_tracker_needs_no_list(written: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    assert load(SMALL.replace("dir: out", f"dir: out, report_to: {written}"), tmp_path).output.report_to == names
 
 
 def test_writing_one_voids_the_default_of_the_other(tmp_path: Path) -> None:

@@ -48,6 +48,32 @@ def test_relative_to_the_recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert recipe.model.name_or_path == "org/model"
 
 
+def test_of_the_command_line_relative_to_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = tmp_path / "shell"
+    (shell / "base").mkdir(parents=True)
+    monkeypatch.chdir(shell)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(ALL_PATHS.format(model="org/model"), encoding="utf-8")
+    overrides = [
+        "model=base",
+        "data.train.0=new.jsonl",
+        "data.eval=[{path: ../e.csv}]",
+        "adapter.r=4",
+        "output_dir=out",
+    ]
+    recipe = load_recipe(path, [*overrides, "chat_template_path=t.jinja"]).recipe
+    assert recipe.model.name_or_path == str(shell / "base")
+    assert recipe.data.train[0].path == str(shell / "new.jsonl")
+    assert recipe.data.train[3].path == str(tmp_path / "local")
+    assert isinstance(recipe.data.eval, tuple)
+    assert recipe.data.eval[0].path == str(tmp_path / "e.csv")
+    assert recipe.data.chat_template == str(shell / "t.jinja")
+    assert recipe.adapter.init_from == str(tmp_path / "old" / "adapter"), (
+        "what the file says stays relative to the file"
+    )
+    assert recipe.output.dir == str(shell / "out")
+
+
 def test_a_name_that_exists_beside_the_recipe_is_local(tmp_path: Path) -> None:
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert load(tmp_path, ALL_PATHS.format(model="org/model")).model.name_or_path == str(tmp_path / "org" / "model")

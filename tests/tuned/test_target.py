@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import tunekit.evaluate
 from tests.data_case import write_lines
-from tunekit.errors import InputError, ModelError, RunFolderError
+from tunekit.errors import InputError, ModelError, RecipeError, RunFolderError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
 from tunekit.plan import plan_verb
@@ -48,6 +52,55 @@ def test_rewritten_overrides_are_printed(tiny_llama: Path, tmp_path: Path, capsy
     printed = capsys.readouterr()
     assert rewrite in printed.err
     assert rewrite not in printed.out
+
+
+def test_eval_takes_data_keys_and_columns(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns, length and template of --data, of a recipe's rows, and of rows that only an override names."""
+    monkeypatch.chdir(tmp_path)
+    same = write_lines(tmp_path / "same.jsonl", [{"prompt": "ab", "completion": "cd"}])
+    write_lines(tmp_path / "other.jsonl", [{"question": "ab", "answer": "cd"}])
+    recipe = tmp_path / "recipe.yaml"
+    sections = {"model": str(tiny_llama), "data": {"train": "absent.jsonl", "max_length": 3}, "output": {"dir": "run"}}
+    recipe.write_text(json.dumps(sections))
+    dtype, result = "model.dtype=float32", tmp_path / "result.json"
+    columns = ["data.eval.0.columns.question=prompt", "data.eval.0.columns.answer=completion"]
+
+    def measure(target: Path, data: str | None, *overrides: str) -> dict[str, float]:
+        evaluate_verb(str(target), None, data, None, [], str(result), [dtype, *overrides])
+        found: dict[str, float] = json.loads(result.read_text())
+        return found
+
+    wanted = measure(tiny_llama, str(same))
+    assert measure(tiny_llama, "other.jsonl", *columns) == wanted
+    assert measure(tiny_llama, None, "data.eval=other.jsonl", *columns) == wanted
+    assert measure(recipe, "other.jsonl", *columns, "data.max_length=99") == wanted
+    (tmp_path / "t.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    talk = str(write_lines(tmp_path / "talk.jsonl", [{"messages": turns}]))
+    assert measure(tiny_llama, talk, "data.chat_template=t.jinja")["tokens"] < measure(tiny_llama, talk)["tokens"]
+    with pytest.raises(RecipeError, match=r"data\.eval\.0\.columns\.question: 'promt' is no field"):
+        measure(tiny_llama, "other.jsonl", "data.eval.0.columns.question=promt")
+    with pytest.raises(InputError, match="there is nothing to evaluate on"):
+        measure(tiny_llama, None, "data.max_length=9")
+
+
+def test_prompts_from_standard_input_and_sampling(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(prompt: str | None, prompts: str | None, **settings: Any) -> list[str]:
+        stream = SimpleNamespace(buffer=io.BytesIO(b"one\n\ntwo\n"), isatty=lambda: False)
+        monkeypatch.setattr(sys, "stdin", stream)
+        generate_verb(str(tiny_llama), None, prompt, prompts, ["model.dtype=float32"], **settings)
+        return capsys.readouterr().out.splitlines()
+
+    piped = ask(None, None, max_new_tokens=5)
+    assert [json.loads(line)["prompt"] for line in piped] == ["one", "two"]
+    assert ask(None, "-", max_new_tokens=5) == piped
+    assert ask(None, None, max_new_tokens=5, temperature=2.0, top_k=1) == piped
+    drawn = ask(None, None, max_new_tokens=5, temperature=2.0, seed=1)
+    assert drawn == ask(None, None, max_new_tokens=5, temperature=2.0, seed=1) != piped
+    with pytest.raises(InputError, match="without --temperature nothing is sampled, so --top-p would say nothing"):
+        ask("one", None, top_p=0.5)
 
 
 def test_rewritten_keys_of_a_recipe_are_printed_too(tiny_llama: Path, tmp_path: Path) -> None:

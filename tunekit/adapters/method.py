@@ -62,7 +62,7 @@ class WrittenForm:
 def saved_modules(settings: Any) -> Sequence[str]:
     """Names of the modules that are trained whole."""
     names: Sequence[str] = getattr(settings, "modules_to_save", ())
-    return names
+    return () if getattr(settings, "trains_base", False) else names
 
 
 def always(settings: Any) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +11,16 @@ import numpy as np
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.adapters.folder.config import TEMPLATE_NAME
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.module_names import base_modules
 from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ResourceError
-from tunekit.files.durable import free_bytes, remove_tree, rename, sync, write_json
+from tunekit.files.durable import free_bytes, write_json
 from tunekit.machine.memory import available_bytes
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
+from tunekit.model.storage.model_folder import copy_companions, whole_model_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
@@ -32,7 +30,6 @@ from tunekit.tuned.network import prepare_network
 from tunekit.tuned.target import Target, as_trained, load_target
 
 REPORT = "merge_report.json"
-COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
 SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report
 SPARE_SHARE = 1.5  # of the float32 weights: activations, logits, a matrix on its way
 MAX_ROWS, MAX_TOKENS = 8, 64
@@ -81,6 +78,9 @@ def merge_adapter(
     Raises: AdapterError where the method is no change of weights; InputError for a choice or a folder that cannot be;
     ResourceError where the disk is too small.
     """
+    if target.adapter is None and target.kind == "run":
+        what = f"there is nothing to merge: the run trained its base, and the result is {target.model.name_or_path}"
+        raise InputError(what, "use that folder as it is")
     if target.adapter is None:
         raise InputError("there is no adapter to merge", "name an adapter folder, or a run")
     chosen, reason = choose_onto(target, onto)
@@ -94,25 +94,13 @@ def merge_adapter(
     rewriter = Rewriter(target.model, chosen, dtype)
     changes = collect_changes(attach_without_weights(adapter, target.model, rewriter))
     _check_space(output, rewriter.output_bytes(changes))
-    staging = output.with_name(f".{output.name}.part-{os.getpid()}")
-    staging.mkdir(parents=True)
-    try:
+    with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
-        _copy_companions(target, source.folder, staging)
+        copy_companions(target.model, source.folder, load_tokenizer(target.model), target.chat_template, staging)
         difference = measure_difference(target, staging, rewriter, changes)
         written, computed = rewriter.written_dtype(f"{rewriter.embedding}.weight"), rewriter.compute_dtype
         result = MergeResult(output, chosen, reason, str(written)[6:], str(computed)[6:], difference)
         write_json(staging / REPORT, _report(result))
-        for path in sorted(staging.iterdir()):
-            sync(path)
-        sync(staging)
-        if output.exists():
-            output.rmdir()  # empty, as checked
-        rename(staging, output)
-    except BaseException:
-        if staging.exists():
-            remove_tree(staging)
-        raise
     return result
 
 
@@ -194,17 +182,6 @@ def _enlarged(
 def _constant(new: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """A change that does not ask what was there."""
     return lambda _old: new
-
-
-def _copy_companions(target: Target, base: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation settings, licence; code files only of a base that is trusted to run them."""
-    load_tokenizer(target.model).save(folder)
-    if Path(target.model.name_or_path).suffix != ".gguf":
-        patterns = COPIED + (("*.py",) if target.model.trust_remote_code else ())
-        for path in sorted(path for pattern in patterns for path in base.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
-    if target.chat_template is not None:
-        (folder / TEMPLATE_NAME).write_text(target.chat_template, encoding="utf-8")
 
 
 def _report(result: MergeResult) -> dict[str, object]:

@@ -26,7 +26,10 @@ FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics
 FOLDERS = ("checkpoints", "adapter", "model", "tracking")
 RUN_SIGNS = ("plan.json", "checkpoints")
 PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # durable.temporary_name, and what stepped aside for it
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "tunekit.json", "chat_template.jinja"}
+RESULT_FILES = {  # folder of a result -> what its files are called
+    "adapter": re.compile(r"adapter_config\.json|adapter_model\.safetensors|tunekit\.json|chat_template\.jinja"),
+    "model": re.compile(r".+\.(safetensors|json|jinja|model|txt|py)|(LICEN[CS]E|USE_POLICY|NOTICE).*"),
+}
 
 
 def print_warning(text: str) -> None:
@@ -254,18 +257,19 @@ def _tidy(path: Path) -> None:
             continue
         if durable.is_real_file(entry) and part["name"] in (*FILES, "probe") and not part["old"]:
             durable.unlink(entry)
-        elif durable.is_real_folder(entry) and part["name"] == "adapter" and _holds_only(entry, ADAPTER_FILES):
-            _tidy_adapter(path / "adapter", entry, moved_aside=bool(part["old"]))
+        elif durable.is_real_folder(entry) and part["name"] in RESULT_FILES and _holds_only(entry, part["name"]):
+            _tidy_result(path / part["name"], entry, moved_aside=bool(part["old"]))
 
 
-def _tidy_adapter(adapter: Path, entry: Path, *, moved_aside: bool) -> None:
-    """Remove a half-written adapter; put back the old one that had been moved aside, unless the new one is there."""
-    if moved_aside and not os.path.lexists(adapter):
-        durable.rename(entry, adapter)
+def _tidy_result(result: Path, entry: Path, *, moved_aside: bool) -> None:
+    """Remove a half-written result; put back the old one that had been moved aside, unless the new one is there."""
+    if moved_aside and not os.path.lexists(result):
+        durable.rename(entry, result)
     else:
         durable.remove_tree(entry)
 
 
-def _holds_only(folder: Path, names: set[str]) -> bool:
-    """Whether a folder holds regular files of these names and nothing else."""
-    return all(entry.name in names and durable.is_real_file(entry) for entry in folder.iterdir())
+def _holds_only(folder: Path, result: str) -> bool:
+    """Whether a folder holds regular files of such a result and nothing else."""
+    names = RESULT_FILES[result]
+    return all(names.fullmatch(entry.name) and durable.is_real_file(entry) for entry in folder.iterdir())

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
@@ -24,10 +25,19 @@ PIPE_COLUMNS = 120  # where output is not a terminal and COLUMNS is not set
 
 
 class Console:
-    """Where a verb prints. With enabled=False (every rank but the first) it prints nothing at all."""
+    """Where a verb prints. With enabled=False (every rank but the first) it prints nothing at all; with `json_file` -
+    everything goes to standard error, since standard output then holds JSON and nothing else."""
 
-    def __init__(self, *, enabled: bool = True, output: TextIO | None = None, errors: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        enabled: bool = True,
+        json_file: str | None = None,
+        output: TextIO | None = None,
+        errors: TextIO | None = None,
+    ) -> None:
         self.enabled = enabled
+        self._beside_json = json_file == "-"
         self._output = output
         self._errors = errors
         self._drawn = False  # whether a live line stands at the bottom of the terminal
@@ -37,7 +47,7 @@ class Console:
     @property
     def output(self) -> TextIO:
         """Standard output, or what was given instead."""
-        return self._output or sys.stdout or io.StringIO()
+        return self.errors if self._beside_json else self._output or sys.stdout or io.StringIO()
 
     @property
     def errors(self) -> TextIO:
@@ -63,8 +73,8 @@ class Console:
         return max(int(written), 10) if written.isdecimal() else PIPE_COLUMNS
 
     def info(self, *lines: str) -> None:
-        """Lines of output."""
-        self.write("".join(f"{visible(line)}\n" for line in lines))
+        """Lines of output; on a terminal that is narrower, broken between words."""
+        self.write("".join(f"{self._wrapped(visible(line))}\n" for line in lines))
 
     def json(self, value: object) -> None:
         """A value as one line of JSON, also where the stream cannot hold its characters."""
@@ -75,7 +85,18 @@ class Console:
         """Lines on standard error that begin with `warning: `."""
         colours = can_draw(self.errors) and not os.environ.get("NO_COLOR")
         label = "\x1b[33mwarning:\x1b[0m" if colours else "warning:"
-        self.write("".join(f"{label} {visible(redact(line))}\n" for line in lines), self.errors)
+        self.write("".join(f"{self._wrapped(f'{label} {visible(redact(line))}')}\n" for line in lines), self.errors)
+
+    def _wrapped(self, text: str) -> str:
+        if not self.is_terminal:
+            return text
+        lines = [
+            textwrap.fill(line, self.columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            if len(line) > self.columns
+            else line
+            for line in text.split("\n")
+        ]
+        return "\n".join(lines)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
         """A table; numbers are set to the right, None is left empty."""
@@ -84,14 +105,15 @@ class Console:
         from rich.text import Text
 
         rows = [list(row) for row in rows]
-        heading = Text(visible(title), style="bold") if title else None
-        table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
             cells = [row[index] for row in rows if row[index] is not None]
             numbers = bool(cells) and all(isinstance(cell, int | float) for cell in cells)
             table.add_column(Text(visible(column)), justify="right" if numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(visible(cell_text(cell))) for cell in row))
+        if title:
+            self.info(title)
         self._print_rich(table)
 
     def panel(self, title: str, pairs: Mapping[str, object] | Iterable[tuple[str, object]]) -> None:

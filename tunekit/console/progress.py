@@ -23,10 +23,16 @@ class Progress:
     """Reports steps and evaluations: a live line on a terminal, else plain lines, the first and the last always."""
 
     def __init__(
-        self, console: Console, total_steps: int, first_step: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        total_steps: int,
+        first_step: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        base_bytes: int = 0,
     ) -> None:
+        """`base_bytes`: of the records' peaks, what the process had before the run, which no forecast counts."""
         self._console = console
-        self._total = total_steps
+        self._total, self._base_bytes = total_steps, base_bytes
         self._clock = clock
         self._began = clock()
         self._told = float("-inf")
@@ -68,18 +74,25 @@ class Progress:
         self._console.info(f"step {record.step}  eval  {values}")
 
     def line(self, record: StepRecord) -> str:
-        """step 12/100  loss 1.2345  lr 2.00e-04  1,234 tok/s  1.5 GiB  3m20s left."""
-        parts = [
-            f"step {record.step}/{self._total}",
-            f"loss {record.loss:.4f}",
-            f"lr {record.learning_rate:.2e}",
-            f"{record.tokens_per_second:,.0f} tok/s",
-            bytes_text(record.peak_bytes),
-        ]
+        """step 12/100  loss 1.2345  lr 2.00e-04  1,234 tok/s  peak 1.5 GiB  3m20s left.
+
+        On a narrow terminal the rate goes first, then memory, speed and loss; step and time left stay.
+        """
         left = self.seconds_left()
-        if left is not None:
-            parts.append(f"{time_text(left)} left")
-        return "  ".join(parts)
+        parts = {
+            "step": f"step {record.step}/{self._total}",
+            "loss": f"loss {record.loss:.4f}",
+            "rate": f"lr {record.learning_rate:.2e}",
+            "speed": f"{record.tokens_per_second:,.0f} tok/s",
+            "memory": f"peak {bytes_text(max(record.peak_bytes - self._base_bytes, 0))}",
+            "left": "" if left is None else f"{time_text(left)} left",
+        }
+        for name in ("", "rate", "memory", "speed", "loss"):
+            parts.pop(name, None)
+            text = "  ".join(part for part in parts.values() if part)
+            if not self._is_live or len(text) < self._console.columns:
+                break
+        return text
 
     def seconds_left(self) -> float | None:
         """Extrapolated from the pace of the last steps; None before the first step and after the last."""

@@ -173,6 +173,17 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.part-{os.getpid()}")
 
 
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename into place; what stood there goes only after the new folder stands."""
+    old = temporary.with_name(temporary.name + ".old")
+    if is_real_folder(folder):
+        rename(folder, old)
+    rename(temporary, folder)
+    if is_real_folder(old):
+        remove_tree(old)
+        sync(folder.parent)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[DurableFile]:
     """A file written whole or not at all: temporary file beside it, fsync, rename, fsync of the folder."""
@@ -214,12 +225,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def json_result(name: str | None) -> Callable[[object], None]:
-    """What writes a verb's result, as JSON, to the file that is named, if one is; asked for before the work.
+    """What writes a verb's result, as JSON, to the file that is named, if one is; - is standard output. Asked for
+    before the work.
 
     Raises: RunFolderError where it could not be written.
     """
     if name is None:
         return lambda value: None
+    if name == "-":
+        return lambda value: print(json_bytes(value).decode("ascii"), end="")
     path = Path(name)
     if path.is_dir():
         raise RunFolderError(f"{path} is a folder", "name a file")

@@ -111,7 +111,7 @@ class Tiles:
     def gradients(self, x: Tensor, upstream: Tensor, call: Call, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
         """dx (B, T, D), None unless wanted, and the gradient of each trained tensor."""
         trained = self.trained or []
-        sums = [torch.zeros_like(tensor, requires_grad=False) for tensor in trained]
+        sums = [torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for tensor in trained]
         of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None  # (B, T, D)
         for index, place in enumerate(self.slices(x)):
             with calling(call), torch.enable_grad():

@@ -14,11 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Part, Row, RowLayout, Rows, Sums, Tokenizer
+from tunekit.contracts import (
+    GREEDY,
+    Batch,
+    Loss,
+    ModelOutput,
+    Objective,
+    Part,
+    Row,
+    RowLayout,
+    Rows,
+    Sampling,
+    Sums,
+    Tokenizer,
+)
 from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
-from tunekit.errors import DataError, Problem, RecipeError
+from tunekit.errors import DataError, InputError, Problem, RecipeError
 from tunekit.formats.labels import LabelExample
 from tunekit.model.placing import placed
 from tunekit.objectives.rows import TextEncoder, TextObjective
@@ -156,8 +169,13 @@ class Classify(TextObjective):
         max_new_tokens: int,
         batch_size: int,
         template: str | None = None,
+        sampling: Sampling = GREEDY,
     ) -> list[str]:
-        """The most likely label of each text."""
+        """The most likely label of each text. Raises: InputError where one should be drawn."""
+        if sampling.temperature:
+            raise InputError(
+                "a classifier answers with the likeliest label; nothing is sampled", "leave --temperature out"
+            )
         unknown = np.frombuffer(self.labels[0].encode(), np.uint8)
         rows = [make_row(ids, unknown, "") for ids in prompts]
         found: list[str] = []

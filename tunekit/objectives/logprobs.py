@@ -47,7 +47,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)  # (N, D)
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             losses, chunk_gradients = _chunk_losses_and_gradient(hidden[chunk], targets[chunk], head, parameters)
@@ -55,7 +55,8 @@ class _SummedLoss(torch.autograd.Function):
             hidden_gradient[chunk] = chunk_gradients[0]
             for gradient, addition in zip(gradients, chunk_gradients[1:], strict=True):
                 gradient += addition
-        ctx.save_for_backward(hidden_gradient, *gradients)
+        summed = [total.to(own.dtype) for total, own in zip(gradients, parameters, strict=True)]
+        ctx.save_for_backward(hidden_gradient, *summed)
         return total
 
     @staticmethod

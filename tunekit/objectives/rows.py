@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Gather, Objective, Row, Rows, Tokenizer, Window
+from tunekit.contracts import GREEDY, Batch, Gather, Objective, Row, Rows, Sampling, Tokenizer, Window
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.files.cache_folder import hash_of
@@ -81,8 +81,9 @@ class TextObjective:
         max_new_tokens: int,
         batch_size: int,
         template: str | None = None,
+        sampling: Sampling = GREEDY,
     ) -> list[str]:
-        """The greedy continuation of each prompt."""
+        """The continuation of each prompt."""
         found = generate_texts(
             model.base,
             self.tokenizer,
@@ -92,6 +93,7 @@ class TextObjective:
             adapt=model.adapted,
             virtual_tokens=model.virtual_tokens,
             template=template,
+            sampling=sampling,
         )
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 

@@ -67,4 +67,4 @@ def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
 def kernel_notes(kernels: str, net: nn.Module) -> Iterator[str]:
     """What they will compute."""
     if kernels == "liger":
-        yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU where the MLP is computed in one go"
+        yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU where one computation does the MLP"

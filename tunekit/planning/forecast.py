@@ -205,7 +205,7 @@ class Forecast:
         name = family.embedding_name(net)
         stored = self._stored is not None and self._stored.mapped
         as_stored = stored and not packed_layers(net) and not self.base.copied_while_read
-        mapped = as_stored or self._kept or streaming != "off"
+        mapped = (as_stored or self._kept or streaming != "off") and not self.run.adapter.trains_base
         if self.run.device.type != "cpu" or not mapped or name is None or family.tied(net):
             return 0
         embedding = weight_of(net.get_submodule(name))

@@ -104,7 +104,7 @@ def plan_memory(
     if available is not None and needed > available and (budget is None or needed <= budget):
         setting = run.memory.gradient_checkpointing
         can_recompute = setting != "auto" and choice.checkpointed_layers < space.layers
-        findings.lack(too_large_problem(needed, available, can_recompute, budget))
+        findings.lack(too_large_problem(needed, available, can_recompute, budget, run.adapter.less_memory))
     if peaks.unknown:
         model_type = forecast.base.facts.model_type
         reasons.append(f"warning: activations of {model_type} are not in the predicted peak ({peaks.unknown[0]})")
@@ -211,7 +211,9 @@ def _budget_problem(needed: int, budget: int, how: str) -> Problem:
     return Problem(what, how, key="memory.budget")
 
 
-def too_large_problem(needed: int, available: int, can_recompute: bool, budget: int | None = None) -> Problem:
+def too_large_problem(
+    needed: int, available: int, can_recompute: bool, budget: int | None, less_memory: str
+) -> Problem:
     what = f"the run needs {bytes_text(needed)} at its peak, and {bytes_text(available)} are free"
     if budget is not None:
         return Problem(what, f"set memory.budget below {bytes_text(available)}, or free some", key="memory.budget")
@@ -219,6 +221,6 @@ def too_large_problem(needed: int, available: int, can_recompute: bool, budget: 
         return Problem(what, "set memory.gradient_checkpointing: auto", key="memory.gradient_checkpointing")
     how = (
         "set memory.budget to what the run may take (plan then chooses smaller micro-batches at the same rows a "
-        "step), lower data.max_length, or quantize the base with model.quantization: nf4"
+        f"step), lower data.max_length, or {less_memory}"
     )
     return Problem(what, how, key="training.micro_batch_size")

@@ -207,7 +207,7 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Prob
     found = method.run_conflicts(recipe.adapter, steps)
     problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
     compiled, _ = planned_compile(recipe.training.compile, device, steps)
-    problems += compile_problems(compiled, device, method.model is not None)
+    problems += compile_problems(compiled, device, method.model is not None and not recipe.adapter.trains_base)
     return [*problems, *kernel_problems(recipe.training.kernels, device)]
 
 
@@ -290,7 +290,7 @@ def _assemble(
         device=str(device),
         targets=inputs.targets,
         trainable_parameters=trainable,
-        total_parameters=facts.total_parameters + trainable,
+        total_parameters=facts.total_parameters + (0 if inputs.adapter.trains_base else trainable),
         steps=windows.steps,
         warmup_steps=warmup_steps(recipe.training, windows.steps),
         supervised_tokens=supervised_tokens(windows, rows.train, settings),
@@ -321,7 +321,8 @@ def _trained_numbers(inputs: Inputs) -> int:
 
 
 def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: PlannedMemory, steps: int) -> list[str]:
-    experts = unreached_experts(inputs.base.net, recipe.adapter, inputs.targets)
+    net, adapter = inputs.base.net, recipe.adapter
+    experts = [] if adapter.trains_base else unreached_experts(net, adapter, inputs.targets)
     notes = [*inputs.base.notes, *inputs.rows.notes]
     if experts:
         notes.append(f"{len(experts)} fused expert parameters stay as they are, {experts[0]} for one")
@@ -333,7 +334,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes += refusals.rate_notes(recipe.training, steps)
     groups = planned_groups(inputs.base.net, load_method(recipe.adapter.method), recipe.adapter, inputs.targets)
     if groups:
-        notes.append(f"computed in one go, keeping their inputs alone: {describe(groups)}")
+        notes.append(f"layers that share one computation, which saves memory and time: {describe(groups)}")
     layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
     notes += memory.reasons
     notes += streaming_notes(inputs.base, device, memory.choice, memory.largest_tokens)

@@ -82,7 +82,7 @@ def position_notes(base: LoadedModel, rows: Sequence[Rows], virtual_tokens: int)
 def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
     """A warning where the learning rates of the whole run sum to nearly nothing: a warm-up's first rate is 0."""
     warmup = warmup_steps(training, steps)
-    total = sum(rate_multiplier(training.scheduler, step, steps, warmup) for step in range(min(steps, RATE_STEPS)))
+    total = sum(rate_multiplier(training, step, steps, warmup) for step in range(min(steps, RATE_STEPS)))
     if total < LEAST_RATES:
         yield (
             f"warning: the learning rates of all {steps:,} steps sum to {total:.2g} times training.learning_rate, so "

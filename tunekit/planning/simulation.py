@@ -117,8 +117,9 @@ class SimulatedRun:
         """Count what exists before the step: the adapter's state, everything else of the network, the optimizer."""
         assert tuned.adapter is not None
         net, slots = tuned.base.net, tuned.slots
-        with tracker.counting_as("adapter"):  # where state() detaches a tensor, that alone brings it to notice
-            tracker.adopt(tuned.adapter.state().values(), "adapter")
+        part = trained_part(tuned.adapter)
+        with tracker.counting_as(part):  # where state() detaches a tensor, that alone brings it to notice
+            tracker.adopt(tuned.adapter.state().values(), part)
         on_host = None if slots is None or self.device.type == "cpu" else host_embedding(tuned.base)
         there = set() if on_host is None else {id(tensor) for tensor in on_host.parameters()}
         weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
@@ -138,13 +139,18 @@ class SimulatedRun:
         return max(piece.tensor.nbytes for blob in slots.blobs for piece in blob.pieces)
 
 
+def trained_part(adapter: AttachedAdapter) -> str:
+    """As which part of the peak the trained tensors count."""
+    return "weights" if adapter.settings.trains_base else "adapter"
+
+
 def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:
     """The real optimizer, whose flat buffers replace the adapter's own tensors; AdamW's moments made at once."""
     training = training.model_copy(update={"optimizer": UNPAGED.get(training.optimizer, training.optimizer)})
     with tracker.counting_as("optimizer"):
         optimizer = make_optimizer(training, adapter)
         for flat in optimizer.groups:
-            tracker.move([flat.data], "adapter")
+            tracker.move([flat.data], trained_part(adapter))
             if optimizer.gated:
                 flat_moments = [torch.zeros_like(flat.data, requires_grad=False) for _ in range(MOMENTS)]
                 optimizer.native.state[flat.data] = {"moments": flat_moments}

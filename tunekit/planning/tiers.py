@@ -48,7 +48,7 @@ def streaming_obstacle(recipe: Recipe, base: LoadedModel, device: torch.device) 
 def allowed_tiers(recipe: Recipe, base: LoadedModel, device: torch.device) -> tuple[list[str], list[Problem]]:
     """The tiers among which plan may choose, fastest first; and what is wrong with the one that is written."""
     written = recipe.memory.streaming
-    if written == "off":
+    if written == "off" or recipe.adapter.trains_base:
         return ["off"], []
     obstacle = streaming_obstacle(recipe, base, device)
     if written != "auto":

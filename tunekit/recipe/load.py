@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunekit.errors import Problem, RecipeError
+from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.rewrite import rewrite_aliases
-from tunekit.recipe.names import known_names
+from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.reading.checks import (
     check_across,
     check_secrets,
@@ -23,7 +24,7 @@ from tunekit.recipe.reading.checks import (
     settle_learning_rate,
     settle_pairs,
 )
-from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
+from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath, Place
 from tunekit.recipe.reading.dump import dump_recipe
 from tunekit.recipe.reading.overrides import apply_overrides
 from tunekit.recipe.reading.paths import resolve_paths
@@ -34,7 +35,7 @@ from tunekit.recipe.reading.yaml_reader import read_recipe_file
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 from tunekit.recipe.section import Section
 
-__all__ = ["LoadedRecipe", "dump_recipe", "load_recipe", "load_target_overrides", "make_recipe"]
+__all__ = ["LoadedRecipe", "dump_recipe", "load_recipe", "load_target_overrides", "make_recipe", "override_data"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     rewrite_aliases(draft)
     expand_shorthands(draft)
     apply_overrides(draft, overrides)
+    if "~adapter" in overrides and not draft.has(("adapter",)):
+        known = known_names("adapters")
+        whole = [name for name in known if getattr(settings_class("adapters", name), "trains_base", False)]
+        default = f"adapter: without the section, {DEFAULT_METHOD['adapter']} with its defaults"
+        draft.defaults.append(f"{default}; adapter={whole[0]} trains the base's own weights")
     recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
     return LoadedRecipe(recipe, path, draft.lines(), draft.written_in(COMMAND_LINE), draft.rewrites, draft.defaults)
 
@@ -95,18 +101,39 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
     resolve_paths(draft, Path.cwd())
     model, evaluation = draft.values.get("model", {}), draft.values.get("evaluation", {})
     for name in [name for name in draft.values if name not in ("model", "evaluation")]:
-        draft.add_problem((name,), "cannot be overridden here", "only model.* and evaluation.* can")
+        draft.add_problem(
+            (name,), "cannot be overridden here", "only model.* and evaluation.* can; in eval also data.*"
+        )
     if isinstance(model, dict):
         draft.values["model"] = {"name_or_path": "any", **model}  # required, and not what an override is about
     sections = {name: section for name in ("model", "evaluation") if (section := _make_section(name, draft))}
     check_across(draft, sections)
     if draft.problems:
-        raise RecipeError.of(draft.problems)
+        raise RecipeError.of(draft.problems, draft.rewrites)
     return TargetOverrides(
         model={name: getattr(sections["model"], name) for name in model},
         evaluation={name: getattr(sections["evaluation"], name) for name in evaluation},
         rewrites=draft.rewrites,
     )
+
+
+def override_data(data: DataSection | None, overrides: Sequence[str]) -> DataSection:
+    """A data section, or an empty one, with overrides of data.*. Evaluation rows that are named stand for training
+    rows too, which are then not looked at.
+
+    Raises: RecipeError with every problem.
+    """
+    draft = Draft(COMMAND_LINE)
+    draft.set(("data",), {} if data is None else data.model_dump(mode="json"), Place("the recipe"))
+    apply_overrides(draft, overrides)
+    resolve_paths(draft, Path.cwd())
+    if isinstance(draft.get(("data", "eval")), list):
+        draft.set(("data", "train"), draft.get(("data", "eval")), draft.place(("data", "eval")))
+    section = _make_section("data", draft)
+    check_across(draft, {} if section is None else {"data": section})
+    if draft.problems or not isinstance(section, DataSection):
+        raise RecipeError.of(draft.problems, draft.rewrites)
+    return section
 
 
 def make_recipe(draft: Draft, folder: Path) -> Recipe:
@@ -122,7 +149,7 @@ def make_recipe(draft: Draft, folder: Path) -> Recipe:
     sections = _make_sections(draft)
     check_across(draft, sections)
     if draft.problems:
-        raise RecipeError.of(sorted(draft.problems, key=_place_order))
+        raise RecipeError.of(sorted(draft.problems, key=_place_order), draft.rewrites)
     return Recipe.model_validate(sections)
 
 

@@ -13,6 +13,7 @@ from tunekit.recipe.section import (
     RANK_PATTERN,
     Count,
     CountOrZero,
+    Expression,
     Fraction,
     NotNegative,
     Several,
@@ -75,8 +76,8 @@ class LowRankSettings(LayersSettings):
         (),
         description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone",
     )
-    rank_pattern: dict[Text, Count] = RANK_PATTERN
-    alpha_pattern: dict[Text, NotNegative] = ALPHA_PATTERN
+    rank_pattern: dict[Expression, Count] = RANK_PATTERN
+    alpha_pattern: dict[Expression, NotNegative] = ALPHA_PATTERN
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     start: StartChoice = Field(DEFAULT_START, description="how A and B of linear layers are first filled")
     bias: Literal["none", "all", "lora_only"] = Field(

@@ -34,6 +34,8 @@ def make_schema() -> JsonSchema:
             properties[name] = _schema_of(owner, definitions)
     properties["model"] = {"anyOf": [{"type": "string", "minLength": 1}, properties["model"]]}
     _add_source_shorthands(properties["data"]["properties"])
+    trackers = properties["output"]["properties"]["report_to"]
+    properties["output"]["properties"]["report_to"] = {"anyOf": [trackers["items"], {"const": "none"}, trackers]}
     _add_known_names(definitions["Source"], properties["evaluation"])
     foreign = {name: _alias_schema(name) for name in TOP_LEVEL}
     return {

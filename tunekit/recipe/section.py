@@ -6,10 +6,11 @@ Comes in: plain values read from YAML.  Goes out: validated, immutable settings.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
 LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
 
@@ -43,9 +44,17 @@ class AdapterSettings(MethodSettings):
     """What every adapter has; the settings of one method are in recipe/adapters/NAME.py.
 
     `default_learning_rate`: training.learning_rate where the recipe does not write it; None: the recipe's own default.
+    `trains_base`: the base's own weights are trained, so that nothing can be bypassed and the result is a model.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
+    trains_base: ClassVar[bool] = False
+
+    @property
+    def less_memory(self) -> str:
+        """What else in the recipe would save most of a run's memory, in words."""
+        quantize = "quantize the base with model.quantization: nf4"
+        return "train an adapter, lora for one" if self.trains_base else quantize
 
     init_from: str | None = Field(
         None, description="an existing adapter folder, ours or peft's, that training continues"
@@ -123,10 +132,18 @@ def _auto_bool_or_count(value: Any) -> Any:
     return int(value)
 
 
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"must be a regular expression ({error})") from None
+    return text
+
+
 def text_or_texts(value: Any) -> Any:
-    """A text, or texts as a tuple; neither may be empty."""
+    """A regular expression, or texts as a tuple; neither may be empty."""
     if isinstance(value, str) and value:
-        return value
+        return _expression(value)
     if isinstance(value, list | tuple) and value and all(isinstance(item, str) and item for item in value):
         return tuple(value)
     raise ValueError("must be text or a list of texts")
@@ -140,6 +157,7 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
 Text = Annotated[str, Field(min_length=1)]
+Expression = Annotated[Text, AfterValidator(_expression)]
 AutoOrBool = Annotated[str | bool, BeforeValidator(_auto_or_bool), WithJsonSchema({"enum": ["auto", True, False]})]
 AutoBoolOrCount = Annotated[
     str | bool | int,

@@ -14,7 +14,8 @@ from tunekit.recipe.section import StartSettings
 
 def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     """Every written option that could not be obeyed."""
-    return [*_family_problems(recipe), *_activation_problems(recipe), *_start_problems(recipe)]
+    beside = _problems_of_a_trained_base(recipe)
+    return [*_family_problems(recipe), *beside, *_activation_problems(recipe), *_start_problems(recipe)]
 
 
 def _family_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -24,6 +25,26 @@ def _family_problems(recipe: Recipe) -> Iterator[Problem]:
         what = f"{recipe.objective.method} trains models of the family {trained}, and model.family is "
         how = f"write {trained} or auto, or another objective"
         yield Problem(f"{what}{recipe.model.family}", how, key="model.family")
+
+
+def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
+    """What cannot be had where the base's own weights are trained."""
+    adapter, quantization = recipe.adapter, recipe.model.quantization
+    if not adapter.trains_base:
+        return
+    what = f"{adapter.method} trains the base's own weights"
+    if quantization != "none":
+        how = "write quantization: none, or train an adapter of it, lora for one"
+        yield Problem(f"{what}, and packed ones ({quantization}) have no gradient", how, key="model.quantization")
+    if recipe.memory.streaming in ("host", "disk"):
+        how = "write off, or train an adapter"
+        yield Problem(f"{what}, which a streamed base only reads", how, key="memory.streaming")
+    if recipe.training.loraplus_ratio is not None:
+        nothing = f"{what}: there is no B that could be faster than A"
+        yield Problem(nothing, "remove it", key="training.loraplus_ratio")
+    if adapter.init_from is not None:
+        how = "name the model in model.name_or_path"
+        yield Problem(f"{what}: there is no adapter to continue", how, key="adapter.init_from")
 
 
 def _activation_problems(recipe: Recipe) -> Iterator[Problem]:

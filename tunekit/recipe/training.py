@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
-from tunekit.recipe.section import AutoOrBool, Count, CountOrZero, NotNegative, Number, Positive, Section, Whole
+from tunekit.recipe.section import AutoOrBool, Count, CountOrZero, NotNegative, Number, Positive, Section, Text, Whole
 
+# each with its settings and their defaults, under transformers' names; None: from the warm-up, or the number of steps
+SCHEDULERS: dict[str, dict[str, float | str | None]] = {
+    "constant": {},
+    "linear": {},
+    "cosine": {"num_cycles": 0.5},
+    "cosine_with_min_lr": {"num_cycles": 0.5, "min_lr": None, "min_lr_rate": 0.1},
+    "cosine_with_restarts": {"num_cycles": 1.0},
+    "polynomial": {"lr_end": 1e-7, "power": 1.0},
+    "inverse_sqrt": {"timescale": None},
+    "warmup_stable_decay": {"num_decay_steps": None, "decay_type": "cosine", "min_lr_ratio": 0.0, "num_cycles": 0.5},
+}
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+
+
+def _scheduler(value: object) -> Any:
+    """A known name; constant_with_warmup is constant, since every schedule has a warm-up."""
+    if not isinstance(value, str) or value not in (*SCHEDULERS, "constant_with_warmup"):
+        raise PydanticCustomError("literal_error", "unknown scheduler", {"expected": ", ".join(SCHEDULERS)})
+    return value.removesuffix("_with_warmup")
+
+
+SchedulerName = Annotated[str, BeforeValidator(_scheduler), WithJsonSchema({"enum": list(SCHEDULERS)})]
 
 
 class TrainingSection(Section):
@@ -21,7 +43,10 @@ class TrainingSection(Section):
     learning_rate: NotNegative = Field(
         2e-4, description="the schedule's highest; not written: the adapter's published one, if it has one"
     )
-    scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape after the warm-up")
+    scheduler: SchedulerName = Field("cosine", description="shape after the warm-up, by transformers' name and formula")
+    scheduler_settings: dict[Text, Number | Literal["linear", "cosine", "1-sqrt"]] = Field(
+        default_factory=dict, description="of the schedule, by transformers' names, such as {min_lr_rate: 0.1}"
+    )
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         0.03, description="warm-up as a share of all steps"
     )
@@ -49,3 +74,16 @@ class TrainingSection(Section):
     save_steps: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept, beside the best one")
     eval_steps: Count = Field(100, description="steps between evaluations")
+
+    @model_validator(mode="after")
+    def _settings_of_its_scheduler(self) -> TrainingSection:
+        known, written = SCHEDULERS[self.scheduler], self.scheduler_settings
+        for name, value in written.items():
+            if name not in known:
+                mine = ", ".join(known) or "none"
+                raise ValueError(f"scheduler_settings has '{name}'; those of {self.scheduler} are: {mine}")
+            if isinstance(value, str) != (name == "decay_type") or (isinstance(value, float) and value < 0):
+                raise ValueError(f"scheduler_settings has {name}: {value}, which it cannot be")
+        if {"min_lr", "min_lr_rate"} <= written.keys():
+            raise ValueError("scheduler_settings has min_lr and min_lr_rate, two ways to say one thing; keep one")
+        return self

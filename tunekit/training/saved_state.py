@@ -49,7 +49,7 @@ def restore(
     expected = adapter.state(("saved", "resume"))
     if set(buffers) != set(expected):
         raise RunFolderError("the checkpoint's adapter state does not fit this adapter", "resume with the same tunekit")
-    adapter.load_state(buffers, kinds=("saved", "resume"))
     optimizer.load_state(tensors, facts["layout"])
+    adapter.load_state(buffers, kinds=("saved", "resume"))
     loop = facts["loop"]
     return LoopState(**(loop | {"scale": LossScale(**loop["scale"])}))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from tunekit.recipe.training import TrainingSection
+from tunekit.recipe.training import SCHEDULERS, TrainingSection
 
 
 def warmup_steps(settings: TrainingSection, steps: int) -> int:
@@ -14,17 +15,61 @@ def warmup_steps(settings: TrainingSection, steps: int) -> int:
     return math.ceil((settings.warmup_ratio or 0.0) * steps)
 
 
-def rate_multiplier(scheduler: str, update: int, steps: int, warmup: int) -> float:
+def rate_multiplier(training: TrainingSection, update: int, steps: int, warmup: int) -> float:
     """Multiplier for update number `update` (0-based).
 
-    Warm-up: update / warmup, so that its first update has rate 0. Then constant 1; linear (steps - u) / (steps - w);
-    cosine 0.5 (1 + cos(pi (u - w) / (steps - w))).    Source: transformers.optimization.
+    Warm-up: update / warmup, so that its first update has rate 0. Then, with p = (update - warmup) / (steps - warmup)
+    and c = num_cycles: linear 1 - p; cosine (1 + cos(2 pi c p)) / 2, with min_lr squeezed between that and 1; restarts
+    (1 + cos(pi (c p mod 1))) / 2; polynomial (1 - p)^power, above lr_end; inverse_sqrt sqrt(t / (update - warmup + t)).
+    Source: transformers.optimization.
     """
+    given: dict[str, Any] = {**SCHEDULERS[training.scheduler], **training.scheduler_settings}
+    if training.scheduler == "warmup_stable_decay":
+        return _stable_then_decayed(given, update, steps, warmup)
     if update < warmup:
-        return update / max(1, warmup)
+        return update / warmup
     progress = (update - warmup) / max(1, steps - warmup)
-    if scheduler == "linear":
-        return max(0.0, 1.0 - progress)
-    if scheduler == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    match training.scheduler:
+        case "linear":
+            return 1.0 - progress
+        case "cosine":
+            return _cosine(given["num_cycles"] * progress)
+        case "cosine_with_min_lr":
+            least = given["min_lr_rate"] if given["min_lr"] is None else _share(given["min_lr"], training)
+            return _above(least, _cosine(given["num_cycles"] * progress))
+        case "cosine_with_restarts":
+            return _cosine(given["num_cycles"] * progress % 1.0 / 2)
+        case "polynomial":
+            return _above(_share(given["lr_end"], training), (1.0 - progress) ** given["power"])
+        case "inverse_sqrt":
+            timescale = given["timescale"] or warmup or 10_000
+            return math.sqrt(timescale / (update - warmup + timescale))
     return 1.0
+
+
+def _stable_then_decayed(given: dict[str, Any], update: int, steps: int, warmup: int) -> float:
+    """Up to 1 from min_lr_ratio, then 1, then down to min_lr_ratio over the last num_decay_steps (a tenth of all)."""
+    decay = math.ceil(steps / 10) if given["num_decay_steps"] is None else given["num_decay_steps"]
+    decayed = 1 - (steps - update) / max(1, decay)
+    if update < warmup:
+        factor = update / warmup
+    elif decayed <= 0:
+        factor = 1.0
+    elif given["decay_type"] == "cosine":
+        factor = _cosine(given["num_cycles"] * decayed)
+    else:
+        factor = 1.0 - (decayed if given["decay_type"] == "linear" else math.sqrt(decayed))
+    return _above(given["min_lr_ratio"], factor)
+
+
+def _cosine(turns: float) -> float:
+    return 0.5 * (1.0 + math.cos(2.0 * math.pi * turns))
+
+
+def _above(least: float, factor: float) -> float:
+    """`factor` of 0 .. 1, squeezed into least .. 1."""
+    return least + (1.0 - least) * factor
+
+
+def _share(rate: float, training: TrainingSection) -> float:
+    return rate / training.learning_rate if training.learning_rate else 0.0

@@ -61,7 +61,7 @@ class Session:
         first = (
             "set memory.budget to what the run may take (plan then chooses)" if budget is None else "raise the budget"
         )
-        how = f"{first}, lower data.max_length, or quantize the base with model.quantization: nf4"
+        how = f"{first}, lower data.max_length, or {self.loaded.recipe.adapter.less_memory}"
         return ResourceError(f"out of memory ({had})", how)
 
     def measured(self, model: TunedModel) -> Measured:

@@ -94,7 +94,7 @@ class Run:
 
     def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""
-        return rate_multiplier(self.training.scheduler, self.state.updates, self.windows.steps, self.warmup_steps)
+        return rate_multiplier(self.training, self.state.updates, self.windows.steps, self.warmup_steps)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""An adapter as its folder: one in place, or that of a checkpoint, whose base is read without its weights."""
+"""What was trained as its folder: an adapter in place, or of a checkpoint, whose base is read without its weights; or a
+whole model."""
 
 from __future__ import annotations
 
@@ -18,9 +19,12 @@ from tunekit.contracts import Objective
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import RunFolderError
 from tunekit.model.load import LoadedModel, base_fingerprint, make_meta_model
-from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.model.storage.model_folder import copy_companions, whole_model_folder
+from tunekit.model.storage.rewrite import Rewriter
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
 from tunekit.records import Target
 
 BUFFER_PREFIX = "adapter."  # of a checkpoint's tensors: adapter state that is not trained: seeds, indices, importances
@@ -50,6 +54,23 @@ def export_adapter(
     )
 
 
+def export_model(
+    folder: Path,
+    section: ModelSection,
+    base: LoadedModel,
+    adapter: AttachedAdapter,
+    tokenizer: LoadedTokenizer,
+    chat_template: str | None,
+) -> int:
+    """Write the trained base whole or not at all, in the dtype of its files, a shard in memory at a time; its bytes."""
+    rewriter = Rewriter(section, "full", loaded=base)
+    template = None if chat_template is None else read_template(Path(chat_template))
+    with whole_model_folder(folder) as staging:
+        rewriter.write(staging, rewriter.as_changes(adapter.trained()))
+        copy_companions(section, rewriter.source.folder, tokenizer, template, staging)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 def _objective_facts(objective: Objective) -> dict[str, Any]:
     return {"method": objective.name, **objective.facts}
 
@@ -73,7 +94,11 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     if not written.exists():
         what = f"{checkpoint} lies in no run folder: {written} is missing"
         raise RunFolderError(what, "leave checkpoints where the run wrote them")
-    recipe, found = load_recipe(written).recipe, load_checkpoint(checkpoint)
+    recipe = load_recipe(written).recipe
+    if recipe.adapter.trains_base:
+        what = f"{checkpoint} holds no adapter: the run trains its base, and writes a model at its end alone"
+        raise RunFolderError(what, "finish it with: tunekit train RECIPE --resume, then name the run")
+    found = load_checkpoint(checkpoint)
     facts = found.facts.get("export")
     if facts is None:
         raise RunFolderError(

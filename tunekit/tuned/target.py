@@ -164,7 +164,12 @@ def _from_folder(folder: Path, given: TargetOverrides) -> Target:
     if (folder / "adapter_config.json").exists():
         return _from_adapter(folder, given)
     if (folder / "plan.json").exists():
-        recipe = load_recipe(folder / "recipe.yaml").recipe
+        recipe, whole = load_recipe(folder / "recipe.yaml").recipe, folder / "model"
+        if recipe.adapter.trains_base and (whole / "config.json").exists():
+            if "name_or_path" in given.model:
+                raise InputError(f"{folder} trained its base: no other can stand for it", "leave --base out")
+            own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": None})})
+            return _from_recipe("run", own, None, replace(given, model={**given.model, "name_or_path": str(whole)}))
         if not (folder / "adapter" / "adapter_config.json").exists():
             how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
             raise InputError(f"{folder} is a run without a result yet", how)
@@ -235,6 +240,8 @@ def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None
         objective = make_objective(target.recipe.objective, tokenizer, facts)
         if objective.complete:
             return objective
+        if target.kind == "run" and target.adapter is None:
+            return None  # the model itself knows: see measuring_objective
         return load_rows(target.recipe.data, objective, seed=target.seed).objective
     if method in known_names("objectives"):
         return make_objective(make_objective_settings({"method": method}), tokenizer, facts)

@@ -126,7 +126,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
 def method_of(fields: dict[str, Any], file: str) -> Method:
     """The method of this peft_type; among several, the one whose claims the fields meet best."""
     wanted = fields.get("peft_type")
-    methods = all_methods()
+    methods = [method for method in all_methods() if method.peft.peft_type]
     fitting = [
         method
         for method in methods

@@ -61,6 +61,7 @@ OFF: tuple[Any, ...] = (None, False, [], {}, "")  # an unknown field with one of
 class PeftSide:
     """How one method's settings stand in PEFT's configuration.
 
+    `peft_type`: "" of a method whose result is no adapter folder.
     `fields`: PEFT's name -> (our setting, PEFT's default where a file leaves the field out).
     `fixed`: PEFT's name -> values accepted, the first of which is written; any other value is refused by name.
     `claims`: fields by which this method is told from others of the same peft_type.

@@ -121,7 +121,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         durable.sync(temporary)
-        _put_in_place(temporary, folder)
+        durable.replace_folder(temporary, folder)
     except BaseException:
         with contextlib.suppress(Exception):
             if durable.is_real_folder(temporary):
@@ -194,14 +194,3 @@ def _remove_left_overs(folder: Path) -> None:
     for other in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.part-*")):
         if durable.is_real_folder(other) and set(os.listdir(other)) <= OUR_FILES:
             durable.remove_tree(other)
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename into place; what stood there goes only after the new folder stands."""
-    old = temporary.with_name(temporary.name + ".old")
-    if durable.is_real_folder(folder):
-        durable.rename(folder, old)
-    durable.rename(temporary, folder)
-    if durable.is_real_folder(old):
-        durable.remove_tree(old)
-        durable.sync(folder.parent)

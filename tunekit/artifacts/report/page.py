@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.errors import redact
+from tunekit.recipe.names import known_names, settings_class
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -54,13 +55,14 @@ def _head(path: Path, facts: ReportFacts, plan: Plan) -> str:
     rank = f" of rank {adapter['r']}" if adapter.get("r") else ""
     quantized = f", weights in {escape(model.quantization)}" if model.quantization != "none" else ""
     share = facts.trainable_parameters / plan.total_parameters if plan.total_parameters else 0.0
+    modules = f" in {len(plan.targets)} modules" if plan.targets else ""
     epochs = f" ({facts.final_step / plan.rows.steps_per_epoch:.2f} epochs)" if plan.rows.steps_per_epoch else ""
     return (
         f"# {escape(path.name)}\n\n"
         f"{escape(adapter.get('method', 'adapter'))}{rank} on **{escape(model.name_or_path)}** "
         f"({escape(model.model_type)}, {plan.total_parameters:,} parameters, "
         f"computed in {escape(model.dtype)}{quantized}). "
-        f"{facts.trainable_parameters:,} parameters ({share:.2%}) in {len(plan.targets)} modules were trained "
+        f"{facts.trainable_parameters:,} parameters ({share:.2%}){modules} were trained "
         f"for {facts.final_step:,} steps{epochs} on {escape(plan.device)}."
     )
 
@@ -224,7 +226,8 @@ def _reactions(facts: ReportFacts, plan: Plan) -> str:
 def _next(path: Path, plan: Plan) -> str:
     place = os.path.relpath(path)
     place = shlex.quote(str(path) if place.startswith("..") else place)
-    full = plan.recipe.get("adapter", {}).get("method") == "full"
+    method = plan.recipe.get("adapter", {}).get("method")
+    full = method in known_names("adapters") and getattr(settings_class("adapters", method), "trains_base", False)
     commands = [f"tunekit eval {place}", f"tunekit generate {place} --prompt 'your text'"]
     if not full:
         commands.append(f"tunekit merge {place}/adapter --output {place}/merged")

@@ -17,10 +17,31 @@ from tunekit.records import Plan, ReportFacts
 OPTIONAL_TABLES = ("seconds", "rows", "predicted_bytes", "measured_bytes")
 
 
-def report_values(facts: ReportFacts) -> dict[str, Any]:
-    """report.json: every fact that was measured; what was not is absent, never null or zero in its place."""
-    values: dict[str, Any] = _measured(asdict(facts))
+def report_values(facts: ReportFacts, plan: Plan | None = None) -> dict[str, Any]:
+    """report.json: what was run, and every fact that was measured; what was not is absent, never null or zero."""
+    run = {} if plan is None else _run_facts(plan)
+    values: dict[str, Any] = _measured({**run, **asdict(facts)})
     return {name: value for name, value in values.items() if value or name not in OPTIONAL_TABLES}
+
+
+def _run_facts(plan: Plan) -> dict[str, Any]:
+    """What two runs are compared by: model, method, rates, seed."""
+    recipe, choice = plan.recipe, plan.choice
+    training, count = recipe.get("training", {}), choice.micro_batch_size
+    names = ("learning_rate", "loraplus_ratio", "scheduler", "optimizer", "weight_decay", "seed")
+    return {
+        "tunekit_version": plan.tunekit_version,
+        "device": plan.device,
+        "model": asdict(plan.model),
+        "method": recipe.get("adapter", {}).get("method"),
+        "adapter": recipe.get("adapter"),
+        "objective": recipe.get("objective", {}).get("method"),
+        **{name: training.get(name) for name in names},
+        "warmup_steps": plan.warmup_steps,
+        "rows_per_step": count and count * choice.gradient_accumulation_steps,
+        "max_length": recipe.get("data", {}).get("max_length"),
+        "total_parameters": plan.total_parameters,
+    }
 
 
 def _measured(value: object) -> Any:
@@ -39,6 +60,6 @@ def _measured(value: object) -> Any:
 
 def write_report(run: RunFolder, facts: ReportFacts, plan: Plan) -> None:
     """Write report.json, then report.md, each whole or not at all."""
-    run.write_json("report.json", report_values(facts))
+    run.write_json("report.json", report_values(facts, plan))
     losses = [record["loss"] for record in run.read_metrics() if "eval" not in record]
     run.write_text("report.md", make_page(run.path, facts, plan, losses))

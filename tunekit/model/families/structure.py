@@ -6,8 +6,10 @@ Comes in: a net as transformers builds it.  Goes out: names and modules.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,6 +79,20 @@ def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+def fixed_parameters(net: nn.Module) -> frozenset[str]:
+    """Names of parameters that the model's own class keeps as they are, such as computed positions."""
+    config: Any = getattr(net, "config", None)
+    kinds: tuple[Any, Any] = (type(net), type(config))
+    return frozenset() if config is None else _fixed_by(*kinds, config.to_json_string())
+
+
+@cache
+def _fixed_by(kind: Any, config_kind: Any, config: str) -> frozenset[str]:
+    with torch.device("meta"):
+        plain = kind(config_kind.from_dict(json.loads(config)))
+    return frozenset(name for name, tensor in plain.named_parameters() if not tensor.requires_grad)
 
 
 def last_hidden(output: Any) -> torch.Tensor:

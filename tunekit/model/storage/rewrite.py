@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from torch import nn
 
 from tunekit.errors import ModelError, NumericsError
 from tunekit.model.compute import resolve_dtype
-from tunekit.model.load import load_model, make_meta_model
+from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage import inspection
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.packing import packable
-from tunekit.model.storage.shards import ShardReader, ShardWriter
+from tunekit.model.storage.shards import ShardReader, ShardWriter, read_headers
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import HeadedModel, ModelSection
@@ -72,7 +73,10 @@ class LoadedTensors:
     """The same of a net in memory, for bases that only transformers can read (GGUF); `dtype` is what is written."""
 
     def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
-        self.tensors = {name: tensor for name, tensor in net.state_dict().items() if name != f"{tied_head}.weight"}
+        stored = dict(net.state_dict(keep_vars=True))
+        stored.pop(f"{tied_head}.weight", None)
+        once = {id(tensor): name for name, tensor in reversed(stored.items())}  # of tied ones the first name
+        self.tensors = {name: tensor.detach() for name, tensor in stored.items() if once[id(tensor)] == name}
         self._dtype = dtype
 
     def names(self) -> list[str]:
@@ -92,10 +96,13 @@ class LoadedTensors:
 class Rewriter:
     """One base with its changes. `onto`: full (the base's own weights), dequantized (those that its packed form
     stands for), or quantized (dequantized, changed, and packed again). `written`: the dtype of all numbers that are
-    written, in place of each tensor's own."""
+    written, in place of each tensor's own. `loaded`: the base, where it is in memory already; asked for only where its
+    files are not those of the net that is written."""
 
-    def __init__(self, section: ModelSection, onto: str, written: torch.dtype | None = None) -> None:
-        self.section, self.onto, self.written = section, onto, written
+    def __init__(
+        self, section: ModelSection, onto: str, written: torch.dtype | None = None, loaded: LoadedModel | None = None
+    ) -> None:
+        self.section, self.onto, self.written, self.loaded = section, onto, written, loaded
         device = torch.device("cpu")
         self.compute_dtype = resolve_dtype(section, device)
         self.source: ModelSource = find_source(section, weights=True)
@@ -119,8 +126,11 @@ class Rewriter:
             parameters = frozenset(self.net.state_dict())
             return BaseTensors(self.source.folder, parameters, str(getattr(self.net, "base_model_prefix", "")))
         wide = plain.model_copy(update={"dtype": "float32"})
-        loaded = load_model(wide, device=torch.device("cpu"))
+        loaded = self.loaded or load_model(wide, device=torch.device("cpu"))
         self.generation_config = loaded.generation_config
+        if self.loaded is not None and self.source.gguf_file is None:  # as wide as the base's own files
+            stored = {each.dtype for each in read_headers(self.source.folder).values() if each.dtype.is_floating_point}
+            self.written = max(stored, key=lambda dtype: dtype.itemsize)
         return LoadedTensors(loaded.net, self.head if self.tied else None, self.compute_dtype)
 
     @property
@@ -173,6 +183,18 @@ class Rewriter:
         if self.generation_config is not None:
             self.generation_config.use_cache = True
             self.generation_config.save_pretrained(str(folder))
+
+    def as_changes(self, tensors: Mapping[str, torch.Tensor]) -> Changes:
+        """Parameters of a net that take the place of the base's, each under every name that the files have for it."""
+        aliases: dict[int, list[str]] = {}
+        for name, parameter in self.net.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(name)
+        changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            every = aliases[id(self.net.get_parameter(name))]
+            stored = [each for each in every if self._stored_name(each) in self.names]
+            changes |= dict.fromkeys(stored or [name], partial(_taken, tensor))
+        return Changes({}, changes)
 
     def _check(self, changes: Changes) -> None:
         """Every change must have its tensor."""
@@ -238,7 +260,7 @@ class Rewriter:
             config = json.loads(self.config.to_json_string()) | {"dtype": str(self.compute_dtype)[6:]}
             for key in ("quantization_config", "_name_or_path"):  # the file's packing, and a path of this machine
                 config.pop(key, None)
-            config.setdefault("architectures", [type(self.net).__name__])
+            config["architectures"] = [type(self.net).__name__]
         if self.unties(changes):
             config["tie_word_embeddings"] = False
         if changes.vocabulary_size is not None:
@@ -311,11 +333,11 @@ class Rewriter:
             yield name, self._cast(name, stored)
             return
         transposed = layer_kind(self.modules[module_name]) == "conv1d"
+        if whole is not None:
+            stored = whole(stored.float())
         matrix = (stored.t() if transposed else stored).float()  # (O, I)
         if packed:
             matrix = self._through_packing(matrix)
-        if whole is not None:
-            matrix = whole(matrix)
         if change is not None:
             had_bias = bias is not None
             matrix, bias = change(matrix, None if bias is None else bias.float())
@@ -351,8 +373,11 @@ class Rewriter:
         return result
 
 
+def _taken(tensor: torch.Tensor, _old: torch.Tensor) -> torch.Tensor:
+    """A change that does not ask what was there."""
+    return tensor.detach().float().cpu()
+
+
 def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
-        raise NumericsError(
-            f"{name} would hold NaN or infinity after the merge", "the adapter diverged; nothing was written"
-        )
+        raise NumericsError(f"{name} would hold NaN or infinity", "training diverged; nothing was written")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 
-from tunekit.contracts import Tokenizer
+from tunekit.contracts import GREEDY, Sampling, Tokenizer
 from tunekit.errors import DataError, ModelError
 from tunekit.model.call import seed_for
 from tunekit.model.families import text_config
@@ -32,9 +33,7 @@ def generate_texts(
     *,
     max_new_tokens: int,
     batch_size: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
     template: str | None = None,
     adapt: Callable[[Inputs], Inputs] | None = None,
@@ -68,8 +67,8 @@ def generate_texts(
             rows = order[start : start + batch_size]
             widest = max(len(prompts_ids[index]) for index in rows)
             new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest - widest * (not apart))
-            torch.manual_seed(seed_for("generate", seed, start))
-            settings = _settings(model, tokenizer.pad_id, new_tokens, temperature, top_p, stops)
+            torch.manual_seed(seed_for("generate", sampling.seed, start))
+            settings = _settings(model, tokenizer.pad_id, new_tokens, sampling, stops)
             produced = _generate(model, [prompts_ids[index] for index in rows], tokenizer.pad_id, settings, adapt)
             for index, ids in zip(rows, produced, strict=True):
                 results[index] = list(takewhile(lambda token_id: token_id not in stops, ids))
@@ -105,14 +104,12 @@ def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[i
     return []
 
 
-def _settings(
-    model: LoadedModel, pad_id: int, new_tokens: int, temperature: float, top_p: float, stops: list[int]
-) -> Any:
+def _settings(model: LoadedModel, pad_id: int, new_tokens: int, sampling: Sampling, stops: list[int]) -> Any:
     """transformers' GenerationConfig with nothing but what is asked for."""
     from transformers import GenerationConfig
 
     ends = _answer_ends(model) if model.family.reads_source else {}
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"} if sampling.temperature else {}
     return GenerationConfig(
         max_new_tokens=new_tokens,
         pad_token_id=pad_id,
@@ -120,7 +117,8 @@ def _settings(
         bos_token_id=getattr(text_config(model.net), "bos_token_id", None),
         use_cache=True,
         num_beams=1,
-        **({"do_sample": False} | sampling | ends),
+        do_sample=bool(drawn),
+        **(drawn | ends),
     )
 
 

@@ -10,10 +10,10 @@ from tunekit.recipe.section import (
     DROPOUT,
     RANK_PATTERN,
     Count,
+    Expression,
     Fraction,
     NotNegative,
     TargetedSettings,
-    Text,
     metamath_rate,
 )
 
@@ -27,4 +27,4 @@ class DeloraSettings(TargetedSettings):
     r: Count = Field(8, description="rank")
     delora_lambda: NotNegative = Field(15.0, description="the strength at the start; it bounds the update's norm")
     dropout: Fraction = DROPOUT
-    rank_pattern: dict[Text, Count] = RANK_PATTERN
+    rank_pattern: dict[Expression, Count] = RANK_PATTERN

@@ -11,9 +11,9 @@ from tunekit.recipe.section import (
     LARGEST_COUNT,
     RANK_PATTERN,
     Count,
+    Expression,
     NotNegative,
     TargetedSettings,
-    Text,
     Whole,
 )
 
@@ -28,5 +28,5 @@ class LokrSettings(TargetedSettings):
     decompose_factor: Annotated[Whole, Field(ge=-1, le=LARGEST_COUNT)] = Field(
         -1, description="larger bound of the smaller matrix's sides; -1: the divisor next to the square root"
     )
-    rank_pattern: dict[Text, Count] = RANK_PATTERN
-    alpha_pattern: dict[Text, NotNegative] = ALPHA_PATTERN
+    rank_pattern: dict[Expression, Count] = RANK_PATTERN
+    alpha_pattern: dict[Expression, NotNegative] = ALPHA_PATTERN

@@ -9,13 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 from tunekit.errors import Problem
-from tunekit.recipe.foreign.table import IN_ADAPTER, PRECISION_KEYS, TOP_LEVEL, Alias
+from tunekit.recipe.foreign.table import (
+    IN_ADAPTER,
+    PRECISION_KEYS,
+    SOURCE_KEYS,
+    TEMPLATE_KEYS,
+    TEMPLATES,
+    TOP_LEVEL,
+    Alias,
+)
 from tunekit.recipe.foreign.values import NOTHING, NotExact
 from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 from tunekit.recipe.reading.suggest import show
 
 QUANTIZATION: KeyPath = ("model", "quantization")
 METHOD: KeyPath = ("adapter", "method")
+TRAIN: KeyPath = ("data", "train")
 _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 
 
@@ -24,13 +33,17 @@ def rewrite_aliases(draft: Draft) -> None:
     _rewrite_quantization(draft)
     _rewrite_precision(draft)
     constant = [name for name in ("lr_scheduler", "lr_scheduler_type") if draft.values.get(name) == "constant"]
-    for name in [name for name in draft.values if name in TOP_LEVEL]:
+    for name in [name for name in draft.values if name in TOP_LEVEL and name not in (*SOURCE_KEYS, *TEMPLATE_KEYS)]:
         _rewrite(draft, (name,), TOP_LEVEL[name])
     adapter = draft.values.get("adapter")
     for name in [name for name in adapter if name in IN_ADAPTER] if isinstance(adapter, dict) else ():
         _rewrite(draft, ("adapter", name), IN_ADAPTER[name])
     if constant:
         _settle_constant(draft, constant[0])
+    for name, field in SOURCE_KEYS.items():
+        _rewrite_source_key(draft, name, field)
+    for name in TEMPLATE_KEYS:
+        _rewrite_template(draft, name)
 
 
 def _rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
@@ -47,14 +60,16 @@ def _rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
         draft.untranslated.add(alias.target or key)
         return None
     if ours is NOTHING or alias.target is None:
-        return _record(draft, place, dotted(key), "nothing (it changes nothing here)")
+        return _record(draft, place, dotted(key), f"nothing ({alias.why})")
     if _write(draft, alias.target, ours, place, dotted(key), translated=ours != value):
         for index, at in enumerate(inner):
             _move_places(draft, (*alias.target, index), at)
     return None
 
 
-def _write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: str, *, translated: bool) -> bool:
+def _write(
+    draft: Draft, target: KeyPath, value: object, place: Place, spelled: str, *, translated: bool = True
+) -> bool:
     """Write our key, unless it is written already. False where it was not written."""
     if draft.has(target):
         other = draft.place(target)
@@ -66,9 +81,8 @@ def _write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: 
         _complain(draft, place, spelled, f"{target[0]} ({draft.place(target[:1])}) is no mapping")
         return False
     draft.set(target, value, Place(place.file, place.line, spelled))
-    for length in range(1, len(target)):  # a section that only an alias opened was not spelled by anyone
-        if draft.places[target[:length]].spelled:
-            draft.places[target[:length]] = place
+    if draft.places[target[:1]].spelled:  # a section that only an alias opened was not spelled by anyone
+        draft.places[target[:1]] = place
     shown = f": {show(value)}" if translated and not isinstance(value, list | dict) else ""
     _record(draft, place, spelled, f"{dotted(target)}{shown}")
     return True
@@ -118,7 +132,7 @@ def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> Non
             kind = value
             _record(draft, place, name, f"model.quantization: {value!r}")
     for name in explicit or list(bits):
-        _write(draft, QUANTIZATION, kind if four_bit else "int8", bits[name][1], name, translated=True)
+        _write(draft, QUANTIZATION, kind if four_bit else "int8", bits[name][1], name)
 
 
 def _rewrite_precision(draft: Draft) -> None:
@@ -141,7 +155,7 @@ def _rewrite_precision(draft: Draft) -> None:
     if all(value is False for value, _ in found.values()):
         chosen = [(name, "float32") for name in found][:1]
     for name, dtype in chosen:
-        _write(draft, ("model", "dtype"), dtype, found[name][1], name, translated=True)
+        _write(draft, ("model", "dtype"), dtype, found[name][1], name)
 
 
 def _settle_constant(draft: Draft, spelled: str) -> None:
@@ -152,7 +166,41 @@ def _settle_constant(draft: Draft, spelled: str) -> None:
         how = "write constant_with_warmup, or remove the warm-up"
         _complain(draft, place, spelled, "constant ignores the warm-up there", how)
     elif not written:
-        _write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant", translated=True)
+        _write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant")
+
+
+def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
+    """A key about every training source -> that field of each."""
+    found = _take(draft, name)
+    if found is None:
+        return
+    value, place = found
+    sources = draft.get(TRAIN)
+    if isinstance(sources, str):
+        draft.wrap(TRAIN, "path")
+        draft.wrap(TRAIN, 0)
+    if not isinstance(draft.get(TRAIN), list):
+        _complain(draft, place, name, "there are no training sources", "write it under data.train")
+    elif field == "columns" and value == "text":
+        _record(draft, place, name, "nothing (it changes nothing here)")
+    else:
+        for index, _ in enumerate(draft.get(TRAIN)):
+            _write(draft, (*TRAIN, index, field), {str(value): "text"} if field == "columns" else value, place, name)
+
+
+def _rewrite_template(draft: Draft, name: str) -> None:
+    """The name of a template -> nothing, where the base's own tokenizer has that template."""
+    found = _take(draft, name)
+    if found is None:
+        return
+    value, place = found
+    base = str(draft.get(("model", "name_or_path"), draft.get(("model",), ""))).lower()
+    bases = [known for start, known in TEMPLATES.items() if str(value).startswith(start)]
+    if value == "tokenizer_default" or any(word in base for words in bases for word in words):
+        _record(draft, place, name, "nothing (the tokenizer's own template is used; `tunekit preview` shows it)")
+    else:
+        what = f"the template {show(value)} has no name here, and the base's tokenizer need not have it"
+        _complain(draft, place, name, what, "write data.chat_template: FILE, or remove it")
 
 
 def _bits(value: object, meaning: int | None) -> int | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tunekit.recipe.foreign import values as values
-from tunekit.recipe.foreign.values import NOTHING, Translate, always_so, lost, one_of, same
+from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, always_so, lost, one_of, same
 from tunekit.recipe.names import known_names
 from tunekit.recipe.reading.draft import KeyPath
+from tunekit.recipe.training import SCHEDULERS
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Alias:
 
     target: KeyPath | None
     translate: Translate
+    why: str = "it changes nothing here"  # a value that says nothing says nothing
 
 
 def _to(dotted_key: str, *names: str, by: Translate = same) -> dict[str, Alias]:
@@ -31,9 +33,13 @@ def _nowhere(by: Translate, *names: str) -> dict[str, Alias]:
     return dict.fromkeys(names, Alias(None, by))
 
 
+def _dropped(why: str, *names: str) -> dict[str, Alias]:
+    """Names of keys of which no result depends, whatever their values."""
+    return dict.fromkeys(names, Alias(None, always_so, why))
+
+
 _SCHEDULERS = one_of(
-    {"cosine": "cosine", "linear": "linear", "constant_with_warmup": "constant", "constant": "constant"},
-    "write training.scheduler: constant, linear or cosine",
+    {**{name: name for name in SCHEDULERS}, "constant_with_warmup": "constant"}, "write training.scheduler"
 )
 _OPTIMIZERS = one_of(
     {
@@ -51,6 +57,13 @@ _OPTIMIZERS = one_of(
 _SWITCH = one_of({True: True, False: False})
 _ATTENTION = one_of({"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"})
 PRECISION_KEYS = ("bf16", "fp16")
+SOURCE_KEYS = {"max_samples": "max_rows", "dataset_train_split": "split", "dataset_text_field": "columns"}
+TEMPLATE_KEYS = ("template", "chat_template")
+TEMPLATES = {  # what names of templates begin with: what is in the names of bases whose tokenizer has it
+    **{name: (name,) for name in ("llama", "qwen", "gemma", "mistral", "phi", "deepseek", "falcon", "glm", "granite")},
+    "chatml": ("qwen", "smollm", "yi-"),
+    "command": ("command", "aya"),
+}
 
 TOP_LEVEL: dict[str, Alias] = {
     **_to("model.name_or_path", "base_model", "model_name_or_path", "model_name"),
@@ -68,7 +81,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **_to("model.quantization", "bnb_4bit_quant_type", "quantization_type"),
     **_to("model.dtype", *PRECISION_KEYS),
     **_to("memory.gradient_checkpointing", "gradient_checkpointing", by=_SWITCH),
-    **_nowhere(always_so, "gradient_checkpointing_kwargs"),  # it is always non-reentrant
+    **_dropped("it is always non-reentrant", "gradient_checkpointing_kwargs"),
     **_to("data.train", "datasets", by=values.dataset_list),
     **_to("data.train", "dataset", by=values.dataset_files),
     **_to("data.train", "dataset_name"),
@@ -80,8 +93,8 @@ TOP_LEVEL: dict[str, Alias] = {
     **_to("data.train_on", "train_on_inputs", "train_on_prompt", by=one_of({False: "assistant", True: "all"})),
     **_to("data.train_on", "mask_history", by=one_of({True: "last", False: NOTHING})),
     **_to("data.train_on", "assistant_only_loss", "completion_only_loss", by=one_of({True: "assistant", False: "all"})),
-    **_nowhere(one_of({"tokenizer_default": NOTHING}, "write data.chat_template: FILE"), "chat_template"),
-    **_to("data.chat_template", "chat_template_path"),
+    **_to("data.chat_template", "chat_template_path", *TEMPLATE_KEYS),  # the last two: rewrite.py
+    **{name: Alias(("data", "train", 0, field), same) for name, field in SOURCE_KEYS.items()},  # rewrite.py
     **_to("data.shuffle", "shuffle_merged_datasets"),
     **_to("data.shuffle", "disable_shuffling", by=values.negated),
     **_to("adapter.method", "finetuning_type"),
@@ -119,6 +132,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **_to("training.gradient_accumulation_steps", "gradient_accumulation_steps"),
     **_to("training.learning_rate", "learning_rate"),
     **_to("training.scheduler", "lr_scheduler", "lr_scheduler_type", by=_SCHEDULERS),
+    **_to("training.scheduler_settings", "lr_scheduler_kwargs"),
     **_to("training.warmup_steps", "warmup_steps"),
     **_to("training.warmup_ratio", "warmup_ratio"),
     **_to("training.optimizer", "optimizer", "optim", by=_OPTIMIZERS),
@@ -143,21 +157,30 @@ TOP_LEVEL: dict[str, Alias] = {
     **_to("output.dir", "output_dir"),
     **_to("output.report_to", "report_to", by=values.trackers),
     **_to("output.report_to", "use_tensorboard", by=one_of({True: ["tensorboard"], False: NOTHING})),
-    **_nowhere(always_so, "logging_steps"),  # every step is logged
+    **_dropped("every step is logged", "logging_steps", "logging_first_step", "logging_strategy", "log_level"),
+    **_dropped("every step is logged", "include_num_input_tokens_seen", "plot_loss"),
+    **_dropped("rows are cached by their content", "dataset_prepared_path", "overwrite_cache", "dataset_num_proc"),
+    **_dropped("rows are cached by their content", "preprocessing_num_workers", "dataset_processes"),
+    **_dropped("rows are ready before training begins", "dataloader_num_workers", "dataloader_pin_memory"),
+    **_dropped("rows are ready before training begins", "dataloader_prefetch_factor", "remove_unused_columns"),
+    **_dropped("metrics.jsonl holds every number", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name"),
+    **_dropped("metrics.jsonl holds every number", "wandb_run_id", "wandb_log_model", "run_name", "trackio_space_id"),
+    **_dropped("the run folder holds everything", "logging_dir"),
+    **_dropped("padding changes no result", "pad_to_sequence_len", "pad_to_multiple_of"),
+    **_dropped("rows lie end to end without padding", "group_by_length", "length_column_name"),
+    **_dropped("it changes no result", "strict", "local_rank", "debug", "ddp_timeout", "use_cache"),
+    **_dropped("checkpoints are safetensors", "save_safetensors", "save_only_model"),
+    **_dropped("`tunekit train --overwrite` says so", "overwrite_output_dir"),
+    **_dropped("matrix products keep their precision", "tf32"),
+    **_dropped("gradients are summed without DistributedDataParallel", "ddp_find_unused_parameters"),
+    **_dropped("the fast tokenizer is always used", "use_fast_tokenizer"),
     **_nowhere(lost("the device layer is accelerate"), "deepspeed"),
     **_nowhere(lost("base weights are not sharded"), "fsdp", "fsdp_config"),
     **_nowhere(lost("evaluation goes by steps", "write training.eval_steps"), "evals_per_epoch"),
     **_nowhere(lost("saving goes by steps", "write training.save_steps"), "saves_per_epoch"),
-    **_nowhere(lost("rows are padded to the longest of their batch"), "pad_to_sequence_len"),
-    **_nowhere(lost("the order is a pure function of the seed"), "group_by_length"),
     **_nowhere(lost("there is no embedding noise"), "neftune_noise_alpha"),
-    **_nowhere(lost("matrix products keep their precision"), "tf32"),
-    **_nowhere(lost("templates have no names here", "write data.chat_template: FILE, or nothing"), "template"),
-    **_nowhere(lost("that tracker is not served", "write output.report_to"), "wandb_project"),
     **_nowhere(lost("nothing is uploaded"), "push_to_hub", "hub_model_id"),
     **_nowhere(lost("resuming is a choice of the run", "run `tunekit train --resume`"), "resume_from_checkpoint"),
-    **_nowhere(lost("a run folder is never overwritten", "choose another output.dir"), "overwrite_output_dir"),
-    **_nowhere(lost("the cache is keyed by content and needs no place"), "dataset_prepared_path"),
 }
 IN_ADAPTER: dict[str, Alias] = {
     **_to("adapter.method", "peft_type", by=one_of({"LORA": "lora"})),
@@ -165,7 +188,7 @@ IN_ADAPTER: dict[str, Alias] = {
     **_to("adapter.dropout", "lora_dropout"),
     **_nowhere(one_of({"CAUSAL_LM": NOTHING}), "task_type"),
     **_nowhere(one_of({True: NOTHING}, "write adapter.start"), "init_lora_weights"),
-    **_nowhere(always_so, "fan_in_fan_out"),  # it follows from the layer
+    **_dropped("it follows from the layer", "fan_in_fan_out"),
     **_nowhere(one_of({False: NOTHING}), "inference_mode"),
     "use_dora": TOP_LEVEL["use_dora"],
 }
@@ -175,6 +198,20 @@ def alias_target(name: str) -> KeyPath | None:
     """tunekit's key for a foreign name; None where it is no alias, or has no key here."""
     alias = TOP_LEVEL.get(name) or IN_ADAPTER.get(name)
     return alias.target if alias else None
+
+
+def meaning(name: str, value: object) -> tuple[KeyPath, object] | None:
+    """tunekit's key and value for a foreign name and its value, wherever they stand; None where nothing is exact."""
+    if name in ("load_in_4bit", "load_in_8bit", "quantization_bit"):
+        return (("model", "quantization"), "int8" if value == 8 or "8bit" in name else "nf4") if value else None
+    alias = TOP_LEVEL.get(name) or IN_ADAPTER.get(name)
+    if alias is None or alias.target is None or name in (*PRECISION_KEYS, *TEMPLATE_KEYS, *SOURCE_KEYS):
+        return None
+    try:
+        ours = alias.translate(value)
+    except NotExact:
+        return None
+    return None if ours is NOTHING else (alias.target, ours)
 
 
 def is_alias(key: KeyPath) -> bool:

@@ -20,13 +20,14 @@ _TAKEN_FOR_BOOLEAN = {"y", "n", "yes", "no", "on", "off"}  # by readers of YAML 
 _ESCAPED = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
 
 
-def dump_recipe(recipe: Recipe, relative_to: Path) -> str:
-    """The recipe as YAML; absolute paths are written relative to the folder the new file will stand in."""
-    values = recipe.model_dump(mode="json")
+def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False) -> str:
+    """The recipe as YAML, without its defaults where `written_only`; absolute paths are written relative to the folder
+    the new file will stand in."""
+    values = recipe.model_dump(mode="json", exclude_unset=written_only)
     for section, name in (*ALWAYS_LOCAL, ("model", "name_or_path")):
-        if values[section].get(name) is not None:
+        if values.get(section, {}).get(name) is not None:
             values[section][name] = relative_path(values[section][name], relative_to)
-    for sources in (values["data"]["train"], values["data"]["eval"]):
+    for sources in (values["data"]["train"], values["data"].get("eval")):
         for source in sources if isinstance(sources, list) else ():
             source["path"] = relative_path(source["path"], relative_to)
     return "\n".join(_lines(values, "")) + "\n"

@@ -1,4 +1,5 @@
-"""Paths in a recipe are relative to the recipe file: made absolute on reading, relative to the new file on writing.
+"""Paths in a recipe are relative to the recipe file, those of the command line to the working folder: made absolute on
+reading, relative to the new file on writing.
 
 Comes in: a Draft and the recipe's folder.  Goes out: absolute paths in place; hub names stay as they are.
 A leading `~` is the home folder; `$VAR` is not expanded.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tunekit.recipe.reading.draft import Draft, KeyPath
+from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
 
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_BYTES = 4096
@@ -46,6 +47,7 @@ def _resolve(draft: Draft, key: KeyPath, folder: Path, *, endings: tuple[str, ..
     if fault:
         draft.add_problem(key, fault, "write a shorter path" if "long" in fault else "")
         return
+    folder = Path.cwd() if draft.place(key).file == COMMAND_LINE else folder
     absolute = os.path.normpath(folder / os.path.expanduser(text))
     local = endings is None or text in (".", "..") or text.startswith(("./", "../", "/", "~"))
     if local or text.lower().endswith(endings or ()) or os.path.lexists(absolute):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tunekit.errors import Problem
 from tunekit.recipe.data import Source
-from tunekit.recipe.foreign.table import alias_target
+from tunekit.recipe.foreign.table import alias_target, meaning
 from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.reading.draft import Draft, KeyPath, dotted, has_item
 from tunekit.recipe.reading.suggest import did_you_mean, nearest, show
@@ -35,6 +35,28 @@ _KINDS = {
     "model_attributes_type": "must be a mapping",
     "tuple_type": "must be a list",
 }
+# what people write from habit: the key, or the value, that is meant
+_MEANT_KEYS = {
+    "lr": "learning_rate",
+    "rank": "r",
+    "batch_size": "micro_batch_size",
+    "steps": "max_steps",
+    "warmup": "warmup_ratio",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "targets": "target_modules",
+}
+_MEANT_VALUES = {
+    **dict.fromkeys(("int4", "4bit", "4", "bnb", "bnb_nf4", "qlora"), "nf4"),
+    **dict.fromkeys(("8bit", "8", "llm.int8"), "int8"),
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    **dict.fromkeys(("flash", "fa2", "flash_attention"), "flash_attention_2"),
+    "adam": "adamw",
+}
+_MENDS = {"report_to": "it is the one tracker that is served, beside metrics.jsonl, which holds every number"}
 _EMPTY = {"too_short", "string_too_short"}
 
 
@@ -51,8 +73,13 @@ def unknown_key(key: KeyPath, draft: Draft) -> Problem:
     target = alias_target(name)
     elsewhere = _leaf_elsewhere(name)
     section, dot, rest = name.partition(".")
+    meant = meaning(name, draft.get(key))
     if dot and section in Recipe.model_fields:
         how = f"write {section}: {{{rest}: ...}}"
+    elif meant and not isinstance(meant[1], dict | list):
+        how = f"write {dotted(meant[0])}: {show(meant[1])}"
+    elif _MEANT_KEYS.get(name) in here:
+        how = f"did you mean '{_MEANT_KEYS[name]}'?"
     elif target and dotted(target[:-1]) == dotted(key[:-1]):
         how = f"did you mean '{target[-1]}'?"
     elif target or (elsewhere and not nearest(name, here)):
@@ -124,7 +151,7 @@ def _problem(finding: dict[str, Any], section: KeyPath, draft: Draft) -> Problem
         name, _, rest = str(context["error"]).partition(" ")
         return draft.problem((*key, name), rest) if name in value else draft.problem(key, f"{name} {rest}")
     what, how = _words(kind, context, value, str(finding["msg"]))
-    return draft.problem(key, f"{what}, not {show(value)}", how)
+    return draft.problem(key, f"{what}, not {show(value)}", how or _MENDS.get(str(key[-2:][0]), ""))
 
 
 def _words(kind: str, context: dict[str, Any], value: object, message: str) -> tuple[str, str]:
@@ -134,7 +161,8 @@ def _words(kind: str, context: dict[str, Any], value: object, message: str) -> t
         return f"{words} {context[bound]}", ""
     if kind == "literal_error":
         choices = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-        near = nearest(value, choices) if isinstance(value, str) else None
+        meant = _MEANT_VALUES.get(str(value).lower())
+        near = meant if meant in choices else nearest(value, choices) if isinstance(value, str) else None
         return f"must be {' or '.join(choices) if len(choices) < 3 else 'one of ' + ', '.join(choices)}", (
             f"did you mean '{near}'?" if near else ""
         )

@@ -10,6 +10,7 @@ from tunekit.recipe.reading.draft import Draft, KeyPath
 from tunekit.recipe.reading.yaml_reader import read_scalar
 
 NAMED_BY_TEXT = {"model": "name_or_path", "adapter": "method", "objective": "method"}
+TRACKERS: KeyPath = ("output", "report_to")
 SOURCE_LISTS: tuple[KeyPath, ...] = (("data", "train"), ("data", "eval"))
 
 
@@ -20,6 +21,9 @@ def expand_shorthands(draft: Draft) -> None:
             draft.wrap((section,), inner)
     if draft.get(("adapter", "start")) in known_names("starts"):  # an unknown one is refused as it stands
         draft.wrap(("adapter", "start"), "method")
+    tracker = draft.get(TRACKERS)
+    if isinstance(tracker, str):
+        draft.set(TRACKERS, [] if tracker == "none" else [tracker], draft.place(TRACKERS))
     for key in SOURCE_LISTS:
         _expand_sources(draft, key)
 

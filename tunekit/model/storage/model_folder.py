@@ -1,0 +1,46 @@
+"""A model folder written whole or not at all: weights from whoever has them, and the base's other files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.recipe.model import ModelSection
+
+COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
+
+
+@contextmanager
+def whole_model_folder(output: Path) -> Iterator[Path]:
+    """A flat folder filled beside its place, flushed and renamed into it; on any failure nothing of it stays."""
+    staging = temporary_name(output)
+    if is_real_folder(staging):  # of a killed process that had our id
+        remove_tree(staging)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in sorted(staging.iterdir()):
+            sync(path)
+        sync(staging)
+        replace_folder(staging, output)
+    except BaseException:
+        if staging.exists():
+            remove_tree(staging)
+        raise
+
+
+def copy_companions(
+    section: ModelSection, base: Path, tokenizer: LoadedTokenizer, chat_template: str | None, folder: Path
+) -> None:
+    """Tokenizer, chat template, generation settings, licence; code files only of a base that is trusted to run them."""
+    tokenizer.save(folder)
+    if Path(section.name_or_path).suffix != ".gguf":
+        patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
+        for path in sorted(path for pattern in patterns for path in base.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

@@ -1,0 +1,22 @@
+"""`adapter: {method: full}` settings of full fine-tuning: no adapter, the base's own weights are trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import LayerSettings, TextOrTexts, metamath_rate
+
+
+class FullSettings(LayerSettings):
+    """Trains the base itself, in float32 whatever it is computed in; the run's result is model/, not adapter/. Takes
+    16 bytes a trained weight (18 where the base is computed in 16 bits) beside the activations."""
+
+    default_learning_rate = metamath_rate(1e-5, "full-finetuning/llama-3.2-3B-lr_0.00001")
+    trains_base = True
+
+    method: Literal["full"] = Field("full", description="the base's own weights, all of them or some modules'")
+    target_modules: TextOrTexts = Field(
+        "all-weights", description="all-weights, modules by name or name ending, or a regular expression"
+    )
