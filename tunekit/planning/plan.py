@@ -46,6 +46,10 @@ from tunekit.training.state import Prepared
 from tunekit.tuned.fit import check_family, row_problems
 from tunekit.tuned.labels import start_facts
 
+END_TO_END = (
+    "; the rows of a micro-batch lie end to end, without padding "
+    "(padded where the loaded model lets them see each other)"
+)
 Windows = TrainingWindows | StreamedWindows
 
 
@@ -92,7 +96,7 @@ def make_plan(
     recipe = recipe.model_copy(update={"adapter": inputs.adapter, "model": inputs.model})
     packing, reason = _packing(recipe, inputs, findings)
     settings = _batch_settings(recipe, inputs, packing)
-    reason += "; the rows of a micro-batch lie end to end, without padding" if settings.end_to_end else ""
+    reason += END_TO_END if settings.end_to_end else ""
     windows = findings.attempt(lambda: inputs.rows.windows(settings))
     if windows is None:
         raise findings.error()

@@ -17,6 +17,7 @@ from tunekit.contracts import Window
 from tunekit.errors import InputError, Problem, Stopped
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.divergence import watch_loss
+from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, start_reading
 from tunekit.training.state import Run, timed
 from tunekit.tuned.evaluator import is_better
@@ -63,12 +64,12 @@ def _make_steps(run: Run, waiting: Waiting) -> None:
 
 def _make_step(run: Run, window: Window) -> Reading:
     """One optimizer step; state is advanced, and the step's numbers are on their way."""
-    state, started = run.state, time.monotonic()
-    window = run.objective.prepare(run.model, window)
+    state, started, window = run.state, time.monotonic(), run.objective.prepare(run.model, window)
     units, counts = _step_counts(run, window)
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor
-    total, _ = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
+    with reaching_all(run.adapter, run.devices, state.step == state.saved_step):
+        total, _ = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
     run.adapter.after_backward()
     run.devices.sum_in_place(run.optimizer.gradients())
     loss, norm, found_inf = _clip(run, run.devices.sum(total).sum())
