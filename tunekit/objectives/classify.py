@@ -7,6 +7,7 @@ rows may lie end to end.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,33 +80,52 @@ class Classify(TextObjective):
     metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")
     layout = RowLayout({"ids": "<i4", "label": "u1"}, ("ids",), sizes=1)
 
-    def __init__(self, settings: ClassifySettings, tokenizer: Tokenizer, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        settings: ClassifySettings,
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        head: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`head`: labels of the rows of the base's own head, where it has one."""
         super().__init__(settings, tokenizer)
-        self.settings, self.labels = settings, tuple(labels)
+        self.settings, self.labels, self.head, self.notes = settings, tuple(labels), tuple(head), notes
         self.facts = {"labels": list(labels)}
         self.complete = bool(labels)
 
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
-        """The base with a head of one score a label, whatever it was saved with."""
-        head = {"labels": self.labels, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
+        """The base with a head of one score a label: its own where that is for these labels."""
+        new = bool(self.head) and self.head != self.labels
+        head = {"new_head": new, "labels": self.labels, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
         return HeadedModel.of(model, family=self.family, **head)
 
     def informed(self, rows: Sequence[Rows]) -> Objective:
-        """With the labels of the rows, where none were given.
+        """With the labels of the rows where none were given, in the order of the base's own head if it has the same.
 
         Raises: DataError for a label beyond those that were, or for fewer than two.
         """
         found = {label_of(some[index]): some[index].origin for some in rows for index in range(len(some))}
         unknown = sorted(set(found) - set(self.labels)) if self.labels else []
         if unknown:
-            known = ", ".join(self.labels[:8])
-            raise DataError(
-                f"{found[unknown[0]]}: the label '{unknown[0]}' is not among the labels ({known})", "mend it"
-            )
-        labels = self.labels or sorted(found, key=_by_number)
+            what = f"{found[unknown[0]]}: the label '{unknown[0]}' is not among the labels ({_shown(self.labels)})"
+            raise DataError(what, "mend it")
+        same = self.head if set(self.head) == set(found) else ()
+        labels = self.labels or same or tuple(sorted(found, key=_by_number))
         if len(labels) < 2:
             raise DataError(f"all rows have the label '{labels[0]}'", "classification needs two labels or more")
-        return Classify(self.settings, self.tokenizer, labels)
+        first = {label_of(rows[0][index]) for index in range(len(rows[0]))}
+        notes = [
+            f"the label '{label}' occurs in the evaluation rows only"
+            for label in labels
+            if label in found.keys() - first
+        ]
+        if self.head and self.head != labels:
+            notes.append(
+                f"the base's own head ({_shown(self.head)}) is not used, and a new one trained for {_shown(labels)}; "
+                "to keep it, list its labels in the order of its rows under objective.labels"
+            )
+        return Classify(self.settings, self.tokenizer, labels, self.head, notes)
 
     def row_encoder(self, options: EncodeOptions) -> ClassifyEncoder:
         """Raises: RecipeError where a long text would be split: each piece would be taught the label of the whole."""
@@ -176,6 +196,8 @@ class Classify(TextObjective):
             raise InputError(
                 "a classifier answers with the likeliest label; nothing is sampled", "leave --temperature out"
             )
+        if not all(prompts):
+            raise InputError("a text is empty, and the tokenizer puts nothing around it", "give it words to classify")
         unknown = np.frombuffer(self.labels[0].encode(), np.uint8)
         rows = [make_row(ids, unknown, "") for ids in prompts]
         found: list[str] = []
@@ -197,12 +219,18 @@ def _scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
     return output.head.logits(ends), labels
 
 
-def _by_number(label: str) -> tuple[float, str]:
-    """Whole numbers in their own order, before names."""
-    return (float(label), "") if label.lstrip("-").isdigit() else (float("inf"), label)
+def _by_number(label: str) -> tuple[bool, int, str]:
+    """Whole numbers in their own order, before names; no two labels are equal."""
+    number = re.fullmatch("-?[0-9]{1,18}", label)
+    return (number is None, int(label) if number else 0, label)
+
+
+def _shown(labels: Sequence[str]) -> str:
+    """The first labels, for a message."""
+    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
 
 
 def make(settings: ClassifySettings, processor: Tokenizer, facts: Mapping[str, Any]) -> Classify:
-    """The objective of `objective: classify`; facts are the labels that its head was trained for."""
+    """The objective of `objective: classify`; facts are the labels that its head was trained for, or the base's."""
     given = facts.get("labels") or settings.labels
-    return Classify(settings, processor, [str(label) for label in given])
+    return Classify(settings, processor, [str(label) for label in given], facts.get("head", ()))
