@@ -176,18 +176,10 @@ def generate(
             "--prompts", metavar="FILE|-", help='one prompt a line (.jsonl: {"prompt": ...}); - is standard input'
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="tokens of an answer, at most")
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", metavar="T", min=0, help="of sampling; 0 takes the likeliest token")
-    ] = 0.0,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", metavar="P", min=0, max=1, help="sample from this share of probability")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option("--top-k", metavar="K", min=1, help="sample from the K likeliest tokens")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="of an answer, at most")] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="the share to draw from")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="draw from the K likeliest tokens")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
 ) -> None:
     """Generate answers: plain text for --prompt, one JSON object a line for several prompts."""
@@ -241,9 +233,7 @@ def adapter_combine(
             help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four with _svd",
         ),
     ] = "cat",
-    density: Annotated[
-        float | None, typer.Option("--density", metavar="D", help="share of numbers that pruning keeps")
-    ] = None,
+    density: Annotated[float | None, typer.Option(metavar="D", help="share of numbers that pruning keeps")] = None,
     rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="rank of the result of an svd")] = None,
     majority_sign: Annotated[
         str, typer.Option("--majority-sign", metavar="total|frequency", help="how ties finds the sign of a number")
@@ -261,9 +251,7 @@ def adapter_convert(
     context: typer.Context,
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
     output: Output,
-    rank: Annotated[
-        int | None, typer.Option("--rank", metavar="R", help="write the nearest LoRA of this rank, and tell the error")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="as the nearest LoRA of this rank")] = None,
     initial: Annotated[
         str | None,
         typer.Option("--initial", metavar="DIR", help="the adapter before training, of PiSSA, OLoRA, CorDA, LoRA-GA"),
@@ -296,9 +284,7 @@ def adapter_diff(
         int | None, typer.Option("--extract-rank", metavar="R", help="write B minus A as a LoRA of this rank")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="where to write that LoRA")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="rows on which the losses of both are measured")
-    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="rows on which both losses are measured")] = None,
     base: Base = None,
     json_file: JsonFile = None,
 ) -> None:

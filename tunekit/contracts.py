@@ -67,11 +67,20 @@ Processor = Tokenizer  # what turns an example into a row; of other families a f
 @dataclass(frozen=True)
 class RowLayout:
     """What a row of an objective is made of: its parts and their dtypes, which of them hold token ids, and how many
-    sizes it has."""
+    sizes it has. `paired`: each of these is a line of one tensor, and as wide as the widest where it is padded."""
 
     parts: Mapping[str, str]
     token_parts: tuple[str, ...]
     sizes: int
+    paired: bool = False
+
+    def padded(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """A sequence's sizes as the padding of a micro-batch sees them."""
+        return (max(sizes),) * len(sizes) if self.paired else tuple(sizes)
+
+    def length(self, sizes: Sequence[int]) -> int:
+        """Of what data.max_length bounds in a row."""
+        return max(sizes) if self.paired else sum(sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,14 +176,13 @@ class Batch:
 
     @property
     def width(self) -> int:
-        """Of one sequence with its padding: the widest of each part, added up."""
-        widths = [[sum(sizes) for sizes in zip(*(row.sizes for row in rows), strict=True)] for rows in self.sequences]
-        return sum(max(part) for part in zip(*widths, strict=True))
+        """Of one sequence with its padding, all of its parts together."""
+        return self.padded // len(self.sequences)
 
     @property
     def padded(self) -> int:
-        """Sizes of all sequences with their padding."""
-        return len(self.sequences) * self.width
+        """Positions of all sequences with their padding."""
+        return sum(tensor.numel() for name, tensor in self.inputs.items() if name.endswith("input_ids"))
 
 
 @dataclass(frozen=True)
@@ -187,13 +195,17 @@ class Window:
     batches: tuple[Batch, ...]
 
 
+Sums = dict[str, torch.Tensor]  # float64, of any shape; what is added up over batches and ranks
+Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of every rank
+
+
 @dataclass
 class Loss:
     """`total`: SUM of the per-unit losses, (K,) float32 with gradient; `per_step`: averaged over micro-batches."""
 
     total: torch.Tensor
     per_step: torch.Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Sums = field(default_factory=dict)  # sums over the units of what is logged, without gradient
 
 
 class Head(Protocol):
@@ -212,9 +224,6 @@ class ModelOutput:
     head_parameters: Sequence[torch.Tensor] = ()  # trained ones inside the head
     chunk_tokens: int = 1  # positions that pass the head at a time
     logits: torch.Tensor | None = None  # (B, C)
-
-
-Sums = dict[str, torch.Tensor]  # float64, of any shape; what evaluation adds up over batches and ranks
 
 
 @dataclass(frozen=True)
@@ -240,6 +249,7 @@ class Objective(Protocol):
     reference: str  # none, or "policy at step 0"
     layout: RowLayout
     metrics: Sequence[str]  # always measured
+    logged: Sequence[str]  # of each step, as its Loss sums them up
     complete: bool  # whether it knows what its base and its loss need; else its rows tell
     facts: Mapping[str, Any]  # beside its settings: plain values that its adapter's folder keeps
     fingerprint: str  # sha256 of everything of it that decides a row
@@ -265,8 +275,11 @@ class Objective(Protocol):
     def spans(self, row: Row) -> list[Part]:
         """What preview shows of a row."""
 
-    def prepare(self, model: Any, window: Window) -> Window:
-        """The window with all that depends on the step; without gradient."""
+    def laid_out(self, end_to_end: bool) -> Objective:
+        """The same objective for a model that keeps documents of one sequence apart, or for one that does not."""
+
+    def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
+        """The window with all that depends on the step; without gradient. `gather`: where all ranks' shares decide."""
 
     def units(self, batch: Batch) -> torch.Tensor:
         """(K,) float64: what the step's loss is divided by, known before the forward."""
@@ -298,8 +311,8 @@ class Engine(Protocol):
 
     def run_window(
         self, model: Any, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Returns (K,) float64 loss sum of this rank divided by `units`, and metrics.
+    ) -> tuple[torch.Tensor, Sums]:
+        """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged.
 
         `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them.
         """

@@ -163,6 +163,7 @@ class StepRecord:
     seconds: float
     tokens_per_second: float
     peak_bytes: int
+    metrics: dict[str, float] = field(default_factory=dict)  # means over the step of what its objective logs
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ CONFIG_DAMAGE: dict[str, tuple[Damage, str]] = {
         r"'base_model\.model\.lm_head\.weight' is missing",
     ),
     "bias": (lambda f: change_config(f, bias="some"), "bias"),
-    "lora_bias": (lambda f: change_config(f, lora_bias=True), "lora_bias"),
+    "lora_bias": (lambda f: change_config(f, lora_bias=True), r"lora_B\.bias' is missing"),
     "layers": (lambda f: change_config(f, layers_to_transform=[0]), r"layers\.1\..*is no tensor of this adapter"),
     "parameters": (lambda f: change_config(f, target_parameters=["experts.down_proj"]), "target_parameters"),
     "tokens": (lambda f: change_config(f, trainable_token_indices=[1]), "trainable_tokens_delta. is missing"),

@@ -32,9 +32,14 @@ IDS = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 def adapted(
-    model_type: str, *, pack: str | None = None, dtype: torch.dtype = torch.float32, **settings: Any
+    model_type: str,
+    *,
+    pack: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    config: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[Any, AttachedAdapter]:
-    net: Any = make_net(model_type).to(dtype)
+    net: Any = make_net(model_type, **(config or {})).to(dtype)
     if pack is not None:
         for name, module in list(net.named_modules()):
             if isinstance(module, nn.Linear) and name != "lm_head":
@@ -80,6 +85,7 @@ CASES: list[tuple[str, str | None, dict[str, Any]]] = [
     ("qwen2", None, {"dropout": 0.1}),
     ("starcoder2", None, {"dropout": 0.1}),
 ]
+LINEAR = {"hidden_act": "linear"}  # gives back its input itself
 
 
 @pytest.mark.parametrize(("model_type", "pack", "settings"), CASES)
@@ -99,6 +105,14 @@ def test_groups_equal_layers_one_by_one(
         assert gradient.abs().max() > 0, name
         error = (fused[1][name] - gradient).norm() / gradient.norm()
         assert error < 3e-6, (name, float(error))
+
+
+def test_a_linear_activation_leaves_the_gate_as_it_is() -> None:
+    fused = gradients(*adapted("llama", config=LINEAR))[1]
+    net, attached = adapted("llama", config=LINEAR)
+    unfused(net, attached)
+    for name, plain in gradients(net, attached)[1].items():
+        torch.testing.assert_close(fused[name], plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
 
 
 def test_checkpointing_and_kept_casts_change_no_bit() -> None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from tests.data_case import settings, tokenizer_of, write_lines
 from tests.loop_case import CPU, ListedRows
 from tests.memory.test_streaming_seq2seq import make_net
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Row, RowLayout, Window
-from tunekit.data.batching.pad import lay_end_to_end, positions
+from tunekit.contracts import Batch, Objective, Row, RowLayout
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.data.encoding import sources
@@ -30,20 +27,21 @@ from tunekit.data.rows import load_rows
 from tunekit.files import cache_folder
 from tunekit.formats.example import CompletionExample
 from tunekit.formats.labels import LabelExample
+from tunekit.formats.preference import PreferenceExample
 from tunekit.memory.splitting import Splitting
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.rows import TextObjective
+from tunekit.objectives.pairs import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.recipe.section import ObjectiveSettings
 from tunekit.training.engines.resident import ResidentEngine
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.scores import added
+from tunekit.tuned.scores import added, prepared
 
 ANSWERED = tuple(
     CompletionExample(*texts) for texts in (("abc", "defg"), ("z", "ihgfedcba"), ("keyboard", "xy"), ("12345", "54321"))
@@ -51,7 +49,10 @@ ANSWERED = tuple(
 LABELLED = tuple(
     LabelExample(*row) for row in (("abc", "yes"), ("ihgfedcba", "no"), ("xy", "yes"), ("12345", "perhaps"))
 )
-EXAMPLES = {"text": ANSWERED, "label": LABELLED}  # by the kind of example that an objective learns from
+PREFERRED = tuple(
+    PreferenceExample(*row) for row in (("abc", "defg", "xyz"), ("z", "ihgfedcba", "i"), ("12345", "1", "54321"))
+)
+EXAMPLES = {"text": ANSWERED, "label": LABELLED, "preference": PREFERRED}  # by the kind that an objective learns from
 OPTIONS = EncodeOptions("assistant", None, max_length=64, excess_length="drop")
 every_objective = pytest.mark.parametrize("name", known_names("objectives"))
 
@@ -123,8 +124,9 @@ def test_rows_survive_the_store(name: str, tokenizer: LoadedTokenizer, tmp_path:
 def test_a_whole_row_is_what_is_cut_at_its_size(name: str, tokenizer: LoadedTokenizer) -> None:
     objective, rows = make_case(name, tokenizer)
     for row in rows:
-        assert_equal(objective.cut(row, 0, row.size), row, objective.layout)
-        assert objective.cut(row, 0, row.size - 1).size == row.size - 1
+        length = objective.layout.length(row.sizes)
+        assert_equal(objective.cut(row, 0, length), row, objective.layout)
+        assert objective.layout.length(objective.cut(row, 0, length - 1).sizes) == length - 1
 
 
 @every_objective
@@ -145,6 +147,8 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
     section = objective.section(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"))
     base = load_model(section, device=CPU)
     model = TunedModel(base, None, chunk_tokens=3)
+    if objective.reference != "none":  # else the policy is its own reference
+        model.adapter = attach_adapter(base.net, LoraSettings(r=4), seed=0, head_name="lm_head")
     base.net.eval()
     torch.manual_seed(0)
     for parameter in base.net.parameters():  # so that a row that saw another would show
@@ -152,10 +156,10 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
     layouts = [[[row] for row in rows]]
     layouts += [[rows], [rows[:1], rows[1:]]] if objective.packable else []
     for sequences in layouts:
-        whole = objective.collate(sequences)
+        whole = prepared(model, objective, objective.collate(sequences))
         halves = split_batch(whole, objective)
         assert halves is not None
-        assert [row for half in halves for row in half.rows] == rows
+        assert [row for half in halves for row in half.rows] == whole.rows
         losses = [objective.loss(model.output(batch.inputs), batch).total for batch in (whole, *halves)]
         assert float(losses[0]) > 0
         torch.testing.assert_close(losses[1] + losses[2], losses[0], rtol=1e-5, atol=1e-6)
@@ -174,67 +178,14 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
 # Rows of another shape: a chosen and a rejected answer, which belong together.
 
 
-class PairSettings(ObjectiveSettings):
-    method: Literal["pairs"] = "pairs"
-
-
-class Pairs(TextObjective):
-    """loss = sum over pairs of -log sigmoid of how much more than the reference the policy prefers the chosen one.
-
-    Line b of a batch's tensors is the chosen sequence of row b, line B + b its rejected one.
-    """
-
-    reference = "policy at step 0"
-    layout = RowLayout({"chosen": "<i4", "rejected": "<i4"}, ("chosen", "rejected"), sizes=2)
-    seen: ClassVar[list[Batch]] = []
-
-    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        rows = [row for (row,) in sequences]
-        lines = [row.parts[part] for part in self.layout.parts for row in rows]
-        inputs = {
-            "input_ids": lay_end_to_end([[line] for line in lines], self.tokenizer.pad_id),
-            "position_ids": positions([[len(line)] for line in lines]),
-        }
-        known = all("reference" in row.parts for row in rows)
-        values = [row.parts["reference"] for row in rows] if known else []
-        targets = {"reference": torch.from_numpy(np.stack(values))} if known else {}
-        return Batch(inputs, targets, tuple(map(tuple, sequences)))
-
-    def prepare(self, model: TunedModel, window: Window) -> Window:  # type: ignore[override]
-        """Each row with what the reference thinks of it."""
-        return replace(window, batches=tuple(self._with_reference(model, batch) for batch in window.batches))
-
-    def _with_reference(self, model: TunedModel, batch: Batch) -> Batch:
-        with torch.no_grad():
-            scores = self._scores(model.output(batch.inputs), batch).numpy()  # (B, 2)
-        known = [
-            replace(row, parts={**row.parts, "reference": score}) for row, score in zip(batch.rows, scores, strict=True)
-        ]
-        return self.collate([[row] for row in known])
-
-    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        self.seen.append(batch)
-        gain = self._scores(output, batch) - batch.targets["reference"]  # (B, 2)
-        return Loss(-torch.nn.functional.logsigmoid(gain[:, 0] - gain[:, 1]).sum()[None])
-
-    def _scores(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """(B, 2) log-probability of each sequence, given its first token."""
-        assert output.hidden is not None
-        assert output.head is not None
-        ids, found = batch.inputs["input_ids"], []
-        for line, length in enumerate(len(row.parts[part]) for part in self.layout.parts for row in batch.rows):
-            logits = output.head.logits(output.hidden[line, : length - 1])  # (length - 1, V)
-            found.append(-torch.nn.functional.cross_entropy(logits, ids[line, 1:length], reduction="sum"))
-        return torch.stack(found).view(2, -1).T
-
-
+BETA = 2.0
 PAIR_LENGTHS = [(5, 9), (7, 3), (12, 4), (6, 6), (3, 11), (8, 5), (4, 4)]
 
 
 def pair(number: int, lengths: tuple[int, int]) -> Row:
     draw = np.random.default_rng(number)
-    chosen, rejected = (draw.integers(3, 250, length).astype(np.int32) for length in lengths)
-    return Row({"chosen": chosen, "rejected": rejected}, lengths, 1, f"d:{number}", number)
+    sides = [(draw.integers(3, 250, length).astype(np.int32), np.ones(length, np.bool_)) for length in lengths]
+    return make_row(sides, f"d:{number}", number)
 
 
 def expected_losses(net: Any, rows: Sequence[Row], reference: Mapping[int, Any]) -> list[float]:
@@ -246,12 +197,14 @@ def expected_losses(net: Any, rows: Sequence[Row], reference: Mapping[int, Any])
             ids = torch.from_numpy(row.parts[part]).long()
             loss = torch.nn.functional.cross_entropy(net(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="sum")
             gains.append(-float(loss) - float(reference[row.number][place]))
-        found.append(-float(torch.nn.functional.logsigmoid(torch.tensor(gains[0] - gains[1]))))
+        found.append(-float(torch.nn.functional.logsigmoid(torch.tensor(BETA * (gains[0] - gains[1])))))
     return found
 
 
 def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp_path: Path) -> None:
-    objective: Any = Pairs(PairSettings(), tokenizer)
+    objective: Any = make_objective(DpoSettings(beta=BETA), tokenizer)
+    loss, seen = objective.loss, list[Batch]()
+    objective.loss = lambda output, batch: (seen.append(batch), loss(output, batch))[1]
     written = [pair(number, lengths) for number, lengths in enumerate(PAIR_LENGTHS)]
     store = stored(tmp_path, objective.layout, written)
     rows = ChosenRows([Part(store, np.arange(len(store)), "d")])
@@ -277,7 +230,7 @@ def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp
 
     found = []
     for splitting in (None, Splitting(tokens=1)):
-        objective.seen.clear()
+        seen.clear()
         for parameter in trained.values():
             parameter.grad = torch.zeros_like(parameter)
         with model.training_mode(True):
@@ -285,11 +238,11 @@ def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp
         found.append(
             (float(total), torch.cat([p.grad.flatten().clone() for p in trained.values() if p.grad is not None]))
         )
-        assert sorted(row.number for batch in objective.seen for row in batch.rows) == list(range(len(PAIR_LENGTHS)))
-        for batch in objective.seen:
+        assert sorted(row.number for batch in seen for row in batch.rows) == list(range(len(PAIR_LENGTHS)))
+        for batch in seen:
             assert len(batch.inputs["input_ids"]) == 2 * len(batch.rows), "both of each pair"
             assert all("reference" in row.parts for row in batch.rows)
-    assert {len(batch.rows) for batch in objective.seen} == {1}, "each pair by itself"
+    assert {len(batch.rows) for batch in seen} == {1}, "each pair by itself"
     with torch.no_grad():
         expected = sum(expected_losses(base.net.eval(), written, reference)) / len(written)
     assert abs(expected - float(np.log(2))) > 1e-3, "no pair is as the reference has it"
@@ -312,6 +265,7 @@ def test_the_cache_of_one_objective_is_not_another_s(
     rows = {
         "text": [{"prompt": "p", "completion": "c"}],
         "label": [{"text": "p", "label": "c"}, {"text": "p", "label": "d"}],
+        "preference": [{"prompt": "p", "chosen": "c", "rejected": "d"}],
     }
 
     def entries(objective: Objective) -> int:

@@ -14,6 +14,8 @@ from tunekit.recipe.names import facts_of, known_names
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 SHARE = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+ASKED = {"role": "user", "content": "q"}
+FROM_A = {"from": "gpt", "value": "a"}
 QA = (Message("user", "q"), Message("assistant", "a"))
 
 
@@ -105,3 +107,72 @@ def test_prompt_completion() -> None:
 
 def test_text_keeps_every_byte() -> None:
     assert make("text", {"text": " \u2028\x85 a\r\n"}) == TextExample(" \u2028\x85 a\r\n")
+
+
+def turns(*texts: str) -> tuple[Message, ...]:
+    roles = {"q": "user", "s": "system"}
+    return tuple(Message(roles.get(text[0], "assistant"), text) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, ("q", "a", "b")),
+        (
+            {"prompt": [ASKED], "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"},
+            (turns("q"), turns("a"), turns("b")),
+        ),
+        ({"chosen": "Q: x? A: yes it is", "rejected": "Q: x? A: no"}, ("Q: x? A:", " yes it is", " no")),
+        (
+            {"chosen": CHAT["messages"], "rejected": [ASKED, {"role": "assistant", "content": "b"}]},
+            (turns("q"), turns("a"), turns("b")),
+        ),
+        (
+            {
+                **SHARE,
+                "conversations": SHARE["conversations"][:1],
+                "chosen": FROM_A,
+                "rejected": {**FROM_A, "value": "b"},
+            },
+            (turns("q"), turns("a"), turns("b")),
+        ),
+        (
+            {"instruction": "q", "input": "x", "chosen": "a", "rejected": "b", "system": "s"},
+            ((*turns("s"), Message("user", "q\nx")), turns("a"), turns("b")),
+        ),
+        ({"question": "q", "chosen": "a", "rejected": "b"}, (turns("q"), turns("a"), turns("b"))),
+        ({"prompt": "q", "chosen": None, "rejected": "b"}, ("q", "", "b")),
+        ({"chosen": CHAT["messages"], "rejected": CHAT["messages"]}, (turns("q"), turns("a"), turns("a"))),
+    ],
+)
+def test_preference(row: dict[str, Any], expected: tuple[Any, Any, Any]) -> None:
+    found = make("preference", row)
+    assert (found.prompt, found.chosen, found.rejected) == expected
+    answered = found.answered(found.chosen)
+    if isinstance(found.chosen, str):
+        assert answered == CompletionExample(*expected[:2])
+    else:
+        assert [message.trained for message in answered.messages] == [False] * len(expected[0]) + [True] * len(
+            expected[1]
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "q", "chosen": "a"}, "no field 'rejected'"),
+        ({"prompt": "p", "question": "q", "chosen": "a", "rejected": "b"}, "'prompt' and 'question' are both prompts"),
+        ({"chosen": "a", "rejected": CHAT["messages"]}, "must both be text or both be messages"),
+        ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text"),
+    ],
+)
+def test_preference_says_what_is_wrong(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        make("preference", row)
+
+
+def test_pairs_are_told_from_other_rows() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert choose_format("auto", row, "preference")[0] == "preference"
+    with pytest.raises(DataError, match="preference pairs; choose an objective that learns from them"):
+        choose_format("auto", row, "text")

@@ -343,6 +343,18 @@ def test_a_single_row_is_the_same_product_in_a_streamed_base(base: Path) -> None
     assert streamed.net.lm_head.weight.data_ptr() % 64 == 0
 
 
+@pytest.mark.parametrize("damage", [truncate, pointer, html, pickle_only])
+def test_weights_that_cannot_be_read_are_refused_before_they_are(base: Path, damage: Callable[[Path], None]) -> None:
+    """By plan, in the words of train."""
+    damage(base)
+    refusals = []
+    for load in (load_model, make_meta_model):
+        with pytest.raises(ModelError) as caught:
+            load(section(base), device=CPU)
+        refusals.append(str(caught.value))
+    assert refusals[0] == refusals[1]
+
+
 def test_a_folder_of_the_working_directory_shadows_no_hub_name(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from tests.parity.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.targets import find_targets
+from tunekit.arithmetic.merge import merge_adapter
 from tunekit.errors import ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
@@ -278,3 +279,35 @@ def test_a_classifier_is_no_base_of_text_objectives(folders: Path, tmp_path: Pat
     assert [problem.key for problem in caught.value.problems] == ["objective"]
     with pytest.raises(TunekitError, match="labels"):
         evaluate_verb(str(classifier), None, str(tmp_path / "rows.jsonl"), "prompt_completion", [], None, [])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": r".*\.(q|q_proj)", "modules_to_save": ["lm_head"]},
+        {"target_modules": r".*\.(q|q_proj)", "trainable_token_indices": [3, 4, 5]},
+    ],
+    ids=["head", "embeddings", "copied head", "tokens"],
+)
+def test_what_shares_the_embedding_s_matrix_is_merged(
+    encoder_decoder: Path, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """The files hold the matrix once; in the merged model each module that was changed has its own."""
+    model, inputs = load(encoder_decoder), inputs_of("t5")
+    plain = model.family.logits(model.net, inputs)
+    settings = settings_class("adapters", "lora")(r=4, **fields)
+    attached = attach_adapter(model.net, settings, seed=1, head_name=model.family.head_name(model.net))
+    with torch.no_grad():
+        for parameter in attached.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+        running = model.family.logits(model.net, inputs)
+    assert (running - plain).abs().max() > 0.1
+    facts = {"base_name": str(encoder_decoder), "base_fingerprint": model.fingerprint, "revision": None}
+    save_adapter_folder(attached, tmp_path / "adapter", **facts, task_type=model.family.task_type)
+    target = find_target(str(tmp_path / "adapter"), None, ["model.dtype=float32"])
+    merge_adapter(target, tmp_path / "merged")
+    net: Any = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net(**inputs).logits, running, rtol=0, atol=1e-3 * float(running.std()))

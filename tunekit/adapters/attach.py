@@ -36,6 +36,7 @@ class AttachedAdapter:
         self.tokens: dict[str, TrainedTokens] = {}
         self.tied_tokens: dict[str, list[str]] = {}  # of those, the modules that use their rows
         self.model_adapter: ModelAdapter | None = None
+        self.added_rows: dict[str, Tensor] = {}  # of a folder for a larger vocabulary: module -> rows beyond the base's
         self.casts = Casts()
         self.joined: list[Group] = []
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []  # parent, own name, what stood there

@@ -1,4 +1,4 @@
-"""Adapters of a bare parameter, such as the fused weights of all experts (E, O, I) of a mixture-of-experts block.
+"""Adapters of a bare parameter: the fused weights of all experts (E, O, I) of a mixture, or a router's matrix (O, I).
 
 The module that owns the parameter goes in; a wrapper under which it reads W + delta wherever it reads W comes out.
 """
@@ -90,8 +90,11 @@ class ParameterHost(Wrapper):
             return self.base_layer(*inputs, **named)
 
 
-def fused_shape(owner: nn.Module, parameter: Tensor) -> tuple[int, int, int]:
-    """(E, O, I) of a fused parameter; some blocks store (E, I, O) and say so with `is_transposed`."""
+def fused_shape(owner: nn.Module, parameter: Tensor) -> tuple[int | None, int, int]:
+    """(E, O, I) of a fused parameter; some blocks store (E, I, O) and say so with `is_transposed`. (None, O, I) of a
+    matrix."""
+    if parameter.dim() == 2:
+        return None, *parameter.shape
     experts, rows, columns = parameter.shape
     return (experts, columns, rows) if stored_transposed(owner) else (experts, rows, columns)
 
@@ -139,7 +142,8 @@ class ChangedParameter:
         return self.plain + (delta.transpose(-2, -1) if self.flipped else delta)
 
     def __getitem__(self, index: Any) -> Any:
-        if self.index is EVERYTHING and not self.flipped and isinstance(index, int | Tensor):
+        whole = self.index is EVERYTHING and not self.flipped and self.adapter.parameter.dim() == 3
+        if whole and isinstance(index, int | Tensor):
             return ChangedParameter(self.adapter, index)
         return self.whole()[index]
 

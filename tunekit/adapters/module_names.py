@@ -40,13 +40,16 @@ def parameter_names(net: nn.Module) -> list[str]:
     ]
 
 
-def fused_parameters(net: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """3-D parameters by name with their owners: the experts of a mixture, which are no layers of their own."""
+def fused_parameters(net: nn.Module, dimensions: tuple[int, ...] = (3,)) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    """3-D parameters by name with their owners: the experts of a mixture, which are no layers of their own.
+
+    `dimensions`: 2 for matrices as well, such as those of layers and routers.
+    """
     return {
         f"{name}.{own}": (module, parameter)
         for name, module in base_modules(net).items()
         for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
+        if parameter.dim() in dimensions
     }
 
 

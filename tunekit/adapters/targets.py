@@ -1,8 +1,9 @@
 """Which layers of the base an adapter sits on, decided by structure and by whole names, with rank and alpha of each.
 
 The base (also on the meta device, also with adapters in place) and settings go in; Targets sorted by name come out, or
-every entry that matches nothing, with the nearest names. `all-linear` is every linear layer but the output head; a list
-holds whole names or endings after a dot; any other text is one regular expression for the whole name.
+every entry that matches nothing, with the nearest names. `all-linear` is every linear layer but the output head,
+gates of one row, and layers on which no adapter would act; a list holds whole names or endings after a dot; any other
+text is one regular expression for the whole name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from tunekit.adapters.base import slot_count
 from tunekit.adapters.copies import TrainedCopy, wrong_entries
 from tunekit.adapters.expert_parameters import fused_shape, stored_transposed
+from tunekit.adapters.folder.peft_models import refused_by_peft, taken_for_experts
 from tunekit.adapters.method import Method, load_method, saved_modules
 from tunekit.adapters.module_names import (
     base_modules,
@@ -32,6 +34,7 @@ from tunekit.adapters.patterns import Patterns
 from tunekit.adapters.tokens import token_slots, wrong_tokens
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.quantized.weights import layer_kind, weight_of
+from tunekit.model.uncalled import uncalled_layers
 from tunekit.records import Target
 
 ALL_LINEAR = "all-linear"
@@ -93,7 +96,7 @@ class Search:
     def __init__(self, net: nn.Module, settings: Any, method: Method, head_name: str | None, file: str | None) -> None:
         self.settings, self.method, self.head_name, self.file = settings, method, head_name, file
         self.net, self.modules = net, base_modules(net)
-        self.fused = fused_parameters(net)
+        self.fused, self.matrices = fused_parameters(net), fused_parameters(net, (2, 3))
         self.copies = named_copies(self.modules, saved_modules(settings))  # no targets, nor is anything inside them
         self.kinds = method.layer.kinds if method.layer else frozenset()
         self.patterns = Patterns(error=AdapterError if file else RecipeError, file=file)
@@ -125,17 +128,31 @@ class Search:
         for what, how in wrong_entries(self.modules, saved_modules(self.settings), self.file is not None):
             self.report("modules_to_save", what, how)
         names = {name for name in self._in_layers(names) if not is_within(name, self.copies)}
-        return [self._layer_target(name) for name in sorted(names)]
+        self._refuse_experts(names)
+        return [self._layer_target(name, name) for name in sorted(names)]
+
+    def _refuse_experts(self, names: Collection[str]) -> None:
+        """Layers that peft reads as parameters only, of a method that it has for layers only."""
+        lost = sorted(taken_for_experts(self.net, self.method.peft.peft_type, names))
+        if lost and self.method.parameter is None and not self.file:
+            what = f"peft takes '{lost[0]}'{_more(lost)} for fused experts, which {self.settings.method} does not adapt"
+            self.report("target_modules", what, "leave such layers out, or write method: lora")
 
     def parameters(self) -> list[Target]:
-        """Targets of the method's class for fused parameters."""
+        """Targets of the method's class for parameters; the weight of a layer is one of the layer's."""
         names = {
-            name: None
+            name
             for entry in (getattr(self.settings, "target_parameters", ()) if self.method.parameter else ())
-            for name in [n for n in self.fused if entry in endings(n)] or self._miss("target_parameters", entry)
+            for name in [n for n in self.matrices if entry in endings(n)] or self._miss("target_parameters", entry)
         }
-        chosen = set(names) if self.file else self._in_layers(set(names))
-        return [self._parameter_target(name, chosen) for name in sorted(chosen)]
+        chosen = names if self.file else self._in_layers(names)
+        return [
+            self._layer_target(layer, name)
+            if own == "weight" and layer_kind(self.modules[layer]) in self.kinds
+            else self._parameter_target(name, chosen)
+            for name in sorted(chosen)
+            for layer, _, own in [name.rpartition(".")]
+        ]
 
     def tokens(self, targets: Sequence[str]) -> None:
         """Report what cannot be trained by rows."""
@@ -154,8 +171,7 @@ class Search:
         """Names of adaptable layers (for exclude_modules: of any modules) that the entries match."""
         targets = key == "target_modules"
         if targets and entries == ALL_LINEAR:
-            linear, head = self.kinds & {"linear", "conv1d"}, [self.head_name] if self.head_name else []
-            return {n for n, m in self.modules.items() if layer_kind(m) in linear and not is_within(n, head)}
+            return self._all_linear()
         found: set[str] = set()
         for entry in [entries] if isinstance(entries, str) else entries:
             regex = isinstance(entries, str)
@@ -164,6 +180,19 @@ class Search:
                 self._miss(key, entry)
             found.update(self._adaptable(entry, names, regex) if targets else names)
         return found
+
+    def _all_linear(self) -> set[str]:
+        """The layers of `all-linear`: without gates of one row, and without those on which no adapter would act."""
+        linear, head = self.kinds & {"linear", "conv1d"}, [self.head_name] if self.head_name else []
+        refused = refused_by_peft(self.net, self.method.peft.peft_type, self.modules)
+        passed_over = uncalled_layers(self.modules) | refused
+        return {
+            name
+            for name, module in self.modules.items()
+            if layer_kind(module) in linear and not is_within(name, head) and name not in passed_over
+            for weight in [weight_of(module)]
+            if weight is not None and weight.shape[0] > 1
+        }
 
     def _regex_matches(self, key: str, pattern: str) -> list[str]:
         patterns = self._patterns_of(key)
@@ -200,8 +229,7 @@ class Search:
             what = f"'{entry}' matches no fused parameter of the base"
             self.report(key, what, self._nearest_of(entry, self.fused) or "it has none: every weight is a layer's own")
         elif fused:
-            more = f" and {len(fused) - 1} more" if len(fused) > 1 else ""
-            what = f"'{entry}' exists only inside the fused expert parameter '{fused[0]}'{more}"
+            what = f"'{entry}' exists only inside the fused expert parameter '{fused[0]}'{_more(fused)}"
             how = "leave the entry out"
             if self.method.parameter is not None:
                 how = f"write target_parameters: [{'.'.join(fused[0].split('.')[-2:])}]"
@@ -226,17 +254,18 @@ class Search:
         near = near or (known if len(known) <= 3 else [])
         return f"did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
 
-    def _layer_target(self, name: str) -> Target:
+    def _layer_target(self, name: str, written: str) -> Target:
+        """`written`: the name that patterns are compared with."""
         module = self.modules[name]
         weight, kind = weight_of(module), layer_kind(module)
         assert weight is not None
         assert kind is not None
         outputs, inputs = weight.shape if kind != "embedding" else weight.shape[::-1]
         bias = weight.bias is not None
-        return self._sized(Target(name, kind, inputs, outputs, 0, *self._rank_and_alpha(name), has_bias=bias))
+        return self._sized(Target(name, kind, inputs, outputs, 0, *self._rank_and_alpha(written), has_bias=bias))
 
     def _parameter_target(self, name: str, chosen: Collection[str]) -> Target:
-        owner, parameter = self.fused[name]
+        owner, parameter = self.matrices[name]
         experts, outputs, inputs = fused_shape(owner, parameter)
         own_names = [own for own, _ in owner.named_parameters(recurse=False)]
         owner_name, _, own = name.rpartition(".")
@@ -244,7 +273,7 @@ class Search:
         target = Target(
             *(name, "parameter", inputs, outputs, 0, *self._rank_and_alpha(name)),
             experts=experts,
-            transposed=stored_transposed(owner),
+            transposed=experts is not None and stored_transposed(owner),
             wrapped=sum(f"{owner_name}.{other}" in chosen for other in later),
         )
         return self._sized(target)
@@ -264,9 +293,8 @@ class Search:
         if not self.too_large:
             return
         first = min(self.too_large, key=lambda target: (min(target.in_features, target.out_features), target.name))
-        more = f" and {len(self.too_large) - 1} more" if len(self.too_large) > 1 else ""
         shape = f"({first.out_features} x {first.in_features})"
-        what = f"rank {first.r} is too large for '{first.name}' {shape}{more}"
+        what = f"rank {first.r} is too large for '{first.name}' {shape}{_more(self.too_large)}"
         self.report("r", what, f"use at most {min(first.in_features, first.out_features)}")
 
     def _rank_and_alpha(self, name: str) -> tuple[int | None, float | None]:
@@ -297,3 +325,8 @@ class Search:
                 patterns = self._patterns_of(key)
                 if not any(patterns.matches_ending(pattern, name) for name in names):
                     self.report(key, f"'{pattern}' matches no adapted layer", self._nearest(key, pattern))
+
+
+def _more(found: Sequence[object]) -> str:
+    """How many there are beside the one that a message names."""
+    return f" and {len(found) - 1} more" if len(found) > 1 else ""

@@ -132,9 +132,9 @@ def token_rows(net: nn.Module, settings: Any) -> dict[str, TokenRows]:
     give it others: as PEFT has it.
     """
     modules, asked = base_modules(net), getattr(settings, KEY, ())
-    named = asked if isinstance(asked, Mapping) else {name: asked for name in [_embedding_name(net, modules)] if asked}
+    named = asked if isinstance(asked, Mapping) else {name: asked for name in [embedding_name(net, modules)] if asked}
     rows = {name: TokenRows(tuple(ids)) for entry, ids in named.items() for name in named_copies(modules, [entry])}
-    embedding = _embedding_name(net, modules) if rows else ""
+    embedding = embedding_name(net, modules) if rows else ""
     if embedding in rows:
         partners = [name for name in tied_with(modules, embedding) if name != embedding]
         if all(rows.get(name, rows[embedding]) == rows[embedding] for name in partners):
@@ -142,7 +142,7 @@ def token_rows(net: nn.Module, settings: Any) -> dict[str, TokenRows]:
     return dict(sorted(rows.items()))
 
 
-def _embedding_name(net: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+def embedding_name(net: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     """Name of the module that token ids are looked up in."""
     find: Any = getattr(net, "get_input_embeddings", None)
     wanted = None if find is None else find()

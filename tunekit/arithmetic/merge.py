@@ -12,6 +12,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.adapters.module_names import base_modules
 from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
@@ -156,11 +157,26 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     for copy in attached.copies.values():
         parameters |= {name: _constant(tensor.detach()) for name, tensor in copy.state().items()}
     for name, tokens in attached.tokens.items():
-        change = tokens.merged  # one and the same for a tied head, so that it stays tied
-        parameters[f"{name}.weight"] = change
-        if attached.head_name in attached.tied_tokens.get(name, ()):
-            parameters[f"{attached.head_name}.weight"] = change
-    return Changes(layers={name: layer.merged for name, layer in attached.layers.items()}, parameters=parameters)
+        together = (name, *attached.tied_tokens.get(name, ()))  # one and the same change, so that they stay tied
+        parameters |= {f"{each}.weight": tokens.merged for each in together}
+    for name, rows in attached.added_rows.items():
+        parameters[f"{name}.weight"] = _enlarged(rows, parameters.get(f"{name}.weight"))
+    modules = base_modules(attached.net)
+    sizes = [len(modules[name].get_parameter("weight")) for name in attached.added_rows]
+    layers = {name: layer.merged for name, layer in attached.layers.items()}
+    return Changes(layers, parameters, vocabulary_size=max(sizes, default=None))
+
+
+def _enlarged(
+    rows: torch.Tensor, then: Callable[[torch.Tensor], torch.Tensor] | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A change that adds rows below the matrix before another one."""
+
+    def change(old: torch.Tensor) -> torch.Tensor:
+        whole = torch.cat([old, rows.to(old)])
+        return whole if then is None else then(whole)
+
+    return change
 
 
 def _constant(new: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -226,10 +242,11 @@ def _without_rounding(
     rows: list[torch.Tensor],
 ) -> Difference:
     """The difference with what of it is rounding: the merged model as written, before its cast, and the base with the
-    running adapter, all in float32; as it is where the memory is too small for that."""
+    running adapter, all in float32; as it is where the memory is too small for that, or the vocabulary grew."""
     device = torch.device("cpu")
     free = available_bytes(device)
-    if free is not None and free < SPARE_SHARE * sum(map(rewriter.tensors.elements, rewriter.names)) * 4:
+    small = free is not None and free < SPARE_SHARE * sum(map(rewriter.tensors.elements, rewriter.names)) * 4
+    if small or changes.vocabulary_size is not None:
         return difference
     model = load_model(section.model_copy(update={"dtype": "float32"}), device=device)
     rounded = _logits(model, rows)

@@ -27,6 +27,7 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
         value: dict[str, Any] = {"step": record.step, "eval": finite}
     else:
         value = asdict(record)
+        value |= value.pop("metrics")
     return (json.dumps(value, allow_nan=False) + "\n").encode("ascii")
 
 

@@ -39,11 +39,16 @@ def make_example(row: Mapping[str, Any]) -> Example:
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         state = f"a list of turns, not {type(turns).__name__}" if "conversations" in row else "there"
         raise DataError(f"'conversations' must be {state}; this row has {listed(row)}", "map a column to it")
-    messages = tuple(_read_turn(turn, f"conversations[{index}]") for index, turn in enumerate(turns))
+    messages = read_turns(turns, "conversations")
     system = read_optional_text(row, "system")
     if system and messages[0].role != "system":
         messages = (Message("system", system), *messages)
     return ChatExample(messages, read_tools(row.get("tools")))
+
+
+def read_turns(turns: Sequence[Any], label: str) -> tuple[Message, ...]:
+    """A list of {from, value}."""
+    return tuple(_read_turn(turn, f"{label}[{index}]") for index, turn in enumerate(turns))
 
 
 def _read_turn(turn: Any, label: str) -> Message:

@@ -10,8 +10,13 @@ NEEDS = ("loss", "units")
 HIGHER_IS_BETTER = False
 
 
-def from_sums(sums: Mapping[str, Any]) -> float:
-    """sums["loss"] / sums["units"], in nats a unit (a supervised token, a label). Raises ValueError without tokens."""
+def mean_of(sums: Mapping[str, Any], name: str) -> float:
+    """A sum over the number of its units. Raises ValueError where there are none."""
     if sums["units"] <= 0:
         raise ValueError("no supervised tokens")
-    return float(sums["loss"] / sums["units"])
+    return float(sums[name] / sums["units"])
+
+
+def from_sums(sums: Mapping[str, Any]) -> float:
+    """sums["loss"] / sums["units"], in nats a unit (a supervised token, a label, a pair). Raises ValueError without."""
+    return mean_of(sums, "loss")

@@ -25,7 +25,7 @@ from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.mapped import mapped_net
 from tunekit.model.storage.packing import packed_base, quantize_layers
 from tunekit.model.storage.reading import fill_net, needs_copies, open_base, open_net
-from tunekit.model.storage.shards import read_headers
+from tunekit.model.storage.shards import holds_weights, read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.transformers_guard import model_errors, no_fetched_code, quiet
@@ -153,10 +153,15 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
 
 
 def _headers(source: ModelSource) -> dict[str, TensorEntry]:
-    """Of the files; none where they are not here yet."""
+    """Of the files; none where they are not here yet.
+
+    Raises: ModelError for a folder of the user whose weights cannot be read.
+    """
     try:
         return read_headers(source.folder)
     except ModelError:
+        if source.gguf_file is None and source.commit is None and holds_weights(source.folder):
+            raise
         return {}
 
 
@@ -304,6 +309,8 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
         attend_per_document(net, request.device, request.dtype)
     config: Any = net.config
     config.use_cache = False
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0  # RWKV would divide its weights in place, packed ones and mapped files among them
     return LoadedModel(
         net=net,
         config=config,

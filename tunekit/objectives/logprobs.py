@@ -1,19 +1,23 @@
-"""The only place where logits exist: next-token loss over supervised positions, projected in chunks.
+"""The only place where logits exist: losses and log-probabilities of chosen positions, projected in chunks.
 
-Comes in: hidden states (B, T, D), labels (B, T), an output head.  Goes out: sums of negative log-likelihood.
+Comes in: hidden states (B, T, D), positions with their targets, an output head.  Goes out: sums, or one number each.
 Full logits (B, T, V) never exist: rows without a label are dropped first, the rest pass the head `chunk_tokens` at a
-time, in float32, and each chunk's gradient is taken on the spot (loss and gradient in one pass over the logits).
+time, in float32, and each chunk's gradient is taken on the spot (loss and gradient in one pass over the logits). Only
+where the head itself is trained are log-probabilities computed again in the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tunekit.contracts import IGNORED, Head, Loss, ModelOutput, Sums
+from tunekit.model.call import calling, current_call
 from tunekit.model.placing import placed
 
 CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
@@ -46,8 +50,8 @@ class _SummedLoss(torch.autograd.Function):
         gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            loss, chunk_gradients = _chunk_loss_and_gradient(hidden[chunk], targets[chunk], head, parameters)
-            total += loss
+            losses, chunk_gradients = _chunk_losses_and_gradient(hidden[chunk], targets[chunk], head, parameters)
+            total += losses.sum()
             hidden_gradient[chunk] = chunk_gradients[0]
             for gradient, addition in zip(gradients, chunk_gradients[1:], strict=True):
                 gradient += addition
@@ -68,10 +72,13 @@ class _SummedLoss(torch.autograd.Function):
         )
 
 
-def _chunk_loss_and_gradient(
-    hidden: Tensor, targets: Tensor, head: Head, parameters: Sequence[Tensor]
+def _chunk_losses_and_gradient(
+    hidden: Tensor, targets: Tensor, head: Head, parameters: Sequence[Tensor] = ()
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Loss of one chunk and its gradient for the hidden states, then for each parameter. Shapes: (N, D), (N,)."""
+    """Losses (N,) of one chunk, and the gradient of their sum for the hidden states, then for each parameter.
+
+    Shapes: hidden (N, D), targets (N,).
+    """
     with torch.enable_grad():
         inputs = hidden.detach().requires_grad_()
         logits = head.logits(inputs)  # (N, V) float32
@@ -79,10 +86,10 @@ def _chunk_loss_and_gradient(
     aimed = work.gather(1, column)  # (N, 1)
     largest = work.amax(dim=-1, keepdim=True)  # (N, 1)
     total = work.sub_(largest).exp_().sum(dim=-1, keepdim=True)  # (N, 1)
-    loss = (total.log() + largest - aimed).sum()
+    losses = (total.log() + largest - aimed)[:, 0]  # (N,)
     work.div_(total)
     work.scatter_add_(1, column, torch.full_like(aimed, -1))
-    return loss, torch.autograd.grad(logits, [inputs, *parameters], grad_outputs=work)
+    return losses, torch.autograd.grad(logits, [inputs, *parameters], grad_outputs=work)
 
 
 def summed_loss(
@@ -94,6 +101,52 @@ def summed_loss(
     """
     result: Tensor = _SummedLoss.apply(hidden, targets, head, chunk_tokens, *head_parameters)  # type: ignore[no-untyped-call]
     return result
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """log softmax(head(h))[target] of each position under a frozen head.
+
+    d l_n / d h_n depends on position n alone: it is taken in the forward, and the backward scales its rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)  # (N,)
+        gradient = torch.empty_like(hidden)  # (N, D)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            losses[chunk], (gradient[chunk],) = _chunk_losses_and_gradient(hidden[chunk], targets[chunk], head)
+        ctx.save_for_backward(gradient)
+        return losses.neg_()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * -upstream[0][:, None].to(gradient.dtype), None, None, None
+
+
+def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target, with gradient.
+
+    Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> (N,) float32.
+    """
+    hidden, targets, head = _selected(output, index, targets)
+    size = output.chunk_tokens
+    if not torch.is_grad_enabled():
+        return scored_positions(hidden, targets, head, size)[0].neg_()
+    if not output.head_parameters:
+        found: Tensor = _LogProbabilities.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
+        return found
+    call = current_call()
+
+    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        return -torch.nn.functional.cross_entropy(head.logits(hidden), targets, reduction="none")
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), calling(call)
+
+    chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])
 
 
 @torch.no_grad()

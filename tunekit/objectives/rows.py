@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.contracts import GREEDY, Batch, Objective, Row, Rows, Sampling, Tokenizer, Window
+from tunekit.contracts import GREEDY, Batch, Gather, Objective, Row, Rows, Sampling, Tokenizer, Window
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.files.cache_folder import hash_of
@@ -42,13 +42,14 @@ class TextObjective:
     """An Objective over rows of text: units are what its rows count as supervised."""
 
     packable = False
-    reference = "none"
     metrics: Sequence[str] = ("loss", "perplexity")
+    logged: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
     complete = True
 
     def __init__(self, settings: ObjectiveSettings, tokenizer: Tokenizer) -> None:
         self.name, self.family, self.example = settings.method, settings.family, settings.example
+        self.reference = settings.reference
         self.tokenizer = tokenizer
         self.fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
 
@@ -60,7 +61,11 @@ class TextObjective:
         """Rows tell it nothing."""
         return self  # type: ignore[return-value]
 
-    def prepare(self, model: object, window: Window) -> Window:
+    def laid_out(self, end_to_end: bool) -> Objective:
+        """Rows are laid out as they are asked for."""
+        return self  # type: ignore[return-value]
+
+    def prepare(self, model: object, window: Window, gather: Gather = list) -> Window:
         """Nothing to prepare."""
         return window
 

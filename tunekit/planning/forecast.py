@@ -58,7 +58,8 @@ def largest_batch(
         left -= -(-len(micro_batches) // settings.gradient_accumulation_steps)
         for micro_batch in micro_batches:
             widths = np.stack([sizes[list(group)].sum(axis=0) for group in micro_batch])  # (B, sizes)
-            tokens = int(widths.sum() if settings.end_to_end else len(widths) * widths.max(axis=0).sum())
+            padded = np.array([objective.layout.padded(each) for each in widths])  # (B, sizes)
+            tokens = int(widths.sum() if settings.end_to_end else len(padded) * padded.max(axis=0).sum())
             if by_scores:
                 tokens = sum(int(lengths[row]) ** 2 for group in micro_batch for row in group)
             size = (tokens, int(widths.sum(axis=1).max()))

@@ -35,7 +35,7 @@ from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
 from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
-from tunekit.planning.starts import start_bytes, start_notes, start_problems
+from tunekit.planning.starts import reference_problems, start_bytes, start_notes, start_problems
 from tunekit.planning.tiers import allowed_tiers, streaming_notes
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
@@ -47,6 +47,10 @@ from tunekit.training.schedules import warmup_steps
 from tunekit.training.state import Prepared
 from tunekit.tuned.fit import check_family, row_problems
 
+END_TO_END = (
+    "; the rows of a micro-batch lie end to end, without padding "
+    "(padded where the loaded model lets them see each other)"
+)
 Windows = TrainingWindows | StreamedWindows
 
 
@@ -93,7 +97,9 @@ def make_plan(
     recipe = recipe.model_copy(update={"adapter": inputs.adapter, "model": inputs.model})
     packing, reason = _packing(recipe, inputs, findings)
     settings = _batch_settings(recipe, inputs, packing)
-    reason += "; the rows of a micro-batch lie end to end, without padding" if settings.end_to_end else ""
+    objective = inputs.rows.objective.laid_out(settings.end_to_end)
+    inputs = replace(inputs, rows=replace(inputs.rows, objective=objective))
+    reason += END_TO_END if settings.end_to_end else ""
     windows = findings.attempt(lambda: inputs.rows.windows(settings))
     if windows is None:
         raise findings.error()
@@ -101,6 +107,7 @@ def make_plan(
         row_problems(inputs.base, inputs.tokenizer, inputs.rows.objective, inputs.rows.all, inputs.virtual_tokens)
     )
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
+    findings.add(list(reference_problems(recipe.adapter, inputs.rows.objective)))
     findings.add(_run_problems(recipe, windows.steps, device))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     tiers, problems = allowed_tiers(recipe, inputs.base, device)
@@ -170,7 +177,7 @@ def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, 
     """Whether rows are packed, and why."""
     if not recipe.data.packing:
         return False, "a step has the rows that the recipe says"
-    obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective.packable, inputs.virtual_tokens > 0)
+    obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective, inputs.virtual_tokens > 0)
     if obstacle is not None:
         findings.add([Problem(obstacle, "write packing: false", key="data.packing")])
     return obstacle is None, obstacle or "as the recipe says"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunekit.contracts import Rows
+from tunekit.contracts import Objective, Rows
 from tunekit.errors import Problem
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
@@ -90,12 +90,14 @@ def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
         )
 
 
-def packing_obstacle(base: LoadedModel, packable_objective: bool, whole_model_adapter: bool) -> str | None:
+def packing_obstacle(base: LoadedModel, objective: Objective, whole_model_adapter: bool) -> str | None:
     """Why rows cannot be packed, or None."""
     config = text_config(base.net)
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
-    if not packable_objective:
+    if not objective.packable:
         return "the objective takes rows one by one"
+    if objective.layout.paired:
+        return "the two sequences of a pair lie end to end as it is, wherever the model allows"
     if whole_model_adapter:
         return "the adapter puts virtual tokens before each row"
     if not base.family.takes_positions(base.net):

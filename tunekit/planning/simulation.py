@@ -28,7 +28,7 @@ from tunekit.training.engines.choice import make_engine
 from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.scores import undisturbed
+from tunekit.tuned.scores import prepared, undisturbed
 
 MOMENTS = 2  # AdamW's, which torch makes in its first step
 UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # state of the same size
@@ -60,6 +60,7 @@ class SimulatedRun:
             tracker.start()
             units = objective.units(batch)
             window = Window(0, 0.0, tuple(range(micro_batches)), (batch,) * micro_batches)
+            window = objective.prepare(tuned, window)
             with tuned.training_mode(True):
                 engine.run_window(tuned, objective, window, units)
             optimizer.gradient_norm()
@@ -92,6 +93,7 @@ class SimulatedRun:
             optimizer = self._adopt(tracker, tuned)
             tracker.start()
             with undisturbed(tuned):
+                batch = prepared(tuned, self.objective, batch)
                 objective.sums(tuned.output(batch.inputs), batch)
         del optimizer
         return tracker.result()

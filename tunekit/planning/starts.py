@@ -6,11 +6,15 @@ Comes in: the adapter's settings, the model without weights, targets.  Goes out:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from tunekit.adapters.base import LayerAdapter
+from tunekit.adapters.method import load_method
 from tunekit.adapters.starts.start import LINEAR, start_module
+from tunekit.contracts import Objective
 from tunekit.errors import Problem
 from tunekit.model.load import LoadedModel
-from tunekit.recipe.section import AdapterSettings, CalibratedStart
+from tunekit.recipe.section import AdapterSettings, CalibratedStart, StartSettings
 from tunekit.records import Target, bytes_text
 
 DECOMPOSITION_BYTES = 4 * 8  # for each number of the largest matrix: it, and what it is decomposed into, in float64
@@ -31,6 +35,26 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
             f"{start.method} looks at each layer's {start.looks_at}, and '{head}' is only run with the loss, in chunks"
         )
         yield Problem(what, f"leave {head} out of adapter.target_modules, or choose another start", key="adapter.start")
+
+
+def reference_problems(settings: AdapterSettings, objective: Objective) -> Iterator[Problem]:
+    """Where the base, the adapter bypassed, is not the model as it is at step 0, with which the objective compares."""
+    if objective.reference == "none":
+        return
+    method, start = load_method(settings.method), getattr(settings, "start", None)
+    part: Any = method.layer or method.model or LayerAdapter
+    what = (
+        f"{objective.name} compares with the model at step 0, which is to be the base with its adapter bypassed, and "
+    )
+    if settings.init_from is not None:
+        how = "merge that adapter into its base first, and train a new one over the result"
+        yield Problem(f"{what}init_from begins with another adapter's values", how, key="adapter.init_from")
+    if not part.starts_as_identity:
+        how = "choose a method that begins as the identity, such as lora, or an objective without a reference"
+        yield Problem(f"{what}{settings.method} does not begin as the identity", how, key="adapter.method")
+    if isinstance(start, StartSettings) and (start.moves_weights or start.looks_at == "original"):
+        how = "write start: default, or choose an objective without a reference"
+        yield Problem(f"{what}{start.method} begins with values that change it", how, key="adapter.start")
 
 
 def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:

@@ -24,7 +24,14 @@ from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
-from tunekit.training.trial import make_splitting, probe_model, split_evaluation_noted, try_longest_batch
+from tunekit.training.trial import (
+    make_splitting,
+    probe_layout,
+    probe_logprobs,
+    probe_reference,
+    split_evaluation_noted,
+    try_longest_batch,
+)
 from tunekit.tuned.evaluator import Evaluator, questions_for
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
@@ -42,7 +49,9 @@ def assemble_run(
     fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint)
     state = LoopState(LossScale(base.dtype == torch.float16))
     model = _tuned(session, plan, prepared, base, state, checkpoint)
-    probe_model(plan, model, prepared.largest_batch)
+    prepared = probe_layout(session, prepared, model, state)
+    probe_logprobs(model, prepared.largest_batch)
+    probe_reference(model, prepared.rows.objective, prepared.largest_batch)
     adapter = model.adapter
     assert adapter is not None
     optimizer = make_optimizer(recipe.training, adapter)

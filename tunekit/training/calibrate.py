@@ -61,8 +61,8 @@ def _seen(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) 
     if len(flat) != real.numel():
         rows = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
         return Seen(flat, rows, torch.ones_like(rows, dtype=torch.bool), of_output)
-    labels = batch.targets["labels"]
-    supervised = labels != IGNORED if labels.shape == real.shape else real  # (B, T)
+    labels = batch.targets.get("labels")
+    supervised = labels != IGNORED if labels is not None and labels.shape == real.shape else real  # (B, T)
     rows = torch.arange(len(real))[:, None].expand_as(real)  # (B, T)
     rows, supervised = (part[real].to(flat.device) for part in (rows, supervised))
     kept = real.reshape(-1).to(flat.device)  # (N,)

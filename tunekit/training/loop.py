@@ -17,7 +17,8 @@ from tunekit.contracts import Window
 from tunekit.errors import InputError, Problem, Stopped
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.divergence import watch_loss
-from tunekit.training.readings import Reading, Waiting, check_finite, start_reading
+from tunekit.training.reached import reaching_all
+from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
 from tunekit.training.state import Run, timed
 from tunekit.tuned.evaluator import is_better
 from tunekit.tuned.scores import EvaluationStopped
@@ -64,20 +65,20 @@ def _make_steps(run: Run, waiting: Waiting) -> None:
 def _make_step(run: Run, window: Window) -> Reading:
     """One optimizer step; state is advanced, and the step's numbers are on their way."""
     state, started = run.state, time.monotonic()
-    window = run.objective.prepare(run.model, window)
+    window = run.objective.prepare(run.model, window, run.devices.gather)
     units, counts = _step_counts(run, window)
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor
-    total, _ = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
+    with reaching_all(run.adapter, run.devices, state.step == state.saved_step):
+        total, sums = run.engine.run_window(run.model, run.objective, window, units, int(counts[2]))
     run.adapter.after_backward()
     run.devices.sum_in_place(run.optimizer.gradients())
     loss, norm, found_inf = _clip(run, run.devices.sum(total).sum())
-    reading = start_reading(state.step + 1, window, run.engine.losses, counts, loss, norm)
-    reading.started, finite = started, True
+    numbers = {"loss": loss, "norm": norm, **means(run.objective.logged, sums, units, run.devices)}
+    reading, finite = start_reading(state.step + 1, window, run.engine.losses, counts, numbers, started), True
     if not run.reads_later:
-        numbers = reading.read()
-        check_finite(reading, *numbers, run.devices, may_overflow=state.scale.enabled)
-        finite = math.isfinite(numbers[1])
+        check_finite(reading, *reading.read(), run.devices, may_overflow=state.scale.enabled)
+        finite = math.isfinite(reading.read()[1])
     reading.rate = run.optimizer.step(run.rate(), found_inf)
     state.scale.update(finite, reading.step)
     _advance(run, finite, counts)
@@ -90,23 +91,23 @@ def _settle(run: Run, waiting: Waiting) -> None:
     for reading in waiting.readings:
         loss, norm = reading.read()
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
-        now = time.monotonic()
-        seconds = now - max(reading.started, waiting.settled)  # of a step that began before the last one was read
-        waiting.settled = now
+        before = max(reading.started, waiting.settled)  # a step may begin before the last one was read
+        waiting.settled = time.monotonic()
+        seconds = waiting.settled - before
         watch_loss(run, reading, loss)
         state.seconds["train"] = state.seconds.get("train", 0.0) + seconds
-        tokens = int(reading.counts[0])
         record = StepRecord(
             step=reading.step,
             epoch=reading.window.epoch,
             loss=loss,
             learning_rate=reading.rate,
             grad_norm=norm,
-            tokens=tokens,
+            tokens=int(reading.counts[0]),
             supervised_tokens=int(reading.counts[1]),
             seconds=seconds,
-            tokens_per_second=tokens / seconds,
+            tokens_per_second=reading.counts[0] / seconds,
             peak_bytes=run.peak_bytes(),
+            metrics=reading.logged(),
         )
         run.record(record)
     waiting.readings.clear()
@@ -115,8 +116,8 @@ def _settle(run: Run, waiting: Waiting) -> None:
 def _pauses(run: Run) -> bool:
     """Whether something follows this step that must know its numbers: an evaluation, a checkpoint, the end."""
     step, settings = run.state.step, run.training
-    evaluates = run.evaluate is not None and step % settings.eval_steps == 0
-    return step == run.windows.steps or evaluates or step % settings.save_steps == 0
+    last, evaluates = step == run.windows.steps, run.evaluate is not None and step % settings.eval_steps == 0
+    return last or evaluates or step % settings.save_steps == 0
 
 
 def _step_counts(run: Run, window: Window) -> tuple[Tensor, list[float]]:

@@ -5,17 +5,17 @@ for them would cost; or as the error that they are not finite.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Window
+from tunekit.contracts import Batch, Sums, Window
 from tunekit.errors import NumericsError
 from tunekit.machine.devices import Devices
+from tunekit.model.placing import placed
 
 
 @dataclass
@@ -26,17 +26,22 @@ class Reading:
     window: Window
     losses: Sequence[Tensor]  # of each micro-batch
     counts: Sequence[float]
-    numbers: Tensor  # (2,) float64 on the host: loss, norm before clipping
+    numbers: Tensor  # (2 + M,) float64 on the host: loss, norm before clipping, what is logged
+    names: Sequence[str]  # of what is logged
     copied: Any  # the CUDA event after which `numbers` hold, None on a CPU
+    started: float
     rate: float = 0.0
-    started: float = field(default_factory=time.monotonic)
 
     def read(self) -> tuple[float, float]:
         """Loss and norm, waited for."""
         if self.copied is not None:
             self.copied.synchronize()
-        loss, norm = self.numbers.tolist()
+        loss, norm, *_ = self.numbers.tolist()
         return loss, norm
+
+    def logged(self) -> dict[str, float]:
+        """What else the step's loss told, by name, once it was read."""
+        return dict(zip(self.names, self.numbers[2:].tolist(), strict=True))
 
 
 @dataclass
@@ -47,18 +52,32 @@ class Waiting:
     settled: float = 0.0
 
 
+def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> dict[str, Tensor]:
+    """What is logged of a step by name, () each: sums over this rank's units, and units of all ranks, make means."""
+    if not names:
+        return {}
+    absent = torch.zeros((), dtype=torch.float64, device=devices.device)
+    every = torch.stack([sums.get(name, absent) for name in names]) / placed(units.sum(), devices.device)
+    return dict(zip(names, devices.sum(every), strict=True))
+
+
 def start_reading(
-    step: int, window: Window, losses: Sequence[Tensor], counts: Sequence[float], loss: Tensor, norm: Tensor
+    step: int,
+    window: Window,
+    losses: Sequence[Tensor],
+    counts: Sequence[float],
+    named: Mapping[str, Tensor],
+    started: float,
 ) -> Reading:
-    """Begin the one copy of a step's numbers to the host; nothing waits for it yet."""
-    numbers = torch.stack([loss.detach().to(torch.float64), norm.detach().to(torch.float64)])  # (2,)
+    """Begin the one copy of a step's numbers to the host: the loss, the norm, what is logged. Nothing waits for it."""
+    numbers = torch.stack([value.detach().to(torch.float64) for value in named.values()])  # (2 + M,)
     copied = None
     if numbers.is_cuda:
-        pinned = torch.empty(2, dtype=torch.float64, pin_memory=True)
+        pinned = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
         numbers = pinned.copy_(numbers, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-    return Reading(step, window, losses, counts, numbers, copied)
+    return Reading(step, window, losses, counts, numbers, list(named)[2:], copied, started)
 
 
 def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *, may_overflow: bool) -> None:

@@ -167,7 +167,7 @@ def make_recorder(
         if isinstance(value, StepRecord):
             progress.update(value)
             numbers = {"loss": value.loss, "learning_rate": value.learning_rate, "grad_norm": value.grad_norm}
-            numbers["tokens_per_second"] = value.tokens_per_second
+            numbers |= {"tokens_per_second": value.tokens_per_second, **value.metrics}
         else:
             progress.evaluation(value)
             numbers = {f"eval/{name}": number for name, number in value.metrics.items()}

@@ -3,40 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
-from tunekit.contracts import Batch, Window
+from tunekit.contracts import Batch, Objective, Window
 from tunekit.errors import ModelError
 from tunekit.memory.splitting import Splitting, shape_text
-from tunekit.records import Plan, Reaction
+from tunekit.records import Reaction
+from tunekit.training.reached import reaching_all
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, Run
+from tunekit.training.state import LoopState, Prepared, Run
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.probes import TOLERANCE, logprob_difference, packing_leak
+from tunekit.tuned.probes import TOLERANCE, bypass_difference, logprob_difference, packing_leak
 
 BEFORE_TRAINING = -1  # the step of a window that is only tried
 
 
-def probe_model(plan: Plan, model: TunedModel, batch: Batch) -> None:
-    """Make the load-time probes, with ids of the batch, and act as plan announced.
+def probe_layout(session: Session, prepared: Prepared, model: TunedModel, state: LoopState) -> Prepared:
+    """See whether rows of one sequence see each other, with ids of the run, and act as plan announced: `prepared` as it
+    was, or with rows that are padded instead of lying end to end.
 
-    Raises: ModelError where a result could not be trusted.
+    Raises: ModelError where packed rows see each other.
     """
-    limit = TOLERANCE[model.base.dtype]
-    if plan.rows.packing:
-        leak = packing_leak(model, batch.inputs["input_ids"])
-        if not leak <= limit:
-            raise ModelError(
-                f"packed rows see each other in {plan.model.model_type} (hidden states differ by {leak:.1e})",
-                "set data.packing: false",
-                key="data.packing",
-            )
+    settings, batch = prepared.batch_settings, prepared.largest_batch
+    if not (settings.packing or settings.end_to_end):
+        return prepared
+    leak = packing_leak(model, batch.inputs["input_ids"])
+    if leak <= TOLERANCE[model.base.dtype]:
+        return prepared
+    what = f"see each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
+    if settings.packing:
+        raise ModelError(f"packed rows {what}", "set data.packing: false", key="data.packing")
+    reaction = Reaction(f"rows that lie end to end {what}", "rows are padded instead", state.step)
+    state.reactions.append(asdict(reaction))
+    session.console.warn(f"{reaction.probe}; {reaction.action}")
+    objective = prepared.rows.objective.laid_out(end_to_end=False)
+    padded = objective.collate([[row] for row in batch.rows])
+    rows = replace(prepared.rows, objective=objective)
+    return replace(prepared, rows=rows, batch_settings=replace(settings, end_to_end=False), largest_batch=padded)
+
+
+def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> None:
+    """See whether the base with its adapter bypassed is the model at step 0, where the objective compares with that.
+
+    Raises: ModelError where it is not.
+    """
+    moved = 0.0 if objective.reference == "none" else bypass_difference(model, batch.inputs["input_ids"])
+    if not moved <= TOLERANCE[model.base.dtype]:
+        raise ModelError(
+            f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})",
+            f"{objective.name} compares with that model: choose another adapter.method or adapter.start",
+            key="adapter.method",
+        )
+
+
+def probe_logprobs(model: TunedModel, batch: Batch) -> None:
+    """Compare our log-probabilities with the model's own, of ids of the batch.
+
+    Raises: ModelError where they differ.
+    """
     if not model.base.family.answers:
         return
     difference = logprob_difference(model, batch.inputs["input_ids"])
-    if not difference <= limit:
+    if not difference <= TOLERANCE[model.base.dtype]:
         raise ModelError(
             f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)",
             "this architecture's output projection is not supported; choose another base",
@@ -75,6 +105,7 @@ def try_longest_batch(run: Run, batch: Batch) -> None:
     """
     devices = [torch.cuda.current_device()] if run.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), run.model.training_mode(True):
-        window = Window(BEFORE_TRAINING, 0.0, (0,), (batch,))
-        run.engine.run_window(run.model, run.objective, window, run.objective.units(batch))
+        window = run.objective.prepare(run.model, Window(BEFORE_TRAINING, 0.0, (0,), (batch,)))
+        with reaching_all(run.adapter, run.devices):
+            run.engine.run_window(run.model, run.objective, window, run.objective.units(batch))
     run.model.clear_gradient()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import ModelOutput
+from tunekit.contracts import Batch, ModelOutput
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
 from tunekit.model.attention.segments import Segments, find_segments
@@ -42,6 +42,36 @@ class TunedModel:
             with calling(self.call_for(inputs)):
                 return ModelOutput(logits=self.base.family.logits(self.base.net, self.entering(inputs)))
         return self.finished(self.hidden(inputs))
+
+    def scored(
+        self, batches: Sequence[Batch], score: Callable[[ModelOutput, Batch], Tensor], *, bypassed: bool = False
+    ) -> list[Tensor]:
+        """What `score` makes of each batch, on the host: without gradient or dropout, and where `bypassed` without the
+        adapter. A streamed base's layers are copied once for all batches."""
+        call = replace(current_call(), bypassed=bypassed)
+        with torch.no_grad(), self.training_mode(False), self.unchanged_weights(), calling(call):
+            outputs = (
+                map(self.output, [batch.inputs for batch in batches]) if self.slots is None else self._by_layer(batches)
+            )
+            found = [score(output, batch) for output, batch in zip(outputs, batches, strict=True)]
+        return [torch.zeros(value.shape) if value.is_meta else value.cpu() for value in found]
+
+    def _by_layer(self, batches: Sequence[Batch]) -> Iterator[ModelOutput]:
+        """What the objective reads of each batch, every layer computing all of them before the next."""
+        stages = self.base.family.stages(self.base.net)
+        assert self.slots is not None
+        assert stages is not None  # plan refuses to stream such a base
+        (stack,) = stages.stacks
+        states, last = [], len(stack.layers) - 1
+        for batch in batches:
+            with calling(self.call_for(batch.inputs)) as call:
+                states.append((call, *stack.embed(self.entering(batch.inputs), None)))
+        for number, layer in enumerate(stack.layers):
+            with self.slots.holding(number, min(number + 1, last)):
+                for place, (call, hidden, calls) in enumerate(states):
+                    with calling(call):
+                        states[place] = call, layer(hidden, calls[number]), calls
+        return (self.finished(self.leaving(hidden)) for _, hidden, _ in states)
 
     def finished(self, hidden: Tensor) -> ModelOutput:
         """What the objective reads of last hidden states (B, T, D)."""

@@ -1,5 +1,5 @@
-"""Load-time probes: the loaded model goes in; out comes how far packed rows are from rows alone, and our
-log-probabilities from the model's own.
+"""Load-time probes: the loaded model goes in; out comes how far packed rows are from rows alone, our
+log-probabilities from the model's own, and the adapted model from its base.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tunekit.model.call import calling, current_call
 from tunekit.objectives.logprobs import losses_of_positions, supervised_positions
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import undisturbed
@@ -44,6 +45,15 @@ def logprob_difference(model: TunedModel, ids: Tensor) -> float:
         logits = model.own_logits(inputs).float()  # (1, T, V)
         own = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="none")
     return _relative_difference(ours, own)
+
+
+def bypass_difference(model: TunedModel, ids: Tensor) -> float:
+    """Relative difference of a row's hidden states with the adapter and without; the row is drawn from `ids`."""
+    inputs = {"input_ids": _probe_ids(ids, 3), "position_ids": torch.arange(PROBE_TOKENS)[None]}
+    with undisturbed(model):
+        adapted = model.hidden(inputs)
+        with calling(replace(current_call(), bypassed=True)):
+            return _relative_difference(adapted, model.hidden(inputs))
 
 
 def _probe_ids(ids: Tensor, number: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tunekit.contracts import Batch, Objective, Sums
+from tunekit.contracts import Batch, Objective, Sums, Window
 from tunekit.data.batching.split import split_batch
 from tunekit.machine.devices import Devices
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
@@ -46,6 +46,11 @@ def undisturbed(model: TunedModel) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), model.training_mode(False), calling(Call()):
         yield
+
+
+def prepared(model: TunedModel, objective: Objective, batch: Batch) -> Batch:
+    """The batch as a step of its own."""
+    return objective.prepare(model, Window(0, 0.0, (0,), (batch,))).batches[0]
 
 
 def summed_evaluation(
@@ -89,6 +94,7 @@ def added(one: Sums, other: Sums) -> Sums:
 def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]) -> Sums:
     """The batch's sums; those of its halves, added, where it runs out of memory."""
     try:
+        batch = prepared(model, objective, batch)
         sums = objective.sums(model.output(batch.inputs), batch)
         counted = {TOKENS: batch.tokens, ROWS: len(batch.rows)}
         return {name: value.double().cpu() for name, value in sums.items()} | {

@@ -67,7 +67,9 @@ class ExpertLora(ParameterAdapter):
         return scaling_of(self.settings, self.target)
 
     def factors(self, index: Any) -> Factors:
-        experts = self.target.experts or 1
+        experts = self.target.experts
+        if experts is None:  # of a matrix
+            return self.B * self.scaling, self.A
         a = self.A.reshape(experts, -1, self.A.shape[1])[index]  # (..., R, I)
         b = (self.B * self.scaling).reshape(self.B.shape[0], -1, experts).permute(2, 0, 1)[index]  # (..., O, R)
         return (a.transpose(-2, -1), b.transpose(-2, -1)) if self.target.transposed else (b, a)

@@ -21,7 +21,7 @@ LORA_FIXED: Fixed = {  # first the value written, then the others that change no
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "corda_config": (None, ANY),  # how A and B were first filled: init_lora_weights decides
-    "ensure_weight_tying": (False,),
+    "ensure_weight_tying": (False, True),  # folder/read.py adapts, or copies, a tied head as well
     "eva_config": (None, ANY),
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others have changed the base

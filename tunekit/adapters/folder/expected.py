@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +101,12 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], file: str) -> None:
 
 
 def expected_tensors(
-    net: nn.Module, method: Method, settings: Any, targets: list[Target], head_name: str | None
+    net: nn.Module,
+    method: Method,
+    settings: Any,
+    targets: list[Target],
+    head_name: str | None,
+    enlarged: Collection[str] = (),
 ) -> Expected:
     """Everything that a file of this configuration must hold on this base; allocates nothing."""
     modules = base_modules(net)
@@ -126,4 +131,10 @@ def expected_tensors(
         expected.add(method.copy_class(settings, name), name, TrainedCopy.slots(modules[name], name, only))
     for name, slots in token_slots(net, settings).items():
         expected.add(TrainedTokens, name, slots)
+    for name in enlarged:  # PEFT saves all that such a module holds, also beside its copy
+        shape, own = tuple(modules[name].get_parameter("weight").shape), f"{Part.file_prefix}{name}.weight"
+        for key in (own, f"{Part.file_prefix}{name}.original_module.weight"):
+            expected.base_copies[key] = name, shape
+        if own in expected.slots:
+            expected.repeats[f"{Part.file_prefix}{name}.modules_to_save.weight"] = own
     return expected

@@ -5,7 +5,8 @@ A folder by anyone goes in; an attached adapter, or a refusal that names the fau
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,11 +17,12 @@ from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig
 from tunekit.adapters.folder.config import read_adapter_config as read_adapter_config
 from tunekit.adapters.folder.expected import expected_tensors, refuse_not_finite
 from tunekit.adapters.folder.fields import SAME_NAMED
+from tunekit.adapters.folder.vocabulary import added_rows, enlarge
 from tunekit.adapters.folder.write import save_adapter_folder as save_adapter_folder
 from tunekit.adapters.method import Method, load_method
-from tunekit.adapters.module_names import base_modules
+from tunekit.adapters.module_names import base_modules, named_copies
 from tunekit.adapters.targets import find_targets
-from tunekit.adapters.tokens import token_rows
+from tunekit.adapters.tokens import embedding_name, tied_with, token_rows
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import read_tensor, read_tensor_header
 from tunekit.files.untrusted import shown
@@ -48,10 +50,12 @@ def attach_adapter_folder(
     files of peft that carry a copy of an embedding. `method`: found from the folder's peft_type by default.
     Raises: AdapterError for everything that is not exactly as the configuration says, before the base is touched.
     """
-    config = read_adapter_config(folder, method)
+    config = _with_tied_partners(read_adapter_config(folder, method), net, head_name)
     _check_fingerprint(config, base_fingerprint)
+    rows = added_rows(net, head_name, config.folder / TENSORS_NAME)
+    enlarge(net, rows)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
-    tensors = _read_tensors(config, net, targets, head_name, base_weight)
+    tensors = _read_tensors(config, net, targets, head_name, base_weight, rows)
     attached = attach_adapter(
         net,
         config.settings,
@@ -63,7 +67,25 @@ def attach_adapter_folder(
         finished=True,
     )
     attached.load_state(tensors, ("trained", "saved"))
+    attached.added_rows = rows
     return attached
+
+
+def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
+    """What PEFT adds under ensure_weight_tying: where the embedding or a tied head is adapted, or copied, both are.
+
+    Its files hold the tensors of both.
+    """
+    modules = base_modules(net)
+    embedding = embedding_name(net, modules)
+    if not config.fields.get("ensure_weight_tying") or head_name not in tied_with(modules, embedding):
+        return config
+    both, entries = {embedding: net, head_name: net}, {}
+    for key in ("target_modules", "modules_to_save"):
+        named = getattr(config.settings, key)
+        if not isinstance(named, str) and named_copies(both, named):
+            entries[key] = (*named, *both)
+    return replace(config, settings=config.settings.model_copy(update=entries))
 
 
 def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str | None = None) -> None:
@@ -76,6 +98,7 @@ def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str 
         config = read_adapter_config(folder, attached.method)
     _check_fingerprint(config, base_fingerprint)
     net, head_name = attached.net, attached.head_name
+    config = _with_tied_partners(config, net, head_name)
     _refuse_computed(attached, config)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     _refuse_difference(attached, config, targets)
@@ -134,12 +157,20 @@ def _check_fingerprint(config: AdapterConfig, base_fingerprint: str | None) -> N
 
 
 def _read_tensors(
-    config: AdapterConfig, net: nn.Module, targets: list[Target], head_name: str | None, base_weight: BaseWeight | None
+    config: AdapterConfig,
+    net: nn.Module,
+    targets: list[Target],
+    head_name: str | None,
+    base_weight: BaseWeight | None,
+    enlarged: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Every expected tensor by state name, after header, names, shapes, types and hashes have been checked."""
+    """Every expected tensor by state name, after header, names, shapes, types and hashes have been checked.
+
+    `enlarged`: modules whose matrices the file holds whole, for the rows that it adds to them.
+    """
     path = config.folder / TENSORS_NAME
     header = read_tensor_header(path)
-    expected = expected_tensors(net, config.method, config.settings, targets, head_name)
+    expected = expected_tensors(net, config.method, config.settings, targets, head_name, enlarged)
     copies = expected.check(header, str(path))
     config.check_files()
     tensors = {
@@ -164,6 +195,8 @@ def _check_base_copy(copy: Tensor, module: nn.Module, name: str, base_weight: Ba
     own = base_weight(name) if base_weight else None
     if own is None and weight is not None and weight.kind == "dense" and weight.device.type != "meta":
         own = weight.read(weight.dtype or torch.float32).cpu()
+    if own is not None:
+        copy = copy[: len(own)]  # what lies beyond was added to the base
     if own is None:
         raise AdapterError(f"carries the base's own weight of '{name}', which cannot be compared here", file=file)
     if not (torch.equal(copy.to(own.dtype), own) or torch.equal(own.to(copy.dtype), copy)):

@@ -6,17 +6,23 @@ Module names of the base and resolved targets go in; target_modules, rank_patter
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tunekit.adapters.folder.fields import plain
 from tunekit.adapters.patterns import Patterns
 
 
-def concrete_targets(names: Collection[str], all_names: Collection[str]) -> list[str] | str:
-    """The shortest sorted list that PEFT reads as exactly `names`: last names, else whole names, else an expression."""
+def concrete_targets(
+    names: Collection[str], all_names: Collection[str], depths: Sequence[int] = (1,)
+) -> list[str] | str:
+    """The shortest sorted list that PEFT reads as exactly `names`: last names, else whole names, else an expression.
+
+    `depths`: of how many of its last pieces a shortened name may be made.
+    """
     wanted = set(names)
-    for entries in ({name.rpartition(".")[2] for name in names}, wanted):
+    shortened = [{".".join(name.split(".")[-depth:]) for name in names} for depth in depths]
+    for entries in (*shortened, wanted):
         ends = tuple(f".{entry}" for entry in entries)
         if {name for name in all_names if name in entries or name.endswith(ends)} == wanted:
             return sorted(entries)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
+from tunekit.adapters.folder.peft_models import taken_for_experts
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
 from tunekit.adapters.method import WrittenForm, saved_modules
 from tunekit.adapters.module_names import base_modules, named_copies, parameter_names, plain_entries
@@ -133,9 +134,12 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)
     named = named_copies(base_modules(attached.net), saved_modules(settings))
+    layers = [target.name for target in targets if target.kind != "parameter"]
+    experts = taken_for_experts(attached.net, attached.method.peft.peft_type, layers)
+    written = {target.name: f"{target.name}.weight" if target.name in experts else target.name for target in targets}
     if "target_modules" in config:
         chosen = [name for name in sorted(attached.copies) if name not in named]
-        names = chosen if attached.method.only_copies else [t.name for t in targets if t.kind != "parameter"]
+        names = chosen if attached.method.only_copies else [name for name in layers if name not in experts]
         config["target_modules"] = concrete_targets(names, list(base_modules(attached.net)))
         config |= {"exclude_modules": None} if "exclude_modules" in config else {}
     if attached.copies and config.get("modules_to_save"):
@@ -143,13 +147,14 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     config |= {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}
     config |= {"modules_to_save": None} if config.get("modules_to_save") == [] else {}
     if "target_parameters" in config:
-        fused = [target.name for target in targets if target.kind == "parameter"]
-        config["target_parameters"] = concrete_targets(fused, parameter_names(attached.net)) if fused else None
+        fused = [written[target.name] for target in targets if target.name in experts or target.kind == "parameter"]
+        entries = concrete_targets(fused, parameter_names(attached.net), depths=(1, 2)) if fused else None
+        config |= {"target_parameters": entries} | ({"lora_dropout": 0.0} if experts else {})
     if "trainable_token_indices" in attached.method.peft.fields:
         config["trainable_token_indices"] = written_indices(settings, attached.tokens)
     for key, default, resolved in (
-        ("rank_pattern", "r", {target.name: target.r for target in targets}),
-        ("alpha_pattern", "alpha", {target.name: target.alpha for target in targets}),
+        ("rank_pattern", "r", {written[target.name]: target.r for target in targets}),
+        ("alpha_pattern", "alpha", {written[target.name]: target.alpha for target in targets}),
     ):
         if attached.method.peft.fields.get(key, ("",))[0] == key:
             config[key] = concrete_pattern(getattr(settings, key), resolved, getattr(settings, default))

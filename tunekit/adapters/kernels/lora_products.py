@@ -169,7 +169,8 @@ class Gated:
 
     def hidden(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up; shapes (..., H)."""
-        return self.activation(gate).mul_(up)
+        active = self.activation(gate)
+        return active * up if active is gate else active.mul_(up)  # a linear activation gives back gate itself
 
     def backward(
         self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.lora_fields import start_conflicts
+from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, start_conflicts
+from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.methods.lora import METHOD as LORA
 from tunekit.adapters.methods.lora import Lora
@@ -82,5 +83,5 @@ def _conflicts(settings: DoraSettings, targets: Sequence[Target], file: bool) ->
     return found
 
 
-PEFT = replace(LORA.peft, settings=DoraSettings, claims={"use_dora": True})
+PEFT = PeftSide("LORA", DoraSettings, LORA_FIELDS, LORA_FIXED, claims={"use_dora": True})
 METHOD = replace(LORA, peft=PEFT, layer=Dora, parameter=None, kernel=None, conflicts=_conflicts)

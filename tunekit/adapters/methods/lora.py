@@ -36,6 +36,7 @@ class Lora(LowRankLayer):
     A: nn.Parameter
     B: nn.Parameter
     own_bias: nn.Parameter  # where biases are trained: in place of the base's
+    update_bias: nn.Parameter  # (O,) b, with lora_bias: y = W x + s (B A x + b)
     start_A: Tensor  # A' (R, I) and B' (O, R) of starts that move a part of W into A and B
     start_B: Tensor
     joined: JoinedLayers | None = None  # how the kernel computes this layer together with its neighbours
@@ -47,6 +48,8 @@ class Lora(LowRankLayer):
             a = Slot("lora_embedding_A", (rank, inputs), rate="embedding")
             return {"A": a, "B": Slot("lora_embedding_B", (outputs, rank), rate="embedding")}
         slots = {"A": Slot("lora_A.weight", (rank, inputs)), "B": Slot("lora_B.weight", (outputs, rank), rate="b")}
+        if getattr(settings, "lora_bias", False):
+            slots["update_bias"] = Slot("lora_B.bias", (outputs,), decays=False)
         if settings.bias != "none" and target.has_bias:
             slots["own_bias"] = Slot("base_layer.bias", (outputs,), decays=False)
         if settings.start.moves_weights:  # y = W x + s (B A - B' A') x: exactly W x at the start, and W is not touched
@@ -60,6 +63,8 @@ class Lora(LowRankLayer):
             nn.init.normal_(self.B, generator=generator)
         else:
             self.initialise_from(generator, None)
+        if "update_bias" in self.declared:
+            nn.init.zeros_(self.update_bias)
         if "own_bias" in self.declared:
             bias = self.base_layer.bias
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
@@ -89,7 +94,8 @@ class Lora(LowRankLayer):
 
     def update(self, x: Tensor) -> Tensor:
         if self.target.kind != "embedding":
-            return super().update(x)
+            y = super().update(x)
+            return y + (self.update_bias * self.scaling).to(y.dtype) if "update_bias" in self.declared else y
         a, b = (factor.to(self.base_layer.weight.dtype) for factor in self.factors())
         rows = F.embedding(x, a.t(), self.base_layer.padding_idx)  # (..., R)
         scale = self.scaling * getattr(self.base_layer, "embed_scale", 1.0)  # Gemma multiplies W[x] as well
@@ -116,11 +122,15 @@ class Lora(LowRankLayer):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         bias = self.own_bias.detach().to(weight.device) if "own_bias" in self.declared else bias
+        if "update_bias" in self.declared:
+            added = (self.update_bias.detach() * self.scaling).to(weight.device)  # (O,)
+            bias = added if bias is None else bias + added
         return super().merged(weight, bias)
 
 
+FIELDS = {**LORA_FIELDS, "lora_bias": ("lora_bias", False)}
 METHOD = Method(
-    peft=PeftSide("LORA", LoraSettings, LORA_FIELDS, LORA_FIXED),
+    peft=PeftSide("LORA", LoraSettings, FIELDS, {key: LORA_FIXED[key] for key in LORA_FIXED.keys() - FIELDS.keys()}),
     layer=Lora,
     parameter=ExpertLora,
     kernel=JoinedProducts(Lora),

@@ -41,11 +41,6 @@ class StreamedRow(NamedTuple):
 StreamedSequence = tuple[StreamedRow, ...]  # what fills one row of a batch: one row, or a pack
 
 
-def _sizes_of(sequence: StreamedSequence) -> Sizes:
-    """Of each part that is padded by itself."""
-    return tuple(map(sum, zip(*(part.row.sizes for part in sequence), strict=True)))
-
-
 @dataclass(frozen=True)
 class StreamedSource:
     """A source read again and again, in another order each time."""
@@ -124,7 +119,7 @@ class StreamedWindows:
         """This rank's share of each step from `first_step` on."""
         window: list[tuple[StreamedSequence, ...]] = []
         step = 0
-        for micro_batch in cut_micro_batches(self._groups(), _sizes_of, self._settings):
+        for micro_batch in cut_micro_batches(self._groups(), self._sizes_of, self._settings):
             window.append(micro_batch)
             if len(window) < self._settings.gradient_accumulation_steps:
                 continue
@@ -134,6 +129,9 @@ class StreamedWindows:
             step += 1
             if step == self.steps:
                 return
+
+    def _sizes_of(self, sequence: StreamedSequence) -> Sizes:
+        return self._objective.layout.padded([*map(sum, zip(*(part.row.sizes for part in sequence), strict=True))])
 
     def _window(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> Window:
         indices = tuple(range(self._rank, len(micro_batches), self._world))

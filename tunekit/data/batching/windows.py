@@ -116,7 +116,7 @@ class TrainingWindows:
         return self._last[1]
 
     def _sizes_of(self, group: Group) -> Sizes:
-        return tuple(self._sizes[list(group)].sum(axis=0).tolist())
+        return self._objective.layout.padded(self._sizes[list(group)].sum(axis=0).tolist())
 
     def windows(self, first_step: int) -> Iterator[Window]:
         """This rank's share of each step from `first_step` on, up to `steps`."""

@@ -66,12 +66,12 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
         raise DataError(f"the objective does not learn from the format {named}", f"its formats: {', '.join(fitting)}")
     if named != "auto":
         return named, NAMED
+    if "chosen" in values and "rejected" in values and example != "preference":
+        what = "the first row has 'chosen' and 'rejected': preference pairs"
+        raise DataError(what, "choose an objective that learns from them, such as dpo")
     for name in fitting:
         required = facts_of("formats", name).REQUIRED
         if all(field in values for field in required):
-            if "chosen" in values and "rejected" in values:  # fields alone do not tell preference pairs from chat
-                what = "the first row has 'chosen' and 'rejected': preference pairs"
-                raise DataError(what, "the objective sft needs answers")
             return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
@@ -119,7 +119,7 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
     """The row as it is, cut, or in pieces. Raises: Dropped with the reason; DataError where longer rows are errors."""
     if row.supervised == 0:
         raise Dropped(NO_TARGET)
-    length, most = row.size, options.max_length
+    length, most = objective.layout.length(row.sizes), options.max_length
     counts.longest_tokens = max(counts.longest_tokens, length)
     if length <= most:
         return [row]

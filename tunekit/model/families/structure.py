@@ -25,14 +25,34 @@ def text_config(net: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def expert_layout(net: nn.Module) -> str | None:
+    """The architecture by whose pattern transformers 5 fuses the experts of this one's older files; None: by none."""
+    try:
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
+    except ImportError:
+        return None
+    model_type = getattr(getattr(net, "config", None), "model_type", "")
+    return "mixtral" if model_type == "mixtral" else PATTERNS.get(model_type)
+
+
 def base_name(net: nn.Module) -> str:
-    """Module name of the net without its head."""
-    prefix: Any = getattr(net, "base_model_prefix", "")
-    if not prefix or not isinstance(getattr(net, str(prefix), None), nn.Module):
+    """Module name of the net without its head: the declared one, or the one inside it or the net that takes token ids.
+
+    Llama 4's language model declares the name of another, and a decoder of BART's lies in a shell without arguments.
+    """
+    name = str(getattr(net, "base_model_prefix", ""))
+    declared = getattr(net, name, None) if name else None
+    inside = declared if isinstance(declared, nn.Module) else net
+    if inside is declared and "input_ids" in accepted_names(inside):
+        return name
+    found = [own for own, child in inside.named_children() if "input_ids" in accepted_names(child)]
+    if len(found) == 1:
+        return found[0] if inside is net else f"{name}.{found[0]}"
+    if inside is net:
         raise ModelError(
             f"{type(net).__name__} has no base model apart from its head", "choose a causal language model"
         )
-    return str(prefix)
+    return name
 
 
 def accepted_names(module: nn.Module) -> frozenset[str]:

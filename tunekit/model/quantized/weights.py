@@ -14,6 +14,7 @@ from torch import nn
 
 from tunekit.errors import ModelError
 from tunekit.model.quantized import codec, fp8
+from tunekit.model.uncalled import returns_several
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8: inputs of this size or more are multiplied in 16 bit
 
@@ -224,7 +225,8 @@ def _dense(module: nn.Module) -> torch.Tensor:
 def layer_kind(module: nn.Module) -> str | None:
     """linear, conv1d or embedding, by structure; None for anything else."""
     if isinstance(module, PackedLinear | nn.Linear):
-        return "linear"
+        kind: Any = type(module)
+        return None if returns_several(kind) else "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "conv1d" if _is_conv1d(module) else None

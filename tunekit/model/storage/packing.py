@@ -18,6 +18,7 @@ from tunekit.model.families import Family
 from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
 from tunekit.model.storage.reading import BaseReader, place
 from tunekit.model.storage.sidecar import Sidecar, StoredTensor
+from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import ModelSection
 
 
@@ -39,10 +40,12 @@ def quantize_layers(
 
 
 def packable(net: nn.Module, family: Family) -> list[str]:
-    """Names of the layers that are packed: every linear one but the head."""
-    head = family.head_name(net)
-    names = [name for name, module in net.named_modules() if layer_kind(module) in ("linear", "conv1d")]
-    return [name for name in names if head is None or not f"{name}.".startswith(f"{head}.")]
+    """Names of the layers that are packed: every linear one but the head, and but those whose matrix the model's code
+    reads itself."""
+    head, modules = family.head_name(net), dict(net.named_modules())
+    uncalled = uncalled_layers(modules)
+    names = [name for name, module in modules.items() if layer_kind(module) in ("linear", "conv1d")]
+    return [n for n in names if n not in uncalled and (head is None or not f"{n}.".startswith(f"{head}."))]
 
 
 def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:

@@ -21,11 +21,13 @@ from tunekit.errors import ModelError, NumericsError
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.quantized import codec
-from tunekit.model.quantized.weights import layer_kind, weight_of
+from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage import inspection
 from tunekit.model.storage.converted import StoredPieces
+from tunekit.model.storage.packing import packable
 from tunekit.model.storage.shards import ShardReader, ShardWriter, read_headers
 from tunekit.model.storage.source import ModelSource, find_source
+from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 # (weight (O, I) float32, bias (O,) float32 or None) -> the same two, changed
@@ -34,10 +36,11 @@ LayerChange = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, 
 
 @dataclass(frozen=True)
 class Changes:
-    """What becomes of the base: layers by module name; whole parameters by parameter name."""
+    """What becomes of the base: layers by module name; whole parameters by parameter name, before a layer's change."""
 
     layers: Mapping[str, LayerChange]
     parameters: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+    vocabulary_size: int | None = None  # where it becomes another
 
 
 class BaseTensors:
@@ -110,10 +113,13 @@ class Rewriter:
         self.embedding = self.family.embedding_name(self.net)
         self.tied = self.family.tied(self.net)
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
+        self.packable = packable(self.net, self.family)
         self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter that it is a piece of
         self.generation_config: Any = None  # of a base that has no file of that name to copy
         self.tensors = self._open(plain)
         self.names = frozenset(self.tensors.names())
+        self.aliases = self._find_aliases()
+        self.stored = set(self.aliases.values())
 
     def _open(self, plain: ModelSection) -> BaseTensors | LoadedTensors:
         if not self._rewritten:
@@ -138,7 +144,7 @@ class Rewriter:
 
     def base_weight(self, module_name: str) -> torch.Tensor:
         """The base's own matrix (O, I) of a module."""
-        stored = self.tensors.read(self._weight_name(module_name))
+        stored = self.tensors.read(self._stored_name(f"{module_name}.weight"))
         return stored.t() if layer_kind(self.modules[module_name]) == "conv1d" else stored
 
     def trained_on(self, module_name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -147,16 +153,20 @@ class Rewriter:
         bias = self.tensors.read(bias_name).float() if bias_name in self.names else None
         return self._through_packing(matrix) if self.is_packed(module_name) else matrix, bias
 
-    def _weight_name(self, module_name: str) -> str:
-        """Name of the matrix of a module; a tied head's is the embedding's."""
-        name = f"{module_name}.weight"
-        if name not in self.names and self.tied and module_name == self.head:
-            return f"{self.embedding}.weight"
-        return name
-
     def _stored_name(self, name: str) -> str:
         """The name under which the base stores a parameter of the net."""
-        return self._weight_name(name.removesuffix(".weight")) if name.endswith(".weight") else name
+        return self.aliases.get(name, name)
+
+    def _find_aliases(self) -> dict[str, str]:
+        """Matrices that the files leave out, since they are another module's: name -> that one's."""
+        found = [
+            (f"{name}.{own}", module, tensor)
+            for name, module in self.modules.items()
+            for own, tensor in module.named_parameters(recurse=False)
+        ]
+        stored = {id(tensor): (name, module) for name, module, tensor in found if name in self.names}
+        left_out = [each for each in found if each[0] not in self.names and id(each[2]) in stored]
+        return {name: stored[id(tensor)][0] for name, module, tensor in left_out if stored[id(tensor)][1] is not module}
 
     def write(self, folder: Path, changes: Changes) -> None:
         """Write config.json and the weights.
@@ -201,21 +211,22 @@ class Rewriter:
             )
 
     def unties(self, changes: Changes) -> bool:
-        """Whether head and embedding were one matrix and are two afterwards. The same change of both keeps them one."""
-        head, embedding = (changes.parameters.get(f"{name}.weight") for name in (self.head, self.embedding))
-        if head is not None and head is embedding:
-            return False
-        pair = {self.head, self.embedding}
-        touched = pair & set(changes.layers) or {f"{name}.weight" for name in pair} & set(changes.parameters)
-        return self.tied and bool(touched)
+        """Whether matrices that were one are several afterwards. The same change of all of them keeps them one."""
+        groups = [{stored, *(name for name, its in self.aliases.items() if its == stored)} for stored in self.stored]
+        if self.tied:
+            groups.append({f"{self.head}.weight", f"{self.embedding}.weight"})
+        touched = {f"{name}.weight" for name in changes.layers} | set(changes.parameters)
+        made = [
+            {(changes.parameters.get(name), changes.layers.get(name.removesuffix(".weight"))) for name in group}
+            for group in groups
+            if group & touched
+        ]
+        return any(len(each) > 1 for each in made)
 
     def output_bytes(self, changes: Changes) -> int:
         """Bytes of the weights that `write` writes (a little less where they are packed again)."""
-        extra = 0
-        if self.unties(changes):
-            weight = weight_of(self.modules[str(self.embedding)])
-            extra = 0 if weight is None else weight.elements * self.written_dtype(f"{self.embedding}.weight").itemsize
-        return extra + sum(self.tensors.elements(name) * self.written_dtype(name).itemsize for name in self.names)
+        more = self.aliases.values() if self.unties(changes) else ()
+        return sum(self.tensors.elements(name) * self.written_dtype(name).itemsize for name in [*self.names, *more])
 
     def written_dtype(self, name: str) -> torch.dtype:
         """In which a tensor is written: the base's own, or the one that was asked for."""
@@ -231,14 +242,13 @@ class Rewriter:
         """Give a float32 net of the new model what `write` would write, before it is rounded."""
         asked, self.written = self.written, torch.float32
         places = dict(net.named_parameters(remove_duplicate=False))
-        head, embedding = (places.get(f"{name}.weight") for name in (self.head, self.embedding))
         for name, tensor in self._outputs(changes):
             if name in places:
                 places[name].data = tensor
         for pieces in set(self.pieces.values()):
             places[pieces.parameter].data = self._joined(pieces, changes)
-        if self.tied and not self.unties(changes) and head is not None and embedding is not None:
-            head.data = embedding.data
+        for name, stored in () if self.unties(changes) else self.aliases.items():
+            places[name].data = places[stored].data
         self.written = asked
 
     def _configuration(self, changes: Changes) -> dict[str, Any]:
@@ -253,6 +263,8 @@ class Rewriter:
             config["architectures"] = [type(self.net).__name__]
         if self.unties(changes):
             config["tie_word_embeddings"] = False
+        if changes.vocabulary_size is not None:
+            config["vocab_size"] = changes.vocabulary_size
         if self.written is not None:
             config.pop("torch_dtype", None)  # as older versions of transformers call it
             config["dtype"] = str(self.written).removeprefix("torch.")
@@ -265,7 +277,7 @@ class Rewriter:
                 "bnb_4bit_use_double_quant": self.section.double_quantization,
                 "bnb_4bit_compute_dtype": str(self.compute_dtype).removeprefix("torch."),
                 "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": [self.head],
+                "llm_int8_skip_modules": [self.head, *sorted(uncalled_layers(self.modules))],
             }
         return config
 
@@ -290,10 +302,8 @@ class Rewriter:
                     yield new_name, tensor
             else:
                 yield name, self._cast(name, self._parameter(name, changes))
-        head_name = f"{self.head}.weight"
-        if self.unties(changes) and head_name not in done:
-            stored = self.tensors.read(f"{self.embedding}.weight")
-            yield from self._layer(str(self.head), stored, None, changes)
+        for name, stored in self.aliases.items() if self.unties(changes) else ():
+            yield from self._layer(name.removesuffix(".weight"), self.tensors.read(stored), None, changes)
 
     def _in_pieces(self, pieces: StoredPieces, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in pieces.split(self._joined(pieces, changes)).items():
@@ -310,8 +320,7 @@ class Rewriter:
 
     def is_packed(self, module_name: str) -> bool:
         """Whether training saw this layer's matrix packed."""
-        kind = layer_kind(self.modules[module_name])
-        return self.section.quantization != "none" and kind in ("linear", "conv1d") and module_name != self.head
+        return self.section.quantization != "none" and module_name in self.packable
 
     def _layer(
         self, module_name: str, stored: torch.Tensor, bias: torch.Tensor | None, changes: Changes

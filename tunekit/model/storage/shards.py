@@ -16,6 +16,12 @@ from tunekit.files.tensors import TensorEntry, read_tensor, read_tensor_header, 
 from tunekit.files.untrusted import MODEL_FILE
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether there are weights in any form, readable or not."""
+    return any(path.suffix in (*PICKLES, ".safetensors") for path in folder.iterdir())
 
 
 def shard_files(folder: Path) -> list[str]:
@@ -27,7 +33,7 @@ def shard_files(folder: Path) -> list[str]:
         return sorted(set(_read_index(folder).values()))
     if (folder / SINGLE).exists():
         return [SINGLE]
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise ModelError(
             f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read",

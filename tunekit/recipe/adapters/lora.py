@@ -13,3 +13,4 @@ class LoraSettings(LowRankSettings):
     """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
 
     method: Literal["lora"] = Field("lora", description="a low-rank update of each targeted matrix")
+    lora_bias: bool = Field(False, description="the update of each layer, embeddings apart, has a bias of its own")

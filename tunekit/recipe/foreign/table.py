@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tunekit.recipe.foreign import values as values
 from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, always_so, lost, one_of, same
+from tunekit.recipe.names import known_names
 from tunekit.recipe.reading.draft import KeyPath
 from tunekit.recipe.training import SCHEDULERS
 
@@ -109,6 +110,22 @@ TOP_LEVEL: dict[str, Alias] = {
     **_to("adapter.modules_to_save", "lora_modules_to_save"),
     **_nowhere(lost("it is an adapter of its own", "write adapter.method: dora"), "use_dora", "peft_use_dora"),
     **_to("objective.method", "stage"),
+    **_to("objective.method", "rl", by=one_of({name: name for name in known_names("objectives")})),
+    **_to("objective.beta", "beta", "rl_beta", "pref_beta"),
+    **_to("objective.loss_type", "loss_type"),
+    **_to("objective.loss_type", "pref_loss", by=one_of({name: name for name in ("sigmoid", "hinge", "ipo")})),
+    **_to("objective.label_smoothing", "label_smoothing", "dpo_label_smoothing"),
+    **_to("objective.loss_weights", "loss_weights"),
+    **_to("objective.rpo_alpha", "rpo_alpha"),
+    **_to("objective.ld_alpha", "ld_alpha"),
+    **_to("objective.simpo_gamma", "simpo_gamma"),
+    **_to("objective.cpo_alpha", "cpo_alpha"),
+    **_to("objective.discopop_tau", "discopop_tau"),
+    **_nowhere(lost("it is a mean of each answer", "write objective.rpo_alpha, a mean over the step"), "pref_ftx"),
+    **_nowhere(always_so, "precompute_ref_log_probs"),  # the reference is the adapter, bypassed
+    **_nowhere(one_of({"reverse_kl": NOTHING}), "f_divergence_type"),
+    **_nowhere(lost("pairs are not weighted"), "use_weighting"),
+    **_nowhere(lost("the reference is the model at step 0"), "sync_ref_model"),
     **_to("training.epochs", "num_epochs", "num_train_epochs"),
     **_to("training.max_steps", "max_steps", by=values.unset_by_negative),
     **_to("training.micro_batch_size", "micro_batch_size", "per_device_train_batch_size"),

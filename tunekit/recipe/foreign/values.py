@@ -16,6 +16,7 @@ Translate = Callable[[Any], Any]
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
 _DATASET_TYPES = {"alpaca": "alpaca", "sharegpt": "sharegpt", "chat_template": "chat", "completion": "text"}
+_DATASET_TYPES |= dict.fromkeys(("chat_template.default", "chatml.intel", "chatml.ultra"), "preference")  # Axolotl's
 _DATASET_KEYS = ("path", "type", "ds_type", "split", "field", "field_messages", "revision", "trust_remote_code")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tunekit.errors import holds_secret
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.recipe.names import facts_of, formats_of, known_names, needs_generation, settings_class
+from tunekit.recipe.names import SettingsKind, facts_of, formats_of, known_names, needs_generation, settings_class
 from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
 from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.recipe.section import ObjectiveSettings, Section
@@ -58,15 +58,21 @@ def settle_generation(draft: Draft) -> None:
 
 
 def settle_learning_rate(draft: Draft) -> None:
-    """Where no learning rate is written, the adapter's published one, if it has one."""
-    written, training = draft.values.get("adapter"), draft.values.get("training", {})
-    method = written.get("method") if isinstance(written, dict) else None
-    if method not in known_names("adapters") or not isinstance(training, dict) or "learning_rate" in training:
+    """Where no learning rate is written, the objective's published one, or else the adapter's, if either has one."""
+    training = draft.values.get("training", {})
+    if not isinstance(training, dict) or "learning_rate" in training:
         return
-    rate = getattr(settings_class("adapters", method), "default_learning_rate", None)
-    if rate is not None:
-        draft.values["training"] = {**training, "learning_rate": rate.value}
-        draft.defaults.append(f"training.learning_rate {rate.value:g}: the default of {method} ({rate.source})")
+    kinds: dict[str, SettingsKind] = {"objective": "objectives", "adapter": "adapters"}
+    for section, kind in kinds.items():
+        written = draft.values.get(section)
+        method = written.get("method") if isinstance(written, dict) else written
+        if method not in known_names(kind):
+            continue
+        rate = getattr(settings_class(kind, method), "default_learning_rate", None)
+        if rate is not None:
+            draft.values["training"] = {**training, "learning_rate": rate.value}
+            draft.defaults.append(f"training.learning_rate {rate.value:g}: the default of {method} ({rate.source})")
+            return
 
 
 def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:

@@ -6,14 +6,13 @@ A micro-batch that runs out of memory is split (memory/splitting.py): the same s
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, ModelOutput, Objective, Window
+from tunekit.contracts import Batch, ModelOutput, Objective, Sums, Window
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting
 from tunekit.model.call import AFTER_LAYERS, Call, current_call, seed_layer
 from tunekit.model.placing import placed
@@ -39,7 +38,7 @@ class WindowRun:
         self.engine, self.model, self.objective, self.step = engine, model, objective, window.step
         self.units = placed(units, model.device)
         self.losses = {index: torch.zeros_like(self.units) for index in window.indices}  # (K,) float64 each
-        self.metrics: dict[str, float] = defaultdict(float)
+        self.metrics: Sums = {}
 
     def call(self, piece: Piece) -> Call:
         """A split micro-batch's pieces draw as micro-batches of their own."""
@@ -62,7 +61,7 @@ class WindowRun:
         (value * self.engine.loss_scale).backward()  # type: ignore[no-untyped-call]
         self.losses[piece.index] += loss.total.detach().to(torch.float64)
         for name, metric in loss.metrics.items():
-            self.metrics[name] += metric
+            self.metrics[name] = self.metrics[name] + metric if name in self.metrics else metric
 
 
 class WindowEngine:
@@ -78,15 +77,15 @@ class WindowEngine:
 
     def run_window(
         self, model: TunedModel, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Returns this rank's (K,) float64 sum of losses / units, on the device, and summed metrics.
+    ) -> tuple[Tensor, Sums]:
+        """Returns this rank's (K,) float64 sum of losses / units and the sums of what is logged, on the device.
 
         The gradient must be zero before: after a failed attempt it is cleared.
         `micro_batches`: how many the whole step has, over all ranks; per-step terms are averaged over them.
         Raises: ResourceError where a single document does not fit (with `splitting`).
         """
 
-        def attempt(parts: list[list[Batch]]) -> tuple[Tensor, dict[str, float]]:
+        def attempt(parts: list[list[Batch]]) -> tuple[Tensor, Sums]:
             run = WindowRun(self, model, objective, window, units)
             pieces = [
                 Piece(batch, index, number, micro_batches * len(batches))
@@ -99,7 +98,7 @@ class WindowEngine:
             total = torch.zeros_like(run.units)
             for losses in self.losses:
                 total += losses / run.units
-            return total, dict(run.metrics)
+            return total, run.metrics
 
         if self.splitting is None:
             return attempt([[batch] for batch in window.batches])

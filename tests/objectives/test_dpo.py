@@ -1,0 +1,287 @@
+"""Direct preference optimization: every loss against trl's own code, and whole runs in every layout."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from tests.conftest import write_tiny_llama
+from tests.objectives.pair_case import Told, trainer_of
+from tests.train_case import records, without_times
+from tunekit.errors import TunekitError
+from tunekit.evaluate import evaluate_verb
+from tunekit.generate import answer
+from tunekit.merge import merge_verb
+from tunekit.objectives.dpo import LOSSES
+from tunekit.planning.findings import raise_refusals
+from tunekit.planning.plan import make_plan
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.objectives.dpo import DpoSettings
+from tunekit.recipe.pair_settings import REWARDS
+from tunekit.train import train_verb
+from tunekit.tuned.target import find_target, load_target
+
+CPU = torch.device("cpu")
+SMOOTHING = {"robust": 0.1, "exo_pair": 0.05, "aot": 0.2}
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": name, "label_smoothing": SMOOTHING.get(name, 0.0), "beta": 0.3} for name in LOSSES},
+    "weighted": {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [0.8, 0.2, 1.5]},
+    "rpo": {"rpo_alpha": 0.7},
+    "length-desensitised": {"ld_alpha": 0.4, "loss_type": ["sigmoid", "ipo"], "rpo_alpha": 0.5},
+}
+
+
+class TrlModel(nn.Module):
+    """What trl's fused head says: one table for each forward, the policy's first."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self, tables: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.tables = iter(tables)
+
+    def forward(self, **inputs: Any) -> Any:
+        table = next(self.tables)
+        blank = torch.zeros_like(table)
+        return SimpleNamespace(log_probs=table, entropy=blank, mean_logits=blank, is_top1=blank.bool())
+
+
+def trl_loss(told: Told, settings: DpoSettings) -> tuple[Tensor, dict[str, float]]:
+    """What DPOTrainer makes of the same log-probabilities in one batch."""
+    mask = told.trained()
+    tables = [table * mask[:, 1:] for table in (told.policy, told.reference)]  # 0 where there is no label, as in trl
+    model = TrlModel(tables)
+    weighted = settings.weighted_losses
+    trainer = trainer_of(
+        ld_alpha=settings.ld_alpha,
+        precompute_ref_logps=False,
+        model=model,
+        ref_model=model,
+        f_divergence_type="reverse_kl",
+        beta=settings.beta,
+        loss_types=[name for name, _ in weighted],
+        loss_weights=[weight for _, weight in weighted],
+        label_smoothing=settings.label_smoothing,
+        use_weighting=False,
+        args=SimpleNamespace(discopop_tau=settings.discopop_tau, gradient_checkpointing_kwargs=None),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {"input_ids": mask, "attention_mask": told.real(), "completion_mask": mask}
+    loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
+    return loss, {name.replace("/", "_"): values[0] for name, values in trainer._metrics["train"].items()}
+
+
+@pytest.mark.parametrize("sizes", [[5], [2, 1, 2]], ids=["one batch", "three micro-batches"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_loss_its_gradient_and_what_is_logged_are_trls(case: str, sizes: list[int]) -> None:
+    settings = DpoSettings(**CASES[case])
+    told = Told.drawn()
+    expected, theirs = trl_loss(told, settings)
+    (gradient,) = torch.autograd.grad(expected, told.policy)
+    loss, logged, _ = told.ours(settings, sizes)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    (ours,) = torch.autograd.grad(loss, told.policy)
+    assert float(ours.abs().max()) > 0
+    torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-6)
+    for name in REWARDS:
+        assert logged[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_the_recipe_says_what_a_loss_does_not_read() -> None:
+    for values in (
+        {"label_smoothing": 0.1},
+        {"loss_type": "exo_pair"},
+        {"loss_type": ["sigmoid", "sigmoid"]},
+        {"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0]},
+        {"loss_type": ["sigmoid", "sft"], "rpo_alpha": 1.0},
+        {"loss_type": []},
+        {"loss_type": "bco"},
+    ):
+        with pytest.raises(ValueError, match=r"loss|label_smoothing|rpo_alpha"):
+            DpoSettings.model_validate(values)
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    rows = []
+    for number in range(count):
+        asked = [{"role": "user", "content": f"say {'very ' * (number % 5)}{number}"}]
+        said = ["so " * (number % 7) + str(number), "no " * (number % 4) + f"x{number}"]
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in said)
+        rows.append({"prompt": asked, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def write_recipe(folder: Path, base: Path, rows: list[dict[str, Any]] | None = None, **sections: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) + "\n" for row in rows or pairs(24)]
+    (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "data": {"train": "train.jsonl", "eval": 0.25, "max_length": 128},
+        "objective": {"method": "dpo"},
+        "adapter": {"method": "lora", "r": 4},
+        "training": {"learning_rate": 0.003, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "epochs": 2},
+        "output": {"dir": "run"},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+def train(recipe: Path, *, resume: bool = False) -> Path:
+    train_verb(str(recipe), [], resume, False)
+    return recipe.parent / "run"
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in records(run) if "loss" in record]
+
+
+def tensors_of(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path: Path) -> None:
+    run = train(write_recipe(tmp_path, base, training={"epochs": 8, "eval_steps": 4}))
+    steps = [record for record in records(run) if "loss" in record]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the policy is its own reference"
+    assert steps[0]["rewards_accuracies"] == 0.0
+    assert steps[-1]["loss"] < 0.5
+    assert steps[-1]["rewards_margins"] == pytest.approx(
+        steps[-1]["rewards_chosen"] - steps[-1]["rewards_rejected"], abs=1e-6
+    )
+    evaluations = [record["eval"] for record in records(run) if "eval" in record]
+    assert set(evaluations[-1]) == {"loss", *REWARDS}
+    evaluate_verb(str(run), None, None, None, [], str(tmp_path / "after.json"), [])
+    after = json.loads((tmp_path / "after.json").read_text("utf-8"))
+    assert after["rows"] == 6
+    assert {name: after[name] for name in evaluations[-1]} == pytest.approx(evaluations[-1], rel=1e-5)
+    evaluate_verb(str(tmp_path / "recipe.yaml"), None, None, None, [], str(tmp_path / "before.json"), [])
+    before = json.loads((tmp_path / "before.json").read_text("utf-8"))
+    assert before["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    loaded = load_target(find_target(str(run), None, ["evaluation.max_new_tokens=3"]), CPU)
+    assert len(answer(loaded, ["say 3", "say very 1"])) == 2
+    merge_verb(str(run / "adapter"), str(tmp_path / "merged"), str(base), None, [])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_micro_batches_layouts_and_engines_are_one_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train(write_recipe(tmp_path / "plain", base))
+    changed = {"micro_batch_size": 6, "gradient_accumulation_steps": 1}
+    whole = train(write_recipe(tmp_path / "whole", base, training=changed))
+    assert losses(whole) == pytest.approx(losses(plain), rel=1e-5)
+    single = {"micro_batch_size": 1, "gradient_accumulation_steps": 6}
+    alone = train(write_recipe(tmp_path / "alone", base, training=single))
+    assert losses(alone) == pytest.approx(losses(plain), rel=1e-5)
+    streamed = train(write_recipe(tmp_path / "streamed", base, memory={"streaming": "disk"}))
+    assert tensors_of(streamed) == tensors_of(plain)
+    assert without_times(records(streamed)) == without_times(records(plain))
+    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
+    padded = train(write_recipe(tmp_path / "padded", base))
+    assert losses(padded) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_batches_are_what_they_say(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End to end without padding where documents are kept apart, else two padded lines a pair."""
+    found = []
+    for keeps in (True, False):
+        monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net, keeps=keeps: keeps)
+        plan, prepared = make_plan(load_recipe(write_recipe(tmp_path, base)), device=CPU)
+        found.append(prepared.largest_batch)
+        assert plan.peak_bytes.activations > 0
+    apart, padded = found
+    assert apart.inputs["input_ids"].shape == (1, apart.tokens)
+    assert apart.padded == apart.tokens == sum(row.size for row in apart.rows)
+    widest = max(max(row.sizes) for row in padded.rows)
+    assert padded.inputs["input_ids"].shape == (2 * len(padded.rows), widest)
+    assert padded.padded == 2 * len(padded.rows) * widest
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
+    whole = train(write_recipe(tmp_path / "whole", base, adapter={"dropout": 0.1}))
+    recipe = write_recipe(tmp_path / "parts", base, adapter={"dropout": 0.1}, training={"save_steps": 2})
+    run = train(recipe)
+    (run / "status.json").unlink()
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
+    shutil.rmtree(run / "adapter")
+    train(recipe, resume=True)
+    assert tensors_of(run) == tensors_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"train_on": "all"}}, "data.train_on: the answers are what is compared"),
+        ({"data": {"excess_length": "split"}}, "data.excess_length: a later piece"),
+        ({"data": {"packing": True}}, "data.packing: the two sequences of a pair lie end to end"),
+        ({"adapter": {"start": "pissa"}}, "adapter.start: dpo compares with the model at step 0"),
+        ({"adapter": {"method": "hra"}}, "adapter.method: dpo compares with the model at step 0"),
+        ({"objective": {"label_smoothing": 0.1}}, "objective.label_smoothing: is read by robust, exo_pair, aot alone"),
+    ],
+)
+def test_what_cannot_be_is_said(base: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    recipe = write_recipe(tmp_path, base, **changes)
+    if "method" in changes.get("adapter", {}):
+        values = json.loads(recipe.read_text("utf-8"))
+        recipe.write_text(json.dumps({**values, "adapter": changes["adapter"]}), encoding="utf-8")
+    with pytest.raises(TunekitError, match=said):
+        raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
+
+
+BAD = [
+    ({"prompt": "p", "chosen": "", "rejected": "b"}, "an empty answer"),
+    ({"prompt": "p", "chosen": "a", "rejected": None}, "an empty answer"),
+    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+    ({"prompt": "", "chosen": "a", "rejected": "b"}, "no prompt"),
+    ({"chosen": "a", "rejected": "b"}, "no prompt"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD)
+def test_an_unusable_pair_is_an_error_or_counted(base: Path, tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    recipe = write_recipe(tmp_path, base, rows=[*pairs(4), row])
+    with pytest.raises(TunekitError, match=rf"train\.jsonl:5: .*{reason}; mend it, or write objective\.unusable_pairs"):
+        make_plan(load_recipe(recipe), device=CPU)
+    recipe = write_recipe(tmp_path, base, rows=[*pairs(4), row], objective={"unusable_pairs": "drop"})
+    plan, _ = make_plan(load_recipe(recipe), device=CPU)
+    assert plan.rows.training.dropped_reasons == {reason: 1}
+
+
+def test_a_pair_without_a_side_names_the_row(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base, rows=[*pairs(4), {"prompt": "p", "chosen": "a"}])
+    with pytest.raises(TunekitError, match=r"train\.jsonl:5: no field 'rejected'"):
+        make_plan(load_recipe(recipe), device=CPU)
+
+
+def test_the_rate_is_the_objective_s_where_none_is_written(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    values = json.loads(recipe.read_text("utf-8"))
+    del values["training"]["learning_rate"]
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    loaded = load_recipe(recipe)
+    assert loaded.recipe.training.learning_rate == 5e-6
+    assert any("trl/scripts/dpo.py" in default for default in loaded.defaults)

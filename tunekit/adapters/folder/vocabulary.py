@@ -1,0 +1,59 @@
+"""A vocabulary that was enlarged before an adapter was trained: rows that its file adds to the base's matrices.
+
+A net and the file go in; the net with larger matrices comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.adapters.base import Part
+from tunekit.adapters.module_names import base_modules
+from tunekit.adapters.tokens import embedding_name, tied_with
+from tunekit.errors import AdapterError
+from tunekit.files.tensors import read_tensor, read_tensor_header
+from tunekit.model.families.structure import text_config
+from tunekit.model.quantized.weights import layer_kind, weight_of
+
+
+def added_rows(net: nn.Module, head_name: str | None, path: Path) -> dict[str, Tensor]:
+    """Rows (N, D) beyond the base's own, by module name, of the embedding and the head, where the file holds more.
+
+    Raises: AdapterError where it does so of one of them only.
+    """
+    modules, header = base_modules(net), read_tensor_header(path)
+    embedding = embedding_name(net, modules)
+    rows: dict[str, Tensor] = {}
+    for name in {embedding, head_name or embedding} & modules.keys():
+        weight = weight_of(modules[name])
+        if weight is None or weight.bias is not None:
+            continue
+        for between in ("", ".base_layer", ".original_module"):
+            entry = header.get(f"{Part.file_prefix}{name}{between}.weight")
+            if entry is not None and entry.shape[1:] == weight.shape[1:] and entry.shape[0] > weight.shape[0]:
+                rows[name] = read_tensor(path, entry)[weight.shape[0] :]
+    if embedding in rows and head_name in tied_with(modules, embedding):
+        rows.setdefault(head_name, rows[embedding])
+    if len(rows) == 1 and head_name not in (None, embedding):
+        (name,) = rows
+        what = (
+            f"holds {len(rows[name])} new rows of '{name}' and none of {'the head' if name == embedding else 'tokens'}"
+        )
+        how = "save it anew with peft, and save_embedding_layers=True"
+        raise AdapterError(what, how, file=str(path))
+    return rows
+
+
+def enlarge(net: nn.Module, rows: Mapping[str, Tensor]) -> None:
+    """Put the rows below the matrices of these modules, each of which then has a matrix of its own."""
+    for name, added in rows.items():
+        module: Any = base_modules(net)[name]
+        module.weight = nn.Parameter(torch.cat([module.weight.detach(), added.to(module.weight)]), requires_grad=False)
+        size = "num_embeddings" if layer_kind(module) == "embedding" else "out_features"
+        setattr(module, size, len(module.weight))
+        text_config(net).vocab_size = len(module.weight)

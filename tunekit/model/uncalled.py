@@ -1,0 +1,67 @@
+"""Layers that a model's own code multiplies by itself instead of calling them, such as Mamba's dt_proj.
+
+A net's modules go in; out come the names of those layers, as its code shows them: neither an adapter of them nor their
+packed form would ever be asked.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+OWN_WEIGHT = re.compile(r"self\.(\w+)\.weight(\.\w+\([^()]*\))?")  # as it is, cast or transposed; no part of it
+PRODUCTS = ("linear", "matmul")  # functions that multiply
+
+
+def uncalled_layers(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Names of those among a net's modules."""
+    split = ((name, *name.rpartition(".")[::2]) for name in modules if name)
+    kinds: dict[str, Any] = {name: type(module) for name, module in modules.items()}
+    return {name for name, parent, own in split if parent in kinds and own in _multiplied(kinds[parent])}
+
+
+@cache
+def returns_several(kind: Any) -> bool:
+    """Whether a class of linear layers gives more than a product, as Llama 4's routers do."""
+    if kind.forward is nn.Linear.forward:
+        return False
+    return any(isinstance(each, ast.Return) and isinstance(each.value, ast.Tuple) for each in ast.walk(_code(kind)))
+
+
+@cache
+def _multiplied(kind: Any) -> frozenset[str]:
+    """Attributes of a class whose `weight` its code multiplies by something."""
+    factors = (factor for each in ast.walk(_code(kind)) for factor in _factors(each))
+    return frozenset(found[1] for factor in factors for found in [OWN_WEIGHT.fullmatch(ast.unparse(factor))] if found)
+
+
+def _code(kind: Any) -> ast.AST:
+    """The class as it is written; nothing where that is not to be had."""
+    return _classes(kind.__module__).get(kind.__name__, ast.Pass())
+
+
+@cache
+def _classes(module_name: str) -> dict[str, ast.AST]:
+    """The classes of a file by name, if it reads any layer's weight or has linear layers of its own."""
+    try:
+        source = inspect.getsource(sys.modules[module_name])
+    except (KeyError, OSError, TypeError):
+        return {}
+    tree = ast.parse(source) if OWN_WEIGHT.search(source) or "(nn.Linear)" in source else ast.Module([], [])
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _factors(node: ast.AST) -> Iterator[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+        yield from (node.left, node.right)
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in PRODUCTS:
+        yield from node.args
+    elif isinstance(node, ast.Attribute) and node.attr == "data":  # changed in place, as Gemma 3n's coefficients are
+        yield node.value

@@ -1,0 +1,28 @@
+"""`objective: cpo` contrastive preference optimization: preferred against rejected answers, without a reference."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tunekit.recipe.pair_settings import PairSettings
+from tunekit.recipe.section import NotNegative, Number, Positive
+
+
+class CpoSettings(PairSettings):
+    """TRL's names and defaults."""
+
+    method: Literal["cpo"] = Field("cpo", description="preferred against rejected answers, without a reference")
+    beta: Positive = Field(0.1, description="how sharply the two are told apart; of ipo the paper's tau")
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="what is made of the two scores")
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="of sigmoid: share of flipped pairs"
+    )
+    cpo_alpha: NotNegative = Field(1.0, description="weight of the mean loss of the chosen answers' tokens")
+
+    @model_validator(mode="after")
+    def _smoothing_is_read(self) -> CpoSettings:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError("label_smoothing is read by loss_type sigmoid alone; remove it")
+        return self

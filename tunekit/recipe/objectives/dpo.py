@@ -1,0 +1,85 @@
+"""`objective: dpo` direct preference optimization: the policy learns which of two answers was preferred, held to the
+model as it was before step 1."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from tunekit.recipe.pair_settings import PairSettings
+from tunekit.recipe.section import NotNegative, Number, Positive, Several
+
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sppo_hard",
+    "aot",
+    "sft",
+]
+SMOOTHED = ("robust", "exo_pair", "aot")
+
+
+NAMES = {"enum": list(get_args(LossType))}
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+LossTypes = Annotated[
+    Several[LossType],
+    BeforeValidator(_listed),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [NAMES, {"type": "array", "minItems": 1, "items": NAMES}]}),
+]
+
+
+class DpoSettings(PairSettings):
+    """TRL's names and defaults."""
+
+    reference: ClassVar[str] = "policy at step 0"
+
+    method: Literal["dpo"] = Field("dpo", description="preferred against rejected answers, held to the reference model")
+    beta: Positive = Field(0.1, description="how strongly the policy is held to the reference; of ipo the paper's tau")
+    loss_type: LossTypes = Field(("sigmoid",), description="one loss, or several that are added up")
+    loss_weights: Several[Number] | None = Field(None, description="one for each loss; null: 1 each")
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="robust, aot: share of flipped preferences; exo_pair: its epsilon, which must not be 0"
+    )
+    discopop_tau: Positive = Field(0.05, description="of discopop: how sharply it blends its two losses")
+    rpo_alpha: NotNegative | None = Field(
+        None, description="weight of the mean loss of the chosen answers' tokens; the same as loss_type sft with it"
+    )
+    ld_alpha: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        None, description="weight of an answer's tokens beyond the length of the shorter of the two; null: 1"
+    )
+
+    @property
+    def weighted_losses(self) -> list[tuple[str, float]]:
+        """Each loss with its weight."""
+        weights = self.loss_weights or (1.0,) * len(self.loss_type)
+        return [*zip(self.loss_type, weights, strict=True), *([("sft", self.rpo_alpha)] if self.rpo_alpha else [])]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DpoSettings:
+        if len(set(self.loss_type)) < len(self.loss_type):
+            raise ValueError("loss_type names a loss twice; give it one weight")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(f"loss_weights has {len(self.loss_weights)} weights for {len(self.loss_type)} losses")
+        if self.rpo_alpha is not None and "sft" in self.loss_type:
+            raise ValueError("rpo_alpha and loss_type sft are the same term; keep one")
+        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED):
+            raise ValueError(
+                f"label_smoothing is read by {', '.join(SMOOTHED)} alone; remove it, or choose one of them"
+            )
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise ValueError("exo_pair needs label_smoothing above 0 (its paper: 1e-3)")
+        return self

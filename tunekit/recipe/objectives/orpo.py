@@ -1,0 +1,19 @@
+"""`objective: orpo` odds ratio preference optimization: supervised tuning on chosen answers, away from the others."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunekit.recipe.pair_settings import PairSettings
+from tunekit.recipe.section import Positive
+
+
+class OrpoSettings(PairSettings):
+    """TRL's names and defaults."""
+
+    method: Literal["orpo"] = Field(
+        "orpo", description="supervised tuning on chosen answers with an odds ratio beside it"
+    )
+    beta: Positive = Field(0.1, description="weight of the odds ratio; the paper's lambda")

@@ -1,0 +1,70 @@
+"""Whether the backward passes of a step reach every trained tensor.
+
+An adapter goes in, for the length of a block; an error that names what got no gradient comes out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.errors import AdapterError
+from tunekit.machine.devices import Devices
+
+SHOWN = 4
+
+
+@contextmanager
+def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = True) -> Iterator[None]:
+    """A block whose backward passes must give every trained tensor a gradient, if only of 0, on one rank at least.
+
+    Of several experts in one layer those that no token was sent to get none: it is enough that one of them does.
+    Raises: AdapterError with the names of those that got none.
+    """
+    if not watched:
+        yield
+        return
+    reached: set[str] = set()
+    trained: dict[str, Any] = dict(adapter.trained())
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(partial(_note, reached, _kind(name)))
+        for name, parameter in trained.items()
+    ]
+    try:
+        yield
+    except RuntimeError as error:
+        if reached or "does not require grad" not in str(error):
+            raise
+        raise _unreached(list(trained)) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    everywhere = set(devices.gather(sorted(reached)))
+    lost = [name for name in trained if _kind(name) not in everywhere]
+    if lost:
+        raise _unreached(lost)
+
+
+def _note(reached: set[str], kind: str, parameter: Tensor) -> None:
+    reached.add(kind)
+
+
+def _unreached(names: list[str]) -> AdapterError:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return AdapterError(
+        f"no gradient reaches {', '.join(names[:SHOWN])}{more}: the model never calls what is adapted there",
+        "leave it out with adapter.exclude_modules, or name other layers",
+        key="adapter.target_modules",
+    )
+
+
+def _kind(name: str) -> str:
+    """The name without its numbers but the first, which is its layer's: in the others experts differ."""
+    pieces = name.split(".")
+    first = next((place for place, piece in enumerate(pieces) if piece.isdigit()), 0)
+    return ".".join(piece for place, piece in enumerate(pieces) if place <= first or not piece.isdigit())
