@@ -13,12 +13,15 @@ import numpy as np
 import peft
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
     get_scheduler,
 )
 
@@ -26,7 +29,8 @@ from tests.conftest import write_tiny_llama
 from tests.data_case import BareTokenizer
 from tunekit.adapter import combine_verb, convert_verb
 from tunekit.adapters.folder.config import read_adapter_config
-from tunekit.errors import InputError, TunekitError
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export_checkpoint import export_checkpoint_verb
 from tunekit.generate import answer
@@ -62,6 +66,22 @@ def bert(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     BertModel(BertConfig(vocab_size=len(tokenizer) + 5, **sizes, **dropout)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random encoder-decoder, whose texts end with the token that its classifier reads."""
+    folder = tmp_path_factory.mktemp("both")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    ending = TemplateProcessing(single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, 2)])
+    tokenizer.backend_tokenizer.post_processor = ending
+    tokenizer.pad_token = tokenizer.bos_token
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer) + 5, **sizes, **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -138,6 +158,10 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path:
     ids = tokenizer("odd so so", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert merged.config.id2label[int(merged(input_ids=ids).logits.argmax())] == "perhaps"
+    evaluate_verb(
+        str(tmp_path / "merged"), None, str(tmp_path / "test.jsonl"), None, [], str(tmp_path / "merged.json"), []
+    )
+    assert json.loads((tmp_path / "merged.json").read_text("utf-8")) == pytest.approx(after, abs=1e-5)
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text("utf-8"))
     assert report["largest_logit_difference"] < 1e-4 * max(1.0, report["logit_spread"])
 
@@ -248,6 +272,66 @@ def test_a_decoder_streamed_is_the_resident_run_and_packed_nearly(llama: Path, t
 def test_a_quantized_base_keeps_its_head_whole(base: Path, tmp_path: Path, quantization: str) -> None:
     run = train(write_recipe(tmp_path, base, model={"quantization": quantization}, training={"epochs": 8}))
     assert losses(run)[-1] < 0.5 * losses(run)[0]
+
+
+def test_a_cut_text_keeps_the_token_that_ends_it(t5: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        t5,
+        data={"max_length": 8, "excess_length": "truncate"},
+        evaluation={"metrics": ["exact_match"]},
+        training={"epochs": 1},
+    )
+    plan, prepared = make_plan(load_recipe(recipe), device=CPU)
+    assert plan.peak_bytes.activations > 0, "what the head reads is simulated"
+    rows, tokenizer = prepared.rows.train, AutoTokenizer.from_pretrained(t5)
+    for index, (text, _) in enumerate(texts(42)):
+        expected = tokenizer(text, truncation=True, max_length=8)["input_ids"]
+        assert rows[index].parts["ids"].tolist() == expected
+    filled = prepared.rows.objective.fill(iter([rows[0]]), 30, 0)[0].parts["ids"]
+    assert (filled == 2).tolist() == [False] * 29 + [True]
+    loaded = load_target(find_target(str(train(recipe)), None, []), CPU)
+    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", None, 8, "truncate"))
+    assert encoder.question("good so so so") == encoder.question("good so") == tokenizer("good so")["input_ids"]
+
+
+def test_texts_to_answer_are_cut_as_rows_are_or_refused(bert: Path, tmp_path: Path) -> None:
+    cut = {"max_length": 64, "excess_length": "truncate"}
+    recipe = write_recipe(tmp_path, bert, data=cut, evaluation={"metrics": ["exact_match"]}, training={"epochs": 1})
+    with (tmp_path / "test.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "so " * 300, "label": "yes"}) + "\n")
+    loaded = load_target(find_target(str(train(recipe)), None, []), CPU)
+    assert answer(loaded, ["so " * 300]) == answer(loaded, [("so " * 300)[:64]])
+    loaded = load_target(find_target(str(write_recipe(tmp_path, bert)), None, []), CPU)
+    with pytest.raises(DataError, match="prompt 1 has 900 tokens, and the model's positions end at 512"):
+        answer(loaded, ["so " * 300])
+
+
+def test_labels_of_a_stream_are_listed_and_others_named(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunekit.data.encoding.sample.SAMPLE_ROWS", 10)
+    streamed: dict[str, Any] = {"data": {"train": [{"path": "train.jsonl", "streaming": True}]}}
+    steps = {"training": {"max_steps": 1, "epochs": None}}
+    with pytest.raises(RecipeError, match=r"objective\.labels"):
+        make_plan(load_recipe(write_recipe(tmp_path, llama, **streamed, **steps)), device=CPU)
+    listed = {"objective": {"method": "classify", "labels": ["yes", "no", "perhaps"]}}
+    recipe = write_recipe(tmp_path, llama, **streamed, **steps, **listed)
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"text": "late", "label": "never"}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl.*43.*the label 'never' is not among the labels"):
+        train(recipe)
+
+
+def test_virtual_tokens_before_padded_rows_of_a_decoder(llama: Path, tmp_path: Path) -> None:
+    def run(name: str, rows: int, steps: int) -> list[float]:
+        sizes = {"learning_rate": 2e-3, "epochs": 1, "micro_batch_size": rows, "gradient_accumulation_steps": steps}
+        recipe = write_recipe(tmp_path / name, llama, training=sizes)
+        values = json.loads(recipe.read_text("utf-8")) | {"adapter": {"method": "prompt", "num_virtual_tokens": 3}}
+        recipe.write_text(json.dumps(values), encoding="utf-8")
+        return losses(train(recipe))
+
+    assert run("padded", 6, 1) == pytest.approx(run("alone", 1, 6), rel=1e-5)
 
 
 def test_metrics_are_scikit_learns() -> None:

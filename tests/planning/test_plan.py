@@ -18,6 +18,7 @@ from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
 from tunekit.planning.refusals import library_problems
+from tunekit.planning.simulated.estimate import PROCESS_BYTES
 from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice, Plan
 from tunekit.training.state import Prepared
@@ -287,6 +288,7 @@ def test_a_model_that_cannot_be_simulated_is_said_to_be(recipe: Path, monkeypatc
     assert any("warning: activations of llama" in note and "(needs values)" in note for note in plan.notes)
     assert plan.peak_bytes.activations == 0
     assert plan.peak_bytes.weights >= whole.peak_bytes.weights > 0
+    assert plan.peak_bytes.total > PROCESS_BYTES + plan.peak_bytes.weights
 
 
 def test_fifty_rows_of_ten_are_five_steps_an_epoch_by_default(tmp_path: Path, tiny_llama: Path) -> None:

@@ -99,6 +99,13 @@ class TextObjective:
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
 
+def put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a whole text."""
+    inner, whole = tokenizer.encode("a"), tokenizer.encode_source("a")
+    starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
+    return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if inner and starts else ([], [])
+
+
 def fill_with(rows: Iterator[Row], size: int, objective: Objective) -> list[Row]:
     """Rows one after the other until they are so large together, the last of them cut."""
     found: list[Row] = []
