@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from tests.conftest import write_tiny_llama
-from tests.data_case import BareTokenizer
+from tests.data_case import tokenizer_of
 from tunekit.adapter import combine_verb, convert_verb
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.data.encoding.encode import EncodeOptions
@@ -448,8 +448,8 @@ def rows_of(*labels: str) -> Any:
     return [make_row([1], np.frombuffer(label.encode(), np.uint8), "file:1") for label in labels]
 
 
-def test_labels_have_one_order_and_those_never_taught_are_told() -> None:
-    bare = Classify(ClassifySettings(), BareTokenizer(0), [])  # type: ignore[arg-type]
+def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path) -> None:
+    bare = Classify(ClassifySettings(), tokenizer_of(tiny_llama), [])
     order = ["-2", "01", "1", "10", "--5", "b", "\u00b2"]
     for labels in (order, order[::-1]):
         assert bare.informed([rows_of(*labels)]).facts["labels"] == order
