@@ -96,7 +96,9 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
 def answer(loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
     """What the model answers to each text, asked as the training rows ask."""
     tokenizer, settings, model = loaded.tokenizer, loaded.target.evaluation, loaded.model
-    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
+    data = loaded.target.data
+    length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
+    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, length, excess))
     prompts = [encoder.question(text) for text in texts]
     largest = max((max(ids, default=0) for ids in prompts), default=0)
     check_vocabulary(tokenizer, model.base.text.vocabulary_size, largest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -288,8 +289,10 @@ def test_the_cache_is_keyed_by_everything_that_matters(tiny: LoadedTokenizer, tm
     assert not [name for name in os.listdir(cache / "tokens") if name.startswith(".")]
 
 
-@pytest.mark.parametrize("file", ["ids.bin", "trained.bin", "rows.bin", "meta.json"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [*product(["ids.bin", "trained.bin", "rows.bin", "meta.json"], ["flip", "cut", "remove"]), ("meta.json", "forget")],
+)
 def test_a_damaged_cache_is_made_anew(
     tiny: LoadedTokenizer, tmp_path: Path, cache: Path, file: str, damage: str
 ) -> None:
@@ -299,6 +302,10 @@ def test_a_damaged_cache_is_made_anew(
     content = bytearray((entry / file).read_bytes())
     if damage == "remove":
         (entry / file).unlink()
+    elif damage == "forget":
+        meta = json.loads(content)
+        del meta["facts"]["columns"]
+        (entry / file).write_text(json.dumps(meta), encoding="utf-8")
     elif damage == "cut":
         (entry / file).write_bytes(content[:-3])
     else:

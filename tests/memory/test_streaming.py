@@ -78,6 +78,8 @@ def same(pair: tuple[Case, Case]) -> bool:
 def test_every_method_trains_alike(folder: Path, method: str) -> None:
     if method == "bitfit":
         pytest.skip("bitfit trains biases, and a llama has none: see the other families")
+    if adapter(method).trains_base:
+        pytest.skip("a base that is trained itself is never streamed: plan refuses it")
     plain, streamed = both(folder, {"pass_size": 2}, adapter=adapter(method), packing=method not in WHOLE_MODEL)
     if method in SHARED:
         torch.testing.assert_close(weights(plain), weights(streamed), rtol=1e-5, atol=1e-5)

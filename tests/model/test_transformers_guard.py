@@ -126,7 +126,7 @@ def test_the_clock_of_a_template(fails: bool) -> None:
     native = SimpleNamespace(apply_chat_template=apply_chat_template)
     messages = [{"role": "user", "content": "x"}] * (2 if fails else 1)
     raises(fails, lambda: render_template(native, TEMPLATE, messages, None, False), DataError)
-    assert texts == ([] if fails else [str(FIXED_DAY.year)])
+    assert set(texts) == (set() if fails else {str(FIXED_DAY.year)})
 
 
 IMPORT = """

@@ -9,22 +9,42 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, get_scheduler
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    get_scheduler,
+)
 
 from tests.conftest import write_tiny_llama
-from tunekit.errors import TunekitError
+from tests.data_case import tokenizer_of
+from tunekit.adapter import combine_verb, convert_verb
+from tunekit.adapters.folder.config import read_adapter_config
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export_checkpoint import export_checkpoint_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.metrics import accuracy, macro_f1
+from tunekit.model.load import load_model
+from tunekit.objectives.classify import Classify, make_row
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.classify import ClassifySettings
 from tunekit.train import train_verb
+from tunekit.tuned.labels import head_facts
 from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
@@ -46,6 +66,22 @@ def bert(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     BertModel(BertConfig(vocab_size=len(tokenizer) + 5, **sizes, **dropout)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random encoder-decoder, whose texts end with the token that its classifier reads."""
+    folder = tmp_path_factory.mktemp("both")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    ending = TemplateProcessing(single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, 2)])
+    tokenizer.backend_tokenizer.post_processor = ending
+    tokenizer.pad_token = tokenizer.bos_token
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer) + 5, **sizes, **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -122,6 +158,10 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path:
     ids = tokenizer("odd so so", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert merged.config.id2label[int(merged(input_ids=ids).logits.argmax())] == "perhaps"
+    evaluate_verb(
+        str(tmp_path / "merged"), None, str(tmp_path / "test.jsonl"), None, [], str(tmp_path / "merged.json"), []
+    )
+    assert json.loads((tmp_path / "merged.json").read_text("utf-8")) == pytest.approx(after, abs=1e-5)
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text("utf-8"))
     assert report["largest_logit_difference"] < 1e-4 * max(1.0, report["logit_spread"])
 
@@ -234,6 +274,66 @@ def test_a_quantized_base_keeps_its_head_whole(base: Path, tmp_path: Path, quant
     assert losses(run)[-1] < 0.5 * losses(run)[0]
 
 
+def test_a_cut_text_keeps_the_token_that_ends_it(t5: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        t5,
+        data={"max_length": 8, "excess_length": "truncate"},
+        evaluation={"metrics": ["exact_match"]},
+        training={"epochs": 1},
+    )
+    plan, prepared = make_plan(load_recipe(recipe), device=CPU)
+    assert plan.peak_bytes.activations > 0, "what the head reads is simulated"
+    rows, tokenizer = prepared.rows.train, AutoTokenizer.from_pretrained(t5)
+    for index, (text, _) in enumerate(texts(42)):
+        expected = tokenizer(text, truncation=True, max_length=8)["input_ids"]
+        assert rows[index].parts["ids"].tolist() == expected
+    filled = prepared.rows.objective.fill(iter([rows[0]]), 30, 0)[0].parts["ids"]
+    assert (filled == 2).tolist() == [False] * 29 + [True]
+    loaded = load_target(find_target(str(train(recipe)), None, []), CPU)
+    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", None, 8, "truncate"))
+    assert encoder.question("good so so so") == encoder.question("good so") == tokenizer("good so")["input_ids"]
+
+
+def test_texts_to_answer_are_cut_as_rows_are_or_refused(bert: Path, tmp_path: Path) -> None:
+    cut = {"max_length": 64, "excess_length": "truncate"}
+    recipe = write_recipe(tmp_path, bert, data=cut, evaluation={"metrics": ["exact_match"]}, training={"epochs": 1})
+    with (tmp_path / "test.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "so " * 300, "label": "yes"}) + "\n")
+    loaded = load_target(find_target(str(train(recipe)), None, []), CPU)
+    assert answer(loaded, ["so " * 300]) == answer(loaded, [("so " * 300)[:64]])
+    loaded = load_target(find_target(str(write_recipe(tmp_path, bert)), None, []), CPU)
+    with pytest.raises(DataError, match="prompt 1 has 900 tokens, and the model's positions end at 512"):
+        answer(loaded, ["so " * 300])
+
+
+def test_labels_of_a_stream_are_listed_and_others_named(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunekit.data.encoding.sample.SAMPLE_ROWS", 10)
+    streamed: dict[str, Any] = {"data": {"train": [{"path": "train.jsonl", "streaming": True}]}}
+    steps = {"training": {"max_steps": 1, "epochs": None}}
+    with pytest.raises(RecipeError, match=r"objective\.labels"):
+        make_plan(load_recipe(write_recipe(tmp_path, llama, **streamed, **steps)), device=CPU)
+    listed = {"objective": {"method": "classify", "labels": ["yes", "no", "perhaps"]}}
+    recipe = write_recipe(tmp_path, llama, **streamed, **steps, **listed)
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"text": "late", "label": "never"}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl.*43.*the label 'never' is not among the labels"):
+        train(recipe)
+
+
+def test_virtual_tokens_before_padded_rows_of_a_decoder(llama: Path, tmp_path: Path) -> None:
+    def run(name: str, rows: int, steps: int) -> list[float]:
+        sizes = {"learning_rate": 2e-3, "epochs": 1, "micro_batch_size": rows, "gradient_accumulation_steps": steps}
+        recipe = write_recipe(tmp_path / name, llama, training=sizes)
+        values = json.loads(recipe.read_text("utf-8")) | {"adapter": {"method": "prompt", "num_virtual_tokens": 3}}
+        recipe.write_text(json.dumps(values), encoding="utf-8")
+        return losses(train(recipe))
+
+    assert run("padded", 6, 1) == pytest.approx(run("alone", 1, 6), rel=1e-5)
+
+
 def test_metrics_are_scikit_learns() -> None:
     confusion = [[5.0, 1.0, 0.0], [2.0, 3.0, 0.0], [0.0, 0.0, 0.0]]
     assert accuracy.from_sums({"confusion": confusion}) == pytest.approx(8 / 11)
@@ -268,3 +368,103 @@ def test_what_cannot_be_is_said(llama: Path, tmp_path: Path, changes: dict[str, 
         return
     with pytest.raises(TunekitError, match=said.replace(".", r"\.").replace("[", r"\[")):
         raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
+
+
+def classifier(folder: Path, bert: Path, *names: str) -> Path:
+    """A base with a trained head of three rows."""
+    config = BertConfig.from_pretrained(bert, num_labels=3)
+    if names:
+        config.id2label, config.label2id = dict(enumerate(names)), {name: row for row, name in enumerate(names)}
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "listed", "order", "kept"),
+    [
+        (("yes", "no", "perhaps"), (), ("yes", "no", "perhaps"), True),
+        (("yes", "no", "maybe"), (), ("no", "perhaps", "yes"), False),
+        ((), ("perhaps", "yes", "no"), ("perhaps", "yes", "no"), True),
+        ((), (), ("no", "perhaps", "yes"), False),
+    ],
+)
+def test_a_trained_head_keeps_its_labels_or_is_replaced(
+    bert: Path, tmp_path: Path, names: tuple[str, ...], listed: tuple[str, ...], order: tuple[str, ...], kept: bool
+) -> None:
+    base = classifier(tmp_path / "base", bert, *names)
+    recipe = write_recipe(tmp_path, base, objective={"method": "classify", "labels": listed})
+    plan, prepared = make_plan(load_recipe(recipe), device=CPU)
+    assert prepared.rows.objective.facts["labels"] == list(order)
+    head = load_model(prepared.model, device=CPU).net.get_submodule("classifier").weight
+    stored = BertForSequenceClassification.from_pretrained(base).classifier.weight
+    assert torch.equal(head, stored) == kept
+    assert any("the base's own head" in note for note in plan.notes) != kept
+
+
+def test_a_recipe_cannot_reorder_the_rows_of_a_trained_head(bert: Path, tmp_path: Path) -> None:
+    base = classifier(tmp_path / "base", bert, "yes", "no", "perhaps")
+    recipe = write_recipe(tmp_path, base, objective={"method": "classify", "labels": ["no", "yes", "perhaps"]})
+    with pytest.raises(TunekitError, match=r"objective\.labels: the base's head has the labels yes, no, perhaps"):
+        raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
+
+
+def test_labels_go_with_the_adapter(bert: Path, tmp_path: Path) -> None:
+    labels = ["perhaps", "yes", "no"]
+    listed = {"method": "classify", "labels": labels}
+    once = {"epochs": None, "max_steps": 1}
+    folder = train(write_recipe(tmp_path, bert, objective=listed, training=once)) / "adapter"
+    # Continued: the folder's order, or none.
+    start = {"init_from": str(folder)}
+    _, prepared = make_plan(load_recipe(write_recipe(tmp_path / "same", bert, adapter=start)), device=CPU)
+    assert prepared.rows.objective.facts["labels"] == labels
+    other = {"method": "classify", "labels": sorted(labels)}
+    recipe = write_recipe(tmp_path / "other", bert, adapter=start, objective=other)
+    with pytest.raises(TunekitError, match=r"objective\.labels: .* has the labels perhaps, yes, no, in this order"):
+        raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
+    recipe = write_recipe(tmp_path / "more", bert, adapter=start)
+    with (tmp_path / "more" / "train.jsonl").open("a") as file:
+        file.write('{"text": "new", "label": "new"}\n')
+    with pytest.raises(TunekitError, match="the label 'new' is not among the labels"):
+        raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
+    # Combined and converted.
+    again, changed = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("again", "changed"))
+    facts = json.loads((changed / "tunekit.json").read_text("utf-8"))
+    facts["objective"]["labels"] = sorted(labels)
+    (changed / "tunekit.json").write_text(json.dumps(facts), encoding="utf-8")
+    combine_verb([str(folder), str(again)], None, "linear", None, None, "total", 0, None, str(tmp_path / "combined"))
+    convert_verb(str(folder), 2, None, None, str(tmp_path / "converted"))
+    for name in ("combined", "converted"):
+        assert read_adapter_config(tmp_path / name).objective == {"method": "classify", "labels": labels}
+    with pytest.raises(TunekitError, match="only adapters of the same labels go together"):
+        combine_verb([str(folder), str(changed)], None, "linear", None, None, "total", 0, None, str(tmp_path / "no"))
+    # Without our file: the base's names for as many rows.
+    (folder / "tunekit.json").unlink()
+    base = classifier(tmp_path / "base", bert, "a", "c", "b")
+    assert head_facts(read_adapter_config(folder), ModelSection(name_or_path=str(base)))["labels"] == ("a", "c", "b")
+
+
+def rows_of(*labels: str) -> Any:
+    return [make_row([1], np.frombuffer(label.encode(), np.uint8), "file:1") for label in labels]
+
+
+def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path) -> None:
+    bare = Classify(ClassifySettings(), tokenizer_of(tiny_llama), [])
+    order = ["-2", "01", "1", "10", "--5", "b", "\u00b2"]
+    for labels in (order, order[::-1]):
+        assert bare.informed([rows_of(*labels)]).facts["labels"] == order
+    assert bare.informed([rows_of("a", "b"), rows_of("a", "c")]).notes == [
+        "the label 'c' occurs in the evaluation rows only"
+    ]
+    with pytest.raises(InputError, match="a text is empty"):
+        bare.informed([rows_of("a", "b")]).answer(None, [[5], []], max_new_tokens=1, batch_size=1)
+
+
+def test_listed_labels_are_read_as_those_of_the_rows(bert: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, bert, objective={"method": "classify", "labels": [10, " 2 "]})
+    settings = load_recipe(recipe).recipe.objective
+    assert isinstance(settings, ClassifySettings)
+    assert settings.labels == ("10", "2")
+    recipe = write_recipe(tmp_path, bert, objective={"method": "classify", "labels": ["mid", "zeta", "mid"]})
+    with pytest.raises(TunekitError, match=r"recipe\.yaml:1.*objective\.labels.*'mid' twice"):
+        load_recipe(recipe)

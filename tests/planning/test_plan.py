@@ -18,6 +18,7 @@ from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
 from tunekit.planning.refusals import library_problems
+from tunekit.planning.simulated.estimate import PROCESS_BYTES
 from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice, Plan
 from tunekit.training.state import Prepared
@@ -255,8 +256,9 @@ def test_the_verb_refuses_a_folder_that_holds_a_run(recipe: Path, tmp_path: Path
         assert json.loads((tmp_path / "plan.json").read_text())["refusals"]
 
 
-def test_thirty_valid_recipes_are_planned(tmp_path: Path, tiny_llama: Path) -> None:
+def test_thirty_valid_recipes_are_planned(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_recipe(tmp_path / "recipe", tiny_llama)
+    monkeypatch.chdir(path.parent)  # paths in overrides are the shell's
     shutil.copy(path.parent / "train.jsonl", path.parent / "eval.jsonl")
     for number in range(30):
         case = make_valid_case(random.Random(f"plan-{number}"), only=PLANNABLE)
@@ -287,6 +289,7 @@ def test_a_model_that_cannot_be_simulated_is_said_to_be(recipe: Path, monkeypatc
     assert any("warning: activations of llama" in note and "(needs values)" in note for note in plan.notes)
     assert plan.peak_bytes.activations == 0
     assert plan.peak_bytes.weights >= whole.peak_bytes.weights > 0
+    assert plan.peak_bytes.total > PROCESS_BYTES + plan.peak_bytes.weights
 
 
 def test_fifty_rows_of_ten_are_five_steps_an_epoch_by_default(tmp_path: Path, tiny_llama: Path) -> None:

@@ -139,6 +139,9 @@ def _load_streamed(
             "name an eval source of its own",
             key="data.eval",
         )
+    if not objective.complete:
+        what = "a training source is streamed (by its size, or as the recipe says), and its first rows need not have "
+        raise RecipeError(what + "every label", "list them all", key="objective.labels")
     sampled = [sample_source(source, number, objective, options) for number, source in enumerate(data.train)]
     samples = [replace(one.sample, counts=scaled(one.sample.counts, one.scale or 1.0)) for one in sampled]
     rows = ChosenRows([_whole(sample) for sample in samples])

@@ -7,6 +7,7 @@ rows may lie end to end.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,9 +33,11 @@ from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError, InputError, Problem, RecipeError
+from tunekit.files.cache_folder import hash_of
 from tunekit.formats.labels import LabelExample
 from tunekit.model.placing import placed
-from tunekit.objectives.rows import TextEncoder, TextObjective
+from tunekit.model.text.generation import check_prompts
+from tunekit.objectives.rows import TextEncoder, TextObjective, put_around
 from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.recipe.objectives.classify import ClassifySettings
 
@@ -44,19 +47,30 @@ EMPTY_TEXT = "empty text"
 class ClassifyEncoder(TextEncoder):
     """A row is a text with the tokenizer's special tokens around it, and its label as UTF-8."""
 
+    def __init__(self, objective: Classify, options: EncodeOptions) -> None:
+        super().__init__(objective.tokenizer, options)
+        self.objective, self.options = objective, options
+
     def encode(self, example: LabelExample, origin: str) -> Row:
-        """The row. Raises: Dropped for an empty text."""
+        """The row. Raises: Dropped for an empty text; DataError for a label beyond those that were given."""
         if not example.text.strip():
             raise Dropped(EMPTY_TEXT)
-        return make_row(self.question(example.text), np.frombuffer(example.label.encode(), np.uint8), origin)
+        labels = self.objective.labels
+        if labels and example.label not in labels:
+            what = f"the label '{example.label}' is not among the labels ({', '.join(labels[:8])})"
+            raise DataError(what, "mend it, or list it under objective.labels")
+        ids = self.tokenizer.encode_source(example.text)
+        return make_row(ids, np.frombuffer(example.label.encode(), np.uint8), origin)
 
     def prompt(self, example: LabelExample) -> tuple[list[int], str] | None:
         """Ids of the text, and its label."""
         return self.question(example.text), example.label
 
     def question(self, text: str) -> list[int]:
-        """Ids of a text as the tokenizer lays it out."""
-        return self.tokenizer.encode_source(text)
+        """Ids of a text as the tokenizer lays it out, cut where rows are."""
+        ids, most = self.tokenizer.encode_source(text), self.options.max_length
+        cut = self.options.excess_length == "truncate" and len(ids) > most
+        return self.objective.sized(ids, most).tolist() if cut else ids
 
 
 def make_row(
@@ -79,49 +93,73 @@ class Classify(TextObjective):
     metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")
     layout = RowLayout({"ids": "<i4", "label": "u1"}, ("ids",), sizes=1)
 
-    def __init__(self, settings: ClassifySettings, tokenizer: Tokenizer, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        settings: ClassifySettings,
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        head: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`head`: labels of the rows of the base's own head, where it has one."""
         super().__init__(settings, tokenizer)
-        self.settings, self.labels = settings, tuple(labels)
+        self.settings, self.labels, self.head, self.notes = settings, tuple(labels), tuple(head), notes
         self.facts = {"labels": list(labels)}
         self.complete = bool(labels)
+        self.fingerprint = hash_of([self.fingerprint, *labels])  # which decide what rows are wrong
+        self.ending = len(put_around(tokenizer)[1])
 
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
-        """The base with a head of one score a label, whatever it was saved with."""
-        head = {"labels": self.labels, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
+        """The base with a head of one score a label: its own where that is for these labels."""
+        new = bool(self.head) and self.head != self.labels
+        head = {"new_head": new, "labels": self.labels, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
         return HeadedModel.of(model, family=self.family, **head)
 
     def informed(self, rows: Sequence[Rows]) -> Objective:
-        """With the labels of the rows, where none were given.
+        """With the labels of the rows where none were given, in the order of the base's own head if it has the same.
 
-        Raises: DataError for a label beyond those that were, or for fewer than two.
+        Raises: DataError for fewer than two.
         """
-        found = {label_of(some[index]): some[index].origin for some in rows for index in range(len(some))}
-        unknown = sorted(set(found) - set(self.labels)) if self.labels else []
-        if unknown:
-            known = ", ".join(self.labels[:8])
-            raise DataError(
-                f"{found[unknown[0]]}: the label '{unknown[0]}' is not among the labels ({known})", "mend it"
-            )
-        labels = self.labels or sorted(found, key=_by_number)
+        found = {label_of(some[index]) for some in rows for index in range(0 if self.labels else len(some))}
+        same = self.head if set(self.head) == found else ()
+        labels = self.labels or same or tuple(sorted(found, key=_by_number))
         if len(labels) < 2:
             raise DataError(f"all rows have the label '{labels[0]}'", "classification needs two labels or more")
-        return Classify(self.settings, self.tokenizer, labels)
+        first = {label_of(rows[0][index]) for index in range(len(rows[0]) if found else 0)}
+        notes = [
+            f"the label '{label}' occurs in the evaluation rows only" for label in labels if label in found - first
+        ]
+        if self.head and self.head != labels:
+            notes.append(
+                f"the base's own head ({_shown(self.head)}) is not used, and a new one trained for {_shown(labels)}; "
+                "to keep it, list its labels in the order of its rows under objective.labels"
+            )
+        return Classify(self.settings, self.tokenizer, labels, self.head, notes)
 
     def row_encoder(self, options: EncodeOptions) -> ClassifyEncoder:
         """Raises: RecipeError where a long text would be split: each piece would be taught the label of the whole."""
         if options.excess_length == "split":
             what = "a piece of a text need not have the label of the whole"
             raise RecipeError.of([Problem(what, "write truncate, drop or error", key="data.excess_length")])
-        return ClassifyEncoder(self.tokenizer, options)
+        return ClassifyEncoder(self, options)
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """Tokens start .. stop-1, with the label of the whole."""
-        return make_row(row.parts["ids"][start:stop], row.parts["label"], row.origin, row.number)
+        """Tokens start .. stop-1, the last of them those that end a text, with the label of the whole."""
+        ids = self.sized(row.parts["ids"][start:], min(stop, row.size) - start)
+        return make_row(ids, row.parts["label"], row.origin, row.number)
+
+    def sized(self, ids: Sequence[int] | np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+        """(size,) ids of a text, cut or again and again, the special tokens at its end kept there: heads look for them.
+
+        Shapes: ids (T,).
+        """
+        text, end = np.split(np.asarray(ids, np.int32), [len(ids) - self.ending])
+        return np.concatenate([np.resize(text, max(size - len(end), 0)), end])[:size]
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """One row, its ids again and again."""
         row = next(rows)
-        return [make_row(np.resize(row.parts["ids"], size), row.parts["label"], row.origin, row.number)]
+        return [make_row(self.sized(row.parts["ids"], size), row.parts["label"], row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Labels are those of the rows in order, and `last` is where each of them ends in the flattened positions.
@@ -171,11 +209,17 @@ class Classify(TextObjective):
         template: str | None = None,
         sampling: Sampling = GREEDY,
     ) -> list[str]:
-        """The most likely label of each text. Raises: InputError where one should be drawn."""
+        """The most likely label of each text.
+
+        Raises: InputError where one should be drawn; DataError for a text that is empty or beyond the base's positions.
+        """
         if sampling.temperature:
             raise InputError(
                 "a classifier answers with the likeliest label; nothing is sampled", "leave --temperature out"
             )
+        if not all(prompts):
+            raise InputError("a text is empty, and the tokenizer puts nothing around it", "give it words to classify")
+        check_prompts(prompts, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
         unknown = np.frombuffer(self.labels[0].encode(), np.uint8)
         rows = [make_row(ids, unknown, "") for ids in prompts]
         found: list[str] = []
@@ -197,12 +241,18 @@ def _scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
     return output.head.logits(ends), labels
 
 
-def _by_number(label: str) -> tuple[float, str]:
-    """Whole numbers in their own order, before names."""
-    return (float(label), "") if label.lstrip("-").isdigit() else (float("inf"), label)
+def _by_number(label: str) -> tuple[bool, int, str]:
+    """Whole numbers in their own order, before names; no two labels are equal."""
+    number = re.fullmatch("-?[0-9]{1,18}", label)
+    return (number is None, int(label) if number else 0, label)
+
+
+def _shown(labels: Sequence[str]) -> str:
+    """The first labels, for a message."""
+    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
 
 
 def make(settings: ClassifySettings, processor: Tokenizer, facts: Mapping[str, Any]) -> Classify:
-    """The objective of `objective: classify`; facts are the labels that its head was trained for."""
+    """The objective of `objective: classify`; facts are the labels that its head was trained for, or the base's."""
     given = facts.get("labels") or settings.labels
-    return Classify(settings, processor, [str(label) for label in given])
+    return Classify(settings, processor, [str(label) for label in given], facts.get("head", ()))

@@ -46,6 +46,7 @@ class TextObjective:
     logged: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
     complete = True
+    notes: Sequence[str] = ()
 
     def __init__(self, settings: ObjectiveSettings, tokenizer: Tokenizer) -> None:
         self.name, self.family, self.example = settings.method, settings.family, settings.example
@@ -96,6 +97,13 @@ class TextObjective:
             sampling=sampling,
         )
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+
+
+def put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a whole text."""
+    inner, whole = tokenizer.encode("a"), tokenizer.encode_source("a")
+    starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
+    return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if inner and starts else ([], [])
 
 
 def fill_with(rows: Iterator[Row], size: int, objective: Objective) -> list[Row]:

@@ -22,7 +22,7 @@ from tunekit.data.rendering.turns import answer_indices
 from tunekit.errors import DataError, ModelError, Problem, RecipeError
 from tunekit.formats.example import ChatExample, CompletionExample, TextExample
 from tunekit.objectives.logprobs import loss_of_positions, sums_of_positions
-from tunekit.objectives.rows import TextEncoder, TextObjective, fill_with
+from tunekit.objectives.rows import TextEncoder, TextObjective, fill_with, put_around
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 
 EMPTY_SOURCE = "empty prompt, which leaves the encoder nothing to read"
@@ -74,11 +74,7 @@ class Seq2seqEncoder(TextEncoder):
 
     def _as_source(self, ids: list[int]) -> list[int]:
         """Rendered ids with the special tokens around them that the tokenizer puts around a text."""
-        inner, whole = self.tokenizer.encode("a"), self.tokenizer.encode_source("a")
-        starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
-        if not inner or not starts:
-            return ids
-        before, after = whole[: starts[0]], whole[starts[0] + len(inner) :]
+        before, after = put_around(self.tokenizer)
         before = [] if ids[: len(before)] == before else before  # the template may write them itself
         after = [] if ids[len(ids) - len(after) :] == after else after
         return [*before, *ids, *after]

@@ -136,7 +136,8 @@ class Forecast:
         """What is known of a model whose own code does not run without values."""
         before = self.run.before_a_step()
         parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
-        return PeakBytes(**parts, activations=0, logits=0, total=sum(parts.values()))
+        load = self._load_bytes if self.run.choice.streaming == "off" else self._streamed_load_bytes
+        return peak_bytes(Simulation(parts, sum(parts.values())), None, self.run.device, load_bytes=load)
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
         """Of the longest evaluation batch; of a choice, the logits chunk and the tier are of any consequence to it."""

@@ -89,7 +89,6 @@ class VirtualTokens(ModelAdapter):
         length, vectors = self.virtual_tokens(self.settings), self.vectors(given.pop("task_ids", None))
         vectors = vectors.to(rows).expand(rows.shape[0], -1, -1)  # (B, P, D)
         order = _order(given.get("attention_mask"), length)
-        self._refuse_hidden_ends(given.get("attention_mask"))
         self.__dict__["real"] = None if order is None else (order >= length).nonzero()[:, 1].view(rows.shape[0], -1)
         given["inputs_embeds"] = _join(vectors[:, :length], rows, order)
         for name, before in (("attention_mask", 1), ("token_type_ids", 0)):
@@ -107,16 +106,6 @@ class VirtualTokens(ModelAdapter):
         """The embeddings that are given, or those of the ids, which are taken out."""
         tokens = given.pop(ids, None)
         return given[embeddings] if tokens is None else self.net.get_input_embeddings()(tokens)
-
-    def _refuse_hidden_ends(self, mask: Tensor | None) -> None:
-        """A decoder's classifier finds the end of a row by its padding ids, and here it gets embeddings."""
-        if (
-            mask is not None
-            and isinstance(getattr(self.net, "score", None), nn.Module)
-            and bool((mask[:, -1] == 0).any())
-        ):
-            what = f"{type(self.net).__name__} reads each row's last token, and cannot see where a padded row ends in "
-            raise AdapterError(what + "a prompt's embeddings", "pad on the left, or call rows of one length")
 
     def _before_decoder(self, given: dict[str, Tensor], vectors: Tensor) -> None:
         """The decoder's own vectors before its tokens, where the call names those."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,19 @@ PACKAGES = ("tunekit", "transformers", "tokenizers", "jinja2")
 Fill = Callable[[StoreWriter], Facts]
 
 
-def cached_store(folder: Path, key: str, layout: RowLayout, fill: Fill) -> tuple[TokenStore, Facts]:
-    """The entry `key`, made by `fill` if it is absent or damaged; kept in memory if the folder cannot be written."""
+def cached_store(
+    folder: Path, key: str, layout: RowLayout, fill: Fill, facts: Sequence[str] = ()
+) -> tuple[TokenStore, Facts]:
+    """The entry `key`, made by `fill` if it is absent, damaged or without one of these `facts`, as a process that began
+    with older code may have left it; kept in memory if the folder cannot be written."""
     place = folder / "tokens" / key
-    found = _load_entry(place, layout)
+    found = _load_entry(place, layout, facts)
     if found is not None:
         return found
     shutil.rmtree(place, ignore_errors=True)  # a damaged one
     with suppress(OSError), whole_folder(place) as work:  # a full disk, or another process that was faster
         _fill_folder(work, layout, fill)
-    return _load_entry(place, layout) or _fill_memory(layout, fill)
+    return _load_entry(place, layout, facts) or _fill_memory(layout, fill)
 
 
 def _fill_memory(layout: RowLayout, fill: Fill) -> tuple[TokenStore, Facts]:
@@ -51,13 +54,13 @@ def _fill_folder(work: Path, layout: RowLayout, fill: Fill) -> None:
     (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _load_entry(place: Path, layout: RowLayout) -> tuple[TokenStore, Facts] | None:
-    """The entry if it is whole: every file has the checksum noted for it."""
+def _load_entry(place: Path, layout: RowLayout, names: Sequence[str]) -> tuple[TokenStore, Facts] | None:
+    """The entry if it is whole: every file has the checksum noted for it, and every name its fact."""
     try:
         meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
         if any(content_hash(place / name) != meta["sha256"][name] for name in files_of(layout)):
             return None
         facts: Facts = meta["facts"]
-        return map_store(place, layout), facts
+        return map_store(place, layout), {name: facts[name] for name in names or facts}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -29,6 +29,7 @@ from tunekit.formats.example import Example
 from tunekit.recipe.data import DataSection, Source
 
 LONGEST_TEMPLATE_BYTES = 2**20
+FACTS = ("format", "reason", "columns", "counts", "notices")  # of a source, kept beside its rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def load_source(source: Source, objective: Objective, options: EncodeOptions, *,
     name = Path(source.path).name
     key = hash_of([fingerprint, code_version(CODE, PACKAGES)])
     encode = partial(_encode_into, source=source, objective=objective, options=options)
-    store, facts = cached_store(cache_folder, key, objective.layout, encode)
+    store, facts = cached_store(cache_folder, key, objective.layout, encode, FACTS)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
     lead = format_note(name, facts["format"], facts["reason"], facts["columns"])
     notices = (lead, *(counted_note(name, number, what) for what, number in facts["notices"].items()))
@@ -113,13 +114,9 @@ def _encode_into(writer: StoreWriter, source: Source, objective: Objective, opti
         if not problems.count:
             writer.add(*piece)
     problems.raise_if_any()
-    return {
-        "format": format_name,
-        "reason": reason,
-        "columns": filled_columns(first.values),
-        "counts": {**vars(counts), "dropped": dict(counts.dropped)},
-        "notices": dict(encoder.encoder.notices),
-    }
+    dropped, columns = dict(counts.dropped), filled_columns(first.values)
+    values = (format_name, reason, columns, {**vars(counts), "dropped": dropped}, dict(encoder.encoder.notices))
+    return dict(zip(FACTS, values, strict=True))
 
 
 def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], RawRow, str, str]:

@@ -55,11 +55,7 @@ def generate_texts(
     table = model.family.learned_positions(model.net)
     longest = None if table is None else table - virtual_tokens
     apart = model.family.reads_source  # then the answer has a table of positions to itself
-    for number, prompt in enumerate(prompts_ids):
-        if not len(prompt):
-            raise DataError(f"prompt {number + 1} is empty", "write at least one character")
-        if longest is not None and len(prompt) >= longest + apart:
-            raise DataError(f"prompt {number + 1} has {len(prompt)} tokens, and the model's positions end at {longest}")
+    check_prompts(prompts_ids, longest, 0 if apart else 1)
     order = sorted(range(len(prompts_ids)), key=lambda index: (len(prompts_ids[index]), index))
     results: list[list[int]] = [[] for _ in prompts_ids]
     with _left_as_found(model.net):
@@ -73,6 +69,19 @@ def generate_texts(
             for index, ids in zip(rows, produced, strict=True):
                 results[index] = list(takewhile(lambda token_id: token_id not in stops, ids))
     return results
+
+
+def check_prompts(prompts_ids: Sequence[Sequence[int]], positions: int | None, others: int) -> None:
+    """Whether each prompt fits so many positions (None: any number) beside `others`.
+
+    Raises: DataError for an empty prompt, or one that does not fit.
+    """
+    for number, prompt in enumerate(prompts_ids, start=1):
+        if not len(prompt):
+            raise DataError(f"prompt {number} is empty", "write at least one character")
+        if positions is not None and len(prompt) + others > positions:
+            what = f"prompt {number} has {len(prompt)} tokens, and the model's positions end at {positions}"
+            raise DataError(what, "shorten it")
 
 
 def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None = None) -> list[int]:

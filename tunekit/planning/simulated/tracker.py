@@ -91,8 +91,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._values.scalar(args[0])
-        output = func(*args, **named)
-        self._values.follow(func, args, named, output)
+        output = self._values.run(func, args, named)
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._follow(leaf)

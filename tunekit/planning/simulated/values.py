@@ -1,6 +1,6 @@
 """Values of the small integer and bool tensors of a simulated computation.
 
-Comes in: every operation of a run on the meta device.  Goes out: what `.item()` would have read.
+Comes in: every operation of a run on the meta device.  Goes out: its output, and what `.item()` would have read.
 
 Shapes and control flow of a forward depend on ids, positions and masks, never on activations. So these, and only
 these, are computed for real beside the simulation: the mask of packed rows is then the one that the real run builds.
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+SIZED_BY_VALUES = (torch.ops.aten.nonzero.default, torch.ops.aten.unique_consecutive.default)
 LARGEST_ELEMENTS = 1 << 26  # a mask of 8192 x 8192; beyond it a value is unknown and read as zero
 
 
@@ -24,7 +25,23 @@ class IntegerValues:
     def __init__(self) -> None:
         self._twins: Any = WeakTensorKeyDictionary()
 
-    def follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The output of an operation; where known values decide its size, of that size."""
+        if func in SIZED_BY_VALUES and args[0] in self._twins:
+            output = tree_map(_without_values, func(self._twins[args[0]], *args[1:], **kwargs))
+        else:
+            if func is torch.ops.aten.index.Tensor:
+                args = (args[0], [place for index in args[1] for place in self._places(index)])
+            output = func(*args, **kwargs)
+        self._follow(func, args, kwargs, output)
+        return output
+
+    def _places(self, index: Tensor | None) -> list[Tensor | None]:
+        """A mask of known values as the places that it selects."""
+        mask = None if index is None or index.dtype != torch.bool else self._twins.get(index)
+        return [index] if mask is None else [*map(_without_values, mask.nonzero(as_tuple=True))]
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Compute the twin of `output`, where it is an integer and every input has a twin or a value."""
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not made or not all(self._wanted(tensor) for tensor in made):
@@ -49,3 +66,7 @@ class IntegerValues:
         if isinstance(leaf, Tensor):
             return self._twins.get(leaf, leaf)
         return torch.device("cpu") if leaf == torch.device("meta") else leaf
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
