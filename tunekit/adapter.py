@@ -33,7 +33,14 @@ from tunekit.arithmetic.moved_starts import (
 from tunekit.arithmetic.nearest_lora import Loss, loss_between, nearest_lora, total
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.summary import AdapterSummary, in_order, summarise_adapter
-from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, write_lora, write_without_base
+from tunekit.arithmetic.write import (
+    BaseFacts,
+    base_of,
+    check_new_folder,
+    refuse_other_labels,
+    write_lora,
+    write_without_base,
+)
 from tunekit.console import Console
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import AdapterError, InputError
@@ -80,6 +87,7 @@ def combine_verb(
     place = check_new_folder(Path(output), folders)
     configs = [read_adapter_config(folder) for folder in folders]
     facts = base_of(configs, base)
+    refuse_other_labels(configs)
     methods = {config.settings.method for config in configs}
     if all(config.method is plain_lora_method() for config in configs):
         _combine_loras(console, folders, mixture, facts, place)

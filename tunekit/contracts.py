@@ -253,6 +253,7 @@ class Objective(Protocol):
     complete: bool  # whether it knows what its base and its loss need; else its rows tell
     facts: Mapping[str, Any]  # beside its settings: plain values that its adapter's folder keeps
     fingerprint: str  # sha256 of everything of it that decides a row
+    notes: Sequence[str]  # what its rows told, for the user
 
     def section(self, model: Any, seed: int = 0) -> Any:
         """The recipe's model section as the base is loaded for this objective."""

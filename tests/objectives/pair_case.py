@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.data_case import objective_of
-from tunekit.contracts import Batch, Row, Window
+from tunekit.contracts import Batch, Gather, Row, Window
 from tunekit.objectives.pairs import make_row
 from tunekit.recipe.section import ObjectiveSettings
 
@@ -81,6 +81,15 @@ class Told:
         total = torch.stack([loss.total for loss in losses]).sum()
         torch.testing.assert_close(sum(each["loss"] for each in sums).float(), total.detach())
         return total / units, logged, objective
+
+    def prepared(self, settings: ObjectiveSettings, rows: Sequence[Row], gather: Gather = list) -> list[float]:
+        """What each of these rows is compared with, prepared as a rank's share of a step."""
+        objective: Any = objective_of(settings)
+        objective._log_probabilities = self._of_batch
+        batches = tuple(objective.collate([[row]]) for row in rows)
+        window = Window(0, 0.0, tuple(range(len(rows))), batches)
+        window = objective.prepare(SimpleNamespace(scored=self._scored), window, gather)
+        return [float(row.parts["matched"]) for batch in window.batches for row in batch.rows]
 
     def _scored(
         self, batches: Sequence[Batch], score: Callable[..., Tensor], *, bypassed: bool = False

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -24,17 +26,25 @@ from transformers import (
 )
 
 from tests.conftest import write_tiny_llama
+from tests.data_case import BareTokenizer
+from tunekit.adapter import combine_verb, convert_verb
+from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.data.encoding.encode import EncodeOptions
-from tunekit.errors import DataError, RecipeError, TunekitError
+from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export_checkpoint import export_checkpoint_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.metrics import accuracy, macro_f1
+from tunekit.model.load import load_model
+from tunekit.objectives.classify import Classify, make_row
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.classify import ClassifySettings
 from tunekit.train import train_verb
+from tunekit.tuned.labels import head_facts
 from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
@@ -358,3 +368,103 @@ def test_what_cannot_be_is_said(llama: Path, tmp_path: Path, changes: dict[str, 
         return
     with pytest.raises(TunekitError, match=said.replace(".", r"\.").replace("[", r"\[")):
         raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
+
+
+def classifier(folder: Path, bert: Path, *names: str) -> Path:
+    """A base with a trained head of three rows."""
+    config = BertConfig.from_pretrained(bert, num_labels=3)
+    if names:
+        config.id2label, config.label2id = dict(enumerate(names)), {name: row for row, name in enumerate(names)}
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "listed", "order", "kept"),
+    [
+        (("yes", "no", "perhaps"), (), ("yes", "no", "perhaps"), True),
+        (("yes", "no", "maybe"), (), ("no", "perhaps", "yes"), False),
+        ((), ("perhaps", "yes", "no"), ("perhaps", "yes", "no"), True),
+        ((), (), ("no", "perhaps", "yes"), False),
+    ],
+)
+def test_a_trained_head_keeps_its_labels_or_is_replaced(
+    bert: Path, tmp_path: Path, names: tuple[str, ...], listed: tuple[str, ...], order: tuple[str, ...], kept: bool
+) -> None:
+    base = classifier(tmp_path / "base", bert, *names)
+    recipe = write_recipe(tmp_path, base, objective={"method": "classify", "labels": listed})
+    plan, prepared = make_plan(load_recipe(recipe), device=CPU)
+    assert prepared.rows.objective.facts["labels"] == list(order)
+    head = load_model(prepared.model, device=CPU).net.get_submodule("classifier").weight
+    stored = BertForSequenceClassification.from_pretrained(base).classifier.weight
+    assert torch.equal(head, stored) == kept
+    assert any("the base's own head" in note for note in plan.notes) != kept
+
+
+def test_a_recipe_cannot_reorder_the_rows_of_a_trained_head(bert: Path, tmp_path: Path) -> None:
+    base = classifier(tmp_path / "base", bert, "yes", "no", "perhaps")
+    recipe = write_recipe(tmp_path, base, objective={"method": "classify", "labels": ["no", "yes", "perhaps"]})
+    with pytest.raises(TunekitError, match=r"objective\.labels: the base's head has the labels yes, no, perhaps"):
+        raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
+
+
+def test_labels_go_with_the_adapter(bert: Path, tmp_path: Path) -> None:
+    labels = ["perhaps", "yes", "no"]
+    listed = {"method": "classify", "labels": labels}
+    once = {"epochs": None, "max_steps": 1}
+    folder = train(write_recipe(tmp_path, bert, objective=listed, training=once)) / "adapter"
+    # Continued: the folder's order, or none.
+    start = {"init_from": str(folder)}
+    _, prepared = make_plan(load_recipe(write_recipe(tmp_path / "same", bert, adapter=start)), device=CPU)
+    assert prepared.rows.objective.facts["labels"] == labels
+    other = {"method": "classify", "labels": sorted(labels)}
+    recipe = write_recipe(tmp_path / "other", bert, adapter=start, objective=other)
+    with pytest.raises(TunekitError, match=r"objective\.labels: .* has the labels perhaps, yes, no, in this order"):
+        raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
+    recipe = write_recipe(tmp_path / "more", bert, adapter=start)
+    with (tmp_path / "more" / "train.jsonl").open("a") as file:
+        file.write('{"text": "new", "label": "new"}\n')
+    with pytest.raises(TunekitError, match="the label 'new' is not among the labels"):
+        raise_refusals(make_plan(load_recipe(recipe), device=CPU)[0])
+    # Combined and converted.
+    again, changed = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("again", "changed"))
+    facts = json.loads((changed / "tunekit.json").read_text("utf-8"))
+    facts["objective"]["labels"] = sorted(labels)
+    (changed / "tunekit.json").write_text(json.dumps(facts), encoding="utf-8")
+    combine_verb([str(folder), str(again)], None, "linear", None, None, "total", 0, None, str(tmp_path / "combined"))
+    convert_verb(str(folder), 2, None, None, str(tmp_path / "converted"))
+    for name in ("combined", "converted"):
+        assert read_adapter_config(tmp_path / name).objective == {"method": "classify", "labels": labels}
+    with pytest.raises(TunekitError, match="only adapters of the same labels go together"):
+        combine_verb([str(folder), str(changed)], None, "linear", None, None, "total", 0, None, str(tmp_path / "no"))
+    # Without our file: the base's names for as many rows.
+    (folder / "tunekit.json").unlink()
+    base = classifier(tmp_path / "base", bert, "a", "c", "b")
+    assert head_facts(read_adapter_config(folder), ModelSection(name_or_path=str(base)))["labels"] == ("a", "c", "b")
+
+
+def rows_of(*labels: str) -> Any:
+    return [make_row([1], np.frombuffer(label.encode(), np.uint8), "file:1") for label in labels]
+
+
+def test_labels_have_one_order_and_those_never_taught_are_told() -> None:
+    bare = Classify(ClassifySettings(), BareTokenizer(0), [])  # type: ignore[arg-type]
+    order = ["-2", "01", "1", "10", "--5", "b", "\u00b2"]
+    for labels in (order, order[::-1]):
+        assert bare.informed([rows_of(*labels)]).facts["labels"] == order
+    assert bare.informed([rows_of("a", "b"), rows_of("a", "c")]).notes == [
+        "the label 'c' occurs in the evaluation rows only"
+    ]
+    with pytest.raises(InputError, match="a text is empty"):
+        bare.informed([rows_of("a", "b")]).answer(None, [[5], []], max_new_tokens=1, batch_size=1)
+
+
+def test_listed_labels_are_read_as_those_of_the_rows(bert: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, bert, objective={"method": "classify", "labels": [10, " 2 "]})
+    settings = load_recipe(recipe).recipe.objective
+    assert isinstance(settings, ClassifySettings)
+    assert settings.labels == ("10", "2")
+    recipe = write_recipe(tmp_path, bert, objective={"method": "classify", "labels": ["mid", "zeta", "mid"]})
+    with pytest.raises(TunekitError, match=r"recipe\.yaml:1.*objective\.labels.*'mid' twice"):
+        load_recipe(recipe)

@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +19,29 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from tests.conftest import write_tiny_llama
-from tests.objectives.pair_case import Told, trainer_of
+from tests.data_case import objective_of
+from tests.objectives.pair_case import Told, make_rows, trainer_of
 from tests.train_case import records, without_times
-from tunekit.errors import TunekitError
+from tunekit.adapters.attach import attach_adapter
+from tunekit.contracts import Window
+from tunekit.errors import ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
+from tunekit.model.load import load_model
 from tunekit.objectives.dpo import LOSSES
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
+from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.recipe.pair_settings import REWARDS
+from tunekit.records import Choice
 from tunekit.train import train_verb
+from tunekit.training.trial import probe_reference
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.network import prepare_network
 from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
@@ -97,6 +109,27 @@ def test_every_loss_its_gradient_and_what_is_logged_are_trls(case: str, sizes: l
     torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-6)
     for name in REWARDS:
         assert logged[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_aot_ranks_pairs_over_every_rank_s_share() -> None:
+    """Two ranks with a part of the step each, and one with none, compare as one rank with the whole step does."""
+    told, settings = Told.drawn(2), DpoSettings(loss_type=("aot",))
+    whole = told.prepared(settings, told.rows)
+    shares = [told.rows[:2], told.rows[2:]]
+    everything: list[list[float]] = []
+
+    def ask(mine: list[Any]) -> list[Any]:
+        everything.append(mine)
+        return mine
+
+    for share in shares:
+        told.prepared(settings, share, ask)
+    answers = [one + other for one, other in zip(everything[:2], everything[2:], strict=True)]
+    for share, start in zip(shares, (0, 2), strict=True):
+        turn = iter(answers)
+        found = told.prepared(settings, share, lambda mine, turn=turn: next(turn))
+        assert found == whole[start : start + len(share)]
+    assert told.prepared(settings, []) == []
 
 
 def test_the_recipe_says_what_a_loss_does_not_read() -> None:
@@ -285,3 +318,41 @@ def test_the_rate_is_the_objective_s_where_none_is_written(base: Path, tmp_path:
     loaded = load_recipe(recipe)
     assert loaded.recipe.training.learning_rate == 5e-6
     assert any("trl/scripts/dpo.py" in default for default in loaded.defaults)
+
+
+def test_other_tools_spellings_are_read(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    values = json.loads(recipe.read_text("utf-8"))
+    del values["objective"]
+    recipe.write_text(json.dumps({**values, "rl": "dpo", "rl_beta": 0.2, "pref_loss": "hinge"}), encoding="utf-8")
+    loaded = load_recipe(recipe)
+    assert loaded.recipe.objective == DpoSettings(beta=0.2, loss_type=("hinge",))
+    assert len(loaded.rewrites) == 3
+
+
+def test_an_adapter_that_is_not_the_identity_is_no_reference(base: Path) -> None:
+    loaded = load_model(ModelSection(name_or_path=str(base), dtype="float32"), device=CPU)
+    adapter = attach_adapter(loaded.net, LoraSettings(r=4), seed=0, head_name="lm_head")
+    model, objective = TunedModel(loaded, adapter), objective_of(DpoSettings())
+    batch = objective.collate([make_rows()])
+    probe_reference(model, objective, batch)
+    for parameter in adapter.trained().values():
+        parameter.data.add_(0.1)
+    probe_reference(model, objective_of(), batch)
+    with pytest.raises(ModelError, match="bypassed is not the model at step 0"):
+        probe_reference(model, objective, batch)
+
+
+def test_the_reference_of_a_streamed_base_is_one_pass_of_the_whole_step(base: Path) -> None:
+    loaded = load_model(ModelSection(name_or_path=str(base), dtype="float32"), device=CPU, streamed=True)
+    attach = partial(attach_adapter, loaded.net, LoraSettings(r=4), seed=0, head_name="lm_head")
+    model, objective = prepare_network(loaded, Choice(streaming="disk"), attach), objective_of(DpoSettings())
+    slots: Any = model.slots
+    held, holding = list[int](), slots.holding
+    slots.holding = lambda layer, then=None: (held.append(layer), holding(layer, then))[1]
+    batches = tuple(objective.collate([[row]]) for row in make_rows()[:3])
+    window = objective.prepare(model, Window(0, 0.0, (0, 1, 2), batches))
+    assert [layer for layer, _ in groupby(held)] == list(range(len(slots.blobs)))
+    alone = [objective.prepare(model, Window(0, 0.0, (0,), (batch,))).batches[0] for batch in batches]
+    for together, single in zip(window.batches, alone, strict=True):
+        assert torch.equal(together.targets["reference"], single.targets["reference"])

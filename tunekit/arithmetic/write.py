@@ -19,7 +19,7 @@ from tunekit.adapters.method import Method
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
-from tunekit.files.untrusted import read_small
+from tunekit.files.untrusted import read_small, shown
 from tunekit.tuned.target import named_base
 
 BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_quantization": "double_quantization"}
@@ -37,6 +37,7 @@ class BaseFacts:
     double_quantization: bool | None = None
     task_type: str | None = None
     chat_template: str | None = None
+    objective: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -83,8 +84,20 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
         **known,
         task_type=next(iter(tasks), None),
         chat_template=templates[0],
+        objective=next((config.objective for config in configs if config.objective), None),
         notes=tuple(notes),
     )
+
+
+def refuse_other_labels(configs: Sequence[AdapterConfig]) -> None:
+    """Raises: AdapterError where two of the folders name labels, and not the same in the same order."""
+    named = [
+        (config, config.objective["labels"]) for config in configs if config.objective and "labels" in config.objective
+    ]
+    for config, labels in named[1:]:
+        if labels != named[0][1]:
+            what = f"has the labels {shown(labels)}, and {named[0][0].folder} has {shown(named[0][1])}"
+            raise AdapterError(what, "only adapters of the same labels go together", file=str(config.folder))
 
 
 def _refuse_other_base(first: AdapterConfig, other: AdapterConfig, named: str | None) -> None:
@@ -128,7 +141,7 @@ def write_without_base(
         output.rmdir()  # empty, as checked
     output.parent.mkdir(parents=True, exist_ok=True)
     ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    return write_adapter_folder(output, ready, present, settings, facts, base.chat_template)
+    return write_adapter_folder(output, ready, present, settings, facts, base.chat_template, base.objective)
 
 
 def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping[str, LowRank]) -> int:

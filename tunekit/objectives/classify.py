@@ -7,7 +7,9 @@ rows may lie end to end.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,7 +58,7 @@ class ClassifyEncoder(TextEncoder):
             raise Dropped(EMPTY_TEXT)
         labels = self.objective.labels
         if labels and example.label not in labels:
-            what = f"the label '{example.label}' is not among the labels ({', '.join(labels[:8])})"
+            what = f"the label '{example.label}' is not among the labels ({_shown(labels)})"
             raise DataError(what, "mend it, or list it under objective.labels")
         ids = self.tokenizer.encode_source(example.text)
         return make_row(ids, np.frombuffer(example.label.encode(), np.uint8), origin)
@@ -92,26 +94,52 @@ class Classify(TextObjective):
     metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")
     layout = RowLayout({"ids": "<i4", "label": "u1"}, ("ids",), sizes=1)
 
-    def __init__(self, settings: ClassifySettings, tokenizer: Tokenizer, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        settings: ClassifySettings,
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        head: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`head`: labels of the rows of the base's own head, where it has one."""
         super().__init__(settings, tokenizer)
-        self.settings, self.labels = settings, tuple(labels)
+        self.settings, self.labels, self.head, self.notes = settings, tuple(labels), tuple(head), notes
         self.facts = {"labels": list(labels)}
         self.complete = bool(labels)
         self.fingerprint = hash_of([self.fingerprint, *labels])  # which decide what rows are wrong
-        self.ending = len(put_around(tokenizer)[1])
+
+    @cached_property
+    def ending(self) -> int:
+        """Special tokens at the end of a text."""
+        return len(put_around(self.tokenizer)[1])
 
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
-        """The base with a head of one score a label, whatever it was saved with."""
-        head = {"labels": self.labels, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
+        """The base with a head of one score a label: its own where that is for these labels."""
+        new = bool(self.head) and self.head != self.labels
+        head = {"new_head": new, "labels": self.labels, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
         return HeadedModel.of(model, family=self.family, **head)
 
     def informed(self, rows: Sequence[Rows]) -> Objective:
-        """With the labels of the rows, where none were given. Raises: DataError for fewer than two."""
-        found = {label_of(some[index]) for some in rows for index in range(0 if self.labels else len(some))}
-        labels = self.labels or sorted(found, key=_by_number)
+        """With the labels of the rows where none were given, in the order of the base's own head if it has the same.
+
+        Raises: DataError for fewer than two.
+        """
+        found = {label_of(some[index]) for some in rows for index in range(len(some))}
+        same = self.head if set(self.head) == found else ()
+        labels = self.labels or same or tuple(sorted(found, key=_by_number))
         if len(labels) < 2:
             raise DataError(f"all rows have the label '{labels[0]}'", "classification needs two labels or more")
-        return Classify(self.settings, self.tokenizer, labels)
+        first = {label_of(rows[0][index]) for index in range(len(rows[0]))}
+        notes = [
+            f"the label '{label}' occurs in the evaluation rows only" for label in labels if label in found - first
+        ]
+        if self.head and self.head != labels:
+            notes.append(
+                f"the base's own head ({_shown(self.head)}) is not used, and a new one trained for {_shown(labels)}; "
+                "to keep it, list its labels in the order of its rows under objective.labels"
+            )
+        return Classify(self.settings, self.tokenizer, labels, self.head, notes)
 
     def row_encoder(self, options: EncodeOptions) -> ClassifyEncoder:
         """Raises: RecipeError where a long text would be split: each piece would be taught the label of the whole."""
@@ -188,12 +216,14 @@ class Classify(TextObjective):
     ) -> list[str]:
         """The most likely label of each text.
 
-        Raises: InputError where one should be drawn; DataError for a text that is empty or beyond the base's positions.
+        Raises: InputError where one should be drawn, or for an empty text; DataError for one beyond the positions.
         """
         if sampling.temperature:
             raise InputError(
                 "a classifier answers with the likeliest label; nothing is sampled", "leave --temperature out"
             )
+        if not all(prompts):
+            raise InputError("a text is empty, and the tokenizer puts nothing around it", "give it words to classify")
         check_prompts(prompts, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
         unknown = np.frombuffer(self.labels[0].encode(), np.uint8)
         rows = [make_row(ids, unknown, "") for ids in prompts]
@@ -216,12 +246,18 @@ def _scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
     return output.head.logits(ends), labels
 
 
-def _by_number(label: str) -> tuple[float, str]:
-    """Whole numbers in their own order, before names."""
-    return (float(label), "") if label.lstrip("-").isdigit() else (float("inf"), label)
+def _by_number(label: str) -> tuple[bool, int, str]:
+    """Whole numbers in their own order, before names; no two labels are equal."""
+    number = re.fullmatch("-?[0-9]{1,18}", label)
+    return (number is None, int(label) if number else 0, label)
+
+
+def _shown(labels: Sequence[str]) -> str:
+    """The first labels, for a message."""
+    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
 
 
 def make(settings: ClassifySettings, processor: Tokenizer, facts: Mapping[str, Any]) -> Classify:
-    """The objective of `objective: classify`; facts are the labels that its head was trained for."""
+    """The objective of `objective: classify`; facts are the labels that its head was trained for, or the base's."""
     given = facts.get("labels") or settings.labels
-    return Classify(settings, processor, [str(label) for label in given])
+    return Classify(settings, processor, [str(label) for label in given], facts.get("head", ()))

@@ -127,15 +127,17 @@ class Dpo(PairObjective):
         if "aot" not in self.settings.loss_type:
             return window
         found = model.scored(window.batches, self.scored)
-        own = np.concatenate([np.subtract(*scores.numpy().reshape(2, -1)) for scores in found])  # (pairs,)
+        each = [np.subtract(*scores.numpy().reshape(2, -1)) for scores in found]
+        own = np.concatenate([np.empty(0, np.float32), *each])  # (pairs,) of this rank, which may have none
         theirs = [float(np.subtract(*row.parts["reference"])) for batch in window.batches for row in batch.rows]
         policy, reference = np.sort(gather(own.tolist())), np.sort(gather(theirs)).astype(np.float32)
         order, ranks = np.argsort(own, kind="stable"), np.empty(len(own), np.int64)
         equals = np.arange(len(own)) - np.searchsorted(own[order], own[order])  # how many before it are the same
         ranks[order] = np.searchsorted(policy, own[order]) + equals
-        ends = np.cumsum([len(batch.rows) for batch in window.batches])
-        matched = zip(window.batches, np.split(reference[ranks], ends[:-1]), strict=True)
-        return replace(window, batches=tuple(self.with_parts(batch, {"matched": part}) for batch, part in matched))
+        matched = iter(reference[ranks])
+        parts = [np.array([next(matched) for _ in batch.rows]) for batch in window.batches]
+        batches = zip(window.batches, parts, strict=True)
+        return replace(window, batches=tuple(self.with_parts(batch, {"matched": part}) for batch, part in batches))
 
 
 def make(settings: DpoSettings, processor: Tokenizer, facts: Mapping[str, Any]) -> Dpo:

@@ -46,6 +46,7 @@ class TextObjective:
     logged: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
     complete = True
+    notes: Sequence[str] = ()
 
     def __init__(self, settings: ObjectiveSettings, tokenizer: Tokenizer) -> None:
         self.name, self.family, self.example = settings.method, settings.family, settings.example

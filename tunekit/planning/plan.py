@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 
 import tunekit
 from tunekit.adapters.base import slot_count
-from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.adapters.kernels.joined_lora import describe, planned_groups
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
@@ -46,6 +44,7 @@ from tunekit.records import Choice, Plan, PlannedRows, Target
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.state import Prepared
 from tunekit.tuned.fit import check_family, row_problems
+from tunekit.tuned.labels import start_facts
 
 END_TO_END = (
     "; the rows of a micro-batch lie end to end, without padding "
@@ -133,8 +132,9 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
     rows = targets = adapter = None
     with parsed_once(model.name_or_path):
         tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
+        facts = findings.attempt(lambda: start_facts(recipe))
         if tokenizer is not None:
-            objective = make_objective(recipe.objective, tokenizer)
+            objective = make_objective(recipe.objective, tokenizer, facts)
             rows = findings.attempt(lambda: load_rows(recipe.data, objective, seed=seed))
             model = (objective if rows is None else rows.objective).section(model, seed)
         base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
@@ -149,9 +149,6 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
         if adapter is not None and not _fits_the_model(adapter, base, findings):
             return None
-    start = getattr(recipe.adapter, "init_from", None)
-    if start is not None:
-        findings.attempt(lambda: read_adapter_config(Path(start)))
     if base is None or tokenizer is None or rows is None or targets is None or adapter is None:
         return None
     return Inputs(model, base, tokenizer, rows, targets, adapter)
@@ -323,7 +320,7 @@ def _trained_numbers(inputs: Inputs) -> int:
 def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: PlannedMemory, steps: int) -> list[str]:
     net, adapter = inputs.base.net, recipe.adapter
     experts = [] if adapter.trains_base else unreached_experts(net, adapter, inputs.targets)
-    notes = [*inputs.base.notes, *inputs.rows.notes]
+    notes = [*inputs.base.notes, *inputs.rows.notes, *inputs.rows.objective.notes]
     if experts:
         notes.append(f"{len(experts)} fused expert parameters stay as they are, {experts[0]} for one")
     if inputs.virtual_tokens:

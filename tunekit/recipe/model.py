@@ -33,10 +33,12 @@ class ModelSection(Section):
 class HeadedModel(ModelSection):
     """The section of a base that is loaded with a head of one score a label, whatever it was saved with.
 
-    `head_seed`: of the head where the base's files have none; `head_pad_id`: where its configuration names no padding.
+    `new_head`: the one in the base's files is for other labels; `head_seed`: of a head that is drawn; `head_pad_id`:
+    where the base's configuration names no padding.
     """
 
     labels: tuple[str, ...]
+    new_head: bool = False
     head_seed: int = 0
     head_pad_id: int | None = None
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from tunekit.adapters.folder.config import TEMPLATE_NAME, TENSORS_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
-from tunekit.files.tensors import read_tensor_header
 from tunekit.model.families import FAMILIES
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
@@ -37,6 +36,7 @@ from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_ob
 from tunekit.records import Choice
 from tunekit.tuned.export import export_checkpoint
 from tunekit.tuned.fit import check_family
+from tunekit.tuned.labels import head_facts, start_facts
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 
@@ -237,6 +237,7 @@ def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None
     facts = dict((config.objective if config else None) or {})
     method = facts.pop("method", None)
     if target.recipe is not None:
+        facts = start_facts(target.recipe) if target.kind == "recipe" else facts
         objective = make_objective(target.recipe.objective, tokenizer, facts)
         if objective.complete:
             return objective
@@ -249,16 +250,7 @@ def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None
         return None
     family = next((name for name, kind in FAMILIES.items() if kind.task_type == config.task_type), "causal")
     settings = supervised_objective(family)
-    return None if settings is None else make_objective(settings, tokenizer, head_facts(config))
-
-
-def head_facts(config: AdapterConfig) -> dict[str, Any]:
-    """What the file of another tool's adapter tells of its head: one label for each row of its last matrix."""
-    header = read_tensor_header(config.folder / TENSORS_NAME)
-    named = set(getattr(config.settings, "modules_to_save", ()))
-    matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
-    rows = [shape[0] for name, shape in matrices.items() if named & set(name.split("."))]
-    return {"labels": [f"LABEL_{number}" for number in range(min(rows))]} if rows else {}
+    return None if settings is None else make_objective(settings, tokenizer, head_facts(config, target.model))
 
 
 def as_trained(target: Target, tokenizer: LoadedTokenizer) -> tuple[Target, Objective | None]:

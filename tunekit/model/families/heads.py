@@ -66,14 +66,16 @@ def new_head(section: ModelSection, family: Any, net: nn.Module) -> str | None:
 
 
 def draw_head(section: ModelSection, family: Any, net: nn.Module, dtype: torch.dtype) -> None:
-    """Values for a new head that the base's files did not hold, as transformers initialises one, on the CPU.
+    """Values for a head that the base's files do not hold, or for other labels, as transformers initialises one.
 
-    They depend on the section's seed and the head's name alone.
+    They are drawn on the CPU and depend on the section's seed and the head's name alone.
     """
     name = new_head(section, family, net)
-    if name is None or not any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
+    if name is None:
         return
     assert isinstance(section, HeadedModel)
+    if not section.new_head and not any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
+        return
     drawn, owner = net.get_submodule(name).to_empty(device="cpu").float(), cast(Any, net)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("head", section.head_seed, name))

@@ -67,6 +67,16 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     return read_json(source.folder / "config.json")
 
 
+def head_labels(source: ModelSource) -> tuple[str, ...]:
+    """Labels of the rows of a sequence classifier's head, as the base's configuration names them; none of others."""
+    raw = {} if source.gguf_file is not None else read_config(source)
+    if not any(str(name).endswith("ForSequenceClassification") for name in raw.get("architectures") or ()):
+        return ()
+    names = raw.get("id2label")
+    names = names if isinstance(names, dict) else {"0": "LABEL_0", "1": "LABEL_1"}
+    return tuple(str(names.get(str(number))) for number in range(len(names)))
+
+
 def find_family(config: dict[str, Any], section: ModelSection) -> str:
     """The family of a base, by the architecture that its configuration names; `model.family` must say the same.
 
