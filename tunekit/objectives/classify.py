@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class ClassifyEncoder(TextEncoder):
             raise Dropped(EMPTY_TEXT)
         labels = self.objective.labels
         if labels and example.label not in labels:
-            what = f"the label '{example.label}' is not among the labels ({', '.join(labels[:8])})"
+            what = f"the label '{example.label}' is not among the labels ({_shown(labels)})"
             raise DataError(what, "mend it, or list it under objective.labels")
         ids = self.tokenizer.encode_source(example.text)
         return make_row(ids, np.frombuffer(example.label.encode(), np.uint8), origin)
@@ -107,7 +108,11 @@ class Classify(TextObjective):
         self.facts = {"labels": list(labels)}
         self.complete = bool(labels)
         self.fingerprint = hash_of([self.fingerprint, *labels])  # which decide what rows are wrong
-        self.ending = len(put_around(tokenizer)[1])
+
+    @cached_property
+    def ending(self) -> int:
+        """Special tokens at the end of a text."""
+        return len(put_around(self.tokenizer)[1])
 
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
         """The base with a head of one score a label: its own where that is for these labels."""
@@ -120,12 +125,12 @@ class Classify(TextObjective):
 
         Raises: DataError for fewer than two.
         """
-        found = {label_of(some[index]) for some in rows for index in range(0 if self.labels else len(some))}
+        found = {label_of(some[index]) for some in rows for index in range(len(some))}
         same = self.head if set(self.head) == found else ()
         labels = self.labels or same or tuple(sorted(found, key=_by_number))
         if len(labels) < 2:
             raise DataError(f"all rows have the label '{labels[0]}'", "classification needs two labels or more")
-        first = {label_of(rows[0][index]) for index in range(len(rows[0]) if found else 0)}
+        first = {label_of(rows[0][index]) for index in range(len(rows[0]))}
         notes = [
             f"the label '{label}' occurs in the evaluation rows only" for label in labels if label in found - first
         ]
@@ -211,7 +216,7 @@ class Classify(TextObjective):
     ) -> list[str]:
         """The most likely label of each text.
 
-        Raises: InputError where one should be drawn; DataError for a text that is empty or beyond the base's positions.
+        Raises: InputError where one should be drawn, or for an empty text; DataError for one beyond the positions.
         """
         if sampling.temperature:
             raise InputError(
