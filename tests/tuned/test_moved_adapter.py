@@ -27,7 +27,7 @@ def run(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
     recipe = write_recipe(tmp_path, tiny_llama)
     (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
-    ended = train_in_child(recipe, tmp_path / "run", "data.chat_template=own.jinja")
+    ended = train_in_child(recipe, tmp_path / "run", f"data.chat_template={tmp_path / 'own.jinja'}")
     assert ended.code == 0, ended.output
     return tmp_path / "run"
 
