@@ -90,6 +90,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["default", "gaussian", "{method: pissa, iterations: 4}", "{method: eva, rho: 2, batches: 1}", "corda"],
         ["pisa", "true", "null", "{iterations: 4}", "{method: pissa, iterations: 0}", "{method: eva, iterations: 4}"],
     ),
+    "adapter.lora_bias": (["false"], ["some", "null", "5"]),
     "adapter.bias": (["none", "all", "lora_only"], ["some", "true", "null", "5"]),
     "adapter.modules_to_save": (["[]", "[lm_head]"], ["lm_head", "5", "true", "[5]", "{a: b}"]),
     "adapter.trainable_token_indices": (

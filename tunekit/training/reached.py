@@ -24,9 +24,10 @@ def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = Tru
     """A block whose backward passes must give every trained tensor a gradient, if only of 0, on one rank at least.
 
     Of several experts in one layer those that no token was sent to get none: it is enough that one of them does.
+    A base that is trained itself may hold tensors that its own code never reads.
     Raises: AdapterError with the names of those that got none.
     """
-    if not watched:
+    if not watched or adapter.settings.trains_base:
         yield
         return
     reached: set[str] = set()
