@@ -176,9 +176,9 @@ def generate(
             "--prompts", metavar="FILE|-", help='one prompt a line (.jsonl: {"prompt": ...}); - is standard input'
         ),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="of an answer, at most")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="most tokens of an answer")] = None,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="the share to draw from")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="draw from the top share P")] = None,
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="draw from the K likeliest tokens")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
 ) -> None:

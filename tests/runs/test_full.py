@@ -421,6 +421,14 @@ def test_transformers_loads_the_folder(run: Path, tied_llama: Path) -> None:
     assert theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
 
 
+def test_the_recipe_s_template_goes_with_the_model(run: Path, tied_llama: Path, tmp_path: Path) -> None:
+    own = AutoTokenizer.from_pretrained(tied_llama).chat_template + "{# of the recipe #}"
+    (tmp_path / "own.jinja").write_text(own, encoding="utf-8")
+    changes = [f"data.chat_template={tmp_path / 'own.jinja'}", f"output.dir={tmp_path / 'run'}"]
+    train_verb(str(run.parent / "recipe.yaml"), changes, False, False)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").chat_template == own
+
+
 def test_a_run_that_died_in_its_export_writes_it_again(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     (copy / "status.json").unlink()

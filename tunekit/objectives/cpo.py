@@ -11,16 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from tunekit.contracts import Tokenizer
-from tunekit.objectives.pairs import PairObjective, Scores
+from tunekit.objectives.pairs import PairObjective, Scores, smoothed
 from tunekit.recipe.objectives.cpo import CpoSettings
-
-
-def smoothed(logits: Tensor, share: float) -> Tensor:
-    """-(1 - e) log s(x) - e log s(-x), where a share e of the preferences is flipped."""
-    return -logsigmoid(logits) * (1 - share) - logsigmoid(-logits) * share
 
 
 class Cpo(PairObjective):

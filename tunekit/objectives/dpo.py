@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tunekit.contracts import Gather, Tokenizer, Window
-from tunekit.objectives.pairs import PairObjective, Scores
+from tunekit.objectives.pairs import PairObjective, Scores, smoothed
 from tunekit.recipe.objectives.dpo import DpoSettings
 
 
@@ -85,8 +85,7 @@ def sppo_hard(scores: Scores, settings: DpoSettings) -> Tensor:
 def aot(scores: Scores, settings: DpoSettings) -> Tensor:
     """The sigmoid loss (smoothed) of each preference of the policy and that of the reference which has its rank in the
     step. Melnyk et al. 2024."""
-    share, logits = settings.label_smoothing, settings.beta * (scores.chosen - scores.rejected - scores.matched)
-    return -logsigmoid(logits) * (1 - share) - logsigmoid(-logits) * share
+    return smoothed(settings.beta * (scores.chosen - scores.rejected - scores.matched), settings.label_smoothing)
 
 
 def sft(scores: Scores, settings: DpoSettings) -> Tensor:
@@ -96,7 +95,7 @@ def sft(scores: Scores, settings: DpoSettings) -> Tensor:
 
 LOSSES: dict[str, Callable[[Scores, DpoSettings], Tensor]] = {
     loss.__name__: loss
-    for loss in (*(sigmoid, hinge, ipo, robust, exo_pair, nca_pair, apo_zero, apo_down, discopop, sppo_hard, aot, sft),)
+    for loss in (sigmoid, hinge, ipo, robust, exo_pair, nca_pair, apo_zero, apo_down, discopop, sppo_hard, aot, sft)
 }
 
 

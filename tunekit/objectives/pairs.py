@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Part, Row, RowLayout, Sums, Tokenizer, Window
 from tunekit.data.batching.pad import lay_end_to_end, positions
@@ -281,6 +282,11 @@ class PairObjective(TextObjective):
         scores = self.scores(output, batch)
         total = (self.losses(scores) + scores.likelihood).sum(dtype=torch.float64)
         return {"loss": total, "units": self.units(batch)[0], **self.measured(scores)}
+
+
+def smoothed(logits: Tensor, share: float) -> Tensor:
+    """-(1 - e) log s(x) - e log s(-x), where a share e of the preferences is flipped."""
+    return -logsigmoid(logits) * (1 - share) - logsigmoid(-logits) * share
 
 
 def _by_sequence(values: Tensor, counts: Tensor) -> Tensor:

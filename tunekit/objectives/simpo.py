@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tunekit.contracts import Tokenizer
-from tunekit.objectives.cpo import smoothed
-from tunekit.objectives.pairs import PairObjective, Scores
+from tunekit.objectives.pairs import PairObjective, Scores, smoothed
 from tunekit.recipe.objectives.simpo import SimpoSettings
 
 

@@ -62,12 +62,12 @@ def export_model(
     tokenizer: LoadedTokenizer,
     chat_template: str | None,
 ) -> int:
-    """Write the trained base whole or not at all, in the dtype of its files, a shard in memory at a time; its bytes."""
+    """Write the trained base whole or not at all, in the dtype of its files, a shard in memory at a time; its bytes.
+    `chat_template`: the recipe's, as text."""
     rewriter = Rewriter(section, "full", loaded=base)
-    template = None if chat_template is None else read_template(Path(chat_template))
     with whole_model_folder(folder) as staging:
         rewriter.write(staging, rewriter.as_changes(adapter.trained()))
-        copy_companions(section, rewriter.source.folder, tokenizer, template, staging)
+        copy_companions(section, rewriter.source.folder, tokenizer, chat_template, staging)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

@@ -79,13 +79,12 @@ def _in_order(
     pending: deque[Future[tuple[list[Outcome], Counter[str]]]] = deque()
     rest = iter(rows)
     for chunk in iter(lambda: list(islice(rest, CHUNK_ROWS)), []):
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, [signal.SIGINT]
-        )  # which a new process inherits: Ctrl-C is ours to obey
+        # A new process inherits what is blocked: Ctrl-C in a terminal, which reaches it too, is this one's to obey.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             pending.append(pool.submit(_encode, chunk))
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
