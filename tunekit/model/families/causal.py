@@ -150,8 +150,9 @@ def _run_base(base: nn.Module, inputs: dict[str, torch.Tensor], source: torch.Te
 def _before_projection(net: nn.Module) -> list[nn.Module]:
     """What a head does before its projection, where that is a module beside it, as in ModernBERT's decoder."""
     head, projection = getattr(net, "lm_head", None), _call(net, "get_output_embeddings")
-    beside = isinstance(head, nn.Module) and projection is not None and projection not in head.modules()
-    return [head] if beside else []
+    if not isinstance(head, nn.Module) or projection is None or projection in head.modules():
+        return []
+    return [head]
 
 
 def _call(net: nn.Module, method: str) -> Any:
