@@ -23,7 +23,7 @@ from tunekit.machine.malloc import KEPT_KERNELS
 EXIT_FAULT, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 4, 130, 141
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products; read when CUDA starts
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows of many lengths leave gaps between fixed segments
+    "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),  # the older name
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_KERNELS),
     "LRU_CACHE_CAPACITY": str(KEPT_KERNELS),
     "TOKENIZERS_PARALLELISM": "false",
@@ -94,8 +94,7 @@ def start(
     """Fine-tune language models from a YAML recipe."""
     context.obj = debug
     for name, value in ENVIRONMENT.items():
-        if name != "PYTORCH_ALLOC_CONF" or "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)
 
 
 @app.command()

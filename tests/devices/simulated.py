@@ -87,14 +87,15 @@ class _Importing(importlib.abc.MetaPathFinder):
     """Something done before and after a module is imported for the first time."""
 
     def __init__(self, name: str, around: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
-        self.name, self.around = name, around
+        self.name, self.around, self.looking = name, around, False
         sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self.name:
+        if name != self.name or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.looking = True
+        spec = importlib.util.find_spec(name)  # as the other finders have it
+        self.looking = False
         assert spec is not None
         assert spec.loader is not None
         execute = spec.loader.exec_module

@@ -118,7 +118,7 @@ def unpack(
         return fp8.unpack(packed, absmax, dtype)
     # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
     elements = shape[0] * shape[1]
-    if packed.device.type in ("cpu", "meta"):
+    if packed.device.type != "cuda" or not has_bitsandbytes():
         return four_bit.unpack(tensors, elements, quantization, dtype).reshape(shape)
     import_bitsandbytes()
     operations = torch.ops.bitsandbytes

@@ -158,7 +158,7 @@ def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtyp
     looked_up = torch.empty(most // 2, dtype=torch.int64, device=packed.device)
     if packed.is_meta:
         return dense
-    pairs = _pairs(quantization)
+    pairs = _pairs(quantization, packed.device)
     for first in range(0, whole, CHUNK_ELEMENTS):
         count = min(CHUNK_ELEMENTS, whole - first)
         places, found = index[: count // 2], looked_up[: count // 2]
@@ -177,10 +177,10 @@ def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtyp
 
 
 @cache
-def _pairs(quantization: str) -> Tensor:
-    """(256,) int64, each the two float32 values of a byte: one look-up for two numbers."""
+def _pairs(quantization: str, device: torch.device) -> Tensor:
+    """(256,) int64, each the two float32 values of a byte: one look-up for two numbers; sent to a device once."""
     values, byte = values_of(quantization), torch.arange(256)
-    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).reshape(-1)
+    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).reshape(-1).to(device)
 
 
 def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
