@@ -18,7 +18,7 @@ from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, Sampling
 from tunekit.data.encoding.encode import EncodeOptions, format_maker
 from tunekit.data.encoding.outcomes import Dropped
-from tunekit.data.encoding.sources import open_rows
+from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, InputError
 from tunekit.machine.devices import make_devices
