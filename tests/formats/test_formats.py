@@ -204,7 +204,8 @@ def test_unpaired(row: dict[str, Any], expected: tuple[Any, Any]) -> None:
     ("row", "said"),
     [
         ({"prompt": "q", "completion": "a", "label": 1}, "'label' must be true or false, not '1'"),
-        ({"prompt": "q", "completion": "a", "label": None}, "no field 'label'"),
+        ({"prompt": "q", "completion": "a", "label": None}, "'label' must be true or false, not 'None'"),
+        ({"prompt": "q", "completion": "a"}, "no field 'label'"),
         ({"prompt": "q", "label": True}, "no field 'completion'"),
         ({"messages": [ASKED], "label": True}, "no field 'completion'"),
         ({"prompt": "q", **ANSWERED, "kto_tag": False}, "'label' and 'kto_tag' are one thing"),

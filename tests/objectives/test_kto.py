@@ -193,11 +193,13 @@ def measured(target: Path, *overrides: str) -> dict[str, float]:
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_kto(tmp_path, base, training={"epochs": 8, "eval_steps": 10})
+    recipe = write_kto(
+        tmp_path, base, objective={"beta": 1.0}, training={"epochs": 8, "eval_steps": 10, "learning_rate": 0.01}
+    )
     run = train(recipe)
     steps = [record for record in records(run) if "loss" in record]
     assert (steps[0]["loss"], steps[0]["kl"]) == (0.5, 0.0), "the policy is its own reference"
-    assert steps[-1]["loss"] < 0.47
+    assert steps[-1]["loss"] < 0.45
     assert steps[-1]["rewards_margins"] > 0.1
     after = measured(run)
     assert after["rows"] == 6
@@ -211,33 +213,30 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     capsys.readouterr()
     preview_verb(str(recipe), [], 1, None)
-    assert "completion: " in capsys.readouterr().out
+    assert "completion, label: " in capsys.readouterr().out
 
 
-def test_micro_batches_layouts_and_engines_are_one_run(
+def test_micro_batches_layouts_engines_and_interruptions_are_one_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = train(write_kto(tmp_path / "plain", base))
-    assert max(record.get("kl", 0) for record in records(plain)) > 1e-3
-    single = {"micro_batch_size": 1, "gradient_accumulation_steps": 6}
-    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
-    padded = train(write_kto(tmp_path / "single", base, training=single))
-    assert losses(padded) == pytest.approx(losses(plain), rel=1e-5)
-    monkeypatch.undo()
-    streamed = train(write_kto(tmp_path / "streamed", base, memory={"streaming": "disk"}))
-    assert tensors_of(streamed) == tensors_of(plain)
-    assert without_times(records(streamed)) == without_times(records(plain))
+    def recipe(folder: str, micro_batch_size: int, **memory: Any) -> Path:
+        steps = {"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": 6 // micro_batch_size}
+        training = {**steps, "epochs": 1, "save_steps": 2}
+        return write_kto(tmp_path / folder, base, data={"eval": None}, training=training, memory=memory)
 
-
-def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
-    whole = train(write_kto(tmp_path / "whole", base, adapter={"dropout": 0.1}))
-    recipe = write_kto(tmp_path / "parts", base, adapter={"dropout": 0.1}, training={"save_steps": 2})
-    run = train(recipe)
+    run = train(recipe("whole", 2))
+    whole, tensors = losses(run), tensors_of(run)
+    assert max(record.get("kl", 0) for record in records(run)) > 1e-3
+    streamed = train(recipe("streamed", 2, streaming="disk"))
+    assert tensors_of(streamed) == tensors
+    assert without_times(records(streamed)) == without_times(records(run))
     (run / "status.json").unlink()
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
     shutil.rmtree(run / "adapter")
-    train(recipe, resume=True)
-    assert tensors_of(run) == tensors_of(whole)
+    train(run.parent / "recipe.yaml", resume=True)
+    assert tensors_of(run) == tensors
+    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
+    assert losses(train(recipe("padded", 1))) == pytest.approx(whole, rel=1e-5)
 
 
 BAD = [

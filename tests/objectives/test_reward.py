@@ -164,30 +164,33 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
         generate_verb(str(base), None, None, None, [], score=str(file))
 
 
-def test_micro_batches_layouts_and_engines_are_one_run(
+def test_micro_batches_layouts_engines_and_interruptions_are_one_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coefficient = {"center_rewards_coefficient": 0.01}
-    plain = train(write_reward(tmp_path / "plain", base, objective=coefficient))
-    single = {"micro_batch_size": 1, "gradient_accumulation_steps": 6}
-    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
-    padded = train(write_reward(tmp_path / "single", base, objective=coefficient, training=single))
-    assert losses(padded) == pytest.approx(losses(plain), rel=1e-5)
-    monkeypatch.undo()
-    streamed = train(write_reward(tmp_path / "streamed", base, objective=coefficient, memory={"streaming": "disk"}))
-    assert tensors_of(streamed) == tensors_of(plain)
-    assert without_times(records(streamed)) == without_times(records(plain))
+    def recipe(folder: str, micro_batch_size: int, **memory: Any) -> Path:
+        steps = {"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": 6 // micro_batch_size}
+        training = {**steps, "epochs": 1, "save_steps": 2}
+        return write_reward(
+            tmp_path / folder,
+            base,
+            data={"eval": None},
+            training=training,
+            memory=memory,
+            objective={"center_rewards_coefficient": 0.01},
+        )
 
-
-def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
-    whole = train(write_reward(tmp_path / "whole", base, adapter={"dropout": 0.1}))
-    recipe = write_reward(tmp_path / "parts", base, adapter={"dropout": 0.1}, training={"save_steps": 2})
-    run = train(recipe)
+    run = train(recipe("whole", 2))
+    whole, tensors = losses(run), tensors_of(run)
+    streamed = train(recipe("streamed", 2, streaming="disk"))
+    assert tensors_of(streamed) == tensors
+    assert without_times(records(streamed)) == without_times(records(run))
     (run / "status.json").unlink()
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
     shutil.rmtree(run / "adapter")
-    train(recipe, resume=True)
-    assert tensors_of(run) == tensors_of(whole)
+    train(run.parent / "recipe.yaml", resume=True)
+    assert tensors_of(run) == tensors
+    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
+    assert losses(train(recipe("padded", 1))) == pytest.approx(whole, rel=1e-5)
 
 
 def test_what_cannot_be_is_said(base: Path, bert: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -32,12 +32,10 @@ class UnpairedExample(AskedExample):
 
 def make_example(row: Mapping[str, Any]) -> UnpairedExample:
     """The answer of a row, with its prompt. What says nothing is empty."""
-    named = [(ALIASES.get(name, name), name) for name in row if row[name] is not None]
-    row = {field: row[name] for field, name in named}
-    if len(row) < len(named):
-        twice = next(field for place, (field, _) in enumerate(named) if field in dict(named[:place]))
-        both = " and ".join(f"'{name}'" for field, name in named if field == twice)
-        raise DataError(f"{both} are one thing", "keep one")
+    for name, field in ALIASES.items():
+        if row.get(name) is not None and row.get(field) is not None:
+            raise DataError(f"'{field}' and '{name}' are one thing", "keep one")
+        row = {**row, field: row[name]} if row.get(name) is not None else row
     label = read_value(row, "label")
     if not isinstance(label, bool):
         raise DataError(f"'label' must be true or false, not {str(label)[:40]!r}", "write true for a good answer")
@@ -47,7 +45,7 @@ def make_example(row: Mapping[str, Any]) -> UnpairedExample:
 
 def _read_answered(row: Mapping[str, Any]) -> tuple[Said, Said]:
     """The prompt and its answer; of a conversation with nothing beside it, the last turn is that."""
-    prompt, alone = read_prompt(row) or "", "completion" not in row
+    prompt, alone = read_prompt(row) or "", row.get("completion") is None
     whole = prompt if alone else "" if prompt else read_side(row, "completion")
     if not isinstance(whole, str) and whole[-1].role == "assistant":
         return whole[:-1], whole[-1:]

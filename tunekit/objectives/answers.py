@@ -199,9 +199,10 @@ class AnswerObjective(TextObjective):
         return self.with_all(window, [{"reference": self.by_row(scores)} for scores in found])
 
     def spans(self, row: Row) -> list[Part]:
-        """Every sequence; the first token of each is never predicted."""
-        marks = [np.append(False, trained[1:]) for _, trained in self.marked(row)]
-        return [Part(row.parts[side], trained, title=side) for side, trained in zip(self.sides, marks, strict=True)]
+        """Every sequence, under what is said of it; the first token of each is never predicted."""
+        said = "".join(f", {name}: {row.parts[name][0]}" for name in self.beside)
+        sides = zip(self.sides, self.marked(row), strict=True)
+        return [Part(ids, np.append(False, trained[1:]), title=side + said) for side, (ids, trained) in sides]
 
     def weights(self, counts: Tensor) -> Tensor | None:
         """(N,) of tokens in the scores of their answers; None: 1 each. Shapes: counts (S P,)."""

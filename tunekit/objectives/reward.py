@@ -9,6 +9,7 @@ and the highest score of a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Reward(AnswerObjective):
     s the logistic function."""
 
     sides, unusable_key = SIDES, "unusable_pairs"
-    beside = {"margin": "<f4"}  # noqa: RUF012
+    beside: Mapping[str, str] = {"margin": "<f4"}
     metrics: Sequence[str] = ("loss", *SCORES)
     logged: Sequence[str] = SCORES
 
@@ -59,10 +60,7 @@ class Reward(AnswerObjective):
 
     def spans(self, row: Row) -> list[Part]:
         """Both sequences; no token of them is predicted."""
-        return [
-            Part(ids, np.zeros(len(ids), np.bool_), title=side)
-            for side, (ids, _) in zip(SIDES, self.marked(row), strict=True)
-        ]
+        return [replace(part, trained=np.zeros_like(part.trained)) for part in super().spans(row)]
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
         """(P,) loss of each pair, and sums over pairs of what is logged."""
