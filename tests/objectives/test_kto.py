@@ -194,7 +194,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_kto(
-        tmp_path, base, objective={"beta": 1.0}, training={"epochs": 8, "eval_steps": 10, "learning_rate": 0.01}
+        tmp_path, base, objective={"beta": 1.0}, training={"epochs": 5, "eval_steps": 20, "learning_rate": 0.01}
     )
     run = train(recipe)
     steps = [record for record in records(run) if "loss" in record]

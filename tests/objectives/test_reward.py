@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +26,13 @@ from tests.train_case import records, without_times
 from tunekit.contracts import Batch, ModelOutput, Row
 from tunekit.errors import InputError, TunekitError
 from tunekit.evaluate import evaluate_verb
-from tunekit.generate import generate_verb
+from tunekit.generate import answer, generate_verb, score_file
 from tunekit.merge import merge_verb
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.reward import SCORES, RewardSettings
+from tunekit.tuned.target import find_target, load_target
 
 MARGINS = (0.5, 0.0, 1.25, -0.5, 0.0)
 
@@ -123,7 +125,7 @@ def scores_of(target: Path, base: str | None, file: Path, capsys: pytest.Capture
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(write_reward(tmp_path, base, training={"epochs": 6, "eval_steps": 10}))
+    run = train(write_reward(tmp_path, base, training={"epochs": 4, "eval_steps": 20, "learning_rate": 0.01}))
     assert losses(run)[-1] < 0.3
     last = [record for record in records(run) if "loss" in record][-1]
     assert last["rewards_accuracies"] == 1.0
@@ -152,16 +154,14 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
             assert row["score"] == pytest.approx(float(merged(input_ids=ids).logits), abs=1e-4)
     again = scores_of(tmp_path / "merged", None, file, capsys)
     assert [row["score"] for row in again] == pytest.approx([row["score"] for row in found], abs=1e-4)
-    pairs_file = tmp_path / "train.jsonl"
-    evaluate_verb(str(tmp_path / "merged"), None, str(pairs_file), None, [], str(tmp_path / "merged.json"), [])
-    assert json.loads((tmp_path / "merged.json").read_text("utf-8"))["rewards_accuracies"] > 0.9
+    loaded: Any = load_target(find_target(str(run / "adapter"), None, []), CPU)
     with pytest.raises(InputError, match="a reward model writes no answers"):
-        generate_verb(str(run), None, "say 3", None, [])
+        answer(loaded, ["say 3"])
     file.write_text('{"prompt": "p", "completion": ""}\n', encoding="utf-8")
     with pytest.raises(TunekitError, match=r"answers\.jsonl:1: empty answer"):
-        scores_of(run, None, file, capsys)
+        score_file(loaded, file)
     with pytest.raises(InputError, match="it was made for sft and gives no scores"):
-        generate_verb(str(base), None, None, None, [], score=str(file))
+        score_file(replace(loaded, objective=objective_of()), file)
 
 
 def test_micro_batches_layouts_engines_and_interruptions_are_one_run(
