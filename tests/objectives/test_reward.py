@@ -195,7 +195,7 @@ def test_micro_batches_layouts_engines_and_interruptions_are_one_run(
 
 def test_what_cannot_be_is_said(base: Path, bert: Path, tmp_path: Path) -> None:  # noqa: F811
     rows = [{"prompt": f"p{number}", "chosen": "a", "rejected": "b"} for number in range(8)]
-    with pytest.raises(TunekitError, match=r"model\.name_or_path: bert is an encoder"):
+    with pytest.raises(TunekitError, match=r"model\.name_or_path: the base is an encoder"):
         raise_refusals(make_plan(load_recipe(write_reward(tmp_path, bert, rows)), device=CPU)[0])
     with pytest.raises(TunekitError, match="exact_match needs answers"):
         load_recipe(write_reward(tmp_path, base, evaluation={"metrics": ["exact_match"]}))
@@ -214,5 +214,6 @@ def test_another_tools_names_are_read_and_a_base_of_other_labels_gets_a_new_head
     net = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
     net.save_pretrained(tmp_path / "three")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "three")
-    run = train(write_reward(tmp_path / "run", tmp_path / "three", training={"max_steps": 2, "epochs": None}))
-    assert len(losses(run)) == 2
+    steps = {"max_steps": 1, "epochs": None}
+    run = train(write_reward(tmp_path / "run", tmp_path / "three", data={"eval": None}, training=steps))
+    assert len(losses(run)) == 1

@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from tunekit.contracts import GREEDY, Batch, ModelOutput, Part, Row, Sampling, Sums, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, positions
-from tunekit.errors import InputError
+from tunekit.errors import InputError, ModelError
 from tunekit.model.placing import placed
 from tunekit.objectives.answers import AnswerObjective
 from tunekit.objectives.pairs import SIDES, reward_sums
@@ -95,8 +95,13 @@ class Reward(AnswerObjective):
 
 
 def scores_at(output: ModelOutput, last: Tensor) -> Tensor:
-    """Shapes: output.hidden (B, T, D), last (N,) into its flattened positions -> (N,) float32."""
-    assert output.hidden is not None
+    """Shapes: output.hidden (B, T, D), last (N,) into its flattened positions -> (N,) float32.
+
+    Raises: ModelError for an encoder.
+    """
+    if output.hidden is None:
+        what = "the base is an encoder, whose head reads whole rows and not each answer of a pair"
+        raise ModelError(what, "choose a decoder", key="model.name_or_path")
     assert output.head is not None
     hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
     return output.head.logits(hidden.index_select(0, placed(last, hidden.device)))[:, 0]

@@ -39,10 +39,7 @@ def row_problems(
     rows: Sequence[Rows],
     virtual_tokens: int = 0,
 ) -> list[Problem]:
-    """Rows that the model cannot take: too long for its positions, ids beyond its embedding, pairs for an encoder."""
-    if objective.layout.paired and base.family.reads_rows(base.net):
-        what = f"{base.facts.model_type} is an encoder, whose head reads whole rows and not each answer of a pair"
-        return [Problem(what, "choose a decoder", key="model.name_or_path")]
+    """Rows that the model cannot take: too long for its positions, or with ids beyond its embedding."""
     longest = max((longest_positions(some) for some in rows), default=0) + virtual_tokens
     problems = list(position_problems(base, longest, virtual_tokens))
     for some in rows:
