@@ -154,7 +154,10 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
             assert row["score"] == pytest.approx(float(merged(input_ids=ids).logits), abs=1e-4)
     again = scores_of(tmp_path / "merged", None, file, capsys)
     assert [row["score"] for row in again] == pytest.approx([row["score"] for row in found], abs=1e-4)
-    loaded: Any = load_target(find_target(str(run / "adapter"), None, []), CPU)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    loaded: Any = load_target(find_target(str(tmp_path / "theirs"), str(base), []), CPU)
+    assert [value for _, value in score_file(loaded, file)] == pytest.approx([row["score"] for row in found], abs=1e-4)
+    loaded = load_target(find_target(str(run / "adapter"), None, []), CPU)
     with pytest.raises(InputError, match="a reward model writes no answers"):
         answer(loaded, ["say 3"])
     file.write_text('{"prompt": "p", "completion": ""}\n', encoding="utf-8")
