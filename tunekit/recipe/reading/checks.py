@@ -155,6 +155,10 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
             draft.add_problem(key, f"unknown metric '{name}'", did_you_mean(name, known, "known metrics"))
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
+        elif needs_generation(name) and not objective.answers:
+            draft.add_problem(
+                key, f"the metric {name} needs answers, and this objective's model gives none", "remove it"
+            )
         elif absent := set(getattr(facts_of("metrics", name), "NEEDS", ())) - set(objective.sums):
             what = f"the metric {name} needs {sorted(absent)[0]}, which an evaluation of this objective does not give"
             draft.add_problem(key, what, "leave it out")
