@@ -66,8 +66,10 @@ def test_a_base_on_the_disk_waits_for_the_ring_alone(folder: Path, monkeypatch: 
     assert set(waits_of(case_of(folder, **DISK), monkeypatch)) <= {"event.synchronize"}
 
 
-# Methods that read a value of the device in each step: torch's own solver and its check of the solution.
-WAITS: dict[str, set[str]] = {}
+# Methods that make the host wait in each step; who mends one takes it out here.
+VALUE, COPY = "aten::_local_scalar_dense", "a copy to the device from pageable memory"
+READ_A_VALUE = {"boft", "cpt", "hra", "multitask_prompt", "p_tuning", "prefix", "prompt"}
+COPY_FROM_THE_HOST = {"boft", "cpt", "fourierft"}
 
 
 @pytest.mark.parametrize("method", sorted(set(known_names("adapters")) - {"bitfit", "lora"}))
@@ -78,4 +80,5 @@ def test_what_a_method_waits_for(folder: Path, method: str, monkeypatch: pytest.
     case = make_case(
         folder, rows, training=training(max_steps=3), device=CUDA, adapter=adapter(method), packing=packing
     )
-    assert set(waits_of(case, monkeypatch)) == WAITS.get(method, set())
+    expected = {VALUE} if method in READ_A_VALUE else set()
+    assert set(waits_of(case, monkeypatch)) == expected | ({COPY} if method in COPY_FROM_THE_HOST else set())
