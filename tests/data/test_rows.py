@@ -103,7 +103,8 @@ def test_a_column_that_is_not_read_is_mentioned(tiny: LoadedTokenizer, tmp_path:
         ),
         (
             Source(path=str(path), columns={"text": "prompt", "answer": "completion"}),
-            "d.csv: format prompt_completion (the first row has 'prompt' and 'completion' once its columns are renamed)",
+            "d.csv: format prompt_completion "
+            "(the first row has 'prompt' and 'completion' once its columns are renamed)",
         ),
     ):
         assert load_rows(DataSection(train=(source,)), sft(tiny), seed=0).notes == (said,)
