@@ -17,7 +17,7 @@ from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
-from tunekit.recipe.names import known_names
+from tunekit.recipe.names import known_names, units_of
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.tuned.evaluator import Evaluator, questions_for
 from tunekit.tuned.fit import row_problems
@@ -101,4 +101,5 @@ def evaluate_rows(
         template=template,
     )
     sums, values = evaluator.evaluate()
-    return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": int(sums.values["units"])}
+    units = units_of(rows.objective.name).replace(" ", "_")
+    return {**values, "rows": sums.rows, "tokens": sums.tokens, units: int(sums.values["units"])}
