@@ -16,8 +16,10 @@ from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, Sampling
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, InputError
-from tunekit.machine.devices import make_devices
+from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.text.vocabulary import check_vocabulary
+from tunekit.tuned.choices import choose
+from tunekit.tuned.evaluator import choices_of
 from tunekit.tuned.scores import undisturbed
 from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
@@ -33,6 +35,7 @@ def generate_verb(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
+    choices: str | None = None,
 ) -> None:
     """Generate. Raises: TunekitError, whose exit code the command line returns."""
     if prompt is None and prompts is None and not sys.stdin.isatty():
@@ -46,13 +49,18 @@ def generate_verb(
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     if max_new_tokens is not None:
         overrides = [*overrides, f"evaluation.max_new_tokens={max_new_tokens}"]
+    if choices is not None:
+        overrides = [*overrides, f"evaluation.choices={choices}"]
     texts = [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
+    if found.evaluation.choices is not None and (temperature or max_new_tokens is not None):
+        what = "the likeliest of evaluation.choices is the answer; nothing is sampled or written token by token"
+        raise InputError(what, "leave --temperature and --max-new-tokens out, or add evaluation.choices=null")
     devices = make_devices()
     console = Console(enabled=devices.is_main)
     console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
-        answers = answer(load_target(found, devices.device), texts, sampling)
+        answers = answer(load_target(found, devices.device), texts, sampling, devices)
     finally:
         devices.close()
     if prompt is not None:
@@ -93,12 +101,18 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
 
 
 @torch.no_grad()
-def answer(loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
-    """What the model answers to each text, asked as the training rows ask."""
+def answer(
+    loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY, devices: Devices | None = None
+) -> list[str]:
+    """What the model answers to each text, asked as the training rows ask; of evaluation.choices the likeliest."""
     tokenizer, settings, model = loaded.tokenizer, loaded.target.evaluation, loaded.model
     data = loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
-    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, length, excess))
+    options = EncodeOptions("assistant", loaded.target.chat_template, length, excess)
+    choices = choices_of(settings, loaded.objective, data)
+    if choices is not None:
+        return choose(model, loaded.objective, choices, texts, options, settings.batch_size, devices or make_devices())
+    encoder = loaded.objective.row_encoder(options)
     prompts = [encoder.question(text) for text in texts]
     largest = max((max(ids, default=0) for ids in prompts), default=0)
     check_vocabulary(tokenizer, model.base.text.vocabulary_size, largest)

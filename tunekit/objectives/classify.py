@@ -38,6 +38,7 @@ from tunekit.files.cache_folder import hash_of
 from tunekit.formats.labels import LabelExample
 from tunekit.model.placing import placed
 from tunekit.model.text.generation import check_prompts
+from tunekit.objectives.confusion import label_sums
 from tunekit.objectives.rows import TextEncoder, TextObjective, put_around
 from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.recipe.objectives.classify import ClassifySettings
@@ -192,17 +193,10 @@ class Classify(TextObjective):
         return Loss(torch.nn.functional.cross_entropy(scores, labels, reduction="sum")[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, correct, units, and confusion (C, C): rows are true labels, columns predicted ones."""
+        """loss, and those of label_sums."""
         scores, labels = _scores(output, batch)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (R,)
-        count = len(self.labels)
-        true, predicted = (
-            torch.nn.functional.one_hot(each, count).double() for each in (labels, scores.argmax(dim=-1))
-        )
-        confusion = true.T @ predicted  # (C, C)
-        units = torch.tensor(float(len(labels)), dtype=torch.float64)
-        totals = {"loss": losses.sum(dtype=torch.float64), "correct": confusion.trace(), "units": units}
-        return {**totals, "confusion": confusion}
+        return {"loss": losses.sum(dtype=torch.float64), **label_sums(scores, labels)}
 
     def answer(
         self,

@@ -164,11 +164,12 @@ def _evaluate_if_due(run: Run) -> bool:
         return False
     try:
         with timed(state.seconds, "evaluate"):
-            metrics = run.evaluate()
+            found = run.evaluate()
     except EvaluationStopped:
         return False
     state.evaluated_step = state.step
-    run.record(EvaluationRecord(state.step, metrics))
+    metrics = found.metrics
+    run.record(EvaluationRecord(state.step, metrics, found.classes))
     if not state.step or (settings.best is None and settings.patience is None):
         return False
     watched = (settings.best or "eval.loss").removeprefix("eval.")

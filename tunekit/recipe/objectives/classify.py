@@ -31,7 +31,7 @@ class ClassifySettings(ObjectiveSettings):
 
     family: ClassVar[str] = "classifier"
     example: ClassVar[str] = "label"
-    sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion")
+    sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion", "calibration")
     supervised: ClassVar[bool] = True
 
     method: Literal["classify"] = Field("classify", description="cross entropy on one label for each text")
