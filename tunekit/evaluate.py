@@ -19,7 +19,7 @@ from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import COLUMNS, class_facts, confusion_table
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
-from tunekit.recipe.names import known_names
+from tunekit.recipe.names import known_names, settings_class, unmeasurable
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.fit import row_problems
@@ -107,6 +107,11 @@ def evaluate_rows(
     settings, model = loaded.target.evaluation, loaded.model
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
+    sums: Any = settings_class("objectives", rows.objective.name).sums  # type: ignore[attr-defined]
+    for name in metrics:
+        what = unmeasurable(name, sums, chosen=settings.choices is not None)
+        if what is not None:
+            raise RecipeError(what, "leave it out, or name the answers with evaluation.choices", key="--metric")
     problems = row_problems(model.base, loaded.tokenizer, rows.objective, [evaluation], model.virtual_tokens)
     if problems:
         raise ModelError.of(problems)

@@ -22,9 +22,12 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.formats.example import CompletionExample
 from tunekit.generate import answer
 from tunekit.machine.devices import make_devices
+from tunekit.metrics import expected_calibration_error
+from tunekit.metrics.classes import class_facts, counts_of
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
+from tunekit.objectives.confusion import label_sums
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -125,8 +128,8 @@ def write_recipe(folder: Path, base: Path, **evaluation: Any) -> Path:
         "model": {"name_or_path": str(base), "dtype": "float32"},
         "data": {"train": "train.jsonl", "eval": "test.jsonl", "max_length": 64},
         "adapter": {"method": "lora", "r": 4},
-        "training": {"learning_rate": 0.02, "micro_batch_size": 8, "gradient_accumulation_steps": 1, "epochs": 10,
-                     "eval_steps": 6, "save_steps": 10},
+        "training": {"learning_rate": 0.1, "micro_batch_size": 8, "gradient_accumulation_steps": 1, "epochs": 3,
+                     "eval_steps": 3, "save_steps": 9},
         "evaluation": {"choices": ["stop", "go", "wait"], "best": "eval.accuracy", **evaluation},
         "output": {"dir": "run"},
     }  # fmt: skip
@@ -143,8 +146,8 @@ def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> Non
     report = json.loads((run / "report.json").read_text("utf-8"))
     evaluations = {entry["step"]: entry["eval"] for entry in report["evaluations"]}
     assert set(evaluations[0]) == {"loss", "perplexity", "accuracy", "macro_f1", "expected_calibration_error"}
-    best = max(value["accuracy"] for value in evaluations.values())
-    assert evaluations[report["best_step"]]["accuracy"] == best > 0.6
+    best = max(value["accuracy"] for step, value in evaluations.items() if step)
+    assert report["best_step"] == min(step for step, value in evaluations.items() if step and value["accuracy"] == best)
     evaluate_verb(str(run), None, None, None, [], str(tmp_path / "after.json"), ["evaluation.choices=from_data"])
     after = json.loads((tmp_path / "after.json").read_text("utf-8"))
     assert after["accuracy"] == best
@@ -187,9 +190,28 @@ def test_wrong_choices_are_named(tmp_path: Path, evaluation: dict[str, Any], sai
         assert caught.value.exit_code == 2
 
 
+def test_a_metric_of_labels_needs_choices(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, write_tiny_llama(tmp_path / "base"), choices=None, best=None)
+    with pytest.raises(TunekitError, match=r"--metric: the metric accuracy needs confusion.*evaluation\.choices"):
+        evaluate_verb(str(recipe), None, None, None, ["accuracy"], None, [])
+
+
 def test_a_classifier_has_nothing_to_choose_of(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, write_tiny_llama(tmp_path / "base"))
     values = json.loads(recipe.read_text("utf-8")) | {"objective": "classify"}
     recipe.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(TunekitError, match="this objective has others"):
         load_recipe(recipe)
+
+
+def test_sums_of_scores_give_calibration() -> None:
+    scores = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.95, 0.05]], dtype=torch.float64).log()
+    sums = {name: value.tolist() for name, value in label_sums(scores, torch.tensor([0, 1, 1, 0])).items()}
+    assert sums["confusion"] == [[2, 0], [1, 1]]
+    assert (sums["correct"], sums["units"]) == (3, 4)
+    expected = (abs(0.9 - 1) + abs(0.7 - 0) + abs(0.8 - 1) + abs(0.95 - 1)) / 4  # each in a bin of its own
+    assert expected_calibration_error.from_sums(sums) == pytest.approx(expected)
+    facts = class_facts({"labels": ["a", "b"], "counts": counts_of(sums["confusion"])})
+    assert facts["per_class"][0] == {"label": "a", "precision": 2 / 3, "recall": 1.0, "f1": 0.8, "rows": 2}
+    with pytest.raises(ValueError, match="no labelled rows"):
+        expected_calibration_error.from_sums({"calibration": [[0, 0, 0]]})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -68,7 +67,7 @@ class QuestionMaker:
         self.choices = choices
         self.encoder: RowEncoder = objective.row_encoder(replace(options, train_on="last"))
         self._known: dict[tuple[int, ...], tuple[Answer, ...]] = {}
-        self._lengths: Counter[int] = Counter()
+        self._lengths: set[int] = set()
 
     def make(self, example: Example, origin: str, *, keep_blanks: bool = False) -> Question:
         """The question; the row's own answer must be a choice, and the blanks around it stay.
@@ -98,8 +97,9 @@ class QuestionMaker:
             raise DataError("there is no prompt, so that an answer's first token is never predicted", "write one")
         if "trained" in first.parts:
             length = len(question.answers[0].ids)
-            self._lengths[length] += 1
-            self._known[(length, *ids[-length - TAIL_TOKENS :])] = question.answers
+            self._lengths.add(length)
+            key = (length, *ids[-length - TAIL_TOKENS :])
+            self._known[key] = question.answers
         return question
 
 

@@ -17,6 +17,7 @@ from tunekit.data.rows import Prompt, RowSet
 from tunekit.errors import RecipeError
 from tunekit.machine.devices import Devices
 from tunekit.metrics.classes import counts_of
+from tunekit.metrics.span_f1 import kinds_of
 from tunekit.objectives.choices import Question
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import CHOICE_METRICS, FROM_DATA, EvaluationSection
@@ -103,6 +104,9 @@ class Evaluator:
 def _classes(labels: Sequence[str] | None, sums: dict[str, Any]) -> dict[str, Any] | None:
     if labels is None or "confusion" not in sums:
         return None
+    if "spans" in sums:
+        counts = [[int(count) for count in row] for row in sums["spans"]]
+        return {"labels": kinds_of(labels), "counts": counts}
     confusion = [[int(count) for count in row] for row in sums["confusion"]]
     return {"labels": list(labels), "counts": counts_of(confusion), "confusion": confusion}
 

@@ -10,8 +10,16 @@ from typing import Any
 
 from tunekit.errors import holds_secret
 from tunekit.recipe.data import DataSection, Source
-from tunekit.recipe.evaluation import CHOICE_METRICS, CHOICE_SUMS, EvaluationSection
-from tunekit.recipe.names import SettingsKind, facts_of, formats_of, known_names, needs_generation, settings_class
+from tunekit.recipe.evaluation import CHOICE_METRICS, EvaluationSection
+from tunekit.recipe.names import (
+    SettingsKind,
+    facts_of,
+    formats_of,
+    known_names,
+    needs_generation,
+    settings_class,
+    unmeasurable,
+)
 from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
 from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.recipe.section import ObjectiveSettings, Section
@@ -149,7 +157,6 @@ def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[
 
 def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[ObjectiveSettings]) -> None:
     known, chosen = known_names("metrics"), evaluation.choices is not None
-    sums = {*objective.sums, *(CHOICE_SUMS if chosen else ())}
     if chosen and objective.example != "text":
         what = "answers are chosen of rows with a prompt and an answer, and this objective has others"
         draft.add_problem(("evaluation", "choices"), what, "remove it, or write objective: sft or seq2seq")
@@ -159,8 +166,7 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
             draft.add_problem(key, f"unknown metric '{name}'", did_you_mean(name, known, "known metrics"))
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
-        elif absent := set(getattr(facts_of("metrics", name), "NEEDS", ())) - sums:
-            what = f"the metric {name} needs {sorted(absent)[0]}, which an evaluation of this objective does not give"
+        elif what := unmeasurable(name, objective.sums, chosen=chosen):
             draft.add_problem(key, what, "leave it out")
     best = (evaluation.best or "eval.loss").removeprefix("eval.")
     if best != "loss" and best not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
