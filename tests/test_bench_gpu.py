@@ -58,6 +58,7 @@ def test_shapes_are_those_of_the_real_models(model: str, billions: float) -> Non
     assert count / 1e9 == pytest.approx(billions, rel=0.005)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_row_is_printed_without_a_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

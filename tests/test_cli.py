@@ -84,24 +84,31 @@ def test_validate_looks_for_every_file_that_the_recipe_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "other.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     (tmp_path / "folder").mkdir()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model: ./folder\n"
-        "data:\n  train:\n  - org/rows\n  - rows.jsonl\n  - empty.jsonl\n"
+        "data:\n  train:\n  - org/rows\n  - rows.jsonl\n  - empty.jsonl\n  - other.jsonl\n"
         "  eval: folder\n  chat_template: absent.jinja\n"
         "adapter: {init_from: folder}\noutput: {dir: out}\n",
         encoding="utf-8",
     )
     assert run(monkeypatch, "validate", str(recipe)) == 2
-    said = sorted(capsys.readouterr().err.replace(str(tmp_path), "").splitlines())
+    said = capsys.readouterr().err.replace(str(tmp_path), "").splitlines()
+    said.sort(key=lambda line: int(line.split(":")[1]))
+    format_of_other = said.pop(3)
+    assert format_of_other.startswith(
+        "/recipe.yaml:7: data.train.3.path: /other.jsonl:1: the first row has 'question', "
+    )
+    assert format_of_other.endswith("write {path: FILE, columns: {question: prompt, answer: completion}} for it")
     assert said == [
         "/recipe.yaml:1: model.name_or_path: /folder: no model there; check the path, or write a hub name",
         "/recipe.yaml:5: data.train.1.path: /rows.jsonl: no such file; check data.train and data.eval",
         "/recipe.yaml:6: data.train.2.path: /empty.jsonl: the file is empty",
-        "/recipe.yaml:7: data.eval.0.path: /folder: this is a folder, not a file; name the file in it",
-        "/recipe.yaml:8: data.chat_template: /absent.jinja: no such file; check the path",
-        "/recipe.yaml:9: adapter.init_from: /folder: no adapter there (adapter_config.json); check the path",
+        "/recipe.yaml:8: data.eval.0.path: /folder: this is a folder, not a file; name the file in it",
+        "/recipe.yaml:9: data.chat_template: /absent.jinja: no such file; check the path",
+        "/recipe.yaml:10: adapter.init_from: /folder: no adapter there (adapter_config.json); check the path",
     ]
     assert run(monkeypatch, "validate", str(recipe), f"model={tmp_path}/m.gguf") == 2
     assert "command line: model.name_or_path: " in capsys.readouterr().err
@@ -274,7 +281,7 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
     calls = re.findall(
         r'"tunekit\.(\w+):(\w+)", (.*)\)$', (package / "cli.py").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert len(calls) == 17
+    assert len(calls) == 16
     for module, name, values in calls:
         tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))
         verbs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
@@ -282,7 +289,7 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
         given = (
             {"evaluate_verb": 7, "combine_verb": 9, "generate_verb": 10}[name]
             if values == "*values"
-            else len(values.removesuffix(", first=first").split(", "))
+            else len(re.sub(", first=.*", "", values).split(", "))
         )
         assert len(verbs[0].args.args) == given, f"{module}:{name}"
 

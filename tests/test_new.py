@@ -44,7 +44,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "metric" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_what_is_written_passes_the_tests_of_its_kind(kind: str, copy: Path) -> None:
     tests, least = KINDS[kind]
     named = [] if kind in ("format", "metric") else ["-k", f"new_{kind} or table_of_methods"]

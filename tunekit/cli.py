@@ -107,7 +107,7 @@ def validate(
 @app.command()
 def plan(context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
     """Show what train would do: targets, parameters, steps, memory, refusals."""
-    _call(context, "tunekit.plan:plan_verb", recipe, overrides or [], json_file)
+    _call(context, "tunekit.plan:plan_verb", recipe, overrides or [], json_file, first="check_recipe")
 
 
 @app.command()
@@ -119,7 +119,7 @@ def preview(
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="write a page there")] = None,
 ) -> None:
     """Show real training rows: which tokens are trained on, which not, and why."""
-    _call(context, "tunekit.preview:preview_verb", recipe, overrides or [], rows, html)
+    _call(context, "tunekit.preview:preview_verb", recipe, overrides or [], rows, html, first="check_recipe")
 
 
 @app.command()
@@ -136,7 +136,7 @@ def train(
 ) -> None:
     """Train, and write the run folder."""
     words = overrides or []
-    first = () if resume or dry_run or overwrite else ("tunekit.validate:check_new_run", recipe, words)
+    first = "" if resume else "check_recipe" if dry_run or overwrite else "check_new_run"
     _call(context, "tunekit.train:train_verb", recipe, words, resume, dry_run, overwrite, json_file, first=first)
 
 
@@ -336,19 +336,20 @@ def schema(
     _call(context, "tunekit.schema:schema_verb", output, reference)
 
 
-def _call(context: typer.Context, verb: str, *values: Any, first: tuple[Any, ...] = ()) -> None:
+def _call(context: typer.Context, verb: str, *values: Any, first: str = "") -> None:
     """Import a verb, call it, and turn whatever happens into words on stderr and an exit code.
 
-    `first`: another one and its values, called before this one is so much as imported.
+    `first`: of tunekit.validate, given the recipe and its overrides before the verb is so much as imported.
     """
     if verb.partition(":")[0] not in LIGHT and sys.stderr.isatty():
         print("loading ...", file=sys.stderr, flush=True)
     ordinary, code = gc.get_threshold(), 0
     gc.set_threshold(*WHILE_STARTING)
     try:
-        for name, *given in (first, (verb, *values)) if first else ((verb, *values),):
-            module, _, function = name.partition(":")
-            code = getattr(import_module(module), function)(*given) or 0
+        if first:
+            getattr(import_module("tunekit.validate"), first)(*values[:2])
+        module, _, function = verb.partition(":")
+        code = getattr(import_module(module), function)(*values) or 0
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if context.obj and not isinstance(error, BrokenPipeError):

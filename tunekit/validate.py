@@ -11,11 +11,15 @@ from pathlib import Path
 
 from tunekit.artifacts.run import refuse_old_run
 from tunekit.data.reading.data_file import inspect_file
+from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.supported import refuse_unsupported
+
+READ_BY_LINE = ("jsonl", "csv", "text")  # whose first row costs nothing
 
 
 def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
@@ -33,9 +37,14 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
         print("\n".join([*notes, f"{recipe_path}: valid"]))
 
 
+def check_recipe(recipe_path: str, overrides: Sequence[str]) -> None:
+    """What other verbs ask before they load anything. Raises: RecipeError."""
+    validate(recipe_path, overrides)
+
+
 def check_new_run(recipe_path: str, overrides: Sequence[str]) -> None:
-    """What train asks before it loads anything. Raises: RecipeError; RunFolderError where a run is in the way."""
-    refuse_old_run(Path(load_recipe(recipe_path, overrides).recipe.output.dir))
+    """What train asks besides. Raises: RecipeError; RunFolderError where a run is in the way."""
+    refuse_old_run(Path(validate(recipe_path, overrides).recipe.output.dir))
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -60,7 +69,9 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
         for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
             if Path(source.path).is_absolute():
                 try:
-                    inspect_file(Path(source.path))
+                    if inspect_file(Path(source.path)).kind in READ_BY_LINE:
+                        open_rows(source, recipe.objective.example, Problems())
                 except DataError as error:
                     found = error.problems[0]
-                    yield Problem(f"{source.path}: {found.what}", found.how, key=f"data.{name}.{index}.path")
+                    place = source.path if found.line is None else f"{source.path}:{found.line}"
+                    yield Problem(f"{place}: {found.what}", found.how, key=f"data.{name}.{index}.path")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tunekit.data.encoding.encode import choose_format, format_maker
+from tunekit.data.encoding.encode import format_maker
+from tunekit.data.reading.first import choose_format
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, CompletionExample, Message, TextExample
 from tunekit.recipe.names import facts_of, known_names

@@ -90,15 +90,23 @@ def moments(events: list[Event]) -> dict[str, list[int]]:
     return groups
 
 
-def test_killed_at_twenty_moments(recipe: Path, whole: tuple[Path, list[Event]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moments_of",
+    [
+        {"save": 2, "rotation": 1, "rest": 1, "export": 1},
+        pytest.param({"save": 8, "rotation": 3, "rest": 5, "export": 4}, marks=pytest.mark.slow),
+    ],
+    ids=["five", "twenty"],
+)
+def test_killed_at_some_moments(
+    recipe: Path, whole: tuple[Path, list[Event]], tmp_path: Path, moments_of: dict[str, int]
+) -> None:
     run, events = whole
     groups = moments(events)
     seed = 20
     print(f"seed {seed}")
     draw = random.Random(seed)
-    chosen = draw.sample(groups["save"], 8) + draw.sample(groups["rotation"], 3) + draw.sample(groups["rest"], 5)
-    chosen += draw.sample(groups["export"], 4)
-    for number in sorted(chosen):
+    for number in sorted(each for group, count in moments_of.items() for each in draw.sample(groups[group], count)):
         ended = interrupted(recipe, tmp_path / "run", number)
         assert ended.code == -signal.SIGKILL, (events[number], ended.output)
         assert_resumes_to(recipe, tmp_path / "run", run)

@@ -139,7 +139,8 @@ def _check_cost(case: str, output: str, run: Path) -> None:
     assert report["trainable_parameters"] == trained
 
 
-@pytest.mark.parametrize("case", ["eva-ranks", pytest.param("lora_ga", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["eva-ranks", "lora_ga"])
 def test_two_processes_start_as_one(case: str, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_llama, case)
     one, two = train_in_child(recipe, tmp_path / "one"), run_two(TORCHRUN, recipe, tmp_path / "two")
@@ -150,7 +151,10 @@ def test_two_processes_start_as_one(case: str, tiny_llama: Path, tmp_path: Path)
     assert plans[0]["targets"] == plans[1]["targets"]
 
 
-@pytest.mark.parametrize("case", ["pissa", "lora_ga", "eva-ranks", "loftq-nf4"])
+@pytest.mark.parametrize(
+    "case",
+    ["eva-ranks", "loftq-nf4", *(pytest.param(case, marks=pytest.mark.slow) for case in ("pissa", "lora_ga"))],
+)
 def test_the_folder_alone_is_enough(case: str, tiny_llama: Path, tmp_path: Path) -> None:
     """eval, generate and merge see plain LoRA; peft computes the same logits on a dense base."""
     if "nf4" in case:

@@ -54,16 +54,22 @@ def plan_of(recipe: Path, *overrides: str) -> Any:
     return make_plan(load_recipe(recipe, overrides), device=CPU)[0]
 
 
+STORED = (  # and how many files are kept
+    (["model.dtype=float32"], 0),  # the base's own files are mapped
+    (["model.dtype=bfloat16"], 1),  # they hold another dtype than is computed
+    (["model.dtype=bfloat16", "model.quantization=nf4"], 1),
+    (["model.quantization=int8_weight_only"], 1),
+)
+
+
 @pytest.mark.parametrize(
-    ("storage", "files"),
+    ("storage", "files", "tier"),
     [
-        (["model.dtype=float32"], 0),  # the base's own files are mapped
-        (["model.dtype=bfloat16"], 1),  # they hold another dtype than is computed
-        (["model.dtype=bfloat16", "model.quantization=nf4"], 1),
-        (["model.quantization=int8_weight_only"], 1),
+        pytest.param(*stored, tier, marks=[pytest.mark.slow] if (number + (tier == "host")) % 2 else [])
+        for number, stored in enumerate(STORED)
+        for tier in ("disk", "host")
     ],
 )
-@pytest.mark.parametrize("tier", ["disk", "host"])
 def test_a_streamed_run_leaves_the_same_files(
     tmp_path: Path, model: Path, kept: Path, storage: list[str], files: int, tier: str
 ) -> None:

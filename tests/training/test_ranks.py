@@ -91,6 +91,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_lost_rank_is_named(recipe: Path, tmp_path: Path) -> None:
     script, run = tmp_path / "dying.py", tmp_path / "run"
     script.write_text(DYING)

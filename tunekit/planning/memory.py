@@ -143,7 +143,7 @@ def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int |
         return "every layer but the last: the step needs more memory than is free"
     if available is None:
         return "none: the system does not tell how much memory is free"
-    return "the fewest with which the step fits" if choice.checkpointed_layers else "none: the step fits without"
+    return "the fewest with which the step fits" if choice.checkpointed_layers else "none; the step fits without it"
 
 
 def _budget_reasons(

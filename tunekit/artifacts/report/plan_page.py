@@ -22,7 +22,7 @@ def facts(plan: Plan) -> dict[str, object]:
     about = "about " if rows.estimated else ""
     return {
         "model": f"{model.model_type}, {model.layers} layers, computed in {model.dtype} on {plan.device}",
-        "weights": "as they are" if model.quantization == "none" else model.quantization,
+        "weights": "not quantized" if model.quantization == "none" else model.quantization,
         "parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} trained ({share:.2%})",
         "rows": f"{rows.trained:,} of {rows.read:,} ({rows.dropped:,} dropped, {rows.truncated:,} truncated)",
         "tokens": f"{about}{rows.tokens:,} an epoch; {about}{plan.supervised_tokens:,} supervised in the run",

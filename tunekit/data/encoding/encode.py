@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,12 +18,10 @@ from tunekit.contracts import Objective, Row, RowLayout
 from tunekit.data.encoding.outcomes import Dropped, MakeExample, Outcome
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
-from tunekit.recipe.names import facts_of, formats_of
 
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
 TOO_LONG = "longer than max_length"
-NAMED = "the recipe says so"
 
 
 @dataclass
@@ -54,31 +52,6 @@ class Encoded(NamedTuple):
     line: int
     number: int  # of the row in its source, from 0
     digest: int  # of the whole row, so that its pieces stay together
-
-
-def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[str, str]:
-    """The format of a source and why, from its first row; of those that give this kind of example.
-
-    Raises: DataError listing the formats' fields.
-    """
-    fitting = formats_of(example)
-    if named not in ("auto", *fitting):
-        raise DataError(f"the objective does not learn from the format {named}", f"its formats: {', '.join(fitting)}")
-    if named != "auto":
-        return named, NAMED
-    if "chosen" in values and "rejected" in values and example != "preference":
-        what = "the first row has 'chosen' and 'rejected': preference pairs"
-        raise DataError(what, "choose an objective that learns from them, such as dpo")
-    for name in fitting:
-        required = facts_of("formats", name).REQUIRED
-        if all(field in values for field in required):
-            return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
-    there = ", ".join(f"'{name}'" for name in values) or "no fields"
-    wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
-    raise DataError(
-        f"the first row has {there}, which is no known format ({wanted})",
-        "set data.train[].format, or map columns to these fields under data.train[].columns",
-    )
 
 
 def format_maker(name: str) -> MakeExample:

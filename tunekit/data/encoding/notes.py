@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunekit.data.encoding.encode import NAMED, NO_TARGET_LEFT, TOO_LONG, SourceCounts
+from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG, SourceCounts
+from tunekit.data.reading.first import NAMED
 from tunekit.recipe.names import facts_of
 
 WARNING = "warning: "

@@ -9,20 +9,19 @@ from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tunekit.contracts import Objective
 from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, choose_format, encode_rows, format_maker
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
 from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
-from tunekit.data.reading.lines import RawRow
+from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.source import hub_fingerprint, is_hub_name, read_source
+from tunekit.data.reading.source import hub_fingerprint, is_hub_name
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.cache_folder import code_version, default_cache_folder, hash_of
 from tunekit.formats.example import Example
@@ -117,21 +116,6 @@ def _encode_into(writer: StoreWriter, source: Source, objective: Objective, opti
     dropped, columns = dict(counts.dropped), filled_columns(first.values)
     values = (format_name, reason, columns, {**vars(counts), "dropped": dropped}, dict(encoder.encoder.notices))
     return dict(zip(FACTS, values, strict=True))
-
-
-def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], RawRow, str, str]:
-    """The raw rows of a source, the first of them, its format and why. Raises: DataError where there is no row."""
-    rows = read_source(source, problems)
-    first = next(rows, None)
-    if first is None:
-        problems.raise_if_any()
-        raise DataError("there is no row in it", "", file=source.path)
-    try:
-        format_name, reason = choose_format(source.format, first.values, example)
-    except DataError as error:
-        problem = error.problems[0]
-        raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
-    return chain([first], rows), first, format_name, reason
 
 
 def read_examples(source: Source, objective: Objective, numbers: Container[int]) -> Iterator[tuple[int, Example]]:

@@ -1,0 +1,66 @@
+"""The first row of a source decides its format.
+
+Comes in: a Source and the kind of example that an objective learns from.  Goes out: RawRows, the format and why.
+Imports neither numpy nor torch: validate asks it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from tunekit.data.reading.lines import RawRow
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.source import read_source
+from tunekit.errors import DataError
+from tunekit.recipe.data import Source
+from tunekit.recipe.names import facts_of, formats_of
+
+NAMED = "the recipe says so"
+ASKED, TOLD = ("question", "query", "input", "prompt"), ("answer", "response", "output", "completion", "target")
+
+
+def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], RawRow, str, str]:
+    """The raw rows of a source, the first of them, its format and why. Raises: DataError where there is no row."""
+    rows = read_source(source, problems)
+    first = next(rows, None)
+    if first is None:
+        problems.raise_if_any()
+        raise DataError("there is no row in it", "", file=source.path)
+    try:
+        format_name, reason = choose_format(source.format, first.values, example)
+    except DataError as error:
+        problem = error.problems[0]
+        raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
+    return chain([first], rows), first, format_name, reason
+
+
+def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[str, str]:
+    """The format of a source and why, from its first row; of those that give this kind of example.
+
+    Raises: DataError listing the formats' fields.
+    """
+    fitting = formats_of(example)
+    if named not in ("auto", *fitting):
+        raise DataError(f"the objective does not learn from the format {named}", f"its formats: {', '.join(fitting)}")
+    if named != "auto":
+        return named, NAMED
+    if "chosen" in values and "rejected" in values and example != "preference":
+        what = "the first row has 'chosen' and 'rejected': preference pairs"
+        raise DataError(what, "choose an objective that learns from them, such as dpo")
+    for name in fitting:
+        required = facts_of("formats", name).REQUIRED
+        if all(field in values for field in required):
+            return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
+    there = ", ".join(f"'{name}'" for name in values) or "no fields"
+    wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
+    raise DataError(f"the first row has {there}, which is no known format ({wanted})", _mapped(values, fitting))
+
+
+def _mapped(values: Mapping[str, Any], fitting: Sequence[str]) -> str:
+    """How to read a row of such columns: by a mapping that its names suggest, if they do."""
+    asked, told = (next((name for name in names if name in values), None) for names in (ASKED, TOLD))
+    if asked and told and "prompt_completion" in fitting:
+        return f"write {{path: FILE, columns: {{{asked}: prompt, {told}: completion}}}} for it"
+    return "write {path: FILE, format: NAME} for it, or columns: {COLUMN: FIELD} in place of the format"
