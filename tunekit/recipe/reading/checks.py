@@ -166,8 +166,8 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
             draft.add_problem(key, f"unknown metric '{name}'", did_you_mean(name, known, "known metrics"))
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
-        elif what := unmeasurable(name, objective.sums, chosen=chosen):
-            draft.add_problem(key, what, "leave it out")
+        elif why := unmeasurable(name, objective.sums, chosen=chosen):
+            draft.add_problem(key, why, "leave it out")
     best = (evaluation.best or "eval.loss").removeprefix("eval.")
     if best != "loss" and best not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
         how = f"add {best} to evaluation.metrics" if best in known else did_you_mean(best, known, "known metrics")
