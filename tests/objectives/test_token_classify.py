@@ -96,7 +96,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_a_run_learns_and_is_used_by_every_verb(base: Path, tmp_path: Path) -> None:
-    run = train(write_recipe(tmp_path, base, training={"epochs": 40, "learning_rate": 0.02}))
+    run = train(write_recipe(tmp_path, base, training={"epochs": 25}))
     evaluate_verb(str(run), None, None, None, [], str(tmp_path / "after.json"), [])
     after = json.loads((tmp_path / "after.json").read_text("utf-8"))
     assert after["token_accuracy"] == after["span_f1"] == 1.0

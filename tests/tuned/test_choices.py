@@ -190,6 +190,11 @@ def test_wrong_choices_are_named(tmp_path: Path, evaluation: dict[str, Any], sai
         assert caught.value.exit_code == 2
 
 
+def test_answers_that_only_generate_chooses_from_need_no_evaluation_rows(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, write_tiny_llama(tmp_path / "base"), best=None)
+    raise_refusals(make_plan(load_recipe(recipe, ["~data.eval"]), device=CPU)[0])
+
+
 def test_a_metric_of_labels_needs_choices(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, write_tiny_llama(tmp_path / "base"), choices=None, best=None)
     with pytest.raises(TunekitError, match=r"--metric: the metric accuracy needs confusion.*evaluation\.choices"):

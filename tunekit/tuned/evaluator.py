@@ -130,7 +130,7 @@ def asked_of(
 def check_choices(rows: RowSet, settings: EvaluationSection, data: DataSection) -> None:
     """Before a model is loaded. Raises: DataError naming each evaluation row whose answer is no choice."""
     choices = choices_of(settings, rows.objective, data)
-    if choices is not None:
+    if choices is not None and rows.evaluation is not None:
         of_every_row(rows.evaluation_examples(), lambda row: choices.place_of(row.example))
 
 
