@@ -53,9 +53,14 @@ def bert(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["bert", "llama"])
+@pytest.fixture
 def base(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+def bases(quick: str, slow: str) -> pytest.MarkDecorator:
+    """One base in the quick tier, the other in the slow one."""
+    return pytest.mark.parametrize("base", [quick, pytest.param(slow, marks=pytest.mark.slow)], indirect=True)
 
 
 def sentences(count: int) -> list[list[str]]:
@@ -95,8 +100,9 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@bases("bert", "llama")
 def test_a_run_learns_and_is_used_by_every_verb(base: Path, tmp_path: Path) -> None:
-    run = train(write_recipe(tmp_path, base, training={"epochs": 25}))
+    run = train(write_recipe(tmp_path, base, training={"epochs": 20}))
     evaluate_verb(str(run), None, None, None, [], str(tmp_path / "after.json"), [])
     after = json.loads((tmp_path / "after.json").read_text("utf-8"))
     assert after["token_accuracy"] == after["span_f1"] == 1.0
@@ -121,6 +127,7 @@ def test_a_run_learns_and_is_used_by_every_verb(base: Path, tmp_path: Path) -> N
     assert answer(again, ["rome is"]) == ["B-LOC O"]
 
 
+@bases("llama", "bert")
 def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base, training={"learning_rate": 2e-3, "epochs": None, "max_steps": STEPS})
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
@@ -161,10 +168,12 @@ def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) ->
     assert ours == pytest.approx(found, rel=1e-5)
 
 
+@bases("llama", "bert")
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
     dropping = {"adapter": {"dropout": 0.1}}
-    whole = train(write_recipe(tmp_path / "whole", base, **dropping))
-    recipe = write_recipe(tmp_path / "parts", base, **dropping, training={"save_steps": 5})
+    short = {"epochs": 1}
+    whole = train(write_recipe(tmp_path / "whole", base, **dropping, training=short))
+    recipe = write_recipe(tmp_path / "parts", base, **dropping, training={**short, "save_steps": 2})
     run = train(recipe)
     (run / "status.json").unlink()
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
@@ -174,10 +183,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> N
     assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
+@bases("llama", "bert")
 def test_the_batch_size_is_a_memory_knob(base: Path, tmp_path: Path) -> None:
-    slow = {"learning_rate": 2e-3, "epochs": 2}
-    one = train(write_recipe(tmp_path / "one", base, training=slow))
-    changed = {**slow, "micro_batch_size": 2, "gradient_accumulation_steps": 3}
+    short = {"learning_rate": 2e-3, "epochs": 1}
+    one = train(write_recipe(tmp_path / "one", base, training=short))
+    changed = {**short, "micro_batch_size": 2, "gradient_accumulation_steps": 3}
     other = train(write_recipe(tmp_path / "other", base, training=changed))
     assert losses(one) == pytest.approx(losses(other), rel=1e-5)
 
