@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -27,6 +28,7 @@ from tunekit.metrics.classes import class_facts, counts_of
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
+from tunekit.objectives.choices import Answer, Question, split_question
 from tunekit.objectives.confusion import label_sums
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
@@ -113,6 +115,21 @@ def test_scores_are_compared_as_asked_and_answers_encoded_once(tmp_path: Path) -
     for name, sizes in lengths.items():  # a byte is a token here; the blank before an answer and its end are tokens
         found = choice_scores(model, made, Choices(ANSWERS, name), questions, make_devices(), batch_size=4)
         assert torch.allclose(found, plain / torch.tensor(sizes), rtol=1e-6)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("most", "held"), [(0, [1, 1, 1, 1]), (24, [3, 1]), (29, [4]), (40, [4])])
+def test_no_sequence_is_larger_than_asked(most: int, held: list[int], apart: bool) -> None:
+    answers = tuple(Answer((1,) * size, (True,) * size) for size in (3, 5, 2, 9))
+    question = Question(np.arange(10), answers, "rows:1")
+    rows = list(split_question(question, 2, most, apart=apart))
+    assert np.concatenate([row.parts["cells"] for row in rows]).tolist() == [8, 9, 10, 11]
+    counts = [len(row.parts["lengths"]) for row in rows]
+    assert apart or counts == held
+    assert all(row.size <= max(most, question.longest) for row in rows)
+    if apart:  # each answer with the prompt before it, all as wide as the widest
+        widths = [10 + int(row.parts["lengths"].max()) for row in rows]
+        assert [row.size for row in rows] == [count * width for count, width in zip(counts, widths, strict=True)]
 
 
 def write_recipe(folder: Path, base: Path, **evaluation: Any) -> Path:
