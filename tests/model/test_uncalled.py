@@ -18,7 +18,11 @@ IDS = torch.arange(3, 20)[None]
 
 
 @pytest.mark.parametrize(
-    ("model_type", "expected"), [("mamba", {"dt_proj"}), ("jamba", {"dt_proj"}), ("bloom", set()), ("llama", set())]
+    ("model_type", "expected"),
+    [
+        *[("mamba", {"dt_proj"}), ("jamba", {"dt_proj"}), ("bloom", set()), ("llama", set())],
+        ("gemma3n_text", {"prediction_coefs", "correction_coefs"}),
+    ],
 )
 def test_they_are_read_from_the_code(model_type: str, expected: set[str]) -> None:
     with torch.device("meta"):
