@@ -181,10 +181,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="draw from the top share P")] = None,
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="draw from the K likeliest tokens")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
-    choices: Annotated[
-        str | None,
-        typer.Option("--choices", metavar="LIST", help="'[yes, no]': answer with one of these; as evaluation.choices"),
-    ] = None,
+    choices: Annotated[str | None, typer.Option(metavar="LIST", help="answer with one of '[yes, no]'")] = None,
 ) -> None:
     """Generate answers: plain text for --prompt, one JSON object a line for several prompts."""
     asked = (target, base, prompt, prompts, overrides or [])

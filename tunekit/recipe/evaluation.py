@@ -39,7 +39,7 @@ def _choices(value: object) -> Any:
     return texts
 
 
-ANSWERS = {"type": "array", "minItems": 2, "items": {"type": ["string", "integer"]}}
+ANSWERS = {"type": "array", "minItems": 2, "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}
 Choices = Annotated[
     Several[Text] | Literal["from_data"] | None,
     BeforeValidator(_choices),
