@@ -111,15 +111,19 @@ def _text_type(config: Any) -> str:
 
 
 def may_be_packed(net: nn.Module) -> bool:
-    """Whether the net keeps the rows of a sequence apart, as far as its code shows: it attends document by document, or
-    its mask is made from the positions."""
+    """Whether the net may keep the rows of a sequence apart: it attends document by document, or its mask is made from
+    the positions, or nothing can be told without values."""
     from transformers import masking_utils
 
     name, asked = "find_packed_sequence_indices", list[bool]()
     if str(cast(Any, net).config._attn_implementation).endswith(SUFFIX) or not hasattr(masking_utils, name):
         return True
+    try:
+        trial = _trial_of(net)
+    except Exception:  # the model's own code
+        return True
     with suppress(Exception), replaced(vars(masking_utils), **{name: lambda positions: asked.append(True)}):
-        _try_without_values(net)
+        trial()
     return bool(asked)
 
 
@@ -131,18 +135,23 @@ def _runs(net: nn.Module) -> bool:
     if type(net) not in _tried:
         _tried[type(net)] = False
         with suppress(Exception), calling(Call(segments=Segments(((3, 2),)))), known_documents():
-            _try_without_values(net)
+            _trial_of(net)()
             _tried[type(net)] = True
     return _tried[type(net)]
 
 
-def _try_without_values(net: nn.Module) -> None:
-    """A forward of 5 tokens. Raises: whatever the model's own code raises."""
-    config, base = cast(Any, net).config, cast(Any, type(net))
-    with torch.device("meta"), torch.no_grad():
-        trial = base._from_config(config, dtype=torch.bfloat16)  # the one in which experts' kernels run there
-        ids = torch.zeros(1, 5, dtype=torch.int64)
-        trial(input_ids=ids, position_ids=ids, use_cache=False)
+def _trial_of(net: nn.Module) -> Callable[[], object]:
+    """A forward of 5 tokens through a net of this kind without values; it raises whatever the model's code raises."""
+    config, kind = cast(Any, net).config, cast(Any, type(net))
+    with torch.device("meta"):
+        trial = kind._from_config(config, dtype=torch.bfloat16)  # the one in which experts' kernels run there
+
+    def run() -> None:
+        with torch.device("meta"), torch.no_grad():
+            ids = torch.zeros(1, 5, dtype=torch.int64)
+            trial(input_ids=ids, position_ids=ids, use_cache=False)
+
+    return run
 
 
 @cache

@@ -32,8 +32,8 @@ PROVEN = frozenset(
         *("t5", "mt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"),
     ]
 )
-# Families whose layers give a tuple, and how many tensors follow the hidden states in it.
-ONE_MORE = ("bamba", "bloom", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "mpt")
+# Families whose layers give a tuple or a list, and how many tensors follow the hidden states in it.
+ONE_MORE = ("bamba", "bloom", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "mpt", "openai-gpt")
 SIDE_OUTPUTS = {"t5": 2, "mt5": 2, **dict.fromkeys(ONE_MORE, 1)}
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # settings that leave out layers at random
 
@@ -73,7 +73,7 @@ class StageLayer(nn.Module):
     def forward(self, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         arguments = [_value(argument) for argument in call.arguments]
         output = self.layer(hidden, *arguments, **{name: _value(each) for name, each in call.keywords.items()})
-        if isinstance(output, tuple):
+        if isinstance(output, tuple | list):
             output, *others = output
             for side, other in zip(call.side_outputs, others, strict=False):
                 if side is not None:

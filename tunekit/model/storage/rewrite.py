@@ -207,7 +207,7 @@ class Rewriter:
         if absent:
             raise ModelError(
                 f"the base's files hold no tensor {absent[0]}, which the adapter changes ({len(absent)} such)",
-                "this base stores it in another form, into which nothing can be merged",
+                "it stores that in another form, into which nothing can be merged: use the adapter with its base",
             )
 
     def unties(self, changes: Changes) -> bool:
