@@ -34,9 +34,10 @@ class TokenClassifierFamily(ClassifierFamily):
         return True
 
     def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(B, T, C). An encoder counts positions itself: some begin at another number than 0."""
-        kept = inputs if self.decoder(net) else {name: each for name, each in inputs.items() if name != "position_ids"}
-        return Family.logits(self, net, kept)
+        """(B, T, C). A decoder needs no mask, since padding comes last, and tells rows of one line apart by their
+        positions; an encoder counts positions itself: some begin at another number than 0."""
+        left_out = "attention_mask" if self.decoder(net) else "position_ids"
+        return Family.logits(self, net, {name: value for name, value in inputs.items() if name != left_out})
 
     def scores(self, net: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         """(T, C) float32."""
