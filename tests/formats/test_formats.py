@@ -172,6 +172,58 @@ def test_preference_says_what_is_wrong(row: dict[str, Any], said: str) -> None:
         make("preference", row)
 
 
+ANSWERED = {"completion": "a", "label": True}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", **ANSWERED}, ("q", "a")),
+        (
+            {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "a"}], "label": True},
+            (turns("q"), turns("a")),
+        ),
+        ({"prompt": "q", "completion": None, "label": True}, ("q", "")),
+        (
+            {"instruction": "q", "input": "x", "output": "a", "system": "s", "kto_tag": True},
+            ((*turns("s"), Message("user", "q\nx")), turns("a")),
+        ),
+        ({**CHAT, "label": True}, (turns("q"), turns("a"))),
+        ({**SHARE, "kto_tag": True}, (turns("q"), turns("a"))),
+        ({"question": "q", **ANSWERED}, (turns("q"), turns("a"))),
+        ({"completion": CHAT["messages"], "label": True}, (turns("q"), turns("a"))),
+    ],
+)
+def test_unpaired(row: dict[str, Any], expected: tuple[Any, Any]) -> None:
+    found = make("unpaired", row)
+    assert (found.prompt, found.completion, found.label) == (*expected, True)
+    assert choose_format("auto", row, "unpaired")[0] == "unpaired"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "q", "completion": "a", "label": 1}, "'label' must be true or false, not '1'"),
+        ({"prompt": "q", "completion": "a", "label": None}, "'label' must be true or false, not 'None'"),
+        ({"prompt": "q", "completion": "a"}, "no field 'label'"),
+        ({"prompt": "q", "label": True}, "no field 'completion'"),
+        ({"messages": [ASKED], "label": True}, "no field 'completion'"),
+        ({"prompt": "q", **ANSWERED, "kto_tag": False}, "'label' and 'kto_tag' are one thing"),
+    ],
+)
+def test_unpaired_says_what_is_wrong(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        make("unpaired", row)
+
+
+@pytest.mark.parametrize("margin", ["0.5", True, float("nan")])
+def test_a_margin_is_a_number(margin: Any) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert make("preference", {**pair, "margin": 2}).margin == 2.0
+    with pytest.raises(DataError, match="'margin' must be a number"):
+        make("preference", {**pair, "margin": margin})
+
+
 def test_pairs_are_told_from_other_rows() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert choose_format("auto", row, "preference")[0] == "preference"

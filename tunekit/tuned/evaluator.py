@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from tunekit.contracts import Batch, Objective, Rows
@@ -25,7 +27,7 @@ from tunekit.recipe.names import facts_of, needs_generation
 from tunekit.tuned.answers import answer_questions, text_metrics
 from tunekit.tuned.choices import Choices, choice_scores, choice_sums, make_questions, of_every_row
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.scores import EvaluationSums, summed_evaluation
+from tunekit.tuned.scores import EvaluationSums, summed_evaluation, undisturbed
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class Evaluator:
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Raises: EvaluationStopped where `stop` says so."""
-        batches = evaluation_batches(self.rows, self.objective, batch_size=self.settings.batch_size)
-        sums = summed_evaluation(self.model, self.objective, batches, self.devices, stop, self.on_split)
+        batches = partial(evaluation_batches, self.rows, self.objective, batch_size=self.settings.batch_size)
+        mine = islice(batches(), self.devices.rank, None, self.devices.world)
+        with undisturbed(self.model):
+            objective = self.objective.measuring(self.model, self.rows, mine, self.devices.gather)
+        sums = summed_evaluation(self.model, objective, batches(), self.devices, stop, self.on_split)
         choices, labels = self.asked.choices, self.objective.facts.get("labels")
         always = (*self.objective.metrics, *(CHOICE_METRICS if choices else ()))
         if choices is not None:

@@ -50,8 +50,9 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
         what = "the first row has 'chosen' and 'rejected': preference pairs"
         raise DataError(what, "choose an objective that learns from them, such as dpo")
     for name in fitting:
-        required = facts_of("formats", name).REQUIRED
-        if all(field in values for field in required):
+        facts = facts_of("formats", name)
+        aliases, required = getattr(facts, "ALIASES", {}), facts.REQUIRED
+        if {aliases.get(field, field) for field in values} >= set(required):
             return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)

@@ -166,6 +166,10 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
             draft.add_problem(key, f"unknown metric '{name}'", did_you_mean(name, known, "known metrics"))
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
+        elif needs_generation(name) and not objective.answers:
+            draft.add_problem(
+                key, f"the metric {name} needs answers, and this objective's model gives none", "remove it"
+            )
         elif why := unmeasurable(name, objective.sums, chosen=chosen):
             draft.add_problem(key, why, "leave it out")
     best = (evaluation.best or "eval.loss").removeprefix("eval.")
