@@ -186,6 +186,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> N
     assert (run / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow  # quickly, halves of a batch add up to it in tests/contract
 @bases("llama", "bert")
 def test_the_batch_size_is_a_memory_knob(base: Path, tmp_path: Path) -> None:
     short = {"learning_rate": 2e-3, "epochs": 1}
