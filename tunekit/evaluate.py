@@ -89,7 +89,8 @@ def _data_section(target: Target, overrides: Sequence[str]) -> DataSection:
     if (own is None or own.eval is None) and not any(text.startswith("data.eval") for text in overrides):
         whose = "this target has no recipe" if own is None else "the recipe has no data.eval"
         raise InputError(f"there is nothing to evaluate on: {whose}", "give the rows with --data FILE")
-    section = override_data(own, overrides)
+    objective = None if target.recipe is None else target.recipe.objective.method
+    section = override_data(own, overrides, objective)
     if section.chat_template is None and own is None and target.template_file is not None:
         return section.model_copy(update={"chat_template": str(target.template_file)})
     return section

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tunekit.data.encoding.encode import format_maker
-from tunekit.data.reading.first import choose_format
+from tunekit.data.reading.first import choose_format, open_rows
+from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, CompletionExample, Message, TextExample
+from tunekit.recipe.data import Source
 from tunekit.recipe.names import facts_of, known_names
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -222,6 +225,16 @@ def test_a_margin_is_a_number(margin: Any) -> None:
     assert make("preference", {**pair, "margin": 2}).margin == 2.0
     with pytest.raises(DataError, match="'margin' must be a number"):
         make("preference", {**pair, "margin": margin})
+
+
+def test_a_pair_is_two_unpaired_rows(tmp_path: Path) -> None:
+    pairs = [{"chosen": "Q: x? A: yes", "rejected": "Q: x? A: no"}, {"prompt": "q", **ANSWERED}]
+    (tmp_path / "d.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs), encoding="utf-8")
+    rows, _, name, reason = open_rows(Source(path=str(tmp_path / "d.jsonl")), "unpaired", Problems())
+    found = [(raw.line, make(name, raw.values)) for raw in rows]
+    answers = [(line, example.prompt, example.completion, example.label) for line, example in found]
+    assert answers == [(1, "Q: x? A:", " yes", True), (1, "Q: x? A:", " no", False), (2, "q", "a", True)]
+    assert reason == "the first row is a pair; each makes two rows"
 
 
 def test_pairs_are_told_from_other_rows() -> None:

@@ -64,6 +64,11 @@ def make_example(row: Mapping[str, Any]) -> PreferenceExample:
     return PreferenceExample(prompt, chosen, rejected, tools=read_tools(row.get("tools")), margin=_read_margin(row))
 
 
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row has two answers, one of which says something."""
+    return all(name in row for name in REQUIRED) and any(row[name] is not None for name in REQUIRED)
+
+
 def conversation(row: Mapping[str, Any], prompt: Said, *answers: Said) -> tuple[Said, ...]:
     """The prompt after the row's system text, then its answers: all of them texts, or all of them turns."""
     if not all(isinstance(said, str) for said in (prompt, *answers)):

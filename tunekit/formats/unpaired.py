@@ -1,7 +1,8 @@
 """`format: unpaired`: an answer and whether it is a good one, `{"prompt": ..., "completion": ..., "label": true}`.
 
 Comes in: one row; texts or lists of messages.  Goes out: UnpairedExample.  LLaMA-Factory's rows (instruction and
-output, or a conversation whose last turn is the answer, and kto_tag) and Axolotl's (question) are turns, as there.
+output, or a conversation whose last turn is the answer, and kto_tag) and Axolotl's (question) are turns, as there. A
+preference pair is two such rows.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunekit.errors import DataError
+from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
 from tunekit.formats.fields import read_value
-from tunekit.formats.preference import PROMPTS, AskedExample, Said, conversation, read_prompt, read_side
+from tunekit.formats.preference import AskedExample, Said, conversation, is_pair, read_prompt, read_side
 
 ALIASES = {"kto_tag": "label", "output": "completion", "messages": "conversations"}
 DESCRIPTION = "prompt, completion: text or messages; label: true or false; system, tools: optional"
-FIELDS = (*PROMPTS, "input", "completion", "label", "system", "tools", *ALIASES)
+FIELDS = (*preference.FIELDS, "completion", "label", *ALIASES)
 REQUIRED = ("label",)
 EXAMPLE = "unpaired"
 
@@ -32,6 +34,9 @@ class UnpairedExample(AskedExample):
 
 def make_example(row: Mapping[str, Any]) -> UnpairedExample:
     """The answer of a row, with its prompt. What says nothing is empty."""
+    if is_pair(row):  # which is read twice, with either label
+        pair, label = preference.make_example(row), read_value(row, "label")
+        return UnpairedExample(pair.prompt, pair.chosen if label else pair.rejected, label, tools=pair.tools)
     for name, field in ALIASES.items():
         if row.get(name) is not None and row.get(field) is not None:
             raise DataError(f"'{field}' and '{name}' are one thing", "keep one")

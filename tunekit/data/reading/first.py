@@ -14,6 +14,7 @@ from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError
+from tunekit.formats.preference import is_pair
 from tunekit.recipe.data import Source
 from tunekit.recipe.names import facts_of, formats_of
 
@@ -28,12 +29,21 @@ def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterato
     if first is None:
         problems.raise_if_any()
         raise DataError("there is no row in it", "", file=source.path)
+    rows = chain([first], rows)
+    if example == "unpaired" and is_pair(first.values) and source.format in ("auto", "unpaired"):
+        return _singles(rows), first, "unpaired", "the first row is a pair; each makes two rows"
     try:
-        format_name, reason = choose_format(source.format, first.values, example)
+        return rows, first, *choose_format(source.format, first.values, example)
     except DataError as error:
         problem = error.problems[0]
         raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
-    return chain([first], rows), first, format_name, reason
+
+
+def _singles(rows: Iterator[RawRow]) -> Iterator[RawRow]:
+    """Each pair as two rows, of the good answer and of the bad one."""
+    for row in rows:
+        labels = ({"label": label} for label in (True, False)) if is_pair(row.values) else ({},)
+        yield from (RawRow(row.line, {**row.values, **label}) for label in labels)
 
 
 def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[str, str]:
@@ -46,7 +56,7 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
         raise DataError(f"the objective does not learn from the format {named}", f"its formats: {', '.join(fitting)}")
     if named != "auto":
         return named, NAMED
-    if "chosen" in values and "rejected" in values and example != "preference":
+    if is_pair(values) and example != "preference":
         what = "the first row has 'chosen' and 'rejected': preference pairs"
         raise DataError(what, "choose an objective that learns from them, such as dpo")
     for name in fitting:

@@ -88,7 +88,8 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
     data, evaluation = sections.get("data"), sections.get("evaluation")
     objective = _objective_class(draft)
     if isinstance(data, DataSection):
-        _check_sources(draft, data, objective)
+        unknown = draft.values.get("objective", "") is None  # that of a model which is asked when it is loaded
+        _check_sources(draft, data, sorted(known_names("formats")) if unknown else formats_of(objective.example))
     if isinstance(evaluation, EvaluationSection):
         _check_metrics(draft, evaluation, objective)
     if isinstance(data, DataSection) and isinstance(evaluation, EvaluationSection) and data.eval is None:
@@ -114,11 +115,11 @@ def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
     return found  # type: ignore[no-any-return]
 
 
-def _check_sources(draft: Draft, data: DataSection, objective: type[ObjectiveSettings]) -> None:
+def _check_sources(draft: Draft, data: DataSection, formats: Sequence[str]) -> None:
     evaluation = data.eval if isinstance(data.eval, tuple) else ()
     for name, sources in (("train", data.train), ("eval", evaluation)):
         for index, source in enumerate(sources):
-            _check_source(draft, ("data", name, index), source, formats_of(objective.example))
+            _check_source(draft, ("data", name, index), source, formats)
     streamed = [index for index, source in enumerate(data.train) if source.streaming]
     if streamed:
         _check_streaming(draft, ("data", "train", streamed[0], "streaming"), data)
