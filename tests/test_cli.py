@@ -101,7 +101,9 @@ def test_validate_looks_for_every_file_that_the_recipe_names(
     assert format_of_other.startswith(
         "/recipe.yaml:7: data.train.3.path: /other.jsonl:1: the first row has 'question', "
     )
-    assert format_of_other.endswith("write {path: FILE, columns: {question: prompt, answer: completion}} for it")
+    assert (
+        "write {path: FILE, columns: {question: prompt, answer: completion}} for it; beside --data: " in format_of_other
+    )
     assert said == [
         "/recipe.yaml:1: model.name_or_path: /folder: no model there; check the path, or write a hub name",
         "/recipe.yaml:5: data.train.1.path: /rows.jsonl: no such file; check data.train and data.eval",

@@ -19,7 +19,7 @@ from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import COLUMNS, class_facts, confusion_table
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
-from tunekit.recipe.names import known_names, settings_class, unmeasurable
+from tunekit.recipe.names import known_names, settings_class, units_of, unmeasurable
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.fit import row_problems
@@ -57,8 +57,8 @@ def evaluate_verb(
     finally:
         devices.close()
     if devices.is_main:
-        sums = evaluation.sums
-        counts = {"rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": int(sums.values["units"])}
+        sums, units = evaluation.sums, units_of(loaded.objective.name).replace(" ", "_")
+        counts = {"rows": sums.rows, "tokens": sums.tokens, units: int(sums.values["units"])}
         values = {**evaluation.metrics, **counts}
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
         result: dict[str, Any] = {name: value for name, value in values.items() if math.isfinite(value)}

@@ -106,7 +106,7 @@ def test_a_run_learns_and_is_used_by_every_verb(base: Path, tmp_path: Path) -> N
     evaluate_verb(str(run), None, None, None, [], str(tmp_path / "after.json"), [])
     after = json.loads((tmp_path / "after.json").read_text("utf-8"))
     assert after["token_accuracy"] == after["span_f1"] == 1.0
-    assert after["supervised_tokens"] == sum(map(len, sentences(8)))
+    assert after["words"] == sum(map(len, sentences(8)))
     assert [line["label"] for line in after["classes"]["per_class"]] == ["LOC", "PER"]
     loaded = load_target(find_target(str(run), None, []), CPU)
     assert answer(loaded, ["anna berg is in rome", "berg is"]) == ["B-PER I-PER O O B-LOC", "I-PER O"]

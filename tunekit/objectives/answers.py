@@ -49,7 +49,10 @@ class AnswerEncoder(TextEncoder):
                 raise Dropped(reason)
             what = reason if reason == EQUAL else f"the row has {reason}"
             raise DataError(what, f"mend it, or write objective.{self.objective.unusable_key}: drop")
+        before = self.notices.copy()
         found = [self.renderer.sequence(example.answered(answer)) for answer in answers]
+        for notice, count in (self.notices - before).items():
+            self.notices[notice] -= count - 1  # a row that has it in each of its answers is one row
         sides = [(np.asarray(ids, np.int32), trained.astype(np.bool_)) for ids, trained in found]
         beside = {name: [getattr(example, name)] for name in self.objective.beside}
         return self.objective.make_row(sides, beside, origin)

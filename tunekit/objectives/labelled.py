@@ -82,7 +82,8 @@ class LabelObjective(TextObjective):
         same = self.head if set(self.head) == found else ()
         labels = self.labels or same or tuple(sorted(found, key=_by_number))
         if len(labels) < 2:
-            raise DataError(f"all rows have the label '{labels[0]}'", "classification needs two labels or more")
+            what = f"all rows of data.train have the label '{labels[0]}'"
+            raise DataError(what, "classification needs two labels or more")
         notes = [
             f"the label '{label}' occurs in the evaluation rows only" for label in labels if label in found - sets[0]
         ]

@@ -29,6 +29,7 @@ Label = Annotated[
 class LabelSettings(ObjectiveSettings):
     """Labels are those of the data unless they are listed."""
 
+    unit: ClassVar[str] = "label"
     sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion", "calibration")
     supervised: ClassVar[bool] = True
 

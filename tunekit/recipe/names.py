@@ -59,6 +59,12 @@ def unmeasurable(metric: str, sums: Iterable[str], *, chosen: bool) -> str | Non
     return f"the metric {metric} needs {absent}, which an evaluation of this objective does not give"
 
 
+def units_of(objective: str) -> str:
+    """What an objective's loss sums over: supervised tokens, pairs, labels."""
+    found: Any = settings_class("objectives", objective)
+    return f"{found.unit}s"
+
+
 def needs_generation(metric: str) -> bool:
     """Whether a known metric compares answers with references (else it follows from an objective's sums)."""
     return hasattr(facts_of("metrics", metric), "score")

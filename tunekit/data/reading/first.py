@@ -33,10 +33,12 @@ def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterato
     if example == "unpaired" and is_pair(first.values) and source.format in ("auto", "unpaired"):
         return _singles(rows), first, "unpaired", "the first row is a pair; each makes two rows"
     try:
-        return rows, first, *choose_format(source.format, first.values, example)
+        format_name, reason = choose_format(source.format, first.values, example)
     except DataError as error:
         problem = error.problems[0]
         raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
+    renamed = " once its columns are renamed" if source.columns and reason != NAMED else ""
+    return rows, first, format_name, reason + renamed
 
 
 def _singles(rows: Iterator[RawRow]) -> Iterator[RawRow]:
@@ -73,5 +75,6 @@ def _mapped(values: Mapping[str, Any], fitting: Sequence[str]) -> str:
     """How to read a row of such columns: by a mapping that its names suggest, if they do."""
     asked, told = (next((name for name in names if name in values), None) for names in (ASKED, TOLD))
     if asked and told and "prompt_completion" in fitting:
-        return f"write {{path: FILE, columns: {{{asked}: prompt, {told}: completion}}}} for it"
+        typed = f"data.eval.0.columns.{asked}=prompt data.eval.0.columns.{told}=completion"
+        return f"write {{path: FILE, columns: {{{asked}: prompt, {told}: completion}}}} for it; beside --data: {typed}"
     return "write {path: FILE, format: NAME} for it, or columns: {COLUMN: FIELD} in place of the format"

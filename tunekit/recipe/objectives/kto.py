@@ -16,6 +16,7 @@ class KtoSettings(ObjectiveSettings):
     """TRL's names and defaults."""
 
     example: ClassVar[str] = "unpaired"
+    unit: ClassVar[str] = "answer"
     reference: ClassVar[str] = "policy at step 0"
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *LOGGED)
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(

@@ -14,6 +14,7 @@ class TokenClassifySettings(LabelSettings):
 
     family: ClassVar[str] = "token_classifier"
     example: ClassVar[str] = "tags"
+    unit: ClassVar[str] = "word"
     sums: ClassVar[tuple[str, ...]] = (*LabelSettings.sums, "spans")
 
     method: Literal["token_classify"] = Field("token_classify", description="cross entropy on a tag for each word")
