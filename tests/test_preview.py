@@ -64,7 +64,7 @@ def test_the_screen_shows_rows_marks_and_counts(recipe: Path, capsys: pytest.Cap
     assert "\x1b" not in shown
     assert re.search(r"dropped: empty answer\s+1\b", shown)
     assert re.search(r"dropped: longer than max_length\s+1\b", shown)
-    assert re.search(r"trained-on tokens of an epoch\s+7\b", shown)
+    assert re.search(r"supervised tokens of an epoch\s+7\b", shown)
 
 
 class Page(HTMLParser):

@@ -106,7 +106,9 @@ def _combine_loras(console: Console, folders: list[Path], mixture: Mixture, fact
     combined = combine(loras, mixture)
     same = next((lora for lora in loras if lora.updates.keys() == combined.updates.keys()), loras[0])
     conv1d = any(lora.fan_in_fan_out for lora in loras)
-    write_lora(place, facts, replace(same, rest=combined.rest, fan_in_fan_out=conv1d), combined.updates)
+    parameters = frozenset[str]().union(*(lora.parameters for lora in loras))
+    like = replace(same, rest=combined.rest, fan_in_fan_out=conv1d, parameters=parameters)
+    write_lora(place, facts, like, combined.updates)
     ranks = sorted({update.rank for update in combined.updates.values()})
     console.info(f"{len(combined.updates)} layers of rank {', '.join(map(str, ranks))}")
     name, worst = combined.worst

@@ -181,10 +181,11 @@ def generate(
     top_p: Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="draw from the top share P")] = None,
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="draw from the K likeliest tokens")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
+    score: Annotated[str | None, typer.Option("--score", metavar="FILE", help="answers, for a reward model")] = None,
 ) -> None:
-    """Generate answers: plain text for --prompt, one JSON object a line for several prompts."""
+    """Generate answers: plain text for --prompt, one JSON object a line for several; or score answers."""
     asked = (target, base, prompt, prompts, overrides or [])
-    values = (*asked, max_new_tokens, temperature, top_p, top_k, seed)
+    values = (*asked, max_new_tokens, temperature, top_p, top_k, seed, score)
     _call(context, "tunekit.generate:generate_verb", *values)
 
 

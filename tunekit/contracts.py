@@ -6,7 +6,7 @@ Typing, numpy and torch only.  Letters: B batch, T tokens, D hidden, V vocabular
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -281,6 +281,9 @@ class Objective(Protocol):
 
     def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
         """The window with all that depends on the step; without gradient. `gather`: where all ranks' shares decide."""
+
+    def measuring(self, model: Any, rows: Rows, batches: Iterable[Batch], gather: Gather) -> Objective:
+        """The same objective with what all evaluation rows decide together; `batches`: this rank's, of all `rows`."""
 
     def units(self, batch: Batch) -> torch.Tensor:
         """(K,) float64: what the step's loss is divided by, known before the forward."""

@@ -17,7 +17,7 @@ from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
-from tunekit.recipe.names import known_names
+from tunekit.recipe.names import known_names, units_of
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.tuned.evaluator import Evaluator, questions_for
 from tunekit.tuned.fit import row_problems
@@ -73,7 +73,8 @@ def _data_section(target: Target, overrides: Sequence[str]) -> DataSection:
     if (own is None or own.eval is None) and not any(text.startswith("data.eval") for text in overrides):
         whose = "this target has no recipe" if own is None else "the recipe has no data.eval"
         raise InputError(f"there is nothing to evaluate on: {whose}", "give the rows with --data FILE")
-    section = override_data(own, overrides)
+    objective = None if target.recipe is None else target.recipe.objective.method
+    section = override_data(own, overrides, objective)
     if section.chat_template is None and own is None and target.template_file is not None:
         return section.model_copy(update={"chat_template": str(target.template_file)})
     return section
@@ -100,4 +101,5 @@ def evaluate_rows(
         template=template,
     )
     sums, values = evaluator.evaluate()
-    return {**values, "rows": sums.rows, "tokens": sums.tokens, "supervised_tokens": int(sums.values["units"])}
+    units = units_of(rows.objective.name).replace(" ", "_")
+    return {**values, "rows": sums.rows, "tokens": sums.tokens, units: int(sums.values["units"])}

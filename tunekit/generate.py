@@ -1,6 +1,7 @@
-"""`tunekit generate`: the answer of a target to one prompt, or to each line of a file.
+"""`tunekit generate`: the answer of a target to one prompt, or to each line of a file; of a reward model, its scores.
 
-Comes in: TARGET and --prompt, --prompts or standard input.  Goes out: text; for a file, one JSON object per line.
+Comes in: TARGET and --prompt, --prompts, --score or standard input.  Goes out: text; for a file, one JSON object per
+line.
 """
 
 from __future__ import annotations
@@ -9,15 +10,22 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, Sampling
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.encode import EncodeOptions, format_maker
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, InputError
 from tunekit.machine.devices import make_devices
+from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
+from tunekit.objectives.reward import Reward
+from tunekit.recipe.data import Source
 from tunekit.tuned.scores import undisturbed
 from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
@@ -33,12 +41,14 @@ def generate_verb(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
+    score: str | None = None,
 ) -> None:
-    """Generate. Raises: TunekitError, whose exit code the command line returns."""
-    if prompt is None and prompts is None and not sys.stdin.isatty():
+    """Generate, or score. Raises: TunekitError, whose exit code the command line returns."""
+    if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
         prompts = "-"
-    if (prompt is None) == (prompts is None):
-        raise InputError("give either --prompt TEXT or --prompts FILE, or prompts on standard input, one a line")
+    if sum(given is not None for given in (prompt, prompts, score)) != 1:
+        how = "give one of --prompt TEXT, --prompts FILE and --score FILE, or prompts on standard input, one a line"
+        raise InputError(how)
     given = [flag for flag, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)) if value is not None]
     if given and not temperature:
         what = f"without --temperature nothing is sampled, so {' and '.join(given)} would say nothing"
@@ -46,15 +56,19 @@ def generate_verb(
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     if max_new_tokens is not None:
         overrides = [*overrides, f"evaluation.max_new_tokens={max_new_tokens}"]
-    texts = [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
+    texts = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
     devices = make_devices()
     console = Console(enabled=devices.is_main)
     console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
-        answers = answer(load_target(found, devices.device), texts, sampling)
+        loaded = load_target(found, devices.device)
+        answers = answer(loaded, texts, sampling) if score is None else []
+        scores = [] if score is None else score_file(loaded, Path(score).absolute())
     finally:
         devices.close()
+    for row, value in scores:
+        console.json({**row, "score": value})
     if prompt is not None:
         console.write(f"{visible(answers[0])}\n")
         return
@@ -90,6 +104,34 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise DataError("has no text under 'prompt'", 'write {"prompt": "..."}', file=str(path), line=number)
     return str(value["prompt"])
+
+
+@torch.no_grad()
+def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], float]]:
+    """Each row of the file, a prompt with its answer or a conversation, and its score.
+
+    Raises: InputError where the target is no reward model; DataError naming every wrong row.
+    """
+    objective, model = loaded.objective, loaded.model
+    if not isinstance(objective, Reward):
+        raise InputError(f"it was made for {objective.name} and gives no scores", "name a model of objective: reward")
+    encoder = objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
+    problems, sequences, values = Problems(), list[list[int]](), list[dict[str, Any]]()
+    rows, _, format_name, _ = open_rows(Source(path=str(path)), "text", problems)
+    make_example = format_maker(format_name)
+    for raw in rows:
+        try:
+            sequences.append(encoder.renderer.sequence(make_example(raw.values))[0])
+            values.append(raw.values)
+        except Dropped as reason:
+            problems.add(str(path), raw.line, str(reason), "write an answer, or leave the row out")
+        except DataError as error:
+            problems.add_error(str(path), raw.line, error)
+    problems.raise_if_any()
+    check_vocabulary(loaded.tokenizer, model.base.text.vocabulary_size, max(map(max, sequences)))
+    check_prompts(sequences, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
+    with undisturbed(model):
+        return list(zip(values, objective.score(model, sequences, loaded.target.evaluation.batch_size), strict=True))
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def merge_verb(
         )
     if difference.running_loss is not None:
         console.info(
-            f"loss over all these tokens, prompts included: {difference.running_loss:.5f} running, "
-            f"{difference.merged_loss:.5f} merged"
+            f"mean loss over every one of these tokens, trained on or not: {difference.running_loss:.5f} with the "
+            f"adapter, {difference.merged_loss:.5f} merged"
         )
     console.info(f"written to {result.folder}")

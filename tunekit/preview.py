@@ -21,6 +21,7 @@ from tunekit.files.durable import write_text
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.names import units_of
 from tunekit.records import RowCounts
 
 TRAINED = "trained on"
@@ -51,24 +52,27 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
     console = Console()
     console.info(*written.rewrites, *loaded.notes)
     for row in shown:
-        console.info(f"\n{heading(row)}")
-        for part in loaded.objective.spans(row):
+        parts = loaded.objective.spans(row)
+        console.info(f"\n{heading(row, parts)}")
+        for part in parts:
             if part.title:
                 console.info(part.title)
             console.print_segments(segments(part, tokenizer))
-    console.info(
-        "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
-    )
-    facts = statistics(loaded)
+    if any(part.trained.any() for row in shown for part in loaded.objective.spans(row)):
+        console.info(
+            "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
+        )
+    facts = statistics(loaded, units_of(recipe.objective.method))
     console.table(["rows", "value"], facts)
     if html is not None:
         write_text(Path(html), page(shown, loaded.objective, tokenizer, facts, loaded.notes))
         console.info(f"written to {html}")
 
 
-def heading(row: Row) -> str:
+def heading(row: Row, parts: Sequence[Part]) -> str:
     """Where a row stands, and how much of it is trained on."""
-    return f"{row.origin}: {row.size} tokens, {row.supervised} of them trained on"
+    trained = sum(int(part.trained.sum()) for part in parts)
+    return f"{row.origin}: {row.size} tokens" + (f", {trained} of them trained on" if trained else "")
 
 
 def explain_tokens(part: Part, tokenizer: Tokenizer) -> list[Token]:
@@ -93,19 +97,20 @@ def segments(part: Part, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     return [(tokenizer.decode(part.ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairs]
 
 
-def statistics(rows: RowSet) -> list[tuple[str, object]]:
-    """Counts and lengths of the training rows, as names and values."""
+def statistics(rows: RowSet, units: str) -> list[tuple[str, object]]:
+    """Counts and lengths of the training rows, as names and values; the loss sums over `units`."""
     counts = rows.counts
     lengths = np.asarray(rows.train.lengths)  # (rows,)
     share = counts.supervised_tokens / max(counts.tokens, 1)
+    of_tokens = [("share trained on", f"{100 * share:.1f} %")] if "token" in units else []
     facts: list[tuple[str, object]] = [
         ("read", counts.read),
         ("trained on", counts.trained),
         *((f"dropped: {reason}", number) for reason, number in counts.dropped_reasons.items()),
         ("truncated", counts.truncated),
         ("tokens of an epoch", counts.tokens),
-        ("trained-on tokens of an epoch", counts.supervised_tokens),
-        ("share trained on", f"{100 * share:.1f} %"),
+        (f"{units} of an epoch", counts.supervised_tokens),
+        *of_tokens,
         ("shortest", int(lengths.min(initial=counts.longest_tokens))),
         ("median length", int(np.median(lengths))),
         ("95 % are no longer than", int(np.quantile(lengths, 0.95, method="higher"))),
@@ -145,7 +150,7 @@ def _row_section(row: Row, objective: Objective, tokenizer: Tokenizer) -> str:
         title = escape(f"{token.token_id}: {token.why}")
         spans.append(f'<span class="{"t" if token.trained else "n"}" title="{title}">{shown}</span>')
     titles = "".join(f"<p>{escape(visible(part.title))}</p>\n" for part in parts if part.title)
-    return f"<h2>{escape(visible(heading(row)))}</h2>\n{titles}<pre>{''.join(spans)}</pre>"
+    return f"<h2>{escape(visible(heading(row, parts)))}</h2>\n{titles}<pre>{''.join(spans)}</pre>"
 
 
 _PAGE = """<!doctype html>

@@ -148,6 +148,11 @@ class Plan:
     tries_longest_batch: bool = False  # before step 1
     trial_reason: str = ""
 
+    @property
+    def objective(self) -> str:
+        """The name of the recipe's objective."""
+        return str(self.recipe.get("objective", {}).get("method", "sft"))
+
 
 @dataclass(frozen=True)
 class StepRecord:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.report.write import write_report
-from tunekit.artifacts.run import RunFolder, is_finished
+from tunekit.artifacts.run import RunFolder
 from tunekit.console import Console
 from tunekit.console.progress import Progress
 from tunekit.errors import InputError
@@ -64,7 +64,7 @@ def train_verb(
             if dry_run:
                 with signals.at_once("in the dry run; nothing was written"):
                     result = _try_out(session)
-            elif devices.from_main(devices.is_main and resume and is_finished(path)):
+            elif devices.from_main(devices.is_main and resume and run_files.finished(session)):
                 console.info(f"{path} holds a finished run; nothing to do")
             else:
                 with run_files.locked_folder(session, path, resume, overwrite):

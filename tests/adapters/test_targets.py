@@ -146,7 +146,7 @@ def test_ranks_too_large_are_one_problem(llama: nn.Module) -> None:
         find(llama, r=40)
     (problem,) = caught.value.problems
     assert problem.what == "rank 40 is too large for 'model.layers.0.self_attn.k_proj' (16 x 32) and 13 more"
-    assert problem.how == "use at most 16"
+    assert problem.how == "use at most 16, or leave it out with exclude_modules: [k_proj]"
 
 
 def test_exclusion(llama: nn.Module) -> None:

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from tests.conftest import write_tiny_llama
 
 VOCABULARY, HIDDEN, LAYERS = 267, 64, 2
+LAYER_COUNTS = "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers"
 SAME: tuple[tuple[int, str], ...] = (  # a value, and the names under which configurations have it
     (VOCABULARY, "vocab_size"),
     (HIDDEN, "hidden_size d_model n_embd embed_dim word_embed_proj_dim embedding_size dim"),
@@ -23,7 +24,7 @@ SAME: tuple[tuple[int, str], ...] = (  # a value, and the names under which conf
         "intermediate_size ffn_dim n_inner ffn_hidden_size d_inner dim_ff encoder_ffn_dim decoder_ffn_dim"
         " intermediate_size_mlp dense_intermediate_size shared_intermediate_size",
     ),
-    (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers"),
+    (LAYERS, LAYER_COUNTS),
     (
         4,
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_local_experts"
@@ -47,45 +48,58 @@ SAME: tuple[tuple[int, str], ...] = (  # a value, and the names under which conf
     (8, "state_size mamba_d_state ssm_state_size"),
 )
 VALUES = {name: value for value, names in SAME for name in names.split()}
+STATES = {"mamba_n_heads": 8, "mamba_chunk_size": 16}  # of Mamba 2's kind: 8 heads of 16
+MIXED = {"layer_types": ["linear_attention", "full_attention"]} | {
+    f"linear_{name}": size
+    for name, size in (("key_head_dim", 16), ("value_head_dim", 16), ("num_key_heads", 2), ("num_value_heads", 4))
+}
 OWN: dict[str, dict[str, Any]] = {
+    "bamba": {**STATES, "attn_layer_indices": [1]},
     "deepseek_v2": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "doge": {"num_key_value_heads": 4},
+    "falcon_h1": {**STATES, "mamba_d_ssm": 128},
+    "gpt_neo": {"attention_types": [[["global"], 1], [["local"], 1]]},
+    "granitemoehybrid": {**STATES, "layer_types": ["mamba", "attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "chunk_size": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
     "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 16},
     "longcat_flash": {"num_layers": 1, "ffn_hidden_size": 128, "expert_ffn_hidden_size": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "chunk_size": 16},
     "zamba": {"layer_types": ["mamba", "hybrid"]},
-    "zamba2": {"layer_types": ["mamba", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "chunk_size": 16},
     "reformer": {"is_decoder": True},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
-    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": MIXED,
+    "qwen3_5_text": MIXED,
     "rwkv": {"attention_hidden_size": HIDDEN},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
 
 
-def tiny_config(model_type: str) -> Any:
-    """The architecture's configuration with small values."""
+def tiny_config(model_type: str, layers: int = LAYERS) -> Any:
+    """The architecture's configuration with small values; `layers`: an even number."""
     kind: Any = CONFIG_MAPPING[model_type]
     known = set(getattr(kind, "__dataclass_fields__", {}))
-    aliases = kind.attribute_map
-    values: dict[str, Any] = {name: value for name, value in VALUES.items() if name in known - set(aliases)}
+    small = VALUES | dict.fromkeys(LAYER_COUNTS.split(), layers)
+    values: dict[str, Any] = {name: value for name, value in small.items() if name in known - set(kind.attribute_map)}
     values |= {name: 0.0 for name in known if "drop" in name and isinstance(getattr(kind, name, None), float)}
-    return kind(**{**values, **OWN.get(model_type, {})})
+    for name, value in OWN.get(model_type, {}).items():
+        of_layers = isinstance(value, list) and len(value) == LAYERS
+        values[name] = value * (layers // LAYERS) if of_layers else value
+    return kind(**values)
 
 
-def make_tiny(model_type: str) -> nn.Module:
+def make_tiny(model_type: str, layers: int = LAYERS) -> nn.Module:
     """The model in float32 with seeded random weights, in eval mode."""
     torch.manual_seed(0)
-    net: nn.Module = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    net: nn.Module = AutoModelForCausalLM.from_config(tiny_config(model_type, layers), dtype=torch.float32)
     return net.eval()
 
 
-def write_tiny(model_type: str, folder: Path) -> Path:
+def write_tiny(model_type: str, folder: Path, layers: int = LAYERS) -> Path:
     """The model's folder, with the byte-level tokenizer and template of the tiny llama."""
     write_tiny_llama(folder)
     (folder / "model.safetensors").unlink()
-    make_tiny(model_type).save_pretrained(folder)
+    make_tiny(model_type, layers).save_pretrained(folder)
     return folder

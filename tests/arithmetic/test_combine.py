@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tunekit.arithmetic.pruning
+from tests.architectures.tiny import make_tiny
 from tests.contract.test_layer_contract import METHODS, attach, make_base, make_input, randomise
 from tests.parity.peft_case import BASES, HARMLESS_WARNINGS, logits_of
 from tests.test_cli import run
-from tunekit.adapter import combine_verb
+from tunekit.adapter import combine_verb, convert_verb
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.arithmetic.combine import KINDS, Mixture, combine
@@ -390,6 +391,39 @@ def test_adapters_of_experts_are_refused_as_by_peft(tmp_path: Path) -> None:
     folders = [write(tmp_path / n, s, "mixtral", **experts) for n, s in (("a", 1), ("b", 2))]
     with pytest.raises(TunekitError, match="adapts fused expert parameters"):
         call(tmp_path / "new", folders, "cat")
+
+
+@pytest.mark.parametrize("targets", [("all-linear",) * 2, (("q_b_proj", "up_proj"), ("down_proj",))])
+def test_layers_that_peft_reads_as_parameters_are_combined_and_converted(tmp_path: Path, targets: Any) -> None:
+    """The dense MLP and the shared experts of a DeepSeek, which the files name as parameters."""
+    head: dict[str, Any] = {"head_name": "lm_head"}
+    sources = []
+    for seed, layers in enumerate(targets):
+        patterns = {"down_proj": 3} if seed else {}
+        settings = LoraSettings(r=2, target_modules=layers, rank_pattern=patterns)
+        attached = attach_adapter(make_tiny("deepseek_v3"), settings, seed=seed, **head)
+        randomise(attached)
+        sources.append(tmp_path / f"{seed}")
+        save_adapter_folder(
+            attached, sources[-1], base_name="b", base_fingerprint="f", revision=None, task_type="CAUSAL_LM"
+        )
+    new = call(tmp_path / "new", sources, "cat")
+    loras = [read_lora_folder(folder) for folder in sources]
+    assert all(lora.parameters for lora in loras)
+    names = {name for lora in loras for name in lora.updates}
+    made = attach_adapter_folder(make_tiny("deepseek_v3"), new, **head)
+    assert set(made.layers) == names
+    for name in names:
+        expected: Any = sum(
+            lora.updates[name].dense() * weight
+            for lora, weight in zip(loras, WEIGHTS, strict=True)
+            if name in lora.updates
+        )
+        found = read_lora_folder(new).updates[name].dense()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    peft.PeftModel.from_pretrained(make_tiny("deepseek_v3"), str(new))
+    convert_verb(str(new), 2, None, None, str(tmp_path / "smaller"))
+    assert {update.rank for update in read_lora_folder(tmp_path / "smaller").updates.values()} <= {1, 2}
 
 
 def test_a_start_that_moved_weights_is_converted_first(tmp_path: Path) -> None:

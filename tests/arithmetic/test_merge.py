@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.architectures.tiny import write_tiny
 from tests.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import save_adapter_folder
@@ -296,6 +297,17 @@ def test_sharded_base_and_prefixless_names(tmp_path: Path) -> None:
     assert len(list(base.glob("*.safetensors"))) > 1
     model = load_model(ModelSection(name_or_path=str(base), dtype="float32"), device=CPU)
     adapter = train(model, tmp_path / "adapter", target_modules=["c_attn", "wte"])
+    running = logits_of(model.net)
+    merge(adapter, tmp_path / "merged")
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), running, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_with_the_names_of_an_older_version(tmp_path: Path) -> None:
+    """EXAONE's files say `transformer.h.0.mlp.c_proj` where transformers now has `model.layers.0.mlp.down_proj`."""
+    base = write_tiny("exaone", tmp_path / "base")
+    assert "transformer.h.0.mlp.c_proj.weight" in load_file(base / "model.safetensors")
+    model = load_model(ModelSection(name_or_path=str(base), dtype="float32"), device=CPU)
+    adapter = train(model, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     running = logits_of(model.net)
     merge(adapter, tmp_path / "merged")
     torch.testing.assert_close(merged_logits(tmp_path / "merged"), running, rtol=1e-5, atol=1e-5)

@@ -114,8 +114,6 @@ def test_a_refusal_names_all_differences_with_their_lines() -> None:
         require_same(facts(), new, lines={"training.learning_rate": 7}, file="recipe.yaml")
     assert caught.value.exit_code == 2
     lines = [str(problem) for problem in caught.value.problems]
-    assert lines[0].startswith(
-        "recipe.yaml:7: training.learning_rate: changed since the checkpoint: was 0.0002, is 0.0001"
-    )
-    assert lines[1].startswith("data: changed since the checkpoint")
+    assert lines[0].startswith("recipe.yaml:7: training.learning_rate: changed since the run: was 0.0002, is 0.0001")
+    assert lines[1].startswith("data: changed since the run")
     require_same(facts(), facts(), lines={}, file="recipe.yaml")

@@ -202,6 +202,7 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
         "first/adapter --output ",
     ):
         assert text in page, text
+    assert "there are no evaluation rows" not in page
     order = [page.index(f"| {part} |") for part in ("load", "data", "train", "evaluate", "save")]
     assert order == sorted(order)
 
@@ -231,8 +232,10 @@ def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
         reactions=[],
     )
     rows = dataclasses.replace(make_plan().rows, steps_per_epoch=None)
-    plan = make_plan(rows=rows, recipe={"adapter": {"method": "full"}})
+    plan = make_plan(rows=rows, recipe={"adapter": {"method": "full"}, "objective": {"method": "dpo"}})
     page = make_page(run.path, facts, plan, [])
+    assert "not compared with its base: there are no evaluation rows" in page
+    assert " pairs." in page
     assert "None" not in page.replace("None: every check", "")
     assert "nan" not in page.lower()
     assert "those after **step 4**, the last" in page

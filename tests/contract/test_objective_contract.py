@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data_case import settings, tokenizer_of, write_lines
+from tests.data_case import objective_of, settings, tokenizer_of, write_lines
 from tests.loop_case import CPU, ListedRows
 from tests.memory.test_streaming_seq2seq import make_net
 from tunekit.adapters.attach import attach_adapter
@@ -28,11 +28,11 @@ from tunekit.files import cache_folder
 from tunekit.formats.example import CompletionExample
 from tunekit.formats.labels import LabelExample
 from tunekit.formats.preference import PreferenceExample
+from tunekit.formats.unpaired import UnpairedExample
 from tunekit.memory.splitting import Splitting
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.pairs import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
@@ -52,7 +52,15 @@ LABELLED = tuple(
 PREFERRED = tuple(
     PreferenceExample(*row) for row in (("abc", "defg", "xyz"), ("z", "ihgfedcba", "i"), ("12345", "1", "54321"))
 )
-EXAMPLES = {"text": ANSWERED, "label": LABELLED, "preference": PREFERRED}  # by the kind that an objective learns from
+UNPAIRED = tuple(
+    UnpairedExample(*row) for row in (("abc", "defg", True), ("z", "ihgfedcba", False), ("12345", "1", True))
+)
+EXAMPLES = {
+    "text": ANSWERED,
+    "label": LABELLED,
+    "preference": PREFERRED,
+    "unpaired": UNPAIRED,
+}  # by the kind that an objective learns from
 OPTIONS = EncodeOptions("assistant", None, max_length=64, excess_length="drop")
 every_objective = pytest.mark.parametrize("name", known_names("objectives"))
 
@@ -179,13 +187,14 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
 
 
 BETA = 2.0
+PAIRED: Any = objective_of(DpoSettings())
 PAIR_LENGTHS = [(5, 9), (7, 3), (12, 4), (6, 6), (3, 11), (8, 5), (4, 4)]
 
 
 def pair(number: int, lengths: tuple[int, int]) -> Row:
     draw = np.random.default_rng(number)
     sides = [(draw.integers(3, 250, length).astype(np.int32), np.ones(length, np.bool_)) for length in lengths]
-    return make_row(sides, f"d:{number}", number)
+    return PAIRED.make_row(sides, {}, f"d:{number}", number)
 
 
 def expected_losses(net: Any, rows: Sequence[Row], reference: Mapping[int, Any]) -> list[float]:
@@ -266,6 +275,7 @@ def test_the_cache_of_one_objective_is_not_another_s(
         "text": [{"prompt": "p", "completion": "c"}],
         "label": [{"text": "p", "label": "c"}, {"text": "p", "label": "d"}],
         "preference": [{"prompt": "p", "chosen": "c", "rejected": "d"}],
+        "unpaired": [{"prompt": "p", "completion": "c", "label": True}],
     }
 
     def entries(objective: Objective) -> int:

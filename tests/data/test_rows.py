@@ -78,6 +78,17 @@ def test_dropped_rows_are_a_warning_where_they_are_many_or_evaluated_on(tiny: Lo
     assert warned(load_rows(evaluated, sft(tiny), seed=0)) == ["warning: few.jsonl: 1 of 30"]
 
 
+def test_the_cure_of_a_cut_row_is_no_cut(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"question": q, "answer": "b"} for q in ("a long question", "a")])
+    source = Source(path=str(path), columns={"question": "prompt", "answer": "completion"})
+    rows = load_rows(DataSection(train=(source,), max_length=5, excess_length="truncate"), sft(tiny), seed=0)
+    assert rows.notes == (
+        "d.jsonl: format prompt_completion (the first row has 'prompt' and 'completion' once its columns are renamed)",
+        "warning: d.jsonl: 1 of 2 rows are dropped: no supervised token after truncation; raise data.max_length (the "
+        "longest row has 17 tokens)",
+    )
+
+
 def test_a_column_that_is_not_read_is_mentioned(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_text("text,answer\na,b\n", encoding="utf-8")
@@ -92,7 +103,8 @@ def test_a_column_that_is_not_read_is_mentioned(tiny: LoadedTokenizer, tmp_path:
         ),
         (
             Source(path=str(path), columns={"text": "prompt", "answer": "completion"}),
-            "d.csv: format prompt_completion (the first row has 'prompt' and 'completion')",
+            "d.csv: format prompt_completion "
+            "(the first row has 'prompt' and 'completion' once its columns are renamed)",
         ),
     ):
         assert load_rows(DataSection(train=(source,)), sft(tiny), seed=0).notes == (said,)

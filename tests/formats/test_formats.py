@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tunekit.data.encoding.encode import format_maker
-from tunekit.data.reading.first import choose_format
+from tunekit.data.reading.first import choose_format, open_rows
+from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, CompletionExample, Message, TextExample
+from tunekit.recipe.data import Source
 from tunekit.recipe.names import facts_of, known_names
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -170,6 +173,68 @@ def test_preference(row: dict[str, Any], expected: tuple[Any, Any, Any]) -> None
 def test_preference_says_what_is_wrong(row: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         make("preference", row)
+
+
+ANSWERED = {"completion": "a", "label": True}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", **ANSWERED}, ("q", "a")),
+        (
+            {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "a"}], "label": True},
+            (turns("q"), turns("a")),
+        ),
+        ({"prompt": "q", "completion": None, "label": True}, ("q", "")),
+        (
+            {"instruction": "q", "input": "x", "output": "a", "system": "s", "kto_tag": True},
+            ((*turns("s"), Message("user", "q\nx")), turns("a")),
+        ),
+        ({**CHAT, "label": True}, (turns("q"), turns("a"))),
+        ({**SHARE, "kto_tag": True}, (turns("q"), turns("a"))),
+        ({"question": "q", **ANSWERED}, (turns("q"), turns("a"))),
+        ({"completion": CHAT["messages"], "label": True}, (turns("q"), turns("a"))),
+    ],
+)
+def test_unpaired(row: dict[str, Any], expected: tuple[Any, Any]) -> None:
+    found = make("unpaired", row)
+    assert (found.prompt, found.completion, found.label) == (*expected, True)
+    assert choose_format("auto", row, "unpaired")[0] == "unpaired"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "q", "completion": "a", "label": 1}, "'label' must be true or false, not '1'"),
+        ({"prompt": "q", "completion": "a", "label": None}, "'label' must be true or false, not 'None'"),
+        ({"prompt": "q", "completion": "a"}, "no field 'label'"),
+        ({"prompt": "q", "label": True}, "no field 'completion'"),
+        ({"messages": [ASKED], "label": True}, "no field 'completion'"),
+        ({"prompt": "q", **ANSWERED, "kto_tag": False}, "'label' and 'kto_tag' are one thing"),
+    ],
+)
+def test_unpaired_says_what_is_wrong(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        make("unpaired", row)
+
+
+@pytest.mark.parametrize("margin", ["0.5", True, float("nan")])
+def test_a_margin_is_a_number(margin: Any) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert make("preference", {**pair, "margin": 2}).margin == 2.0
+    with pytest.raises(DataError, match="'margin' must be a number"):
+        make("preference", {**pair, "margin": margin})
+
+
+def test_a_pair_is_two_unpaired_rows(tmp_path: Path) -> None:
+    pairs = [{"chosen": "Q: x? A: yes", "rejected": "Q: x? A: no"}, {"prompt": "q", **ANSWERED}]
+    (tmp_path / "d.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs), encoding="utf-8")
+    rows, _, name, reason = open_rows(Source(path=str(tmp_path / "d.jsonl")), "unpaired", Problems())
+    found = [(raw.line, make(name, raw.values)) for raw in rows]
+    answers = [(line, example.prompt, example.completion, example.label) for line, example in found]
+    assert answers == [(1, "Q: x? A:", " yes", True), (1, "Q: x? A:", " no", False), (2, "q", "a", True)]
+    assert reason == "the first row is a pair; each makes two rows"
 
 
 def test_pairs_are_told_from_other_rows() -> None:

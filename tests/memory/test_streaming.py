@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.architectures.test_architectures import NAMES
+from tests.architectures.tiny import write_tiny
 from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
 from tests.model.test_families import MODELS, make_net
@@ -21,6 +23,7 @@ from tunekit.memory.copies import ThreadCopier, copy_bytes
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import make_slots
 from tunekit.model.call import Call, calling
+from tunekit.model.families.stages import PROVEN
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.training import TrainingSection
@@ -142,22 +145,34 @@ def test_many_drawn_settings_train_alike(folder: Path, number: int) -> None:
     check(folder, drawn(number))
 
 
-@pytest.mark.parametrize("model_type", sorted(MODELS))
+OTHERS = sorted((PROVEN - set(MODELS)) & set(NAMES))
+QUICK = ("falcon", "modernbert-decoder")  # layers that give a tuple; a head of more than its projection
+
+
+@pytest.mark.parametrize("model_type", [*sorted(MODELS), *QUICK])
 def test_every_family_trains_alike(tmp_path: Path, model_type: str) -> None:
-    net = make_net(model_type)
-    net.save_pretrained(tmp_path)  # type: ignore[operator]
+    if model_type in MODELS:
+        make_net(model_type).save_pretrained(tmp_path)  # type: ignore[operator]
+    else:
+        write_tiny(model_type, tmp_path, layers=4)
     method = "bitfit" if model_type in ("gpt2", "gpt_neox", "phi", "opt", "bloom", "starcoder2") else "lora"
     rows = make_rows(12, vocabulary=97)
     cases = []
     for streaming in (None, {"pass_size": 2}):
         case = make_case(
-            tmp_path, rows, training=training(), streaming=streaming, packing=model_type != "bloom",
+            tmp_path, rows, training=training(), streaming=streaming, packing=model_type in {*MODELS} - {"bloom"},
             adapter=adapter("lora", r=4, target_modules="all-linear") if method == "lora" else adapter(method),
         )  # fmt: skip
         case.run()
         cases.append(case)
     assert same((cases[0], cases[1]))
     assert len(set(cases[0].losses)) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [name for name in OTHERS if name not in QUICK])
+def test_every_architecture_trains_alike(tmp_path: Path, model_type: str) -> None:
+    test_every_family_trains_alike(tmp_path, model_type)
 
 
 def test_nothing_is_computed_below_the_lowest_trained_layer(folder: Path) -> None:

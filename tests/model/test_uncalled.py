@@ -18,7 +18,11 @@ IDS = torch.arange(3, 20)[None]
 
 
 @pytest.mark.parametrize(
-    ("model_type", "expected"), [("mamba", {"dt_proj"}), ("jamba", {"dt_proj"}), ("bloom", set()), ("llama", set())]
+    ("model_type", "expected"),
+    [
+        *[("mamba", {"dt_proj"}), ("jamba", {"dt_proj"}), ("bloom", set()), ("llama", set())],
+        ("gemma3n_text", {"prediction_coefs", "correction_coefs"}),
+    ],
 )
 def test_they_are_read_from_the_code(model_type: str, expected: set[str]) -> None:
     with torch.device("meta"):
@@ -26,7 +30,7 @@ def test_they_are_read_from_the_code(model_type: str, expected: set[str]) -> Non
     assert {name.rpartition(".")[2] for name in uncalled_layers(dict(net.named_modules()))} == expected
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "jamba", "rwkv", "gemma3n_text"])
+@pytest.mark.parametrize("model_type", ["mamba", "jamba", "rwkv", "gemma3n_text", "hunyuan_v1_moe"])
 def test_a_packed_model_computes(model_type: str, tmp_path: Path) -> None:
     folder = write_tiny(model_type, tmp_path / "model")
     section = ModelSection(name_or_path=str(folder), dtype="float32", quantization="nf4")

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tests.data_case import objective_of
 from tunekit.contracts import Batch, Gather, Row, Window
-from tunekit.objectives.pairs import make_row
+from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.recipe.section import ObjectiveSettings
 
+DPO: Any = objective_of(DpoSettings())
 PAIRS = [(5, 9, 3), (7, 3, 2), (12, 4, 4), (6, 6, 1), (3, 11, 5)]  # answers' tokens, and the prompt's
 
 
@@ -28,7 +29,7 @@ def make_rows() -> list[Row]:
             (np.arange(prompt + size, dtype=np.int32) + 10 * number, np.arange(prompt + size) >= prompt)
             for size in (chosen, rejected)
         ]
-        rows.append(make_row(sides, f"d:{number}", number))
+        rows.append(DPO.make_row(sides, {}, f"d:{number}", number))
     return rows
 
 
@@ -69,7 +70,7 @@ class Told:
     def ours(self, settings: ObjectiveSettings, sizes: Sequence[int]) -> tuple[Tensor, dict[str, float], Any]:
         """The step's loss and what it logs, its window cut into micro-batches of so many pairs."""
         objective: Any = objective_of(settings)
-        objective._log_probabilities = self._of_batch
+        objective.log_probabilities = self._of_batch
         starts = np.cumsum([0, *sizes]).tolist()
         batches = [objective.collate([[row] for row in self.rows[start:stop]]) for start, stop in pairwise(starts)]
         model = SimpleNamespace(scored=self._scored)
@@ -85,7 +86,7 @@ class Told:
     def prepared(self, settings: ObjectiveSettings, rows: Sequence[Row], gather: Gather = list) -> list[float]:
         """What each of these rows is compared with, prepared as a rank's share of a step."""
         objective: Any = objective_of(settings)
-        objective._log_probabilities = self._of_batch
+        objective.log_probabilities = self._of_batch
         batches = tuple(objective.collate([[row]]) for row in rows)
         window = Window(0, 0.0, tuple(range(len(rows))), batches)
         window = objective.prepare(SimpleNamespace(scored=self._scored), window, gather)

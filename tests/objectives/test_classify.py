@@ -134,7 +134,7 @@ def tensors_of(run: Path) -> bytes:
 
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path: Path) -> None:
     run = train(write_recipe(tmp_path, base, training={"epochs": 30}))
-    evaluate_verb(str(run), None, None, None, [], str(tmp_path / "after.json"), [])
+    evaluate_verb(str(run), None, str(tmp_path / "test.jsonl"), "labels", [], str(tmp_path / "after.json"), [])
     after = json.loads((tmp_path / "after.json").read_text("utf-8"))
     assert after["accuracy"] == 1.0
     assert after["macro_f1"] == 1.0
@@ -159,7 +159,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(base: Path, tmp_path:
     with torch.no_grad():
         assert merged.config.id2label[int(merged(input_ids=ids).logits.argmax())] == "perhaps"
     evaluate_verb(
-        str(tmp_path / "merged"), None, str(tmp_path / "test.jsonl"), None, [], str(tmp_path / "merged.json"), []
+        str(tmp_path / "merged"), None, str(tmp_path / "test.jsonl"), "labels", [], str(tmp_path / "merged.json"), []
     )
     assert json.loads((tmp_path / "merged.json").read_text("utf-8")) == pytest.approx(after, abs=1e-5)
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text("utf-8"))

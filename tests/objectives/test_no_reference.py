@@ -13,8 +13,14 @@ from torch import Tensor
 from tests.conftest import write_tiny_llama
 from tests.objectives.pair_case import Told, trainer_of
 from tests.objectives.test_dpo import losses, tensors_of, train, write_recipe
+from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.evaluate import evaluate_verb
+from tunekit.formats.preference import make_example
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import settings_class
+from tunekit.recipe.objectives.simpo import SimpoSettings
 from tunekit.recipe.pair_settings import REWARDS
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -111,3 +117,14 @@ def test_a_method_without_a_reference_takes_any_adapter(base: Path, tmp_path: Pa
         run = train(recipe)
         assert losses(run)[-1] < losses(run)[0]
         assert tensors_of(run)
+
+
+def test_a_row_is_counted_once_whatever_both_its_answers_have(tiny_llama: Path) -> None:
+    objective = make_objective(SimpoSettings(), load_tokenizer(ModelSection(name_or_path=str(tiny_llama))))
+    open_ended = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
+    encoder = objective.row_encoder(EncodeOptions("assistant", open_ended, 64, "drop"))
+    prompt = [{"role": "user", "content": "ask"}]
+    for number in range(2):
+        sides = {side: [{"role": "assistant", "content": f"{side} {number}"}] for side in ("chosen", "rejected")}
+        encoder.encode(make_example({"prompt": prompt, **sides}), "file:1")
+    assert list(encoder.notices.values()) == [2]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.architectures.tiny import write_tiny
 from tests.recipe_mutator import make_valid_case
 from tests.train_case import write_recipe
 from tunekit.errors import ModelError, RecipeError, TunekitError
@@ -116,6 +117,15 @@ def test_rows_are_packed_only_where_the_recipe_says_so_and_the_model_can(
     assert not plan.rows.packing
     assert "position ids" in plan.rows.packing_reason
     assert [refusal.key for refusal in plan.refusals] == ["data.packing"]
+
+
+@pytest.mark.parametrize(("kind", "packed"), [("xglm", False), ("biogpt", False), ("afmoe", True), ("stablelm", True)])
+def test_packing_is_refused_where_the_mask_is_made_without_positions(kind: str, packed: bool, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, write_tiny(kind, tmp_path / "model"))
+    plan, _ = plan_of(recipe, "data.packing=true")
+    assert plan.rows.packing == packed
+    assert [refusal.key for refusal in plan.refusals] == [] if packed else ["data.packing"]
+    assert packed or "without positions" in plan.rows.packing_reason
 
 
 def write_other(folder: Path, tokenizer: Path, kind: str, **sizes: Any) -> Path:

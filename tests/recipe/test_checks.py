@@ -22,7 +22,7 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
     text = (
         "model: {name_or_path: m, quantizaton: nf4, dtype: bf16, trust_remote_code: no}\n"
         "data: {train: [{path: a}, {format: chat}], eval: 2}\n"
-        "adapter: {method: loar}\n"
+        "adapter: {method: lroa}\n"
         "training: {epoch: 3, learning_rate: '1e-4', save_steps: 1_000}\n"
         "evaluation: {metrics: [los]}\n"
         "output: {dir: out, report_to: [tensorbord]}\n"
@@ -35,7 +35,7 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
         "recipe.yaml:1: model.quantizaton: unknown key; did you mean 'quantization'?",
         "recipe.yaml:2: data.train.1.path: is required; write a file or a hub data set",
         "recipe.yaml:2: data.eval: must be less than 1, not 2",
-        "recipe.yaml:3: adapter.method: unknown adapter 'loar'; did you mean 'lora'?",
+        "recipe.yaml:3: adapter.method: unknown adapter 'lroa'; did you mean 'lora'?",
         "recipe.yaml:4: training.learning_rate: must be a number, not '1e-4'; write 1e-4 without quotes",
         "recipe.yaml:4: training.save_steps: must be a whole number, not '1_000'; write 1000 without quotes",
         "recipe.yaml:4: training.epoch: unknown key; did you mean 'epochs'?",

@@ -115,6 +115,10 @@ def test_a_finished_run_is_left_alone(recipe: Path, whole: Path) -> None:
     assert ended.code == 0
     assert "finished" in ended.output
     assert stamps() == before
+    ended = train_in_child(recipe, whole, "training.learning_rate=0.5", resume=True)
+    assert ended.code == 2
+    assert "training.learning_rate: changed since the run: was" in ended.output
+    assert stamps() == before
 
 
 def test_without_resume_a_folder_with_a_run_is_refused(recipe: Path, whole: Path) -> None:

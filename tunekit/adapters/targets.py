@@ -295,7 +295,9 @@ class Search:
         first = min(self.too_large, key=lambda target: (min(target.in_features, target.out_features), target.name))
         shape = f"({first.out_features} x {first.in_features})"
         what = f"rank {first.r} is too large for '{first.name}' {shape}{_more(self.too_large)}"
-        self.report("r", what, f"use at most {min(first.in_features, first.out_features)}")
+        own = first.name.rpartition(".")[2]
+        how = f"use at most {min(first.in_features, first.out_features)}, or leave it out with exclude_modules: [{own}]"
+        self.report("r", what, how)
 
     def _rank_and_alpha(self, name: str) -> tuple[int | None, float | None]:
         return self._by_pattern("rank_pattern", name, "r"), self._by_pattern("alpha_pattern", name, "alpha")

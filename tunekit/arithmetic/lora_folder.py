@@ -6,7 +6,7 @@ folder compares it with the base as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class LoraFolder:
     rest: dict[str, Tensor] = field(default_factory=dict)
     target_modules: Any = None  # as the file states them
     fan_in_fan_out: bool = False  # peft's mark for Conv1D layers
+    parameters: frozenset[str] = frozenset()  # of the updated layers, those that the file names as `NAME.weight`
 
     @property
     def name(self) -> str:
@@ -66,12 +67,10 @@ def read_lora_folder(folder: Path, instead: Mapping[str, Any] | None = None) -> 
     if config.method is not plain_lora_method():
         how = "tunekit adapter convert --rank R writes a LoRA that is near it"
         raise AdapterError(f"holds a {config.settings.method} adapter, and not a LoRA", how, file=config.file)
-    if config.settings.target_parameters:
-        what = "adapts fused expert parameters, whose factors are of all experts at once: PEFT cannot add such adapters"
-        raise AdapterError(what, "merge it instead", file=config.file, key="target_parameters")
     path = config.folder / TENSORS_NAME
     header = read_tensor_header(path)
     factors, rest = _sort(config, header)
+    parameters = _parameters(config, {module: header[pair["A"]].shape for module, pair in factors.items()})
     _check_shapes(config, factors, header, str(path))
     tensors = read_tensors(config, header)
     scalings = Scalings(config)
@@ -82,7 +81,7 @@ def read_lora_folder(folder: Path, instead: Mapping[str, Any] | None = None) -> 
         for module, pair in sorted(factors.items())
     }
     conv1d, targets = config.fields.get("fan_in_fan_out") is True, config.fields.get("target_modules")
-    return LoraFolder(config, updates, {key: tensors[key] for key in rest}, targets, conv1d)
+    return LoraFolder(config, updates, {key: tensors[key] for key in rest}, targets, conv1d, parameters)
 
 
 def read_tensors(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
@@ -137,6 +136,17 @@ def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> b
     return key.endswith(BASE_COPY) and module.removesuffix(".base_layer") in factors
 
 
+def _parameters(config: AdapterConfig, shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
+    """Layers that the configuration names as parameters. Raises: AdapterError where one of these is fused experts."""
+    ranks, entries = Resolved(config, "rank_pattern"), config.settings.target_parameters
+    named = {module for module in shapes if any(f".{module}.weight".endswith(f".{entry}") for entry in entries)}
+    of_layers = all(entry.endswith(".weight") for entry in entries)
+    if not of_layers or any(shapes[module][0] != ranks.of(module, config.settings.r) for module in named):
+        what = "adapts fused expert parameters, whose factors are of all experts at once: PEFT cannot add such adapters"
+        raise AdapterError(what, "merge it instead", file=config.file, key="target_parameters")
+    return frozenset(named)
+
+
 def _check_shapes(
     config: AdapterConfig, factors: Mapping[str, Mapping[str, str]], header: Mapping[str, TensorEntry], file: str
 ) -> None:
@@ -172,7 +182,8 @@ class Resolved:
 
         Raises: AdapterError where two patterns give it different ones.
         """
-        matching = [p for p in self.values if self.patterns.matches_ending(p, module)]
+        names = (module, f"{module}.weight")  # a layer that is named as a parameter has the latter
+        matching = [p for p in self.values if any(self.patterns.matches_ending(p, name) for name in names)]
         values = {self.values[pattern] for pattern in matching}
         if len(values) > 1:
             what = f"{' and '.join(map(repr, matching[:3]))} match '{module}' with different values"

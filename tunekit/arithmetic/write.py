@@ -152,7 +152,8 @@ def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping
     scaled, alpha = _with_one_scaling(updates)
     ranks = {name: update.rank for name, update in scaled.items()}
     rank = max(ranks.values())
-    others = {f"^{re.escape(name)}": own for name, own in sorted(ranks.items()) if own != rank}
+    written = {name: f"{name}.weight" if name in like.parameters else name for name in sorted(scaled)}
+    others = {f"^{re.escape(written[name])}": ranks[name] for name in written if ranks[name] != rank}
     alphas = {key: float(own if alpha is None else alpha) for key, own in others.items() if alpha is None}
     changed: dict[str, Any] = {
         "r": rank,
@@ -161,10 +162,11 @@ def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping
         "alpha_pattern": alphas,
         "use_rslora": False,
         "init_from": None,
+        "target_parameters": tuple(name for layer, name in written.items() if layer in like.parameters),
     }
     target_modules = like.target_modules
     if scaled.keys() != like.updates.keys() or not target_modules:
-        target_modules = sorted(scaled)
+        target_modules = sorted(scaled.keys() - like.parameters)
         changed |= {"exclude_modules": None, "layers_to_transform": (), "layers_pattern": None}
     changed["target_modules"] = target_modules if isinstance(target_modules, str) else tuple(sorted(target_modules))
     settings = like.config.settings.model_copy(update=changed)

@@ -177,10 +177,11 @@ def find_checkpoint(name: str) -> Path | None:
         step = load_checkpoint(found[step]).facts["loop"]["best_step"]
     if step in found and (which.isdecimal() or which in ("best", "last")):
         return found[step]
-    there = f"it has {', '.join(map(str, sorted(found)))}" if found else "it has none yet"
-    raise RunFolderError(
-        f"{start} has no checkpoint '{which}'", f"{there}; write {start}@STEP, {start}@best or {start}@last"
-    )
+    if not found:
+        raise RunFolderError(f"{start} has no checkpoint yet", "")
+    why = "evaluation.best of the recipe asks for one" if which == "best" else "older ones are removed as a run goes on"
+    there = f"it has {', '.join(map(str, sorted(found)))} ({why}); write {start}@STEP or {start}@last"
+    raise RunFolderError(f"{start} has no checkpoint '{which}'", there)
 
 
 # --- reading back --------------------------------------------------------------------------------------------------

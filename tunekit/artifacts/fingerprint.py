@@ -39,7 +39,7 @@ def make_fingerprint(
     """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda."""
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
     return {
-        "recipe": {key: value for key, value in sorted(flat_values(recipe)) if key not in FREE_KEYS},
+        "recipe": recipe_values(recipe),
         "data": data,
         "base": base,
         "versions": {name: versions[name] for name in names if name in versions},
@@ -47,6 +47,11 @@ def make_fingerprint(
         "accelerator": accelerator,
         "threads": threads,
     }
+
+
+def recipe_values(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a resume must not change, by their dotted keys."""
+    return {key: value for key, value in sorted(flat_values(recipe)) if key not in FREE_KEYS}
 
 
 def _uses_bitsandbytes(recipe: Mapping[str, Any], device: str) -> bool:
@@ -121,7 +126,7 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], *, lines: Mappi
     """
     problems = [
         Problem(
-            f"changed since the checkpoint: {text}",
+            f"changed since the run: {text}",
             "put it back, or start a new run (adapter.init_from continues an adapter)",
             file if key in lines else None,
             lines.get(key),

@@ -32,9 +32,8 @@ def make_example(row: Mapping[str, Any]) -> LabelExample:
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if not isinstance(label, str | int):
-        raise DataError(
-            f"'label' must be a text or a whole number, not {type(label).__name__}", "write one label a row"
-        )
+        found = "null" if label is None else type(label).__name__
+        raise DataError(f"'label' must be a text or a whole number, not {found}", "write one label a row")
     name = str(label).strip()
     if not name:
         raise DataError("'label' is empty", "name a class, or leave the row out")

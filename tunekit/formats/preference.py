@@ -7,8 +7,9 @@ and Axolotl's (question) are turns, as there, and so are {from, value}.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunekit.errors import DataError
@@ -17,9 +18,11 @@ from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
 from tunekit.formats.fields import check_text, listed, read_optional_text
 
-DESCRIPTION = "chosen, rejected: text or messages; prompt: likewise, or what both begin with; system, tools: optional"
+DESCRIPTION = (
+    "chosen, rejected: text or messages; prompt: likewise, or what both begin with; system, tools, margin: optional"
+)
 PROMPTS = ("prompt", "question", "instruction", "conversations")
-FIELDS = (*PROMPTS, "input", "chosen", "rejected", "system", "tools")
+FIELDS = (*PROMPTS, "input", "chosen", "rejected", "system", "tools", "margin")
 REQUIRED = ("chosen", "rejected")
 EXAMPLE = "preference"
 
@@ -28,35 +31,57 @@ Said = str | Turns
 
 
 @dataclass(frozen=True)
-class PreferenceExample:
-    """What was asked, the answer that was preferred and the other one: three texts, or turns of a conversation."""
+class AskedExample:
+    """What was asked: a text, or turns of a conversation."""
 
     prompt: Said
-    chosen: Said
-    rejected: Said
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = field(default=None, kw_only=True)
 
     def answered(self, answer: Said) -> Example:
-        """The prompt with one of the answers, which alone is trained on."""
+        """The prompt with one of its answers, which alone is trained on."""
         if isinstance(self.prompt, str) and isinstance(answer, str):
             return CompletionExample(self.prompt, answer)
         asked = tuple(replace(message, trained=False) for message in _as_turns(self.prompt, "user"))
         return ChatExample((*asked, *_as_turns(answer, "assistant")), self.tools)
 
 
+@dataclass(frozen=True)
+class PreferenceExample(AskedExample):
+    """The answer that was preferred, and the other one, written as the prompt is. `margin`: by how much it was."""
+
+    chosen: Said
+    rejected: Said
+    margin: float = field(default=0.0, kw_only=True)
+
+
 def make_example(row: Mapping[str, Any]) -> PreferenceExample:
     """The pair of a row. A side that says nothing is empty."""
-    chosen, rejected = (_read_side(row, name) for name in REQUIRED)
+    chosen, rejected = (read_side(row, name) for name in REQUIRED)
     prompt, chosen, rejected = (
         _split(chosen, rejected) if (asked := read_prompt(row)) is None else (asked, chosen, rejected)
     )
-    if not all(isinstance(side, str) for side in (prompt, chosen, rejected)):
-        prompt, chosen, rejected = (
-            _as_turns(prompt, "user"),
-            *(_as_turns(side, "assistant") for side in (chosen, rejected)),
-        )
-    prompt = _after(read_optional_text(row, "system"), prompt)
-    return PreferenceExample(prompt, chosen, rejected, read_tools(row.get("tools")))
+    prompt, chosen, rejected = conversation(row, prompt, chosen, rejected)
+    return PreferenceExample(prompt, chosen, rejected, tools=read_tools(row.get("tools")), margin=_read_margin(row))
+
+
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row has two answers, one of which says something."""
+    return all(name in row for name in REQUIRED) and any(row[name] is not None for name in REQUIRED)
+
+
+def conversation(row: Mapping[str, Any], prompt: Said, *answers: Said) -> tuple[Said, ...]:
+    """The prompt after the row's system text, then its answers: all of them texts, or all of them turns."""
+    if not all(isinstance(said, str) for said in (prompt, *answers)):
+        prompt, answers = _as_turns(prompt, "user"), tuple(_as_turns(answer, "assistant") for answer in answers)
+    return _after(read_optional_text(row, "system"), prompt), *answers
+
+
+def _read_margin(row: Mapping[str, Any]) -> float:
+    value = row.get("margin")
+    value = 0.0 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"'margin' must be a number, not {str(value)[:40]!r}", "write a number, or leave it out")
+    return float(value)
 
 
 def read_prompt(row: Mapping[str, Any]) -> Said | None:
@@ -66,7 +91,7 @@ def read_prompt(row: Mapping[str, Any]) -> Said | None:
         raise DataError(f"'{given[0]}' and '{given[1]}' are both prompts", "keep one")
     if not given:
         return None
-    prompt, more = _read_side(row, given[0]), read_optional_text(row, "input")
+    prompt, more = read_side(row, given[0]), read_optional_text(row, "input")
     if given[0] not in ("question", "instruction") or not isinstance(prompt, str):
         return prompt
     return (Message("user", f"{prompt}\n{more}" if more else prompt),) if prompt else ()
@@ -79,7 +104,7 @@ def _after(system: str, prompt: Said) -> Said:
     return (Message("system", system), *prompt) if system and prompt[:1] and prompt[0].role != "system" else prompt
 
 
-def _read_side(row: Mapping[str, Any], name: str) -> Said:
+def read_side(row: Mapping[str, Any], name: str) -> Said:
     """A text, or messages; nothing said is the empty text."""
     if name not in row:
         raise DataError(f"no field '{name}'; this row has {listed(row)}", "add it, or map a column to it")

@@ -37,7 +37,7 @@ def returns_several(kind: Any) -> bool:
 
 @cache
 def _multiplied(kind: Any) -> frozenset[str]:
-    """Attributes of a class whose `weight` its code multiplies by something."""
+    """Attributes of a class whose `weight` its code multiplies by something, or takes."""
     factors = (factor for each in ast.walk(_code(kind)) for factor in _factors(each))
     return frozenset(found[1] for factor in factors for found in [OWN_WEIGHT.fullmatch(ast.unparse(factor))] if found)
 
@@ -63,5 +63,5 @@ def _factors(node: ast.AST) -> Iterator[ast.expr]:
         yield from (node.left, node.right)
     elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in PRODUCTS:
         yield from node.args
-    elif isinstance(node, ast.Attribute) and node.attr == "data":  # changed in place, as Gemma 3n's coefficients are
-        yield node.value
+    elif isinstance(node, ast.Assign) or (isinstance(node, ast.Attribute) and node.attr == "data"):
+        yield node.value  # taken apart, or changed in place, as Gemma 3n's coefficients are

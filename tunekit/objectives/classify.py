@@ -129,7 +129,8 @@ class Classify(TextObjective):
         same = self.head if set(self.head) == found else ()
         labels = self.labels or same or tuple(sorted(found, key=_by_number))
         if len(labels) < 2:
-            raise DataError(f"all rows have the label '{labels[0]}'", "classification needs two labels or more")
+            what = f"all rows of data.train have the label '{labels[0]}'"
+            raise DataError(what, "classification needs two labels or more")
         first = {label_of(rows[0][index]) for index in range(len(rows[0]))}
         notes = [
             f"the label '{label}' occurs in the evaluation rows only" for label in labels if label in found - first

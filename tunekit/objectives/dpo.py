@@ -10,7 +10,6 @@ without dropout, and dropout of the policy is the recipe's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -135,8 +134,7 @@ class Dpo(PairObjective):
         ranks[order] = np.searchsorted(policy, own[order]) + equals
         matched = iter(reference[ranks])
         parts = [np.array([next(matched) for _ in batch.rows]) for batch in window.batches]
-        batches = zip(window.batches, parts, strict=True)
-        return replace(window, batches=tuple(self.with_parts(batch, {"matched": part}) for batch, part in batches))
+        return self.with_all(window, [{"matched": part} for part in parts])
 
 
 def make(settings: DpoSettings, processor: Tokenizer, facts: Mapping[str, Any]) -> Dpo:

@@ -6,7 +6,7 @@ Comes in: settings and a tokenizer.  Goes out: TextObjective, which an objective
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,10 @@ class TextObjective:
     def prepare(self, model: object, window: Window, gather: Gather = list) -> Window:
         """Nothing to prepare."""
         return window
+
+    def measuring(self, model: object, rows: Rows, batches: Iterable[Batch], gather: Gather) -> Objective:
+        """Evaluation rows are measured one by one."""
+        return self  # type: ignore[return-value]
 
     def units(self, batch: Batch) -> Tensor:
         """(1,) float64: what the batch's rows count as supervised."""

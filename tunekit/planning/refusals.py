@@ -15,6 +15,7 @@ from torch import nn
 
 from tunekit.contracts import Objective, Rows
 from tunekit.errors import Problem
+from tunekit.model.attention.documents import may_be_packed
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
@@ -60,7 +61,7 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
         return
     for name in ("plan.json", "checkpoints"):
         if (path / name).exists():
-            how = "go on with `tunekit train RECIPE --resume`, or choose another output.dir"
+            how = "`tunekit train RECIPE` goes on with --resume, and moves it aside with --overwrite"
             yield Problem(f"{path} already holds a run ({name})", how, key=key)
             return
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -104,6 +105,8 @@ def packing_obstacle(base: LoadedModel, objective: Objective, whole_model_adapte
         return f"{config.model_type} takes no position ids, so that packed rows would see each other"
     if getattr(base.net, "_is_stateful", False) or any(kind in name for name in kinds for kind in LINEAR_KINDS):
         return f"{config.model_type} carries a state from token to token, so that packed rows would see each other"
+    if not may_be_packed(base.net):
+        return f"{config.model_type} makes its mask without positions, so that packed rows would see each other"
     return None
 
 

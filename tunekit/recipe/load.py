@@ -117,14 +117,15 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
     )
 
 
-def override_data(data: DataSection | None, overrides: Sequence[str]) -> DataSection:
+def override_data(data: DataSection | None, overrides: Sequence[str], objective: str | None) -> DataSection:
     """A data section, or an empty one, with overrides of data.*. Evaluation rows that are named stand for training
-    rows too, which are then not looked at.
+    rows too, which are then not looked at. `objective`: that measures the rows; None where it is not known yet.
 
     Raises: RecipeError with every problem.
     """
     draft = Draft(COMMAND_LINE)
     draft.set(("data",), {} if data is None else data.model_dump(mode="json"), Place("the recipe"))
+    draft.set(("objective",), objective, Place("the recipe"))
     apply_overrides(draft, overrides)
     resolve_paths(draft, Path.cwd())
     if isinstance(draft.get(("data", "eval")), list):

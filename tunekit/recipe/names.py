@@ -48,6 +48,12 @@ def formats_of(example: str) -> list[str]:
     return [name for name in known_names("formats") if getattr(facts_of("formats", name), "EXAMPLE", None) == example]
 
 
+def units_of(objective: str) -> str:
+    """What an objective's loss sums over: supervised tokens, pairs, labels."""
+    found: Any = settings_class("objectives", objective)
+    return f"{found.unit}s"
+
+
 def needs_generation(metric: str) -> bool:
     """Whether a known metric compares answers with references (else it follows from an objective's sums)."""
     return hasattr(facts_of("metrics", metric), "score")

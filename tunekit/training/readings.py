@@ -40,8 +40,9 @@ class Reading:
         return loss, norm
 
     def logged(self) -> dict[str, float]:
-        """What else the step's loss told, by name, once it was read."""
-        return dict(zip(self.names, self.numbers[2:].tolist(), strict=True))
+        """What else the step's loss told, by name, once it was read; without means over none of its rows."""
+        named = zip(self.names, self.numbers[2:].tolist(), strict=True)
+        return {name: number for name, number in named if math.isfinite(number)}
 
 
 @dataclass

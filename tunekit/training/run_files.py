@@ -12,8 +12,14 @@ from typing import Any
 import torch
 
 from tunekit.artifacts.checkpoint import Checkpoint, load_newest, save_checkpoint
-from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, require_same, resume_notes
-from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.fingerprint import (
+    flat_values,
+    make_fingerprint,
+    recipe_values,
+    require_same,
+    resume_notes,
+)
+from tunekit.artifacts.run import RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import Trackers
 from tunekit.console.progress import Progress
 from tunekit.errors import ResourceError, RunFolderError, TunekitError
@@ -83,6 +89,18 @@ def newest_checkpoint(session: Session) -> Checkpoint | None:
     if checkpoint is not None:
         torch.set_num_threads(int(checkpoint.facts["threads"]))
     return checkpoint
+
+
+def finished(session: Session) -> bool:
+    """Whether this recipe's run has ended well in its folder. Raises: RunFolderError where another recipe's has."""
+    path, recipe = Path(session.loaded.recipe.output.dir), session.loaded.recipe.model_dump(mode="json")
+    if not is_finished(path):
+        return False
+    old = (read_json(path / "environment.json") or {}).get("fingerprint") or {}
+    if "recipe" in old:
+        same = {**old, "recipe": recipe_values(recipe)}
+        require_same(old, same, lines=session.loaded.lines, file=str(session.loaded.path))
+    return True
 
 
 def previous_choice(session: Session) -> Choice | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.windows import evaluation_batches
@@ -17,7 +19,7 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.names import facts_of, needs_generation
 from tunekit.tuned.answers import answer_questions, text_metrics
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.scores import EvaluationSums, summed_evaluation
+from tunekit.tuned.scores import EvaluationSums, summed_evaluation, undisturbed
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,11 @@ class Evaluator:
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[EvaluationSums, dict[str, float]]:
         """The sums, and every metric by name. Raises: EvaluationStopped where `stop` says so."""
-        batches = evaluation_batches(self.rows, self.objective, batch_size=self.settings.batch_size)
-        sums = summed_evaluation(self.model, self.objective, batches, self.devices, stop, self.on_split)
+        batches = partial(evaluation_batches, self.rows, self.objective, batch_size=self.settings.batch_size)
+        mine = islice(batches(), self.devices.rank, None, self.devices.world)
+        with undisturbed(self.model):
+            objective = self.objective.measuring(self.model, self.rows, mine, self.devices.gather)
+        sums = summed_evaluation(self.model, objective, batches(), self.devices, stop, self.on_split)
         wanted = list(dict.fromkeys([*self.objective.metrics, *(self.metric_names or self.settings.metrics)]))
         texts = [name for name in wanted if needs_generation(name)]
         computed = sums.metrics([name for name in wanted if name not in texts])

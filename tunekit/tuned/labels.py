@@ -16,6 +16,7 @@ from tunekit.model.storage.inspection import head_labels
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.classify import ClassifySettings
+from tunekit.recipe.objectives.reward import RewardSettings
 from tunekit.recipe.recipe import Recipe
 
 
@@ -26,6 +27,8 @@ def start_facts(recipe: Recipe) -> dict[str, Any]:
     """
     start, settings = recipe.adapter.init_from, recipe.objective
     config = None if start is None else read_adapter_config(Path(start))
+    if isinstance(settings, RewardSettings):
+        return {"head": _head_labels(recipe.model)}
     if not isinstance(settings, ClassifySettings):
         return {}
     listed = settings.labels

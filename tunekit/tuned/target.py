@@ -31,8 +31,10 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import TargetOverrides, load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import known_names
+from tunekit.recipe.objectives.reward import RewardSettings
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
+from tunekit.recipe.section import ObjectiveSettings
 from tunekit.records import Choice
 from tunekit.tuned.export import export_checkpoint
 from tunekit.tuned.fit import check_family
@@ -140,9 +142,15 @@ def named_base(base: str | None) -> dict[str, str]:
 
 def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
     """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
-    settings = supervised_objective(base.family.name) or SftSettings()
+    facts = base.family.facts(base.net)
+    settings = _measuring_settings(base.family.name, facts) or SftSettings()
     check_family(base, settings.family)
-    return make_objective(settings, processor, base.family.facts(base.net))
+    return make_objective(settings, processor, facts)
+
+
+def _measuring_settings(family: str, facts: Mapping[str, Any]) -> ObjectiveSettings | None:
+    """A head of a single score gives rewards."""
+    return RewardSettings() if len(facts.get("labels", ())) == 1 else supervised_objective(family)
 
 
 def _require_model(target: str, section: ModelSection) -> None:
@@ -249,8 +257,9 @@ def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None
     if config is None:
         return None
     family = next((name for name, kind in FAMILIES.items() if kind.task_type == config.task_type), "causal")
-    settings = supervised_objective(family)
-    return None if settings is None else make_objective(settings, tokenizer, head_facts(config, target.model))
+    facts = head_facts(config, target.model)
+    settings = _measuring_settings(family, facts)
+    return None if settings is None else make_objective(settings, tokenizer, facts)
 
 
 def as_trained(target: Target, tokenizer: LoadedTokenizer) -> tuple[Target, Objective | None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.errors import redact
-from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.names import known_names, settings_class, units_of
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -35,7 +35,7 @@ def make_page(path: Path, facts: ReportFacts, plan: Plan, losses: Sequence[float
         _head(path, facts, plan),
         _result(facts, losses),
         _memory(facts, plan),
-        _speed(facts),
+        _speed(facts, units_of(plan.objective)),
         _rows(facts, plan),
         _size(facts, plan),
         _reactions(facts, plan),
@@ -82,6 +82,8 @@ def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
                 ],
             )
         )
+    else:
+        lines.append("The result was not compared with its base: there are no evaluation rows (data.eval).")
     if losses:
         lines.append(
             f"Training loss: {_number(facts.first_loss)} over the first tenth of the steps, "
@@ -168,17 +170,17 @@ def _difference(predicted: int, measured: int) -> str:
     return f"{(predicted - measured) / measured:+.1%}" if measured else ""
 
 
-def _speed(facts: ReportFacts) -> str:
+def _speed(facts: ReportFacts, units: str) -> str:
     lines = ["## Speed"]
     rates = [
         ("tokens per second", facts.tokens_per_second),
-        ("supervised tokens per second", facts.supervised_tokens_per_second),
+        (f"{units} per second", facts.supervised_tokens_per_second),
     ]
     measured = [[name, f"{value:,.0f}"] for name, value in rates if value is not None]
     if measured:
         lines.append(_table(["rate", "value"], measured))
         lines.append(
-            "Tokens are those of the rows, padding never counted; supervised tokens are those the loss is taken over. "
+            f"Tokens are those of the rows, padding never counted; the loss is taken over the {units}. "
             "The time is that spent in optimizer steps; loading, evaluation and saving are not in it."
         )
     seconds = sorted(facts.seconds.items(), key=lambda item: _place(SECONDS_ORDER, item[0]))
@@ -186,7 +188,7 @@ def _speed(facts: ReportFacts) -> str:
         lines.append(_table(["time for", "seconds"], [[escape(name), f"{value:,.1f}"] for name, value in seconds]))
     if facts.calibration is not None:
         lines.append(escape(calibration_text(facts.calibration).capitalize()) + ".")
-    lines.append(f"{facts.tokens:,} tokens were seen, {facts.supervised_tokens:,} of them supervised.")
+    lines.append(f"{facts.tokens:,} tokens were seen, with {facts.supervised_tokens:,} {units}.")
     return "\n\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from tunekit.recipe.names import units_of
 from tunekit.records import Plan, Target, bytes_text
 
 ATTENTION = {
@@ -20,12 +21,14 @@ def facts(plan: Plan) -> dict[str, object]:
     per_epoch = "" if plan.rows.steps_per_epoch is None else f", {plan.rows.steps_per_epoch:,} an epoch"
     share = plan.trainable_parameters / max(plan.total_parameters, 1)
     about = "about " if rows.estimated else ""
+    learned = f"{about}{plan.supervised_tokens:,} {units_of(plan.objective)}"
+    dropped = "".join(f"; {number:,} dropped: {reason}" for reason, number in rows.dropped_reasons.items())
     return {
         "model": f"{model.model_type}, {model.layers} layers, computed in {model.dtype} on {plan.device}",
         "weights": "not quantized" if model.quantization == "none" else model.quantization,
         "parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} trained ({share:.2%})",
-        "rows": f"{rows.trained:,} of {rows.read:,} ({rows.dropped:,} dropped, {rows.truncated:,} truncated)",
-        "tokens": f"{about}{rows.tokens:,} an epoch; {about}{plan.supervised_tokens:,} supervised in the run",
+        "rows": f"{rows.trained:,} of {rows.read:,} ({rows.truncated:,} truncated{dropped})",
+        "tokens": f"{about}{rows.tokens:,} an epoch; {learned} in the run",
         "evaluation rows": None if plan.rows.evaluation is None else f"{plan.rows.evaluation.trained:,}",
         "attention": ATTENTION.get(model.attention, f"{model.attention}, with a mask over whole rows"),
         "packing": f"{'yes' if plan.rows.packing else 'no'}: {plan.rows.packing_reason}",

@@ -39,8 +39,8 @@ def counted_note(name: str, number: int, what: str) -> str:
 
 def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[str]:
     """Warnings of dropped rows, with the cure: of any row to evaluate on, and of many to train on."""
-    longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens), or set data.excess_length"
-    cures = dict.fromkeys((TOO_LONG, NO_TARGET_LEFT), f"{longer}: truncate or split")
+    longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens)"
+    cures = {TOO_LONG: f"{longer}, or set data.excess_length: truncate or split", NO_TARGET_LEFT: longer}
     return [
         f"warning: {name}: {number:,} of {counts.read:,} rows are dropped: {reason}; "
         + cures.get(reason, "mend them, or take them out of the file")

@@ -59,7 +59,9 @@ def outcomes(rows: Iterator[RawRow], source: SourceEncoder, objective: Objective
         yield from map(source.outcome, chain(first, rows))
         return
     arguments = (source.make_example, objective, options, source.name)
-    pool = ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_begin, initargs=arguments)
+    context = get_context("forkserver")  # which imports once for all of them, and forks before it has threads
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(cores, mp_context=context, initializer=_begin, initargs=arguments)
     try:
         for found, notices in _in_order(pool, chain(first, rows), 2 * cores):
             source.encoder.notices.update(notices)

@@ -14,6 +14,7 @@ from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError
+from tunekit.formats.preference import is_pair
 from tunekit.recipe.data import Source
 from tunekit.recipe.names import facts_of, formats_of
 
@@ -28,12 +29,23 @@ def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterato
     if first is None:
         problems.raise_if_any()
         raise DataError("there is no row in it", "", file=source.path)
+    rows = chain([first], rows)
+    if example == "unpaired" and is_pair(first.values) and source.format in ("auto", "unpaired"):
+        return _singles(rows), first, "unpaired", "the first row is a pair; each makes two rows"
     try:
         format_name, reason = choose_format(source.format, first.values, example)
     except DataError as error:
         problem = error.problems[0]
         raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
-    return chain([first], rows), first, format_name, reason
+    renamed = " once its columns are renamed" if source.columns and reason != NAMED else ""
+    return rows, first, format_name, reason + renamed
+
+
+def _singles(rows: Iterator[RawRow]) -> Iterator[RawRow]:
+    """Each pair as two rows, of the good answer and of the bad one."""
+    for row in rows:
+        labels = ({"label": label} for label in (True, False)) if is_pair(row.values) else ({},)
+        yield from (RawRow(row.line, {**row.values, **label}) for label in labels)
 
 
 def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[str, str]:
@@ -46,12 +58,13 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
         raise DataError(f"the objective does not learn from the format {named}", f"its formats: {', '.join(fitting)}")
     if named != "auto":
         return named, NAMED
-    if "chosen" in values and "rejected" in values and example != "preference":
+    if is_pair(values) and example != "preference":
         what = "the first row has 'chosen' and 'rejected': preference pairs"
         raise DataError(what, "choose an objective that learns from them, such as dpo")
     for name in fitting:
-        required = facts_of("formats", name).REQUIRED
-        if all(field in values for field in required):
+        facts = facts_of("formats", name)
+        aliases, required = getattr(facts, "ALIASES", {}), facts.REQUIRED
+        if {aliases.get(field, field) for field in values} >= set(required):
             return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
@@ -62,5 +75,6 @@ def _mapped(values: Mapping[str, Any], fitting: Sequence[str]) -> str:
     """How to read a row of such columns: by a mapping that its names suggest, if they do."""
     asked, told = (next((name for name in names if name in values), None) for names in (ASKED, TOLD))
     if asked and told and "prompt_completion" in fitting:
-        return f"write {{path: FILE, columns: {{{asked}: prompt, {told}: completion}}}} for it"
+        typed = f"data.eval.0.columns.{asked}=prompt data.eval.0.columns.{told}=completion"
+        return f"write {{path: FILE, columns: {{{asked}: prompt, {told}: completion}}}} for it; beside --data: {typed}"
     return "write {path: FILE, format: NAME} for it, or columns: {COLUMN: FIELD} in place of the format"

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -110,24 +110,48 @@ def _text_type(config: Any) -> str:
     return str(text.model_type)
 
 
+def may_be_packed(net: nn.Module) -> bool:
+    """Whether the net may keep the rows of a sequence apart: it attends document by document, or its mask is made from
+    the positions, or nothing can be told without values."""
+    from transformers import masking_utils
+
+    name, asked = "find_packed_sequence_indices", list[bool]()
+    if str(cast(Any, net).config._attn_implementation).endswith(SUFFIX) or not hasattr(masking_utils, name):
+        return True
+    try:
+        trial = _trial_of(net)
+    except Exception:  # the model's own code
+        return True
+    with suppress(Exception), replaced(vars(masking_utils), **{name: lambda positions: asked.append(True)}):
+        trial()
+    return bool(asked)
+
+
 _tried: dict[type, bool] = {}
 
 
 def _runs(net: nn.Module) -> bool:
     """Whether the layers of this class take a DocumentMask at all; found out once, without values."""
     if type(net) not in _tried:
-        config: Any = net.config
-        base: Any = type(net)
-        try:
-            with torch.device("meta"):
-                trial = base._from_config(config)
-                ids = torch.zeros(1, 5, dtype=torch.int64)
-                with torch.no_grad(), calling(Call(segments=Segments(((3, 2),)))), known_documents():
-                    trial(input_ids=ids, position_ids=ids, use_cache=False)
+        _tried[type(net)] = False
+        with suppress(Exception), calling(Call(segments=Segments(((3, 2),)))), known_documents():
+            _trial_of(net)()
             _tried[type(net)] = True
-        except Exception:  # the model's own code, whatever it raises: it keeps the mask that it knows
-            _tried[type(net)] = False
     return _tried[type(net)]
+
+
+def _trial_of(net: nn.Module) -> Callable[[], object]:
+    """A forward of 5 tokens through a net of this kind without values; it raises whatever the model's code raises."""
+    config, kind = cast(Any, net).config, cast(Any, type(net))
+    with torch.device("meta"):
+        trial = kind._from_config(config, dtype=torch.bfloat16)  # the one in which experts' kernels run there
+
+    def run() -> None:
+        with torch.device("meta"), torch.no_grad():
+            ids = torch.zeros(1, 5, dtype=torch.int64)
+            trial(input_ids=ids, position_ids=ids, use_cache=False)
+
+    return run
 
 
 @cache

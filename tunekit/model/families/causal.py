@@ -26,7 +26,10 @@ from tunekit.model.families.structure import (
 )
 
 UNUSED_ROWS = 2  # OPT's table of positions begins with two rows that no position uses
-FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+FINAL_NORMS = (
+    *("norm", "ln_f", "final_layernorm", "final_layer_norm"),
+    *("norm_f", "final_norm", "layer_norm", "layernorm", "embedding_norm"),  # the last one LFM2's
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class Family:
 
         Of `inputs` (input_ids or inputs_embeds, position_ids, attention_mask) the base takes what it accepts.
         """
-        return last_hidden(call_accepted(net.get_submodule(base_name(net)), inputs))
+        hidden = last_hidden(call_accepted(net.get_submodule(base_name(net)), inputs))
+        for module in _before_projection(net):
+            hidden = module(hidden)
+        return hidden
 
     def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The net's own logits, whole: (B, T, V), of a classifier (B, C). Training reads hidden states and head."""
@@ -131,14 +137,22 @@ class Family:
         holder, _, attribute = name.rpartition(".")
         parent = net.get_submodule(holder)
         norms = [getattr(parent, norm) for norm in FINAL_NORMS if isinstance(getattr(parent, norm, None), nn.Module)]
-        if not is_proven(config) or not norms:
+        if not is_proven(config):
             return None
-        run = partial(_run_base, base)
-        return Stages([make_stack(parent, attribute, run, norms[:1], config.model_type)])
+        run, finish = partial(_run_base, base), [*norms[:1], *_before_projection(net)]
+        return Stages([make_stack(parent, attribute, run, finish, config.model_type)])
 
 
 def _run_base(base: nn.Module, inputs: dict[str, torch.Tensor], source: torch.Tensor | None) -> None:
     call_accepted(base, inputs)
+
+
+def _before_projection(net: nn.Module) -> list[nn.Module]:
+    """What a head does before its projection, where that is a module beside it, as in ModernBERT's decoder."""
+    head, projection = getattr(net, "lm_head", None), _call(net, "get_output_embeddings")
+    if not isinstance(head, nn.Module) or projection is None or projection in head.modules():
+        return []
+    return [head]
 
 
 def _call(net: nn.Module, method: str) -> Any:

@@ -21,11 +21,20 @@ PROVEN = frozenset(
     [
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "granite", "phi3"),
         *("olmo2", "smollm3", "starcoder2", "mixtral", "gpt_neox", "gpt2", "phi", "opt", "bloom"),
+        *("afmoe", "apertus", "arcee", "bamba", "biogpt", "bitnet", "codegen", "cohere2", "ctrl", "cwm", "deepseek_v2"),
+        *("deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "falcon", "falcon_h1"),
+        *("falcon_mamba", "flex_olmo", "glm", "glm4", "glm4_moe", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese"),
+        *("gpt_oss", "gptj", "granitemoe", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense"),
+        *("hunyuan_v1_moe", "jamba", "jetmoe", "lfm2", "lfm2_moe", "llama4_text", "mamba", "mamba2", "minicpm3"),
+        *("minimax", "ministral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo3"),
+        *("olmoe", "openai-gpt", "persimmon", "phimoe", "qwen2_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next"),
+        *("recurrent_gemma", "seed_oss", "solar_open", "stablelm", "vaultgemma", "xglm", "youtu"),
         *("t5", "mt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot"),
     ]
 )
-# Families whose layers give a tuple, and how many tensors follow the hidden states in it.
-SIDE_OUTPUTS = {"bloom": 1, "t5": 2, "mt5": 2}
+# Families whose layers give a tuple or a list, and how many tensors follow the hidden states in it.
+ONE_MORE = ("bamba", "bloom", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "mpt", "openai-gpt")
+SIDE_OUTPUTS = {"t5": 2, "mt5": 2, **dict.fromkeys(ONE_MORE, 1)}
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # settings that leave out layers at random
 
 
@@ -64,7 +73,7 @@ class StageLayer(nn.Module):
     def forward(self, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         arguments = [_value(argument) for argument in call.arguments]
         output = self.layer(hidden, *arguments, **{name: _value(each) for name, each in call.keywords.items()})
-        if isinstance(output, tuple):
+        if isinstance(output, tuple | list):
             output, *others = output
             for side, other in zip(call.side_outputs, others, strict=False):
                 if side is not None:

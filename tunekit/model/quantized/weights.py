@@ -21,6 +21,12 @@ OUTLIER_THRESHOLD = 6.0  # LLM.int8: inputs of this size or more are multiplied 
 ROUNDS_INPUTS = ("int8", "fp8")
 
 
+class NoMatrix:
+    """What models that ask a layer for the dtype of its matrix get of a packed one, such as T5 and Hunyuan's router."""
+
+    dtype = None
+
+
 class PackedLinear(nn.Module):
     """Linear layer whose matrix is kept packed: y = x W^T + b, W = unpack(buffers), made anew for every product.
 
@@ -28,7 +34,7 @@ class PackedLinear(nn.Module):
     The backward pass unpacks W again: what is kept for it is this module, never a dense W.
     """
 
-    weight = None  # T5 asks its layers for the dtype of their matrix, where they have one
+    weight = NoMatrix()
 
     def __init__(
         self,

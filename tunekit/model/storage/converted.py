@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import revert_weight_conversion
+
+
+def stored_names(net: nn.Module) -> dict[str, str]:
+    """Names in the files of parameters that transformers renames while it loads -> their names in the net."""
+    whole: Any = {name: torch.empty(tensor.shape, device="meta") for name, tensor in net.state_dict().items()}
+    own = {id(tensor): name for name, tensor in whole.items()}
+    stored = revert_weight_conversion(cast(Any, net), whole).items()
+    return {name: own[id(tensor)] for name, tensor in stored if own.get(id(tensor), name) != name}
 
 
 class StoredPieces:

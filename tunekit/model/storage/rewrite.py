@@ -23,7 +23,7 @@ from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage import inspection
-from tunekit.model.storage.converted import StoredPieces
+from tunekit.model.storage.converted import StoredPieces, stored_names
 from tunekit.model.storage.packing import packable
 from tunekit.model.storage.shards import ShardReader, ShardWriter, read_headers
 from tunekit.model.storage.source import ModelSource, find_source
@@ -46,15 +46,18 @@ class Changes:
 class BaseTensors:
     """The base's tensors under the names of the net's parameters, read one at a time.
 
-    A checkpoint may leave out the base model's prefix. A tensor that is no parameter of the net keeps its own name.
+    A checkpoint may leave out the base model's prefix, or have the names of an older version. A tensor that is no
+    parameter of the net keeps its own name.
     """
 
-    def __init__(self, folder: Path, parameters: frozenset[str], prefix: str) -> None:
-        self.reader = ShardReader(folder)
+    def __init__(self, folder: Path, net: nn.Module) -> None:
+        self.reader, renamed = ShardReader(folder), stored_names(net)
+        parameters, prefix = frozenset(net.state_dict()), str(getattr(net, "base_model_prefix", ""))
         self.files: dict[str, str] = {}  # net's name -> name in the file
         for name in self.reader:
             candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-            self.files[next((each for each in candidates if each in parameters), name)] = name
+            own = next((each for each in candidates if each in parameters), renamed.get(name, name))
+            self.files[own] = name
 
     def names(self) -> list[str]:
         return list(self.files)
@@ -123,8 +126,7 @@ class Rewriter:
 
     def _open(self, plain: ModelSection) -> BaseTensors | LoadedTensors:
         if not self._rewritten:
-            parameters = frozenset(self.net.state_dict())
-            return BaseTensors(self.source.folder, parameters, str(getattr(self.net, "base_model_prefix", "")))
+            return BaseTensors(self.source.folder, self.net)
         wide = plain.model_copy(update={"dtype": "float32"})
         loaded = self.loaded or load_model(wide, device=torch.device("cpu"))
         self.generation_config = loaded.generation_config
@@ -207,7 +209,7 @@ class Rewriter:
         if absent:
             raise ModelError(
                 f"the base's files hold no tensor {absent[0]}, which the adapter changes ({len(absent)} such)",
-                "this base stores it in another form, into which nothing can be merged",
+                "it stores that in another form, into which nothing can be merged: use the adapter with its base",
             )
 
     def unties(self, changes: Changes) -> bool:

@@ -109,7 +109,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **_to("adapter.init_from", "lora_model_dir", "adapter_name_or_path"),
     **_to("adapter.modules_to_save", "lora_modules_to_save"),
     **_nowhere(lost("it is an adapter of its own", "write adapter.method: dora"), "use_dora", "peft_use_dora"),
-    **_to("objective.method", "stage"),
+    **_to("objective.method", "stage", by=values.stage),
     **_to("objective.method", "rl", by=one_of({name: name for name in known_names("objectives")})),
     **_to("objective.beta", "beta", "rl_beta", "pref_beta"),
     **_to("objective.loss_type", "loss_type"),
@@ -121,6 +121,9 @@ TOP_LEVEL: dict[str, Alias] = {
     **_to("objective.simpo_gamma", "simpo_gamma"),
     **_to("objective.cpo_alpha", "cpo_alpha"),
     **_to("objective.discopop_tau", "discopop_tau"),
+    **_to("objective.desirable_weight", "desirable_weight", "kto_desirable_weight", "kto_chosen_weight"),
+    **_to("objective.undesirable_weight", "undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight"),
+    **_to("objective.center_rewards_coefficient", "center_rewards_coefficient"),
     **_nowhere(lost("it is a mean of each answer", "write objective.rpo_alpha, a mean over the step"), "pref_ftx"),
     **_nowhere(always_so, "precompute_ref_log_probs"),  # the reference is the adapter, bypassed
     **_nowhere(one_of({"reverse_kl": NOTHING}), "f_divergence_type"),

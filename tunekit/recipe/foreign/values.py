@@ -16,7 +16,8 @@ Translate = Callable[[Any], Any]
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
 _DATASET_TYPES = {"alpaca": "alpaca", "sharegpt": "sharegpt", "chat_template": "chat", "completion": "text"}
-_DATASET_TYPES |= dict.fromkeys(("chat_template.default", "chatml.intel", "chatml.ultra"), "preference")  # Axolotl's
+_DATASET_TYPES |= dict.fromkeys(("chat_template.default", "chatml.ultra"), "preference")  # Axolotl's
+_DATASET_TYPES |= dict.fromkeys(("chatml.intel", "chatml.argilla", "chatml.argilla_chat"), "auto")  # pairs, or of kto
 _DATASET_KEYS = ("path", "type", "ds_type", "split", "field", "field_messages", "revision", "trust_remote_code")
 
 
@@ -70,6 +71,11 @@ def turned_off_by_zero(value: object) -> Any:
 def unset_by_negative(value: object) -> Any:
     """max_steps -1 is unset there."""
     return NOTHING if value == -1 and not isinstance(value, bool) else value
+
+
+def stage(value: object) -> Any:
+    """LLaMA-Factory's name of a reward model is rm."""
+    return "reward" if value == "rm" else value
 
 
 def negated(value: object) -> Any:

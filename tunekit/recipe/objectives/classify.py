@@ -31,6 +31,7 @@ class ClassifySettings(ObjectiveSettings):
 
     family: ClassVar[str] = "classifier"
     example: ClassVar[str] = "label"
+    unit: ClassVar[str] = "label"
     sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion")
     supervised: ClassVar[bool] = True
 

@@ -80,7 +80,8 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
     data, evaluation = sections.get("data"), sections.get("evaluation")
     objective = _objective_class(draft)
     if isinstance(data, DataSection):
-        _check_sources(draft, data, objective)
+        unknown = draft.values.get("objective", "") is None  # that of a model which is asked when it is loaded
+        _check_sources(draft, data, sorted(known_names("formats")) if unknown else formats_of(objective.example))
     if isinstance(evaluation, EvaluationSection):
         _check_metrics(draft, evaluation, objective)
     if isinstance(data, DataSection) and isinstance(evaluation, EvaluationSection) and data.eval is None:
@@ -106,11 +107,11 @@ def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
     return found  # type: ignore[no-any-return]
 
 
-def _check_sources(draft: Draft, data: DataSection, objective: type[ObjectiveSettings]) -> None:
+def _check_sources(draft: Draft, data: DataSection, formats: Sequence[str]) -> None:
     evaluation = data.eval if isinstance(data.eval, tuple) else ()
     for name, sources in (("train", data.train), ("eval", evaluation)):
         for index, source in enumerate(sources):
-            _check_source(draft, ("data", name, index), source, formats_of(objective.example))
+            _check_source(draft, ("data", name, index), source, formats)
     streamed = [index for index, source in enumerate(data.train) if source.streaming]
     if streamed:
         _check_streaming(draft, ("data", "train", streamed[0], "streaming"), data)
@@ -155,6 +156,10 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
             draft.add_problem(key, f"unknown metric '{name}'", did_you_mean(name, known, "known metrics"))
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
+        elif needs_generation(name) and not objective.answers:
+            draft.add_problem(
+                key, f"the metric {name} needs answers, and this objective's model gives none", "remove it"
+            )
         elif absent := set(getattr(facts_of("metrics", name), "NEEDS", ())) - set(objective.sums):
             what = f"the metric {name} needs {sorted(absent)[0]}, which an evaluation of this objective does not give"
             draft.add_problem(key, what, "leave it out")

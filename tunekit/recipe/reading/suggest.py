@@ -15,7 +15,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     from difflib import get_close_matches  # only a mistake pays for this import
 
     names = {name.lower(): name for name in known}
-    found = get_close_matches(word.lower().replace("-", "_"), names, n=1, cutoff=0.7)
+    word = word.lower().replace("-", "_")
+    found = get_close_matches(word, names, cutoff=0.7)
+    found.sort(key=lambda name: sorted(name) != sorted(word))  # letters that changed places come first
     return names[found[0]] if found else None
 
 

@@ -1,0 +1,272 @@
+"""KTO: losses, gradients and what is logged against trl's own trainer; whole runs; what is wrong with rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from threading import Barrier, Thread
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.utils import pad
+
+from tests.conftest import write_tiny_llama
+from tests.data_case import objective_of
+from tests.objectives.pair_case import trainer_of
+from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_recipe
+from tests.train_case import records, without_times
+from tunekit.contracts import Batch, Row, Window
+from tunekit.errors import TunekitError
+from tunekit.evaluate import evaluate_verb
+from tunekit.generate import answer
+from tunekit.merge import merge_verb
+from tunekit.planning.plan import make_plan
+from tunekit.preview import preview_verb
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.objectives.kto import LOGGED, KtoSettings
+from tunekit.tuned.target import find_target, load_target
+
+SIZES = [(5, 3), (7, 2), (2, 4), (6, 1), (3, 5)]  # tokens of each answer and its prompt
+WEIGHTS = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
+CASES: dict[str, dict[str, Any]] = {
+    "kto": {"beta": 0.3},
+    "weighted": {"beta": 0.5, **WEIGHTS},
+    "apo": {"loss_type": "apo_zero_unpaired", "beta": 0.4, **WEIGHTS},
+}
+MIXED, GOOD = (True, False, False, True, False), (True,) * 5
+
+
+class Table(nn.Module):
+    """A model that gives each id its own log-probability at each position, as trl's fused head says it."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self, seed: int, raised: float = 0.0) -> None:
+        super().__init__()
+        drawn = torch.rand(16, 100, generator=torch.Generator().manual_seed(seed))  # (T, V)
+        self.values = nn.Parameter(raised - 3 * drawn)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> Any:
+        found = self.values[torch.arange(input_ids.shape[1] - 1)[None], input_ids[:, 1:]] * (labels[:, 1:] >= 0)
+        blank = torch.zeros_like(found)
+        return SimpleNamespace(log_probs=found, entropy=blank, mean_logits=blank, is_top1=blank.bool())
+
+
+def make_rows(objective: Any, labels: Sequence[bool]) -> list[Row]:
+    draw, rows = np.random.default_rng(0), []
+    for number, ((size, prompt), label) in enumerate(zip(SIZES, labels, strict=True)):
+        ids = draw.integers(1, 100, prompt + size).astype(np.int32)
+        side = (ids, np.arange(prompt + size) >= prompt)
+        rows.append(objective.make_row([side], {"label": [label]}, f"d:{number}", number))
+    return rows
+
+
+def trl_loss(rows: Sequence[Row], models: Sequence[Table], settings: KtoSettings) -> tuple[Tensor, dict[str, float]]:
+    """What KTOTrainer makes of the rows as one batch of its data set."""
+    prompts = [row.parts["completion"][~row.parts["completion_trained"]] for row in rows]
+    answers = [row.parts["completion"][row.parts["completion_trained"]] for row in rows]
+    inputs = {"label": torch.tensor([bool(row.parts["label"][0]) for row in rows])}
+    for name, said in (("", answers), ("KL_", [answers[-1], *answers[:-1]])):
+        longest = max(row.size for row in rows)
+        ids = [torch.from_numpy(np.concatenate(both))[:longest].long() for both in zip(prompts, said, strict=True)]
+        marks = [(torch.arange(len(line)) >= len(prompt)).long() for line, prompt in zip(ids, prompts, strict=True)]
+        found = {"input_ids": ids, "completion_mask": marks, "attention_mask": [torch.ones_like(line) for line in ids]}
+        inputs |= {f"{name}{key}": pad(values, padding_value=0) for key, values in found.items()}
+    policy, reference = models
+    trainer = trainer_of(
+        model=policy,
+        ref_model=reference,
+        calculate_KL=settings.loss_type == "kto",
+        precompute_ref_logps=False,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        _total_train_tokens=0,
+        _tp_size=1,
+        **settings.model_dump(include={"beta", "loss_type", *WEIGHTS}),
+    )
+    trainer._compute_kl_logps = partial(KTOTrainer._compute_kl_logps, trainer)
+    loss = KTOTrainer._compute_loss(trainer, policy, inputs, False)
+    return loss, {name.replace("/", "_"): values[0] for name, values in trainer._metrics["train"].items()}
+
+
+def told_by(models: Sequence[Table], settings: KtoSettings) -> tuple[Any, Any]:
+    """The objective whose log-probabilities are the tables', and a model that scores so."""
+    objective: Any = objective_of(settings)
+
+    def of_batch(output: str, batch: Batch) -> Tensor:
+        places = batch.inputs["position_ids"].flatten()[batch.targets["index"]]
+        return models[output == "reference"].values[places, batch.targets["ids"]]
+
+    def scored(batches: Sequence[Batch], score: Any, *, bypassed: bool = False) -> list[Tensor]:
+        return [score("reference" if bypassed else "policy", batch).detach() for batch in batches]
+
+    objective.log_probabilities = of_batch
+    return objective, SimpleNamespace(scored=scored)
+
+
+@pytest.mark.parametrize("labels", [MIXED, GOOD], ids=["mixed", "all good"])
+@pytest.mark.parametrize("sizes", [[5], [2, 1, 2]], ids=["one batch", "three micro-batches"])
+@pytest.mark.parametrize("case", CASES)
+def test_losses_gradients_and_what_is_logged_are_trls(case: str, sizes: list[int], labels: Sequence[bool]) -> None:
+    settings, models = KtoSettings(**CASES[case]), (Table(0, raised=0.5), Table(1))
+    objective, model = told_by(models, settings)
+    rows = make_rows(objective, labels)
+    expected, theirs = trl_loss(rows, models, settings)
+    (gradient,) = torch.autograd.grad(expected, models[0].values)
+    left = iter([rows[place] for place in (3, 0, 4, 1, 2)])
+    batches = tuple(objective.collate([[next(left)] for _ in range(size)]) for size in sizes)
+    window = objective.prepare(model, Window(0, 0.0, tuple(range(len(batches))), batches))
+    found = [objective.loss("policy", batch) for batch in window.batches]
+    loss = torch.cat([each.total for each in found]).sum() / len(rows)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, models[0].values)[0], gradient, rtol=1e-5, atol=1e-7)
+    logged = {name: sum(float(each.metrics[name]) for each in found) / len(rows) for name in LOGGED}
+    finite = {name: value for name, value in logged.items() if np.isfinite(value)}
+    assert finite == pytest.approx({name: theirs[name] for name in LOGGED if name in theirs}, rel=1e-5)
+    assert (finite["kl"] > 0) == (settings.loss_type == "kto")
+
+
+def test_ranks_together_have_the_kl_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, model = told_by((Table(0, raised=0.5), Table(1)), KtoSettings())
+    rows, barrier, said, found = make_rows(objective, MIXED), Barrier(2), dict[int, Any](), dict[int, Any]()
+
+    def facts(share: Sequence[Row], gather: Any = list) -> list[float]:
+        batches = tuple(objective.collate([[row]]) for row in share)
+        window = objective.prepare(model, Window(0, 0.0, tuple(range(len(share))), batches), gather)
+        return window.batches[0].targets["facts"][0].tolist()  # type: ignore[no-any-return]
+
+    def rank(number: int, share: Sequence[Row]) -> None:
+        def gather(mine: list[Any]) -> list[Any]:
+            said[number] = mine
+            barrier.wait()
+            both = said[0] + said[1]
+            barrier.wait()
+            return both
+
+        found[number] = facts(share, gather)
+
+    threads = [Thread(target=rank, args=(0, rows[3:])), Thread(target=rank, args=(1, rows[:3]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[0] == found[1] == facts(rows)
+    assert found[0][0] > 0
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def unpaired(count: int) -> list[dict[str, Any]]:
+    rows = []
+    for number in range(count):
+        good = number % 3 != 2
+        said = "so " * (number % 7) + str(number) if good else "no " * (number % 4 + 1) + f"x{number}"
+        asked = [{"role": "user", "content": f"say {'very ' * (number % 5)}{number}"}]
+        rows.append({"prompt": asked, "completion": [{"role": "assistant", "content": said}], "label": good})
+    return rows
+
+
+def write_kto(folder: Path, base: Path, rows: list[dict[str, Any]] | None = None, **sections: Any) -> Path:
+    objective = {"method": "kto", **sections.pop("objective", {})}
+    return write_recipe(folder, base, rows or unpaired(24), objective=objective, **sections)
+
+
+def measured(target: Path, *overrides: str) -> dict[str, float]:
+    evaluate_verb(str(target), None, None, None, [], str(target.parent / "eval.json"), list(overrides))
+    return json.loads((target.parent / "eval.json").read_text("utf-8"))  # type: ignore[no-any-return]
+
+
+def test_a_run_learns_and_its_folder_is_used_by_every_verb(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_kto(
+        tmp_path, base, objective={"beta": 1.0}, training={"epochs": 5, "eval_steps": 20, "learning_rate": 0.01}
+    )
+    run = train(recipe)
+    steps = [record for record in records(run) if "loss" in record]
+    assert (steps[0]["loss"], steps[0]["kl"]) == (0.5, 0.0), "the policy is its own reference"
+    assert steps[-1]["loss"] < 0.45
+    assert steps[-1]["rewards_margins"] > 0.1
+    after = measured(run)
+    assert after["rows"] == 6
+    assert set(LOGGED) < set(after)
+    alone = measured(run, "evaluation.batch_size=1")
+    assert alone == pytest.approx(after, rel=1e-5), "the KL is of all rows, whatever their batches"
+    loaded = load_target(find_target(str(run), None, ["evaluation.max_new_tokens=3"]), CPU)
+    assert len(answer(loaded, ["say 3"])) == 1
+    merge_verb(str(run / "adapter"), str(tmp_path / "merged"), str(base), None, [])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    capsys.readouterr()
+    preview_verb(str(recipe), [], 1, None)
+    assert "completion, label: " in capsys.readouterr().out
+
+
+def test_micro_batches_layouts_engines_and_interruptions_are_one_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe(folder: str, micro_batch_size: int, **memory: Any) -> Path:
+        steps = {"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": 6 // micro_batch_size}
+        training = {**steps, "epochs": 1, "save_steps": 2}
+        return write_kto(tmp_path / folder, base, data={"eval": None}, training=training, memory=memory)
+
+    run = train(recipe("whole", 2))
+    whole, tensors = losses(run), tensors_of(run)
+    assert max(record.get("kl", 0) for record in records(run)) > 1e-3
+    streamed = train(recipe("streamed", 2, streaming="disk"))
+    assert tensors_of(streamed) == tensors
+    assert without_times(records(streamed)) == without_times(records(run))
+    (run / "status.json").unlink()
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
+    shutil.rmtree(run / "adapter")
+    train(run.parent / "recipe.yaml", resume=True)
+    assert tensors_of(run) == tensors
+    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
+    assert losses(train(recipe("padded", 1))) == pytest.approx(whole, rel=1e-5)
+
+
+BAD = [
+    ({"prompt": "p", "completion": "a", "label": "yes"}, "'label' must be true or false, not 'yes'"),
+    ({"prompt": "p", "completion": "a"}, "no field 'label'"),
+    ({"prompt": "p", "label": True}, "no field 'completion'"),
+    ({"prompt": "p", "completion": "", "label": True}, "the row has an empty answer; mend it, or write objective.unus"),
+    ({"completion": "a", "label": False}, "the row has no prompt"),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), BAD)
+def test_a_bad_row_is_named(base: Path, tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    recipe = write_kto(tmp_path, base, [*unpaired(4), row])
+    with pytest.raises(TunekitError, match=rf"train\.jsonl:5: {said}"):
+        make_plan(load_recipe(recipe), device=CPU)
+
+
+def test_unusable_rows_are_counted_and_one_sided_data_said(base: Path, tmp_path: Path) -> None:
+    rows = [row for row in unpaired(9) if row["label"]]
+    recipe = write_kto(tmp_path, base, [*rows, BAD[-1][0]], objective={"unusable_rows": "drop"}, data={"eval": None})
+    plan, _ = make_plan(load_recipe(recipe), device=CPU)
+    assert plan.rows.training.dropped_reasons == {"no prompt": 1}
+    assert any(note.startswith("6 good and 0 bad answers") for note in plan.notes)
+
+
+def test_other_tools_spellings_are_read(base: Path, tmp_path: Path) -> None:
+    recipe = write_kto(tmp_path, base)
+    values = json.loads(recipe.read_text("utf-8"))
+    del values["objective"]
+    theirs = {"stage": "kto", "pref_beta": 0.2, "kto_chosen_weight": 2.0, "kto_undesirable_weight": 0.5}
+    recipe.write_text(json.dumps({**values, **theirs}), encoding="utf-8")
+    expected = KtoSettings(beta=0.2, desirable_weight=2.0, undesirable_weight=0.5)
+    assert load_recipe(recipe).recipe.objective == expected

@@ -1,0 +1,35 @@
+"""`objective: kto` Kahneman-Tversky optimization: answers marked as good or bad, without pairs, held to the model as it
+was before step 1."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.section import ObjectiveSettings, Positive, PublishedRate
+
+LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen", "logps_rejected", "kl")
+
+
+class KtoSettings(ObjectiveSettings):
+    """TRL's names and defaults."""
+
+    example: ClassVar[str] = "unpaired"
+    unit: ClassVar[str] = "answer"
+    reference: ClassVar[str] = "policy at step 0"
+    sums: ClassVar[tuple[str, ...]] = ("loss", "units", *LOGGED)
+    default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
+        5e-6, "hiyouga/LLaMA-Factory, examples/train_lora/llama3_lora_kto.yaml"
+    )
+
+    method: Literal["kto"] = Field("kto", description="answers marked as good or bad, held to the reference model")
+    beta: Positive = Field(0.1, description="how strongly the policy is held to the reference")
+    loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
+        "kto", description="apo_zero_unpaired: without the KL, for answers better than the model's own"
+    )
+    desirable_weight: Positive = Field(1.0, description="of the loss of good answers")
+    undesirable_weight: Positive = Field(1.0, description="of the loss of bad answers")
+    unusable_rows: Literal["error", "drop"] = Field(
+        "error", description="a row without a prompt or with an empty answer: stop, or leave it out"
+    )
