@@ -19,7 +19,7 @@ from tunekit.model.text.tokenizer import LoadedTokenizer
 
 TRL = importlib.util.find_spec("trl")
 FOLDER = Path(TRL.origin or "").parent / "chat_templates" if TRL is not None else Path("absent")
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="trl's templates are absent: trl needs Python 3.11")
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="trl's templates are absent: pip install trl")
 SPECIAL = re.compile(r"<[|｜][^<>'\"{}]*?[|｜]>|</?s>|<\|?[a-z_]+\|?>|<\|\"\|>|\[gMASK\]")
 NO_MARKERS = {"<tools>", "<think>", "<tool_call>", "<tool_response>"}
 

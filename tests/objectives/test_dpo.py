@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from tests.conftest import write_tiny_llama
 from tests.data_case import objective_of
@@ -70,7 +71,6 @@ class TrlModel(nn.Module):
 
 def trl_loss(told: Told, settings: DpoSettings) -> tuple[Tensor, dict[str, float]]:
     """What DPOTrainer makes of the same log-probabilities in one batch."""
-    theirs = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl needs Python 3.11")
     mask = told.trained()
     tables = [table * mask[:, 1:] for table in (told.policy, told.reference)]  # 0 where there is no label, as in trl
     model = TrlModel(tables)
@@ -91,7 +91,7 @@ def trl_loss(told: Told, settings: DpoSettings) -> tuple[Tensor, dict[str, float
         _tp_size=1,
     )
     inputs = {"input_ids": mask, "attention_mask": told.real(), "completion_mask": mask}
-    loss = theirs.DPOTrainer._compute_loss(trainer, model, inputs, False)
+    loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
     return loss, {name.replace("/", "_"): values[0] for name, values in trainer._metrics["train"].items()}
 
 

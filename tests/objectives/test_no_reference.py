@@ -36,8 +36,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def trl_loss(told: Told, name: str, settings: Any) -> tuple[Tensor, dict[str, float]]:
     """What trl's trainers make of the same log-probabilities in one batch."""
-    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer", reason="trl needs Python 3.11")
-    orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer")
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
     mask, real, pairs = told.trained()[:, 1:], told.real()[:, 1:], len(told.rows)
     scores = (told.policy * mask).sum(1)
     averaged = name in ("simpo", "orpo") or settings.loss_type == "ipo"
@@ -46,7 +47,7 @@ def trl_loss(told: Told, name: str, settings: Any) -> tuple[Tensor, dict[str, fl
     likelihood = -(told.policy[:pairs] * learnt).sum() / learnt.sum()
     if name == "orpo":
         trainer = trainer_of(beta=settings.beta)
-        ratios, chosen, rejected, *_ = orpo.ORPOTrainer.odds_ratio_loss(trainer, scores[:pairs], scores[pairs:])
+        ratios, chosen, rejected, *_ = ORPOTrainer.odds_ratio_loss(trainer, scores[:pairs], scores[pairs:])
         total = likelihood - ratios.mean()
     else:
         trainer = trainer_of(
@@ -56,7 +57,7 @@ def trl_loss(told: Told, name: str, settings: Any) -> tuple[Tensor, dict[str, fl
             simpo_gamma=getattr(settings, "simpo_gamma", None),
             label_smoothing=settings.label_smoothing,
         )
-        values, chosen, rejected = cpo.CPOTrainer.cpo_loss(trainer, scores[:pairs], scores[pairs:])
+        values, chosen, rejected = CPOTrainer.cpo_loss(trainer, scores[:pairs], scores[pairs:])
         total = values.mean() + settings.cpo_alpha * likelihood
     logged = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), scores[:pairs], scores[pairs:])
     return total, {key: value.mean().item() for key, value in zip(REWARDS, logged, strict=True)}
