@@ -173,10 +173,11 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One evaluation: metrics by name (`loss` always), at a step."""
+    """One evaluation: metrics by name (`loss` always), at a step, and counts of each label where rows have some."""
 
     step: int
     metrics: dict[str, float]
+    classes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ class ReportFacts:
     reactions: list[Reaction]
     calibration: dict[str, Any] | None = None
     budget_bytes: int | None = None
+    classes: dict[str, Any] | None = None  # of each label what the exported weights made of it
 
 
 def calibration_text(facts: dict[str, Any]) -> str:
