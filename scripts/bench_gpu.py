@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def run_rows(rows: list[Row], device: torch.device, file: Path, minutes: float, 
             print(f"{row.name}: waits for another call ({expected:.1f} minutes expected)", flush=True)
             continue
         measured = in_child(row.name, device, file, left)
-        measured["when"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        measured["when"] = datetime.now(UTC).isoformat(timespec="seconds")
         results["rows"][row.name] = {"row": as_json(row), **measured}
         write_results(file, results)
         print(summary(row, results["rows"][row.name]), flush=True)

@@ -129,6 +129,11 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "memory.mlp_tile_tokens": (["null"], [each for each in NOT_COUNTS if each != "null"]),
     "memory.streaming": (["auto", '"off"', "off"], ["on", "false", "null", "ssd"]),
     "memory.budget": (["null"], ["8", "8G", "-1GiB", "8gib", "true", "[8GiB]"]),
+    "evaluation.choices": (
+        ["null", "from_data", "[a, b]", "[1, no]"],
+        ["[a]", "[a, 'a ']", "5", "text", "[]", "[a, true]", "[a, 1.5]", "[a, '']"],
+    ),
+    "evaluation.choice_score": (["sum", "mean_per_token", "mean_per_byte"], ["mean", "null", "[sum]"]),
     "evaluation.metrics": (
         ["[loss]", "[loss, perplexity]", "[token_accuracy]", "[loss, exact_match]", "[rouge_l, token_f1, contains]"],
         ["loss", "[los]", "[5]", "{a: b}", "null", "[loss, loss]"],

@@ -170,22 +170,18 @@ def generate(
     overrides: TargetOverrides = None,
     base: Base = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="one prompt")] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts", metavar="FILE|-", help='one prompt a line (.jsonl: {"prompt": ...}); - is standard input'
-        ),
-    ] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE|-", help='one a line (.jsonl: {"prompt": ...})')] = None,
     max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="most tokens of an answer")] = None,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token")] = 0.0,
     top_p: Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="draw from the top share P")] = None,
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="draw from the K likeliest tokens")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
     score: Annotated[str | None, typer.Option("--score", metavar="FILE", help="answers, for a reward model")] = None,
+    choices: Annotated[str | None, typer.Option(metavar="LIST", help="answer with one of '[yes, no]'")] = None,
 ) -> None:
     """Generate answers: plain text for --prompt, one JSON object a line for several; or score answers."""
     asked = (target, base, prompt, prompts, overrides or [])
-    values = (*asked, max_new_tokens, temperature, top_p, top_k, seed, score)
+    values = (*asked, max_new_tokens, temperature, top_p, top_k, seed, score, choices)
     _call(context, "tunekit.generate:generate_verb", *values)
 
 

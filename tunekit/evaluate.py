@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tunekit.console import Console
 from tunekit.data.encoding.sources import read_template
@@ -15,11 +16,12 @@ from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
+from tunekit.metrics.classes import COLUMNS, class_facts, confusion_table
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
-from tunekit.recipe.names import known_names, units_of
+from tunekit.recipe.names import known_names, settings_class, units_of, unmeasurable
 from tunekit.recipe.reading.dump import yaml_scalar
-from tunekit.tuned.evaluator import Evaluator, questions_for
+from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 
@@ -51,12 +53,26 @@ def evaluate_verb(
         loaded = load_target(found, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
         console.info(*rows.notes)
-        values = evaluate_rows(loaded, rows, metrics, devices, template)
+        evaluation = evaluate_rows(loaded, rows, metrics, devices, found.data or section, template)
     finally:
         devices.close()
     if devices.is_main:
+        sums, units = evaluation.sums, units_of(loaded.objective.name).replace(" ", "_")
+        counts = {"rows": sums.rows, "tokens": sums.tokens, units: int(sums.values["units"])}
+        values = {**evaluation.metrics, **counts}
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
-        write_result({name: value for name, value in values.items() if math.isfinite(value)})
+        result: dict[str, Any] = {name: value for name, value in values.items() if math.isfinite(value)}
+        if evaluation.classes is not None:
+            result["classes"] = class_facts(evaluation.classes)
+            _show_classes(console, result["classes"])
+        write_result(result)
+
+
+def _show_classes(console: Console, facts: dict[str, Any]) -> None:
+    console.table(COLUMNS, [[line[name] for name in COLUMNS] for line in facts["per_class"]])
+    confusion = confusion_table(facts)
+    if confusion is not None:
+        console.table(*confusion)
 
 
 def _check_metrics(names: Sequence[str]) -> None:
@@ -81,12 +97,22 @@ def _data_section(target: Target, overrides: Sequence[str]) -> DataSection:
 
 
 def evaluate_rows(
-    loaded: LoadedTarget, rows: RowSet, metrics: Sequence[str], devices: Devices, template: str | None = None
-) -> dict[str, float | int]:
-    """Every metric by name, and what it was measured on."""
+    loaded: LoadedTarget,
+    rows: RowSet,
+    metrics: Sequence[str],
+    devices: Devices,
+    data: DataSection,
+    template: str | None = None,
+) -> Evaluation:
+    """Every metric by name, and what it was measured on; `data`: whose answers those `from_data` are."""
     settings, model = loaded.target.evaluation, loaded.model
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
+    sums: Any = settings_class("objectives", rows.objective.name).sums  # type: ignore[attr-defined]
+    for name in metrics:
+        what = unmeasurable(name, sums, chosen=settings.choices is not None)
+        if what is not None:
+            raise RecipeError(what, "leave it out, or name the answers with evaluation.choices", key="--metric")
     problems = row_problems(model.base, loaded.tokenizer, rows.objective, [evaluation], model.virtual_tokens)
     if problems:
         raise ModelError.of(problems)
@@ -95,11 +121,9 @@ def evaluate_rows(
         rows.objective,
         devices,
         evaluation,
-        questions_for(rows, metrics or settings.metrics),
+        asked_of(rows, settings, metrics or settings.metrics, data),
         settings,
         metric_names=tuple(metrics),
         template=template,
     )
-    sums, values = evaluator.evaluate()
-    units = units_of(rows.objective.name).replace(" ", "_")
-    return {**values, "rows": sums.rows, "tokens": sums.tokens, units: int(sums.values["units"])}
+    return evaluator.evaluate()

@@ -21,11 +21,13 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, InputError
-from tunekit.machine.devices import make_devices
+from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.reward import Reward
 from tunekit.recipe.data import Source
+from tunekit.tuned.choices import choose
+from tunekit.tuned.evaluator import choices_of
 from tunekit.tuned.scores import undisturbed
 from tunekit.tuned.target import LoadedTarget, find_target, load_target
 
@@ -42,6 +44,7 @@ def generate_verb(
     top_k: int | None = None,
     seed: int | None = None,
     score: str | None = None,
+    choices: str | None = None,
 ) -> None:
     """Generate, or score. Raises: TunekitError, whose exit code the command line returns."""
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
@@ -56,14 +59,19 @@ def generate_verb(
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     if max_new_tokens is not None:
         overrides = [*overrides, f"evaluation.max_new_tokens={max_new_tokens}"]
+    if choices is not None:
+        overrides = [*overrides, f"evaluation.choices={choices}"]
     texts = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
+    if found.evaluation.choices is not None and (temperature or max_new_tokens is not None):
+        what = "the likeliest of evaluation.choices is the answer; nothing is sampled or written token by token"
+        raise InputError(what, "leave --temperature and --max-new-tokens out, or add evaluation.choices=null")
     devices = make_devices()
     console = Console(enabled=devices.is_main)
     console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
         loaded = load_target(found, devices.device)
-        answers = answer(loaded, texts, sampling) if score is None else []
+        answers = answer(loaded, texts, sampling, devices) if score is None else []
         scores = [] if score is None else score_file(loaded, Path(score).absolute())
     finally:
         devices.close()
@@ -135,12 +143,18 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
 
 
 @torch.no_grad()
-def answer(loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
-    """What the model answers to each text, asked as the training rows ask."""
+def answer(
+    loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY, devices: Devices | None = None
+) -> list[str]:
+    """What the model answers to each text, asked as the training rows ask; of evaluation.choices the likeliest."""
     tokenizer, settings, model = loaded.tokenizer, loaded.target.evaluation, loaded.model
     data = loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
-    encoder = loaded.objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, length, excess))
+    options = EncodeOptions("assistant", loaded.target.chat_template, length, excess)
+    choices = choices_of(settings, loaded.objective, data)
+    if choices is not None:
+        return choose(model, loaded.objective, choices, texts, options, settings.batch_size, devices or make_devices())
+    encoder = loaded.objective.row_encoder(options)
     prompts = [encoder.question(text) for text in texts]
     largest = max((max(ids, default=0) for ids in prompts), default=0)
     check_vocabulary(tokenizer, model.base.text.vocabulary_size, largest)

@@ -173,10 +173,11 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One evaluation: metrics by name (`loss` always), at a step."""
+    """One evaluation: metrics by name (`loss` always), at a step, and counts of each label where rows have some."""
 
     step: int
     metrics: dict[str, float]
+    classes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,7 @@ class ReportFacts:
     skipped_steps: int | None = None  # whose gradients overflowed in float16
     calibration: dict[str, Any] | None = None
     budget_bytes: int | None = None
+    classes: dict[str, Any] | None = None  # of each label what the exported weights made of it
 
 
 def calibration_text(facts: dict[str, Any]) -> str:

@@ -69,6 +69,7 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "chunk_size": 16},
     "zamba": {"layer_types": ["mamba", "hybrid"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "chunk_size": 16},
+    "recurrent_gemma": {"block_types": ("recurrent", "attention")},
     "reformer": {"is_decoder": True},
     "qwen3_next": MIXED,
     "qwen3_5_text": MIXED,

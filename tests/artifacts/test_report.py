@@ -122,6 +122,7 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
         "calibration",
         "budget_bytes",
         "verdict",
+        "classes",
     }
 
 

@@ -28,6 +28,7 @@ from tunekit.files import cache_folder
 from tunekit.formats.example import CompletionExample
 from tunekit.formats.labels import LabelExample
 from tunekit.formats.preference import PreferenceExample
+from tunekit.formats.tags import TagsExample
 from tunekit.formats.unpaired import UnpairedExample
 from tunekit.memory.splitting import Splitting
 from tunekit.model.load import load_model
@@ -52,6 +53,10 @@ LABELLED = tuple(
 PREFERRED = tuple(
     PreferenceExample(*row) for row in (("abc", "defg", "xyz"), ("z", "ihgfedcba", "i"), ("12345", "1", "54321"))
 )
+TAGGED = tuple(
+    TagsExample(*row)
+    for row in ((("abc", "de"), ("B-X", "O")), (("ihgf", "ed", "cba"), ("O", "B-X", "I-X")), (("12345",), ("O",)))
+)
 UNPAIRED = tuple(
     UnpairedExample(*row) for row in (("abc", "defg", True), ("z", "ihgfedcba", False), ("12345", "1", True))
 )
@@ -59,6 +64,7 @@ EXAMPLES = {
     "text": ANSWERED,
     "label": LABELLED,
     "preference": PREFERRED,
+    "tags": TAGGED,
     "unpaired": UNPAIRED,
 }  # by the kind that an objective learns from
 OPTIONS = EncodeOptions("assistant", None, max_length=64, excess_length="drop")
@@ -75,7 +81,7 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """A base of each family."""
     bart = tmp_path_factory.mktemp("bart")
     make_net("bart", vocab_size=300).save_pretrained(bart)  # type: ignore[operator]
-    return {"causal": tiny_llama, "classifier": tiny_llama, "seq2seq": bart}
+    return {"causal": tiny_llama, "classifier": tiny_llama, "token_classifier": tiny_llama, "seq2seq": bart}
 
 
 def make(name: str, tokenizer: LoadedTokenizer) -> Objective:
@@ -275,6 +281,7 @@ def test_the_cache_of_one_objective_is_not_another_s(
         "text": [{"prompt": "p", "completion": "c"}],
         "label": [{"text": "p", "label": "c"}, {"text": "p", "label": "d"}],
         "preference": [{"prompt": "p", "chosen": "c", "rejected": "d"}],
+        "tags": [{"words": ["p", "q"], "tags": ["c", "d"]}],
         "unpaired": [{"prompt": "p", "completion": "c", "label": True}],
     }
 

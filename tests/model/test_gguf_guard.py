@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,17 +13,16 @@ import pytest
 import tqdm
 
 from tunekit.model.storage.gguf import parsed_once
-from tunekit.model.transformers_guard import ASKING, no_fetched_code, quiet
+from tunekit.model.transformers_guard import ASKING, _module, no_fetched_code, quiet
 
 
 def state() -> dict[str, Any]:
     """Everything that these blocks replace."""
-    asking = [importlib.import_module(name) for name in ASKING]
     return {
         "reader": gguf.GGUFReader,
         "names": gguf.get_tensor_name_map,
         "kernels": sys.modules.get("kernels", "absent"),
-        "answers": [getattr(module, "is_kernels_available", "absent") for module in asking],
+        "answers": [module.is_kernels_available for module in filter(None, map(_module, ASKING))],
         "bars": vars(tqdm.tqdm)["__init__"],
     }
 

@@ -202,7 +202,8 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     ("is not an encoder-decoder", configured(architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True)),
     ("vision-language", configured(model_type="llava", vision_config={}, architectures=["LlavaForCausalLM"])),
     ("lacks weights.*score", configured(architectures=["LlamaForSequenceClassification"])),
-    ("token classifier", configured(architectures=["LlamaForTokenClassification"])),
+    ("lacks weights.*score", configured(architectures=["LlamaForTokenClassification"])),
+    ("question-answering model", configured(architectures=["LlamaForQuestionAnswering"])),
     ("is quantized|stored quantized", configured(quantization_config={"quant_method": "gptq", "bits": 4})),
     ("cannot be loaded|knows", configured(model_type="never_heard_of", architectures=["NeverForCausalLM"])),
 ]

@@ -44,6 +44,7 @@ PLANNABLE: dict[str, list[str]] = {
     "adapter.exclude_modules": ["null", "[k_proj]"],
     "adapter.rank_pattern": ["{}", "{q_proj: 4}"],
     "training.max_steps": ["1", "10"],
+    "evaluation.choices": ["null"],
 }
 
 

@@ -25,6 +25,7 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
     if isinstance(record, EvaluationRecord):
         finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}  # JSON has no NaN
         value: dict[str, Any] = {"step": record.step, "eval": finite}
+        value |= {} if record.classes is None else {"classes": record.classes}
     else:
         value = asdict(record)
         value |= value.pop("metrics")

@@ -6,7 +6,7 @@ Comes in: DataSection, Objective, seed.  Goes out: RowSet.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,8 +27,17 @@ from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.shards import machine_memory_bytes, must_stream
 from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.files.cache_folder import hash_of
+from tunekit.formats.example import Example
 from tunekit.recipe.data import DataSection
 from tunekit.records import RowCounts
+
+
+class Written(NamedTuple):
+    """An example, and where it was written."""
+
+    file: str
+    line: int
+    example: Example
 
 
 class Prompt(NamedTuple):
@@ -51,13 +60,31 @@ class RowSet:
     draws: tuple[Share, ...]
     streams: tuple[StreamedSource, ...]
     notes: tuple[str, ...]
-    evaluation_prompts: Callable[[], list[Prompt]]  # every evaluation row that has an answer, as a prompt with it
-    template: str | None  # of data.chat_template, as it was read
+    evaluation_examples: Callable[[], Iterator[Written]]  # every evaluation row, read again from its file
+    options: EncodeOptions
+
+    @property
+    def template(self) -> str | None:
+        """That of data.chat_template, as it was read."""
+        return self.options.template
 
     @property
     def all(self) -> list[Rows]:
         """Training rows, and those to evaluate on if there are any."""
         return [self.train] if self.evaluation is None else [self.train, self.evaluation]
+
+    def evaluation_prompts(self) -> list[Prompt]:
+        """Every evaluation row that has an answer, as a prompt with it."""
+        encoder = self.objective.row_encoder(self.options)
+        prompts: list[Prompt] = []
+        for file, line, example in self.evaluation_examples():
+            try:
+                found = encoder.prompt(example)
+            except TunekitError as error:
+                raise DataError(error.problems[0].what, file=file, line=line) from None
+            if found is not None:
+                prompts.append(Prompt(*found))
+        return prompts
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
         """The windows to train on, with the sources' weights."""
@@ -98,8 +125,8 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         draws=draws,
         streams=(),
         notes=(*_notes(sources), *_notes(own, evaluation=True), *_leaks(data, train_rows, eval_rows)),
-        evaluation_prompts=lambda: _prompts(eval_sources, evaluation, objective, options),
-        template=options.template,
+        evaluation_examples=lambda: _examples(eval_sources, evaluation, objective),
+        options=options,
     )
 
 
@@ -123,8 +150,8 @@ def load_evaluation_rows(
             draws=(),
             streams=(),
             notes=_notes(sources, evaluation=True),
-            evaluation_prompts=lambda: _prompts(sources, parts, objective, options),
-            template=options.template,
+            evaluation_examples=lambda: _examples(sources, parts, objective),
+            options=options,
         )
     return load_rows(data, objective, seed=seed, cache_dir=cache_dir)
 
@@ -169,8 +196,8 @@ def _load_streamed(
         draws=draws,
         streams=tuple(one.stream for one in sampled),
         notes=tuple(dict.fromkeys([*_notes(samples), *(own.notes if own else ())])),
-        evaluation_prompts=own.evaluation_prompts if own else list,
-        template=options.template,
+        evaluation_examples=own.evaluation_examples if own else lambda: iter(()),
+        options=options,
     )
 
 
@@ -258,19 +285,9 @@ def _fingerprint(
     return hash_of([parts, [source.fingerprint for source in evaluation], fraction, seed if fraction else None])
 
 
-def _prompts(
-    sources: Sequence[EncodedSource], parts: Sequence[Part], objective: Objective, options: EncodeOptions
-) -> list[Prompt]:
-    """Prompts of the evaluation rows, read again from their files."""
-    encoder = objective.row_encoder(options)
-    prompts: list[Prompt] = []
+def _examples(sources: Sequence[EncodedSource], parts: Sequence[Part], objective: Objective) -> Iterator[Written]:
+    """The examples of the parts' rows."""
     for source, part in zip(sources, parts, strict=True):
         numbers = set(source.store.records["number"][part.chosen].tolist())
         for line, example in read_examples(source.source, objective, numbers):
-            try:
-                found = encoder.prompt(example)
-            except TunekitError as error:
-                raise DataError(error.problems[0].what, file=source.source.path, line=line) from None
-            if found is not None:
-                prompts.append(Prompt(*found))
-    return prompts
+            yield Written(source.source.path, line, example)

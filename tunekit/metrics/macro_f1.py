@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunekit.metrics.classes import counts_of, f1
+
 DESCRIPTION = "F1 of each label, averaged over the labels that occur or are predicted"
 NEEDS = ("confusion",)
 HIGHER_IS_BETTER = True
@@ -16,12 +18,8 @@ def from_sums(sums: Mapping[str, Any]) -> float:
     `confusion`: rows are true labels, columns predicted ones; a label in neither is left out. Raises ValueError without
     rows.
     """
-    confusion = sums["confusion"]
-    scores = []
-    for label, row in enumerate(confusion):
-        both = sum(row) + sum(other[label] for other in confusion)  # 2 TP + FP + FN
-        if both:
-            scores.append(2 * row[label] / both)
+    counts = counts_of(sums["confusion"])
+    scores = [f1(right, predicted, there) for right, predicted, there in counts if predicted + there]
     if not scores:
         raise ValueError("no labelled rows")
-    return float(sum(scores) / len(scores))
+    return sum(scores) / len(scores)

@@ -43,6 +43,7 @@ from tunekit.recipe.supported import refuse_unsupported
 from tunekit.records import Choice, Plan, PlannedRows, Target
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.state import Prepared
+from tunekit.tuned.evaluator import check_choices
 from tunekit.tuned.fit import check_family, row_problems
 from tunekit.tuned.labels import start_facts
 
@@ -137,6 +138,9 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
             objective = make_objective(recipe.objective, tokenizer, facts)
             rows = findings.attempt(lambda: load_rows(recipe.data, objective, seed=seed))
             model = (objective if rows is None else rows.objective).section(model, seed)
+        if rows is not None:
+            read = rows
+            findings.attempt(lambda: check_choices(read, recipe.evaluation, recipe.data))
         base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
     if tokenizer is not None:
         with_tokenizer = load_method(recipe.adapter.method).with_tokenizer

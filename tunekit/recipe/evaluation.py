@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from tunekit.recipe.section import Count, Section, Several, Text
+
+FROM_DATA = "from_data"
+CHOICE_SUMS = frozenset({"confusion", "calibration"})  # what choosing adds to what an objective sums up
+CHOICE_METRICS = ("accuracy", "macro_f1", "expected_calibration_error")  # always measured where answers are chosen
 
 _BEST = re.compile(r"eval\.[a-z0-9_]+")
 
@@ -18,9 +22,40 @@ def _best(value: object) -> Any:
     raise ValueError("must be eval.METRIC, such as eval.loss")
 
 
+def _choices(value: object) -> Any:
+    """A list of two texts or more, no two equal; a whole number is its text."""
+    if value is None or value == FROM_DATA:
+        return value
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"must be {FROM_DATA} or a list, such as [positive, negative]")
+    if not all(isinstance(each, str | int) and not isinstance(each, bool) and str(each).strip() for each in value):
+        raise ValueError("must be texts that are not empty; put true, false and numbers with a point in quotes")
+    texts = tuple(map(str, value))
+    same = next((text for at, text in enumerate(texts) if text.strip() in map(str.strip, texts[:at])), None)
+    if same is not None:
+        raise ValueError(f"names '{same.strip()}' twice")
+    if len(texts) < 2:
+        raise ValueError("needs two answers or more to choose from")
+    return texts
+
+
+ANSWERS = {"type": "array", "minItems": 2, "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}
+Choices = Annotated[
+    Several[Text] | Literal["from_data"] | None,
+    BeforeValidator(_choices),
+    WithJsonSchema({"anyOf": [ANSWERS, {"const": FROM_DATA}, {"type": "null"}]}),
+]
+
+
 class EvaluationSection(Section):
     """`best: eval.loss` exports the checkpoint where that metric was best; `patience` counts on it, or on eval.loss."""
 
+    choices: Choices = Field(
+        None, description="the answers to choose from by their log-probability; from_data: those of the rows"
+    )
+    choice_score: Literal["sum", "mean_per_token", "mean_per_byte"] = Field(
+        "sum", description="what of an answer's log-probability is compared"
+    )
     metrics: Several[Text] = Field(("loss",), description="what is measured; loss always is")
     before_training: bool = Field(True, description="evaluate before the first step too, to compare the result with")
     generate: bool = Field(False, description="generate an answer for every eval row, for the metrics that need one")

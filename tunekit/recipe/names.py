@@ -6,12 +6,14 @@ A new file is a new name; there is no other list.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from tunekit.recipe.evaluation import CHOICE_SUMS
 from tunekit.recipe.section import MethodSettings
 
 Kind = Literal["adapters", "objectives", "starts", "formats", "metrics"]
@@ -46,6 +48,15 @@ def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
 def formats_of(example: str) -> list[str]:
     """The formats that give this kind of example."""
     return [name for name in known_names("formats") if getattr(facts_of("formats", name), "EXAMPLE", None) == example]
+
+
+def unmeasurable(metric: str, sums: Iterable[str], *, chosen: bool) -> str | None:
+    """Why a known metric does not follow from an objective's sums, with choices or without; None where it does."""
+    needed, given = getattr(facts_of("metrics", metric), "NEEDS", ()), {*sums, *(CHOICE_SUMS if chosen else ())}
+    absent = next((name for name in needed if name not in given), None)
+    if absent is None:
+        return None
+    return f"the metric {metric} needs {absent}, which an evaluation of this objective does not give"
 
 
 def units_of(objective: str) -> str:

@@ -32,7 +32,7 @@ from tunekit.training.trial import (
     split_evaluation_noted,
     try_longest_batch,
 )
-from tunekit.tuned.evaluator import Evaluator, questions_for
+from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 from tunekit.tuned.scores import summed_evaluation
@@ -144,7 +144,7 @@ def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
 
 def _make_evaluate(
     session: Session, prepared: Prepared, model: TunedModel, state: LoopState
-) -> Callable[[], dict[str, float]] | None:
+) -> Callable[[], Evaluation] | None:
     """One evaluation of the eval rows; None where the recipe has none."""
     recipe, rows = session.loaded.recipe, prepared.rows
     if rows.evaluation is None:
@@ -154,9 +154,9 @@ def _make_evaluate(
         rows.objective,
         session.devices,
         rows.evaluation,
-        questions_for(rows, recipe.evaluation.metrics),
+        asked_of(rows, recipe.evaluation, recipe.evaluation.metrics, recipe.data),
         recipe.evaluation,
         template=rows.template,
         on_split=split_evaluation_noted(session, state),
     )
-    return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)[1]
+    return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tunekit.artifacts.run import RunFolder
+from tunekit.metrics.classes import class_facts
 from tunekit.records import Plan, Reaction, ReportFacts
 from tunekit.training.state import LoopState
 
@@ -36,8 +37,10 @@ def report_facts(
     steps = [record["loss"] for record in records if "eval" not in record]
     tenth = -(-len(steps) // 10)
     evaluations = [record for record in records if "eval" in record]
+    classes = {record["step"]: record.pop("classes", None) for record in evaluations}
     losses = {record["step"]: record["eval"].get("loss") for record in evaluations}
-    before, loss = losses.get(0), losses.get(state.best_step if saved_best else max(losses, default=None))
+    exported = state.best_step if saved_best else max(losses, default=None)
+    before, loss = losses.get(0), losses.get(exported)
     verdict = None
     if before is not None and loss is not None and loss > before:
         verdict = f"worse than {begun_from}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
@@ -68,6 +71,7 @@ def report_facts(
         eval_loss=loss,
         verdict=verdict,
         evaluations=evaluations,
+        classes=None if classes.get(exported) is None else class_facts(classes[exported]),
         reactions=[Reaction(**reaction) for reaction in state.reactions],
         skipped_steps=state.scale.skipped_steps if state.scale.enabled else None,
         calibration=state.calibration,

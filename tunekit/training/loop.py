@@ -164,16 +164,16 @@ def _evaluate_if_due(run: Run) -> bool:
         return False
     try:
         with timed(state.seconds, "evaluate"):
-            metrics = run.evaluate()
+            found = run.evaluate()
     except EvaluationStopped:
         return False
     state.evaluated_step = state.step
-    run.record(EvaluationRecord(state.step, metrics))
+    run.record(EvaluationRecord(state.step, found.metrics, found.classes))
     if not state.step or (settings.best is None and settings.patience is None):
         return False
     watched = (settings.best or "eval.loss").removeprefix("eval.")
-    if is_better(watched, metrics[watched], state.best_value):
-        state.best_step, state.best_value, state.evaluations_without_gain = state.step, metrics[watched], 0
+    if is_better(watched, found.metrics[watched], state.best_value):
+        state.best_step, state.best_value, state.evaluations_without_gain = state.step, found.metrics[watched], 0
         return settings.best is not None
     state.evaluations_without_gain += 1
     state.stopped_early = settings.patience is not None and state.evaluations_without_gain >= settings.patience

@@ -22,6 +22,7 @@ from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
+from tunekit.tuned.evaluator import Evaluation
 from tunekit.tuned.model import TunedModel
 
 
@@ -76,7 +77,7 @@ class Run:
     state: LoopState
     save: Callable[[], None]
     record: Callable[[StepRecord | EvaluationRecord], None] = lambda record: None
-    evaluate: Callable[[], dict[str, float]] | None = None
+    evaluate: Callable[[], Evaluation] | None = None
     stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that asked to stop
     peak_bytes: Callable[[], int] = lambda: 0
     warn: Callable[[str], None] = lambda text: None

@@ -9,7 +9,7 @@ from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.tuned.evaluator import Evaluator
+from tunekit.tuned.evaluator import Asked, Evaluator
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.model import TunedModel
 
@@ -34,7 +34,7 @@ def adapter_losses(
         problems = row_problems(model, tokenizer, objective, [rows], tuned.virtual_tokens)
         if problems:
             raise ModelError.of(problems)
-        evaluator = Evaluator(tuned, objective, devices, rows, (), settings, metric_names=("loss",))
-        losses[name] = evaluator.evaluate()[1]["loss"]
+        evaluator = Evaluator(tuned, objective, devices, rows, Asked(), settings, metric_names=("loss",))
+        losses[name] = evaluator.evaluate().metrics["loss"]
     adapters.switch(None)
     return losses

@@ -1,6 +1,6 @@
 """One evaluation of the eval rows, as the recipe's `evaluation:` asks for it.
 
-Model, rows and settings go in; metrics by name come out, those of the objective always.
+Model, rows and settings go in; metrics by name come out, those of the objective always, and counts of each label.
 """
 
 from __future__ import annotations
@@ -10,16 +10,43 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.encoding.answers import answers_of_rows
 from tunekit.data.rows import Prompt, RowSet
+from tunekit.errors import RecipeError
 from tunekit.machine.devices import Devices
-from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.metrics.classes import counts_of
+from tunekit.metrics.span_f1 import kinds_of
+from tunekit.objectives.choices import Question
+from tunekit.recipe.data import DataSection
+from tunekit.recipe.evaluation import CHOICE_METRICS, FROM_DATA, EvaluationSection
 from tunekit.recipe.names import facts_of, needs_generation
 from tunekit.tuned.answers import answer_questions, text_metrics
+from tunekit.tuned.choices import Choices, choice_scores, choice_sums, make_questions, of_every_row
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import EvaluationSums, summed_evaluation, undisturbed
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of each evaluation row beside its loss: an answer to generate, one to choose."""
+
+    prompts: Sequence[Prompt] = ()
+    choices: Choices | None = None
+    questions: Sequence[Question] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums and every metric by name; `classes`: `labels`, `counts` of each (predicted right, predicted, there) and
+    their `confusion`, where rows have labels."""
+
+    sums: EvaluationSums
+    metrics: dict[str, float]
+    classes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -30,43 +57,101 @@ class Evaluator:
     objective: Objective
     devices: Devices
     rows: Rows
-    questions: Sequence[Prompt]  # see questions_for
+    asked: Asked
     settings: EvaluationSection
     metric_names: tuple[str, ...] = ()
-    template: str | None = None  # of the questions, where it is not the tokenizer's own
+    template: str | None = None  # of the prompts, where it is not the tokenizer's own
     on_split: Callable[[Batch], None] = lambda batch: None  # told of a batch that ran out of memory
 
-    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> tuple[EvaluationSums, dict[str, float]]:
-        """The sums, and every metric by name. Raises: EvaluationStopped where `stop` says so."""
+    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+        """Raises: EvaluationStopped where `stop` says so."""
         batches = partial(evaluation_batches, self.rows, self.objective, batch_size=self.settings.batch_size)
         mine = islice(batches(), self.devices.rank, None, self.devices.world)
         with undisturbed(self.model):
             objective = self.objective.measuring(self.model, self.rows, mine, self.devices.gather)
         sums = summed_evaluation(self.model, objective, batches(), self.devices, stop, self.on_split)
-        wanted = list(dict.fromkeys([*self.objective.metrics, *(self.metric_names or self.settings.metrics)]))
+        choices, labels = self.asked.choices, self.objective.facts.get("labels")
+        always = (*self.objective.metrics, *(CHOICE_METRICS if choices else ()))
+        if choices is not None:
+            labels = choices.labels
+            sums.values.update(self._chosen(choices, stop))
+        wanted = list(dict.fromkeys([*always, *(self.metric_names or self.settings.metrics)]))
         texts = [name for name in wanted if needs_generation(name)]
         computed = sums.metrics([name for name in wanted if name not in texts])
         if texts:
             answers = answer_questions(
                 self.model,
                 self.objective,
-                self.questions,
+                self.asked.prompts,
                 self.devices,
                 max_new_tokens=self.settings.max_new_tokens,
                 batch_size=self.settings.batch_size,
                 template=self.template,
             )
-            computed |= text_metrics(texts, answers, [question.reference for question in self.questions])
-        return sums, {name: computed[name] for name in wanted}
+            computed |= text_metrics(texts, answers, [question.reference for question in self.asked.prompts])
+        return Evaluation(sums, {name: computed[name] for name in wanted}, _classes(labels, sums.values))
+
+    def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> dict[str, Any]:
+        """The sums over rows of what was chosen."""
+        scores = choice_scores(
+            self.model,
+            self.objective,
+            choices,
+            self.asked.questions,
+            self.devices,
+            batch_size=self.settings.batch_size,
+            stop=stop,
+            on_split=self.on_split,
+        )
+        return {name: value.tolist() for name, value in choice_sums(scores, self.asked.questions).items()}
 
 
-def questions_for(rows: RowSet, metric_names: Sequence[str]) -> Sequence[Prompt]:
-    """The prompts of the evaluation rows where one of these metrics, or of the objective's, needs answers.
+def _classes(labels: Sequence[str] | None, sums: dict[str, Any]) -> dict[str, Any] | None:
+    if labels is None or "confusion" not in sums:
+        return None
+    if "spans" in sums:
+        counts = [[int(count) for count in row] for row in sums["spans"]]
+        return {"labels": kinds_of(labels), "counts": counts}
+    confusion = [[int(count) for count in row] for row in sums["confusion"]]
+    return {"labels": list(labels), "counts": counts_of(confusion), "confusion": confusion}
+
+
+def asked_of(
+    rows: RowSet, settings: EvaluationSection, metric_names: Sequence[str], data: DataSection | None = None
+) -> Asked:
+    """Prompts of the evaluation rows where one of these metrics, or of the objective's, needs answers; questions where
+    there are choices, those `from_data` being the answers of `data`.
 
     They are read here and now: the files may have moved by the time of an evaluation.
     """
     names = [*rows.objective.metrics, *metric_names]
-    return rows.evaluation_prompts() if any(needs_generation(name) for name in names) else ()
+    prompts = rows.evaluation_prompts() if any(needs_generation(name) for name in names) else ()
+    choices = choices_of(settings, rows.objective, data)
+    if choices is None:
+        return Asked(prompts)
+    return Asked(prompts, choices, make_questions(rows.evaluation_examples(), choices, rows.objective, rows.options))
+
+
+def check_choices(rows: RowSet, settings: EvaluationSection, data: DataSection) -> None:
+    """Before a model is loaded. Raises: DataError naming each evaluation row whose answer is no choice."""
+    choices = choices_of(settings, rows.objective, data)
+    if choices is not None and rows.evaluation is not None:
+        of_every_row(rows.evaluation_examples(), lambda row: choices.place_of(row.example))
+
+
+def choices_of(settings: EvaluationSection, objective: Objective, data: DataSection | None) -> Choices | None:
+    """The answers to choose from; None where any may be given. Raises: RecipeError where nothing can be chosen."""
+    texts = settings.choices
+    if texts is None:
+        return None
+    if objective.example != "text":
+        what = f"the objective {objective.name} has rows without a prompt and an answer to choose"
+        raise RecipeError(what, "leave evaluation.choices out", key="evaluation.choices")
+    if texts == FROM_DATA:
+        if data is None:
+            raise RecipeError("there is no recipe whose rows have the answers", "list them", key="evaluation.choices")
+        texts = answers_of_rows(data, objective)
+    return Choices(tuple(texts), settings.choice_score)
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:

@@ -14,8 +14,8 @@ from tunekit.errors import RecipeError
 from tunekit.files.tensors import read_tensor_header
 from tunekit.model.storage.inspection import head_labels
 from tunekit.model.storage.source import find_source
+from tunekit.recipe.label_settings import LabelSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.objectives.classify import ClassifySettings
 from tunekit.recipe.objectives.reward import RewardSettings
 from tunekit.recipe.recipe import Recipe
 
@@ -28,11 +28,11 @@ def start_facts(recipe: Recipe) -> dict[str, Any]:
     start, settings = recipe.adapter.init_from, recipe.objective
     config = None if start is None else read_adapter_config(Path(start))
     if isinstance(settings, RewardSettings):
-        return {"head": _head_labels(recipe.model)}
-    if not isinstance(settings, ClassifySettings):
+        return {"head": _head_labels(recipe.model, settings.family)}
+    if not isinstance(settings, LabelSettings):
         return {}
     listed = settings.labels
-    head = _as_listed(_head_labels(recipe.model), listed)
+    head = _as_listed(_head_labels(recipe.model, settings.family), listed)
     if config is None:
         _refuse_other_order("the base's head", head if set(head) == set(listed) else (), listed)
         return {"head": head}
@@ -56,12 +56,12 @@ def head_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
     rows = [shape[0] for name, shape in matrices.items() if named & set(name.split("."))]
     if not rows:
         return {}
-    own = _head_labels(base)
+    own = _head_labels(base, "token_classifier" if config.task_type == "TOKEN_CLS" else "classifier")
     return {"labels": own if len(own) == min(rows) else _unnamed(min(rows))}
 
 
-def _head_labels(base: ModelSection) -> tuple[str, ...]:
-    return head_labels(find_source(base, weights=False))
+def _head_labels(base: ModelSection, family: str) -> tuple[str, ...]:
+    return head_labels(find_source(base, weights=False), family)
 
 
 def _unnamed(count: int) -> tuple[str, ...]:

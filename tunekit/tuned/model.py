@@ -40,7 +40,7 @@ class TunedModel:
         """What the objective reads; where positions restart, another row begins."""
         if self.base.family.reads_rows(self.base.net):
             with calling(self.call_for(inputs)):
-                return ModelOutput(logits=self.base.family.logits(self.base.net, self.entering(inputs)))
+                return ModelOutput(logits=self.own_logits(inputs))
         return self.finished(self.hidden(inputs))
 
     def scored(

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.errors import redact
+from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.recipe.names import known_names, settings_class, units_of
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text, skipped_text
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_COLUMNS = 60
+MOST_LABELS = 20
 SPECIAL = "\\`*_{}[]<>#|!~&"
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
 SECONDS_ORDER = ("load", "data", "calibrate", "try", "train", "evaluate", "save")
@@ -85,6 +87,8 @@ def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
         )
     else:
         lines.append("The result was not compared with its base: there are no evaluation rows (data.eval).")
+    if facts.classes is not None:
+        lines += _classes(facts.classes)
     if losses:
         lines.append(
             f"Training loss: {_number(facts.first_loss)} over the first tenth of the steps, "
@@ -96,6 +100,18 @@ def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
     why = "the best evaluation" if facts.best_step is not None else "the last"
     lines.append(f"The exported weights are those after **step {kept}**, {why}.")
     return "\n\n".join(lines)
+
+
+def _classes(facts: dict[str, Any]) -> list[str]:
+    """Each label's line, the worst ones where there are many, and the confusion of few."""
+    worst = sorted(facts["per_class"], key=lambda line: line["f1"])[:MOST_LABELS]
+    shown = [line for line in facts["per_class"] if line in worst]
+    which = "Each label" if len(shown) == len(facts["per_class"]) else f"The {len(shown)} labels of lowest F1"
+    tables = [_table(COLUMNS, [[_number(line[name]) for name in COLUMNS] for line in shown])]
+    confusion = confusion_table(facts)
+    if confusion is not None:
+        tables.append(_table([*map(escape, confusion[0])], [[*map(_number, line)] for line in confusion[1]]))
+    return [f"{which}, of the exported weights:", *tables]
 
 
 def _few(rows: list[tuple[int, dict[str, Any]]], best: int | None) -> list[tuple[int, dict[str, Any]]]:

@@ -9,11 +9,13 @@ from tunekit.model.families.causal import Family as Family
 from tunekit.model.families.classifier import ClassifierFamily
 from tunekit.model.families.seq2seq import Seq2SeqFamily
 from tunekit.model.families.structure import text_config as text_config
+from tunekit.model.families.token_classifier import TokenClassifierFamily
 
 FAMILIES: dict[str, type[Family]] = {
     "causal": Family,
     "seq2seq": Seq2SeqFamily,
     "classifier": ClassifierFamily,
+    "token_classifier": TokenClassifierFamily,
 }
 
 

@@ -26,7 +26,8 @@ FINISH = ("final_layer_norm", "layer_norm", "dropout")  # BART's dropout is a nu
 @dataclass(frozen=True)
 class Seq2SeqFamily(Family):
     """Tokens of the source in (input_ids, attention_mask), those of the answer so far (decoder_input_ids,
-    decoder_attention_mask), each also as embeddings; hidden states are the decoder's, a head (D) -> (V)."""
+    decoder_attention_mask), each also as embeddings; source_rows (N,) where answers share sources. Hidden states are
+    the decoder's, a head (D) -> (V)."""
 
     name: str = "seq2seq"
     task_type: str = "SEQ_2_SEQ_LM"
@@ -51,6 +52,9 @@ class Seq2SeqFamily(Family):
         """(B, T, D) of the decoder after its final norm; no head, no cache, no full logits."""
         encoder, decoder = _stacks(net)
         source = last_hidden(_read(encoder, inputs))  # (B, S, D)
+        rows = inputs.get("source_rows")
+        if rows is not None:
+            source, inputs = source[rows], {**inputs, "attention_mask": inputs["attention_mask"][rows]}  # (N, S, D)
         if torch.is_grad_enabled():
             seed_layer(current_call(), BETWEEN_STACKS)
         return last_hidden(_answer(decoder, inputs, source))

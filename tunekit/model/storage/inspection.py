@@ -29,17 +29,17 @@ HEADS = {  # ending of the architecture's name -> family
     "ForConditionalGeneration": "seq2seq",
     "MTModel": "seq2seq",  # MarianMTModel
     "ForSequenceClassification": "classifier",
+    "ForTokenClassification": "token_classifier",
 }
 OTHER_HEADS = {
     "ForMaskedLM": "is a masked language model (it fills gaps and does not continue text)",
-    "ForTokenClassification": "is a token classifier",
     "ForQuestionAnswering": "is a question-answering model",
     "ForSpeechSeq2Seq": "is a speech model",
     "ForCTC": "is a speech model",
     "ForImageClassification": "is an image classifier",
     "ForPreTraining": "is a model with pre-training heads",
 }
-MEND = "choose a causal language model, an encoder-decoder such as T5 or BART, or a sequence classifier"
+MEND = "choose a causal language model, an encoder-decoder such as T5 or BART, or a classifier"
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -67,10 +67,12 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     return read_json(source.folder / "config.json")
 
 
-def head_labels(source: ModelSource) -> tuple[str, ...]:
-    """Labels of the rows of a sequence classifier's head, as the base's configuration names them; none of others."""
+def head_labels(source: ModelSource, family: str) -> tuple[str, ...]:
+    """Labels of the rows of the head of a classifier of this family, as the base's configuration names them; none of
+    others."""
     raw = {} if source.gguf_file is not None else read_config(source)
-    if not any(str(name).endswith("ForSequenceClassification") for name in raw.get("architectures") or ()):
+    endings = tuple(ending for ending, kind in HEADS.items() if kind == family)
+    if not any(str(name).endswith(endings) for name in raw.get("architectures") or ()):
         return ()
     names = raw.get("id2label")
     names = names if isinstance(names, dict) else {"0": "LABEL_0", "1": "LABEL_1"}
@@ -80,7 +82,7 @@ def head_labels(source: ModelSource) -> tuple[str, ...]:
 def find_family(config: dict[str, Any], section: ModelSection) -> str:
     """The family of a base, by the architecture that its configuration names; `model.family` must say the same.
 
-    Raises: ModelError with the reason for what is none of causal, seq2seq and classifier.
+    Raises: ModelError with the reason for what is of none of the families.
     """
     if section.family in ("speech", "diffusion"):
         what = f"family {section.family} cannot be loaded by this version"

@@ -10,8 +10,16 @@ from typing import Any
 
 from tunekit.errors import holds_secret
 from tunekit.recipe.data import DataSection, Source
-from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.recipe.names import SettingsKind, facts_of, formats_of, known_names, needs_generation, settings_class
+from tunekit.recipe.evaluation import CHOICE_METRICS, EvaluationSection
+from tunekit.recipe.names import (
+    SettingsKind,
+    facts_of,
+    formats_of,
+    known_names,
+    needs_generation,
+    settings_class,
+    unmeasurable,
+)
 from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
 from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.recipe.section import ObjectiveSettings, Section
@@ -149,7 +157,10 @@ def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[
 
 
 def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[ObjectiveSettings]) -> None:
-    known = known_names("metrics")
+    known, chosen = known_names("metrics"), evaluation.choices is not None
+    if chosen and objective.example != "text":
+        what = "answers are chosen of rows with a prompt and an answer, and this objective has others"
+        draft.add_problem(("evaluation", "choices"), what, "remove it, or write objective: sft or seq2seq")
     for index, name in enumerate(evaluation.metrics):
         key: KeyPath = ("evaluation", "metrics", index)
         if name not in known:
@@ -160,10 +171,9 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
             draft.add_problem(
                 key, f"the metric {name} needs answers, and this objective's model gives none", "remove it"
             )
-        elif absent := set(getattr(facts_of("metrics", name), "NEEDS", ())) - set(objective.sums):
-            what = f"the metric {name} needs {sorted(absent)[0]}, which an evaluation of this objective does not give"
-            draft.add_problem(key, what, "leave it out")
+        elif why := unmeasurable(name, objective.sums, chosen=chosen):
+            draft.add_problem(key, why, "leave it out")
     best = (evaluation.best or "eval.loss").removeprefix("eval.")
-    if best != "loss" and best not in evaluation.metrics:
+    if best != "loss" and best not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
         how = f"add {best} to evaluation.metrics" if best in known else did_you_mean(best, known, "known metrics")
         draft.add_problem(("evaluation", "best"), f"{best} is not among the metrics", how)

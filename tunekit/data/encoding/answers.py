@@ -1,0 +1,57 @@
+"""The last answer of an example: read, or another text in its place; and all answers of a data section."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tunekit.contracts import Objective
+from tunekit.data.encoding.sources import read_examples
+from tunekit.data.reading.shards import machine_memory_bytes, must_stream
+from tunekit.data.rendering.turns import last_answer
+from tunekit.errors import DataError, RecipeError
+from tunekit.formats.example import ChatExample, CompletionExample, Example
+from tunekit.recipe.data import DataSection
+from tunekit.recipe.section import LARGEST_COUNT
+
+KEY, MOST_ANSWERS = "evaluation.choices", 1000
+
+
+def answer_of(example: Example) -> str | None:
+    """Its text; None of running text, and of a conversation without an answer."""
+    if isinstance(example, ChatExample):
+        index = last_answer(example)
+        return None if index is None else example.messages[index].content
+    return example.completion if isinstance(example, CompletionExample) else None
+
+
+def with_answer(example: Example, text: str) -> Example:
+    """The example with `text` for its last answer, which ends it."""
+    if isinstance(example, CompletionExample):
+        return replace(example, completion=text)
+    assert isinstance(example, ChatExample)  # of others answer_of is None
+    index, plain = last_answer(example), example.without_template
+    assert index is not None
+    answer = replace(example.messages[index], content=text, trained=True)
+    other = None if plain is None else replace(plain, completion=text)
+    return replace(example, messages=(*example.messages[:index], answer), without_template=other)
+
+
+def answers_of_rows(data: DataSection, objective: Objective) -> tuple[str, ...]:
+    """Every answer of the training and evaluation rows, sorted, each once whatever blanks are around it.
+
+    Raises: RecipeError where a source is too large to be read whole; DataError for a single answer, or too many.
+    """
+    evaluation = data.eval if isinstance(data.eval, tuple) else ()
+    found: dict[str, str] = {}
+    for source in (*data.train, *evaluation):
+        if must_stream(source, machine_memory_bytes()):
+            what = f"{source.path} is streamed, and its first rows need not have every answer"
+            raise RecipeError(what, "list the answers", key=KEY)
+        for _, example in read_examples(source, objective, range(LARGEST_COUNT)):
+            text = answer_of(example) or ""
+            if text.strip():
+                found.setdefault(text.strip(), text)
+    if not 2 <= len(found) <= MOST_ANSWERS:
+        how = "choosing needs two or more" if len(found) < 2 else f"more than {MOST_ANSWERS}; list those to choose from"
+        raise DataError(f"the rows have {len(found):,} different answers: {how}", key=KEY)
+    return tuple(found[label] for label in sorted(found))

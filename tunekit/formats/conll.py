@@ -1,0 +1,21 @@
+"""`format: conll`: words and tags under the names that data sets of the hub give them, `tokens` and `ner_tags`.
+
+Comes in: one row.  Goes out: TagsExample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunekit.formats.tags import TagsExample, read_tags
+
+DESCRIPTION = "tokens, ner_tags: words and their tags, as data sets of the hub name them"
+FIELDS = ("tokens", "ner_tags")
+REQUIRED = ("tokens", "ner_tags")
+EXAMPLE = "tags"
+
+
+def make_example(row: Mapping[str, Any]) -> TagsExample:
+    """The words and tags of a row."""
+    return read_tags(row, *REQUIRED)

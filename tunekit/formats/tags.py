@@ -1,0 +1,60 @@
+"""`format: tags`: words and the tag of each, `{"words": [...], "tags": [...]}`.
+
+Comes in: one row.  Goes out: TagsExample.  A tag is text; a whole number is its place in objective.labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunekit.errors import DataError
+from tunekit.formats.fields import check_text, read_value
+
+DESCRIPTION = "words, tags: two lists of one length; a tag is a name, or its place in objective.labels"
+FIELDS = ("words", "tags")
+REQUIRED = ("words", "tags")
+EXAMPLE = "tags"
+
+
+@dataclass(frozen=True)
+class TagsExample:
+    """Words and their tags, of which numbers stand for those that the recipe lists."""
+
+    words: tuple[str, ...]
+    tags: tuple[str | int, ...]
+
+
+def make_example(row: Mapping[str, Any]) -> TagsExample:
+    """The words and tags of a row."""
+    return read_tags(row, *REQUIRED)
+
+
+def read_tags(row: Mapping[str, Any], words: str, tags: str) -> TagsExample:
+    """Two lists of one length."""
+    pairs = _read_list(row, words), _read_list(row, tags)
+    if len(pairs[0]) != len(pairs[1]):
+        what = f"{len(pairs[0])} {words}, but {len(pairs[1])} {tags}"
+        raise DataError(what, "write one tag for each word")
+    named = [check_text(word, f"{words}[{at}]") for at, word in enumerate(pairs[0])]
+    blank = next((at for at, word in enumerate(named) if not word.strip()), None)
+    if blank is not None:
+        raise DataError(f"'{words}[{blank}]' is empty", "leave the word and its tag out")
+    return TagsExample(tuple(named), tuple(_read_tag(tag, f"{tags}[{at}]") for at, tag in enumerate(pairs[1])))
+
+
+def _read_list(row: Mapping[str, Any], name: str) -> Sequence[Any]:
+    value = read_value(row, name)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"'{name}' must be a list, not {type(value).__name__}", "write [...]")
+    return value
+
+
+def _read_tag(value: Any, label: str) -> str | int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    tag = check_text(value, label).strip()
+    if not tag:
+        raise DataError(f"'{label}' is empty", "write O for a word of no kind")
+    return tag

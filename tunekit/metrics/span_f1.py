@@ -1,0 +1,50 @@
+"""F1 of whole spans: one counts where its kind, its first and its last word are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tunekit.metrics.classes import f1
+
+DESCRIPTION = "F1 of spans of tags (B-X, I-X): right where kind, first and last word are"
+NEEDS = ("spans",)
+HIGHER_IS_BETTER = True
+
+Span = tuple[str, int, int]
+OUTSIDE = ("O", "")
+
+
+def from_sums(sums: Mapping[str, Any]) -> float:
+    """2 right / (predicted + there) over the spans of all kinds, as seqeval's f1_score; 0 without any.
+
+    `spans`: of each kind how many were predicted right, predicted, and there.
+    """
+    right, predicted, there = (
+        (sum(column) for column in zip(*sums["spans"], strict=True)) if sums["spans"] else (0,) * 3
+    )
+    return f1(right, predicted, there)
+
+
+def kinds_of(tags: Sequence[str]) -> list[str]:
+    """The kinds of spans that the tags are of, sorted."""
+    return sorted({kind for tag in tags if (kind := _parts(tag)[1])})
+
+
+def find_spans(tags: Sequence[str]) -> Iterator[Span]:
+    """(kind, first word, last word), as seqeval's get_entities finds them in its default mode.
+
+    A span ends before O, B-, S- and another kind, and after E- and S-; I- or E- where none goes on begins one.
+    """
+    begun, before = 0, OUTSIDE
+    for place, (letter, kind) in enumerate([*map(_parts, tags), OUTSIDE]):
+        goes_on = before[0] in "BI" and letter in "IE" and kind == before[1]
+        if before != OUTSIDE and not goes_on:
+            yield before[1], begun, place - 1
+        begun, before = begun if goes_on else place, (letter, kind)
+
+
+def _parts(tag: str) -> tuple[str, str]:
+    """B-PER -> (B, PER), B -> (B, _); what is no tag of a span -> OUTSIDE."""
+    letter, dash, kind = tag[:1], tag[1:2], tag[2:]
+    return (letter, kind or "_") if letter in ("B", "I", "E", "S") and dash in ("", "-") else OUTSIDE

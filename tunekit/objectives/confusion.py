@@ -1,0 +1,25 @@
+"""Scores of labels go in; out come the sums that accuracy, F1 and calibration are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Sums
+from tunekit.metrics.expected_calibration_error import BINS
+
+
+def label_sums(scores: Tensor, labels: Tensor) -> Sums:
+    """correct, units; confusion (C, C): rows are true labels, columns predicted ones; calibration (bins, 3): of each
+    bin of the largest probability its rows, the sum of those probabilities, and how many rows are right.
+
+    Shapes: scores (R, C), whose softmax is each label's probability; labels (R,).
+    """
+    confidence, chosen = torch.softmax(scores.double(), dim=-1).max(dim=-1)  # (R,) each
+    true, predicted = (torch.nn.functional.one_hot(each, scores.shape[1]).double() for each in (labels, chosen))
+    right = (chosen == labels).double()  # (R,)
+    places = (confidence * BINS).ceil().clamp(1, BINS).long() - 1  # (R,)
+    counted = torch.stack([torch.ones_like(right), confidence, right], dim=1)  # (R, 3)
+    bins = torch.nn.functional.one_hot(places, BINS).double().T @ counted  # (bins, 3)
+    units = torch.tensor(float(len(labels)), dtype=torch.float64)
+    return {"correct": right.sum(), "units": units, "confusion": true.T @ predicted, "calibration": bins}

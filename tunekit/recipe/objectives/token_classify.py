@@ -1,0 +1,20 @@
+"""`objective: token_classify` tags over words: a head that is trained with the adapter gives each word a tag."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.label_settings import LabelSettings
+
+
+class TokenClassifySettings(LabelSettings):
+    """One label a word."""
+
+    family: ClassVar[str] = "token_classifier"
+    example: ClassVar[str] = "tags"
+    unit: ClassVar[str] = "word"
+    sums: ClassVar[tuple[str, ...]] = (*LabelSettings.sums, "spans")
+
+    method: Literal["token_classify"] = Field("token_classify", description="cross entropy on a tag for each word")
