@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.streaming import make_slots, stream_layers
-from tunekit.model.load import LoadedModel, load_model
+from tunekit.model.load import load_model
 from tunekit.objectives.sft import make_row
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.evaluation import EvaluationSection
@@ -40,6 +41,7 @@ from tunekit.training.state import LoopState, Run
 from tunekit.tuned.model import TunedModel
 
 CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("TUNEKIT_TEST_DEVICE", "cpu"))  # where a case is computed that names no other
 
 
 class ListedRows:
@@ -114,17 +116,6 @@ class Case:
         return [record.loss for record in self.records if isinstance(record, StepRecord)]
 
 
-def place_outside_layers(base: LoadedModel, device: torch.device) -> LoadedModel:
-    """Everything but the decoder layers on the device."""
-    inside = {id(module) for _, layer in base.family.layers(base.net) for module in layer.modules()}
-    for module in base.net.modules():
-        if id(module) not in inside:
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    tensor.data = tensor.data.to(device)
-    return replace(base, device=device)
-
-
 def make_case(
     folder: Path,
     rows: ListedRows,
@@ -142,14 +133,12 @@ def make_case(
     rank: int = 0,
     world: int = 1,
     streaming: dict[str, Any] | None = None,
-    device: torch.device = CPU,
+    device: torch.device = DEVICE,
     objective: ObjectiveSettings | None = None,
 ) -> Case:
     """`streaming`: settings of make_slots, and `pass_size`: the engine is then the one that goes layer by layer."""
     devices, section = make_devices(), model or ModelSection(name_or_path=str(folder), dtype="float32")
-    base = load_model(section, device=device if streaming is None else CPU)
-    if streaming is not None:
-        base = place_outside_layers(base, device)
+    base = load_model(section, device=device, streamed=streaming is not None and device.type != "cpu")
     weights = [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
     lora, head = adapter or LoraSettings(r=4, alpha=8.0), base.family.head_name(base.net)
     attached = attach_adapter(base.net, lora, seed=training.seed, head_name=head, device=device)
@@ -159,7 +148,7 @@ def make_case(
     if streaming is not None:
         settings_of_slots = dict(streaming)
         pass_size = settings_of_slots.pop("pass_size", 99)
-        slots = make_slots(weights, device, **{"tier": "host", "poison": True, **settings_of_slots})
+        slots = make_slots(weights, device, mapped=base.mapped, **{"tier": "host", "poison": True, **settings_of_slots})
         stream_layers(layers, slots)
         engine = StreamingEngine(training.seed, slots, pass_size)
     tuned = TunedModel(base, attached, BoundaryStore(None) if store is None else store, chunk)

@@ -44,6 +44,26 @@ def call(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "a:1"}, "a:1"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "b:1"}, "b:1"),
+    ],
+)
+def test_the_gpus_allocator_is_told_what_nobody_else_told_it(written: dict[str, str], expected: str) -> None:
+    program = (
+        "import os, sys; from tunekit.cli import app; app(['recipes'], standalone_mode=False);"
+        "print(os.environ['PYTORCH_ALLOC_CONF'], file=sys.stderr)"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=clean | written
+    )
+    assert done.stderr.split()[-1] == expected
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"

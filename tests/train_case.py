@@ -78,7 +78,7 @@ def train_in_child(
     return in_child(work, run.parent / f"{run.name}.log", before)
 
 
-def write_recipe(folder: Path, model: Path, rows: int = 23, **sections: dict[str, Any]) -> Path:
+def write_recipe(folder: Path, model: Path, /, rows: int = 23, **sections: dict[str, Any]) -> Path:
     """A recipe over `rows` chat rows of different lengths, in `folder`; sections override these."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:

@@ -23,8 +23,8 @@ from tunekit.machine.malloc import KEPT_KERNELS
 EXIT_FAULT, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 4, 130, 141
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products; read when CUDA starts
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KEPT_KERNELS),
-    "LRU_CACHE_CAPACITY": str(KEPT_KERNELS),
+    "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),  # the older name
+    **dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), str(KEPT_KERNELS)),
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYDANTIC_DISABLE_PLUGINS": "1",  # looking for some takes longer than reading a recipe

@@ -193,6 +193,7 @@ class Reaction:
 class ReportFacts:
     """What report.json holds; a value that was not measured is None and is left out of the file."""
 
+    peak_requested_bytes: int | None
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     peak_host_bytes: int | None
@@ -216,6 +217,7 @@ class ReportFacts:
     verdict: str | None  # that the second is the larger one, in words
     evaluations: list[dict[str, Any]]
     reactions: list[Reaction]
+    skipped_steps: int | None = None  # whose gradients overflowed in float16
     calibration: dict[str, Any] | None = None
     budget_bytes: int | None = None
     classes: dict[str, Any] | None = None  # of each label what the exported weights made of it
@@ -228,6 +230,11 @@ def calibration_text(facts: dict[str, Any]) -> str:
         f"start: {facts['start']} looked at {facts['micro_batches']:,} micro-batches ({facts['tokens']:,} tokens) "
         f"before step 1: {facts['forward_passes']:,} forward{backward} passes in {facts['seconds']:.1f} s"
     )
+
+
+def skipped_text(steps: int) -> str:
+    """That steps changed nothing, in a sentence."""
+    return f"{steps:,} steps changed no weight: their gradients overflowed in float16"
 
 
 def bytes_text(count: float) -> str:

@@ -26,7 +26,7 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.records import Choice, Plan, bytes_text
+from tunekit.records import Choice, Plan, bytes_text, skipped_text
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
 from tunekit.training.finish import report_facts
@@ -179,5 +179,7 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     folder.status(0, ended if facts.verdict is None else f"{ended}; {facts.verdict}")
     if facts.verdict is not None:
         console.warn(f"{facts.verdict}; lower training.learning_rate, train less, or look at the rows")
+    if facts.skipped_steps:
+        console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.md'}")

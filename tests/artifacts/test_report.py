@@ -30,6 +30,7 @@ from tunekit.records import (
 
 MIB = 1 << 20
 FACTS = ReportFacts(
+    peak_requested_bytes=None,
     peak_allocated_bytes=None,
     peak_reserved_bytes=None,
     peak_host_bytes=900 * MIB,
@@ -114,8 +115,10 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
     assert report["predicted_bytes"] == {"cpu": 110 * MIB}
     assert report["reactions"] == [{"probe": "longest batch", "action": "micro-batches are split in two", "step": 0}]
     assert {field.name for field in dataclasses.fields(ReportFacts)} - set(report) == {
+        "peak_requested_bytes",
         "peak_allocated_bytes",
         "peak_reserved_bytes",
+        "skipped_steps",
         "calibration",
         "budget_bytes",
         "verdict",
@@ -206,6 +209,18 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
     assert "there are no evaluation rows" not in page
     order = [page.index(f"| {part} |") for part in ("load", "data", "train", "evaluate", "save")]
     assert order == sorted(order)
+
+
+def test_the_page_tells_of_a_gpu_and_of_skipped_steps(run: RunFolder) -> None:
+    peaks = {"peak_requested_bytes": 5 * MIB, "peak_allocated_bytes": 6 * MIB, "peak_reserved_bytes": 8 * MIB}
+    write_report(run, dataclasses.replace(FACTS, skipped_steps=2, **peaks), make_plan())
+    assert json.loads((run.path / "report.json").read_text()).items() >= {"skipped_steps": 2, **peaks}.items()
+    page = (run.path / "report.md").read_text()
+    for text in (
+        "2 steps changed no weight: their gradients overflowed in float16.",
+        "| asked for by tensors on the device | 5.0 MiB |",
+    ):
+        assert text in page, text
 
 
 def test_a_result_that_is_worse_than_the_base_is_told_first(run: RunFolder) -> None:

@@ -153,17 +153,21 @@ def test_float8_products_are_those_of_the_double(gpu: torch.device) -> None:
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_four_bits_are_the_same_on_both_devices(device: torch.device, double: bool) -> None:
-    """The CPU's codec against the device's kernels; the offset of doubly quantized scales is a mean, whose order of
-    sums a GPU chooses."""
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize("kernels", [False, True])
+def test_four_bits_are_the_same_on_both_devices(
+    device: torch.device, double: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed on the CPU for any device; unpacked by bitsandbytes' kernels there, or by plain torch without it."""
     from tunekit.model.quantized import codec
+
+    if kernels:
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(codec, "has_bitsandbytes", lambda: kernels)
 
     matrix = torch.randn(96, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float32).bfloat16()
     ours, reference = codec.pack(matrix.to(device), "nf4", double), codec.pack(matrix, "nf4", double)
-    assert torch.equal(ours["packed"].cpu(), reference["packed"])
-    if not double:
-        assert torch.equal(ours["absmax"].cpu(), reference["absmax"])
+    assert all(tensor.device.type == device.type for tensor in ours.values())
+    assert all(torch.equal(ours[name].cpu(), tensor) for name, tensor in reference.items())
     for dtype in (torch.float32, torch.bfloat16):
         there = {name: tensor.to(device) for name, tensor in reference.items()}
         dense = codec.unpack(there, (96, 128), "nf4", dtype).cpu()

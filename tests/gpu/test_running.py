@@ -64,7 +64,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(folder: Path, device: t
     case.parts.engine.run_window = run_window  # type: ignore[method-assign]
     with pytest.raises(NumericsError, match="step 3: the gradient is not finite"):
         case.run()
-    assert_same_bits(weights(case), seen[3])
+    assert_same_bits(seen.get(4, weights(case)), seen[3])  # a GPU makes step 4 before it reads step 3's numbers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -72,6 +72,8 @@ def test_the_allocators_own_errors_are_known() -> None:
         torch.empty(2**46, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(CUDA_ERROR)
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 

@@ -10,7 +10,14 @@ import torch
 from tests.model.test_families import HEADS, MODELS, make_net
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.model.attention.cpu_kernel import attend_causally
-from tunekit.model.attention.documents import PRODUCTS, PROVEN, VARLEN, DocumentMask, attend_per_document
+from tunekit.model.attention.documents import (
+    PRODUCTS,
+    PROVEN,
+    VARLEN,
+    DocumentMask,
+    attend_per_document,
+    takes_documents,
+)
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling
 from tunekit.model.families import Family
@@ -150,6 +157,20 @@ def test_on_cuda_half_precision_takes_one_kernel_for_all_documents() -> None:
     other = make_net("llama")
     attend_per_document(other, torch.device("cuda"), torch.float32)
     assert other.config._attn_implementation == "sdpa_per_document"
+
+
+@pytest.mark.parametrize(
+    ("capability", "head", "takes"), [((8, 0), 8, True), ((7, 5), 8, False), ((9, 0), 12, False), ((8, 9), 264, False)]
+)
+def test_the_kernel_is_asked_only_where_it_runs(
+    capability: tuple[int, int], head: int, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ampere or newer, and heads of a multiple of 8 up to 256 numbers."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = make_net("llama", head_dim=head).config
+    assert takes_documents(torch.device("cuda", 0), config) == takes
+    assert not takes_documents(CPU, config)
 
 
 def test_a_torch_that_wants_every_head_of_keys_gets_them() -> None:

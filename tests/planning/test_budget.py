@@ -26,7 +26,7 @@ from tunekit.planning.choice import (
     smaller_micro_batches,
 )
 from tunekit.planning.forecast import largest_batch
-from tunekit.planning.memory import MARGIN, trial_reason
+from tunekit.planning.memory import MARGIN, trial_reason, usable_bytes
 from tunekit.planning.plan import as_chosen
 from tunekit.records import Choice
 
@@ -214,6 +214,13 @@ def test_what_is_free_decides_nothing_that_changes_a_bit(recipe: Path, monkeypat
     plan, _ = plan_of(recipe)
     assert plan.choice.checkpointed_layers > 0
     assert replace(plan.choice, checkpointed_layers=0) == plain.choice
+
+
+def test_a_margin_of_a_gpus_memory_is_left_free() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [usable_bytes(device, 1000, 10**9) for device in (cpu, gpu)] == [900, 950]
+    assert [usable_bytes(device, None, 1000) for device in (cpu, gpu)] == [1000, 950]
+    assert usable_bytes(gpu, None, None) == float("inf")
 
 
 def test_the_longest_batch_is_tried_where_it_can_tell_something() -> None:

@@ -246,6 +246,14 @@ def test_an_evaluation_that_is_not_finite_leaves_a_log_that_can_be_read(tmp_path
     assert read_metrics(log) == [{"step": 3, "eval": {"exact_match": 0.5}}]
 
 
+def test_a_step_that_overflowed_is_recorded(tmp_path: Path) -> None:
+    from tunekit.artifacts.metrics_log import append_line, read_metrics, record_line
+
+    log = tmp_path / "metrics.jsonl"
+    append_line(log, record_line(StepRecord(1, 0.1, 2.5, 1e-3, math.inf, 9, 4, 0.5, 18.0, 7)))
+    assert [(record["loss"], record["grad_norm"]) for record in read_metrics(log)] == [(2.5, None)]
+
+
 @pytest.fixture
 def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device."""

@@ -28,7 +28,9 @@ class Devices:
         from accelerate.state import PartialState
 
         self.state = PartialState(cpu=cpu)  # without `cpu`, ranks on a machine that has no accelerator stay strangers
-        self.device: torch.device = self.state.device
+        device: torch.device = self.state.device  # without an index, which torch's limits and streams ask for
+        index = 0 if device.index is None else device.index
+        self.device = device if device.type == "cpu" else torch.device(device.type, index)
         self.rank: int = self.state.process_index
         self.world: int = self.state.num_processes
         self.processes: list[tuple[int, str, int]] = self.gather([(self.rank, socket.gethostname(), os.getpid())])

@@ -91,7 +91,7 @@ class CudaCopier(ThreadCopier):
 
     def __init__(self, device: torch.device, mapped: frozenset[int] = frozenset()) -> None:
         super().__init__(device, mapped)
-        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.Stream(device)
         self._ring: list[Tensor] = []
         self._free: list[Any] = [None] * RING_PARTS  # the event after which a part of the ring may be written again
         self._next = 0
@@ -102,37 +102,40 @@ class CudaCopier(ThreadCopier):
         return super().memory(size_bytes, on_host=False)
 
     def start(self, copies: Pairs, after: Any) -> Any:
-        if all(source.is_cuda or source.is_pinned() for _, source in copies):
+        if all(source.device == self.device or source.is_pinned() for _, source in copies):
             return self._send(copies, after)
         return self._worker.submit(self._through_ring, copies, after)
 
     def wait(self, copy: Any) -> None:
         event = copy.result() if isinstance(copy, Future) else copy
-        torch.cuda.current_stream(self.device).wait_event(event)
+        torch.accelerator.current_stream(self.device).wait_event(event)
 
     def mark(self) -> Any:
-        return torch.cuda.current_stream(self.device).record_event()
+        return torch.accelerator.current_stream(self.device).record_event()
 
     def finish(self, mark: Any) -> None:
         if mark is not None:
             mark.synchronize()
 
     def _send(self, copies: Pairs, after: Any) -> Any:
-        with torch.cuda.stream(self.stream):
+        with self.stream:
             if after is not None:
                 self.stream.wait_event(after)
             for target, source in copies:
                 target.copy_(source, non_blocking=True)
-                on_device = source if source.is_cuda else target
-                on_device.record_stream(self.stream)  # its memory is not given to others before the copy is made
+                self._keep(target if source.device.type == "cpu" else source)
             return self.stream.record_event()
 
+    def _keep(self, on_device: Tensor) -> None:
+        """Its memory is not given to others before the copies asked for so far are made."""
+        on_device.record_stream(self.stream)
+
     def _through_ring(self, copies: Pairs, after: Any) -> Any:
-        torch.cuda.set_device(self.device)
-        with torch.cuda.stream(self.stream):
+        with self.stream:
             if after is not None:
                 self.stream.wait_event(after)
             for target, source in copies:
+                self._keep(target)
                 wide, narrow = as_bytes(target), as_bytes(source)
                 for start in range(0, narrow.numel(), RING_BYTES):
                     self._pass_on(wide[start : start + RING_BYTES], narrow[start : start + RING_BYTES])

@@ -31,7 +31,7 @@ class Slot:
     memory: Tensor
     layer: int | None = None
     copy: Any = None  # the copy that brings `layer` in, until it has been waited for
-    used: Any = None  # the mark after the last computation in this slot
+    used: Any = None  # the mark after its allocation, then after the last computation in this slot
 
 
 @dataclass
@@ -61,6 +61,8 @@ class LayerSlots:
         self.slots = [
             Slot(torch.empty(largest, dtype=torch.uint8, device=self.device)) for _ in range(count)
         ]  # (bytes,) each
+        for slot in self.slots:
+            slot.used = self.copier.mark()  # what had its memory before may still be computed
         self._computed: int | None = None
         for slot in self.slots if self.poison else ():
             slot.memory.fill_(UNSET_BYTE)

@@ -21,7 +21,10 @@ from tunekit.records import Reaction
 
 Result = TypeVar("Result")
 PIECE_STRIDE = 2**32  # a split micro-batch's pieces draw as micro-batches of their own: no step has so many
-CPU_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+MESSAGES = (  # of errors that have no class of their own: the host's, the driver's, a library's on the device
+    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
 HOW = (
     "lower data.max_length or adapter.r, set memory.gradient_checkpointing: true, or quantize the base with "
     "model.quantization: nf4"
@@ -32,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on a device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in CPU_MESSAGES)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
 
 def first_line(error: BaseException) -> str:

@@ -60,7 +60,9 @@ def resolve_attention(section: ModelSection, config: Any, device: torch.device, 
     """
     classes = auto_class._model_mapping
     known = type(config) in classes
-    has_sdpa = bool(getattr(classes[type(config)], "_supports_sdpa", False)) if known else False
+    has_sdpa = known and bool(getattr(classes[type(config)], "_supports_sdpa", False))
+    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # which sdpa would leave out
+    has_sdpa = has_sdpa and caps is None
     if section.attention == "auto":
         return "sdpa" if has_sdpa else "eager"
     if section.attention == "flash_attention_2" and device.type != "cuda":

@@ -25,7 +25,7 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, PeakBytes, bytes_text
 
 DEVICE_SHARE = 128  # of a GPU's memory, if that is more: its products of few rows only wait for the head's weights
-MARGIN = {"cpu": 0.10, "cuda": 0.05}  # of a budget: as far off as a prediction is promised not to be
+MARGIN = {"cpu": 0.10, "cuda": 0.05}  # of what may be used: as far off as a prediction is promised not to be
 NEARLY_FULL = 0.8  # of the free memory of a CPU: from there on the longest batch is tried before step 1
 
 
@@ -87,9 +87,7 @@ def plan_memory(
     run = forecast.run
     budget, peaks, available = run.memory.budget_bytes, Peaks(forecast), available_bytes(run.device)
     space, workload = search_space(forecast, tiers, resumed), make_workload(forecast)
-    limit = math.inf if available is None else available
-    if budget is not None:
-        limit = int(budget * (1 - MARGIN[run.device.type]))
+    limit = usable_bytes(run.device, budget, available)
     found = fastest(space, workload.relative_time, lambda choice: peaks.total(choice) - limit)
     smallest = map(space.smallest, space.tiers[:1] if budget is None else space.tiers)
     choice = found or min(smallest, key=peaks.total)
@@ -112,6 +110,16 @@ def plan_memory(
     offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
     tokens = forecast.largest_batch(choice.micro_batch_size).padded
     return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded, tokens)
+
+
+def usable_bytes(device: torch.device, budget: int | None, available: int | None) -> float:
+    """What the choice is to fit in: a budget less a margin, else what is free, of a GPU less a margin too. A host has
+    room that it does not count as free; a GPU has none."""
+    if budget is not None:
+        return int(budget * (1 - MARGIN[device.type]))
+    if available is None or device.type == "cpu":
+        return math.inf if available is None else available
+    return int(available * (1 - MARGIN[device.type]))
 
 
 def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | None) -> SearchSpace:
@@ -140,7 +148,7 @@ def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int |
     if space.gradient_checkpointing != "auto":
         return f"{choice.checkpointed_layers:,} of {space.layers:,} layers, as the recipe says"
     if not fits:
-        return "every layer but the last: the step needs more memory than is free"
+        return "every layer but the last: the step hardly fits in what is free"
     if available is None:
         return "none: the system does not tell how much memory is free"
     return "the fewest with which the step fits" if choice.checkpointed_layers else "none; the step fits without it"

@@ -15,6 +15,7 @@ from tunekit.training.state import LoopState
 class Measured:
     """What was measured; None where this device has no such number."""
 
+    peak_requested_bytes: int | None  # what tensors asked for; the allocator rounds it up, and reserves more
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     peak_host_bytes: int
@@ -47,6 +48,7 @@ def report_facts(
     device = "cpu" if measured.peak_allocated_bytes is None else "cuda"
     peak = measured.host_growth_bytes if device == "cpu" else measured.peak_allocated_bytes
     return ReportFacts(
+        peak_requested_bytes=measured.peak_requested_bytes,
         peak_allocated_bytes=measured.peak_allocated_bytes,
         peak_reserved_bytes=measured.peak_reserved_bytes,
         peak_host_bytes=measured.peak_host_bytes,
@@ -71,6 +73,7 @@ def report_facts(
         evaluations=evaluations,
         classes=None if classes.get(exported) is None else class_facts(classes[exported]),
         reactions=[Reaction(**reaction) for reaction in state.reactions],
+        skipped_steps=state.scale.skipped_steps if state.scale.enabled else None,
         calibration=state.calibration,
         budget_bytes=plan.budget_bytes,
     )

@@ -28,7 +28,7 @@ class Reading:
     counts: Sequence[float]
     numbers: Tensor  # (2 + M,) float64 on the host: loss, norm before clipping, what is logged
     names: Sequence[str]  # of what is logged
-    copied: Any  # the CUDA event after which `numbers` hold, None on a CPU
+    copied: Any  # the device's event after which `numbers` hold, None on a CPU
     started: float
     rate: float = 0.0
 
@@ -73,10 +73,11 @@ def start_reading(
     """Begin the one copy of a step's numbers to the host: the loss, the norm, what is logged. Nothing waits for it."""
     numbers = torch.stack([value.detach().to(torch.float64) for value in named.values()])  # (2 + M,)
     copied = None
-    if numbers.is_cuda:
+    device = numbers.device
+    if device.type == "cuda":
         pinned = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
         numbers = pinned.copy_(numbers, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied = torch.Event(device)
         copied.record()
     return Reading(step, window, losses, counts, numbers, list(named)[2:], copied, started)
 

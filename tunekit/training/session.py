@@ -69,6 +69,7 @@ class Session:
         cuda = self.devices.device.type == "cuda"
         peak = peak_host_bytes()
         return Measured(
+            peak_requested_bytes=torch.cuda.memory_stats()["requested_bytes.all.peak"] if cuda else None,
             peak_allocated_bytes=torch.cuda.max_memory_allocated() if cuda else None,
             peak_reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
             peak_host_bytes=peak,

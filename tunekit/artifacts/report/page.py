@@ -15,7 +15,7 @@ from typing import Any
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.recipe.names import known_names, settings_class, units_of
-from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text
+from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text, skipped_text
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_COLUMNS = 60
@@ -66,6 +66,7 @@ def _head(path: Path, facts: ReportFacts, plan: Plan) -> str:
         f"computed in {escape(model.dtype)}{quantized}). "
         f"{facts.trainable_parameters:,} parameters ({share:.2%}){modules} were trained "
         f"for {facts.final_step:,} steps{epochs} on {escape(plan.device)}."
+        + (f" {skipped_text(facts.skipped_steps)}." if facts.skipped_steps else "")
     )
 
 
@@ -161,7 +162,8 @@ def _memory(facts: ReportFacts, plan: Plan) -> str:
     if facts.budget_bytes is not None:
         lines.append(_budget(facts, both))
     peaks = [
-        ("allocated by tensors on the device", facts.peak_allocated_bytes),
+        ("asked for by tensors on the device", facts.peak_requested_bytes),
+        ("allocated to them", facts.peak_allocated_bytes),
         ("reserved from the device by PyTorch", facts.peak_reserved_bytes),
         ("of the whole process on the host, libraries included", facts.peak_host_bytes),
     ]

@@ -22,12 +22,15 @@ from torch import nn
 from tunekit.model.attention.cpu_kernel import LONGEST_TOKENS, attend_causally
 from tunekit.model.attention.segments import Segments
 from tunekit.model.call import Call, calling, current_call
+from tunekit.model.placing import placed
 from tunekit.model.transformers_guard import replaced
 
 SUFFIX = "_per_document"
 LOOPED = ("sdpa", "eager")  # attention functions that the loop can call
 PRODUCTS = "products" + SUFFIX  # matrix products, on a CPU in place of sdpa
 VARLEN = "varlen" + SUFFIX  # torch's own kernel over documents, for half precision on CUDA
+CAPABILITY = (8, 0)  # of a GPU that has this kernel
+HEAD_SIZES = range(8, 257, 8)  # that it takes
 
 # Families on which tests compare documents in a packed row with the same documents alone.
 PROVEN = frozenset(
@@ -70,7 +73,7 @@ class DocumentMask:
         """(documents + 1,) int32 on the device: where documents begin in the flattened tokens."""
         if self._boundaries is None:
             ends = torch.tensor(self.segments.boundaries(), dtype=torch.int32)
-            self._boundaries = ends.to(self.device, non_blocking=True)
+            self._boundaries = placed(ends, self.device)
         return self._boundaries
 
 
@@ -88,11 +91,22 @@ def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype
     if plain not in LOOPED or not getattr(net, "_supports_attention_backend", False):
         return
     _register()
-    kernel = plain == "sdpa" and device.type == "cuda" and dtype != torch.float32 and _varlen() is not None
+    kernel = plain == "sdpa" and dtype != torch.float32 and takes_documents(device, config)
     products = plain == "sdpa" and device.type == "cpu"
     config._attn_implementation = VARLEN if kernel else PRODUCTS if products else plain + SUFFIX
     if not (_text_type(config) in PROVEN or _runs(net)):
         config._attn_implementation = plain
+
+
+def takes_documents(device: torch.device, config: Any) -> bool:
+    """Whether torch's kernel over documents runs on `device` with this model's heads; a GPU that is planned for and is
+    not here is taken to have it."""
+    if device.type != "cuda" or _varlen() is None:
+        return False
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    capable = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= CAPABILITY
+    return capable and size in HEAD_SIZES
 
 
 def uncompiled_attention() -> None:
@@ -224,7 +238,7 @@ def _eager(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: 
 def _kernel(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **named: Any) -> Any:
     """All documents in one call of torch's kernel; what it does not know goes document by document."""
     plain = isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None
-    fits = query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256 and query.shape[2] == key.shape[2]
+    fits = query.shape[-1] == key.shape[-1] == value.shape[-1] in HEAD_SIZES and query.shape[2] == key.shape[2]
     if not (plain and fits) or named.get("dropout") or named.get("position_bias") is not None:
         return _sdpa(module, query, key, value, attention_mask, **named)
     tokens = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (B * T, H, D)

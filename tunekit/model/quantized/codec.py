@@ -57,11 +57,6 @@ def _uncompiled(function: Any = None, **_settings: Any) -> Any:
     return function if function is not None else (lambda wrapped: wrapped)
 
 
-def unpacks_itself(device: torch.device) -> bool:
-    """Whether four bits are packed and unpacked by four_bit.py: on a CPU, and where bitsandbytes is not installed."""
-    return device.type == "cpu" or not has_bitsandbytes()
-
-
 @cache
 def has_bitsandbytes() -> bool:
     """Whether it is installed; asked without importing it."""
@@ -89,23 +84,15 @@ def packed_shapes(
 
 
 def pack(matrix: torch.Tensor, quantization: str, double_quantization: bool) -> dict[str, torch.Tensor]:
-    """Pack a dense (O, I) matrix; the same matrix always gives the same bytes."""
+    """Pack a dense (O, I) matrix; the same matrix always gives the same bytes, whatever its device: 4 bits are packed
+    on the CPU, since bitsandbytes' kernels choose other neighbours and another mean of the scales on a GPU."""
     matrix = matrix.detach().contiguous()  # (O, I)
     if quantization in EIGHT_BIT:
         return _pack_rows(matrix)
     if quantization == "fp8":
         return fp8.pack(matrix)
-    if unpacks_itself(matrix.device):
-        return four_bit.pack(matrix, quantization, double_quantization)
-    functional = import_bitsandbytes().functional
-    packed, state = functional.quantize_4bit(
-        matrix, blocksize=BLOCK, compress_statistics=double_quantization, quant_type=quantization
-    )
-    tensors = {"packed": packed, "absmax": state.absmax}
-    if double_quantization:
-        tensors["nested_absmax"] = state.state2.absmax
-        tensors["offset"] = state.offset
-    return tensors
+    packed = four_bit.pack(matrix.cpu(), quantization, double_quantization)
+    return {name: tensor.to(matrix.device) for name, tensor in packed.items()}
 
 
 def _pack_rows(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -131,12 +118,12 @@ def unpack(
         return fp8.unpack(packed, absmax, dtype)
     # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
     elements = shape[0] * shape[1]
-    if packed.device.type in ("cpu", "meta"):
+    if packed.device.type != "cuda" or not has_bitsandbytes():
         return four_bit.unpack(tensors, elements, quantization, dtype).reshape(shape)
     import_bitsandbytes()
     operations = torch.ops.bitsandbytes
     if "nested_absmax" in tensors:
-        code = four_bit.nested_values().to(absmax.device)  # (256,)
+        code = four_bit.nested_values(absmax.device)  # (256,)
         absmax = operations.dequantize_blockwise.default(
             absmax, tensors["nested_absmax"], code, NESTED_BLOCK, torch.float32
         )  # (blocks,)

@@ -41,8 +41,8 @@ def values_of(quantization: str) -> Tensor:
 
 
 @cache
-def nested_values() -> Tensor:
-    """(256,) float32, ascending: what the packed scales stand for, times their own scale.
+def nested_values(device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
+    """(256,) float32, ascending: what the packed scales stand for, times their own scale; sent to a device once.
 
     Seven decades; in each, twice as many values as in the one below, at the middles of equal steps from 0.1 to 1; both
     signs; 0 and 1.  Source: Dettmers 2015, 8-bit approximations for parallelism in deep learning.
@@ -52,7 +52,7 @@ def nested_values() -> Tensor:
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         middles = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
         found += middles + [-value for value in middles]
-    return torch.tensor(sorted(found), dtype=torch.float32)
+    return torch.tensor(sorted(found), dtype=torch.float32).to(device)
 
 
 def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtyp
     looked_up = torch.empty(most // 2, dtype=torch.int64, device=packed.device)
     if packed.is_meta:
         return dense
-    pairs = _pairs(quantization)
+    pairs = _pairs(quantization, packed.device)
     for first in range(0, whole, CHUNK_ELEMENTS):
         count = min(CHUNK_ELEMENTS, whole - first)
         places, found = index[: count // 2], looked_up[: count // 2]
@@ -177,10 +177,10 @@ def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtyp
 
 
 @cache
-def _pairs(quantization: str) -> Tensor:
-    """(256,) int64, each the two float32 values of a byte: one look-up for two numbers."""
+def _pairs(quantization: str, device: torch.device) -> Tensor:
+    """(256,) int64, each the two float32 values of a byte: one look-up for two numbers; sent to a device once."""
     values, byte = values_of(quantization), torch.arange(256)
-    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).reshape(-1)
+    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).reshape(-1).to(device)
 
 
 def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -189,5 +189,5 @@ def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
     if "nested_absmax" not in tensors:
         return absmax
     nested = tensors["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
-    values = nested_values().to(absmax.device)
+    values = nested_values(absmax.device)
     return torch.index_select(values, 0, absmax.to(torch.int32)).mul_(nested).add_(tensors["offset"])

@@ -27,8 +27,9 @@ def quantize_layers(
 ) -> list[str]:
     """Pack every linear layer but the head, one at a time, so that only one is ever held twice. Returns notes."""
     for name in packable(net, family):
-        dense = net.get_submodule(name).to(device)
-        net.set_submodule(name, pack_linear(dense, section.quantization, section.double_quantization, dtype))
+        dense = net.get_submodule(name)
+        packed = pack_linear(dense, section.quantization, section.double_quantization, dtype)
+        net.set_submodule(name, packed.to(device))
         del dense
     for parameter in net.parameters():
         parameter.data = parameter.data.clone()  # a view into the mapped file would keep all of it mapped
@@ -91,7 +92,8 @@ class PackedBase:
         """The packed tensors of one layer."""
         matrix = torch.empty(out_features, in_features, dtype=self.dtype)
         self.reader.read_into(f"{name}.weight", matrix.t() if name in self.transposed else matrix)
-        return pack_matrix(matrix.to(self.device), self.section.quantization, self.section.double_quantization)
+        packed = pack_matrix(matrix, self.section.quantization, self.section.double_quantization)
+        return {own: tensor.to(self.device) for own, tensor in packed.items()}
 
     def fill(self) -> None:
         """Hold every tensor in memory of its own."""

@@ -1,0 +1,224 @@
+"""The simulated CUDA device of device.cpp made torch's own; it must be prepared before torch is imported.
+
+Comes in: TUNEKIT_SIMULATED_CAPABILITY (8.0) and TUNEKIT_SIMULATED_BYTES (8 GiB).  Goes out: torch.cuda, whose own
+Python stays with its checks, and DOUBLE, what the tests ask of the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.abc
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from tests.devices.build import library, torch_folder
+
+BYTES = ("allocated", "peak_allocated", "requested", "peak_requested", "reserved", "peak_reserved")
+
+
+class Double:
+    """What the tests ask of the device."""
+
+    def __init__(self) -> None:
+        ctypes.CDLL(str(torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
+        self.core = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
+        self.core.double_stream.restype = ctypes.c_int64
+        self.core.double_set_stream.argtypes = [ctypes.c_int64]
+        self.core.double_bytes.restype = ctypes.c_size_t
+        self.core.double_set_limit.argtypes = [ctypes.c_size_t]
+        self.core.double_waits.restype = ctypes.c_char_p
+        self.mode, self.fraction = 0, 1.0
+        major, minor = os.environ.get("TUNEKIT_SIMULATED_CAPABILITY", "8.0").split(".")
+        self.properties = SimpleNamespace(
+            name="simulated",
+            major=int(major),
+            minor=int(minor),
+            total_memory=int(os.environ.get("TUNEKIT_SIMULATED_BYTES", 8 * 2**30)),
+            multi_processor_count=1,
+            is_integrated=0,
+            gcnArchName="",
+            warp_size=32,
+        )
+
+    def waits(self) -> list[str]:
+        """What the host waited for since the last call, while it was watched."""
+        return self.core.double_waits().decode().splitlines()
+
+    def bytes(self, which: str) -> int:
+        return int(self.core.double_bytes(BYTES.index(which)))
+
+    def watch(self, mode: int) -> None:
+        """As torch.cuda.set_sync_debug_mode: 0 off, 1 count, 2 raise."""
+        self.mode = mode
+        self.core.double_watch(mode)
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Without counting: what a kernel of the real device would do without the host."""
+        self.core.double_watch(0)
+        try:
+            yield
+        finally:
+            self.core.double_watch(self.mode)
+
+    def set_fraction(self, fraction: float, device: int) -> None:
+        self.fraction = fraction
+        self.core.double_set_limit(int(fraction * self.properties.total_memory))
+
+    def statistics(self, device: int) -> dict[str, Any]:
+        """As torch._C._cuda_memoryStats."""
+        found = {}
+        for kind in ("allocated", "active", "requested", "reserved"):
+            name = "allocated" if kind == "active" else kind
+            numbers = {"current": self.bytes(name), "peak": self.bytes(f"peak_{name}"), "allocated": 0, "freed": 0}
+            found[f"{kind}_bytes"] = {"all": numbers, "small_pool": numbers, "large_pool": numbers}
+        return found
+
+
+DOUBLE: Double
+
+
+class _Importing(importlib.abc.MetaPathFinder):
+    """Something done before and after a module is imported for the first time."""
+
+    def __init__(self, name: str, around: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self.name, self.around, self.looking = name, around, False
+        sys.meta_path.insert(0, self)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name or self.looking:
+            return None
+        self.looking = True
+        spec = importlib.util.find_spec(name)  # as the other finders have it
+        self.looking = False
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def executed(module: ModuleType) -> None:
+            with self.around():
+                execute(module)
+
+        spec.loader.exec_module = executed  # type: ignore[method-assign]
+        return spec
+
+
+def prepare() -> None:
+    """Let `import torch`, which must be still to come, find the simulated device."""
+    assert "torch" not in sys.modules, "the simulated device comes before torch"
+    _Importing("torch", _around_torch)
+    _Importing("bitsandbytes", _around_bitsandbytes)
+
+
+@contextlib.contextmanager
+def _around_torch() -> Iterator[None]:
+    global DOUBLE
+    DOUBLE = Double()
+    yield
+    _install(DOUBLE)
+    from tests.devices import kernels
+
+    kernels.register(DOUBLE)
+
+
+@contextlib.contextmanager
+def _around_bitsandbytes() -> Iterator[None]:
+    """Without its CUDA library: its default kernels, which are made of torch's operators, and not compiled."""
+    import torch
+
+    compiled, available = torch.compile, torch.cuda.is_available
+    torch.compile = lambda function=None, **named: function or (lambda given: given)  # type: ignore[assignment]
+    torch.cuda.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.compile, torch.cuda.is_available = compiled, available
+
+
+def _install(double: Double) -> None:
+    """The functions of torch._C that a build without CUDA lacks, and what torch.cuda makes of classes that it lacks."""
+    import torch
+
+    class Stream(torch.Stream):
+        def __new__(cls, device: Any = None, priority: int = 0, **named: Any) -> Any:
+            if "stream_id" in named:
+                return super().__new__(cls, **named)
+            torch.cuda._utils._get_device_index(device, optional=True)  # torch's own check
+            return super().__new__(cls, device=torch.device("cuda", 0), priority=priority)
+
+        cuda_stream = property(lambda self: self.stream_id)
+
+        def wait_stream(self, stream: Any) -> None:
+            self.wait_event(stream.record_event())
+
+        def record_event(self, event: Any = None) -> Any:
+            event = event or Event()
+            event.record(self)
+            return event
+
+    class Event(torch.Event):
+        def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> Any:
+            return super().__new__(cls, device="cuda", enable_timing=enable_timing)
+
+        def record(self, stream: Any = None) -> None:
+            super().record(stream or torch.cuda.current_stream())
+
+        def wait(self, stream: Any = None) -> None:
+            super().wait(stream or torch.cuda.current_stream())
+
+    def properties(device: Any = None) -> Any:
+        torch.cuda._utils._get_device_index(device, optional=True)
+        return double.properties
+
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        torch.cuda._utils._get_device_index(0 if device is None else device, optional=True)
+        total = double.properties.total_memory
+        return total - double.bytes("reserved"), total
+
+    core = double.core
+    native = {
+        "getDeviceCount": lambda: 1,
+        "getDevice": lambda: 0,
+        "setDevice": lambda device: None,
+        "exchangeDevice": lambda device: 0,
+        "maybeExchangeDevice": lambda device: 0,
+        "setMemoryFraction": double.set_fraction,
+        "getMemoryFraction": lambda device: double.fraction,
+        "emptyCache": lambda: core.double_empty_cache(),
+        "memoryStats": double.statistics,
+        "resetPeakMemoryStats": lambda device: core.double_reset_peaks(),
+        "resetAccumulatedMemoryStats": lambda device: None,
+        "getCurrentStream": lambda device: (core.double_stream(), 0, 1),
+        "getDefaultStream": lambda device: (0, 0, 1),
+        "setStream": lambda stream_id, device_index, device_type: core.double_set_stream(stream_id),
+        "getCurrentRawStream": lambda device: core.double_stream(),
+        "synchronize": lambda: core.double_synchronize(),
+        "isInBadFork": lambda: False,
+        "init": lambda: None,
+        "set_sync_debug_mode": double.watch,
+        "get_sync_debug_mode": lambda: double.mode,
+        "getArchFlags": lambda: "sm_80",
+        "ipc_collect": lambda: None,
+    }
+    for name, function in native.items():
+        setattr(torch._C, f"_cuda_{name}", function)
+    cuda, nothing = torch.cuda, lambda: None
+    for module in (cuda, cuda.memory, cuda.random):
+        module._lazy_init = nothing  # type: ignore[attr-defined]
+    for module in (cuda, cuda.streams):
+        module.Stream, module.Event = Stream, Event  # type: ignore[attr-defined]
+    for module in (cuda, cuda.memory):
+        module.mem_get_info = mem_get_info  # type: ignore[attr-defined]
+    cuda._exchange_device, cuda._maybe_exchange_device = native["exchangeDevice"], native["maybeExchangeDevice"]
+    cuda._initialized = True
+    cuda.is_initialized = cuda.is_available = torch.backends.cuda.is_built = lambda: True
+    cuda.device_count = lambda: 1  # type: ignore[assignment]
+    cuda.get_device_properties = properties
+    cuda.is_bf16_supported = lambda including_emulation=True: including_emulation or double.properties.major >= 8
+    cuda.default_generators = (torch.Generator(device="cuda"),)
+    torch.version.cuda = "13.0"

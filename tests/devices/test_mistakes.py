@@ -1,0 +1,86 @@
+"""Mistakes put into what copies and reads beside the computation: each is seen by the simulated device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.devices import plugin
+from tests.loop_case import Case, make_case, make_rows
+from tests.training.test_loop import training, weights
+from tunekit.errors import NumericsError
+from tunekit.memory import copies
+from tunekit.memory.copies import CudaCopier
+from tunekit.memory.offload import BoundaryStore
+from tunekit.training.readings import Reading
+
+pytestmark = pytest.mark.faulty
+CUDA = torch.device("cuda", 0)
+HOST, DISK = ({"streaming": {"tier": tier, "poison": False}} for tier in ("host", "disk"))
+OFFLOAD = {"checkpointed": 4}
+start, pass_on = CudaCopier.start, CudaCopier._pass_on
+
+
+def case_of(folder: Path, **settings: Any) -> Case:
+    store = BoundaryStore(CudaCopier(CUDA), 0, 0) if "checkpointed" in settings else None
+    return make_case(folder, make_rows(11), training=training(max_steps=3), device=CUDA, store=store, **settings)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of a run that keeps everything on the device."""
+    case = case_of(folder)
+    case.run()
+    return case.losses, weights(case)
+
+
+@pytest.mark.parametrize("settings", [HOST, DISK, OFFLOAD], ids=["host", "disk", "offload"])
+def test_without_a_mistake_nothing_is_seen(folder: Path, settings: dict[str, Any], expected: Any) -> None:
+    case = case_of(folder, **settings)
+    case.run()
+    assert plugin.faults() == []
+    assert case.losses == expected[0]
+    assert all(torch.equal(own, expected[1][name]) for name, own in weights(case).items())
+
+
+def wait_for_nothing(self: CudaCopier, copy: Any) -> None:
+    if isinstance(copy, Future):
+        copy.result()
+
+
+def reuse_the_ring_at_once(self: CudaCopier, target: Any, source: Any) -> None:
+    self._free = [None] * copies.RING_PARTS
+    pass_on(self, target, source)
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], Any, str, Callable[..., Any]]] = {
+    "a layer is computed before it is there": (HOST, CudaCopier, "wait", wait_for_nothing),
+    "so is one from a file": (DISK, CudaCopier, "wait", wait_for_nothing),
+    "a copy does not wait for what is computed in its slot": (
+        HOST, CudaCopier, "start", lambda self, pairs, after: start(self, pairs, None),
+    ),
+    "an input leaves before it is computed": (
+        OFFLOAD, CudaCopier, "start", lambda self, pairs, after: start(self, pairs, None),
+    ),
+    "an input is used before it is back": (OFFLOAD, CudaCopier, "wait", wait_for_nothing),
+    "memory is given to others while it is copied": (OFFLOAD, CudaCopier, "_keep", lambda self, on_device: None),
+    "a part of the ring is filled while it is copied": (DISK, CudaCopier, "_pass_on", reuse_the_ring_at_once),
+    "numbers are read before they are there": ({}, Reading, "read", lambda self: tuple(self.numbers.tolist()[:2])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_seen(folder: Path, name: str, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, place, function, mistake = MISTAKES[name]
+    monkeypatch.setattr(place, function, mistake)
+    case, error = case_of(folder, **settings), None
+    try:
+        case.run()
+    except NumericsError as found:  # memory that is not set is NaN
+        error = found
+    assert plugin.faults() or error is not None

@@ -1,0 +1,87 @@
+"""Whole runs on the simulated device: a budget, streamed bases, float16 that overflows; and what follows a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.devices import simulated
+from tests.train_case import records, result_bytes, without_times, write_recipe
+from tunekit.errors import ResourceError
+from tunekit.evaluate import evaluate_verb
+from tunekit.generate import generate_verb
+from tunekit.merge import merge_verb
+from tunekit.train import train_verb
+from tunekit.training.scaling import LossScale
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def whole_device() -> Iterator[None]:
+    """A budget bounds a process; here others come after it."""
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def train(place: Path, folder: Path, *overrides: str, **sections: Any) -> tuple[Path, dict[str, Any]]:
+    """The run's folder and its report."""
+    train_verb(
+        str(write_recipe(place, folder, rows=11, **sections)), [f"output.dir={place / 'run'}", *overrides], False, False
+    )
+    return place / "run", json.loads((place / "run" / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def resident(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("resident"), folder)[0]
+
+
+def test_a_budget_bounds_the_allocator(folder: Path, tmp_path: Path) -> None:
+    run, report = train(tmp_path, folder, "memory.budget=64MiB")
+    assert json.loads((run / "plan.json").read_text())["device"] == "cuda:0"
+    assert simulated.DOUBLE.fraction == 64 * MIB / simulated.DOUBLE.properties.total_memory
+    peaks = [report[f"peak_{kind}_bytes"] for kind in ("requested", "allocated", "reserved")]
+    assert 0 < peaks[0] < peaks[1] <= peaks[2] < 64 * MIB
+    assert report["measured_bytes"] == {"cuda": peaks[1]}
+
+
+def test_a_budget_that_is_too_small_is_a_resource_that_ran_out(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="the smallest setting of this run needs"):
+        train(tmp_path, folder, "memory.budget=1MiB")
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_streamed_base_trains_the_same_adapter(folder: Path, tmp_path: Path, tier: str, resident: Path) -> None:
+    run, _ = train(tmp_path, folder, f"memory.streaming={tier}")
+    assert without_times(records(run)) == without_times(records(resident))
+    tensors = "adapter_model.safetensors"
+    assert result_bytes(run)[tensors] == result_bytes(resident)[tensors]
+
+
+def test_steps_that_overflow_are_skipped_recorded_and_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tunekit.training.assemble.LossScale", lambda enabled: LossScale(enabled, 2.0**18))
+    run, report = train(tmp_path, folder, "training.epochs=4", model={"dtype": "float16"})
+    steps = [record for record in records(run) if "loss" in record]
+    skipped = sum(record["grad_norm"] is None for record in steps)
+    assert 0 < skipped < len(steps)
+    assert report["skipped_steps"] == skipped
+    told = f"{skipped} steps changed no weight: their gradients overflowed in float16"
+    assert told in (run / "report.md").read_text()
+    assert told in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_a_result_is_evaluated_generates_and_is_merged(resident: Path, tmp_path: Path) -> None:
+    evaluate_verb(str(resident), None, None, None, [], str(tmp_path / "eval.json"), [])
+    last = [record["eval"]["loss"] for record in records(resident) if "eval" in record][-1]
+    assert json.loads((tmp_path / "eval.json").read_text())["loss"] == pytest.approx(last, rel=1e-5)
+    generate_verb(str(resident), None, "say 3", None, [], max_new_tokens=4)
+    merge_verb(str(resident / "adapter"), str(tmp_path / "merged"), None, None, [])
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

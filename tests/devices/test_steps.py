@@ -1,0 +1,84 @@
+"""What the host waits for within a step, from the second step on, for each storage of the base and each method."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.devices import simulated
+from tests.devices.test_mistakes import CUDA, DISK, HOST, OFFLOAD, case_of
+from tests.loop_case import make_case, make_rows
+from tests.memory.test_streaming import WHOLE_MODEL, adapter
+from tests.training.test_loop import training
+from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.names import known_names, settings_class
+from tunekit.training import loop
+
+
+def waits_of(case: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What the host waited for after the first step, while steps were sent off; reading their numbers is not in it."""
+    make_step, found = loop._make_step, Counter[str]()
+
+    def watched(run: Any, window: Any) -> Any:
+        simulated.DOUBLE.waits()
+        torch.cuda.set_sync_debug_mode("warn" if run.state.step else "default")
+        try:
+            return make_step(run, window)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            found.update(simulated.DOUBLE.waits())
+
+    monkeypatch.setattr(loop, "_make_step", watched)
+    case.run()
+    return found
+
+
+def section(folder: Path, dtype: str = "float32", quantization: str = "none") -> ModelSection:
+    return ModelSection(name_or_path=str(folder), dtype=dtype, quantization=quantization)  # type: ignore[arg-type]
+
+
+STORAGES: dict[str, dict[str, Any]] = {
+    "resident": {},
+    "packed documents in one kernel": {"model": {"dtype": "bfloat16"}, "packing": True},
+    "nf4": {"model": {"quantization": "nf4"}},
+    "int8_weight_only": {"model": {"quantization": "int8_weight_only"}},
+    "dropout": {"adapter": LoraSettings(r=4, dropout=0.1)},
+    "offloaded": OFFLOAD,
+    "streamed from the host": HOST,
+    "streamed nf4": HOST | {"model": {"quantization": "nf4"}},
+}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_no_storage_makes_the_host_wait(folder: Path, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dict(STORAGES[storage])
+    model = section(folder, **settings.pop("model", {}))
+    assert waits_of(case_of(folder, model=model, **settings), monkeypatch) == {}
+
+
+def test_a_base_on_the_disk_waits_for_the_ring_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that fills the ring waits for a part of it to be free; the computation does not."""
+    assert set(waits_of(case_of(folder, **DISK), monkeypatch)) <= {"event.synchronize"}
+
+
+# Methods that make the host wait in each step; who mends one takes it out here.
+VALUE, COPY = "aten::_local_scalar_dense", "a copy to the device from pageable memory"
+READ_A_VALUE = {"boft", "cpt", "hra", "multitask_prompt", "p_tuning", "prefix", "prompt"}
+COPY_FROM_THE_HOST = {"boft", "cpt", "fourierft"}
+
+
+@pytest.mark.parametrize("method", sorted(set(known_names("adapters")) - {"bitfit", "lora"}))
+def test_what_a_method_waits_for(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if settings_class("adapters", method).trains_base:
+        pytest.skip("a base that is trained itself has an optimizer of its own size")
+    rows, packing = make_rows(11), method not in WHOLE_MODEL
+    case = make_case(
+        folder, rows, training=training(max_steps=3), device=CUDA, adapter=adapter(method), packing=packing
+    )
+    expected = {VALUE} if method in READ_A_VALUE else set()
+    assert set(waits_of(case, monkeypatch)) == expected | ({COPY} if method in COPY_FROM_THE_HOST else set())
