@@ -102,7 +102,7 @@ class CudaCopier(ThreadCopier):
         return super().memory(size_bytes, on_host=False)
 
     def start(self, copies: Pairs, after: Any) -> Any:
-        if all(source.device == self.device or source.is_pinned() for _, source in copies):
+        if all(source.device.type != "cpu" or source.is_pinned() for _, source in copies):
             return self._send(copies, after)
         return self._worker.submit(self._through_ring, copies, after)
 
