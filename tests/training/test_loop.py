@@ -23,7 +23,8 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.state import LoopState
-from tunekit.tuned.scores import summed_evaluation
+from tunekit.tuned.evaluator import Evaluation
+from tunekit.tuned.scores import EvaluationSums, summed_evaluation
 
 
 def training(**changes: Any) -> TrainingSection:
@@ -186,13 +187,13 @@ def test_evaluation_changes_nothing(tiny_llama: Path) -> None:
     case = make_case(tiny_llama, rows, training=training(eval_steps=1), adapter=adapter)
     modes = {}
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> Evaluation:
         torch.rand(3)  # a metric that draws numbers
         modes["inside"] = case.model.base.net.training
         batches = evaluation_batches(rows, case.parts.objective, batch_size=4)
         sums = summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices)
         modes["after"] = case.model.base.net.training
-        return sums.metrics(case.parts.objective.metrics)
+        return Evaluation(sums, sums.metrics(case.parts.objective.metrics))
 
     case.parts.evaluate = evaluate
     case.run()
@@ -221,7 +222,7 @@ def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
     """The evaluation before training is only compared with, however good it was."""
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, eval_steps=1))
     values = iter([0.5, 3.0, float("nan"), 2.0, 2.5, 2.0, 1.0])
-    case.parts.evaluate = lambda: {"loss": next(values)}
+    case.parts.evaluate = lambda: Evaluation(EvaluationSums({}, 0, 0), {"loss": next(values)})
     case.parts.evaluation = EvaluationSection(best="eval.loss", patience=2)
     state = case.run()
     assert (state.step, state.best_step, state.best_value, state.stopped_early) == (5, 3, 2.0, True)
@@ -349,9 +350,9 @@ def test_data_that_are_gone_end_the_run_after_a_checkpoint(
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, save_steps=2, eval_steps=3))
     windows = case.windows.windows
 
-    def gone() -> dict[str, float]:
+    def gone() -> Evaluation:
         if case.parts.state.step < 3:
-            return {"loss": 1.0}
+            return Evaluation(EvaluationSums({}, 0, 0), {"loss": 1.0})
         raise DataError("no such file", file="d.jsonl")
 
     def three(first: int) -> Iterator[Window]:
