@@ -1,4 +1,4 @@
-"""Without the simulated device, which comes before torch, the tests here are skipped."""
+"""Without the simulated device, which comes before torch, the tests here are not collected: scripts/test --devices."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import pytest
 
 from tests.conftest import write_tiny_llama
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items if "tests.devices.plugin" not in sys.modules else ():
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason="needs the simulated device: scripts/test --devices"))
+collect_ignore_glob = [] if "tests.devices.plugin" in sys.modules else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from tunekit.memory.copies import Copier, CudaCopier
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
+from tunekit.tuned.evaluator import Evaluation
 from tunekit.tuned.scores import summed_evaluation
 
 CPU = torch.device("cpu")
@@ -225,11 +226,12 @@ def test_evaluation_in_between_touches_nothing(deep_llama: Path, plain: dict[str
     batches = list(evaluation_batches(make_rows(4), case.parts.objective, batch_size=2))
     losses: list[float] = []
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> Evaluation:
         before = len(copies.events)
-        losses.append(summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices).values["loss"])
+        sums = summed_evaluation(case.model, case.parts.objective, batches, case.parts.devices)
+        losses.append(sums.values["loss"])
         assert len(copies.events) == before
-        return {"loss": losses[-1]}
+        return Evaluation(sums, {"loss": losses[-1]})
 
     case.parts.evaluate = evaluate
     case.parts.training = case.training.model_copy(update={"eval_steps": 1})

@@ -83,7 +83,7 @@ def save_checkpoint(
         with contextlib.suppress(OSError, TunekitError):
             _remove_temporary(temporary)
         raise
-    _rotate(run, step, keep=keep, protect=protect)
+    rotate(run, step, keep=keep, protect=protect)
     return folder
 
 
@@ -238,7 +238,7 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
 # --- rotation ------------------------------------------------------------------------------------------------------
 
 
-def _rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) -> None:
+def rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) -> None:
     """Delete checkpoints older than the `keep` newest up to `step`, but the protected; never what we did not write.
 
     Those after `step` are left: they were damaged when this run went back behind them, and it will come by again.

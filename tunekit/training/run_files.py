@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tunekit.artifacts.checkpoint import Checkpoint, load_newest, save_checkpoint
+from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate, save_checkpoint
 from tunekit.artifacts.fingerprint import (
     flat_values,
     make_fingerprint,
@@ -130,7 +130,16 @@ def checked_fingerprint(session: Session, data: str, base: str | None, checkpoin
         require_same(old, new, lines=session.loaded.lines, file=str(session.loaded.path))
         for note in resume_notes(old, new):
             session.console.warn(note)
+    if checkpoint is not None:  # what made it may have been killed before it removed the older ones
+        kept = _protected(session, checkpoint.facts["loop"]["best_step"])
+        keep = session.loaded.recipe.training.keep_checkpoints
+        session.in_folder(lambda folder: rotate(folder, checkpoint.step, keep=keep, protect=kept))
     return new
+
+
+def _protected(session: Session, best_step: int | None) -> set[int]:
+    """Steps whose checkpoints stay however old they are."""
+    return {best_step} if session.loaded.recipe.evaluation.best and best_step is not None else set()
 
 
 def _previous_fingerprint(folder: RunFolder) -> dict[str, Any] | None:
@@ -200,7 +209,6 @@ def save_run(session: Session, run: Run, fingerprint: dict[str, Any]) -> None:
     state, recipe = run.state, session.loaded.recipe
 
     def write(folder: RunFolder) -> None:
-        protected = {state.best_step} if recipe.evaluation.best and state.best_step is not None else set()
         with session.signals.critical():
             save_checkpoint(
                 folder,
@@ -209,7 +217,7 @@ def save_run(session: Session, run: Run, fingerprint: dict[str, Any]) -> None:
                 checkpoint_facts(run.optimizer, state, fingerprint)
                 | {"export": facts_for_export(run.adapter, run.objective)},
                 keep=recipe.training.keep_checkpoints,
-                protect=protected,
+                protect=_protected(session, state.best_step),
             )
 
     session.in_folder(write)

@@ -58,6 +58,7 @@ class BaseTensors:
             candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
             own = next((each for each in candidates if each in parameters), renamed.get(name, name))
             self.files[own] = name
+        self.older = {own: name for own, name in self.files.items() if renamed.get(name) == own}
 
     def names(self) -> list[str]:
         return list(self.files)
@@ -81,6 +82,7 @@ class LoadedTensors:
         once = {id(tensor): name for name, tensor in reversed(stored.items())}  # of tied ones the first name
         self.tensors = {name: tensor.detach() for name, tensor in stored.items() if once[id(tensor)] == name}
         self._dtype = dtype
+        self.older: dict[str, str] = {}
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -178,8 +180,11 @@ class Rewriter:
         self._check(changes)
         config = self._configuration(changes)
         writer = ShardWriter(folder)
+        older = (
+            {} if self.onto == "quantized" else self.tensors.older
+        )  # packed layers have the names of today's modules
         for name, tensor in self._outputs(changes):
-            writer.add(name, tensor)
+            writer.add(older.get(name, name), tensor)
         writer.close()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if self.generation_config is not None:
