@@ -132,6 +132,7 @@ class RowEncoder(Protocol):
     """Examples to rows of one objective; counts in `notices` what the user should know."""
 
     notices: Counter[str]
+    tokenizer: Tokenizer
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""

@@ -173,11 +173,13 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One evaluation: metrics by name (`loss` always), at a step, and counts of each label where rows have some."""
+    """One evaluation: metrics by name (`loss` always), at a step; counts of each label where rows have some; where
+    answers are generated, those to the first rows as {prompt, reference, answer}."""
 
     step: int
     metrics: dict[str, float]
     classes: dict[str, Any] | None = None
+    samples: list[dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)

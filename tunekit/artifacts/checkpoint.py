@@ -252,6 +252,12 @@ def rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) ->
             _delete(run, folder, folder.name)
 
 
+def remove_checkpoints(run: RunFolder, folders: Collection[Path]) -> None:
+    """Delete these, but never what we did not write."""
+    for folder in filter(is_ours, folders):
+        _delete(run, folder, folder.name)
+
+
 def _delete(run: RunFolder, folder: Path, name: str) -> None:
     """Rename first, so that a half-deleted folder never looks like a checkpoint. A failure is told, not raised:
     the new checkpoint is already durable."""

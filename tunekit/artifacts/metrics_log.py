@@ -18,6 +18,7 @@ from tunekit.files import durable
 from tunekit.records import EvaluationRecord, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
+BESIDE = ("classes", "samples")  # what an evaluation may have beside its metrics
 
 
 def record_line(record: StepRecord | EvaluationRecord) -> bytes:
@@ -25,7 +26,7 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
     if isinstance(record, EvaluationRecord):
         finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}  # JSON has no NaN
         value: dict[str, Any] = {"step": record.step, "eval": finite}
-        value |= {} if record.classes is None else {"classes": record.classes}
+        value |= {name: found for name in BESIDE if (found := getattr(record, name)) is not None}
     else:
         value = asdict(record)
         value |= value.pop("metrics")

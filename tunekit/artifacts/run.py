@@ -22,7 +22,16 @@ from tunekit.files import durable
 from tunekit.files.lock import LOCK_NAME, FolderLock
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
-FILES = ("recipe.yaml", "plan.json", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.md")
+FILES = (
+    "recipe.yaml",
+    "plan.json",
+    "environment.json",
+    "status.json",
+    "metrics.jsonl",
+    "report.json",
+    "report.md",
+    "report.html",
+)
 FOLDERS = ("checkpoints", "adapter", "model", "tracking")
 RUN_SIGNS = ("plan.json", "checkpoints")
 PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # durable.temporary_name, and what stepped aside for it

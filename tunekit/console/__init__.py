@@ -98,6 +98,14 @@ class Console:
         ]
         return "\n".join(lines)
 
+    def confirm(self, question: str) -> bool:
+        """Whether the user answers yes; no where nobody can be asked."""
+        if sys.stdin is None or not sys.stdin.isatty():
+            return False
+        self.output.write(f"{visible(question)} [y/N] ")
+        self.output.flush()
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
         """A table; numbers are set to the right, None is left empty."""
         from rich import box

@@ -41,10 +41,11 @@ class Written(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A row for generation: ids up to its last answer, and that answer."""
+    """A row for generation: ids up to its last answer, that answer, and the text of those ids."""
 
     prompt_ids: list[int]
     reference: str
+    text: str
 
 
 @dataclass
@@ -83,7 +84,7 @@ class RowSet:
             except TunekitError as error:
                 raise DataError(error.problems[0].what, file=file, line=line) from None
             if found is not None:
-                prompts.append(Prompt(*found))
+                prompts.append(Prompt(*found, encoder.tokenizer.decode(found[0])))
         return prompts
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:

@@ -10,12 +10,22 @@ import errno
 import os
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from tunekit.errors import RunFolderError
 from tunekit.files.durable import explain, perform
 
 LOCK_NAME = ".tunekit.lock"
+
+
+def is_held(folder: Path) -> bool:
+    """Whether the process that last locked the folder is still there; the lock itself is not touched."""
+    path = folder / LOCK_NAME
+    try:
+        return psutil.Process(int(path.read_text())).create_time() <= path.stat().st_mtime
+    except (OSError, ValueError, psutil.Error):
+        return False
 
 
 class FolderLock:
@@ -45,10 +55,13 @@ class FolderLock:
 
     def release(self) -> None:
         """Let another process in; the file stays, since removing it could split the lock in two."""
+        if self._lock.is_locked:
+            with contextlib.suppress(OSError):
+                self.path.write_text("")  # for `is_held`
         self._lock.release()
 
     def remove(self) -> None:
         """Remove the file while it is still held, then let go: after a failed start the folder is left as it was."""
         with contextlib.suppress(OSError):
             self.path.unlink()
-        self.release()
+        self._lock.release()

@@ -37,7 +37,7 @@ def report_facts(
     steps = [record["loss"] for record in records if "eval" not in record]
     tenth = -(-len(steps) // 10)
     evaluations = [record for record in records if "eval" in record]
-    classes = {record["step"]: record.pop("classes", None) for record in evaluations}
+    classes = {record["step"]: record.get("classes") for record in evaluations}
     losses = {record["step"]: record["eval"].get("loss") for record in evaluations}
     exported = state.best_step if saved_best else max(losses, default=None)
     before, loss = losses.get(0), losses.get(exported)
@@ -70,7 +70,7 @@ def report_facts(
         base_eval_loss=before,
         eval_loss=loss,
         verdict=verdict,
-        evaluations=evaluations,
+        evaluations=[{"step": record["step"], "eval": record["eval"]} for record in evaluations],
         classes=None if classes.get(exported) is None else class_facts(classes[exported]),
         reactions=[Reaction(**reaction) for reaction in state.reactions],
         skipped_steps=state.scale.skipped_steps if state.scale.enabled else None,

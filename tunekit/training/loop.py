@@ -168,7 +168,7 @@ def _evaluate_if_due(run: Run) -> bool:
     except EvaluationStopped:
         return False
     state.evaluated_step = state.step
-    run.record(EvaluationRecord(state.step, found.metrics, found.classes))
+    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples))
     if not state.step or (settings.best is None and settings.patience is None):
         return False
     watched = (settings.best or "eval.loss").removeprefix("eval.")

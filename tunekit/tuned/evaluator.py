@@ -29,6 +29,8 @@ from tunekit.tuned.choices import Choices, choice_scores, choice_sums, make_ques
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import EvaluationSums, summed_evaluation, undisturbed
 
+SAMPLES = 8  # answers that a report shows
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -42,11 +44,12 @@ class Asked:
 @dataclass(frozen=True)
 class Evaluation:
     """Sums and every metric by name; `classes`: `labels`, `counts` of each (predicted right, predicted, there) and
-    their `confusion`, where rows have labels."""
+    their `confusion`, where rows have labels; `samples`: the answers to the first rows, where some were generated."""
 
     sums: EvaluationSums
     metrics: dict[str, float]
     classes: dict[str, Any] | None = None
+    samples: list[dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Evaluator:
             sums.values.update(self._chosen(choices, stop))
         wanted = list(dict.fromkeys([*always, *(self.metric_names or self.settings.metrics)]))
         texts = [name for name in wanted if needs_generation(name)]
-        computed = sums.metrics([name for name in wanted if name not in texts])
+        computed, samples = sums.metrics([name for name in wanted if name not in texts]), None
         if texts:
             answers = answer_questions(
                 self.model,
@@ -89,7 +92,11 @@ class Evaluator:
                 template=self.template,
             )
             computed |= text_metrics(texts, answers, [question.reference for question in self.asked.prompts])
-        return Evaluation(sums, {name: computed[name] for name in wanted}, _classes(labels, sums.values))
+            samples = [
+                {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
+                for prompt, answer in zip(self.asked.prompts[:SAMPLES], answers, strict=False)
+            ]
+        return Evaluation(sums, {name: computed[name] for name in wanted}, _classes(labels, sums.values), samples)
 
     def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> dict[str, Any]:
         """The sums over rows of what was chosen."""

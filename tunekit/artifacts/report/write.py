@@ -1,6 +1,6 @@
-"""report.json and report.md of a finished run.
+"""report.json, report.md and report.html of a finished run.
 
-Comes in: ReportFacts and Plan.  Goes out: the two files in the run folder.
+Comes in: ReportFacts and Plan.  Goes out: the files in the run folder.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from tunekit.artifacts.report.html import run_page
 from tunekit.artifacts.report.page import make_page
+from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.run import RunFolder
 from tunekit.errors import redact
 from tunekit.records import Plan, ReportFacts
@@ -59,7 +61,8 @@ def _measured(value: object) -> Any:
 
 
 def write_report(run: RunFolder, facts: ReportFacts, plan: Plan) -> None:
-    """Write report.json, then report.md, each whole or not at all."""
+    """Write report.json, then the two pages, each whole or not at all."""
     run.write_json("report.json", report_values(facts, plan))
     losses = [record["loss"] for record in run.read_metrics() if "eval" not in record]
     run.write_text("report.md", make_page(run.path, facts, plan, losses))
+    run.write_text("report.html", run_page(run_values(run.path)))

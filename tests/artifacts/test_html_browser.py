@@ -1,0 +1,82 @@
+"""The pages in headless Chromium: no error, no request, nothing wider than the screen, no serious fault of access.
+
+TUNEKIT_BROWSER names another browser; one must be there for the slow tier.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.artifacts.run_case import write_run
+from tunekit.artifacts.report.html import comparison_page, run_page
+from tunekit.artifacts.report.values import read_run
+
+pytestmark = pytest.mark.slow
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    path = os.environ.get("TUNEKIT_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
+    assert path, "the pages are looked at in a browser: install chromium, or name one by TUNEKIT_BROWSER"
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of a short run, a long one, one that goes on, and a comparison of three."""
+    folder = tmp_path_factory.mktemp("pages")
+    long = read_run(write_run(folder / "long", steps=20_000, rate=1e-4))
+    short = [read_run(write_run(folder / f"s{seed}", seed=seed, rate=0.1)) for seed in range(3)]
+    going = read_run(write_run(folder / "going", steps=2, finished=False))
+    bad = read_run(write_run(folder / "bad", verdict="worse than the base: eval loss 3 against 2.6"))
+    texts = {
+        "long": run_page(long),
+        "short": run_page(short[0]),
+        "going": run_page(going),
+        "bad": run_page(bad),
+        "compared": comparison_page(short),
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.html").write_text(text, encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in texts}
+
+
+@pytest.mark.parametrize("name", ["long", "short", "going", "bad", "compared"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_is_sound(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    address = pages[name].as_uri()
+    page.goto(address)
+    assert said == []
+    assert asked == [address]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    drawn = page.evaluate(
+        "[document.querySelectorAll('.plot').length, document.querySelectorAll('.plot canvas').length]"
+    )
+    assert drawn[0] == drawn[1] > 0
+    serious = [
+        (violation["id"], [node["target"] for node in violation["nodes"]][:3])
+        for violation in Axe().run(page).response["violations"]
+        if violation["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+    context.close()

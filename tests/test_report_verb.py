@@ -1,0 +1,91 @@
+"""`tunekit report` and `tunekit runs`, through their verbs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.artifacts.run_case import write_run
+from tunekit.errors import InputError
+from tunekit.files.lock import FolderLock, is_held
+from tunekit.report import report_verb
+from tunekit.runs import clean_verb, runs_verb
+
+
+def test_one_run_gets_its_page_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "first")
+    report_verb([str(folder)], None, None, None)
+    assert "<title>first</title>" in (folder / "report.html").read_text("utf-8")
+    shown = capsys.readouterr().out
+    assert "401.5" in shown
+    assert f"page: {folder / 'report.html'}" in shown
+
+
+def test_runs_are_written_as_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(write_run(tmp_path / f"r{seed}", seed=seed)) for seed in (1, 2)]
+    files = {name: tmp_path / f"out.{name}" for name in ("html", "json", "csv")}
+    report_verb(folders, *map(str, files.values()))
+    value = json.loads(files["json"].read_text("utf-8"))
+    assert value["differing"] == {"training.seed": ["1", "2"]}
+    loss = json.loads((tmp_path / "r1" / "report.json").read_text("utf-8"))["eval_loss"]
+    assert value["runs"][0]["outcome"]["eval loss"] == loss
+    with files["csv"].open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["r1", "r2"]
+    assert float(rows[0]["eval loss"]) == loss
+    assert "2 runs compared" in files["html"].read_text("utf-8")
+    assert "mean and deviation over the seeds of r1, r2" in capsys.readouterr().out
+    with pytest.raises(InputError, match="named twice"):
+        report_verb([folders[0], folders[0]], None, None, None)
+
+
+def test_runs_are_listed_with_what_became_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a" / "good")
+    killed = write_run(tmp_path / "b", steps=7, finished=False)
+    going = write_run(tmp_path / "c", finished=False)
+    lock = FolderLock(going)
+    runs_verb(str(tmp_path), "-")
+    good, dead, live = json.loads(capsys.readouterr().out)
+    assert [Path(line["path"]).name for line in (good, dead, live)] == ["good", "b", "c"]
+    assert [line["state"] for line in (good, dead, live)] == ["finished", "killed; go on with --resume", "running"]
+    assert dead["steps"] == 7
+    assert good["best"] < 2.6
+    lock.release()
+    assert not is_held(going)
+    assert not is_held(killed)
+    (tmp_path / "none").mkdir()
+    runs_verb(str(tmp_path / "none"), None)
+    assert "no runs in" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no folder"):
+        runs_verb(str(tmp_path / "nowhere"), None)
+
+
+def test_only_what_is_not_needed_any_more_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from tunekit.artifacts.checkpoint import list_checkpoints, save_checkpoint
+    from tunekit.artifacts.run import RunFolder
+
+    def steps(run: Path) -> list[int]:
+        return [step for step, _ in list_checkpoints(run / "checkpoints")]
+
+    done, killed = (write_run(tmp_path / name, finished=name == "done") for name in ("done", "killed"))
+    for path in (done, killed):
+        run = RunFolder.open_resume(path)
+        for step in (5, 10):
+            save_checkpoint(run, step, {"w": torch.zeros(3)}, {}, keep=2)
+        run.close()
+    with pytest.raises(InputError, match="nothing was removed"):
+        clean_verb(str(tmp_path), yes=False)
+    assert "step-000010, step-000005" in capsys.readouterr().out
+    held = FolderLock(killed)
+    clean_verb(str(tmp_path), yes=True)
+    assert (steps(done), steps(killed)) == ([], [10, 5])
+    held.release()
+    clean_verb(str(tmp_path), yes=True)
+    assert steps(killed) == [10]
+    clean_verb(str(tmp_path), yes=True)
+    assert "nothing to remove" in capsys.readouterr().out

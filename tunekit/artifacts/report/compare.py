@@ -1,0 +1,125 @@
+"""Several runs' values go in; what differs between their recipes, and what came of each, comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from tunekit.artifacts.report.values import RunValues
+
+SEED, PLACE = "training.seed", "output.dir"
+FACTS = ("final_training_loss", "tokens_per_second", "peak_memory_bytes", "training_seconds", "adapter_bytes")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One row a run; None where a run did not measure it."""
+
+    names: list[str]
+    runs: list[str]
+    values: list[list[float | None]]
+
+    @property
+    def labels(self) -> list[str]:
+        """The names as a person reads them."""
+        return [name.replace("_", " ").replace(" bytes", "") for name in self.names]
+
+    def texts(self) -> list[list[str]]:
+        """The run's name, then each value as a person reads it."""
+        return [
+            [run, *(number_text(name, value) for name, value in zip(self.names, row, strict=True))]
+            for run, row in zip(self.runs, self.values, strict=True)
+        ]
+
+
+def number_text(name: str, value: float | None) -> str:
+    """A value of an outcome with its unit."""
+    if value is None:
+        return "–"
+    if name.endswith("_bytes"):
+        return f"{value / 2**20:,.1f} MiB"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def differing_keys(runs: Sequence[RunValues]) -> list[list[str]]:
+    """[key, value in each run] of every key of the recipes that differs, but for where the run was written."""
+    flat = [dict(_flat(run.recipe)) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    return [
+        [key, *("–" if key not in one else str(one[key]) for one in flat)]
+        for key in keys
+        if key != PLACE and any(one.get(key) != flat[0].get(key) for one in flat[1:])
+    ]
+
+
+def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys with plain values; lists are values, but for lists of mappings."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
+        for at, inner in enumerate(value):
+            yield from _flat(inner, f"{key}.{at}")
+    else:
+        yield key, value
+
+
+def outcome_table(runs: Sequence[RunValues]) -> Outcomes:
+    """The exported weights' evaluation, then loss, speed, memory, time and size of each run."""
+    evaluated = [_exported(run) for run in runs]
+    metrics = list(dict.fromkeys(name for one in evaluated for name in one))
+    rows = [[*(one.get(name) for name in metrics), *_facts(run)] for one, run in zip(evaluated, runs, strict=True)]
+    return Outcomes([*(f"eval {name}" for name in metrics), *FACTS], [run.name for run in runs], rows)
+
+
+def _exported(run: RunValues) -> dict[str, float]:
+    """The evaluation of the weights that were exported; the last one where the run goes on."""
+    kept = run.report.get("best_step")
+    records = [record for record in run.evaluations if kept is None or record["step"] == kept]
+    return dict(records[-1]["eval"]) if records else {}
+
+
+def _facts(run: RunValues) -> list[float | None]:
+    report = run.report
+    return [
+        report.get("final_loss"),
+        report.get("tokens_per_second"),
+        sum(report["measured_bytes"].values()) if report.get("measured_bytes") else None,
+        report.get("seconds", {}).get("train"),
+        report.get("adapter_bytes"),
+    ]
+
+
+def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
+    """(names of the runs, mean ± standard deviation of each outcome) of each set that differs in the seed alone."""
+    outcome = outcome_table(runs)
+    sets: dict[str, list[int]] = {}
+    for at, run in enumerate(runs):
+        same = {key: value for key, value in _flat(run.recipe) if key not in (SEED, PLACE)}
+        sets.setdefault(repr(sorted(same.items(), key=lambda item: item[0])), []).append(at)
+    return [
+        (
+            ", ".join(runs[at].name for at in members),
+            [_spread(outcome, column, members) for column in _columns(outcome)],
+        )
+        for members in sets.values()
+        if len({_seed(runs[at]) for at in members}) > 1
+    ]
+
+
+def _seed(run: RunValues) -> Any:
+    return run.recipe.get("training", {}).get("seed")
+
+
+def _columns(outcome: Outcomes) -> range:
+    return range(len(outcome.names))
+
+
+def _spread(outcome: Outcomes, column: int, members: Sequence[int]) -> str:
+    found = [value for at in members if (value := outcome.values[at][column]) is not None]
+    if len(found) < 2:
+        return "–"
+    name = outcome.names[column]
+    return f"{number_text(name, fmean(found))} ± {number_text(name, stdev(found))}"

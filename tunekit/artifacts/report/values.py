@@ -1,0 +1,63 @@
+"""A run folder goes in; what its files say comes out as plain values, for pages and comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
+from tunekit.artifacts.run import RUN_SIGNS, read_json
+from tunekit.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunValues:
+    """What the files of one run folder hold; an absent file is empty."""
+
+    path: Path
+    recipe_text: str
+    plan: dict[str, Any]
+    report: dict[str, Any]  # empty until the run is finished
+    environment: dict[str, Any]
+    status: dict[str, Any]
+    steps: list[dict[str, Any]]  # one record an optimizer step
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.resolve().name
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe with its defaults, as plan.json holds it."""
+        return dict(self.plan.get("recipe", {}))
+
+    @property
+    def state(self) -> str:
+        """Whether it is finished, goes on, or why it ended."""
+        if self.report and self.status.get("exit_code") is None:
+            return "finished"
+        return str(self.status.get("reason", "not begun"))
+
+
+def read_run(path: Path) -> RunValues:
+    """Raises: InputError where the folder holds no run."""
+    if not any((path / sign).exists() for sign in RUN_SIGNS):
+        raise InputError(f"{path} holds no run (no plan.json)", "name a run's folder, output.dir of its recipe")
+    return run_values(path)
+
+
+def run_values(path: Path) -> RunValues:
+    """The values of a folder, of which any file may be absent."""
+    files = {name: read_json(path / f"{name}.json") or {} for name in ("plan", "report", "environment", "status")}
+    recipe = path / "recipe.yaml"
+    records = read_metrics(path / METRICS_NAME)
+    return RunValues(
+        path=path,
+        recipe_text=recipe.read_text("utf-8") if recipe.is_file() else "",
+        steps=[record for record in records if "eval" not in record],
+        evaluations=[record for record in records if "eval" in record],
+        **files,
+    )

@@ -1,0 +1,77 @@
+"""`tunekit report`: run folders go in; what differs, what came of each, and a page with their curves come out."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunekit.artifacts.report.compare import Outcomes, differing_keys, outcome_table, same_but_seed
+from tunekit.artifacts.report.html import comparison_page, run_page
+from tunekit.artifacts.report.values import RunValues, read_run
+from tunekit.console import Console
+from tunekit.errors import InputError
+from tunekit.files.durable import json_result, write_text
+
+MOST_COLUMNS = 5  # runs that stand side by side; more of them have a line each
+
+
+def report_verb(folders: Sequence[str], html: str | None, json_file: str | None, csv_file: str | None) -> None:
+    """Compare runs; of one run alone write its report.html anew.
+
+    Raises: InputError where a folder holds no run, or is named twice.
+    """
+    paths = [Path(folder) for folder in folders]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError("a run is named twice", "name each run once")
+    runs = [read_run(path) for path in paths]
+    write_result, console = json_result(json_file), Console(json_file=json_file)
+    outcome, keys, repeats = outcome_table(runs), differing_keys(runs), same_but_seed(runs)
+    head, *lines = [["run", "state", *outcome.labels], *_with_state(runs, outcome)]
+    if len(runs) <= MOST_COLUMNS:
+        head, *lines = map(list, zip(head, *lines, strict=True))
+    console.table(head, lines)
+    for names, cells in repeats:
+        console.panel(f"mean and deviation over the seeds of {names}", dict(zip(outcome.labels, cells, strict=True)))
+    if keys:
+        console.table(["key", *(run.name for run in runs)], keys)
+    elif len(runs) > 1:
+        console.info("the recipes are the same but for output.dir")
+    page = html or (str(paths[0] / "report.html") if len(runs) == 1 else None)
+    if page is not None:
+        write_text(Path(page), run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
+        console.info(f"page: {page}")
+    if csv_file is not None:
+        write_text(Path(csv_file), _csv(outcome))
+        console.info(f"table: {csv_file}")
+    write_result(_json(runs, outcome, keys))
+
+
+def _with_state(runs: Sequence[RunValues], outcome: Outcomes) -> list[list[str]]:
+    return [[row[0], run.state, *row[1:]] for run, row in zip(runs, outcome.texts(), strict=True)]
+
+
+def _csv(outcome: Outcomes) -> str:
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["run", *outcome.names])
+    lines.writerows([run, *row] for run, row in zip(outcome.runs, outcome.values, strict=True))
+    return text.getvalue()
+
+
+def _json(runs: Sequence[RunValues], outcome: Outcomes, keys: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """{runs: [{name, path, state, outcome}], differing: {key: [a value each]}}."""
+    return {
+        "runs": [
+            {
+                "name": run.name,
+                "path": str(run.path),
+                "state": run.state,
+                "outcome": dict(zip(outcome.names, row, strict=True)),
+            }
+            for run, row in zip(runs, outcome.values, strict=True)
+        ],
+        "differing": {key: values for key, *values in keys},
+    }

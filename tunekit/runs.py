@@ -1,0 +1,147 @@
+"""`tunekit runs`: a folder goes in; a line for each run below it comes out, and with `clean` their checkpoints go."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tunekit.artifacts.report.values import RunValues, run_values
+from tunekit.artifacts.run import RunFolder
+from tunekit.console import Console
+from tunekit.errors import InputError
+from tunekit.files.durable import json_result
+from tunekit.files.lock import is_held
+from tunekit.records import bytes_text
+
+DEPTH = 4  # how far below the folder runs are looked for
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """What is told of one run."""
+
+    path: str
+    state: str
+    steps: int
+    planned_steps: int | None
+    loss: float | None  # of the last step
+    best: float | None  # the lowest evaluation loss after step 0
+    bytes: int
+    checkpoint_bytes: int
+    age_seconds: float  # since its last record
+
+
+def runs_verb(folder: str, json_file: str | None) -> None:
+    """Raises: InputError where there is no such folder."""
+    console, write_result = Console(json_file=json_file), json_result(json_file)
+    found = [run_line(path) for path in find_runs(Path(folder))]
+    if not found:
+        console.info(f"no runs in {folder}; output.dir of a recipe says where its run goes")
+    else:
+        rows = [_cells(line) for line in found]
+        console.table(["run", "state", "steps", "loss", "best eval", "size", "checkpoints", "age"], rows)
+    write_result([asdict(line) for line in found])
+
+
+def clean_verb(folder: str, yes: bool) -> None:
+    """Remove the checkpoints of finished runs, and all but the newest of others, after showing what goes.
+
+    Raises: InputError where nobody can be asked and --yes is not given.
+    """
+    from tunekit.artifacts.checkpoint import list_checkpoints, remove_checkpoints
+
+    console = Console()
+    going: list[tuple[Path, list[Path]]] = []
+    for path in find_runs(Path(folder)):
+        if is_held(path):
+            console.info(f"{path}: a process is working there; left as it is")
+            continue
+        values = run_values(path)
+        there = [checkpoint for _, checkpoint in list_checkpoints(path / "checkpoints")]
+        out = there if values.status.get("exit_code") == 0 else there[1:]
+        if out:
+            going.append((path, out))
+    if not going:
+        console.info("nothing to remove")
+        return
+    sizes = [sum(map(size_bytes, out)) for _, out in going]
+    rows = [
+        [path, ", ".join(checkpoint.name for checkpoint in out), bytes_text(size)]
+        for (path, out), size in zip(going, sizes, strict=True)
+    ]
+    console.table(["run", "checkpoints that go", "size"], rows)
+    console.info("RUN@STEP of these will not be there any more; adapter/ and the reports stay.")
+    if not yes and not console.confirm(f"remove {bytes_text(sum(sizes))}?"):
+        raise InputError("nothing was removed", "answer yes, or give --yes where nobody can be asked")
+    for path, out in going:
+        run = RunFolder.open_resume(path)
+        try:
+            remove_checkpoints(run, out)
+        finally:
+            run.close()
+    console.info(f"removed {bytes_text(sum(sizes))}")
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Every run folder at or below this one, by name. Raises: InputError where it is no folder."""
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}", "name the folder that your runs are in")
+    found = []
+    for place, names, files in os.walk(folder):
+        path = Path(place)
+        if "plan.json" in files and "recipe.yaml" in files:
+            found.append(path)
+            names.clear()
+        elif len(path.relative_to(folder).parts) >= DEPTH:
+            names.clear()
+        names[:] = sorted(name for name in names if not name.startswith("."))
+    return found
+
+
+def run_line(path: Path) -> RunLine:
+    """What the files of one run say."""
+    values = run_values(path)
+    losses = [record["eval"]["loss"] for record in values.evaluations if record["step"] and "loss" in record["eval"]]
+    metrics = path / "metrics.jsonl"
+    newest = metrics if metrics.exists() else path / "plan.json"
+    return RunLine(
+        path=str(path),
+        state=state_of(values),
+        steps=values.steps[-1]["step"] if values.steps else 0,
+        planned_steps=values.plan.get("steps"),
+        loss=values.steps[-1]["loss"] if values.steps else None,
+        best=min(losses, default=None),
+        bytes=size_bytes(path),
+        checkpoint_bytes=size_bytes(path / "checkpoints"),
+        age_seconds=max(0.0, time.time() - newest.stat().st_mtime),
+    )
+
+
+def state_of(values: RunValues) -> str:
+    """Running, or why it ended; a run that was killed could not say so itself."""
+    if values.status.get("exit_code") is not None:
+        return values.state
+    return "running" if is_held(values.path) else "killed; go on with --resume"
+
+
+def size_bytes(path: Path) -> int:
+    """Of all files below."""
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _cells(line: RunLine) -> Sequence[object]:
+    steps = f"{line.steps:,}" + ("" if line.planned_steps is None else f"/{line.planned_steps:,}")
+    loss, best = (("–" if value is None else f"{value:.4g}") for value in (line.loss, line.best))
+    size, checkpoints = bytes_text(line.bytes), bytes_text(line.checkpoint_bytes)
+    return [line.path, line.state, steps, loss, best, size, checkpoints, age_text(line.age_seconds)]
+
+
+def age_text(seconds: float) -> str:
+    """The largest unit: 3 days, 5 h, 12 min, 40 s."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size * (2 if unit == "days" else 1):
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
