@@ -51,7 +51,7 @@ DOORS = {
     "yaml": ("recipe",),
     "pydantic": ("recipe",),
     "pydantic_core": ("recipe",),
-    "typer": ("cli",),
+    "typer": ("cli", "commands"),
     "rich": ("console",),
     "datasets": ("data/reading",),
     "pyarrow": ("data/reading",),

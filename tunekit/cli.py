@@ -17,6 +17,18 @@ from typing import Annotated, Any
 import typer
 
 from tunekit import __version__
+from tunekit.commands.options import (
+    Base,
+    JsonFile,
+    MergeOverrides,
+    Output,
+    Overrides,
+    RecipeFile,
+    Target,
+    TargetOverrides,
+)
+from tunekit.commands.results import add_results
+from tunekit.commands.talk import add_talk
 from tunekit.errors import TunekitError, redact
 from tunekit.machine.malloc import KEPT_KERNELS
 
@@ -49,31 +61,6 @@ app = typer.Typer(
 
 adapter_app = typer.Typer(help="Work on adapter folders.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(adapter_app, name="adapter")
-
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one"),
-]
-TargetOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="of model.* and evaluation.*, such as evaluation.batch_size=1"),
-]
-MergeOverrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="of model.*, such as model.trust_remote_code=true")
-]
-Target = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET",
-        help="a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name",
-    ),
-]
-Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
-Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
-JsonFile = Annotated[
-    str | None, typer.Option("--json", metavar="FILE|-", help="write the result there as JSON; - is standard output")
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -383,6 +370,10 @@ def _say(text: str, code: int) -> int:
     if not told_by_main:
         print(redact(text), file=sys.stderr)
     return code
+
+
+for add in (add_results, add_talk):
+    add(app, _call)
 
 
 def main() -> None:

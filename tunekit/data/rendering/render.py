@@ -90,9 +90,11 @@ class Renderer:
 
     def question(self, text: str) -> list[int]:
         """Ids of a user's turn up to where the answer begins; of the plain text where there is no template."""
-        if self.has_template:
-            return self._turns_before(ChatExample((Message("user", text),)), 1)
-        return self._plain(text)
+        return self.turns([Message("user", text)]) if self.has_template else self._plain(text)
+
+    def turns(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation up to where its next answer begins. Raises: DataError where there is no template."""
+        return self._turns_before(ChatExample(tuple(messages)), len(messages))
 
     def _readable(self, example: Example) -> Example:
         """The example, or how it is written where the tokenizer has no chat template."""

@@ -23,6 +23,7 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.transformers_guard import quiet
 
 Inputs = dict[str, torch.Tensor]
+Told = Callable[[list[int]], list[bool]]
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 
 
@@ -38,6 +39,8 @@ def generate_texts(
     template: str | None = None,
     adapt: Callable[[Inputs], Inputs] | None = None,
     virtual_tokens: int = 0,
+    told: Told | None = None,
+    cache: Any = None,
 ) -> list[list[int]]:
     """New ids of each prompt, in order, without the stop token that ended it.
 
@@ -45,7 +48,8 @@ def generate_texts(
     right, since its positions count from the start of the row. The base's own generation defaults (penalties, top-k)
     are not used. `stop_ids`: by default those of find_stop_ids with `template`, a chat template other than the
     tokenizer's own. `adapt`: what an adapter of the whole model makes of the first step's inputs, which then have
-    `virtual_tokens` more positions.
+    `virtual_tokens` more positions. `told`: called with the new token of each row at every step, says which rows end
+    there; then the prompts are one batch, as they stand. `cache`: keys and values of what the one prompt begins with.
     Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
     gives no text.
     """
@@ -56,7 +60,11 @@ def generate_texts(
     longest = None if table is None else table - virtual_tokens
     apart = model.family.reads_source  # then the answer has a table of positions to itself
     check_prompts(prompts_ids, longest, 0 if apart else 1)
-    order = sorted(range(len(prompts_ids)), key=lambda index: (len(prompts_ids[index]), index))
+    order = list(range(len(prompts_ids)))
+    if told is None:
+        order.sort(key=lambda index: len(prompts_ids[index]))
+    else:
+        batch_size = len(order)
     results: list[list[int]] = [[] for _ in prompts_ids]
     with _left_as_found(model.net):
         for start in range(0, len(order), batch_size):
@@ -65,7 +73,8 @@ def generate_texts(
             new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest - widest * (not apart))
             torch.manual_seed(seed_for("generate", sampling.seed, start))
             settings = _settings(model, tokenizer.pad_id, new_tokens, sampling, stops)
-            produced = _generate(model, [prompts_ids[index] for index in rows], tokenizer.pad_id, settings, adapt)
+            begun = [prompts_ids[index] for index in rows]
+            produced = _generate(model, begun, tokenizer.pad_id, settings, adapt, told, cache)
             for index, ids in zip(rows, produced, strict=True):
                 results[index] = list(takewhile(lambda token_id: token_id not in stops, ids))
     return results
@@ -156,6 +165,8 @@ def _generate(
     pad_id: int,
     settings: Any,
     adapt: Callable[[Inputs], Inputs] | None,
+    told: Told | None,
+    cache: Any,
 ) -> list[list[int]]:
     """One batch: new ids of each row, with whatever follows a stop token."""
     width = max(len(prompt) for prompt in prompts)
@@ -169,10 +180,17 @@ def _generate(
     net: Any = model.net
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     inputs = inputs if adapt is None else adapt(inputs)
+    more = {} if told is None else {"stopping_criteria": [_ends_where(told)]}
+    more |= {} if cache is None else {"past_key_values": cache}
     with quiet():
-        output = net.generate(**inputs, generation_config=settings)
+        output = net.generate(**inputs, generation_config=settings, **more)
     repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
     return output[:, repeated:].tolist()  # type: ignore[no-any-return]
+
+
+def _ends_where(told: Told) -> Callable[..., torch.Tensor]:
+    """A stopping criterion of transformers: (B,) bool, asked after every step with all ids (B, T) so far."""
+    return lambda ids, scores, **_: torch.tensor(told(ids[:, -1].tolist()), device=ids.device)
 
 
 @contextmanager

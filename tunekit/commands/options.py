@@ -1,0 +1,34 @@
+"""Arguments and options that several commands take, as typer reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+Call = Callable[..., None]  # (context, "module:function", values ...): calls a verb and turns errors into exit codes
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one"),
+]
+TargetOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="of model.* and evaluation.*, such as evaluation.batch_size=1"),
+]
+MergeOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="of model.*, such as model.trust_remote_code=true")
+]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name",
+    ),
+]
+Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
+Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
+JsonFile = Annotated[
+    str | None, typer.Option("--json", metavar="FILE|-", help="write the result there as JSON; - is standard output")
+]

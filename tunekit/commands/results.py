@@ -1,0 +1,41 @@
+"""The commands that read run folders: report and runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tunekit.commands.options import Call, JsonFile
+
+
+def add_results(app: typer.Typer, call: Call) -> None:
+    """Add them to the program."""
+
+    @app.command()
+    def report(
+        context: typer.Context,
+        runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs")],
+        html: Annotated[str | None, typer.Option(metavar="FILE", help="a page of them; of one run: its own")] = None,
+        csv: Annotated[str | None, typer.Option(metavar="FILE", help="what came of each, as a table")] = None,
+        json_file: JsonFile = None,
+    ) -> None:
+        """Compare runs: what differs, what came of each, their curves; of one, write its page anew."""
+        call(context, "tunekit.report:report_verb", runs, html, json_file, csv)
+
+    @app.command()
+    def runs(
+        context: typer.Context,
+        words: Annotated[list[str] | None, typer.Argument(metavar="[clean] [DIR]", help="default: runs")] = None,
+        yes: Annotated[bool, typer.Option("--yes", help="of clean: do not ask")] = False,
+        json_file: JsonFile = None,
+    ) -> None:
+        """List the runs below a folder; clean: remove checkpoints that are not needed any more, after showing them."""
+        clean = (words or [])[:1] == ["clean"]
+        folders = (words or [])[int(clean) :]
+        if len(folders) > 1 or (yes and not clean) or (json_file and clean):
+            raise typer.BadParameter("write tunekit runs [DIR] [--json FILE], or tunekit runs clean [DIR] [--yes]")
+        folder = folders[0] if folders else "runs"
+        if clean:
+            call(context, "tunekit.runs:clean_verb", folder, yes)  # which does not return
+        call(context, "tunekit.runs:runs_verb", folder, json_file)

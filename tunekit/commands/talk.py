@@ -1,0 +1,40 @@
+"""The commands that talk with a result: chat."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tunekit.commands.options import Base, Call, Target, TargetOverrides
+
+
+def add_talk(app: typer.Typer, call: Call) -> None:
+    """Add them to the program."""
+
+    @app.command()
+    def chat(
+        context: typer.Context,
+        target: Target,
+        overrides: TargetOverrides = None,
+        base: Base = None,
+        adapter: Annotated[
+            list[str] | None, typer.Option(metavar="FOLDER", help="one more adapter of this base; may be repeated")
+        ] = None,
+        system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system prompt")] = None,
+        history: Annotated[
+            str | None, typer.Option(metavar="FILE", help="goes on with the conversation there, and keeps it there")
+        ] = None,
+        temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: always the likeliest token")] = 0.0,
+        top_p: Annotated[float, typer.Option(metavar="P", min=0, max=1, help="of the likeliest that sum to P")] = 1.0,
+        top_k: Annotated[int, typer.Option(metavar="K", min=0, help="of the K likeliest; 0: of all")] = 0,
+        seed: Annotated[int, typer.Option(metavar="N", min=0, help="of sampling")] = 0,
+        max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: 512")] = None,
+    ) -> None:
+        """Talk with a run, an adapter or a model; /base asks the base beside it, /help lists the commands."""
+        sampling = (temperature, top_p, top_k, seed)
+        call(
+            context,
+            "tunekit.chat:chat_verb",
+            *(target, base, overrides or [], adapter or [], system, history, sampling, max_new_tokens),
+        )
