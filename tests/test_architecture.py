@@ -59,6 +59,8 @@ DOORS = {
     "accelerate": ("machine/devices", "artifacts/trackers"),
     "psutil": ("machine", "files"),
     "filelock": ("machine", "files"),
+    "starlette": ("serve",),
+    "uvicorn": ("serve",),
     "regex": ("files/untrusted",),
     "transformers": ("model",),
     "tokenizers": ("model",),

@@ -23,7 +23,13 @@ from tunekit.tuned.conversation import BASE, Reply, Request, Speaker, make_speak
 from tunekit.tuned.target import find_target, load_target
 
 DEFAULT_NEW_TOKENS = 512
-SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
+SETTINGS: dict[str, type[int] | type[float]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "seed": int,
+    "max_new_tokens": int,
+}
 
 
 @dataclass

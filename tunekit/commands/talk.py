@@ -1,4 +1,4 @@
-"""The commands that talk with a result: chat."""
+"""The commands that talk with a result: chat and serve."""
 
 from __future__ import annotations
 
@@ -37,4 +37,29 @@ def add_talk(app: typer.Typer, call: Call) -> None:
             context,
             "tunekit.chat:chat_verb",
             *(target, base, overrides or [], adapter or [], system, history, sampling, max_new_tokens),
+        )
+
+    @app.command()
+    def serve(
+        context: typer.Context,
+        target: Target,
+        overrides: TargetOverrides = None,
+        base: Base = None,
+        adapter: Annotated[
+            list[str] | None,
+            typer.Option(metavar="FOLDER", help="one more adapter, or a folder of some: each a model name"),
+        ] = None,
+        host: Annotated[str, typer.Option(help="where to listen; elsewhere than here a key is needed")] = "127.0.0.1",
+        port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+        api_key: Annotated[
+            str | None, typer.Option(metavar="KEY", help="what clients must give; default: $TUNEKIT_API_KEY")
+        ] = None,
+        max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="where a client names no number")] = 512,
+        batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="answers that are made side by side")] = 8,
+    ) -> None:
+        """Serve a run, an adapter or a model to OpenAI's clients, for trying a result; every adapter is a model."""
+        call(
+            context,
+            "tunekit.serve:serve_verb",
+            *(target, base, overrides or [], adapter or [], host, port, api_key, max_new_tokens, batch_size),
         )

@@ -23,7 +23,7 @@ def is_held(folder: Path) -> bool:
     """Whether the process that last locked the folder is still there; the lock itself is not touched."""
     path = folder / LOCK_NAME
     try:
-        return psutil.Process(int(path.read_text())).create_time() <= path.stat().st_mtime
+        return bool(psutil.Process(int(path.read_text())).create_time() <= path.stat().st_mtime)
     except (OSError, ValueError, psutil.Error):
         return False
 

@@ -71,7 +71,7 @@ def report_facts(
         eval_loss=loss,
         verdict=verdict,
         evaluations=[{"step": record["step"], "eval": record["eval"]} for record in evaluations],
-        classes=None if classes.get(exported) is None else class_facts(classes[exported]),
+        classes=None if (found := classes.get(exported)) is None else class_facts(found),
         reactions=[Reaction(**reaction) for reaction in state.reactions],
         skipped_steps=state.scale.skipped_steps if state.scale.enabled else None,
         calibration=state.calibration,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.several import AdapterSet
 from tunekit.contracts import GREEDY, Sampling
 from tunekit.data.rendering.render import Renderer
-from tunekit.errors import InputError
+from tunekit.errors import DataError, InputError
 from tunekit.formats.example import Message
 from tunekit.model.call import Call, calling
-from tunekit.model.text.generation import find_stop_ids, generate_texts
+from tunekit.model.text.generation import find_stop_ids, generate_texts, prompt_cache
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.target import LoadedTarget
@@ -62,7 +61,9 @@ class Speaker:
     adapters: AdapterSet
     default: str  # BASE, or the name of the target's own adapter
     template: str | None
-    _kept: dict[str, tuple[list[int], Any]] = field(default_factory=dict)  # per name: ids, and their keys and values
+    _kept: dict[str, tuple[Sequence[int], Any]] = field(
+        default_factory=dict
+    )  # per name: ids, and their keys and values
 
     @property
     def names(self) -> list[str]:
@@ -87,9 +88,18 @@ class Speaker:
         )
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to its next answer. Raises: DataError where the template refuses it."""
-        ids = Renderer(self.target.tokenizer, "assistant", self.template).turns(messages)
-        check_vocabulary(self.target.tokenizer, self.target.model.base.text.vocabulary_size, max(ids))
+        """Ids of a conversation up to its next answer.
+
+        Raises: DataError where the template refuses it, or where it leaves the model no position for an answer.
+        """
+        ids, facts = (
+            Renderer(self.target.tokenizer, "assistant", self.template).turns(messages),
+            self.target.model.base.text,
+        )
+        check_vocabulary(self.target.tokenizer, facts.vocabulary_size, max(ids))
+        if facts.positions is not None and len(ids) >= facts.positions:
+            what = f"the conversation has {len(ids):,} tokens, and the model reads at most {facts.positions:,}"
+            raise DataError(what, "shorten it, or begin a new one")
         return ids
 
     @torch.no_grad()
@@ -103,6 +113,8 @@ class Speaker:
         prompts, tokenizer = [self.prompt_ids(request.messages) for request in requests], self.target.tokenizer
         stops = set(find_stop_ids(self.target.model.base, tokenizer, self.template))
         writers = [_Writer(tokenizer.decode, request, stops) for request in requests]
+        positions = self.target.model.base.text.positions
+        room = None if positions is None else positions - max(map(len, prompts))
 
         def told(tokens: list[int]) -> list[bool]:
             ended = []
@@ -114,13 +126,14 @@ class Speaker:
             return ended
 
         with self._through(name) as model:
-            cache = self._cache(name, prompts[0]) if len(prompts) == 1 and not model.virtual_tokens else None
-            self._kept.pop(name, None)  # of no use where this is interrupted
+            kept, cache = self._kept.pop(name, ((), None)), None  # of no use where this is interrupted
+            if len(prompts) == 1 and not model.virtual_tokens:
+                cache = prompt_cache(model.base, *kept, prompts[0])
             produced = generate_texts(
                 model.base,
                 tokenizer,
                 prompts,
-                max_new_tokens=max(request.max_new_tokens for request in requests),
+                max_new_tokens=min(filter(None, (room, max(request.max_new_tokens for request in requests)))),
                 batch_size=len(prompts),
                 sampling=requests[0].sampling,
                 template=self.template,
@@ -150,24 +163,6 @@ class Speaker:
                 return
             with self.adapters.using(name):
                 yield model
-
-    def _cache(self, name: str, prompt: Sequence[int]) -> Any:
-        """Keys and values of what the prompt begins with, as far as they are kept; None where none can be kept."""
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
-
-        base = self.target.model.base
-        net: Any = base.net
-        if base.family.reads_source or net._is_stateful:
-            return None
-        ids, cache = self._kept.get(name, ((), None))
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt[:-1], strict=False))))
-        if cache is None or not shared:
-            cache = DynamicCache(config=net.config)
-            return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, :shared], layer.values[:, :, :shared]  # (1, heads, T, D)
-        return cache
 
 
 class _Writer:

@@ -130,7 +130,7 @@ def device_note(run: RunValues) -> str:
 def predicted_peak(run: RunValues) -> float | None:
     """The predicted peak in the terms of metrics.jsonl, whose peak on a CPU is that of the whole process: what the
     process had before the base was loaded follows from the report."""
-    total = run.plan.get("peak_bytes", {}).get("total")
+    total: float | None = run.plan.get("peak_bytes", {}).get("total")
     if total is None or run.plan.get("device", "cpu") != "cpu":
         return total
     whole, growth = run.report.get("peak_host_bytes"), run.report.get("measured_bytes", {}).get("cpu")

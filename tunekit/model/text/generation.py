@@ -122,6 +122,26 @@ def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[i
     return []
 
 
+def prompt_cache(model: LoadedModel, ids: Sequence[int], cache: Any, prompt: Sequence[int]) -> Any:
+    """Keys and values for a prompt: those of `cache`, made of `ids`, as far as the two begin alike, else none yet.
+
+    None where a base keeps something else, of which no beginning can be taken: a state, a window, an encoder's output.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    net: Any = model.net
+    if model.family.reads_source or net._is_stateful:
+        return None
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt[:-1], strict=False))))
+    if cache is None or not shared:
+        cache = DynamicCache(config=net.config)
+        return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :shared], layer.values[:, :, :shared]  # (1, heads, T, D)
+    return cache
+
+
 def _settings(model: LoadedModel, pad_id: int, new_tokens: int, sampling: Sampling, stops: list[int]) -> Any:
     """transformers' GenerationConfig with nothing but what is asked for."""
     from transformers import GenerationConfig

@@ -1,0 +1,181 @@
+"""`tunekit serve` asked by the openai client: the answers of generate, the protocol's errors."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tuned.test_conversation import adapter_of
+from tunekit.errors import InputError
+from tunekit.generate import answer
+from tunekit.serve import add_folders, make_app, serve_verb
+from tunekit.tuned.conversation import make_speaker
+from tunekit.tuned.desk import Desk
+from tunekit.tuned.target import find_target, load_target
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+CPU = torch.device("cpu")
+QUESTIONS = [f"Say {word}, please." for word in ("something", "a longer thing about the sea", "yes", "it once more")]
+
+
+@contextmanager
+def serving(base: Path, adapters: Path, key: str | None = None) -> Iterator[int]:
+    """The port of a server of the base and each adapter in the folder."""
+    speaker = make_speaker(load_target(find_target(str(base), None, ["model.dtype=float32"]), CPU))
+    add_folders(speaker, [str(adapters)])
+    desk = Desk(speaker, 8)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(make_app(desk, key, 16), port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield port
+    server.should_exit = True
+    thread.join()
+    desk.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two")):
+        adapter_of(tiny_llama, found / name, seed)
+    return found
+
+
+@pytest.fixture(scope="module")
+def port(tiny_llama: Path, folders: Path) -> Iterator[int]:
+    with serving(tiny_llama, folders) as found:
+        yield found
+
+
+def client(port: int, key: str = "none") -> Any:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
+
+
+def ask(asked: Any, model: str, question: str, /, **more: Any) -> Any:
+    messages = [{"role": "user", "content": question}]
+    return asked.chat.completions.create(**{"model": model, "messages": messages, "temperature": 0, **more})
+
+
+def expected(tiny_llama: Path, folders: Path, questions: list[str]) -> dict[str, list[str]]:
+    """Of each model name what `tunekit generate` answers."""
+    settings = ["model.dtype=float32", "evaluation.max_new_tokens=16"]
+    targets = {"base": tiny_llama, "one": folders / "one", "two": folders / "two"}
+    return {
+        name: answer(load_target(find_target(str(target), None, settings), CPU), questions)
+        for name, target in targets.items()
+    }
+
+
+def test_clients_get_what_generate_answers(port: int, tiny_llama: Path, folders: Path) -> None:
+    asked, answers = client(port), expected(tiny_llama, folders, QUESTIONS)
+    assert [model.id for model in asked.models.list()] == ["base", "one", "two"]
+    jobs = [(name, at) for name in answers for at in range(len(QUESTIONS))]
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda job: ask(asked, job[0], QUESTIONS[job[1]]), jobs))
+    for (name, at), reply in zip(jobs, replies, strict=True):
+        assert reply.choices[0].message.content == answers[name][at]
+        assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    stream = ask(asked, "one", QUESTIONS[0], stream=True, stream_options={"include_usage": True})
+    events = list(stream)
+    assert "".join(event.choices[0].delta.content or "" for event in events if event.choices) == answers["one"][0]
+    assert events[-1].usage.completion_tokens == replies[jobs.index(("one", 0))].usage.completion_tokens
+    assert ask(asked, "one", QUESTIONS[0], max_tokens=3).choices[0].finish_reason == "length"
+    drawn = [
+        ask(asked, "one", QUESTIONS[0], temperature=1.5, seed=seed).choices[0].message.content for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        ({"model": "three"}, 404, "there is no model 'three'"),
+        ({"temperature": 3}, 400, "'temperature' must be a number"),
+        ({"max_tokens": 0}, 400, "'max_tokens' must be a number"),
+        ({"n": 2}, 400, "'n' is not supported"),
+        ({"extra_body": {"top_z": 1}}, 400, "'top_z' is not known"),
+        ({"messages": []}, 400, "one message or more"),
+        ({"messages": [{"role": "king", "content": "x"}]}, 400, "needs a role"),
+        ({"messages": [{"role": "user", "content": "x" * 900}]}, 400, "reads at most 512"),
+        ({"messages": [{"role": "user", "content": "x" * 900}], "stream": True}, 400, "reads at most 512"),
+        ({"stop": [""]}, 400, "'stop' must be"),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_protocols_form(port: int, more: dict[str, Any], status: int, said: str) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client(port), "one", "x", **more)
+    assert caught.value.status_code == status
+    assert said in caught.value.body["message"]
+
+
+def test_bad_bodies_and_keys(port: int, tiny_llama: Path, folders: Path) -> None:
+    import httpx
+
+    address = f"http://127.0.0.1:{port}/v1/chat/completions"
+    for body in (b'{"model": ', b"[]", b"\xff", b"[" * 100_000, b"x" * 5_000_000):
+        reply = httpx.post(address, content=body)
+        assert reply.status_code == (413 if len(body) > 4_000_000 else 400)
+        assert reply.json()["error"]["message"]
+    assert httpx.get(f"http://127.0.0.1:{port}/nothing").status_code == 404
+    with serving(tiny_llama, folders, key="secret") as kept:
+        for key in ("wrong", "secré"):
+            with pytest.raises((openai.AuthenticationError, UnicodeEncodeError)):
+                client(kept, key).models.list()
+        assert ask(client(kept, "secret"), "base", "x").choices
+
+
+def test_a_client_that_leaves_stops_its_answer(port: int) -> None:
+    """What it would have made is not waited for: the next one is answered at once."""
+    import httpx
+
+    body = {"model": "one", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True}
+    body |= {"temperature": 2, "seed": 3}
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", content=json.dumps(body)) as reply:
+        next(reply.iter_lines())
+    assert ask(client(port), "two", "x").choices
+
+
+def test_elsewhere_than_here_a_key_is_needed(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUNEKIT_API_KEY", raising=False)
+    with pytest.raises(InputError, match="without a key"):
+        serve_verb(str(tiny_llama), None, [], [], "0.0.0.0", 8000, None, 16, 8)
+
+
+def test_a_folder_without_adapters_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    speaker = make_speaker(load_target(find_target(str(tiny_llama), None, []), CPU))
+    with pytest.raises(InputError, match="holds no adapter"):
+        add_folders(speaker, [str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_of_eight_clients(tiny_llama: Path, folders: Path) -> None:
+    """Stopped and started again in between."""
+    questions = [f"{question} {number}" for number in range(25) for question in QUESTIONS[:1]]
+    answers = expected(tiny_llama, folders, questions)
+    jobs = [(name, at) for at in range(len(questions)) for name in ("base", "one", "two", "one")]
+    for _ in range(2):
+        with serving(tiny_llama, folders) as port, ThreadPoolExecutor(8) as pool:
+            asked = client(port)
+            replies = list(pool.map(lambda job: ask(asked, job[0], questions[job[1]]), jobs))  # noqa: B023
+        wrong = [
+            job
+            for job, reply in zip(jobs, replies, strict=True)
+            if reply.choices[0].message.content != answers[job[0]][job[1]]
+        ]
+        assert wrong == []

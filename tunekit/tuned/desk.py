@@ -1,0 +1,103 @@
+"""Requests of many clients go in at any time; a thread of its own answers those side by side that can be, in order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tunekit.tuned.conversation import Reply, Request, Speaker
+
+WAITED_SECONDS = 0.005  # for more to come with the first one
+
+
+@dataclass
+class Job:
+    """A request of the adapter `name`. `on_text` is told of each piece, `on_end` of the reply or of what went wrong."""
+
+    request: Request
+    name: str
+    on_text: Callable[[str], None]
+    on_end: Callable[[Reply | Exception], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What must be equal for two to be answered side by side."""
+        return self.name, self.request.sampling
+
+
+class Desk:
+    """Answers jobs until it is closed; those that wait then are told so."""
+
+    def __init__(self, speaker: Speaker, most: int) -> None:
+        self.speaker, self.most = speaker, most
+        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Job) -> None:
+        """Take a job in."""
+        self._waiting.put(job)
+
+    def close(self) -> None:
+        """End after the answers that are being made."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        held: deque[Job] = deque()
+        going = True
+        while going or held:
+            going = self._gather(held) and going
+            if not going:
+                for job in held:
+                    job.on_end(ConnectionAbortedError("the server is going down"))
+                return
+            kind = held[0].kind
+            batch = [job for job in held if job.kind == kind][: self.most]
+            held = deque(job for job in held if job not in batch)
+            self._answer(list(filter(self._readable, batch)))
+
+    def _gather(self, held: deque[Job]) -> bool:
+        """Everything that waits; where nothing is held yet, the next one is waited for. False: it was closed."""
+        timeout = None if not held else 0.0
+        while True:
+            try:
+                job = self._waiting.get(timeout=timeout) if timeout != 0.0 else self._waiting.get_nowait()
+            except queue.Empty:
+                return True
+            if job is None:
+                return False
+            held.append(job)
+            timeout = WAITED_SECONDS if len(held) == 1 else 0.0
+
+    def _answer(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+
+        def on_text(row: int, text: str) -> bool:
+            jobs[row].on_text(text)
+            return not jobs[row].cancelled.is_set()
+
+        try:
+            replies: Sequence[Reply | Exception] = self.speaker.answer(
+                [job.request for job in jobs], jobs[0].name, on_text
+            )
+        except Exception as error:
+            replies = [error] * len(jobs)
+        for job, reply in zip(jobs, replies, strict=True):
+            job.on_end(reply)
+
+    def _readable(self, job: Job) -> bool:
+        """Whether it is still wanted and its conversation can be answered; if it cannot, the job is told why."""
+        if job.cancelled.is_set():
+            return False
+        try:
+            self.speaker.prompt_ids(job.request.messages)
+        except Exception as error:
+            job.on_end(error)
+            return False
+        return True
