@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytest_plugins = ["tests.parity.table"]  # gathers the parity table from every process and prints it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heard_hangups() -> None:
+    """What a test starts would ignore a hang-up where these tests run under nohup, as any program then does."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
