@@ -1,15 +1,55 @@
-"""Fixtures that many test files share. Real files are found through two environment variables, else skipped."""
+"""Fixtures that many test files share. Real files are found through two environment variables, else skipped.
+
+Of a matrix that is marked `sampled(N)` the quick tier runs N cells, drawn by a seed that follows from the commit.
+"""
 
 from __future__ import annotations
 
 import os
+import random
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SEED = "TUNEKIT_TEST_SEED"
 pytest_plugins = ["tests.parity.table"]  # gathers the parity table from every process and prints it
+
+
+def pytest_configure() -> None:
+    """The seed of the drawn cells, for the processes of pytest-xdist too."""
+    if SEED not in os.environ:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+        os.environ[SEED] = str(int(commit[:8] or "0", 16))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the cells that are not drawn to the slow tier."""
+    matrices: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            matrices.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, cells in matrices.items():
+        (count,) = cells[0].get_closest_marker("sampled").args  # type: ignore[union-attr]
+        drawn = random.Random(f"{os.environ[SEED]} {name}").sample(range(len(cells)), min(count, len(cells)))
+        for number, cell in enumerate(sorted(cells, key=lambda cell: cell.nodeid)):
+            if number not in drawn:
+                cell.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the seed."""
+    terminalreporter.write_line(f"cells of large matrices drawn with {SEED}={os.environ[SEED]}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heard_hangups() -> None:
+    """What a test starts would ignore a hang-up where these tests run under nohup, as any program then does."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

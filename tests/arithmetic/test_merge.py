@@ -397,6 +397,7 @@ def test_unwritable_change_is_refused(tmp_path: Path) -> None:
         rewriter.write(tmp_path / "out", new_bias)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a base is rewritten, no more dense tensors are alive than a shard and the layer at hand."""
     from tunekit.model.storage import rewrite, shards

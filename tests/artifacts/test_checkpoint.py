@@ -159,6 +159,7 @@ SITUATIONS: dict[str, tuple[Callable[[RunFolder], None], int]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["kill", "tear"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_killed_at_every_event_leaves_the_old_or_the_new(tmp_path: Path, situation: str, mode: str) -> None:

@@ -156,6 +156,7 @@ def compare(folder: Path, cell: Cell) -> None:
     assert ours[2] == pytest.approx(theirs[2], rel=1e-5)
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("cell", pairwise(TABLE, SEED), ids=lambda cell: "-".join(map(str, cell)))
 def test_pairs_of_values(cell: Cell, llama: Path) -> None:
     print(f"cells drawn with seed {SEED}")

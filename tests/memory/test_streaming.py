@@ -77,6 +77,7 @@ def same(pair: tuple[Case, Case]) -> bool:
     return pair[0].losses == pair[1].losses and torch.equal(weights(pair[0]), weights(pair[1]))
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("method", sorted(known_names("adapters")))
 def test_every_method_trains_alike(folder: Path, method: str) -> None:
     if method == "bitfit":

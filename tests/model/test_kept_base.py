@@ -73,6 +73,7 @@ CASES = [("llama", "float32", QUANTIZATIONS), ("llama", "bfloat16", QUANTIZATION
 CASES += [(kind, "bfloat16", ("nf4",)) for kind in ("gpt2", "gemma", "mixtral", "t5", "bart", "bart-classifier")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("kind", "dtype", "quantizations"), CASES)
 def test_a_base_packed_while_it_is_read_equals_one_packed_afterwards(
     kind: str,

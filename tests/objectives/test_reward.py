@@ -118,7 +118,7 @@ def write_reward(folder: Path, base: Path, rows: list[dict[str, Any]] | None = N
 
 def scores_of(target: Path, base: str | None, file: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     capsys.readouterr()
-    generate_verb(str(target), base, None, None, [], score=str(file))
+    generate_verb(str(target), base, None, None, ["model.dtype=float32"], score=str(file))
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -155,7 +155,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     again = scores_of(tmp_path / "merged", None, file, capsys)
     assert [row["score"] for row in again] == pytest.approx([row["score"] for row in found], abs=1e-4)
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    loaded: Any = load_target(find_target(str(tmp_path / "theirs"), str(base), []), CPU)
+    loaded: Any = load_target(find_target(str(tmp_path / "theirs"), str(base), ["model.dtype=float32"]), CPU)
     assert [value for _, value in score_file(loaded, file)] == pytest.approx([row["score"] for row in found], abs=1e-4)
     loaded = load_target(find_target(str(run / "adapter"), None, []), CPU)
     with pytest.raises(InputError, match="a reward model writes no answers"):

@@ -181,6 +181,7 @@ def test_what_the_recipe_writes_is_obeyed(recipe: Path) -> None:
     assert any("micro_batch_tokens" in note and "stay" in note for note in plan.notes)
 
 
+@pytest.mark.slow
 def test_an_impossible_budget_names_changes_that_do_what_they_say(recipe: Path) -> None:
     written = ("memory.budget=55MiB", "memory.streaming=off")
     plan, _ = plan_of(recipe, *written, "memory.gradient_checkpointing=false", "adapter.r=32")

@@ -62,6 +62,7 @@ STORED = (  # and how many files are kept
 )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("storage", "files", "tier"),
     [

@@ -133,6 +133,7 @@ def test_a_result_that_could_not_be_kept_is_told_first(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "recipe.yaml", "rows.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_real_gguf_file_is_parsed_once_for_tokenizer_and_base(
     smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
