@@ -1,4 +1,4 @@
-"""The commands that read run folders: report and runs."""
+"""The commands that read what is there: report and runs, and doctor, which reads the machine."""
 
 from __future__ import annotations
 
@@ -39,3 +39,12 @@ def add_results(app: typer.Typer, call: Call) -> None:
         if clean:
             call(context, "tunekit.runs:clean_verb", folder, yes)  # which does not return
         call(context, "tunekit.runs:runs_verb", folder, json_file)
+
+    @app.command()
+    def doctor(
+        context: typer.Context,
+        clear: Annotated[bool, typer.Option("--clear", help="remove tunekit's cache: rows, packed bases")] = False,
+        json_file: JsonFile = None,
+    ) -> None:
+        """Show versions, machine, caches, and what is missing for which feature with the command that mends it."""
+        call(context, "tunekit.doctor:doctor_verb", clear, json_file)

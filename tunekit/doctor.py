@@ -1,0 +1,107 @@
+"""`tunekit doctor`: what this machine has for tunekit, what is missing for which feature, and how to get it.
+
+Comes in: nothing.  Goes out: tables on the screen, or JSON; with --clear the caches' files are removed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tunekit.console import Console
+from tunekit.files.cache_folder import default_cache_folder
+from tunekit.files.durable import free_bytes, json_result, remove_tree
+from tunekit.machine.environment import accelerator_names, library_versions, processor_name
+from tunekit.machine.memory import available_bytes
+from tunekit.model.compute import computes_bfloat16
+from tunekit.records import bytes_text
+
+FEATURES = {  # what it is for -> (modules that it needs, what installs them)
+    "tunekit serve": (("starlette", "uvicorn"), "pip install 'tunekit[serve]'"),
+    "output.report_to: [tensorboard]": (("tensorboard",), "pip install 'tunekit[tensorboard]'"),
+    "output.report_to: [wandb]": (("wandb",), "pip install wandb"),
+    "output.report_to: [mlflow]": (("mlflow",), "pip install mlflow"),
+    "output.report_to: [trackio]": (("trackio",), "pip install trackio"),
+    "training.kernels: liger": (("liger_kernel",), "pip install liger-kernel"),
+    "training.optimizer: adamw_8bit": (("bitsandbytes",), "pip install bitsandbytes"),
+}
+
+
+def doctor_verb(clear: bool, json_file: str | None) -> None:
+    """Look, and say. Raises: RunFolderError where a cache cannot be removed."""
+    console, write_result = Console(json_file=json_file), json_result(json_file)
+    facts = machine_facts()
+    caches = {str(path): size for path, size in cache_sizes().items()}
+    missing = {name: how for name, (modules, how) in FEATURES.items() if not all(map(find_spec, modules))}
+    console.panel("tunekit and what it stands on", library_versions() | {"python": platform.python_version()})
+    console.panel("this machine", facts["shown"])
+    console.table(["cache", "size"], [[path, bytes_text(size)] for path, size in caches.items()])
+    console.table(["feature", "here"], [[name, missing.get(name) or "yes"] for name in FEATURES])
+    for finding in facts["findings"]:
+        console.warn(finding)
+    cleared = 0
+    if clear:
+        folder = default_cache_folder()
+        cleared = caches.get(str(folder), 0)
+        if folder.is_dir():
+            remove_tree(folder)
+        console.info(f"{folder}: {bytes_text(cleared)} freed; what a run needs of it is made again")
+    write_result(
+        {
+            "versions": library_versions(),
+            "machine": facts["values"],
+            "cache_bytes": caches,
+            "missing": missing,
+            "findings": facts["findings"],
+            "cleared_bytes": cleared,
+        }
+    )
+
+
+def machine_facts() -> dict[str, Any]:
+    """`values` for programs, `shown` for people, and `findings`: what will stand in a run's way."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    values: dict[str, Any] = {
+        "cpu": processor_name(),
+        "cores": os.cpu_count(),
+        "accelerators": accelerator_names(),
+        "available_bytes": available_bytes(device),
+        "free_disk_bytes": free_bytes(Path.cwd()),
+        "computes_in": "bfloat16" if computes_bfloat16(device) else "float32",
+    }
+    findings = []
+    if values["free_disk_bytes"] < 2**30:
+        findings.append(f"{bytes_text(values['free_disk_bytes'])} free here: a run's checkpoints may not fit")
+    if device.type == "cpu" and find_spec("bitsandbytes") is None:
+        findings.append("bitsandbytes is missing: model.quantization: int8 needs it; pip install bitsandbytes")
+    if not accelerator_names() and shutil.which("nvidia-smi"):
+        findings.append(
+            f"there is an NVIDIA driver, and torch {torch.__version__} sees no GPU: install a CUDA build of it"
+        )
+    shown = {
+        "processor": f"{values['cpu']}, {values['cores']} cores",
+        "accelerators": ", ".join(values["accelerators"]) or "none; runs use the CPU",
+        "memory for a run": bytes_text(values["available_bytes"]),
+        "model.dtype: auto": values["computes_in"],
+        "free disk, this folder": bytes_text(values["free_disk_bytes"]),
+    }
+    return {"values": values, "shown": shown, "findings": findings}
+
+
+def cache_sizes() -> dict[Path, int]:
+    """Bytes of tunekit's own cache and of the hub's, those that are there."""
+    hub = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
+    places = [default_cache_folder(), Path(hub).expanduser()]
+    return {path: _bytes(path) for path in places if path.is_dir()}
+
+
+def _bytes(path: Path) -> int:
+    """Of all files below, a linked one once."""
+    found = {(info.st_dev, info.st_ino): info.st_blocks * 512 for file in path.rglob("*") if (info := file.lstat())}
+    return sum(found.values())
