@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
+import time
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.artifacts.run_case import write_run
@@ -13,6 +17,7 @@ from tunekit.errors import InputError
 from tunekit.files.lock import FolderLock, is_held
 from tunekit.report import report_verb
 from tunekit.runs import clean_verb, runs_verb
+from tunekit.watch import watch_verb
 
 
 def test_one_run_gets_its_page_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,3 +94,43 @@ def test_only_what_is_not_needed_any_more_is_removed(tmp_path: Path, capsys: pyt
     assert steps(killed) == [10]
     clean_verb(str(tmp_path), yes=True)
     assert "nothing to remove" in capsys.readouterr().out
+
+
+def test_a_run_is_watched_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From another thread: what is there at first, what comes, and how it ended."""
+    going = write_run(tmp_path / "going", finished=False)
+    lines = (going / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (going / "metrics.jsonl").write_bytes(b"".join(lines[:10]))
+    lock = FolderLock(going)
+    watching = threading.Thread(target=watch_verb, args=(str(going), None))
+    watching.start()
+    time.sleep(0.2)
+    with (going / "metrics.jsonl").open("ab") as file:
+        file.write(b"".join(lines[10:]))
+    (going / "status.json").write_text('{"exit_code": 0, "reason": "finished"}', encoding="utf-8")
+    watching.join(timeout=10)
+    lock.release()
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].endswith("going: running")
+    assert shown[1].startswith("step 0  eval  exact_match 0.3846  loss 2.6")
+    assert shown[-1].endswith("going: finished")
+    assert any(line.startswith("step 40/40  loss") for line in shown)
+
+
+def test_the_page_of_a_running_run_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    going, found = write_run(tmp_path / "going", finished=False), []
+
+    def look(self: ThreadingHTTPServer) -> None:
+        host, port = self.server_address[:2]
+        thread = threading.Thread(target=lambda: [self.handle_request() for _ in range(2)])
+        thread.start()
+        for place in ("", "nothing"):
+            found.append(httpx.get(f"http://{host}:{port}/{place}"))
+        thread.join()
+
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", look)
+    watch_verb(str(going), 0)
+    assert found[0].status_code == 200
+    assert "<title>going</title>" in found[0].text
+    assert "refresh" in found[0].text
+    assert found[1].status_code == 404

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tunekit.artifacts.report.values import RunValues, run_values
+from tunekit.artifacts.report.values import run_values, state_of
 from tunekit.artifacts.run import RunFolder
 from tunekit.console import Console
 from tunekit.errors import InputError
@@ -118,13 +118,6 @@ def run_line(path: Path) -> RunLine:
         checkpoint_bytes=size_bytes(path / "checkpoints"),
         age_seconds=max(0.0, time.time() - newest.stat().st_mtime),
     )
-
-
-def state_of(values: RunValues) -> str:
-    """Running, or why it ended; a run that was killed could not say so itself."""
-    if values.status.get("exit_code") is not None:
-        return values.state
-    return "running" if is_held(values.path) else "killed; go on with --resume"
 
 
 def size_bytes(path: Path) -> int:

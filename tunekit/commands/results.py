@@ -1,4 +1,4 @@
-"""The commands that read what is there: report and runs, and doctor, which reads the machine."""
+"""The commands that read what is there: report, runs and watch, and doctor, which reads the machine."""
 
 from __future__ import annotations
 
@@ -39,6 +39,17 @@ def add_results(app: typer.Typer, call: Call) -> None:
         if clean:
             call(context, "tunekit.runs:clean_verb", folder, yes)  # which does not return
         call(context, "tunekit.runs:runs_verb", folder, json_file)
+
+    @app.command()
+    def watch(
+        context: typer.Context,
+        run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run")],
+        port: Annotated[
+            int | None, typer.Option("--serve", metavar="PORT", min=0, max=65535, help="its page, on this machine")
+        ] = None,
+    ) -> None:
+        """Follow a run that another terminal has begun: its progress here, or its page in a browser."""
+        call(context, "tunekit.watch:watch_verb", run, port)
 
     @app.command()
     def doctor(

@@ -9,6 +9,7 @@ from typing import Any
 from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
 from tunekit.artifacts.run import RUN_SIGNS, read_json
 from tunekit.errors import InputError
+from tunekit.files.lock import is_held
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,10 @@ def run_values(path: Path) -> RunValues:
         evaluations=[record for record in records if "eval" in record],
         **files,
     )
+
+
+def state_of(values: RunValues) -> str:
+    """Running, or why it ended; a run that was killed could not say so itself."""
+    if values.status.get("exit_code") is not None:
+        return values.state
+    return "running" if is_held(values.path) else "killed; go on with --resume"

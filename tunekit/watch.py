@@ -1,0 +1,103 @@
+"""`tunekit watch`: the folder of a run that goes on in another process; its progress comes out, as there, or as a page.
+
+Reads files only, so that the run is not slowed down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
+from tunekit.artifacts.report.html import run_page
+from tunekit.artifacts.report.values import read_run, run_values, state_of
+from tunekit.artifacts.run import read_json
+from tunekit.console import Console
+from tunekit.console.progress import Progress
+from tunekit.errors import InputError
+from tunekit.records import EvaluationRecord, StepRecord
+
+LOOK_SECONDS = 0.5  # between two looks at the files
+RELOAD_SECONDS = 5  # of the page
+REFRESH = f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">'
+PLAIN = tuple(field.name for field in fields(StepRecord) if field.name != "metrics")
+
+
+def watch_verb(folder: str, port: int | None) -> None:
+    """Follow a run until it ends, or serve its page until a signal. Raises: InputError where there is no run."""
+    path, console = Path(folder), Console()
+    read_run(path)
+    if port is not None:
+        _serve(path, port, console)
+        return
+    steps = run_values(path).plan.get("steps", 0)
+    console.info(f"{path}: {state_of(run_values(path))}")
+    with Progress(console, steps) as progress:
+        for record in _records(path):
+            if isinstance(record, StepRecord):
+                progress.update(record)
+            else:
+                progress.evaluation(record)
+    console.info(f"{path}: {state_of(run_values(path))}")
+
+
+def _records(path: Path) -> Iterator[StepRecord | EvaluationRecord]:
+    """What the run has said so far, and then what it says, until it ends. A resume that goes back begins again."""
+    told, size = 0, -1
+    while True:
+        ended = state_of(run_values(path)) != "running"
+        metrics = path / METRICS_NAME
+        now = metrics.stat().st_size if metrics.exists() else 0
+        if now != size:
+            lines = read_metrics(metrics)
+            told = told if now > size else min(told, len(lines))
+            yield from map(_record, lines[told:])
+            told, size = len(lines), now
+        if ended:
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def _record(line: dict[str, Any]) -> StepRecord | EvaluationRecord:
+    if "eval" in line:
+        return EvaluationRecord(line["step"], line["eval"])
+    values = {name: line[name] for name in PLAIN}
+    values["grad_norm"] = float("nan") if values["grad_norm"] is None else values["grad_norm"]
+    return StepRecord(**values)
+
+
+class _Page(BaseHTTPRequestHandler):
+    """The page of the run as it is now."""
+
+    path_of_run: Path
+
+    def do_GET(self) -> None:
+        if self.path not in ("/", "/index.html"):
+            self.send_error(404)
+            return
+        text = run_page(run_values(self.path_of_run))
+        if read_json(self.path_of_run / "report.json") is None:
+            text = text.replace("<head>", f"<head>{REFRESH}", 1)
+        body = text.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *values: object) -> None:
+        """A look at the page is no news."""
+
+
+def _serve(path: Path, port: int, console: Console) -> None:
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), type("Page", (_Page,), {"path_of_run": path}))
+    except OSError as error:
+        raise InputError(f"port {port} cannot be listened on ({error.strerror})", "choose another one") from error
+    console.info(f"the page of {path}: http://127.0.0.1:{server.server_address[1]}/ - Ctrl-C ends it")
+    with server:
+        server.serve_forever()
