@@ -84,7 +84,9 @@ def _train(session: Session, resume: bool) -> None:
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
     base_bytes = 0 if session.devices.device.type == "cuda" else session.baseline_bytes  # plan counts from there
-    with Progress(session.console, plan.steps, run.state.step, base_bytes=base_bytes) as progress:
+    with Progress(
+        session.console, plan.steps, run.state.step, base_bytes=base_bytes, budget_bytes=plan.budget_bytes
+    ) as progress:
         run.record = run_files.make_recorder(session, progress, trackers)
         run_loop(run)
     found = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches

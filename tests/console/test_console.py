@@ -223,7 +223,9 @@ def test_one_live_line_that_steps_aside() -> None:
     assert "\r\x1b[Ka message\n" in text
     assert "step 3  eval  accuracy 1.0000  loss 0.5000\n" in text
     assert text.endswith("\n")
-    assert text.splitlines()[-1].endswith("step 3/3  loss 0.5000  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB\x1b[K")
+    assert text.splitlines()[-1].endswith(
+        "step 3/3  ████████████  loss 0.5000  █▁  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB\x1b[K"
+    )
 
 
 def test_the_live_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +240,11 @@ def test_the_live_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -
 def test_the_time_left_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     for columns, shown in (
+        (
+            120,
+            "step 1/9  █░░░░░░░░░░░  loss 1.2500  ▁▅██▅▁  lr 1.00e-04  1,234 tok/s  peak 0.5 GiB of 1.0 GiB  24s left",
+        ),
+        (100, "step 1/9  █░░░░░░░░░░░  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 0.5 GiB  24s left"),
         (80, "step 1/9  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 0.5 GiB  24s left"),
         (64, "step 1/9  loss 1.2500  1,234 tok/s  peak 0.5 GiB  24s left"),
         (50, "step 1/9  loss 1.2500  1,234 tok/s  24s left"),
@@ -245,7 +252,9 @@ def test_the_time_left_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
         (20, "step 1/9  24s left"),
     ):
         monkeypatch.setenv("COLUMNS", str(columns))
-        progress = Progress(both(True)[0], 9, 0, clock, base_bytes=1 << 30)
+        budget = 1 << 30 if "of 1.0" in shown else None
+        progress = Progress(both(True)[0], 9, 0, clock, base_bytes=1 << 30, budget_bytes=budget)
+        progress._losses.extend([1.0, 2.0, 3.0, 3.0, 2.0, 1.0] if budget else [])
         clock.now += 3.0
         progress._pace.append((1, clock.now))
         assert progress.line(record(1)) == shown.replace("0.5 GiB", "512.0 MiB"), columns

@@ -10,13 +10,16 @@ from collections import deque
 from collections.abc import Callable
 
 from tunekit.console import Console
-from tunekit.console.text import time_text
+from tunekit.console.streams import can_encode
+from tunekit.console.text import BARS, curve_text, time_text
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
 LIVE_SECONDS = 0.1  # between two drawings of the live line
 PLAIN_SECONDS = 10.0  # between two plain lines, at least
 PLAIN_SHARE = 0.02  # and at least this share of the time passed, so that a long run stays readable
 RATE_STEPS = 30  # steps whose pace gives the time left
+CURVE_STEPS, CURVE_COLUMNS = 500, 12
+BAR_COLUMNS, FULL, EMPTY = 12, "█", "░"
 
 
 class Progress:
@@ -29,10 +32,12 @@ class Progress:
         first_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
         base_bytes: int = 0,
+        budget_bytes: int | None = None,
     ) -> None:
         """`base_bytes`: of the records' peaks, what the process had before the run, which no forecast counts."""
         self._console = console
-        self._total, self._base_bytes = total_steps, base_bytes
+        self._total, self._base_bytes, self._budget_bytes = total_steps, base_bytes, budget_bytes
+        self._losses: deque[float] = deque(maxlen=CURVE_STEPS)
         self._clock = clock
         self._began = clock()
         self._told = float("-inf")
@@ -55,6 +60,7 @@ class Progress:
         """One optimizer step is done."""
         now = self._clock()
         self._last = record
+        self._losses.append(record.loss)
         self._pace.append((record.step, now))
         last = record.step >= self._total
         wait = LIVE_SECONDS if self._is_live else max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
@@ -76,18 +82,23 @@ class Progress:
     def line(self, record: StepRecord) -> str:
         """step 12/100  loss 1.2345  lr 2.00e-04  1,234 tok/s  peak 1.5 GiB  3m20s left.
 
-        On a narrow terminal the rate goes first, then memory, speed and loss; step and time left stay.
+        On a terminal with a bar of the steps and a curve of the last losses. On a narrow one the curve and the bar go
+        first, then the rate, memory, speed and loss; step and time left stay.
         """
-        left = self.seconds_left()
+        left, draws = self.seconds_left(), self._is_live and can_encode(self._console.output, BARS + FULL + EMPTY)
+        done = round(BAR_COLUMNS * min(record.step / max(self._total, 1), 1.0))
+        budget = "" if self._budget_bytes is None else f" of {bytes_text(self._budget_bytes)}"
         parts = {
             "step": f"step {record.step}/{self._total}",
+            "bar": FULL * done + EMPTY * (BAR_COLUMNS - done) if draws else "",
             "loss": f"loss {record.loss:.4f}",
+            "curve": curve_text(list(self._losses), CURVE_COLUMNS) if draws else "",
             "rate": f"lr {record.learning_rate:.2e}",
             "speed": f"{record.tokens_per_second:,.0f} tok/s",
-            "memory": f"peak {bytes_text(max(record.peak_bytes - self._base_bytes, 0))}",
+            "memory": f"peak {bytes_text(max(record.peak_bytes - self._base_bytes, 0))}{budget}",
             "left": "" if left is None else f"{time_text(left)} left",
         }
-        for name in ("", "rate", "memory", "speed", "loss"):
+        for name in ("", "curve", "bar", "rate", "memory", "speed", "loss"):
             parts.pop(name, None)
             text = "  ".join(part for part in parts.values() if part)
             if not self._is_live or len(text) < self._console.columns:

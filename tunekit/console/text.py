@@ -6,7 +6,10 @@ Comes in: plain values.  Goes out: text.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 
+BARS = "▁▂▃▄▅▆▇█"
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
 JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
 
@@ -30,6 +33,20 @@ def cell_text(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def curve_text(values: Sequence[float], columns: int) -> str:
+    """Values as bars, each the mean of its share of them."""
+    means = means_of(values, columns)
+    low, span = min(means, default=0.0), (max(means, default=0.0) - min(means, default=0.0)) or 1.0
+    return "".join(BARS[min(int((mean - low) / span * len(BARS)), len(BARS) - 1)] for mean in means)
+
+
+def means_of(values: Sequence[float], count: int) -> list[float]:
+    """At most `count` means, each of an equal share of the values, in order."""
+    count = min(count, len(values))
+    edges = [round(index * len(values) / count) for index in range(count + 1)] if count else []
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
 def time_text(seconds: float) -> str:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tunekit.console.text import curve_text, means_of
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.recipe.names import known_names, settings_class, units_of
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text, skipped_text
 
-BARS = "▁▂▃▄▅▆▇█"
 CURVE_COLUMNS = 60
 MOST_LABELS = 20
 SPECIAL = "\\`*_{}[]<>#|!~&"
@@ -133,14 +132,9 @@ def _number(value: object) -> str:
 
 
 def curve(values: Sequence[float]) -> str:
-    """Values as bars, each the mean of its share of the steps; the highest and the lowest mean beside them."""
-    columns = min(CURVE_COLUMNS, len(values))
-    edges = [round(index * len(values) / columns) for index in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    bars = "".join(BARS[min(int((mean - low) / span * len(BARS)), len(BARS) - 1)] for mean in means)
-    return f"{bars}  {high:.4g} to {low:.4g}"
+    """Values as bars; the highest and the lowest mean of their shares beside them."""
+    means = means_of(values, CURVE_COLUMNS)
+    return f"{curve_text(values, CURVE_COLUMNS)}  {max(means):.4g} to {min(means):.4g}"
 
 
 def _memory(facts: ReportFacts, plan: Plan) -> str:
