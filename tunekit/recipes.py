@@ -22,8 +22,12 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
     if name is None:
         if copy_to is not None:
             raise RecipeError("--copy needs the name of a recipe", f"known recipes: {', '.join(known)}")
+        groups: dict[str, list[str]] = {}
         for each, file in known.items():
-            print(f"{each:<20} {first_comment(file)}".rstrip())
+            line = f"  {each:<{max(map(len, known))}}  {first_comment(file)}".rstrip()
+            groups.setdefault(load_recipe(file).recipe.objective.method, []).append(line)
+        for objective, lines in groups.items():
+            print(f"objective: {objective}", *lines, sep="\n")
         return
     if name not in known:
         raise RecipeError(f"unknown recipe '{name}'", did_you_mean(name, known, "known recipes"))
