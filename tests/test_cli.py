@@ -361,7 +361,7 @@ def test_init_writes_a_valid_recipe_and_never_over_another(
     assert run(monkeypatch, "init") == 2
     assert "recipe.yaml: exists already" in capsys.readouterr().err
     assert Path("recipe.yaml").read_text(encoding="utf-8") == text
-    assert run(monkeypatch, "init", "absent/x.yaml") == 2
+    assert run(monkeypatch, "init", "--output", "absent/x.yaml") == 2
 
 
 def test_another_tools_configuration_becomes_a_recipe(
@@ -418,7 +418,9 @@ def test_shipped_recipes_are_listed_and_copied_with_their_data(
     shipped = shipped_recipes()
     names = list(shipped)
     assert run(monkeypatch, "recipes") == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in lines if line.startswith("  ")) == sorted(names)
+    assert [line for line in lines if line.startswith("objective: ")][:2] == ["objective: classify", "objective: cpo"]
     for name in names:
         assert run(monkeypatch, "recipes", name) == 0
         assert capsys.readouterr().out == shipped[name].read_text(encoding="utf-8")

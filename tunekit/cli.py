@@ -44,7 +44,9 @@ ENVIRONMENT = {
 # importing torch and transformers makes 100,000s of objects that stay: looking through them again and again took a
 # fifth of a start (0.6 of 3.3 CPU seconds, measured); training sets the collector back
 WHILE_STARTING = (100_000, 20, 100)
-LIGHT = {f"tunekit.{verb}" for verb in ("validate", "foreign", "recipes", "init", "schema")}  # which import no torch
+LIGHT = {
+    f"tunekit.{verb}" for verb in ("validate", "foreign", "recipes", "init", "schema", "runs")
+}  # which import no torch
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
@@ -300,10 +302,18 @@ def import_recipe(
 
 @app.command()
 def init(
-    context: typer.Context, path: Annotated[str, typer.Argument(metavar="[PATH]", help="the new file")] = "recipe.yaml"
+    context: typer.Context,
+    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="a file of rows, or a hub name")] = None,
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new recipe")] = "recipe.yaml",
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="a folder, a .gguf file or a hub name")] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="lora, full, or another method")] = None,
+    quantization: Annotated[str, typer.Option(metavar="NAME", help="of the base: none, nf4, ...")] = "none",
+    evaluation: Annotated[
+        float | None, typer.Option("--eval", metavar="SHARE", help="of the rows to hold back")
+    ] = None,
 ) -> None:
-    """Write a first recipe to edit."""
-    _call(context, "tunekit.init:init_verb", path)
+    """Write a first recipe for your data, after a look at them and at this machine; asks in a terminal."""
+    _call(context, "tunekit.init:init_verb", data, output, model, method, quantization, evaluation)
 
 
 @app.command()

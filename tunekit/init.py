@@ -1,31 +1,273 @@
-"""`tunekit init`: a first recipe to edit, with every key, its default and its meaning as comments.
+"""`tunekit init`: a first recipe for given data, after a look at them, at the machine and at the models at hand.
 
-Comes in: a path that does not exist yet.  Goes out: a valid recipe there.
+Comes in: a data file or none, flags, and in a terminal the answers to at most five questions.  Goes out: a commented
+recipe that validates, and whose plan fits where the model can be read here.  Nothing is overwritten.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
-from tunekit.errors import RecipeError
-from tunekit.recipe.schema import make_commented_recipe
+from tunekit.data.reading.first import choose_format
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.source import read_source
+from tunekit.errors import DataError, InputError, RecipeError, TunekitError
+from tunekit.files.durable import write_text
+from tunekit.formats.preference import is_pair
+from tunekit.recipe.data import Source
+from tunekit.recipe.names import known_names
+from tunekit.records import bytes_text
 
-WRITTEN = {
-    "model.name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "data.train": "train.jsonl",
-    "output.dir": "runs/first",
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LOOKED_AT = 20_000  # rows
+CHARACTERS_OF_A_TOKEN = 3.5  # of English text; only a guess before a tokenizer has seen the rows
+FEW_ROWS = 1000
+SHARE_KEPT = 0.995  # of the rows, by length
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+OBJECTIVES = {  # kind of example -> the objective to begin with, in the order in which rows are tried
+    "preference": "dpo",
+    "tags": "token_classify",
+    "label": "classify",
+    "unpaired": "kto",
+    "text": "sft",
 }
+FULL_RATE, ADAPTER_RATE = "2e-5", "2e-4"
 
 
-def init_verb(path: str) -> None:
-    """Write the recipe. Raises RecipeError where the file exists already: nothing is overwritten."""
-    target = Path(path)
-    if os.path.isdir(target):
-        target /= "recipe.yaml"
+@dataclass(frozen=True)
+class Look:
+    """What the rows of a data file are like."""
+
+    objective: str
+    format_name: str
+    rows: int
+    complete: bool  # whether these are all of them
+    longest: int  # tokens of all rows but the very longest, guessed
+    fields: tuple[str, ...]
+
+    def text(self) -> str:
+        """In a line."""
+        about = f"{self.rows:,} rows" if self.complete else f"more than {self.rows:,} rows"
+        share = f"{SHARE_KEPT:.1%} of them shorter than about {self.longest:,} tokens"
+        return f"{about} of format {self.format_name} ({', '.join(self.fields)}), {share}: objective {self.objective}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the recipe is to say."""
+
+    data: str
+    model: str
+    method: str
+    quantization: str
+    evaluation: float
+    look: Look | None
+    note: str = ""
+
+
+def init_verb(
+    data: str | None, output: str, model: str | None, method: str | None, quantization: str, evaluation: float | None
+) -> None:
+    """Write the recipe. Raises: TunekitError where an answer is wrong or a file is in the way."""
+    asks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    target = Path(output) / "recipe.yaml" if os.path.isdir(output) else Path(output)
+    _refuse(target)
+    found = models_at_hand()
+    named = data is not None or asks
+    data = data or _ask(asks, "Which data? A file (JSONL, JSON, CSV, Parquet, text) or a hub name", "train.jsonl")
+    look = look_at(data) if named else None
+    if look is not None:
+        print(look.text())
+    first = found[0] if found else DEFAULT_MODEL
+    if asks and found and model is None:
+        print("models at hand: " + ", ".join(found[:8]))
+    model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", first)
+    method = method or _ask(asks, "Which method? lora, full, or another of the README's", "lora")
+    if method not in known_names("adapters"):
+        raise InputError(f"there is no method '{method}'", f"there are: {', '.join(known_names('adapters'))}")
+    share = str(evaluation) if evaluation is not None else _ask(asks, "Which share of the rows to evaluate on?", "0.05")
+    wanted = Wanted(data, model, method, quantization, _share(share), look)
+    write_text(target, recipe_text(wanted, target))
+    said: Sequence[str] = ()
+    if named:
+        try:
+            wanted, said = fitted(wanted, target)
+        except TunekitError:
+            target.unlink()
+            raise
+    print("\n".join([*said, f"wrote {target}; look at the rows it trains on: tunekit preview {target}"]))
+
+
+def _refuse(target: Path) -> None:
+    if target.exists():
+        raise RecipeError("exists already", "name another file with --output", file=str(target))
+    if not target.absolute().parent.is_dir():
+        raise RecipeError(
+            f"there is no folder {target.absolute().parent}", "make it, or name another", file=str(target)
+        )
+
+
+def _ask(asks: bool, question: str, default: str) -> str:
+    """The user's answer; the default where nobody can be asked."""
+    return (input(f"{question} [{default}]: ").strip() or default) if asks else default
+
+
+def _share(text: str) -> float:
     try:
-        with target.open("x", encoding="utf-8") as opened:
-            opened.write(make_commented_recipe(WRITTEN))
-    except FileExistsError:
-        raise RecipeError("exists already", "name another file", file=str(target)) from None
-    print(f"wrote {target}; put your data's path in data.train, then: tunekit validate {target}")
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise InputError(f"'{text}' is no share of the rows", "give a number from 0 to 0.5, such as 0.05")
+    return value
+
+
+def models_at_hand() -> list[str]:
+    """Hub names whose files lie in the hub's cache, the newest first."""
+    hub = os.environ.get("HF_HUB_CACHE") or os.path.join(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
+    folders = [
+        folder for folder in Path(hub).expanduser().glob("models--*--*") if any(folder.glob("snapshots/*/config.json"))
+    ]
+    folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
+
+
+def look_at(data: str) -> Look | None:
+    """What the first rows of a file are like; None of a name on the hub, whose rows are not here.
+
+    Raises: DataError where it cannot be read or is of no known format.
+    """
+    if not Path(data).exists():
+        if data.count("/") == 1 and not data.startswith((".", "/", "~")) and not Path(data).suffix:
+            return None
+        raise DataError(f"there is no file {data}", "name your rows: JSONL, JSON, CSV, Parquet or text")
+    problems = Problems()
+    rows = read_source(Source(path=str(Path(data).absolute())), problems)
+    values = [row.values for row in islice(rows, LOOKED_AT + 1)]
+    problems.raise_if_any()
+    if not values:
+        raise DataError("there is no row in it", "", file=data)
+    example, format_name = _kind(values[0], data)
+    seen = values[:LOOKED_AT]
+    sizes = sorted(sum(map(len, _texts(row))) for row in seen)
+    longest = int(sizes[min(int(len(sizes) * SHARE_KEPT), len(sizes) - 1)] / CHARACTERS_OF_A_TOKEN) + 32
+    fields = Counter(name for row in seen for name in row).most_common(6)
+    complete = len(values) <= LOOKED_AT
+    return Look(OBJECTIVES[example], format_name, len(seen), complete, longest, tuple(name for name, _ in fields))
+
+
+def _kind(row: dict[str, object], data: str) -> tuple[str, str]:
+    """The kind of example that a row is, and its format. Raises: DataError naming the fields of every format."""
+    for example in OBJECTIVES:
+        if example == "unpaired" and is_pair(row):
+            continue
+        try:
+            return example, choose_format("auto", row, example)[0]
+        except DataError as error:
+            last = error
+    problem = last.problems[0]
+    raise DataError(problem.what, problem.how, file=data, line=1)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a row."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
+
+
+def recipe_text(wanted: Wanted, target: Path) -> str:
+    """The recipe with what each key means beside it."""
+    look, full = wanted.look, wanted.method == "full"
+    length = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1]) if look else 2048
+    few = look is not None and look.complete and look.rows < FEW_ROWS
+    steps = 2 if few else 8
+    data, model = (_beside(name, target) for name in (wanted.data, wanted.model))
+    lora = [("  r: 16", "how much the adapter can hold"), ("  alpha: 32", "")] if wanted.method == "lora" else []
+    lines = [
+        (f"# {look.text() if look else 'The recipe to edit'}.", ""),
+        ("# tunekit plan: steps and memory; tunekit preview: the rows; tunekit schema --reference: every key.", ""),
+        ("", ""),
+        ("model:", ""),
+        (f"  name_or_path: {_quoted(model)}", "a folder, a .gguf file or a hub name"),
+        (f"  quantization: {wanted.quantization}", f"nf4: 4 bits a weight{wanted.note}"),
+        ("", ""),
+        ("data:", ""),
+        (f"  train: {_quoted(data)}", "JSONL, JSON, CSV, Parquet, text, or a hub data set"),
+        (f"  eval: {wanted.evaluation or 'null'}", "a share of the rows, or a file"),
+        (f"  max_length: {length}", "tokens; longer rows are dropped, and counted"),
+        ("", ""),
+        ("adapter:", ""),
+        (f"  method: {wanted.method}", "every weight of the base is trained" if full else ""),
+        *lora,
+        ("", ""),
+        (f"objective: {look.objective if look else 'sft'}", ""),
+        ("", ""),
+        ("training:", ""),
+        (f"  learning_rate: {FULL_RATE if full else ADAPTER_RATE}", "what matters most; try a third and three times"),
+        (f"  epochs: {3 if few else 1}", ""),
+        ("  micro_batch_size: 2", "rows at once: memory and speed, never the result"),
+        (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
+        ("  eval_steps: 50", ""),
+        ("  save_steps: 50", "tunekit train --resume goes on from there"),
+        ("", ""),
+        ("output:", ""),
+        (f"  dir: runs/{target.stem if target.stem != 'recipe' else 'first'}", ""),
+    ]
+    return "".join(f"{text:<34} # {said}".rstrip() + "\n" if said else f"{text}\n" for text, said in lines)
+
+
+def _beside(name: str, target: Path) -> str:
+    """A local path as the recipe's folder sees it; another name as it is."""
+    return os.path.relpath(name, target.absolute().parent) if Path(name).exists() else name
+
+
+def _quoted(text: str) -> str:
+    """As YAML reads it back."""
+    plain = all(letter.isalnum() or letter in "/._-" for letter in text) and text[:1].isalnum() | text.startswith(
+        ("/", ".")
+    )
+    return text if plain else "'" + text.replace("'", "''") + "'"
+
+
+def fitted(wanted: Wanted, target: Path) -> tuple[Wanted, Sequence[str]]:
+    """The recipe again with a smaller base where its plan does not fit this machine, and what was found.
+
+    Raises: TunekitError where the recipe cannot be planned for a reason that is not memory or an absent model.
+    """
+    from tunekit.recipe.load import load_recipe
+
+    load_recipe(target)
+    if not Path(wanted.model).exists() and wanted.model not in models_at_hand():
+        return wanted, [f"{wanted.model} is not here yet: the first run fetches it, and `tunekit plan` asks the hub"]
+    from tunekit.machine.devices import make_devices
+    from tunekit.machine.memory import available_bytes
+    from tunekit.planning.plan import make_plan
+
+    devices = make_devices()
+    free = available_bytes(devices.device)
+    for quantization in dict.fromkeys((wanted.quantization, *(() if wanted.method == "full" else ("nf4",)))):
+        changed = quantization != wanted.quantization
+        note = "; without it this machine's memory does not hold the run" if changed else ""
+        wanted = replace(wanted, quantization=quantization, note=note)
+        write_text(target, recipe_text(wanted, target))
+        plan, _ = make_plan(load_recipe(target), device=devices.device)
+        refused = [f"{refusal.key}: {refusal.message}" for refusal in plan.refusals]
+        fits = free is None or plan.peak_bytes.total < free
+        if fits and not refused:
+            break
+    said = [f"{plan.steps:,} steps; predicted peak {bytes_text(plan.peak_bytes.total)}"]
+    said[0] += "" if free is None else f" of {bytes_text(free)} free on {devices.device}"
+    rows = plan.rows.training
+    if rows.dropped:
+        said.append(f"{rows.dropped:,} of {rows.read:,} rows are dropped: " + ", ".join(rows.dropped_reasons))
+    if not fits:
+        said.append("warning: that does not fit; set memory.budget, and plan finds a way or says why there is none")
+    return wanted, [*said, *(f"warning: {text}" for text in refused)]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from tests.recipe_mutator import VALUES
-from tunekit.init import WRITTEN
 from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target
-from tunekit.recipe.load import load_recipe
 from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
 from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.problems import fields_at
-from tunekit.recipe.schema import make_commented_recipe, make_reference, make_schema
+from tunekit.recipe.schema import make_reference, make_schema
 
 
 def test_the_schema_has_every_key_and_shorthand() -> None:
@@ -41,15 +38,6 @@ def test_the_reference_has_a_meaning_for_every_key() -> None:
         line = re.search(rf"^  {leaf} .*$", reference, re.MULTILINE)
         assert line is not None, key
         assert len(line.group().split()) > 3, f"{key} has no meaning: {line.group()}"
-
-
-def test_init_writes_a_valid_recipe_with_the_defaults_in_its_comments(tmp_path: Path) -> None:
-    text = make_commented_recipe(WRITTEN)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text, encoding="utf-8")
-    recipe = load_recipe(path).recipe
-    path.write_text(re.sub(r"^( *)# ([a-z_]+:)", r"\1\2", text, flags=re.MULTILINE), encoding="utf-8")
-    assert load_recipe(path).recipe == recipe
 
 
 def test_every_alias_leads_to_a_key_that_exists() -> None:

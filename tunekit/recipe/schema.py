@@ -159,20 +159,3 @@ def _type_words(field: JsonSchema) -> str:
         return f"{{name: {_type_words(field['additionalProperties'])}}}"
     words = {"string": "text", "integer": "whole number", "boolean": "true|false"}
     return words.get(field.get("type", ""), str(field.get("type", "anything")))
-
-
-def make_commented_recipe(written: dict[str, str]) -> str:
-    """A recipe with the given dotted keys written and every other key as a comment with its default and meaning."""
-    lines = ["# What is trained, on what, and how. A comment `# key: value` shows a default; remove the # to write it."]
-    for name in Recipe.model_fields:
-        method = DEFAULT_METHOD.get(name)
-        owner: Any = settings_class(kind_of(name), method) if method else section_class(name, None)
-        mine = {**written, f"{name}.method": method} if method else written
-        fields = owner.model_json_schema()["properties"].items()
-        is_open = any(f"{name}.{key}" in mine for key, _ in fields)
-        lines += ["", f"{name}:" if is_open else f"# {name}:"]
-        for key, field in fields:
-            value = mine.get(f"{name}.{key}")
-            text = f"{key}: {value if value else _default_words(field.get('default', {}))}"
-            lines.append(f"  {text if value else f'# {text}':<50} # {field.get('description', '')}")
-    return "\n".join(lines) + "\n"

@@ -1,0 +1,128 @@
+"""`tunekit init DATA`: the recipe fits the rows, is valid, and plans within this machine's memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunekit.errors import DataError, InputError, RecipeError
+from tunekit.init import init_verb, look_at, models_at_hand
+from tunekit.recipe.load import load_recipe
+
+ROWS = {
+    "sft": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]},
+    "classify": {"text": "so good", "label": "positive"},
+    "token_classify": {"words": ["Ada", "left"], "tags": ["B-PER", "O"]},
+    "dpo": {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
+    "kto": {"prompt": "Hi", "completion": "Hello", "label": True},
+}
+
+
+def write(path: Path, row: dict[str, object], count: int = 40) -> Path:
+    rows = (json.dumps(row).replace("Hi", f"Hi {number}") + "\n" for number in range(count))
+    path.write_text("".join(rows), encoding="utf-8")
+    return path
+
+
+def init(data: Path | None, output: Path, model: Path | str | None = None, **more: object) -> None:
+    values = {"method": None, "quantization": "none", "evaluation": None} | more
+    init_verb(None if data is None else str(data), str(output), None if model is None else str(model), **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", ROWS)
+def test_the_objective_follows_from_the_rows(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    data = write(tmp_path / "my rows.jsonl", ROWS[objective])
+    init(data, tmp_path / "recipe.yaml", "org/model")
+    recipe = load_recipe(tmp_path / "recipe.yaml").recipe
+    assert recipe.objective.method == objective
+    assert recipe.data.train[0].path == str(data)
+    assert recipe.data.max_length == 256
+    assert recipe.model.name_or_path == "org/model"
+    said = capsys.readouterr().out
+    assert "40 rows of format" in said
+    assert "org/model is not here yet" in said
+
+
+def test_a_model_that_is_here_is_planned(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "rows.jsonl", ROWS["sft"])
+    init(data, tmp_path / "new.yaml", tiny_llama)
+    said = capsys.readouterr().out
+    assert "steps; predicted peak" in said
+    assert load_recipe(tmp_path / "new.yaml").recipe.model.quantization == "none"
+    before = (tmp_path / "new.yaml").read_bytes()
+    with pytest.raises(RecipeError, match="exists already"):
+        init(data, tmp_path / "new.yaml", tiny_llama)
+    assert (tmp_path / "new.yaml").read_bytes() == before
+
+
+def test_little_memory_takes_a_packed_base(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tunekit.machine.memory.available_bytes", lambda device: 1000)
+    init(write(tmp_path / "rows.jsonl", ROWS["sft"]), tmp_path / "new.yaml", tiny_llama)
+    assert load_recipe(tmp_path / "new.yaml").recipe.model.quantization == "nf4"
+    assert "does not fit; set memory.budget" in capsys.readouterr().out
+
+
+def test_long_rows_get_room(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", {"text": "word " * 1000})
+    look = look_at(str(tmp_path / "rows.jsonl"))
+    assert look is not None
+    assert 1300 < look.longest < 1600
+    init(tmp_path / "rows.jsonl", tmp_path / "r.yaml", "org/model")
+    assert load_recipe(tmp_path / "r.yaml").recipe.data.max_length == 2048
+
+
+def test_in_a_terminal_four_questions_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    data = write(tmp_path / "rows.jsonl", ROWS["sft"])
+    asked: list[str] = []
+    answers = iter([str(data), "org/model", "full", "0"])
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return next(answers)
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr("builtins.input", answer)
+    init(None, tmp_path / "r.yaml")
+    assert len(asked) == 4
+    recipe = load_recipe(tmp_path / "r.yaml").recipe
+    assert (recipe.adapter.method, recipe.data.eval, recipe.training.learning_rate) == ("full", None, 2e-5)
+
+
+def test_what_is_wrong_is_said_and_nothing_written(tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", {"x": 1})
+    out = tmp_path / "r.yaml"
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the first row has 'x', which is no known format"):
+        init(data, out, "org/model")
+    with pytest.raises(DataError, match="there is no file"):
+        init(tmp_path / "absent.jsonl", out, "org/model")
+    good = write(tmp_path / "good.jsonl", ROWS["sft"])
+    with pytest.raises(InputError, match="no method 'lorra'"):
+        init(good, out, "org/model", method="lorra")
+    with pytest.raises(InputError, match="no share of the rows"):
+        init(good, out, "org/model", evaluation=2.0)
+    with pytest.raises(RecipeError):
+        init(good, out, "org/model", quantization="nf5")
+    assert not out.exists()
+
+
+def test_models_of_the_hubs_cache_are_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    files = {"models--org--one": "config.json", "models--org--half": "readme", "datasets--a--b": "config.json"}
+    for name, file in files.items():
+        (tmp_path / name / "snapshots" / "x").mkdir(parents=True)
+        (tmp_path / name / "snapshots" / "x" / file).touch()
+    assert models_at_hand() == ["org/one"]
