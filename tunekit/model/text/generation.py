@@ -18,12 +18,13 @@ from tunekit.contracts import GREEDY, Sampling, Tokenizer
 from tunekit.errors import DataError, ModelError
 from tunekit.model.call import seed_for
 from tunekit.model.families import text_config
-from tunekit.model.families.structure import training_mode
+from tunekit.model.families.structure import accepted_names, training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.transformers_guard import quiet
 
 Inputs = dict[str, torch.Tensor]
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
+PROBE_TOKENS = 8
 
 
 def generate_texts(
@@ -42,7 +43,8 @@ def generate_texts(
     """New ids of each prompt, in order, without the stop token that ended it.
 
     Prompts of similar length share a batch, padded with a mask: on the left, but where an encoder reads them on the
-    right, since its positions count from the start of the row. The base's own generation defaults (penalties, top-k)
+    right, since its positions count from the start of the row; a base whose rows disturb each other answers one prompt
+    at a time. The base's own generation defaults (penalties, top-k)
     are not used. `stop_ids`: by default those of find_stop_ids with `template`, a chat template other than the
     tokenizer's own. `adapt`: what an adapter of the whole model makes of the first step's inputs, which then have
     `virtual_tokens` more positions.
@@ -59,6 +61,7 @@ def generate_texts(
     order = sorted(range(len(prompts_ids)), key=lambda index: (len(prompts_ids[index]), index))
     results: list[list[int]] = [[] for _ in prompts_ids]
     with _left_as_found(model.net):
+        batch_size = 1 if batch_size > 1 and _rows_disturb(model, tokenizer.pad_id) else batch_size
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             widest = max(len(prompts_ids[index]) for index in rows)
@@ -150,6 +153,28 @@ def _answer_ends(model: LoadedModel) -> dict[str, int]:
 
 
 @torch.no_grad()
+def _rows_disturb(model: LoadedModel, pad_id: int) -> bool:
+    """Whether a row's answer depends on its batch: a state that reads the padding (xlstm, recurrent_gemma), or one of
+    several rows that is not kept apart (rwkv). Tried with two rows where the net carries a state or takes no mask."""
+    net: Any = model.net
+    if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
+        return False
+    settings = _settings(model, pad_id, 2, GREEDY, [])
+    settings.output_logits, settings.return_dict_in_generate = True, True
+    rows = torch.arange(2 * PROBE_TOKENS, device=model.device).view(2, -1)  # (B, T)
+    mask = torch.ones_like(rows)  # (B, T)
+    rows[0, : PROBE_TOKENS // 2], mask[0, : PROBE_TOKENS // 2] = pad_id, 0
+    cases, found = ((rows[:1, PROBE_TOKENS // 2 :], mask[:1, PROBE_TOKENS // 2 :]), (rows, mask)), []
+    for ids, seen in cases:
+        with quiet():
+            steps = net.generate(input_ids=ids, attention_mask=seen, generation_config=settings).logits
+        found.append(torch.stack([logits[0].float() for logits in steps]))  # (2, V)
+    alone, together = found
+    allowed = max(1e-4, 2 * torch.finfo(net.dtype).eps) * float(alone.abs().max())
+    return float((together - alone).abs().max()) > allowed
+
+
+@torch.no_grad()
 def _generate(
     model: LoadedModel,
     prompts: list[Sequence[int]],
@@ -170,6 +195,10 @@ def _generate(
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     inputs = inputs if adapt is None else adapt(inputs)
     with quiet():
+        if any(
+            hasattr(module, "_setup_cache") for module in net.modules()
+        ):  # recurrent_gemma keeps the last row's state
+            net(input_ids=ids[:1, :1].to(model.device), use_cache=False)  # in its modules, and drops it without a cache
         output = net.generate(**inputs, generation_config=settings)
     repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
     return output[:, repeated:].tolist()  # type: ignore[no-any-return]
