@@ -89,10 +89,11 @@ def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
         lines.append("The result was not compared with its base: there are no evaluation rows (data.eval).")
     if facts.classes is not None:
         lines += _classes(facts.classes)
-    if losses:
+    if facts.first_loss is not None and facts.final_loss is not None:
+        flat = len(losses) > 2 and facts.final_loss >= facts.first_loss
         lines.append(
             f"Training loss: {_number(facts.first_loss)} over the first tenth of the steps, "
-            f"{_number(facts.final_loss)} over the last."
+            f"{_number(facts.final_loss)} over the last.{' **It did not fall.**' if flat else ''}"
         )
     if len(losses) > 2:
         lines.append(f"```\n{curve(losses)}\n```")
