@@ -4,6 +4,7 @@ out, and is kept for the report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -20,7 +21,7 @@ LAST = 5  # steps in a row that should be no worse than the first one, whose los
 NOISES, LEAST_RISE, UNKNOWN_NOISE = (
     4.0,
     0.1,
-    0.5,
+    0.6,
 )  # a whole run ends worse by this many times its noise, and by this share
 
 
