@@ -48,6 +48,8 @@ def assemble_run(
     recipe, devices = session.loaded.recipe, session.devices
     fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint)
     state = LoopState(LossScale(base.dtype == torch.float16))
+    if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
+        prepared = probe_layout(session, prepared, TunedModel(base, None), state)
     model = _tuned(session, plan, prepared, base, state, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
