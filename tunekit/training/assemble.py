@@ -11,6 +11,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
+from tunekit.console.progress import Counting
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.memory.splitting import shape_text
@@ -160,5 +161,6 @@ def _make_evaluate(
         recipe.evaluation,
         template=rows.template,
         on_split=split_evaluation_noted(session, state),
+        told=Counting(session.console),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)

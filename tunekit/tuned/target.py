@@ -268,8 +268,12 @@ def as_trained(target: Target, tokenizer: LoadedTokenizer) -> tuple[Target, Obje
     return (target if objective is None else replace(target, model=objective.section(target.model))), objective
 
 
-def section_as_trained(config: AdapterConfig, section: ModelSection) -> ModelSection:
-    """The adapter's base with the head that it was trained with, which the base's own files need not hold."""
+def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
+    """The adapter's base (or `base`) with the head that it was trained with, which the base's own files need not hold.
+
+    Raises: ModelError where nothing says which base it is.
+    """
+    section = base_section(config, named_base(base), "name it with --base MODEL")
     if config.task_type not in (FAMILIES[name].task_type for name in ("classifier", "token_classifier")):
         return section
     target = Target("adapter", section, EvaluationSection(), adapter=config.folder)
