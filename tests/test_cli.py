@@ -24,6 +24,7 @@ from tunekit.cli import ENVIRONMENT, main
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.shipped import shipped_recipes
+from tunekit.validate import CHECKED
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "peft", "rich", "tunekit.model", "tunekit.train")
 
@@ -77,7 +78,7 @@ def test_validate_says_so_and_prints_rewrites(
 ) -> None:
     assert run(monkeypatch, "validate", str(recipe), "num_epochs=2") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["command line: num_epochs -> training.epochs", f"{recipe}: valid"]
+    assert lines == ["command line: num_epochs -> training.epochs", f"{recipe}: valid", CHECKED]
 
 
 def test_problems_go_to_stderr_a_line_each(

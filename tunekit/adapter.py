@@ -54,7 +54,7 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.tuned.adapter_losses import adapter_losses
-from tunekit.tuned.target import base_section, find_target, measuring_objective, named_base
+from tunekit.tuned.target import as_trained, base_section, find_target, measuring_objective, named_base, trained_base
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 
@@ -205,8 +205,7 @@ def _convert_method(
     if rank is None:
         what = f"no LoRA computes exactly what a {method} adapter does"
         raise AdapterError(what, "--rank R writes the nearest of that rank, and tells the error", file=config.file)
-    section = base_section(config, named_base(base), "name it with --base MODEL")
-    attached, rewriter = attach_to_base(folder, section)
+    attached, rewriter = attach_to_base(folder, trained_base(config, base))
     found = nearest_lora(attached, config, rewriter.trained_on, rank)
     _tell_losses(console, found.losses, rank)
     write_lora(place, base_of([config], base), found.lora, found.lora.updates)
@@ -253,8 +252,9 @@ def _measure(folders: Sequence[Path], data: str, base: str | None) -> list[float
     devices = make_devices()
     try:
         tokenizer = load_tokenizer(target.model)
+        target, known = as_trained(target, tokenizer)
         model = load_model(target.model, device=devices.device)
-        loaded = load_evaluation_rows(section, measuring_objective(model, tokenizer), seed=target.seed)
+        loaded = load_evaluation_rows(section, known or measuring_objective(model, tokenizer), seed=target.seed)
         rows, objective = loaded.evaluation, loaded.objective
         assert rows is not None  # the section asks for them
         adapters = AdapterSet(model.net)

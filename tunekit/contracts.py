@@ -198,6 +198,7 @@ class Window:
 
 Sums = dict[str, torch.Tensor]  # float64, of any shape; what is added up over batches and ranks
 Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of every rank
+Told = Callable[[str, int, int], None]  # what, how many are done, of how many: for a line of progress
 
 
 @dataclass

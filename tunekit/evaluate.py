@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.console import Console
+from tunekit.console.progress import Counting
+from tunekit.contracts import Told
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
@@ -50,10 +52,13 @@ def evaluate_verb(
     console = Console(enabled=devices.is_main, json_file=json_file)
     console.info(*found.rewrites)
     try:
+        console.info(f"loading {found.model.name_or_path} ...")
         loaded = load_target(found, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
         console.info(*rows.notes)
-        evaluation = evaluate_rows(loaded, rows, metrics, devices, found.data or section, template)
+        console.info(f"measuring {len(rows.evaluation or ()):,} rows ...")
+        of_run, counting = found.data or section, Counting(console)
+        evaluation = evaluate_rows(loaded, rows, metrics, devices, of_run, template, counting)
     finally:
         devices.close()
     if devices.is_main:
@@ -103,6 +108,7 @@ def evaluate_rows(
     devices: Devices,
     data: DataSection,
     template: str | None = None,
+    told: Told = lambda what, done, total: None,
 ) -> Evaluation:
     """Every metric by name, and what it was measured on; `data`: whose answers those `from_data` are."""
     settings, model = loaded.target.evaluation, loaded.model
@@ -125,5 +131,6 @@ def evaluate_rows(
         settings,
         metric_names=tuple(metrics),
         template=template,
+        told=told,
     )
     return evaluator.evaluate()

@@ -216,7 +216,7 @@ class ReportFacts:
     final_loss: float | None
     base_eval_loss: float | None  # before training
     eval_loss: float | None  # of the exported weights
-    verdict: str | None  # that the second is the larger one, in words
+    verdict: str | None  # that the second is the larger one, or that the training loss rose, in words
     evaluations: list[dict[str, Any]]
     reactions: list[Reaction]
     skipped_steps: int | None = None  # whose gradients overflowed in float16

@@ -83,10 +83,7 @@ def _train(session: Session, resume: bool) -> None:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
-    base_bytes = 0 if session.devices.device.type == "cuda" else session.baseline_bytes  # plan counts from there
-    with Progress(
-        session.console, plan.steps, run.state.step, base_bytes=base_bytes, budget_bytes=plan.budget_bytes
-    ) as progress:
+    with Progress(session.console, plan.steps, run.state.step, budget_bytes=plan.budget_bytes) as progress:
         run.record = run_files.make_recorder(session, progress, trackers)
         run_loop(run)
     found = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
@@ -155,6 +152,7 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
     device = session.devices.device
     if plan.budget_bytes is not None:
         limit_bytes(device, plan.budget_bytes)
+    session.console.info(f"loading {plan.model.name_or_path} ({bytes_text(plan.peak_bytes.weights)} in memory) ...")
     with session.timed("load"):
         return load_model(prepared.model, device=device, streamed=plan.choice.streaming != "off")
 

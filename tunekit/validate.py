@@ -19,6 +19,10 @@ from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.supported import refuse_unsupported
 
+CHECKED = (
+    "checked: keys, values, that local files are there, the first row of JSONL, CSV and text files; not read: the "
+    "other rows and the model (`tunekit plan` reads both)"
+)
 READ_BY_LINE = ("jsonl", "csv", "text")  # whose first row costs nothing
 
 
@@ -34,7 +38,7 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
     notes = [*loaded.rewrites, *loaded.defaults]
     write_result({"valid": True, "problems": [], "notes": notes})
     if json_file != "-":
-        print("\n".join([*notes, f"{recipe_path}: valid"]))
+        print("\n".join([*notes, f"{recipe_path}: valid", CHECKED]))
 
 
 def check_recipe(recipe_path: str, overrides: Sequence[str]) -> None:

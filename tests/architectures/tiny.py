@@ -74,6 +74,9 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_next": MIXED,
     "qwen3_5_text": MIXED,
     "rwkv": {"attention_hidden_size": HIDDEN},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # its cache takes queries of 64 and more
+    "minicpm3": {"num_key_value_heads": 4},
+    "youtu": {"num_key_value_heads": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
 

@@ -14,7 +14,7 @@ import termios
 import pytest
 
 from tunekit.console import Console, visible
-from tunekit.console.progress import Progress
+from tunekit.console.progress import Counting, Progress
 from tunekit.console.text import cell_text, time_text
 from tunekit.records import EvaluationRecord, StepRecord
 
@@ -242,22 +242,31 @@ def test_the_time_left_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
     for columns, shown in (
         (
             120,
-            "step 1/9  █░░░░░░░░░░░  loss 1.2500  ▁▅██▅▁  lr 1.00e-04  1,234 tok/s  peak 0.5 GiB of 1.0 GiB  24s left",
+            "step 1/9  █░░░░░░░░░░░  loss 1.2500  ▁▅██▅▁  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB of 2.0 GiB  24s left",
         ),
-        (100, "step 1/9  █░░░░░░░░░░░  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 0.5 GiB  24s left"),
-        (80, "step 1/9  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 0.5 GiB  24s left"),
-        (64, "step 1/9  loss 1.2500  1,234 tok/s  peak 0.5 GiB  24s left"),
+        (100, "step 1/9  █░░░░░░░░░░░  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB  24s left"),
+        (80, "step 1/9  loss 1.2500  lr 1.00e-04  1,234 tok/s  peak 1.5 GiB  24s left"),
+        (64, "step 1/9  loss 1.2500  1,234 tok/s  peak 1.5 GiB  24s left"),
         (50, "step 1/9  loss 1.2500  1,234 tok/s  24s left"),
         (40, "step 1/9  loss 1.2500  24s left"),
         (20, "step 1/9  24s left"),
     ):
         monkeypatch.setenv("COLUMNS", str(columns))
-        budget = 1 << 30 if "of 1.0" in shown else None
-        progress = Progress(both(True)[0], 9, 0, clock, base_bytes=1 << 30, budget_bytes=budget)
+        budget = 2 << 30 if "of 2.0" in shown else None
+        progress = Progress(both(True)[0], 9, 0, clock, budget_bytes=budget)
         progress._losses.extend([1.0, 2.0, 3.0, 3.0, 2.0, 1.0] if budget else [])
         clock.now += 3.0
         progress._pace.append((1, clock.now))
-        assert progress.line(record(1)) == shown.replace("0.5 GiB", "512.0 MiB"), columns
+        assert progress.line(record(1)) == shown, columns
+
+
+def test_a_count_is_told_now_and_then() -> None:
+    clock, (console, output, _) = Clock(), both(False)
+    counting = Counting(console, clock)
+    for done in range(0, 1001, 100):
+        clock.now += 3.0
+        counting("rows measured", done, 1000)
+    assert output.getvalue().splitlines() == [f"rows measured: {done} of 1,000" for done in (300, 700)]
 
 
 def test_no_word_is_broken_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +320,7 @@ def test_closed_streams_are_no_error() -> None:
 
 PIPED = """
 from tunekit.console import Console
-from tunekit.console.progress import Progress
+from tunekit.console.progress import Counting, Progress
 from tunekit.records import StepRecord
 console = Console()
 for step in range(20000):

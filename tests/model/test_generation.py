@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.architectures.tiny import write_tiny
 from tunekit.contracts import Sampling
 from tunekit.errors import DataError
 from tunekit.model.load import LoadedModel, load_model
@@ -50,6 +51,18 @@ def test_batches_equal_the_plain_loop(loaded: tuple[LoadedModel, LoadedTokenizer
     with_stops = generate(loaded, batch_size=batch_size, stop_ids=sorted(stops))
     assert with_stops == [greedy(loaded[0], prompt, 6, stops) for prompt in PROMPTS]
     assert len(with_stops[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["xlstm", "rwkv", "recurrent_gemma", "mamba"])
+@pytest.mark.filterwarnings("ignore")
+def test_rows_that_disturb_each_other_are_answered_alone(kind: str, tmp_path: Path) -> None:
+    section = ModelSection(name_or_path=str(write_tiny(kind, tmp_path / "model")), dtype="float32")
+    model, tokenizer = load_model(section, device=CPU), load_tokenizer(section)
+    for parameter in model.net.parameters():
+        parameter.data *= 3 if parameter.dim() > 1 else 1  # so that the answers differ from prompt to prompt
+    prompts = [*PROMPTS, [9, 8, 7], [22]]
+    found = generate_texts(model, tokenizer, prompts, max_new_tokens=6, batch_size=4, stop_ids=[])
+    assert found == [greedy(model, prompt, 6, set()) for prompt in prompts]
 
 
 def test_learned_positions_are_padded_right_and_end(tmp_path: Path, tiny_llama: Path) -> None:

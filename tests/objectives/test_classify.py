@@ -15,6 +15,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -27,7 +29,7 @@ from transformers import (
 
 from tests.conftest import write_tiny_llama
 from tests.data_case import tokenizer_of
-from tunekit.adapter import combine_verb, convert_verb
+from tunekit.adapter import combine_verb, convert_verb, diff_verb
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
@@ -174,6 +176,59 @@ def test_the_untuned_base_of_a_recipe_is_measured_with_the_labels_of_its_rows(ba
     before = json.loads((tmp_path / "before.json").read_text("utf-8"))
     assert 0 <= before["accuracy"] < 1
     assert before["loss"] == pytest.approx(math.log(3), rel=0.3), "a drawn head knows nothing"
+
+
+def test_padding_is_not_taken_for_the_end_that_a_head_looks_for(t5: Path, tmp_path: Path) -> None:
+    shutil.copytree(t5, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(t5)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "base")
+    recipe = write_recipe(tmp_path, tmp_path / "base", training={"epochs": None, "max_steps": 4})
+    padded = losses(train(recipe))
+    train(
+        recipe,
+        "training.micro_batch_size=1",
+        "training.gradient_accumulation_steps=6",
+        f"output.dir={tmp_path / 'alone'}",
+    )
+    assert padded == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_two_classifiers_of_a_base_without_a_head_are_compared(method: str, bert: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, bert, adapter={"method": method}, training={"epochs": None, "max_steps": 3})
+    for seed in (0, 1):
+        train(recipe, f"training.seed={seed}", f"output.dir={tmp_path / f'run{seed}'}")
+    left, right = (str(tmp_path / f"run{seed}" / "adapter") for seed in (0, 1))
+    diff_verb(left, right, None, str(tmp_path / "test.jsonl"), None, str(tmp_path / "diff.json"), None)
+    found = {each["name"]: each for each in json.loads((tmp_path / "diff.json").read_text("utf-8"))}
+    assert found["base_model.model.classifier.weight"]["distance"] > 0
+    assert found["bert.encoder.layer.0.attention.self.query"]["distance"] > 0
+    diff_verb(left, left, None, None, None, str(tmp_path / "same.json"), None)
+    assert all(each["distance"] == 0 for each in json.loads((tmp_path / "same.json").read_text("utf-8")))
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert", "bert"])
+def test_a_text_may_fill_the_table_of_positions_and_no_more(kind: str, llama: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = CONFIG_MAPPING[kind](vocab_size=len(tokenizer), max_position_embeddings=34, pad_token_id=1, **sizes)
+    net = AutoModel.from_config(config)
+    net.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    usable = 34 if kind == "bert" else 32  # the others' positions count from 2 on
+    with pytest.raises((IndexError, RuntimeError)):
+        net(input_ids=torch.full((1, usable + 1), 7))
+    recipe = write_recipe(tmp_path, tmp_path / "base", training={"epochs": None, "max_steps": 1})
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps({"text": "s" * usable, "label": "yes"}) + "\n")
+    train(recipe)
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps({"text": "s" * (usable + 1), "label": "yes"}) + "\n")
+    plan, _ = make_plan(load_recipe(recipe), device=CPU)
+    (refusal,) = plan.refusals
+    what = f"the longest row has {usable + 1} tokens, and the model's positions end at {usable}"
+    assert refusal.message == f"{what}; set data.max_length to at most {usable}"
 
 
 def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) -> None:

@@ -57,3 +57,23 @@ def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Pat
     (reaction,) = [each for each in report["reactions"] if "training began at" in each["probe"]]
     assert "rows.jsonl:" in reaction["action"]
     assert f"warning: step {reaction['step']}: {reaction['probe']}" in ended.output
+
+
+@pytest.mark.parametrize("rate", [1.0, 100.0])
+def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path, rate: float) -> None:
+    data = {"train": [{"path": "rows.jsonl"}], "eval": None}
+    recipe = write_recipe(
+        tmp_path / "work", stories, data=data, training={"max_steps": 8, "epochs": None, "learning_rate": rate}
+    )
+    rows = [{"text": f"Once upon a time there was a little dog. It had {number} red balls."} for number in range(20)]
+    (tmp_path / "work" / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run, ended = trained(recipe, "diverged")
+    report = json.loads((run / "report.json").read_text())
+    assert "base_eval_loss" not in report
+    assert report["verdict"].startswith("worse than it began: training loss ")
+    assert json.loads((run / "status.json").read_text()) == {"exit_code": 0, "reason": f"finished; {report['verdict']}"}
+    assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
+    page = (run / "report.md").read_text().replace("\\", "")
+    assert report["verdict"].capitalize() in page
+    assert "It did not fall." in page
+    assert f"warning: a learning rate of {rate:g} is very high" in ended.output

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from tunekit.training.divergence import FIRST, PAST, divergence
+from tunekit.training.divergence import PAST, divergence, rise
 
 
 def told(losses: Sequence[float]) -> dict[int, str]:
     """What is told at which step, counted from 1."""
     found = {}
     for index, loss in enumerate(losses):
-        why = divergence(losses[: min(FIRST, index)], losses[max(0, index - PAST) : index], loss)
+        why = divergence(losses[: min(1, index)], losses[max(0, index - PAST) : index], loss)
         if why is not None:
             found[index + 1] = why
     return found
@@ -44,3 +44,29 @@ def test_a_run_that_diverges_at_once_is_told_once() -> None:
 def test_a_slow_rise_is_told_once() -> None:
     losses = [2 + 0.02 * step for step in range(200)]
     assert len(told(losses)) == 1
+
+
+def test_a_run_without_warm_up_is_told_from_its_first_step_on() -> None:
+    losses = [2.0, 9.0, 12.0, 8.0, 11.0, 10.0, 10.0, 9.5, 10.5]
+    assert list(told(losses)) == [6]
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.3, 0.6])
+def test_a_run_that_ends_worse_than_it_began_is_told_and_noise_is_not(noise: float) -> None:
+    draw = random.Random(1)
+
+    def drawn(mean: float) -> float:
+        return mean * draw.lognormvariate(0, noise / 2)
+
+    for steps in (3, 10, 300) if noise < 0.5 else (300,):
+        for _ in range(100):
+            assert rise([drawn(2.5) * 0.99**step for step in range(steps)]) is None
+    for _ in range(20):
+        why = rise([drawn(2.5), *(drawn(2.5 * (1 + 8 * noise)) for _ in range(100))])
+        assert why is not None
+        assert why.startswith("worse than it began: training loss ")
+
+
+def test_a_loss_that_may_be_negative_is_not_compared() -> None:
+    assert rise([-0.2, 3.0, 3.0, 3.0]) is None
+    assert rise([]) is rise([2.0]) is None

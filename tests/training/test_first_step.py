@@ -21,15 +21,16 @@ def train(recipe: Path, run: Path, *overrides: str, dry_run: bool = False) -> No
     train_verb(str(recipe), [f"output.dir={run}", "adapter.dropout=0", *overrides], False, dry_run)
 
 
+@pytest.mark.parametrize("start", ["default", "eva"])
 def test_rows_that_see_each_other_are_padded_instead(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    start: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Attention that takes a sequence as one document, however its positions restart."""
-    recipe = write_recipe(tmp_path / "recipe", tiny_llama)
-    train(recipe, tmp_path / "apart")
+    recipe, chosen = write_recipe(tmp_path / "recipe", tiny_llama), f"adapter.start={start}"
+    train(recipe, tmp_path / "apart", chosen)
     one = lambda position_ids: Segments(tuple((len(row),) for row in position_ids))  # noqa: E731
     monkeypatch.setattr("tunekit.tuned.model.find_segments", one)
-    train(recipe, tmp_path / "leaky")
+    train(recipe, tmp_path / "leaky", chosen)
     assert LEAKY in capsys.readouterr().err
     plan = json.loads((tmp_path / "leaky" / "plan.json").read_text())
     assert "padded where the loaded model lets them see each other" in plan["rows"]["packing_reason"]

@@ -47,7 +47,12 @@ def test_rewritten_overrides_are_printed(tiny_llama: Path, tmp_path: Path, capsy
     rows = write_lines(tmp_path / "rows.jsonl", ROWS)
     rewrite = "command line: torch_dtype -> model.dtype"
     evaluate_verb(str(tiny_llama), None, str(rows), None, [], None, ["torch_dtype=float32"])
-    assert rewrite in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line == rewrite or line.endswith(" ...")] == [
+        rewrite,
+        f"loading {tiny_llama} ...",
+        "measuring 1 rows ...",
+    ]
     generate_verb(str(tiny_llama), None, "a", None, ["torch_dtype=float32", "evaluation.max_new_tokens=1"])
     printed = capsys.readouterr()
     assert rewrite in printed.err

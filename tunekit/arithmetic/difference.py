@@ -20,7 +20,7 @@ from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighte
 from tunekit.arithmetic.nearest_lora import Loss, layer_change, loss_between, loss_of, trained_beside
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.errors import AdapterError
-from tunekit.tuned.target import base_section, named_base
+from tunekit.tuned.target import trained_base
 
 PIECE = 2**22  # numbers
 Change = LowRank | Tensor  # of one layer: factors, or the whole (O, I)
@@ -72,7 +72,7 @@ def read_changes(folder: Path, base: str | None) -> Changes:
         embeddings = frozenset(name for name, update in lora.updates.items() if update.embedding)
         make = lora.updates.__getitem__
         return Changes(config, frozenset(lora.updates), make, lora.rest, embeddings, lora.fan_in_fan_out)
-    attached, rewriter = attach_to_base(folder, base_section(config, named_base(base), "name it with --base MODEL"))
+    attached, rewriter = attach_to_base(folder, trained_base(config, base))
     if attached.model_adapter is not None or attached.parameters:
         what = f"a {config.settings.method} adapter is no change of layers' weights, and cannot be compared as one"
         raise AdapterError(what, "tunekit adapter show tells of either by itself", file=config.file)

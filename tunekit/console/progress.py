@@ -1,6 +1,6 @@
-"""Progress of a run while it trains: one live line on a terminal, else a plain line now and then.
+"""Progress of a run while it trains, and of an evaluation: one live line on a terminal, else a plain line now and then.
 
-Comes in: step and evaluation records.  Goes out: lines through the console.
+Comes in: step and evaluation records, counts.  Goes out: lines through the console.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ class Progress:
         total_steps: int,
         first_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
-        base_bytes: int = 0,
         budget_bytes: int | None = None,
     ) -> None:
-        """`base_bytes`: of the records' peaks, what the process had before the run, which no forecast counts."""
         self._console = console
-        self._total, self._base_bytes, self._budget_bytes = total_steps, base_bytes, budget_bytes
+        self._total, self._budget_bytes = total_steps, budget_bytes
         self._losses: deque[float] = deque(maxlen=CURVE_STEPS)
         self._clock = clock
         self._began = clock()
@@ -95,7 +93,7 @@ class Progress:
             "curve": curve_text(list(self._losses), CURVE_COLUMNS) if draws else "",
             "rate": f"lr {record.learning_rate:.2e}",
             "speed": f"{record.tokens_per_second:,.0f} tok/s",
-            "memory": f"peak {bytes_text(max(record.peak_bytes - self._base_bytes, 0))}{budget}",
+            "memory": f"peak {bytes_text(record.peak_bytes)}{budget}",
             "left": "" if left is None else f"{time_text(left)} left",
         }
         for name in ("", "curve", "bar", "rate", "memory", "speed", "loss"):
@@ -111,3 +109,24 @@ class Progress:
         if last <= first or last >= self._total:
             return None
         return (self._total - last) * (now - began) / (last - first)
+
+
+class Counting:
+    """Reports how many of many are done: a live line on a terminal, else a plain line now and then."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._wait = LIVE_SECONDS if console.is_terminal else PLAIN_SECONDS
+        self._told = clock()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """So many are done, such as ("rows measured", 120, 427)."""
+        now = self._clock()
+        if now - self._told < self._wait:
+            return
+        self._told = now
+        line = f"{what}: {done:,} of {total:,}"
+        if self._console.is_terminal:
+            self._console.draw(line)
+        else:
+            self._console.info(line)

@@ -66,6 +66,13 @@ class LabelObjective(TextObjective):
         """Special tokens before and after a text."""
         return put_around(self.tokenizer)
 
+    @cached_property
+    def padding(self) -> int:
+        """The id that fills rows up, masked: none of those that end a text, for which the heads of T5 and BART look."""
+        ends = self.around[1]
+        ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
+        return next(each for each in ids if each not in ends)
+
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
         """The base with a head of one score a label: its own where that is for these labels."""
         new = bool(self.head) and self.head != self.labels
@@ -133,7 +140,7 @@ class LabelObjective(TextObjective):
 
     def inputs(self, sequences: Sequence[Sequence[Row]]) -> dict[str, Tensor]:
         """Shapes: input_ids, position_ids (B, T), and attention_mask where there is padding."""
-        ids = lay_end_to_end([[row.parts["ids"] for row in rows] for rows in sequences], self.tokenizer.pad_id)
+        ids = lay_end_to_end([[row.parts["ids"] for row in rows] for rows in sequences], self.padding)
         sizes = [[row.size for row in rows] for rows in sequences]
         inputs = {"input_ids": ids, "position_ids": positions(sizes)}
         if len(sequences) > 1:

@@ -25,6 +25,7 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.tuned.fit import longest_positions
 
+HIGHEST_RATE = 0.3  # with which Lester et al. 2021 tune prompts; other methods take far less
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
 RATE_STEPS = 1000  # more than so many never sum to nothing
 LEAST_RATES = 0.1
@@ -81,7 +82,13 @@ def position_notes(base: LoadedModel, rows: Sequence[Rows], virtual_tokens: int)
 
 
 def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
-    """A warning where the learning rates of the whole run sum to nearly nothing: a warm-up's first rate is 0."""
+    """Warnings of a rate that no method needs, and where the learning rates of the whole run sum to nearly nothing: a
+    warm-up's first rate is 0."""
+    if training.learning_rate > HIGHEST_RATE:
+        yield (
+            f"warning: a learning rate of {training.learning_rate:g} is very high: AdamW moves each trained number by "
+            "about as much in every step; 1e-5 to 1e-2 are usual"
+        )
     warmup = warmup_steps(training, steps)
     total = sum(rate_multiplier(training, step, steps, warmup) for step in range(min(steps, RATE_STEPS)))
     if total < LEAST_RATES:

@@ -11,6 +11,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
+from tunekit.console.progress import Counting
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.memory.splitting import shape_text
@@ -48,6 +49,8 @@ def assemble_run(
     recipe, devices = session.loaded.recipe, session.devices
     fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint)
     state = LoopState(LossScale(base.dtype == torch.float16))
+    if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
+        prepared = probe_layout(session, prepared, TunedModel(base, None), state)
     model = _tuned(session, plan, prepared, base, state, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
@@ -158,5 +161,6 @@ def _make_evaluate(
         recipe.evaluation,
         template=rows.template,
         on_split=split_evaluation_noted(session, state),
+        told=Counting(session.console),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)

@@ -4,9 +4,11 @@ out, and is kept for the report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from statistics import fmean, pstdev
+from itertools import pairwise
+from statistics import fmean, median, pstdev
 
 from tunekit.records import Reaction
 from tunekit.training.readings import Reading, rows_text
@@ -15,7 +17,12 @@ from tunekit.training.state import Run
 PAST = 50  # steps before this one that are looked at
 LEAST = 8  # of them, for a spike to be told from noise
 DEVIATIONS, SHARE = 6.0, 1.5  # a spike is this far above their mean
-FIRST, LAST = 2, 5  # steps that hardly learned yet, and steps that should be no worse
+LAST = 5  # steps in a row that should be no worse than the first one, whose loss is that before any update
+NOISES, LEAST_RISE, UNKNOWN_NOISE = (
+    4.0,
+    0.1,
+    0.6,
+)  # a whole run ends worse by this many times its noise, and by this share
 
 
 def watch_loss(run: Run, reading: Reading, loss: float) -> None:
@@ -27,22 +34,46 @@ def watch_loss(run: Run, reading: Reading, loss: float) -> None:
         action = f"training goes on; lower training.learning_rate, or look at the rows of this step: {rows}"
         state.reactions.append(asdict(Reaction(why, action, reading.step)))
         run.warn(f"step {reading.step}: {why}; {action}")
-    state.first_losses += [loss] if len(state.first_losses) < FIRST else []
+    state.first_losses = state.first_losses or [loss]
     state.past_losses = [*state.past_losses, loss][-PAST:]
 
 
 def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
     """Why this loss is above the run's own past, or None.
 
-    `first`: the losses of the first FIRST steps; `past`: those of the up to PAST steps before this one. A spike is more
-    than SHARE times the mean of the past and more than DEVIATIONS of its standard deviations above it. A rise is LAST
-    steps in a row of more than SHARE times the largest loss of the first; it is told when it begins.
+    `first`: the loss of the first step; `past`: those of the up to PAST steps before this one. A spike is more than
+    SHARE times the mean of the past and more than DEVIATIONS of its standard deviations above it. A rise is LAST steps
+    in a row of more than SHARE times the first loss, or of more than NOISES times the noise above it; it is told when
+    it begins.
     """
     if len(past) >= LEAST:
         mean, deviation = fmean(past), pstdev(past)
         if loss > SHARE * mean and loss > mean + DEVIATIONS * deviation:
             return f"the loss {loss:.4g} is far above that of the {len(past)} steps before ({mean:.4g} on average)"
-    limit = SHARE * max(first, default=loss)
-    if len(past) >= LAST and past[-LAST] <= limit < min([*past[1 - LAST :], loss]):
-        return f"the loss has been above {limit:.4g} for {LAST} steps, and training began at {max(first):.4g}"
+    if len(past) >= LAST:
+        limit = first[0] * max(SHARE, 1.0 + NOISES * _noise([*past, loss]))
+        if past[-LAST] <= limit < min([*past[1 - LAST :], loss]):
+            return f"the loss has been above {limit:.4g} for {LAST} steps, and training began at {first[0]:.4g}"
     return None
+
+
+def rise(losses: Sequence[float]) -> str | None:
+    """That a whole run ended worse than it began, or None; for a run that nothing else compared with its base.
+
+    The mean of the last tenth of the steps is compared with the loss of the first step, which is that before any
+    update: worse by more than LEAST_RISE of it, and by more than NOISES times the noise, which few steps do not show:
+    at least UNKNOWN_NOISE / sqrt(steps).
+    """
+    if len(losses) < 2 or losses[0] <= 0:
+        return None
+    tenth = -(-len(losses) // 10)
+    final, noise = fmean(losses[-tenth:]), max(_noise(losses), UNKNOWN_NOISE / math.sqrt(len(losses)))
+    if final <= losses[0] * (1.0 + max(LEAST_RISE, NOISES * noise)):
+        return None
+    return f"worse than it began: training loss {final:.4g} over the last tenth of the steps, {losses[0]:.4g} at step 1"
+
+
+def _noise(losses: Sequence[float]) -> float:
+    """How much one step's loss differs from the next one's, as a share of it: medians, which no jump moves."""
+    middle = median(losses)
+    return median(abs(after - before) for before, after in pairwise(losses)) / middle if middle > 0 else 0.0

@@ -8,6 +8,7 @@ from statistics import fmean
 from tunekit.artifacts.run import RunFolder
 from tunekit.metrics.classes import class_facts
 from tunekit.records import Plan, Reaction, ReportFacts
+from tunekit.training.divergence import rise
 from tunekit.training.state import LoopState
 
 
@@ -41,7 +42,7 @@ def report_facts(
     losses = {record["step"]: record["eval"].get("loss") for record in evaluations}
     exported = state.best_step if saved_best else max(losses, default=None)
     before, loss = losses.get(0), losses.get(exported)
-    verdict = None
+    verdict = rise(steps) if before is None or loss is None else None
     if before is not None and loss is not None and loss > before:
         verdict = f"worse than {begun_from}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)

@@ -17,6 +17,7 @@ from tunekit.machine.memory import peak_host_bytes
 from tunekit.machine.signals import StopSignals
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.recipe.load import LoadedRecipe
+from tunekit.records import bytes_text
 from tunekit.training.finish import Measured
 from tunekit.training.state import timed
 from tunekit.tuned.model import TunedModel
@@ -53,10 +54,11 @@ class Session:
     def out_of_memory(self) -> ResourceError:
         """The one-line error for a process that ran out of memory, with what it had."""
         if self.devices.device.type == "cuda":
-            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-            had = f"peak {allocated} bytes allocated, {reserved} reserved"
+            reserved = bytes_text(torch.cuda.max_memory_reserved())
+            had = f"peak {bytes_text(self.peak_bytes())} allocated, {reserved} reserved"
         else:
-            had = f"peak {peak_host_bytes()} bytes on the host"
+            whole = bytes_text(peak_host_bytes())
+            had = f"peak {bytes_text(self.peak_bytes())}, {whole} with Python and its libraries"
         budget = self.loaded.recipe.memory.budget
         first = (
             "set memory.budget to what the run may take (plan then chooses)" if budget is None else "raise the budget"
@@ -78,8 +80,11 @@ class Session:
         )
 
     def peak_bytes(self) -> int:
-        """Peak so far: allocated on a CUDA device, of the process on a CPU."""
-        return torch.cuda.max_memory_allocated() if self.devices.device.type == "cuda" else peak_host_bytes()
+        """The peak so far, which plan predicts: allocated on a CUDA device; on a CPU the most of the process beyond
+        what it had before the base was loaded."""
+        if self.devices.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return max(0, peak_host_bytes() - self.baseline_bytes)
 
 
 def _adapter_bytes(model: TunedModel) -> int:

@@ -41,7 +41,7 @@ class LoopState:
     stopped_early: bool = False
     tokens: int = 0
     supervised_tokens: int = 0
-    first_losses: list[float] = field(default_factory=list)
+    first_losses: list[float] = field(default_factory=list)  # of the first step, before any update
     past_losses: list[float] = field(default_factory=list)  # of the last steps, with which the next one is compared
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None  # the pass over the data before step 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-from tunekit.contracts import Objective
+from tunekit.contracts import Objective, Told
 from tunekit.data.rows import Prompt
 from tunekit.machine.devices import Devices
 from tunekit.tuned.model import TunedModel
@@ -21,14 +21,19 @@ def answer_questions(
     max_new_tokens: int,
     batch_size: int,
     template: str | None = None,
+    told: Told = lambda what, done, total: None,
 ) -> list[str]:
-    """The model's answer to each question, in order; questions are shared among the ranks."""
-    mine = list(range(devices.rank, len(questions), devices.world))
-    prompts = [questions[index].prompt_ids for index in mine]
+    """The model's answer to each question, in order; questions are shared among the ranks, and of each rank those of
+    similar length share a batch."""
+    mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: len(questions[at].prompt_ids))
+    texts: list[str] = []
     with undisturbed(model):
-        texts = objective.answer(
-            model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
-        )
+        for start in range(0, len(mine), batch_size):
+            told("answers written", devices.world * start, len(questions))
+            prompts = [questions[index].prompt_ids for index in mine[start : start + batch_size]]
+            texts += objective.answer(
+                model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
+            )
     gathered = dict(devices.gather(list(zip(mine, texts, strict=True))))
     return [gathered[index] for index in range(len(questions))]
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Objective, Row, RowEncoder, Sums
+from tunekit.contracts import Batch, Objective, Row, RowEncoder, Sums, Told
 from tunekit.data.encoding.answers import answer_of, with_answer
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
@@ -133,6 +133,7 @@ def choice_scores(
     batch_size: int,
     stop: Callable[[], bool] = lambda: False,
     on_split: Callable[[Batch], None] = lambda batch: None,
+    told: Told = lambda what, done, total: None,
 ) -> Tensor:
     """(questions, choices) float64: of each answer the sum of its tokens' log-probabilities, the token that ends it
     included (lm-eval's acc compares sums, without that token); mean_per_token: over their number; mean_per_byte: over
@@ -147,6 +148,7 @@ def choice_scores(
     most, found = batch_size * longest, []
     for start in range(0, len(questions), CHUNK_QUESTIONS):
         chunk = questions[start : start + CHUNK_QUESTIONS]
+        told("questions answered", start, len(questions))
         rows: list[Row] = []
         for number, question in enumerate(chunk):
             widest = most if apart else min(most, max(WIDEST_TOKENS, 2 * len(question.prompt)))

@@ -116,14 +116,11 @@ class Speaker:
         positions = self.target.model.base.text.positions
         room = None if positions is None else positions - max(map(len, prompts))
 
-        def told(tokens: list[int]) -> list[bool]:
-            ended = []
-            for row, (writer, token) in enumerate(zip(writers, tokens, strict=True)):
-                more = writer.add(token)
-                going = not more or on_text(row, more)
-                writer.ended = writer.ended or not going
-                ended.append(writer.ended)
-            return ended
+        def told(rows: Sequence[int], tokens: list[int]) -> list[bool]:
+            for row, token in zip(rows, tokens, strict=True):
+                more = writers[row].add(token)
+                writers[row].ended |= bool(more) and not on_text(row, more)
+            return [writers[row].ended for row in rows]
 
         with self._through(name) as model:
             kept, cache = self._kept.pop(name, ((), None)), None  # of no use where this is interrupted

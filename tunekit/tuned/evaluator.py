@@ -6,13 +6,13 @@ Model, rows and settings go in; metrics by name come out, those of the objective
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
-from tunekit.contracts import Batch, Objective, Rows
+from tunekit.contracts import Batch, Objective, Rows, Told
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
 from tunekit.data.rows import Prompt, RowSet
@@ -65,6 +65,7 @@ class Evaluator:
     metric_names: tuple[str, ...] = ()
     template: str | None = None  # of the prompts, where it is not the tokenizer's own
     on_split: Callable[[Batch], None] = lambda batch: None  # told of a batch that ran out of memory
+    told: Told = lambda what, done, total: None
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Raises: EvaluationStopped where `stop` says so."""
@@ -72,7 +73,7 @@ class Evaluator:
         mine = islice(batches(), self.devices.rank, None, self.devices.world)
         with undisturbed(self.model):
             objective = self.objective.measuring(self.model, self.rows, mine, self.devices.gather)
-        sums = summed_evaluation(self.model, objective, batches(), self.devices, stop, self.on_split)
+        sums = summed_evaluation(self.model, objective, self._counted(batches()), self.devices, stop, self.on_split)
         choices, labels = self.asked.choices, self.objective.facts.get("labels")
         always = (*self.objective.metrics, *(CHOICE_METRICS if choices else ()))
         if choices is not None:
@@ -90,6 +91,7 @@ class Evaluator:
                 max_new_tokens=self.settings.max_new_tokens,
                 batch_size=self.settings.batch_size,
                 template=self.template,
+                told=self.told,
             )
             computed |= text_metrics(texts, answers, [question.reference for question in self.asked.prompts])
             samples = [
@@ -97,6 +99,13 @@ class Evaluator:
                 for prompt, answer in zip(self.asked.prompts[:SAMPLES], answers, strict=False)
             ]
         return Evaluation(sums, {name: computed[name] for name in wanted}, _classes(labels, sums.values), samples)
+
+    def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        done = 0
+        for batch in batches:
+            yield batch
+            done += len(batch.rows)
+            self.told("evaluation rows measured", done, len(self.rows))
 
     def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> dict[str, Any]:
         """The sums over rows of what was chosen."""
@@ -109,6 +118,7 @@ class Evaluator:
             batch_size=self.settings.batch_size,
             stop=stop,
             on_split=self.on_split,
+            told=self.told,
         )
         return {name: value.tolist() for name, value in choice_sums(scores, self.asked.questions).items()}
 

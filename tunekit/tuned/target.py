@@ -268,6 +268,18 @@ def as_trained(target: Target, tokenizer: LoadedTokenizer) -> tuple[Target, Obje
     return (target if objective is None else replace(target, model=objective.section(target.model))), objective
 
 
+def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
+    """The adapter's base (or `base`) with the head that it was trained with, which the base's own files need not hold.
+
+    Raises: ModelError where nothing says which base it is.
+    """
+    section = base_section(config, named_base(base), "name it with --base MODEL")
+    if config.task_type not in [FAMILIES[name].task_type for name in ("classifier", "token_classifier")]:
+        return section
+    target = Target("adapter", section, EvaluationSection(), adapter=config.folder)
+    return as_trained(target, load_tokenizer(section))[0].model
+
+
 def load_target(target: Target, device: torch.device) -> LoadedTarget:
     """Load the base, put the adapter into it, and load the tokenizer; ready for evaluation.
 

@@ -114,24 +114,9 @@ def _memory(runs: Sequence[RunValues], many: bool) -> dict[str, Any]:
     """The peak so far, as metrics.jsonl has it; of one run beside what was predicted."""
     series = [_steps(run, "peak_bytes", at, many, "peak so far") for at, run in enumerate(runs)]
     if not many and series[0]["x"]:
-        predicted = predicted_peak(runs[0])
+        predicted = runs[0].plan.get("peak_bytes", {}).get("total")
         if predicted is not None:
             x = series[0]["x"]
             ends = [x[0], x[-1]] if len(x) > 1 else x
             series.append(_series("predicted", ends, [predicted] * len(ends), "dash", 1))
-    return _chart("memory", "Memory" + device_note(runs[0]), series, "bytes")
-
-
-def device_note(run: RunValues) -> str:
-    """What the peak of a step is measured of."""
-    return " of the process" if run.plan.get("device", "cpu") == "cpu" else " allocated on the device"
-
-
-def predicted_peak(run: RunValues) -> float | None:
-    """The predicted peak in the terms of metrics.jsonl, whose peak on a CPU is that of the whole process: what the
-    process had before the base was loaded follows from the report."""
-    total: float | None = run.plan.get("peak_bytes", {}).get("total")
-    if total is None or run.plan.get("device", "cpu") != "cpu":
-        return total
-    whole, growth = run.report.get("peak_host_bytes"), run.report.get("measured_bytes", {}).get("cpu")
-    return None if whole is None or growth is None else total + whole - growth
+    return _chart("memory", "Peak memory of the run", series, "bytes")

@@ -20,6 +20,10 @@ from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text, ski
 CURVE_COLUMNS = 60
 MOST_LABELS = 20
 SPECIAL = "\\`*_{}[]<>#|!~&"
+PEAK = (
+    "The peak, here, in the plan and in the line of progress, is the most that the run takes: on a GPU what its "
+    "tensors are given; on a CPU what the process takes beyond Python and its libraries."
+)
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
 SECONDS_ORDER = ("load", "data", "calibrate", "try", "train", "evaluate", "save")
 
@@ -88,10 +92,11 @@ def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
         lines.append("The result was not compared with its base: there are no evaluation rows (data.eval).")
     if facts.classes is not None:
         lines += _classes(facts.classes)
-    if losses:
+    if facts.first_loss is not None and facts.final_loss is not None:
+        flat = len(losses) > 2 and facts.final_loss >= facts.first_loss
         lines.append(
             f"Training loss: {_number(facts.first_loss)} over the first tenth of the steps, "
-            f"{_number(facts.final_loss)} over the last."
+            f"{_number(facts.final_loss)} over the last.{' **It did not fall.**' if flat else ''}"
         )
     if len(losses) > 2:
         lines.append(f"```\n{curve(losses)}\n```")
@@ -139,8 +144,8 @@ def curve(values: Sequence[float]) -> str:
 
 def _memory(facts: ReportFacts, plan: Plan) -> str:
     rows = [[part, bytes_text(getattr(plan.peak_bytes, part))] for part in PARTS]
-    rows.append(["**peak of a step**", f"**{bytes_text(plan.peak_bytes.total)}**"])
-    lines = ["## Memory", "Predicted before a weight was loaded:", _table(["part", "predicted"], rows)]
+    rows.append(["**peak**", f"**{bytes_text(plan.peak_bytes.total)}**"])
+    lines = ["## Memory", PEAK, "Predicted before a weight was loaded:", _table(["part", "predicted"], rows)]
     both = sorted(set(facts.predicted_bytes) & set(facts.measured_bytes))
     if both:
         compared = [
@@ -152,18 +157,18 @@ def _memory(facts: ReportFacts, plan: Plan) -> str:
             ]
             for device in both
         ]
-        lines.append(_table(["device", "predicted", "measured", "prediction against measurement"], compared))
+        lines.append(_table(["device", "predicted peak", "measured peak", "prediction against measurement"], compared))
     if facts.budget_bytes is not None:
         lines.append(_budget(facts, both))
     peaks = [
         ("asked for by tensors on the device", facts.peak_requested_bytes),
-        ("allocated to them", facts.peak_allocated_bytes),
+        ("allocated to them: the peak", facts.peak_allocated_bytes),
         ("reserved from the device by PyTorch", facts.peak_reserved_bytes),
-        ("of the whole process on the host, libraries included", facts.peak_host_bytes),
+        ("the whole process on the host, Python and its libraries included", facts.peak_host_bytes),
     ]
     measured = [[name, bytes_text(value)] for name, value in peaks if value is not None]
     if measured:
-        lines.append(_table(["measured peak", "bytes"], measured))
+        lines.append(_table(["at its highest", "bytes"], measured))
     return "\n\n".join(lines)
 
 

@@ -72,4 +72,4 @@ def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
     kept = plan.peak_bytes.total - sum(parts.values())
     if kept > 0:
         lines.append(["the process; freed blocks that malloc keeps; loading", bytes_text(kept)])
-    return [*lines, ["total", bytes_text(plan.peak_bytes.total) + (free and f" of {free}")]]
+    return [*lines, ["peak", bytes_text(plan.peak_bytes.total) + (free and f" of {free}")]]

@@ -112,16 +112,21 @@ class Family:
         return name_of(net, _call(net, "get_input_embeddings"))
 
     def learned_positions(self, net: nn.Module) -> int | None:
-        """Usable rows of a learned table of positions; None where positions are computed."""
+        """Usable rows of a learned table of positions; None where positions are computed.
+
+        A table that has a row for padding (RoBERTa's kind) counts from behind that row on.
+        """
         declared, tokens = getattr(text_config(net), "max_position_embeddings", None), self.embedding_name(net)
         if not isinstance(declared, int):
             return None
         tables = [
-            module.num_embeddings
+            declared if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
             for name, module in net.named_modules()
-            if isinstance(module, nn.Embedding) and name != tokens
+            if isinstance(module, nn.Embedding)
+            and name != tokens
+            and 0 <= module.num_embeddings - declared <= UNUSED_ROWS
         ]
-        return declared if any(0 <= rows - declared <= UNUSED_ROWS for rows in tables) else None
+        return min(tables, default=None)
 
     def tied(self, net: nn.Module) -> bool:
         """Whether the head and the token embedding are one matrix."""

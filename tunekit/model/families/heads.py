@@ -50,7 +50,7 @@ def make_head(net: nn.Module, name: str, config: Any) -> TextHead:
         scale = float(config.lm_head_multiplier)
     elif getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head
         scale = float(config.d_model) ** -0.5
-    if config.model_type.startswith("granite"):
+    if config.model_type.startswith(("granite", "minicpm3")):
         divisor = float(getattr(config, "logits_scaling", None) or 1.0)
     cap = None
     for field in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):

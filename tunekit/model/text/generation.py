@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -18,13 +19,14 @@ from tunekit.contracts import GREEDY, Sampling, Tokenizer
 from tunekit.errors import DataError, ModelError
 from tunekit.model.call import seed_for
 from tunekit.model.families import text_config
-from tunekit.model.families.structure import training_mode
+from tunekit.model.families.structure import accepted_names, training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.transformers_guard import quiet
 
 Inputs = dict[str, torch.Tensor]
-Told = Callable[[list[int]], list[bool]]
+Told = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
+PROBE_TOKENS = 8
 
 
 def generate_texts(
@@ -45,11 +47,12 @@ def generate_texts(
     """New ids of each prompt, in order, without the stop token that ended it.
 
     Prompts of similar length share a batch, padded with a mask: on the left, but where an encoder reads them on the
-    right, since its positions count from the start of the row. The base's own generation defaults (penalties, top-k)
+    right, since its positions count from the start of the row; a base whose rows disturb each other answers one prompt
+    at a time. The base's own generation defaults (penalties, top-k)
     are not used. `stop_ids`: by default those of find_stop_ids with `template`, a chat template other than the
     tokenizer's own. `adapt`: what an adapter of the whole model makes of the first step's inputs, which then have
-    `virtual_tokens` more positions. `told`: called with the new token of each row at every step, says which rows end
-    there; then the prompts are one batch, as they stand. `cache`: keys and values of what the one prompt begins with.
+    `virtual_tokens` more positions. `told`: asked at every step of a batch. `cache`: keys and values of what the one
+    prompt begins with.
     Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
     gives no text.
     """
@@ -60,13 +63,10 @@ def generate_texts(
     longest = None if table is None else table - virtual_tokens
     apart = model.family.reads_source  # then the answer has a table of positions to itself
     check_prompts(prompts_ids, longest, 0 if apart else 1)
-    order = list(range(len(prompts_ids)))
-    if told is None:
-        order.sort(key=lambda index: len(prompts_ids[index]))
-    else:
-        batch_size = len(order)
+    order = sorted(range(len(prompts_ids)), key=lambda index: (len(prompts_ids[index]), index))
     results: list[list[int]] = [[] for _ in prompts_ids]
     with _left_as_found(model.net):
+        batch_size = 1 if batch_size > 1 and _rows_disturb(model, tokenizer.pad_id) else batch_size
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             widest = max(len(prompts_ids[index]) for index in rows)
@@ -74,7 +74,8 @@ def generate_texts(
             torch.manual_seed(seed_for("generate", sampling.seed, start))
             settings = _settings(model, tokenizer.pad_id, new_tokens, sampling, stops)
             begun = [prompts_ids[index] for index in rows]
-            produced = _generate(model, begun, tokenizer.pad_id, settings, adapt, told, cache)
+            asked = None if told is None else partial(told, rows)
+            produced = _generate(model, begun, tokenizer.pad_id, settings, adapt, asked, cache)
             for index, ids in zip(rows, produced, strict=True):
                 results[index] = list(takewhile(lambda token_id: token_id not in stops, ids))
     return results
@@ -179,13 +180,35 @@ def _answer_ends(model: LoadedModel) -> dict[str, int]:
 
 
 @torch.no_grad()
+def _rows_disturb(model: LoadedModel, pad_id: int) -> bool:
+    """Whether a row's answer depends on its batch: a state that reads the padding (xlstm, recurrent_gemma), or one of
+    several rows that is not kept apart (rwkv). Tried with two rows where the net carries a state or takes no mask."""
+    net: Any = model.net
+    if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
+        return False
+    settings = _settings(model, pad_id, 2, GREEDY, [])
+    settings.output_logits, settings.return_dict_in_generate = True, True
+    rows = torch.arange(2 * PROBE_TOKENS, device=model.device).view(2, -1)  # (B, T)
+    mask = torch.ones_like(rows)  # (B, T)
+    rows[0, : PROBE_TOKENS // 2], mask[0, : PROBE_TOKENS // 2] = pad_id, 0
+    cases, found = ((rows[:1, PROBE_TOKENS // 2 :], mask[:1, PROBE_TOKENS // 2 :]), (rows, mask)), []
+    for ids, seen in cases:
+        with quiet():
+            steps = net.generate(input_ids=ids, attention_mask=seen, generation_config=settings).logits
+        found.append(torch.stack([logits[0].float() for logits in steps]))  # (2, V)
+    alone, together = found
+    allowed = max(1e-4, 2 * torch.finfo(net.dtype).eps) * float(alone.abs().max())
+    return float((together - alone).abs().max()) > allowed
+
+
+@torch.no_grad()
 def _generate(
     model: LoadedModel,
     prompts: list[Sequence[int]],
     pad_id: int,
     settings: Any,
     adapt: Callable[[Inputs], Inputs] | None,
-    told: Told | None,
+    told: Callable[[list[int]], list[bool]] | None,
     cache: Any,
 ) -> list[list[int]]:
     """One batch: new ids of each row, with whatever follows a stop token."""
@@ -203,12 +226,16 @@ def _generate(
     more = {} if told is None else {"stopping_criteria": [_ends_where(told)]}
     more |= {} if cache is None else {"past_key_values": cache}
     with quiet():
+        if any(
+            hasattr(module, "_setup_cache") for module in net.modules()
+        ):  # recurrent_gemma keeps the last row's state
+            net(input_ids=ids[:1, :1].to(model.device), use_cache=False)  # in its modules, and drops it without a cache
         output = net.generate(**inputs, generation_config=settings, **more)
     repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
     return output[:, repeated:].tolist()  # type: ignore[no-any-return]
 
 
-def _ends_where(told: Told) -> Callable[..., torch.Tensor]:
+def _ends_where(told: Callable[[list[int]], list[bool]]) -> Callable[..., torch.Tensor]:
     """A stopping criterion of transformers: (B,) bool, asked after every step with all ids (B, T) so far."""
     return lambda ids, scores, **_: torch.tensor(told(ids[:, -1].tolist()), device=ids.device)
 
