@@ -182,4 +182,4 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     if facts.skipped_steps:
         console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
-    console.info(f"report:  {folder.path / 'report.md'}")
+    console.info(f"report:  {folder.path / 'report.html'}")
