@@ -59,6 +59,7 @@ DOORS = {
     "accelerate": ("machine/devices", "artifacts/trackers"),
     "psutil": ("machine", "files"),
     "filelock": ("machine", "files"),
+    "rensa": ("data/looking", "data_check"),
     "starlette": ("serve",),
     "uvicorn": ("serve",),
     "regex": ("files/untrusted",),

@@ -28,6 +28,7 @@ from tunekit.commands.options import (
     TargetOverrides,
 )
 from tunekit.commands.results import add_results
+from tunekit.commands.rows import add_rows
 from tunekit.commands.talk import add_talk
 from tunekit.errors import TunekitError, redact
 from tunekit.machine.malloc import KEPT_KERNELS
@@ -382,7 +383,7 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-for add in (add_results, add_talk):
+for add in (add_rows, add_results, add_talk):
     add(app, _call)
 
 

@@ -21,6 +21,7 @@ from tunekit.model.compute import computes_bfloat16
 from tunekit.records import bytes_text
 
 FEATURES = {  # what it is for -> (modules that it needs, what installs them)
+    "tunekit data check": (("rensa",), "pip install 'tunekit[data]'"),
     "tunekit serve": (("starlette", "uvicorn"), "pip install 'tunekit[serve]'"),
     "output.report_to: [tensorboard]": (("tensorboard",), "pip install 'tunekit[tensorboard]'"),
     "output.report_to: [wandb]": (("wandb",), "pip install wandb"),

@@ -1,4 +1,4 @@
-"""The commands that read what is there: report, runs and watch, and doctor, which reads the machine."""
+"""The commands that read what is there: report, runs and watch; doctor, which reads the machine."""
 
 from __future__ import annotations
 

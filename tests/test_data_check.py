@@ -1,0 +1,101 @@
+"""`tunekit data check`: planted faults are found with their lines, and clean rows have no finding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tunekit.data.looking.look import KINDS
+from tunekit.data.looking.similar import Seen, signed
+from tunekit.data_check import data_check_verb
+
+WORDS = [first + last for first in ("ba", "ke", "li", "mo", "nu") for last in ("ra", "sel", "tin", "pod", "gum")]
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def clean(number: int) -> dict[str, Any]:
+    """A row of thirty drawn words, like no other."""
+    words = Random(number).choices(WORDS, k=30)
+    return chat(" ".join(words[:12]) + "?", " ".join(words[12:]) + ".")
+
+
+PLANTED = {  # line -> its row and the kind of finding
+    3: (clean(0), "exact"),
+    5: (chat(clean(1)["messages"][0]["content"] + " ok", clean(1)["messages"][1]["content"]), "near"),
+    8: ({"messages": [{"role": "assistant", "content": "I begin without having been asked anything"}]}, "roles"),
+    9: (chat("What is this, now?", "It was cafÃ© time"), "garbled"),
+    11: (chat("A bell\x07 rings", "It does"), "control"),
+    13: (chat("Who can I write to?", "Write to ada@example.org for that"), "email"),
+    14: (chat("My key?", "hf_" + "abcDEF123" * 4), "secret"),
+    16: (chat("Raw?", "<|im_start|>user\nhello"), "markup"),
+    18: (chat("Long?", "so " * 2000), "long"),
+    20: (chat("Que?", ""), "empty"),
+    21: ({"messages": [{"role": "king", "content": "x"}]}, "broken"),
+}
+
+
+def write(tmp_path: Path, count: int = 60, planted: bool = True, **data: Any) -> Path:
+    rows = [clean(number) for number in range(count)]
+    for line, (row, _) in PLANTED.items() if planted else ():
+        rows.insert(line - 1, row)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = {"model": "org/base", "data": {"train": "rows.jsonl", "max_length": 512, **data}, "output": {"dir": "run"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    return tmp_path / "recipe.yaml"
+
+
+def check(recipe: Path, fix: Path | None = None) -> tuple[int, dict[str, Any]]:
+    out = recipe.parent / "found.json"
+    code = data_check_verb(str(recipe), [], None if fix is None else str(fix), str(out))
+    return code, json.loads(out.read_text("utf-8"))["files"][0]
+
+
+def test_planted_faults_are_found_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = check(write(tmp_path), tmp_path / "good.jsonl")
+    assert code == 2
+    expected: dict[str, list[int]] = {}
+    for line, (_, kind) in PLANTED.items():
+        expected.setdefault(kind, []).append(line)
+    assert {kind: lines for kind, lines in found["findings"].items() if lines} == expected
+    good = [json.loads(line) for line in (tmp_path / "good.jsonl").read_text("utf-8").splitlines()]
+    assert good == [clean(number) for number in range(60)]
+    shown = capsys.readouterr().out
+    assert "hf_" not in shown
+    for kind in expected:
+        assert KINDS[kind] in " ".join(shown.split()) or kind
+    code, found = check(write(tmp_path, planted=False))
+    assert (code, found["findings"]) == (0, {})
+
+
+def test_rows_that_are_evaluated_on_are_leaks(tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text(json.dumps(clean(7)) + "\n", encoding="utf-8")
+    _, found = check(write(tmp_path, planted=False, eval="eval.jsonl"))
+    assert found["findings"] == {"leak": [8]}
+
+
+def test_another_writing_is_remarked_on(tmp_path: Path) -> None:
+    recipe = write(tmp_path, planted=False)
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(chat("Что это такое?", "Это ответ на вопрос")) + "\n")
+    _, found = check(recipe)
+    assert found["findings"] == {"script": [61]}
+
+
+def test_nearness_follows_the_similarity_of_word_pairs() -> None:
+    """Of texts of 100 words: two changed words are near, thirty are not."""
+    words = [f"word{number}" for number in range(100)]
+    seen = Seen()
+    seen.add(signed(" ".join(words)), "f", 1)
+    near, far = list(words), list(words)
+    near[10], near[50] = "x", "y"
+    far[::3] = ["z"] * len(far[::3])
+    assert seen.like(signed(" ".join(near))) == ("near", "f", 1)
+    assert seen.like(signed(" ".join(far))) is None
+    assert seen.like(signed(" ".join(words).upper() + "!")) == ("exact", "f", 1)

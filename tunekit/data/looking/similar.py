@@ -1,0 +1,71 @@
+"""Rows that repeat or nearly repeat an earlier one.
+
+Near duplicates are found by MinHash (Broder 1997) over pairs of words: PERMUTATIONS hashes in BANDS bands; rows that
+share a band are compared by their whole signatures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+PERMUTATIONS, BANDS = 60, 12
+NEAR = 0.85  # estimated Jaccard similarity of two rows' word pairs
+FEWEST_WORDS = 8  # of a row whose nearness says something
+WORD = re.compile(r"\w+")
+
+
+@dataclass
+class Seen:
+    """Rows by their text and by the bands of their signature."""
+
+    texts: dict[int, tuple[str, int]] = field(default_factory=dict)  # hash of the words -> file and line
+    bands: list[dict[int, int]] = field(default_factory=lambda: [{} for _ in range(BANDS)])
+    signatures: list[tuple[Any, str, int]] = field(default_factory=list)
+
+    def like(self, row: Signed) -> tuple[str, str, int] | None:
+        """("exact" or "near", file, line) of a row like this one; None where there is none."""
+        if row.key in self.texts:
+            return "exact", *self.texts[row.key]
+        tried: set[int] = set()
+        for band, part in zip(self.bands, row.bands, strict=False):
+            other = band.get(part)
+            if other is not None and other not in tried:
+                tried.add(other)
+                if row.signature.jaccard(self.signatures[other][0]) >= NEAR:
+                    return "near", *self.signatures[other][1:]
+        return None
+
+    def add(self, row: Signed, name: str, line: int) -> None:
+        """Remember a row."""
+        self.texts[row.key] = name, line
+        if row.bands:
+            for band, part in zip(self.bands, row.bands, strict=True):
+                band.setdefault(part, len(self.signatures))
+            self.signatures.append((row.signature, name, line))
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A row as it is compared: the hash of its words, the signature of its word pairs, and the hash of each band."""
+
+    key: int
+    signature: Any = None
+    bands: Sequence[int] = ()
+
+
+def signed(text: str) -> Signed:
+    """Of a short text only the words count."""
+    from rensa import RMinHash
+
+    words = WORD.findall(text.lower())
+    key = hash(" ".join(words))
+    if len(words) < FEWEST_WORDS:
+        return Signed(key)
+    signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
+    signature.update([f"{a} {b}" for a, b in pairwise(words)])
+    digest, width = tuple(signature.digest()), PERMUTATIONS // BANDS
+    return Signed(key, signature, [hash(digest[at : at + width]) for at in range(0, PERMUTATIONS, width)])

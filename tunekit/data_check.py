@@ -1,0 +1,69 @@
+"""`tunekit data check`: what is doubtful in a recipe's rows, with their numbers, before anything is trained on them.
+
+Comes in: a recipe.  Goes out: findings on the screen or as JSON, and with --fix the rows that have none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tunekit.console import Console
+from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
+from tunekit.data.looking.similar import Seen
+from tunekit.errors import InputError
+from tunekit.files.durable import json_result, write_text
+from tunekit.recipe.load import load_recipe
+
+SHOWN_ROWS = 8
+
+
+def data_check_verb(recipe_path: str, overrides: Sequence[str], fix: str | None, json_file: str | None) -> int:
+    """Look at all rows; 2 where there are findings. Raises: TunekitError where the rows cannot be looked at."""
+    try:
+        import rensa  # noqa: F401
+    except ImportError as error:
+        raise InputError("finding near duplicates needs rensa", "pip install 'tunekit[data]'") from error
+    loaded = load_recipe(recipe_path, overrides)
+    recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
+    console.info(*loaded.rewrites)
+    evaluation = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
+    example, limit = recipe.objective.example, recipe.data.max_length
+    seen, held = Seen(), Seen()
+    held_back = [look_at_rows(source, example, limit, held, None, False) for source in evaluation]
+    known, keep = held if held_back else None, fix is not None
+    trained = [look_at_rows(source, example, limit, seen, known, keep) for source in recipe.data.train]
+    for each in (*trained, *held_back):
+        add_other_scripts(each)
+        console.info(f"{each.name}: {each.rows:,} rows")
+        console.table(["tokens, about", "rows", ""], _histogram(each, limit))
+        if not each.lines:
+            console.info("nothing was found")
+            continue
+        lines = ((kind, each.lines[kind]) for kind in KINDS if kind in each.lines)
+        rows = [[KINDS[kind], len(found), _rows_text(found), each.first[kind]] for kind, found in lines]
+        console.table(["finding", "rows", "at line", "the first"], rows)
+    if fix is not None:
+        passed = [row for each in trained for row in each.passed]
+        write_text(Path(fix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in passed))
+        console.info(f"{fix}: the {len(passed):,} training rows without a finding")
+    findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in (*trained, *held_back)]
+    write_result({"files": findings, "fixed": fix})
+    return 2 if any(each.lines for each in (*trained, *held_back)) else 0
+
+
+def _rows_text(lines: Sequence[int]) -> str:
+    """The first of the lines."""
+    more = f" and {len(lines) - SHOWN_ROWS:,} more" if len(lines) > SHOWN_ROWS else ""
+    return ", ".join(f"{line:,}" for line in sorted(lines)[:SHOWN_ROWS]) + more
+
+
+def _histogram(found: Found, limit: int) -> Iterator[list[object]]:
+    """A line for each length, with a bar; which of them max_length drops or cuts."""
+    most = max(found.sizes.values(), default=1)
+    for low, high in zip(LENGTHS, [*LENGTHS[1:], None], strict=True):
+        if found.sizes[low]:
+            end = "and more" if high is None else f"to {high - 1:,}"
+            mark = "  over data.max_length" if low >= limit else ""
+            yield [f"{low:,} {end}", found.sizes[low], "#" * max(1, round(30 * found.sizes[low] / most)) + mark]
