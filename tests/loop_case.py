@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.data_case import objective_of
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
@@ -39,6 +40,9 @@ from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.state import LoopState, Run
 from tunekit.tuned.model import TunedModel
+
+# how a model is given kept keys and values, and gives them back, in this release of transformers
+KEPT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(os.environ.get("TUNEKIT_TEST_DEVICE", "cpu"))  # where a case is computed that names no other

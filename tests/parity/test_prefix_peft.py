@@ -10,6 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration
@@ -108,14 +110,15 @@ def test_prefix_with_a_projection(row: str, family: str, tmp_path: Path) -> None
     assert not cell.failures, cell.failures
 
 
-def test_a_classifier_of_bert_is_refused_by_both() -> None:
+def test_a_classifier_of_bert_is_refused() -> None:
+    """By peft too, on the releases of transformers of which BERT has no cache to pass keys and values in."""
     base = BASES["bert"]
 
     def of_peft() -> None:
         config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=LENGTH)
         logits_of(peft.get_peft_model(base.make(), config), base)
 
-    for row in ("", "projection"):
+    for row in ("", "projection") if Version(transformers.__version__) >= Version("5.24") else ():
         peft_refuses(
             "prefix", "bert", "peft passes keys and values as a cache, which BERT has none of", of_peft, row=row
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.loop_case import Case, make_case, make_rows
+from tests.loop_case import KEPT, Case, make_case, make_rows
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.errors import AdapterError
@@ -129,10 +129,10 @@ def test_with_a_cache_as_without_one_and_padded_as_alone(name: str, tiny_llama: 
                 input_ids=ids[:, first:last],
                 attention_mask=mask[:, :last],
                 position_ids=positions[:, first:last],
-                cache=cache,
+                **{KEPT: cache},
                 use_cache=True,
             )
-            cache = output.cache
+            cache = getattr(output, KEPT)
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1)[1], whole[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.cat(steps, dim=1)[0, 4:], whole[0, 4:], rtol=0, atol=1e-5)
