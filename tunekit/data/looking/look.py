@@ -29,6 +29,13 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 MARKUP = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|^### (?:Instruction|Response)", re.M
 )
+PATTERNS = (  # kind, what is looked for, and a text without which it cannot be there
+    ("garbled", GARBLED, ("\ufffd", "Ã", "â€", "Â")),
+    ("control", CONTROLS, ("",)),
+    ("markup", MARKUP, ("<|", "[INST", "<start_of", "###")),
+    ("email", EMAIL, ("@",)),
+    ("secret", KEY, ("-----BEGIN", "AKIA", "ASIA")),
+)
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHARACTERS_OF_A_TOKEN = 3.5  # where no tokenizer has been asked
 
@@ -108,11 +115,11 @@ def _doubts(made: Any, text: str, line: int, limit: int, found: Found) -> Iterat
     if size > limit:
         yield "long", f"about {size:,} tokens"
     found.scripts.setdefault(_script(text), []).append(line)
-    for kind, pattern in (("garbled", GARBLED), ("control", CONTROLS), ("markup", MARKUP), ("email", EMAIL)):
-        match = pattern.search(text)
+    for kind, pattern, marks in PATTERNS:
+        match = pattern.search(text) if any(mark in text for mark in marks) else None
         if match is not None:
-            yield kind, repr(match[0]) if kind != "email" else match[0]
-    if KEY.search(text) or holds_secret(text):
+            yield kind, match[0] if kind == "email" else "[secret]" if kind == "secret" else repr(match[0])
+    if any(mark in text for mark in ("_", "sk-", "glpat-", "://")) and holds_secret(text):
         yield "secret", "[secret]"
     if isinstance(made, ChatExample) and all(each.empty for each in made.messages if each.role == "assistant"):
         yield "empty", "no answer"
