@@ -247,7 +247,7 @@ def test_peft_reads_the_folder_and_its_own_is_read(base: Path, tmp_path: Path) -
         expected = theirs(input_ids=ids).logits
         torch.testing.assert_close(loaded.model.base.family.logits(loaded.model.base.net, {"input_ids": ids}), expected)
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    again = load_target(find_target(str(tmp_path / "theirs"), str(base), []), CPU)
+    again = load_target(find_target(str(tmp_path / "theirs"), str(base), ["model.dtype=float32"]), CPU)
     assert again.objective.facts["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
     with torch.no_grad():
         torch.testing.assert_close(again.model.base.family.logits(again.model.base.net, {"input_ids": ids}), expected)
