@@ -278,8 +278,14 @@ class Objective(Protocol):
     def spans(self, row: Row) -> list[Part]:
         """What preview shows of a row."""
 
-    def laid_out(self, end_to_end: bool) -> Objective:
-        """The same objective for a model that keeps documents of one sequence apart, or for one that does not."""
+    def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:
+        """The same objective for a model that keeps documents of one sequence apart, or for one that does not.
+
+        `shares_prefixes`: whether such a document may begin with tokens of another one, which are computed there.
+        """
+
+    def shared(self, row: Row) -> int:
+        """How many of a row's tokens are computed once that its sizes count twice."""
 
     def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
         """The window with all that depends on the step; without gradient. `gather`: where all ranks' shares decide."""

@@ -1,12 +1,13 @@
-"""The other side: a script with TRL's SFTTrainer, or peft with a plain loop. Runs in the benchmark's own environment.
+"""The other side: a script with TRL's trainers, or peft with a plain loop. Runs in the benchmark's own environment.
 
-    rival.py SPECIFICATION      (a JSON file that scripts/bench_compare.py writes)
+    rival.py SPECIFICATION      (a JSON file that compare/bench.py writes)
 
-Specification: kind (trl, loop), model, rows (JSON Lines: input_ids and labels, or prompt and completion), steps_log,
-losses.
-For trl: config (fields of SFTConfig), adapters (default, or "bfloat16": in the base's dtype).
+Specification: kind (trl, dpo, loop), model, rows (JSON Lines: input_ids and labels, or prompt and completion; of dpo
+prompt_ids, chosen_ids and rejected_ids), steps_log, losses.
+For trl and dpo: config (fields of SFTConfig or DPOConfig).  For trl: adapters (default, or "bfloat16": in the base's
+dtype).  For dpo and loop: init (an adapter folder to begin from).
 For loop: dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one), exact_loss (taken in
-float64), init (an adapter folder to begin from) and save (where to leave it).
+float64) and save (where to leave the adapter).
 Nothing but the import of what is used, the usual lines, and one line in steps_log after each optimizer step.
 """
 
@@ -26,12 +27,15 @@ def note(step: int, tokens: int) -> None:
 
 
 def run_trl() -> list[float]:
+    import trl
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
-    class Counting(SFTTrainer):
+    name = "DPO" if SPECIFICATION["kind"] == "dpo" else "SFT"
+    trainer_kind, config_kind = (getattr(trl, f"{name}{what}") for what in ("Trainer", "Config"))
+
+    class Counting(trainer_kind):  # type: ignore[misc,valid-type]
         """Counts the tokens that are not padding."""
 
         tokens = 0
@@ -41,13 +45,25 @@ def run_trl() -> list[float]:
             self.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             return super().training_step(model, inputs, num_items_in_batch)
 
+        if name == "DPO":
+
+            def _prepare_dataset(self, dataset, *rest):  # type: ignore[no-untyped-def]
+                return dataset  # rows of token ids
+
     class Noting(TrainerCallback):
         def on_step_end(self, arguments, state, control, **named):  # type: ignore[no-untyped-def]
             note(state.global_step, trainer.tokens)
 
     dataset = load_dataset("json", data_files=SPECIFICATION["rows"], split="train")
     model, given = SPECIFICATION["model"], {"peft_config": LoraConfig(**LORA)}
-    if SPECIFICATION.get("adapters") == "bfloat16":
+    if SPECIFICATION.get("init"):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(model, **SPECIFICATION["config"]["model_init_kwargs"])
+        model, given = PeftModel.from_pretrained(base, SPECIFICATION["init"], is_trainable=True), {}
+        del SPECIFICATION["config"]["model_init_kwargs"]  # of a model that is given by name
+    elif SPECIFICATION.get("adapters") == "bfloat16":
         import torch
         from peft import get_peft_model
         from transformers import AutoModelForCausalLM
@@ -59,7 +75,7 @@ def run_trl() -> list[float]:
 
         given = {"processing_class": AutoTokenizer.from_pretrained(SPECIFICATION["model"])}
     trainer = Counting(
-        model=model, args=SFTConfig(**SPECIFICATION["config"]), train_dataset=dataset, callbacks=[Noting()], **given
+        model=model, args=config_kind(**SPECIFICATION["config"]), train_dataset=dataset, callbacks=[Noting()], **given
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -118,5 +134,5 @@ def run_loop() -> list[float]:
 
 
 if __name__ == "__main__":
-    found = run_trl() if SPECIFICATION["kind"] == "trl" else run_loop()
+    found = run_loop() if SPECIFICATION["kind"] == "loop" else run_trl()
     Path(SPECIFICATION["losses"]).write_text(json.dumps(found), encoding="utf-8")

@@ -16,6 +16,7 @@ from tunekit.model.attention.documents import (
     VARLEN,
     DocumentMask,
     attend_per_document,
+    shares_prefixes,
     takes_documents,
 )
 from tunekit.model.attention.segments import Segments, find_segments
@@ -77,6 +78,45 @@ def test_packed_documents_equal_documents_alone(model_type: str) -> None:
             alone = hidden(net, ids, torch.arange(length)[None], None)
             torch.testing.assert_close(packed[row, start : start + length], alone[0], rtol=1e-5, atol=1e-5)
             start += length
+
+
+SHARED = torch.tensor([[*range(9), *range(6, 11), *range(2, 7), *range(3)], [*range(5), *range(2, 9), *range(10)]])
+BEHIND = torch.randint(3, 97, SHARED.shape, generator=torch.Generator().manual_seed(5))
+ALONE = [(0, [*range(6), *range(9, 14)], 6), (0, [0, 1, *range(14, 19)], 2), (1, [0, 1, *range(5, 12)], 2)]
+
+
+def test_a_document_that_begins_at_a_position_shares_what_is_before_it() -> None:
+    found = find_segments(SHARED)
+    assert found == Segments(((9, 5, 5, 3), (5, 7, 10)), ((0, 6, 2, 0), (0, 2, 0)))
+    assert found.seen(0) == (9, 11, 7, 3)
+    assert found.longest == 11
+    assert found.key_boundaries() == [0, 9, 20, 27, 30, 35, 44, 54]
+    assert found.places(1).tolist() == [*range(5), 0, 1, *range(5, 22)]
+    assert find_segments(torch.arange(3, 7)[None]) == Segments(((4,),)), "there is nothing before it"
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["products", "each document"])
+@pytest.mark.parametrize("model_type", sorted(PROVEN))
+def test_documents_that_share_a_beginning_equal_documents_alone(model_type: str, plain: bool) -> None:
+    """In values, and in the gradient of what they share."""
+    net = make(model_type)
+    if not shares_prefixes(net, 11):
+        windows = model_type in ("gemma2", "gemma3_text", "gpt_oss")
+        assert windows, "the others have no window, or a longer one"
+        return
+    if plain:
+        net.config._attn_implementation = "sdpa_per_document"
+    weight = net.get_input_embeddings().weight.requires_grad_(True)
+    out = hidden(net, BEHIND, SHARED, find_segments(SHARED))
+    scales = torch.arange(out.shape[-1])
+    for row, places, shared in ALONE:
+        alone = hidden(net, BEHIND[row : row + 1, places], torch.arange(len(places))[None], None)[0, shared:]
+        found = out[row, places[shared:]]
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+        ours, theirs = (
+            torch.autograd.grad((each * scales).sum(), weight, retain_graph=True)[0] for each in (found, alone)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_long_documents_of_a_row_go_to_torchs_kernel_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -245,31 +246,42 @@ def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) ->
     theirs = peft.get_peft_model(
         model, peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
     )
-    _start_as_ours(theirs, recipe, tmp_path)
-    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    settings = load_recipe(recipe).recipe.training
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = get_scheduler(settings.scheduler, optimizer, plan.warmup_steps, STEPS)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    rows, found = texts(42), []
-    for step in range(STEPS):
+    start_as_ours(theirs, recipe, tmp_path)
+    tokenizer, rows = AutoTokenizer.from_pretrained(base), texts(42)
+
+    def loss_of(step: int) -> torch.Tensor:
         batch = rows[step % 7 * 6 : step % 7 * 6 + 6]
         total = torch.zeros(())
         for text, label in batch:
             ids = torch.tensor([tokenizer(text)["input_ids"]])
             logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([labels.index(label)]))
-        loss = total / len(batch)
+        return total / len(batch)
+
+    assert ours == pytest.approx(losses_of(theirs, recipe, plan.warmup_steps, STEPS, loss_of), rel=1e-5)
+
+
+def losses_of(
+    theirs: torch.nn.Module, recipe: Path, warmup_steps: int, steps: int, loss_of: Callable[[int], torch.Tensor]
+) -> list[float]:
+    """Of a plain loop with torch's optimizer and transformers' schedule, set up as the recipe says."""
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    settings = load_recipe(recipe).recipe.training
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+    schedule = get_scheduler(settings.scheduler, optimizer, warmup_steps, steps)
+    found = []
+    for step in range(steps):
+        loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         found.append(float(loss))
-    assert ours == pytest.approx(found, rel=1e-5)
+    return found
 
 
-def _start_as_ours(theirs: peft.PeftModel, recipe: Path, folder: Path) -> None:
+def start_as_ours(theirs: peft.PeftModel, recipe: Path, folder: Path) -> None:
     """The adapter and the head of a run without a step: its first rate is 0, so one step changes nothing."""
     train_verb(str(recipe), [f"output.dir={folder / 'start'}", "training.max_steps=1"], False, False)
     with warnings.catch_warnings():
@@ -506,13 +518,23 @@ def rows_of(*labels: str) -> Any:
 
 
 def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path) -> None:
-    bare = Classify(ClassifySettings(), tokenizer_of(tiny_llama), [])
+    tokenizer = tokenizer_of(tiny_llama)
+    bare = Classify(ClassifySettings(), tokenizer, [])
     order = ["-2", "01", "1", "10", "--5", "b", "\u00b2"]
     for labels in (order, order[::-1]):
         assert bare.informed([rows_of(*labels)]).facts["labels"] == order
-    assert bare.informed([rows_of("a", "b"), rows_of("a", "c")]).notes == [
-        "the label 'c' occurs in the evaluation rows only"
-    ]
+    few, held = rows_of("a", "b", "b"), rows_of("a", "c")
+    assert bare.informed([few, held[:1]]).notes == ["the label 'a' has one row to train on"]
+    with pytest.raises(
+        TunekitError, match=r"file:1: the label 'c' is in no row of data\.train; add rows of it"
+    ) as caught:
+        bare.informed([few, held])
+    assert caught.value.exit_code == 2
+    for known in (
+        Classify(ClassifySettings(), tokenizer, ["a", "b", "c"]),
+        Classify(ClassifySettings(), tokenizer, [], "abc"),
+    ):
+        assert known.informed([few, held]).notes[0] == "the label 'c' occurs in the evaluation rows only"
     with pytest.raises(InputError, match="a text is empty"):
         bare.informed([rows_of("a", "b")]).answer(None, [[5], []], max_new_tokens=1, batch_size=1)
 

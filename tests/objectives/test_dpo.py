@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +20,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from tests.conftest import write_tiny_llama
 from tests.data_case import objective_of
 from tests.objectives.pair_case import Told, make_rows, trainer_of
-from tests.train_case import records, without_times
+from tests.train_case import lose_the_end, records, without_times
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.errors import ModelError, TunekitError
@@ -192,6 +191,29 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records(run) if "loss" in record]
 
 
+def check_it_is_one_run(
+    write: Callable[..., Path], base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any
+) -> Path:
+    """Micro-batches of another size, padded lines, a streamed base and a resume give the same run."""
+
+    def recipe(name: str, micro_batch_size: int, **memory: Any) -> Path:
+        steps = {"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": 6 // micro_batch_size}
+        training = {**steps, "epochs": 1, "save_steps": 2}
+        return write(folder / name, base, data={"eval": None}, training=training, memory=memory, **sections)
+
+    run = train(recipe("whole", 2))
+    whole, tensors = losses(run), tensors_of(run)
+    streamed = train(recipe("streamed", 2, streaming="disk"))
+    assert tensors_of(streamed) == tensors
+    assert without_times(records(streamed)) == without_times(records(run))
+    lose_the_end(run)
+    train(run.parent / "recipe.yaml", resume=True)
+    assert tensors_of(run) == tensors
+    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
+    assert losses(train(recipe("padded", 1))) == pytest.approx(whole, rel=1e-5)
+    return run
+
+
 def tensors_of(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -233,20 +255,29 @@ def test_micro_batches_layouts_and_engines_are_one_run(
     streamed = train(write_recipe(tmp_path / "streamed", base, memory={"streaming": "disk"}))
     assert tensors_of(streamed) == tensors_of(plain)
     assert without_times(records(streamed)) == without_times(records(plain))
+    monkeypatch.setattr("tunekit.planning.plan.shares_prefixes", lambda net, longest: False)
+    apart = train(write_recipe(tmp_path / "apart", base))
+    assert losses(apart) == pytest.approx(losses(plain), rel=1e-5)
     monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
     padded = train(write_recipe(tmp_path / "padded", base))
     assert losses(padded) == pytest.approx(losses(plain), rel=1e-5)
 
 
 def test_batches_are_what_they_say(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End to end without padding where documents are kept apart, else two padded lines a pair."""
+    """The prompt once and both answers behind it, or each with its own; or two padded lines a pair."""
     found = []
-    for keeps in (True, False):
+    for keeps, shares in ((True, True), (True, False), (False, False)):
         monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net, keeps=keeps: keeps)
+        monkeypatch.setattr("tunekit.planning.plan.shares_prefixes", lambda net, longest, shares=shares: shares)
         plan, prepared = make_plan(load_recipe(write_recipe(tmp_path, base)), device=CPU)
         found.append(prepared.largest_batch)
         assert plan.peak_bytes.activations > 0
-    apart, padded = found
+        if shares:
+            objective = prepared.rows.objective
+            computed = [row.size - objective.shared(row) for row in (prepared.rows.train[at] for at in range(18))]
+    shared, apart, padded = found
+    assert shared.inputs["input_ids"].shape == (1, shared.padded)
+    assert max(computed) < shared.padded <= sum(sorted(computed)[-2:]), "the largest of what is really computed"
     assert apart.inputs["input_ids"].shape == (1, apart.tokens)
     assert apart.padded == apart.tokens == sum(row.size for row in apart.rows)
     widest = max(max(row.sizes) for row in padded.rows)
@@ -254,15 +285,89 @@ def test_batches_are_what_they_say(base: Path, tmp_path: Path, monkeypatch: pyte
     assert padded.padded == 2 * len(padded.rows) * widest
 
 
+BESIDE: list[dict[str, Any]] = [
+    {"method": "dpo", "rpo_alpha": 0.5, "ld_alpha": 0.5},
+    {"method": "orpo"},
+    {"method": "simpo"},
+    {"method": "reward"},
+]
+
+
+@pytest.mark.parametrize("objective", BESIDE, ids=lambda settings: settings["method"])
+def test_a_prompt_computed_once_is_two_plain_rows(base: Path, tmp_path: Path, objective: dict[str, Any]) -> None:
+    """The same loss, gradient and logged numbers, in a float64 net whose losses are float32; also where answers begin
+    alike and where one of them is the beginning of the other."""
+    rows = pairs(8)
+    rows[0]["chosen"][0]["content"] = rows[0]["rejected"][0]["content"] + " and more"
+    rows[1]["chosen"][0]["content"] = "very much so"
+    rows[1]["rejected"][0]["content"] = "very little"
+    recipe = write_recipe(tmp_path, base, rows=rows)
+    values = json.loads(recipe.read_text("utf-8")) | {"objective": objective}
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    _, prepared = make_plan(load_recipe(recipe), device=CPU)
+    sharing: Any = prepared.rows.objective
+    loaded = load_model(prepared.model, device=CPU)
+    loaded.net.double()
+    adapter = attach_adapter(loaded.net, LoraSettings(r=4), seed=0, head_name="lm_head")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter.trained().values():
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).double()
+    model = TunedModel(loaded, adapter)
+    found = []
+    for layout in (sharing, sharing.laid_out(True), sharing.laid_out(False)):
+        batch = layout.collate([[prepared.rows.train[at]] for at in range(6)])
+        batch = layout.prepare(model, Window(0, 0.0, (0,), (batch,))).batches[0]
+        loss = layout.loss(model.output(batch.inputs), batch)
+        gradient = torch.autograd.grad(loss.total.sum(), list(adapter.trained().values()))
+        found.append((batch.padded, loss, torch.cat([each.flatten() for each in gradient])))
+    assert found[0][0] < found[1][0] <= found[2][0]
+    for _, loss, gradient in found[1:]:
+        torch.testing.assert_close(found[0][1].total, loss.total, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found[0][2], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+        for name, metric in loss.metrics.items():
+            torch.testing.assert_close(found[0][1].metrics[name], metric, rtol=1e-6, atol=1e-6)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
     whole = train(write_recipe(tmp_path / "whole", base, adapter={"dropout": 0.1}))
     recipe = write_recipe(tmp_path / "parts", base, adapter={"dropout": 0.1}, training={"save_steps": 2})
     run = train(recipe)
-    (run / "status.json").unlink()
-    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
-    shutil.rmtree(run / "adapter")
+    lose_the_end(run)
     train(recipe, resume=True)
     assert tensors_of(run) == tensors_of(whole)
+
+
+def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs of 18 rows and the evaluations of 6: 24 forwards of the reference, each of one row, whatever the
+    micro-batches and however often the run is begun anew."""
+    plain = train(write_recipe(tmp_path / "plain", base))
+    asked: list[int] = []
+    scored = TunedModel.scored
+
+    def counted(self: Any, batches: Any, score: Any, *, bypassed: bool = False) -> Any:
+        if bypassed and self.device.type == "cpu" and step_is_real(self):
+            asked.extend(len(batch.rows) for batch in batches)
+        return scored(self, batches, score, bypassed=bypassed)
+
+    def step_is_real(model: Any) -> bool:
+        return not next(model.base.net.parameters()).is_meta
+
+    monkeypatch.setattr(TunedModel, "scored", counted)
+    kept = {"objective": {"precompute_ref_log_probs": True}}
+    run = train(write_recipe(tmp_path / "kept", base, **kept))
+    assert asked == [1] * 24
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
+    recipe = write_recipe(tmp_path / "parts", base, **kept, training={"save_steps": 4})
+    parts = train(recipe)
+    lose_the_end(parts)
+    asked.clear()
+    train(recipe, resume=True)
+    assert 0 < len(asked) < 24, "rows that the rest of the run meets"
+    assert tensors_of(parts) == tensors_of(run)
+    streamed = train(write_recipe(tmp_path / "streamed", base, **kept, memory={"streaming": "disk"}))
+    assert tensors_of(streamed) == tensors_of(run)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,8 @@ from trl.trainer.utils import pad
 from tests.conftest import write_tiny_llama
 from tests.data_case import objective_of
 from tests.objectives.pair_case import trainer_of
-from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_recipe
-from tests.train_case import records, without_times
+from tests.objectives.test_dpo import CPU, check_it_is_one_run, train, write_recipe
+from tests.train_case import records
 from tunekit.contracts import Batch, Row, Window
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
@@ -218,24 +217,8 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
 def test_micro_batches_layouts_engines_and_interruptions_are_one_run(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def recipe(folder: str, micro_batch_size: int, **memory: Any) -> Path:
-        steps = {"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": 6 // micro_batch_size}
-        training = {**steps, "epochs": 1, "save_steps": 2}
-        return write_kto(tmp_path / folder, base, data={"eval": None}, training=training, memory=memory)
-
-    run = train(recipe("whole", 2))
-    whole, tensors = losses(run), tensors_of(run)
+    run = check_it_is_one_run(write_kto, base, tmp_path, monkeypatch)
     assert max(record.get("kl", 0) for record in records(run)) > 1e-3
-    streamed = train(recipe("streamed", 2, streaming="disk"))
-    assert tensors_of(streamed) == tensors
-    assert without_times(records(streamed)) == without_times(records(run))
-    (run / "status.json").unlink()
-    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
-    shutil.rmtree(run / "adapter")
-    train(run.parent / "recipe.yaml", resume=True)
-    assert tensors_of(run) == tensors
-    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
-    assert losses(train(recipe("padded", 1))) == pytest.approx(whole, rel=1e-5)
 
 
 BAD = [

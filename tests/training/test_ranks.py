@@ -77,6 +77,41 @@ def test_two_processes_give_the_curve_of_one(recipe: Path, tmp_path: Path, launc
             assert right[name] == left[name]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
+def test_two_processes_give_the_preferences_of_one(tiny_llama: Path, tmp_path: Path, loss_type: str) -> None:
+    """11 pairs, five to a step, so that the last step of an epoch has one and one rank none; what is logged of the
+    reference is summed over ranks too, and aot compares the pairs of both."""
+    rows = [
+        {
+            "prompt": f"say {'very ' * (number % 4)}{number}\n",
+            "chosen": "so " * (1 + number % 5),
+            "rejected": f"x{number}",
+        }
+        for number in range(11)
+    ]
+    recipe = write_recipe(
+        tmp_path,
+        tiny_llama,
+        data={"eval": None},
+        adapter={"dropout": 0.0},
+        training={"micro_batch_size": 1, "gradient_accumulation_steps": 5, "epochs": 2.0},
+    )
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "pairs.jsonl").write_text(lines, encoding="utf-8")
+    named = [f"data.train={tmp_path / 'pairs.jsonl'}", "objective.method=dpo", f"objective.loss_type={loss_type}"]
+    one = train_in_child(recipe, tmp_path / "one", *named)
+    assert one.code == 0, one.output
+    two = run_two(TORCHRUN, recipe, tmp_path / "two", *named)
+    assert two.returncode == 0, two.stdout + two.stderr
+    single, double = records(tmp_path / "one"), records(tmp_path / "two")
+    assert len(single) == len(double) == 6
+    assert single[-1]["rewards_margins"] != 0
+    for left, right in zip(single, double, strict=True):
+        for name in ("loss", "rewards_chosen", "rewards_margins", "rewards_accuracies", "logps_rejected"):
+            assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-6), name
+
+
 DYING = """
 import os, signal, sys
 import tunekit.training.loop as loop

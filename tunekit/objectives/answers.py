@@ -2,7 +2,8 @@
 
 Comes in: examples with prompt and answers, then a Batch and the model's output.  Goes out: rows; each answer's
 log-probability. Where a sequence of a batch holds several rows, or the model keeps documents apart, all answers of each
-row lie end to end, each with the prompt before it as a document of its own. Elsewhere each is a padded line.
+row lie end to end, each with the prompt before it as a document of its own; where documents may begin with tokens of
+another one, what a second answer has in common with the first is computed once. Elsewhere each is a padded line.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,7 @@ NO_PROMPT = "no prompt"
 EMPTY_ANSWER = "an empty answer"
 EQUAL = "chosen and rejected are the same"
 Parts = Mapping[str, NDArray[Any]]
+Places = dict[tuple[int, str], NDArray[Any]]  # (T,) of each sequence, by the row's number in the batch and its side
 
 
 class AnswerEncoder(TextEncoder):
@@ -73,10 +77,11 @@ class AnswerObjective(TextObjective):
     beside: Mapping[str, str] = {}  # one value of a row, by the name of an example's field: its dtype
     unusable_key = "unusable_rows"  # of the settings: what an unusable row leads to
     prompts = False  # whether the first answers' prompts are predicted too
-    apart = False
+    apart = shares = False
 
     def __init__(self, settings: Any, tokenizer: Tokenizer) -> None:
         super().__init__(settings, tokenizer)
+        self.keeps = bool(getattr(settings, "precompute_ref_log_probs", False))
         self.unusable, self.beta = getattr(settings, self.unusable_key), float(getattr(settings, "beta", 1.0))
         parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
         self.layout = RowLayout({**parts, **self.beside}, tuple(self.sides), len(self.sides), len(self.sides) > 1)
@@ -85,11 +90,23 @@ class AnswerObjective(TextObjective):
         """(P,) loss of each row, and sums of what is logged."""
         raise NotImplementedError
 
-    def laid_out(self, end_to_end: bool) -> AnswerObjective:
-        """With all answers of a row in one line, for a model that keeps documents apart; or in a line each."""
+    def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> AnswerObjective:
+        """With all answers of a row in one line, for a model that keeps documents apart; or in a line each.
+
+        `shares_prefixes`: with what a second answer has in common with the first computed once.
+        """
         found = copy(self)
-        found.apart = end_to_end
+        found.apart, found.shares = end_to_end, end_to_end and shares_prefixes and len(self.sides) > 1
         return found
+
+    def shared(self, row: Row) -> int:
+        """With how many tokens both sequences begin, so that they are computed once; each has one more at least."""
+        if not self.shares:
+            return 0
+        sequences = [row.parts[side] for side in self.sides]
+        least = min(map(len, sequences)) - 1
+        one, other = (ids[:least] for ids in sequences)
+        return int(np.argmin(np.append(one == other, False)))
 
     def row_encoder(self, options: EncodeOptions) -> AnswerEncoder:
         """Raises: RecipeError for options that mean nothing for answers."""
@@ -124,9 +141,10 @@ class AnswerObjective(TextObjective):
         return self.make_row(sides, row.parts, row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row, whose sequences are all so long and all answer."""
+        """One row, whose sequences are all so long and all answer, and have as little as can be in common."""
         row = next(rows)
-        sides = [(np.resize(ids, size), np.ones(size, np.bool_)) for ids, _ in self.marked(row)]
+        laid = [ids[::way] for (ids, _), way in zip(self.marked(row), (1, -1), strict=False)]  # and against their order
+        sides = [(np.resize(ids, size), np.ones(size, np.bool_)) for ids in laid]
         return [self.make_row(sides, row.parts, row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
@@ -143,34 +161,44 @@ class AnswerObjective(TextObjective):
             ]
         else:
             lines = [[(number, side)] for side in self.sides for number in range(len(rows))]
-        arrays = [[rows[number].parts[side] for number, side in line] for line in lines]
+        shared = [self.shared(row) for row in rows]
+        skipped = [[shared[number] if side != self.sides[0] else 0 for number, side in line] for line in lines]
+        arrays = [
+            [rows[number].parts[side][skip:] for (number, side), skip in zip(*each, strict=True)]
+            for each in zip(lines, skipped, strict=True)
+        ]
         ids = lay_end_to_end(arrays, self.tokenizer.pad_id)  # (B, T)
-        sizes = [list(map(len, line)) for line in arrays]
-        starts = {
-            document: line * ids.shape[1] + start
-            for line, documents in enumerate(lines)
-            for document, start in zip(documents, np.cumsum([0, *sizes[line]]).tolist(), strict=False)
-        }
-        targets = self.targets(rows, starts, ids)
+        places: Places = {}
+        for line, (documents, skips) in enumerate(zip(lines, skipped, strict=True)):
+            start = line * ids.shape[1]
+            for (number, side), skip, array in zip(documents, skips, arrays[line], strict=True):
+                first = places[number, self.sides[0]][:skip] if skip else np.empty(0, np.int64)
+                places[number, side] = np.concatenate([first, np.arange(start, start + len(array))])
+                start += len(array)
+        targets = self.targets(rows, places, ids)
         marked = {name for side in self.sides for name in (side, f"{side}_trained")}
         for name in (name for name in rows[0].parts if name not in marked):
             targets[name] = torch.from_numpy(np.stack([row.parts[name] for row in rows]))  # (P, ...)
-        return Batch({"input_ids": ids, "position_ids": positions(sizes)}, targets, tuple(map(tuple, sequences)))
+        counted = positions([list(map(len, line)) for line in arrays], skipped)
+        return Batch({"input_ids": ids, "position_ids": counted}, targets, tuple(map(tuple, sequences)))
 
-    def targets(self, rows: Sequence[Row], starts: Mapping[tuple[int, str], int], ids: Tensor) -> dict[str, Tensor]:
+    def targets(self, rows: Sequence[Row], places: Places, ids: Tensor) -> dict[str, Tensor]:
         """`counts`: how many predicted tokens each first answer has, then each second one (then each prompt); `index`
         and `ids`: those tokens, in this order.
 
-        Shapes: ids (B, T) -> index, ids (N,); counts (S P,).    `starts`: of each answer in the flattened ids.
+        Shapes: ids (B, T) -> index, ids (N,); counts (S P,).
+        `places`: of each sequence's tokens in the flattened ids.
         """
         groups = [(number, side, True) for side in self.sides for number in range(len(rows))]
         groups += [(number, self.sides[0], False) for number in range(len(rows))] if self.prompts else []
-        places = [
-            starts[number, side] + np.flatnonzero(rows[number].parts[f"{side}_trained"][1:] == trained)
-            for number, side, trained in groups
-        ]
-        index = torch.from_numpy(np.concatenate(places))  # (N,)
-        return {"index": index, "ids": ids.flatten()[index + 1], "counts": torch.tensor(list(map(len, places)))}
+        index, targets = list[NDArray[Any]](), list[NDArray[Any]]()
+        for number, side, trained in groups:
+            chosen = np.flatnonzero(rows[number].parts[f"{side}_trained"][1:] == trained)
+            index.append(places[number, side][chosen])
+            targets.append(rows[number].parts[side][1:][chosen])
+        found = {"index": np.concatenate(index), "ids": np.concatenate(targets).astype(np.int64)}  # (N,) each
+        counts = torch.tensor(list(map(len, index)))
+        return {**{name: torch.from_numpy(values) for name, values in found.items()}, "counts": counts}
 
     def remade(self, batch: Batch, rows: Iterator[Row]) -> Batch:
         """The batch with other rows in the places of its own."""
@@ -198,8 +226,27 @@ class AnswerObjective(TextObjective):
         """Each row with the reference's scores of its answers."""
         if self.reference == "none":
             return window
-        found = model.scored(window.batches, self.scored, bypassed=True)
+        found = self.referenced(model, window.batches)
         return self.with_all(window, [{"reference": self.by_row(scores)} for scores in found])
+
+    def referenced(self, model: Any, batches: Sequence[Batch], beside: Sequence[Batch] = ()) -> list[Tensor]:
+        """(S P,) the reference's scores of each batch, then of those `beside`, which are of this step alone.
+
+        Where they are kept, each row is scored once and by itself: what it gets does not depend on when that is.
+        """
+        if not self.keeps:
+            return model.scored([*batches, *beside], self.scored, bypassed=True)  # type: ignore[no-any-return]
+        known: dict[bytes, Tensor] = model.reference_scores
+        keys = [[self._key(row) for row in batch.rows] for batch in batches]
+        rows = zip(chain.from_iterable(keys), chain.from_iterable(batch.rows for batch in batches), strict=True)
+        new = {key: self.collate([[row]]) for key, row in rows if key not in known}
+        found = model.scored([*new.values(), *beside], self.scored, bypassed=True) if new or beside else []
+        known |= dict(zip(new, found, strict=False))
+        return [torch.stack([known[key] for key in each], dim=1).flatten() for each in keys] + found[len(new) :]
+
+    def _key(self, row: Row) -> bytes:
+        """What its scores depend on."""
+        return blake2b(b"".join(part.tobytes() for each in self.marked(row) for part in each), digest_size=16).digest()
 
     def spans(self, row: Row) -> list[Part]:
         """Every sequence, under what is said of it; the first token of each is never predicted."""

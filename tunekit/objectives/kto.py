@@ -73,7 +73,7 @@ class Kto(AnswerObjective):
         """Each row with the reference's score, the step's KL, and what makes sums over all rows means of one side."""
         estimated = self.settings.loss_type == "kto" and self.facts_of_rows is None
         mismatched = self._mismatched_window(window, gather) if estimated else []
-        reference = model.scored([*window.batches, *mismatched], self.scored, bypassed=True)
+        reference = self.referenced(model, window.batches, mismatched)
         own, rest = reference[: len(window.batches)], reference[len(window.batches) :]
         policy = model.scored(mismatched, self.scored) if mismatched else []
         apart = [value for ours, theirs in zip(policy, rest, strict=True) for value in (ours - theirs).tolist()]

@@ -7,6 +7,7 @@ makes whole.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -82,18 +83,24 @@ class LabelObjective(TextObjective):
     def informed(self, rows: Sequence[Rows]) -> Objective:
         """With the labels of the rows where none were given, in the order of the base's own head if it has the same.
 
-        Raises: DataError for fewer than two.
+        Raises: DataError for fewer than two, or for one that no row teaches and nothing else names.
         """
-        sets = [{label for index in range(len(some)) for label in self.labels_of(some[index])} for some in rows]
-        found = set().union(*sets)
+        train, held = ([some[index] for index in range(len(some))] for some in (rows[0], rows[1] if rows[1:] else ()))
+        taught = Counter(label for row in train for label in set(self.labels_of(row)))
+        unseen = {label: row for row in reversed(held) for label in self.labels_of(row) if label not in taught}
+        found = {*taught, *unseen}
         same = self.head if set(self.head) == found else ()
+        if unseen and not self.labels and not same:
+            label, row = min(unseen.items(), key=lambda pair: pair[1].number)
+            file, _, line = row.origin.rpartition(":")
+            how = f"add rows of it there, take this one out, or list '{label}' under objective.labels"
+            raise DataError(f"the label '{label}' is in no row of data.train", how, file=file, line=int(line))
         labels = self.labels or same or tuple(sorted(found, key=_by_number))
         if len(labels) < 2:
             what = f"all rows of data.train have the label '{labels[0]}'"
             raise DataError(what, "classification needs two labels or more")
-        notes = [
-            f"the label '{label}' occurs in the evaluation rows only" for label in labels if label in found - sets[0]
-        ]
+        notes = [f"the label '{label}' occurs in the evaluation rows only" for label in labels if label in unseen]
+        notes += [f"the label '{label}' has one row to train on" for label in labels if taught[label] == 1]
         if self.head and self.head != labels:
             notes.append(
                 f"the base's own head ({shown(self.head)}) is not used, and a new one trained for {shown(labels)}; "

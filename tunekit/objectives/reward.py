@@ -21,7 +21,7 @@ from tunekit.contracts import GREEDY, Batch, ModelOutput, Part, Row, Sampling, S
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.errors import InputError, ModelError
 from tunekit.model.placing import placed
-from tunekit.objectives.answers import AnswerObjective
+from tunekit.objectives.answers import AnswerObjective, Places
 from tunekit.objectives.pairs import SIDES, reward_sums
 from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.recipe.objectives.reward import SCORES, RewardSettings
@@ -49,10 +49,10 @@ class Reward(AnswerObjective):
         head = {"new_head": self.new_head, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
         return HeadedModel.of(model, family=self.family, labels=tuple(self.facts["labels"]), **head)
 
-    def targets(self, rows: Sequence[Row], starts: Mapping[tuple[int, str], int], ids: Tensor) -> dict[str, Tensor]:
+    def targets(self, rows: Sequence[Row], places: Places, ids: Tensor) -> dict[str, Tensor]:
         """`last`: (2 P,) where the score of each chosen answer is read, then of each rejected one."""
         order = [(number, side) for side in self.sides for number in range(len(rows))]
-        return {"last": torch.tensor([starts[each] + self._last(rows[each[0]].parts[each[1]]) for each in order])}
+        return {"last": torch.tensor([int(places[each][self._last(rows[each[0]].parts[each[1]])]) for each in order])}
 
     def _last(self, ids: Any) -> int:
         """The last place whose id is not the padding's."""

@@ -62,9 +62,13 @@ class TextObjective:
         """Rows tell it nothing."""
         return self  # type: ignore[return-value]
 
-    def laid_out(self, end_to_end: bool) -> Objective:
+    def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:
         """Rows are laid out as they are asked for."""
         return self  # type: ignore[return-value]
+
+    def shared(self, row: Row) -> int:
+        """Every token is computed."""
+        return 0
 
     def prepare(self, model: object, window: Window, gather: Gather = list) -> Window:
         """Nothing to prepare."""

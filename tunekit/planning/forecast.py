@@ -60,6 +60,8 @@ def largest_batch(
             widths = np.stack([sizes[list(group)].sum(axis=0) for group in micro_batch])  # (B, sizes)
             padded = np.array([objective.layout.padded(each) for each in widths])  # (B, sizes)
             tokens = int(widths.sum() if settings.end_to_end else len(padded) * padded.max(axis=0).sum())
+            if tokens > best_size[0]:
+                tokens -= sum(objective.shared(rows[row]) for group in micro_batch for row in group)
             if by_scores:
                 tokens = sum(int(lengths[row]) ** 2 for group in micro_batch for row in group)
             size = (tokens, int(widths.sum(axis=1).max()))

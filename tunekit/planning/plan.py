@@ -19,7 +19,7 @@ from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evalua
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
 from tunekit.machine.devices import make_devices
-from tunekit.model.attention.documents import keeps_documents_apart
+from tunekit.model.attention.documents import keeps_documents_apart, shares_prefixes
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
@@ -97,7 +97,8 @@ def make_plan(
     recipe = recipe.model_copy(update={"adapter": inputs.adapter, "model": inputs.model})
     packing, reason = _packing(recipe, inputs, findings)
     settings = _batch_settings(recipe, inputs, packing)
-    objective = inputs.rows.objective.laid_out(settings.end_to_end)
+    shares = settings.end_to_end and shares_prefixes(inputs.base.net, recipe.data.max_length)
+    objective = inputs.rows.objective.laid_out(settings.end_to_end, shares)
     inputs = replace(inputs, rows=replace(inputs.rows, objective=objective))
     reason += END_TO_END if settings.end_to_end else ""
     windows = findings.attempt(lambda: inputs.rows.windows(settings))

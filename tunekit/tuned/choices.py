@@ -18,8 +18,7 @@ from tunekit.data.rows import Written
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
 from tunekit.machine.devices import Devices
-from tunekit.model.attention.documents import keeps_documents_apart
-from tunekit.model.families import text_config
+from tunekit.model.attention.documents import keeps_documents_apart, within_windows
 from tunekit.objectives.choices import Answer, Question, choosing, make_question, split_question
 from tunekit.objectives.confusion import label_sums
 from tunekit.tuned.model import TunedModel
@@ -208,8 +207,7 @@ def _shares_prompt(model: TunedModel, longest: int) -> bool:
     family, net = model.base.family, model.base.net
     if model.virtual_tokens:
         return False
-    window = getattr(text_config(net), "sliding_window", None)
-    return family.reads_source or (keeps_documents_apart(net) and (window is None or longest <= window))
+    return family.reads_source or (keeps_documents_apart(net) and within_windows(net, longest))
 
 
 def _check_positions(model: TunedModel, questions: Sequence[Question]) -> None:

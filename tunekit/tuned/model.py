@@ -30,6 +30,7 @@ class TunedModel:
     boundaries: BoundaryStore = field(default_factory=lambda: BoundaryStore(None))  # of recomputed layers' inputs
     slots: LayerSlots | None = None  # of a streamed base
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
+    reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows that an objective wants to keep
 
     @property
     def device(self) -> torch.device:

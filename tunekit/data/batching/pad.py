@@ -6,6 +6,7 @@ Comes in: arrays, grouped into sequences.  Goes out: tensors.  Padding is masked
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,15 @@ def lay_end_to_end(sequences: Arrays, fill: int) -> Tensor:
     return torch.from_numpy(laid)
 
 
-def positions(sizes: Sequence[Sequence[int]]) -> Tensor:
-    """(B, T) int64: counting from 0 in each of a sequence's parts, whose sizes are given, and in its padding."""
+def positions(sizes: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """(B, T) int64: counting from 0, or from `firsts`, in each of a sequence's parts, whose sizes are given, and from 0
+    in its padding."""
     width = max((sum(parts) for parts in sizes), default=0)
-    counted = [[np.arange(part) for part in (*parts, width - sum(parts))] for parts in sizes]
+    firsts = [[0] * len(parts) for parts in sizes] if firsts is None else firsts
+    counted = [
+        [*map(np.arange, begin, map(add, begin, parts)), np.arange(width - sum(parts))]
+        for begin, parts in zip(firsts, sizes, strict=True)
+    ]
     return lay_end_to_end(counted, 0)
 
 

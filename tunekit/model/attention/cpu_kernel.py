@@ -5,6 +5,7 @@ Comes in: queries, keys and values of the documents of one row.  Goes out: what 
     P = softmax(scale Q K^T),  O = P V;   with G = dL/dO, S = scale P * (G V^T - rowsum(G * O)):
     dV = P^T G,  dQ = S K,  dK = S^T Q
 
+A document may begin with tokens of another one, whose queries are computed there: it then has more keys than queries.
 Queries go block by block against the keys before them, all of it in float32 whatever the inputs are, so that only what
 comes out is rounded, as in torch's kernel. Nothing of size T x T is kept: P is made again. Query heads that share a key
 head are rows of one product, so keys and values are never repeated.
@@ -27,14 +28,18 @@ from torch import Tensor
 BLOCK_QUERIES, LEAST_QUERIES = 64, 16
 SCORES_BYTES = 8 * 2**20  # of one block, in float32
 LONGEST_TOKENS = 768  # of a document; torch's kernel is as good from there on
+Lengths = tuple[int, ...]
 
 
-def attend_causally(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+def attend_causally(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float, seen: Lengths | None = None
+) -> Tensor:
     """Causal attention inside each document of a row.
 
-    Shapes: query (H, T, D), key (G, T, D), value (G, T, E), H a multiple of G -> (T, H, E).    `lengths` sum to T.
+    Shapes: query (H, T, D), key (G, U, D), value (G, U, E), H a multiple of G -> (T, H, E).    `lengths` sum to T, and
+    `seen`, the keys of each document (None: as many as queries), to U.
     """
-    output: Tensor = _CausalAttention.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
+    output: Tensor = _CausalAttention.apply(query, key, value, (lengths, seen or lengths), scale)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -42,14 +47,16 @@ class _CausalAttention(torch.autograd.Function):
     """Keeps its inputs and the output."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[Lengths, Lengths], scale: float
+    ) -> Tensor:
         heads, tokens, _ = query.shape
         output = query.new_empty(tokens, heads, value.shape[-1])  # (T, H, E)
         queries, keys, values = _wide(query), _wide(key), _wide(value)
-        for first, start, stop in _blocks(query, lengths):
-            probabilities = _probabilities(queries[:, start:stop], keys[:, first:stop], scale)  # (G, N, L)
-            seen = torch.bmm(probabilities, values[:, first:stop])  # (G, N, E)
-            output[start:stop] = seen.view(heads, stop - start, -1).transpose(0, 1)
+        for now, before in _blocks(query, *lengths):
+            probabilities = _probabilities(queries[:, now], keys[:, before], scale)  # (G, N, L)
+            seen = torch.bmm(probabilities, values[:, before])  # (G, N, E)
+            output[now] = seen.view(heads, now.stop - now.start, -1).transpose(0, 1)
         ctx.save_for_backward(query, key, value, output)
         ctx.lengths, ctx.scale = lengths, scale
         return output
@@ -61,15 +68,14 @@ class _CausalAttention(torch.autograd.Function):
         queries, keys, values, through = _wide(query), _wide(key), _wide(value), _wide(gradients[0].transpose(0, 1))
         offsets = (through * output.transpose(0, 1)).sum(-1, keepdim=True).neg_()  # (H, T, 1)
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
-        for first, start, stop in _blocks(query, ctx.lengths):
-            before, now = slice(first, stop), slice(start, stop)
+        for now, before in _blocks(query, *ctx.lengths):
             probabilities = _probabilities(queries[:, now], keys[:, before], scale)  # (G, N, L)
             of_output = _rows(through[:, now], groups)  # (G, N, E)
             of_value[:, before].baddbmm_(probabilities.transpose(1, 2), of_output)
             of_scores = torch.baddbmm(
                 _rows(offsets[:, now], groups), of_output, values[:, before].transpose(1, 2), beta=scale, alpha=scale
             ).mul_(probabilities)  # (G, N, L)
-            of_query[:, now] = torch.bmm(of_scores, keys[:, before]).view(query.shape[0], stop - start, -1)
+            of_query[:, now] = torch.bmm(of_scores, keys[:, before]).view(query.shape[0], now.stop - now.start, -1)
             of_key[:, before].baddbmm_(of_scores.transpose(1, 2), _rows(queries[:, now], groups))
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None
 
@@ -101,15 +107,17 @@ def _future(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((BLOCK_QUERIES, BLOCK_QUERIES), -math.inf, dtype=dtype, device=device).triu_(1)
 
 
-def _blocks(query: Tensor, lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """First token of the document, first query, end of the queries. Without values only the largest block, which
-    decides how much memory is needed."""
-    start, found = 0, []
-    for length in lengths:
-        fitting = SCORES_BYTES // (4 * query.shape[0] * max(length, 1))
+def _blocks(query: Tensor, lengths: Lengths, seen: Lengths) -> Iterator[tuple[slice, slice]]:
+    """Queries, and the keys that they or some of them see. Without values only the largest block, which decides how
+    much memory is needed."""
+    start, first, found = 0, 0, []
+    for length, keys in zip(lengths, seen, strict=True):
+        fitting = SCORES_BYTES // (4 * query.shape[0] * max(keys, 1))
         count = max(LEAST_QUERIES, min(BLOCK_QUERIES, fitting))
-        found += [(start, first, min(first + count, start + length)) for first in range(start, start + length, count)]
-        start += length
+        for begin in range(0, length, count):
+            end = min(begin + count, length)
+            found.append((slice(start + begin, start + end), slice(first, first + keys - length + end)))
+        start, first = start + length, first + keys
     if query.is_meta:
-        found = sorted(found, key=lambda block: (block[2] - block[0]) * (block[2] - block[1]))[-1:]
+        found = sorted(found, key=lambda block: math.prod(part.stop - part.start for part in block))[-1:]
     return iter(found)

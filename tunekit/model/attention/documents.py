@@ -47,34 +47,65 @@ def keeps_documents_apart(net: nn.Module) -> bool:
     return str(config._attn_implementation).endswith(SUFFIX) and _text_type(config) in PROVEN
 
 
+def shares_prefixes(net: nn.Module, longest: int) -> bool:
+    """Whether a document of a row may begin with tokens of another one that are computed there: attention of plain
+    documents of up to `longest` tokens, which no window cuts short."""
+    plain = not str(cast(Any, net).config._attn_implementation).startswith(LOOPED[1])
+    return plain and keeps_documents_apart(net) and within_windows(net, longest)
+
+
+def within_windows(net: nn.Module, longest: int) -> bool:
+    """Whether no token of a document so long is beyond a window of the net's attention."""
+    config: Any = net.config
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return window is None or longest <= int(window)
+
+
 class DocumentMask:
     """Stands where a layer gets its mask: the documents, and what is masked inside one beyond what is to come."""
 
     def __init__(self, segments: Segments, allowed: Callable[..., Any] | None, device: torch.device) -> None:
         self.segments, self.allowed, self.device = segments, allowed, device
         self._blocks: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
-        self._boundaries: torch.Tensor | None = None
+        self._boundaries: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._places: dict[int, torch.Tensor] = {}
 
-    def block(self, row: int, start: int, length: int, dtype: torch.dtype = torch.bool) -> torch.Tensor | None:
-        """(1, 1, L, L) of one document: True, or 0 in a floating `dtype`, where a token is seen; None: all before."""
-        if self.allowed is None:
+    def block(
+        self, row: int, start: int, length: int, seen: int, dtype: torch.dtype = torch.bool
+    ) -> torch.Tensor | None:
+        """(1, 1, L, L) of one document: True, or 0 in a floating `dtype`, where a token is seen; None: all before.
+        (1, 1, L, S) of one that sees S keys, because it begins with tokens of another one."""
+        if self.allowed is None and seen == length:
             return None
         found = self._blocks.get((row, start, dtype))
         if found is None:
-            index = torch.arange(start, start + length, device=self.device)
-            fixed = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=self.device)
-            found = self.allowed(fixed + row, fixed, index[None, None, :, None], index[None, None, None, :])
-            found = found.expand(1, 1, length, length)
+            if self.allowed is None:
+                found = torch.ones(1, 1, length, seen, dtype=torch.bool, device=self.device).tril(seen - length)
+            else:
+                assert not self.segments.shared, "shares_prefixes tells where a mask has more to say"
+                index = torch.arange(start, start + length, device=self.device)
+                fixed = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=self.device)
+                found = self.allowed(fixed + row, fixed, index[None, None, :, None], index[None, None, None, :])
+                found = found.expand(1, 1, length, length)
             found = found if dtype == torch.bool else as_added(found, dtype)
             self._blocks[row, start, dtype] = found
         return found
 
-    def boundaries(self) -> torch.Tensor:
-        """(documents + 1,) int32 on the device: where documents begin in the flattened tokens."""
+    def boundaries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(documents + 1,) int32 on the device: where documents begin in the flattened tokens, and in their keys."""
         if self._boundaries is None:
-            ends = torch.tensor(self.segments.boundaries(), dtype=torch.int32)
-            self._boundaries = placed(ends, self.device)
+            ends = (self.segments.boundaries(), self.segments.key_boundaries())
+            first, second = (placed(torch.tensor(each, dtype=torch.int32), self.device) for each in ends)
+            self._boundaries = first, second
         return self._boundaries
+
+    def keys_of(self, row: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Keys or values of a row's documents, one after the other. Shapes: (G, T, D) -> (G, U, D)."""
+        if not self.segments.shared:
+            return tensor
+        if row not in self._places:
+            self._places[row] = placed(self.segments.places(row), self.device)
+        return tensor.index_select(1, self._places[row])
 
 
 def as_added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -241,11 +272,14 @@ def _kernel(module: nn.Module, query: Any, key: Any, value: Any, attention_mask:
     fits = query.shape[-1] == key.shape[-1] == value.shape[-1] in HEAD_SIZES and query.shape[2] == key.shape[2]
     if not (plain and fits) or named.get("dropout") or named.get("position_bias") is not None:
         return _sdpa(module, query, key, value, attention_mask, **named)
-    tokens = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (B * T, H, D)
-    ends, longest = attention_mask.boundaries(), attention_mask.segments.longest
+    tokens = [query.transpose(1, 2).flatten(0, 1)]  # (B * T, H, D)
+    for tensor in (key, value):
+        rows = (attention_mask.keys_of(row, each).transpose(0, 1) for row, each in enumerate(tensor.unbind(0)))
+        tokens.append(torch.cat([*rows]) if attention_mask.segments.shared else tensor.transpose(1, 2).flatten(0, 1))
+    (ends, key_ends), longest = attention_mask.boundaries(), attention_mask.segments.longest
     attend: Any = _varlen()
     output = attend(
-        *tokens, ends, ends, longest, longest, scale=named.get("scaling"), window_size=(-1, 0),
+        *tokens, ends, key_ends, longest, longest, scale=named.get("scaling"), window_size=(-1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return output.unflatten(0, (query.shape[0], query.shape[2])), None  # (B, T, H, D)
@@ -256,8 +290,9 @@ def _products(module: nn.Module, query: Any, key: Any, value: Any, attention_mas
     asked = named.get("is_causal")
     whole = attention_mask is None and query.shape[2] == key.shape[2]
     rows: tuple[tuple[int, ...], ...] = ()
+    shared = False
     if isinstance(attention_mask, DocumentMask) and attention_mask.allowed is None:
-        rows = attention_mask.segments.rows
+        rows, shared = attention_mask.segments.rows, bool(attention_mask.segments.shared)
     elif whole:
         rows = ((query.shape[2],),) * query.shape[0]
     longest = max(map(max, rows), default=0)
@@ -265,14 +300,16 @@ def _products(module: nn.Module, query: Any, key: Any, value: Any, attention_mas
     beyond = any(named.get(name) is not None for name in ("softcap", "position_bias")) or named.get("dropout")
     if not rows or not causal or beyond or query.shape[1] % key.shape[1] or (longest > LONGEST_TOKENS and whole):
         return _sdpa(module, query, key, value, attention_mask, **named)
-    if longest > LONGEST_TOKENS:
+    if longest > LONGEST_TOKENS and not shared:
         return _each_document(_products, torch.bool, module, (query, key, value), attention_mask, named)
     scaling = named.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    found = [
-        attend_causally(q, k, v, lengths, scale)  # (T, H, D)
-        for q, k, v, lengths in zip(query.unbind(0), key.unbind(0), value.unbind(0), rows, strict=True)
-    ]
+    found = []
+    for row, (q, k, v, lengths) in enumerate(zip(query.unbind(0), key.unbind(0), value.unbind(0), rows, strict=True)):
+        seen = []
+        if shared:
+            k, v, seen = *(attention_mask.keys_of(row, each) for each in (k, v)), [attention_mask.segments.seen(row)]
+        found.append(attend_causally(q, k, v, lengths, scale, *seen))  # (T, H, D)
     return torch.stack(found) if len(found) > 1 else found[0][None], None  # (B, T, H, D)
 
 
@@ -315,12 +352,14 @@ def _each_document(
     rows = []
     for row, parts in enumerate(zip(*(tensor.unbind(0) for tensor in tensors), strict=True)):
         lengths, start, outputs = mask.segments.rows[row], 0, []
-        for pieces in zip(*(part.split(lengths, dim=1) for part in parts), strict=True):
-            length = pieces[0].shape[1]
+        keys = [mask.keys_of(row, part).split(mask.segments.seen(row), dim=1) for part in parts[1:]]
+        for pieces in zip(parts[0].split(lengths, dim=1), *keys, strict=True):
+            length, seen = (piece.shape[1] for piece in pieces[:2])
             if bias is not None:
+                assert not mask.segments.shared, "no objective of an encoder-decoder lays pairs end to end"
                 place = slice(start, start + length)
                 named["position_bias"] = bias[row if bias.shape[0] > 1 else 0, :, place, place][None]
-            block = mask.block(row, start, length, block_dtype)
+            block = mask.block(row, start, length, seen, block_dtype)
             outputs.append(attend(module, *(piece[None] for piece in pieces), block, **named)[0])  # (1, L, H, D)
             start += length
         rows.append(torch.cat(outputs, dim=1))

@@ -125,7 +125,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **_to("objective.undesirable_weight", "undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight"),
     **_to("objective.center_rewards_coefficient", "center_rewards_coefficient"),
     **_nowhere(lost("it is a mean of each answer", "write objective.rpo_alpha, a mean over the step"), "pref_ftx"),
-    **_nowhere(always_so, "precompute_ref_log_probs"),  # the reference is the adapter, bypassed
+    **_to("objective.precompute_ref_log_probs", "precompute_ref_log_probs"),
     **_nowhere(one_of({"reverse_kl": NOTHING}), "f_divergence_type"),
     **_nowhere(lost("pairs are not weighted"), "use_weighting"),
     **_nowhere(lost("the reference is the model at step 0"), "sync_ref_model"),

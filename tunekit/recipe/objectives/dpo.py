@@ -55,6 +55,9 @@ class DpoSettings(PairSettings):
         0.0, description="robust, aot: share of flipped preferences; exo_pair: its epsilon, which must not be 0"
     )
     discopop_tau: Positive = Field(0.05, description="of discopop: how sharply it blends its two losses")
+    precompute_ref_log_probs: bool = Field(
+        False, description="score each row's reference once, by itself, and keep it for later epochs and evaluations"
+    )
     rpo_alpha: NotNegative | None = Field(
         None, description="weight of the mean loss of the chosen answers' tokens; the same as loss_type sft with it"
     )

@@ -28,6 +28,9 @@ class KtoSettings(ObjectiveSettings):
     loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
         "kto", description="apo_zero_unpaired: without the KL, for answers better than the model's own"
     )
+    precompute_ref_log_probs: bool = Field(
+        False, description="score each row's reference once, by itself, and keep it for later epochs and evaluations"
+    )
     desirable_weight: Positive = Field(1.0, description="of the loss of good answers")
     undesirable_weight: Positive = Field(1.0, description="of the loss of bad answers")
     unusable_rows: Literal["error", "drop"] = Field(
