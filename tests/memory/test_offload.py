@@ -14,7 +14,7 @@ from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.copies import Copier, CudaCopier
+from tunekit.memory.copies import Copier, StreamCopier
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
@@ -322,7 +322,7 @@ def test_a_layer_may_run_more_than_once_in_a_forward() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_streams_bring_back_every_bit() -> None:
     device = torch.device("cuda")
-    store = store_with(CudaCopier(device))
+    store = store_with(StreamCopier(device))
     kept = [torch.randn(512, 4096, device=device) for _ in range(6)]
     for number, tensor in enumerate(kept):
         store.put(number, tensor)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.memory.copies import Copier, CudaCopier, as_bytes
+from tunekit.machine.devices import kind_of
+from tunekit.memory.copies import Copier, StreamCopier, as_bytes
 
 LEAST_BYTES = 2 * 2**20  # a smaller copy costs more than it frees
 LEAST_TOKENS = 512  # so few are computed faster than they are copied
@@ -168,11 +169,11 @@ def make_store(setting: str | bool, device: torch.device, *, simulated: bool = F
     it saves nothing and lets the order of copies be tried.
     `simulated`: tensors are on the meta device, as they would be on `device`.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu = kind_of(device).own_memory
     if setting is False or (setting == "auto" and not on_gpu):
         return BoundaryStore(None)
     if simulated:
         copier = Copier(torch.device("meta"), counts_host=not on_gpu)
     else:
-        copier = CudaCopier(device) if on_gpu else Copier(device)
+        copier = StreamCopier(device) if on_gpu else Copier(device)
     return BoundaryStore(copier) if setting == "auto" else BoundaryStore(copier, 0, 0)

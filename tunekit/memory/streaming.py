@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunekit.machine.devices import kind_of
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
-from tunekit.memory.copies import Copier, CudaCopier, ThreadCopier
+from tunekit.memory.copies import Copier, StreamCopier, ThreadCopier
 from tunekit.memory.slots import SLOTS, LayerSlots
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import placed
@@ -38,9 +39,9 @@ def make_slots(
 
 
 def _make_copier(device: torch.device, mapped: frozenset[int]) -> Copier:
-    if device.type == "cuda":
-        return CudaCopier(device, mapped)
-    return Copier(device) if device.type == "meta" else ThreadCopier(device, mapped)
+    if kind_of(device).own_memory:
+        return StreamCopier(device, mapped)
+    return ThreadCopier(device, mapped) if device.type == "cpu" else Copier(device, mapped)
 
 
 def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:

@@ -13,9 +13,13 @@ import torch
 
 @dataclass(frozen=True)
 class Segments:
-    """Lengths of the documents of each row, in order; a row's lengths sum to T. Padding is a document of its own."""
+    """Lengths of the documents of each row, in order; a row's lengths sum to T. Padding is a document of its own.
+
+    `masked`: transformers' own mask keeps them apart, since virtual tokens stand before them.
+    """
 
     rows: tuple[tuple[int, ...], ...]
+    masked: bool = False
 
     @property
     def single(self) -> bool:
@@ -36,7 +40,7 @@ class Segments:
         return ends
 
 
-def find_segments(position_ids: torch.Tensor) -> Segments:
+def find_segments(position_ids: torch.Tensor, *, masked: bool = False) -> Segments:
     """Documents end where a position does not follow the one before it.
 
     Shapes: position_ids (B, T), on the host: they are read.
@@ -45,4 +49,4 @@ def find_segments(position_ids: torch.Tensor) -> Segments:
     for positions in position_ids.numpy():
         starts = [0, *((positions[1:] != positions[:-1] + 1).nonzero()[0] + 1).tolist(), len(positions)]
         rows.append(tuple(stop - start for start, stop in pairwise(starts)))
-    return Segments(tuple(rows))
+    return Segments(tuple(rows), masked)
