@@ -236,8 +236,7 @@ def _install_with_streams(double: Double) -> None:
         large = double.properties.major >= 9 or os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
         core.double_set_workspace(2**25 if large else 8_519_680)  # cuBLAS's
         torch.backends.cuda.is_built = lambda: True
-        newest = double.properties.major >= 8
-        module.is_bf16_supported = lambda including_emulation=True: including_emulation or newest
+        module.is_bf16_supported = lambda including_emulation=True: including_emulation or double.properties.major >= 8
         torch.version.cuda = "13.0"
 
 

@@ -68,7 +68,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, str, Callable[..., Any]]] = {
         OFFLOAD, StreamCopier, "start", lambda self, pairs, after: start(self, pairs, None),
     ),
     "an input is used before it is back": (OFFLOAD, StreamCopier, "wait", wait_for_nothing),
-    "memory is given to others while it is copied": (OFFLOAD, StreamCopier, "_keep", lambda self, on_device: None),
+    "memory is given to others while it is copied": (
+        OFFLOAD, BoundaryStore, "_let_go", lambda self, left: self._leaving.clear(),
+    ),
     "a part of the ring is filled while it is copied": (DISK, StreamCopier, "_pass_on", reuse_the_ring_at_once),
     "numbers are read before they are there": ({}, Reading, "read", lambda self: tuple(self.numbers.tolist()[:2])),
 }  # fmt: skip

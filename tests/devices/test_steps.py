@@ -14,6 +14,7 @@ from tests.devices.test_mistakes import CUDA, DISK, HOST, OFFLOAD, case_of
 from tests.loop_case import make_case, make_rows
 from tests.memory.test_streaming import WHOLE_MODEL, adapter
 from tests.training.test_loop import training
+from tunekit.memory.streaming import gather_on_host
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import known_names, settings_class
@@ -59,6 +60,15 @@ def test_no_storage_makes_the_host_wait(folder: Path, storage: str, monkeypatch:
     settings = dict(STORAGES[storage])
     model = section(folder, **settings.pop("model", {}))
     assert waits_of(case_of(folder, model=model, **settings), monkeypatch) == {}
+
+
+def test_an_embedding_on_the_host_is_looked_up_without_a_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ids are known there: asking the device for them would be a wait in every forward."""
+    plain, gathered = case_of(folder, **HOST), case_of(folder, **HOST)
+    gather_on_host(gathered.model.base.net.get_submodule("model.embed_tokens"), CUDA)
+    assert waits_of(gathered, monkeypatch) == {}
+    plain.run()
+    assert gathered.losses == plain.losses
 
 
 def test_a_base_on_the_disk_waits_for_the_ring_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

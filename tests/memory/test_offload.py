@@ -136,6 +136,27 @@ def test_slots_are_used_again_and_small_tensors_stay() -> None:
     assert nowhere.host_bytes == 0
 
 
+def test_what_leaves_is_held_two_deep_and_then_waited_for() -> None:
+    """Its memory is free for others as soon as two more have left, or something is wanted back."""
+    waited: list[int] = []
+
+    class Counted(Copier):
+        def start(self, copies: Any, after: Any) -> int:
+            super().start(copies, after)
+            return len(waited) + 100
+
+        def wait(self, copy: int) -> None:
+            waited.append(copy)
+
+    store = BoundaryStore(Counted(torch.device("cpu")), 0, 0)
+    kept = [torch.full((4, 4), float(number)) for number in range(4)]
+    for number, tensor in enumerate(kept):
+        store.put(number, tensor)
+        assert len(waited) == max(0, number - 1)
+    assert torch.equal(store.take(3), kept[3])
+    assert len(waited) == 5  # both that were leaving, and the one that came back
+
+
 def test_auto_leaves_a_cpu_alone() -> None:
     assert not make_store("auto", CPU).offloads
     assert not make_store(False, torch.device("cuda"), simulated=True).offloads

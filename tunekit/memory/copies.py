@@ -122,11 +122,12 @@ class StreamCopier(ThreadCopier):
                 self.stream.wait_event(after)
             for target, source in copies:
                 target.copy_(source, non_blocking=True)
-                self._keep(target if source.device.type == "cpu" else source)
+                if target.device.type != "cpu":
+                    self._keep(target)
             return self.stream.record_event()
 
     def _keep(self, on_device: Tensor) -> None:
-        """Its memory is not given to others before the copies asked for so far are made."""
+        """What a copy writes is not given to others before it is made; what one reads, the caller holds."""
         on_device.record_stream(self.stream)
 
     def _through_ring(self, copies: Pairs, after: Any) -> Any:
