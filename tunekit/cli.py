@@ -6,7 +6,6 @@ when the verb is called, so that --help and validate never wait for torch.
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import sys
@@ -19,6 +18,7 @@ import typer
 from tunekit import __version__
 from tunekit.commands.options import (
     Base,
+    Device,
     JsonFile,
     MergeOverrides,
     Output,
@@ -30,10 +30,10 @@ from tunekit.commands.options import (
 from tunekit.commands.results import add_results
 from tunekit.commands.rows import add_rows
 from tunekit.commands.talk import add_talk
-from tunekit.errors import TunekitError, redact
+from tunekit.errors import EXIT_FAULT, ResourceError, redact, told
 from tunekit.machine.malloc import KEPT_KERNELS
 
-EXIT_FAULT, EXIT_INPUT, EXIT_RESOURCE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 4, 130, 141
+EXIT_BROKEN_PIPE = 141
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products; read when CUDA starts
     "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),  # the older name
@@ -48,7 +48,6 @@ WHILE_STARTING = (100_000, 20, 100)
 LIGHT = {
     f"tunekit.{verb}" for verb in ("validate", "foreign", "recipes", "init", "schema", "runs")
 }  # which import no torch
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
     name="tunekit",
@@ -95,7 +94,13 @@ def validate(
 
 
 @app.command()
-def plan(context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+def plan(
+    context: typer.Context,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
     """Show what train would do: targets, parameters, steps, memory, refusals."""
     _call(context, "tunekit.plan:plan_verb", recipe, overrides or [], json_file, first="check_recipe")
 
@@ -123,6 +128,7 @@ def train(
         bool, typer.Option("--overwrite", help="begin anew; an old run is moved aside, to RUN.1, never deleted")
     ] = False,
     json_file: JsonFile = None,
+    device: Device = None,
 ) -> None:
     """Train, and write the run folder."""
     words = overrides or []
@@ -147,6 +153,7 @@ def evaluate(
     data_format: Annotated[str | None, typer.Option("--format", metavar="NAME", help="what a row is")] = None,
     metrics: Annotated[list[str] | None, typer.Option("--metric", metavar="NAME", help="may be repeated")] = None,
     json_file: JsonFile = None,
+    device: Device = None,
 ) -> None:
     """Measure a run, an adapter or a model."""
     values = (target, base, data, data_format, metrics or [], json_file, overrides or [])
@@ -168,6 +175,7 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
     score: Annotated[str | None, typer.Option("--score", metavar="FILE", help="answers, for a reward model")] = None,
     choices: Annotated[str | None, typer.Option(metavar="LIST", help="answer with one of '[yes, no]'")] = None,
+    device: Device = None,
 ) -> None:
     """Generate answers: plain text for --prompt, one JSON object a line for several; or score answers."""
     asked = (target, base, prompt, prompts, overrides or [])
@@ -274,6 +282,7 @@ def adapter_diff(
     data: Annotated[str | None, typer.Option(metavar="FILE", help="rows on which both losses are measured")] = None,
     base: Base = None,
     json_file: JsonFile = None,
+    device: Device = None,
 ) -> None:
     """Compare two adapters, or two models, layer by layer."""
     _call(context, "tunekit.adapter:diff_verb", left, right, rank, data, base, json_file, output)
@@ -345,39 +354,19 @@ def _call(context: typer.Context, verb: str, *values: Any, first: str = "") -> N
     except (Exception, KeyboardInterrupt) as error:
         if context.obj and not isinstance(error, BrokenPipeError):
             print(redact(traceback.format_exc()), file=sys.stderr)
-        code = _report(error)
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
+            code = EXIT_BROKEN_PIPE
+        else:
+            code = _say(*told(error))
     finally:
         gc.set_threshold(*ordinary)
     raise typer.Exit(code)
 
 
-def _report(error: BaseException) -> int:
-    """Print one line for each problem; the exit code."""
-    if isinstance(error, TunekitError):
-        return _say("\n".join([*error.notes, *map(str, error.problems)]), error.exit_code)
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it flushes
-        return EXIT_BROKEN_PIPE
-    if isinstance(error, KeyboardInterrupt):
-        return _say("interrupted", EXIT_INTERRUPTED)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _say("memory ran out; lower training.micro_batch_size or data.max_length", EXIT_RESOURCE)
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        return _say(f"{_named(error)}no space left; free some, or choose another place", EXIT_RESOURCE)
-    if isinstance(error, OSError) and error.filename is not None:
-        return _say(f"{_named(error)}{error.strerror}; check the path and its permissions", EXIT_INPUT)
-    words = " ".join(str(error).split())[:300]
-    what = f"{type(error).__name__}: {words}" if words else type(error).__name__
-    return _say(f"this is a fault of tunekit: {what}; run `tunekit --debug ...` for the traceback", EXIT_FAULT)
-
-
-def _named(error: OSError) -> str:
-    return f"{error.filename}: " if error.filename is not None else ""
-
-
 def _say(text: str, code: int) -> int:
     """Print what went wrong, once: what ends a run with these codes, the main rank (of torchrun) says for all."""
-    told_by_main = code not in (EXIT_FAULT, EXIT_RESOURCE) and os.environ.get("RANK", "0") != "0"
+    told_by_main = code not in (EXIT_FAULT, ResourceError.exit_code) and os.environ.get("RANK", "0") != "0"
     if not told_by_main:
         print(redact(text), file=sys.stderr)
     return code

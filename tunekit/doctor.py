@@ -15,6 +15,7 @@ from typing import Any
 from tunekit.console import Console
 from tunekit.files.cache_folder import default_cache_folder
 from tunekit.files.durable import free_bytes, json_result, remove_tree
+from tunekit.machine.devices import make_devices
 from tunekit.machine.environment import accelerator_names, library_versions, processor_name
 from tunekit.machine.memory import available_bytes
 from tunekit.model.compute import computes_bfloat16
@@ -67,7 +68,9 @@ def machine_facts() -> dict[str, Any]:
     """`values` for programs, `shown` for people, and `findings`: what will stand in a run's way."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    devices = make_devices()
+    device = devices.device
+    devices.close()
     values: dict[str, Any] = {
         "cpu": processor_name(),
         "cores": os.cpu_count(),

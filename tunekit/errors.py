@@ -6,6 +6,7 @@ text passes on its way out.  Imports nothing of ours.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 _PREFIX = r"\b(?:hf_|api_org_|sk-(?:proj-)?|gh[pousr]_|github_pat_|glpat-)"  # of access tokens
 _PASSWORD = r"(?<=://)[^/\s@]+(?=@)"
+EXIT_FAULT, EXIT_INTERRUPTED = 1, 130
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MAYBE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9_-]{{8,}}|{_PASSWORD}")
 _SURE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_PASSWORD}")  # longer: a folder may be called hf_checkpoints
 
@@ -121,3 +124,22 @@ class Stopped(TunekitError):
     def __init__(self, what: str, signal_number: int) -> None:
         super().__init__(what)
         self.exit_code = 128 + signal_number
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """What is said of the error that ends a command, a line for each problem, and the exit code."""
+    if isinstance(error, TunekitError):
+        return "\n".join([*error.notes, *map(str, error.problems)]), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", EXIT_INTERRUPTED
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "memory ran out; lower training.micro_batch_size or data.max_length", ResourceError.exit_code
+    if isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename is not None else ""
+        if error.errno in _NO_SPACE:
+            return f"{named}no space left; free some, or choose another place", ResourceError.exit_code
+        if named:
+            return f"{named}{error.strerror}; check the path and its permissions", InputError.exit_code
+    words = " ".join(str(error).split())[:300]
+    what = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return f"this is a fault of tunekit: {what}; run `tunekit --debug ...` for the traceback", EXIT_FAULT

@@ -18,7 +18,7 @@ from tunekit.console import Console
 from tunekit.console.progress import Progress
 from tunekit.errors import InputError
 from tunekit.files.durable import json_result
-from tunekit.machine.devices import make_devices
+from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.splitting import is_out_of_memory, shape_text
@@ -59,7 +59,8 @@ def train_verb(
     console = Console(enabled=devices.is_main, json_file=json_file)
     console.info(*loaded.rewrites)
     try:
-        with StopSignals(announce=devices.is_main) as signals:
+        deterministic = deterministic_kernels(loaded.recipe.training.deterministic)
+        with StopSignals(announce=devices.is_main) as signals, deterministic:
             session, path = Session(loaded, devices, console, signals, dry_run), Path(loaded.recipe.output.dir)
             if dry_run:
                 with signals.at_once("in the dry run; nothing was written"):

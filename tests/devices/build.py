@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("device.cpp")
+KIND = os.environ.get("TUNEKIT_SIMULATED_KIND", "cuda")  # or xpu, mps
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "devices"
 
 
@@ -34,12 +35,15 @@ def missing() -> str | None:
 def library() -> Path:
     """The compiled device, built where it is not there yet."""
     key = hashlib.sha256(SOURCE.read_bytes() + version("torch").encode()).hexdigest()[:16]
-    built, torch = CACHE / f"device-{key}.so", torch_folder()
+    built, torch = CACHE / f"{KIND}-{key}.so", torch_folder()
     if not built.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = built.with_suffix(f".{os.getpid()}")
         folders = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}", f"-L{torch / 'lib'}"]
-        command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-o", str(unfinished), str(SOURCE), *folders]
-        subprocess.run([*command, "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"], check=True)
+        command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-DKIND={KIND.upper()}", "-o"]
+        subprocess.run(
+            [*command, str(unfinished), str(SOURCE), *folders, "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"],
+            check=True,
+        )
         unfinished.rename(built)
     return built

@@ -1,9 +1,11 @@
-// A simulated CUDA device for torch's CPU build: memory of its own, streams whose copies come as late as they may, and a
+// A simulated device for torch's CPU build, of the kind that KIND names (CUDA, XPU or MPS): memory of its own, streams whose copies come as late as they may, and a
 // clock per stream that shows every access which nothing orders. What is computed is computed by the CPU's kernels.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/detail/MPSHooksInterface.h>
+#include <ATen/detail/XPUHooksInterface.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
@@ -22,7 +24,8 @@
 namespace {
 using Lock = std::lock_guard<std::recursive_mutex>;
 using Text = std::string;
-const c10::Device kDevice(c10::DeviceType::CUDA, 0);
+const c10::Device kDevice(c10::DeviceType::KIND, 0);
+const bool kFloat64 = kDevice.type() != c10::DeviceType::MPS, kPins = kFloat64;
 const uint8_t kUnset = 0xFF;   // NaN in every floating dtype
 const size_t kStreams = 32;    // as torch's pool of streams; then they are given out again
 const size_t kGranule = 512;   // bytes, as CUDA's caching allocator rounds
@@ -351,7 +354,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
 struct Generator final : c10::GeneratorImpl {
   at::Generator inner = at::detail::createCPUGenerator();
-  Generator() : c10::GeneratorImpl(kDevice, c10::DispatchKeySet(c10::DispatchKey::CUDA)) {}
+  Generator() : c10::GeneratorImpl(kDevice, c10::DispatchKeySet(c10::DispatchKey::KIND)) {}
   void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
   void set_offset(uint64_t) override {}
   uint64_t get_offset() const override { return 0; }
@@ -378,8 +381,8 @@ at::Generator inner_generator(const at::Generator& generator) {
 }  // namespace
 
 namespace at {
-struct CUDAHooks final : CUDAHooksInterface {  // torch looks for a class of this name
-  CUDAHooks(CUDAHooksArgs) {}
+template <typename Interface>
+struct Hooks : Interface {  // what torch asks every kind of
   void init() const override {}
   const Generator& getDefaultGenerator(DeviceIndex) const override { return default_generator(); }
   Generator getNewGenerator(DeviceIndex) const override {
@@ -389,21 +392,42 @@ struct CUDAHooks final : CUDAHooksInterface {  // torch looks for a class of thi
   }
   Device getDeviceFromPtr(void*) const override { return kDevice; }
   bool isPinnedPtr(const void* pointer) const override { return is_pinned(pointer); }
-  bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex current_device() const override { return 0; }
   DeviceIndex getCurrentDevice() const override { return 0; }
-  Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
-  Allocator* getCUDADeviceAllocator() const override { return &device_allocator; }
+  void setCurrentDevice(DeviceIndex) const override {}
+  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  Allocator* getPinnedMemoryAllocator() const override {
+    TORCH_CHECK(kPins, "there is no pinned memory");
+    return &pinned_allocator;
+  }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
 };
-REGISTER_CUDA_HOOKS(CUDAHooks)
+struct CUDAHooks final : Hooks<CUDAHooksInterface> {  // torch looks for classes of these names
+  CUDAHooks(CUDAHooksArgs) {}
+  bool hasCUDA() const override { return true; }
+  DeviceIndex current_device() const override { return 0; }
+  Allocator* getCUDADeviceAllocator() const override { return &device_allocator; }
+};
+struct XPUHooks final : Hooks<XPUHooksInterface> {
+  bool hasXPU() const override { return true; }
+  DeviceIndex getNumGPUs() const override { return 1; }
+  DeviceIndex current_device() const override { return 0; }
+};
+struct MPSHooks final : Hooks<MPSHooksInterface> {
+  bool hasMPS() const override { return true; }
+  bool isOnMacOSorNewer(unsigned, unsigned) const override { return true; }
+  Allocator* getMPSDeviceAllocator() const override { return &device_allocator; }
+};
+#define REGISTER_HOOKS_OF(kind) REGISTER_##kind##_HOOKS(kind##Hooks)
+#define REGISTER_HOOKS(kind) REGISTER_HOOKS_OF(kind)
+REGISTER_HOOKS(KIND)
 }  // namespace at
 
 namespace {
-C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+C10_REGISTER_GUARD_IMPL(KIND, Guard)
 
 // ---- Operators: the CPU's kernel over the device's memory ----------------------------------------------------------
 void take_shape(c10::TensorImpl* to, const at::Tensor& from) {
@@ -413,6 +437,11 @@ void take_shape(c10::TensorImpl* to, const at::Tensor& from) {
 c10::Storage storage_of(size_t bytes, c10::DataPtr memory, c10::Allocator* allocator) {
   return c10::Storage(c10::make_intrusive<c10::StorageImpl>(
       c10::StorageImpl::use_byte_size_t(), bytes, std::move(memory), allocator, true));
+}
+bool here(const at::Tensor& t) { return t.device().type() == kDevice.type(); }
+void check_kind(c10::ScalarType dtype) {
+  TORCH_CHECK_TYPE(kFloat64 || dtype != at::kDouble, "Cannot convert a MPS Tensor to float64 dtype as the MPS framework "
+                   "doesn't support float64. Please use float32 instead.");
 }
 at::Tensor on_host(const at::Tensor& t) {  // a tensor of the CPU over the same memory
   auto& storage = t.storage();
@@ -426,6 +455,7 @@ at::Tensor on_host(const at::Tensor& t) {  // a tensor of the CPU over the same 
   return out;
 }
 at::Tensor on_device(const at::Tensor& result, const Text& name) {  // what the CPU computed, in the device's memory
+  check_kind(result.scalar_type());
   auto& storage = result.storage();
   size_t bytes = storage.nbytes();
   c10::DataPtr memory = device_allocator.allocate(bytes);
@@ -435,7 +465,7 @@ at::Tensor on_device(const at::Tensor& result, const Text& name) {  // what the 
     block->write.what = name;
   }
   auto out = at::detail::make_tensor<c10::TensorImpl>(
-      storage_of(bytes, std::move(memory), &device_allocator), c10::DispatchKeySet(c10::DispatchKey::CUDA), result.dtype());
+      storage_of(bytes, std::move(memory), &device_allocator), c10::DispatchKeySet(c10::DispatchKey::KIND), result.dtype());
   take_shape(out.unsafeGetTensorImpl(), result);
   return out;
 }
@@ -463,7 +493,7 @@ struct Call {
 
   at::Tensor there(const at::Tensor& t, bool writes, bool views) {
     if (t.defined() && t.is_cpu() && t.dim() > 0) uses_host = true;
-    if (!t.defined() || !t.is_cuda()) return t;
+    if (!t.defined() || !here(t)) return t;
     uses_device = true;
     if (!t.has_storage()) return t;
     if (!views) touched.push_back({block_of(t.storage().data()), writes});
@@ -514,11 +544,11 @@ struct Call {
       }
       return list;
     }
-    if (value.isDevice() && value.toDevice().is_cuda()) {
+    if (value.isDevice() && value.toDevice().type() == kDevice.type()) {
       made_here = true;
       return c10::Device(c10::kCPU);
     }
-    if (value.isGenerator() && value.toGenerator().device().is_cuda()) return inner_generator(value.toGenerator());
+    if (value.isGenerator() && value.toGenerator().device().type() == kDevice.type()) return inner_generator(value.toGenerator());
     if (value.isNone() && schema.arguments()[i].name() == "generator") return inner_generator(default_generator());
     return value;
   }
@@ -530,6 +560,15 @@ struct Call {
     return list;
   }
 };
+
+// cuBLAS's workspace, which each thread that multiplies matrices keeps until it ends.
+size_t workspace_bytes = 0;
+const std::set<Text> kProducts = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mm.out", "aten::addmm.out",
+    "aten::bmm.out"};
+void keep_workspace() {
+  static thread_local auto& kept = *new c10::DataPtr(device_allocator.allocate(workspace_bytes));
+  if (Block* block = block_of(kept.get())) block->set = true;
+}
 
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::unique_lock<std::recursive_mutex> lock(mutex);
@@ -547,6 +586,7 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     for (bool writes : {false, true})
       for (auto& [block, written] : call.touched) if (written == writes) touch(block, writes, s, time, call.name);
   }
+  if (workspace_bytes && kProducts.count(call.name)) keep_workspace();
   if (kWaits.count(call.name)) host_waits(s, call.name);
   if (call.by_mask) host_waits(s, call.name + " by a mask");
   torch::jit::drop(*stack, count);
@@ -566,13 +606,13 @@ at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   Lock lock(mutex);
   if (to.numel() == 0 || from.is_meta()) return to;
   const int s = current;
-  const bool arrives = to.is_cuda() && !from.is_cuda(), leaves = from.is_cuda() && !to.is_cuda(), crosses = arrives || leaves;
+  const bool arrives = here(to) && !here(from), leaves = here(from) && !here(to), crosses = arrives || leaves;
   Block* const of_from = block_of(from.storage().data());
   Block* const of_to = block_of(to.storage().data());
   const bool pinned = crosses && is_pinned((arrives ? from : to).storage().data());
   const bool waits_here = crosses && !(non_blocking && pinned);
   const Text what = arrives ? "a copy to the device" : leaves ? "a copy to the host" : "a copy on the device";
-  at::Tensor target = to.is_cuda() ? on_host(to) : to.detach(), source = from.is_cuda() ? on_host(from) : from.detach();
+  at::Tensor target = here(to) ? on_host(to) : to.detach(), source = here(from) ? on_host(from) : from.detach();
   if (leaves && !waits_here) run_all(s);  // what was copied from the target before is on its way
   const uint64_t time = tick(s);
   touch(of_from, false, s, time, what);
@@ -615,15 +655,17 @@ template <typename T> using Maybe = std::optional<T>;
 void refuse_pinned(Maybe<bool> pin) {
   TORCH_CHECK(!c10::pinned_memory_or_default(pin), "Only dense CPU tensors can be pinned");
 }
-const c10::DispatchKeySet kKeys(c10::DispatchKey::CUDA);
+const c10::DispatchKeySet kKeys(c10::DispatchKey::KIND);
 at::Tensor empty(Size size, Maybe<c10::ScalarType> dtype, Maybe<c10::Layout>, Maybe<c10::Device>, Maybe<bool> pin,
                  Maybe<c10::MemoryFormat> format) {
   refuse_pinned(pin);
+  check_kind(c10::dtype_or_default(dtype));
   return at::detail::empty_generic(size, &device_allocator, kKeys, c10::dtype_or_default(dtype), format);
 }
 at::Tensor empty_strided(Size size, Size stride, Maybe<c10::ScalarType> dtype, Maybe<c10::Layout>, Maybe<c10::Device>,
                          Maybe<bool> pin) {
   refuse_pinned(pin);
+  check_kind(c10::dtype_or_default(dtype));
   return at::detail::empty_strided_generic(size, stride, &device_allocator, kKeys, c10::dtype_or_default(dtype));
 }
 at::Tensor as_strided(const at::Tensor& t, SymSize size, SymSize stride, Maybe<c10::SymInt> offset) {
@@ -643,7 +685,7 @@ at::Tensor& set_part(at::Tensor& t, at::Storage source, int64_t offset, Size siz
 }
 void record_stream(at::Tensor& t, c10::Stream stream) { Guard().recordDataPtrOnStream(t.storage().data_ptr(), stream); }
 
-TORCH_LIBRARY_IMPL(aten, CUDA, library) {
+TORCH_LIBRARY_IMPL(aten, KIND, library) {
   library.impl("empty.memory_format", empty);
   library.impl("empty_strided", empty_strided);
   library.impl("as_strided", as_strided);
@@ -656,7 +698,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Storage_storage_offset", set_part);
   library.impl("record_stream", record_stream);
 }
-TORCH_LIBRARY_IMPL(_, CUDA, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
+TORCH_LIBRARY_IMPL(_, KIND, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
 const bool allocates = (c10::SetAllocator(kDevice.type(), &device_allocator, 10), true);
 
 }  // namespace
@@ -668,6 +710,7 @@ void double_set_stream(int64_t stream) { current = int(stream); }
 void double_synchronize() { Guard().synchronizeDevice(0); }
 void double_watch(int mode) { watched = mode; }
 void double_set_limit(size_t bytes) { limit = bytes; }
+void double_set_workspace(size_t bytes) { workspace_bytes = bytes; }
 void double_empty_cache() { Lock lock(mutex); empty_cache(); }
 void double_reset_peaks() {
   Lock lock(mutex);

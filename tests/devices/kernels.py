@@ -1,4 +1,4 @@
-"""Kernels that only CUDA has, from torch's own operators, with the checks that the real ones make."""
+"""Kernels that only an accelerator has, from torch's own operators, with the checks that the real ones make."""
 
 from __future__ import annotations
 
@@ -8,8 +8,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+KEYS = 128  # of a block; over more of them the real kernel adds up the gradient of the queries in no fixed order
+NOISE = torch.Generator()  # seeded by nobody
+
 if TYPE_CHECKING:
     from tests.devices.simulated import Double
+
+
+def register_plain_attention(kind: str) -> None:
+    """Of XPU and MPS: what torch falls back to, since here there is none of the kernels among which it chooses."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False,
+        **named: Any,
+    ) -> Tensor:  # fmt: skip
+        output: Tensor = torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, dropout, causal, **named)[0]
+        return output
+
+    global LIBRARY
+    LIBRARY = torch.library.Library("aten", "IMPL")
+    for key in (kind.upper(), f"Autograd{kind.upper()}"):
+        LIBRARY.impl("scaled_dot_product_attention", attend, key)
+    LIBRARY.impl("_fused_sdp_choice", lambda *tensors, **named: torch.nn.attention.SDPBackend.MATH.value, kind.upper())
 
 
 def register(double: Double) -> None:
@@ -32,6 +52,9 @@ def register(double: Double) -> None:
             found = [_gradients(*part, scale) for part in _documents(starts, q, k, v, gradient)]
             of_q, *others = (torch.cat(each) for each in zip(*found, strict=True))
             of_k, of_v = (each.unflatten(1, (k.shape[1], -1)).sum(2) for each in others)
+            longest = max(end - start for start, end in pairwise(starts.tolist()))
+            if longest > KEYS and not torch.are_deterministic_algorithms_enabled():
+                of_q = of_q * (1 + 1e-6 * torch.randn(of_q.shape, generator=NOISE).to(of_q.device))
         return of_q.to(q.dtype), of_k.to(q.dtype), of_v.to(q.dtype)
 
     global LIBRARY

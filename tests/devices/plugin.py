@@ -15,7 +15,7 @@ REPOSITORY, HERE = Path(__file__).resolve().parents[2], Path(__file__).resolve()
 if build.missing() is None:
     os.environ["TUNEKIT_SIMULATED_FAULTS"] = tempfile.mkstemp(prefix="faults-")[1]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "child"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    os.environ.setdefault("TUNEKIT_TEST_DEVICE", "cuda:0")
+    os.environ.setdefault("TUNEKIT_TEST_DEVICE", f"{build.KIND}:0")
     build.library()  # before there are several processes that would all build it
     simulated.prepare()
 

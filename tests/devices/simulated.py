@@ -1,7 +1,8 @@
-"""The simulated CUDA device of device.cpp made torch's own; it must be prepared before torch is imported.
+"""The simulated device of device.cpp made torch's own; it must be prepared before torch is imported.
 
-Comes in: TUNEKIT_SIMULATED_CAPABILITY (8.0) and TUNEKIT_SIMULATED_BYTES (8 GiB).  Goes out: torch.cuda, whose own
-Python stays with its checks, and DOUBLE, what the tests ask of the device.
+Comes in: TUNEKIT_SIMULATED_KIND (cuda, xpu or mps), of CUDA's TUNEKIT_SIMULATED_CAPABILITY (8.0), and
+TUNEKIT_SIMULATED_BYTES (8 GiB).  Goes out: torch.cuda, torch.xpu or torch.mps, whose own Python stays with its checks,
+and DOUBLE, what the tests ask of the device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from tests.devices.build import library, torch_folder
+from tests.devices.build import KIND, library, torch_folder
 
 BYTES = ("allocated", "peak_allocated", "requested", "peak_requested", "reserved", "peak_reserved")
 
@@ -31,6 +32,7 @@ class Double:
         self.core.double_set_stream.argtypes = [ctypes.c_int64]
         self.core.double_bytes.restype = ctypes.c_size_t
         self.core.double_set_limit.argtypes = [ctypes.c_size_t]
+        self.core.double_set_workspace.argtypes = [ctypes.c_size_t]
         self.core.double_waits.restype = ctypes.c_char_p
         self.mode, self.fraction = 0, 1.0
         major, minor = os.environ.get("TUNEKIT_SIMULATED_CAPABILITY", "8.0").split(".")
@@ -43,6 +45,7 @@ class Double:
             is_integrated=0,
             gcnArchName="",
             warp_size=32,
+            has_bfloat16_conversions=True,
         )
 
     def waits(self) -> list[str]:
@@ -123,7 +126,7 @@ def _around_torch() -> Iterator[None]:
     _install(DOUBLE)
     from tests.devices import kernels
 
-    kernels.register(DOUBLE)
+    kernels.register(DOUBLE) if KIND == "cuda" else kernels.register_plain_attention(KIND)
 
 
 @contextlib.contextmanager
@@ -131,25 +134,36 @@ def _around_bitsandbytes() -> Iterator[None]:
     """Without its CUDA library: its default kernels, which are made of torch's operators, and not compiled."""
     import torch
 
-    compiled, available = torch.compile, torch.cuda.is_available
+    module: Any = torch.get_device_module(KIND)
+    compiled, available = torch.compile, module.is_available
     torch.compile = lambda function=None, **named: function or (lambda given: given)  # type: ignore[assignment]
-    torch.cuda.is_available = lambda: False
+    module.is_available = lambda: False
     try:
         yield
     finally:
-        torch.compile, torch.cuda.is_available = compiled, available
+        torch.compile, module.is_available = compiled, available
 
 
 def _install(double: Double) -> None:
-    """The functions of torch._C that a build without CUDA lacks, and what torch.cuda makes of classes that it lacks."""
+    """The functions of torch._C that a build without this kind of device lacks."""
+    if KIND == "mps":
+        _install_metal(double)
+    else:
+        _install_with_streams(double)
+
+
+def _install_with_streams(double: Double) -> None:
+    """For CUDA and XPU; also what their modules make of classes that torch._C lacks."""
     import torch
+
+    module: Any = getattr(torch, KIND)
 
     class Stream(torch.Stream):
         def __new__(cls, device: Any = None, priority: int = 0, **named: Any) -> Any:
             if "stream_id" in named:
                 return super().__new__(cls, **named)
-            torch.cuda._utils._get_device_index(device, optional=True)  # torch's own check
-            return super().__new__(cls, device=torch.device("cuda", 0), priority=priority)
+            module._utils._get_device_index(device, optional=True)  # torch's own check
+            return super().__new__(cls, device=torch.device(KIND, 0), priority=priority)
 
         cuda_stream = property(lambda self: self.stream_id)
 
@@ -163,25 +177,27 @@ def _install(double: Double) -> None:
 
     class Event(torch.Event):
         def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> Any:
-            return super().__new__(cls, device="cuda", enable_timing=enable_timing)
+            return super().__new__(cls, device=KIND, enable_timing=enable_timing)
 
         def record(self, stream: Any = None) -> None:
-            super().record(stream or torch.cuda.current_stream())
+            super().record(stream or module.current_stream())
 
         def wait(self, stream: Any = None) -> None:
-            super().wait(stream or torch.cuda.current_stream())
+            super().wait(stream or module.current_stream())
 
     def properties(device: Any = None) -> Any:
-        torch.cuda._utils._get_device_index(device, optional=True)
+        module._utils._get_device_index(device, optional=True)
         return double.properties
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
-        torch.cuda._utils._get_device_index(0 if device is None else device, optional=True)
+        module._utils._get_device_index(0 if device is None else device, optional=True)
         total = double.properties.total_memory
         return total - double.bytes("reserved"), total
 
-    core = double.core
+    core, number = double.core, {"cuda": 1, "xpu": 12}[KIND]  # of c10::DeviceType
     native = {
+        "getCurrentStream": lambda device: (core.double_stream(), 0, number),
+        "getDefaultStream": lambda device: (0, 0, number),
         "getDeviceCount": lambda: 1,
         "getDevice": lambda: 0,
         "setDevice": lambda device: None,
@@ -193,11 +209,9 @@ def _install(double: Double) -> None:
         "memoryStats": double.statistics,
         "resetPeakMemoryStats": lambda device: core.double_reset_peaks(),
         "resetAccumulatedMemoryStats": lambda device: None,
-        "getCurrentStream": lambda device: (core.double_stream(), 0, 1),
-        "getDefaultStream": lambda device: (0, 0, 1),
         "setStream": lambda stream_id, device_index, device_type: core.double_set_stream(stream_id),
         "getCurrentRawStream": lambda device: core.double_stream(),
-        "synchronize": lambda: core.double_synchronize(),
+        "synchronize": lambda *device: core.double_synchronize(),
         "isInBadFork": lambda: False,
         "init": lambda: None,
         "set_sync_debug_mode": double.watch,
@@ -206,19 +220,43 @@ def _install(double: Double) -> None:
         "ipc_collect": lambda: None,
     }
     for name, function in native.items():
-        setattr(torch._C, f"_cuda_{name}", function)
-    cuda, nothing = torch.cuda, lambda: None
-    for module in (cuda, cuda.memory, cuda.random):
-        module._lazy_init = nothing  # type: ignore[attr-defined]
-    for module in (cuda, cuda.streams):
-        module.Stream, module.Event = Stream, Event  # type: ignore[attr-defined]
-    for module in (cuda, cuda.memory):
-        module.mem_get_info = mem_get_info  # type: ignore[attr-defined]
-    cuda._exchange_device, cuda._maybe_exchange_device = native["exchangeDevice"], native["maybeExchangeDevice"]
-    cuda._initialized = True
-    cuda.is_initialized = cuda.is_available = torch.backends.cuda.is_built = lambda: True
-    cuda.device_count = lambda: 1  # type: ignore[assignment]
-    cuda.get_device_properties = properties
-    cuda.is_bf16_supported = lambda including_emulation=True: including_emulation or double.properties.major >= 8
-    cuda.default_generators = (torch.Generator(device="cuda"),)
-    torch.version.cuda = "13.0"
+        setattr(torch._C, f"_{KIND}_{name}", function)
+    for part in (module, module.memory, module.random):
+        part._lazy_init, part.is_initialized, part.device_count = lambda: None, lambda: True, lambda: 1
+    for part in (module, module.streams):
+        part.Stream, part.Event = Stream, Event
+    for part in (module, module.memory):
+        part.mem_get_info = mem_get_info
+    module._exchange_device, module._maybe_exchange_device = native["exchangeDevice"], native["maybeExchangeDevice"]
+    module._initialized = True
+    module.is_available = lambda: True
+    module.get_device_properties = properties
+    module.default_generators = (torch.Generator(device=KIND),)
+    if KIND == "cuda":
+        large = double.properties.major >= 9 or os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+        core.double_set_workspace(2**25 if large else 8_519_680)  # cuBLAS's
+        torch.backends.cuda.is_built = lambda: True
+        module.is_bf16_supported = lambda including_emulation=True: including_emulation or double.properties.major >= 8
+        torch.version.cuda = "13.0"
+
+
+def _install_metal(double: Double) -> None:
+    """For MPS, which has one device, no streams and no peaks."""
+    import torch
+
+    core, limit = double.core, double.properties.total_memory
+    generator = torch.Generator(device="mps")
+    native = {
+        "is_available": lambda: True,
+        "is_on_macos_or_newer": lambda major, minor: True,
+        "get_default_generator": lambda: generator,
+        "deviceSynchronize": lambda: core.double_synchronize(),
+        "emptyCache": lambda: core.double_empty_cache(),
+        "setMemoryFraction": lambda fraction: double.set_fraction(fraction, 0),
+        "currentAllocatedMemory": lambda: double.bytes("allocated"),
+        "driverAllocatedMemory": lambda: double.bytes("reserved"),
+        "recommendedMaxMemory": lambda: limit,
+    }
+    for name, function in native.items():
+        setattr(torch._C, f"_mps_{name}", function)
+    torch._C._has_mps = True

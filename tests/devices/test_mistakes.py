@@ -15,7 +15,7 @@ from tests.loop_case import Case, make_case, make_rows
 from tests.training.test_loop import training, weights
 from tunekit.errors import NumericsError
 from tunekit.memory import copies
-from tunekit.memory.copies import CudaCopier
+from tunekit.memory.copies import StreamCopier
 from tunekit.memory.offload import BoundaryStore
 from tunekit.training.readings import Reading
 
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.faulty
 CUDA = torch.device("cuda", 0)
 HOST, DISK = ({"streaming": {"tier": tier, "poison": False}} for tier in ("host", "disk"))
 OFFLOAD = {"checkpointed": 4}
-start, pass_on = CudaCopier.start, CudaCopier._pass_on
+start, pass_on = StreamCopier.start, StreamCopier._pass_on
 
 
 def case_of(folder: Path, **settings: Any) -> Case:
-    store = BoundaryStore(CudaCopier(CUDA), 0, 0) if "checkpointed" in settings else None
+    store = BoundaryStore(StreamCopier(CUDA), 0, 0) if "checkpointed" in settings else None
     return make_case(folder, make_rows(11), training=training(max_steps=3), device=CUDA, store=store, **settings)
 
 
@@ -48,28 +48,30 @@ def test_without_a_mistake_nothing_is_seen(folder: Path, settings: dict[str, Any
     assert all(torch.equal(own, expected[1][name]) for name, own in weights(case).items())
 
 
-def wait_for_nothing(self: CudaCopier, copy: Any) -> None:
+def wait_for_nothing(self: StreamCopier, copy: Any) -> None:
     if isinstance(copy, Future):
         copy.result()
 
 
-def reuse_the_ring_at_once(self: CudaCopier, target: Any, source: Any) -> None:
+def reuse_the_ring_at_once(self: StreamCopier, target: Any, source: Any) -> None:
     self._free = [None] * copies.RING_PARTS
     pass_on(self, target, source)
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], Any, str, Callable[..., Any]]] = {
-    "a layer is computed before it is there": (HOST, CudaCopier, "wait", wait_for_nothing),
-    "so is one from a file": (DISK, CudaCopier, "wait", wait_for_nothing),
+    "a layer is computed before it is there": (HOST, StreamCopier, "wait", wait_for_nothing),
+    "so is one from a file": (DISK, StreamCopier, "wait", wait_for_nothing),
     "a copy does not wait for what is computed in its slot": (
-        HOST, CudaCopier, "start", lambda self, pairs, after: start(self, pairs, None),
+        HOST, StreamCopier, "start", lambda self, pairs, after: start(self, pairs, None),
     ),
     "an input leaves before it is computed": (
-        OFFLOAD, CudaCopier, "start", lambda self, pairs, after: start(self, pairs, None),
+        OFFLOAD, StreamCopier, "start", lambda self, pairs, after: start(self, pairs, None),
     ),
-    "an input is used before it is back": (OFFLOAD, CudaCopier, "wait", wait_for_nothing),
-    "memory is given to others while it is copied": (OFFLOAD, CudaCopier, "_keep", lambda self, on_device: None),
-    "a part of the ring is filled while it is copied": (DISK, CudaCopier, "_pass_on", reuse_the_ring_at_once),
+    "an input is used before it is back": (OFFLOAD, StreamCopier, "wait", wait_for_nothing),
+    "memory is given to others while it is copied": (
+        OFFLOAD, BoundaryStore, "_let_go", lambda self, left: self._leaving.clear(),
+    ),
+    "a part of the ring is filled while it is copied": (DISK, StreamCopier, "_pass_on", reuse_the_ring_at_once),
     "numbers are read before they are there": ({}, Reading, "read", lambda self: tuple(self.numbers.tolist()[:2])),
 }  # fmt: skip
 

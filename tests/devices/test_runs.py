@@ -1,36 +1,46 @@
-"""Whole runs on the simulated device: a budget, streamed bases, float16 that overflows; and what follows a run."""
+"""Whole runs on the simulated device, of any kind: a budget, streamed bases, float16 that overflows; and what follows
+a run."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.devices import simulated
+from tests.loop_case import DEVICE
 from tests.train_case import records, result_bytes, without_times, write_recipe
-from tunekit.errors import ResourceError
+from tunekit.errors import ResourceError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
+from tunekit.machine.memory import limit_bytes
 from tunekit.merge import merge_verb
 from tunekit.train import train_verb
 from tunekit.training.scaling import LossScale
 
 MIB = 2**20
+METAL = DEVICE.type == "mps"
 
 
 @pytest.fixture(autouse=True)
 def whole_device() -> Iterator[None]:
-    """A budget bounds a process; here others come after it."""
+    """A budget bounds a process, and a device is chosen for one; here others come after it."""
     yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
+    os.environ.pop("TUNEKIT_DEVICE", None)
+    limit_bytes(DEVICE, simulated.DOUBLE.properties.total_memory)
 
 
-def train(place: Path, folder: Path, *overrides: str, **sections: Any) -> tuple[Path, dict[str, Any]]:
+def train(
+    place: Path, folder: Path, *overrides: str, device: str | None = None, **sections: Any
+) -> tuple[Path, dict[str, Any]]:
     """The run's folder and its report."""
+    place.mkdir(exist_ok=True)
+    if device is not None:
+        os.environ["TUNEKIT_DEVICE"] = device
     train_verb(
         str(write_recipe(place, folder, rows=11, **sections)), [f"output.dir={place / 'run'}", *overrides], False, False
     )
@@ -44,11 +54,15 @@ def resident(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_budget_bounds_the_allocator(folder: Path, tmp_path: Path) -> None:
     run, report = train(tmp_path, folder, "memory.budget=64MiB")
-    assert json.loads((run / "plan.json").read_text())["device"] == "cuda:0"
+    assert json.loads((run / "plan.json").read_text())["device"] == str(DEVICE)
+    if METAL:  # memory that the host has too: no limit, and no peak but what its driver took
+        assert 0 < report["peak_reserved_bytes"] == report["measured_bytes"]["mps"]
+        assert "peak_allocated_bytes" not in report
+        return
     assert simulated.DOUBLE.fraction == 64 * MIB / simulated.DOUBLE.properties.total_memory
     peaks = [report[f"peak_{kind}_bytes"] for kind in ("requested", "allocated", "reserved")]
     assert 0 < peaks[0] < peaks[1] <= peaks[2] < 64 * MIB
-    assert report["measured_bytes"] == {"cuda": peaks[1]}
+    assert report["measured_bytes"] == {DEVICE.type: peaks[1]}
 
 
 def test_a_budget_that_is_too_small_is_a_resource_that_ran_out(folder: Path, tmp_path: Path) -> None:
@@ -58,6 +72,10 @@ def test_a_budget_that_is_too_small_is_a_resource_that_ran_out(folder: Path, tmp
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_a_streamed_base_trains_the_same_adapter(folder: Path, tmp_path: Path, tier: str, resident: Path) -> None:
+    if METAL and tier == "host":
+        with pytest.raises(TunekitError, match="mps shares the host's memory"):
+            train(tmp_path, folder, f"memory.streaming={tier}")
+        return
     run, _ = train(tmp_path, folder, f"memory.streaming={tier}")
     assert without_times(records(run)) == without_times(records(resident))
     tensors = "adapter_model.safetensors"
@@ -85,3 +103,28 @@ def test_a_result_is_evaluated_generates_and_is_merged(resident: Path, tmp_path:
     generate_verb(str(resident), None, "say 3", None, [], max_new_tokens=4)
     merge_verb(str(resident / "adapter"), str(tmp_path / "merged"), None, None, [])
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "refused"),
+    [
+        ("training.optimizer=adamw_8bit", "bitsandbytes', which has no kernels for mps"),
+        ("model.quantization=int8", "which has no kernels for mps"),
+        ("model.quantization=fp8", "this device has no float8 products"),
+        ("training.kernels=liger", "liger-kernel's kernels run on a GPU only"),
+    ],
+)
+@pytest.mark.skipif(not METAL, reason="what Metal lacks")
+def test_what_the_device_lacks_is_refused_by_name(folder: Path, tmp_path: Path, override: str, refused: str) -> None:
+    with pytest.raises(TunekitError, match=refused):
+        train(tmp_path, folder, override)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8_weight_only"])
+def test_a_packed_base_trains_as_it_does_on_the_cpu(folder: Path, tmp_path: Path, quantization: str) -> None:
+    """By bitsandbytes' kernels, or our own codec where the device has none of them."""
+    losses = []
+    for name in (DEVICE.type, "cpu"):
+        run, _ = train(tmp_path / name, folder, f"model.quantization={quantization}", device=name)
+        losses.append([record["loss"] for record in records(run) if "loss" in record])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

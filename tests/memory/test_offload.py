@@ -14,7 +14,7 @@ from tests.conftest import write_tiny_llama
 from tests.loop_case import Case, make_case, make_rows
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.copies import Copier, CudaCopier
+from tunekit.memory.copies import Copier, StreamCopier
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
@@ -134,6 +134,27 @@ def test_slots_are_used_again_and_small_tensors_stay() -> None:
     nowhere.put(0, values(0))
     assert torch.equal(nowhere.take(0), values(0))
     assert nowhere.host_bytes == 0
+
+
+def test_what_leaves_is_held_two_deep_and_then_waited_for() -> None:
+    """Its memory is free for others as soon as two more have left, or something is wanted back."""
+    waited: list[int] = []
+
+    class Counted(Copier):
+        def start(self, copies: Any, after: Any) -> int:
+            super().start(copies, after)
+            return len(waited) + 100
+
+        def wait(self, copy: int) -> None:
+            waited.append(copy)
+
+    store = BoundaryStore(Counted(torch.device("cpu")), 0, 0)
+    kept = [torch.full((4, 4), float(number)) for number in range(4)]
+    for number, tensor in enumerate(kept):
+        store.put(number, tensor)
+        assert len(waited) == max(0, number - 1)
+    assert torch.equal(store.take(3), kept[3])
+    assert len(waited) == 5  # both that were leaving, and the one that came back
 
 
 def test_auto_leaves_a_cpu_alone() -> None:
@@ -322,7 +343,7 @@ def test_a_layer_may_run_more_than_once_in_a_forward() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_streams_bring_back_every_bit() -> None:
     device = torch.device("cuda")
-    store = store_with(CudaCopier(device))
+    store = store_with(StreamCopier(device))
     kept = [torch.randn(512, 4096, device=device) for _ in range(6)]
     for number, tensor in enumerate(kept):
         store.put(number, tensor)

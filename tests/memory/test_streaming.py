@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from tests.model.test_families import MODELS, make_net
 from tests.runs.test_every_method_trains import SETTINGS as SMALL_LAYERS
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
-from tunekit.memory.copies import ThreadCopier, copy_bytes
+from tunekit.memory.copies import StreamCopier, ThreadCopier, copy_bytes
 from tunekit.memory.slots import LayerSlots
-from tunekit.memory.streaming import make_slots
+from tunekit.memory.streaming import host_memory, make_slots
 from tunekit.model.call import Call, calling
 from tunekit.model.families.stages import PROVEN
 from tunekit.recipe.model import ModelSection
@@ -351,6 +352,28 @@ def test_tensors_begin_at_multiples_of_64_bytes() -> None:
         for tensor, values in zip(tensors, expected, strict=True):
             assert torch.equal(tensor, values)
             assert tensor.dtype == values.dtype
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pieces"), [([832] * 32, [16384, 8192, 2048, 1024, 1024]), ([64, 640, 64], [512, 1024])]
+)
+def test_layers_share_pinned_pieces_of_powers_of_two(sizes: list[int], pieces: list[int]) -> None:
+    """torch rounds each pinned block up to one: for 32 blocks of 832 bytes it would take 32,768."""
+    asked: list[int] = []
+
+    class Pinned(StreamCopier):
+        def __init__(self) -> None: ...
+
+        def memory(self, size_bytes: int, *, on_host: bool) -> Tensor:
+            asked.append(size_bytes)
+            return torch.empty(size_bytes, dtype=torch.uint8)
+
+    blocks = list(host_memory(Pinned(), sizes))
+    assert [block.numel() for block in blocks] == sizes
+    assert all(block.storage_offset() % 64 == 0 for block in blocks)
+    spans = sorted((block.data_ptr(), block.data_ptr() + block.numel()) for block in blocks)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert asked[1:] == pieces
 
 
 def test_a_shared_tensor_lies_in_a_blob_once() -> None:

@@ -21,12 +21,14 @@ from tests.loop_case import make_case, make_rows
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
+from tunekit.machine.devices import deterministic_kernels
 from tunekit.machine.memory import _group_available
 from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.planning.choice import SearchSpace, Workload, fastest
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.simulated.estimate import KEPT_SHARE, MOST_KEPT_BYTES, PROCESS_BYTES, peak_bytes
+from tunekit.planning.simulated.kernels import backward_buffers, workspace_bytes
 from tunekit.planning.simulated.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
@@ -216,14 +218,44 @@ def test_the_largest_batch_is_one_that_the_run_makes() -> None:
     assert largest.inputs["input_ids"].numel() == largest.padded == max(sizes)
 
 
+def test_cublas_keeps_a_workspace_for_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert workspace_bytes(gpu) == 2 * 32 * 2**20
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # torch's own choice before Hopper
+    assert workspace_bytes(gpu) == 2 * 8_519_680
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    for capability, mib in (((8, 0), 8.125), ((9, 0), 32)):
+        monkeypatch.setattr("tunekit.planning.simulated.kernels.capability", lambda device, found=capability: found)
+        assert workspace_bytes(gpu) == 2 * mib * 2**20
+    assert workspace_bytes(torch.device("xpu")) == workspace_bytes(CPU) == 0
+
+
+def test_flash_attention_s_backward_pass_takes_memory_of_its_own() -> None:
+    """The queries' gradient and a row's sum in float32, rounded up; keys and values for each head that shares them."""
+    gpu, name = torch.device("cuda"), "aten::_scaled_dot_product_flash_attention_backward"
+    q, k = torch.empty(2, 8, 130, 40, dtype=torch.bfloat16), torch.empty(2, 4, 130, 40, dtype=torch.bfloat16)
+    rows = 2 * 256 * 8
+    assert backward_buffers(name, (q, q, k, k), gpu) == [rows * 64 * 4, rows * 4, 2 * 2 * 130 * 8 * 40 * 2]
+    packed, starts = torch.empty(260, 8, 64, dtype=torch.bfloat16), torch.tensor([0, 130, 260])
+    found = backward_buffers("torch_attn::_varlen_attn_backward", (*[packed] * 6, starts), gpu)
+    assert found == [(260 + 2 * 128) * 8 * 64 * 4, (260 + 2 * 128) * 8 * 4, 0]
+    assert backward_buffers(name, (q, q, k, k), CPU) == backward_buffers("aten::mm", (q, q), gpu) == []
+    with deterministic_kernels(True):  # one sum for each share of the units
+        assert backward_buffers(name, (q, q, k, k), gpu)[0] == 9 * rows * 64 * 4
+
+
 def test_the_peak_of_a_run_is_the_highest_of_its_work() -> None:
     step = Simulation({"weights": 600, "activations": 400}, 1000)
     evaluation = Simulation({"weights": 600, "logits": 900}, 1500)
     gpu = torch.device("cuda")
-    assert peak_bytes(step, None, gpu).total == 1000, "of a GPU live bytes alone are predicted"
+    beside = workspace_bytes(gpu)
+    assert peak_bytes(step, None, gpu).total == 1000 + beside, "of a GPU live bytes and cuBLAS's are predicted"
     both = peak_bytes(step, evaluation, gpu, cache_bytes=100)
-    assert (both.total, both.logits, both.activations) == (1600, 900, 0)
-    assert peak_bytes(step, None, gpu, load_bytes=10**9).total == 1000, "loading is the host's"
+    assert (both.total, both.logits, both.activations) == (1600 + beside, 900, 0)
+    assert peak_bytes(step, None, gpu, load_bytes=10**9).total == 1000 + beside, "loading is the host's"
+    metal = torch.device("mps")
+    assert peak_bytes(step, None, metal, load_bytes=10**9).total == 10**9, "which is its own memory"
     assert peak_bytes(step, None, CPU, load_bytes=10**9).total == 10**9 + PROCESS_BYTES
     assert peak_bytes(step, None, CPU).total == 1000 + KEPT_SHARE * 400 + PROCESS_BYTES, "weights leave no freed blocks"
     huge = replace(step, total=10**11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Annotated
 
@@ -31,4 +32,12 @@ Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the b
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE|-", help="write the result there as JSON; - is standard output")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="cpu|cuda[:N]|xpu[:N]|mps",
+        callback=lambda name: name and os.environ.update(TUNEKIT_DEVICE=name),  # whatever the verb calls finds it
+        help="where to compute; default: $TUNEKIT_DEVICE, else this machine's accelerator, else its CPU",
+    ),
 ]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tunekit.commands.options import Base, Call, Target, TargetOverrides
+from tunekit.commands.options import Base, Call, Device, Target, TargetOverrides
 
 
 def add_talk(app: typer.Typer, call: Call) -> None:
@@ -30,6 +30,7 @@ def add_talk(app: typer.Typer, call: Call) -> None:
         top_k: Annotated[int, typer.Option(metavar="K", min=0, help="of the K likeliest; 0: of all")] = 0,
         seed: Annotated[int, typer.Option(metavar="N", min=0, help="of sampling")] = 0,
         max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: 512")] = None,
+        device: Device = None,
     ) -> None:
         """Talk with a run, an adapter or a model; /base asks the base beside it, /help lists the commands."""
         sampling = (temperature, top_p, top_k, seed)
@@ -56,6 +57,7 @@ def add_talk(app: typer.Typer, call: Call) -> None:
         ] = None,
         max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="where a client names no number")] = 512,
         batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="answers that are made side by side")] = 8,
+        device: Device = None,
     ) -> None:
         """Serve a run, an adapter or a model to OpenAI's clients, for trying a result; every adapter is a model."""
         call(

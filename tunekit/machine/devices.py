@@ -1,6 +1,6 @@
-"""The device layer: which device and rank this is, and sums over ranks, through accelerate.
+"""The device layer: which device and rank this is, what its kind has, and sums over ranks, through accelerate.
 
-Comes in: the environment (torchrun, accelerate launch or neither).  Goes out: Devices.
+Comes in: the environment (torchrun, accelerate launch or neither).  Goes out: Devices, and the facts of a kind.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psutil
@@ -21,18 +23,120 @@ Value = TypeVar("Value")
 ENDING_SECONDS = 5.0  # a connection closes before the process that had it has ended
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What every device of a kind has, asked for whether there is one here or a run is only planned for it."""
+
+    own_memory: bool = True  # apart from the host's; streams of copies from pinned memory; its allocator keeps peaks
+    float64: bool = True
+    gates: bool = True  # torch's fused AdamW keeps a non-finite update off on the device itself
+    bitsandbytes: bool = True  # its kernels
+    numbered: bool = True  # there may be several
+
+
+# ROCm's devices are of the kind cuda, as torch has them. A CPU computes when it is told, and gates nothing late.
+KINDS = {
+    "cpu": Kind(own_memory=False, numbered=False),
+    "cuda": Kind(),
+    "xpu": Kind(),
+    "mps": Kind(own_memory=False, float64=False, gates=False, bitsandbytes=False, numbered=False),
+}
+NAMES = "cpu, cuda, cuda:N, xpu, xpu:N or mps"
+TPU = (
+    "a TPU is no device of tunekit: XLA compiles a whole step for its shapes, and a run has steps of many shapes, "
+    "layers that are copied beside the computation, and numbers that the host reads",
+    f"choose {NAMES}",
+)
+
+
+def kind_of(device: torch.device) -> Kind:
+    """What devices of this kind have; tensors without values (meta) count as a CPU's."""
+    return KINDS.get(device.type, KINDS["cpu"])
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this process has a device of this kind, or only plans for it."""
+    return device.type == "cpu" or bool(torch.get_device_module(device).is_available())
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU, its compute capability; one that is planned for and is not here has every kernel. Of any other
+    device (0, 0): ROCm counts otherwise, and has the kernels of CUDA that this is asked for in other forms."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (99, 0)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether an accelerator has products in bfloat16; one that is planned for and is not here is taken to."""
+    if not is_here(device):
+        return True
+    if device.type == "mps":
+        return bool(torch.backends.mps.is_macos_or_newer(14, 0))
+    return bool(torch.get_device_module(device).is_bf16_supported(including_emulation=False))
+
+
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """In which sums over many rows are taken."""
+    return torch.float64 if kind_of(device).float64 else torch.float32
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """As sums over many rows are taken, where it is."""
+    return tensor.to(summing_dtype(tensor.device))
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """In float64, to be decomposed: on the host where the device has none."""
+    return (tensor if kind_of(tensor.device).float64 else tensor.cpu()).double()
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """A block in which, where `wanted`, a GPU adds up in a fixed order: attention's backward pass does not of itself.
+
+    Raises: RecipeError where torch has no such kernel for something that is computed.
+    """
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = False  # a pass over memory, for what nobody reads
+    try:
+        yield
+    except RuntimeError as error:
+        if not wanted or "deterministic" not in str(error):
+            raise
+        what = f"there is no deterministic kernel for this run ({str(error).strip().partition('.')[0]})"
+        raise RecipeError(what, "write deterministic: false", key="training.deterministic") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
+
+
+def forked_random(device: torch.device) -> AbstractContextManager[None]:
+    """A block after which the random states of the host and of the device are as before."""
+    places = [] if device.type in ("cpu", "meta") else [device.index or 0]
+    forked: AbstractContextManager[None] = torch.random.fork_rng(places, device_type=device.type if places else "cpu")
+    return forked
+
+
 class Devices:
     """One process of a run. With a single process every method is the identity."""
 
-    def __init__(self, cpu: bool) -> None:
+    def __init__(self, wanted: torch.device | None = None) -> None:
         from accelerate.state import PartialState
 
-        self.state = PartialState(cpu=cpu)  # without `cpu`, ranks on a machine that has no accelerator stay strangers
-        device: torch.device = self.state.device  # without an index, which torch's limits and streams ask for
-        index = 0 if device.index is None else device.index
-        self.device = device if device.type == "cpu" else torch.device(device.type, index)
-        self.rank: int = self.state.process_index
+        # without `cpu`, ranks on a machine that has no accelerator stay strangers
+        self.state = PartialState(cpu=wanted is not None and wanted.type == "cpu")
         self.world: int = self.state.num_processes
+        found: torch.device = self.state.device if wanted is None or self.world > 1 else wanted
+        check_found(found, wanted)
+        # with an index, which torch's limits and streams ask for
+        self.device = found if found.type == "cpu" else torch.device(found.type, found.index or 0)
+        if self.device.index:
+            torch.accelerator.set_device_index(self.device.index)
+        self.rank: int = self.state.process_index
         self.processes: list[tuple[int, str, int]] = self.gather([(self.rank, socket.gethostname(), os.getpid())])
 
     @property
@@ -123,15 +227,35 @@ def has_ended(process: int) -> bool:
         return True
 
 
-def make_devices() -> Devices:
-    """The devices of this process.
+def check_found(found: torch.device, wanted: torch.device | None) -> None:
+    """Raises: RecipeError for a device that tunekit does not know, and for ranks that got another than was wanted."""
+    if found.type == "xla":
+        raise RecipeError(*TPU)
+    if found.type not in KINDS:
+        raise RecipeError(f"tunekit does not know {found.type} devices", "choose --device cpu")
+    if wanted is not None and (found.type != wanted.type or (wanted.index or found.index) != found.index):
+        how = "leave --device out, or choose which ranks see with CUDA_VISIBLE_DEVICES or ZE_AFFINITY_MASK"
+        raise RecipeError(f"--device {wanted} is not the device of this rank, {found}", how)
 
-    TUNEKIT_DEVICE=cpu keeps a run off the GPU.
-    Raises: RecipeError where TUNEKIT_DEVICE names anything else.
+
+def make_devices() -> Devices:
+    """The devices of this process: what --device names, else the accelerator of this machine, else the CPU.
+
+    The option comes in TUNEKIT_DEVICE.
+    Raises: RecipeError where it names no device, or one that torch does not see.
     """
-    wanted = os.environ.get("TUNEKIT_DEVICE", "")
-    if wanted not in ("", "cpu", "cuda"):
-        raise RecipeError(f"TUNEKIT_DEVICE is {wanted!r}", "set it to cpu or cuda, or leave it unset")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("TUNEKIT_DEVICE is cuda, but torch sees no CUDA device")
-    return Devices(cpu=wanted == "cpu" or not torch.cuda.is_available())
+    name = os.environ.get("TUNEKIT_DEVICE", "")
+    if not name:
+        return Devices(None if torch.accelerator.is_available() else torch.device("cpu"))
+    kind, colon, number = name.partition(":")
+    if kind in ("tpu", "xla"):
+        raise RecipeError(*TPU)
+    if kind not in KINDS or (colon and not (KINDS[kind].numbered and number.isdecimal())):
+        raise RecipeError(f"--device (or TUNEKIT_DEVICE) is {name!r}", f"choose {NAMES}")
+    wanted = torch.device(name)
+    if not is_here(wanted):
+        raise RecipeError(f"--device (or TUNEKIT_DEVICE) is {name}, but torch sees no such device", "leave it out")
+    count = torch.get_device_module(wanted).device_count() if wanted.index else 1
+    if (wanted.index or 0) >= count:
+        raise RecipeError(f"--device is {name}, but torch sees {count} of them, counted from 0", f"choose {kind}:0")
+    return Devices(wanted)

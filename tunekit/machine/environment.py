@@ -58,10 +58,14 @@ def processor_name() -> str:
 
 
 def accelerator_names() -> list[str]:
-    """Names of the CUDA devices this process sees."""
-    if not torch.cuda.is_available():
+    """Names of the accelerators that this process sees; Apple's has none of its own."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
         return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    module = torch.get_device_module(found)
+    if not hasattr(module, "get_device_name"):
+        return [found.type]
+    return [module.get_device_name(index) for index in range(module.device_count())]
 
 
 def read_environment(*, device: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def read_environment(*, device: str, more: Mapping[str, Any] | None = None) -> d
         "platform": platform.platform(),
         "versions": library_versions(),
         "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
         "device": device,
         "cpu": processor_name(),
         "accelerators": accelerator_names(),

@@ -9,10 +9,13 @@ import contextlib
 import os
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+
+from tunekit.machine.devices import is_here, kind_of
 
 KIB = 1024
 STATUS = Path("/proc/self/status")
@@ -20,12 +23,14 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a GPU; of the host what can be had without swapping, inside this process's control group."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    host, group = int(psutil.virtual_memory().available), _group_available()
-    return host if group is None else min(host, group)
+    """Free bytes of a GPU; of the host what can be had without swapping, inside this process's control group. Of
+    memory that both have, what either may still take."""
+    if kind_of(device).own_memory:
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    limits = [int(psutil.virtual_memory().available), _group_available()]
+    if device.type == "mps" and is_here(device):
+        limits.append(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return min(limit for limit in limits if limit is not None)
 
 
 def _group_available(root: Path = CGROUP) -> int | None:
@@ -42,17 +47,47 @@ def _group_available(root: Path = CGROUP) -> int | None:
 
 
 def total_bytes(device: torch.device) -> int | None:
-    """All memory of a GPU, the same for every run on it; None for the host."""
-    if device.type != "cuda":
+    """All memory of a GPU, the same for every run on it; None for the host, and what shares its memory."""
+    if not kind_of(device).own_memory:
         return None
-    return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(torch.get_device_module(device).get_device_properties(device).total_memory)
 
 
 def limit_bytes(device: torch.device, budget: int) -> None:
     """Let a GPU's allocator fail at the budget rather than go beyond it; the host has no such limit."""
-    total = total_bytes(device)
-    if total is not None:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    total, module = total_bytes(device), torch.get_device_module(device)
+    if total is not None and hasattr(module, "set_per_process_memory_fraction"):  # torch.xpu has it from 2.10 on
+        module.set_per_process_memory_fraction(min(1.0, budget / total), device)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The most bytes that a device's allocator had asked for, rounded, and taken from the driver; None: not told."""
+
+    requested: int | None = None
+    allocated: int | None = None
+    reserved: int | None = None
+
+
+def device_peaks(device: torch.device) -> Peaks:
+    """Since the last reset. Metal's driver keeps no peak, but what it once took: that is `reserved`."""
+    if kind_of(device).own_memory:
+        known = torch.get_device_module(device).memory_stats(device)
+        names = ("requested_bytes", "allocated_bytes", "reserved_bytes")
+        return Peaks(*(int(known.get(f"{name}.all.peak", 0)) for name in names))
+    return Peaks(reserved=torch.mps.driver_allocated_memory()) if device.type == "mps" else Peaks()
+
+
+def reset_peaks(device: torch.device) -> None:
+    """Begin new peaks at what is allocated now."""
+    if kind_of(device).own_memory:
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
+def release_cached() -> None:
+    """Give the driver back what the accelerator's allocator keeps and nothing uses."""
+    if torch.accelerator.is_available():
+        torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
 
 
 def resident_bytes() -> int:

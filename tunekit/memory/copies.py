@@ -20,11 +20,12 @@ class Copier:
     """Memory on both sides, and copies between them, here made at once; on the meta device nothing is copied.
 
     Copies of one copier are made in the order in which they were asked for.
+    `mapped`: addresses of sources that are pages of files, which leave this process's memory once they are copied.
     `counts_host`: False where a simulated GPU's host is no part of the memory that is counted.
     """
 
-    def __init__(self, device: torch.device, *, counts_host: bool = True) -> None:
-        self.device, self.counts_host = device, counts_host
+    def __init__(self, device: torch.device, mapped: frozenset[int] = frozenset(), *, counts_host: bool = True) -> None:
+        self.device, self.mapped, self.counts_host = device, mapped, counts_host
 
     def memory(self, size_bytes: int, *, on_host: bool) -> Tensor:
         """(size_bytes,) uint8 on the host, or where the computation is."""
@@ -36,6 +37,8 @@ class Copier:
         for target, source in copies:
             if not target.is_meta:
                 target.copy_(source)
+                if source.data_ptr() in self.mapped:
+                    forget_pages(source)
 
     def wait(self, copy: Any) -> None:
         """Let nothing that is computed from here on begin before the copy has ended."""
@@ -48,14 +51,10 @@ class Copier:
 
 
 class ThreadCopier(Copier):
-    """On a CPU: one thread copies beside the computation.
-
-    `mapped`: addresses of sources that are pages of files, which leave this process's memory once they are copied.
-    """
+    """On a CPU: one thread copies beside the computation."""
 
     def __init__(self, device: torch.device, mapped: frozenset[int] = frozenset()) -> None:
-        super().__init__(device)
-        self.mapped = mapped
+        super().__init__(device, mapped)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tunekit-copy")
 
     def start(self, copies: Pairs, after: Any) -> Any:
@@ -82,7 +81,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-class CudaCopier(ThreadCopier):
+class StreamCopier(ThreadCopier):
     """On a GPU: copies on a stream of their own, ordered by events; nothing waits on the host.
 
     What lies on the device or in pinned memory is copied straight away. A source in a mapped file passes through a ring
@@ -123,11 +122,12 @@ class CudaCopier(ThreadCopier):
                 self.stream.wait_event(after)
             for target, source in copies:
                 target.copy_(source, non_blocking=True)
-                self._keep(target if source.device.type == "cpu" else source)
+                if target.device.type != "cpu":
+                    self._keep(target)
             return self.stream.record_event()
 
     def _keep(self, on_device: Tensor) -> None:
-        """Its memory is not given to others before the copies asked for so far are made."""
+        """What a copy writes is not given to others before it is made; what one reads, the caller holds."""
         on_device.record_stream(self.stream)
 
     def _through_ring(self, copies: Pairs, after: Any) -> Any:

@@ -5,12 +5,15 @@ Comes in: tensors under keys, in the forward pass.  Goes out: the same tensors, 
 Copies run beside the computation, in the order in which they were asked for. Two rules keep them apart:
 - a copy begins after everything that was computed before it was asked for;
 - nobody reads what a copy writes before `wait` on that copy.
+What is copied out is held until LEAVING later ones were sent off, and what is computed then waits for its copy: its
+memory may go to others at once (Tensor.record_stream would keep it for as long as the host runs ahead).
 A tensor on its way back lies in one of two buffers. `take` says that everything taken before is done with, so that its
 buffer may be filled again; the backward pass of a layer is over before that of the layer below begins.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.memory.copies import Copier, CudaCopier, as_bytes
+from tunekit.machine.devices import kind_of
+from tunekit.memory.copies import Copier, StreamCopier, as_bytes
 
 LEAST_BYTES = 2 * 2**20  # a smaller copy costs more than it frees
 LEAST_TOKENS = 512  # so few are computed faster than they are copied
 BUFFERS = 2
+LEAVING = 2  # tensors on their way out
 
 
 @dataclass
@@ -65,6 +70,7 @@ class BoundaryStore:
         self._entries: dict[Hashable, _OnHost | Tensor] = {}
         self._free: dict[int, list[Tensor]] = {}  # slots by size
         self._buffers: list[_Buffer] = []
+        self._leaving: deque[tuple[Any, Tensor]] = deque()  # copies, and what they read
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -79,7 +85,9 @@ class BoundaryStore:
             return
         size = 1 << (tensor.nbytes - 1).bit_length()  # as CUDA's allocator of pinned memory rounds
         entry = _OnHost(self._slot(size), size, tensor.shape, tensor.dtype)
-        self._copier.start([(entry.slot[: entry.bytes], as_bytes(tensor))], self._copier.mark())
+        copy = self._copier.start([(entry.slot[: entry.bytes], as_bytes(tensor))], self._copier.mark())
+        self._leaving.append((copy, tensor))
+        self._let_go(LEAVING)
         self._entries[key] = entry
 
     def prefetch(self, key: Hashable) -> None:
@@ -98,6 +106,7 @@ class BoundaryStore:
         entry = self._entries[key]
         if not isinstance(entry, _OnHost):
             return entry
+        self._let_go(0)
         for buffer in self._buffers:
             if buffer.used:
                 self._release(buffer)
@@ -123,10 +132,18 @@ class BoundaryStore:
 
     def clear(self) -> None:
         """Forget every tensor and give all memory back."""
+        self._let_go(0)
         for key in list(self._entries):
             self.drop(key)
         self._free.clear()
         self.host_bytes = 0
+
+    def _let_go(self, left: int) -> None:
+        """Hold no more than so many tensors that leave."""
+        while len(self._leaving) > left:
+            copy, _ = self._leaving[0]
+            self._copier.wait(copy)
+            self._leaving.popleft()
 
     def _leaves(self, tensor: Tensor) -> bool:
         tokens = tensor.numel() // max(1, tensor.shape[-1])
@@ -168,11 +185,11 @@ def make_store(setting: str | bool, device: torch.device, *, simulated: bool = F
     it saves nothing and lets the order of copies be tried.
     `simulated`: tensors are on the meta device, as they would be on `device`.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu = kind_of(device).own_memory
     if setting is False or (setting == "auto" and not on_gpu):
         return BoundaryStore(None)
     if simulated:
         copier = Copier(torch.device("meta"), counts_host=not on_gpu)
     else:
-        copier = CudaCopier(device) if on_gpu else Copier(device)
+        copier = StreamCopier(device) if on_gpu else Copier(device)
     return BoundaryStore(copier) if setting == "auto" else BoundaryStore(copier, 0, 0)

@@ -17,13 +17,14 @@ import torch
 from tunekit.contracts import Batch, Objective
 from tunekit.data.batching.split import split_batch
 from tunekit.errors import ResourceError
+from tunekit.machine.memory import release_cached
 from tunekit.records import Reaction
 
 Result = TypeVar("Result")
 PIECE_STRIDE = 2**32  # a split micro-batch's pieces draw as micro-batches of their own: no step has so many
 MESSAGES = (  # of errors that have no class of their own: the host's, the driver's, a library's on the device
     *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
-    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"),
 )
 HOW = (
     "lower data.max_length or adapter.r, set memory.gradient_checkpointing: true, or quantize the base with "
@@ -103,8 +104,7 @@ class Splitting:
 def collect_failed() -> None:
     """Let go of what a failed attempt left: graphs in reference cycles, blocks that the device's allocator keeps."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_cached()
 
 
 def document_too_large(batch: Batch | None, reason: str) -> ResourceError:

@@ -5,17 +5,18 @@ Comes in: a base and where its layers wait.  Goes out: LayerSlots, and layers th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunekit.memory.blobs import LayerBlob, frozen_tensors
-from tunekit.memory.copies import Copier, CudaCopier, ThreadCopier
+from tunekit.machine.devices import kind_of
+from tunekit.memory.blobs import LayerBlob, aligned, frozen_tensors
+from tunekit.memory.copies import Copier, StreamCopier, ThreadCopier
 from tunekit.memory.slots import SLOTS, LayerSlots
 from tunekit.model.load import LoadedModel
-from tunekit.model.placing import placed
+from tunekit.model.placing import on_host, placed
 
 
 def make_slots(
@@ -31,16 +32,36 @@ def make_slots(
     (`disk`). `mapped`: addresses of those that are views into shared read-only mappings: their pages are given back."""
     blobs, copier = [LayerBlob(each) for each in tensors], _make_copier(device, mapped)
     if tier == "host":
-        for blob in blobs:
-            blob.gather(copier.memory(blob.size_bytes, on_host=True), mapped)
+        sizes = [blob.size_bytes for blob in blobs]
+        for blob, memory in zip(blobs, host_memory(copier, sizes), strict=True):
+            blob.gather(memory, mapped)
             blob.unbind(device)  # so that no layer is held twice for longer than it is copied
     return LayerSlots(blobs, copier, device, count=count, poison=poison)
 
 
+def host_memory(copier: Copier, sizes: Sequence[int]) -> Iterator[Tensor]:
+    """(bytes,) uint8 on the host for each size. torch rounds pinned memory up to powers of two: layers share pieces
+    that are such powers, and less than one layer of a piece is lost."""
+    if not isinstance(copier, StreamCopier):
+        yield from (copier.memory(size, on_host=True) for size in sizes)
+        return
+    arena, start = copier.memory(0, on_host=True), 0
+    for number, size in enumerate(sizes):
+        if start + size > arena.numel():
+            arena, start = copier.memory(arena_bytes(sizes[number:]), on_host=True), 0
+        yield arena[start : start + size]
+        start += aligned(size)
+
+
+def arena_bytes(sizes: Sequence[int]) -> int:
+    """The largest power of two that blocks of these sizes fill; one that holds the first of them at least."""
+    return 1 << max(sum(map(aligned, sizes)).bit_length() - 1, (sizes[0] - 1).bit_length())
+
+
 def _make_copier(device: torch.device, mapped: frozenset[int]) -> Copier:
-    if device.type == "cuda":
-        return CudaCopier(device, mapped)
-    return Copier(device) if device.type == "meta" else ThreadCopier(device, mapped)
+    if kind_of(device).own_memory:
+        return StreamCopier(device, mapped)
+    return ThreadCopier(device, mapped) if device.type == "cpu" else Copier(device, mapped)
 
 
 def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:
@@ -52,12 +73,12 @@ def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:
 
 def gather_on_host(embedding: nn.Module, device: torch.device) -> None:
     """Keep a token embedding on the host: the rows of a batch's ids are gathered there and sent to the device, which
-    never holds the table.    Shapes: ids (B, T) on the device -> (B, T, D) there."""
+    never holds the table.    Shapes: ids (B, T) on the device, or in any other place -> (B, T, D) on the device."""
     embedding.to("cpu")
     plain = embedding.forward
 
     def gathered(ids: Tensor) -> Tensor:
-        rows: Tensor = plain(ids.to("cpu"))  # (B, T, D)
+        rows: Tensor = plain(on_host(ids))  # (B, T, D)
         return placed(rows, device)
 
     embedding.forward = gathered

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tunekit.errors import ModelError
+from tunekit.machine import devices
 from tunekit.machine.environment import cpu_facts
 from tunekit.recipe.model import ModelSection
 
@@ -30,20 +31,16 @@ def resolve_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
             "write dtype: auto, bfloat16 or float32",
             key="model.dtype",
         )
-    if dtype == torch.bfloat16 and device.type == "cuda" and not computes_bfloat16(device):
+    if dtype == torch.bfloat16 and device.type != "cpu" and not computes_bfloat16(device):
         raise ModelError(
-            "this GPU only emulates bfloat16", "write dtype: float16 or float32, or auto", key="model.dtype"
+            "this device only emulates bfloat16", "write dtype: float16 or float32, or auto", key="model.dtype"
         )
     return dtype
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run natively on `device`; a GPU that is planned for and is not here is taken to."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return True
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and _cpu_has_bfloat16()
+    """Whether bfloat16 products run natively on `device`."""
+    return _cpu_has_bfloat16() if device.type == "cpu" else devices.computes_bfloat16(device)
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -25,6 +25,7 @@ from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError, Problem, RecipeError
+from tunekit.machine.devices import summing_dtype
 from tunekit.model.placing import placed
 from tunekit.objectives.logprobs import log_probabilities
 from tunekit.objectives.rows import TextEncoder, TextObjective
@@ -282,7 +283,7 @@ class AnswerObjective(TextObjective):
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, units and what is logged, over rows."""
         losses, measured = self.compared(output, batch)
-        return {"loss": losses.sum(dtype=torch.float64), "units": self.units(batch)[0], **measured}
+        return {"loss": losses.sum(dtype=summing_dtype(losses.device)), "units": self.units(batch)[0], **measured}
 
 
 def by_sequence(values: Tensor, counts: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, ModelOutput, Objective, Row, Sums
 from tunekit.data.batching.pad import lay_end_to_end, real_positions
+from tunekit.machine.devices import summing_dtype, wide
 from tunekit.model.attention.documents import as_added
 from tunekit.model.placing import placed
 from tunekit.objectives.logprobs import losses_of_positions
@@ -111,8 +112,8 @@ class _Scored:
         """scores (questions, answers): the sum of each answer's log-probabilities, 0 for those of other batches."""
         losses = losses_of_positions(output, batch.targets["index"], batch.targets["labels"])  # (S,)
         cells = placed(batch.targets["cells"], losses.device)
-        scores = torch.zeros(self.shape, dtype=torch.float64, device=losses.device)
-        scores.view(-1).index_add_(0, cells, -losses.double())
+        scores = torch.zeros(self.shape, dtype=summing_dtype(losses.device), device=losses.device)
+        scores.view(-1).index_add_(0, cells, -wide(losses))
         return {"scores": scores}
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Sums
+from tunekit.machine.devices import wide
 from tunekit.metrics.expected_calibration_error import BINS
 
 
@@ -15,11 +16,11 @@ def label_sums(scores: Tensor, labels: Tensor) -> Sums:
 
     Shapes: scores (R, C), whose softmax is each label's probability; labels (R,).
     """
-    confidence, chosen = torch.softmax(scores.double(), dim=-1).max(dim=-1)  # (R,) each
-    true, predicted = (torch.nn.functional.one_hot(each, scores.shape[1]).double() for each in (labels, chosen))
-    right = (chosen == labels).double()  # (R,)
+    confidence, chosen = torch.softmax(wide(scores), dim=-1).max(dim=-1)  # (R,) each
+    true, predicted = (wide(torch.nn.functional.one_hot(each, scores.shape[1])) for each in (labels, chosen))
+    right = wide(chosen == labels)  # (R,)
     places = (confidence * BINS).ceil().clamp(1, BINS).long() - 1  # (R,)
     counted = torch.stack([torch.ones_like(right), confidence, right], dim=1)  # (R, 3)
-    bins = torch.nn.functional.one_hot(places, BINS).double().T @ counted  # (bins, 3)
+    bins = wide(torch.nn.functional.one_hot(places, BINS)).T @ counted  # (bins, 3)
     units = torch.tensor(float(len(labels)), dtype=torch.float64)
     return {"correct": right.sum(), "units": units, "confusion": true.T @ predicted, "calibration": bins}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Gather, ModelOutput, Row, Rows, Sums, Tokenizer, Window
+from tunekit.machine.devices import wide
 from tunekit.model.placing import placed
 from tunekit.objectives.answers import AnswerObjective
 from tunekit.recipe.objectives.kto import LOGGED, KtoSettings
@@ -124,10 +125,10 @@ class Kto(AnswerObjective):
         sign = torch.where(good, 1.0, -1.0)
         weight = torch.where(good, self.settings.desirable_weight, self.settings.undesirable_weight)
         losses = weight * (sign * self.beta * (kl - ratio)).sigmoid()
-        sides = [side.double() * share for side, share in zip((good, ~good), balance, strict=True)]  # (P,), mean 1
-        reward, logps = self.beta * ratio.detach().double(), scores.detach().double()
+        sides = [wide(side) * share for side, share in zip((good, ~good), balance, strict=True)]  # (P,), mean 1
+        reward, logps = self.beta * wide(ratio.detach()), wide(scores.detach())
         rewards = [reward * side for side in sides]
-        found = (*rewards, rewards[0] - rewards[1], *(logps * side for side in sides), kl.double())
+        found = (*rewards, rewards[0] - rewards[1], *(logps * side for side in sides), wide(kl))
         return losses, {name: values.sum() for name, values in zip(LOGGED, found, strict=True)}
 
 

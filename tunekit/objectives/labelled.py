@@ -21,6 +21,7 @@ from tunekit.data.batching.pad import lay_end_to_end, positions, real_positions
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, InputError, Problem, RecipeError
 from tunekit.files.cache_folder import hash_of
+from tunekit.machine.devices import summing_dtype
 from tunekit.model.text.generation import check_prompts
 from tunekit.objectives.confusion import label_sums
 from tunekit.objectives.rows import TextObjective, put_around
@@ -168,7 +169,7 @@ class LabelObjective(TextObjective):
         """loss, and those of label_sums."""
         scores, labels = self.scores(output, batch)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
-        return {"loss": losses.sum(dtype=torch.float64), **label_sums(scores, labels)}
+        return {"loss": losses.sum(dtype=summing_dtype(losses.device)), **label_sums(scores, labels)}
 
     def answer(
         self,

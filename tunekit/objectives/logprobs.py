@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunekit.contracts import IGNORED, Head, Loss, ModelOutput, Sums
+from tunekit.machine.devices import summing_dtype
 from tunekit.model.call import calling, current_call
 from tunekit.model.placing import placed
 
@@ -179,7 +180,8 @@ def sums_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Su
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
-    return {"loss": losses.sum(dtype=torch.float64), "correct": correct.sum().double(), "units": count}
+    wide = summing_dtype(losses.device)
+    return {"loss": losses.sum(dtype=wide), "correct": correct.sum().to(wide), "units": count}
 
 
 def losses_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tunekit.contracts import Batch, Gather, ModelOutput, Sums, Window
+from tunekit.machine.devices import summing_dtype
 from tunekit.model.placing import placed
 from tunekit.objectives.answers import AnswerObjective, by_sequence
 from tunekit.recipe.pair_settings import REWARDS
@@ -114,7 +115,7 @@ class PairObjective(AnswerObjective):
 def reward_sums(chosen: Tensor, rejected: Tensor, *more: Tensor) -> Sums:
     """Sums over pairs of REWARDS: both rewards, by how much and how often the first is higher, then `more`."""
     found = (chosen, rejected, chosen - rejected, chosen > rejected, *more)
-    return {name: values.sum(dtype=torch.float64) for name, values in zip(REWARDS, found, strict=False)}
+    return {name: values.sum(dtype=summing_dtype(values.device)) for name, values in zip(REWARDS, found, strict=False)}
 
 
 def smoothed(logits: Tensor, share: float) -> Tensor:

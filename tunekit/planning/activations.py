@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from tunekit.machine.devices import kind_of
 from tunekit.recipe.memory import MemorySection
 from tunekit.records import bytes_text
 
@@ -16,8 +17,8 @@ def activation_notes(memory: MemorySection, device: torch.device, layers: int, o
         yield f"the inputs of recomputed layers wait in {bytes_text(offloaded_bytes)} of the host's pinned memory"
     elif memory.activation_offload is True and layers < 2:
         yield "no input waits on the host: at least two layers would have to be recomputed"
-    elif memory.activation_offload is True and device.type == "cpu":
-        yield "the inputs of recomputed layers are copied on a CPU, as on a GPU, which saves nothing here"
+    elif memory.activation_offload is True and not kind_of(device).own_memory:
+        yield "the inputs of recomputed layers are copied within the one memory that there is, which saves nothing"
     if memory.mlp_tile_tokens is not None:
         yield (
             f"MLPs and norms compute {memory.mlp_tile_tokens:,} tokens at a time: gradients are summed tile by tile, "

@@ -15,7 +15,8 @@ from tunekit.records import Choice
 
 # A product of T rows costs as if it had so many more: weights are read (and unpacked) for each product, and kernels are
 # launched. From 2 bytes per weight at 3 TB/s against 450 TFLOP/s, NF4 unpacked, and for a CPU 10 GB/s against 0.2.
-OVERHEAD_TOKENS = {"cpu": 32, "cuda": 256}
+OVERHEAD_TOKENS = {"cpu": 32}
+ON_ACCELERATOR = 256
 TOLERANCE = 0.02  # of the time: the rule is not worth more, and each look costs a second
 RECOMPUTED = 1 / 2  # of a step: one more forward of 2 N FLOPs a token beside 4 N, the base being frozen
 
@@ -89,7 +90,7 @@ class Workload:
 
         A streamed step counts as if it only waited for copies of the weights, of which each pass needs the same number.
         """
-        overhead = OVERHEAD_TOKENS[self.device]
+        overhead = OVERHEAD_TOKENS.get(self.device, ON_ACCELERATOR)
         tokens = (choice.micro_batch_size or 1) * self.row_tokens
         share = choice.checkpointed_layers / max(self.layers, 1) if choice.streaming == "off" else 1.0
         compute = 1.0 + share * RECOMPUTED

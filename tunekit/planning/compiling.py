@@ -12,6 +12,7 @@ from torch import nn
 
 from tunekit.adapters.kernels.liger import liger_places
 from tunekit.errors import Problem
+from tunekit.machine.devices import kind_of
 
 LEAST_STEPS = 500  # below it a run ends before compiling has paid
 KEY = "training.compile"
@@ -21,8 +22,10 @@ def planned_compile(setting: str | bool, device: torch.device, steps: int) -> tu
     """Whether layers are compiled, and why."""
     if isinstance(setting, bool):
         return setting, "as the recipe says"
-    if device.type != "cuda":
+    if device.type == "cpu":
         return False, "a CPU gains nothing by it"
+    if device.type == "mps":
+        return False, "torch compiles little for Metal"
     if steps < LEAST_STEPS:
         return False, f"{steps:,} steps end before it has paid; from {LEAST_STEPS} on"
     if find_spec("triton") is None:
@@ -46,7 +49,7 @@ def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: 
     if whole_model_adapter:
         what = "an adapter of the whole model enters the attention, which is not compiled with it"
         yield Problem(what, "write compile: false", key=KEY)
-    if device.type == "cuda" and find_spec("triton") is None:
+    if kind_of(device).own_memory and find_spec("triton") is None:
         yield Problem("compiling for a GPU needs triton", "run: pip install triton, or write compile: false", key=KEY)
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
@@ -57,7 +60,7 @@ def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
     """Why the recipe's kernels cannot be used."""
     if kernels == "none":
         return
-    if device.type != "cuda":
+    if not kind_of(device).own_memory:
         yield Problem("liger-kernel's kernels run on a GPU only", "write kernels: none", key="training.kernels")
     elif find_spec("liger_kernel") is None:
         how = "run: pip install liger-kernel, or write kernels: none"

@@ -17,6 +17,7 @@ from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.errors import ModelError
+from tunekit.machine.devices import kind_of
 from tunekit.model.attention.self_attention import heads_and_width
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
@@ -224,7 +225,7 @@ def _with_inputs(simulation: Simulation, size_bytes: int, device: torch.device) 
     """With further layers' inputs kept: beside a step's other activations, or on a GPU on the host."""
     if not size_bytes:
         return simulation
-    if device.type == "cuda" and simulation.offloaded:
+    if kind_of(device).own_memory and simulation.offloaded:
         return replace(simulation, offloaded=simulation.offloaded + size_bytes)
     peak = simulation.peak | {"activations": simulation.peak.get("activations", 0) + size_bytes}
     return replace(simulation, peak=peak, total=simulation.total + size_bytes)

@@ -25,14 +25,20 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, PeakBytes, bytes_text
 
 DEVICE_SHARE = 128  # of a GPU's memory, if that is more: its products of few rows only wait for the head's weights
-MARGIN = {"cpu": 0.10, "cuda": 0.05}  # of what may be used: as far off as a prediction is promised not to be
+MARGIN = {"cpu": 0.10}  # of what may be used: as far off as a prediction is promised not to be
+MARGIN_OF_A_GPU = 0.05
 NEARLY_FULL = 0.8  # of the free memory of a CPU: from there on the longest batch is tried before step 1
 
 
 def device_chunk_tokens(vocabulary_size: int, device: torch.device) -> int:
     """Positions projected at a time where nothing is scarce; the vocabulary and the kind of device alone decide."""
-    total = total_bytes(device) if device.type == "cuda" else None
+    total = total_bytes(device) if device.type != "cpu" else None
     return logits_chunk_tokens(vocabulary_size, max(CHUNK_BYTES, (total or 0) // DEVICE_SHARE))
+
+
+def margin_of(device: torch.device) -> float:
+    """The share of what may be used that is left free."""
+    return MARGIN.get(device.type, MARGIN_OF_A_GPU)
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,10 @@ def usable_bytes(device: torch.device, budget: int | None, available: int | None
     """What the choice is to fit in: a budget less a margin, else what is free, of a GPU less a margin too. A host has
     room that it does not count as free; a GPU has none."""
     if budget is not None:
-        return int(budget * (1 - MARGIN[device.type]))
+        return int(budget * (1 - margin_of(device)))
     if available is None or device.type == "cpu":
         return math.inf if available is None else available
-    return int(available * (1 - MARGIN[device.type]))
+    return int(available * (1 - margin_of(device)))
 
 
 def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | None) -> SearchSpace:
@@ -159,7 +165,7 @@ def _budget_reasons(
 ) -> Iterator[str]:
     """What was chosen within a budget, and what stays as it is written, and why."""
     run = forecast.run
-    margin = f"{MARGIN[run.device.type]:.0%} of it is left free"
+    margin = f"{margin_of(run.device):.0%} of it is left free"
     note = f"{margin}, since a prediction may be off by as much"
     if not has_margin:
         note = f"warning: less than {margin}, and a prediction may be off by as much"
@@ -205,7 +211,7 @@ def _choice_text(choice: Choice, training: TrainingSection, layers: int) -> str:
 
 def trial_reason(device: torch.device, needed: int, available: int | None, budget: int | None) -> tuple[bool, str]:
     """Whether the longest batch is tried before step 1, and why."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return True, "a GPU loses little time by it"
     if budget is not None:
         return True, "there is a budget to keep"

@@ -15,6 +15,7 @@ from torch import nn
 
 from tunekit.contracts import Objective, Rows
 from tunekit.errors import Problem
+from tunekit.machine.devices import kind_of
 from tunekit.model.attention.documents import may_be_packed
 from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
@@ -48,9 +49,17 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
     """What the device cannot do."""
-    if recipe.model.quantization == "fp8" and device.type == "cuda" and not computes_fp8(device):
-        what = f"this GPU has no float8 products (compute capability below {'.'.join(map(str, CAPABILITY))})"
+    if recipe.model.quantization == "fp8" and device.type != "cpu" and not computes_fp8(device):
+        what = f"this device has no float8 products (an NVIDIA GPU from {'.'.join(map(str, CAPABILITY))} on has)"
         yield Problem(what, "write quantization: nf4 or int8_weight_only", key="model.quantization")
+    if kind_of(device).bitsandbytes:
+        return
+    if recipe.model.quantization == "int8":
+        what = f"int8 is computed by bitsandbytes, which has no kernels for {device.type}"
+        yield Problem(what, "write quantization: int8_weight_only", key="model.quantization")
+    if recipe.training.optimizer != "adamw":
+        what = f"{recipe.training.optimizer} is bitsandbytes', which has no kernels for {device.type}"
+        yield Problem(what, "write optimizer: adamw", key="training.optimizer")
 
 
 def folder_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -132,9 +141,16 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
     if training.optimizer.startswith("paged") and device.type == "cpu":
         yield f"{training.optimizer}: nothing is paged on a CPU"
     if recipe.model.quantization == "fp8":
-        slow = "" if device.type == "cuda" else "; without float8 units it is slow: for trying a recipe out"
+        slow = "" if computes_fp8(device) else "; without float8 units it is slow: for trying a recipe out"
         yield f"warning: fp8 is approximate: weights and inputs of linear layers are rounded to 8 bits{slow}"
-    if recipe.model.quantization in FOUR_BIT and device.type == "cuda" and find_spec("bitsandbytes") is None:
-        yield "bitsandbytes is not installed: weights are unpacked by plain torch, the same bits, but slower"
-    if device.type == "cuda":
+    if recipe.model.quantization in FOUR_BIT and device.type != "cpu":
+        lacks = "" if find_spec("bitsandbytes") else "bitsandbytes is not installed"
+        lacks = lacks if kind_of(device).bitsandbytes else f"bitsandbytes has no kernels for {device.type}"
+        if lacks:
+            yield f"{lacks}: weights are unpacked by plain torch, the same bits, but slower"
+    if training.deterministic and device.type == "cpu":
+        yield "training.deterministic: a CPU's kernels add up in a fixed order as it is"
+    if recipe.model.quantization == "int8" and device.type != "cpu":
+        yield "int8: bitsandbytes looks in every layer for columns of large inputs, a wait for the device each time"
+    if kind_of(device).own_memory:
         yield "predicted bytes are allocated ones; what the allocator reserves beyond them is not predicted"

@@ -13,6 +13,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Sums, Window
+from tunekit.machine.devices import deterministic_kernels, kind_of
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import host_embedding
 from tunekit.model.load import LoadedModel, make_meta_model
@@ -55,7 +56,8 @@ class SimulatedRun:
         tuned, tracker = self._tuned(), StorageTracker(self.device)
         objective = _LogitsApart(self.objective, tracker)
         engine = make_engine(self.training.seed, tuned.slots, micro_batches)
-        with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), tracker:
+        fixed = deterministic_kernels(self.training.deterministic)
+        with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), fixed, tracker:
             optimizer = self._adopt(tracker, tuned)
             tracker.start()
             units = objective.units(batch)
@@ -66,7 +68,9 @@ class SimulatedRun:
             optimizer.gradient_norm()
             with tracker.counting_as("optimizer"):
                 tracker.pass_through(optimizer.update_blocks(self.device))
-        pinned = tuned.boundaries.host_bytes if self.device.type == "cuda" else 0  # on a CPU they are counted already
+        pinned = (
+            tuned.boundaries.host_bytes if kind_of(self.device).own_memory else 0
+        )  # on a CPU they are counted already
         return replace(tracker.result(), offloaded=pinned)
 
     def needs_more(self, batch: Batch, other: Batch) -> bool:
@@ -151,7 +155,7 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
         optimizer = make_optimizer(training, adapter)
         for flat in optimizer.groups:
             tracker.move([flat.data], trained_part(adapter))
-            if optimizer.gated:
+            if optimizer.name == "adamw":
                 flat_moments = [torch.zeros_like(flat.data, requires_grad=False) for _ in range(MOMENTS)]
                 optimizer.native.state[flat.data] = {"moments": flat_moments}
     return optimizer

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from tunekit.errors import Problem
+from tunekit.machine.devices import kind_of
 from tunekit.machine.memory import available_bytes
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
@@ -51,13 +52,16 @@ def allowed_tiers(recipe: Recipe, base: LoadedModel, device: torch.device) -> tu
     if written == "off" or recipe.adapter.trains_base:
         return ["off"], []
     obstacle = streaming_obstacle(recipe, base, device)
+    if written == "host" and device.type != "cpu" and not kind_of(device).own_memory:
+        what = f"{device.type} shares the host's memory, in which the layers would then lie twice for a while"
+        return ["off"], [Problem(what, "write off, or disk where the base is larger than the memory", key=KEY)]
     if written != "auto":
         if obstacle is None:
             return [written], []
         return ["off"], [Problem(f"weights cannot wait on {written}: {obstacle}", "write off or auto", key=KEY)]
     if obstacle is not None:
         return ["off"], []
-    if device.type == "cpu":
+    if not kind_of(device).own_memory:
         return ["off", "disk"], []
     room = available_bytes(torch.device("cpu"))
     fits = room is None or layer_bytes(base) < HOST_SHARE * room

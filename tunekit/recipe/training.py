@@ -70,6 +70,9 @@ class TrainingSection(Section):
     kernels: Literal["none", "liger"] = Field(
         "none", description="liger: norms and SwiGLU by liger-kernel, on a GPU, where it is installed"
     )
+    deterministic: bool = Field(
+        False, description="on a GPU: kernels that add up in a fixed order, so that a resumed run repeats every bit"
+    )
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(0, description="of every random draw")
     save_steps: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept, beside the best one")

@@ -14,6 +14,7 @@ from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.console.progress import Counting
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.machine.malloc import settle_heap, trim_heap
+from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
 from tunekit.records import Plan, calibration_text
@@ -119,8 +120,7 @@ def _tuned(
         model = prepare_network(base, plan.choice, attach)
     if state.calibration is not None:
         session.console.info(calibration_text(state.calibration))
-    if devices.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # the report's peak is the training's, not the loader's
+    reset_peaks(devices.device)  # the report's peak is the training's, not the loader's
     return model
 
 

@@ -17,6 +17,7 @@ from tunekit.adapters.starts.start import LINEAR, Seen, start_module
 from tunekit.contracts import IGNORED, Batch, Objective, Window, WindowSource
 from tunekit.data.batching.pad import real_positions
 from tunekit.errors import RecipeError
+from tunekit.machine.devices import forked_random
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.section import CalibratedStart
 from tunekit.records import Target
@@ -164,8 +165,7 @@ def _run_backward(model: TunedModel, watch: Watch, objective: Objective, windows
     units = sum(
         (objective.units(batch) for window in windows for batch in window.batches), torch.zeros(1, dtype=torch.float64)
     )
-    devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), model.training_mode(True):
+    with forked_random(model.device), model.training_mode(True):
         for window in windows:
             for index, batch in zip(window.indices, window.batches, strict=True):
                 watch.batch = batch

@@ -16,6 +16,7 @@ from tunekit.training.state import LoopState
 class Measured:
     """What was measured; None where this device has no such number."""
 
+    device: str  # its kind
     peak_requested_bytes: int | None  # what tensors asked for; the allocator rounds it up, and reserves more
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
@@ -46,8 +47,9 @@ def report_facts(
     if before is not None and loss is not None and loss > before:
         verdict = f"worse than {begun_from}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)
-    device = "cpu" if measured.peak_allocated_bytes is None else "cuda"
-    peak = measured.host_growth_bytes if device == "cpu" else measured.peak_allocated_bytes
+    device = measured.device
+    on_device = measured.peak_allocated_bytes or measured.peak_reserved_bytes
+    peak = measured.host_growth_bytes if device == "cpu" else on_device
     return ReportFacts(
         peak_requested_bytes=measured.peak_requested_bytes,
         peak_allocated_bytes=measured.peak_allocated_bytes,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.errors import RunFolderError
+from tunekit.machine.devices import kind_of
 from tunekit.recipe.training import TrainingSection
 
 ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
@@ -52,7 +53,8 @@ class Optimizer:
     """AdamW, or bitsandbytes' 8-bit and paged variants, over flat groups.
 
     Update: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. `step` is gated on the device by `found_inf`,
-    so that a non-finite gradient never reaches a weight; bitsandbytes has no such gate and gets the flag read first.
+    so that a non-finite gradient never reaches a weight; where there is no such gate (bitsandbytes, Metal) the flag is
+    read first.
     """
 
     def __init__(self, settings: TrainingSection, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]):
@@ -72,7 +74,7 @@ class Optimizer:
     @property
     def gated(self) -> bool:
         """Whether the update itself honours found_inf on the device."""
-        return self.name == "adamw"
+        return self.name == "adamw" and kind_of(self.groups[0].data.device).gates
 
     def update_blocks(self, device: torch.device) -> list[int]:
         """Bytes of the temporary tensors that one update holds at once, of the largest group.
@@ -81,7 +83,7 @@ class Optimizer:
         float32 tensors: gradient, root and denominator (of 8-bit states both moments too).
         Source: bitsandbytes/backends/cpu/ops.py, _optimizer_update_32bit_cpu, _optimizer_update_8bit_blockwise_cpu.
         """
-        if self.gated or device.type != "cpu":
+        if self.name == "adamw" or device.type != "cpu":
             return []
         largest = max(flat.data.numel() for flat in self.groups) * torch.float32.itemsize
         return [largest] * (5 if self.name.endswith("8bit") else 3)
@@ -150,7 +152,7 @@ class Optimizer:
                 self._restore(number, flat.data, state)
 
     def _restore(self, number: int, data: nn.Parameter, state: Mapping[str, Tensor]) -> None:
-        if self.gated:  # fused AdamW keeps its step counter on the device
+        if self.name == "adamw":  # the fused one keeps its step counter on the device
             self.native.state[data] = {key: value.to(data.device, copy=True) for key, value in state.items()}
             return
         made = self.native.state[data]  # bitsandbytes made its own buffers: paged ones are no ordinary tensors

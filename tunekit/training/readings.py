@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Sums, Window
 from tunekit.errors import NumericsError
-from tunekit.machine.devices import Devices
+from tunekit.machine.devices import Devices, kind_of, summing_dtype
 from tunekit.model.placing import placed
 
 
@@ -26,7 +26,7 @@ class Reading:
     window: Window
     losses: Sequence[Tensor]  # of each micro-batch
     counts: Sequence[float]
-    numbers: Tensor  # (2 + M,) float64 on the host: loss, norm before clipping, what is logged
+    numbers: Tensor  # (2 + M,) float64 (summing_dtype) on the host: loss, norm before clipping, what is logged
     names: Sequence[str]  # of what is logged
     copied: Any  # the device's event after which `numbers` hold, None on a CPU
     started: float
@@ -57,7 +57,7 @@ def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> 
     """What is logged of a step by name, () each: sums over this rank's units, and units of all ranks, make means."""
     if not names:
         return {}
-    absent = torch.zeros((), dtype=torch.float64, device=devices.device)
+    absent = torch.zeros((), dtype=summing_dtype(devices.device), device=devices.device)
     every = torch.stack([sums.get(name, absent) for name in names]) / placed(units.sum(), devices.device)
     return dict(zip(names, devices.sum(every), strict=True))
 
@@ -71,11 +71,11 @@ def start_reading(
     started: float,
 ) -> Reading:
     """Begin the one copy of a step's numbers to the host: the loss, the norm, what is logged. Nothing waits for it."""
-    numbers = torch.stack([value.detach().to(torch.float64) for value in named.values()])  # (2 + M,)
+    device = next(iter(named.values())).device
+    numbers = torch.stack([value.detach().to(summing_dtype(device)) for value in named.values()])  # (2 + M,)
     copied = None
-    device = numbers.device
-    if device.type == "cuda":
-        pinned = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
+    if kind_of(device).own_memory:
+        pinned = torch.empty(len(numbers), dtype=numbers.dtype, pin_memory=True)
         numbers = pinned.copy_(numbers, non_blocking=True)
         copied = torch.Event(device)
         copied.record()

@@ -115,14 +115,14 @@ def checked_fingerprint(session: Session, data: str, base: str | None, checkpoin
 
     Raises: RunFolderError naming each difference from the run in this folder: recipe, data, base or version.
     """
-    names, cuda = accelerator_names(), session.devices.device.type == "cuda"
+    names, on_cpu = accelerator_names(), session.devices.device.type == "cpu"
     new = make_fingerprint(
         session.loaded.recipe.model_dump(mode="json"),
         data=data,
         base=base or "",
         versions=library_versions(),
         device=session.devices.device.type,
-        accelerator=names[0] if cuda else None,
+        accelerator=None if on_cpu else names[0],
         threads=torch.get_num_threads(),
     )
     old = session.from_folder(_previous_fingerprint) if checkpoint is None else checkpoint.facts["fingerprint"]

@@ -7,13 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
-
 from tunekit.artifacts.run import RunFolder
 from tunekit.console import Console
 from tunekit.errors import ResourceError
 from tunekit.machine.devices import Devices
-from tunekit.machine.memory import peak_host_bytes
+from tunekit.machine.memory import device_peaks, peak_host_bytes
 from tunekit.machine.signals import StopSignals
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.recipe.load import LoadedRecipe
@@ -53,9 +51,9 @@ class Session:
 
     def out_of_memory(self) -> ResourceError:
         """The one-line error for a process that ran out of memory, with what it had."""
-        if self.devices.device.type == "cuda":
-            reserved = bytes_text(torch.cuda.max_memory_reserved())
-            had = f"peak {bytes_text(self.peak_bytes())} allocated, {reserved} reserved"
+        peaks = device_peaks(self.devices.device)
+        if peaks.allocated is not None:
+            had = f"peak {bytes_text(peaks.allocated)} allocated, {bytes_text(peaks.reserved or 0)} reserved"
         else:
             whole = bytes_text(peak_host_bytes())
             had = f"peak {bytes_text(self.peak_bytes())}, {whole} with Python and its libraries"
@@ -68,23 +66,22 @@ class Session:
 
     def measured(self, model: TunedModel) -> Measured:
         """Peaks of this process."""
-        cuda = self.devices.device.type == "cuda"
-        peak = peak_host_bytes()
+        peak, peaks = peak_host_bytes(), device_peaks(self.devices.device)
         return Measured(
-            peak_requested_bytes=torch.cuda.memory_stats()["requested_bytes.all.peak"] if cuda else None,
-            peak_allocated_bytes=torch.cuda.max_memory_allocated() if cuda else None,
-            peak_reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
+            device=self.devices.device.type,
+            peak_requested_bytes=peaks.requested,
+            peak_allocated_bytes=peaks.allocated,
+            peak_reserved_bytes=peaks.reserved,
             peak_host_bytes=peak,
             host_growth_bytes=max(0, peak - self.baseline_bytes),
             base_bytes=stored_bytes(model.base.net) - _adapter_bytes(model),
         )
 
     def peak_bytes(self) -> int:
-        """The peak so far, which plan predicts: allocated on a CUDA device; on a CPU the most of the process beyond
-        what it had before the base was loaded."""
-        if self.devices.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return max(0, peak_host_bytes() - self.baseline_bytes)
+        """The peak so far, which plan predicts: allocated on a device with memory of its own, or what Metal took; on a
+        CPU the most of the process beyond what it had before the base was loaded."""
+        peaks = device_peaks(self.devices.device)
+        return peaks.allocated or peaks.reserved or max(0, peak_host_bytes() - self.baseline_bytes)
 
 
 def _adapter_bytes(model: TunedModel) -> int:

@@ -91,7 +91,7 @@ class Run:
     @property
     def reads_later(self) -> bool:
         """Whether a step's numbers are read one step later: where the device itself keeps a non-finite update off."""
-        return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type == "cuda"
+        return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
 
     def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""

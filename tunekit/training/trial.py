@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-import torch
-
 from tunekit.contracts import Batch, Objective, Window
 from tunekit.errors import ModelError
+from tunekit.machine.devices import forked_random
 from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.records import Reaction
 from tunekit.training.reached import reaching_all
@@ -103,8 +102,7 @@ def try_longest_batch(run: Run, batch: Batch) -> None:
 
     No gradient and no random number stays behind: what is trained afterwards is the same to the bit.
     """
-    devices = [torch.cuda.current_device()] if run.model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), run.model.training_mode(True):
+    with forked_random(run.model.device), run.model.training_mode(True):
         window = run.objective.prepare(run.model, Window(BEFORE_TRAINING, 0.0, (0,), (batch,)))
         with reaching_all(run.adapter, run.devices):
             run.engine.run_window(run.model, run.objective, window, run.objective.units(batch))

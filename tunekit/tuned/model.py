@@ -97,10 +97,10 @@ class TunedModel:
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
 
     def _segments(self, inputs: dict[str, Tensor]) -> Segments | None:
-        """The documents of the rows; None for rows with a mask of their own, or with virtual tokens."""
-        if "position_ids" not in inputs or "attention_mask" in inputs or self.virtual_tokens:
+        """The documents of the rows; None for rows with a mask of their own."""
+        if "position_ids" not in inputs or "attention_mask" in inputs:
             return None
-        return find_segments(inputs["position_ids"])
+        return find_segments(inputs["position_ids"], masked=bool(self.virtual_tokens))
 
     def adapted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the network is called with; in generation, for the first step."""

@@ -15,7 +15,7 @@ import torch
 
 from tunekit.contracts import Batch, Objective, Sums, Window
 from tunekit.data.batching.split import split_batch
-from tunekit.machine.devices import Devices
+from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
 from tunekit.model.call import Call, calling
 from tunekit.tuned.model import TunedModel
@@ -43,8 +43,7 @@ class EvaluationSums:
 @contextmanager
 def undisturbed(model: TunedModel) -> Iterator[None]:
     """Eval mode, no gradient; mode and every random state as before when the block ends."""
-    devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), model.training_mode(False), calling(Call()):
+    with forked_random(model.device), torch.no_grad(), model.training_mode(False), calling(Call()):
         yield
 
 
@@ -97,7 +96,7 @@ def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_sp
         batch = prepared(model, objective, batch)
         sums = objective.sums(model.output(batch.inputs), batch)
         counted = {TOKENS: batch.tokens, ROWS: len(batch.rows)}
-        return {name: value.double().cpu() for name, value in sums.items()} | {
+        return {name: value.cpu().double() for name, value in sums.items()} | {
             name: torch.tensor(float(count), dtype=torch.float64) for name, count in counted.items()
         }
     except Exception as error:

@@ -18,7 +18,8 @@ def skew_of(upper: Tensor, size: int) -> Tensor:
 def cayley(q: Tensor) -> Tensor:
     """R = (I - Q) (I + Q)^-1 of each block: orthogonal for skew-symmetric Q (blocks, b, b)."""
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    rotation: Tensor = torch.linalg.solve(identity + q, identity - q, left=False)
+    # solve would wait for the device to look for an error, which cannot be: I + Q has an inverse
+    rotation: Tensor = torch.linalg.solve_ex(identity + q, identity - q, left=False)[0]
     return rotation
 
 

@@ -88,8 +88,7 @@ class VirtualTokens(ModelAdapter):
         rows = self._embedded(given, "input_ids", "inputs_embeds")  # (B, T, D)
         length, vectors = self.virtual_tokens(self.settings), self.vectors(given.pop("task_ids", None))
         vectors = vectors.to(rows).expand(rows.shape[0], -1, -1)  # (B, P, D)
-        order = _order(given.get("attention_mask"), length)
-        self.__dict__["real"] = None if order is None else (order >= length).nonzero()[:, 1].view(rows.shape[0], -1)
+        order, self.__dict__["real"] = _order(given.get("attention_mask"), length)
         given["inputs_embeds"] = _join(vectors[:, :length], rows, order)
         for name, before in (("attention_mask", 1), ("token_type_ids", 0)):
             if name in given:
@@ -199,14 +198,17 @@ def with_text_ids(settings: StartedTokenSettings, tokenizer: Tokenizer) -> Start
     return settings.model_copy(update={"init_ids": tuple(tokenizer.encode(settings.init_text))})
 
 
-def _order(mask: Tensor | None, length: int) -> Tensor | None:
-    """(B, P + T): which of [vectors; row] stands at each place; None where the vectors simply come first."""
+def _order(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """(B, P + T): which of [vectors; row] stands at each place, and (B, T): where each of the row's tokens stands; None
+    where the vectors simply come first."""
     if mask is None or mask.dim() != 2:
-        return None
+        return None, None
     padding = (mask == 0).to(torch.int64).cumprod(dim=1).sum(dim=1, keepdim=True)  # (B, 1) on the left
     places = torch.arange(length + mask.shape[1], device=mask.device)[None]  # (1, P + T)
     shifted = torch.where(places < padding, places + length, places - padding)
-    return torch.where(places < padding + length, shifted, places)
+    tokens = places[:, : mask.shape[1]]
+    real = torch.where(tokens < padding, tokens, tokens + length)
+    return torch.where(places < padding + length, shifted, places), real
 
 
 def _join(before: Tensor, rows: Tensor, order: Tensor | None) -> Tensor:

@@ -42,7 +42,7 @@ def draw_masks(x: Tensor, dropout: float, count: int) -> Masks:
     if not dropout:
         return Masks()
     flat = x.reshape(-1, x.shape[-1])  # (N, I)
-    if flat.is_cuda:
+    if flat.device.type in ("cuda", "xpu"):
         return Masks(tuple(torch.native_dropout(flat, dropout, True)[1] for _ in range(count)), 1 / (1 - dropout))
     empty = (torch.empty_like(flat, dtype=torch.bool) for _ in range(count))
     return Masks(tuple(mask.bernoulli_(1 - dropout) for mask in empty), 1 / (1 - dropout))

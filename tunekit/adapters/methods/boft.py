@@ -46,7 +46,7 @@ class Boft(LayerAdapter):
         factors, blocks, size, _ = self.q.shape
         rotations = cayley((self.q - self.q.transpose(-1, -2)) / 2).to(x.dtype)  # (m, blocks, b, b)
         for index in range(factors) if transposed else reversed(range(factors)):
-            order = butterfly(blocks * size, size, index).to(x.device)
+            order = butterfly(blocks * size, size, index, x.device)
             rotation = rotations[index].transpose(-1, -2) if transposed else rotations[index]
             x = rotate_blocks(x[..., order.argsort()], rotation)[..., order]
         return x
@@ -61,17 +61,17 @@ class Boft(LayerAdapter):
         return (self.rotated(weight.to(self.q.device), transposed=True) * self.s).to(weight.device)
 
 
-def butterfly(inputs: int, size: int, index: int) -> Tensor:
+def butterfly(inputs: int, size: int, index: int, device: torch.device) -> Tensor:
     """Where each input stands before the blocks of factor `index` (0-based) are cut: (I,) int64.
 
     Runs of b 2^index inputs are cut into halves of blocks; those with even numbers come first, then the odd ones.
     """
     if index == 0 and size % 2:
-        return torch.arange(inputs)
-    halves = torch.arange(2 ** (index + 1))  # of one run, of which the first factor's has two
+        return torch.arange(inputs, device=device)
+    halves = torch.arange(2 ** (index + 1), device=device)  # of one run, of which the first factor's has two
     order = torch.cat([halves[::2], halves[1::2]])
-    run = torch.arange(size * 2**index).reshape(len(halves), size // 2)[order].flatten()
-    starts = torch.arange(0, inputs, len(run))
+    run = torch.arange(size * 2**index, device=device).reshape(len(halves), size // 2)[order].flatten()
+    starts = torch.arange(0, inputs, len(run), device=device)
     return (starts[:, None] + run).flatten()
 
 

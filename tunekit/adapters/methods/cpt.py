@@ -23,6 +23,7 @@ from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, RecipeError
 from tunekit.files.untrusted import shown
+from tunekit.model.placing import placed
 from tunekit.recipe.adapters.cpt import SLOT, CptSettings
 
 TYPES = 4  # input template, input, output template, output; the next example's are 4 higher
@@ -74,7 +75,7 @@ class Cpt(VirtualTokens):
         within = types.remainder(TYPES)
         bounds = torch.full(types.shape, self.settings.opt_projection_format_epsilon * scale)
         bounds = torch.where(within == INPUT, self.settings.opt_projection_epsilon * scale, bounds)
-        return torch.where(within == OUTPUT, SMALLEST, bounds).clamp(min=SMALLEST).to(self.delta.device)
+        return placed(torch.where(within == OUTPUT, SMALLEST, bounds).clamp(min=SMALLEST), self.delta.device)
 
     def _shrink(self) -> Tensor:
         """(P, 1) without gradient: what each row of delta is multiplied with to lie within its bound."""
@@ -84,7 +85,7 @@ class Cpt(VirtualTokens):
     def vectors(self, tasks: Tensor | None) -> Tensor:
         if self.finished:
             return self.prompt
-        types = torch.tensor(self.settings.token_types, device=self.delta.device)
+        types = placed(torch.tensor(self.settings.token_types), self.delta.device)
         moves = (types.remainder(TYPES) != OUTPUT)[:, None]  # (P, 1)
         delta = torch.where(moves, self.delta, self.delta.detach())
         return self.context + delta + (delta * (self._shrink() - 1)).detach()

@@ -12,6 +12,7 @@ from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
 from tunekit.adapters.method import Conflict, Method, always
+from tunekit.model.placing import placed
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.records import Target
 
@@ -35,7 +36,7 @@ class Fourierft(DeltaLayer):
         outputs, inputs = self.target.out_features, self.target.in_features
         indices = _indices(outputs * inputs, self.settings.n_frequency, self.settings.random_loc_seed)
         flat = torch.zeros(outputs * inputs, dtype=spectrum.dtype, device=spectrum.device)
-        dense = flat.index_put((indices.to(spectrum.device),), spectrum).reshape(outputs, inputs)
+        dense = flat.index_put((placed(indices, spectrum.device),), spectrum).reshape(outputs, inputs)
         delta: Tensor = torch.fft.ifft2(dense).real * self.settings.scaling
         return delta
 

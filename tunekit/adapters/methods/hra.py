@@ -43,7 +43,7 @@ class Hra(LayerAdapter):
         products = unit.t() @ unit  # (R, R)
         half = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device) / 2
         inner = products / 2 if self.settings.orthogonal else products.triu(1) + half
-        return unit, torch.linalg.solve(inner, unit.t())
+        return unit, torch.linalg.solve_ex(inner, unit.t())[0]  # whose error would be a wait; NaN stops the step
 
     def adapted(self, x: Tensor) -> Tensor:
         unit, rest = (factor.to(x.dtype) for factor in self.factors())

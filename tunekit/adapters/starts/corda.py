@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tunekit.adapters.starts.start import Seen, StartLayer
 from tunekit.errors import NumericsError
+from tunekit.machine.devices import doubled
 from tunekit.recipe.starts.corda import CordaSettings
 from tunekit.records import Target
 
@@ -47,7 +48,7 @@ def make_start(settings: CordaSettings, layer: StartLayer) -> tuple[Tensor, Tens
     A (R, I) = sqrt(S / s) V^T C^-1, B (O, R) = U sqrt(S / s); C is damped until it can be inverted.  In float64.
     Source: Yang et al. 2024, eq. 3 to 6.
     """
-    weight = layer.weight().double()
+    weight = doubled(layer.weight())
     covariance, inverse = _invertible(layer.evidence.to(weight.device, weight.dtype), layer.name)
     u, s, vh = torch.linalg.svd(weight @ covariance, full_matrices=False)
     chosen = slice(None, layer.rank) if settings.mode == "ipm" else slice(len(s) - layer.rank, None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tunekit.adapters.starts.start import Seen, StartLayer
 from tunekit.errors import DataError
+from tunekit.machine.devices import doubled
 from tunekit.recipe.low_rank import LowRankSettings
 from tunekit.recipe.starts.eva import EvaSettings
 from tunekit.records import Target
@@ -31,7 +32,7 @@ class Statistics:
     def add(self, seen: Seen) -> None:
         """Take in one micro-batch."""
         rows = seen.inputs[seen.supervised] if self.supervised_only else seen.inputs
-        rows = rows.double()  # (N, I)
+        rows = doubled(rows)  # (N, I)
         if not len(rows):
             return
         mean, count = rows.mean(0), len(rows)

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from tunekit.machine.devices import capability
 from tunekit.model.attention.cpu_kernel import LONGEST_TOKENS, attend_causally
 from tunekit.model.attention.segments import Segments
 from tunekit.model.call import Call, calling, current_call
@@ -132,12 +133,11 @@ def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype
 def takes_documents(device: torch.device, config: Any) -> bool:
     """Whether torch's kernel over documents runs on `device` with this model's heads; a GPU that is planned for and is
     not here is taken to have it."""
-    if device.type != "cuda" or _varlen() is None:
+    if capability(device) < CAPABILITY or _varlen() is None:
         return False
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    capable = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= CAPABILITY
-    return capable and size in HEAD_SIZES
+    return size in HEAD_SIZES
 
 
 def uncompiled_attention() -> None:
@@ -243,7 +243,7 @@ def _mask_function(plain: str) -> Callable[..., Any]:
 
         segments = current_call().segments
         padded, scripted = named.get("attention_mask") is not None, named.get("use_vmap", False)
-        if segments is None or segments.single or padded or scripted:
+        if segments is None or segments.single or segments.masked or padded or scripted:
             return ALL_MASK_ATTENTION_FUNCTIONS[plain](mask_function=mask_function, device=device, **named)
         local = named.get("local_size")  # a window or a chunk, which a shorter document does not feel
         causal = plain == "sdpa" and (local is None or segments.longest <= local)
@@ -352,7 +352,7 @@ def _each_document(
     rows = []
     for row, parts in enumerate(zip(*(tensor.unbind(0) for tensor in tensors), strict=True)):
         lengths, start, outputs = mask.segments.rows[row], 0, []
-        keys = [mask.keys_of(row, part).split(mask.segments.seen(row), dim=1) for part in parts[1:]]
+        keys = [torch.split(mask.keys_of(row, part), mask.segments.seen(row), dim=1) for part in parts[1:]]
         for pieces in zip(parts[0].split(lengths, dim=1), *keys, strict=True):
             length, seen = (piece.shape[1] for piece in pieces[:2])
             if bias is not None:

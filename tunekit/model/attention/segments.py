@@ -18,10 +18,12 @@ class Segments:
 
     `shared`: with how many tokens of another document each begins, which are computed there: those of the last one
     before it that shares none, such as a prompt with its first answer. Empty where no document shares any.
+    `masked`: transformers' own mask keeps them apart, since virtual tokens stand before them.
     """
 
     rows: tuple[tuple[int, ...], ...]
     shared: tuple[tuple[int, ...], ...] = ()
+    masked: bool = False
 
     @property
     def single(self) -> bool:
@@ -55,7 +57,7 @@ class Segments:
         return [0, *accumulate(length for row in range(len(self.rows)) for length in self.seen(row))]
 
 
-def find_segments(position_ids: torch.Tensor) -> Segments:
+def find_segments(position_ids: torch.Tensor, *, masked: bool = False) -> Segments:
     """Documents end where a position does not follow the one before it. One that begins at position P > 0 shares the
     first P tokens of the last one that began at 0.
 
@@ -66,4 +68,4 @@ def find_segments(position_ids: torch.Tensor) -> Segments:
         starts = [0, *((positions[1:] != positions[:-1] + 1).nonzero()[0] + 1).tolist(), len(positions)]
         rows.append(tuple(stop - start for start, stop in pairwise(starts)))
         shared.append((0, *positions[starts[1:-1]].tolist()))
-    return Segments(tuple(rows), tuple(shared) if any(map(any, shared)) else ())
+    return Segments(tuple(rows), tuple(shared) if any(map(any, shared)) else (), masked)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tunekit.errors import ModelError
+from tunekit.machine.devices import kind_of
 from tunekit.model.quantized import four_bit, fp8
 from tunekit.model.quantized.four_bit import BLOCK, NESTED_BLOCK
 from tunekit.model.transformers_guard import no_fetched_code, replaced
@@ -118,7 +119,7 @@ def unpack(
         return fp8.unpack(packed, absmax, dtype)
     # Flat, because the blocks run over the flattened matrix and a kernel for rows would misplace them at row ends.
     elements = shape[0] * shape[1]
-    if packed.device.type != "cuda" or not has_bitsandbytes():
+    if packed.device.type in ("cpu", "meta") or not kind_of(packed.device).bitsandbytes or not has_bitsandbytes():
         return four_bit.unpack(tensors, elements, quantization, dtype).reshape(shape)
     import_bitsandbytes()
     operations = torch.ops.bitsandbytes

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from tunekit.machine.devices import capability
+
 LARGEST = 448.0  # the largest number of e4m3
 KIND = torch.float8_e4m3fn
 MULTIPLE = 16  # the units take matrices whose sides are multiples of it
@@ -18,9 +20,7 @@ CAPABILITY = (9, 0)
 
 def computes_fp8(device: torch.device) -> bool:
     """Whether products in float8 run natively on `device`; a GPU that is planned for and is not here is taken to."""
-    if device.type != "cuda":
-        return False
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= CAPABILITY
+    return capability(device) >= CAPABILITY
 
 
 def scaled_rows(rows: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from tunekit.contracts import GREEDY, Sampling, Tokenizer
 from tunekit.errors import DataError, ModelError
+from tunekit.machine.devices import forked_random
 from tunekit.model.call import seed_for
 from tunekit.model.families import text_config
 from tunekit.model.families.structure import accepted_names, training_mode
@@ -247,12 +248,12 @@ def _left_as_found(net: nn.Module) -> Iterator[None]:
 
     holder: Any = net
     use_cache, defaults = holder.config.use_cache, getattr(holder, "generation_config", None)
-    devices = [parameter.device for parameter in net.parameters() if parameter.is_cuda][:1]
+    device = next((each.device for each in net.parameters() if each.device.type != "cpu"), torch.device("cpu"))
     holder.config.use_cache, holder.generation_config = True, GenerationConfig()
     # A head that is given a slice (each row's last position) would be copied once for each row of the batch.
     contiguous = holder.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
-        with training_mode(net, False), torch.random.fork_rng(devices=devices):
+        with training_mode(net, False), forked_random(device):
             yield
     finally:
         contiguous.remove()

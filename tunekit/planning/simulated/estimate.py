@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tunekit.machine.devices import kind_of
+from tunekit.planning.simulated.kernels import workspace_bytes
 from tunekit.planning.simulated.tracker import Simulation
 from tunekit.records import PeakBytes
 
@@ -22,7 +24,7 @@ def peak_bytes(
     """Parts are what is live at the highest moment of a step or an evaluation; `total` is the peak of the run.
 
     `cache_bytes`: keys and values of generated answers, beside an evaluation.
-    `load_bytes`: the most that loading the base takes, on the host.
+    `load_bytes`: the most that loading the base takes, of the host's memory.
     """
     evaluated = 0 if evaluation is None else evaluation.total
     highest = step if evaluation is None or step.total >= evaluated else evaluation
@@ -30,4 +32,7 @@ def peak_bytes(
     if device.type == "cpu":
         kept = min(round(KEPT_SHARE * (total - highest.peak.get("weights", 0))), MOST_KEPT_BYTES)
         total = max(total + kept, load_bytes) + PROCESS_BYTES
+    elif not kind_of(device).own_memory:
+        total = max(total, load_bytes)
+    total += workspace_bytes(device)
     return PeakBytes(**{name: highest.peak.get(name, 0) for name in PARTS}, total=total)

@@ -6,7 +6,9 @@ the real device would make them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +17,17 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
+from tunekit.machine.devices import capability, is_here
 from tunekit.model.transformers_guard import replaced
+
+FLASH_BACKWARD = (
+    "aten::_scaled_dot_product_flash_attention_backward",
+    "aten::_flash_attention_backward",
+    "torch_attn::_varlen_attn_backward",
+)
+FLASH_ROWS = 128
+UNITS = 132  # of a GPU that is not here: an H100's
+THREADS = 2
 
 
 @contextmanager
@@ -57,7 +69,7 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Shapes: query (B, H, T, D), key and value (B, G, S, D) -> (B, H, T, D)."""
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not is_here(device):
         choice = _likely_choice(query, attn_mask)
     else:
         real = (_untouched(tensor, device) for tensor in (query, key, value, attn_mask))
@@ -80,7 +92,7 @@ def _attend(
         outputs = kernels._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )
-    elif choice == SDPBackend.EFFICIENT_ATTENTION:
+    elif choice in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.OVERRIDEABLE):  # the latter is XPU's own
         outputs = kernels._scaled_dot_product_efficient_attention(
             query, key, value, mask, True, dropout_p, is_causal, scale=scale
         )
@@ -98,6 +110,44 @@ def _likely_choice(query: Tensor, mask: Tensor | None) -> SDPBackend:
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
     return SDPBackend.FLASH_ATTENTION if half and mask is None else SDPBackend.EFFICIENT_ATTENTION
+
+
+def backward_buffers(name: str, inputs: Sequence[Any], device: torch.device) -> list[int]:
+    """Bytes that flash attention's backward pass on CUDA takes for itself: the queries' gradient in float32, by rows
+    rounded up to 128 and heads to 32, a float32 for each row and head, and the gradient of repeated keys and values.
+
+    Source: ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd, mha_varlen_bwd).
+    """
+    if device.type != "cuda" or name not in FLASH_BACKWARD:
+        return []
+    query, key = inputs[1], inputs[2]
+    if query.dim() == 4:  # (B, H, T, D)
+        batch, heads, rows, size = query.shape
+        rows, keys = batch * -(-rows // FLASH_ROWS) * FLASH_ROWS, batch * key.shape[2]
+        of_keys = key.shape[1]
+    else:  # (T, H, D), and where documents begin and end
+        batch = inputs[6].shape[0] - 1
+        rows, heads, size = query.shape
+        rows, (keys, of_keys, _) = rows + FLASH_ROWS * batch, key.shape
+    wide, splits = -(-size // 32) * 32, 1
+    if torch.are_deterministic_algorithms_enabled():
+        units = torch.cuda.get_device_properties(device).multi_processor_count if is_here(device) else UNITS
+        splits = -(-units // (batch * heads))
+    repeated = 2 * keys * heads * size * key.dtype.itemsize if of_keys != heads else 0
+    return [4 * splits * rows * heads * wide, 4 * rows * heads, repeated]
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """What cuBLAS keeps: a workspace for the thread of the forward and for that of the backward pass.
+
+    Source: ATen/cuda/CublasHandlePool.cpp (getChosenWorkspaceSize).
+    """
+    if device.type != "cuda":
+        return 0
+    written = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if written:
+        return THREADS * sum(int(kib) * int(count) for kib, count in written) * 2**10
+    return THREADS * (4096 * 8 * 2**10 if capability(device) >= (9, 0) else 4096 * 2**11 + 16 * 2**13)
 
 
 def _untouched(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tunekit.machine.devices import kind_of
+from tunekit.planning.simulated.kernels import backward_buffers
 from tunekit.planning.simulated.values import IntegerValues
 
-CUDA_BLOCK_BYTES = 512  # the CUDA caching allocator rounds every allocation up to this
+CUDA_BLOCK_BYTES = 512  # the caching allocators of CUDA and XPU round every allocation up to this
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
+        self.pass_through(backward_buffers(func._schema.name, args, self.device))
         if func is torch.ops.aten.logsumexp.default:  # makes exp(x - max(x)) inside: ATen/native/ReduceOps.cpp
             self.pass_through([args[0].nbytes])
         return output
@@ -123,6 +126,6 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak, self.peak_total = dict(self.live), self.total
 
     def _rounded(self, size: int) -> int:
-        if self.device.type == "cuda":
+        if kind_of(self.device).own_memory:
             return -(-size // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
         return size

@@ -37,7 +37,7 @@ class WindowRun:
     ) -> None:
         self.engine, self.model, self.objective, self.step = engine, model, objective, window.step
         self.units = placed(units, model.device)
-        self.losses = {index: torch.zeros_like(self.units) for index in window.indices}  # (K,) float64 each
+        self.losses = {index: torch.zeros_like(self.units) for index in window.indices}  # (K,) each
         self.metrics: Sums = {}
 
     def call(self, piece: Piece) -> Call:
@@ -59,7 +59,7 @@ class WindowRun:
             if term is not None:
                 value = value + term / piece.shares
         (value * self.engine.loss_scale).backward()  # type: ignore[no-untyped-call]
-        self.losses[piece.index] += loss.total.detach().to(torch.float64)
+        self.losses[piece.index] += loss.total.detach().to(self.units.dtype)
         for name, metric in loss.metrics.items():
             self.metrics[name] = self.metrics[name] + metric if name in self.metrics else metric
 

@@ -1,0 +1,59 @@
+"""Which device a run takes, and what its kind has: decisions that need no device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tunekit.errors import RecipeError
+from tunekit.machine import devices
+from tunekit.machine.devices import capability, check_found, computes_bfloat16, make_devices, summing_dtype, wide
+from tunekit.model.placing import placed
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "mps:1", "cuda:-1"])
+def test_other_names_are_refused_with_those_there_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEKIT_DEVICE", name)
+    with pytest.raises(RecipeError, match="choose cpu, cuda, cuda:N, xpu, xpu:N or mps"):
+        make_devices()
+
+
+@pytest.mark.parametrize("name", ["tpu", "xla", "xla:0"])
+def test_a_tpu_is_refused_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEKIT_DEVICE", name)
+    with pytest.raises(RecipeError, match="XLA compiles a whole step for its shapes"):
+        make_devices()
+
+
+def test_a_device_that_torch_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEKIT_DEVICE", "xpu:1")
+    with pytest.raises(RecipeError, match="torch sees no such device"):
+        make_devices()
+    monkeypatch.setattr(devices, "is_here", lambda device: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    with pytest.raises(RecipeError, match="torch sees 1 of them"):
+        make_devices()
+
+
+@pytest.mark.parametrize(("found", "wanted"), [("cuda:0", "cuda:1"), ("cuda:0", "xpu"), ("hpu", None), ("xla", None)])
+def test_a_rank_takes_what_was_wanted_or_says_so(found: str, wanted: str | None) -> None:
+    with pytest.raises(RecipeError):
+        check_found(torch.device(found), None if wanted is None else torch.device(wanted))
+    for same in ("cuda", "cuda:1", None):
+        check_found(torch.device("cuda:1"), None if same is None else torch.device(same))
+
+
+def test_what_is_planned_for_and_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert computes_bfloat16(torch.device("mps"))
+    assert capability(torch.device("cuda")) >= (9, 0)
+    assert capability(torch.device("xpu")) == (0, 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # ROCm's devices are called cuda, and count otherwise
+    assert capability(torch.device("cuda")) == (0, 0)
+
+
+def test_sums_are_taken_in_what_the_device_has() -> None:
+    assert [summing_dtype(torch.device(kind)) for kind in ("cpu", "cuda", "mps")] == [
+        *(torch.float64, torch.float64, torch.float32)
+    ]
+    assert wide(torch.ones(2)).dtype == torch.float64
+    assert placed(torch.ones(2, dtype=torch.float64), torch.device("cpu")).dtype == torch.float64
