@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunekit.errors import Problem
+from tunekit.recipe.foreign.datasets import name_sources
 from tunekit.recipe.foreign.table import (
     IN_ADAPTER,
     PRECISION_KEYS,
@@ -25,11 +26,19 @@ from tunekit.recipe.reading.suggest import show
 QUANTIZATION: KeyPath = ("model", "quantization")
 METHOD: KeyPath = ("adapter", "method")
 TRAIN: KeyPath = ("data", "train")
+PER_EPOCH = {"evals_per_epoch": "training.eval_steps", "saves_per_epoch": "training.save_steps"}
 _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 
 
 def rewrite_aliases(draft: Draft) -> None:
     """Replace every foreign key of the draft, in place."""
+    name_sources(draft)
+    if draft.get(("stage",)) == "pt":  # LLaMA-Factory joins its texts and cuts them to equal lengths
+        _write(draft, ("data", "excess_length"), "split", draft.place(("stage",)), "stage: pt")
+        if not draft.has(("packing",)):
+            _write(draft, ("data", "packing"), True, draft.place(("stage",)), "stage: pt")
+    for name in PER_EPOCH:
+        _rewrite_per_epoch(draft, name)
     _rewrite_quantization(draft)
     _rewrite_precision(draft)
     constant = [name for name in ("lr_scheduler", "lr_scheduler_type") if draft.values.get(name) == "constant"]
@@ -186,6 +195,25 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
     else:
         for index, _ in enumerate(draft.get(TRAIN)):
             _write(draft, (*TRAIN, index, field), {str(value): "text"} if field == "columns" else value, place, name)
+
+
+def _rewrite_per_epoch(draft: Draft, name: str) -> None:
+    """Evaluations or checkpoints an epoch -> what to write: rows are counted by plan. No result depends on it, unless a
+    run may stop early or keep its best."""
+    found = _take(draft, name)
+    if found is None:
+        return None
+    (value, place), ours = found, PER_EPOCH[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        return _complain(draft, place, name, f"must be a number above 0, not {show(value)}")
+    rows = 1
+    for names in (("micro_batch_size", "per_device_train_batch_size"), ("gradient_accumulation_steps",)):
+        sizes = [size for size in (draft.get((each,)) for each in names) if isinstance(size, int)]
+        rows *= sizes[0] if sizes else 1
+    how = f"write {ours}: ROWS / {rows} / {value:g}, rounded up (a step has {rows} rows; `tunekit plan` counts ROWS)"
+    if any(draft.get((chosen,)) for chosen in ("early_stopping_patience", "metric_for_best_model")):
+        return _complain(draft, place, name, "goes by steps here, and early stopping depends on it", how)
+    return _record(draft, place, name, f"nothing (it goes by steps: {how})")
 
 
 def _rewrite_template(draft: Draft, name: str) -> None:
