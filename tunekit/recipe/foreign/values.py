@@ -18,9 +18,10 @@ DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
 _DATASET_TYPES = {"alpaca": "alpaca", "sharegpt": "sharegpt", "chat_template": "chat", "completion": "text"}
 _DATASET_TYPES |= dict.fromkeys(("chat_template.default", "chatml.ultra"), "preference")  # Axolotl's
 _DATASET_TYPES |= dict.fromkeys(("chatml.intel", "chatml.argilla", "chatml.argilla_chat"), "auto")  # pairs, or of kto
-_DATASET_KEYS = ("path", "type", "ds_type", "split", "field", "field_messages", "revision", "trust_remote_code")
-_DATASET_KEYS += ("field_chosen", "field_rejected", "message_field_role", "message_field_content", "roles")
-_DATASET_KEYS += ("message_property_mappings",)
+_DATASET_KEYS = (
+    *("path", "type", "ds_type", "split", "field", "field_messages", "field_chosen", "field_rejected", "revision"),
+    *("message_field_role", "message_field_content", "message_property_mappings", "roles", "trust_remote_code"),
+)
 _SPEAKERS = {"chat": ("role", "content"), "sharegpt": ("from", "value")}  # keys of a message, of either format
 _ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt"), "system": ("system",), "tool": ("tool",)}
 
