@@ -212,6 +212,16 @@ def test_llama_factory(folder: Path, changes: list[str], expected: list[Any]) ->
         assert (recipe.data.packing, recipe.data.excess_length) == (True, "split")
 
 
+@pytest.mark.parametrize(("iterations", "expected"), [(16, 16), (4, 4), (-1, None), (None, 16)])
+def test_pissa(folder: Path, iterations: int | None, expected: int | None) -> None:
+    """LLaMA-Factory/examples/extras/pissa."""
+    written = [] if iterations is None else [f"pissa_iter: {iterations}"]
+    loaded = load(folder, FACTORY, "dataset: plain", "pissa_init: true", "pissa_convert: true", *written)
+    start = loaded.recipe.adapter.start  # type: ignore[attr-defined]
+    assert (start.method, start.iterations) == ("pissa", expected)
+    assert "pissa_convert -> nothing (run `tunekit adapter convert` on the result)" in "\n".join(loaded.rewrites)
+
+
 def test_the_folder_of_the_descriptions_is_named(folder: Path) -> None:
     (folder / "data").rename(folder / "elsewhere")
     with pytest.raises(RecipeError, match=r"dataset: names data sets of dataset_info\.json, which is not in .*/data"):

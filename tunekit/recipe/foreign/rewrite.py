@@ -37,6 +37,7 @@ def rewrite_aliases(draft: Draft) -> None:
         _write(draft, ("data", "excess_length"), "split", draft.place(("stage",)), "stage: pt")
         if not draft.has(("packing",)):
             _write(draft, ("data", "packing"), True, draft.place(("stage",)), "stage: pt")
+    _rewrite_pissa(draft)
     for name in PER_EPOCH:
         _rewrite_per_epoch(draft, name)
     _rewrite_quantization(draft)
@@ -195,6 +196,18 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
     else:
         for index, _ in enumerate(draft.get(TRAIN)):
             _write(draft, (*TRAIN, index, field), {str(value): "text"} if field == "columns" else value, place, name)
+
+
+def _rewrite_pissa(draft: Draft) -> None:
+    """LLaMA-Factory's pissa_init and pissa_iter (16 where it is not written, -1 for the exact one) -> adapter.start."""
+    wanted, iterations = _take(draft, "pissa_init"), _take(draft, "pissa_iter")
+    if wanted is not None and wanted[0] is True:
+        count = 16 if iterations is None else iterations[0]
+        start = "pissa" if count == -1 else {"method": "pissa", "iterations": count}
+        _write(draft, ("adapter", "start"), start, wanted[1], "pissa_init")
+    for name, found in (("pissa_init", wanted), ("pissa_iter", iterations)):
+        if found is not None and (name == "pissa_iter" or found[0] is not True):
+            _record(draft, found[1], name, "nothing (it belongs to pissa_init)")
 
 
 def _rewrite_per_epoch(draft: Draft, name: str) -> None:

@@ -180,6 +180,8 @@ TOP_LEVEL: dict[str, Alias] = {
     **_nowhere(lost("the device layer is accelerate"), "deepspeed"),
     **_nowhere(lost("base weights are not sharded"), "fsdp", "fsdp_config"),
     **_nowhere(same, "evals_per_epoch", "saves_per_epoch", "dataset_dir"),  # rewrite.py, datasets.py
+    **_nowhere(same, "pissa_init", "pissa_iter"),  # rewrite.py
+    **_dropped("run `tunekit adapter convert` on the result", "pissa_convert"),
     **_nowhere(values.tokens_of_padding, "special_tokens"),
     **_nowhere(one_of({"bnb": NOTHING, "bitsandbytes": NOTHING}), "quantization_method"),
     **_nowhere(values.model_class, "model_type"),
