@@ -222,6 +222,15 @@ def test_pissa(folder: Path, iterations: int | None, expected: int | None) -> No
     assert "pissa_convert -> nothing (run `tunekit adapter convert` on the result)" in "\n".join(loaded.rewrites)
 
 
+def test_dora_is_a_method(folder: Path) -> None:
+    loaded = load(folder, FACTORY, "dataset: plain", "use_dora: true")
+    assert (loaded.recipe.adapter.method, loaded.recipe.adapter.r) == ("dora", 12)  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match="use_dora: is a switch of lora, and the method is 'ia3'"):
+        load(folder, FACTORY, "dataset: plain", "use_dora: true", "finetuning_type: ia3", "lora_rank:", "lora_target:")
+    rows = "datasets:\n  - path: data/alpaca.jsonl\n    type: alpaca"
+    assert load(folder, AXOLOTL, rows, "peft_use_dora: true").recipe.adapter.method == "dora"
+
+
 def test_the_folder_of_the_descriptions_is_named(folder: Path) -> None:
     (folder / "data").rename(folder / "elsewhere")
     with pytest.raises(RecipeError, match=r"dataset: names data sets of dataset_info\.json, which is not in .*/data"):

@@ -26,6 +26,7 @@ from tunekit.recipe.reading.suggest import show
 QUANTIZATION: KeyPath = ("model", "quantization")
 METHOD: KeyPath = ("adapter", "method")
 TRAIN: KeyPath = ("data", "train")
+DORA: tuple[KeyPath, ...] = (("use_dora",), ("peft_use_dora",), ("adapter", "use_dora"))
 PER_EPOCH = {"evals_per_epoch": "training.eval_steps", "saves_per_epoch": "training.save_steps"}
 _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 
@@ -42,12 +43,15 @@ def rewrite_aliases(draft: Draft) -> None:
         _rewrite_per_epoch(draft, name)
     _rewrite_quantization(draft)
     _rewrite_precision(draft)
+    dora = [(key, place) for key in DORA if draft.get(key) is True for place in [draft.place(key)] if draft.remove(key)]
     constant = [name for name in ("lr_scheduler", "lr_scheduler_type") if draft.values.get(name) == "constant"]
     for name in [name for name in draft.values if name in TOP_LEVEL and name not in (*SOURCE_KEYS, *TEMPLATE_KEYS)]:
         _rewrite(draft, (name,), TOP_LEVEL[name])
     adapter = draft.values.get("adapter")
     for name in [name for name in adapter if name in IN_ADAPTER] if isinstance(adapter, dict) else ():
         _rewrite(draft, ("adapter", name), IN_ADAPTER[name])
+    for key, place in dora:
+        _settle_dora(draft, dotted(key), place)
     if constant:
         _settle_constant(draft, constant[0])
     for name, field in SOURCE_KEYS.items():
@@ -177,6 +181,19 @@ def _settle_constant(draft: Draft, spelled: str) -> None:
         _complain(draft, place, spelled, "constant ignores the warm-up there", how)
     elif not written:
         _write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant")
+
+
+def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
+    """DoRA is a switch of LoRA there and a method here."""
+    method = draft.get(METHOD, "lora")
+    if method not in ("lora", "dora"):
+        _complain(draft, place, spelled, f"is a switch of lora, and the method is {show(method)}", "remove one")
+        return
+    if draft.has(METHOD):
+        draft.set(METHOD, "dora", draft.place(METHOD))
+        _record(draft, place, spelled, "adapter.method: 'dora'")
+    else:
+        _write(draft, METHOD, "dora", place, spelled)
 
 
 def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
