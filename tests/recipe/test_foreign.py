@@ -107,6 +107,38 @@ fsdp_config:
 special_tokens:
   pad_token: "<|pad|>"
 """
+TRL = """
+model_name_or_path: Qwen/Qwen2.5-1.5B
+dataset_name: someone/reviews
+dataset_config: default
+report_to: none
+learning_rate: 0.0003
+lr_scheduler_type: cosine
+output_dir: out/trl
+use_peft: true
+lora_r: 20
+lora_alpha: 40
+lora_target_modules: [q_proj, v_proj]
+lora_task_type: CAUSAL_LM
+max_length: 768
+packing: true
+packing_strategy: bfd
+padding_free: false
+activation_offloading: false
+gradient_checkpointing: true
+per_device_train_batch_size: 3
+gradient_accumulation_steps: 5
+num_train_epochs: 1
+logging_steps: 25
+load_in_4bit: true
+bnb_4bit_quant_type: nf4
+use_bnb_nested_quant: true
+dtype: bfloat16
+warmup_ratio: 0.02
+seed: 7
+push_to_hub: false
+attn_implementation: sdpa
+"""
 ALPACA = [{"instruction": "add", "input": "1 2", "output": "3"}]
 SHAREGPT = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}]
 OPENAI = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
@@ -310,3 +342,19 @@ def test_what_axolotl_would_do_otherwise_is_refused(folder: Path) -> None:
         load(folder, AXOLOTL.replace("  pad_token:", "  eos_token:"), rows)
     with pytest.raises(RecipeError, match="evals_per_epoch: must be a number above 0"):
         load(folder, AXOLOTL, rows, "evals_per_epoch: often")
+
+
+def test_trl(folder: Path) -> None:
+    """trl/examples/cli_configs/example_config.yaml, with the arguments of SFTConfig and ModelConfig beside."""
+    recipe = load(folder, TRL).recipe
+    assert (recipe.model.dtype, recipe.model.quantization, recipe.model.attention) == ("bfloat16", "nf4", "sdpa")
+    assert (recipe.data.packing, recipe.data.max_length, recipe.training.seed) == (True, 768, 7)
+    for change, what in (
+        ("dataset_test_split: test", "would be lost: it is no source yet; write data.eval: {path: NAME, split: SPLIT}"),
+        ("eos_token: <|im_end|>", "would be lost: it is taken from the base's tokenizer"),
+        ("packing_strategy: wrapped", "'wrapped' has no exact translation"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load(folder, TRL, change)
+        (problem,) = caught.value.problems
+        assert what in str(problem)
