@@ -386,6 +386,8 @@ def test_another_tools_configuration_becomes_a_recipe(
         "theirs.yaml:11: preprocessing_num_workers -> nothing (rows are cached by their content)",
     ):
         assert line in said
+    titles = [line for line in said.splitlines() if not line.startswith(" ")]
+    assert titles == ["changed:", "without effect here:"]
     assert load_recipe(ours).recipe == load_recipe(theirs).recipe
     assert load_recipe(ours).rewrites == []
     source = load_recipe(ours).recipe.data.train[0]
@@ -400,6 +402,7 @@ def test_another_tools_configuration_becomes_a_recipe(
     out, err = capsys.readouterr()
     assert out == ""
     assert "theirs.yaml:5: lora_rank -> adapter.r" in err, "what was rewritten is shown while problems stand"
+    assert err.index("without effect here:") < err.index("lost, or to be settled:") < err.index("theirs.yaml:16:")
     assert "theirs.yaml:16: deepspeed: is a key of another tool and would be lost" in err
     assert "theirs.yaml:17: chat_template: the template 'vicuna' has no name here" in err
 

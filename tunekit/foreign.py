@@ -5,6 +5,7 @@ out. Imports no torch.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tunekit.errors import RecipeError
@@ -16,9 +17,14 @@ def import_verb(path: str, output: str | None) -> None:
 
     Raises: RecipeError where something has no exact translation; what was rewritten is said all the same.
     """
-    loaded = load_recipe(path)
+    try:
+        loaded = load_recipe(path)
+    except RecipeError as error:
+        raise RecipeError.of(error.problems, [*_by_kind(error.notes), "lost, or to be settled:"]) from error
     text = dump_recipe(loaded.recipe, Path(output or path).absolute().parent, written_only=True)
-    for line in (*loaded.rewrites, *loaded.defaults):
+    changed = {line.partition(": ")[0] for line in loaded.rewrites}
+    kept = [f"{path}:{line}: {key}" for key, line in loaded.lines.items() if f"{path}:{line}" not in changed]
+    for line in (*_by_kind(loaded.rewrites), *_titled("kept:", kept), *loaded.defaults):
         print(line, file=sys.stderr)
     if output is None:
         print(text, end="")
@@ -29,3 +35,14 @@ def import_verb(path: str, output: str | None) -> None:
     except FileExistsError:
         raise RecipeError("exists already", "name another file", file=output) from None
     print(f"wrote {output}; check it with: tunekit validate {output}")
+
+
+def _by_kind(rewrites: Sequence[str]) -> list[str]:
+    """What was rewritten, then what has no effect here, each under its title."""
+    without = [line for line in rewrites if " -> nothing" in line]
+    changed = [line for line in rewrites if line not in without]
+    return [*_titled("changed:", changed), *_titled("without effect here:", without)]
+
+
+def _titled(title: str, lines: Sequence[str]) -> list[str]:
+    return [title, *(f"  {line}" for line in lines)] if lines else []

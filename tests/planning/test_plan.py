@@ -244,7 +244,7 @@ def test_four_bits_do_without_bitsandbytes(recipe: Path, monkeypatch: pytest.Mon
 def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan_verb(str(recipe), ["training.epochs=1"], str(tmp_path / "plan.json"))
     text = capsys.readouterr().out
-    for words in ("q_proj", "trained", "total", "free", "3 an epoch", "dropout is on"):
+    for words in ("q_proj", "trained", "peak", "free", "3 an epoch", "dropout is on"):
         assert words in text
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["steps"] == 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunekit.errors import Problem
+from tunekit.recipe.foreign.datasets import name_sources
 from tunekit.recipe.foreign.table import (
     IN_ADAPTER,
     PRECISION_KEYS,
@@ -25,19 +26,32 @@ from tunekit.recipe.reading.suggest import show
 QUANTIZATION: KeyPath = ("model", "quantization")
 METHOD: KeyPath = ("adapter", "method")
 TRAIN: KeyPath = ("data", "train")
+DORA: tuple[KeyPath, ...] = (("use_dora",), ("peft_use_dora",), ("adapter", "use_dora"))
+PER_EPOCH = {"evals_per_epoch": "training.eval_steps", "saves_per_epoch": "training.save_steps"}
 _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 
 
 def rewrite_aliases(draft: Draft) -> None:
     """Replace every foreign key of the draft, in place."""
+    name_sources(draft)
+    if draft.get(("stage",)) == "pt":  # LLaMA-Factory joins its texts and cuts them to equal lengths
+        _write(draft, ("data", "excess_length"), "split", draft.place(("stage",)), "stage: pt")
+        if not draft.has(("packing",)):
+            _write(draft, ("data", "packing"), True, draft.place(("stage",)), "stage: pt")
+    _rewrite_pissa(draft)
+    for name in PER_EPOCH:
+        _rewrite_per_epoch(draft, name)
     _rewrite_quantization(draft)
     _rewrite_precision(draft)
+    dora = [(key, place) for key in DORA if draft.get(key) is True for place in [draft.place(key)] if draft.remove(key)]
     constant = [name for name in ("lr_scheduler", "lr_scheduler_type") if draft.values.get(name) == "constant"]
     for name in [name for name in draft.values if name in TOP_LEVEL and name not in (*SOURCE_KEYS, *TEMPLATE_KEYS)]:
         _rewrite(draft, (name,), TOP_LEVEL[name])
     adapter = draft.values.get("adapter")
     for name in [name for name in adapter if name in IN_ADAPTER] if isinstance(adapter, dict) else ():
         _rewrite(draft, ("adapter", name), IN_ADAPTER[name])
+    for key, place in dora:
+        _settle_dora(draft, dotted(key), place)
     if constant:
         _settle_constant(draft, constant[0])
     for name, field in SOURCE_KEYS.items():
@@ -169,6 +183,19 @@ def _settle_constant(draft: Draft, spelled: str) -> None:
         _write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant")
 
 
+def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
+    """DoRA is a switch of LoRA there and a method here."""
+    method = draft.get(METHOD, "lora")
+    if method not in ("lora", "dora"):
+        _complain(draft, place, spelled, f"is a switch of lora, and the method is {show(method)}", "remove one")
+        return
+    if draft.has(METHOD):
+        draft.set(METHOD, "dora", draft.place(METHOD))
+        _record(draft, place, spelled, "adapter.method: 'dora'")
+    else:
+        _write(draft, METHOD, "dora", place, spelled)
+
+
 def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
     """A key about every training source -> that field of each."""
     found = _take(draft, name)
@@ -186,6 +213,37 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
     else:
         for index, _ in enumerate(draft.get(TRAIN)):
             _write(draft, (*TRAIN, index, field), {str(value): "text"} if field == "columns" else value, place, name)
+
+
+def _rewrite_pissa(draft: Draft) -> None:
+    """LLaMA-Factory's pissa_init and pissa_iter (16 where it is not written, -1 for the exact one) -> adapter.start."""
+    wanted, iterations = _take(draft, "pissa_init"), _take(draft, "pissa_iter")
+    if wanted is not None and wanted[0] is True:
+        count = 16 if iterations is None else iterations[0]
+        start = "pissa" if count == -1 else {"method": "pissa", "iterations": count}
+        _write(draft, ("adapter", "start"), start, wanted[1], "pissa_init")
+    for name, found in (("pissa_init", wanted), ("pissa_iter", iterations)):
+        if found is not None and (name == "pissa_iter" or found[0] is not True):
+            _record(draft, found[1], name, "nothing (it belongs to pissa_init)")
+
+
+def _rewrite_per_epoch(draft: Draft, name: str) -> None:
+    """Evaluations or checkpoints an epoch -> what to write: rows are counted by plan. No result depends on it, unless a
+    run may stop early or keep its best."""
+    found = _take(draft, name)
+    if found is None:
+        return None
+    (value, place), ours = found, PER_EPOCH[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        return _complain(draft, place, name, f"must be a number above 0, not {show(value)}")
+    rows = 1
+    for names in (("micro_batch_size", "per_device_train_batch_size"), ("gradient_accumulation_steps",)):
+        sizes = [size for size in (draft.get((each,)) for each in names) if isinstance(size, int)]
+        rows *= sizes[0] if sizes else 1
+    how = f"write {ours}: ROWS / {rows} / {value:g}, rounded up (a step has {rows} rows; `tunekit plan` counts ROWS)"
+    if any(draft.get((chosen,)) for chosen in ("early_stopping_patience", "metric_for_best_model")):
+        return _complain(draft, place, name, "goes by steps here, and early stopping depends on it", how)
+    return _record(draft, place, name, f"nothing (it goes by steps: {how})")
 
 
 def _rewrite_template(draft: Draft, name: str) -> None:

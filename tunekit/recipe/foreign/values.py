@@ -18,7 +18,12 @@ DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
 _DATASET_TYPES = {"alpaca": "alpaca", "sharegpt": "sharegpt", "chat_template": "chat", "completion": "text"}
 _DATASET_TYPES |= dict.fromkeys(("chat_template.default", "chatml.ultra"), "preference")  # Axolotl's
 _DATASET_TYPES |= dict.fromkeys(("chatml.intel", "chatml.argilla", "chatml.argilla_chat"), "auto")  # pairs, or of kto
-_DATASET_KEYS = ("path", "type", "ds_type", "split", "field", "field_messages", "revision", "trust_remote_code")
+_DATASET_KEYS = (
+    *("path", "type", "ds_type", "split", "field", "field_messages", "field_chosen", "field_rejected", "revision"),
+    *("message_field_role", "message_field_content", "message_property_mappings", "roles", "trust_remote_code"),
+)
+_SPEAKERS = {"chat": ("role", "content"), "sharegpt": ("from", "value")}  # keys of a message, of either format
+_ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt"), "system": ("system",), "tool": ("tool",)}
 
 
 class NotExact(Exception):
@@ -63,6 +68,21 @@ def lost(why: str, how: str = "") -> Translate:
     return translate
 
 
+def tokens_of_padding(value: object) -> Any:
+    """Axolotl's special_tokens: which token pads changes nothing, for padding is masked."""
+    others = [name for name, token in value.items() if name != "pad_token" and token] if isinstance(value, dict) else []
+    if others:
+        raise NotExact(f"{others[0]} is taken from the base's tokenizer", "remove it where it is the same there")
+    return NOTHING
+
+
+def model_class(value: object) -> Any:
+    """Axolotl's model_type: a causal language model is what sft loads anyway."""
+    if str(value).endswith("ForCausalLM"):
+        return NOTHING
+    raise NotExact(f"{show(value)} is no causal language model", "write model.family")
+
+
 def turned_off_by_zero(value: object) -> Any:
     """max_grad_norm 0 is no clipping: null here."""
     return None if value == 0 and not isinstance(value, bool) else value
@@ -74,8 +94,8 @@ def unset_by_negative(value: object) -> Any:
 
 
 def stage(value: object) -> Any:
-    """LLaMA-Factory's name of a reward model is rm."""
-    return "reward" if value == "rm" else value
+    """LLaMA-Factory's name of a reward model is rm; pre-training is sft on plain text."""
+    return {"rm": "reward", "pt": "sft"}.get(value, value) if isinstance(value, str) else value
 
 
 def negated(value: object) -> Any:
@@ -118,15 +138,12 @@ def best_metric(value: object) -> Any:
 
 
 def dataset_files(value: object) -> Any:
-    """LLaMA-Factory's `dataset` names entries of its own dataset_info.json; only file names mean something here."""
+    """LLaMA-Factory's `dataset`: names of files; those of dataset_info.json are sources already (datasets.py)."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return value
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise NotExact("must be a file name", "write data.train: FILE")
-    for name in names:
-        if not name.endswith(DATA_ENDINGS):
-            raise NotExact(
-                f"'{name}' is no file name; dataset_info.json is not read", "write data.train: FILE or hub name"
-            )
     return [{"path": name} for name in names]
 
 
@@ -152,7 +169,22 @@ def _dataset(item: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(kind, str) or kind not in _DATASET_TYPES:
             raise NotExact(f"the type {show(kind)} has no exact translation", f"known: {', '.join(_DATASET_TYPES)}")
         source["format"] = _DATASET_TYPES[kind]
-    for key, field in (("field", "text"), ("field_messages", "messages")):
-        if item.get(key) not in (None, field):
-            source["columns"] = {str(item[key]): field}
-    return source
+    _read_messages(item, source)
+    messages = {"preference": "conversations", "sharegpt": "conversations"}.get(source.get("format", ""), "messages")
+    fields = {"field": "text", "field_messages": messages, "field_chosen": "chosen", "field_rejected": "rejected"}
+    columns = {str(item[key]): field for key, field in fields.items() if item.get(key) not in (None, field)}
+    return {**source, **({"columns": columns} if columns else {})}
+
+
+def _read_messages(item: dict[str, Any], source: dict[str, Any]) -> None:
+    """Axolotl's keys and roles of messages: those of our two formats. Raises: NotExact for others."""
+    mapped = item.get("message_property_mappings") or {}
+    keys = tuple(item.get(f"message_field_{name}") or mapped.get(name, name) for name in ("role", "content"))
+    if keys not in _SPEAKERS.values() or set(mapped) - {"role", "content"}:
+        raise NotExact(f"messages with {' and '.join(map(str, keys))} are read by no format", "rename their keys")
+    if source.get("format") == "chat" and keys == _SPEAKERS["sharegpt"]:
+        source["format"] = "sharegpt"
+    for role, names in (item.get("roles") or {}).items():
+        others = [name for name in names or () if name not in _ROLES.get(role, ())]
+        if others:
+            raise NotExact(f"the role {show(others[0])} for {role} has no translation", "rename it in the rows")
