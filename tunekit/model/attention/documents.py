@@ -352,7 +352,7 @@ def _each_document(
     rows = []
     for row, parts in enumerate(zip(*(tensor.unbind(0) for tensor in tensors), strict=True)):
         lengths, start, outputs = mask.segments.rows[row], 0, []
-        keys = [torch.split(mask.keys_of(row, part), mask.segments.seen(row), dim=1) for part in parts[1:]]
+        keys = [torch.split(mask.keys_of(row, part), list(mask.segments.seen(row)), dim=1) for part in parts[1:]]
         for pieces in zip(parts[0].split(lengths, dim=1), *keys, strict=True):
             length, seen = (piece.shape[1] for piece in pieces[:2])
             if bias is not None:
