@@ -119,6 +119,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "training.gradient_accumulation_steps": (["1", "5"], NOT_COUNTS),
     "training.loraplus_ratio": (["null", "16", "1.5"], NOT_POSITIVE),
     "training.compile": (["auto", "false"], ["1", "null", "max-autotune"]),
+    "training.deterministic": (["true", "false"], ["1", "null", "auto"]),
     "training.kernels": (["none"], ["ligers", "null", "true"]),
     "training.seed": (["0", "42", "4294967295"], ["-1", "4294967296", "0.5", "true", '"0"', "null", "9" * 5000]),
     "training.save_steps": (COUNTS, NOT_COUNTS),

@@ -28,7 +28,7 @@ def test_rows_that_see_each_other_are_padded_instead(
     """Attention that takes a sequence as one document, however its positions restart."""
     recipe, chosen = write_recipe(tmp_path / "recipe", tiny_llama), f"adapter.start={start}"
     train(recipe, tmp_path / "apart", chosen)
-    one = lambda position_ids: Segments(tuple((len(row),) for row in position_ids))  # noqa: E731
+    one = lambda position_ids, **_: Segments(tuple((len(row),) for row in position_ids))  # noqa: E731
     monkeypatch.setattr("tunekit.tuned.model.find_segments", one)
     train(recipe, tmp_path / "leaky", chosen)
     assert LEAKY in capsys.readouterr().err
