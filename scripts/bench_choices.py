@@ -1,6 +1,6 @@
 """Rows a second of choosing one of many answers: over one shared prompt, and by one forward for each answer.
 
-    scripts/bench choices --model MODEL --data FILE.csv [--rows 24] [--plain-rows 2] [--batch-size 8]
+    scripts/bench choices --model MODEL --data FILE.csv [--rows 48] [--plain-rows 4] [--batch-size 8]
 
 The file has a text and the name of its class in each line, such as Banking77's. One thread, float32, process CPU time.
 Both ways must give the same log-probabilities up to rounding.
@@ -36,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--plain-rows", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--plain-rows", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=8)
     asked = parser.parse_args()
     torch.set_num_threads(1)

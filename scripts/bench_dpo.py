@@ -47,6 +47,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
 
 BETA, WARM_STEPS, SAME = 0.1, 1, 1e-3
+DEFAULT_PAIRS = 2  # the micro-batch of a recipe that names none
 PLAIN = {"gradient_checkpointing": False}
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
 CANDIDATES: dict[str, dict] = {  # of TRL's flags for the best speed on a CPU; its padding_free is switched off in 1.16
@@ -120,9 +121,10 @@ class Pairs:
             best, candidates = best_flags(self, "dpo", CANDIDATES)  # type: ignore[arg-type]
             best = best.removesuffix(f", {self.length}")
         sides = {
-            "tunekit": lambda: self.ours("tunekit"),
+            "tunekit": lambda: self.ours("tunekit", DEFAULT_PAIRS),
+            "tunekit, one pair at a time": lambda: self.ours("tunekit, one pair at a time"),
             "tunekit, all pairs at a time": lambda: self.ours("tunekit, all pairs at a time", ROWS_PER_STEP),
-            "tunekit, second epoch": lambda: self.ours("tunekit, second epoch", kept=True),
+            "tunekit, second epoch": lambda: self.ours("tunekit, second epoch", DEFAULT_PAIRS, kept=True),
             "tunekit, two plain rows a pair": lambda: self.ours("tunekit, two plain rows a pair", before=PLAIN_ROWS),
             "TRL, defaults": lambda: self.theirs("TRL, defaults", config={}),
             f"TRL, {best}": lambda: self.theirs(f"TRL, {best}", **CANDIDATES[best]),

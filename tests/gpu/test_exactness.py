@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.adapters.test_joined_lora import unfused
 from tests.data_case import objective_of
 from tests.loop_case import Case, ListedRows, make_case, make_rows
+from tests.objectives import pair_case
 from tests.training.test_compiling import compiled_case, needs_compiler
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.adapters.kernels.liger import use_liger
@@ -20,6 +21,7 @@ from tunekit.machine.devices import deterministic_kernels
 from tunekit.model.attention.documents import PRODUCTS, VARLEN, _varlen
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.simpo import SimpoSettings
 from tunekit.training.engines.resident import ResidentEngine
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
@@ -33,16 +35,17 @@ def case_of(folder: Path, device: torch.device, rows: ListedRows | None = None, 
     return make_case(folder, rows or make_rows(23), **{"training": training(), "device": device, **settings})
 
 
-def gradient_of(case: Case, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+def gradient_of(case: Case, batches: list[Batch], objective: Any = None) -> tuple[Tensor, Tensor]:
     """The step's loss, and the flat gradient, of these micro-batches."""
+    objective = objective or case.parts.objective
     for parameter in case.adapter.trained().values():
         torch.manual_seed(sum(parameter.shape))  # B is zero at first, and A would get no gradient
         parameter.data.copy_(torch.randn(parameter.shape) * 0.05)
     case.optimizer.zero_gradients()
-    units = torch.stack([case.parts.objective.units(batch) for batch in batches]).sum(0)
+    units = torch.stack([objective.units(batch) for batch in batches]).sum(0)
     window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
     with case.model.training_mode(True):
-        loss, _ = ResidentEngine(0).run_window(case.model, case.parts.objective, window, units)
+        loss, _ = ResidentEngine(0).run_window(case.model, objective, window, units)
     return loss.cpu(), torch.cat(case.optimizer.gradients()).cpu()
 
 
@@ -61,6 +64,19 @@ def test_packed_documents_equal_padded_rows(folder: Path, device: torch.device, 
     packed = objective_of().collate([rows[:4], rows[4:]])
     padded = objective_of().collate([[row] for row in rows])
     ours, reference = gradient_of(case, [packed]), gradient_of(case, [padded])
+    assert difference(ours[0], reference[0]) < TOLERANCE[dtype]
+    assert difference(ours[1], reference[1]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_computed_once_equals_one_for_each_answer(folder: Path, device: torch.device, dtype: str) -> None:
+    """The kernel over all documents has more keys than queries; document by document a mask says the same."""
+    case, rows = case_of(folder, device, model=section(folder, dtype)), pair_case.make_rows()
+    objective: Any = objective_of(SimpoSettings())
+    layouts = [objective.laid_out(True, shares) for shares in (True, False)]
+    batches = [layout.collate([rows[:3], rows[3:]]) for layout in layouts]
+    assert batches[0].padded < batches[1].padded
+    ours, reference = (gradient_of(case, [batch], layout) for batch, layout in zip(batches, layouts, strict=True))
     assert difference(ours[0], reference[0]) < TOLERANCE[dtype]
     assert difference(ours[1], reference[1]) < TOLERANCE[dtype]
 

@@ -194,6 +194,8 @@ def test_on_cuda_half_precision_takes_one_kernel_for_all_documents() -> None:
     assert net.config._attn_implementation == VARLEN
     out = hidden(net.to("meta", torch.bfloat16), IDS.to("meta"), POSITIONS.to("meta"), find_segments(POSITIONS))
     assert (out.shape, out.device.type) == ((2, 15, 32), "meta"), "shapes only: no GPU is needed"
+    out = hidden(net, BEHIND.to("meta"), SHARED.to("meta"), find_segments(SHARED))
+    assert (out.shape, out.device.type) == ((2, 22, 32), "meta"), "with more keys than queries"
     other = make_net("llama")
     attend_per_document(other, torch.device("cuda"), torch.float32)
     assert other.config._attn_implementation == "sdpa_per_document"
