@@ -208,6 +208,8 @@ def main() -> None:
         result["lengths"][length] = found = Pairs(bench, int(length)).measured()
         if found["largest_difference_of_losses"] > SAME:
             sys.exit(f"losses differ by {found['largest_difference_of_losses']:.1e}: no timing counts")
+    for run in (run for found in result["lengths"].values() for run in [*found["candidates"], *found["runs"]]):
+        run.pop("samples", None)  # of memory over time, which no page shows
     path = finish(bench, result, "dpo.json")
     path.with_suffix(".md").write_text(page(result), "utf-8")
 

@@ -109,7 +109,8 @@ def page(units: dict[str, dict]) -> str:
         beside = ", ".join(f"{kind} {mean([unit['baselines'][kind] for unit in own]):.3f}" for kind in kinds)
         first = "" if None in before else f"{mean(before):.3f}"
         cells = [f"{task.told}", task.base, f"{len(own)}", first, f"**{mean(after):.3f}**"]
-        cells += [f"{min(after):.3f}, {max(after):.3f}", f"{low:.2f} to {high:.2f} of {held}", beside]
+        interval = "" if task.metric == "span_f1" else f"{low:.2f} to {high:.2f} of {held}"  # F1 is no share of rows
+        cells += [f"{min(after):.3f}, {max(after):.3f}", interval, beside]
         cells += [f"{most(own, 'adapter_bytes') / 1e6:.1f}", f"{mean([unit['cpu_seconds'] for unit in own]):.0f}"]
         cells += [f"{most(own, key) / 1e6:.0f}" for key in ("predicted_bytes", "measured_bytes")]
         lines.append(f"| {' | '.join(cells)} |\n")
