@@ -67,8 +67,8 @@ Made by `scripts/bench dpo`; every run's numbers are in [dpo.json](dpo.json).
 """
 PLAIN_ROWS = "import tunekit.planning.plan as plan\nplan.shares_prefixes = lambda net, longest: False"
 HEAD = (
-    "| | tokens per CPU second (least, median, most) | tunekit's factor | peak, GB | above the weights, MB "
-    "| tunekit's share |\n|---|--:|--:|--:|--:|--:|"
+    "| | tokens per CPU second (least, median, most) | factor of the first line | peak, GB | above the weights, MB "
+    "| share of the first line |\n|---|--:|--:|--:|--:|--:|"
 )
 
 
@@ -170,13 +170,13 @@ def page(result: dict) -> str:
     told = {"processor": result["hardware"]["processor"], "load": result["load_before"][0], **theirs}
     lines = [PAGE.format(**{**result, **told})]
     for length, found in result["lengths"].items():
-        ours = found["summary"]["tunekit, " + length]
+        first, ours = next(iter(found["summary"].items()))
         apart = found["largest_difference_of_losses"]
         lines += [f"## Length {length}", "", f"Losses of a step differ by {apart:.1e} at most.", "", HEAD]
         for name, row in found["summary"].items():
             rates, above = row["tokens_per_cpu_second"], row["above_weights_bytes"]
             factor = ours["tokens_per_cpu_second"][1] / rates[1]
-            share, mine = ours["above_weights_bytes"] / above, name.startswith("tunekit, " + length)
+            share, mine = ours["above_weights_bytes"] / above, name == first
             cells = [" / ".join(f"{rate:.0f}" for rate in rates), "" if mine else f"{factor:.2f}"]
             cells += [f"{row['peak_bytes'] / 1e9:.2f}", f"{above / 1e6:.0f}", "" if mine else f"{share:.2f}"]
             lines.append(f"| {name.rpartition(', ')[0]} | {' | '.join(cells)} |")
