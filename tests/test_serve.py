@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -65,6 +67,15 @@ def port(tiny_llama: Path, folders: Path) -> Iterator[int]:
 
 def client(port: int, key: str = "none") -> Any:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
+
+
+def ask_raw(port: int, path: str, body: bytes | None) -> tuple[int, bytes]:
+    """Status and body of an answer, whatever the status."""
+    try:
+        with urlopen(Request(f"http://127.0.0.1:{port}{path}", body)) as reply:
+            return reply.status, reply.read()
+    except HTTPError as error:
+        return error.code, error.read()
 
 
 def ask(asked: Any, model: str, question: str, /, **more: Any) -> Any:
@@ -125,14 +136,11 @@ def test_what_is_wrong_is_said_in_the_protocols_form(port: int, more: dict[str, 
 
 
 def test_bad_bodies_and_keys(port: int, tiny_llama: Path, folders: Path) -> None:
-    import httpx
-
-    address = f"http://127.0.0.1:{port}/v1/chat/completions"
     for body in (b'{"model": ', b"[]", b"\xff", b"[" * 100_000, b"x" * 5_000_000):
-        reply = httpx.post(address, content=body)
-        assert reply.status_code == (413 if len(body) > 4_000_000 else 400)
-        assert reply.json()["error"]["message"]
-    assert httpx.get(f"http://127.0.0.1:{port}/nothing").status_code == 404
+        status, reply = ask_raw(port, "/v1/chat/completions", body)
+        assert status == (413 if len(body) > 4_000_000 else 400)
+        assert json.loads(reply)["error"]["message"]
+    assert ask_raw(port, "/nothing", None)[0] == 404
     with serving(tiny_llama, folders, key="secret") as kept:
         for key in ("wrong", "secré"):
             with pytest.raises((openai.AuthenticationError, UnicodeEncodeError)):
@@ -142,12 +150,11 @@ def test_bad_bodies_and_keys(port: int, tiny_llama: Path, folders: Path) -> None
 
 def test_a_client_that_leaves_stops_its_answer(port: int) -> None:
     """What it would have made is not waited for: the next one is answered at once."""
-    import httpx
-
     body = {"model": "one", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True}
     body |= {"temperature": 2, "seed": 3}
-    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", content=json.dumps(body)) as reply:
-        next(reply.iter_lines())
+    request = Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode())
+    with urlopen(request) as reply:
+        reply.readline()
     assert ask(client(port), "two", "x").choices
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunekit.console import Console, visible
+from tunekit.console.text import Flow
 from tunekit.contracts import Sampling
 from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.files.durable import write_text
@@ -71,11 +72,12 @@ class Chat:
     def _answer(self, messages: Sequence[Message], name: str) -> Reply:
         """The answer, written as it is made; Ctrl-C keeps what there is of it."""
         began, written = time.perf_counter(), ""
+        flow = Flow(self.console.columns if self.console.is_terminal else None)
 
         def show(row: int, text: str) -> bool:
             nonlocal written
             written += text
-            self.console.write(visible(text))
+            self.console.write(flow.add(visible(text)))
             return True
 
         request = Request(messages, self.max_new_tokens, self.sampling)
@@ -88,7 +90,7 @@ class Chat:
             "length": f"[ended at {self.max_new_tokens} tokens; /set max_new_tokens N]",
             "interrupted": "[stopped]",
         }
-        self.console.write("\n")
+        self.console.write(flow.end() + "\n")
         if reply.reason in notes:
             self.console.info(notes[reply.reason])
         if reply.new_tokens:

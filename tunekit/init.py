@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from tunekit.console import Console
 from tunekit.data.reading.first import choose_format
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
@@ -75,6 +76,7 @@ def init_verb(
     data: str | None, output: str, model: str | None, method: str | None, quantization: str, evaluation: float | None
 ) -> None:
     """Write the recipe. Raises: TunekitError where an answer is wrong or a file is in the way."""
+    console = Console()
     asks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     target = Path(output) / "recipe.yaml" if os.path.isdir(output) else Path(output)
     _refuse(target)
@@ -83,10 +85,10 @@ def init_verb(
     data = data or _ask(asks, "Which data? A file (JSONL, JSON, CSV, Parquet, text) or a hub name", "train.jsonl")
     look = look_at(data) if named else None
     if look is not None:
-        print(look.text())
+        console.info(look.text())
     first = found[0] if found else DEFAULT_MODEL
     if asks and found and model is None:
-        print("models at hand: " + ", ".join(found[:8]))
+        console.info("models at hand: " + ", ".join(found[:8]))
     model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", first)
     method = method or _ask(asks, "Which method? lora, full, or another of the README's", "lora")
     if method not in known_names("adapters"):
@@ -101,7 +103,7 @@ def init_verb(
         except TunekitError:
             target.unlink()
             raise
-    print("\n".join([*said, f"wrote {target}; look at the rows it trains on: tunekit preview {target}"]))
+    console.info(*said, f"wrote {target}; look at the rows it trains on: tunekit preview {target}")
 
 
 def _refuse(target: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from tunekit.console import Console, visible
 from tunekit.console.progress import Counting, Progress
-from tunekit.console.text import cell_text, time_text
+from tunekit.console.text import Flow, cell_text, time_text
 from tunekit.records import EvaluationRecord, StepRecord
 
 
@@ -374,3 +374,15 @@ def test_a_line_of_json_is_json_whatever_it_holds(encoding: str) -> None:
     assert json.loads(text) == value
     assert not set(text[:-1]) & {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0))}
     assert ("é 漢 🙂" in text) == (encoding == "utf-8")
+
+
+def test_text_that_comes_in_pieces_is_broken_between_words() -> None:
+    text = "The ship left the harbour at dawn\nwith a map that was very bad indeed"
+    for size in (1, 3, 7):
+        flow = Flow(16)
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        lines = ("".join(map(flow.add, pieces)) + flow.end()).split("\n")
+        assert [line.rstrip() for line in lines] == [
+            *("The ship left", "the harbour at", "dawn", "with a map that", "was very bad", "indeed")
+        ]
+    assert Flow(None).add("as it is, however long") == "as it is, however long"

@@ -238,9 +238,8 @@ def test_prompts_of_evaluation_rows(tiny: LoadedTokenizer, tmp_path: Path) -> No
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     path = write_lines(tmp_path / "d.jsonl", [{"messages": messages}, {"messages": messages[:1]}])
     found = load(tiny, path, eval=(Source(path=str(path)),)).evaluation_prompts()
-    assert [(tiny.decode(ids), reference) for ids, reference in found] == [
-        ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a")
-    ]
+    asked = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert [(tiny.decode(prompt.prompt_ids), *prompt[1:]) for prompt in found] == [(asked, "a", asked)]
 
 
 def test_weights_reach_the_windows(tiny: LoadedTokenizer, tmp_path: Path) -> None:

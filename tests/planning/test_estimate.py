@@ -27,7 +27,7 @@ from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.planning.choice import SearchSpace, Workload, fastest
 from tunekit.planning.forecast import largest_batch
-from tunekit.planning.simulated.estimate import KEPT_SHARE, MOST_KEPT_BYTES, PROCESS_BYTES, peak_bytes
+from tunekit.planning.simulated.estimate import COMPILED_BYTES, KEPT_SHARE, MOST_KEPT_BYTES, PROCESS_BYTES, peak_bytes
 from tunekit.planning.simulated.kernels import backward_buffers, workspace_bytes
 from tunekit.planning.simulated.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
@@ -245,21 +245,28 @@ def test_flash_attention_s_backward_pass_takes_memory_of_its_own() -> None:
         assert backward_buffers(name, (q, q, k, k), gpu)[0] == 9 * rows * 64 * 4
 
 
-def test_the_peak_of_a_run_is_the_highest_of_its_work() -> None:
+def test_the_peak_of_a_run_is_the_highest_of_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Simulation({"weights": 600, "activations": 400}, 1000)
     evaluation = Simulation({"weights": 600, "logits": 900}, 1500)
     gpu = torch.device("cuda")
     beside = workspace_bytes(gpu)
-    assert peak_bytes(step, None, gpu).total == 1000 + beside, "of a GPU live bytes and cuBLAS's are predicted"
-    both = peak_bytes(step, evaluation, gpu, cache_bytes=100)
+    assert peak_bytes(step, None, gpu, torch.float32).total == 1000 + beside, (
+        "of a GPU live bytes and cuBLAS's are predicted"
+    )
+    both = peak_bytes(step, evaluation, gpu, torch.float32, cache_bytes=100)
     assert (both.total, both.logits, both.activations) == (1600 + beside, 900, 0)
-    assert peak_bytes(step, None, gpu, load_bytes=10**9).total == 1000 + beside, "loading is the host's"
+    assert peak_bytes(step, None, gpu, torch.float32, load_bytes=10**9).total == 1000 + beside, "loading is the host's"
     metal = torch.device("mps")
-    assert peak_bytes(step, None, metal, load_bytes=10**9).total == 10**9, "which is its own memory"
-    assert peak_bytes(step, None, CPU, load_bytes=10**9).total == 10**9 + PROCESS_BYTES
-    assert peak_bytes(step, None, CPU).total == 1000 + KEPT_SHARE * 400 + PROCESS_BYTES, "weights leave no freed blocks"
+    assert peak_bytes(step, None, metal, torch.float32, load_bytes=10**9).total == 10**9, "which is its own memory"
+    assert peak_bytes(step, None, CPU, torch.float32, load_bytes=10**9).total == 10**9 + PROCESS_BYTES
+    assert peak_bytes(step, None, CPU, torch.float32).total == 1000 + KEPT_SHARE * 400 + PROCESS_BYTES, (
+        "weights leave no freed blocks"
+    )
     huge = replace(step, total=10**11)
-    assert peak_bytes(huge, None, CPU).total == 10**11 + MOST_KEPT_BYTES + PROCESS_BYTES
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    compiled = peak_bytes(step, None, CPU, torch.bfloat16).total - peak_bytes(step, None, CPU, torch.float32).total
+    assert compiled == COMPILED_BYTES
+    assert peak_bytes(huge, None, CPU, torch.float32).total == 10**11 + MOST_KEPT_BYTES + PROCESS_BYTES
 
 
 def test_loading_counts_the_mapped_file_and_what_is_made_of_it() -> None:

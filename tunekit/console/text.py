@@ -6,6 +6,7 @@ Comes in: plain values.  Goes out: text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -33,6 +34,31 @@ def cell_text(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Flow:
+    """Text that comes in pieces, broken between words at `columns`; None: nowhere. A last word waits for its end."""
+
+    def __init__(self, columns: int | None) -> None:
+        self.columns, self.at, self.word = columns, 0, ""
+
+    def add(self, text: str) -> str:
+        """What can be written now."""
+        if self.columns is None:
+            return text
+        *whole, self.word = re.split(r"(?<=\s)", self.word + text)
+        return "".join(map(self._placed, whole))
+
+    def end(self) -> str:
+        """The last word."""
+        word, self.word = self.word, ""
+        return self._placed(word)
+
+    def _placed(self, word: str) -> str:
+        """A word with the white space after it, on a new line where it does not fit into this one."""
+        broken = self.columns is not None and self.at > 0 and self.at + len(word.rstrip()) > self.columns
+        self.at = 0 if word.endswith("\n") else len(word) + (0 if broken else self.at)
+        return f"\n{word}" if broken else word
 
 
 def curve_text(values: Sequence[float], columns: int) -> str:

@@ -112,7 +112,9 @@ class Forecast:
         run = replace(self.run, choice=choice)
         load = self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes
         step, evaluation = self._step(choice), self._evaluation(run)
-        peak = peak_bytes(step, evaluation, self.run.device, cache_bytes=self._cache_bytes, load_bytes=load)
+        peak = peak_bytes(
+            step, evaluation, self.run.device, self.base.dtype, cache_bytes=self._cache_bytes, load_bytes=load
+        )
         if not self.start_bytes:
             return peak
         return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))
@@ -140,7 +142,9 @@ class Forecast:
         before = self.run.before_a_step()
         parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
         load = self._load_bytes if self.run.choice.streaming == "off" else self._streamed_load_bytes
-        return peak_bytes(Simulation(parts, sum(parts.values())), None, self.run.device, load_bytes=load)
+        return peak_bytes(
+            Simulation(parts, sum(parts.values())), None, self.run.device, self.base.dtype, load_bytes=load
+        )
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
         """Of the longest evaluation batch; of a choice, the logits chunk and the tier are of any consequence to it."""

@@ -10,20 +10,27 @@ from tunekit.planning.simulated.tracker import Simulation
 from tunekit.records import PeakBytes
 
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
-# What a run on a CPU keeps resident beside live tensors (a GPU's allocator counts those alone): libraries, small
-# objects and, for AVX-512, compiled kernels; and freed blocks that malloc keeps, a share of all that is not the base's
-# weights, within a bound: blocks too large for malloc's heap are given back.    Source: scripts/results/memory.md.
-PROCESS_BYTES = 115_000_000 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 100_000_000
+# What a run on a CPU keeps resident beside live tensors (a GPU's allocator counts those alone): libraries and small
+# objects; the kernels that products in 16 bits are compiled to for AVX-512; and freed blocks that malloc keeps, a share
+# of all that is not the base's weights, within a bound: blocks too large for malloc's heap are given back.
+# Source: scripts/results/memory.md.
+PROCESS_BYTES, COMPILED_BYTES = 100_000_000, 15_000_000
 KEPT_SHARE = 0.20
 MOST_KEPT_BYTES = 500_000_000
 
 
 def peak_bytes(
-    step: Simulation, evaluation: Simulation | None, device: torch.device, *, cache_bytes: int = 0, load_bytes: int = 0
+    step: Simulation,
+    evaluation: Simulation | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    cache_bytes: int = 0,
+    load_bytes: int = 0,
 ) -> PeakBytes:
     """Parts are what is live at the highest moment of a step or an evaluation; `total` is the peak of the run.
 
-    `cache_bytes`: keys and values of generated answers, beside an evaluation.
+    `dtype`: in which it computes.    `cache_bytes`: keys and values of generated answers, beside an evaluation.
     `load_bytes`: the most that loading the base takes, of the host's memory.
     """
     evaluated = 0 if evaluation is None else evaluation.total
@@ -31,7 +38,8 @@ def peak_bytes(
     total = max(step.total, evaluated + cache_bytes)
     if device.type == "cpu":
         kept = min(round(KEPT_SHARE * (total - highest.peak.get("weights", 0))), MOST_KEPT_BYTES)
-        total = max(total + kept, load_bytes) + PROCESS_BYTES
+        compiles = dtype.itemsize == 2 and "AVX512" in torch.backends.cpu.get_cpu_capability()
+        total = max(total + kept, load_bytes) + PROCESS_BYTES + (COMPILED_BYTES if compiles else 0)
     elif not kind_of(device).own_memory:
         total = max(total, load_bytes)
     total += workspace_bytes(device)
