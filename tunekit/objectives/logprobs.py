@@ -8,7 +8,7 @@ where the head itself is trained are log-probabilities computed again in the bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tunekit.contracts import IGNORED, Head, Loss, ModelOutput, Sums
+from tunekit.contracts import IGNORED, Head, Loss, ModelOutput, PartedHead, Sums
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.call import calling, current_call
 from tunekit.model.placing import placed
@@ -46,6 +46,10 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
     ) -> Tensor:
+        if isinstance(head, PartedHead):  # which has no trained parameters
+            losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
+            ctx.save_for_backward(of_hidden)
+            return losses.sum()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)  # (N, D)
         gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
@@ -93,6 +97,52 @@ def _chunk_losses_and_gradient(
     return losses, torch.autograd.grad(logits, [inputs, *parameters], grad_outputs=work)
 
 
+def _by_vocabulary(
+    hidden: Tensor, targets: Tensor, head: PartedHead, *, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (N,), whether no token is likelier than the target (N,), and the losses' gradient for `hidden` (N, D).
+
+    All positions meet a part of the vocabulary before the next part: once for the largest logit and the sum of their
+    exponentials, and once more, from the last part back, for the gradient sum_v (p_v - [v = target]) W_v.
+    """
+    count, device = hidden.shape[0], hidden.device
+    largest = torch.full((count,), -torch.inf, device=device)  # (N,) float32, as are:
+    total, aimed = torch.zeros(count, device=device), torch.zeros(count, device=device)
+    for first, size, project in head.each():
+        for rows in _position_chunks(count, size):
+            logits = project(hidden[rows])  # (n, v)
+            column, inside = _columns(targets[rows] - first, size)
+            highest = torch.maximum(largest[rows], logits.amax(dim=-1))
+            aimed[rows] += logits.gather(1, column)[:, 0] * inside
+            total[rows] = total[rows] * (largest[rows] - highest).exp() + logits.sub_(highest[:, None]).exp_().sum(-1)
+            largest[rows] = highest
+    normaliser = total.log_().add_(largest)  # (N,)
+    if not with_gradient:
+        return normaliser - aimed, aimed == largest, hidden.new_empty(0)
+    gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=device)  # (N, D)
+    for first, size, project in head.each(backwards=True):
+        for rows in _position_chunks(count, size):
+            with torch.enable_grad():
+                inputs = hidden[rows].detach().requires_grad_()
+                logits = project(inputs)
+            slopes = (logits.detach() - normaliser[rows, None]).exp_()  # (n, v)
+            column, inside = _columns(targets[rows] - first, size)
+            slopes.scatter_add_(1, column, -inside[:, None])
+            gradient[rows] += torch.autograd.grad(logits, inputs, slopes)[0]
+    return normaliser - aimed, aimed == largest, gradient.to(hidden.dtype)
+
+
+def _columns(place: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Where targets stand in a part of the vocabulary: (n, 1) int64, and whether they do: (n,) float32, 0 or 1."""
+    return place.clamp(0, size - 1)[:, None], ((place >= 0) & (place < size)).float()
+
+
+def _position_chunks(count: int, size: int) -> Iterator[slice]:
+    """Positions whose logits of `size` tokens in float32 stay within CHUNK_BYTES."""
+    step = max(1, CHUNK_BYTES // (4 * size))
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
 def summed_loss(
     hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, head_parameters: Sequence[Tensor] = ()
 ) -> Tensor:
@@ -112,6 +162,10 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+        if isinstance(head, PartedHead):
+            losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
+            ctx.save_for_backward(of_hidden)
+            return losses.neg_()
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)  # (N,)
         gradient = torch.empty_like(hidden)  # (N, D)
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -156,6 +210,8 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
 
     Shapes: hidden (N, D), targets (N,) -> losses (N,) float32, correct (N,) bool.
     """
+    if isinstance(head, PartedHead):
+        return _by_vocabulary(hidden, targets, head, with_gradient=False)[:2]
     losses, correct = [], []
     for start in range(0, hidden.shape[0], chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
