@@ -72,7 +72,10 @@ def test_an_embedding_that_is_the_same_matrix_keeps_its_rows(monkeypatch: pytest
     parts = stream_head(net.lm_head, CPU, "host", net)
     assert parts.tables == (net.embed,)
     assert torch.equal(net.embed(ids), rows)
-    torch.testing.assert_close(net.lm_head(hidden), logits)
+    with torch.no_grad():
+        torch.testing.assert_close(net.lm_head(hidden), logits)
+    with pytest.raises(TunekitError, match="no gradient as a whole"):
+        net.lm_head(hidden.requires_grad_())
 
 
 def run(place: Path, folder: Path, **memory: Any) -> tuple[list[float], dict[str, Any]]:

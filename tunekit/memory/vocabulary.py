@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunekit.errors import TunekitError
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import gather_on_host, make_slots
 from tunekit.model.families.heads import TextHead
@@ -75,13 +76,19 @@ def stream_head(module: nn.Linear, device: torch.device, tier: str, net: nn.Modu
         if device.type not in ("cpu", "meta"):
             gather_on_host(table, device)
     rows = max(1, PART_BYTES // (matrix.shape[1] * matrix.itemsize))
-    weights = tuple(matrix[start : start + rows] for start in range(0, len(matrix), rows))
+    weights = tuple(matrix[start : start + rows].data for start in range(0, len(matrix), rows))  # no view keeps it
     parts = HeadParts(make_slots([[weight] for weight in weights], device, tier=tier), weights, tables)
     shape = matrix.shape
     del matrix
     module.weight.data = torch.full((), torch.nan, dtype=module.weight.dtype, device=device).expand(shape)
     whole: Any = module
-    whole.forward = lambda hidden: torch.cat([F.linear(hidden, weight) for _, weight in parts.each()], dim=-1)
+
+    def computed(hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise TunekitError("a streamed output projection has no gradient as a whole: its parts are gone by then")
+        return torch.cat([F.linear(hidden, weight) for _, weight in parts.each()], dim=-1)
+
+    whole.forward = computed
     return parts
 
 

@@ -51,9 +51,7 @@ def allowed_tiers(recipe: Recipe, base: LoadedModel, device: torch.device) -> tu
     written = recipe.memory.streaming
     obstacle = streaming_obstacle(recipe, base, device) if recipe.memory.streamed_head or written != "off" else None
     if recipe.memory.streamed_head and obstacle is not None:
-        return ["off"], [
-            Problem(f"the output projection cannot: {obstacle}", "write false", key="memory.streamed_head")
-        ]
+        return ["off"], [Problem(f"the output projection stays: {obstacle}", "write false", key="memory.streamed_head")]
     if written == "off" or recipe.adapter.trains_base:
         return ["off"], []
     if written == "host" and device.type != "cpu" and not kind_of(device).own_memory:

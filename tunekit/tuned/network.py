@@ -77,7 +77,7 @@ def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:
     if module is not None:
         what = head_obstacle(module, base.family.head(base.net)) or ""
     if what:
-        raise ModelError(f"memory.streamed_head: {what}", "write false", key="memory.streamed_head")
+        raise ModelError(what, "write false", key="memory.streamed_head")
     embedding = host_embedding(base) if choice.streaming == "off" and base.device.type != "meta" else None
     if embedding is not None:  # else the layers' streaming has seen to it
         gather_on_host(embedding, base.device)
