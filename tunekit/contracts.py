@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -215,14 +215,6 @@ class Head(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, D) -> (N, V) in float32."""
-
-
-@runtime_checkable
-class PartedHead(Protocol):
-    """A head of which a part of the vocabulary at a time is on the device."""
-
-    def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[torch.Tensor], torch.Tensor]]]:
-        """The first id of each part, how many it has, and what gives their logits: (N, D) -> (N, v) in float32."""
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,29 @@ where the head itself is trained are log-probabilities computed again in the bac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tunekit.contracts import IGNORED, Head, Loss, ModelOutput, PartedHead, Sums
+from tunekit.contracts import IGNORED, Head, Loss, ModelOutput, Sums
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.call import calling, current_call
 from tunekit.model.placing import placed
 
 CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
+
+
+@runtime_checkable
+class PartedHead(Protocol):
+    """A head of which a part of the vocabulary at a time is on the device."""
+
+    def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
+        """The first id of each part, how many it has, and what gives their logits: (N, D) -> (N, v) in float32."""
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
