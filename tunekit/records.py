@@ -97,7 +97,7 @@ class Choice:
     """How the run computes what the recipe asks for. `micro_batch_size` None: micro-batches are cut by tokens.
 
     `streaming`: where base weights wait: off (on the device), host, disk. `pass_micro_batches`: how many then pass a
-    layer before the next.
+    layer before the next. `streamed_head`: the output projection waits there too.
     """
 
     micro_batch_size: int | None = None
@@ -105,6 +105,7 @@ class Choice:
     logits_chunk_tokens: int = 0  # 0: as many as the vocabulary allows
     checkpointed_layers: int = 0
     streaming: str = "off"
+    streamed_head: bool = False
     pass_micro_batches: int = 1
     activation_offload: str | bool = "auto"
     mlp_tile_tokens: int | None = None

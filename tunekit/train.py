@@ -155,7 +155,13 @@ def _load(session: Session, plan: Plan, prepared: Prepared) -> LoadedModel:
         limit_bytes(device, plan.budget_bytes)
     session.console.info(f"loading {plan.model.name_or_path} ({bytes_text(plan.peak_bytes.weights)} in memory) ...")
     with session.timed("load"):
-        return load_model(prepared.model, device=device, streamed=plan.choice.streaming != "off")
+        choice = plan.choice
+        return load_model(
+            prepared.model,
+            device=device,
+            streamed=choice.streaming != "off",
+            streamed_head=choice.streamed_head,
+        )
 
 
 def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared, run: Run) -> None:

@@ -72,6 +72,7 @@ def row_choice(row: Row, vocabulary_size: int, checkpointed: int) -> Choice:
         logits_chunk_tokens=logits_chunk_tokens(vocabulary_size),
         checkpointed_layers=0 if streamed else checkpointed,
         streaming=row.engine if streamed else "off",
+        streamed_head=row.streamed_head,
         pass_micro_batches=row.pass_size,
         kernels=row.kernels,
         compiled=row.compiled,

@@ -65,6 +65,7 @@ class Row:
     tool: str = "tunekit"
     quantization: str = "none"
     engine: str = "resident"  # resident, host, disk
+    streamed_head: bool = False  # its output projection too
     rows: int = 1
     length: int = 4096
     micro_batches: int = 1

@@ -17,13 +17,15 @@ from tunekit.errors import NumericsError
 from tunekit.memory import copies
 from tunekit.memory.copies import StreamCopier
 from tunekit.memory.offload import BoundaryStore
+from tunekit.training.optimizers import Optimizer
 from tunekit.training.readings import Reading
 
 pytestmark = pytest.mark.faulty
 CUDA = torch.device("cuda", 0)
 HOST, DISK = ({"streaming": {"tier": tier, "poison": False}} for tier in ("host", "disk"))
 OFFLOAD = {"checkpointed": 4}
-start, pass_on = StreamCopier.start, StreamCopier._pass_on
+start, pass_on, mark = StreamCopier.start, StreamCopier._pass_on, StreamCopier.mark
+clear = Optimizer.zero_gradients
 
 
 def case_of(folder: Path, **settings: Any) -> Case:
@@ -58,6 +60,22 @@ def reuse_the_ring_at_once(self: StreamCopier, target: Any, source: Any) -> None
     pass_on(self, target, source)
 
 
+def mark_too_early(self: StreamCopier) -> Any:
+    """The mark before this one: a slot is thought free while its layer is computed."""
+    before, self.late = getattr(self, "late", None), mark(self)  # type: ignore[attr-defined]
+    return before
+
+
+def let_go_too_early(self: BoundaryStore, left: int) -> None:
+    while len(self._leaving) > left:
+        self._copier.wait(self._leaving.popleft()[0])  # the tensor is gone before the call
+
+
+def clear_elsewhere(self: Optimizer) -> None:
+    with torch.Stream(CUDA):
+        clear(self)
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], Any, str, Callable[..., Any]]] = {
     "a layer is computed before it is there": (HOST, StreamCopier, "wait", wait_for_nothing),
     "so is one from a file": (DISK, StreamCopier, "wait", wait_for_nothing),
@@ -72,6 +90,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, str, Callable[..., Any]]] = {
         OFFLOAD, BoundaryStore, "_let_go", lambda self, left: self._leaving.clear(),
     ),
     "a part of the ring is filled while it is copied": (DISK, StreamCopier, "_pass_on", reuse_the_ring_at_once),
+    "a slot is given away one layer too early": (HOST, StreamCopier, "mark", mark_too_early),
+    "what leaves is gone before its copy is waited for": (OFFLOAD, BoundaryStore, "_let_go", let_go_too_early),
+    "gradients are cleared beside what adds to them": ({}, Optimizer, "zero_gradients", clear_elsewhere),
     "numbers are read before they are there": ({}, Reading, "read", lambda self: tuple(self.numbers.tolist()[:2])),
 }  # fmt: skip
 

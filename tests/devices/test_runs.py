@@ -82,6 +82,18 @@ def test_a_streamed_base_trains_the_same_adapter(folder: Path, tmp_path: Path, t
     assert result_bytes(run)[tensors] == result_bytes(resident)[tensors]
 
 
+@pytest.mark.parametrize("layers", ["streamed", "off"])
+def test_a_streamed_output_projection_trains_alike(
+    folder: Path, tmp_path: Path, layers: str, resident: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not bit for bit: sums over the vocabulary are taken part by part."""
+    monkeypatch.setattr("tunekit.memory.vocabulary.PART_BYTES", 64 * 64 * 4)
+    tier = "off" if layers == "off" else "disk" if METAL else "host"
+    run, _ = train(tmp_path, folder, f"memory.streaming={tier}", "memory.streamed_head=true")
+    losses = [[each["loss"] for each in records(place) if "loss" in each] for place in (run, resident)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_steps_that_overflow_are_skipped_recorded_and_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.devices.test_mistakes import CUDA, DISK, HOST, OFFLOAD, case_of
 from tests.loop_case import make_case, make_rows
 from tests.memory.test_streaming import WHOLE_MODEL, adapter
 from tests.training.test_loop import training
+from tunekit.memory import vocabulary
 from tunekit.memory.streaming import gather_on_host
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
@@ -69,6 +71,16 @@ def test_an_embedding_on_the_host_is_looked_up_without_a_wait(folder: Path, monk
     assert waits_of(gathered, monkeypatch) == {}
     plain.run()
     assert gathered.losses == plain.losses
+
+
+def test_a_streamed_output_projection_makes_no_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of(folder, **HOST)
+    monkeypatch.setattr(vocabulary, "PART_BYTES", 64 * 64 * 4)
+    net = case.model.base.net
+    case.model = case.parts.model = replace(
+        case.model, head_parts=vocabulary.stream_head(net.lm_head, CUDA, "host", net)
+    )
+    assert waits_of(case, monkeypatch) == {}
 
 
 def test_a_base_on_the_disk_waits_for_the_ring_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,10 +85,13 @@ class _Request:
         return quantize_layers(net, self.family, self.section, self.dtype, device)
 
 
-def load_model(section: ModelSection, *, device: torch.device, streamed: bool = False) -> LoadedModel:
+def load_model(
+    section: ModelSection, *, device: torch.device, streamed: bool = False, streamed_head: bool = False
+) -> LoadedModel:
     """Load the base from safetensors or GGUF, pack it where the section asks for it, freeze it, move it to `device`.
 
-    `streamed`: the layers stay on the host, as views into files; the rest goes to `device`.
+    `streamed`: the layers stay on the host, as views into files; `streamed_head`: the token embedding and the output
+    projection do. The rest goes to `device`.
 
     A folder stored in bitsandbytes' 4 bits is read as it is: it can be evaluated, though plan refuses to train on it.
     Raises: ModelError for anything that is not a complete model of a family that tunekit knows.
@@ -102,8 +105,8 @@ def load_model(section: ModelSection, *, device: torch.device, streamed: bool = 
             return load_packed_folder(section, device)
     with parsed_once(section.name_or_path):
         request = _read_request(source, section, device, weights=True)
-        if streamed:
-            return _load_streamed(request)
+        if streamed or streamed_head:
+            return _load_streamed(request, streamed, streamed_head)
         direct = _from_files(request)
         net, notes, sidecar = direct or (*_read_weights(request), None)
         draw_head(section, request.family, net, request.dtype)
@@ -114,8 +117,8 @@ def load_model(section: ModelSection, *, device: torch.device, streamed: bool = 
     return loaded
 
 
-def _load_streamed(request: _Request) -> LoadedModel:
-    """The base with its layers in mapped files."""
+def _load_streamed(request: _Request, streamed: bool, streamed_head: bool) -> LoadedModel:
+    """The base with its layers, its head, or both in mapped files."""
     assert request.attention is not None
     assert request.fingerprint is not None
     section, family = request.section, request.family
@@ -125,12 +128,14 @@ def _load_streamed(request: _Request) -> LoadedModel:
         )
         draw_head(section, family, net, request.dtype)
     stored = [tensor for _, layer in family.layers(net) for tensor in layer.state_dict(keep_vars=True).values()]
-    inside = {id(tensor) for tensor in stored}
+    names = (family.head_name(net), family.embedding_name(net)) if streamed_head else ()
+    tables = [tensor for name in names if name for tensor in net.get_submodule(name).parameters()]
+    inside = {id(tensor) for tensor in [*(stored if streamed else []), *tables]}
     for tensor in [*net.parameters(), *net.buffers()]:
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(request.device)
     loaded = _finish(net, request, notes)
-    loaded.mapped = frozenset(tensor.data_ptr() for tensor in stored) if mapped else frozenset()
+    loaded.mapped = frozenset(tensor.data_ptr() for tensor in stored) if mapped and streamed else frozenset()
     return loaded
 
 

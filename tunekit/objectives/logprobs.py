@@ -8,9 +8,9 @@ where the head itself is trained are log-probabilities computed again in the bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ from tunekit.model.placing import placed
 
 CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
+
+
+@runtime_checkable
+class PartedHead(Protocol):
+    """A head of which a part of the vocabulary at a time is on the device."""
+
+    def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
+        """The first id of each part, how many it has, and what gives their logits: (N, D) -> (N, v) in float32."""
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,6 +54,10 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
     ) -> Tensor:
+        if isinstance(head, PartedHead):  # which has no trained parameters
+            losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
+            ctx.save_for_backward(of_hidden)
+            return losses.sum()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)  # (N, D)
         gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
@@ -93,6 +105,52 @@ def _chunk_losses_and_gradient(
     return losses, torch.autograd.grad(logits, [inputs, *parameters], grad_outputs=work)
 
 
+def _by_vocabulary(
+    hidden: Tensor, targets: Tensor, head: PartedHead, *, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (N,), whether no token is likelier than the target (N,), and the losses' gradient for `hidden` (N, D).
+
+    All positions meet a part of the vocabulary before the next part: once for the largest logit and the sum of their
+    exponentials, and once more, from the last part back, for the gradient sum_v (p_v - [v = target]) W_v.
+    """
+    count, device = hidden.shape[0], hidden.device
+    largest = torch.full((count,), -torch.inf, device=device)  # (N,) float32, as are:
+    total, aimed = torch.zeros(count, device=device), torch.zeros(count, device=device)
+    for first, size, project in head.each():
+        for rows in _position_chunks(count, size):
+            logits = project(hidden[rows])  # (n, v)
+            column, inside = _columns(targets[rows] - first, size)
+            highest = torch.maximum(largest[rows], logits.amax(dim=-1))
+            aimed[rows] += logits.gather(1, column)[:, 0] * inside
+            total[rows] = total[rows] * (largest[rows] - highest).exp() + logits.sub_(highest[:, None]).exp_().sum(-1)
+            largest[rows] = highest
+    normaliser = total.log_().add_(largest)  # (N,)
+    if not with_gradient:
+        return normaliser - aimed, aimed == largest, hidden.new_empty(0)
+    gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=device)  # (N, D)
+    for first, size, project in head.each(backwards=True):
+        for rows in _position_chunks(count, size):
+            with torch.enable_grad():
+                inputs = hidden[rows].detach().requires_grad_()
+                logits = project(inputs)
+            slopes = (logits.detach() - normaliser[rows, None]).exp_()  # (n, v)
+            column, inside = _columns(targets[rows] - first, size)
+            slopes.scatter_add_(1, column, -inside[:, None])
+            gradient[rows] += torch.autograd.grad(logits, inputs, slopes)[0]
+    return normaliser - aimed, aimed == largest, gradient.to(hidden.dtype)
+
+
+def _columns(place: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Where targets stand in a part of the vocabulary: (n, 1) int64, and whether they do: (n,) float32, 0 or 1."""
+    return place.clamp(0, size - 1)[:, None], ((place >= 0) & (place < size)).float()
+
+
+def _position_chunks(count: int, size: int) -> Iterator[slice]:
+    """Positions whose logits of `size` tokens in float32 stay within CHUNK_BYTES."""
+    step = max(1, CHUNK_BYTES // (4 * size))
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
 def summed_loss(
     hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, head_parameters: Sequence[Tensor] = ()
 ) -> Tensor:
@@ -112,6 +170,10 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+        if isinstance(head, PartedHead):
+            losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
+            ctx.save_for_backward(of_hidden)
+            return losses.neg_()
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)  # (N,)
         gradient = torch.empty_like(hidden)  # (N, D)
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -156,6 +218,8 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
 
     Shapes: hidden (N, D), targets (N,) -> losses (N,) float32, correct (N,) bool.
     """
+    if isinstance(head, PartedHead):
+        return _by_vocabulary(hidden, targets, head, with_gradient=False)[:2]
     losses, correct = [], []
     for start in range(0, hidden.shape[0], chunk_tokens):
         chunk = slice(start, start + chunk_tokens)

@@ -237,6 +237,7 @@ def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         logits_chunk_tokens=LEAST_CHUNK_TOKENS,
+        streamed_head=memory.streamed_head,
         activation_offload=memory.activation_offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
         kernels=training.kernels,

@@ -124,13 +124,18 @@ class SimulatedRun:
         part = trained_part(tuned.adapter)
         with tracker.counting_as(part):  # where state() detaches a tensor, that alone brings it to notice
             tracker.adopt(tuned.adapter.state().values(), part)
-        on_host = None if slots is None or self.device.type == "cpu" else host_embedding(tuned.base)
-        there = set() if on_host is None else {id(tensor) for tensor in on_host.parameters()}
+        resident = slots is None and tuned.head_parts is None
+        on_host = None if resident or self.device.type == "cpu" else host_embedding(tuned.base)
+        tables = [] if tuned.head_parts is None or self.device.type == "cpu" else tuned.head_parts.tables
+        there = {id(tensor) for table in [on_host, *tables] if table is not None for tensor in table.parameters()}
         weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
         tracker.adopt(weights, "weights")
         if slots is not None:
             waiting = slots.waiting = torch.empty(self._waiting_bytes(slots), dtype=torch.uint8, device="meta")
             tracker.adopt([*(slot.memory for slot in slots.slots), waiting], "weights")
+        if tuned.head_parts is not None:
+            of_head = tuned.head_parts.slots
+            tracker.adopt([slot.memory for slot in of_head.slots], "weights")
         return make_tracked_optimizer(tracker, tuned.adapter, self.training)
 
     def _waiting_bytes(self, slots: LayerSlots) -> int:

@@ -49,9 +49,11 @@ def streaming_obstacle(recipe: Recipe, base: LoadedModel, device: torch.device) 
 def allowed_tiers(recipe: Recipe, base: LoadedModel, device: torch.device) -> tuple[list[str], list[Problem]]:
     """The tiers among which plan may choose, fastest first; and what is wrong with the one that is written."""
     written = recipe.memory.streaming
+    obstacle = streaming_obstacle(recipe, base, device) if recipe.memory.streamed_head or written != "off" else None
+    if recipe.memory.streamed_head and obstacle is not None:
+        return ["off"], [Problem(f"the output projection stays: {obstacle}", "write false", key="memory.streamed_head")]
     if written == "off" or recipe.adapter.trains_base:
         return ["off"], []
-    obstacle = streaming_obstacle(recipe, base, device)
     if written == "host" and device.type != "cpu" and not kind_of(device).own_memory:
         what = f"{device.type} shares the host's memory, in which the layers would then lie twice for a while"
         return ["off"], [Problem(what, "write off, or disk where the base is larger than the memory", key=KEY)]

@@ -48,6 +48,9 @@ class MemorySection(Section):
         None, description="tokens that an MLP computes at a time, for very long rows; sums are taken in tiles"
     )
     streaming: Literal["auto", "off", "host", "disk"] = Field("auto", description="where base weights wait")
+    streamed_head: bool = Field(
+        False, description="the output projection and the token embedding wait on the host; the former passes in parts"
+    )
     budget: Annotated[str, BeforeValidator(_size)] | None = Field(
         None, description="memory to stay in, such as 8GiB: plan chooses the fastest setting that fits"
     )

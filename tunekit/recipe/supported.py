@@ -39,6 +39,8 @@ def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
     if recipe.memory.streaming in ("host", "disk"):
         how = "write off, or train an adapter"
         yield Problem(f"{what}, which a streamed base only reads", how, key="memory.streaming")
+    if recipe.memory.streamed_head:
+        yield Problem(f"{what}, the output projection's too", "write false", key="memory.streamed_head")
     if recipe.training.loraplus_ratio is not None:
         nothing = f"{what}: there is no B that could be faster than A"
         yield Problem(nothing, "remove it", key="training.loraplus_ratio")

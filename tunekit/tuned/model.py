@@ -13,6 +13,7 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Batch, ModelOutput
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
+from tunekit.memory.vocabulary import HeadParts, StreamedHead
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.families.structure import training_mode
@@ -30,6 +31,7 @@ class TunedModel:
     boundaries: BoundaryStore = field(default_factory=lambda: BoundaryStore(None))  # of recomputed layers' inputs
     slots: LayerSlots | None = None  # of a streamed base
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
+    head_parts: HeadParts | None = None  # of an output projection that is streamed
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows that an objective wants to keep
 
     @property
@@ -77,7 +79,10 @@ class TunedModel:
     def finished(self, hidden: Tensor) -> ModelOutput:
         """What the objective reads of last hidden states (B, T, D)."""
         chunk = self.chunk_tokens or logits_chunk_tokens(self.base.text.vocabulary_size)
-        return ModelOutput(hidden, self.base.family.head(self.base.net), self.head_parameters(), chunk)
+        head = self.base.family.head(self.base.net)
+        if self.head_parts is not None:
+            return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk)
+        return ModelOutput(hidden, head, self.head_parameters(), chunk)
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""

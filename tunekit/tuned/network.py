@@ -5,7 +5,7 @@ in one order. Its decoder layers are compiled here too, where plan says that it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,10 +13,13 @@ from torch import nn
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
 from tunekit.adapters.kernels.liger import use_liger
+from tunekit.errors import ModelError
+from tunekit.machine.devices import kind_of
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
-from tunekit.memory.streaming import layer_weights, stream_base
+from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weights, stream_base
 from tunekit.memory.tiling import tile_layers
+from tunekit.memory.vocabulary import HeadParts, head_obstacle, stream_head
 from tunekit.model.attention.documents import uncompiled_attention
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import packed_layers
@@ -55,7 +58,30 @@ def prepare_network(
         use_liger(base.net)
     compile_layers(forwards)
     slots = stream_base(base, frozen, choice.streaming)
-    return TunedModel(base, adapter, store, slots, choice.logits_chunk_tokens)
+    parts = _streamed_head(base, choice)
+    return TunedModel(base, adapter, store, slots, choice.logits_chunk_tokens, parts)
+
+
+def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:
+    """The parts of the output projection, where it is streamed.
+
+    Raises: ModelError where it cannot be.
+    """
+    if not choice.streamed_head:
+        return None
+    name, tier = base.family.head_name(base.net), "host" if choice.streaming == "off" else choice.streaming
+    if not kind_of(base.device).own_memory:
+        tier = "disk"  # where it is
+    module = None if name is None else base.net.get_submodule(name)
+    what = "the base has no output projection"
+    if module is not None:
+        what = head_obstacle(module, base.family.head(base.net)) or ""
+    if what:
+        raise ModelError(what, "write false", key="memory.streamed_head")
+    embedding = host_embedding(base) if choice.streaming == "off" and base.device.type != "meta" else None
+    if embedding is not None:  # else the layers' streaming has seen to it
+        gather_on_host(embedding, base.device)
+    return stream_head(cast(nn.Linear, module), base.device, tier, base.net)
 
 
 class LayerForward:

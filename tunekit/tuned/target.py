@@ -94,7 +94,8 @@ class Target:
             return Choice()
         memory = self.recipe.memory
         tier = memory.streaming if memory.streaming in ("host", "disk") else "off"
-        return Choice(streaming=tier, mlp_tile_tokens=memory.mlp_tile_tokens)
+        tiles = memory.mlp_tile_tokens
+        return Choice(streaming=tier, streamed_head=memory.streamed_head, mlp_tile_tokens=tiles)
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,9 @@ def load_target(target: Target, device: torch.device) -> LoadedTarget:
     with parsed_once(target.model.name_or_path):
         tokenizer = load_tokenizer(target.model)
         target, objective = as_trained(target, tokenizer)
-        base = load_model(target.model, device=device, streamed=choice.streaming != "off")
+        base = load_model(
+            target.model, device=device, streamed=choice.streaming != "off", streamed_head=choice.streamed_head
+        )
     objective = objective or measuring_objective(base, tokenizer)
     attach = None
     if target.adapter is not None:

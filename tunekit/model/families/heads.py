@@ -31,14 +31,18 @@ class TextHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, D) -> (N, V) in float32."""
-        logits: torch.Tensor = self.net.get_submodule(self.name)(hidden).float()  # (N, V)
+        logits = self.scaled(self.net.get_submodule(self.name)(hidden).float())  # (N, V)
+        return logits if self.offset_name is None else logits + self.net.get_buffer(self.offset_name)
+
+    def scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the module gives, of any part of the vocabulary, with the scale and the cap."""
         if self.divisor != 1.0:
             logits = logits / self.divisor
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        return logits if self.offset_name is None else logits + self.net.get_buffer(self.offset_name)
+        return logits
 
 
 def make_head(net: nn.Module, name: str, config: Any) -> TextHead:

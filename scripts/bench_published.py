@@ -1,0 +1,96 @@
+"""What plan foresees on a GPU beside what other tools publish: scripts/results/forecast.md. No GPU is needed.
+
+Where a tool does not say how it measured, the settings here are guessed, and the table says which.
+usage: scripts/bench published
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "gpu"))
+
+import planning  # noqa: E402
+from shapes import GIB, NF4, Row  # noqa: E402
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Published:
+    """Bytes that a tool names, and the row by which tunekit would do the same."""
+
+    tool: str
+    what: str
+    published_bytes: float
+    row: Row
+    guessed: str
+
+
+def row(model: str, **settings: object) -> Row:
+    return Row("published", "forecast", model, **settings)  # type: ignore[arg-type]
+
+
+TUNE = {"rows": 2, "length": 1024}
+SEED = {"rows": 8, "length": 512, "r": 8, "checkpointing": 0}
+SMALL = {"rows": 2, "length": 2048, "checkpointing": "every"}
+TABLE = [
+    Published("torchtune", "8B LoRA, recomputed", 16.2 * GIB, row("llama-3.1-8b", r=8, checkpointing="every", **TUNE),
+              "rank 8, all linear, 2 x 1,024"),
+    Published("torchtune", "8B LoRA", 30.3 * GIB, row("llama-3.1-8b", r=8, checkpointing=0, **TUNE),
+              "rank 8, all linear, 2 x 1,024"),
+    Published("torchtune", "8B QLoRA, recomputed", 7.4 * GIB,
+              row("llama-3.1-8b", r=8, checkpointing="every", **TUNE, **NF4), "rank 8, all linear, 2 x 1,024"),
+    Published("torchtune", "3B LoRA, rank 64", 8.5 * GIB, row("llama-3.2-3b", r=64, checkpointing="every", **TUNE),
+              "all linear, 2 x 1,024, recomputed"),
+    Published("torchtune", "3B QLoRA, rank 64", 4.6 * GIB,
+              row("llama-3.2-3b", r=64, checkpointing="every", **TUNE, **NF4), "all linear, 2 x 1,024, recomputed"),
+    Published("peft", "T0_3B LoRA", 14.4 * GB, row("t0-3b", **SEED), "bfloat16, rank 8, all linear, 8 x 512"),
+    Published("peft", "bloomz-7b1 LoRA", 32 * GB, row("bloomz-7b1", **SEED), "bfloat16, rank 8, all linear, 8 x 512"),
+    Published("peft", "mt0-xxl LoRA", 56 * GB, row("mt0-xxl", **SEED), "bfloat16, rank 8, all linear, 8 x 512"),
+    Published("Unsloth", "8B QLoRA", 6 * GB, row("llama-3.1-8b", **SMALL, **NF4), "rank 16, all linear, 2 x 2,048"),
+    Published("Unsloth", "8B QLoRA, here with streamed_head", 6 * GB,
+              replace(row("llama-3.1-8b", **SMALL, **NF4), streamed_head=True), "rank 16, all linear, 2 x 2,048"),
+    Published("Soup 0.77", "8B NF4 streamed", 2.40 * GB,
+              row("llama-3.1-8b", **NF4, engine="host", micro_batches=2, length=2048, checkpointing="every"),
+              "rank 16, all linear, 2 micro-batches of 1 x 2,048"),
+    Published("Soup 0.77", "8B NF4 streamed, here with streamed_head", 2.40 * GB,
+              row("llama-3.1-8b", **NF4, engine="host", micro_batches=2, length=2048, checkpointing="every",
+                  streamed_head=True), "rank 16, all linear, 2 micro-batches of 1 x 2,048"),
+]  # fmt: skip
+
+
+def main() -> None:
+    """Write the table."""
+    lines = [
+        "# What plan foresees beside what is published",
+        "",
+        "By tunekit's own arithmetic for one NVIDIA GPU (allocated bytes, cuBLAS's workspaces included); nothing here "
+        "was measured on a GPU. The published figures are the tools' own; how they were measured is mostly not said, "
+        "so that the settings of the last column are guessed. Made by `scripts/bench published`.",
+        "",
+        "| tool | what | published | foreseen | weights | of it | settings guessed |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+    for one in TABLE:
+        device = torch.device("cuda")
+        layers = planning.meta_base(one.row.model, one.row.quantization, device).facts.layers
+        recomputed = layers if one.row.checkpointing == "every" else int(one.row.checkpointing)
+        peak = planning.simulated_peak(one.row, device, recomputed)
+        share = peak["total"] / one.published_bytes
+        unit, name = (GIB, "GiB") if one.tool == "torchtune" else (GB, "GB")
+        lines.append(
+            f"| {one.tool} | {one.what} | {one.published_bytes / unit:.1f} {name} | "
+            f"{peak['total'] / unit:.1f} {name} | {peak['weights'] / unit:.1f} {name} | {share:.0%} | {one.guessed} |"
+        )
+        print(lines[-1], flush=True)
+    (HERE / "results" / "forecast.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
