@@ -128,6 +128,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "memory.gradient_checkpointing": (["auto", "true", "false", "2", "0"], ["-1", "1.5", "no", "null", "unsloth"]),
     "memory.activation_offload": (["auto", "false"], ["on", "no", "null", "1", "2MiB"]),
     "memory.mlp_tile_tokens": (["null"], [each for each in NOT_COUNTS if each != "null"]),
+    "memory.streamed_head": (["true", "false"], ["1", "null", "auto"]),
     "memory.streaming": (["auto", '"off"', "off"], ["on", "false", "null", "ssd"]),
     "memory.budget": (["null"], ["8", "8G", "-1GiB", "8gib", "true", "[8GiB]"]),
     "evaluation.choices": (
