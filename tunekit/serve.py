@@ -29,7 +29,6 @@ from tunekit.tuned.desk import Desk, Job
 from tunekit.tuned.target import find_target, load_target
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-LEAST_TEMPERATURE = 1e-5
 LARGEST_BODY_BYTES = 4_000_000
 NEUTRAL: dict[str, tuple[object, ...]] = {  # fields of the protocol that are taken only where they change nothing
     "n": (1,),
@@ -117,10 +116,10 @@ def _number(value: dict[str, Any], field: str, default: float, low: float, high:
 
 
 def _sampling(value: dict[str, Any]) -> Sampling:
-    """Without a seed 0, for which the desk draws one. A temperature near 0 would overflow; it is greedy."""
+    """Without a seed 0, for which the desk draws one."""
     temperature, top_p = _number(value, "temperature", 1.0, 0, 2), _number(value, "top_p", 1.0, 1e-6, 1)
     seed = _number(value, "seed", 0, 0, 2**63 - 1)
-    return Sampling(float(temperature), float(top_p), 0, int(seed)) if temperature >= LEAST_TEMPERATURE else GREEDY
+    return Sampling(float(temperature), float(top_p), 0, int(seed)) if temperature else GREEDY
 
 
 def _most(value: dict[str, Any], default: int) -> int:

@@ -83,6 +83,10 @@ def test_a_long_neighbour_takes_no_room_from_a_short_one(speaker: Speaker) -> No
     assert speaker.answer(requests, "two") == [speaker.answer([each], "two")[0] for each in requests]
 
 
+def test_a_temperature_near_zero_is_greedy(speaker: Speaker) -> None:
+    assert ask(speaker, "one", QUESTION, sampling=Sampling(1e-300, 1.0, 0, 1)) == ask(speaker, "one", QUESTION)
+
+
 def test_the_first_of_several_stop_texts_ends_the_answer() -> None:
     writer = _Writer(lambda ids, **_: "one b a"[: 7 * len(ids)], Request(QUESTION, 9, stop=["a", "b"]), set())
     assert [writer.add(5), writer.finish(), writer.reason] == ["one ", "", "stop"]
