@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,16 @@ def _message(item: object, place: str) -> Message:
     return Message(item["role"], content, extra=extra)
 
 
+async def whole_body(request: Any) -> bytes:
+    """Raises: ProtocolError where it is too large."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST_BODY_BYTES:
+            raise ProtocolError(413, f"the body is larger than {LARGEST_BODY_BYTES:,} bytes")
+    return bytes(body)
+
+
 def make_app(desk: Desk, key: str | None, most_tokens: int) -> Any:
     """The endpoint as an ASGI application. `key`: what clients must give; None: nothing."""
     from starlette.applications import Starlette
@@ -200,30 +211,13 @@ def make_app(desk: Desk, key: str | None, most_tokens: int) -> Any:
 
     async def completions(request: Any) -> Any:
         check_key(request)
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > LARGEST_BODY_BYTES:
-                raise ProtocolError(413, f"the body is larger than {LARGEST_BODY_BYTES:,} bytes")
-        asked = read_body(bytes(body), names, most_tokens)
+        asked = read_body(await whole_body(request), names, most_tokens)
         talk = Talk(desk, asked)
         if not asked.stream:
             return JSONResponse(await talk.whole(request))
         await talk.begun(request)
-        return Stream(talk)
-
-    class Stream(StreamingResponse):
-        """The job ends with its client, also with one that left before the first event."""
-
-        def __init__(self, talk: Talk) -> None:
-            super().__init__(talk.pieces(), media_type="text/event-stream")
-            self.talk = talk
-
-        async def __call__(self, *of_asgi: Any) -> None:
-            try:
-                await super().__call__(*of_asgi)
-            finally:
-                self.talk.job.cancelled.set()
+        events = StreamingResponse(talk.pieces(), media_type="text/event-stream")
+        return partial(talk.send, events)
 
     return Starlette(
         routes=[
@@ -284,8 +278,15 @@ class Talk:
                 self.job.cancelled.set()
         return waiting.result()
 
+    async def send(self, events: Any, *of_asgi: Any) -> None:
+        """Send them; the job ends with its client, also with one that left before the first event."""
+        try:
+            await events(*of_asgi)
+        finally:
+            self.job.cancelled.set()
+
     async def pieces(self) -> AsyncIterator[str]:
-        """Events of the protocol; the job ends with its client."""
+        """Events of the protocol."""
         try:
             yield self._event({"role": "assistant", "content": ""}, None)
             found = self._first
@@ -298,8 +299,6 @@ class Talk:
                 yield self._data({"choices": [], "usage": usage(found)})
         except ProtocolError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
-        finally:
-            self.job.cancelled.set()
         yield "data: [DONE]\n\n"
 
     def _event(self, delta: dict[str, str], reason: str | None) -> str:
