@@ -121,3 +121,11 @@ def test_writings_without_spaces_have_near_rows_too() -> None:
     text = "".join(map(chr, Random(0).sample(range(0x4E00, 0x9F00), 100)))
     assert like(text, text[:50] + "我" + text[51:]) == "near"
     assert like(text, text[:50]) is None
+
+
+def test_every_line_that_cannot_be_read_is_counted(tmp_path: Path) -> None:
+    recipe = write(tmp_path, planted=False)
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join('{"a": ' + "[" * number + "\n" for number in range(30)) + "{\n" * 3)
+    _, found = check(recipe)
+    assert (found["rows"], sorted(found["findings"]["broken"])) == (93, list(range(61, 94)))
