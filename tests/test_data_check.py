@@ -99,3 +99,33 @@ def test_nearness_follows_the_similarity_of_word_pairs() -> None:
     assert seen.like(signed(" ".join(near))) == ("near", "f", 1)
     assert seen.like(signed(" ".join(far))) is None
     assert seen.like(signed(" ".join(words).upper() + "!")) == ("exact", "f", 1)
+
+
+def like(earlier: str, later: str) -> str | None:
+    """What the later text is to the earlier one."""
+    seen = Seen()
+    seen.add(signed(earlier), "f", 1)
+    found = seen.like(signed(later))
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize(
+    "pair", [("2 + 2 =", "2 * 2 ="), ("😀 yes", "😡 yes"), ("C++", "C#"), ("की", "का"), ("!", "?")]
+)
+def test_signs_and_accents_tell_short_texts_apart(pair: tuple[str, str]) -> None:
+    assert like(*pair) is None
+    assert like(pair[0], f" {pair[0].upper()} ") == "exact"
+
+
+def test_writings_without_spaces_have_near_rows_too() -> None:
+    text = "".join(map(chr, Random(0).sample(range(0x4E00, 0x9F00), 100)))
+    assert like(text, text[:50] + "我" + text[51:]) == "near"
+    assert like(text, text[:50]) is None
+
+
+def test_every_line_that_cannot_be_read_is_counted(tmp_path: Path) -> None:
+    recipe = write(tmp_path, planted=False)
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write("".join('{"a": ' + "[" * number + "\n" for number in range(30)) + "{\n" * 3)
+    _, found = check(recipe)
+    assert (found["rows"], sorted(found["findings"]["broken"])) == (93, list(range(61, 94)))

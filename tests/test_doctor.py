@@ -15,8 +15,9 @@ def test_missing_features_name_their_command(
 ) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "uvicorn" else object())
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "tokens").mkdir(parents=True)
-    (tmp_path / "cache" / "tokens" / "rows").write_bytes(b"x" * 50_000)
+    entry = tmp_path / "cache" / "tokens" / ("0" * 64)
+    entry.mkdir(parents=True)
+    (entry / "rows").write_bytes(b"x" * 50_000)
     doctor.doctor_verb(False, "-")
     told = capsys.readouterr()
     value = json.loads(told.out)
@@ -27,6 +28,32 @@ def test_missing_features_name_their_command(
     assert "pip install 'tunekit[serve]'" in told.err
     doctor.doctor_verb(True, "-")
     assert json.loads(capsys.readouterr().out)["cleared_bytes"] >= 50_000
+    assert not (tmp_path / "cache").exists()
+
+
+def test_clear_takes_nothing_that_was_not_kept_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """TUNEKIT_CACHE may name a folder that holds other things, also under the names of the cache's own folders."""
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path))
+    others = ["thesis.txt", "models/llama/config.json", "bases/mine.safetensors", "elsewhere/" + "1" * 64 + "/rows"]
+    kept = ["models/tiny-llama-v1/config.json", "bases/" + "a" * 16 + "-" + "b" * 32 + ".safetensors"]
+    for name in (*others, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * 5000)
+    (tmp_path / "tokens").symlink_to(tmp_path / "elsewhere")
+    doctor.clear_cache()
+    assert [(tmp_path / name).exists() for name in (*others, *kept)] == [True] * 4 + [False] * 2
+
+
+def test_what_tunekit_keeps_is_known_as_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from tunekit.files.durable import whole_folder
+    from tunekit.model.storage import builtin
+
+    monkeypatch.setattr(builtin, "write_tiny_llama", lambda folder: (folder / "config.json").write_text("{}"))
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+    folder = builtin.tiny_model_folder("builtin:tiny-llama")
+    with whole_folder(tmp_path / "cache" / "tokens" / ("0" * 64)) as work:
+        assert doctor.cache_entries() == [work, folder]
+    doctor.clear_cache()
     assert not (tmp_path / "cache").exists()
 
 

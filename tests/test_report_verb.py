@@ -14,6 +14,7 @@ from urllib.request import urlopen
 import pytest
 
 from tests.artifacts.run_case import write_run
+from tunekit import watch
 from tunekit.errors import InputError
 from tunekit.files.lock import FolderLock, is_held
 from tunekit.report import report_verb
@@ -95,6 +96,48 @@ def test_only_what_is_not_needed_any_more_is_removed(tmp_path: Path, capsys: pyt
     assert steps(killed) == [10]
     clean_verb(str(tmp_path), yes=True)
     assert "nothing to remove" in capsys.readouterr().out
+
+
+def test_the_newest_whole_checkpoint_stays_and_foreign_folders_too(tmp_path: Path) -> None:
+    """A resume passes over a damaged one for the one before it."""
+    import torch
+
+    from tunekit.artifacts.checkpoint import save_checkpoint
+    from tunekit.artifacts.run import RunFolder
+
+    killed = write_run(tmp_path / "killed", finished=False)
+    with RunFolder.open_resume(killed) as run:
+        for step in (5, 10, 15):
+            save_checkpoint(run, step, {"w": torch.zeros(3)}, {}, keep=3)
+    places = [killed / "checkpoints" / f"step-0000{step}" for step in ("05", "10", "15")]
+    (places[2] / "tensors.safetensors").write_bytes(bytes((places[2] / "tensors.safetensors").stat().st_size))
+    foreign = tmp_path / "foreign" / "checkpoints" / "step-000001"
+    foreign.mkdir(parents=True)
+    for name, text in (("plan.json", "[1]"), ("recipe.yaml", "x"), ("status.json", '{"exit_code": 0}')):
+        (tmp_path / "foreign" / name).write_text(text, encoding="utf-8")
+    (tmp_path / "torn").mkdir()
+    for name in ("plan.json", "recipe.yaml", "status.json"):
+        (tmp_path / "torn" / name).write_text("{", encoding="utf-8")
+    clean_verb(str(tmp_path), yes=True)
+    assert [each.exists() for each in (*places, foreign)] == [False, True, True, True]
+    runs_verb(str(tmp_path), str(tmp_path / "runs.json"))
+    lines = json.loads((tmp_path / "runs.json").read_text("utf-8"))
+    assert [Path(line["path"]).name for line in lines] == ["foreign", "killed"]
+
+
+def test_a_resume_that_goes_back_is_watched_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where between two looks the log has grown past where it was."""
+    going = write_run(tmp_path / "going", finished=False)
+    lines = (going / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    again = [json.dumps(json.loads(line) | {"loss": 9.5}).encode() + b"\n" for line in lines[2:]]
+    (going / "metrics.jsonl").write_bytes(b"".join(lines[:5]))
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0)
+    lock, records = FolderLock(going), watch._records(going)
+    first = [next(records) for _ in range(5)]
+    (going / "metrics.jsonl").write_bytes(b"".join([*lines[:2], *again[:6]]))
+    lock.release()
+    assert first[:2] == [watch._record(json.loads(line)) for line in lines[:2]]
+    assert list(records) == [watch._record(json.loads(line)) for line in again[:6]]
 
 
 def test_a_run_is_watched_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import queue
 import socket
 import threading
 import time
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -20,9 +22,9 @@ import torch
 from tests.tuned.test_conversation import adapter_of
 from tunekit.errors import InputError
 from tunekit.generate import answer
-from tunekit.serve import add_folders, make_app, serve_verb
-from tunekit.tuned.conversation import make_speaker
-from tunekit.tuned.desk import Desk
+from tunekit.serve import Asked, ProtocolError, Talk, add_folders, make_app, name_of, read_body, serve_verb
+from tunekit.tuned.conversation import Reply, make_speaker
+from tunekit.tuned.desk import Desk, Job
 from tunekit.tuned.target import find_target, load_target
 
 openai = pytest.importorskip("openai")
@@ -126,6 +128,9 @@ def test_clients_get_what_generate_answers(port: int, tiny_llama: Path, folders:
         ({"messages": [{"role": "user", "content": "x" * 900}]}, 400, "reads at most 512"),
         ({"messages": [{"role": "user", "content": "x" * 900}], "stream": True}, 400, "reads at most 512"),
         ({"stop": [""]}, 400, "'stop' must be"),
+        ({"extra_body": {"stream_options": [1]}}, 400, "'stream_options' must be an object"),
+        ({"extra_body": {"stream": "yes"}}, 400, "'stream' must be true or false"),
+        ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, 400, "messages.0.tool_calls"),
     ],
 )
 def test_what_is_wrong_is_said_in_the_protocols_form(port: int, more: dict[str, Any], status: int, said: str) -> None:
@@ -140,6 +145,7 @@ def test_bad_bodies_and_keys(port: int, tiny_llama: Path, folders: Path) -> None
         status, reply = ask_raw(port, "/v1/chat/completions", body)
         assert status == (413 if len(body) > 4_000_000 else 400)
         assert json.loads(reply)["error"]["message"]
+    assert b"not known here" in ask_raw(port, "/v1/chat/completions", b'{"\\ud800": 1}')[1]
     assert ask_raw(port, "/nothing", None)[0] == 404
     with serving(tiny_llama, folders, key="secret") as kept:
         for key in ("wrong", "secré"):
@@ -156,6 +162,113 @@ def test_a_client_that_leaves_stops_its_answer(port: int) -> None:
     with urlopen(request) as reply:
         reply.readline()
     assert ask(client(port), "two", "x").choices
+
+
+class Slow:
+    """A speaker that begins when it is let go and ends each answer when nobody wants more; the seeds of each batch."""
+
+    names: ClassVar[list[str]] = ["one"]
+
+    def __init__(self) -> None:
+        self.free, self.batches = threading.Event(), list[list[int]]()
+
+    def prompt_ids(self, messages: Any) -> list[int]:
+        return [1]
+
+    def answer(self, requests: Any, name: str, on_text: Any) -> list[Reply]:
+        self.batches.append([request.sampling.seed for request in requests])
+        self.free.wait(10)
+        while on_text(0, "x"):
+            time.sleep(0.001)
+        return [Reply("x", 1, 1, "stop") for _ in requests]
+
+
+BODY = {"model": "one", "messages": [{"role": "user", "content": "x"}]}
+
+
+def body_of(**more: Any) -> Asked:
+    return read_body(json.dumps(BODY | more).encode(), ["one"], 4)
+
+
+def test_clients_that_leave_while_they_wait_are_let_go() -> None:
+    """Whoever leaves before the first piece: the job ends, and so does what waits for it."""
+
+    class Gone:
+        async def is_disconnected(self) -> bool:
+            return True
+
+    async def leave() -> None:
+        speaker: Any = Slow()
+        desk = Desk(speaker, 1)
+        kept = Talk(desk, body_of())
+        left = [Talk(desk, body_of(stream=True)), Talk(desk, body_of())]
+        waits = [asyncio.ensure_future(left[0].begun(Gone())), asyncio.ensure_future(left[1].whole(Gone()))]
+        while not all(talk.job.cancelled.is_set() for talk in left):
+            await asyncio.sleep(0.01)
+        speaker.free.set()
+        await kept.begun(Gone())
+        kept.job.cancelled.set()
+        assert all(isinstance(end, ProtocolError) for end in await asyncio.gather(*waits, return_exceptions=True))
+        assert len(speaker.batches) == 1
+        desk.close()
+
+    asyncio.run(asyncio.wait_for(leave(), 10))
+
+
+def test_a_stream_whose_client_left_before_it_began_ends_its_job() -> None:
+    async def stream() -> None:
+        speaker: Any = Slow()
+        speaker.free.set()
+        desk = Desk(speaker, 1)
+        sent = iter(
+            [{"type": "http.request", "body": json.dumps(BODY | {"stream": True}).encode(), "more_body": False}]
+        )
+
+        async def receive() -> Any:
+            return next(sent, {"type": "http.disconnect"})
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+        await make_app(desk, None, 4)(scope, receive, send)
+        await asyncio.to_thread(desk.close)  # after the answer that is being made, which else has no end
+
+    asyncio.run(asyncio.wait_for(stream(), 10))
+
+
+def test_only_a_seed_that_was_asked_for_repeats_itself() -> None:
+    """And it is drawn with alone: what stands beside it would change what its seed draws."""
+    speaker: Any = Slow()
+    desk, ended = Desk(speaker, 8), queue.SimpleQueue[Any]()
+    for more in ({}, {}, {}, {"seed": 7}, {"seed": 7}, {"temperature": 0, "seed": 7}, {"temperature": 0}):
+        asked = body_of(**more)
+        job = Job(asked.request, "one", lambda text: None, ended.put, asked.seeded)
+        job.on_text = lambda text, job=job: job.cancelled.set()  # type: ignore[misc]
+        desk.put(job)
+        while not speaker.batches:
+            time.sleep(0.001)
+    speaker.free.set()
+    for _ in range(7):
+        ended.get(timeout=10)
+    desk.close()
+    first, second, *others = speaker.batches
+    assert [len(first), len(second), len(others[2])] == [1, 2, 2]
+    assert first[0] != second[0] == second[1]
+    assert others[:2] == [[7], [7]]
+
+
+def test_a_port_that_is_taken_is_said(tiny_llama: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match="cannot be listened on"):
+            serve_verb(str(tiny_llama), None, [], [], "127.0.0.1", taken.getsockname()[1], None, 16, 8)
+
+
+def test_a_run_is_served_under_its_name() -> None:
+    assert [name_of(each) for each in ("runs/a", "runs/a/adapter", "runs/a@120", "org/b")] == ["a", "a", "a@120", "b"]
+    assert name_of(".") == Path.cwd().name
 
 
 def test_elsewhere_than_here_a_key_is_needed(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

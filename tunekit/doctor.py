@@ -5,6 +5,7 @@ Comes in: nothing.  Goes out: tables on the screen, or JSON; with --clear the ca
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.console import Console
-from tunekit.files.cache_folder import default_cache_folder
-from tunekit.files.durable import free_bytes, json_result, remove_tree
+from tunekit.files.cache_folder import cache_entries, clear_cache, default_cache_folder
+from tunekit.files.durable import free_bytes, json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.environment import accelerator_names, library_versions, processor_name
 from tunekit.machine.memory import available_bytes
@@ -48,9 +49,8 @@ def doctor_verb(clear: bool, json_file: str | None) -> None:
     cleared = 0
     if clear:
         folder = default_cache_folder()
-        cleared = caches.get(str(folder), 0)
-        if folder.is_dir():
-            remove_tree(folder)
+        cleared = sum(map(_bytes, cache_entries()))
+        clear_cache()
         console.info(f"{folder}: {bytes_text(cleared)} freed; what a run needs of it is made again")
     write_result(
         {
@@ -106,6 +106,11 @@ def cache_sizes() -> dict[Path, int]:
 
 
 def _bytes(path: Path) -> int:
-    """Of all files below, a linked one once."""
-    found = {(info.st_dev, info.st_ino): info.st_blocks * 512 for file in path.rglob("*") if (info := file.lstat())}
-    return sum(found.values())
+    """Of a file, or of all below a folder, a linked one once; one that goes meanwhile counts nothing."""
+    found: dict[tuple[int, int], int] = {}
+    for place, _, names in os.walk(path):
+        for name in (".", *names):
+            with contextlib.suppress(OSError):
+                info = os.lstat(os.path.join(place, name))
+                found[info.st_dev, info.st_ino] = info.st_blocks * 512
+    return sum(found.values()) or (path.lstat().st_blocks * 512 if path.is_file() else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tunekit.artifacts.report.values import run_values, state_of
-from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
-from tunekit.errors import InputError
+from tunekit.errors import InputError, TunekitError
 from tunekit.files.durable import json_result
 from tunekit.files.lock import is_held
 from tunekit.records import bytes_text
@@ -37,7 +38,12 @@ class RunLine:
 def runs_verb(folder: str, json_file: str | None) -> None:
     """Raises: InputError where there is no such folder."""
     console, write_result = Console(json_file=json_file), json_result(json_file)
-    found = [run_line(path) for path in find_runs(Path(folder))]
+    found = []
+    for path in find_runs(Path(folder)):
+        try:
+            found.append(run_line(path))
+        except TunekitError as error:  # the others can be told of
+            console.warn(str(error))
     if not found:
         console.info(f"no runs in {folder}; output.dir of a recipe says where its run goes")
     else:
@@ -51,7 +57,7 @@ def clean_verb(folder: str, yes: bool) -> None:
 
     Raises: InputError where nobody can be asked and --yes is not given.
     """
-    from tunekit.artifacts.checkpoint import list_checkpoints, remove_checkpoints
+    from tunekit.artifacts.checkpoint import removable, remove_checkpoints
 
     console = Console()
     going: list[tuple[Path, list[Path]]] = []
@@ -59,9 +65,11 @@ def clean_verb(folder: str, yes: bool) -> None:
         if is_held(path):
             console.info(f"{path}: a process is working there; left as it is")
             continue
-        values = run_values(path)
-        there = [checkpoint for _, checkpoint in list_checkpoints(path / "checkpoints")]
-        out = there if values.status.get("exit_code") == 0 else there[1:]
+        try:
+            out = removable(path / "checkpoints", is_finished(path))
+        except TunekitError as error:
+            console.warn(f"{error}; {path} is left as it is")
+            continue
         if out:
             going.append((path, out))
     if not going:
@@ -121,8 +129,13 @@ def run_line(path: Path) -> RunLine:
 
 
 def size_bytes(path: Path) -> int:
-    """Of all files below."""
-    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+    """Of all files below; one that a run removes meanwhile counts nothing."""
+    size = 0
+    for place, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.lstat(os.path.join(place, name)).st_size
+    return size
 
 
 def _cells(line: RunLine) -> Sequence[object]:

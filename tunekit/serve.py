@@ -6,6 +6,7 @@ GET /v1/models; POST /v1/chat/completions, streamed or whole. Every adapter is a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import os
@@ -14,12 +15,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tunekit.console import Console
 from tunekit.contracts import GREEDY, Sampling
 from tunekit.errors import DataError, InputError, TunekitError
+from tunekit.formats.chat import read_tool_calls
 from tunekit.formats.example import ROLES, Message
 from tunekit.machine.devices import make_devices
 from tunekit.tuned.conversation import Reply, Request, Speaker, make_speaker
@@ -43,6 +46,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {  # fields of the protocol that are ta
 }
 READ = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream")
 WITHOUT_EFFECT = ("stream_options", "user", "metadata", "store", "service_tier")
+KINDS = {bool: "true or false", dict: "an object"}
+EMPTY: tuple[object, ...] = (None, "", [], {})
 KNOWN = frozenset((*READ, *NEUTRAL, *WITHOUT_EFFECT))
 
 
@@ -64,6 +69,7 @@ class Asked:
     request: Request
     stream: bool
     with_usage: bool
+    seeded: bool
 
 
 def read_body(body: bytes, names: Sequence[str], most_tokens: int) -> Asked:
@@ -88,9 +94,17 @@ def read_body(body: bytes, names: Sequence[str], most_tokens: int) -> Asked:
         Request(
             _messages(value.get("messages")), _most(value, most_tokens), _sampling(value), _stop(value.get("stop"))
         ),
-        stream=value.get("stream") is True,
-        with_usage=bool((value.get("stream_options") or {}).get("include_usage")),
+        stream=_of_kind(value, "stream", bool, False),
+        with_usage=_of_kind(value, "stream_options", dict, {}).get("include_usage") is True,
+        seeded=value.get("seed") is not None,
     )
+
+
+def _of_kind(value: dict[str, Any], field: str, kind: type[Any], default: Any) -> Any:
+    found = value.get(field)
+    if found is not None and not isinstance(found, kind):
+        raise ProtocolError(400, f"'{field}' must be {KINDS[kind]}", field, "invalid_value")
+    return default if found is None else found
 
 
 def _number(value: dict[str, Any], field: str, default: float, low: float, high: float) -> float:
@@ -103,9 +117,9 @@ def _number(value: dict[str, Any], field: str, default: float, low: float, high:
 
 
 def _sampling(value: dict[str, Any]) -> Sampling:
-    """Without a seed that of this second, so that requests of the same time can be answered side by side."""
+    """Without a seed 0, for which the desk draws one."""
     temperature, top_p = _number(value, "temperature", 1.0, 0, 2), _number(value, "top_p", 1.0, 1e-6, 1)
-    seed = _number(value, "seed", int(time.time()), 0, 2**63 - 1)
+    seed = _number(value, "seed", 0, 0, 2**63 - 1)
     return Sampling(float(temperature), float(top_p), 0, int(seed)) if temperature else GREEDY
 
 
@@ -142,24 +156,43 @@ def _message(item: object, place: str) -> Message:
         content = ""
     if not isinstance(content, str):
         raise ProtocolError(400, "a message needs a text", f"{place}.content", "invalid_value")
-    extra = {name: value for name, value in item.items() if name not in ("role", "content") and value is not None}
+    extra = {name: value for name, value in item.items() if name not in ("role", "content") and value not in EMPTY}
+    if "tool_calls" in extra:
+        try:
+            extra["tool_calls"] = read_tool_calls(extra["tool_calls"], f"{place}.tool_calls")
+        except DataError as error:
+            raise ProtocolError(400, str(error), f"{place}.tool_calls", "invalid_value") from None
     return Message(item["role"], content, extra=extra)
+
+
+async def whole_body(request: Any) -> bytes:
+    """Raises: ProtocolError where it is too large."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST_BODY_BYTES:
+            raise ProtocolError(413, f"the body is larger than {LARGEST_BODY_BYTES:,} bytes")
+    return bytes(body)
 
 
 def make_app(desk: Desk, key: str | None, most_tokens: int) -> Any:
     """The endpoint as an ASGI application. `key`: what clients must give; None: nothing."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
     names, began = desk.speaker.names, int(time.time())
 
-    def refused(request: Any, error: Exception) -> JSONResponse:
-        assert isinstance(error, ProtocolError)
-        return JSONResponse(error.body, error.status)
+    def refused(request: Any, error: Exception) -> Response:
+        assert isinstance(error, ProtocolError)  # its text may quote half a surrogate pair, which json escapes
+        return Response(json.dumps(error.body), error.status, media_type="application/json")
 
-    def not_found(request: Any, error: Exception) -> JSONResponse:
+    def gone(request: Any, error: Exception) -> Response:
+        return refused(request, ProtocolError(400, "the client left before its request was whole"))
+
+    def not_found(request: Any, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return refused(request, ProtocolError(error.status_code, str(error.detail)))
 
@@ -178,17 +211,13 @@ def make_app(desk: Desk, key: str | None, most_tokens: int) -> Any:
 
     async def completions(request: Any) -> Any:
         check_key(request)
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > LARGEST_BODY_BYTES:
-                raise ProtocolError(413, f"the body is larger than {LARGEST_BODY_BYTES:,} bytes")
-        asked = read_body(bytes(body), names, most_tokens)
+        asked = read_body(await whole_body(request), names, most_tokens)
         talk = Talk(desk, asked)
         if not asked.stream:
             return JSONResponse(await talk.whole(request))
-        await talk.begun()
-        return StreamingResponse(talk.pieces(), media_type="text/event-stream")
+        await talk.begun(request)
+        events = StreamingResponse(talk.pieces(), media_type="text/event-stream")
+        return partial(talk.send, events)
 
     return Starlette(
         routes=[
@@ -196,7 +225,7 @@ def make_app(desk: Desk, key: str | None, most_tokens: int) -> Any:
             Route("/v1/models", models),
             Route("/v1/chat/completions", completions, methods=["POST"]),
         ],
-        exception_handlers={ProtocolError: refused, HTTPException: not_found},
+        exception_handlers={ProtocolError: refused, HTTPException: not_found, ClientDisconnect: gone},
     )
 
 
@@ -211,7 +240,7 @@ class Talk:
         def tell(what: str | Reply | Exception) -> None:
             loop.call_soon_threadsafe(self.arrived.put_nowait, what)
 
-        self.job = Job(asked.request, asked.name, tell, tell)
+        self.job = Job(asked.request, asked.name, tell, tell, asked.seeded)
         self.facts = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.name}
         self._first: str | Reply | None = None
         desk.put(self.job)
@@ -230,25 +259,34 @@ class Talk:
         return found
 
     async def whole(self, request: Any) -> dict[str, Any]:
-        """The answer in one; given up where the client is gone."""
-        while True:
-            waiting = asyncio.ensure_future(self._next())
-            while not (await asyncio.wait([waiting], timeout=1.0))[0]:
-                if await request.is_disconnected():
-                    self.job.cancelled.set()
-            found = waiting.result()
-            if isinstance(found, Reply):
-                break
+        """The answer in one."""
+        while not isinstance(found := await self._wanted(request), Reply):
+            pass
         message = {"role": "assistant", "content": found.text}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": found.reason}
         return {**self.facts, "object": "chat.completion", "choices": [choice], "usage": usage(found)}
 
-    async def begun(self) -> None:
+    async def begun(self, request: Any) -> None:
         """Wait for the first piece, so that what is wrong with the request has its own status."""
-        self._first = await self._next()
+        self._first = await self._wanted(request)
+
+    async def _wanted(self, request: Any) -> str | Reply:
+        """The next piece; the job is given up where the client is gone."""
+        waiting = asyncio.ensure_future(self._next())
+        while not (await asyncio.wait([waiting], timeout=1.0))[0]:
+            if await request.is_disconnected():
+                self.job.cancelled.set()
+        return waiting.result()
+
+    async def send(self, events: Any, *of_asgi: Any) -> None:
+        """Send them; the job ends with its client, also with one that left before the first event."""
+        try:
+            await events(*of_asgi)
+        finally:
+            self.job.cancelled.set()
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Events of the protocol; the job ends with its client."""
+        """Events of the protocol."""
         try:
             yield self._event({"role": "assistant", "content": ""}, None)
             found = self._first
@@ -261,8 +299,6 @@ class Talk:
                 yield self._data({"choices": [], "usage": usage(found)})
         except ProtocolError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
-        finally:
-            self.job.cancelled.set()
         yield "data: [DONE]\n\n"
 
     def _event(self, delta: dict[str, str], reason: str | None) -> str:
@@ -278,6 +314,12 @@ def usage(reply: Reply) -> dict[str, int]:
     return {**counts, "total_tokens": sum(counts.values())}
 
 
+def name_of(target: str) -> str:
+    """Under which its adapter is served: its folder's name; that of the run, of a run's adapter."""
+    path = Path(os.path.abspath(target))
+    return path.parent.name if path.name == "adapter" else path.name
+
+
 def add_folders(speaker: Speaker, folders: Sequence[str]) -> None:
     """Each adapter folder under its own name; of a run its adapter; of another folder each adapter in it.
 
@@ -285,7 +327,7 @@ def add_folders(speaker: Speaker, folders: Sequence[str]) -> None:
     """
     for given in folders:
         path = Path(given).expanduser().absolute()
-        found = [(path.parent.name if path.name == "adapter" else path.name, path), (path.name, path / "adapter")]
+        found = [(name_of(given), path), (path.name, path / "adapter")]
         if path.is_dir():
             inside = sorted(entry for entry in path.iterdir() if entry.is_dir())
             found += [(entry.name, place) for entry in inside for place in (entry, entry / "adapter")]
@@ -324,7 +366,7 @@ def serve_verb(
     console.info(f"loading {found.model.name_or_path} ...")
     devices = make_devices()
     try:
-        speaker = make_speaker(load_target(found, devices.device), Path(target).name)
+        speaker = make_speaker(load_target(found, devices.device), name_of(target))
         add_folders(speaker, adapters)
         desk = Desk(speaker, batch_size)
         server = uvicorn.Server(
@@ -332,7 +374,8 @@ def serve_verb(
         )
         told = threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True)
         told.start()
-        server.run()
+        with contextlib.suppress(SystemExit):  # uvicorn's, where it cannot listen
+            server.run()
         desk.close()
         if not server.started:
             raise InputError(f"{host}:{port} cannot be listened on", "choose another --port")

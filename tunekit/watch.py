@@ -47,16 +47,18 @@ def watch_verb(folder: str, port: int | None) -> None:
 
 def _records(path: Path) -> Iterator[StepRecord | EvaluationRecord]:
     """What the run has said so far, and then what it says, until it ends. A resume that goes back begins again."""
-    told, size = 0, -1
+    told: list[dict[str, Any]] = []
+    seen: tuple[int, int] | None = None
     while True:
         ended = state_of(run_values(path)) != "running"
         metrics = path / METRICS_NAME
-        now = metrics.stat().st_size if metrics.exists() else 0
-        if now != size:
+        facts = metrics.stat() if metrics.exists() else None
+        now = (0, 0) if facts is None else (facts.st_size, facts.st_mtime_ns)
+        if now != seen:
             lines = read_metrics(metrics)
-            told = told if now > size else min(told, len(lines))
-            yield from map(_record, lines[told:])
-            told, size = len(lines), now
+            same = next((at for at, (old, new) in enumerate(zip(told, lines, strict=False)) if old != new), len(told))
+            yield from map(_record, lines[same:])
+            told, seen = lines, now
         if ended:
             return
         time.sleep(LOOK_SECONDS)

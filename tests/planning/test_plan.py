@@ -38,6 +38,7 @@ PLANNABLE: dict[str, list[str]] = {
     "data.max_length": ["512", "2048", "2e3"],
     "data.excess_length": ["drop", "truncate"],
     "adapter.r": ["1", "8"],
+    "memory.streamed_head": ["false"],  # an adapted head stays
     # what these may be depends on others: on alpha and the rank, on modules_to_save
     "adapter.start": ["default", "gaussian", "{method: eva, rho: 2, batches: 1}"],
     "adapter.trainable_token_indices": ["[]", "{embed_tokens: [3, 4]}"],

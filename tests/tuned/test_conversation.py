@@ -14,7 +14,7 @@ from tunekit.contracts import GREEDY, Sampling
 from tunekit.errors import DataError, InputError
 from tunekit.formats.example import Message
 from tunekit.generate import answer
-from tunekit.tuned.conversation import BASE, Request, Speaker, make_speaker
+from tunekit.tuned.conversation import BASE, Request, Speaker, _Writer, make_speaker
 from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
@@ -75,6 +75,26 @@ def test_what_is_kept_from_the_turn_before_changes_no_answer(speaker: Speaker) -
         messages += [Message("assistant", kept), Message("user", f"And {turn}?")]
     ask(speaker, "one", [Message("user", "Say another thing.")])  # shares its beginning only
     assert ask(speaker, "one", messages[:-2]) == messages[-2].content
+
+
+def test_a_long_neighbour_takes_no_room_from_a_short_one(speaker: Speaker) -> None:
+    long = [Message("user", "word " * 90)]
+    requests = [Request(QUESTION, 60), Request(long, 60)]
+    assert speaker.answer(requests, "two") == [speaker.answer([each], "two")[0] for each in requests]
+
+
+def test_a_temperature_near_zero_is_greedy(speaker: Speaker) -> None:
+    assert ask(speaker, "one", QUESTION, sampling=Sampling(1e-300, 1.0, 0, 1)) == ask(speaker, "one", QUESTION)
+
+
+def test_the_first_of_several_stop_texts_ends_the_answer() -> None:
+    writer = _Writer(lambda ids, **_: "one b a"[: 7 * len(ids)], Request(QUESTION, 9, stop=["a", "b"]), set())
+    assert [writer.add(5), writer.finish(), writer.reason] == ["one ", "", "stop"]
+
+
+def test_an_adapter_called_base_does_not_hide_behind_the_base(tiny_llama: Path, tmp_path: Path) -> None:
+    found = make_speaker(load(adapter_of(tiny_llama, tmp_path / "base", seed=1)), "base")
+    assert (found.names, found.default) == ([BASE, "adapter"], "adapter")
 
 
 def test_several_are_answered_side_by_side(speaker: Speaker) -> None:

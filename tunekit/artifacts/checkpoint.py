@@ -235,6 +235,21 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
     return None
 
 
+def removable(checkpoints: Path, finished: bool) -> list[Path]:
+    """What a run has no more need of, newest first: all once it is finished, else what is older than the newest whole
+    one. Never what we did not write."""
+    ours = [folder for _, folder in list_checkpoints(checkpoints) if is_ours(folder)]
+    return ours if finished else ours[next((at for at, each in enumerate(ours, 1) if _is_whole(each)), len(ours)) :]
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder, read_manifest(folder))
+    except (DamagedError, OSError):
+        return False
+    return True
+
+
 # --- rotation ------------------------------------------------------------------------------------------------------
 
 

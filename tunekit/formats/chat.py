@@ -42,7 +42,7 @@ def _read_message(value: Any, label: str) -> Message:
     if calls:
         if role != "assistant":
             raise DataError(f"'{label}' has tool_calls, but its role is {role!r}", "only the assistant calls tools")
-        extra["tool_calls"] = _read_tool_calls(calls, f"{label}.tool_calls")
+        extra["tool_calls"] = read_tool_calls(calls, f"{label}.tool_calls")
     for name, part in value.items():
         if part not in (None, "", [], {}) and name not in ("role", "content", "weight", "tool_calls"):
             extra[name] = check_text(part, f"{label}.{name}") if isinstance(part, str) else read_json(part, label)
@@ -88,7 +88,7 @@ def _read_weight(value: Mapping[str, Any], label: str) -> bool:
     return bool(weight)
 
 
-def _read_tool_calls(value: Any, label: str) -> list[dict[str, Any]]:
+def read_tool_calls(value: Any, label: str) -> list[dict[str, Any]]:
     """Calls with their arguments as an object: templates print them with `tojson`."""
     calls = read_json(value, label)
     if not isinstance(calls, list):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Reply:
     reason: str
 
 
-OnText = Callable[[int, str], bool]  # (which request, what its answer has more of) -> whether to go on with it
+OnText = Callable[[int, str], bool]  # (which request, what its answer has more of, "" too) -> whether to go on with it
 
 
 @dataclass
@@ -113,13 +114,18 @@ class Speaker:
         prompts, tokenizer = [self.prompt_ids(request.messages) for request in requests], self.target.tokenizer
         stops = set(find_stop_ids(self.target.model.base, tokenizer, self.template))
         writers = [_Writer(tokenizer.decode, request, stops) for request in requests]
-        positions = self.target.model.base.text.positions
-        room = None if positions is None else positions - max(map(len, prompts))
+        room = self._room(max(prompts, key=len))
+        if any(
+            self._room(prompt) != room < request.max_new_tokens
+            for prompt, request in zip(prompts, requests, strict=True)
+        ):
+            alone = [partial(lambda at, _, text: on_text(at, text), at) for at in range(len(requests))]
+            return [self.answer([request], name, tell)[0] for request, tell in zip(requests, alone, strict=True)]
 
         def told(rows: Sequence[int], tokens: list[int]) -> list[bool]:
             for row, token in zip(rows, tokens, strict=True):
                 more = writers[row].add(token)
-                writers[row].ended |= bool(more) and not on_text(row, more)
+                writers[row].ended |= not on_text(row, more)
             return [writers[row].ended for row in rows]
 
         with self._through(name) as model:
@@ -130,7 +136,7 @@ class Speaker:
                 model.base,
                 tokenizer,
                 prompts,
-                max_new_tokens=min(filter(None, (room, max(request.max_new_tokens for request in requests)))),
+                max_new_tokens=int(min(room, max(request.max_new_tokens for request in requests))),
                 batch_size=len(prompts),
                 sampling=requests[0].sampling,
                 template=self.template,
@@ -148,6 +154,11 @@ class Speaker:
                 on_text(row, rest)
             replies.append(Reply(writer.written, len(prompt), len(writer.ids), writer.reason))
         return replies
+
+    def _room(self, prompt: Sequence[int]) -> float:
+        """The most tokens that an answer to it can have; an encoder's prompt takes none of its answer's positions."""
+        base = self.target.model.base
+        return (base.text.positions or inf) - (0 if base.family.reads_source else len(prompt))
 
     @contextmanager
     def _through(self, name: str) -> Iterator[TunedModel]:
@@ -180,10 +191,10 @@ class _Writer:
         self.ids.append(token)
         self.ended = len(self.ids) >= self.request.max_new_tokens
         text = self._text()
-        for stop in self.request.stop:
-            if stop in text:
-                text, self.ended, self.reason = text[: text.index(stop)], True, "stop"
-                return self._show(text)
+        found = [text.index(stop) for stop in self.request.stop if stop in text]
+        if found:
+            self.ended, self.reason = True, "stop"
+            return self._show(text[: min(found)])
         held = max((_begins(text, stop) for stop in self.request.stop), default=0)
         return "" if text.endswith(UNFINISHED) else self._show(text[: len(text) - held])
 
@@ -214,7 +225,7 @@ def make_speaker(loaded: LoadedTarget, name: str = "adapter") -> Speaker:
     if template is None and loaded.tokenizer.chat_template is None:
         how = "ask it with `tunekit generate`, or name a template: data.chat_template of its recipe"
         raise InputError("the tokenizer has no chat template, so there are no turns to chat in", how)
-    own = model.adapter
+    own, name = model.adapter, "adapter" if name == BASE else name
     adapters = AdapterSet(model.base.net)
     if own is not None:
         adapters.add(name, lambda: own)

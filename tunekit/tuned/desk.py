@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from tunekit.errors import DataError
 from tunekit.tuned.conversation import Reply, Request, Speaker
 
 WAITED_SECONDS = 0.005  # for more to come with the first one
@@ -21,12 +23,13 @@ class Job:
     name: str
     on_text: Callable[[str], None]
     on_end: Callable[[Reply | Exception], None]
+    seeded: bool = False  # whether its seed was asked for, so that it alone decides what is drawn
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What must be equal for two to be answered side by side."""
-        return self.name, self.request.sampling
+        """What must be equal for two to be answered side by side; rows of a batch share what their seed draws."""
+        return self.name, self.request.sampling, id(self) if self.seeded and self.request.sampling.temperature else 0
 
 
 class Desk:
@@ -79,23 +82,32 @@ class Desk:
             return
 
         def on_text(row: int, text: str) -> bool:
-            jobs[row].on_text(text)
+            if text:
+                jobs[row].on_text(text)
             return not jobs[row].cancelled.is_set()
 
+        requests, sampling = [job.request for job in jobs], jobs[0].request.sampling
+        if not jobs[0].seeded:
+            drawn = replace(sampling, seed=secrets.randbits(62))
+            requests = [replace(request, sampling=drawn) for request in requests]
         try:
-            replies: Sequence[Reply | Exception] = self.speaker.answer(
-                [job.request for job in jobs], jobs[0].name, on_text
-            )
+            replies: Sequence[Reply | Exception] = self.speaker.answer(requests, jobs[0].name, on_text)
+        except DataError as error:
+            if len(jobs) > 1:  # of one of them: the others can be answered
+                for job in jobs:
+                    self._answer([job])
+                return
+            replies = [error]
         except Exception as error:
             replies = [error] * len(jobs)
         for job, reply in zip(jobs, replies, strict=True):
             job.on_end(reply)
 
     def _readable(self, job: Job) -> bool:
-        """Whether it is still wanted and its conversation can be answered; if it cannot, the job is told why."""
-        if job.cancelled.is_set():
-            return False
+        """Whether it is still wanted and its conversation can be answered; if not, the job is told why."""
         try:
+            if job.cancelled.is_set():
+                raise ConnectionAbortedError("the client is gone")
             self.speaker.prompt_ids(job.request.messages)
         except Exception as error:
             job.on_end(error)

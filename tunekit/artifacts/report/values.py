@@ -52,12 +52,13 @@ def read_run(path: Path) -> RunValues:
 
 def run_values(path: Path) -> RunValues:
     """The values of a folder, of which any file may be absent."""
-    files = {name: read_json(path / f"{name}.json") or {} for name in ("plan", "report", "environment", "status")}
+    found = {name: read_json(path / f"{name}.json") for name in ("plan", "report", "environment", "status")}
+    files = {name: value if isinstance(value, dict) else {} for name, value in found.items()}
     recipe = path / "recipe.yaml"
     records = read_metrics(path / METRICS_NAME)
     return RunValues(
         path=path,
-        recipe_text=recipe.read_text("utf-8") if recipe.is_file() else "",
+        recipe_text=recipe.read_text("utf-8", "replace") if recipe.is_file() else "",
         steps=[record for record in records if "eval" not in record],
         evaluations=[record for record in records if "eval" in record],
         **files,

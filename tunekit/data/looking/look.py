@@ -37,6 +37,7 @@ PATTERNS = (  # kind, what is looked for, and a text without which it cannot be 
     ("secret", KEY, ("-----BEGIN", "AKIA", "ASIA")),
 )
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+MOST_BROKEN = 1000  # things wrong with lines that are told apart
 CHARACTERS_OF_A_TOKEN = 3.5  # where no tokenizer has been asked
 
 KINDS = {  # of findings: what it is, in the words of the table
@@ -76,7 +77,7 @@ class Found:
 
 def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: Seen | None, keep: bool) -> Found:
     """Every row of one source. `held`: the evaluation rows, where these are to train on."""
-    found, problems = Found(Path(source.path).name), Problems()
+    found, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
     make_example = format_maker(format_name)
     for row in rows:
@@ -102,8 +103,8 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
         if keep and sum(map(len, found.lines.values())) == before:
             found.passed.append(row.values)
     for problem in problems.shown:
-        found.rows += 1
         for line in [problem.line or 0, *problems.others.get(problem, [])]:
+            found.rows += 1
             found.add("broken", line, problem.what)
     return found
 

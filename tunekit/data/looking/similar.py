@@ -15,14 +15,16 @@ from typing import Any
 PERMUTATIONS, BANDS = 60, 12
 NEAR = 0.85  # estimated Jaccard similarity of two rows' word pairs
 FEWEST_WORDS = 8  # of a row whose nearness says something
-WORD = re.compile(r"\w+")
+UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: writings without spaces
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+SPOKEN = re.compile(r"[^\s.,;:!?'\"…。、，！？]+")  # what of an equal text must be equal: signs and accents too
 
 
 @dataclass
 class Seen:
     """Rows by their text and by the bands of their signature."""
 
-    texts: dict[int, tuple[str, int]] = field(default_factory=dict)  # hash of the words -> file and line
+    texts: dict[int, tuple[str, int]] = field(default_factory=dict)  # key of a row -> file and line
     bands: list[dict[int, int]] = field(default_factory=lambda: [{} for _ in range(BANDS)])
     signatures: list[tuple[Any, str, int]] = field(default_factory=list)
 
@@ -50,7 +52,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Signed:
-    """A row as it is compared: the hash of its words, the signature of its word pairs, and the hash of each band."""
+    """A row as it is compared: the hash of what it says, the signature of its word pairs, and the hash of each band."""
 
     key: int
     signature: Any = None
@@ -58,11 +60,11 @@ class Signed:
 
 
 def signed(text: str) -> Signed:
-    """Of a short text only the words count."""
+    """Of a short text only what repeats it counts: all but case, spaces and the marks of sentences."""
     from rensa import RMinHash
 
     words = WORD.findall(text.lower())
-    key = hash(" ".join(words))
+    key = hash(" ".join(SPOKEN.findall(text.lower())) or text.strip())
     if len(words) < FEWEST_WORDS:
         return Signed(key)
     signature = RMinHash(num_perm=PERMUTATIONS, seed=0)

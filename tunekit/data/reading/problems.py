@@ -17,6 +17,7 @@ MOST_LINES = 5
 class Problems:
     """Problems of one reading of the data."""
 
+    most: int = MOST_SHOWN  # that are told apart
     shown: list[Problem] = field(default_factory=list)
     count: int = 0
     others: dict[Problem, list[int]] = field(default_factory=dict)  # lines beyond the first that have the same
@@ -29,7 +30,7 @@ class Problems:
             self.others.setdefault(same, []).append(line)
             return
         self.count += 1
-        if len(self.shown) < MOST_SHOWN:
+        if len(self.shown) < self.most:
             self.shown.append(problem)
 
     def add_error(self, file: str, line: int, error: TunekitError) -> None:

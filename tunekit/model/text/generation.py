@@ -28,6 +28,7 @@ Inputs = dict[str, torch.Tensor]
 Told = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 PROBE_TOKENS = 8
+LEAST_TEMPERATURE = 1e-5  # below it logits divided by it overflow; the likeliest token is taken as at 0
 
 
 def generate_texts(
@@ -149,7 +150,8 @@ def _settings(model: LoadedModel, pad_id: int, new_tokens: int, sampling: Sampli
     from transformers import GenerationConfig
 
     ends = _answer_ends(model) if model.family.reads_source else {}
-    drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"} if sampling.temperature else {}
+    drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
+    drawn = drawn if sampling.temperature >= LEAST_TEMPERATURE else {}
     return GenerationConfig(
         max_new_tokens=new_tokens,
         pad_token_id=pad_id,
