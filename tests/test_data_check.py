@@ -57,7 +57,10 @@ def check(recipe: Path, fix: Path | None = None) -> tuple[int, dict[str, Any]]:
     return code, json.loads(out.read_text("utf-8"))["files"][0]
 
 
-def test_planted_faults_are_found_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_planted_faults_are_found_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # so that no line of the table is broken
     code, found = check(write(tmp_path), tmp_path / "good.jsonl")
     assert code == 2
     expected: dict[str, list[int]] = {}
@@ -69,7 +72,7 @@ def test_planted_faults_are_found_and_left_out(tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "hf_" not in shown
     for kind in expected:
-        assert KINDS[kind] in " ".join(shown.split()) or kind
+        assert KINDS[kind] in shown
     code, found = check(write(tmp_path, planted=False))
     assert (code, found["findings"]) == (0, {})
 

@@ -302,12 +302,16 @@ def test_the_simulation_knows_tiles(llama: Path) -> None:
     assert tiled.peak["activations"] < plain.peak["activations"]
 
 
-def test_what_waits_is_counted_on_the_host_on_a_gpu_and_saves_nothing_on_a_cpu(llama: Path) -> None:
+def test_what_waits_is_counted_on_the_host_on_a_gpu_and_saves_nothing_on_a_cpu(llama: Path, tmp_path: Path) -> None:
     on_gpu = {way: simulated(llama, "cuda", LAYERS, activation_offload=way) for way in (False, True, "auto")}
     assert on_gpu[True].total == on_gpu[False].total, "of four inputs one stays, two are on their way, one comes back"
     assert on_gpu[True].offloaded == (LAYERS - 1) * 2**16, "in slots of a power of two"
     assert on_gpu["auto"].total == on_gpu[False].total, "so small an input stays"
     assert on_gpu["auto"].offloaded == on_gpu[False].offloaded == 0
+    deep = write_tiny_llama(tmp_path, **{**WIDTH, "layers": 2 * LAYERS})
+    row = 480 * 32 * 4  # bytes of one layer's input
+    held, sent = (simulated(deep, "cuda", 2 * LAYERS, activation_offload=way).total for way in (False, True))
+    assert sent == held - LAYERS * row, "of eight inputs those four are held, and no other"
     plain, waiting = (simulated(llama, "cpu", LAYERS, activation_offload=way) for way in ("auto", True))
     assert waiting.total >= plain.total
     assert waiting.offloaded == 0
