@@ -30,10 +30,11 @@ from compare.bench import (
     ROWS_PER_STEP,
     Bench,
     best_flags,
+    ended,
     facts,
     find_base,
-    finish,
     interleaved,
+    keep,
     make_environment,
     make_parser,
     memory_above,
@@ -120,7 +121,7 @@ def main() -> None:
         bench.say("first steps")
         result["first_step_runs"] = first_steps(bench)
         result["first_step"] = summary(result["first_step_runs"])
-    output = finish(bench, result, "cpu.json")
+    output = keep(bench, result | ended(bench), "cpu.json")
     if "summary" in result:
         page = [str(bench.rival_python), str(FOLDER / "compare" / "page.py"), str(output.parent)]
         subprocess.run(page, check=True)

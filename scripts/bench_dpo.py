@@ -8,7 +8,8 @@ same order from the same initial adapter. Sequences end at the length, as both t
 leaves no room for either answer are left out. Runs, tokens and memory as in `scripts/bench compare`; a token of a
 prompt counts once for each of the two answers, on both sides. What TRL precomputes before its first step is not
 counted, nor the first epoch of "second epoch", which keeps the reference: both are a run of many epochs.
-The losses of all runs must be the same within 1e-3: no timing counts otherwise. Everything goes to dpo.json and dpo.md.
+The losses of all runs must be the same within 1e-3: no timing counts otherwise. Everything goes to dpo.json and dpo.md;
+a length that is not asked for stays there as it was.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from compare.bench import (
     ROWS_PER_STEP,
     Bench,
     best_flags,
+    ended,
     facts,
     find_base,
-    finish,
     interleaved,
+    keep,
     make_environment,
     make_parser,
     memory_above,
@@ -37,6 +39,7 @@ from compare.bench import (
     summary,
 )
 from compare.prepare import write_base
+from compare.watch import MOST_MEMORY
 
 from tunekit.data.rows import load_rows
 from tunekit.model.text.tokenizer import load_tokenizer
@@ -60,11 +63,17 @@ CANDIDATES: dict[str, dict] = {  # of TRL's flags for the best speed on a CPU; i
 }
 PAGE = """# DPO on one CPU core
 
-SmolLM2-135M-Instruct in float32, LoRA r16 on all linear layers, {rows_per_step} pairs to a step, {steps} steps of which
-the first does not count, the same token ids in the same order from the same initial adapter. {processor}, one thread,
-{date}, load average {load:.2f} before. trl {trl}, peft {peft}, torch {torch}, transformers {transformers}.
+SmolLM2-135M-Instruct in float32, LoRA r16 on all linear layers, 8 pairs to a step, the same token ids in the same order
+from the same initial adapter. One thread.
 Made by `scripts/bench dpo`; every run's numbers are in [dpo.json](dpo.json).
 """
+LENGTH = """## Length {length}
+
+{steps} steps, of which the first does not count. Losses of a step differ by {apart:.1e} at most. {processor}, {date},
+load average {load:.2f} before. trl {trl}, peft {peft}, torch {torch}, transformers {transformers}.
+
+"""
+NOT_RUN = f"does not run within {MOST_MEMORY:.0%} of this machine's memory"
 PLAIN_ROWS = "import tunekit.planning.plan as plan\nplan.shares_prefixes = lambda net, longest: False"
 HEAD = (
     "| | tokens per CPU second (least, median, most) | factor of the first line | peak, GB | above the weights, MB "
@@ -166,13 +175,13 @@ def write_rows(source: Path, bench: Bench, length: int) -> None:
 
 def page(result: dict) -> str:
     """The page of all lengths."""
-    theirs = {name: result["theirs"].get(name, "?") for name in ("trl", "peft", "torch", "transformers")}
-    told = {"processor": result["hardware"]["processor"], "load": result["load_before"][0], **theirs}
-    lines = [PAGE.format(**{**result, **told})]
-    for length, found in result["lengths"].items():
+    lines = [PAGE]
+    for length, found in result.items():
         first, ours = next(iter(found["summary"].items()))
+        told = {name: found["theirs"].get(name, "?") for name in ("trl", "peft", "torch", "transformers")}
+        told |= {"processor": found["hardware"]["processor"], "load": found["load_before"][0]}
         apart = found["largest_difference_of_losses"]
-        lines += [f"## Length {length}", "", f"Losses of a step differ by {apart:.1e} at most.", "", HEAD]
+        lines += [LENGTH.format(**{**found, **told, "length": length, "apart": apart}) + HEAD]
         for name, row in found["summary"].items():
             rates, above = row["tokens_per_cpu_second"], row["above_weights_bytes"]
             factor = ours["tokens_per_cpu_second"][1] / rates[1]
@@ -182,9 +191,9 @@ def page(result: dict) -> str:
             lines.append(f"| {name.rpartition(', ')[0]} | {' | '.join(cells)} |")
         if found["candidates"]:
             lines += ["", "TRL's flags, each once, of which the fastest is above:", ""]
-        for run in found["candidates"]:
+        for run in [*found["candidates"], *(run for run in found["runs"] if "failed" in run)]:
             rate = run.get("tokens_per_cpu_second")
-            said = f"{rate:.0f} tokens per CPU second, {run['peak_bytes'] / 1e9:.2f} GB" if rate else "does not run"
+            said = f"{rate:.0f} tokens per CPU second, {run['peak_bytes'] / 1e9:.2f} GB" if rate else NOT_RUN
             lines.append(f"- {run['name']}: {said}")
         lines.append("")
     return "\n".join(lines)
@@ -202,16 +211,18 @@ def main() -> None:
     make_environment(Path(settings.venv))
     if not (bench.model / "model.safetensors").exists():
         write_base(find_base(), bench.model)
-    result = facts(bench) | {"lengths": {}}
+    path = Path(settings.output) / "dpo.json"
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for length in settings.lengths.split(","):
         write_rows(source, bench, int(length))
-        result["lengths"][length] = found = Pairs(bench, int(length)).measured()
+        found = facts(bench) | Pairs(bench, int(length)).measured()
         if found["largest_difference_of_losses"] > SAME:
             sys.exit(f"losses differ by {found['largest_difference_of_losses']:.1e}: no timing counts")
-    for run in (run for found in result["lengths"].values() for run in [*found["candidates"], *found["runs"]]):
-        run.pop("samples", None)  # of memory over time, which no page shows
-    path = finish(bench, result, "dpo.json")
-    path.with_suffix(".md").write_text(page(result), "utf-8")
+        for run in [*found["candidates"], *found["runs"]]:
+            run.pop("samples", None)  # of memory over time, which no page shows
+        kept[length] = found | ended(bench)
+        path = keep(bench, kept, "dpo.json")
+        path.with_suffix(".md").write_text(page(kept), "utf-8")
 
 
 if __name__ == "__main__":

@@ -253,14 +253,18 @@ def facts(bench: Bench) -> dict:
     }
 
 
-def finish(bench: Bench, result: dict, name: str) -> Path:
+def ended(bench: Bench) -> dict:
+    """What is known when all is measured."""
+    return {"load_after": os.getloadavg(), "minutes": (time.monotonic() - bench.started) / 60}
+
+
+def keep(bench: Bench, result: dict, name: str) -> Path:
     """Write the result; the file."""
-    result |= {"load_after": os.getloadavg(), "minutes": (time.monotonic() - bench.started) / 60}
     path = Path(bench.settings.output) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1).replace(f"{REPOSITORY}/", "")  # places inside the repository, whatever holds it
     path.write_text(text + "\n", "utf-8")
-    bench.say(f"{path}, {result['minutes']:.0f} minutes")
+    bench.say(str(path))
     return path
 
 
@@ -278,20 +282,26 @@ def best_flags(bench: Bench, kind: str, candidates: dict[str, dict]) -> tuple[st
 
 
 def interleaved(bench: Bench, sides: dict[str, Callable[[], dict]]) -> list[dict]:
-    """Every competitor that is asked for once, then all again."""
-    wanted = set(bench.settings.only.split(",")) if bench.settings.only else None
-    return [
-        run() | {"repeat": repeat}
-        for repeat in range(bench.settings.repeats)
-        for name, run in sides.items()
-        if wanted is None or name.split(",")[0] in wanted or name in wanted
-    ]
+    """Every competitor that is asked for once, then all again; but for those of a rival that do not run here."""
+    wanted, runs = set(bench.settings.only.split(",")) if bench.settings.only else None, []
+    for repeat in range(bench.settings.repeats):
+        for name, run in list(sides.items()):
+            if wanted is None or name.split(",")[0] in wanted or name in wanted:
+                try:
+                    runs.append(run() | {"repeat": repeat})
+                except RuntimeError as error:
+                    if name.startswith("tunekit"):
+                        raise
+                    bench.say(f"{name}: does not run: {str(error).strip().splitlines()[-1][:150]}")
+                    runs.append({"name": name, "failed": str(error)[-2000:]})
+                    del sides[name]
+    return runs
 
 
 def memory_above(bench: Bench, runs: list[dict], widened: int = 1) -> dict[str, dict]:
     """Of each competitor, from its first run. `widened`: how much larger the base is in memory than its file."""
     found, weights = {}, widened * (bench.model / "model.safetensors").stat().st_size
-    for run in runs:
+    for run in (run for run in runs if "failed" not in run):
         if run["name"] not in found:
             python = Path(sys.executable) if run["name"].startswith("tunekit") else bench.rival_python
             found[run["name"]] = bench.imported_bytes(run, python)
@@ -303,7 +313,7 @@ def memory_above(bench: Bench, runs: list[dict], widened: int = 1) -> dict[str, 
 def summary(runs: list[dict]) -> dict[str, dict]:
     """Medians and extremes of each competitor."""
     table = {}
-    for name in dict.fromkeys(run["name"] for run in runs):
+    for name in dict.fromkeys(run["name"] for run in runs if "failed" not in run):
         own = [run for run in runs if run["name"] == name]
         rates = [run["tokens_per_cpu_second"] for run in own if run["tokens_per_cpu_second"]]
         row = {

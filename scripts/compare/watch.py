@@ -10,6 +10,7 @@ step is read when its line is seen. The peak is the kernel's own (ru_maxrss). Bo
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 
 PERIOD_SECONDS, KEPT_SECONDS = 0.01, 0.25  # between samples; between those that are kept for the plot
+MOST_MEMORY = 0.85  # of the machine's: a process that wants more is told so, before the system ends another one
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -40,12 +42,19 @@ def watch(argv: list[str], log: Path, output: Path, *, core: int, environment: d
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **ENVIRONMENT, **(environment or {})},
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            preexec_fn=lambda: _confine(core),
         )
         found = _sample(process.pid, log, started)
     if found.pop("status"):
         raise RuntimeError(f"{' '.join(argv)}\n{output.read_text('utf-8', errors='replace')[-3000:]}")
     return {"argv": argv, **found}
+
+
+def _confine(core: int) -> None:
+    """What the process begins with, before its program does."""
+    os.sched_setaffinity(0, {core})
+    most = int(MOST_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _sample(pid: int, log: Path, started: float) -> dict:
