@@ -134,6 +134,9 @@ class RowEncoder(Protocol):
     notices: Counter[str]
     tokenizer: Tokenizer
 
+    def examples(self, example: Any) -> Sequence[Any]:
+        """What rows are made of where one example takes several; else the example itself."""
+
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""
 

@@ -45,7 +45,8 @@ from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import added, prepared
 
 ANSWERED = tuple(
-    CompletionExample(*texts) for texts in (("abc", "defg"), ("z", "ihgfedcba"), ("keyboard", "xy"), ("12345", "54321"))
+    CompletionExample(*row)
+    for row in (("abc", "defg"), ("z", "ihgfedcba", 0.25), ("keyboard", "xy"), ("12345", "54321", 3.0))
 )
 LABELLED = tuple(
     LabelExample(*row) for row in (("abc", "yes"), ("ihgfedcba", "no"), ("xy", "yes"), ("12345", "perhaps"))
@@ -95,6 +96,12 @@ def make_case(name: str, tokenizer: LoadedTokenizer) -> tuple[Objective, list[Ro
     rows = [encoder.encode(example, f"d:{line}") for line, example in enumerate(EXAMPLES[objective.example])]
     listed = ListedRows(rows)
     return objective.informed([listed]), listed.rows
+
+
+def counted(objective: Objective, rows: Sequence[Row]) -> float:
+    """What the loss of rows of `make_case` is divided by."""
+    examples = EXAMPLES[objective.example]
+    return sum(row.supervised * getattr(examples[row.number], "weight", 1.0) for row in rows)
 
 
 def stored(folder: Path, layout: RowLayout, rows: Sequence[Row]) -> TokenStore:
@@ -151,7 +158,8 @@ def test_a_batch_counts_what_its_rows_do(name: str, tokenizer: LoadedTokenizer) 
         batch = objective.collate(sequences)
         assert batch.rows == rows
         assert batch.tokens == sum(row.size for row in rows)
-        assert objective.units(batch).tolist() == [batch.supervised] == [sum(row.supervised for row in rows)]
+        assert batch.supervised == sum(row.supervised for row in rows)
+        assert objective.units(batch).tolist() == [counted(objective, rows)]
         assert batch.padded >= batch.tokens
 
 
@@ -183,7 +191,7 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
         for kind, value in sums[0].items():
             torch.testing.assert_close(together[kind].double(), value.double(), rtol=1e-5, atol=1e-6)
         for batch, found in zip((whole, *halves), sums, strict=True):
-            assert found["units"].item() == objective.units(batch).item() == batch.supervised
+            assert found["units"].item() == objective.units(batch).item() == counted(objective, batch.rows)
         assert set(settings_class("objectives", name).sums) == set(sums[0])  # type: ignore[attr-defined]
         if "loss" in sums[0]:
             assert sums[0]["loss"].item() == pytest.approx(float(losses[0]), rel=1e-5)

@@ -58,7 +58,7 @@ class AnswerEncoder(TextEncoder):
         found = [self.renderer.sequence(example.answered(answer)) for answer in answers]
         for notice, count in (self.notices - before).items():
             self.notices[notice] -= count - 1  # a row that has it in each of its answers is one row
-        sides = [(np.asarray(ids, np.int32), trained.astype(np.bool_)) for ids, trained in found]
+        sides = [(np.asarray(ids, np.int32), weights > 0) for ids, weights in found]
         beside = {name: [getattr(example, name)] for name in self.objective.beside}
         return self.objective.make_row(sides, beside, origin)
 

@@ -230,22 +230,29 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
     return torch.cat(losses), torch.cat(correct)
 
 
-def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Loss:
-    """The summed loss of some positions, with gradient.
+def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None = None) -> Loss:
+    """The summed loss of some positions, with gradient; `weights`: of each, 1 by default.
 
-    Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> total (1,).
+    Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets, weights (N,) -> total (1,).
     """
+    if weights is not None:
+        found = log_probabilities(output, index, targets)  # (N,)
+        return Loss(-(found * placed(weights, found.device)).sum()[None])
     hidden, targets, head = _selected(output, index, targets)
     return Loss(summed_loss(hidden, targets, head, output.chunk_tokens, output.head_parameters)[None])
 
 
-def sums_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Sums:
-    """Of some positions, added up in float64: their loss, how many are predicted right, and their number."""
+def sums_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None = None) -> Sums:
+    """Of some positions, added up in float64: their loss, how many are predicted right, and their number; each counts
+    as its weight says."""
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
     wide = summing_dtype(losses.device)
-    return {"loss": losses.sum(dtype=wide), "correct": correct.sum().to(wide), "units": count}
+    if weights is not None:
+        count, weights = weights.sum(dtype=torch.float64), placed(weights, losses.device)
+        losses, correct = losses * weights, correct * weights
+    return {"loss": losses.sum(dtype=wide), "correct": correct.sum(dtype=wide), "units": count}
 
 
 def losses_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:
