@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+AT_STEP_0, TEACHER = "policy at step 0", "teacher"  # what an objective may compare with
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
 
 
@@ -229,6 +230,7 @@ class ModelOutput:
     head_parameters: Sequence[torch.Tensor] = ()  # trained ones inside the head
     chunk_tokens: int = 1  # positions that pass the head at a time
     logits: torch.Tensor | None = None  # (B, C)
+    teacher_head: Head | None = None  # that reads the hidden states of a teacher, where there is one
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class Objective(Protocol):
     family: str
     example: str  # the kind of example that it learns from, as formats give it
     packable: bool  # whether several rows may lie end to end in one sequence
-    reference: str  # none, or "policy at step 0"
+    reference: str  # none, AT_STEP_0 or TEACHER
     layout: RowLayout
     metrics: Sequence[str]  # always measured
     logged: Sequence[str]  # of each step, as its Loss sums them up

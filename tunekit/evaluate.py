@@ -26,6 +26,7 @@ from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
+from tunekit.tuned.teacher import load_teacher
 
 
 def evaluate_verb(
@@ -56,6 +57,7 @@ def evaluate_verb(
         loaded = load_target(found, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
         console.info(*rows.notes)
+        loaded.model.teacher = load_teacher(rows.objective, devices.device)
         console.info(f"measuring {len(rows.evaluation or ()):,} rows ...")
         of_run, counting = found.data or section, Counting(console)
         evaluation = evaluate_rows(loaded, rows, metrics, devices, of_run, template, counting)

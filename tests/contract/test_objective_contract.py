@@ -16,7 +16,7 @@ from tests.data_case import objective_of, settings, tokenizer_of, write_lines
 from tests.loop_case import CPU, ListedRows
 from tests.memory.test_streaming_seq2seq import make_net
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import Batch, Objective, Row, RowLayout
+from tunekit.contracts import AT_STEP_0, TEACHER, Batch, Objective, Row, RowLayout
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.data.encoding import sources
@@ -86,7 +86,8 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def make(name: str, tokenizer: LoadedTokenizer) -> Objective:
-    return make_objective(settings_class("objectives", name)(method=name), tokenizer)
+    needed = {"distill": {"teacher": ModelSection(name_or_path="a teacher")}}.get(name, {})
+    return make_objective(settings_class("objectives", name)(method=name, **needed), tokenizer)
 
 
 def make_case(name: str, tokenizer: LoadedTokenizer) -> tuple[Objective, list[Row]]:
@@ -169,7 +170,8 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
     section = objective.section(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"))
     base = load_model(section, device=CPU)
     model = TunedModel(base, None, chunk_tokens=3)
-    if objective.reference != "none":  # else the policy is its own reference
+    model.teacher = TunedModel(load_model(section, device=CPU), None) if objective.reference == TEACHER else None
+    if objective.reference == AT_STEP_0:  # else the policy is its own reference
         model.adapter = attach_adapter(base.net, LoraSettings(r=4), seed=0, head_name="lm_head")
     base.net.eval()
     torch.manual_seed(0)

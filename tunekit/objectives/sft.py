@@ -91,19 +91,19 @@ class Sft(TextObjective):
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Shapes: output.hidden (B, T, D) -> total (1,)."""
-        return loss_of_positions(output, *_supervised(batch))
+        return loss_of_positions(output, *supervised(batch))
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, correct and units, over tokens."""
-        return sums_of_positions(output, *_supervised(batch))
+        return sums_of_positions(output, *supervised(batch))
 
     def units(self, batch: Batch) -> Tensor:
         """(1,) float64: supervised tokens, each as often as it counts."""
-        weights = _supervised(batch)[2]
+        weights = supervised(batch)[2]
         return super().units(batch) if weights is None else weights.sum(dtype=torch.float64)[None]
 
 
-def _supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+def supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """(N,) indices of the positions that predict a supervised token, those tokens, and their weights if any is not
     1."""
     index, targets = supervised_positions(batch.targets["labels"])
