@@ -182,5 +182,5 @@ def test_who_cannot_teach(
 def test_the_students_head_cannot_be_streamed(tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:
     objective = {"method": "distill", "teacher": str(teacher)}
     path = write_recipe(tmp_path, tiny_llama, objective=objective, memory={"streamed_head": True})
-    with pytest.raises(RecipeError, match="memory.streamed_head: a divergence reads the whole"):
+    with pytest.raises(RecipeError, match=r"memory.streamed_head: a divergence reads the whole"):
         make_plan(load_recipe(path), device=CPU)
