@@ -71,7 +71,7 @@ class Sft(TextObjective):
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, correct and units, over tokens."""
-        return sums_of_positions(output, *supervised_positions(batch.targets["labels"]))
+        return sums_of_positions(output, *supervised_positions(batch.targets["labels"]), batch)
 
 
 def _labels(row: Row) -> np.ndarray[Any, Any]:
