@@ -201,6 +201,7 @@ class Window:
 
 
 Sums = dict[str, torch.Tensor]  # float64, of any shape; what is added up over batches and ranks
+ROW_LOSSES = "row losses"  # the one among sums that is laid end to end instead: (rows,) the loss of each of the batch
 Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of every rank
 Told = Callable[[str, int, int], None]  # what, how many are done, of how many: for a line of progress
 
@@ -305,7 +306,7 @@ class Objective(Protocol):
         """Sum over the batch's units."""
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """What metrics are made of; no gradient."""
+        """What metrics are made of, and ROW_LOSSES, which add up to its `loss`; no gradient."""
 
     def answer(
         self,

@@ -16,7 +16,7 @@ from tests.data_case import objective_of, settings, tokenizer_of, write_lines
 from tests.loop_case import CPU, ListedRows
 from tests.memory.test_streaming_seq2seq import make_net
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import AT_STEP_0, TEACHER, Batch, Objective, Row, RowLayout
+from tunekit.contracts import AT_STEP_0, ROW_LOSSES, TEACHER, Batch, Objective, Row, RowLayout
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.data.encoding import sources
@@ -194,9 +194,11 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
             torch.testing.assert_close(together[kind].double(), value.double(), rtol=1e-5, atol=1e-6)
         for batch, found in zip((whole, *halves), sums, strict=True):
             assert found["units"].item() == objective.units(batch).item() == counted(objective, batch.rows)
-        assert set(settings_class("objectives", name).sums) == set(sums[0])  # type: ignore[attr-defined]
-        if "loss" in sums[0]:
-            assert sums[0]["loss"].item() == pytest.approx(float(losses[0]), rel=1e-5)
+        assert {*settings_class("objectives", name).sums, ROW_LOSSES} == set(sums[0])  # type: ignore[attr-defined]
+        assert sums[0]["loss"].item() == pytest.approx(float(losses[0]), rel=1e-5)
+        by_itself = [objective.collate([[row]]) for row in whole.rows]  # as prepared: of the same window
+        alone = [float(objective.sums(model.output(batch.inputs), batch)["loss"]) for batch in by_itself]
+        assert sums[0][ROW_LOSSES].tolist() == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
 # Rows of another shape: a chosen and a rejected answer, which belong together.

@@ -20,7 +20,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Part, Row, RowLayout, Sums, Tokenizer, Window
+from tunekit.contracts import (
+    ROW_LOSSES,
+    Batch,
+    Gather,
+    Loss,
+    ModelOutput,
+    Part,
+    Row,
+    RowLayout,
+    Sums,
+    Tokenizer,
+    Window,
+)
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
@@ -283,7 +295,8 @@ class AnswerObjective(TextObjective):
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, units and what is logged, over rows."""
         losses, measured = self.compared(output, batch)
-        return {"loss": losses.sum(dtype=summing_dtype(losses.device)), "units": self.units(batch)[0], **measured}
+        wide = losses.to(summing_dtype(losses.device))
+        return {"loss": wide.sum(), ROW_LOSSES: wide, "units": self.units(batch)[0], **measured}
 
 
 def by_sequence(values: Tensor, counts: Tensor) -> Tensor:

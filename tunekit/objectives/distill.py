@@ -18,7 +18,7 @@ from torch import Tensor
 from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Row, Sums, Tokenizer, Window
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.placing import placed
-from tunekit.objectives.logprobs import divergences, hidden_at, loss_of_positions, sums_of_positions
+from tunekit.objectives.logprobs import divergences, hidden_at, loss_of_positions, row_losses, sums_of_positions
 from tunekit.objectives.sft import Sft, supervised
 from tunekit.recipe.objectives.distill import DistillSettings
 
@@ -77,10 +77,11 @@ class Distill(Sft):
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, correct and units, over tokens."""
         index, targets, weights = supervised(batch)
-        sums, share = sums_of_positions(output, index, targets, weights), self.settings.kd_ratio
+        sums, share = sums_of_positions(output, index, targets, weights, batch), self.settings.kd_ratio
         found = self._divergences(output, index, batch)  # (N,)
         found = found if weights is None else found * placed(weights, found.device)
-        return {**sums, "loss": share * found.sum(dtype=summing_dtype(found.device)) + (1 - share) * sums["loss"]}
+        divergence = {"loss": found.sum(dtype=summing_dtype(found.device)), **row_losses(found, batch)}
+        return sums | {name: share * value + (1 - share) * sums[name] for name, value in divergence.items()}
 
     def _divergences(self, output: ModelOutput, index: Tensor, batch: Batch) -> Tensor:
         taught, beta = batch.targets[TAUGHT], self.settings.beta

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tunekit.contracts import IGNORED, Head, Loss, ModelOutput, Sums
+from tunekit.contracts import IGNORED, ROW_LOSSES, Batch, Head, Loss, ModelOutput, Sums
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.call import calling, current_call
 from tunekit.model.placing import placed
@@ -313,9 +313,11 @@ def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weigh
     return Loss(summed_loss(hidden, targets, head, output.chunk_tokens, output.head_parameters)[None])
 
 
-def sums_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None = None) -> Sums:
-    """Of some positions, added up in float64: their loss, how many are predicted right, and their number; each counts
-    as its weight says."""
+def sums_of_positions(
+    output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None, batch: Batch
+) -> Sums:
+    """Of some positions, those of the batch's rows in order, added up in float64: their loss, how many are predicted
+    right, and their number, each counting as its weight says; and the loss of each row."""
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
@@ -323,7 +325,15 @@ def sums_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weigh
     if weights is not None:
         count, weights = weights.sum(dtype=torch.float64), placed(weights, losses.device)
         losses, correct = losses * weights, correct * weights
-    return {"loss": losses.sum(dtype=wide), "correct": correct.sum(dtype=wide), "units": count}
+    added = {"loss": losses.sum(dtype=wide), "correct": correct.sum(dtype=wide), "units": count}
+    return {**added, **row_losses(losses, batch)}
+
+
+def row_losses(losses: Tensor, batch: Batch) -> Sums:
+    """(rows,) the loss of each row. Shapes: losses (N,), of what is supervised in the batch's rows, in order."""
+    counts = [row.supervised for row in batch.rows]
+    parts = torch.split(losses, counts)
+    return {ROW_LOSSES: torch.stack([part.sum(dtype=summing_dtype(losses.device)) for part in parts])}
 
 
 def losses_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class Seq2seq(TextObjective):
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, correct and units, over tokens of the answers."""
-        return sums_of_positions(output, *_labelled(batch))
+        return sums_of_positions(output, *_labelled(batch), batch)
 
 
 def _labelled(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

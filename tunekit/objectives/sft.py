@@ -95,7 +95,7 @@ class Sft(TextObjective):
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, correct and units, over tokens."""
-        return sums_of_positions(output, *supervised(batch))
+        return sums_of_positions(output, *supervised(batch), batch)
 
     def units(self, batch: Batch) -> Tensor:
         """(1,) float64: supervised tokens, each as often as it counts."""

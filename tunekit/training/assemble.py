@@ -11,6 +11,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
+from tunekit.artifacts.run import ROWS_NAME
 from tunekit.console.progress import Counting
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.files.cache_folder import hash_of
@@ -38,6 +39,7 @@ from tunekit.training.trial import (
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+from tunekit.tuned.row_losses import RowLosses
 from tunekit.tuned.scores import summed_evaluation
 from tunekit.tuned.teacher import load_teacher
 
@@ -85,6 +87,7 @@ def assemble_run(
         state=state,
         save=lambda: save_run(session, run, fingerprint),
         evaluate=_make_evaluate(session, prepared, model, state),
+        keep_rows=_make_keep_rows(session, prepared),
         stop_signal=lambda: session.signals.requested or 0,
         peak_bytes=session.peak_bytes,
         warn=session.console.warn,
@@ -172,3 +175,16 @@ def _make_evaluate(
         told=Counting(session.console),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)
+
+
+def _make_keep_rows(session: Session, prepared: Prepared) -> Callable[[int, Evaluation], None]:
+    """What leaves the loss of each evaluation row in the run folder."""
+    rows = prepared.rows.evaluation
+    kept = None if rows is None else RowLosses(rows, prepared.rows.objective, prepared.tokenizer)
+
+    def keep_rows(step: int, found: Evaluation) -> None:
+        if kept is not None and session.folder is not None and found.sums.row_losses:
+            earlier = session.folder.read_json(ROWS_NAME) if step else None
+            session.folder.write_json(ROWS_NAME, kept.values(step, found.sums.row_losses, earlier))
+
+    return keep_rows
