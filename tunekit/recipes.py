@@ -9,8 +9,10 @@ import shutil
 from pathlib import Path
 
 from tunekit.errors import RecipeError
+from tunekit.files.durable import write_new_text
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.suggest import did_you_mean
+from tunekit.recipe.schema import SCHEMA_MARK, SCHEMA_NAME, schema_text
 from tunekit.recipe.shipped import shipped_recipes
 
 ENDINGS = (".yaml", ".yml")
@@ -39,14 +41,18 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
 
 
 def first_comment(recipe: Path) -> str:
-    """What a recipe says of itself: its first line, if that is a comment."""
+    """What a recipe says of itself: its first line, or the one below the schema's, if that is a comment."""
     with recipe.open(encoding="utf-8") as opened:
-        line = opened.readline().strip()
+        lines = (line.strip() for line in opened)
+        line = next((line for line in lines if not line.startswith(SCHEMA_MARK)), "")
     return line.removeprefix("#").strip() if line.startswith("#") else ""
 
 
 def copy_recipe(recipe: Path, target: Path) -> list[Path]:
-    """Copy a recipe and the files it names beside it, to the same relative places; nothing is overwritten."""
+    """Copy a recipe and the files it names beside it, to the same relative places; nothing is overwritten.
+
+    The schema for editors is written beside it where no file of that name is; one that is there already stays.
+    """
     target = target if target.suffix in ENDINGS else target / recipe.name
     loaded = load_recipe(recipe).recipe
     sources = [*loaded.data.train, *(loaded.data.eval if isinstance(loaded.data.eval, tuple) else ())]
@@ -61,4 +67,5 @@ def copy_recipe(recipe: Path, target: Path) -> list[Path]:
     for copy, original in pairs.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(original, copy)
-    return list(pairs)
+    schema = target.parent / SCHEMA_NAME
+    return [*pairs, *([schema] if write_new_text(schema, schema_text()) else [])]
