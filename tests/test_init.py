@@ -12,7 +12,8 @@ import pytest
 from tunekit.errors import DataError, InputError, RecipeError
 from tunekit.init import init_verb, look_at, models_at_hand
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.schema import SCHEMA_LINE, SCHEMA_NAME, schema_text
+from tunekit.recipe.schema import schema_text
+from tunekit.recipe.shipped import SCHEMA_LINE, SCHEMA_NAME
 
 ROWS = {
     "sft": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]},

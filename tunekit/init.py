@@ -23,7 +23,8 @@ from tunekit.files.durable import write_new_text, write_text
 from tunekit.formats.preference import is_pair
 from tunekit.recipe.data import Source
 from tunekit.recipe.names import known_names
-from tunekit.recipe.schema import SCHEMA_LINE, SCHEMA_NAME, schema_text
+from tunekit.recipe.schema import schema_text
+from tunekit.recipe.shipped import SCHEMA_LINE, SCHEMA_NAME
 from tunekit.records import bytes_text
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -12,8 +12,8 @@ from tunekit.errors import RecipeError
 from tunekit.files.durable import write_new_text
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.suggest import did_you_mean
-from tunekit.recipe.schema import SCHEMA_MARK, SCHEMA_NAME, schema_text
-from tunekit.recipe.shipped import shipped_recipes
+from tunekit.recipe.schema import schema_text
+from tunekit.recipe.shipped import SCHEMA_NAME, first_comment, shipped_recipes
 
 ENDINGS = (".yaml", ".yml")
 
@@ -38,14 +38,6 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
         return
     for file in copy_recipe(known[name], Path(copy_to)):
         print(f"wrote {file}")
-
-
-def first_comment(recipe: Path) -> str:
-    """What a recipe says of itself: its first line, or the one below the schema's, if that is a comment."""
-    with recipe.open(encoding="utf-8") as opened:
-        lines = (line.strip() for line in opened)
-        line = next((line for line in lines if not line.startswith(SCHEMA_MARK)), "")
-    return line.removeprefix("#").strip() if line.startswith("#") else ""
 
 
 def copy_recipe(recipe: Path, target: Path) -> list[Path]:

@@ -10,9 +10,16 @@ import pytest
 
 from tests.recipe.language_server import LanguageServer, language_server  # noqa: F401 (a fixture)
 from tunekit.files.durable import write_new_text
-from tunekit.recipe.schema import SCHEMA_LINE, SCHEMA_MARK, SCHEMA_NAME, schema_text
-from tunekit.recipe.shipped import shipped_folder, shipped_recipes
-from tunekit.recipes import copy_recipe, first_comment
+from tunekit.recipe.schema import schema_text
+from tunekit.recipe.shipped import (
+    SCHEMA_LINE,
+    SCHEMA_MARK,
+    SCHEMA_NAME,
+    first_comment,
+    shipped_folder,
+    shipped_recipes,
+)
+from tunekit.recipes import copy_recipe
 
 RECIPES = shipped_recipes()
 PLANTED = [  # what an editor must underline: a text of sft-lora.yaml, what stands there instead, the server's words

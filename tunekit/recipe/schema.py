@@ -17,9 +17,6 @@ from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.problems import kind_of, section_class
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 
-SCHEMA_NAME = "recipe.schema.json"  # beside the recipes whose first line names it
-SCHEMA_MARK = "# yaml-language-server: $schema="  # which editors with that server look for
-SCHEMA_LINE = SCHEMA_MARK + SCHEMA_NAME
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 JsonSchema = dict[str, Any]
 _STANDARD = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
