@@ -17,8 +17,7 @@ import yaml
 
 from tunekit.plan import plan_verb
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.shipped import shipped_recipes
-from tunekit.recipes import first_comment
+from tunekit.recipe.shipped import first_comment, shipped_recipes
 from tunekit.train import train_verb
 
 RECIPES = shipped_recipes()
