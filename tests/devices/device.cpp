@@ -697,6 +697,9 @@ TORCH_LIBRARY_IMPL(aten, KIND, library) {
   library.impl("set_.source_Storage", set_storage);
   library.impl("set_.source_Storage_storage_offset", set_part);
   library.impl("record_stream", record_stream);
+  // Of these torch has a formula for devices without a kernel, which would come before the fallback.
+  for (const char* name : {"silu_backward", "mish_backward"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&compute>());
 }
 TORCH_LIBRARY_IMPL(_, KIND, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
 const bool allocates = (c10::SetAllocator(kDevice.type(), &device_allocator, 10), true);

@@ -3,6 +3,7 @@ a run."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.devices import simulated
 from tests.loop_case import DEVICE
@@ -28,7 +30,9 @@ METAL = DEVICE.type == "mps"
 
 @pytest.fixture(autouse=True)
 def whole_device() -> Iterator[None]:
-    """A budget bounds a process, and a device is chosen for one; here others come after it."""
+    """A budget bounds a process, and a device is chosen for one; here others come before it and after it."""
+    gc.collect()
+    torch.get_device_module(DEVICE).empty_cache()
     yield
     os.environ.pop("TUNEKIT_DEVICE", None)
     limit_bytes(DEVICE, simulated.DOUBLE.properties.total_memory)
