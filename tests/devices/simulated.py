@@ -124,9 +124,13 @@ def _around_torch() -> Iterator[None]:
     DOUBLE = Double()
     yield
     _install(DOUBLE)
-    from tests.devices import kernels
+    from tests.devices import collectives, kernels
 
-    kernels.register(DOUBLE) if KIND == "cuda" else kernels.register_plain_attention(KIND)
+    if KIND != "cuda":
+        kernels.register_plain_attention(KIND)
+        return
+    kernels.register(DOUBLE)
+    collectives.register(DOUBLE)
 
 
 @contextlib.contextmanager

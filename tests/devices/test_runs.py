@@ -112,7 +112,12 @@ def test_steps_that_overflow_are_skipped_recorded_and_told(
     assert told in " ".join("".join(capsys.readouterr()).split())
 
 
-def test_a_result_is_evaluated_generates_and_is_merged(resident: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_result_is_evaluated_generates_and_is_merged(
+    folder: Path, resident: Path, tmp_path: Path, quantization: str
+) -> None:
+    if quantization != "none":
+        resident, _ = train(tmp_path, folder, f"model.quantization={quantization}")
     evaluate_verb(str(resident), None, None, None, [], str(tmp_path / "eval.json"), [])
     last = [record["eval"]["loss"] for record in records(resident) if "eval" in record][-1]
     assert json.loads((tmp_path / "eval.json").read_text())["loss"] == pytest.approx(last, rel=1e-5)
