@@ -82,6 +82,7 @@ def _make_step(run: Run, window: Window) -> Reading:
     reading.rate = run.optimizer.step(run.rate(), found_inf)
     state.scale.update(finite, reading.step)
     _advance(run, finite, counts)
+    reading.sent = time.monotonic()
     return reading
 
 
@@ -89,10 +90,11 @@ def _settle(run: Run, waiting: Waiting) -> None:
     """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
     state = run.state
     for reading in waiting.readings:
-        loss, norm = reading.read()
-        check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
         before = max(reading.started, waiting.settled)  # a step may begin before the last one was read
-        waiting.settled = time.monotonic()
+        waiting.settled = reading.sent if reading.arrived() else 0.0
+        loss, norm = reading.read()
+        waiting.settled = waiting.settled or time.monotonic()
+        check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
         seconds = waiting.settled - before
         watch_loss(run, reading, loss)
         state.seconds["train"] = state.seconds.get("train", 0.0) + seconds

@@ -30,7 +30,12 @@ class Reading:
     names: Sequence[str]  # of what is logged
     copied: Any  # the device's event after which `numbers` hold, None on a CPU
     started: float
+    sent: float = 0.0  # when the host had sent off all of the step
     rate: float = 0.0
+
+    def arrived(self) -> bool:
+        """Whether the numbers are here already: then the host is behind the device, and its own time is the step's."""
+        return self.copied is None or bool(self.copied.query())
 
     def read(self) -> tuple[float, float]:
         """Loss and norm, waited for."""
