@@ -67,7 +67,7 @@ def main() -> None:
         sys.exit(f"no such row: {', '.join(unknown)}; there are {', '.join(known)}")
     usual = "gpu-rehearsed.json" if settings.rehearse else "gpu.json" if settings.device == "cuda" else "gpu-double.json"
     file = settings.json or RESULTS / usual
-    device = torch.device(settings.device)
+    device = torch.device(settings.device, 0 if settings.device == "cuda" else None)  # torch's limits ask for an index
     if settings.child:
         run_child(settings.child, known, device, file)
     elif settings.dry_run:
@@ -313,7 +313,7 @@ def write_table(results: dict[str, Any], rows: list[Row], device: torch.device) 
     """scripts/results/gpu.md."""
     from table import make_table
 
-    file = RESULTS / ("gpu.md" if device.type == "cuda" else "gpu-double.md")
+    file = RESULTS / ("gpu-rehearsed.md" if REHEARSES else "gpu.md" if device.type == "cuda" else "gpu-double.md")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(make_table(results, rows), encoding="utf-8")
     print(file)
