@@ -33,11 +33,11 @@ sys.path.insert(0, str(REPOSITORY / "scripts" / "gpu"))
 sys.path.insert(0, str(REPOSITORY))
 if "--rehearse" in sys.argv and "TUNEKIT_SIMULATED_FAULTS" not in os.environ:
     os.environ.setdefault("TUNEKIT_SIMULATED_CAPABILITY", "9.0")
-    import tests.devices.plugin  # noqa: F401: before torch
+    import tests.devices.plugin  # noqa: F401  (before torch)
 
-import torch
-from arithmetic import Ceilings, as_json
-from shapes import DOUBLES, ROWS, Row, rehearsed, shrink_models
+import torch  # noqa: E402
+from arithmetic import Ceilings, as_json  # noqa: E402
+from shapes import DOUBLES, ROWS, Row, rehearsed, shrink_models  # noqa: E402
 
 RESULTS = REPOSITORY / "scripts" / "results"
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger_kernel", "flash_attn")
@@ -65,7 +65,9 @@ def main() -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         sys.exit(f"no such row: {', '.join(unknown)}; there are {', '.join(known)}")
-    usual = "gpu-rehearsed.json" if settings.rehearse else "gpu.json" if settings.device == "cuda" else "gpu-double.json"
+    usual = (
+        "gpu-rehearsed.json" if settings.rehearse else "gpu.json" if settings.device == "cuda" else "gpu-double.json"
+    )
     file = settings.json or RESULTS / usual
     device = torch.device(settings.device, 0 if settings.device == "cuda" else None)  # torch's limits ask for an index
     if settings.child:

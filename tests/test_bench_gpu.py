@@ -142,7 +142,9 @@ def test_peft_is_measured_in_the_call_of_what_is_held_against_it(
     assert [found[name]["rival_tokens_per_second"] for name in (first[0], first[2], "8b-nf4")] == [50.0, 50.0, 65.0]
     from table import make_table
 
-    line = next(line for line in make_table(json.loads(file.read_text()), rows).splitlines() if "| 8b-nf4-small " in line)
+    line = next(
+        line for line in make_table(json.loads(file.read_text()), rows).splitlines() if "| 8b-nf4-small " in line
+    )
     assert "| 2.00 |" in line
 
 

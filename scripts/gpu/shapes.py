@@ -123,8 +123,16 @@ def _seed_table(name: str, model: str) -> list[Row]:
         Row(f"{name}-streamed", "G1", **common, **STREAMED, streamed_head=head, rival=rival),
         Row(rival, "G1", **common, rows=8, **PEFT),
         Row(f"{name}-nf4", "G2", **common, **NF4, rows=8, rival=rival),
-        Row(f"{name}-nf4-recomputed", "G2", **common, **NF4, rows=8, checkpointing="every", streamed_head=head,
-            rival=rival),
+        Row(
+            f"{name}-nf4-recomputed",
+            "G2",
+            **common,
+            **NF4,
+            rows=8,
+            checkpointing="every",
+            streamed_head=head,
+            rival=rival,
+        ),
     ]
 
 

@@ -32,7 +32,9 @@ def run_of(folder: Path, longest: int) -> list[torch.Tensor]:
     return [tensor.cpu() for tensor in weights(case).values()]
 
 
-@pytest.mark.parametrize(("deterministic", "longest", "repeats"), [(True, 300, True), (False, 300, False), (False, 60, True)])
+@pytest.mark.parametrize(
+    ("deterministic", "longest", "repeats"), [(True, 300, True), (False, 300, False), (False, 60, True)]
+)
 def test_long_documents_repeat_their_bits_with_it_alone(
     folder: Path, deterministic: bool, longest: int, repeats: bool
 ) -> None:

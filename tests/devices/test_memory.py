@@ -15,7 +15,8 @@ from tunekit.planning.simulated.kernels import workspace_bytes
 
 REDUCED = {
     "llama": shapes._llama(256, 768, 4, 4, num_key_value_heads=2, vocab_size=16384, head_dim=64),
-    "mt5": shapes._t5("mt5", 256, 512, 4, 16384) | {"num_layers": 3, "num_decoder_layers": 3},  # one matrix: head, tables
+    "mt5": shapes._t5("mt5", 256, 512, 4, 16384)
+    | {"num_layers": 3, "num_decoder_layers": 3},  # one matrix: head, tables
 }
 # where the real kernels hold less than torch's plain ones, which the device has for 4 bits and for biased attention
 SHORT = {"rows": 8, "length": 64, "quantization": "none"}
