@@ -19,6 +19,7 @@ from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import COLUMNS, class_facts, confusion_table
+from tunekit.metrics.sources import sources_table
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.names import known_names, settings_class, units_of, unmeasurable
@@ -69,6 +70,9 @@ def evaluate_verb(
         values = {**evaluation.metrics, **counts}
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
         result: dict[str, Any] = {name: value for name, value in values.items() if math.isfinite(value)}
+        if evaluation.sources is not None:
+            result["sources"] = evaluation.sources
+            console.table(*sources_table(evaluation.sources))
         if evaluation.classes is not None:
             result["classes"] = class_facts(evaluation.classes)
             _show_classes(console, result["classes"])

@@ -168,7 +168,7 @@ def _evaluate_if_due(run: Run) -> bool:
     except EvaluationStopped:
         return False
     state.evaluated_step = state.step
-    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples))
+    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
     watched = (settings.best or "eval.loss").removeprefix("eval.")
     compared = bool(state.step) and (settings.best is not None or settings.patience is not None)
     better = compared and is_better(watched, found.metrics[watched], state.best_value)

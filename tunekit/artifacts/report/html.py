@@ -17,6 +17,7 @@ from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
+from tunekit.metrics.sources import sources_table
 from tunekit.recipe.names import units_of
 from tunekit.records import bytes_text, calibration_text, skipped_text
 
@@ -213,7 +214,10 @@ def _evaluations(run: RunValues) -> dict[str, Any]:
     kept = run.report.get("best_step") or run.report.get("final_step")
     best = next((at for at, record in enumerate(shown) if record["step"] == kept), -1)
     text = [f"The exported weights are those after step {kept:,}."] if kept else []
-    return _section("Evaluations", text=text, tables=[_table("", ["step", *names], rows, best)])
+    tables, of_sources = [_table("", ["step", *names], rows, best)], shown[best].get("sources")
+    if of_sources:
+        tables.append(_table(f"By source, after step {shown[best]['step']:,}", *sources_table(of_sources)))
+    return _section("Evaluations", text=text, tables=tables)
 
 
 def _few(records: Sequence[dict[str, Any]], best: int | None, most: int = 30) -> list[dict[str, Any]]:
