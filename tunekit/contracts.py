@@ -187,6 +187,18 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """What preparing a step told: numbers to be logged with it, of all ranks; seconds by part; samples of the model."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+
+
+UNPREPARED = Preparation()
+
+
+@dataclass(frozen=True)
 class Window:
     """The micro-batches of one optimizer step (of this rank), with their indices in the step over all ranks."""
 
@@ -194,6 +206,8 @@ class Window:
     epoch: float  # epochs finished after this step
     indices: tuple[int, ...]
     batches: tuple[Batch, ...]
+    seed: int = 0  # of what is drawn for it
+    preparation: Preparation = UNPREPARED
 
 
 Sums = dict[str, torch.Tensor]  # float64, of any shape; what is added up over batches and ranks
@@ -254,6 +268,7 @@ class Objective(Protocol):
     logged: Sequence[str]  # of each step, as its Loss sums them up
     complete: bool  # whether it knows what its base and its loss need; else its rows tell
     facts: Mapping[str, Any]  # beside its settings: plain values that its adapter's folder keeps
+    code: Mapping[str, str]  # of files that decide its results and no row, by the recipe's key: sha256 of the content
     fingerprint: str  # sha256 of everything of it that decides a row
     notes: Sequence[str]  # what its rows told, for the user
 
@@ -263,8 +278,11 @@ class Objective(Protocol):
     def row_encoder(self, options: Any) -> RowEncoder:
         """What encodes examples with these options of the data section. Raises: RecipeError for a senseless one."""
 
-    def informed(self, rows: Sequence[Rows]) -> Objective:
-        """The same objective with what only all of its rows tell."""
+    def informed(self, rows: Sequence[Rows], template: str | None = None) -> Objective:
+        """The same objective with what only all of its rows tell; `template`: by which their prompts were written."""
+
+    def held_out(self) -> Objective:
+        """The same objective as it measures rows that it does not learn from, but for what `measuring` adds."""
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """What lies at sizes start .. stop-1 of a row."""

@@ -102,6 +102,10 @@ class AdapterError(InputError):
     """An adapter folder, or an adapter that does not fit its base."""
 
 
+class RewardError(InputError):
+    """A reward: its file, or what it gave back."""
+
+
 class RunFolderError(InputError):
     """The run folder: a held lock, a refused resume, a finished run in the way."""
 

@@ -6,6 +6,7 @@ every record can be written as JSON by `dataclasses.asdict`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,6 +171,7 @@ class StepRecord:
     tokens_per_second: float
     peak_bytes: int
     metrics: dict[str, float] = field(default_factory=dict)  # means over the step of what its objective logs
+    samples: list[Mapping[str, Any]] | None = None  # of the model's completions, of some steps
 
 
 @dataclass(frozen=True)

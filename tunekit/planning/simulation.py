@@ -91,13 +91,13 @@ class SimulatedRun:
 
     def evaluation(self, batch: Batch) -> Simulation:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
-        tuned, tracker = self._tuned(), StorageTracker(self.device)
-        objective = _LogitsApart(self.objective, tracker)
+        tuned, tracker, held_out = self._tuned(), StorageTracker(self.device), self.objective.held_out()
+        objective = _LogitsApart(held_out, tracker)
         with kernels_as_on(self.device), tracker:
             optimizer = self._adopt(tracker, tuned)
             tracker.start()
             with undisturbed(tuned):
-                batch = prepared(tuned, self.objective, batch)
+                batch = prepared(tuned, held_out, batch)
                 objective.sums(tuned.output(batch.inputs), batch)
         del optimizer
         return tracker.result()

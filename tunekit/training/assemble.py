@@ -48,7 +48,8 @@ def assemble_run(
     Raises: RunFolderError where `checkpoint` belongs to another run; ModelError from the probes.
     """
     recipe, devices = session.loaded.recipe, session.devices
-    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint)
+    rows = prepared.rows
+    fingerprint = checked_fingerprint(session, rows.fingerprint, base.fingerprint, checkpoint, rows.objective.code)
     state = LoopState(LossScale(base.dtype == torch.float16))
     if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
@@ -140,7 +141,7 @@ def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
     if rows is not None:
         batches = evaluation_batches(rows, run.objective, batch_size=run.evaluation.batch_size)
         split = split_evaluation_noted(session, run.state)
-        summed_evaluation(run.model, run.objective, [next(batches)], run.devices, on_split=split)
+        summed_evaluation(run.model, run.objective.held_out(), [next(batches)], run.devices, on_split=split)
     if not run.state.reactions:
         session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
 

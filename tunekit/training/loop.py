@@ -95,7 +95,9 @@ def _settle(run: Run, waiting: Waiting) -> None:
         waiting.settled = time.monotonic()
         seconds = waiting.settled - before
         watch_loss(run, reading, loss)
-        state.seconds["train"] = state.seconds.get("train", 0.0) + seconds
+        told = reading.window.preparation
+        for part, spent in {"train": seconds - sum(told.seconds.values()), **told.seconds}.items():
+            state.seconds[part] = state.seconds.get(part, 0.0) + spent
         record = StepRecord(
             step=reading.step,
             epoch=reading.window.epoch,
@@ -107,10 +109,16 @@ def _settle(run: Run, waiting: Waiting) -> None:
             seconds=seconds,
             tokens_per_second=reading.counts[0] / seconds,
             peak_bytes=run.peak_bytes(),
-            metrics=reading.logged(),
+            metrics={**told.metrics, **reading.logged()},
+            samples=list(told.samples) if _shows_samples(run, reading.step) else None,
         )
         run.record(record)
     waiting.readings.clear()
+
+
+def _shows_samples(run: Run, step: int) -> bool:
+    """Whether the samples of a step, if it has some, are kept for the report."""
+    return step in (1, run.windows.steps) or step % run.training.eval_steps == 0
 
 
 def _pauses(run: Run) -> bool:

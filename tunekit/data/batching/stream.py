@@ -136,7 +136,8 @@ class StreamedWindows:
     def _window(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> Window:
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         epoch = max(part.epoch for batch in micro_batches for group in batch for part in group)
-        return Window(step, epoch, indices, tuple(self._collate(micro_batches[index]) for index in indices))
+        batches = tuple(self._collate(micro_batches[index]) for index in indices)
+        return Window(step, epoch, indices, batches, self._settings.seed)
 
     def _collate(self, groups: Sequence[StreamedSequence]) -> Batch:
         sequences = [[part.row for part in group] for group in groups]

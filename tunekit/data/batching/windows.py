@@ -134,7 +134,7 @@ class TrainingWindows:
         micro_batches = self.micro_batches(epoch)[position * size : (position + 1) * size]
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         batches = tuple(self._collate(micro_batches[index]) for index in indices)
-        return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches)
+        return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches, self._settings.seed)
 
     def _collate(self, micro_batch: MicroBatch) -> Batch:
         return collate(self._rows, micro_batch, self._objective, end_to_end=self._settings.end_to_end)
