@@ -225,6 +225,8 @@ class ReportFacts:
     skipped_steps: int | None = None  # whose gradients overflowed in float16
     calibration: dict[str, Any] | None = None
     budget_bytes: int | None = None
+    first_reward: float | None = None  # of what the model sampled, as the losses are
+    final_reward: float | None = None
     classes: dict[str, Any] | None = None  # of each label what the exported weights made of it
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Window
-from tunekit.errors import InputError, Problem, Stopped
+from tunekit.errors import InputError, Problem, RewardError, Stopped
 from tunekit.records import EvaluationRecord, StepRecord
-from tunekit.training.divergence import watch_loss
+from tunekit.training.divergence import watch_loss, watch_samples
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
 from tunekit.training.state import Run, timed
@@ -36,7 +36,10 @@ def run_loop(run: Run) -> None:
             raise
         _settle(run, waiting)
         _save(run)
-        saved = Problem(f"the checkpoint of step {state.step} is written", "mend it, and go on with --resume")
+        how = "mend it, and go on with --resume"
+        if isinstance(error, RewardError):
+            how = "go on with --resume where it works again; a changed file is another reward, and needs a new run"
+        saved = Problem(f"the checkpoint of step {state.step} is written", how)
         raise InputError.of([*error.problems, saved]) from error
 
 
@@ -94,8 +97,11 @@ def _settle(run: Run, waiting: Waiting) -> None:
         before = max(reading.started, waiting.settled)  # a step may begin before the last one was read
         waiting.settled = time.monotonic()
         seconds = waiting.settled - before
-        watch_loss(run, reading, loss)
         told = reading.window.preparation
+        if told.metrics:  # the loss of samples says how they differ, not how good they are
+            watch_samples(run, reading)
+        else:
+            watch_loss(run, reading, loss)
         for part, spent in {"train": seconds - sum(told.seconds.values()), **told.seconds}.items():
             state.seconds[part] = state.seconds.get(part, 0.0) + spent
         record = StepRecord(

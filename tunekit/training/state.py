@@ -43,6 +43,7 @@ class LoopState:
     supervised_tokens: int = 0
     first_losses: list[float] = field(default_factory=list)  # of the first step, before any update
     past_losses: list[float] = field(default_factory=list)  # of the last steps, with which the next one is compared
+    useless_steps: dict[str, int] = field(default_factory=dict)  # in a row, of samples that teach nothing, by why
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None  # the pass over the data before step 1
     reactions: list[dict[str, Any]] = field(default_factory=list)  # records.Reaction as plain values

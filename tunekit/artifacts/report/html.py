@@ -30,7 +30,7 @@ def _asset(name: str) -> str:
 
 def run_page(run: RunValues) -> str:
     """The page of one run, finished or not."""
-    sections = [_evaluations(run), *_classes(run), _samples(run), _memory(run), _time(run), _rows(run), _reactions(run)]
+    sections = [_evaluations(run), *_classes(run), _samples(run), _completions(run), _memory(run), _time(run), _rows(run), _reactions(run)]
     charts = charts_of([run])
     return _page(
         {
@@ -229,6 +229,30 @@ def _samples(run: RunValues) -> dict[str, Any] | None:
         for before, at_end in zip(first["samples"], last["samples"], strict=False)
     ]
     return _section("Answers to the first evaluation rows", tables=[_table("", head, lines, texts=True)])
+
+
+def _completions(run: RunValues) -> dict[str, Any] | None:
+    """What the model wrote to the first prompts of some steps, the first and the last of those that are kept."""
+    found = [record for record in run.steps if record.get("samples")]
+    if not found:
+        return None
+    tables = []
+    for record in dict.fromkeys((0, len(found) - 1)):
+        samples = found[record]["samples"]
+        names = list(samples[0]["rewards"])
+        lines = [
+            [
+                each["prompt"],
+                each["answer"],
+                each["completion"] + ("" if each["ended"] else " […]"),
+                *(each["rewards"][name] for name in names),
+                each["advantage"],
+            ]
+            for each in samples
+        ]
+        head = ["prompt", "the row's answer", "completion", *names, "advantage"]
+        tables.append(_table(f"Step {found[record]['step']:,}", head, lines, texts=True))
+    return _section("Completions that the model learnt from", text=["[…]: it did not end."], tables=tables)
 
 
 def _memory(run: RunValues) -> dict[str, Any] | None:

@@ -248,8 +248,8 @@ def _generate(
 class _Draws:
     """Chooses the next token of each row by random numbers of its own; transformers then takes the only one left.
 
-    The token drawn is the first whose cumulated probability is above a number from [0, 1), the one of the row's seed
-    and the token's place: neither the other rows of the batch nor their order matter.
+    These are a function of the row's seed and the token's place: neither the other rows of the batch nor their order
+    matter.
     """
 
     def __init__(self, seeds: Sequence[int], new_tokens: int, sampling: Sampling) -> None:
@@ -261,10 +261,7 @@ class _Draws:
         """Shapes: scores (B, V) -> (B, V), of which all but one of each row are -inf."""
         for warper in self._warpers():
             scores = warper(ids, scores)
-        kind = summing_dtype(scores.device)
-        total = torch.softmax(scores.float(), dim=-1).cumsum(dim=-1, dtype=kind)  # (B, V)
-        numbers = self.numbers[:, self.drawn, None].to(scores.device, kind)  # (B, 1)
-        place = torch.searchsorted(total, numbers * total[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)  # (B, 1)
+        place = draw(scores.float(), self.numbers[:, self.drawn].to(scores.device, summing_dtype(scores.device)))
         self.drawn += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, place, 0.0)
 
@@ -275,6 +272,15 @@ class _Draws:
         found = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
         found += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
         return [*found, *([TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else [])]
+
+
+def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """(B, 1) the first token whose cumulated probability is above a number from [0, 1).
+
+    Shapes: logits (B, V) float32, numbers (B,).
+    """
+    total = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=numbers.dtype)  # (B, V)
+    return torch.searchsorted(total, numbers[:, None] * total[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
 
 
 def _ends_where(told: Callable[[list[int]], list[bool]]) -> Callable[..., torch.Tensor]:
