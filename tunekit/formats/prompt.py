@@ -15,7 +15,7 @@ from tunekit.errors import DataError
 from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
 from tunekit.formats.fields import listed
-from tunekit.formats.preference import AskedExample, Said, conversation, read_prompt, read_side
+from tunekit.formats.preference import AskedExample, conversation, read_prompt, read_side
 
 ALIASES = {"messages": "conversations"}
 ANSWERS = ("answer", "completion", "output")
@@ -47,7 +47,7 @@ def make_example(row: Mapping[str, Any]) -> PromptExample:
     if asked is None:
         raise DataError(f"no prompt; this row has {listed(row)}", "add one, or map a column to 'prompt'")
     given = [name for name in ANSWERS if row.get(name) is not None]
-    answer = _text_of(read_side(row, given[0])) if given and _is_said(row[given[0]]) else None
+    answer = _read_answer(row, given[0]) if given else None
     if answer is None and not isinstance(asked, str) and asked and asked[-1].role == "assistant":
         asked, answer = asked[:-1], asked[-1].content
     (prompt,) = conversation(row, asked)
@@ -55,10 +55,12 @@ def make_example(row: Mapping[str, Any]) -> PromptExample:
     return PromptExample(prompt, answer, columns, tools=read_tools(row.get("tools")))
 
 
-def _is_said(value: Any) -> bool:
-    """Whether an answer is a text or turns: of other kinds (a number, a mapping) it is only a column."""
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, Mapping) for each in value))
-
-
-def _text_of(said: Said) -> str:
+def _read_answer(row: Mapping[str, Any], name: str) -> str | None:
+    """A text, turns or a whole number; what is something else is only a column."""
+    value = row[name]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(each, Mapping) for each in value)):
+        return None
+    said = read_side(row, name)
     return said if isinstance(said, str) else "".join(message.content for message in said)

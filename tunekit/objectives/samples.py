@@ -414,7 +414,7 @@ class SampleObjective(AnswerObjective):
             "completions_clipped_ratio": 1.0 - batch.targets["ended"][:, 0].double(),
         }
         sums = {name: values[judged].sum() for name, values in found.items()}
-        return {"loss": -sums["reward"], "units": judged.sum().double(), **sums}
+        return {"loss": 0.0 - sums["reward"], "units": judged.sum().double(), **sums}
 
 
 def told_of(row: Row) -> dict[str, Any]:
