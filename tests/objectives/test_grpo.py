@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import write_tiny_llama
 from tests.objectives.sample_case import Case
 from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_recipe
+from tests.objectives.test_reward import write_reward
 from tests.train_case import lose_the_end, records, without_times
 from tunekit.contracts import Window
 from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunFolderError
 from tunekit.evaluate import evaluate_verb
+from tunekit.formats.example import Message
+from tunekit.formats.preference import AskedExample
 from tunekit.formats.prompt import make_example
-from tunekit.generate import answer
+from tunekit.generate import answer, score_file
 from tunekit.merge import merge_verb
 from tunekit.objectives.rewards import Rewards, Written
 from tunekit.planning.plan import make_plan
@@ -323,3 +326,35 @@ def test_every_layout_of_prompts_is_read() -> None:
     for row, prompt, reference, columns in rows:
         example = make_example(row)
         assert (example.prompt_value, example.answer, dict(example.columns)) == (prompt, reference, columns)
+
+
+def test_a_reward_model_of_ones_own_is_asked(base: Path, tmp_path: Path) -> None:
+    model = train(write_reward(tmp_path / "model", base, training={"epochs": 1}))
+    objective = {"reward": [{"model": str(model)}, {"exact_match": "answer", "weight": 2.0}]}
+    recipe = write_prompts(tmp_path / "grpo", base, objective=objective, training={"epochs": 1})
+    run = train(recipe)
+    steps = [record for record in records(run) if "loss" in record]
+    for step in steps:
+        both = step["rewards_model_mean"] + 2 * step["rewards_exact_match_mean"]
+        assert step["reward"] == pytest.approx(both, rel=1e-6)
+    assert measured(run)["reward"] == pytest.approx([r["eval"] for r in records(run) if "eval" in r][-1]["reward"])
+    (sample,) = steps[0]["samples"][:1]
+    asked = AskedExample((Message("user", sample["prompt"].split("\n")[1].removesuffix("<|im_end|>")),))
+    rows = tmp_path / "rows.jsonl"
+    said = {"role": "assistant", "content": sample["completion"]}
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": asked.prompt[0].content}, said]}), encoding="utf-8")
+    ((_, score),) = score_file(load_target(find_target(str(model), None, []), CPU), rows)
+    assert sample["rewards"]["model"] == pytest.approx(score, rel=1e-4, abs=1e-6)
+    plain = write_prompts(tmp_path / "plain", base, training={"epochs": 1})
+    more = [make_plan(load_recipe(path), device=CPU)[0].peak_bytes for path in (recipe, plain)]
+    assert more[0].weights > more[1].weights, "the reward model's weights are planned"
+    with pytest.raises(RecipeError, match=r"objective\.reward\.0\.model: it was made for grpo and gives no scores"):
+        train(write_prompts(tmp_path / "other", base, objective={"reward": [{"model": str(run)}]}))
+
+
+def test_an_adapter_folder_alone_still_answers(base: Path, tmp_path: Path) -> None:
+    run = train(write_prompts(tmp_path, base, training={"epochs": 1}, data={"eval": None}))
+    (run / "adapter").rename(tmp_path / "alone")
+    loaded = load_target(find_target(str(tmp_path / "alone"), str(base), ["evaluation.max_new_tokens=3"]), CPU)
+    assert loaded.objective.name == "sft"
+    assert len(answer(loaded, ["say 3"])) == 1

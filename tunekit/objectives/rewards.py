@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunekit.errors import RewardError
+from tunekit.files.untrusted import MODEL_FILE, sha256_of
 from tunekit.recipe.sample_settings import RewardSource, reward_names
 
 KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that a function does not get under these names
@@ -61,11 +62,11 @@ class Rewards:
 
     @property
     def code(self) -> dict[str, str]:
-        """sha256 of each function's file, by the recipe's key. Raises: RewardError."""
+        """sha256 of each function's file and each model's weights, by the recipe's key. Raises: RewardError."""
         return {
-            f"objective.reward.{number}.function": sha256(_code_of(source)).hexdigest()
+            f"objective.reward.{number}.{source.kind}": sha256(content).hexdigest()
             for number, source in enumerate(self.sources)
-            if source.kind == "function"
+            if (content := _content_of(source)) is not None
         }
 
     @cached_property
@@ -152,6 +153,17 @@ def _line(error: BaseException) -> str:
         place = f" (line {trace.tb_lineno})" if file.endswith(".py") and "tunekit" not in Path(file).parts else place
         trace = trace.tb_next
     return f"{type(error).__name__}: {words}{place}" if words else f"{type(error).__name__}{place}"
+
+
+def _content_of(source: RewardSource) -> bytes | None:
+    """What decides its rewards beside the recipe: a file's bytes, or the hashes of a model's weights."""
+    if source.kind == "function":
+        return _code_of(source)
+    if source.model is None:
+        return None
+    places = [Path(source.model) / name for name in ("", "adapter", "model")]
+    files = [file for place in places for file in sorted(place.glob("*.safetensors"))]
+    return "".join(sha256_of(file, MODEL_FILE) for file in files).encode()
 
 
 def _code_of(source: RewardSource) -> bytes:

@@ -96,6 +96,7 @@ class Forecast:
     `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated.
     `start_bytes`: the most that the adapter's start keeps beside the base, before there is an optimizer.
     `sampled`: of an objective that samples: completions side by side, tokens of the longest prompt and of a completion.
+    `beside_bytes`: of other models that are there all the time.
     """
 
     run: SimulatedRun
@@ -106,6 +107,7 @@ class Forecast:
     answer_tokens: int = 0
     start_bytes: int = 0
     sampled: tuple[int, int, int] | None = None
+    beside_bytes: int = 0
     _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
     _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
     _samplings: list[Simulation] = field(default_factory=list, init=False, repr=False)
@@ -124,6 +126,7 @@ class Forecast:
             cache_bytes=self._cache_bytes,
             load_bytes=load,
         )
+        peak = replace(peak, weights=peak.weights + self.beside_bytes, total=peak.total + self.beside_bytes)
         if not self.start_bytes:
             return peak
         return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))

@@ -48,6 +48,7 @@ from tunekit.training.state import Prepared
 from tunekit.tuned.evaluator import check_choices
 from tunekit.tuned.fit import check_family, longest_positions, row_problems
 from tunekit.tuned.labels import start_facts
+from tunekit.tuned.reward_models import scorer_bytes
 
 END_TO_END = (
     "; the rows of a micro-batch lie end to end, without padding "
@@ -227,11 +228,12 @@ def _forecast(
         evaluation = next(iter(evaluation_batches(rows.evaluation, rows.objective, batch_size=size)))
         if recipe.evaluation.generate:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
-    beside, sampled = start_bytes(recipe.adapter, inputs.targets), None
+    beside, sampled, models = start_bytes(recipe.adapter, inputs.targets), None, 0
     if isinstance(recipe.objective, SampleSettings):
+        models = scorer_bytes(recipe.objective, device)
         sampled = _sampled(recipe.objective, recipe.training, rows.all, inputs.virtual_tokens)
     largest = cache(partial(_largest_batch, inputs, windows, settings, run))
-    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside, sampled)
+    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside, sampled, models)
 
 
 def _sampled(

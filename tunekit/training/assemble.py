@@ -37,6 +37,7 @@ from tunekit.training.trial import (
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+from tunekit.tuned.reward_models import load_scorers
 from tunekit.tuned.scores import summed_evaluation
 
 
@@ -119,6 +120,7 @@ def _tuned(
 
     with session.timed("calibrate" if needed_batches(recipe.adapter) else "load"):
         model = prepare_network(base, plan.choice, attach)
+        model.scorers = load_scorers(recipe.objective, devices.device)
     if state.calibration is not None:
         session.console.info(calibration_text(state.calibration))
     reset_peaks(devices.device)  # the report's peak is the training's, not the loader's

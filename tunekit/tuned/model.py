@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -34,6 +34,7 @@ class TunedModel:
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
     head_parts: HeadParts | None = None  # of an output projection that is streamed
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows that an objective wants to keep
+    scorers: Mapping[str, Callable[..., list[float]]] = field(default_factory=dict)  # reward models, by their folder
 
     @property
     def device(self) -> torch.device:
