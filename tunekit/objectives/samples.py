@@ -254,7 +254,7 @@ class SampleObjective(AnswerObjective):
         """
         rows, made_up = [row for batch in window.batches for row in batch.rows], window.step < 0 or _is_empty(model)
         began = monotonic()
-        groups = [self._longest(row) for row in rows] if made_up else self._sampled(model, window, rows)
+        groups = [self._longest(row) for row in rows] if made_up else self.sampled(model, window, rows)
         sampled = monotonic()
         scores = self._scored(model, rows, groups, gather, made_up)  # (P, G, F)
         rewarded = monotonic()
@@ -266,7 +266,7 @@ class SampleObjective(AnswerObjective):
         window, penalties = self.penalised(model, window)
         return self._with_advantages(window, rows, groups, scores, penalties, gather, seconds)
 
-    def _sampled(self, model: Any, window: Window, rows: Sequence[Row]) -> list[list[Completion]]:
+    def sampled(self, model: Any, window: Window, rows: Sequence[Row]) -> list[list[Completion]]:
         """The completions of each row; what is drawn depends on seed, step, row, completion and token alone."""
         settings, seen, seeds, prompts = self.settings, Counter[int](), list[int](), list[list[int]]()
         for row in rows:
