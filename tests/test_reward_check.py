@@ -66,12 +66,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(
-    fault: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planted_faults_are_found(fault: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_check, "LIMIT_SECONDS", 0.2)
     monkeypatch.setattr(reward_check, "SLOW_SECONDS", 0.003)
-    rows = [{"prompt": [{"role": "user", "content": f"say {n}"}], "answer": "7" if n % 3 else str(n)} for n in range(12)]
+    rows = [
+        {"prompt": [{"role": "user", "content": f"say {n}"}], "answer": "7" if n % 3 else str(n)} for n in range(12)
+    ]
     body, said = FAULTS[fault]
     code = f"import time\n\ndef letters(prompts, completions, answer, **columns):\n    {body}\n"
     recipe = write_prompts(tmp_path, base, rows, code=code, data={"eval": None})

@@ -1,6 +1,6 @@
 """What rooms of one level know of each other: Tokenizer, Row, Batch, Window, Loss, Objective, Engine, Stages.
 
-Typing, numpy and torch only.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
+Typing, numpy, torch, records only.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from tunekit.records import Preparation
 
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
 
@@ -187,18 +189,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """What preparing a step told: numbers to be logged with it, of all ranks; seconds by part; samples of the model."""
-
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    samples: Sequence[Mapping[str, Any]] = ()
-
-
-UNPREPARED = Preparation()
-
-
-@dataclass(frozen=True)
 class Window:
     """The micro-batches of one optimizer step (of this rank), with their indices in the step over all ranks."""
 
@@ -207,7 +197,7 @@ class Window:
     indices: tuple[int, ...]
     batches: tuple[Batch, ...]
     seed: int = 0  # of what is drawn for it
-    preparation: Preparation = UNPREPARED
+    preparation: Preparation = field(default_factory=Preparation)
 
 
 Sums = dict[str, torch.Tensor]  # float64, of any shape; what is added up over batches and ranks
@@ -268,7 +258,7 @@ class Objective(Protocol):
     logged: Sequence[str]  # of each step, as its Loss sums them up
     complete: bool  # whether it knows what its base and its loss need; else its rows tell
     facts: Mapping[str, Any]  # beside its settings: plain values that its adapter's folder keeps
-    code: Mapping[str, str]  # of files that decide its results and no row, by the recipe's key: sha256 of the content
+    repeats: int  # steps in a row that have the same rows; only before the first of them can a run be gone on with
     fingerprint: str  # sha256 of everything of it that decides a row
     notes: Sequence[str]  # what its rows told, for the user
 
@@ -297,10 +287,8 @@ class Objective(Protocol):
         """What preview shows of a row."""
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:
-        """The same objective for a model that keeps documents of one sequence apart, or for one that does not.
-
-        `shares_prefixes`: whether such a document may begin with tokens of another one, which are computed there.
-        """
+        """The same objective for a model that keeps documents of one sequence apart, or for one that does not;
+        `shares_prefixes`: whether a document may begin with tokens of another one, which are computed there."""
 
     def shared(self, row: Row) -> int:
         """How many of a row's tokens are computed once that its sizes count twice."""
@@ -342,17 +330,14 @@ class Engine(Protocol):
     def run_window(
         self, model: Any, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
     ) -> tuple[torch.Tensor, Sums]:
-        """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged.
-
-        `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them.
-        """
+        """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged;
+        `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them."""
 
 
 @dataclass(eq=False)
 class SideInput:
     """A tensor that layers read beside their hidden states, for one micro-batch: an encoder's output, or what an
-    earlier layer gave (T5's position biases). Whoever runs the layers sets `value`, a leaf for those that read it.
-    """
+    earlier layer gave (T5's position biases). Whoever runs the layers sets `value`, a leaf for those that read it."""
 
     value: torch.Tensor | None = None
 

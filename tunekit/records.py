@@ -6,7 +6,7 @@ every record can be written as JSON by `dataclasses.asdict`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,6 +154,15 @@ class Plan:
     def objective(self) -> str:
         """The name of the recipe's objective."""
         return str(self.recipe.get("objective", {}).get("method", "sft"))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What preparing a step told: numbers to be logged with it, of all ranks; seconds by part; samples of the model."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""`tunekit reward check`: what a recipe's reward makes of answers whose worth is known, before anything is trained on it.
+"""`tunekit reward check`: what a recipe's reward makes of answers whose worth is known, before it is trained on.
 
-Comes in: a recipe whose objective samples.  Goes out: a table of answers with their rewards, and findings: a reward that
-fails, is slow, or gives answers that say nothing as much as the rows' own.
+Comes in: a recipe whose objective samples.  Goes out: a table of answers with their rewards, and findings: a reward
+that fails, is slow, or gives answers that say nothing as much as the rows' own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 
 from tunekit.console import Console, visible
 from tunekit.contracts import Row, Window
@@ -29,8 +28,10 @@ from tunekit.machine.devices import make_devices
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
+from tunekit.objectives.prompts import told_of
 from tunekit.objectives.rewards import Scores, Written, said
-from tunekit.objectives.samples import SampleObjective, mean, spread, told_of
+from tunekit.objectives.samples import SampleObjective
+from tunekit.objectives.worth import mean, spread
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.tuned.model import TunedModel
@@ -106,7 +107,10 @@ def known_answers(rows: Sequence[Row]) -> dict[str, list[Written]]:
     found = {}
     if answers:
         found[REFERENCE] = [_written(each, answer) for each, answer in zip(with_answer, answers, strict=True)]
-        others = [next((text for text in answers[at + 1 :] + answers[:at] if text != own), own) for at, own in enumerate(answers)]
+        others = [
+            next((text for text in answers[at + 1 :] + answers[:at] if text != own), own)
+            for at, own in enumerate(answers)
+        ]
         found[SHUFFLED] = [_written(each, other) for each, other in zip(with_answer, others, strict=True)]
     asked = with_answer or told
     found["nothing"] = [_written(each, "") for each in asked]
@@ -204,7 +208,9 @@ def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> t
         equal = float(np.isclose(spread(sampled.total.reshape(groups, -1), axis=1), 0.0).mean())
         notes.append(f"{equal:.0%} of the groups of samples have equal rewards: nothing can be learnt of those")
         if own is not None and mean(sampled.total) >= mean(own.total):
-            notes.append(f"{SAMPLES} are worth as much as {REFERENCE}: there is little to learn, or the reward is fooled")
+            notes.append(
+                f"{SAMPLES} are worth as much as {REFERENCE}: there is little to learn, or the reward is fooled"
+            )
     return findings, notes
 
 

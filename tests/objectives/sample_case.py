@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +78,7 @@ def drawn_ids() -> tuple[list[list[int]], list[list[list[int]]]]:
 
 @dataclass
 class Case:
-    """One step: prompts with their completions, the rewards' file, the policy's, the old and the reference's numbers."""
+    """One step: prompts with completions, the rewards' file, numbers of the policy, the old one and the reference."""
 
     folder: Path
     kind: type[SampleSettings]
@@ -87,8 +87,8 @@ class Case:
 
     def __post_init__(self) -> None:
         self.prompts, self.groups = drawn_ids()
-        texts = {Words().decode(ids, skip_special_tokens=True): at for at, ids in enumerate(sum(self.groups, []))}
-        worth = sum(REWARDS, [])
+        texts = {Words().decode(ids, skip_special_tokens=True): at for at, ids in enumerate(list(chain(*self.groups)))}
+        worth = list(chain(*REWARDS))
         (self.folder / "rewards.json").write_text(json.dumps({text: worth[at] for text, at in texts.items()}))
         (self.folder / "rewards.py").write_text(CODE)
         named = [
@@ -128,7 +128,9 @@ class Case:
             object.__setattr__(output, "head", self.reference if bypassed else self.old)
             return [score(output, batch).detach() for batch in batches]
 
-        return SimpleNamespace(device=torch.device("cpu"), base=SimpleNamespace(generation_config=None), generate=generate, scored=scored)
+        return SimpleNamespace(
+            device=torch.device("cpu"), base=SimpleNamespace(generation_config=None), generate=generate, scored=scored
+        )
 
     def _of_batch(self, output: Any, batch: Batch, entropies: Tensor | None = None) -> Tensor:
         places = batch.inputs["position_ids"].flatten()[batch.targets["index"]]
@@ -137,12 +139,19 @@ class Case:
         found: Tensor = output.head.values[places, batch.targets["ids"]]
         return found
 
-    def ours(self, sizes: Sequence[int], layout: tuple[bool, bool] = (True, True), order: Sequence[int] = (0, 1, 2, 3)) -> Any:
+    def ours(
+        self, sizes: Sequence[int], layout: tuple[bool, bool] = (True, True), order: Sequence[int] = (0, 1, 2, 3)
+    ) -> Any:
         """The step's loss, what is logged, and its window; cut into micro-batches of so many prompts."""
         objective = self.objective().laid_out(*layout)
         rows = self.rows(objective)
         starts = np.cumsum([0, *sizes]).tolist()
-        groups = [[[rows[order[at]] for at in range(start, stop)]] if layout[0] else [[rows[order[at]]] for at in range(start, stop)] for start, stop in pairwise(starts)]
+        groups = [
+            [[rows[order[at]] for at in range(start, stop)]]
+            if layout[0]
+            else [[rows[order[at]]] for at in range(start, stop)]
+            for start, stop in pairwise(starts)
+        ]
         batches = tuple(objective.collate(group) for group in groups)
         window = objective.prepare(self.model(), Window(3, 0.0, tuple(range(len(batches))), batches, 5))
         if self.off_policy:
@@ -162,8 +171,10 @@ class Case:
         trainer, settings = (GRPOTrainer if grpo else RLOOTrainer), self.settings
         count = settings.num_generations
         prompts = [ids for ids in self.prompts for _ in range(count)]
-        completions = sum(self.groups, [])
-        scores = torch.tensor([[np.nan if value is None else value for value in pair] for pair in sum(REWARDS, [])])
+        completions = list(chain(*self.groups))
+        scores = torch.tensor(
+            [[np.nan if value is None else value for value in pair] for pair in list(chain(*REWARDS))]
+        )
         metrics: Any = defaultdict(lambda: defaultdict(list))
         stub = SimpleNamespace(
             accelerator=_Alone(),
@@ -179,7 +190,13 @@ class Case:
                 report_to=[],
             ),
             _metrics=metrics,
-            _logs={"prompt": [], "completion": [], "rewards": defaultdict(list), "advantages": [], "extra": defaultdict(list)},
+            _logs={
+                "prompt": [],
+                "completion": [],
+                "rewards": defaultdict(list),
+                "advantages": [],
+                "extra": defaultdict(list),
+            },
             _pending_extra_logs={},
             _pending_metrics={},
             state=SimpleNamespace(num_input_tokens_seen=0),
@@ -216,7 +233,12 @@ class Case:
         stub._generate = lambda asked: trainer._generate(stub, asked)
         stub._calculate_rewards = lambda *given: scores
         stub._get_per_token_logps_and_entropies = lambda model, ids, mask, keep, *_, **__: (
-            *self._of_lines(model if isinstance(model, Table) else self.old if grpo or not stub.trains else self.policy, ids, mask, keep),
+            *self._of_lines(
+                model if isinstance(model, Table) else self.old if grpo or not stub.trains else self.policy,
+                ids,
+                mask,
+                keep,
+            ),
             None,
         )
         stub.trains = False
@@ -225,7 +247,9 @@ class Case:
         if grpo and self.off_policy:
             whole = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
             mask = torch.cat([inputs["prompt_mask"], torch.ones_like(inputs["completion_ids"])], 1)
-            inputs["old_per_token_logps"] = self._of_lines(self.old, whole, mask, inputs["completion_ids"].shape[1])[0].detach()
+            inputs["old_per_token_logps"] = self._of_lines(self.old, whole, mask, inputs["completion_ids"].shape[1])[
+                0
+            ].detach()
         loss = trainer._compute_loss(stub, self.policy if grpo else object(), inputs)
         named = {name.replace("/", "_"): values[-1] for name, values in metrics["train"].items()}
         return loss, named

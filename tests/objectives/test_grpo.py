@@ -1,4 +1,4 @@
-"""GRPO and RLOO: every loss, normaliser, KL and logged number against trl's own trainers; whole runs; what is refused."""
+"""GRPO and RLOO: every loss, normaliser, KL and logged number against trl's trainers; whole runs; what is refused."""
 
 from __future__ import annotations
 
@@ -216,14 +216,20 @@ def test_micro_batches_layouts_and_interruptions_are_one_run(
         other = train(recipe(name, size))
         assert losses(other) == pytest.approx(whole, rel=1e-4, abs=1e-6)
         for ours, theirs in zip(records(other), log, strict=True):
-            assert [each["completion"] for each in ours["samples"]] == [each["completion"] for each in theirs["samples"]]
+            assert [each["completion"] for each in ours["samples"]] == [
+                each["completion"] for each in theirs["samples"]
+            ]
 
 
 def test_a_changed_reward_file_is_not_resumed(base: Path, tmp_path: Path) -> None:
-    recipe = write_prompts(tmp_path, base, training={"epochs": 1, "save_steps": 1, "micro_batch_size": 6}, data={"eval": None})
+    recipe = write_prompts(
+        tmp_path, base, training={"epochs": 1, "save_steps": 1, "micro_batch_size": 6}, data={"eval": None}
+    )
     lose_the_end(train(recipe))
     (tmp_path / "rewards.py").write_text(CODE.replace("10", "20"), encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: the file has other"):
+    with pytest.raises(
+        RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: the file has other"
+    ):
         train(recipe, resume=True)
 
 
@@ -242,7 +248,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("body", "said"), WRONG)
 def test_what_is_no_reward_is_named(base: Path, tmp_path: Path, body: str, said: str) -> None:
-    source = Rewards(GrpoSettings.model_validate({"reward": ONE | {"function": f"{tmp_path}/rewards.py:letters"}}).reward)
+    source = Rewards(
+        GrpoSettings.model_validate({"reward": ONE | {"function": f"{tmp_path}/rewards.py:letters"}}).reward
+    )
     (tmp_path / "rewards.py").write_text(f"\ndef letters(completions, **columns):\n{body}\n", encoding="utf-8")
     with pytest.raises(RewardError, match=said):
         source.score([Written("p", {"answer": "1"}, text) for text in ("a", "b")], None)
@@ -342,7 +350,9 @@ def test_a_reward_model_of_ones_own_is_asked(base: Path, tmp_path: Path) -> None
     asked = AskedExample((Message("user", sample["prompt"].split("\n")[1].removesuffix("<|im_end|>")),))
     rows = tmp_path / "rows.jsonl"
     said = {"role": "assistant", "content": sample["completion"]}
-    rows.write_text(json.dumps({"messages": [{"role": "user", "content": asked.prompt[0].content}, said]}), encoding="utf-8")
+    rows.write_text(
+        json.dumps({"messages": [{"role": "user", "content": asked.prompt[0].content}, said]}), encoding="utf-8"
+    )
     ((_, score),) = score_file(load_target(find_target(str(model), None, []), CPU), rows)
     assert sample["rewards"]["model"] == pytest.approx(score, rel=1e-4, abs=1e-6)
     plain = write_prompts(tmp_path / "plain", base, training={"epochs": 1})

@@ -21,7 +21,14 @@ FREE_KEYS = {
     "evaluation.before_training",
 }
 # A file that moved is the same file: its content is in the data's or the base's fingerprint, or already in the state.
-PATH_KEYS = ("data.train.", "data.eval.", "data.chat_template", "model.name_or_path", "adapter.init_from", "objective.reward.")
+PATH_KEYS = (
+    "data.train.",
+    "data.eval.",
+    "data.chat_template",
+    "model.name_or_path",
+    "adapter.init_from",
+    "objective.reward.",
+)
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 MISSING = "(absent)"
 
@@ -37,7 +44,8 @@ def make_fingerprint(
     threads: int,
     code: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda, `code` sha256 of files that it runs, by key."""
+    """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda, `code`
+    sha256 of files that it runs, by key."""
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
     return {
         "recipe": recipe_values(recipe),

@@ -1,8 +1,8 @@
 """`format: prompt`: what the model is asked, `{"prompt": ..., "answer": ...}`; the model's own answers are rewarded.
 
-Comes in: one row; a text or a list of messages.  Goes out: PromptExample.  The answer is a reference for the reward, and
-need not be there: `answer`, `completion`, `output`, or the last turn of a conversation.  Every other column is kept as it
-is, for reward functions.
+Comes in: one row; a text or a list of messages.  Goes out: PromptExample.  The answer is a reference for the reward,
+and need not be there: `answer`, `completion`, `output`, or the last turn of a conversation.  Every other column is kept
+as it is, for reward functions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _read_answer(row: Mapping[str, Any], name: str) -> str | None:
     value = row[name]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(each, Mapping) for each in value)):
+    if not isinstance(value, str) and not (
+        isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
+    ):
         return None
     said = read_side(row, name)
     return said if isinstance(said, str) else "".join(message.content for message in said)

@@ -2,8 +2,8 @@
 
 Comes in: rows of prompts, then windows of their completions and the model's output.  Goes out: Loss (sum over
 completions).  Source: Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO), Liu et al. 2025 (Dr. GRPO), MiniMax 2025 (CISPO),
-Zheng et al. 2025 (GSPO); names and formulas are those of trl 1.16.  What differs by design: a batch is the whole step, on
-all ranks, where trl's grpo and dr_grpo average over micro-batches; the model samples and scores without dropout.
+Zheng et al. 2025 (GSPO); names and formulas are those of trl 1.16.  What differs by design: a batch is the whole step,
+on all ranks, where trl's grpo and dr_grpo average over micro-batches; the model samples and scores without dropout.
 """
 
 from __future__ import annotations
@@ -16,23 +16,19 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, Sums, Tokenizer
-from tunekit.machine.devices import summing_dtype
 from tunekit.model.placing import placed
 from tunekit.objectives.answers import by_sequence
 from tunekit.objectives.rewards import Scores
-from tunekit.objectives.samples import SampleObjective, mean, spread
+from tunekit.objectives.samples import SampleObjective
+from tunekit.objectives.worth import CLIPPED, LEAST_SPREAD, by_token, clipped_ratios, mean, spread, summed
 from tunekit.recipe.objectives.grpo import GrpoSettings
-
-CLIPPED = ("clip_ratio_low_mean", "clip_ratio_high_mean", "clip_ratio_region_mean")
-GIVEN = ("old", "reference", "kl", "advantages", "weights", "share")  # targets that a loss reads
-LEAST_SPREAD = 1e-4  # added to a standard deviation that advantages are divided by
 
 
 class Grpo(SampleObjective):
     """loss = sum over completions of the weighted sum over tokens of -min(r A, clip(r, 1 - e, 1 + e') A) + beta KL.
 
-    r is the probability of the token over that at sampling, A the completion's advantage, KL = exp(d) - d - 1 with d the
-    reference's log-probability less the policy's (k3), times r where its gradient is to be unbiased.
+    r is the probability of the token over that at sampling, A the completion's advantage, KL = exp(d) - d - 1 with d
+    the reference's log-probability less the policy's (k3), times r where its gradient is to be unbiased.
     """
 
     settings: GrpoSettings
@@ -71,7 +67,7 @@ class Grpo(SampleObjective):
         """Shapes: output.hidden (B, T, D) -> total (1,)."""
         assert output.hidden is not None
         settings, device, counts = self.settings, output.hidden.device, batch.targets["counts"]
-        given = {name: placed(values, device) for name, values in batch.targets.items() if name in GIVEN}
+        given = self.given(batch, device)
         entropies = torch.zeros(int(counts.sum()), dtype=torch.float32, device=device)  # (N,)
         found = self.log_probabilities(output, batch, entropies)  # (N,)
         log_ratio = found - given.get("old", found.detach())  # (N,)
@@ -83,7 +79,7 @@ class Grpo(SampleObjective):
         losses = self._losses(ratio, advantages, found, counts)
         losses = by_token(losses, counts) if len(losses) != len(found) else losses
         metrics: Sums = {}
-        share = by_token(given["share"].flatten().repeat(len(self.sides)), counts)  # (N,)
+        share = by_token(given["share"][:, 0].repeat(len(self.sides)), counts)  # (N,)
         if settings.beta:
             apart = given["reference"] - found  # (N,)
             kl = torch.exp(apart) - apart - 1
@@ -112,22 +108,6 @@ class Grpo(SampleObjective):
         else:
             found = clipped_ratios(ratio, advantages, settings.epsilon, settings.clip_high)
         return {name: summed(marks * (1.0 if share is None else share)) for name, marks in found.items()}
-
-
-def clipped_ratios(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """Where clipping takes the gradient away."""
-    below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
-    return dict(zip(CLIPPED, (below, above, below | above), strict=True))
-
-
-def by_token(values: Tensor, counts: Tensor) -> Tensor:
-    """A number of each completion for each of its tokens. Shapes: values (S,), counts (S,) -> (N,)."""
-    return torch.cat([value.expand(count) for value, count in zip(values, counts.tolist(), strict=True)])
-
-
-def summed(values: Tensor) -> Tensor:
-    """() of what is logged, without gradient."""
-    return values.detach().sum(dtype=summing_dtype(values.device))
 
 
 def make(settings: GrpoSettings, processor: Tokenizer, facts: Mapping[str, Any]) -> Grpo:

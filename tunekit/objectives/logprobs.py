@@ -220,9 +220,7 @@ def at_temperature(output: ModelOutput, temperature: float) -> ModelOutput:
     return replace(output, head=TemperedHead(output.head, temperature))
 
 
-def log_probabilities(
-    output: ModelOutput, index: Tensor, targets: Tensor, entropies: Tensor | None = None
-) -> Tensor:
+def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entropies: Tensor | None = None) -> Tensor:
     """Log-probability of each target, with gradient.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> (N,) float32.

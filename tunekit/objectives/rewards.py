@@ -1,5 +1,5 @@
-"""What completions are worth: prompts, completions and the columns of their rows go in, a number of each reward for each
-completion comes out; NaN where a reward says nothing of one.
+"""What completions are worth: prompts, completions and the columns of their rows go in, a number of each reward for
+each completion comes out; NaN where a reward says nothing of one.
 
 A function of the user's is called as TRL calls it; what it gives back is checked before anything is made of it.
 """
@@ -199,7 +199,8 @@ def _loaded(source: RewardSource) -> Callable[..., Any]:
     code, file, name = _code_of(source), source.code_file, source.function_name
     module_name = f"tunekit_reward_{sha256(code).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None and spec.loader is not None  # it ends in .py
+    assert spec is not None
+    assert spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # where classes of the file look for their own module
     sys.path.insert(0, str(file.parent))

@@ -1,8 +1,8 @@
 """REINFORCE leave-one-out: a completion's advantage is its reward less the mean reward of the others to its prompt.
 
 Comes in: rows of prompts, then windows of their completions and the model's output.  Goes out: Loss (sum over
-completions).  Source: Ahmadian et al. 2024; names and formulas are those of trl 1.16: the KL, summed over a completion's
-tokens, is taken off its reward, and the ratio is that of the whole completion.
+completions).  Source: Ahmadian et al. 2024; names and formulas are those of trl 1.16: the KL, summed over the tokens of
+a completion, is taken off its reward, and the ratio is that of the whole completion.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, Tokenizer, Window
-from tunekit.model.placing import placed
 from tunekit.objectives.answers import by_sequence
-from tunekit.objectives.grpo import CLIPPED, GIVEN, LEAST_SPREAD, by_token, clipped_ratios, summed
 from tunekit.objectives.rewards import Scores
-from tunekit.objectives.samples import SampleObjective, mean, spread
+from tunekit.objectives.samples import SampleObjective
+from tunekit.objectives.worth import CLIPPED, LEAST_SPREAD, by_token, clipped_ratios, mean, spread, summed
 from tunekit.recipe.objectives.rloo import RlooSettings
 
 
@@ -61,14 +60,14 @@ class Rloo(SampleObjective):
         """Shapes: output.hidden (B, T, D) -> total (1,)."""
         assert output.hidden is not None
         device, counts = output.hidden.device, batch.targets["counts"]
-        given = {name: placed(values, device) for name, values in batch.targets.items() if name in GIVEN}
+        given = self.given(batch, device)
         entropies = torch.zeros(int(counts.sum()), dtype=torch.float32, device=device)  # (N,)
         found = self.log_probabilities(output, batch, entropies)  # (N,)
         ratio = torch.exp(by_sequence(found - given.get("old", found.detach()), counts))  # (G P,)
         advantages, settings = given["advantages"], self.settings
         clipped = torch.clamp(ratio, 1 - settings.epsilon, 1 + settings.clip_high)
         losses: Tensor = -torch.min(ratio * advantages, clipped * advantages)
-        share = by_token(given["share"].flatten().repeat(len(self.sides)), counts)  # (N,)
+        share = by_token(given["share"][:, 0].repeat(len(self.sides)), counts)  # (N,)
         metrics = {"entropy": summed(entropies * share)}
         if "kl" in given:
             metrics["kl"] = summed(given["kl"] * share)

@@ -45,7 +45,7 @@ class TextObjective:
     metrics: Sequence[str] = ("loss", "perplexity")
     logged: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
-    code: Mapping[str, str] = {}
+    repeats = 1
     complete = True
     notes: Sequence[str] = ()
 

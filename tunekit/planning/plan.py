@@ -112,7 +112,7 @@ def make_plan(
     )
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(list(reference_problems(recipe.adapter, inputs.rows.objective)))
-    findings.add(_run_problems(recipe, windows.steps, device))
+    findings.add(_run_problems(recipe, windows.steps, device, inputs.rows.objective.repeats))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     tiers, problems = allowed_tiers(recipe, inputs.base, device)
     findings.add(problems)
@@ -202,16 +202,18 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
+        repeats=inputs.rows.objective.repeats,
         end_to_end=apart and not packing,
     )
 
 
-def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
+def _run_problems(recipe: Recipe, steps: int, device: torch.device, repeats: int) -> list[Problem]:
     """Settings that a run of so many steps cannot obey."""
     method = load_method(recipe.adapter.method)
     found = method.run_conflicts(recipe.adapter, steps)
     problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
     compiled, _ = planned_compile(recipe.training.compile, device, steps)
+    problems += refusals.repeat_problems(recipe, repeats)
     problems += compile_problems(compiled, device, method.model is not None and not recipe.adapter.trains_base)
     return [*problems, *kernel_problems(recipe.training.kernels, device)]
 

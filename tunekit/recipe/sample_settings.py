@@ -36,7 +36,8 @@ class RewardSource(Section):
     allow_code: bool = Field(False, description="of function: run the file; its code can do whatever you can")
     regex: Expression | None = Field(None, description="1 where the expression is found in the completion, else 0")
     exact_match: Text | None = Field(
-        None, description="1 where the completion is this column's text, blanks at the ends aside; answer: the row's own"
+        None,
+        description="1 where the completion is this column's text, blanks at the ends aside; answer: the row's own",
     )
     extract: Expression | None = Field(
         None, description="of exact_match: the first group of this expression in the completion is compared"
@@ -115,10 +116,17 @@ class SampleSettings(ObjectiveSettings):
     temperature: Positive = Field(1.0, description="of sampling; log-probabilities are those at this temperature")
     top_p: Annotated[Number, Field(gt=0, le=1)] = Field(1.0, description="draw from the likeliest that sum to it")
     top_k: CountOrZero = Field(0, description="draw from the likeliest so many; 0: of all")
-    sampling_batch_size: Count = Field(64, description="completions that are sampled side by side; only memory and speed")
+    num_iterations: Annotated[Whole, Field(ge=1, le=1000)] = Field(
+        1, description="steps in a row that learn from the same completions; ratios and clipping matter from 2 on"
+    )
+    sampling_batch_size: Count = Field(
+        64, description="completions that are sampled side by side; only memory and speed"
+    )
     epsilon: NotNegative = Field(0.2, description="a ratio below 1 - epsilon is clipped")
     epsilon_high: NotNegative | None = Field(None, description="a ratio above 1 + epsilon_high is; null: as epsilon")
-    unusable_rows: Literal["error", "drop"] = Field("error", description="a row without a prompt: stop, or leave it out")
+    unusable_rows: Literal["error", "drop"] = Field(
+        "error", description="a row without a prompt: stop, or leave it out"
+    )
     mask_truncated_completions: bool = Field(False, description="leave completions that did not end out of the loss")
     beta: NotNegative = Field(0.0, description="weight of the KL from the model at step 0; 0 needs no reference")
 

@@ -17,6 +17,7 @@ from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
+from tunekit.objectives.rewards import Rewards
 from tunekit.records import Plan, calibration_text
 from tunekit.training.engines.choice import make_engine
 from tunekit.training.initialise import initialise_adapter, needed_batches
@@ -49,8 +50,8 @@ def assemble_run(
     Raises: RunFolderError where `checkpoint` belongs to another run; ModelError from the probes.
     """
     recipe, devices = session.loaded.recipe, session.devices
-    rows = prepared.rows
-    fingerprint = checked_fingerprint(session, rows.fingerprint, base.fingerprint, checkpoint, rows.objective.code)
+    code = Rewards(getattr(recipe.objective, "reward", ())).code
+    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
     state = LoopState(LossScale(base.dtype == torch.float16))
     if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)

@@ -38,6 +38,14 @@ USELESS = {  # what a step logs, 1 where all of its completions are so: in how m
 }
 
 
+def watch_step(run: Run, reading: Reading, loss: float) -> None:
+    """Look at a step's loss; of samples, whose loss says how they differ and not how good they are, at the rewards."""
+    if reading.window.preparation.metrics:
+        watch_samples(run, reading)
+    else:
+        watch_loss(run, reading, loss)
+
+
 def watch_loss(run: Run, reading: Reading, loss: float) -> None:
     """Compare a step's loss with those before it, and add it to them; the same on every rank."""
     state = run.state

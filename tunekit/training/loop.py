@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Window
-from tunekit.errors import InputError, Problem, RewardError, Stopped
+from tunekit.errors import InputError, Problem, Stopped
 from tunekit.records import EvaluationRecord, StepRecord
-from tunekit.training.divergence import watch_loss, watch_samples
+from tunekit.training.divergence import watch_step
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
-from tunekit.training.state import Run, timed
+from tunekit.training.state import Run, add_seconds, timed
 from tunekit.tuned.evaluator import is_better
 from tunekit.tuned.scores import EvaluationStopped
 
@@ -36,10 +36,7 @@ def run_loop(run: Run) -> None:
             raise
         _settle(run, waiting)
         _save(run)
-        how = "mend it, and go on with --resume"
-        if isinstance(error, RewardError):
-            how = "go on with --resume where it works again; a changed file is another reward, and needs a new run"
-        saved = Problem(f"the checkpoint of step {state.step} is written", how)
+        saved = Problem(f"the checkpoint of step {state.step} is written", error.going_on)
         raise InputError.of([*error.problems, saved]) from error
 
 
@@ -97,34 +94,25 @@ def _settle(run: Run, waiting: Waiting) -> None:
         before = max(reading.started, waiting.settled)  # a step may begin before the last one was read
         waiting.settled = time.monotonic()
         seconds = waiting.settled - before
-        told = reading.window.preparation
-        if told.metrics:  # the loss of samples says how they differ, not how good they are
-            watch_samples(run, reading)
-        else:
-            watch_loss(run, reading, loss)
-        for part, spent in {"train": seconds - sum(told.seconds.values()), **told.seconds}.items():
-            state.seconds[part] = state.seconds.get(part, 0.0) + spent
-        record = StepRecord(
-            step=reading.step,
-            epoch=reading.window.epoch,
-            loss=loss,
-            learning_rate=reading.rate,
-            grad_norm=norm,
-            tokens=int(reading.counts[0]),
-            supervised_tokens=int(reading.counts[1]),
-            seconds=seconds,
-            tokens_per_second=reading.counts[0] / seconds,
-            peak_bytes=run.peak_bytes(),
-            metrics={**told.metrics, **reading.logged()},
-            samples=list(told.samples) if _shows_samples(run, reading.step) else None,
+        watch_step(run, reading, loss)
+        add_seconds(state.seconds, reading.spent(seconds))
+        run.record(
+            StepRecord(
+                step=reading.step,
+                epoch=reading.window.epoch,
+                loss=loss,
+                learning_rate=reading.rate,
+                grad_norm=norm,
+                tokens=int(reading.counts[0]),
+                supervised_tokens=int(reading.counts[1]),
+                seconds=seconds,
+                tokens_per_second=reading.counts[0] / seconds,
+                peak_bytes=run.peak_bytes(),
+                metrics=reading.logged(),
+                samples=run.shown(reading.window.preparation.samples, reading.step),
+            )
         )
-        run.record(record)
     waiting.readings.clear()
-
-
-def _shows_samples(run: Run, step: int) -> bool:
-    """Whether the samples of a step, if it has some, are kept for the report."""
-    return step in (1, run.windows.steps) or step % run.training.eval_steps == 0
 
 
 def _pauses(run: Run) -> bool:
@@ -203,7 +191,7 @@ def _save(run: Run) -> None:
 def _stop_if_asked(run: Run, waiting: Waiting) -> None:
     """End the run where a signal asked for it. Raises: Stopped, after a checkpoint."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
-    if not number:
+    if not number or step % run.objective.repeats:
         return
     _settle(run, waiting)
     if step > run.state.saved_step:

@@ -40,9 +40,15 @@ class Reading:
         return loss, norm
 
     def logged(self) -> dict[str, float]:
-        """What else the step's loss told, by name, once it was read; without means over none of its rows."""
+        """What else the step told, by name, once it was read; without means over none of its rows."""
         named = zip(self.names, self.numbers[2:].tolist(), strict=True)
-        return {name: number for name, number in named if math.isfinite(number)}
+        finite = {name: number for name, number in named if math.isfinite(number)}
+        return {**self.window.preparation.metrics, **finite}
+
+    def spent(self, seconds: float) -> dict[str, float]:
+        """The step's seconds by part of the report."""
+        told = self.window.preparation.seconds
+        return {"train": seconds - sum(told.values()), **told}
 
 
 @dataclass

@@ -70,7 +70,9 @@ def _ids(written: Written, renderer: Renderer, eos_id: int | None) -> list[int]:
     prompt: Any = written.prompt
     if not isinstance(prompt, str):
         prompt = tuple(
-            Message(each["role"], each["content"], extra={k: v for k, v in each.items() if k not in ("role", "content")})
+            Message(
+                each["role"], each["content"], extra={k: v for k, v in each.items() if k not in ("role", "content")}
+            )
             for each in prompt
         )
     example = AskedExample(prompt)

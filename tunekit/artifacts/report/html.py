@@ -30,7 +30,16 @@ def _asset(name: str) -> str:
 
 def run_page(run: RunValues) -> str:
     """The page of one run, finished or not."""
-    sections = [_evaluations(run), *_classes(run), _samples(run), _completions(run), _memory(run), _time(run), _rows(run), _reactions(run)]
+    sections = [
+        _evaluations(run),
+        *_classes(run),
+        _samples(run),
+        _completions(run),
+        _memory(run),
+        _time(run),
+        _rows(run),
+        _reactions(run),
+    ]
     charts = charts_of([run])
     return _page(
         {

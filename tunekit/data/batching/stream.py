@@ -123,12 +123,13 @@ class StreamedWindows:
             window.append(micro_batch)
             if len(window) < self._settings.gradient_accumulation_steps:
                 continue
-            if step >= first_step:
-                yield self._window(step, window)
+            for _ in range(self._settings.repeats):
+                if step >= first_step:
+                    yield self._window(step, window)
+                step += 1
+                if step == self.steps:
+                    return
             window = []
-            step += 1
-            if step == self.steps:
-                return
 
     def _sizes_of(self, sequence: StreamedSequence) -> Sizes:
         return self._objective.layout.padded([*map(sum, zip(*(part.row.sizes for part in sequence), strict=True))])
