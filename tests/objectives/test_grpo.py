@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
@@ -17,7 +19,7 @@ from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_reci
 from tests.objectives.test_reward import write_reward
 from tests.train_case import lose_the_end, records, without_times
 from tunekit.contracts import Window
-from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunFolderError
+from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunFolderError, Stopped
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.example import Message
 from tunekit.formats.preference import AskedExample
@@ -30,6 +32,7 @@ from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.grpo import GrpoSettings
 from tunekit.recipe.objectives.rloo import RlooSettings
+from tunekit.training.state import LoopState
 from tunekit.tuned.target import find_target, load_target
 from tunekit.validate import validate
 
@@ -368,3 +371,43 @@ def test_an_adapter_folder_alone_still_answers(base: Path, tmp_path: Path) -> No
     loaded = load_target(find_target(str(tmp_path / "alone"), str(base), ["evaluation.max_new_tokens=3"]), CPU)
     assert loaded.objective.name == "sft"
     assert len(answer(loaded, ["say 3"])) == 1
+
+
+def test_steps_repeat_their_completions(base: Path, tmp_path: Path) -> None:
+    """Each window twice in a row, the second time off policy; a run is gone on with before a first time alone."""
+    objective = {"num_iterations": 2, "epsilon": 0.001, "num_generations": 6}
+    steps = {"micro_batch_size": 3, "gradient_accumulation_steps": 2, "epochs": 1}
+    training = {**steps, "save_steps": 4, "eval_steps": 1, "learning_rate": 0.05}
+    recipe = write_prompts(tmp_path, base, objective=objective, training=training, data={"eval": None})
+    run = train(recipe)
+    log = [record for record in records(run) if "loss" in record]
+    assert len(log) == 8, "24 prompts in windows of 6, twice each"
+    said = [[each["completion"] for each in record["samples"]] for record in log]
+    assert said[0::2] == said[1::2]
+    assert said[0] != said[2]
+    assert all(record["clip_ratio_region_mean"] < 1e-6 for record in log[0::2])
+    assert max(record["clip_ratio_region_mean"] for record in log[3::2]) > 0.01
+    tensors, kept = tensors_of(run), without_times(records(run))
+    lose_the_end(run)
+    train(recipe, resume=True)
+    assert tensors_of(run) == tensors
+    assert without_times(records(run)) == kept
+    odd = write_prompts(tmp_path / "odd", base, objective=objective, training={"save_steps": 3})
+    (refusal,) = make_plan(load_recipe(odd), device=CPU)[0].refusals
+    assert refusal.key == "training.save_steps"
+    assert "write a multiple of 2" in refusal.message
+
+
+def test_a_stop_waits_for_the_last_time(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_prompts(tmp_path, base, objective={"num_iterations": 3}, training={"epochs": 1, "save_steps": 3})
+    added, seen = LoopState.__setattr__, list[int]()
+
+    def set_step(state: LoopState, name: str, value: Any) -> None:
+        added(state, name, value)
+        if name == "step" and value == 1 and not seen:
+            seen.append(value)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LoopState, "__setattr__", set_step)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3"):
+        train(recipe)

@@ -91,27 +91,24 @@ def _settle(run: Run, waiting: Waiting) -> None:
     for reading in waiting.readings:
         loss, norm = reading.read()
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
-        before = max(reading.started, waiting.settled)  # a step may begin before the last one was read
-        waiting.settled = time.monotonic()
-        seconds = waiting.settled - before
+        seconds = waiting.since(reading.started)
         watch_step(run, reading, loss)
         add_seconds(state.seconds, reading.spent(seconds))
-        run.record(
-            StepRecord(
-                step=reading.step,
-                epoch=reading.window.epoch,
-                loss=loss,
-                learning_rate=reading.rate,
-                grad_norm=norm,
-                tokens=int(reading.counts[0]),
-                supervised_tokens=int(reading.counts[1]),
-                seconds=seconds,
-                tokens_per_second=reading.counts[0] / seconds,
-                peak_bytes=run.peak_bytes(),
-                metrics=reading.logged(),
-                samples=run.shown(reading.window.preparation.samples, reading.step),
-            )
+        record = StepRecord(
+            step=reading.step,
+            epoch=reading.window.epoch,
+            loss=loss,
+            learning_rate=reading.rate,
+            grad_norm=norm,
+            tokens=int(reading.counts[0]),
+            supervised_tokens=int(reading.counts[1]),
+            seconds=seconds,
+            tokens_per_second=reading.counts[0] / seconds,
+            peak_bytes=run.peak_bytes(),
+            metrics=reading.logged(),
+            samples=run.shown(reading.window.preparation.samples, reading.step),
         )
+        run.record(record)
     waiting.readings.clear()
 
 

@@ -5,6 +5,7 @@ for them would cost; or as the error that they are not finite.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,11 @@ class Waiting:
 
     readings: list[Reading] = field(default_factory=list)
     settled: float = 0.0
+
+    def since(self, started: float) -> float:
+        """Seconds of a step that began then and is settled now; it may have begun before the last one was."""
+        before, self.settled = max(started, self.settled), time.monotonic()
+        return self.settled - before
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> dict[str, Tensor]:

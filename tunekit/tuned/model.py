@@ -93,6 +93,7 @@ class TunedModel:
         one for each prompt, which decides what is drawn. Of a model without values all are as long as can be."""
         if self.device.type == "meta":
             return [[int(prompt[-1])] * max_new_tokens for prompt in prompts]
+        whole = None if self.adapter is None else self.adapter.model_adapter  # which changes what enters
         with self.unchanged_weights():
             return generate_texts(
                 self.base,
@@ -102,7 +103,7 @@ class TunedModel:
                 batch_size=batch_size,
                 sampling=sampling,
                 stop_ids=stop_ids,
-                adapt=self.adapted,
+                adapt=None if whole is None else self.adapted,
                 virtual_tokens=self.virtual_tokens,
                 seeds=seeds,
                 keep_stop=True,

@@ -232,10 +232,11 @@ def _generate(
     net: Any = model.net
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     inputs = inputs if adapt is None else adapt(inputs)
-    more = {} if told is None else {"stopping_criteria": [_ends_where(told)]}
-    more |= {} if cache is None else {"past_key_values": cache}
+    more: dict[str, Any] = {} if told is None else {"stopping_criteria": [_ends_where(told)]}
     more |= {} if draws is None else {"logits_processor": [draws]}
     with quiet():
+        cache = _shared_cache(model, prompts, ids, mask) if cache is None and adapt is None else cache
+        more |= {} if cache is None else {"past_key_values": cache}
         if any(
             hasattr(module, "_setup_cache") for module in net.modules()
         ):  # recurrent_gemma keeps the last row's state
@@ -243,6 +244,32 @@ def _generate(
         output = net.generate(**inputs, generation_config=settings, **more)
     repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
     return output[:, repeated:].tolist()  # type: ignore[no-any-return]
+
+
+def _shared_cache(model: LoadedModel, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Keys and values of all but the last token of each prompt, where some prompts are equal: these are computed once.
+
+    None where no two are, or where a base keeps something else.    Shapes: ids, mask (B, T), padded on the left.
+    """
+    places: dict[tuple[int, ...], int] = {}
+    rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    cache = prompt_cache(model, (), None, ()) if len(places) < len(rows) and ids.shape[1] > 1 else None
+    if cache is None or not model.family.takes_positions(model.net):
+        return None
+    firsts = torch.tensor([rows.index(place) for place in range(len(places))])
+    seen = mask[firsts].to(model.device)
+    positions = (seen.cumsum(dim=-1) - 1).clamp(min=0)  # (U, T)
+    net: Any = model.net
+    net(
+        input_ids=ids[firsts, :-1].to(model.device),
+        attention_mask=seen[:, :-1],
+        position_ids=positions[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_select_indices(torch.tensor(rows, device=model.device))
+    return cache
 
 
 class _Draws:
