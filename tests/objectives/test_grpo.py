@@ -276,6 +276,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward": [{"regex": "a", "exact_match": "answer"}]}, "has regex and exact_match"),
     ({"reward": [{"weight": 2.0}]}, "has none"),
     ({"reward": []}, "must not be empty"),
+    ({"reward": None}, r"objective\.reward: must be a list, not empty"),
     ({"reward": [{"model": "absent"}]}, "absent: no such folder"),
     ({"num_generations": 1}, "must be at least 2: a completion is compared with the others"),
     ({"loss_type": "bnpo"}, "bnpo divides by the tokens of each micro-batch, so that micro-batches would change"),
@@ -411,3 +412,10 @@ def test_a_stop_waits_for_the_last_time(base: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(LoopState, "__setattr__", set_step)
     with pytest.raises(Stopped, match="stopped by SIGTERM after step 3"):
         train(recipe)
+
+
+def test_a_reward_is_required(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base, [{"prompt": "p"}])
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text("utf-8")), "objective": "rloo"}), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"objective\.reward: is required; write reward: \[\{function: FILE\.py:NAME"):
+        validate(str(recipe))
