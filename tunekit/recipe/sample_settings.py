@@ -108,7 +108,9 @@ class SampleSettings(ObjectiveSettings):
         1e-5, "huggingface/trl 1.16, docs/source/peft_integration.md: ten times that of full training"
     )
 
-    reward: Rewards = Field((), description="required: what gives a completion its reward; several are added up by their weights")
+    reward: Rewards = Field(
+        (), description="required: what gives a completion its reward; several are added up by their weights"
+    )
     num_generations: Annotated[Whole, Field(le=10**6), AfterValidator(several)] = Field(
         8, description="completions of one prompt: its group"
     )
