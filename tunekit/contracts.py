@@ -1,6 +1,6 @@
 """What rooms of one level know of each other: Tokenizer, Row, Batch, Window, Loss, Objective, Engine, Stages.
 
-Typing, numpy, torch, records only.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
+Typing, numpy, torch, records.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tunekit.records import Preparation
 
+AT_STEP_0, TEACHER = "policy at step 0", "teacher"  # what an objective may compare with
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
 
 
@@ -136,6 +137,9 @@ class RowEncoder(Protocol):
     notices: Counter[str]
     tokenizer: Tokenizer
 
+    def examples(self, example: Any) -> Sequence[Any]:
+        """What rows are made of where one example takes several; else the example itself."""
+
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""
 
@@ -149,9 +153,7 @@ class RowEncoder(Protocol):
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One micro-batch of whole rows: what the network is called with, what the loss reads, and the rows themselves.
-
-    `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where each row is padded by itself.
-    """
+    `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where every row is padded alone."""
 
     inputs: dict[str, torch.Tensor]  # each (B, ...)
     targets: dict[str, torch.Tensor]
@@ -201,6 +203,7 @@ class Window:
 
 
 Sums = dict[str, torch.Tensor]  # float64, of any shape; what is added up over batches and ranks
+ROW_LOSSES = "row losses"  # the one among sums that is laid end to end instead: (rows,) the loss of each of the batch
 Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of every rank
 Told = Callable[[str, int, int], None]  # what, how many are done, of how many: for a line of progress
 
@@ -230,6 +233,7 @@ class ModelOutput:
     head_parameters: Sequence[torch.Tensor] = ()  # trained ones inside the head
     chunk_tokens: int = 1  # positions that pass the head at a time
     logits: torch.Tensor | None = None  # (B, C)
+    teacher_head: Head | None = None  # that reads the hidden states of a teacher, where there is one
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,7 @@ class Objective(Protocol):
     family: str
     example: str  # the kind of example that it learns from, as formats give it
     packable: bool  # whether several rows may lie end to end in one sequence
-    reference: str  # none, or "policy at step 0"
+    reference: str  # none, AT_STEP_0 or TEACHER
     layout: RowLayout
     metrics: Sequence[str]  # always measured
     logged: Sequence[str]  # of each step, as its Loss sums them up
@@ -306,7 +310,7 @@ class Objective(Protocol):
         """Sum over the batch's units."""
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """What metrics are made of; no gradient."""
+        """What metrics are made of, and ROW_LOSSES, which add up to its `loss`; no gradient."""
 
     def answer(
         self,
@@ -345,10 +349,8 @@ class SideInput:
 @dataclass(frozen=True)
 class LayerCall:
     """What one layer is called with after its hidden states, for one micro-batch.
-
     `arguments` and `keywords` hold a SideInput in place of each tensor that is one.  `side_outputs`: what the layer
-    gives after its hidden states, in order; None where no layer reads it.
-    """
+    gives after its hidden states, in order; None where no layer reads it."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -365,10 +367,8 @@ class LayerCall:
 class Stack:
     """Layers that follow one another, each `layer(hidden, call)` -> hidden (B, T, D); the last one's includes the
     stack's final norm.
-
     `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is the output of the stack
-    before, None for the first.
-    """
+    before, None for the first."""
 
     embed: Callable[[dict[str, torch.Tensor], SideInput | None], tuple[torch.Tensor, list[LayerCall]]]
     layers: Sequence[torch.nn.Module]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +79,7 @@ class Run:
     save: Callable[[], None]
     record: Callable[[StepRecord | EvaluationRecord], None] = lambda record: None
     evaluate: Callable[[], Evaluation] | None = None
+    keep_rows: Callable[[int, Evaluation], None] = lambda step, found: None  # of the weights to be exported, if no more
     stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that asked to stop
     peak_bytes: Callable[[], int] = lambda: 0
     warn: Callable[[str], None] = lambda text: None
@@ -94,10 +95,9 @@ class Run:
         """Whether a step's numbers are read one step later: where the device itself keeps a non-finite update off."""
         return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
 
-    def shown(self, samples: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]] | None:
-        """The samples of a step that are kept for the report: of the first, the last and those that are evaluated."""
-        kept = step in (1, self.windows.steps) or step % self.training.eval_steps == 0
-        return list(samples) if kept and samples else None
+    def shows_samples(self, step: int) -> bool:
+        """Whether samples of a step are kept for the report: of the first, the last and those that are evaluated."""
+        return step in (1, self.windows.steps) or step % self.training.eval_steps == 0
 
     def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""
