@@ -17,6 +17,7 @@ from tunekit.contracts import Batch, Objective, Sums, Window
 from tunekit.errors import NumericsError
 from tunekit.machine.devices import Devices, kind_of, summing_dtype
 from tunekit.model.placing import placed
+from tunekit.records import StepRecord
 
 
 @dataclass
@@ -45,6 +46,23 @@ class Reading:
         named = zip(self.names, self.numbers[2:].tolist(), strict=True)
         finite = {name: number for name, number in named if math.isfinite(number)}
         return {**self.window.preparation.metrics, **finite}
+
+    def record(self, loss: float, norm: float, seconds: float, peak_bytes: int, *, shown: bool) -> StepRecord:
+        """The step as it is logged; with its samples, if it has some that are to be shown."""
+        return StepRecord(
+            step=self.step,
+            epoch=self.window.epoch,
+            loss=loss,
+            learning_rate=self.rate,
+            grad_norm=norm,
+            tokens=int(self.counts[0]),
+            supervised_tokens=int(self.counts[1]),
+            seconds=seconds,
+            tokens_per_second=self.counts[0] / seconds,
+            peak_bytes=peak_bytes,
+            metrics=self.logged(),
+            samples=list(self.window.preparation.samples) or None if shown else None,
+        )
 
     def spent(self, seconds: float) -> dict[str, float]:
         """The step's seconds by part of the report."""

@@ -36,8 +36,8 @@ def run_page(run: RunValues) -> str:
         _evaluations(run),
         *_classes(run),
         _samples(run),
-        _worst_rows(run),
         _completions(run),
+        _worst_rows(run),
         _memory(run),
         _time(run),
         _rows(run),
@@ -253,28 +253,6 @@ def _samples(run: RunValues) -> dict[str, Any] | None:
     return _section("Answers to the first evaluation rows", tables=[_table("", head, lines, texts=True)])
 
 
-def _worst_rows(run: RunValues) -> dict[str, Any] | None:
-    """The evaluation rows with the highest loss a unit, what of them is learnt marked."""
-    found = run.row_losses
-    if not found.get("worst"):
-        return None
-    units = units_of(run.recipe.get("objective", {}).get("method", "sft"))
-    lines = [_worst_row(found, **row) for row in found["worst"]]
-    with_before = found["before"] is not None
-    head = ["row", units, *(["loss before"] if with_before else []), "loss", "text, what is trained on marked"]
-    text = [f"Of {len(found['rows']):,}, by their mean loss over {units}. Look here for wrong labels and odd formats."]
-    return _section(
-        "Evaluation rows with the highest loss", text=text, tables=[{**_table("", head, []), "rows": lines}]
-    )
-
-
-def _worst_row(found: dict[str, Any], number: int, text: Sequence[tuple[str, bool]]) -> dict[str, Any]:
-    units = found["units"][number]
-    losses = [of_rows[number] for of_rows in (found["before"], found["losses"]) if of_rows is not None]
-    means = [loss if loss is None else loss / max(units, 1) for loss in losses]
-    return {"cells": [_number(cell) for cell in (found["rows"][number], units, *means)], "best": False, "text": text}
-
-
 def _completions(run: RunValues) -> dict[str, Any] | None:
     """What the model wrote to the first prompts of some steps, the first and the last of those that are kept."""
     found = [record for record in run.steps if record.get("samples")]
@@ -297,6 +275,28 @@ def _completions(run: RunValues) -> dict[str, Any] | None:
         head = ["prompt", "the row's answer", "completion", *names, "advantage"]
         tables.append(_table(f"Step {found[record]['step']:,}", head, lines, texts=True))
     return _section("Completions that the model learnt from", text=["[…]: it did not end."], tables=tables)
+
+
+def _worst_rows(run: RunValues) -> dict[str, Any] | None:
+    """The evaluation rows with the highest loss a unit, what of them is learnt marked."""
+    found = run.row_losses
+    if not found.get("worst"):
+        return None
+    units = units_of(run.recipe.get("objective", {}).get("method", "sft"))
+    lines = [_worst_row(found, **row) for row in found["worst"]]
+    with_before = found["before"] is not None
+    head = ["row", units, *(["loss before"] if with_before else []), "loss", "text, what is trained on marked"]
+    text = [f"Of {len(found['rows']):,}, by their mean loss over {units}. Look here for wrong labels and odd formats."]
+    return _section(
+        "Evaluation rows with the highest loss", text=text, tables=[{**_table("", head, []), "rows": lines}]
+    )
+
+
+def _worst_row(found: dict[str, Any], number: int, text: Sequence[tuple[str, bool]]) -> dict[str, Any]:
+    units = found["units"][number]
+    losses = [of_rows[number] for of_rows in (found["before"], found["losses"]) if of_rows is not None]
+    means = [loss if loss is None else loss / max(units, 1) for loss in losses]
+    return {"cells": [_number(cell) for cell in (found["rows"][number], units, *means)], "best": False, "text": text}
 
 
 def _memory(run: RunValues) -> dict[str, Any] | None:
