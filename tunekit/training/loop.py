@@ -18,7 +18,7 @@ from tunekit.errors import InputError, Problem, Stopped
 from tunekit.records import EvaluationRecord
 from tunekit.training.divergence import watch_step
 from tunekit.training.reached import reaching_all
-from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading, step_counts
+from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
 from tunekit.training.state import Run, add_seconds, timed
 from tunekit.tuned.evaluator import is_better
 from tunekit.tuned.scores import EvaluationStopped
@@ -66,7 +66,7 @@ def _make_step(run: Run, window: Window) -> Reading:
     """One optimizer step; state is advanced, and the step's numbers are on their way."""
     state, started = run.state, time.monotonic()
     window = run.objective.prepare(run.model, window, run.devices.gather)
-    units, counts = step_counts(run.objective, window, run.devices)
+    units, counts = _step_counts(run, window)
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor
     with reaching_all(run.adapter, run.devices, state.step == state.saved_step):
@@ -105,6 +105,18 @@ def _pauses(run: Run) -> bool:
     return last or evaluates or step % settings.save_steps == 0
 
 
+def _step_counts(run: Run, window: Window) -> tuple[Tensor, list[float]]:
+    """The step's units (K,) over all ranks, and [tokens, supervised tokens, micro-batches]."""
+    counts = [
+        float(sum(batch.tokens for batch in window.batches)),
+        float(sum(batch.supervised for batch in window.batches)),
+        float(len(window.batches)),
+    ]
+    units = sum((run.objective.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64))
+    together = run.devices.sum(torch.cat([torch.tensor(counts, dtype=torch.float64), units]))
+    return together[3:], together[:3].tolist()
+
+
 def _clip(run: Run, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unscale, take the one norm of the whole step, clip by it: loss, norm before clipping, found_inf; () each."""
     if run.state.scale.enabled:
@@ -131,8 +143,8 @@ def _evaluate_if_due(run: Run) -> bool:
     """Evaluate before training, at every eval_steps and at the end; returns whether this is the best state so far, to
     be kept. The one before training is only compared with."""
     state, settings = run.state, run.evaluation
-    last, regular = state.step == run.windows.steps, state.step % run.training.eval_steps == 0
-    due = (last or regular) if state.step else settings.before_training
+    due = state.step % run.training.eval_steps == 0 or state.step == run.windows.steps
+    due = due if state.step else settings.before_training
     if run.evaluate is None or not due or state.step <= state.evaluated_step:
         return False
     try:
@@ -143,7 +155,7 @@ def _evaluate_if_due(run: Run) -> bool:
     state.evaluated_step = state.step
     run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
     watched = (settings.best or "eval.loss").removeprefix("eval.")
-    compared = bool(state.step) and (settings.best or settings.patience) is not None
+    compared = bool(state.step) and (settings.best is not None or settings.patience is not None)
     better = compared and is_better(watched, found.metrics[watched], state.best_value)
     if better or not state.step or settings.best is None:
         run.keep_rows(state.step, found)
@@ -171,6 +183,7 @@ def _stop_if_asked(run: Run, waiting: Waiting) -> None:
     _settle(run, waiting)
     if step > run.state.saved_step:
         _save(run)
-    after = f"after step {step}; the checkpoint is written, go on with --resume"
-    told = after if step else "before the first step; nothing was trained yet"
-    raise Stopped(f"stopped by {Signals(number).name} {told}", number)
+    name = Signals(number).name
+    if not step:
+        raise Stopped(f"stopped by {name} before the first step; nothing was trained yet", number)
+    raise Stopped(f"stopped by {name} after step {step}; the checkpoint is written, go on with --resume", number)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Objective, Sums, Window
+from tunekit.contracts import Batch, Sums, Window
 from tunekit.errors import NumericsError
 from tunekit.machine.devices import Devices, kind_of, summing_dtype
 from tunekit.model.placing import placed
@@ -135,15 +135,3 @@ def rows_text(batches: Sequence[Batch], devices: Devices) -> str:
     rows = devices.gather([row.origin for batch in batches for row in batch.rows])
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return f"{', '.join(rows[:8])}{more}"
-
-
-def step_counts(objective: Objective, window: Window, devices: Devices) -> tuple[Tensor, list[float]]:
-    """The step's units (K,) over all ranks, and [tokens, supervised tokens, micro-batches]."""
-    counts = [
-        float(sum(batch.tokens for batch in window.batches)),
-        float(sum(batch.supervised for batch in window.batches)),
-        float(len(window.batches)),
-    ]
-    units = sum((objective.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64))
-    together = devices.sum(torch.cat([torch.tensor(counts, dtype=torch.float64), units]))
-    return together[3:], together[:3].tolist()
