@@ -7,6 +7,7 @@ a text that lists each key with its type, default and meaning.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from tunekit.recipe.data import Source
@@ -20,6 +21,16 @@ from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 JsonSchema = dict[str, Any]
 _STANDARD = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the reference."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
 
 
 def schema_text() -> str:
@@ -138,12 +149,30 @@ def _alias_schema(name: str) -> JsonSchema:
 
 def _reference_of(title: str, owner: Any) -> list[str]:
     """One section of the reference text."""
-    schema: JsonSchema = owner.model_json_schema()
-    lines = [f"{title}: {schema.get('description', '').splitlines()[0]}"]
-    for name, field in schema["properties"].items():
-        default = "required" if name in schema.get("required", []) else _default_words(field.get("default", {}))
-        lines.append(f"  {name:<28} {_type_words(field):<52} {default:<12} {field.get('description', '')}".rstrip())
+    lines = [f"{title}: {first_line(owner)}"]
+    for key in reference_keys(owner):
+        lines.append(f"  {key.name:<28} {key.type:<52} {key.default:<12} {key.meaning}".rstrip())
     return [*lines, ""]
+
+
+def reference_keys(owner: Any) -> list[Key]:
+    """Every key of a section or of a method's settings, in words."""
+    schema: JsonSchema = owner.model_json_schema()
+    required = schema.get("required", [])
+    return [
+        Key(
+            name,
+            _type_words(field),
+            "required" if name in required else _default_words(field.get("default", {})),
+            field.get("description", ""),
+        )
+        for name, field in schema["properties"].items()
+    ]
+
+
+def first_line(owner: Any) -> str:
+    """What a section or a method's settings say of themselves."""
+    return str(owner.model_json_schema().get("description", "")).partition("\n")[0]
 
 
 def _default_words(value: object) -> str:
