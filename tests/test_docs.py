@@ -157,9 +157,9 @@ def test_the_generated_pages_have_everything_that_has_a_name(pages: Path) -> Non
     assert set(known_names("objectives")) <= headings("objectives.md")
     for kind in ("formats", "metrics"):
         text = (pages / "reference" / f"{kind}.md").read_text(encoding="utf-8")
-        assert all(f"| `{name}` |" in text for name in known_names(kind))  # type: ignore[arg-type]
+        assert all(f"| <code>{name}</code> |" in text for name in known_names(kind))  # type: ignore[arg-type]
     recipes = (pages / "reference" / "recipes.md").read_text(encoding="utf-8")
-    assert all(f"| `{name}` |" in recipes for name in shipped_recipes())
+    assert all(f"| <code>{name}</code> |" in recipes for name in shipped_recipes())
     said = (pages / "reference" / "errors.md").read_text(encoding="utf-8")
     kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.TunekitError)]
     assert {each.__name__ for each in kinds} <= headings("errors.md")

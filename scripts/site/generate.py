@@ -6,6 +6,7 @@ usage: python scripts/site/generate.py FOLDER      the written pages are copied 
 from __future__ import annotations
 
 import ast
+import html
 import re
 import shutil
 import sys
@@ -76,9 +77,17 @@ def with_recipes(page: str) -> str:
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """A table of Markdown; a cell is one line."""
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[cell_text(cell) for cell in row] for row in rows]
     lines = [columns, ["---"] * len(columns), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell_text(cell: str) -> str:
+    """A cell in one line; in code a bar needs HTML, since a backslash before it would be shown."""
+    cell = " ".join(cell.split())
+    if cell.startswith("`"):
+        return f"<code>{html.escape(cell.strip('`'), quote=False).replace('|', '&#124;')}</code>"
+    return cell.replace("|", "\\|")
 
 
 def keys_table(keys: list[Key]) -> str:
@@ -168,7 +177,7 @@ def formats_page() -> str:
     rows = []
     for name in known_names("formats"):
         facts = facts_of("formats", name)
-        needed = ", ".join(f"`{field}`" for field in facts.REQUIRED)
+        needed = escaped(", ".join(facts.REQUIRED))
         rows.append([f"`{name}`", escaped(facts.DESCRIPTION), needed, str(facts.EXAMPLE)])
     head = (
         "# Data formats\n\nThe format of a source is found from the fields of its first row, and printed with the "
@@ -317,7 +326,7 @@ def other_tools_page() -> str:
             nothing.append(name)
     order = {name: number for number, name in enumerate(Recipe.model_fields)}
     ordered = sorted(by_target.items(), key=lambda pair: (order.get(pair[0].partition(".")[0], 99), pair[0]))
-    rows = [[f"`{ours}`", ", ".join(f"`{name}`" for name in theirs)] for ours, theirs in ordered]
+    rows = [[f"`{ours}`", escaped(", ".join(theirs))] for ours, theirs in ordered]
     inside = [
         [f"`{name}`", f"`{dotted(target)}`" if (target := alias_target(name)) else "no effect, or refused"]
         for name in sorted(IN_ADAPTER)
