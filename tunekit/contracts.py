@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+AT_STEP_0, TEACHER = "policy at step 0", "teacher"  # what an objective may compare with
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
 
 
@@ -134,6 +135,9 @@ class RowEncoder(Protocol):
     notices: Counter[str]
     tokenizer: Tokenizer
 
+    def examples(self, example: Any) -> Sequence[Any]:
+        """What rows are made of where one example takes several; else the example itself."""
+
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""
 
@@ -197,6 +201,7 @@ class Window:
 
 
 Sums = dict[str, torch.Tensor]  # float64, of any shape; what is added up over batches and ranks
+ROW_LOSSES = "row losses"  # the one among sums that is laid end to end instead: (rows,) the loss of each of the batch
 Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of every rank
 Told = Callable[[str, int, int], None]  # what, how many are done, of how many: for a line of progress
 
@@ -226,6 +231,7 @@ class ModelOutput:
     head_parameters: Sequence[torch.Tensor] = ()  # trained ones inside the head
     chunk_tokens: int = 1  # positions that pass the head at a time
     logits: torch.Tensor | None = None  # (B, C)
+    teacher_head: Head | None = None  # that reads the hidden states of a teacher, where there is one
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,7 @@ class Objective(Protocol):
     family: str
     example: str  # the kind of example that it learns from, as formats give it
     packable: bool  # whether several rows may lie end to end in one sequence
-    reference: str  # none, or "policy at step 0"
+    reference: str  # none, AT_STEP_0 or TEACHER
     layout: RowLayout
     metrics: Sequence[str]  # always measured
     logged: Sequence[str]  # of each step, as its Loss sums them up
@@ -300,7 +306,7 @@ class Objective(Protocol):
         """Sum over the batch's units."""
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """What metrics are made of; no gradient."""
+        """What metrics are made of, and ROW_LOSSES, which add up to its `loss`; no gradient."""
 
     def answer(
         self,

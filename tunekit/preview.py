@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.names import units_of
 from tunekit.records import RowCounts
+from tunekit.tuned.row_losses import segments
 
 TRAINED = "trained on"
 FIRST = "not trained on: nothing before it predicts the first token"
@@ -87,14 +87,6 @@ def explain_tokens(part: Part, tokenizer: Tokenizer) -> list[Token]:
             why = FIRST if index == 0 else PROMPT if index < first else AFTER if index > last else BETWEEN
         tokens.append(Token(tokenizer.token_text(token_id), token_id, bool(trained[index]), why))
     return tokens
-
-
-def segments(part: Part, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """Stretches of text that are trained on or not; decoded whole, so that split characters are shown right."""
-    trained = part.trained  # (T,)
-    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
-    pairs = pairwise(borders)
-    return [(tokenizer.decode(part.ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairs]
 
 
 def statistics(rows: RowSet, units: str) -> list[tuple[str, object]]:

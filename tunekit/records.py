@@ -175,12 +175,14 @@ class StepRecord:
 @dataclass(frozen=True)
 class EvaluationRecord:
     """One evaluation: metrics by name (`loss` always), at a step; counts of each label where rows have some; where
-    answers are generated, those to the first rows as {prompt, reference, answer}."""
+    answers are generated, those to the first rows as {prompt, reference, answer}; of several sources the metrics of
+    each one's rows, and how many `rows` it has."""
 
     step: int
     metrics: dict[str, float]
     classes: dict[str, Any] | None = None
     samples: list[dict[str, str]] | None = None
+    sources: dict[str, dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts.report.compare import Outcomes, differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.html import comparison_page, run_page
+from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.values import RunValues, read_run
 from tunekit.console import Console
 from tunekit.errors import InputError
@@ -33,6 +35,9 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     if len(runs) <= MOST_COLUMNS:
         head, *lines = map(list, zip(head, *lines, strict=True))
     console.table(head, lines)
+    paired = differences(runs)
+    if paired:
+        console.table(heading(runs[0].name), [each.texts() for each in paired], title="on the rows that both evaluated")
     for names, cells in repeats:
         console.panel(f"mean and deviation over the seeds of {names}", dict(zip(outcome.labels, cells, strict=True)))
     if keys:
@@ -46,7 +51,7 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     if csv_file is not None:
         write_text(Path(csv_file), _csv(outcome))
         console.info(f"table: {csv_file}")
-    write_result(_json(runs, outcome, keys))
+    write_result({**_json(runs, outcome, keys), "paired": [asdict(each) for each in paired]})
 
 
 def _with_state(runs: Sequence[RunValues], outcome: Outcomes) -> list[list[str]]:

@@ -47,6 +47,17 @@ def write_run(
     report |= {"base_eval_loss": 2.6, "eval_loss": losses[-1], "final_step": steps, "reactions": []} | more
     files = {"plan": plan, "environment": {"python": "3.11", "versions": {"torch": "2.13.0"}}}
     files |= {"report": report, "status": {"exit_code": 0, "reason": "finished"}} if finished else {}
+    rows = 30
+    kept = {
+        "step": steps,
+        "rows": [f"eval.jsonl:{at}" for at in range(rows)],
+        "units": [at % 7 + 1 for at in range(rows)],
+    }
+    kept |= {"digests": [f"row {at}" for at in range(rows)]}
+    kept |= {"losses": [units * (losses[-1] + math.cos(at)) for at, units in enumerate(kept["units"])]}
+    kept |= {"before": [2.6 * units for units in kept["units"]]}
+    kept |= {"worst": [{"number": 6, "text": [["<|user|>cakes?", False], ["<u>two</u> lemon cakes", True]]}]}
+    (folder / "evaluation_rows.json").write_text(json.dumps(kept), encoding="utf-8")
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     (folder / "recipe.yaml").write_text("model: org/base # </script><script>alert(1)</script>\n", encoding="utf-8")

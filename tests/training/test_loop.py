@@ -216,6 +216,10 @@ def test_evaluation_does_not_depend_on_the_batch_size(tiny_llama: Path) -> None:
         assert sums.values["units"] == int(rows.supervised.sum())
         assert (sums.tokens, sums.rows) == (int(rows.lengths.sum()), 23)
         assert sums.values["correct"] == found[0].values["correct"]
+        assert sum(sums.row_losses.values()) == pytest.approx(sums.values["loss"])
+        assert [sums.row_losses[number] for number in range(23)] == pytest.approx(
+            [found[0].row_losses[number] for number in range(23)], rel=1e-5
+        )
 
 
 def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
@@ -224,7 +228,10 @@ def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
     values = iter([0.5, 3.0, float("nan"), 2.0, 2.5, 2.0, 1.0])
     case.parts.evaluate = lambda: Evaluation(EvaluationSums({}, 0, 0), {"loss": next(values)})
     case.parts.evaluation = EvaluationSection(best="eval.loss", patience=2)
+    kept: list[int] = []
+    case.parts.keep_rows = lambda step, found: kept.append(step)
     state = case.run()
+    assert kept == [0, 1, 3]  # those of the best weights so far, which would be exported
     assert (state.step, state.best_step, state.best_value, state.stopped_early) == (5, 3, 2.0, True)
     assert case.saved == [1, 3, 5]
 

@@ -18,7 +18,7 @@ from tunekit.files import durable
 from tunekit.records import EvaluationRecord, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
-BESIDE = ("classes", "samples")  # what an evaluation may have beside its metrics
+BESIDE = ("classes", "samples", "sources")  # what an evaluation may have beside its metrics
 
 
 def record_line(record: StepRecord | EvaluationRecord) -> bytes:

@@ -22,12 +22,14 @@ from tunekit.files import durable
 from tunekit.files.lock import LOCK_NAME, FolderLock
 from tunekit.records import EvaluationRecord, StepRecord, bytes_text
 
+ROWS_NAME = "evaluation_rows.json"  # the loss of each evaluation row, of the weights that would be exported now
 FILES = (
     "recipe.yaml",
     "plan.json",
     "environment.json",
     "status.json",
     "metrics.jsonl",
+    ROWS_NAME,
     "report.json",
     "report.md",
     "report.html",

@@ -20,7 +20,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Part, Row, RowLayout, Sums, Tokenizer, Window
+from tunekit.contracts import (
+    ROW_LOSSES,
+    Batch,
+    Gather,
+    Loss,
+    ModelOutput,
+    Part,
+    Row,
+    RowLayout,
+    Sums,
+    Tokenizer,
+    Window,
+)
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
@@ -58,7 +70,7 @@ class AnswerEncoder(TextEncoder):
         found = [self.renderer.sequence(example.answered(answer)) for answer in answers]
         for notice, count in (self.notices - before).items():
             self.notices[notice] -= count - 1  # a row that has it in each of its answers is one row
-        sides = [(np.asarray(ids, np.int32), trained.astype(np.bool_)) for ids, trained in found]
+        sides = [(np.asarray(ids, np.int32), weights > 0) for ids, weights in found]
         beside = {name: [getattr(example, name)] for name in self.objective.beside}
         return self.objective.make_row(sides, beside, origin)
 
@@ -283,7 +295,8 @@ class AnswerObjective(TextObjective):
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, units and what is logged, over rows."""
         losses, measured = self.compared(output, batch)
-        return {"loss": losses.sum(dtype=summing_dtype(losses.device)), "units": self.units(batch)[0], **measured}
+        wide = losses.to(summing_dtype(losses.device))
+        return {"loss": wide.sum(), ROW_LOSSES: wide, "units": self.units(batch)[0], **measured}
 
 
 def by_sequence(values: Tensor, counts: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from tunekit.files.cache_folder import hash_of
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.text.generation import check_prompts
 from tunekit.objectives.confusion import label_sums
+from tunekit.objectives.logprobs import row_losses
 from tunekit.objectives.rows import TextObjective, put_around
 from tunekit.recipe.label_settings import LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
@@ -169,7 +170,8 @@ class LabelObjective(TextObjective):
         """loss, and those of label_sums."""
         scores, labels = self.scores(output, batch)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
-        return {"loss": losses.sum(dtype=summing_dtype(losses.device)), **label_sums(scores, labels)}
+        loss = losses.sum(dtype=summing_dtype(losses.device))
+        return {"loss": loss, **row_losses(losses, batch), **label_sums(scores, labels)}
 
     def answer(
         self,

@@ -29,6 +29,10 @@ class TextEncoder:
         self.notices: Counter[str] = Counter()
         self.renderer = Renderer(tokenizer, options.train_on, options.template, self.notices)
 
+    def examples(self, example: Any) -> Sequence[Any]:
+        """One row an example."""
+        return [example]
+
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
         """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
         return self.renderer.prompt(example)

@@ -46,6 +46,7 @@ from tunekit.training.state import Prepared
 from tunekit.tuned.evaluator import check_choices
 from tunekit.tuned.fit import check_family, row_problems
 from tunekit.tuned.labels import start_facts
+from tunekit.tuned.teacher import read_teacher, teacher_of, teacher_problems
 
 END_TO_END = (
     "; the rows of a micro-batch lie end to end, without padding "
@@ -64,6 +65,7 @@ class Inputs:
     rows: RowSet
     targets: list[Target]
     adapter: AdapterSettings  # with its texts as token ids
+    teacher: LoadedModel | None  # of an objective that has one
 
     @property
     def virtual_tokens(self) -> int:
@@ -156,7 +158,16 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
             return None
     if base is None or tokenizer is None or rows is None or targets is None or adapter is None:
         return None
-    return Inputs(model, base, tokenizer, rows, targets, adapter)
+    section, teacher = teacher_of(rows.objective), None
+    if section is not None:
+        found = findings.attempt(lambda: read_teacher(section, device))
+        if found is None:
+            return None
+        teacher, problems = found[0], list(teacher_problems(*found, tokenizer, recipe.memory))
+        findings.add(problems)
+        if problems:
+            return None
+    return Inputs(model, base, tokenizer, rows, targets, adapter, teacher)
 
 
 def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:
@@ -218,7 +229,8 @@ def _forecast(
 ) -> Forecast:
     rows, choice = inputs.rows, _written_choice(recipe, device, windows.steps)
     sections = (recipe.model, recipe.adapter, rows.objective, recipe.training)
-    run = SimulatedRun(*sections, choice, device, recipe.memory, bases={recipe.model: inputs.base})
+    bases = {recipe.model: inputs.base}
+    run = SimulatedRun(*sections, choice, device, recipe.memory, teacher=inputs.teacher, bases=bases)
     evaluation, answers = None, 0
     if rows.evaluation is not None and rows.eval_counts is not None:
         size = recipe.evaluation.batch_size

@@ -30,6 +30,7 @@ from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 from tunekit.tuned.scores import prepared, undisturbed
+from tunekit.tuned.teacher import as_teacher
 
 MOMENTS = 2  # AdamW's, which torch makes in its first step
 UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # state of the same size
@@ -46,6 +47,7 @@ class SimulatedRun:
     choice: Choice
     device: torch.device
     memory: MemorySection = field(default_factory=MemorySection)
+    teacher: LoadedModel | None = None  # without weights
     bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made already
 
     def training_step(self, batch: Batch, micro_batches: int = 1) -> Simulation:
@@ -115,7 +117,9 @@ class SimulatedRun:
         base = self._base()
         head = base.family.head_name(base.net)
         attach = partial(attach_adapter, base.net, self.adapter, seed=self.training.seed, head_name=head)
-        return prepare_network(base, self.choice, attach, planned_for=self.device)
+        tuned = prepare_network(base, self.choice, attach, planned_for=self.device)
+        tuned.teacher = None if self.teacher is None else as_teacher(self.teacher)
+        return tuned
 
     def _adopt(self, tracker: StorageTracker, tuned: TunedModel) -> Optimizer:
         """Count what exists before the step: the adapter's state, everything else of the network, the optimizer."""
@@ -129,6 +133,8 @@ class SimulatedRun:
         tables = [] if tuned.head_parts is None or self.device.type == "cpu" else tuned.head_parts.tables
         there = {id(tensor) for table in [on_host, *tables] if table is not None for tensor in table.parameters()}
         weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
+        if tuned.teacher is not None:
+            weights += [*tuned.teacher.base.net.parameters(), *tuned.teacher.base.net.buffers()]
         tracker.adopt(weights, "weights")
         if slots is not None:
             waiting = slots.waiting = torch.empty(self._waiting_bytes(slots), dtype=torch.uint8, device="meta")

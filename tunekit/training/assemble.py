@@ -11,8 +11,10 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
+from tunekit.artifacts.run import ROWS_NAME
 from tunekit.console.progress import Counting
 from tunekit.data.batching.windows import evaluation_batches
+from tunekit.files.cache_folder import hash_of
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
@@ -37,7 +39,9 @@ from tunekit.training.trial import (
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+from tunekit.tuned.row_losses import RowLosses
 from tunekit.tuned.scores import summed_evaluation
+from tunekit.tuned.teacher import load_teacher
 
 
 def assemble_run(
@@ -48,11 +52,14 @@ def assemble_run(
     Raises: RunFolderError where `checkpoint` belongs to another run; ModelError from the probes.
     """
     recipe, devices = session.loaded.recipe, session.devices
-    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint)
+    with session.timed("load"):
+        teacher = load_teacher(prepared.rows.objective, devices.device)
+    contents = base.fingerprint if teacher is None else hash_of([base.fingerprint, teacher.base.fingerprint])
+    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, contents, checkpoint)
     state = LoopState(LossScale(base.dtype == torch.float16))
     if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
-    model = _tuned(session, plan, prepared, base, state, checkpoint)
+    model = _tuned(session, plan, prepared, base, teacher, state, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
     probe_reference(model, prepared.rows.objective, prepared.largest_batch)
@@ -80,6 +87,7 @@ def assemble_run(
         state=state,
         save=lambda: save_run(session, run, fingerprint),
         evaluate=_make_evaluate(session, prepared, model, state),
+        keep_rows=_make_keep_rows(session, prepared),
         stop_signal=lambda: session.signals.requested or 0,
         peak_bytes=session.peak_bytes,
         warn=session.console.warn,
@@ -97,10 +105,11 @@ def _tuned(
     plan: Plan,
     prepared: Prepared,
     base: LoadedModel,
+    teacher: TunedModel | None,
     state: LoopState,
     checkpoint: Checkpoint | None,
 ) -> TunedModel:
-    """The base with the recipe's adapter, initialised; what that cost is kept in the state."""
+    """The base with the recipe's adapter, initialised, and its teacher; what that cost is kept in the state."""
     recipe, devices = session.loaded.recipe, session.devices
 
     def attach() -> AttachedAdapter:
@@ -113,11 +122,13 @@ def _tuned(
             objective=prepared.rows.objective,
             windows=lambda: prepared.rows.windows(prepared.batch_settings),
             resumed=None if checkpoint is None else checkpoint.facts["layout"],
+            teacher=teacher,
         )
         return adapter
 
     with session.timed("calibrate" if needed_batches(recipe.adapter) else "load"):
         model = prepare_network(base, plan.choice, attach)
+    model.teacher = teacher
     if state.calibration is not None:
         session.console.info(calibration_text(state.calibration))
     reset_peaks(devices.device)  # the report's peak is the training's, not the loader's
@@ -164,3 +175,16 @@ def _make_evaluate(
         told=Counting(session.console),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)
+
+
+def _make_keep_rows(session: Session, prepared: Prepared) -> Callable[[int, Evaluation], None]:
+    """What leaves the loss of each evaluation row in the run folder."""
+    rows = prepared.rows.evaluation
+    kept = None if rows is None else RowLosses(rows, prepared.rows.objective, prepared.tokenizer)
+
+    def keep_rows(step: int, found: Evaluation) -> None:
+        if kept is not None and session.folder is not None and found.sums.row_losses:
+            earlier = session.folder.read_json(ROWS_NAME) if step else None
+            session.folder.write_json(ROWS_NAME, kept.values(step, found.sums.row_losses, earlier))
+
+    return keep_rows

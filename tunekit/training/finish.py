@@ -25,6 +25,9 @@ class Measured:
     base_bytes: int
 
 
+SHOWN = ("step", "eval", "sources")  # of an evaluation
+
+
 def report_facts(
     plan: Plan,
     state: LoopState,
@@ -73,7 +76,7 @@ def report_facts(
         base_eval_loss=before,
         eval_loss=loss,
         verdict=verdict,
-        evaluations=[{"step": record["step"], "eval": record["eval"]} for record in evaluations],
+        evaluations=[{name: record[name] for name in SHOWN if name in record} for record in evaluations],
         classes=None if (found := classes.get(exported)) is None else class_facts(found),
         reactions=[Reaction(**reaction) for reaction in state.reactions],
         skipped_steps=state.scale.skipped_steps if state.scale.enabled else None,

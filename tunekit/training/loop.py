@@ -168,11 +168,15 @@ def _evaluate_if_due(run: Run) -> bool:
     except EvaluationStopped:
         return False
     state.evaluated_step = state.step
-    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples))
-    if not state.step or (settings.best is None and settings.patience is None):
-        return False
+    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
     watched = (settings.best or "eval.loss").removeprefix("eval.")
-    if is_better(watched, found.metrics[watched], state.best_value):
+    compared = bool(state.step) and (settings.best is not None or settings.patience is not None)
+    better = compared and is_better(watched, found.metrics[watched], state.best_value)
+    if better or not state.step or settings.best is None:
+        run.keep_rows(state.step, found)
+    if not compared:
+        return False
+    if better:
         state.best_step, state.best_value, state.evaluations_without_gain = state.step, found.metrics[watched], 0
         return settings.best is not None
     state.evaluations_without_gain += 1

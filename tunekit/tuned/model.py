@@ -33,6 +33,7 @@ class TunedModel:
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
     head_parts: HeadParts | None = None  # of an output projection that is streamed
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows that an objective wants to keep
+    teacher: TunedModel | None = None  # whose hidden states an objective asks for
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +58,7 @@ class TunedModel:
                 map(self.output, [batch.inputs for batch in batches]) if self.slots is None else self._by_layer(batches)
             )
             found = [score(output, batch) for output, batch in zip(outputs, batches, strict=True)]
-        return [torch.zeros(value.shape) if value.is_meta else value.cpu() for value in found]
+        return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in found]
 
     def _by_layer(self, batches: Sequence[Batch]) -> Iterator[ModelOutput]:
         """What the objective reads of each batch, every layer computing all of them before the next."""
@@ -80,9 +81,11 @@ class TunedModel:
         """What the objective reads of last hidden states (B, T, D)."""
         chunk = self.chunk_tokens or logits_chunk_tokens(self.base.text.vocabulary_size)
         head = self.base.family.head(self.base.net)
+        of_teacher = None if self.teacher is None else self.teacher.base
+        taught = None if of_teacher is None else of_teacher.family.head(of_teacher.net)
         if self.head_parts is not None:
-            return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk)
-        return ModelOutput(hidden, head, self.head_parameters(), chunk)
+            return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk, teacher_head=taught)
+        return ModelOutput(hidden, head, self.head_parameters(), chunk, teacher_head=taught)
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""

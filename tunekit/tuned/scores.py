@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from tunekit.contracts import Batch, Objective, Sums, Window
+from tunekit.contracts import ROW_LOSSES, Batch, Objective, Sums, Window
 from tunekit.data.batching.split import split_batch
 from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
@@ -21,6 +22,8 @@ from tunekit.model.call import Call, calling
 from tunekit.tuned.model import TunedModel
 
 TOKENS, ROWS = "tokens of all rows", "rows"  # beside the objective's own sums
+NUMBERS = "row numbers"  # of those that ROW_LOSSES are of
+LAID_END_TO_END = (ROW_LOSSES, NUMBERS)
 
 
 class EvaluationStopped(Exception):
@@ -34,6 +37,7 @@ class EvaluationSums:
     values: dict[str, Any]  # float64 numbers, or lists of them
     tokens: int
     rows: int
+    row_losses: dict[int, float] = field(default_factory=dict)  # the row's number -> its loss, a sum over its units
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
         """The named metrics of metrics/ that follow from the sums."""
@@ -82,12 +86,31 @@ def summed_evaluation(
     for each in devices.gather([sums]):
         total = added(total, each)
     values: dict[str, Any] = {name: value.tolist() for name, value in total.items()}
-    return EvaluationSums(values, tokens=int(values.pop(TOKENS, 0)), rows=int(values.pop(ROWS, 0)))
+    losses = dict(zip(map(int, values.pop(NUMBERS, ())), values.pop(ROW_LOSSES, ()), strict=False))
+    tokens, rows = int(values.pop(TOKENS, 0)), int(values.pop(ROWS, 0))
+    return EvaluationSums(values, tokens, rows, losses)
+
+
+def all_together(found: Sequence[EvaluationSums]) -> EvaluationSums:
+    """Sums over several sets of rows as those over all of them."""
+    first = found[0]
+    if len(found) == 1:
+        return first
+    each = [{name: torch.tensor(value, dtype=torch.float64) for name, value in one.values.items()} for one in found]
+    total: Sums = reduce(added, each)
+    losses = {number: loss for one in found for number, loss in one.row_losses.items()}
+    values = {name: value.tolist() for name, value in total.items()}
+    return EvaluationSums(values, sum(one.tokens for one in found), sum(one.rows for one in found), losses)
 
 
 def added(one: Sums, other: Sums) -> Sums:
     """Sums of two sets of batches, either of which may be empty."""
-    return {name: one[name] + other[name] for name in one} if one and other else one or other
+    if not (one and other):
+        return one or other
+    return {
+        name: torch.cat([value, other[name]]) if name in LAID_END_TO_END else value + other[name]
+        for name, value in one.items()
+    }
 
 
 def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]) -> Sums:
@@ -95,9 +118,10 @@ def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_sp
     try:
         batch = prepared(model, objective, batch)
         sums = objective.sums(model.output(batch.inputs), batch)
-        counted = {TOKENS: batch.tokens, ROWS: len(batch.rows)}
+        numbers = [row.number for row in batch.rows] if ROW_LOSSES in sums else []
+        counted = {TOKENS: batch.tokens, ROWS: len(batch.rows), NUMBERS: numbers}
         return {name: value.cpu().double() for name, value in sums.items()} | {
-            name: torch.tensor(float(count), dtype=torch.float64) for name, count in counted.items()
+            name: torch.tensor(count, dtype=torch.float64) for name, count in counted.items()
         }
     except Exception as error:
         if not is_out_of_memory(error):

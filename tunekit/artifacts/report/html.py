@@ -13,9 +13,11 @@ from jinja2 import Environment, StrictUndefined
 from tunekit import __version__
 from tunekit.artifacts.report.compare import differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.curves import binned, charts_of
+from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
+from tunekit.metrics.sources import sources_table
 from tunekit.recipe.names import units_of
 from tunekit.records import bytes_text, calibration_text, skipped_text
 
@@ -30,7 +32,16 @@ def _asset(name: str) -> str:
 
 def run_page(run: RunValues) -> str:
     """The page of one run, finished or not."""
-    sections = [_evaluations(run), *_classes(run), _samples(run), _memory(run), _time(run), _rows(run), _reactions(run)]
+    sections = [
+        _evaluations(run),
+        *_classes(run),
+        _samples(run),
+        _worst_rows(run),
+        _memory(run),
+        _time(run),
+        _rows(run),
+        _reactions(run),
+    ]
     charts = charts_of([run])
     return _page(
         {
@@ -56,6 +67,12 @@ def comparison_page(runs: Sequence[RunValues]) -> str:
             tables=[_table("", ["key", *(run.name for run in runs)], keys)] if keys else [],
         ),
     ]
+    paired = differences(runs)
+    if paired:
+        lines = [each.texts() for each in paired]
+        text = [f"The loss of each run on the evaluation rows that {runs[0].name} evaluated too, row by row."]
+        table = _table("", heading(runs[0].name), lines)
+        sections.insert(1, _section("Better, or by chance?", text=text, tables=[table]))
     if repeats:
         lines = [[name, *cells] for name, cells in repeats]
         head = ["runs that differ in the seed alone", *outcome.labels]
@@ -104,7 +121,8 @@ def _section(title: str, **parts: Any) -> dict[str, Any]:
 def _table(
     title: str, head: Sequence[str], rows: Sequence[Sequence[object]], best: int = -1, texts: bool = False
 ) -> Any:
-    lines = [{"cells": [_number(cell) for cell in row], "best": at == best} for at, row in enumerate(rows)]
+    cells = [[_number(cell) for cell in row] for row in rows]
+    lines = [{"cells": row, "best": at == best, "text": []} for at, row in enumerate(cells)]
     return {"title": title, "head": list(head), "rows": lines, "texts": texts}
 
 
@@ -196,7 +214,10 @@ def _evaluations(run: RunValues) -> dict[str, Any]:
     kept = run.report.get("best_step") or run.report.get("final_step")
     best = next((at for at, record in enumerate(shown) if record["step"] == kept), -1)
     text = [f"The exported weights are those after step {kept:,}."] if kept else []
-    return _section("Evaluations", text=text, tables=[_table("", ["step", *names], rows, best)])
+    tables, of_sources = [_table("", ["step", *names], rows, best)], shown[best].get("sources")
+    if of_sources:
+        tables.append(_table(f"By source, after step {shown[best]['step']:,}", *sources_table(of_sources)))
+    return _section("Evaluations", text=text, tables=tables)
 
 
 def _few(records: Sequence[dict[str, Any]], best: int | None, most: int = 30) -> list[dict[str, Any]]:
@@ -229,6 +250,28 @@ def _samples(run: RunValues) -> dict[str, Any] | None:
         for before, at_end in zip(first["samples"], last["samples"], strict=False)
     ]
     return _section("Answers to the first evaluation rows", tables=[_table("", head, lines, texts=True)])
+
+
+def _worst_rows(run: RunValues) -> dict[str, Any] | None:
+    """The evaluation rows with the highest loss a unit, what of them is learnt marked."""
+    found = run.row_losses
+    if not found.get("worst"):
+        return None
+    units = units_of(run.recipe.get("objective", {}).get("method", "sft"))
+    lines = [_worst_row(found, **row) for row in found["worst"]]
+    with_before = found["before"] is not None
+    head = ["row", units, *(["loss before"] if with_before else []), "loss", "text, what is trained on marked"]
+    text = [f"Of {len(found['rows']):,}, by their mean loss over {units}. Look here for wrong labels and odd formats."]
+    return _section(
+        "Evaluation rows with the highest loss", text=text, tables=[{**_table("", head, []), "rows": lines}]
+    )
+
+
+def _worst_row(found: dict[str, Any], number: int, text: Sequence[tuple[str, bool]]) -> dict[str, Any]:
+    units = found["units"][number]
+    losses = [of_rows[number] for of_rows in (found["before"], found["losses"]) if of_rows is not None]
+    means = [loss if loss is None else loss / max(units, 1) for loss in losses]
+    return {"cells": [_number(cell) for cell in (found["rows"][number], units, *means)], "best": False, "text": text}
 
 
 def _memory(run: RunValues) -> dict[str, Any] | None:

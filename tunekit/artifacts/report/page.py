@@ -14,6 +14,7 @@ from typing import Any
 from tunekit.console.text import curve_text, means_of
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
+from tunekit.metrics.sources import sources_table
 from tunekit.recipe.names import known_names, settings_class, units_of
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text, skipped_text
 
@@ -90,6 +91,13 @@ def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
         )
     else:
         lines.append("The result was not compared with its base: there are no evaluation rows (data.eval).")
+    last = next((entry for entry in facts.evaluations if entry["step"] == (facts.best_step or facts.final_step)), {})
+    if last.get("sources"):
+        head, sources = sources_table(last["sources"])
+        lines += [
+            "By source, of the exported weights:",
+            _table(head, [[escape(name), *map(_number, values)] for name, *values in sources]),
+        ]
     if facts.classes is not None:
         lines += _classes(facts.classes)
     if facts.first_loss is not None and facts.final_loss is not None:

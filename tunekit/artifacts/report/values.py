@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
-from tunekit.artifacts.run import RUN_SIGNS, read_json
+from tunekit.artifacts.run import ROWS_NAME, RUN_SIGNS, read_json
 from tunekit.errors import InputError
 from tunekit.files.lock import is_held
 
@@ -34,6 +35,18 @@ class RunValues:
     def recipe(self) -> dict[str, Any]:
         """The recipe with its defaults, as plan.json holds it."""
         return dict(self.plan.get("recipe", {}))
+
+    @property
+    def exported_step(self) -> int | None:
+        """Of the evaluation of the exported weights; the last one where the run goes on."""
+        return self.report.get("best_step") or max((record["step"] for record in self.evaluations), default=None)
+
+    @cached_property
+    def row_losses(self) -> dict[str, Any]:
+        """The losses of the evaluation rows as RowLosses keeps them; empty where those of the exported weights are not
+        there."""
+        found = read_json(self.path / ROWS_NAME)
+        return found if isinstance(found, dict) and found.get("step") == self.exported_step else {}
 
     @property
     def state(self) -> str:

@@ -89,6 +89,7 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
     objective = _objective_class(draft)
     if isinstance(data, DataSection):
         unknown = draft.values.get("objective", "") is None  # that of a model which is asked when it is loaded
+        _check_rewritten_answers(draft, objective)
         _check_sources(draft, data, sorted(known_names("formats")) if unknown else formats_of(objective.example))
     if isinstance(evaluation, EvaluationSection):
         _check_metrics(draft, evaluation, objective)
@@ -105,6 +106,16 @@ def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None
         draft.add_problem(key, "holds what looks like a secret, and runs save their recipe", "set HF_TOKEN instead")
     for part, inner in inner_items(value):
         check_secrets(draft, inner, (*key, part))
+
+
+def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -> None:
+    """Only a row of one sequence may be several."""
+    if draft.get(("data", "rewritten_answers")) == "each" and (objective.family, objective.example) != (
+        "causal",
+        "text",
+    ):
+        what = "a row of this objective has one answer to train on, or none"
+        draft.add_problem(("data", "rewritten_answers"), what, "remove it")
 
 
 def _objective_class(draft: Draft) -> type[ObjectiveSettings]:

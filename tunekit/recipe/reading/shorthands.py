@@ -19,6 +19,8 @@ def expand_shorthands(draft: Draft) -> None:
     for section, inner in NAMED_BY_TEXT.items():
         if isinstance(draft.values.get(section), str):
             draft.wrap((section,), inner)
+    if isinstance(draft.get(("objective", "teacher")), str):
+        draft.wrap(("objective", "teacher"), "name_or_path")
     if draft.get(("adapter", "start")) in known_names("starts"):  # an unknown one is refused as it stands
         draft.wrap(("adapter", "start"), "method")
     tracker = draft.get(TRACKERS)

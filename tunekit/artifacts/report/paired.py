@@ -1,0 +1,94 @@
+"""Several runs' losses of their evaluation rows go in; by how much each differs from the first on the rows that both
+evaluated, with an interval, comes out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunekit.artifacts.report.values import RunValues
+
+RESAMPLES, LEVEL = 2000, 0.95
+AT_A_TIME = 64  # resamples, so that those of many rows take little memory
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A run's evaluation loss less the first run's, on `rows` rows of both; `low` to `high`: a 95 % interval."""
+
+    run: str
+    than: str
+    rows: int
+    loss: float
+    than_loss: float
+    low: float
+    high: float
+
+    @property
+    def difference(self) -> float:
+        """Of the two losses."""
+        return self.loss - self.than_loss
+
+    def texts(self) -> list[str]:
+        """As a person reads it."""
+        sure = "lower" if self.high < 0 else "higher" if self.low > 0 else "not told apart"
+        interval = f"{self.low:+.4g} to {self.high:+.4g}"
+        return [self.run, f"{self.rows:,}", f"{self.than_loss:.4g}", f"{self.loss:.4g}", interval, sure]
+
+
+def differences(runs: Sequence[RunValues]) -> list[Difference]:
+    """Each other run against the first, where both measured the same loss on rows that they share."""
+    found = []
+    for run in runs[1:]:
+        pairs = _shared(runs[0], run)
+        if len(pairs) > 1:
+            than_loss, loss, units = pairs.T
+            low, high = paired_interval(than_loss, loss, units)
+            total = units.sum()
+            than, own = float(than_loss.sum() / total), float(loss.sum() / total)
+            found.append(Difference(run.name, runs[0].name, len(pairs), own, than, low, high))
+    return found
+
+
+def heading(than: str) -> list[str]:
+    """Of the columns of `Difference.texts`."""
+    return ["run", "rows of both", f"loss of {than} there", "its own loss", "95 % interval of the difference", "it is"]
+
+
+def _shared(one: RunValues, other: RunValues) -> NDArray[Any]:
+    """(rows, 3): the loss in the one run, in the other, and the units; of equal rows the first with the first."""
+    if one.recipe.get("objective") != other.recipe.get("objective"):
+        return np.empty((0, 3))
+    first, second = dict(_keyed(one.row_losses)), dict(_keyed(other.row_losses))
+    both = [(first[key][0], *second[key]) for key in first if key in second]
+    return np.array([values for values in both if None not in values and values[2]], np.float64).reshape(-1, 3)
+
+
+def _keyed(kept: dict[str, Any]) -> Iterator[tuple[tuple[str, int], tuple[float | None, int]]]:
+    seen: Counter[str] = Counter()
+    columns = (kept.get(name, ()) for name in ("digests", "losses", "units"))
+    for digest, loss, units in zip(*columns, strict=True):
+        yield (digest, seen[digest]), (loss, units)
+        seen[digest] += 1
+
+
+def paired_interval(one: NDArray[Any], other: NDArray[Any], units: NDArray[Any]) -> tuple[float, float]:
+    """The interval of sum(other) / sum(units) - sum(one) / sum(units) over resamples of the rows, the same for both.
+
+    Shapes: (rows,) each: losses, as sums over each row's units.    Source: Efron and Tibshirani 1993, percentile
+    intervals (13.3); Koehn 2004 for pairs.
+    """
+    rows, generator, found = len(units), np.random.default_rng(0), list[NDArray[Any]]()
+    values = np.stack([other - one, units], axis=1)  # (rows, 2)
+    for start in range(0, RESAMPLES, AT_A_TIME):
+        drawn = generator.integers(0, rows, (min(AT_A_TIME, RESAMPLES - start), rows))  # (resamples, rows)
+        sums = values[drawn].sum(axis=1)  # (resamples, 2)
+        found.append(sums[:, 0] / sums[:, 1])
+    low, high = np.quantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

@@ -1,0 +1,89 @@
+"""The loss of each evaluation row goes in; what a run keeps of it comes out: the losses of rows that can be found again
+in another run, and the text of those with the highest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from tunekit.contracts import Objective, Part, Row, Rows, Tokenizer
+
+WORST_ROWS = 10  # whose text a report shows
+MOST_STRETCHES, MOST_CHARACTERS = 8, 320  # of one of them
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Evaluation rows under names that hold in every run that has them."""
+
+    rows: Rows
+    objective: Objective
+    tokenizer: Tokenizer
+
+    @cached_property
+    def names(self) -> dict[str, list[Any]]:
+        """Of each row: where it is written, a hash of all that the loss reads of it, and how many units it has."""
+        rows = [self.rows[number] for number in range(len(self.rows))]
+        return {
+            "rows": [row.origin for row in rows],
+            "digests": [_digest(row) for row in rows],
+            "units": [float(self.objective.units(self.objective.collate([[row]]))[0]) for row in rows],
+        }
+
+    def values(self, step: int, losses: Mapping[int, float], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What is kept of an evaluation: {step, rows, digests, units, losses, before, worst}, a value for each row.
+
+        `earlier`: what was kept of the evaluation before; the losses before training are handed on.
+        """
+        found = [_short(losses[number]) for number in range(len(self.rows))]
+        before = None if earlier is None else earlier["losses" if earlier["step"] == 0 else "before"]
+        values = {"step": step, **self.names, "losses": found, "before": before if step else None}
+        pairs = zip(found, self.names["units"], strict=True)
+        means = [math.inf if loss is None else loss / max(units, 1) for loss, units in pairs]
+        order = np.argsort(-np.asarray(means), kind="stable")
+        return {**values, "worst": [self._shown(int(number)) for number in order[:WORST_ROWS]] if step else []}
+
+    def _shown(self, number: int) -> dict[str, Any]:
+        """A row as text: {number, text: [[a stretch, whether it is trained on]]}."""
+        text: list[tuple[str, bool]] = []
+        for part in self.objective.spans(self.rows[number]):
+            text += [*([(f"{part.title}\n", False)] if part.title else []), *segments(part, self.tokenizer)]
+        if len(text) > MOST_STRETCHES:
+            text = [*text[:2], ("\n...\n", False), *text[2 - MOST_STRETCHES :]]
+        return {"number": number, "text": [[_cut(stretch), trained] for stretch, trained in text]}
+
+
+def segments(part: Part, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Stretches of text that are trained on or not; decoded whole, so that split characters are shown right."""
+    trained = part.trained  # (T,)
+    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
+    pairs = pairwise(borders)
+    return [(tokenizer.decode(part.ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairs]
+
+
+def _digest(row: Row) -> str:
+    digest = blake2b(digest_size=8)
+    for name, values in sorted(row.parts.items()):
+        digest.update(f"{name} {len(values)} ".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def _short(loss: float) -> float | None:
+    """Seven digits, as float32 has them; None where it is not finite, which JSON cannot say."""
+    return float(f"{loss:.7g}") if math.isfinite(loss) else None
+
+
+def _cut(text: str) -> str:
+    """A long text's beginning and end."""
+    half = MOST_CHARACTERS // 2
+    cut: Sequence[str] = (text[:half], text[-half:])
+    return text if len(text) <= MOST_CHARACTERS else " [...] ".join(cut)
