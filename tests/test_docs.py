@@ -6,6 +6,7 @@ Models are tiny twins of those that the pages name, and a run has three steps; a
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -35,6 +36,7 @@ INLINE = re.compile(r"`(tunekit [^`]+)`")
 ELSEWHERE = {  # commands of the pages that other tests run, or that would change this machine
     "git clone REPOSITORY tunekit",
     "git clone REPOSITORY tunekit && cd tunekit",
+    "scripts/quickstart",
     "cd tunekit",
     "scripts/setup",
     "source .venv/bin/activate",
@@ -56,7 +58,7 @@ class Page:
     def lines(self) -> list[str]:
         """The command lines of its blocks."""
         blocks = [body for language, _, body in BLOCK.findall(self.text) if language == "sh"]
-        return [line.split("  #")[0].strip() for body in blocks for line in body.splitlines() if line.strip()]
+        return [line.partition("  #")[0].strip() for body in blocks for line in body.splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +76,16 @@ def written_pages() -> list[Page]:
 
 
 PAGES = [page for page in written_pages() if set(page.lines) - ELSEWHERE]
+
+
+def write_rows(file: Path) -> None:
+    """Rows of a user's own, where a page only names their file."""
+    question = {"role": "user", "content": "Do you take number 1?"}
+    rows = (
+        [{**question, "content": f"Do you take number {n}?"}, {"role": "assistant", "content": f"Yes, {n}."}]
+        for n in range(60)
+    )
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
 
 
 def made_small(words: list[str], folder: Path, stand_ins: dict[str, str]) -> list[str]:
@@ -98,8 +110,9 @@ def made_small(words: list[str], folder: Path, stand_ins: dict[str, str]) -> lis
 def test_what_a_page_shows_runs(page: Page, twins: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
     folder = tmp_path / "work"
     folder.mkdir()
-    if "rensa" in page.text and importlib.util.find_spec("rensa") is None:
-        pytest.skip("rensa is absent")
+    if "tunekit data check" in page.lines and importlib.util.find_spec("rensa") is None:
+        pytest.skip("rensa is absent: pip install 'tunekit[data]'")
+    write_rows(folder / "train.jsonl")
     for language, title, body in BLOCK.findall(page.text):
         if title and language != "sh":
             (folder / title).write_text(body, encoding="utf-8")

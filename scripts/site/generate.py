@@ -210,7 +210,7 @@ def commands_page() -> str:
     from tunekit.cli import app
 
     root = get_command(app)
-    parts = ["# Commands\n\n`KEY=VALUE` after a recipe changes a key, `~KEY` removes one.\n", options_of(root)]
+    parts = [(SITE / "commands.md").read_text(encoding="utf-8"), options_of(root)]
     for path, command in commands_of(root, ()):
         arguments = " ".join(shown_argument(part) for part in command.params if part.param_type_name == "argument")
         usage = " ".join(["tunekit", *path, arguments]).strip()
