@@ -172,7 +172,7 @@ def fail() -> None:
     raise TunekitError("it broke")
 
 
-@pytest.mark.parametrize("crash", [fail, kill_self])
+@pytest.mark.parametrize("crash", [fail, pytest.param(kill_self, marks=pytest.mark.slow)])
 def test_a_run_that_broke_and_went_on_is_one_run_with_every_number(
     tracker: str, crash: Callable[[], None], tiny_llama: Path, tmp_path: Path
 ) -> None:

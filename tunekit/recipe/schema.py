@@ -20,6 +20,7 @@ from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 JsonSchema = dict[str, Any]
+TEXT: JsonSchema = {"type": "string", "minLength": 1}
 _STANDARD = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
 
 
@@ -49,7 +50,7 @@ def make_schema() -> JsonSchema:
         owner = section_class(name, None)
         if owner is not None:
             properties[name] = _schema_of(owner, definitions)
-    properties["model"] = {"anyOf": [{"type": "string", "minLength": 1}, properties["model"]]}
+    properties["model"] = {"anyOf": [TEXT, properties["model"]]}
     _add_source_shorthands(properties["data"]["properties"])
     trackers = properties["output"]["properties"]["report_to"]
     properties["output"]["properties"]["report_to"] = {"anyOf": [trackers["items"], {"const": "none"}, trackers]}
@@ -115,6 +116,9 @@ def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:
     choices = [_schema_of(settings_class(kind_of(name), method), definitions) for method in methods]
     for method, choice in zip(methods, choices, strict=True):
         choice["properties"]["method"] = {"const": method, "default": method}
+        for field in choice["properties"].values():  # a model may be its name alone
+            if field.get("$ref") == "#/$defs/ModelSection":
+                field["anyOf"] = [TEXT, {"$ref": field.pop("$ref")}]
         if method != DEFAULT_METHOD[name]:
             choice["required"] = [*choice.get("required", []), "method"]
         if name == "adapter":
@@ -125,13 +129,12 @@ def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:
 
 def _add_source_shorthands(data: JsonSchema) -> None:
     """A path, a source, or a list of either."""
-    path: JsonSchema = {"type": "string", "minLength": 1}
     source: JsonSchema = {"$ref": "#/$defs/Source"}
-    several = {"type": "array", "minItems": 1, "items": {"anyOf": [path, source]}}
+    several = {"type": "array", "minItems": 1, "items": {"anyOf": [TEXT, source]}}
     fraction = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
     for name, choices in (("train", []), ("eval", [fraction, {"type": "null"}])):
         description = data[name].get("description", "")
-        data[name] = {"description": description, "anyOf": [path, source, several, *choices]}
+        data[name] = {"description": description, "anyOf": [TEXT, source, several, *choices]}
 
 
 def _add_known_names(source: JsonSchema, evaluation: JsonSchema) -> None:
