@@ -92,7 +92,7 @@ def made_small(words: list[str], folder: Path, stand_ins: dict[str, str]) -> lis
     """A command with a tiny base, and three steps where it trains."""
     words = [stand_ins.get(word, word) for word in words]
     recipes = [word for word in words[1:] if word.endswith(".yaml") and (folder / word).is_file()]
-    takes = words[0] in ("plan", "train", "preview", "validate") or words[:2] == ["data", "check"]
+    takes = words[0] in ("plan", "train", "preview", "validate") or words[1] == "check"
     if not recipes or not takes:
         return words
     text = (folder / recipes[0]).read_text(encoding="utf-8")
@@ -101,6 +101,7 @@ def made_small(words: list[str], folder: Path, stand_ins: dict[str, str]) -> lis
     overrides += ["~training.epochs"] if re.search(r"^  epochs:", text, re.MULTILINE) else []
     overrides += ["training.eval_steps=3"] if re.search(r"^  eval:", text, re.MULTILINE) else []
     overrides += ["evaluation.max_new_tokens=4"] if "generate: true" in text else []
+    overrides += ["objective.teacher=builtin:tiny-llama"] if "teacher:" in text else []
     return [*words, *overrides]
 
 

@@ -30,9 +30,9 @@ from tunekit.recipe.section import TargetedSettings  # noqa: E402
 from tunekit.recipe.shipped import SCHEMA_MARK, first_comment, shipped_recipes  # noqa: E402
 
 SHOWN_RECIPE = re.compile(r"^<!-- recipe: ([\w-]+) -->$", re.MULTILINE)
-CLASSES = ("TunekitError", "InputError", "RecipeError", "DataError", "ModelError", "AdapterError", "RunFolderError")
-CLASSES += ("NumericsError", "ResourceError", "Stopped")
-
+CLASSES = [
+    name for name, each in vars(errors).items() if isinstance(each, type) and issubclass(each, errors.TunekitError)
+]
 BEFORE_WHAT = {"Problem": 0, "NotExact": 0, "problem": 1, "_complain": 2}  # arguments that come before the words
 NOTHING = ast.Constant("")
 NO_NAMES = {"join", "list", "listed", "map", "repr", "show", "shown", "sorted", "str", "tuple", "type", "dotted", "len"}

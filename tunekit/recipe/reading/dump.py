@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tunekit.recipe.reading.paths import ALWAYS_LOCAL, MODELS, relative_path
+from tunekit.recipe.reading.paths import ALWAYS_LOCAL, MODELS, REWARD_PATHS, relative_path
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
 
@@ -33,6 +33,9 @@ def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False
     for sources in (values["data"]["train"], values["data"].get("eval")):
         for source in sources if isinstance(sources, list) else ():
             source["path"] = relative_path(source["path"], relative_to)
+    for reward in values.get("objective", {}).get("reward") or ():
+        for name in (name for name in REWARD_PATHS if reward.get(name) is not None):
+            reward[name] = relative_path(reward[name], relative_to)
     return "\n".join(_lines(values, "")) + "\n"
 
 
