@@ -11,6 +11,8 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from tunekit.recipe.data import Source  # noqa: E402
 from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target  # noqa: E402
 from tunekit.recipe.names import facts_of, known_names, settings_class  # noqa: E402
 from tunekit.recipe.reading.draft import dotted  # noqa: E402
+from tunekit.recipe.reading.dump import yaml_scalar  # noqa: E402
 from tunekit.recipe.reading.problems import section_class  # noqa: E402
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe  # noqa: E402
 from tunekit.recipe.schema import Key, first_line, reference_keys  # noqa: E402
@@ -342,8 +345,27 @@ def other_tools_page() -> str:
             "## Keys that write nothing here\n\nThey change no result, or only one value of them can be obeyed; any "
             "other value is an error that says what to write.\n",
             ", ".join(f"`{name}`" for name in nothing) + "\n",
+            *tool_parts(),
         ]
     )
+
+
+def tool_parts() -> Iterator[str]:
+    """Of each tool by itself: names that only it has, and what it takes where a key is not written."""
+    if find_spec("tunekit.recipe.foreign.tools") is None:
+        return
+    tools = import_module("tunekit.recipe.foreign.tools")
+    own = {tools.TORCHTUNE: ("torchtune", "TABLE"), tools.UNSLOTH: ("unsloth", "SECTIONS")}
+    own[tools.SCRIPT] = ("unsloth", "OPTIONS")
+    for tool, values in tools.DEFAULTS.items():
+        yield f"## {tool}\n"
+        if tool in own:
+            file, name = own[tool]
+            names = getattr(import_module(f"tunekit.recipe.foreign.{file}"), name)
+            rows = [[f"`{each}`", f"`{dotted(alias.target)}`"] for each, alias in sorted(names.items()) if alias.target]
+            yield table(["there", "here"], rows)
+        yield "What it takes where a key is not written, and `import` therefore writes:\n"
+        yield table(["key", "value"], [[f"`{key}`", f"`{yaml_scalar(value)}`"] for key, value in values.items()])
 
 
 if __name__ == "__main__":
