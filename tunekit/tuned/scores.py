@@ -95,7 +95,7 @@ def added(one: Sums, other: Sums) -> Sums:
     if not (one and other):
         return one or other
     pairs = {name: (one[name], other[name]) for name in one}
-    return {name: torch.cat(pair) if name in LAID_END_TO_END else sum(pair) for name, pair in pairs.items()}
+    return {name: torch.cat(pair) if name in LAID_END_TO_END else pair[0] + pair[1] for name, pair in pairs.items()}
 
 
 def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]) -> Sums:
