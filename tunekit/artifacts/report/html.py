@@ -90,18 +90,17 @@ def comparison_page(runs: Sequence[RunValues]) -> str:
 
 
 def _page(page: dict[str, Any]) -> str:
-    shown = _redacted(page)
-    data = json.dumps({"charts": shown["charts"]}, separators=(",", ":"))
+    data = json.dumps({"charts": _redacted(page["charts"])}, separators=(",", ":"))
+    files = {"uplot_css": "uplot.css", "uplot_js": "uplot.js", "uplot_license": "uplot-license.txt"}
+    raw = {name: _asset(file) for name, file in {**files, "page_js": "page.js"}.items()}
+    return render("page.html.jinja", page, **raw, data=data.replace("<", "\\u003c"))
+
+
+def render(template: str, page: dict[str, Any], **raw: str) -> str:
+    """A template of assets with a page's values, without access tokens; `raw` is put in as it is."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    raw = {
-        "uplot_css": _asset("uplot.css"),
-        "uplot_js": _asset("uplot.js"),
-        "uplot_license": _asset("uplot-license.txt"),
-        "page_css": _asset("page.css"),
-        "page_js": _asset("page.js"),
-        "data": data.replace("<", "\\u003c"),
-    }
-    return environment.from_string(_asset("page.html.jinja")).render(page=shown, version=__version__, **raw)
+    made = environment.from_string(_asset(template))
+    return made.render(page=_redacted(page), version=__version__, page_css=_asset("page.css"), **raw)
 
 
 def _redacted(value: Any) -> Any:
