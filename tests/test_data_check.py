@@ -101,7 +101,7 @@ def test_nearness_follows_the_similarity_of_word_pairs() -> None:
     far[::3] = ["z"] * len(far[::3])
     assert seen.like(signed(" ".join(near))) == ("near", "f", 1, None)
     assert seen.like(signed(" ".join(far))) is None
-    assert seen.like(signed(" ".join(words).upper() + "!")) == ("exact", "f", 1)
+    assert seen.like(signed(" ".join(words).upper() + "!")) == ("exact", "f", 1, None)
 
 
 def like(earlier: str, later: str) -> str | None:
