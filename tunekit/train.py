@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,5 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
         console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.html'}")
+    if base.family.answers and (template or prepared.tokenizer.chat_template) is not None:
+        console.info(f"talk to it: tunekit chat {os.path.relpath(folder.path)}")

@@ -29,14 +29,19 @@ TOKENS = [
 PREVIEWED = [{"heading": "rows.jsonl:1: 4 tokens", "parts": [{"title": "chosen", "tokens": TOKENS}]}]
 
 
+def browser_path() -> str:
+    """Of the browser in which the pages are looked at."""
+    path = os.environ.get("TUNEKIT_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
+    assert path, "the pages are looked at in a browser: install chromium, or name one by TUNEKIT_BROWSER"
+    return path
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
-    path = os.environ.get("TUNEKIT_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
-    assert path, "the pages are looked at in a browser: install chromium, or name one by TUNEKIT_BROWSER"
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        found = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
         yield found
         found.close()
 
