@@ -21,6 +21,7 @@ from tunekit.recipe.names import units_of
 from tunekit.records import bytes_text, calibration_text, skipped_text
 
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
+MOST_CHARACTERS = 240  # of a prompt above its answers
 REST = "the process and what its allocator keeps"
 
 
@@ -50,6 +51,7 @@ def run_page(run: RunValues) -> str:
             "tiles": _tiles(run),
             "charts": charts,
             "binned": _binned([run]),
+            "lead": [],
             "sections": [*(section for section in sections if section), _sources(run)],
         }
     )
@@ -84,7 +86,8 @@ def comparison_page(runs: Sequence[RunValues]) -> str:
             "tiles": [],
             "charts": charts_of(runs),
             "binned": _binned(runs),
-            "sections": sections,
+            "lead": sections,
+            "sections": [],
         }
     )
 
@@ -241,10 +244,20 @@ def _samples(run: RunValues) -> dict[str, Any] | None:
     first, last = found[0], found[-1]
     head = ["prompt", "the row's answer", *([] if first is last else [f"step {first['step']}"]), f"step {last['step']}"]
     lines = [
-        [at_end["prompt"], at_end["reference"], *([] if first is last else [before["answer"]]), at_end["answer"]]
+        [
+            _end_of(at_end["prompt"]),
+            at_end["reference"],
+            *([] if first is last else [before["answer"]]),
+            at_end["answer"],
+        ]
         for before, at_end in zip(first["samples"], last["samples"], strict=False)
     ]
     return _section("Answers to the first evaluation rows", tables=[_table("", head, lines, texts=True)])
+
+
+def _end_of(prompt: str) -> str:
+    """The last words of a long prompt, after which the answer begins."""
+    return prompt if len(prompt) <= MOST_CHARACTERS else f"[...] {prompt[-MOST_CHARACTERS:].partition(' ')[2]}"
 
 
 def _worst_rows(run: RunValues) -> dict[str, Any] | None:
