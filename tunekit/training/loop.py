@@ -20,7 +20,6 @@ from tunekit.training.divergence import watch_step
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
 from tunekit.training.state import Run, add_seconds, timed
-from tunekit.tuned.evaluator import is_better
 from tunekit.tuned.scores import EvaluationStopped
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -154,19 +153,10 @@ def _evaluate_if_due(run: Run) -> bool:
         return False
     state.evaluated_step = state.step
     run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
-    watched = (settings.best or "eval.loss").removeprefix("eval.")
-    compared = bool(state.step) and (settings.best is not None or settings.patience is not None)
-    better = compared and is_better(watched, found.metrics[watched], state.best_value)
-    if better or not state.step or settings.best is None:
+    better = state.judge(settings, found.metrics)
+    if better or settings.best is None or not state.step:
         run.keep_rows(state.step, found)
-    if not compared:
-        return False
-    if better:
-        state.best_step, state.best_value, state.evaluations_without_gain = state.step, found.metrics[watched], 0
-        return settings.best is not None
-    state.evaluations_without_gain += 1
-    state.stopped_early = settings.patience is not None and state.evaluations_without_gain >= settings.patience
-    return False
+    return better and settings.best is not None
 
 
 def _save(run: Run) -> None:
