@@ -81,6 +81,7 @@ def _make_step(run: Run, window: Window) -> Reading:
     reading.rate = run.optimizer.step(run.rate(), found_inf)
     state.scale.update(finite, reading.step)
     _advance(run, finite, counts)
+    reading.sent = time.monotonic()
     return reading
 
 
@@ -88,9 +89,8 @@ def _settle(run: Run, waiting: Waiting) -> None:
     """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
     state = run.state
     for reading in waiting.readings:
-        loss, norm = reading.read()
+        loss, norm, seconds = waiting.read(reading)
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
-        seconds = waiting.since(reading.started)
         watch_step(run, reading, loss)
         add_seconds(state.seconds, reading.spent(seconds))
         run.record(reading.record(loss, norm, seconds, run.peak_bytes(), shown=run.shows_samples(reading.step)))
