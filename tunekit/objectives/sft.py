@@ -87,10 +87,8 @@ class Sft(TextObjective):
 
     def spans(self, row: Row) -> list[Part]:
         """The sequence, under how much its tokens count where that is not 1; its first token is never predicted."""
-        marked = _labels(row) != IGNORED  # (T,)
-        return [
-            Part(row.parts["ids"], marked, weights_title(row.parts["weights"][marked[: len(row.parts["weights"])]]))
-        ]
+        marked, weights = _labels(row) != IGNORED, row.parts["weights"]  # (T,); (T,) or (0,)
+        return [Part(row.parts["ids"], marked, weights_title(weights[marked[: len(weights)]]))]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Shapes: output.hidden (B, T, D) -> total (1,)."""
