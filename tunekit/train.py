@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,5 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.html'}")
     console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))
+    if base.family.answers and (template or prepared.tokenizer.chat_template) is not None:
+        console.info(f"talk to it: tunekit chat {os.path.relpath(folder.path)}")

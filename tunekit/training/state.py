@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
-from tunekit.tuned.evaluator import Evaluation
+from tunekit.tuned.evaluator import Evaluation, is_better
 from tunekit.tuned.model import TunedModel
 
 
@@ -48,6 +48,18 @@ class LoopState:
     calibration: dict[str, Any] | None = None  # the pass over the data before step 1
     reactions: list[dict[str, Any]] = field(default_factory=list)  # records.Reaction as plain values
     split_tokens: int | None = None  # padded tokens from which on micro-batches are split, once one was too large
+
+    def judge(self, settings: EvaluationSection, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation is the best so far; one before training is only compared with. Says when to stop."""
+        if not self.step or (settings.best is None and settings.patience is None):
+            return False
+        watched = (settings.best or "eval.loss").removeprefix("eval.")
+        if is_better(watched, metrics[watched], self.best_value):
+            self.best_step, self.best_value, self.evaluations_without_gain = self.step, metrics[watched], 0
+            return True
+        self.evaluations_without_gain += 1
+        self.stopped_early = settings.patience is not None and self.evaluations_without_gain >= settings.patience
+        return False
 
 
 @dataclass(frozen=True)
@@ -95,10 +107,9 @@ class Run:
         """Whether a step's numbers are read one step later: where the device itself keeps a non-finite update off."""
         return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
 
-    def shown(self, samples: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]] | None:
-        """The samples of a step that are kept for the report: of the first, the last and those that are evaluated."""
-        kept = step in (1, self.windows.steps) or step % self.training.eval_steps == 0
-        return list(samples) if kept and samples else None
+    def shows_samples(self, step: int) -> bool:
+        """Whether samples of a step are kept for the report: of the first, the last and those that are evaluated."""
+        return step in (1, self.windows.steps) or step % self.training.eval_steps == 0
 
     def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""
