@@ -17,7 +17,7 @@ class BuildWithRecipes(build_py):
         source, target = Path("recipes"), Path(self.build_lib, "tunekit", "shipped_recipes")
         shutil.rmtree(target, ignore_errors=True)
         recipes = (file for file in source.rglob("*.yaml") if "runs" not in file.parts)
-        for file in sorted([*recipes, *source.glob("data/**/*.*")]):
+        for file in sorted([*recipes, *source.glob("*.schema.json"), *source.glob("data/**/*.*")]):
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)

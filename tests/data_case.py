@@ -50,9 +50,10 @@ def encoder_of(
     train_on: str = "assistant",
     template: str | None = None,
     settings: ObjectiveSettings | None = None,
+    rewritten_answers: str = "last",
 ) -> RowEncoder:
     """What encodes examples for an objective, sft unless another is asked for."""
-    options = EncodeOptions(train_on, template, max_length=2048, excess_length="drop")
+    options = EncodeOptions(train_on, template, 2048, "drop", rewritten_answers)
     return make_objective(settings or SftSettings(), tokenizer).row_encoder(options)
 
 

@@ -6,6 +6,7 @@ import ast
 import errno
 import gc
 import json
+import logging
 import os
 import pty
 import re
@@ -21,7 +22,9 @@ import pytest
 import tunekit.validate
 from tests.recipe.test_reader import SMALL
 from tunekit.cli import ENVIRONMENT, main
+from tunekit.console.loudness import LOUDNESS
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
+from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.shipped import shipped_recipes
 from tunekit.validate import CHECKED
@@ -188,6 +191,27 @@ def test_json_on_standard_output_is_alone_there(
     assert report["learning_rate"] == recipe["training"]["learning_rate"]
 
 
+def test_less_or_more_is_said_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(LOUDNESS, "")  # which main() sets
+    words = [str(shipped_recipes()["smoke"]), f"output.dir={tmp_path / 'run'}", "training.max_steps=2"]
+    words.append("~training.epochs")
+    assert run(monkeypatch, "-q", "train", *words) == 0
+    assert capsys.readouterr() == ("", "")
+    assert run(monkeypatch, "--quiet", "runs", str(tmp_path)) == 0
+    assert "finished" in capsys.readouterr().out, "what was asked for is no note"
+    assert run(monkeypatch, "-q", "train", *words) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert run(monkeypatch, "-v", "train", *words, "--overwrite") == 0
+    assert re.search(r"^seconds: data [\d.]+, .*train [\d.]+", capsys.readouterr().out, re.MULTILINE)
+    with quiet():
+        assert logging.getLogger("transformers").getEffectiveLevel() < logging.CRITICAL
+    monkeypatch.setenv(LOUDNESS, "")
+    with quiet():
+        assert logging.getLogger("transformers").getEffectiveLevel() == logging.CRITICAL
+
+
 @pytest.mark.parametrize(
     "words", [["~training.epochs", "training.max_steps=-1"], ["training.max_steps=-1", "~training.epochs"]]
 )
@@ -301,9 +325,9 @@ def test_help_lists_the_verbs_and_every_verb_exists() -> None:
 
 def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
     package = Path(tunekit.validate.__file__).parent
-    calls = re.findall(
-        r'"tunekit\.(\w+):(\w+)", (.*)\)$', (package / "cli.py").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    files = (package / "cli.py", package / "commands" / "adapters.py")
+    texts = "".join(file.read_text(encoding="utf-8") for file in files)
+    calls = re.findall(r'"tunekit\.(\w+):(\w+)", (.*)\)$', texts, re.MULTILINE)
     assert len(calls) == 16
     for module, name, values in calls:
         tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))

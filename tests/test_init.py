@@ -12,6 +12,8 @@ import pytest
 from tunekit.errors import DataError, InputError, RecipeError
 from tunekit.init import init_verb, look_at, models_at_hand
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.schema import schema_text
+from tunekit.recipe.shipped import SCHEMA_LINE, SCHEMA_NAME
 
 ROWS = {
     "sft": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]},
@@ -40,6 +42,8 @@ def test_the_objective_follows_from_the_rows(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     data = write(tmp_path / "my rows.jsonl", ROWS[objective])
     init(data, tmp_path / "recipe.yaml", "org/model")
+    assert (tmp_path / "recipe.yaml").read_text("utf-8").startswith(f"{SCHEMA_LINE}\n#")
+    assert (tmp_path / SCHEMA_NAME).read_text("utf-8") == schema_text()
     recipe = load_recipe(tmp_path / "recipe.yaml").recipe
     assert recipe.objective.method == objective
     assert recipe.data.train[0].path == str(data)
@@ -57,8 +61,11 @@ def test_a_model_that_is_here_is_planned(tiny_llama: Path, tmp_path: Path, capsy
     assert "steps; predicted peak" in said
     assert load_recipe(tmp_path / "new.yaml").recipe.model.quantization == "none"
     before = (tmp_path / "new.yaml").read_bytes()
+    (tmp_path / SCHEMA_NAME).write_text("{}")
     with pytest.raises(RecipeError, match="exists already"):
         init(data, tmp_path / "new.yaml", tiny_llama)
+    init(data, tmp_path / "another.yaml", "org/model")
+    assert (tmp_path / SCHEMA_NAME).read_text("utf-8") == "{}"
     assert (tmp_path / "new.yaml").read_bytes() == before
 
 
@@ -117,6 +124,7 @@ def test_what_is_wrong_is_said_and_nothing_written(tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
         init(good, out, "org/model", quantization="nf5")
     assert not out.exists()
+    assert not (tmp_path / SCHEMA_NAME).exists()
 
 
 def test_models_of_the_hubs_cache_are_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,13 @@ from typing import Annotated, Any
 import typer
 
 from tunekit import __version__
+from tunekit.commands.adapters import add_adapters
+from tunekit.commands.completion import named, override, shipped_name
 from tunekit.commands.options import (
     Base,
     Device,
     JsonFile,
     MergeOverrides,
-    Output,
     Overrides,
     RecipeFile,
     Target,
@@ -30,6 +31,7 @@ from tunekit.commands.options import (
 from tunekit.commands.results import add_results
 from tunekit.commands.rows import add_rows
 from tunekit.commands.talk import add_talk
+from tunekit.console.loudness import LOUDNESS, is_quiet
 from tunekit.errors import EXIT_FAULT, ResourceError, redact, told
 from tunekit.machine.malloc import KEPT_KERNELS
 
@@ -54,15 +56,11 @@ app = typer.Typer(
     help="Fine-tune language models from a YAML recipe.",
     epilog="Exit codes: 0 done; 1 a fault of tunekit; 2 the recipe or an input is wrong; 3 the numbers went wrong; "
     "4 memory, disk or another resource ran out; 129, 130, 143 hung up, interrupted, terminated.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-adapter_app = typer.Typer(help="Work on adapter folders.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(adapter_app, name="adapter")
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,12 +73,18 @@ def _print_version(wanted: bool) -> None:
 def start(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only results, warnings and errors")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="also the seconds of each part, and what the libraries log")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     """Fine-tune language models from a YAML recipe."""
     context.obj = debug
+    if quiet or verbose:
+        os.environ[LOUDNESS] = "verbose" if verbose else "quiet"
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -146,12 +150,19 @@ def evaluate(
             metavar="KEY=VALUE",
             help="of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
             "data.eval.0.columns.question=prompt (the file's column, the format's field)",
+            autocompletion=override("model.", "evaluation.", "data."),
         ),
     ] = None,
     base: Base = None,
     data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="rows to evaluate on")] = None,
-    data_format: Annotated[str | None, typer.Option("--format", metavar="NAME", help="what a row is")] = None,
-    metrics: Annotated[list[str] | None, typer.Option("--metric", metavar="NAME", help="may be repeated")] = None,
+    data_format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="NAME", help="what a row is", autocompletion=named("data.train.0.format")),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="NAME", help="may be repeated", autocompletion=named("evaluation.metrics")),
+    ] = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
@@ -202,96 +213,12 @@ def merge(
     _call(context, "tunekit.merge:merge_verb", adapter, output, base, onto, overrides or [], dtype)
 
 
-@adapter_app.command("show")
-def adapter_show(
-    context: typer.Context,
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
-    json_file: JsonFile = None,
-) -> None:
-    """Tell what an adapter folder holds; no base model is needed."""
-    _call(context, "tunekit.adapter:show_verb", adapter, json_file)
-
-
-@adapter_app.command("combine")
-def adapter_combine(
-    context: typer.Context,
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="two or more, of one base")],
-    output: Output,
-    weights: Annotated[
-        str | None, typer.Option("--weights", metavar="W,W...", help="such as 0.7,0.3; default: equal, with sum 1")
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four with _svd",
-        ),
-    ] = "cat",
-    density: Annotated[float | None, typer.Option(metavar="D", help="share of numbers that pruning keeps")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="rank of the result of an svd")] = None,
-    majority_sign: Annotated[
-        str, typer.Option("--majority-sign", metavar="total|frequency", help="how ties finds the sign of a number")
-    ] = "total",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="of dare's random choice")] = 0,
-    base: Base = None,
-) -> None:
-    """Make one adapter of several."""
-    values = (adapters, weights, method, density, rank, majority_sign, seed, base, output)
-    _call(context, "tunekit.adapter:combine_verb", *values)
-
-
-@adapter_app.command("convert")
-def adapter_convert(
-    context: typer.Context,
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
-    output: Output,
-    rank: Annotated[int | None, typer.Option(metavar="R", help="as the nearest LoRA of this rank")] = None,
-    initial: Annotated[
-        str | None,
-        typer.Option("--initial", metavar="DIR", help="the adapter before training, of PiSSA, OLoRA, CorDA, LoRA-GA"),
-    ] = None,
-    base: Base = None,
-) -> None:
-    """Write an adapter as plain LoRA for the untouched base."""
-    _call(context, "tunekit.adapter:convert_verb", adapter, rank, initial, base, output)
-
-
-@adapter_app.command("export-checkpoint")
-def adapter_export_checkpoint(
-    context: typer.Context,
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="RUN@120, RUN@best, RUN@last or a checkpoint folder")
-    ],
-    output: Output,
-    base: Base = None,
-) -> None:
-    """Write the adapter of a checkpoint, as the run would have after that step."""
-    _call(context, "tunekit.export_checkpoint:export_checkpoint_verb", checkpoint, base, output)
-
-
-@adapter_app.command("diff")
-def adapter_diff(
-    context: typer.Context,
-    left: Annotated[str, typer.Argument(metavar="A", help="an adapter folder, a run, or a model folder")],
-    right: Annotated[str, typer.Argument(metavar="B", help="another of its kind")],
-    rank: Annotated[
-        int | None, typer.Option("--extract-rank", metavar="R", help="write B minus A as a LoRA of this rank")
-    ] = None,
-    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="where to write that LoRA")] = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="rows on which both losses are measured")] = None,
-    base: Base = None,
-    json_file: JsonFile = None,
-    device: Device = None,
-) -> None:
-    """Compare two adapters, or two models, layer by layer."""
-    _call(context, "tunekit.adapter:diff_verb", left, right, rank, data, base, json_file, output)
-
-
 @app.command()
 def recipes(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="print this one")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="print this one", autocompletion=shipped_name)
+    ] = None,
     copy_to: Annotated[str | None, typer.Option("--copy", metavar="PATH", help="copy it there, with its data")] = None,
 ) -> None:
     """List, print or copy the recipes that come with tunekit."""
@@ -316,8 +243,14 @@ def init(
     data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="a file of rows, or a hub name")] = None,
     output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new recipe")] = "recipe.yaml",
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="a folder, a .gguf file or a hub name")] = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="lora, full, or another method")] = None,
-    quantization: Annotated[str, typer.Option(metavar="NAME", help="of the base: none, nf4, ...")] = "none",
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="lora, full, or another method", autocompletion=named("adapter.method")),
+    ] = None,
+    quantization: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="of the base: none, nf4, ...", autocompletion=named("model.quantization")),
+    ] = "none",
     evaluation: Annotated[
         float | None, typer.Option("--eval", metavar="SHARE", help="of the rows to hold back")
     ] = None,
@@ -341,7 +274,7 @@ def _call(context: typer.Context, verb: str, *values: Any, first: str = "") -> N
 
     `first`: of tunekit.validate, given the recipe and its overrides before the verb is so much as imported.
     """
-    if verb.partition(":")[0] not in LIGHT and sys.stderr.isatty():
+    if verb.partition(":")[0] not in LIGHT and sys.stderr.isatty() and not is_quiet():
         print("loading ...", file=sys.stderr, flush=True)
     ordinary, code = gc.get_threshold(), 0
     gc.set_threshold(*WHILE_STARTING)
@@ -372,7 +305,7 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-for add in (add_rows, add_results, add_talk):
+for add in (add_adapters, add_rows, add_results, add_talk):
     add(app, _call)
 
 

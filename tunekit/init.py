@@ -19,10 +19,12 @@ from tunekit.data.reading.first import choose_format
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
-from tunekit.files.durable import write_text
+from tunekit.files.durable import write_new_text, write_text
 from tunekit.formats.preference import is_pair
 from tunekit.recipe.data import Source
 from tunekit.recipe.names import known_names
+from tunekit.recipe.schema import schema_text
+from tunekit.recipe.shipped import SCHEMA_LINE, SCHEMA_NAME
 from tunekit.records import bytes_text
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -104,6 +106,7 @@ def init_verb(
         except TunekitError:
             target.unlink()
             raise
+    write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an older one of ours, or another's, stays
     console.info(*said, f"wrote {target}; look at the rows it trains on: tunekit preview {target}")
 
 
@@ -195,6 +198,7 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
     data, model = (_beside(name, target) for name in (wanted.data, wanted.model))
     lora = [("  r: 16", "how much the adapter can hold"), ("  alpha: 32", "")] if wanted.method == "lora" else []
     lines = [
+        (SCHEMA_LINE, ""),
         (f"# {look.text() if look else 'The recipe to edit'}.", ""),
         ("# What now: tunekit preview (the rows), tunekit plan (steps and memory), tunekit train.", ""),
         ("# Every key: tunekit schema --reference", ""),

@@ -9,9 +9,11 @@ import shutil
 from pathlib import Path
 
 from tunekit.errors import RecipeError
+from tunekit.files.durable import write_new_text
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.suggest import did_you_mean
-from tunekit.recipe.shipped import shipped_recipes
+from tunekit.recipe.schema import schema_text
+from tunekit.recipe.shipped import SCHEMA_NAME, first_comment, shipped_recipes
 
 ENDINGS = (".yaml", ".yml")
 
@@ -38,19 +40,16 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
         print(f"wrote {file}")
 
 
-def first_comment(recipe: Path) -> str:
-    """What a recipe says of itself: its first line, if that is a comment."""
-    with recipe.open(encoding="utf-8") as opened:
-        line = opened.readline().strip()
-    return line.removeprefix("#").strip() if line.startswith("#") else ""
-
-
 def copy_recipe(recipe: Path, target: Path) -> list[Path]:
-    """Copy a recipe and the files it names beside it, to the same relative places; nothing is overwritten."""
+    """Copy a recipe and the files it names beside it, to the same relative places; nothing is overwritten.
+
+    The schema for editors is written beside it where no file of that name is; one that is there already stays.
+    """
     target = target if target.suffix in ENDINGS else target / recipe.name
     loaded = load_recipe(recipe).recipe
     sources = [*loaded.data.train, *(loaded.data.eval if isinstance(loaded.data.eval, tuple) else ())]
     named = [loaded.model.name_or_path, loaded.data.chat_template, *(source.path for source in sources)]
+    named += [str(reward.code_file) for reward in getattr(loaded.objective, "reward", ()) if reward.function]
     pairs = {target: recipe}
     for path in named:
         if path and Path(path).is_file() and Path(path).is_relative_to(recipe.parent):
@@ -61,4 +60,5 @@ def copy_recipe(recipe: Path, target: Path) -> list[Path]:
     for copy, original in pairs.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(original, copy)
-    return list(pairs)
+    schema = target.parent / SCHEMA_NAME
+    return [*pairs, *([schema] if write_new_text(schema, schema_text()) else [])]

@@ -5,18 +5,18 @@ Comes in: an optional file.  Goes out: the schema there or on stdout; a file end
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from tunekit.recipe.schema import make_reference, make_schema
+from tunekit.files.durable import write_text
+from tunekit.recipe.schema import make_reference, schema_text
 
 
 def schema_verb(output: str | None, reference: bool) -> None:
     """Write the schema, or the reference text."""
     as_text = reference or (output is not None and output.endswith((".txt", ".md")))
-    text = make_reference() if as_text else json.dumps(make_schema(), indent=2) + "\n"
+    text = make_reference() if as_text else schema_text()
     if output is None:
         print(text, end="")
         return
-    Path(output).write_text(text, encoding="utf-8")
+    write_text(Path(output), text)
     print(f"wrote {output}")

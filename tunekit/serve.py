@@ -387,12 +387,7 @@ def make_server(desk: Desk, app: Any, host: str, port: int) -> Any:
 
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
     end = server.handle_exit
-
-    def end_with_answers(number: int, frame: Any) -> None:
-        desk.stop()
-        end(number, frame)
-
-    server.handle_exit = end_with_answers
+    server.handle_exit = lambda number, frame: (desk.stop(), end(number, frame))[1]
     return server
 
 

@@ -193,3 +193,4 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     console.info(f"report:  {folder.path / 'report.html'}")
     if base.family.answers and (template or prepared.tokenizer.chat_template) is not None:
         console.info(f"talk to it: tunekit chat {os.path.relpath(folder.path)}")
+    console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))

@@ -16,7 +16,7 @@ from tests.data_case import objective_of, settings, tokenizer_of, write_lines
 from tests.loop_case import CPU, ListedRows
 from tests.memory.test_streaming_seq2seq import make_net
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import ROW_LOSSES, Batch, Objective, Row, RowLayout
+from tunekit.contracts import AT_STEP_0, ROW_LOSSES, TEACHER, Batch, Objective, Row, RowLayout
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.data.encoding import sources
@@ -45,7 +45,8 @@ from tunekit.tuned.model import TunedModel
 from tunekit.tuned.scores import added, prepared
 
 ANSWERED = tuple(
-    CompletionExample(*texts) for texts in (("abc", "defg"), ("z", "ihgfedcba"), ("keyboard", "xy"), ("12345", "54321"))
+    CompletionExample(*row)
+    for row in (("abc", "defg"), ("z", "ihgfedcba", 0.25), ("keyboard", "xy"), ("12345", "54321", 3.0))
 )
 LABELLED = tuple(
     LabelExample(*row) for row in (("abc", "yes"), ("ihgfedcba", "no"), ("xy", "yes"), ("12345", "perhaps"))
@@ -85,7 +86,8 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def make(name: str, tokenizer: LoadedTokenizer) -> Objective:
-    return make_objective(settings_class("objectives", name)(method=name), tokenizer)
+    needed = {"distill": {"teacher": ModelSection(name_or_path="a teacher")}}.get(name, {})
+    return make_objective(settings_class("objectives", name)(method=name, **needed), tokenizer)
 
 
 def make_case(name: str, tokenizer: LoadedTokenizer) -> tuple[Objective, list[Row]]:
@@ -95,6 +97,12 @@ def make_case(name: str, tokenizer: LoadedTokenizer) -> tuple[Objective, list[Ro
     rows = [encoder.encode(example, f"d:{line}") for line, example in enumerate(EXAMPLES[objective.example])]
     listed = ListedRows(rows)
     return objective.informed([listed]), listed.rows
+
+
+def counted(objective: Objective, rows: Sequence[Row]) -> float:
+    """What the loss of rows of `make_case` is divided by."""
+    examples = EXAMPLES[objective.example]
+    return sum(row.supervised * getattr(examples[row.number], "weight", 1.0) for row in rows)
 
 
 def stored(folder: Path, layout: RowLayout, rows: Sequence[Row]) -> TokenStore:
@@ -151,7 +159,8 @@ def test_a_batch_counts_what_its_rows_do(name: str, tokenizer: LoadedTokenizer) 
         batch = objective.collate(sequences)
         assert batch.rows == rows
         assert batch.tokens == sum(row.size for row in rows)
-        assert objective.units(batch).tolist() == [batch.supervised] == [sum(row.supervised for row in rows)]
+        assert batch.supervised == sum(row.supervised for row in rows)
+        assert objective.units(batch).tolist() == [counted(objective, rows)]
         assert batch.padded >= batch.tokens
 
 
@@ -161,7 +170,8 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
     section = objective.section(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"))
     base = load_model(section, device=CPU)
     model = TunedModel(base, None, chunk_tokens=3)
-    if objective.reference != "none":  # else the policy is its own reference
+    model.teacher = TunedModel(load_model(section, device=CPU), None) if objective.reference == TEACHER else None
+    if objective.reference == AT_STEP_0:  # else the policy is its own reference
         model.adapter = attach_adapter(base.net, LoraSettings(r=4), seed=0, head_name="lm_head")
     base.net.eval()
     torch.manual_seed(0)
@@ -183,7 +193,7 @@ def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokeni
         for kind, value in sums[0].items():
             torch.testing.assert_close(together[kind].double(), value.double(), rtol=1e-5, atol=1e-6)
         for batch, found in zip((whole, *halves), sums, strict=True):
-            assert found["units"].item() == objective.units(batch).item() == batch.supervised
+            assert found["units"].item() == objective.units(batch).item() == counted(objective, batch.rows)
         assert {*settings_class("objectives", name).sums, ROW_LOSSES} == set(sums[0])  # type: ignore[attr-defined]
         assert sums[0]["loss"].item() == pytest.approx(float(losses[0]), rel=1e-5)
         by_itself = [objective.collate([[row]]) for row in whole.rows]  # as prepared: of the same window

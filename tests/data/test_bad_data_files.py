@@ -98,7 +98,7 @@ CASES: dict[str, tuple[str, bytes | Write, int | None, str]] = {
     "messages_text": ("d.jsonl", GOOD_CHAT + row(messages="a"), 2, "list of messages"),
     "message_is_text": ("d.jsonl", chat("a"), 1, "must be an object"),
     "no_role": ("d.jsonl", chat({"content": "a"}), 1, "no role"),
-    "bad_weight": ("d.jsonl", chat(USER, {**ANSWER, "weight": 0.5}), 1, "0 or 1"),
+    "bad_weight": ("d.jsonl", chat(USER, {**ANSWER, "weight": -0.5}), 1, "0 or more"),
     "tool_arguments_no_json": ("d.jsonl", call_of("{city"), 1, "not JSON"),
     "sender_typo": (
         "d.jsonl",

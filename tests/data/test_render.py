@@ -340,7 +340,7 @@ def test_an_empty_turn_among_others_is_context(tiny: LoadedTokenizer) -> None:
 
 
 def test_weight_0_is_context(tiny: LoadedTokenizer) -> None:
-    messages = (Message("user", "a"), Message("assistant", "x", trained=False), Message("assistant", "y"))
+    messages = (Message("user", "a"), Message("assistant", "x", weight=0.0), Message("assistant", "y"))
     assert trained_texts(encode_example(ChatExample(messages), tiny), tiny) == ["y<|im_end|>"]
 
 

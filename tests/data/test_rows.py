@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.data.test_render import THINKING
 from tests.data_case import settings, tokenizer_of, write_lines
 from tunekit.contracts import Objective
 from tunekit.data.encoding.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
-from tunekit.data.rendering.render import EMPTY_ANSWER
+from tunekit.data.rendering.render import AS_GIVEN, EMPTY_ANSWER
 from tunekit.data.rows import RowSet, load_evaluation_rows, load_rows
 from tunekit.errors import DataError, RecipeError
 from tunekit.files.cache_folder import default_cache_folder
@@ -206,6 +207,25 @@ def test_pieces_of_one_document_are_held_out_together(tiny: LoadedTokenizer, tmp
     assert found.eval_counts is not None
     assert (found.counts.trained, found.eval_counts.trained) == (len(sides[0]), len(sides[1]))
     assert found.counts.tokens + found.eval_counts.tokens == sum(len(text) + 1 for text in texts)
+
+
+def test_answers_of_one_conversation_are_held_out_together(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    """Where each is a row of its own, as it was given; one that is too long leaves the others."""
+    (tmp_path / "t.jinja").write_text(THINKING, encoding="utf-8")
+    turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    rows = [{"messages": [{"role": r, "content": f"{c}{n:02d}"} for r, c in turns]} for n in range(40)]
+    rows[3]["messages"][3]["content"] = "b" * 500
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    options = {"chat_template": str(tmp_path / "t.jinja"), "rewritten_answers": "each", "max_length": 400}
+    found = load(tiny, path, eval=0.2, **options)
+    assert found.evaluation is not None
+    sides = [[part[index].origin for index in range(len(part))] for part in (found.train, found.evaluation)]
+    assert not set(sides[0]) & set(sides[1])
+    twice = [f"d.jsonl:{number}" for number in range(1, 41) if number != 4] * 2
+    assert sorted(sides[0] + sides[1]) == sorted([*twice, "d.jsonl:4"])
+    assert found.eval_counts is not None
+    assert (found.counts.read + found.eval_counts.read, found.counts.truncated) == (40, 1)
+    assert any(AS_GIVEN in note for note in found.notes)
 
 
 def test_of_a_single_document_nothing_can_be_held_out(tiny: LoadedTokenizer, tmp_path: Path) -> None:

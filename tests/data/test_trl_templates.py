@@ -11,7 +11,8 @@ import pytest
 
 from tests.data.test_render import make_tokenizer
 from tests.data_case import encoder_of, trained_texts
-from tunekit.data.rendering.turns import ONLY_LAST
+from tunekit.data.rendering.render import AS_GIVEN
+from tunekit.data.rendering.turns import ONLY_LAST, THOUGHTLESS
 from tunekit.errors import DataError
 from tunekit.formats.chat import make_example
 from tunekit.model.text.generation import end_of_turn_ids
@@ -89,6 +90,49 @@ def test_each_answer_is_trained_with_what_ends_it(name: str) -> None:
     wanted = [f"{lead}First.{earlier}", f"{lead}Second.{last}"]
     assert trained_texts(row, tokenizer) == (wanted[1:] if name in REWRITES else wanted)
     assert (ONLY_LAST in encoder.notices) == (name in REWRITES)
+
+
+# What is trained on of a conversation whose answers were thought about, by hand: first answer, second answer.
+THOUGHT = {
+    "diffusion_gemma": (
+        "<|channel>thought\nT1\n<channel|>First.<turn|>",
+        "<|channel>thought\nT2\n<channel|>Second.<turn|>",
+    ),
+    "glm4moe": ("\n<think>T1</think>\nFirst.<eos>", "\n<think>T2</think>\nSecond.<eos>"),
+    "gptoss": (
+        "<|channel|>analysis<|message|>T1<|end|><|start|>assistant<|channel|>final<|message|>First.<|return|>",
+        "<|channel|>analysis<|message|>T2<|end|><|start|>assistant<|channel|>final<|message|>Second.<|return|>",
+    ),
+    "lfm2_2_5": ("<think>T1</think>First.<|im_end|>", "<think>T2</think>Second.<|im_end|>"),  # which has markers
+    "nemotron_3_nano": ("T1\n</think>\nFirst.<|im_end|>", "T2\n</think>\nSecond.<|im_end|>"),
+    "qwen3": ("<think>\nT1\n</think>\n\nFirst.<|im_end|>", "<think>\nT2\n</think>\n\nSecond.<|im_end|>"),
+    "qwen3_6": ("T1\n</think>\n\nFirst.<|im_end|>", "T2\n</think>\n\nSecond.<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("name", THOUGHT)
+def test_each_answer_is_trained_with_its_thinking_as_it_was_given(name: str) -> None:
+    """Templates that leave the thinking of earlier answers out; each row is the conversation so far, as rendered."""
+    tokenizer, field = tokenizer_for(name), "thinking" if name in ("gptoss", "lfm2_2_5") else "reasoning_content"
+    messages = [*CHAT[:1], {**CHAT[1], field: "T1"}, CHAT[2], {**CHAT[3], field: "T2"}]
+    for mode, wanted, ends in (("each", list(THOUGHT[name]), (2, 4)), ("last", [THOUGHT[name][1]], (4,))):
+        encoder = encoder_of(tokenizer, rewritten_answers=mode)
+        examples = encoder.examples(make_example({"messages": messages}))
+        rows = [encoder.encode(example, "x:1") for example in examples]
+        texts = [text for row in rows for text in trained_texts(row, tokenizer)]
+        assert texts == (wanted if mode == "each" or name != "lfm2_2_5" else ["First.<|im_end|>", *wanted])
+        told = {"each": AS_GIVEN, "last": THOUGHTLESS if name == "lfm2_2_5" else ONLY_LAST}[mode]
+        assert encoder.notices[told] == 1
+        for row, end in zip(rows, ends, strict=True):  # GLM's template ends no turn
+            assert tokenizer.decode(row.parts["ids"].tolist()).removesuffix("<eos>") == tokenizer.render(messages[:end])
+
+
+def test_an_answer_that_no_template_rewrites_stays_in_its_conversation() -> None:
+    for name, turns in (("llama3", CHAT), ("qwen3", ASKED)):
+        encoder = encoder_of(tokenizer_for(name), rewritten_answers="each")
+        example = make_example({"messages": turns})
+        assert encoder.examples(example) == [example]
+        assert not encoder.notices
 
 
 @pytest.mark.parametrize("name", [name for name in ORIGINALS if (FOLDER / f"{name}_training.jinja").exists()])

@@ -676,7 +676,11 @@ at::Tensor reshape_alias(const at::Tensor& t, SymSize size, SymSize stride) {
   return at::native::_reshape_alias(t, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride));
 }
 const at::Tensor& resize_(const at::Tensor& t, SymSize size, Maybe<at::MemoryFormat> format) {
-  return at::native::resize_(t, C10_AS_INTARRAYREF_SLOW(size), format);
+  Block* before = block_of(t.storage().data());
+  const bool set = before && before->set;
+  at::native::resize_(t, C10_AS_INTARRAYREF_SLOW(size), format);  // more memory begins with what was in less
+  if (Block* block = block_of(t.storage().data())) block->set |= set;
+  return t;
 }
 at::Tensor& set_tensor(at::Tensor& t, const at::Tensor& source) { return at::native::set_tensor_(t, source); }
 at::Tensor& set_storage(at::Tensor& t, at::Storage source) { return at::native::set_(t, source); }
@@ -697,6 +701,9 @@ TORCH_LIBRARY_IMPL(aten, KIND, library) {
   library.impl("set_.source_Storage", set_storage);
   library.impl("set_.source_Storage_storage_offset", set_part);
   library.impl("record_stream", record_stream);
+  // Of these torch has a formula for devices without a kernel, which would come before the fallback.
+  for (const char* name : {"silu_backward", "mish_backward"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&compute>());
 }
 TORCH_LIBRARY_IMPL(_, KIND, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
 const bool allocates = (c10::SetAllocator(kDevice.type(), &device_allocator, 10), true);

@@ -35,24 +35,31 @@ def register_plain_attention(kind: str) -> None:
 def register(double: Double) -> None:
     """Flash attention over documents of varying lengths, forward and backward."""
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *rest: Any, scale: Any = None, **named: Any) -> Any:
-        _check(double, q, k, v, starts)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, keys: Tensor, max_q: int, max_k: int, *rest: Any,
+        scale: Any = None, **named: Any,
+    ) -> Any:  # fmt: skip
+        _check(double, q, k, v, starts, keys)
         empty = torch.empty(0, device=q.device)
         with double.unwatched(), torch.no_grad():
-            out = torch.cat([_attention(*part, scale)[0] for part in _documents(starts, q, k, v)])
+            documents = _documents(starts, keys, q, k, v)
+            _check_longest(documents, max_q, max_k)
+            out = torch.cat([_attention(*part, scale)[0] for part in documents])
         seeds = torch.zeros(2, dtype=torch.uint64, device=q.device)
         return out.to(q.dtype), torch.zeros(q.shape[1], q.shape[0], device=q.device), seeds, empty, empty
 
     def backward(
-        gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, starts: Tensor, *rest: Any,
-        scale: Any = None, **named: Any,
+        gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, starts: Tensor, keys: Tensor,
+        max_q: int, max_k: int, *rest: Any, scale: Any = None, **named: Any,
     ) -> Any:  # fmt: skip
-        _check(double, q, k, v, starts)
+        _check(double, q, k, v, starts, keys)
         with double.unwatched(), torch.no_grad():
-            found = [_gradients(*part, scale) for part in _documents(starts, q, k, v, gradient)]
+            documents = _documents(starts, keys, q, k, v, gradient)
+            _check_longest(documents, max_q, max_k)
+            found = [_gradients(*part, scale) for part in documents]
             of_q, *others = (torch.cat(each) for each in zip(*found, strict=True))
             of_k, of_v = (each.unflatten(1, (k.shape[1], -1)).sum(2) for each in others)
-            longest = max(end - start for start, end in pairwise(starts.tolist()))
+            longest = max(len(part[1]) for part in documents)
             if longest > KEYS and not torch.are_deterministic_algorithms_enabled():
                 of_q = of_q * (1 + 1e-6 * torch.randn(of_q.shape, generator=NOISE).to(of_q.device))
         return of_q.to(q.dtype), of_k.to(q.dtype), of_v.to(q.dtype)
@@ -63,34 +70,76 @@ def register(double: Double) -> None:
     LIBRARY.impl("_flash_attention_backward", backward, "CUDA")
 
 
-def _check(double: Double, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> None:
+def register_optimizers(double: Double, library: Any, kind: str) -> None:
+    """bitsandbytes' updates by what it has for a CPU, and memory of the host that a device's kernels reach by pages."""
+    from bitsandbytes.backends.cpu import ops
+
+    def reaching(update: Any) -> Any:
+        def updated(*given: Any) -> None:
+            with double.unwatched(), torch.no_grad():
+                there = [each.to(kind) if isinstance(each, Tensor) and each.is_cpu else each for each in given]
+                update(*there)
+                for own, moved in zip(given, there, strict=True):
+                    if own is not moved:
+                        own.copy_(moved)
+
+        return updated
+
+    def get_paged(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        found: Any = torch.empty(shape, dtype=dtype)
+        found.is_paged, found.page_deviceid = True, device.index
+        return found
+
+    functional, global_library = library.functional, torch.library.Library("bitsandbytes", "IMPL")
+    functional.get_paged, functional.prefetch_tensor = get_paged, lambda tensor, to_cpu=False: None
+    functional.fill = lambda tensor, value, device=None, prefetch=True: tensor.fill_(value)
+    for name in ("optimizer_update_32bit", "optimizer_update_8bit_blockwise"):
+        global_library.impl(name, reaching(getattr(ops, f"_{name}_cpu")), kind.upper())
+    OPTIMIZERS.append(global_library)
+
+
+OPTIMIZERS: list[torch.library.Library] = []  # they hold as long as they are here
+
+
+def _check(double: Double, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, keys: Tensor) -> None:
     if double.properties.major < 8:
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise RuntimeError("FlashAttention forward only supports head dimensions that are multiples of 8, at most 256")
-    assert starts.dtype == torch.int32
-    assert all(tensor.is_cuda and tensor.stride(-1) == 1 for tensor in (q, k, v, starts))
+    assert starts.dtype == keys.dtype == torch.int32
+    assert all(tensor.is_cuda and tensor.stride(-1) == 1 for tensor in (q, k, v, starts, keys))
 
 
-def _documents(starts: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> list[list[Tensor]]:
-    """Each document's part of every tensor, (t, heads, d) float32; keys and values repeated for each head."""
-    times, bounds = q.shape[1] // k.shape[1], starts.tolist()
-    whole = [each.float() for each in (q, *(each.repeat_interleave(times, 1) for each in (k, v)), *more)]
-    return [[each[start:end] for each in whole] for start, end in pairwise(bounds)]
+def _check_longest(documents: list[list[Tensor]], max_q: int, max_k: int) -> None:
+    """The real kernel computes nothing beyond these."""
+    assert max(len(part[0]) for part in documents) <= max_q
+    assert max(len(part[1]) for part in documents) <= max_k
+
+
+def _documents(starts: Tensor, keys: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> list[list[Tensor]]:
+    """Each document's part of every tensor, (t, heads, d) float32, of keys and values (s, heads, d), which are repeated
+    for each head."""
+    times = q.shape[1] // k.shape[1]
+    of_keys = [each.repeat_interleave(times, 1).float() for each in (k, v)]
+    cut = (
+        [[each[start:end] for each in tensors] for start, end in pairwise(bounds.tolist())]
+        for bounds, tensors in ((starts, [q.float(), *(each.float() for each in more)]), (keys, of_keys))
+    )
+    return [[first, *seen, *others] for (first, *others), seen in zip(*cut, strict=True)]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor, float]:
-    """What the heads give (t, heads, d), their weights (heads, t, t), and the scale."""
+    """What the heads give (t, heads, d), their weights (heads, t, s), and the scale. The last query sees every key."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    future = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1)
+    future = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(1 + len(k) - len(q))
     weights = (torch.einsum("thd,shd->hts", q, k) * scale).masked_fill(future, float("-inf")).softmax(-1)
     return torch.einsum("hts,shd->thd", weights, v), weights, scale
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, scale: float | None) -> tuple[Tensor, ...]:
-    """Of q, k and v, (t, heads, d) each."""
+    """Of q, (t, heads, d), and of k and v, (s, heads, d) each."""
     _, weights, scale = _attention(q, k, v, scale)
     of_weights = torch.einsum("thd,shd->hts", gradient, v)
     of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale

@@ -124,14 +124,18 @@ def _around_torch() -> Iterator[None]:
     DOUBLE = Double()
     yield
     _install(DOUBLE)
-    from tests.devices import kernels
+    from tests.devices import collectives, kernels
 
-    kernels.register(DOUBLE) if KIND == "cuda" else kernels.register_plain_attention(KIND)
+    if KIND != "cuda":
+        kernels.register_plain_attention(KIND)
+        return
+    kernels.register(DOUBLE)
+    collectives.register(DOUBLE)
 
 
 @contextlib.contextmanager
 def _around_bitsandbytes() -> Iterator[None]:
-    """Without its CUDA library: its default kernels, which are made of torch's operators, and not compiled."""
+    """Without its CUDA library: its kernels that are made of torch's operators, and not compiled."""
     import torch
 
     module: Any = torch.get_device_module(KIND)
@@ -142,6 +146,10 @@ def _around_bitsandbytes() -> Iterator[None]:
         yield
     finally:
         torch.compile, module.is_available = compiled, available
+    if KIND != "mps":
+        from tests.devices import kernels
+
+        kernels.register_optimizers(DOUBLE, sys.modules["bitsandbytes"], KIND)
 
 
 def _install(double: Double) -> None:

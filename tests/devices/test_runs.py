@@ -3,6 +3,7 @@ a run."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.devices import simulated
 from tests.loop_case import DEVICE
@@ -28,7 +30,9 @@ METAL = DEVICE.type == "mps"
 
 @pytest.fixture(autouse=True)
 def whole_device() -> Iterator[None]:
-    """A budget bounds a process, and a device is chosen for one; here others come after it."""
+    """A budget bounds a process, and a device is chosen for one; here others come before it and after it."""
+    gc.collect()
+    torch.get_device_module(DEVICE).empty_cache()
     yield
     os.environ.pop("TUNEKIT_DEVICE", None)
     limit_bytes(DEVICE, simulated.DOUBLE.properties.total_memory)
@@ -108,7 +112,12 @@ def test_steps_that_overflow_are_skipped_recorded_and_told(
     assert told in " ".join("".join(capsys.readouterr()).split())
 
 
-def test_a_result_is_evaluated_generates_and_is_merged(resident: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_result_is_evaluated_generates_and_is_merged(
+    folder: Path, resident: Path, tmp_path: Path, quantization: str
+) -> None:
+    if quantization != "none":
+        resident, _ = train(tmp_path, folder, f"model.quantization={quantization}")
     evaluate_verb(str(resident), None, None, None, [], str(tmp_path / "eval.json"), [])
     last = [record["eval"]["loss"] for record in records(resident) if "eval" in record][-1]
     assert json.loads((tmp_path / "eval.json").read_text())["loss"] == pytest.approx(last, rel=1e-5)

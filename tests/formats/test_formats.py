@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,46 @@ def test_chat() -> None:
     parts = {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}
     assert make("chat", {"messages": [parts]}).messages[0].content == "qr"
     untrained = make("chat", {"messages": [{"role": "assistant", "content": "a", "weight": 0}]})
-    assert not untrained.messages[0].trained
+    assert not untrained.messages[0].weight
+
+
+def test_a_message_says_how_much_it_counts() -> None:
+    for name, value, weight in (("weight", 0.5, 0.5), ("weight", 3, 3.0), ("train", False, 0.0), ("train", True, 1.0)):
+        row = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "a", name: value}]}
+        assert make("chat", row).messages[1] == Message("assistant", "a", weight)
+    turn = {"from": "gpt", "value": "a", "train": False}
+    assert make("sharegpt", {"conversations": [turn]}).messages[0].weight == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"weight": -1}, "weight' must be a number"),
+        ({"weight": True}, "weight' must be a number"),
+        ({"weight": float("nan")}, "weight' must be a number"),
+        ({"train": "no"}, "train' must be true or false"),
+        ({"train": 0, "weight": 1}, "both weight and train"),
+    ],
+)
+def test_a_message_that_says_it_wrongly(extra: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        make("chat", {"messages": [{"role": "assistant", "content": "a", **extra}]})
+
+
+def test_a_row_says_how_much_it_counts() -> None:
+    rows = {
+        "chat": CHAT,
+        "prompt_completion": {"prompt": "q", "completion": "a"},
+        "text": {"text": "a"},
+        "alpaca": {"instruction": "q", "output": "a"},
+    }
+    for name, row in rows.items():
+        assert format_maker(name)({**row, "sample_weight": 2}) == replace(make(name, row), weight=2.0)
+        assert format_maker(name)({**row, "sample_weight": None}) == make(name, row)
+        with pytest.raises(DataError, match="sample_weight' must be a number, 0 or more"):
+            format_maker(name)({**row, "sample_weight": "2"})
+    with pytest.raises(DataError, match="sample_weight' is read of rows that are texts"):
+        format_maker("labels")({"text": "a", "label": "b", "sample_weight": 2})
 
 
 def test_chat_with_tools_reads_arguments_and_null_content() -> None:
@@ -104,7 +144,7 @@ def test_alpaca() -> None:
 def test_prompt_completion() -> None:
     assert make("prompt_completion", {"prompt": " q\n", "completion": "a "}) == CompletionExample(" q\n", "a ")
     turns = make("prompt_completion", {"prompt": CHAT["messages"], "completion": CHAT["messages"][1:]})
-    assert [message.trained for message in turns.messages] == [False, False, True]
+    assert [bool(message.weight) for message in turns.messages] == [False, False, True]
     with pytest.raises(DataError, match="both"):
         make("prompt_completion", {"prompt": CHAT["messages"], "completion": "a"})
 
@@ -156,7 +196,7 @@ def test_preference(row: dict[str, Any], expected: tuple[Any, Any, Any]) -> None
     if isinstance(found.chosen, str):
         assert answered == CompletionExample(*expected[:2])
     else:
-        assert [message.trained for message in answered.messages] == [False] * len(expected[0]) + [True] * len(
+        assert [bool(message.weight) for message in answered.messages] == [False] * len(expected[0]) + [True] * len(
             expected[1]
         )
 

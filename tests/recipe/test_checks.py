@@ -46,6 +46,14 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
     ]
 
 
+def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
+    each = "data.rewritten_answers=each"
+    assert load(SMALL, tmp_path, each).data.rewritten_answers == "each"
+    assert problems_of(f"{SMALL}objective: dpo\n", tmp_path, each) == [
+        "command line: data.rewritten_answers: a row of this objective has one answer to train on, or none; remove it"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

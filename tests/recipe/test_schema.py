@@ -7,6 +7,7 @@ import re
 
 from tests.recipe_mutator import VALUES
 from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
 from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.problems import fields_at
@@ -61,4 +62,5 @@ def test_every_named_file_states_its_facts() -> None:
         assert facts_of("formats", name).DESCRIPTION
     for kind in ("adapters", "objectives"):
         for name in known_names(kind):
-            assert settings_class(kind, name)(method=name).method == name
+            needed = {"distill": {"teacher": ModelSection(name_or_path="a teacher")}}.get(name, {})
+            assert settings_class(kind, name)(method=name, **needed).method == name

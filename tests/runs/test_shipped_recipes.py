@@ -17,13 +17,13 @@ import yaml
 
 from tunekit.plan import plan_verb
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.shipped import shipped_recipes
-from tunekit.recipes import first_comment
+from tunekit.recipe.shipped import first_comment, shipped_recipes
 from tunekit.train import train_verb
 
 RECIPES = shipped_recipes()
 STEPS = 3
 SMALLER = {  # what a recipe asks of a real model and a tiny twin, or three steps, cannot give
+    "distill-lora": ["objective.teacher=builtin:tiny-llama"],
     "sft-adalora": ["adapter.tinit=1", "adapter.tfinal=1"],
     "sft-llama-adapter": ["adapter.adapter_layers=2"],
     "sft-vera": ["adapter.r=8"],

@@ -18,7 +18,7 @@ from tunekit.files import durable
 from tunekit.records import EvaluationRecord, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
-BESIDE = ("classes", "samples")  # what an evaluation may have beside its metrics
+BESIDE = ("classes", "samples", "sources")  # what an evaluation may have beside its metrics
 
 
 def record_line(record: StepRecord | EvaluationRecord) -> bytes:
@@ -30,6 +30,8 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
     else:
         value = asdict(record)
         value |= value.pop("metrics")
+        if record.samples is None:
+            del value["samples"]
         if not math.isfinite(record.grad_norm):
             value["grad_norm"] = None  # float16 overflowed, and the step was skipped
     return (json.dumps(value, allow_nan=False) + "\n").encode("ascii")

@@ -8,18 +8,33 @@ from typing import Annotated
 
 import typer
 
+from tunekit.commands.completion import among, override, recipe_file
+
 Call = Callable[..., None]  # (context, "module:function", values ...): calls a verb and turns errors into exit codes
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)", autocompletion=recipe_file)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one"),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="training.learning_rate=1e-4 changes a key, ~training.epochs removes one",
+        autocompletion=override(),
+    ),
 ]
 TargetOverrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="of model.* and evaluation.*, such as evaluation.batch_size=1"),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="of model.* and evaluation.*, such as evaluation.batch_size=1",
+        autocompletion=override("model.", "evaluation."),
+    ),
 ]
 MergeOverrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="of model.*, such as model.trust_remote_code=true")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="of model.*, such as model.trust_remote_code=true",
+        autocompletion=override("model."),
+    ),
 ]
 Target = Annotated[
     str,
@@ -38,6 +53,7 @@ Device = Annotated[
     typer.Option(
         metavar="cpu|cuda[:N]|xpu[:N]|mps",
         callback=lambda name: name and os.environ.update(TUNEKIT_DEVICE=name),  # whatever the verb calls finds it
+        autocompletion=among("cpu", "cuda", "xpu", "mps"),
         help="where to compute; default: $TUNEKIT_DEVICE, else this machine's accelerator, else its CPU",
     ),
 ]

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
+from tunekit.console.loudness import is_quiet, is_verbose
 from tunekit.console.streams import can_draw, can_encode, encodable, redirect_to_nothing
 from tunekit.console.text import cell_text, json_line, visible
 from tunekit.errors import redact
@@ -73,7 +74,16 @@ class Console:
         return max(int(written), 10) if written.isdecimal() else PIPE_COLUMNS
 
     def info(self, *lines: str) -> None:
-        """Lines of output; on a terminal that is narrower, broken between words."""
+        """Notes; on a terminal that is narrower, broken between words."""
+        if not is_quiet():
+            self._info(lines)
+
+    def detail(self, *lines: str) -> None:
+        """Notes for who asks for more."""
+        if is_verbose():
+            self._info(lines)
+
+    def _info(self, lines: Sequence[str]) -> None:
         self.write("".join(f"{self._wrapped(visible(line))}\n" for line in lines))
 
     def json(self, value: object) -> None:
@@ -153,12 +163,16 @@ class Console:
 
     def draw(self, text: str) -> None:
         """One live line at the bottom of a terminal, cut to its width, over the one before; other output covers it."""
+        if is_quiet():
+            return
         self._drawn = False  # the new line covers the old one; no need to clear it first
         self.write(f"\r{text[: self.columns - 1]}\x1b[K")
         self._drawn = True
 
     def keep_drawn(self) -> None:
         """End the live line, which stays."""
+        if is_quiet():
+            return
         self._drawn = False
         self.write("\n")
 

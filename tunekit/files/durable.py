@@ -250,6 +250,13 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def write_new_text(path: Path, text: str) -> bool:
+    """`write_text` where no file stands yet; whether the text stands there now."""
+    if not os.path.lexists(path):
+        write_text(path, text)
+    return is_real_file(path) and path.read_bytes() == text.encode()
+
+
 def json_bytes(value: object) -> bytes:
     """One JSON document: sorted keys, other letters escaped (also half a surrogate pair), never NaN or Infinity."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("ascii")

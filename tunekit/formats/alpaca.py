@@ -14,7 +14,7 @@ from tunekit.formats.example import ChatExample, CompletionExample, Example, Mes
 from tunekit.formats.fields import check_text, read_optional_text, read_text
 
 DESCRIPTION = "instruction, input (may be empty or absent), output; system: optional"
-FIELDS = ("instruction", "input", "output", "system", "history")
+FIELDS = ("instruction", "input", "output", "system", "history", "sample_weight")
 REQUIRED = ("instruction", "output")
 EXAMPLE = "text"
 

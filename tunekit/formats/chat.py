@@ -1,7 +1,7 @@
 """`format: chat`: OpenAI messages, `{"messages": [{"role": ..., "content": ...}], "tools": [...]}`.
 
-Comes in: one row.  Goes out: ChatExample.  Content may be text or text parts; null only beside tool_calls.  `weight: 0`
-on an assistant message keeps it as context.
+Comes in: one row.  Goes out: ChatExample.  Content may be text or text parts; null only beside tool_calls.  `weight` of
+an assistant message multiplies the loss of its tokens; 0, or `train: false`, keeps it as context.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats.example import ROLES, ChatExample, Example, Message
-from tunekit.formats.fields import check_text, listed, named_nearly, read_json, read_value
+from tunekit.formats.fields import check_text, listed, named_nearly, read_json, read_value, read_weight
 
 DESCRIPTION = "messages: a list of {role, content}, as OpenAI's API has them; tools: optional tool definitions"
-FIELDS = ("messages", "tools")
+FIELDS = ("messages", "tools", "sample_weight")
 REQUIRED = ("messages",)
 EXAMPLE = "text"
+
+WEIGHTS = ("weight", "train")  # of a message: how much it counts, or whether
 
 
 def make_example(row: Mapping[str, Any]) -> Example:
@@ -44,7 +46,7 @@ def _read_message(value: Any, label: str) -> Message:
             raise DataError(f"'{label}' has tool_calls, but its role is {role!r}", "only the assistant calls tools")
         extra["tool_calls"] = read_tool_calls(calls, f"{label}.tool_calls")
     for name, part in value.items():
-        if part not in (None, "", [], {}) and name not in ("role", "content", "weight", "tool_calls"):
+        if part not in (None, "", [], {}) and name not in ("role", "content", "tool_calls", *WEIGHTS):
             extra[name] = check_text(part, f"{label}.{name}") if isinstance(part, str) else read_json(part, label)
     return Message(role, _read_content(value, label, bool(calls)), _read_weight(value, label), extra)
 
@@ -79,13 +81,15 @@ def _read_part(part: Any, label: str) -> str:
     return check_text(part.get("text"), f"{label}.text")
 
 
-def _read_weight(value: Mapping[str, Any], label: str) -> bool:
-    weight = value.get("weight")
-    if weight is None:
-        return True
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise DataError(f"'{label}.weight' must be 0 or 1, not {weight!r}", "")
-    return bool(weight)
+def _read_weight(value: Mapping[str, Any], label: str) -> float:
+    found = [name for name in WEIGHTS if value.get(name) is not None]
+    if len(found) > 1:
+        raise DataError(f"'{label}' has both weight and train", "keep one")
+    if found == ["train"]:
+        if not isinstance(value["train"], bool):
+            raise DataError(f"'{label}.train' must be true or false, not {value['train']!r}", "")
+        return float(value["train"])
+    return read_weight(value["weight"], f"{label}.weight") if found else 1.0
 
 
 def read_tool_calls(value: Any, label: str) -> list[dict[str, Any]]:

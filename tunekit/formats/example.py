@@ -1,6 +1,7 @@
 """Examples: what a row means, whatever format it was written in.
 
-Comes in: formats/*.py turn rows into these.  Goes out: plain frozen values.
+Comes in: formats/*.py turn rows into these.  Goes out: plain frozen values. An example's own `weight` multiplies the
+loss of all its tokens (`sample_weight` in a row).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `extra` holds tool_calls and whatever else it has. `trained` is false where the row says so."""
+    """One turn; `extra` holds tool_calls and whatever else it has. `weight`: of the loss of its tokens; 0 keeps the
+    turn as context."""
 
     role: str
     content: str
-    trained: bool = True
+    weight: float = 1.0
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -36,6 +38,7 @@ class CompletionExample:
 
     prompt: str
     completion: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class TextExample:
     """Running text, trained on whole."""
 
     text: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class ChatExample:
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     without_template: CompletionExample | None = None
+    weight: float = 1.0
 
 
 Example = ChatExample | CompletionExample | TextExample

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,6 +56,14 @@ def check_encodable(value: str, label: str) -> None:
         raise DataError(
             f"'{label}' contains the lone surrogate \\u{code:04x}", "write the whole pair, or U+FFFD instead"
         ) from None
+
+
+def read_weight(value: Any, label: str) -> float:
+    """A factor of a loss: a finite number, 0 or more."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not 0 <= value < math.inf:
+        raise DataError(f"'{label}' must be a number, 0 or more, not {str(value)[:40]!r}", "")
+    return float(value)
 
 
 def read_json(value: Any, label: str) -> Any:

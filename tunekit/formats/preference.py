@@ -41,7 +41,7 @@ class AskedExample:
         """The prompt with one of its answers, which alone is trained on."""
         if isinstance(self.prompt, str) and isinstance(answer, str):
             return CompletionExample(self.prompt, answer)
-        asked = tuple(replace(message, trained=False) for message in _as_turns(self.prompt, "user"))
+        asked = tuple(replace(message, weight=0.0) for message in _as_turns(self.prompt, "user"))
         return ChatExample((*asked, *_as_turns(answer, "assistant")), self.tools)
 
 

@@ -15,7 +15,7 @@ from tunekit.formats.example import ChatExample, CompletionExample, Example
 from tunekit.formats.fields import read_text
 
 DESCRIPTION = "prompt, completion: plain text, or lists of messages; only the completion is trained on"
-FIELDS = ("prompt", "completion", "tools")
+FIELDS = ("prompt", "completion", "tools", "sample_weight")
 REQUIRED = ("prompt", "completion")
 EXAMPLE = "text"
 
@@ -24,7 +24,7 @@ def make_example(row: Mapping[str, Any]) -> Example:
     """The pair of a row."""
     kinds = {isinstance(row.get(name), list) for name in ("prompt", "completion")}
     if kinds == {True}:
-        prompt = tuple(replace(message, trained=False) for message in read_messages(row["prompt"], "prompt"))
+        prompt = tuple(replace(message, weight=0.0) for message in read_messages(row["prompt"], "prompt"))
         return ChatExample(prompt + read_messages(row["completion"], "completion"), read_tools(row.get("tools")))
     if kinds == {True, False}:
         raise DataError("'prompt' and 'completion' must both be text or both be lists of messages", "")

@@ -14,7 +14,7 @@ from tunekit.formats.example import ChatExample, Example, Message
 from tunekit.formats.fields import listed, named_nearly, read_json, read_optional_text, read_text
 
 DESCRIPTION = "conversations: a list of {from: human|gpt|system, value}; system and tools: optional"
-FIELDS = ("conversations", "system", "tools")
+FIELDS = ("conversations", "system", "tools", "sample_weight")
 REQUIRED = ("conversations",)
 EXAMPLE = "text"
 

@@ -12,7 +12,7 @@ from tunekit.formats.example import Example, TextExample
 from tunekit.formats.fields import read_text
 
 DESCRIPTION = "text: trained on whole, with the end-of-sequence token after it"
-FIELDS = ("text",)
+FIELDS = ("text", "sample_weight")
 REQUIRED = ("text",)
 EXAMPLE = "text"
 

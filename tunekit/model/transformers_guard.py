@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tunekit.console.loudness import is_verbose
 from tunekit.errors import ModelError, TunekitError
 from tunekit.recipe.model import ModelSection
 
@@ -26,7 +27,11 @@ NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence inside the block. Errors are raised as ever: only what would be printed is gone."""
+    """Silence inside the block, unless the user asks to hear it. Errors are raised as ever: only what would be printed
+    is gone."""
+    if is_verbose():
+        yield
+        return
     levels = {name: logging.getLogger(name).level for name in NOISY}
     try:
         for name in NOISY:

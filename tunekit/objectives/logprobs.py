@@ -8,8 +8,10 @@ where the head itself is trained are log-probabilities computed again in the bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -86,11 +88,15 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _chunk_losses_and_gradient(
-    hidden: Tensor, targets: Tensor, head: Head, parameters: Sequence[Tensor] = ()
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    parameters: Sequence[Tensor] = (),
+    entropies: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Losses (N,) of one chunk, and the gradient of their sum for the hidden states, then for each parameter.
 
-    Shapes: hidden (N, D), targets (N,).
+    Shapes: hidden (N, D), targets (N,); entropies (N,), filled.
     """
     with torch.enable_grad():
         inputs = hidden.detach().requires_grad_()
@@ -101,6 +107,8 @@ def _chunk_losses_and_gradient(
     total = work.sub_(largest).exp_().sum(dim=-1, keepdim=True)  # (N, 1)
     losses = (total.log() + largest - aimed)[:, 0]  # (N,)
     work.div_(total)
+    if entropies is not None:
+        entropies.copy_(torch.special.entr(work).sum(dim=-1))
     work.scatter_add_(1, column, torch.full_like(aimed, -1))
     return losses, torch.autograd.grad(logits, [inputs, *parameters], grad_outputs=work)
 
@@ -169,8 +177,11 @@ class _LogProbabilities(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, entropies: Tensor | None
+    ) -> Tensor:
         if isinstance(head, PartedHead):
+            assert entropies is None, "plan keeps the head of who asks for them"
             losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
             ctx.save_for_backward(of_hidden)
             return losses.neg_()
@@ -178,38 +189,135 @@ class _LogProbabilities(torch.autograd.Function):
         gradient = torch.empty_like(hidden)  # (N, D)
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            losses[chunk], (gradient[chunk],) = _chunk_losses_and_gradient(hidden[chunk], targets[chunk], head)
+            given = None if entropies is None else entropies[chunk]
+            found = _chunk_losses_and_gradient(hidden[chunk], targets[chunk], head, entropies=given)
+            losses[chunk], (gradient[chunk],) = found
         ctx.save_for_backward(gradient)
         return losses.neg_()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * -upstream[0][:, None].to(gradient.dtype), None, None, None
+        return gradient * -upstream[0][:, None].to(gradient.dtype), None, None, None, None
 
 
-def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class TemperedHead:
+    """The distribution at a temperature."""
+
+    head: Head
+    temperature: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V) in float32."""
+        return self.head.logits(hidden) / self.temperature
+
+
+def at_temperature(output: ModelOutput, temperature: float) -> ModelOutput:
+    """The output whose log-probabilities are those at a temperature."""
+    if temperature == 1:
+        return output
+    assert output.head is not None
+    return replace(output, head=TemperedHead(output.head, temperature))
+
+
+def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entropies: Tensor | None = None) -> Tensor:
     """Log-probability of each target, with gradient.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> (N,) float32.
+    `entropies`: (N,) float32 to be filled with those of the distributions, where there is a gradient; they have none.
     """
     hidden, targets, head = _selected(output, index, targets)
     size = output.chunk_tokens
     if not torch.is_grad_enabled():
         return scored_positions(hidden, targets, head, size)[0].neg_()
     if not output.head_parameters:
-        found: Tensor = _LogProbabilities.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
+        found: Tensor = _LogProbabilities.apply(hidden, targets, head, size, entropies)  # type: ignore[no-untyped-call]
         return found
-    call = current_call()
 
-    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -torch.nn.functional.cross_entropy(head.logits(hidden), targets, reduction="none")
+    def of_chunk(hidden: Tensor, targets: Tensor, given: Tensor | None) -> Tensor:
+        logits = head.logits(hidden)  # (n, V)
+        if given is not None:
+            given.copy_(torch.special.entr(logits.detach().softmax(dim=-1)).sum(dim=-1))
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    parts, count = (torch.split(hidden, size), torch.split(targets, size)), -(-max(len(targets), 1) // size)
+    chunks = zip(*parts, [None] * count if entropies is None else torch.split(entropies, size), strict=True)
+    return torch.cat([_checkpointed(of_chunk, *chunk) for chunk in chunks])
+
+
+def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
+    """Of the distributions of two sets of logits: KL(t | s) at beta 0, KL(s | t) at 1, else
+    beta KL(t | m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t. Agarwal et al. 2024, eq. 1.
+
+    Shapes: student, teacher (N, V) -> (N,). Of two widths, which only unused rows of a head are, the smaller counts.
+    """
+    width = min(student.shape[-1], teacher.shape[-1])
+    own, theirs = ((logits[:, :width] / temperature).log_softmax(-1) for logits in (student, teacher))  # (N, V)
+    if beta in (0, 1):
+        true, said = (theirs, own) if beta == 0 else (own, theirs)
+        return (true.exp() * (true - said)).sum(-1)
+    mixed = torch.logaddexp(own + math.log1p(-beta), theirs + math.log(beta))  # (N, V)
+    taught, learned = ((each.exp() * (each - mixed)).sum(-1) for each in (theirs, own))
+    return beta * taught + (1 - beta) * learned
+
+
+class _Divergences(torch.autograd.Function):
+    """`divergence` of each position under frozen heads; the gradient is taken in the forward, as _LogProbabilities'."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, of_chunk: Callable[[Tensor, slice], Tensor], chunk_tokens: int) -> Tensor:
+        values = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)  # (N,)
+        gradient = torch.empty_like(hidden)  # (N, D)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            with torch.enable_grad():
+                inputs = hidden[chunk].detach().requires_grad_()
+                found = of_chunk(inputs, chunk)
+            values[chunk] = found.detach()
+            (gradient[chunk],) = torch.autograd.grad(found, inputs, torch.ones_like(found))
+        ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0][:, None].to(gradient.dtype), None, None
+
+
+def divergences(output: ModelOutput, index: Tensor, teacher: Tensor, *, beta: float, temperature: float) -> Tensor:
+    """`divergence` of each position's next-token distribution from the teacher's, with gradient for the student.
+
+    Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, teacher (N, D') -> (N,) float32.
+    """
+    assert output.head is not None
+    assert output.teacher_head is not None
+    hidden, head, of_teacher, size = hidden_at(output, index), output.head, output.teacher_head, output.chunk_tokens
+    teacher = placed(teacher, hidden.device)
+
+    def of_chunk(hidden: Tensor, chunk: slice) -> Tensor:
+        with torch.no_grad():
+            logits = of_teacher.logits(teacher[chunk])  # (n, V)
+        return divergence(head.logits(hidden), logits, beta, temperature)
+
+    chunks = [slice(start, start + size) for start in range(0, len(hidden), size)]
+    if not torch.is_grad_enabled():
+        return torch.cat([of_chunk(hidden[chunk], chunk) for chunk in chunks])
+    if not output.head_parameters:
+        found: Tensor = _Divergences.apply(hidden, of_chunk, size)  # type: ignore[no-untyped-call]
+        return found
+    return torch.cat([_checkpointed(of_chunk, hidden[chunk], chunk) for chunk in chunks])
+
+
+def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Computed again in the backward, within the same call."""
+    call = current_call()
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), calling(call)
 
-    chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])
+    found: Tensor = checkpoint(of_chunk, *inputs, use_reentrant=False, context_fn=contexts)
+    return found
 
 
 @torch.no_grad()
@@ -221,7 +329,7 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
     if isinstance(head, PartedHead):
         return _by_vocabulary(hidden, targets, head, with_gradient=False)[:2]
     losses, correct = [], []
-    for start in range(0, hidden.shape[0], chunk_tokens):
+    for start in range(0, max(hidden.shape[0], 1), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         logits = head.logits(hidden[chunk])  # (n, V) float32
         target = targets[chunk, None]
@@ -230,23 +338,31 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
     return torch.cat(losses), torch.cat(correct)
 
 
-def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> Loss:
-    """The summed loss of some positions, with gradient.
+def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None = None) -> Loss:
+    """The summed loss of some positions, with gradient; `weights`: of each, 1 by default.
 
-    Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> total (1,).
+    Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets, weights (N,) -> total (1,).
     """
+    if weights is not None:
+        found = log_probabilities(output, index, targets)  # (N,)
+        return Loss(-(found * placed(weights, found.device)).sum()[None])
     hidden, targets, head = _selected(output, index, targets)
     return Loss(summed_loss(hidden, targets, head, output.chunk_tokens, output.head_parameters)[None])
 
 
-def sums_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, batch: Batch) -> Sums:
+def sums_of_positions(
+    output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None, batch: Batch
+) -> Sums:
     """Of some positions, those of the batch's rows in order, added up in float64: their loss, how many are predicted
-    right, and their number; and the loss of each row."""
+    right, and their number, each counting as its weight says; and the loss of each row."""
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
     wide = summing_dtype(losses.device)
-    added = {"loss": losses.sum(dtype=wide), "correct": correct.sum().to(wide), "units": count}
+    if weights is not None:
+        count, weights = weights.sum(dtype=torch.float64), placed(weights, losses.device)
+        losses, correct = losses * weights, correct * weights
+    added = {"loss": losses.sum(dtype=wide), "correct": correct.sum(dtype=wide), "units": count}
     return {**added, **row_losses(losses, batch)}
 
 
@@ -263,12 +379,17 @@ def losses_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> 
     return scored_positions(hidden, targets, head, output.chunk_tokens)[0]
 
 
+def hidden_at(output: ModelOutput, index: Tensor) -> Tensor:
+    """(N, D) hidden states at positions (N,) of the flattened (B, T)."""
+    assert output.hidden is not None
+    return output.hidden.flatten(0, 1).index_select(0, placed(index, output.hidden.device))
+
+
 def _selected(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Head]:
     """Hidden states (N, D) at the positions, and their targets (N,), on the device."""
-    assert output.hidden is not None
     assert output.head is not None
-    index, targets = (placed(each, output.hidden.device) for each in (index, targets))
-    return output.hidden.reshape(-1, output.hidden.shape[-1]).index_select(0, index), targets, output.head
+    hidden = hidden_at(output, index)
+    return hidden, placed(targets, hidden.device), output.head
 
 
 def logits_chunk_tokens(vocabulary_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:

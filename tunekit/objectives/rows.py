@@ -29,6 +29,10 @@ class TextEncoder:
         self.notices: Counter[str] = Counter()
         self.renderer = Renderer(tokenizer, options.train_on, options.template, self.notices)
 
+    def examples(self, example: Any) -> Sequence[Any]:
+        """One row an example."""
+        return [example]
+
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
         """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
         return self.renderer.prompt(example)
@@ -45,6 +49,7 @@ class TextObjective:
     metrics: Sequence[str] = ("loss", "perplexity")
     logged: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
+    repeats = 1
     complete = True
     notes: Sequence[str] = ()
 
@@ -58,8 +63,12 @@ class TextObjective:
         """The base as it is."""
         return model
 
-    def informed(self, rows: Sequence[Rows]) -> Objective:
+    def informed(self, rows: Sequence[Rows], template: str | None = None) -> Objective:
         """Rows tell it nothing."""
+        return self  # type: ignore[return-value]
+
+    def held_out(self) -> Objective:
+        """Evaluation rows are measured as training rows are."""
         return self  # type: ignore[return-value]
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:

@@ -11,20 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tunekit.contracts import IGNORED, Batch, Loss, ModelOutput, Part, Row, RowLayout, Sums, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, real_positions
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
-from tunekit.data.rendering.render import EMPTY_ANSWER, NO_ANSWER
-from tunekit.data.rendering.turns import answer_indices
+from tunekit.data.rendering.render import EMPTY_ANSWER, NO_ANSWER, NO_WEIGHT
+from tunekit.data.rendering.turns import answer_indices, last_answer
 from tunekit.errors import DataError, ModelError, Problem, RecipeError
 from tunekit.formats.example import ChatExample, CompletionExample, TextExample
 from tunekit.objectives.logprobs import loss_of_positions, sums_of_positions
 from tunekit.objectives.rows import TextEncoder, TextObjective, fill_with, put_around
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 
+Array = NDArray[Any]
 EMPTY_SOURCE = "empty prompt, which leaves the encoder nothing to read"
 ONLY_LAST_ANSWER = "conversations with earlier answers: the encoder reads them, and the last is trained on"
 
@@ -56,7 +58,10 @@ class Seq2seqEncoder(TextEncoder):
             raise Dropped(EMPTY_SOURCE)
         eos = self.tokenizer.eos_id
         answer = answer if eos is None or answer[-1:] == [eos] else [*answer, eos]
-        return make_row(np.asarray(source, np.int32), np.asarray([start, *answer], np.int32), origin)
+        weight = answer_weight(example)
+        if not weight:
+            raise Dropped(NO_WEIGHT)
+        return make_row(np.asarray(source, np.int32), np.asarray([start, *answer], np.int32), origin, weight=weight)
 
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
         """What the encoder reads, and the answer's text."""
@@ -80,16 +85,25 @@ class Seq2seqEncoder(TextEncoder):
         return [*before, *ids, *after]
 
 
-def make_row(source: np.ndarray[Any, Any], answer: np.ndarray[Any, Any], origin: str, number: int = 0) -> Row:
-    """A row of (S,) source ids and (A + 1,) answer ids, the first of which begins it; A of them are predicted."""
+def answer_weight(example: Any) -> float:
+    """How much the last answer of an example counts."""
+    index = last_answer(example) if isinstance(example, ChatExample) else None
+    return float(example.weight * (1.0 if index is None else example.messages[index].weight))
+
+
+def make_row(source: Array, answer: Array, origin: str, number: int = 0, weight: float = 1.0) -> Row:
+    """A row of (S,) source ids and (A + 1,) answer ids, the first of which begins it; A of them are predicted, and each
+    counts as `weight` says."""
     tokens = max(len(answer) - 1, 0)
-    return Row({"source": source, "answer": answer}, (len(source), tokens), tokens, origin, number)
+    parts = {"source": source, "answer": answer, "weight": np.array([weight], np.float32)}
+    return Row(parts, (len(source), tokens), tokens, origin, number)
 
 
 class Seq2seq(TextObjective):
-    """loss = sum over the answers' tokens of -log p(token | source, tokens before it); divided by the step's number."""
+    """loss = sum over the answers' tokens of -w log p(token | source, tokens before it); divided by the sum of the
+    step's w, which is 1 or what the row says."""
 
-    layout = RowLayout({"source": "<i4", "answer": "<i4"}, ("source", "answer"), sizes=2)
+    layout = RowLayout({"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2)
 
     def row_encoder(self, options: EncodeOptions) -> Seq2seqEncoder:
         """Raises: RecipeError for options that mean nothing where an encoder reads the prompt."""
@@ -108,7 +122,7 @@ class Seq2seq(TextObjective):
         """Of source and answer end to end, tokens start .. stop-1."""
         source, answer = row.parts["source"], row.parts["answer"]
         left = slice(max(start - len(source), 0), max(stop - len(source), 0) + 1)
-        return make_row(source[start:stop], answer[left], row.origin, row.number)
+        return make_row(source[start:stop], answer[left], row.origin, row.number, float(row.parts["weight"][0]))
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """One row, nearly all of it source (part 0) or answer (part 1)."""
@@ -143,16 +157,22 @@ class Seq2seq(TextObjective):
         """Shapes: output.hidden (B, A, D) -> total (1,)."""
         return loss_of_positions(output, *_labelled(batch))
 
+    def units(self, batch: Batch) -> Tensor:
+        """(1,) float64: tokens of the answers, each as often as it counts."""
+        weights = _labelled(batch)[2]
+        return super().units(batch) if weights is None else weights.sum(dtype=torch.float64)[None]
+
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, correct and units, over tokens of the answers."""
         return sums_of_positions(output, *_labelled(batch), batch)
 
 
-def _labelled(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(N,) indices into the flattened positions of the answers, and their (N,) labels."""
-    labels = batch.targets["labels"].flatten()  # (B * A,)
-    index = torch.nonzero(labels != IGNORED)[:, 0]
-    return index, labels[index]
+def _labelled(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(N,) indices into the flattened positions of the answers, their labels, and their weights if any is not 1."""
+    labels = batch.targets["labels"]  # (B, A)
+    rows, columns = torch.nonzero(labels != IGNORED, as_tuple=True)
+    weights = torch.tensor([float(row.parts["weight"][0]) for row in batch.rows])  # (B,)
+    return rows * labels.shape[1] + columns, labels[rows, columns], None if (weights == 1).all() else weights[rows]
 
 
 def make(settings: Seq2seqSettings, processor: Tokenizer, facts: Mapping[str, Any]) -> Seq2seq:

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from tunekit.contracts import IGNORED, Batch, Loss, ModelOutput, Part, Row, RowLayout, Sums, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, positions
@@ -17,26 +20,43 @@ from tunekit.objectives.logprobs import loss_of_positions, sums_of_positions, su
 from tunekit.objectives.rows import TextEncoder, TextObjective, fill_with
 from tunekit.recipe.objectives.sft import SftSettings
 
+Array = NDArray[Any]
+UNWEIGHTED = np.empty(0, np.float32)
+
 
 class SftEncoder(TextEncoder):
-    """A row is one sequence of ids, with a mark on each that is trained on."""
+    """A row is one sequence of ids, with a mark on each that is trained on; `weights` of all of them where one differs
+    from 1, else of none."""
+
+    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
+        super().__init__(tokenizer, options)
+        self.each = options.rewritten_answers == "each"
+
+    def examples(self, example: Any) -> Sequence[Any]:
+        """Where it is asked for, each answer of a conversation with the turns before it, as it was given."""
+        return self.renderer.as_given(example) if self.each else [example]
 
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""
-        ids, trained = self.renderer.sequence(example)
-        return make_row(np.asarray(ids, dtype=np.int32), trained.astype(np.bool_), origin)
+        ids, weights = self.renderer.sequence(example)
+        return make_row(np.asarray(ids, dtype=np.int32), weights > 0, origin, weights=weights)
 
 
-def make_row(ids: np.ndarray[Any, Any], trained: np.ndarray[Any, Any], origin: str, number: int = 0) -> Row:
-    """A row of (T,) ids and marks; token 0 is never predicted, so it never counts."""
-    return Row({"ids": ids, "trained": trained}, (len(ids),), int(trained[1:].sum()), origin, number)
+def make_row(ids: Array, trained: Array, origin: str, number: int = 0, weights: Array = UNWEIGHTED) -> Row:
+    """A row of (T,) ids, marks and weights; token 0 is never predicted, so it never counts."""
+    weights = UNWEIGHTED if (weights[trained[: len(weights)]] == 1).all() else weights
+    parts = {"ids": ids, "trained": trained, "weights": weights}
+    return Row(parts, (len(ids),), int(trained[1:].sum()), origin, number)
 
 
 class Sft(TextObjective):
-    """loss = sum over supervised tokens of -log p(token | tokens before it); divided by the step's number of them."""
+    """loss = sum over supervised tokens of -w log p(token | tokens before it); divided by the sum of the step's w.
+
+    w is 1, or what the row says: `weight` of a message times `sample_weight` of the row.
+    """
 
     packable = True
-    layout = RowLayout({"ids": "<i4", "trained": "?"}, ("ids",), sizes=1)
+    layout = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
 
     def row_encoder(self, options: EncodeOptions) -> SftEncoder:
         """Rows as the chat template, or the format, lays them out."""
@@ -44,8 +64,8 @@ class Sft(TextObjective):
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """Tokens start .. stop-1."""
-        ids, trained = row.parts["ids"][start:stop], row.parts["trained"][start:stop]
-        return make_row(ids, trained, row.origin, row.number)
+        ids, trained, weights = (row.parts[name][start:stop] for name in ("ids", "trained", "weights"))
+        return make_row(ids, trained, row.origin, row.number, weights)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """Rows end to end."""
@@ -54,12 +74,16 @@ class Sft(TextObjective):
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Position ids restart at 0 for each row; no mask: padding comes last, and a causal model never looks ahead.
 
-        Shapes: input_ids, position_ids, labels (B, T); a row's first token is nobody's label.
+        Shapes: input_ids, position_ids, labels, and weights if any is not 1, (B, T); a row's first token is nobody's
+        label.
         """
         ids = lay_end_to_end([[row.parts["ids"] for row in rows] for rows in sequences], self.tokenizer.pad_id)
         labels = lay_end_to_end([[_labels(row) for row in rows] for rows in sequences], IGNORED)
         places = positions([[row.size for row in rows] for rows in sequences])
-        return Batch({"input_ids": ids, "position_ids": places}, {"labels": labels}, tuple(map(tuple, sequences)))
+        targets = {"labels": labels}
+        if any(len(row.parts["weights"]) for rows in sequences for row in rows):
+            targets["weights"] = lay_end_to_end([[_weights(row) for row in rows] for rows in sequences], 0, np.float32)
+        return Batch({"input_ids": ids, "position_ids": places}, targets, tuple(map(tuple, sequences)))
 
     def spans(self, row: Row) -> list[Part]:
         """The sequence; its first token is never predicted."""
@@ -67,11 +91,30 @@ class Sft(TextObjective):
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Shapes: output.hidden (B, T, D) -> total (1,)."""
-        return loss_of_positions(output, *supervised_positions(batch.targets["labels"]))
+        return loss_of_positions(output, *supervised(batch))
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """loss, correct and units, over tokens."""
-        return sums_of_positions(output, *supervised_positions(batch.targets["labels"]), batch)
+        return sums_of_positions(output, *supervised(batch), batch)
+
+    def units(self, batch: Batch) -> Tensor:
+        """(1,) float64: supervised tokens, each as often as it counts."""
+        weights = supervised(batch)[2]
+        return super().units(batch) if weights is None else weights.sum(dtype=torch.float64)[None]
+
+
+def supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(N,) indices of the positions that predict a supervised token, those tokens, and their weights if any is not
+    1."""
+    index, targets = supervised_positions(batch.targets["labels"])
+    weights = batch.targets.get("weights")
+    return index, targets, None if weights is None else weights.flatten()[index + 1]
+
+
+def _weights(row: Row) -> Array:
+    """(T,) of each token."""
+    weights = row.parts["weights"]
+    return weights if len(weights) else np.ones(row.size, np.float32)
 
 
 def _labels(row: Row) -> np.ndarray[Any, Any]:

@@ -79,6 +79,16 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"{existing} cannot be written to", "choose another output.dir, or change its mode", key=key)
 
 
+def repeat_problems(recipe: Recipe, repeats: int) -> Iterator[Problem]:
+    """Where a checkpoint would fall between steps that learn from the same completions, which it does not keep."""
+    training, evaluation = recipe.training, recipe.evaluation
+    places = {"save_steps": training.save_steps, **({"eval_steps": training.eval_steps} if evaluation.best else {})}
+    for name, steps in places.items():
+        if steps % repeats:
+            what = f"{repeats} steps in a row learn from the same completions, which no checkpoint between them keeps"
+            yield Problem(what, f"write a multiple of {repeats} (objective.num_iterations)", key=f"training.{name}")
+
+
 def position_notes(base: LoadedModel, rows: Sequence[Rows], virtual_tokens: int) -> Iterator[str]:
     """Rows longer than what the model was trained for, where positions are computed and not looked up."""
     longest_tokens = max(longest_positions(some) for some in rows) + virtual_tokens

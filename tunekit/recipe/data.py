@@ -47,6 +47,11 @@ class DataSection(Section):
     train: Several[Source] = Field(min_length=1, description="a path, a source, or a list of either")
     eval: EvalRows | None = Field(None, description="a fraction of each training source, or sources like train")
     train_on: Literal["assistant", "last", "all"] = Field("assistant", description="which tokens are trained on")
+    rewritten_answers: Literal["last", "each"] = Field(
+        "last",
+        description="where the chat template rewrites earlier answers (drops their thinking, for one): train on the "
+        "last, or on each as it was given, in a row of its own",
+    )
     chat_template: Text | None = Field(None, description="a Jinja file; null is the tokenizer's own template")
     max_length: Annotated[Count, Field(ge=2)] = Field(2048, description="tokens of the longest row")
     excess_length: Literal["drop", "truncate", "split", "error"] = Field(

@@ -6,6 +6,7 @@ a text that lists each key with its type, default and meaning.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tunekit.recipe.data import Source
@@ -19,6 +20,11 @@ from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 JsonSchema = dict[str, Any]
 _STANDARD = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
+
+
+def schema_text() -> str:
+    """The JSON Schema as a file holds it."""
+    return json.dumps(make_schema(), indent=1) + "\n"
 
 
 def make_schema() -> JsonSchema:
@@ -82,12 +88,14 @@ def _schema_of(owner: Any, definitions: JsonSchema) -> JsonSchema:
 
 
 def _in_standard_words(schema: Any) -> Any:
-    """Bounds that pydantic leaves in its own words, because a validator stands before them, in JSON Schema's."""
+    """Bounds that pydantic leaves in its own words, because a validator stands before them, in JSON Schema's; without
+    the titles that it makes of the keys' names."""
     if isinstance(schema, list):
         return [_in_standard_words(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {_STANDARD.get(name, name): _in_standard_words(value) for name, value in schema.items()}
+    kept = {name: value for name, value in schema.items() if name != "title" or not isinstance(value, str)}
+    return {_STANDARD.get(name, name): _in_standard_words(value) for name, value in kept.items()}
 
 
 def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:

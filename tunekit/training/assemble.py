@@ -14,10 +14,12 @@ from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.run import ROWS_NAME
 from tunekit.console.progress import Counting
 from tunekit.data.batching.windows import evaluation_batches
+from tunekit.files.cache_folder import hash_of
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
+from tunekit.objectives.rewards import Rewards
 from tunekit.records import Plan, calibration_text
 from tunekit.training.engines.choice import make_engine
 from tunekit.training.initialise import initialise_adapter, needed_batches
@@ -38,8 +40,10 @@ from tunekit.training.trial import (
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+from tunekit.tuned.reward_models import load_scorers
 from tunekit.tuned.row_losses import RowLosses
 from tunekit.tuned.scores import summed_evaluation
+from tunekit.tuned.teacher import load_teacher
 
 
 def assemble_run(
@@ -50,11 +54,15 @@ def assemble_run(
     Raises: RunFolderError where `checkpoint` belongs to another run; ModelError from the probes.
     """
     recipe, devices = session.loaded.recipe, session.devices
-    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint)
+    with session.timed("load"):
+        teacher = load_teacher(prepared.rows.objective, devices.device)
+    contents = base.fingerprint if teacher is None else hash_of([base.fingerprint, teacher.base.fingerprint])
+    code = Rewards(getattr(recipe.objective, "reward", ())).code
+    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, contents, checkpoint, code)
     state = LoopState(LossScale(base.dtype == torch.float16))
     if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
-    model = _tuned(session, plan, prepared, base, state, checkpoint)
+    model = _tuned(session, plan, prepared, base, teacher, state, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
     probe_reference(model, prepared.rows.objective, prepared.largest_batch)
@@ -100,10 +108,11 @@ def _tuned(
     plan: Plan,
     prepared: Prepared,
     base: LoadedModel,
+    teacher: TunedModel | None,
     state: LoopState,
     checkpoint: Checkpoint | None,
 ) -> TunedModel:
-    """The base with the recipe's adapter, initialised; what that cost is kept in the state."""
+    """The base with the recipe's adapter, initialised, and its teacher; what that cost is kept in the state."""
     recipe, devices = session.loaded.recipe, session.devices
 
     def attach() -> AttachedAdapter:
@@ -116,11 +125,14 @@ def _tuned(
             objective=prepared.rows.objective,
             windows=lambda: prepared.rows.windows(prepared.batch_settings),
             resumed=None if checkpoint is None else checkpoint.facts["layout"],
+            teacher=teacher,
         )
         return adapter
 
     with session.timed("calibrate" if needed_batches(recipe.adapter) else "load"):
         model = prepare_network(base, plan.choice, attach)
+        model.scorers = load_scorers(recipe.objective, devices.device)
+    model.teacher = teacher
     if state.calibration is not None:
         session.console.info(calibration_text(state.calibration))
     reset_peaks(devices.device)  # the report's peak is the training's, not the loader's
@@ -143,7 +155,7 @@ def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
     if rows is not None:
         batches = evaluation_batches(rows, run.objective, batch_size=run.evaluation.batch_size)
         split = split_evaluation_noted(session, run.state)
-        summed_evaluation(run.model, run.objective, [next(batches)], run.devices, on_split=split)
+        summed_evaluation(run.model, run.objective.held_out(), [next(batches)], run.devices, on_split=split)
     if not run.state.reactions:
         session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
 

@@ -122,13 +122,15 @@ def calibrate(
     objective: Objective,
     *,
     seed: int,
+    teacher: TunedModel | None = None,
 ) -> Calibration:
     """Make the pass.
 
     Raises: RecipeError where a layer takes no part in it.
     """
     started = time.monotonic()
-    model, watch, backward = TunedModel(base, None), Watch(start, targets), start.looks_at == "gradients"
+    model, watch = TunedModel(base, None, teacher=teacher), Watch(start, targets)
+    backward = start.looks_at == "gradients"
     chosen = [objective.prepare(model, window) for window in first_windows(windows, start.batches)]
     batches = [batch for window in chosen for batch in window.batches]
     with _watching(base.net, watch, backward):

@@ -31,6 +31,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import AdapterSettings, CalibratedStart
 from tunekit.records import Target
 from tunekit.training.calibrate import calibrate
+from tunekit.tuned.model import TunedModel
 
 Layout = Sequence[Mapping[str, Sequence[int]]]  # of a checkpoint: names with [start, *shape], group by group
 
@@ -51,6 +52,7 @@ def initialise_adapter(
     objective: Objective,
     windows: Callable[[], WindowSource],
     resumed: Layout | None,
+    teacher: TunedModel | None = None,
 ) -> tuple[AttachedAdapter, dict[str, Any] | None]:
     """Attach the adapter and fill it; returns also what a pass over the data cost, where one was made.
 
@@ -70,7 +72,7 @@ def initialise_adapter(
             ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
             adapter = attach(targets=with_ranks(settings, targets, ranks))
         else:
-            found = calibrate(base, start, targets, windows(), objective, seed=seed)
+            found = calibrate(base, start, targets, windows(), objective, seed=seed, teacher=teacher)
             share = getattr(start_module(start.method), "share_ranks", None)
             if share is not None:
                 targets = with_ranks(settings, targets, devices.from_main(share(start, targets, found.evidence)))

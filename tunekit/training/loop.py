@@ -16,10 +16,10 @@ from torch import Tensor
 from tunekit.contracts import Window
 from tunekit.errors import InputError, Problem, Stopped
 from tunekit.records import EvaluationRecord, StepRecord
-from tunekit.training.divergence import watch_loss
+from tunekit.training.divergence import watch_step
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
-from tunekit.training.state import Run, timed
+from tunekit.training.state import Run, add_seconds, timed
 from tunekit.tuned.scores import EvaluationStopped
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -35,7 +35,7 @@ def run_loop(run: Run) -> None:
             raise
         _settle(run, waiting)
         _save(run)
-        saved = Problem(f"the checkpoint of step {state.step} is written", "mend it, and go on with --resume")
+        saved = Problem(f"the checkpoint of step {state.step} is written", error.going_on)
         raise InputError.of([*error.problems, saved]) from error
 
 
@@ -90,11 +90,9 @@ def _settle(run: Run, waiting: Waiting) -> None:
     for reading in waiting.readings:
         loss, norm = reading.read()
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
-        before = max(reading.started, waiting.settled)  # a step may begin before the last one was read
-        waiting.settled = time.monotonic()
-        seconds = waiting.settled - before
-        watch_loss(run, reading, loss)
-        state.seconds["train"] = state.seconds.get("train", 0.0) + seconds
+        seconds = waiting.since(reading.started)
+        watch_step(run, reading, loss)
+        add_seconds(state.seconds, reading.spent(seconds))
         record = StepRecord(
             step=reading.step,
             epoch=reading.window.epoch,
@@ -107,6 +105,7 @@ def _settle(run: Run, waiting: Waiting) -> None:
             tokens_per_second=reading.counts[0] / seconds,
             peak_bytes=run.peak_bytes(),
             metrics=reading.logged(),
+            samples=run.shown(reading.window.preparation.samples, reading.step),
         )
         run.record(record)
     waiting.readings.clear()
@@ -167,7 +166,7 @@ def _evaluate_if_due(run: Run) -> bool:
     except EvaluationStopped:
         return False
     state.evaluated_step = state.step
-    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples))
+    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
     better = state.judge(settings, found.metrics)
     if better or settings.best is None or not state.step:
         run.keep_rows(state.step, found)
@@ -183,7 +182,7 @@ def _save(run: Run) -> None:
 def _stop_if_asked(run: Run, waiting: Waiting) -> None:
     """End the run where a signal asked for it. Raises: Stopped, after a checkpoint."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
-    if not number:
+    if not number or step % run.objective.repeats:
         return
     _settle(run, waiting)
     if step > run.state.saved_step:

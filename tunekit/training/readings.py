@@ -5,6 +5,7 @@ for them would cost; or as the error that they are not finite.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,9 +41,15 @@ class Reading:
         return loss, norm
 
     def logged(self) -> dict[str, float]:
-        """What else the step's loss told, by name, once it was read; without means over none of its rows."""
+        """What else the step told, by name, once it was read; without means over none of its rows."""
         named = zip(self.names, self.numbers[2:].tolist(), strict=True)
-        return {name: number for name, number in named if math.isfinite(number)}
+        finite = {name: number for name, number in named if math.isfinite(number)}
+        return {**self.window.preparation.metrics, **finite}
+
+    def spent(self, seconds: float) -> dict[str, float]:
+        """The step's seconds by part of the report."""
+        told = self.window.preparation.seconds
+        return {"train": seconds - sum(told.values()), **told}
 
 
 @dataclass
@@ -51,6 +58,11 @@ class Waiting:
 
     readings: list[Reading] = field(default_factory=list)
     settled: float = 0.0
+
+    def since(self, started: float) -> float:
+        """Seconds of a step that began then and is settled now; it may have begun before the last one was."""
+        before, self.settled = max(started, self.settled), time.monotonic()
+        return self.settled - before
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> dict[str, Tensor]:

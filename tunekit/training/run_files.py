@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -110,7 +110,9 @@ def previous_choice(session: Session) -> Choice | None:
     return None if choice is None else Choice(**choice)
 
 
-def checked_fingerprint(session: Session, data: str, base: str | None, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def checked_fingerprint(
+    session: Session, data: str, base: str | None, checkpoint: Checkpoint | None, code: Mapping[str, str]
+) -> dict[str, Any]:
     """What a checkpoint must agree with; `checkpoint`: the one that is resumed.
 
     Raises: RunFolderError naming each difference from the run in this folder: recipe, data, base or version.
@@ -124,6 +126,7 @@ def checked_fingerprint(session: Session, data: str, base: str | None, checkpoin
         device=session.devices.device.type,
         accelerator=None if on_cpu else names[0],
         threads=torch.get_num_threads(),
+        code=code,
     )
     old = session.from_folder(_previous_fingerprint) if checkpoint is None else checkpoint.facts["fingerprint"]
     if old is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ class LoopState:
     supervised_tokens: int = 0
     first_losses: list[float] = field(default_factory=list)  # of the first step, before any update
     past_losses: list[float] = field(default_factory=list)  # of the last steps, with which the next one is compared
+    useless_steps: dict[str, int] = field(default_factory=dict)  # in a row, of samples that teach nothing, by why
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None  # the pass over the data before step 1
     reactions: list[dict[str, Any]] = field(default_factory=list)  # records.Reaction as plain values
@@ -106,6 +107,11 @@ class Run:
         """Whether a step's numbers are read one step later: where the device itself keeps a non-finite update off."""
         return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
 
+    def shown(self, samples: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]] | None:
+        """The samples of a step that are kept for the report: of the first, the last and those that are evaluated."""
+        kept = step in (1, self.windows.steps) or step % self.training.eval_steps == 0
+        return list(samples) if kept and samples else None
+
     def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""
         return rate_multiplier(self.training, self.state.updates, self.windows.steps, self.warmup_steps)
@@ -118,4 +124,10 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds[part] = seconds.get(part, 0.0) + time.monotonic() - started
+        add_seconds(seconds, {part: time.monotonic() - started})
+
+
+def add_seconds(seconds: dict[str, float], spent: Mapping[str, float]) -> None:
+    """Add times to those of each part of the report."""
+    for part, more in spent.items():
+        seconds[part] = seconds.get(part, 0.0) + more

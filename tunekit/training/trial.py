@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from tunekit.contracts import Batch, Objective, Window
+from tunekit.contracts import AT_STEP_0, Batch, Objective, Window
 from tunekit.errors import ModelError
 from tunekit.machine.devices import forked_random
 from tunekit.memory.splitting import Splitting, shape_text
@@ -48,7 +48,7 @@ def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> No
 
     Raises: ModelError where it is not.
     """
-    moved = 0.0 if objective.reference == "none" else bypass_difference(model, batch.inputs["input_ids"])
+    moved = 0.0 if objective.reference != AT_STEP_0 else bypass_difference(model, batch.inputs["input_ids"])
     if not moved <= TOLERANCE[model.base.dtype]:
         raise ModelError(
             f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})",

@@ -35,7 +35,7 @@ class RowLosses:
         return {
             "rows": [row.origin for row in rows],
             "digests": [_digest(row) for row in rows],
-            "units": [row.supervised for row in rows],
+            "units": [float(self.objective.units(self.objective.collate([[row]]))[0]) for row in rows],
         }
 
     def values(self, step: int, losses: Mapping[int, float], earlier: Mapping[str, Any] | None) -> dict[str, Any]:

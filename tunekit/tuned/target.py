@@ -16,7 +16,7 @@ import torch
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.artifacts.checkpoint import find_checkpoint
-from tunekit.contracts import Objective, Processor
+from tunekit.contracts import TEACHER, Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
@@ -30,7 +30,7 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import TargetOverrides, load_recipe, load_target_overrides
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.names import known_names
+from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.objectives.reward import RewardSettings
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
@@ -253,7 +253,10 @@ def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None
         if target.kind == "run" and target.adapter is None:
             return None  # the model itself knows: see measuring_objective
         return load_rows(target.recipe.data, objective, seed=target.seed).objective
-    if method in known_names("objectives"):
+    kind: Any = settings_class("objectives", method) if method in known_names("objectives") else None
+    if kind is not None and (kind.samples or kind.reference == TEACHER):  # whose rewards or teacher its recipe names
+        return make_objective(supervised_objective(kind.family) or SftSettings(), tokenizer)
+    if kind is not None:
         return make_objective(make_objective_settings({"method": method}), tokenizer, facts)
     if config is None:
         return None

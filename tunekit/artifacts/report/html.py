@@ -17,6 +17,7 @@ from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
+from tunekit.metrics.sources import sources_table
 from tunekit.recipe.names import units_of
 from tunekit.records import bytes_text, calibration_text, skipped_text
 
@@ -37,6 +38,7 @@ def run_page(run: RunValues) -> str:
         *_classes(run),
         _samples(run),
         _worst_rows(run),
+        _completions(run),
         _memory(run),
         _time(run),
         _rows(run),
@@ -215,7 +217,10 @@ def _evaluations(run: RunValues) -> dict[str, Any]:
     kept = run.report.get("best_step") or run.report.get("final_step")
     best = next((at for at, record in enumerate(shown) if record["step"] == kept), -1)
     text = [f"The exported weights are those after step {kept:,}."] if kept else []
-    return _section("Evaluations", text=text, tables=[_table("", ["step", *names], rows, best)])
+    tables, of_sources = [_table("", ["step", *names], rows, best)], shown[best].get("sources")
+    if of_sources:
+        tables.append(_table(f"By source, after step {shown[best]['step']:,}", *sources_table(of_sources)))
+    return _section("Evaluations", text=text, tables=tables)
 
 
 def _few(records: Sequence[dict[str, Any]], best: int | None, most: int = 30) -> list[dict[str, Any]]:
@@ -280,6 +285,30 @@ def _worst_row(found: dict[str, Any], number: int, text: Sequence[tuple[str, boo
     losses = [of_rows[number] for of_rows in (found["before"], found["losses"]) if of_rows is not None]
     means = [loss if loss is None else loss / max(units, 1) for loss in losses]
     return {"cells": [_number(cell) for cell in (found["rows"][number], units, *means)], "best": False, "text": text}
+
+
+def _completions(run: RunValues) -> dict[str, Any] | None:
+    """What the model wrote to the first prompts of some steps, the first and the last of those that are kept."""
+    found = [record for record in run.steps if record.get("samples")]
+    if not found:
+        return None
+    tables = []
+    for record in dict.fromkeys((0, len(found) - 1)):
+        samples = found[record]["samples"]
+        names = list(samples[0]["rewards"])
+        lines = [
+            [
+                each["prompt"],
+                each["answer"],
+                each["completion"] + ("" if each["ended"] else " […]"),
+                *(each["rewards"][name] for name in names),
+                each["advantage"],
+            ]
+            for each in samples
+        ]
+        head = ["prompt", "the row's answer", "completion", *names, "advantage"]
+        tables.append(_table(f"Step {found[record]['step']:,}", head, lines, texts=True))
+    return _section("Completions that the model learnt from", text=["[…]: it did not end."], tables=tables)
 
 
 def _memory(run: RunValues) -> dict[str, Any] | None:

@@ -17,10 +17,10 @@ from torch import Tensor
 Arrays = Sequence[Sequence[NDArray[Any]]]
 
 
-def lay_end_to_end(sequences: Arrays, fill: int) -> Tensor:
-    """(B, T) int64: the arrays of each sequence one after the other, then `fill`."""
+def lay_end_to_end(sequences: Arrays, fill: int, kind: type[np.generic] = np.int64) -> Tensor:
+    """(B, T): the arrays of each sequence one after the other, then `fill`."""
     widths = [sum(map(len, arrays)) for arrays in sequences]
-    laid = np.full((len(widths), max(widths, default=0)), fill, dtype=np.int64)  # (B, T)
+    laid = np.full((len(widths), max(widths, default=0)), fill, dtype=kind)  # (B, T)
     for line, arrays, width in zip(laid, sequences, widths, strict=True):
         np.concatenate(arrays, out=line[:width], casting="unsafe")
     return torch.from_numpy(laid)

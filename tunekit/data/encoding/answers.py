@@ -31,7 +31,7 @@ def with_answer(example: Example, text: str) -> Example:
     assert isinstance(example, ChatExample)  # of others answer_of is None
     index, plain = last_answer(example), example.without_template
     assert index is not None
-    answer = replace(example.messages[index], content=text, trained=True)
+    answer = replace(example.messages[index], content=text, weight=1.0)
     other = None if plain is None else replace(plain, completion=text)
     return replace(example, messages=(*example.messages[:index], answer), without_template=other)
 

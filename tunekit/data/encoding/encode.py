@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from tunekit.contracts import Objective, Row, RowLayout
 from tunekit.data.encoding.outcomes import Dropped, MakeExample, Outcome
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
+from tunekit.formats.example import Example
+from tunekit.formats.fields import read_weight
 
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
@@ -43,6 +46,7 @@ class EncodeOptions:
     template: str | None
     max_length: int
     excess_length: str
+    rewritten_answers: str = "last"
 
 
 class Encoded(NamedTuple):
@@ -55,9 +59,19 @@ class Encoded(NamedTuple):
 
 
 def format_maker(name: str) -> MakeExample:
-    """The function that turns a row of the format into an Example."""
-    make: MakeExample = importlib.import_module(f"tunekit.formats.{name}").make_example
-    return make
+    """The function that turns a row of the format into an Example, its weight included."""
+    return partial(_weighted, importlib.import_module(f"tunekit.formats.{name}").make_example)
+
+
+def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Any:
+    example, weight = make(row), row.get("sample_weight")
+    if weight is None:
+        return example
+    if not isinstance(example, Example):
+        raise DataError(
+            "'sample_weight' is read of rows that are texts", "take it out, or give the column another name"
+        )
+    return replace(example, weight=read_weight(weight, "sample_weight"))
 
 
 def encode_rows(
@@ -70,12 +84,12 @@ def encode_rows(
     counts: SourceCounts,
 ) -> Iterator[Encoded]:
     """Every row that can be trained on; what is wrong with the others goes into `problems`."""
-    for number, (line, row) in enumerate(outcomes):
+    for number, (line, found) in enumerate(outcomes):
         counts.read += 1
         try:
-            if not isinstance(row, Row):
-                raise row
-            pieces = cut_row(row, objective, options, counts)
+            if isinstance(found, Exception):
+                raise found
+            pieces = _pieces(found, objective, options, counts)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
@@ -83,9 +97,23 @@ def encode_rows(
             problems.add_error(name, line, error)
             continue
         counts.kept += 1
-        digest = digest_of(row, objective.layout)
+        digest = digest_of(found[-1], objective.layout)
         for piece in pieces:
             yield Encoded(piece, line, number, digest)
+
+
+def _pieces(rows: Sequence[Row], objective: Objective, options: EncodeOptions, counts: SourceCounts) -> list[Row]:
+    """What is trained on of the rows of one example. Raises: Dropped where that is nothing."""
+    kept, reasons = list[Row](), list[Dropped]()
+    for row in rows:
+        try:
+            kept += cut_row(row, objective, options, counts)
+        except Dropped as reason:
+            reasons.append(reason)
+    if not kept:
+        raise reasons[-1]
+    counts.truncated += bool(reasons)
+    return kept
 
 
 def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: SourceCounts) -> list[Row]:

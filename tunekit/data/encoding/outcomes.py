@@ -1,6 +1,6 @@
 """Raw rows to encoded ones, in their order: one after the other, or those of a long source on every core.
 
-Comes in: RawRows.  Goes out: of each its line, and the Row or why there is none.
+Comes in: RawRows.  Goes out: of each its line, and its Rows (one, but for what takes several) or why there is none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Dropped(Exception):
     """A row that cannot be trained on, and is counted under this reason."""
 
 
-Outcome = tuple[int, Row | Dropped | DataError]
+Outcome = tuple[int, list[Row] | Dropped | DataError]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class SourceEncoder:
     def outcome(self, raw: RawRow) -> Outcome:
         """The row's line, and what became of it."""
         try:
-            return raw.line, self.encoder.encode(self.make_example(raw.values), f"{self.name}:{raw.line}")
+            examples = self.encoder.examples(self.make_example(raw.values))
+            return raw.line, [self.encoder.encode(example, f"{self.name}:{raw.line}") for example in examples]
         except (Dropped, DataError) as reason:
             return raw.line, reason
 

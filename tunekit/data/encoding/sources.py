@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class EncodedSource:
 def encode_options(data: DataSection) -> EncodeOptions:
     """The data section's options that decide ids, with the template read from its file."""
     template = None if data.chat_template is None else read_template(Path(data.chat_template))
-    return EncodeOptions(data.train_on, template, data.max_length, data.excess_length)
+    return EncodeOptions(data.train_on, template, data.max_length, data.excess_length, data.rewritten_answers)
 
 
 def read_template(path: Path) -> str:
@@ -75,7 +75,8 @@ def load_sources(
             problems += error.problems
     if problems:
         raise DataError.of(problems)
-    return loaded
+    names = Counter(source.name for source in loaded)
+    return [source if names[source.name] == 1 else replace(source, name=source.source.path) for source in loaded]
 
 
 def load_source(source: Source, objective: Objective, options: EncodeOptions, *, cache_folder: Path) -> EncodedSource:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 from tunekit.contracts import Tokenizer
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
-from tunekit.data.rendering.turns import Span, TurnFinder, last_answer
+from tunekit.data.rendering.turns import REASONING, Span, TurnFinder, answer_indices, last_answer
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, Example, Message, TextExample
 
 Mask = NDArray[np.bool_]  # (T,)
+Weights = NDArray[np.float32]  # (T,)
 
 EMPTY_ANSWER = "empty answer"
 EMPTY_TEXT = "empty text"
 NO_ANSWER = "no answer to train on"
+NO_WEIGHT = "sample_weight 0"
 NO_TEMPLATE = "rows written as plain prompt and answer: the tokenizer has no chat template"
 EOS_ADDED = "rows whose last turn the chat template does not end; the end-of-sequence token was added"
 SPELLED = (
@@ -34,7 +36,7 @@ SPELLED = (
     "write conversations as messages (format chat)"
 )
 UNSAID = ("name", "tool_call_id", "tool_calls")  # need not be written; of tool_calls, turns.py sees to it
-REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # one thing, as several models name it
+AS_GIVEN = "rows whose earlier answers the chat template rewrites: each answer is trained on as it was given"
 MERGED_BOUNDARY = "rows whose first answer token holds the prompt's last characters too; it is trained on"
 
 
@@ -56,17 +58,37 @@ class Renderer:
         """Whether conversations can be rendered."""
         return self.template is not None or self.tokenizer.chat_template is not None
 
-    def sequence(self, example: Example) -> tuple[list[int], Mask]:
-        """Ids of the whole row, and which of them are trained on.
+    def sequence(self, example: Example) -> tuple[list[int], Weights]:
+        """Ids of the whole row, and how much the loss of each counts: 1 unless the row says otherwise, 0 where nothing
+        is to be learned.
 
         Raises: Dropped where nothing can be trained on; DataError where the row is wrong.
         """
         example = self._readable(example)
         if isinstance(example, ChatExample):
-            return self._chat_sequence(example)
-        if isinstance(example, TextExample):
-            return self._plain_sequence("", example.text, EMPTY_TEXT)
-        return self._plain_sequence(example.prompt, example.completion, EMPTY_ANSWER)
+            ids, weights = self._chat_sequence(example)
+        elif isinstance(example, TextExample):
+            ids, weights = self._plain_sequence("", example.text, EMPTY_TEXT)
+        else:
+            ids, weights = self._plain_sequence(example.prompt, example.completion, EMPTY_ANSWER)
+        if not example.weight:
+            raise Dropped(NO_WEIGHT)
+        return ids, weights * np.float32(example.weight)
+
+    def as_given(self, example: Example) -> list[Example]:
+        """A conversation up to each of its answers, which alone is trained on, where the template writes earlier ones
+        differently once more turns follow; else the example as it is."""
+        if not isinstance(example, ChatExample) or not self.has_template:
+            return [example]
+        wanted = answer_indices(example.messages, self.train_on)
+        if len(wanted) < 2 or not self._turns.rewrites(example, wanted):
+            return [example]
+        context = [replace(message, weight=0.0) for message in example.messages]
+        self.notices[AS_GIVEN] += 1
+        return [
+            replace(example, messages=(*context[:index], example.messages[index]), without_template=None)
+            for index in wanted
+        ]
 
     def prompt(self, example: Example) -> tuple[list[int], str] | None:
         """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
@@ -101,7 +123,7 @@ class Renderer:
         if self.has_template or not isinstance(example, ChatExample) or example.without_template is None:
             return example
         self.notices[NO_TEMPLATE] += 1
-        return example.without_template
+        return replace(example.without_template, weight=example.weight)
 
     def _plain(self, text: str) -> list[int]:
         """Ids of text that no template wrote and that goes on."""
@@ -143,7 +165,7 @@ class Renderer:
             how = f"it reads '{other}': rename the field" if other else "take the field out, or give another template"
             raise DataError(f"the chat template does not read '{name}' of a message", how, key=key)
 
-    def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Mask]:
+    def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Weights]:
         self._need_template(example)
         conversation = self._turns.find(example, self.train_on)
         if not conversation.spans and self.train_on != "all":
@@ -151,16 +173,18 @@ class Renderer:
         text = conversation.text
         ids, offsets = encode_trusted(text, conversation.neutral, self.tokenizer, self._control)
         if self.train_on == "all":
-            return ids, np.ones(len(ids), dtype=np.bool_)
+            return ids, np.ones(len(ids), dtype=np.float32)
         spans = [self._turns.close(span, text, ids, offsets) for span in conversation.spans]
-        trained = mark_spans(offsets, spans)  # (T,)
+        weights = np.zeros(len(ids), dtype=np.float32)  # (T,)
+        for span, weight in zip(spans, conversation.weights, strict=True):
+            weights[mark_spans(offsets, [span])] = weight
         eos = self.tokenizer.eos_id
         if eos is not None and conversation.ends_open(spans, ids[-1], self._control, eos):
             self.notices[EOS_ADDED] += 1
-            ids, trained = [*ids, eos], np.append(trained, True)
-        return ids, trained
+            ids, weights = [*ids, eos], np.append(weights, weights.dtype.type(conversation.weights[-1]))
+        return ids, weights
 
-    def _plain_sequence(self, prompt: str, trained_text: str, empty: str) -> tuple[list[int], Mask]:
+    def _plain_sequence(self, prompt: str, trained_text: str, empty: str) -> tuple[list[int], Weights]:
         """Text that no template wrote, with the tokens that begin and end a sequence; the last of them is trained on.
 
         The text may spell these two itself. Whatever else in it spells a special token stays text.
@@ -180,7 +204,7 @@ class Renderer:
             if any(first < start < end for first, end in filled):
                 self.notices[MERGED_BOUNDARY] += 1
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        return [*begin, *ids, *end], np.concatenate([[False] * len(begin), trained, [True] * len(end)]).astype(np.bool_)
+        return [*begin, *ids, *end], np.concatenate([[0] * len(begin), trained, [1] * len(end)]).astype(np.float32)
 
 
 def reads_field(template: str, name: str) -> bool:

@@ -19,8 +19,13 @@ from tunekit.data.rendering.control import ControlTokens
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, Message
 
-ONLY_LAST = "rows of which only the last answer is trained on: the chat template rewrites earlier turns"
+ONLY_LAST = (
+    "rows of which only the last answer is trained on: the chat template rewrites earlier turns "
+    "(data.rewritten_answers: each trains on all of them)"
+)
 TOOLS_IGNORED = "rows whose tools the chat template does not write"
+REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # one thing, as several models name it
+THOUGHTLESS = "answers trained on without their thinking, which the chat template leaves out"
 SHORTENED = "answers that the chat template does not write as they are"
 _OPENING, _CLOSING = "\ue001", "\ue002"
 _PROBE = "\ue003tunekit\ue003"
@@ -42,6 +47,7 @@ class Conversation:
     text: str
     neutral: str
     spans: tuple[Span, ...]
+    weights: tuple[float, ...]  # of the loss of each span's tokens
     empty_answers: int
 
     def ends_open(self, closed: Sequence[Span], last_id: int, control: ControlTokens, eos_id: int | None) -> bool:
@@ -54,7 +60,7 @@ def answer_indices(messages: Sequence[Message], train_on: str) -> list[int]:
     """The turns to train on: all of the assistant or the last, without empty ones and those that the row excludes."""
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     chosen = answers[-1:] if train_on == "last" else answers
-    return [index for index in chosen if messages[index].trained and not messages[index].empty]
+    return [index for index in chosen if messages[index].weight and not messages[index].empty]
 
 
 def last_answer(example: ChatExample) -> int | None:
@@ -113,7 +119,12 @@ class TurnFinder:
         if self._control.spelled_in([message.as_dict() for message in messages]) or self._control.spelled_in(tools):
             neutral = self.render_neutral(messages, tools)
         empty = sum(message.role == "assistant" and message.empty for message in messages)
-        return Conversation(text, neutral, found, empty)
+        return Conversation(text, neutral, found, tuple(messages[index].weight for index in wanted), empty)
+
+    def rewrites(self, example: ChatExample, wanted: Sequence[int]) -> bool:
+        """Whether an answer cannot be found as it was given once the later turns are written."""
+        text = self.render(example.messages, example.tools)
+        return any(self._turn(example.messages, index, example.tools, text) is None for index in wanted)
 
     def _marked_spans(self, example: ChatExample, text: str, wanted: Sequence[int]) -> list[Span | None] | None:
         """Spans by the template's own markers, if it has one for each answer."""
@@ -197,6 +208,9 @@ class TurnFinder:
                     )
             if messages[index].content.strip() not in turn:
                 self._notices[SHORTENED] += 1
+            thoughts = (messages[index].extra.get(name) for name in REASONING)
+            if any(isinstance(thought, str) and thought.strip() not in turn for thought in thoughts):
+                self._notices[THOUGHTLESS] += 1
         names = [(tool.get("function") or tool).get("name") for tool in tools or ()]
         if names and not any(str(name) in text for name in names):
             self._notices[TOOLS_IGNORED] += 1

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tunekit.recipe.reading.paths import ALWAYS_LOCAL, relative_path
+from tunekit.recipe.reading.paths import ALWAYS_LOCAL, MODELS, REWARD_PATHS, relative_path
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
 
@@ -24,12 +24,18 @@ def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False
     """The recipe as YAML, without its defaults where `written_only`; absolute paths are written relative to the folder
     the new file will stand in."""
     values = recipe.model_dump(mode="json", exclude_unset=written_only)
-    for section, name in (*ALWAYS_LOCAL, ("model", "name_or_path")):
-        if values.get(section, {}).get(name) is not None:
-            values[section][name] = relative_path(values[section][name], relative_to)
+    for *sections, name in (*ALWAYS_LOCAL, *MODELS):
+        holder: dict[str, Any] = values
+        for section in sections:
+            holder = holder.get(section) or {}
+        if holder.get(name) is not None:
+            holder[name] = relative_path(holder[name], relative_to)
     for sources in (values["data"]["train"], values["data"].get("eval")):
         for source in sources if isinstance(sources, list) else ():
             source["path"] = relative_path(source["path"], relative_to)
+    for reward in values.get("objective", {}).get("reward") or ():
+        for name in (name for name in REWARD_PATHS if reward.get(name) is not None):
+            reward[name] = relative_path(reward[name], relative_to)
     return "\n".join(yaml_lines(values)) + "\n"
 
 

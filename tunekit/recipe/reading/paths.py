@@ -15,6 +15,8 @@ from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_BYTES = 4096
 ALWAYS_LOCAL = (("output", "dir"), ("data", "chat_template"), ("adapter", "init_from"))
+MODELS = (("model", "name_or_path"), ("objective", "teacher", "name_or_path"))
+REWARD_PATHS = ("function", "model")  # of a reward: FILE.py:NAME is a path too
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".arrow")
 _MODEL_ENDINGS = (".gguf",)
 
@@ -23,11 +25,16 @@ def resolve_paths(draft: Draft, folder: Path) -> None:
     """Make every local path of the draft absolute, in place; a path that no system can hold is a problem."""
     for key in ALWAYS_LOCAL:
         _resolve(draft, key, folder, endings=None)
-    _resolve(draft, ("model", "name_or_path"), folder, endings=_MODEL_ENDINGS)
+    for model in MODELS:
+        _resolve(draft, model, folder, endings=_MODEL_ENDINGS)
     for name in ("train", "eval"):
         sources = draft.get(("data", name))
         for index in range(len(sources) if isinstance(sources, list) else 0):
             _resolve(draft, ("data", name, index, "path"), folder, endings=_DATA_ENDINGS)
+    rewards = draft.get(("objective", "reward"))
+    for index in range(len(rewards) if isinstance(rewards, list) else 0):
+        for name in REWARD_PATHS:
+            _resolve(draft, ("objective", "reward", index, name), folder, endings=None)
 
 
 def relative_path(path: str, folder: Path) -> str:

@@ -147,7 +147,8 @@ def _problem(finding: dict[str, Any], section: KeyPath, draft: Draft) -> Problem
         return missing_key(key, draft)
     if kind in _EMPTY:
         return draft.problem(key, "must not be empty")
-    if kind == "value_error" and not finding["loc"] and isinstance(value, dict):  # its first word names the key
+    of_section = not finding["loc"] or isinstance(finding["loc"][-1], int)  # or of an item that is one
+    if kind == "value_error" and of_section and isinstance(value, dict):  # its first word names the key
         name, _, rest = str(context["error"]).partition(" ")
         return draft.problem((*key, name), rest) if name in value else draft.problem(key, f"{name} {rest}")
     what, how = _words(kind, context, value, str(finding["msg"]))

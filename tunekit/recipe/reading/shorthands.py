@@ -11,6 +11,7 @@ from tunekit.recipe.reading.yaml_reader import read_scalar
 
 NAMED_BY_TEXT = {"model": "name_or_path", "adapter": "method", "objective": "method"}
 TRACKERS: KeyPath = ("output", "report_to")
+REWARDS: KeyPath = ("objective", "reward")
 SOURCE_LISTS: tuple[KeyPath, ...] = (("data", "train"), ("data", "eval"))
 
 
@@ -19,6 +20,8 @@ def expand_shorthands(draft: Draft) -> None:
     for section, inner in NAMED_BY_TEXT.items():
         if isinstance(draft.values.get(section), str):
             draft.wrap((section,), inner)
+    if isinstance(draft.get(("objective", "teacher")), str):
+        draft.wrap(("objective", "teacher"), "name_or_path")
     if draft.get(("adapter", "start")) in known_names("starts"):  # an unknown one is refused as it stands
         draft.wrap(("adapter", "start"), "method")
     tracker = draft.get(TRACKERS)
@@ -26,6 +29,8 @@ def expand_shorthands(draft: Draft) -> None:
         draft.set(TRACKERS, [] if tracker == "none" else [tracker], draft.place(TRACKERS))
     for key in SOURCE_LISTS:
         _expand_sources(draft, key)
+    if isinstance(draft.get(REWARDS), dict):
+        draft.wrap(REWARDS, 0)
 
 
 def _expand_sources(draft: Draft, key: KeyPath) -> None:

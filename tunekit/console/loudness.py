@@ -1,0 +1,20 @@
+"""How much is said: notes and progress, as usual; nothing but results, warnings and errors; or what libraries log too.
+
+Comes in: TUNEKIT_OUTPUT, which -q and -v set.  Goes out: which of the three.
+"""
+
+from __future__ import annotations
+
+import os
+
+LOUDNESS = "TUNEKIT_OUTPUT"  # quiet, verbose, or anything else
+
+
+def is_quiet() -> bool:
+    """Only results, warnings and errors."""
+    return os.environ.get(LOUDNESS) == "quiet"
+
+
+def is_verbose() -> bool:
+    """Also the seconds of each part, and what the libraries log."""
+    return os.environ.get(LOUDNESS) == "verbose"

@@ -1,0 +1,27 @@
+"""`objective: distill` knowledge distillation: the distribution of a teacher over the next token is learned."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.section import Number, ObjectiveSettings, Positive
+
+Share = Annotated[Number, Field(ge=0, le=1)]
+
+
+class DistillSettings(ObjectiveSettings):
+    """TRL's names; beta is 0, and not its 1, because the tokens are those of the data and not the student's own."""
+
+    reference: ClassVar[str] = "teacher"
+
+    method: Literal["distill"] = Field("distill", description="the next-token distribution of a teacher model")
+    teacher: ModelSection = Field(description="a model over the same vocabulary: a name, or what a model section has")
+    beta: Share = Field(
+        0.0,
+        description="0: forward KL(teacher | student); 1: reverse KL; between: JSD, of both with a mixture",
+    )
+    temperature: Positive = Field(1.0, description="that both distributions are taken at")
+    kd_ratio: Share = Field(1.0, description="share of the divergence; the rest is cross entropy on the data's tokens")
