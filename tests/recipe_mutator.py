@@ -147,7 +147,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "evaluation.best": (["null", "eval.loss"], ["loss", "eval.bleu", "true", "5", "eval."]),
     "evaluation.patience": (["null", "3"], [each for each in NOT_COUNTS if each != "null"]),
     "output.dir": ([OUTPUT, "no", "2024-01-01", "~/runs/x", "'runs/ä b'"], [*NOT_TEXT, "x" * 300, '"a\\0b"']),
-    "output.report_to": (["[]", "[tensorboard]", "tensorboard", "none"], ["wandb", "[wandb]", "null", "[5]"]),
+    "output.report_to": (["[]", "[tensorboard]", "tensorboard", "none"], ["neptune", "[neptune]", "null", "[5]"]),
 }
 REQUIRED = ("model.name_or_path", "data.train.0.path", "output.dir")
 EXCLUSIVE = (

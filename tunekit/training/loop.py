@@ -20,7 +20,6 @@ from tunekit.training.divergence import watch_step
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
 from tunekit.training.state import Run, add_seconds, timed
-from tunekit.tuned.evaluator import is_better
 from tunekit.tuned.scores import EvaluationStopped
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -82,6 +81,7 @@ def _make_step(run: Run, window: Window) -> Reading:
     reading.rate = run.optimizer.step(run.rate(), found_inf)
     state.scale.update(finite, reading.step)
     _advance(run, finite, counts)
+    reading.sent = time.monotonic()
     return reading
 
 
@@ -89,9 +89,8 @@ def _settle(run: Run, waiting: Waiting) -> None:
     """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
     state = run.state
     for reading in waiting.readings:
-        loss, norm = reading.read()
+        loss, norm, seconds = waiting.read(reading)
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
-        seconds = waiting.since(reading.started)
         watch_step(run, reading, loss)
         add_seconds(state.seconds, reading.spent(seconds))
         run.record(reading.record(loss, norm, seconds, run.peak_bytes(), shown=run.shows_samples(reading.step)))
@@ -154,19 +153,10 @@ def _evaluate_if_due(run: Run) -> bool:
         return False
     state.evaluated_step = state.step
     run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
-    watched = (settings.best or "eval.loss").removeprefix("eval.")
-    compared = bool(state.step) and (settings.best is not None or settings.patience is not None)
-    better = compared and is_better(watched, found.metrics[watched], state.best_value)
-    if better or not state.step or settings.best is None:
+    better = state.judge(settings, found.metrics)
+    if better or settings.best is None or not state.step:
         run.keep_rows(state.step, found)
-    if not compared:
-        return False
-    if better:
-        state.best_step, state.best_value, state.evaluations_without_gain = state.step, found.metrics[watched], 0
-        return settings.best is not None
-    state.evaluations_without_gain += 1
-    state.stopped_early = settings.patience is not None and state.evaluations_without_gain >= settings.patience
-    return False
+    return better and settings.best is not None
 
 
 def _save(run: Run) -> None:

@@ -32,7 +32,12 @@ class Reading:
     names: Sequence[str]  # of what is logged
     copied: Any  # the device's event after which `numbers` hold, None on a CPU
     started: float
+    sent: float = 0.0  # when the host had sent off all of the step
     rate: float = 0.0
+
+    def arrived(self) -> bool:
+        """Whether the numbers are here already: then the host is behind the device, and its own time is the step's."""
+        return self.copied is None or bool(self.copied.query())
 
     def read(self) -> tuple[float, float]:
         """Loss and norm, waited for."""
@@ -77,10 +82,12 @@ class Waiting:
     readings: list[Reading] = field(default_factory=list)
     settled: float = 0.0
 
-    def since(self, started: float) -> float:
-        """Seconds of a step that began then and is settled now; it may have begun before the last one was."""
-        before, self.settled = max(started, self.settled), time.monotonic()
-        return self.settled - before
+    def read(self, reading: Reading) -> tuple[float, float, float]:
+        """Loss, norm and seconds of a step, waited for; it may have begun before the last one was read."""
+        before, here = max(reading.started, self.settled), reading.arrived()
+        loss, norm = reading.read()
+        self.settled = reading.sent if here else time.monotonic()
+        return loss, norm, self.settled - before
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> dict[str, Tensor]:

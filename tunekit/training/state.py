@@ -22,7 +22,7 @@ from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
-from tunekit.tuned.evaluator import Evaluation
+from tunekit.tuned.evaluator import Evaluation, is_better
 from tunekit.tuned.model import TunedModel
 
 
@@ -48,6 +48,18 @@ class LoopState:
     calibration: dict[str, Any] | None = None  # the pass over the data before step 1
     reactions: list[dict[str, Any]] = field(default_factory=list)  # records.Reaction as plain values
     split_tokens: int | None = None  # padded tokens from which on micro-batches are split, once one was too large
+
+    def judge(self, settings: EvaluationSection, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation is the best so far; one before training is only compared with. Says when to stop."""
+        if not self.step or (settings.best is None and settings.patience is None):
+            return False
+        watched = (settings.best or "eval.loss").removeprefix("eval.")
+        if is_better(watched, metrics[watched], self.best_value):
+            self.best_step, self.best_value, self.evaluations_without_gain = self.step, metrics[watched], 0
+            return True
+        self.evaluations_without_gain += 1
+        self.stopped_early = settings.patience is not None and self.evaluations_without_gain >= settings.patience
+        return False
 
 
 @dataclass(frozen=True)
