@@ -411,8 +411,9 @@ def test_another_tools_configuration_becomes_a_recipe(
     ):
         assert line in said
     titles = [line for line in said.splitlines() if not line.startswith(" ")]
-    assert titles == ["changed:", "without effect here:"]
-    assert load_recipe(ours).recipe == load_recipe(theirs).recipe
+    own = f"{theirs}: a configuration of LLaMA-Factory"
+    assert titles == [own, "changed:", "without effect here:", "not written there, and written out here:"]
+    assert load_recipe(ours).recipe == load_recipe(theirs, imported=True).recipe
     assert load_recipe(ours).rewrites == []
     source = load_recipe(ours).recipe.data.train[0]
     assert (source.path, source.max_rows, source.columns) == (str(tmp_path / "rows.jsonl"), 500, {"body": "text"})

@@ -99,9 +99,9 @@ def test_nearness_follows_the_similarity_of_word_pairs() -> None:
     near, far = list(words), list(words)
     near[10], near[50] = "x", "y"
     far[::3] = ["z"] * len(far[::3])
-    assert seen.like(signed(" ".join(near))) == ("near", "f", 1)
+    assert seen.like(signed(" ".join(near))) == ("near", "f", 1, None)
     assert seen.like(signed(" ".join(far))) is None
-    assert seen.like(signed(" ".join(words).upper() + "!")) == ("exact", "f", 1)
+    assert seen.like(signed(" ".join(words).upper() + "!")) == ("exact", "f", 1, None)
 
 
 def like(earlier: str, later: str) -> str | None:
@@ -132,3 +132,28 @@ def test_every_line_that_cannot_be_read_is_counted(tmp_path: Path) -> None:
         file.write("".join('{"a": ' + "[" * number + "\n" for number in range(30)) + "{\n" * 3)
     _, found = check(recipe)
     assert (found["rows"], sorted(found["findings"]["broken"])) == (93, list(range(61, 94)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "label"),
+    [
+        ("classify", {"text": "the soup was cold and the waiter slow all evening long"}, ["bad", "good"]),
+        ("classify", {"text": "the soup was cold and the waiter slow all evening long"}, [0, 1]),
+        ("classify", {"text": "cold soup"}, ["bad", "good"]),
+        (
+            "kto",
+            {"prompt": "what is two and two", "completion": "it is four, as everyone who counts knows"},
+            [True, False],
+        ),
+    ],
+)
+def test_one_text_with_two_labels_is_no_plain_repeat(
+    tmp_path: Path, objective: str, row: dict[str, Any], label: list[Any]
+) -> None:
+    rows = [row | {"label": each} for each in (label[0], label[1], label[0])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    recipe = {"model": "org/base", "data": {"train": "rows.jsonl"}, "objective": objective, "output": {"dir": "run"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    code, found = check(tmp_path / "recipe.yaml")
+    assert code == 2
+    assert found["findings"] == {"contrary": [2], "exact": [3]}

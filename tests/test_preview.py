@@ -87,24 +87,13 @@ def test_the_page_stands_alone_and_is_escaped(recipe: Path, tmp_path: Path) -> N
     preview_verb(str(recipe), [], 5, str(tmp_path / "page.html"))
     page = Page()
     page.feed((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert page.tags <= {
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "h1",
-        "h2",
-        "p",
-        "pre",
-        "span",
-        "table",
-        "tr",
-        "td",
-    }
+    assert not page.tags & {"script", "img", "link", "iframe", "a"}
     assert EVIL.replace("\x1b", "\\x1b") in page.text
     assert "answer<|im_end|>" in page.text
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert re.search(r'<span class="t" title="\d+: trained on">', text)
+    assert re.search(r'<span class="t s" title="\d+: trained on">&lt;\|im_end\|&gt;</span>', text)
+    assert re.search(r'<span class="p" title="\d+: not trained on: prompt">', text)
 
 
 def test_a_page_that_cannot_be_written_is_the_user_s_error(recipe: Path, tmp_path: Path) -> None:

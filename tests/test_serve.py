@@ -22,7 +22,17 @@ import torch
 from tests.tuned.test_conversation import adapter_of
 from tunekit.errors import InputError
 from tunekit.generate import answer
-from tunekit.serve import Asked, ProtocolError, Talk, add_folders, make_app, name_of, read_body, serve_verb
+from tunekit.serve import (
+    Asked,
+    ProtocolError,
+    Talk,
+    add_folders,
+    make_app,
+    make_server,
+    name_of,
+    read_body,
+    serve_verb,
+)
 from tunekit.tuned.conversation import Reply, make_speaker
 from tunekit.tuned.desk import Desk, Job
 from tunekit.tuned.target import find_target, load_target
@@ -299,3 +309,28 @@ def test_two_hundred_requests_of_eight_clients(tiny_llama: Path, folders: Path) 
             if reply.choices[0].message.content != answers[job[0]][job[1]]
         ]
         assert wrong == []
+
+
+def test_a_signal_ends_the_answers_that_are_being_made() -> None:
+    """Streams end with the protocol's error, and the server is gone in no time; without the stop it would wait."""
+    speaker: Any = Slow()
+    speaker.free.set()
+    desk = Desk(speaker, 8)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = make_server(desk, make_app(desk, None, 4), "127.0.0.1", port)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    body = json.dumps(BODY | {"stream": True}).encode()
+    with urlopen(Request(f"http://127.0.0.1:{port}/v1/chat/completions", body)) as reply:
+        reply.readline()
+        server.handle_exit(2, None)
+        lines = [line for line in reply.read().decode().split("\n\n") if line]
+    thread.join(5)
+    assert not thread.is_alive()
+    assert "the server is going down" in lines[-2]
+    assert lines[-1] == "data: [DONE]"
+    desk.close()

@@ -1,6 +1,6 @@
 """What rooms of one level know of each other: Tokenizer, Row, Batch, Window, Loss, Objective, Engine, Stages.
 
-Typing, numpy and torch only.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
+Typing, numpy, torch, records.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from tunekit.records import Preparation
 
 AT_STEP_0, TEACHER = "policy at step 0", "teacher"  # what an objective may compare with
 IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
@@ -151,9 +153,7 @@ class RowEncoder(Protocol):
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One micro-batch of whole rows: what the network is called with, what the loss reads, and the rows themselves.
-
-    `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where each row is padded by itself.
-    """
+    `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where every row is padded alone."""
 
     inputs: dict[str, torch.Tensor]  # each (B, ...)
     targets: dict[str, torch.Tensor]
@@ -198,6 +198,8 @@ class Window:
     epoch: float  # epochs finished after this step
     indices: tuple[int, ...]
     batches: tuple[Batch, ...]
+    seed: int = 0  # of what is drawn for it
+    preparation: Preparation = field(default_factory=Preparation)
 
 
 Sums = dict[str, torch.Tensor]  # float64, of any shape; what is added up over batches and ranks
@@ -260,6 +262,7 @@ class Objective(Protocol):
     logged: Sequence[str]  # of each step, as its Loss sums them up
     complete: bool  # whether it knows what its base and its loss need; else its rows tell
     facts: Mapping[str, Any]  # beside its settings: plain values that its adapter's folder keeps
+    repeats: int  # steps in a row that have the same rows; only before the first of them can a run be gone on with
     fingerprint: str  # sha256 of everything of it that decides a row
     notes: Sequence[str]  # what its rows told, for the user
 
@@ -269,8 +272,11 @@ class Objective(Protocol):
     def row_encoder(self, options: Any) -> RowEncoder:
         """What encodes examples with these options of the data section. Raises: RecipeError for a senseless one."""
 
-    def informed(self, rows: Sequence[Rows]) -> Objective:
-        """The same objective with what only all of its rows tell."""
+    def informed(self, rows: Sequence[Rows], template: str | None = None) -> Objective:
+        """The same objective with what only all of its rows tell; `template`: by which their prompts were written."""
+
+    def held_out(self) -> Objective:
+        """The same objective as it measures rows that it does not learn from, but for what `measuring` adds."""
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """What lies at sizes start .. stop-1 of a row."""
@@ -285,10 +291,8 @@ class Objective(Protocol):
         """What preview shows of a row."""
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:
-        """The same objective for a model that keeps documents of one sequence apart, or for one that does not.
-
-        `shares_prefixes`: whether such a document may begin with tokens of another one, which are computed there.
-        """
+        """The same objective for a model that keeps documents of one sequence apart, or for one that does not;
+        `shares_prefixes`: whether a document may begin with tokens of another one, which are computed there."""
 
     def shared(self, row: Row) -> int:
         """How many of a row's tokens are computed once that its sizes count twice."""
@@ -330,17 +334,14 @@ class Engine(Protocol):
     def run_window(
         self, model: Any, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
     ) -> tuple[torch.Tensor, Sums]:
-        """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged.
-
-        `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them.
-        """
+        """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged;
+        `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them."""
 
 
 @dataclass(eq=False)
 class SideInput:
     """A tensor that layers read beside their hidden states, for one micro-batch: an encoder's output, or what an
-    earlier layer gave (T5's position biases). Whoever runs the layers sets `value`, a leaf for those that read it.
-    """
+    earlier layer gave (T5's position biases). Whoever runs the layers sets `value`, a leaf for those that read it."""
 
     value: torch.Tensor | None = None
 
@@ -348,10 +349,8 @@ class SideInput:
 @dataclass(frozen=True)
 class LayerCall:
     """What one layer is called with after its hidden states, for one micro-batch.
-
     `arguments` and `keywords` hold a SideInput in place of each tensor that is one.  `side_outputs`: what the layer
-    gives after its hidden states, in order; None where no layer reads it.
-    """
+    gives after its hidden states, in order; None where no layer reads it."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -368,10 +367,8 @@ class LayerCall:
 class Stack:
     """Layers that follow one another, each `layer(hidden, call)` -> hidden (B, T, D); the last one's includes the
     stack's final norm.
-
     `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is the output of the stack
-    before, None for the first.
-    """
+    before, None for the first."""
 
     embed: Callable[[dict[str, torch.Tensor], SideInput | None], tuple[torch.Tensor, list[LayerCall]]]
     layers: Sequence[torch.nn.Module]

@@ -81,9 +81,10 @@ class TunekitError(Exception):
 
 
 class InputError(TunekitError):
-    """The recipe or another input is wrong."""
+    """The recipe or another input is wrong. `going_on`: what is said of a run that it ended after a checkpoint."""
 
     exit_code = 2
+    going_on = "mend it, and go on with --resume"
 
 
 class RecipeError(InputError):
@@ -100,6 +101,12 @@ class ModelError(InputError):
 
 class AdapterError(InputError):
     """An adapter folder, or an adapter that does not fit its base."""
+
+
+class RewardError(InputError):
+    """A reward: its file, or what it gave back."""
+
+    going_on = "go on with --resume where it works again; a changed file is another reward, and needs a new run"
 
 
 class RunFolderError(InputError):

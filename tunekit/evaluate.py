@@ -19,12 +19,15 @@ from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import COLUMNS, class_facts, confusion_table
+from tunekit.metrics.sources import sources_table
+from tunekit.objectives.samples import SampleObjective
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.names import known_names, settings_class, units_of, unmeasurable
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.fit import row_problems
+from tunekit.tuned.reward_models import load_scorers
 from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
 from tunekit.tuned.teacher import load_teacher
 
@@ -55,6 +58,8 @@ def evaluate_verb(
     try:
         console.info(f"loading {found.model.name_or_path} ...")
         loaded = load_target(found, devices.device)
+        if isinstance(loaded.objective, SampleObjective):
+            loaded.model.scorers = load_scorers(loaded.objective.settings, devices.device)
         rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=found.seed))
         console.info(*rows.notes)
         loaded.model.teacher = load_teacher(rows.objective, devices.device)
@@ -69,6 +74,9 @@ def evaluate_verb(
         values = {**evaluation.metrics, **counts}
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
         result: dict[str, Any] = {name: value for name, value in values.items() if math.isfinite(value)}
+        if evaluation.sources is not None:
+            result["sources"] = evaluation.sources
+            console.table(*sources_table(evaluation.sources))
         if evaluation.classes is not None:
             result["classes"] = class_facts(evaluation.classes)
             _show_classes(console, result["classes"])

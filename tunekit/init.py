@@ -92,7 +92,7 @@ def init_verb(
     if asks and found and model is None:
         console.info("models at hand: " + ", ".join(found[:8]))
     model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", first)
-    method = method or _ask(asks, "Which method? lora, full, or another of the README's", "lora")
+    method = method or _ask(asks, "Which method? lora, dora, ia3, full (every weight), or another", "lora")
     if method not in known_names("adapters"):
         raise InputError(f"there is no method '{method}'", f"there are: {', '.join(known_names('adapters'))}")
     share = str(evaluation) if evaluation is not None else _ask(asks, "Which share of the rows to evaluate on?", "0.05")
@@ -100,6 +100,7 @@ def init_verb(
     write_text(target, recipe_text(wanted, target))
     said: Sequence[str] = ()
     if named:
+        console.info("planning the run, to see whether it fits this machine ...")
         try:
             wanted, said = fitted(wanted, target)
         except TunekitError:
@@ -199,16 +200,17 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
     lines = [
         (SCHEMA_LINE, ""),
         (f"# {look.text() if look else 'The recipe to edit'}.", ""),
-        ("# tunekit plan: steps and memory; tunekit preview: the rows; tunekit schema --reference: every key.", ""),
+        ("# What now: tunekit preview (the rows), tunekit plan (steps and memory), tunekit train.", ""),
+        ("# Every key: tunekit schema --reference", ""),
         ("", ""),
         ("model:", ""),
         (f"  name_or_path: {_quoted(model)}", "a folder, a .gguf file or a hub name"),
         (f"  quantization: {wanted.quantization}", f"nf4: 4 bits a weight{wanted.note}"),
         ("", ""),
         ("data:", ""),
-        (f"  train: {_quoted(data)}", "JSONL, JSON, CSV, Parquet, text, or a hub data set"),
+        (f"  train: {_quoted(data)}", "a file (JSONL, CSV ...) or a hub data set"),
         (f"  eval: {wanted.evaluation or 'null'}", "a share of the rows, or a file"),
-        (f"  max_length: {length}", "tokens; longer rows are dropped, and counted"),
+        (f"  max_length: {length}", "tokens; longer rows are dropped, and told"),
         ("", ""),
         ("adapter:", ""),
         (f"  method: {wanted.method}", "every weight of the base is trained" if full else ""),
@@ -217,9 +219,9 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
         (f"objective: {look.objective if look else 'sft'}", ""),
         ("", ""),
         ("training:", ""),
-        (f"  learning_rate: {FULL_RATE if full else ADAPTER_RATE}", "what matters most; try a third and three times"),
+        (f"  learning_rate: {FULL_RATE if full else ADAPTER_RATE}", "what matters most: try a third, threefold"),
         (f"  epochs: {3 if few else 1}", ""),
-        ("  micro_batch_size: 2", "rows at once: memory and speed, never the result"),
+        ("  micro_batch_size: 2", "rows at once: memory, speed, not the result"),
         (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
         ("  eval_steps: 50", ""),
         ("  save_steps: 50", "tunekit train --resume goes on from there"),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
+from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.console import Console, visible
 from tunekit.contracts import Objective, Part, Row, Tokenizer
 from tunekit.data.batching.order import epoch_rows
@@ -29,6 +29,8 @@ FIRST = "not trained on: nothing before it predicts the first token"
 PROMPT = "not trained on: prompt"
 BETWEEN = "not trained on: another turn, or the template's own text"
 AFTER = "not trained on: after the last answer"
+
+KINDS = {TRAINED: "t", FIRST: "p", PROMPT: "p"}  # of a page; all others are o
 
 
 @dataclass(frozen=True)
@@ -127,43 +129,24 @@ def page(
     facts: Sequence[tuple[str, object]],
     notes: Sequence[str],
 ) -> str:
-    """A page that stands alone. Everything that comes from the data is escaped."""
-    shown = "\n".join(_row_section(row, objective, tokenizer) for row in rows)
-    lines = "\n".join(f"<p>{escape(visible(note))}</p>" for note in notes)
-    cells = "\n".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in facts)
-    return _PAGE.format(notes=lines, rows=shown, facts=cells)
+    """A page that stands alone."""
+    shown = [
+        {
+            "heading": visible(heading(row, objective.spans(row))),
+            "parts": [_shown(part, tokenizer) for part in objective.spans(row)],
+        }
+        for row in rows
+    ]
+    return preview_page("Training rows", shown, facts, [visible(note) for note in notes])
 
 
-def _row_section(row: Row, objective: Objective, tokenizer: Tokenizer) -> str:
-    spans = []
-    parts = objective.spans(row)
-    for token in (token for part in parts for token in explain_tokens(part, tokenizer)):
-        shown = escape(visible(token.text)).replace("\n", "&#9166;\n")
-        title = escape(f"{token.token_id}: {token.why}")
-        spans.append(f'<span class="{"t" if token.trained else "n"}" title="{title}">{shown}</span>')
-    titles = "".join(f"<p>{escape(visible(part.title))}</p>\n" for part in parts if part.title)
-    return f"<h2>{escape(visible(heading(row, parts)))}</h2>\n{titles}<pre>{''.join(spans)}</pre>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>tunekit preview</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>
-body {{ font-family: sans-serif; margin: 2em; max-width: 70em; }}
-pre {{ white-space: pre-wrap; line-height: 1.7; }}
-span {{ border-radius: 3px; outline: 1px solid #ddd; }}
-.t {{ background: #b9eab9; }}
-.n {{ background: #f2f2f2; color: #666; }}
-td {{ padding: 0 1em 0 0; }}
-</style></head><body>
-<h1>Training rows</h1>
-<p><span class="t">trained on</span> <span class="n">not trained on</span>; hold the pointer over a token for its id and
-the reason.</p>
-{notes}
-{rows}
-<h2>All rows</h2>
-<table>
-{facts}
-</table>
-</body></html>
-"""
+def _shown(part: Part, tokenizer: Tokenizer) -> dict[str, object]:
+    tokens = [
+        {
+            "text": visible(token.text).replace("\n", "\N{RETURN SYMBOL}\n"),
+            "title": f"{token.token_id}: {token.why}",
+            "kinds": KINDS.get(token.why, "o") + (" s" if token.token_id in tokenizer.special_ids else ""),
+        }
+        for token in explain_tokens(part, tokenizer)
+    ]
+    return {"title": visible(part.title), "tokens": tokens}

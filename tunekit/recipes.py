@@ -49,6 +49,7 @@ def copy_recipe(recipe: Path, target: Path) -> list[Path]:
     loaded = load_recipe(recipe).recipe
     sources = [*loaded.data.train, *(loaded.data.eval if isinstance(loaded.data.eval, tuple) else ())]
     named = [loaded.model.name_or_path, loaded.data.chat_template, *(source.path for source in sources)]
+    named += [str(reward.code_file) for reward in getattr(loaded.objective, "reward", ()) if reward.function]
     pairs = {target: recipe}
     for path in named:
         if path and Path(path).is_file() and Path(path).is_relative_to(recipe.parent):

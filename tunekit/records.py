@@ -6,6 +6,7 @@ every record can be written as JSON by `dataclasses.asdict`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,6 +157,15 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """What preparing a step told: numbers to be logged with it, of all ranks; seconds by part; samples of the model."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One optimizer step as metrics.jsonl holds it; `loss` is the step's own token-weighted mean, unsmoothed."""
 
@@ -170,17 +180,20 @@ class StepRecord:
     tokens_per_second: float
     peak_bytes: int
     metrics: dict[str, float] = field(default_factory=dict)  # means over the step of what its objective logs
+    samples: list[Mapping[str, Any]] | None = None  # of the model's completions, of some steps
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
     """One evaluation: metrics by name (`loss` always), at a step; counts of each label where rows have some; where
-    answers are generated, those to the first rows as {prompt, reference, answer}."""
+    answers are generated, those to the first rows as {prompt, reference, answer}; of several sources the metrics of
+    each one's rows, and how many `rows` it has."""
 
     step: int
     metrics: dict[str, float]
     classes: dict[str, Any] | None = None
     samples: list[dict[str, str]] | None = None
+    sources: dict[str, dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +236,8 @@ class ReportFacts:
     skipped_steps: int | None = None  # whose gradients overflowed in float16
     calibration: dict[str, Any] | None = None
     budget_bytes: int | None = None
+    first_reward: float | None = None  # of what the model sampled, as the losses are
+    final_reward: float | None = None
     classes: dict[str, Any] | None = None  # of each label what the exported weights made of it
 
 

@@ -353,15 +353,14 @@ def serve_verb(
 ) -> None:
     """Serve until a signal. Raises: TunekitError, whose exit code the command line returns."""
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"serving needs {error.name}", "pip install 'tunekit[serve]'") from error
     key = key or os.environ.get("TUNEKIT_API_KEY")
     if host not in LOCAL and not key:
         how = "give --api-key or TUNEKIT_API_KEY, or leave --host out"
         raise InputError(f"on {host} others could use it without a key", how)
-    console = Console()
-    found = find_target(target, base, overrides)
+    console, found = Console(), find_target(target, base, overrides)
     console.warn(*found.rewrites)
     console.info(f"loading {found.model.name_or_path} ...")
     devices = make_devices()
@@ -369,11 +368,8 @@ def serve_verb(
         speaker = make_speaker(load_target(found, devices.device), name_of(target))
         add_folders(speaker, adapters)
         desk = Desk(speaker, batch_size)
-        server = uvicorn.Server(
-            uvicorn.Config(make_app(desk, key, most_tokens), host=host, port=port, log_level="warning")
-        )
-        told = threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True)
-        told.start()
+        server = make_server(desk, make_app(desk, key, most_tokens), host, port)
+        threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True).start()
         with contextlib.suppress(SystemExit):  # uvicorn's, where it cannot listen
             server.run()
         desk.close()
@@ -381,6 +377,20 @@ def serve_verb(
             raise InputError(f"{host}:{port} cannot be listened on", "choose another --port")
     finally:
         devices.close()
+
+
+def make_server(desk: Desk, app: Any, host: str, port: int) -> Any:
+    """A server that a signal ends at once: the answers that are being made are given up with it."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
+
+    def end_with_answers(*signal: Any, end: Any = server.handle_exit) -> None:
+        desk.stop()
+        end(*signal)
+
+    server.handle_exit = end_with_answers
+    return server
 
 
 def _announce(server: Any, console: Console, speaker: Speaker, host: str, port: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,11 @@ def _train(session: Session, resume: bool) -> None:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
-    with Progress(session.console, plan.steps, run.state.step, budget_bytes=plan.budget_bytes) as progress:
+    with trackers, Progress(session.console, plan.steps, run.state.step, budget_bytes=plan.budget_bytes) as progress:
         run.record = run_files.make_recorder(session, progress, trackers)
         run_loop(run)
     found = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
     run.state.reactions = [reaction for place, reaction in enumerate(found) if reaction not in found[:place]]
-    if trackers is not None:
-        trackers.close()
     if session.folder is not None:
         _finish(session, session.folder, plan, prepared, run)
     session.devices.wait()
@@ -190,4 +189,6 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
         console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.html'}")
+    if base.family.answers and (template or prepared.tokenizer.chat_template) is not None:
+        console.info(f"talk to it: tunekit chat {os.path.relpath(folder.path)}")
     console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))

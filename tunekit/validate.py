@@ -69,6 +69,12 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"{template}: no such file", "check the path", key="data.chat_template")
     if initial is not None and not Path(initial, "adapter_config.json").is_file():
         yield Problem(f"{initial}: no adapter there (adapter_config.json)", "check the path", key="adapter.init_from")
+    for index, reward in enumerate(getattr(recipe.objective, "reward", ())):
+        key = f"objective.reward.{index}"
+        if reward.kind == "function" and not reward.code_file.is_file():
+            yield Problem(f"{reward.code_file}: no such file", "check the path: FILE.py:NAME", key=f"{key}.function")
+        if reward.kind == "model" and not Path(reward.model).is_dir():
+            yield Problem(f"{reward.model}: no such folder", "check the path", key=f"{key}.model")
     for name, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
             if Path(source.path).is_absolute():

@@ -12,13 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
+from tunekit.artifacts.metrics_log import METRICS_NAME, records_from
 from tunekit.artifacts.report.html import run_page
 from tunekit.artifacts.report.values import read_run, run_values, state_of
 from tunekit.artifacts.run import read_json
 from tunekit.console import Console
 from tunekit.console.progress import Progress
-from tunekit.errors import InputError
+from tunekit.errors import InputError, RunFolderError
+from tunekit.files.lock import is_held
 from tunekit.records import EvaluationRecord, StepRecord
 
 LOOK_SECONDS = 0.5  # between two looks at the files
@@ -47,21 +48,39 @@ def watch_verb(folder: str, port: int | None) -> None:
 
 def _records(path: Path) -> Iterator[StepRecord | EvaluationRecord]:
     """What the run has said so far, and then what it says, until it ends. A resume that goes back begins again."""
-    told: list[dict[str, Any]] = []
+    told: list[tuple[int, dict[str, Any]]] = []  # where each line ends, and what it says
     seen: tuple[int, int] | None = None
     while True:
-        ended = state_of(run_values(path)) != "running"
+        ended = not _goes_on(path)
         metrics = path / METRICS_NAME
         facts = metrics.stat() if metrics.exists() else None
         now = (0, 0) if facts is None else (facts.st_size, facts.st_mtime_ns)
         if now != seen:
-            lines = read_metrics(metrics)
-            same = next((at for at, (old, new) in enumerate(zip(told, lines, strict=False)) if old != new), len(told))
-            yield from map(_record, lines[same:])
-            told, seen = lines, now
+            same, new = _since(metrics, told)
+            yield from (_record(line) for _, line in new)
+            told, seen = [*told[:same], *new], now
         if ended:
             return
         time.sleep(LOOK_SECONDS)
+
+
+def _since(metrics: Path, told: list[tuple[int, dict[str, Any]]]) -> tuple[int, list[tuple[int, dict[str, Any]]]]:
+    """How many of the lines told are still so, and those after them; of a log that only grew its new end is read."""
+    try:
+        grown = list(records_from(metrics, told[-2][0])) if len(told) > 1 else []
+    except RunFolderError:  # it begins within another line
+        grown = []
+    if grown and grown[0] == told[-1]:
+        return len(told), grown[1:]
+    lines = list(records_from(metrics))
+    same = next((at for at, (old, new) in enumerate(zip(told, lines, strict=False)) if old != new), len(told))
+    return same, lines[same:]
+
+
+def _goes_on(path: Path) -> bool:
+    """Whether it is running; its status and its lock say so."""
+    status = read_json(path / "status.json")
+    return (not isinstance(status, dict) or status.get("exit_code") is None) and is_held(path)
 
 
 def _record(line: dict[str, Any]) -> StepRecord | EvaluationRecord:

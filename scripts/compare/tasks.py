@@ -208,11 +208,17 @@ def paired_accuracy(run: Path, held: Path, length: int) -> float:
     return found.metrics(["rewards_accuracies"])["rewards_accuracies"]
 
 
-PAIR_TRAINING = {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 1, "scheduler": "linear"}
+PAIR_TRAINING = {
+    "micro_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "epochs": 2,
+    "learning_rate": 5e-4,
+    "scheduler": "linear",
+}
 PAIR_ROWS = 64
 
 
-def pair_task(told: str, objective: Row, rate: float, **evaluation: Any) -> Task:
+def pair_task(told: str, objective: Row, **evaluation: Any) -> Task:
     """A preference objective; its metric is how often the chosen answer of a held-out pair is preferred."""
     name = objective["method"]
     drop = {"unusable_rows" if name == "kto" else "unusable_pairs": "drop"}
@@ -224,7 +230,7 @@ def pair_task(told: str, objective: Row, rate: float, **evaluation: Any) -> Task
         splits=pairs(name),
         objective={**drop, **objective},
         data={"max_length": PAIR_TOKENS, "excess_length": "truncate"},
-        training={**PAIR_TRAINING, "learning_rate": rate},
+        training=PAIR_TRAINING,
         evaluation={"batch_size": 4, **evaluation},
     )
 
@@ -267,10 +273,10 @@ TASKS = {
             evaluation={"metrics": ["loss", "token_accuracy", "span_f1"]},
             base="all-MiniLM-L6-v2",
         ),
-        pair_task("DPO", {"method": "dpo", "beta": 0.1}, 5e-5, **REFERENCED),
-        pair_task("reward model", {"method": "reward"}, 2e-4),
-        pair_task("SimPO", {"method": "simpo", "beta": 2.0}, 5e-5),
-        pair_task("ORPO", {"method": "orpo"}, 1e-4),
-        pair_task("KTO", {"method": "kto", "beta": 0.1}, 5e-5, **REFERENCED),
+        pair_task("DPO", {"method": "dpo", "beta": 0.1}, **REFERENCED),
+        pair_task("reward model", {"method": "reward"}),
+        pair_task("SimPO", {"method": "simpo", "beta": 2.0}),
+        pair_task("ORPO", {"method": "orpo"}),
+        pair_task("KTO", {"method": "kto", "beta": 0.1}, **REFERENCED),
     )
 }

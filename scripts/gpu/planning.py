@@ -127,7 +127,7 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
         run = SimulatedRun(section, adapter_settings(row), objective_of(row), training_section(row), choice, run_device)
         together = 1 if row.engine == "resident" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
         step = run.training_step(micro_batch(row, 0, 0), together)
-    peak = peak_bytes(step, None, run_device, base.dtype)
+    peak = peak_bytes(step, None, None, run_device, base.dtype)
     parts = {name: getattr(peak, name) for name in ("weights", "adapter", "optimizer", "activations", "logits")}
     return parts | {"total": peak.total}
 

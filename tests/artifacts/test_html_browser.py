@@ -15,20 +15,33 @@ import pytest
 
 from tests.artifacts.run_case import write_run
 from tunekit.artifacts.report.html import comparison_page, run_page
+from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.artifacts.report.values import read_run
 
 pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+TOKENS = [
+    {"text": "<|im_start|>", "title": "1: not trained on: prompt", "kinds": "p s"},
+    {"text": "two lemon cakes " * 40, "title": "2: trained on", "kinds": "t"},
+    {"text": "and" * 200, "title": "3: not trained on: another turn", "kinds": "o"},
+    {"text": "<|im_end|>", "title": "4: trained on", "kinds": "t s"},
+]
+PREVIEWED = [{"heading": "rows.jsonl:1: 4 tokens", "parts": [{"title": "chosen", "tokens": TOKENS}]}]
+
+
+def browser_path() -> str:
+    """Of the browser in which the pages are looked at."""
+    path = os.environ.get("TUNEKIT_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
+    assert path, "the pages are looked at in a browser: install chromium, or name one by TUNEKIT_BROWSER"
+    return path
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
-    path = os.environ.get("TUNEKIT_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
-    assert path, "the pages are looked at in a browser: install chromium, or name one by TUNEKIT_BROWSER"
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        found = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
         yield found
         found.close()
 
@@ -47,13 +60,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "going": run_page(going),
         "bad": run_page(bad),
         "compared": comparison_page(short),
+        "preview": preview_page("Training rows", PREVIEWED, [("read", 3)], ["rows.jsonl: format chat"]),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("name", ["long", "short", "going", "bad", "compared"])
+@pytest.mark.parametrize("name", ["long", "short", "going", "bad", "compared", "preview"])
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_page_is_sound(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
@@ -72,7 +86,8 @@ def test_a_page_is_sound(browser: Any, pages: dict[str, Path], name: str, width:
     drawn = page.evaluate(
         "[document.querySelectorAll('.plot').length, document.querySelectorAll('.plot canvas').length]"
     )
-    assert drawn[0] == drawn[1] > 0
+    assert drawn[0] == drawn[1]
+    assert drawn[0] > 0 or name == "preview"
     serious = [
         (violation["id"], [node["target"] for node in violation["nodes"]][:3])
         for violation in Axe().run(page).response["violations"]

@@ -34,6 +34,15 @@ def test_the_evaluation_before_training_changes_no_bit_and_can_be_switched_off(r
     report = json.loads((looked / "report.json").read_text())
     assert report["base_eval_loss"] == first["eval"]["loss"] > report["eval_loss"] == others[-1]["eval"]["loss"]
     assert "verdict" not in report
+    kept = json.loads((looked / "evaluation_rows.json").read_text())
+    assert kept["step"] == 12
+    for name, loss in (("before", report["base_eval_loss"]), ("losses", report["eval_loss"])):
+        assert sum(kept[name]) / sum(kept["units"]) == pytest.approx(loss, rel=1e-5)
+    means = [loss / units for loss, units in zip(kept["losses"], kept["units"], strict=True)]
+    worst = [each["number"] for each in kept["worst"]]
+    assert [means[number] for number in worst] == sorted(means, reverse=True)[:8]
+    assert any(trained for text, trained in kept["worst"][0]["text"] if text)
+    assert f"<td>{kept['rows'][worst[0]]}</td>" in (looked / "report.html").read_text()
     losses = [record["loss"] for record in rest if "loss" in record]
     assert len(losses) == 12
     assert report["first_loss"] == pytest.approx(sum(losses[:2]) / 2)

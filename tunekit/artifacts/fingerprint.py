@@ -21,7 +21,14 @@ FREE_KEYS = {
     "evaluation.before_training",
 }
 # A file that moved is the same file: its content is in the data's or the base's fingerprint, or already in the state.
-PATH_KEYS = ("data.train.", "data.eval.", "data.chat_template", "model.name_or_path", "adapter.init_from")
+PATH_KEYS = (
+    "data.train.",
+    "data.eval.",
+    "data.chat_template",
+    "model.name_or_path",
+    "adapter.init_from",
+    "objective.reward.",
+)
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 MISSING = "(absent)"
 
@@ -35,13 +42,16 @@ def make_fingerprint(
     device: str,
     accelerator: str | None = None,
     threads: int,
+    code: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda."""
+    """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda, `code`
+    sha256 of files that it runs, by key."""
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
     return {
         "recipe": recipe_values(recipe),
         "data": data,
         "base": base,
+        **({"code": dict(code)} if code else {}),
         "versions": {name: versions[name] for name in names if name in versions},
         "device": device,
         "accelerator": accelerator,
@@ -88,6 +98,10 @@ def compare_fingerprints(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
         found.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
     if old.get("base") != new.get("base"):
         found.append(("model", "the base model's files differ"))
+    before, now = old.get("code", {}), new.get("code", {})
+    for key in sorted(set(before) | set(now)):
+        if before.get(key) != now.get(key):
+            found.append((key, "the file has other content: its rewards would be others"))
     before, now = old.get("versions", {}), new.get("versions", {})
     for name in sorted(set(before) | set(now)):
         if before.get(name) != now.get(name):

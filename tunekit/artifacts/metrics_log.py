@@ -18,7 +18,7 @@ from tunekit.files import durable
 from tunekit.records import EvaluationRecord, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
-BESIDE = ("classes", "samples")  # what an evaluation may have beside its metrics
+BESIDE = ("classes", "samples", "sources")  # what an evaluation may have beside its metrics
 
 
 def record_line(record: StepRecord | EvaluationRecord) -> bytes:
@@ -30,6 +30,8 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
     else:
         value = asdict(record)
         value |= value.pop("metrics")
+        if record.samples is None:
+            del value["samples"]
         if not math.isfinite(record.grad_norm):
             value["grad_norm"] = None  # float16 overflowed, and the step was skipped
     return (json.dumps(value, allow_nan=False) + "\n").encode("ascii")
@@ -52,12 +54,19 @@ def append_line(path: Path, line: bytes) -> None:
         os.close(number)
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset of the line's end, record) for every whole line; a torn last line ends the file."""
-    data = path.read_bytes() if path.exists() else b""
-    offset = 0
+def records_from(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset of the line's end, record) for every whole line from `offset` on; a torn last line ends the file.
+
+    Raises: RunFolderError where a line is damaged, naming it if all lines are read.
+    """
+    data, all_lines = b"", offset == 0
+    if path.exists():
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+    start = offset
     for number, line in enumerate(data.split(b"\n"), start=1):
-        torn = offset + len(line) >= len(data)  # no newline after it
+        torn = offset - start + len(line) >= len(data)  # no newline after it
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
@@ -66,7 +75,10 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if torn:
                 return
             raise RunFolderError(
-                "not a record of metrics", f"remove the line ({error})", file=str(path), line=number
+                "not a record of metrics",
+                f"remove the line ({error})",
+                file=str(path),
+                line=number if all_lines else None,
             ) from None
         if torn:
             return
@@ -79,7 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises: RunFolderError naming the line where one in the middle is damaged.
     """
-    return [record for _, record in _records(path)]
+    return [record for _, record in records_from(path)]
 
 
 def truncate_metrics(path: Path, step: int) -> int:
@@ -87,7 +99,7 @@ def truncate_metrics(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     end, kept = 0, 0
-    for offset, record in _records(path):
+    for offset, record in records_from(path):
         if record["step"] > step:
             break
         end, kept = offset, kept + 1

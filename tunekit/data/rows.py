@@ -117,7 +117,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     if eval_rows is not None:
         _require_rows(eval_rows, eval_sources, "data.eval")
     return RowSet(
-        objective=objective.informed([train_rows] if eval_rows is None else [train_rows, eval_rows]),
+        objective=objective.informed([train_rows] if eval_rows is None else [train_rows, eval_rows], options.template),
         train=train_rows,
         evaluation=eval_rows,
         counts=_count(sources, train_rows, epoch_rows(draws, seed=seed, epoch=0, shuffle=False)),
@@ -142,7 +142,7 @@ def load_evaluation_rows(
         rows = ChosenRows(parts)
         _require_rows(rows, sources, "data.eval")
         return RowSet(
-            objective=objective.informed([rows]),
+            objective=objective.informed([rows], options.template),
             train=ChosenRows([]),
             evaluation=rows,
             counts=RowCounts(0, 0, 0, 0, 0, 0, 0),
@@ -181,7 +181,7 @@ def _load_streamed(
     own = None if data.eval is None else load_evaluation_rows(data, objective, seed=seed, cache_dir=cache_dir)
     fingerprint = [_fingerprint(data, samples, (), seed), own.fingerprint if own else None, "streamed"]
     return RowSet(
-        objective=objective.informed([rows]),
+        objective=objective.informed([rows], options.template),
         train=rows,
         evaluation=own.evaluation if own else None,
         counts=replace(

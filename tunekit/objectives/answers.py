@@ -113,6 +113,10 @@ class AnswerObjective(TextObjective):
         return found
 
     def shared(self, row: Row) -> int:
+        """How many tokens of the later sequences are computed with the first one."""
+        return self.prefix(row) * (len(self.sides) - 1)
+
+    def prefix(self, row: Row) -> int:
         """With how many tokens both sequences begin, so that they are computed once; each has one more at least."""
         if not self.shares:
             return 0
@@ -174,7 +178,7 @@ class AnswerObjective(TextObjective):
             ]
         else:
             lines = [[(number, side)] for side in self.sides for number in range(len(rows))]
-        shared = [self.shared(row) for row in rows]
+        shared = [self.prefix(row) for row in rows]
         skipped = [[shared[number] if side != self.sides[0] else 0 for number, side in line] for line in lines]
         arrays = [
             [rows[number].parts[side][skip:] for (number, side), skip in zip(*each, strict=True)]
@@ -188,12 +192,15 @@ class AnswerObjective(TextObjective):
                 first = places[number, self.sides[0]][:skip] if skip else np.empty(0, np.int64)
                 places[number, side] = np.concatenate([first, np.arange(start, start + len(array))])
                 start += len(array)
-        targets = self.targets(rows, places, ids)
-        marked = {name for side in self.sides for name in (side, f"{side}_trained")}
-        for name in (name for name in rows[0].parts if name not in marked):
-            targets[name] = torch.from_numpy(np.stack([row.parts[name] for row in rows]))  # (P, ...)
+        targets = {**self.targets(rows, places, ids), **self.beside_targets(rows)}
         counted = positions([list(map(len, line)) for line in arrays], skipped)
         return Batch({"input_ids": ids, "position_ids": counted}, targets, tuple(map(tuple, sequences)))
+
+    def beside_targets(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What the rows hold beside their sequences, (P, ...) each."""
+        marked = {name for side in self.sides for name in (side, f"{side}_trained")}
+        names = [name for name in rows[0].parts if name not in marked]
+        return {name: torch.from_numpy(np.stack([row.parts[name] for row in rows])) for name in names}
 
     def targets(self, rows: Sequence[Row], places: Places, ids: Tensor) -> dict[str, Tensor]:
         """`counts`: how many predicted tokens each first answer has, then each second one (then each prompt); `index`

@@ -43,7 +43,7 @@ class Kto(AnswerObjective):
         super().__init__(settings, tokenizer)
         self.settings, self.notes = settings, notes
 
-    def informed(self, rows: Sequence[Rows]) -> Kto:
+    def informed(self, rows: Sequence[Rows], template: str | None = None) -> Kto:
         """With a note where the weights do not make up for different numbers of good and bad rows."""
         good = sum(bool(rows[0][index].parts["label"][0]) for index in range(len(rows[0])))
         bad, settings = len(rows[0]) - good, self.settings

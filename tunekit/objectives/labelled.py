@@ -82,7 +82,7 @@ class LabelObjective(TextObjective):
         head = {"new_head": new, "labels": self.labels, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
         return HeadedModel.of(model, family=self.family, **head)
 
-    def informed(self, rows: Sequence[Rows]) -> Objective:
+    def informed(self, rows: Sequence[Rows], template: str | None = None) -> Objective:
         """With the labels of the rows where none were given, in the order of the base's own head if it has the same.
 
         Raises: DataError for fewer than two, or for one that no row teaches and nothing else names.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -87,11 +88,15 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _chunk_losses_and_gradient(
-    hidden: Tensor, targets: Tensor, head: Head, parameters: Sequence[Tensor] = ()
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    parameters: Sequence[Tensor] = (),
+    entropies: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Losses (N,) of one chunk, and the gradient of their sum for the hidden states, then for each parameter.
 
-    Shapes: hidden (N, D), targets (N,).
+    Shapes: hidden (N, D), targets (N,); entropies (N,), filled.
     """
     with torch.enable_grad():
         inputs = hidden.detach().requires_grad_()
@@ -102,6 +107,8 @@ def _chunk_losses_and_gradient(
     total = work.sub_(largest).exp_().sum(dim=-1, keepdim=True)  # (N, 1)
     losses = (total.log() + largest - aimed)[:, 0]  # (N,)
     work.div_(total)
+    if entropies is not None:
+        entropies.copy_(torch.special.entr(work).sum(dim=-1))
     work.scatter_add_(1, column, torch.full_like(aimed, -1))
     return losses, torch.autograd.grad(logits, [inputs, *parameters], grad_outputs=work)
 
@@ -170,8 +177,11 @@ class _LogProbabilities(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, entropies: Tensor | None
+    ) -> Tensor:
         if isinstance(head, PartedHead):
+            assert entropies is None, "plan keeps the head of who asks for them"
             losses, _, of_hidden = _by_vocabulary(hidden, targets, head, with_gradient=True)
             ctx.save_for_backward(of_hidden)
             return losses.neg_()
@@ -179,33 +189,60 @@ class _LogProbabilities(torch.autograd.Function):
         gradient = torch.empty_like(hidden)  # (N, D)
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            losses[chunk], (gradient[chunk],) = _chunk_losses_and_gradient(hidden[chunk], targets[chunk], head)
+            given = None if entropies is None else entropies[chunk]
+            found = _chunk_losses_and_gradient(hidden[chunk], targets[chunk], head, entropies=given)
+            losses[chunk], (gradient[chunk],) = found
         ctx.save_for_backward(gradient)
         return losses.neg_()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * -upstream[0][:, None].to(gradient.dtype), None, None, None
+        return gradient * -upstream[0][:, None].to(gradient.dtype), None, None, None, None
 
 
-def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class TemperedHead:
+    """The distribution at a temperature."""
+
+    head: Head
+    temperature: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V) in float32."""
+        return self.head.logits(hidden) / self.temperature
+
+
+def at_temperature(output: ModelOutput, temperature: float) -> ModelOutput:
+    """The output whose log-probabilities are those at a temperature."""
+    if temperature == 1:
+        return output
+    assert output.head is not None
+    return replace(output, head=TemperedHead(output.head, temperature))
+
+
+def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entropies: Tensor | None = None) -> Tensor:
     """Log-probability of each target, with gradient.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> (N,) float32.
+    `entropies`: (N,) float32 to be filled with those of the distributions, where there is a gradient; they have none.
     """
     hidden, targets, head = _selected(output, index, targets)
     size = output.chunk_tokens
     if not torch.is_grad_enabled():
         return scored_positions(hidden, targets, head, size)[0].neg_()
     if not output.head_parameters:
-        found: Tensor = _LogProbabilities.apply(hidden, targets, head, size)  # type: ignore[no-untyped-call]
+        found: Tensor = _LogProbabilities.apply(hidden, targets, head, size, entropies)  # type: ignore[no-untyped-call]
         return found
 
-    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return -torch.nn.functional.cross_entropy(head.logits(hidden), targets, reduction="none")
+    def of_chunk(hidden: Tensor, targets: Tensor, given: Tensor | None) -> Tensor:
+        logits = head.logits(hidden)  # (n, V)
+        if given is not None:
+            given.copy_(torch.special.entr(logits.detach().softmax(dim=-1)).sum(dim=-1))
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
-    chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+    parts, count = (torch.split(hidden, size), torch.split(targets, size)), -(-max(len(targets), 1) // size)
+    chunks = zip(*parts, [None] * count if entropies is None else torch.split(entropies, size), strict=True)
     return torch.cat([_checkpointed(of_chunk, *chunk) for chunk in chunks])
 
 
@@ -292,7 +329,7 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
     if isinstance(head, PartedHead):
         return _by_vocabulary(hidden, targets, head, with_gradient=False)[:2]
     losses, correct = [], []
-    for start in range(0, hidden.shape[0], chunk_tokens):
+    for start in range(0, max(hidden.shape[0], 1), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         logits = head.logits(hidden[chunk])  # (n, V) float32
         target = targets[chunk, None]

@@ -49,6 +49,7 @@ class TextObjective:
     metrics: Sequence[str] = ("loss", "perplexity")
     logged: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
+    repeats = 1
     complete = True
     notes: Sequence[str] = ()
 
@@ -62,8 +63,12 @@ class TextObjective:
         """The base as it is."""
         return model
 
-    def informed(self, rows: Sequence[Rows]) -> Objective:
+    def informed(self, rows: Sequence[Rows], template: str | None = None) -> Objective:
         """Rows tell it nothing."""
+        return self  # type: ignore[return-value]
+
+    def held_out(self) -> Objective:
+        """Evaluation rows are measured as training rows are."""
         return self  # type: ignore[return-value]
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:

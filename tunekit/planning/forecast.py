@@ -95,6 +95,8 @@ class Forecast:
 
     `answer_tokens`: of the longest prompt with its answer; 0: nothing is generated.
     `start_bytes`: the most that the adapter's start keeps beside the base, before there is an optimizer.
+    `sampled`: of an objective that samples: completions side by side, tokens of the longest prompt and of a completion.
+    `beside_bytes`: of other models that are there all the time.
     """
 
     run: SimulatedRun
@@ -104,8 +106,11 @@ class Forecast:
     evaluation_batch: Batch | None = None
     answer_tokens: int = 0
     start_bytes: int = 0
+    sampled: tuple[int, int, int] | None = None
+    beside_bytes: int = 0
     _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
     _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
+    _samplings: list[Simulation] = field(default_factory=list, init=False, repr=False)
 
     def peak(self, choice: Choice) -> PeakBytes:
         """Of the run with this choice: the one function that every search for a setting asks."""
@@ -113,8 +118,15 @@ class Forecast:
         load = self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes
         step, evaluation = self._step(choice), self._evaluation(run)
         peak = peak_bytes(
-            step, evaluation, self.run.device, self.base.dtype, cache_bytes=self._cache_bytes, load_bytes=load
+            step,
+            evaluation,
+            self._sampling(run),
+            self.run.device,
+            self.base.dtype,
+            cache_bytes=self._cache_bytes,
+            load_bytes=load,
         )
+        peak = replace(peak, weights=peak.weights + self.beside_bytes, total=peak.total + self.beside_bytes)
         if not self.start_bytes:
             return peak
         return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))
@@ -143,8 +155,16 @@ class Forecast:
         parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
         load = self._load_bytes if self.run.choice.streaming == "off" else self._streamed_load_bytes
         return peak_bytes(
-            Simulation(parts, sum(parts.values())), None, self.run.device, self.base.dtype, load_bytes=load
+            Simulation(parts, sum(parts.values())), None, None, self.run.device, self.base.dtype, load_bytes=load
         )
+
+    def _sampling(self, run: SimulatedRun) -> Simulation | None:
+        """Of the longest completions that are sampled side by side; of a choice nothing matters to it."""
+        if self.sampled is None:
+            return None
+        if not self._samplings:
+            self._samplings.append(run.sampling(*self.sampled))
+        return self._samplings[0]
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
         """Of the longest evaluation batch; of a choice, the logits chunk and the tier are of any consequence to it."""
@@ -214,6 +234,7 @@ class Forecast:
         stored = self._stored is not None and self._stored.mapped
         as_stored = stored and not packed_layers(net) and not self.base.copied_while_read
         mapped = (as_stored or self._kept or streaming != "off") and not self.run.adapter.trains_base
+        mapped = mapped and self.sampled is None  # what is sampled may be any token
         if self.run.device.type != "cpu" or not mapped or name is None or family.tied(net):
             return 0
         embedding = weight_of(net.get_submodule(name))

@@ -13,7 +13,7 @@ from tunekit.adapters.base import slot_count
 from tunekit.adapters.kernels.joined_lora import describe, planned_groups
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
-from tunekit.contracts import Batch
+from tunekit.contracts import Batch, Rows
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches, filled_batch
 from tunekit.data.rows import RowSet, load_rows
@@ -38,14 +38,17 @@ from tunekit.planning.tiers import allowed_tiers, streaming_notes
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.sample_settings import SampleSettings
 from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.supported import refuse_unsupported
+from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, Plan, PlannedRows, Target
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.state import Prepared
 from tunekit.tuned.evaluator import check_choices
-from tunekit.tuned.fit import check_family, row_problems
+from tunekit.tuned.fit import check_family, longest_positions, row_problems
 from tunekit.tuned.labels import start_facts
+from tunekit.tuned.reward_models import scorer_bytes
 from tunekit.tuned.teacher import read_teacher, teacher_of, teacher_problems
 
 END_TO_END = (
@@ -111,7 +114,7 @@ def make_plan(
     )
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(list(reference_problems(recipe.adapter, inputs.rows.objective)))
-    findings.add(_run_problems(recipe, windows.steps, device))
+    findings.add(_run_problems(recipe, windows.steps, device, inputs.rows.objective.repeats))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     tiers, problems = allowed_tiers(recipe, inputs.base, device)
     findings.add(problems)
@@ -210,16 +213,18 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
         seed=training.seed,
         epochs=training.epochs,
         max_steps=training.max_steps,
+        repeats=inputs.rows.objective.repeats,
         end_to_end=apart and not packing,
     )
 
 
-def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
+def _run_problems(recipe: Recipe, steps: int, device: torch.device, repeats: int) -> list[Problem]:
     """Settings that a run of so many steps cannot obey."""
     method = load_method(recipe.adapter.method)
     found = method.run_conflicts(recipe.adapter, steps)
     problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
     compiled, _ = planned_compile(recipe.training.compile, device, steps)
+    problems += refusals.repeat_problems(recipe, repeats)
     problems += compile_problems(compiled, device, method.model is not None and not recipe.adapter.trains_base)
     return [*problems, *kernel_problems(recipe.training.kernels, device)]
 
@@ -237,9 +242,24 @@ def _forecast(
         evaluation = next(iter(evaluation_batches(rows.evaluation, rows.objective, batch_size=size)))
         if recipe.evaluation.generate:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
-    beside = start_bytes(recipe.adapter, inputs.targets)
+    beside, sampled, models = start_bytes(recipe.adapter, inputs.targets), None, 0
+    if isinstance(recipe.objective, SampleSettings):
+        models = scorer_bytes(recipe.objective, device)
+        sampled = _sampled(recipe.objective, recipe.training, rows.all, inputs.virtual_tokens)
     largest = cache(partial(_largest_batch, inputs, windows, settings, run))
-    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside)
+    return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, beside, sampled, models)
+
+
+def _sampled(
+    settings: SampleSettings, training: TrainingSection, rows: Sequence[Rows], virtual_tokens: int
+) -> tuple[int, int, int]:
+    """Completions side by side, tokens of the longest prompt, and of a completion."""
+    new_tokens, count = settings.max_completion_length, settings.sampling_batch_size
+    longest = max(map(longest_positions, rows)) - new_tokens
+    if training.micro_batch_size is not None:
+        rows_of_a_step = training.micro_batch_size * training.gradient_accumulation_steps
+        count = min(count, rows_of_a_step * settings.num_generations)
+    return count, longest + virtual_tokens, new_tokens
 
 
 def _written_choice(recipe: Recipe, device: torch.device, steps: int) -> Choice:

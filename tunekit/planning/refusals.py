@@ -43,7 +43,8 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
             how = "run: pip install bitsandbytes, or write adamw"
             yield Problem(f"{recipe.training.optimizer} needs bitsandbytes", how, key="training.optimizer")
     for tracker in recipe.output.report_to:
-        if find_spec(tracker) is None and find_spec("tensorboardX") is None:
+        modules = (tracker, "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if not any(map(find_spec, modules)):
             yield Problem(f"{tracker} is not installed", f"run: pip install {tracker}", key="output.report_to")
 
 
@@ -77,6 +78,16 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         yield Problem(f"{existing} cannot be written to", "choose another output.dir, or change its mode", key=key)
+
+
+def repeat_problems(recipe: Recipe, repeats: int) -> Iterator[Problem]:
+    """Where a checkpoint would fall between steps that learn from the same completions, which it does not keep."""
+    training, evaluation = recipe.training, recipe.evaluation
+    places = {"save_steps": training.save_steps, **({"eval_steps": training.eval_steps} if evaluation.best else {})}
+    for name, steps in places.items():
+        if steps % repeats:
+            what = f"{repeats} steps in a row learn from the same completions, which no checkpoint between them keeps"
+            yield Problem(what, f"write a multiple of {repeats} (objective.num_iterations)", key=f"training.{name}")
 
 
 def position_notes(base: LoadedModel, rows: Sequence[Rows], virtual_tokens: int) -> Iterator[str]:

@@ -16,8 +16,11 @@ from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Sums, Window
 from tunekit.machine.devices import deterministic_kernels, kind_of
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import host_embedding
+from tunekit.model.attention.self_attention import heads_and_width
+from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized import codec
+from tunekit.model.text.generation import draw
 from tunekit.planning.simulated.kernels import kernels_as_on
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.recipe.memory import MemorySection
@@ -93,15 +96,39 @@ class SimulatedRun:
 
     def evaluation(self, batch: Batch) -> Simulation:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
-        tuned, tracker = self._tuned(), StorageTracker(self.device)
-        objective = _LogitsApart(self.objective, tracker)
+        tuned, tracker, held_out = self._tuned(), StorageTracker(self.device), self.objective.held_out()
+        objective = _LogitsApart(held_out, tracker)
         with kernels_as_on(self.device), tracker:
             optimizer = self._adopt(tracker, tuned)
             tracker.start()
             with undisturbed(tuned):
-                batch = prepared(tuned, self.objective, batch)
+                batch = prepared(tuned, held_out, batch)
                 objective.sums(tuned.output(batch.inputs), batch)
         del optimizer
+        return tracker.result()
+
+    def sampling(self, rows: int, prompt_tokens: int, new_tokens: int) -> Simulation:
+        """So many completions side by side: their prompts' forward, then the last token's logits and what is drawn from
+        them, with the optimizer's state beside it and the keys and values of all layers."""
+        tuned, tracker = self._tuned(), StorageTracker(self.device)
+        heads, width = heads_and_width(text_config(tuned.base.net))
+
+        def cache(tokens: int) -> torch.Tensor:
+            shape = (2 * tuned.base.facts.layers, rows, heads, tokens, width)
+            return torch.empty(shape, dtype=tuned.base.dtype, device="meta")
+
+        with kernels_as_on(self.device), tracker:
+            optimizer = self._adopt(tracker, tuned)
+            tracker.start()
+            with undisturbed(tuned):
+                kept = cache(prompt_tokens)
+                ids = torch.zeros(rows, prompt_tokens, dtype=torch.int64)
+                hidden = tuned.hidden({"input_ids": ids, "position_ids": torch.arange(prompt_tokens).expand(rows, -1)})
+                hidden = hidden[:, -1].clone()
+                kept = cache(prompt_tokens + new_tokens)
+                with tracker.counting_as("logits"):
+                    draw(tuned.base.family.head(tuned.base.net).logits(hidden), torch.zeros(rows, device="meta"))
+        del optimizer, kept
         return tracker.result()
 
     def _base(self) -> LoadedModel:

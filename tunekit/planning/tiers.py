@@ -38,6 +38,8 @@ def streaming_obstacle(recipe: Recipe, base: LoadedModel, device: torch.device) 
         return "a GGUF file holds no tensors of the net's names"
     if recipe.model.trust_remote_code:
         return "a base with code of its own is read by transformers alone"
+    if recipe.objective.samples:
+        return f"{recipe.objective.method} samples token by token, and each token would copy every layer"
     of_a_text = getattr(recipe.adapter, "first_values", None) == "text"  # a prefix
     if (of_a_text or calibrated_start(recipe.adapter) is not None) and device.type != "cpu":
         return "the adapter's start computes with the whole base on the device"

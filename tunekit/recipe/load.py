@@ -15,7 +15,9 @@ from pydantic import ValidationError
 
 from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.data import DataSection
+from tunekit.recipe.foreign.command_line import ENDING, read_command_line
 from tunekit.recipe.foreign.rewrite import rewrite_aliases
+from tunekit.recipe.foreign.tools import PEFT, WHOLE, drop_empty, tool_of, trains_base, write_defaults
 from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.reading.checks import (
     check_across,
@@ -48,6 +50,7 @@ class LoadedRecipe:
     overridden: frozenset[str] = frozenset()  # dotted keys that the command line wrote
     rewrites: list[str] = field(default_factory=list)
     defaults: list[str] = field(default_factory=list)  # of one key that follow from another, in words
+    tool: str | None = None  # whose configuration it is, where it is no recipe of ours
 
     def line_of(self, key: str) -> int | None:
         """The line of a dotted key; None where the file does not write it."""
@@ -61,24 +64,39 @@ class LoadedRecipe:
         return Problem(problem.what, problem.how, file=str(self.path), line=line, key=problem.key)
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read, override and check a recipe.
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, imported: bool = False) -> LoadedRecipe:
+    """Read, override and check a recipe; `imported`: with what another tool takes for keys that are not written.
 
     Raises: RecipeError with every problem found, in the order of the file.
     """
     path = Path(path)
-    draft = read_recipe_file(path)
+    draft = read_command_line(path) if path.suffix == ENDING else read_recipe_file(path)
+    tool = tool_of(draft)
+    if tool == PEFT:
+        how = f"`tunekit import {path} --output RECIPE` makes a recipe of it"
+        raise RecipeError("is the configuration of a PEFT adapter, and no recipe", how, file=str(path))
+    every_weight = trains_base(draft, tool)
+    if tool in WHOLE:
+        WHOLE[tool](draft)
+    elif tool is not None:
+        drop_empty(draft)
     expand_shorthands(draft)
     rewrite_aliases(draft)
     expand_shorthands(draft)
+    if tool is not None and imported:
+        write_defaults(draft, tool, every_weight)
     apply_overrides(draft, overrides)
     if "~adapter" in overrides and not draft.has(("adapter",)):
         known = known_names("adapters")
         whole = [name for name in known if getattr(settings_class("adapters", name), "trains_base", False)]
         default = f"adapter: without the section, {DEFAULT_METHOD['adapter']} with its defaults"
         draft.defaults.append(f"{default}; adapter={whole[0]} trains the base's own weights")
+    if tool is not None and not imported:
+        whose = f"{path} is a configuration of {tool}: `tunekit import {path} --output RECIPE` makes a recipe of it"
+        draft.rewrites.insert(0, whose)
     recipe = make_recipe(draft, Path(os.path.abspath(path)).parent)
-    return LoadedRecipe(recipe, path, draft.lines(), draft.written_in(COMMAND_LINE), draft.rewrites, draft.defaults)
+    written = draft.written_in(COMMAND_LINE)
+    return LoadedRecipe(recipe, path, draft.lines(), written, draft.rewrites, draft.defaults, tool)
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ class ObjectiveSettings(MethodSettings):
     `reference`: none, "policy at step 0" or "teacher", which its loss compares with; `answers`: whether its model gives
     texts;
     `sums`: what its evaluation adds up, of which metrics are made; `supervised`: whether it measures models of its
-    family that come without a recipe; `unit`: what its loss sums over; `default_learning_rate`: before that of the
-    adapter.
+    family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `unit`:
+    what its loss sums over; `default_learning_rate`: before that of the adapter.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -79,6 +79,7 @@ class ObjectiveSettings(MethodSettings):
     answers: ClassVar[bool] = True
     sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units")
     supervised: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
     unit: ClassVar[str] = "supervised token"
 
 

@@ -19,6 +19,7 @@ from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
+from tunekit.objectives.rewards import Rewards
 from tunekit.records import Plan, calibration_text
 from tunekit.training.engines.choice import make_engine
 from tunekit.training.initialise import initialise_adapter, needed_batches
@@ -39,6 +40,7 @@ from tunekit.training.trial import (
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
+from tunekit.tuned.reward_models import load_scorers
 from tunekit.tuned.row_losses import RowLosses
 from tunekit.tuned.scores import summed_evaluation
 from tunekit.tuned.teacher import load_teacher
@@ -55,7 +57,8 @@ def assemble_run(
     with session.timed("load"):
         teacher = load_teacher(prepared.rows.objective, devices.device)
     contents = base.fingerprint if teacher is None else hash_of([base.fingerprint, teacher.base.fingerprint])
-    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, contents, checkpoint)
+    code = Rewards(getattr(recipe.objective, "reward", ())).code
+    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, contents, checkpoint, code)
     state = LoopState(LossScale(base.dtype == torch.float16))
     if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
@@ -128,6 +131,7 @@ def _tuned(
 
     with session.timed("calibrate" if needed_batches(recipe.adapter) else "load"):
         model = prepare_network(base, plan.choice, attach)
+        model.scorers = load_scorers(recipe.objective, devices.device)
     model.teacher = teacher
     if state.calibration is not None:
         session.console.info(calibration_text(state.calibration))
@@ -151,7 +155,7 @@ def _try_longest(session: Session, prepared: Prepared, run: Run) -> None:
     if rows is not None:
         batches = evaluation_batches(rows, run.objective, batch_size=run.evaluation.batch_size)
         split = split_evaluation_noted(session, run.state)
-        summed_evaluation(run.model, run.objective, [next(batches)], run.devices, on_split=split)
+        summed_evaluation(run.model, run.objective.held_out(), [next(batches)], run.devices, on_split=split)
     if not run.state.reactions:
         session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
 

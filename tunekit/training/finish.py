@@ -25,6 +25,9 @@ class Measured:
     base_bytes: int
 
 
+SHOWN = ("step", "eval", "sources")  # of an evaluation
+
+
 def report_facts(
     plan: Plan,
     state: LoopState,
@@ -37,13 +40,14 @@ def report_facts(
     """Everything report.json says, all legs of a resumed run together. `begun_from`: the model before training."""
     records = run.read_metrics()
     steps = [record["loss"] for record in records if "eval" not in record]
+    rewards = [record["reward"] for record in records if "reward" in record]
     tenth = -(-len(steps) // 10)
     evaluations = [record for record in records if "eval" in record]
     classes = {record["step"]: record.get("classes") for record in evaluations}
     losses = {record["step"]: record["eval"].get("loss") for record in evaluations}
     exported = state.best_step if saved_best else max(losses, default=None)
     before, loss = losses.get(0), losses.get(exported)
-    verdict = rise(steps) if before is None or loss is None else None
+    verdict = rise(steps) if (before is None or loss is None) and not rewards else None
     if before is not None and loss is not None and loss > before:
         verdict = f"worse than {begun_from}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)
@@ -70,10 +74,12 @@ def report_facts(
         final_step=state.step,
         first_loss=fmean(steps[:tenth]) if steps else None,
         final_loss=fmean(steps[-tenth:]) if steps else None,
+        first_reward=fmean(rewards[:tenth]) if rewards else None,
+        final_reward=fmean(rewards[-tenth:]) if rewards else None,
         base_eval_loss=before,
         eval_loss=loss,
         verdict=verdict,
-        evaluations=[{"step": record["step"], "eval": record["eval"]} for record in evaluations],
+        evaluations=[{name: record[name] for name in SHOWN if name in record} for record in evaluations],
         classes=None if (found := classes.get(exported)) is None else class_facts(found),
         reactions=[Reaction(**reaction) for reaction in state.reactions],
         skipped_steps=state.scale.skipped_steps if state.scale.enabled else None,

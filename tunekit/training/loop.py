@@ -15,12 +15,11 @@ from torch import Tensor
 
 from tunekit.contracts import Window
 from tunekit.errors import InputError, Problem, Stopped
-from tunekit.records import EvaluationRecord, StepRecord
-from tunekit.training.divergence import watch_loss
+from tunekit.records import EvaluationRecord
+from tunekit.training.divergence import watch_step
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
-from tunekit.training.state import Run, timed
-from tunekit.tuned.evaluator import is_better
+from tunekit.training.state import Run, add_seconds, timed
 from tunekit.tuned.scores import EvaluationStopped
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -36,7 +35,7 @@ def run_loop(run: Run) -> None:
             raise
         _settle(run, waiting)
         _save(run)
-        saved = Problem(f"the checkpoint of step {state.step} is written", "mend it, and go on with --resume")
+        saved = Problem(f"the checkpoint of step {state.step} is written", error.going_on)
         raise InputError.of([*error.problems, saved]) from error
 
 
@@ -90,28 +89,11 @@ def _settle(run: Run, waiting: Waiting) -> None:
     """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
     state = run.state
     for reading in waiting.readings:
-        before = max(reading.started, waiting.settled)  # a step may begin before the last one was read
-        waiting.settled = reading.sent if reading.arrived() else 0.0
-        loss, norm = reading.read()
-        waiting.settled = waiting.settled or time.monotonic()
+        loss, norm, seconds = waiting.read(reading)
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
-        seconds = waiting.settled - before
-        watch_loss(run, reading, loss)
-        state.seconds["train"] = state.seconds.get("train", 0.0) + seconds
-        record = StepRecord(
-            step=reading.step,
-            epoch=reading.window.epoch,
-            loss=loss,
-            learning_rate=reading.rate,
-            grad_norm=norm,
-            tokens=int(reading.counts[0]),
-            supervised_tokens=int(reading.counts[1]),
-            seconds=seconds,
-            tokens_per_second=reading.counts[0] / seconds,
-            peak_bytes=run.peak_bytes(),
-            metrics=reading.logged(),
-        )
-        run.record(record)
+        watch_step(run, reading, loss)
+        add_seconds(state.seconds, reading.spent(seconds))
+        run.record(reading.record(loss, norm, seconds, run.peak_bytes(), shown=run.shows_samples(reading.step)))
     waiting.readings.clear()
 
 
@@ -170,20 +152,11 @@ def _evaluate_if_due(run: Run) -> bool:
     except EvaluationStopped:
         return False
     state.evaluated_step = state.step
-    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples))
-    watched = (settings.best or "eval.loss").removeprefix("eval.")
-    compared = bool(state.step) and (settings.best is not None or settings.patience is not None)
-    better = compared and is_better(watched, found.metrics[watched], state.best_value)
-    if better or not state.step or settings.best is None:
+    run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
+    better = state.judge(settings, found.metrics)
+    if better or settings.best is None or not state.step:
         run.keep_rows(state.step, found)
-    if not compared:
-        return False
-    if better:
-        state.best_step, state.best_value, state.evaluations_without_gain = state.step, found.metrics[watched], 0
-        return settings.best is not None
-    state.evaluations_without_gain += 1
-    state.stopped_early = settings.patience is not None and state.evaluations_without_gain >= settings.patience
-    return False
+    return better and settings.best is not None
 
 
 def _save(run: Run) -> None:
@@ -195,7 +168,7 @@ def _save(run: Run) -> None:
 def _stop_if_asked(run: Run, waiting: Waiting) -> None:
     """End the run where a signal asked for it. Raises: Stopped, after a checkpoint."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
-    if not number:
+    if not number or step % run.objective.repeats:
         return
     _settle(run, waiting)
     if step > run.state.saved_step:

@@ -5,6 +5,7 @@ for them would cost; or as the error that they are not finite.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from tunekit.contracts import Batch, Sums, Window
 from tunekit.errors import NumericsError
 from tunekit.machine.devices import Devices, kind_of, summing_dtype
 from tunekit.model.placing import placed
+from tunekit.records import StepRecord
 
 
 @dataclass
@@ -45,9 +47,32 @@ class Reading:
         return loss, norm
 
     def logged(self) -> dict[str, float]:
-        """What else the step's loss told, by name, once it was read; without means over none of its rows."""
+        """What else the step told, by name, once it was read; without means over none of its rows."""
         named = zip(self.names, self.numbers[2:].tolist(), strict=True)
-        return {name: number for name, number in named if math.isfinite(number)}
+        finite = {name: number for name, number in named if math.isfinite(number)}
+        return {**self.window.preparation.metrics, **finite}
+
+    def record(self, loss: float, norm: float, seconds: float, peak_bytes: int, *, shown: bool) -> StepRecord:
+        """The step as it is logged; with its samples, if it has some that are to be shown."""
+        return StepRecord(
+            step=self.step,
+            epoch=self.window.epoch,
+            loss=loss,
+            learning_rate=self.rate,
+            grad_norm=norm,
+            tokens=int(self.counts[0]),
+            supervised_tokens=int(self.counts[1]),
+            seconds=seconds,
+            tokens_per_second=self.counts[0] / seconds,
+            peak_bytes=peak_bytes,
+            metrics=self.logged(),
+            samples=list(self.window.preparation.samples) or None if shown else None,
+        )
+
+    def spent(self, seconds: float) -> dict[str, float]:
+        """The step's seconds by part of the report."""
+        told = self.window.preparation.seconds
+        return {"train": seconds - sum(told.values()), **told}
 
 
 @dataclass
@@ -56,6 +81,13 @@ class Waiting:
 
     readings: list[Reading] = field(default_factory=list)
     settled: float = 0.0
+
+    def read(self, reading: Reading) -> tuple[float, float, float]:
+        """Loss, norm and seconds of a step, waited for; it may have begun before the last one was read."""
+        before, here = max(reading.started, self.settled), reading.arrived()
+        loss, norm = reading.read()
+        self.settled = reading.sent if here else time.monotonic()
+        return loss, norm, self.settled - before
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> dict[str, Tensor]:

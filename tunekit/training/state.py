@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
-from tunekit.tuned.evaluator import Evaluation
+from tunekit.tuned.evaluator import Evaluation, is_better
 from tunekit.tuned.model import TunedModel
 
 
@@ -43,10 +43,23 @@ class LoopState:
     supervised_tokens: int = 0
     first_losses: list[float] = field(default_factory=list)  # of the first step, before any update
     past_losses: list[float] = field(default_factory=list)  # of the last steps, with which the next one is compared
+    useless_steps: dict[str, int] = field(default_factory=dict)  # in a row, of samples that teach nothing, by why
     seconds: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None  # the pass over the data before step 1
     reactions: list[dict[str, Any]] = field(default_factory=list)  # records.Reaction as plain values
     split_tokens: int | None = None  # padded tokens from which on micro-batches are split, once one was too large
+
+    def judge(self, settings: EvaluationSection, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation is the best so far; one before training is only compared with. Says when to stop."""
+        if not self.step or (settings.best is None and settings.patience is None):
+            return False
+        watched = (settings.best or "eval.loss").removeprefix("eval.")
+        if is_better(watched, metrics[watched], self.best_value):
+            self.best_step, self.best_value, self.evaluations_without_gain = self.step, metrics[watched], 0
+            return True
+        self.evaluations_without_gain += 1
+        self.stopped_early = settings.patience is not None and self.evaluations_without_gain >= settings.patience
+        return False
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,10 @@ class Run:
         """Whether a step's numbers are read one step later: where the device itself keeps a non-finite update off."""
         return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
 
+    def shows_samples(self, step: int) -> bool:
+        """Whether samples of a step are kept for the report: of the first, the last and those that are evaluated."""
+        return step in (1, self.windows.steps) or step % self.training.eval_steps == 0
+
     def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""
         return rate_multiplier(self.training, self.state.updates, self.windows.steps, self.warmup_steps)
@@ -106,4 +123,10 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds[part] = seconds.get(part, 0.0) + time.monotonic() - started
+        add_seconds(seconds, {part: time.monotonic() - started})
+
+
+def add_seconds(seconds: dict[str, float], spent: Mapping[str, float]) -> None:
+    """Add times to those of each part of the report."""
+    for part, more in spent.items():
+        seconds[part] = seconds.get(part, 0.0) + more

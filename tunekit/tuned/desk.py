@@ -32,11 +32,17 @@ class Job:
         return self.name, self.request.sampling, id(self) if self.seeded and self.request.sampling.temperature else 0
 
 
+def going_down() -> ConnectionAbortedError:
+    """What a job is told that gets no answer any more."""
+    return ConnectionAbortedError("the server is going down")
+
+
 class Desk:
     """Answers jobs until it is closed; those that wait then are told so."""
 
     def __init__(self, speaker: Speaker, most: int) -> None:
         self.speaker, self.most = speaker, most
+        self._stopped = threading.Event()
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._thread.start()
@@ -44,6 +50,10 @@ class Desk:
     def put(self, job: Job) -> None:
         """Take a job in."""
         self._waiting.put(job)
+
+    def stop(self) -> None:
+        """Give up the answers that are being made; whoever waits for one is told so."""
+        self._stopped.set()
 
     def close(self) -> None:
         """End after the answers that are being made."""
@@ -57,7 +67,7 @@ class Desk:
             going = self._gather(held) and going
             if not going:
                 for job in held:
-                    job.on_end(ConnectionAbortedError("the server is going down"))
+                    job.on_end(going_down())
                 return
             kind = held[0].kind
             batch = [job for job in held if job.kind == kind][: self.most]
@@ -84,7 +94,7 @@ class Desk:
         def on_text(row: int, text: str) -> bool:
             if text:
                 jobs[row].on_text(text)
-            return not jobs[row].cancelled.is_set()
+            return not (self._stopped.is_set() or jobs[row].cancelled.is_set())
 
         requests, sampling = [job.request for job in jobs], jobs[0].request.sampling
         if not jobs[0].seeded:
@@ -101,7 +111,7 @@ class Desk:
         except Exception as error:
             replies = [error] * len(jobs)
         for job, reply in zip(jobs, replies, strict=True):
-            job.on_end(reply)
+            job.on_end(going_down() if self._stopped.is_set() else reply)
 
     def _readable(self, job: Job) -> bool:
         """Whether it is still wanted and its conversation can be answered; if not, the job is told why."""

@@ -6,7 +6,7 @@ Model, rows and settings go in; metrics by name come out, those of the objective
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,6 +15,7 @@ from typing import Any
 from tunekit.contracts import Batch, Objective, Rows, Told
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
+from tunekit.data.encoding.store import by_source
 from tunekit.data.rows import Prompt, RowSet
 from tunekit.errors import RecipeError
 from tunekit.machine.devices import Devices
@@ -27,7 +28,7 @@ from tunekit.recipe.names import facts_of, needs_generation
 from tunekit.tuned.answers import answer_questions, text_metrics
 from tunekit.tuned.choices import Choices, choice_scores, choice_sums, make_questions, of_every_row
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.scores import EvaluationSums, summed_evaluation, undisturbed
+from tunekit.tuned.scores import EvaluationSums, all_together, summed_evaluation, undisturbed
 
 SAMPLES = 8  # answers that a report shows
 
@@ -44,12 +45,14 @@ class Asked:
 @dataclass(frozen=True)
 class Evaluation:
     """Sums and every metric by name; `classes`: `labels`, `counts` of each (predicted right, predicted, there) and
-    their `confusion`, where rows have labels; `samples`: the answers to the first rows, where some were generated."""
+    their `confusion`, where rows have labels; `samples`: the answers to the first rows, where some were generated;
+    `sources`: of several each one's metrics, and its `rows`."""
 
     sums: EvaluationSums
     metrics: dict[str, float]
     classes: dict[str, Any] | None = None
     samples: list[dict[str, str]] | None = None
+    sources: dict[str, dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,11 @@ class Evaluator:
         mine = islice(batches(), self.devices.rank, None, self.devices.world)
         with undisturbed(self.model):
             objective = self.objective.measuring(self.model, self.rows, mine, self.devices.gather)
-        sums = summed_evaluation(self.model, objective, self._counted(batches()), self.devices, stop, self.on_split)
+        each = self._by_source(objective, stop)
+        sums = all_together(list(each.values()))
         choices, labels = self.asked.choices, self.objective.facts.get("labels")
-        always = (*self.objective.metrics, *(CHOICE_METRICS if choices else ()))
+        chosen = CHOICE_METRICS if choices else ()
+        always = (*self.objective.metrics, *chosen)
         if choices is not None:
             labels = choices.labels
             sums.values.update(self._chosen(choices, stop))
@@ -98,14 +103,26 @@ class Evaluator:
                 {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
                 for prompt, answer in zip(self.asked.prompts[:SAMPLES], answers, strict=False)
             ]
-        return Evaluation(sums, {name: computed[name] for name in wanted}, _classes(labels, sums.values), samples)
+        ordered = {name: computed[name] for name in wanted}
+        of_rows = [name for name in wanted if name not in texts and name not in chosen]
+        return Evaluation(sums, ordered, _classes(labels, sums.values), samples, _sources(each, of_rows))
 
-    def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _by_source(self, objective: Objective, stop: Callable[[], bool]) -> dict[str, EvaluationSums]:
+        """The sums of each source's rows."""
         done = 0
-        for batch in batches:
-            yield batch
-            done += len(batch.rows)
-            self.told("evaluation rows measured", done, len(self.rows))
+
+        def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+            nonlocal done
+            for batch in batches:
+                yield batch
+                done += len(batch.rows)
+                self.told("evaluation rows measured", done, len(self.rows))
+
+        found = {}
+        for name, rows in by_source(self.rows).items():
+            batches = evaluation_batches(rows, self.objective, batch_size=self.settings.batch_size)
+            found[name] = summed_evaluation(self.model, objective, counted(batches), self.devices, stop, self.on_split)
+        return found
 
     def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> dict[str, Any]:
         """The sums over rows of what was chosen."""
@@ -121,6 +138,17 @@ class Evaluator:
             told=self.told,
         )
         return {name: value.tolist() for name, value in choice_sums(scores, self.asked.questions).items()}
+
+
+def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
+    """Finite metrics of each of several sources."""
+    if len(each) < 2:
+        return None
+    found = {source: sums.metrics(names) for source, sums in each.items()}
+    return {
+        source: {"rows": each[source].rows, **{name: value for name, value in values.items() if math.isfinite(value)}}
+        for source, values in found.items()
+    }
 
 
 def _classes(labels: Sequence[str] | None, sums: dict[str, Any]) -> dict[str, Any] | None:

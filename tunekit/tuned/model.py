@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import Batch, ModelOutput
+from tunekit.contracts import GREEDY, Batch, ModelOutput, Sampling, Tokenizer
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.vocabulary import HeadParts, StreamedHead
@@ -19,6 +19,7 @@ from tunekit.model.call import Call, calling, current_call
 from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import placed
+from tunekit.model.text.generation import generate_texts
 from tunekit.objectives.logprobs import logits_chunk_tokens
 
 
@@ -33,6 +34,7 @@ class TunedModel:
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
     head_parts: HeadParts | None = None  # of an output projection that is streamed
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows that an objective wants to keep
+    scorers: Mapping[str, Callable[..., list[float]]] = field(default_factory=dict)  # reward models, by their folder
     teacher: TunedModel | None = None  # whose hidden states an objective asks for
 
     @property
@@ -76,6 +78,37 @@ class TunedModel:
                     with calling(call):
                         states[place] = call, layer(hidden, calls[number]), calls
         return (self.finished(self.leaving(hidden)) for _, hidden, _ in states)
+
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        stop_ids: Sequence[int],
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """The ids with which the model goes on after each prompt, up to a stop id, which is the last of them; `seeds`:
+        one for each prompt, which decides what is drawn. Of a model without values all are as long as can be."""
+        if self.device.type == "meta":
+            return [[int(prompt[-1])] * max_new_tokens for prompt in prompts]
+        whole = None if self.adapter is None else self.adapter.model_adapter  # which changes what enters
+        with self.unchanged_weights():
+            return generate_texts(
+                self.base,
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                sampling=sampling,
+                stop_ids=stop_ids,
+                adapt=None if whole is None else self.adapted,
+                virtual_tokens=self.virtual_tokens,
+                seeds=seeds,
+                keep_stop=True,
+            )
 
     def finished(self, hidden: Tensor) -> ModelOutput:
         """What the objective reads of last hidden states (B, T, D)."""

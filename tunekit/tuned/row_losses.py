@@ -5,7 +5,7 @@ in another run, and the text of those with the highest.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -16,8 +16,8 @@ import numpy as np
 
 from tunekit.contracts import Objective, Part, Row, Rows, Tokenizer
 
-WORST_ROWS = 10  # whose text a report shows
-MOST_STRETCHES, MOST_CHARACTERS = 8, 320  # of one of them
+WORST_ROWS = 8  # whose text a report shows
+MOST_STRETCHES, MOST_TRAINED, MOST_OTHERS = 6, 320, 140  # of one of them; characters of a stretch
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RowLosses:
         return {
             "rows": [row.origin for row in rows],
             "digests": [_digest(row) for row in rows],
-            "units": [row.supervised for row in rows],
+            "units": [float(self.objective.units(self.objective.collate([[row]]))[0]) for row in rows],
         }
 
     def values(self, step: int, losses: Mapping[int, float], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class RowLosses:
         found = [_short(losses[number]) for number in range(len(self.rows))]
         before = None if earlier is None else earlier["losses" if earlier["step"] == 0 else "before"]
         values = {"step": step, **self.names, "losses": found, "before": before if step else None}
-        pairs = zip(found, values["units"], strict=True)
+        pairs = zip(found, self.names["units"], strict=True)
         means = [math.inf if loss is None else loss / max(units, 1) for loss, units in pairs]
         order = np.argsort(-np.asarray(means), kind="stable")
         return {**values, "worst": [self._shown(int(number)) for number in order[:WORST_ROWS]] if step else []}
@@ -58,7 +58,10 @@ class RowLosses:
             text += [*([(f"{part.title}\n", False)] if part.title else []), *segments(part, self.tokenizer)]
         if len(text) > MOST_STRETCHES:
             text = [*text[:2], ("\n...\n", False), *text[2 - MOST_STRETCHES :]]
-        return {"number": number, "text": [[_cut(stretch), trained] for stretch, trained in text]}
+        return {
+            "number": number,
+            "text": [[_cut(stretch, MOST_TRAINED if trained else MOST_OTHERS), trained] for stretch, trained in text],
+        }
 
 
 def segments(part: Part, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -82,8 +85,7 @@ def _short(loss: float) -> float | None:
     return float(f"{loss:.7g}") if math.isfinite(loss) else None
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, characters: int) -> str:
     """A long text's beginning and end."""
-    half = MOST_CHARACTERS // 2
-    cut: Sequence[str] = (text[:half], text[-half:])
-    return text if len(text) <= MOST_CHARACTERS else " [...] ".join(cut)
+    half = characters // 2
+    return text if len(text) <= characters else f"{text[:half]} [...] {text[-half:]}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from importlib import import_module
 from typing import Any
 
@@ -90,12 +91,26 @@ def summed_evaluation(
     return EvaluationSums(values, tokens, rows, losses)
 
 
+def all_together(found: Sequence[EvaluationSums]) -> EvaluationSums:
+    """Sums over several sets of rows as those over all of them."""
+    first = found[0]
+    if len(found) == 1:
+        return first
+    each = [{name: torch.tensor(value, dtype=torch.float64) for name, value in one.values.items()} for one in found]
+    total: Sums = reduce(added, each)
+    losses = {number: loss for one in found for number, loss in one.row_losses.items()}
+    values = {name: value.tolist() for name, value in total.items()}
+    return EvaluationSums(values, sum(one.tokens for one in found), sum(one.rows for one in found), losses)
+
+
 def added(one: Sums, other: Sums) -> Sums:
     """Sums of two sets of batches, either of which may be empty."""
     if not (one and other):
         return one or other
-    pairs = {name: (one[name], other[name]) for name in one}
-    return {name: torch.cat(pair) if name in LAID_END_TO_END else sum(pair) for name, pair in pairs.items()}
+    return {
+        name: torch.cat([value, other[name]]) if name in LAID_END_TO_END else value + other[name]
+        for name, value in one.items()
+    }
 
 
 def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]) -> Sums:

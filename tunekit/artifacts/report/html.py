@@ -17,10 +17,12 @@ from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
+from tunekit.metrics.sources import sources_table
 from tunekit.recipe.names import units_of
 from tunekit.records import bytes_text, calibration_text, skipped_text
 
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
+MOST_CHARACTERS = 240  # of a prompt above its answers
 REST = "the process and what its allocator keeps"
 
 
@@ -35,6 +37,7 @@ def run_page(run: RunValues) -> str:
         _evaluations(run),
         *_classes(run),
         _samples(run),
+        _completions(run),
         _worst_rows(run),
         _memory(run),
         _time(run),
@@ -50,6 +53,7 @@ def run_page(run: RunValues) -> str:
             "tiles": _tiles(run),
             "charts": charts,
             "binned": _binned([run]),
+            "lead": [],
             "sections": [*(section for section in sections if section), _sources(run)],
         }
     )
@@ -84,24 +88,24 @@ def comparison_page(runs: Sequence[RunValues]) -> str:
             "tiles": [],
             "charts": charts_of(runs),
             "binned": _binned(runs),
-            "sections": sections,
+            "lead": sections,
+            "sections": [],
         }
     )
 
 
 def _page(page: dict[str, Any]) -> str:
-    shown = _redacted(page)
-    data = json.dumps({"charts": shown["charts"]}, separators=(",", ":"))
+    data = json.dumps({"charts": _redacted(page["charts"])}, separators=(",", ":"))
+    files = {"uplot_css": "uplot.css", "uplot_js": "uplot.js", "uplot_license": "uplot-license.txt"}
+    raw = {name: _asset(file) for name, file in {**files, "page_js": "page.js"}.items()}
+    return render("page.html.jinja", page, **raw, data=data.replace("<", "\\u003c"))
+
+
+def render(template: str, page: dict[str, Any], **raw: str) -> str:
+    """A template of assets with a page's values, without access tokens; `raw` is put in as it is."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    raw = {
-        "uplot_css": _asset("uplot.css"),
-        "uplot_js": _asset("uplot.js"),
-        "uplot_license": _asset("uplot-license.txt"),
-        "page_css": _asset("page.css"),
-        "page_js": _asset("page.js"),
-        "data": data.replace("<", "\\u003c"),
-    }
-    return environment.from_string(_asset("page.html.jinja")).render(page=shown, version=__version__, **raw)
+    made = environment.from_string(_asset(template))
+    return made.render(page=_redacted(page), version=__version__, page_css=_asset("page.css"), **raw)
 
 
 def _redacted(value: Any) -> Any:
@@ -213,7 +217,10 @@ def _evaluations(run: RunValues) -> dict[str, Any]:
     kept = run.report.get("best_step") or run.report.get("final_step")
     best = next((at for at, record in enumerate(shown) if record["step"] == kept), -1)
     text = [f"The exported weights are those after step {kept:,}."] if kept else []
-    return _section("Evaluations", text=text, tables=[_table("", ["step", *names], rows, best)])
+    tables, of_sources = [_table("", ["step", *names], rows, best)], shown[best].get("sources")
+    if of_sources:
+        tables.append(_table(f"By source, after step {shown[best]['step']:,}", *sources_table(of_sources)))
+    return _section("Evaluations", text=text, tables=tables)
 
 
 def _few(records: Sequence[dict[str, Any]], best: int | None, most: int = 30) -> list[dict[str, Any]]:
@@ -242,10 +249,44 @@ def _samples(run: RunValues) -> dict[str, Any] | None:
     first, last = found[0], found[-1]
     head = ["prompt", "the row's answer", *([] if first is last else [f"step {first['step']}"]), f"step {last['step']}"]
     lines = [
-        [at_end["prompt"], at_end["reference"], *([] if first is last else [before["answer"]]), at_end["answer"]]
+        [
+            _end_of(at_end["prompt"]),
+            at_end["reference"],
+            *([] if first is last else [before["answer"]]),
+            at_end["answer"],
+        ]
         for before, at_end in zip(first["samples"], last["samples"], strict=False)
     ]
     return _section("Answers to the first evaluation rows", tables=[_table("", head, lines, texts=True)])
+
+
+def _completions(run: RunValues) -> dict[str, Any] | None:
+    """What the model wrote to the first prompts of some steps, the first and the last of those that are kept."""
+    found = [record for record in run.steps if record.get("samples")]
+    if not found:
+        return None
+    tables = []
+    for record in dict.fromkeys((0, len(found) - 1)):
+        samples = found[record]["samples"]
+        names = list(samples[0]["rewards"])
+        lines = [
+            [
+                each["prompt"],
+                each["answer"],
+                each["completion"] + ("" if each["ended"] else " […]"),
+                *(each["rewards"][name] for name in names),
+                each["advantage"],
+            ]
+            for each in samples
+        ]
+        head = ["prompt", "the row's answer", "completion", *names, "advantage"]
+        tables.append(_table(f"Step {found[record]['step']:,}", head, lines, texts=True))
+    return _section("Completions that the model learnt from", text=["[…]: it did not end."], tables=tables)
+
+
+def _end_of(prompt: str) -> str:
+    """The last words of a long prompt, after which the answer begins."""
+    return prompt if len(prompt) <= MOST_CHARACTERS else f"[...] {prompt[-MOST_CHARACTERS:].partition(' ')[2]}"
 
 
 def _worst_rows(run: RunValues) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from typing import Any
 from tunekit.console.text import curve_text, means_of
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
+from tunekit.metrics.sources import sources_table
 from tunekit.recipe.names import known_names, settings_class, units_of
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text, skipped_text
 
@@ -25,7 +26,7 @@ PEAK = (
     "tensors are given; on a CPU what the process takes beyond Python and its libraries."
 )
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
-SECONDS_ORDER = ("load", "data", "calibrate", "try", "train", "evaluate", "save")
+SECONDS_ORDER = ("load", "data", "calibrate", "try", "sample", "reward", "train", "evaluate", "save")
 
 
 def escape(value: object) -> str:
@@ -34,11 +35,13 @@ def escape(value: object) -> str:
     return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in flat)
 
 
-def make_page(path: Path, facts: ReportFacts, plan: Plan, losses: Sequence[float]) -> str:
-    """The whole page."""
+def make_page(
+    path: Path, facts: ReportFacts, plan: Plan, losses: Sequence[float], rewards: Sequence[float] = ()
+) -> str:
+    """The whole page; `rewards`: of what the model sampled, instead of losses."""
     sections = [
         _head(path, facts, plan),
-        _result(facts, losses),
+        _result(facts, losses, rewards),
         _memory(facts, plan),
         _speed(facts, units_of(plan.objective)),
         _rows(facts, plan),
@@ -73,7 +76,7 @@ def _head(path: Path, facts: ReportFacts, plan: Plan) -> str:
     )
 
 
-def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
+def _result(facts: ReportFacts, losses: Sequence[float], rewards: Sequence[float]) -> str:
     lines = ["## Result", *([f"**{escape(facts.verdict.capitalize())}.**"] if facts.verdict else [])]
     rows = [(entry["step"], entry["eval"]) for entry in facts.evaluations if entry.get("eval")]
     if rows:
@@ -90,16 +93,29 @@ def _result(facts: ReportFacts, losses: Sequence[float]) -> str:
         )
     else:
         lines.append("The result was not compared with its base: there are no evaluation rows (data.eval).")
+    last = next((entry for entry in facts.evaluations if entry["step"] == (facts.best_step or facts.final_step)), {})
+    if last.get("sources"):
+        head, sources = sources_table(last["sources"])
+        lines += [
+            "By source, of the exported weights:",
+            _table(head, [[escape(name), *map(_number, values)] for name, *values in sources]),
+        ]
     if facts.classes is not None:
         lines += _classes(facts.classes)
-    if facts.first_loss is not None and facts.final_loss is not None:
+    if facts.first_reward is not None and facts.final_reward is not None:
+        flat = len(rewards) > 2 and facts.final_reward <= facts.first_reward
+        lines.append(
+            f"Mean reward of what the model sampled: {_number(facts.first_reward)} over the first tenth of the steps, "
+            f"{_number(facts.final_reward)} over the last.{' **It did not rise.**' if flat else ''}"
+        )
+    elif facts.first_loss is not None and facts.final_loss is not None:
         flat = len(losses) > 2 and facts.final_loss >= facts.first_loss
         lines.append(
             f"Training loss: {_number(facts.first_loss)} over the first tenth of the steps, "
             f"{_number(facts.final_loss)} over the last.{' **It did not fall.**' if flat else ''}"
         )
     if len(losses) > 2:
-        lines.append(f"```\n{curve(losses)}\n```")
+        lines.append(f"```\n{curve(rewards or losses)}\n```")
     kept = facts.best_step if facts.best_step is not None else facts.final_step
     why = "the best evaluation" if facts.best_step is not None else "the last"
     lines.append(f"The exported weights are those after **step {kept}**, {why}.")

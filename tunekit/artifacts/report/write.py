@@ -63,6 +63,7 @@ def _measured(value: object) -> Any:
 def write_report(run: RunFolder, facts: ReportFacts, plan: Plan) -> None:
     """Write report.json, then the two pages, each whole or not at all."""
     run.write_json("report.json", report_values(facts, plan))
-    losses = [record["loss"] for record in run.read_metrics() if "eval" not in record]
-    run.write_text("report.md", make_page(run.path, facts, plan, losses))
+    steps = [record for record in run.read_metrics() if "eval" not in record]
+    losses, rewards = ([record[name] for record in steps if name in record] for name in ("loss", "reward"))
+    run.write_text("report.md", make_page(run.path, facts, plan, losses, rewards))
     run.write_text("report.html", run_page(run_values(run.path)))

@@ -123,12 +123,13 @@ class StreamedWindows:
             window.append(micro_batch)
             if len(window) < self._settings.gradient_accumulation_steps:
                 continue
-            if step >= first_step:
-                yield self._window(step, window)
+            for _ in range(self._settings.repeats):
+                if step >= first_step:
+                    yield self._window(step, window)
+                step += 1
+                if step == self.steps:
+                    return
             window = []
-            step += 1
-            if step == self.steps:
-                return
 
     def _sizes_of(self, sequence: StreamedSequence) -> Sizes:
         return self._objective.layout.padded([*map(sum, zip(*(part.row.sizes for part in sequence), strict=True))])
@@ -136,7 +137,8 @@ class StreamedWindows:
     def _window(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> Window:
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         epoch = max(part.epoch for batch in micro_batches for group in batch for part in group)
-        return Window(step, epoch, indices, tuple(self._collate(micro_batches[index]) for index in indices))
+        batches = tuple(self._collate(micro_batches[index]) for index in indices)
+        return Window(step, epoch, indices, batches, self._settings.seed)
 
     def _collate(self, groups: Sequence[StreamedSequence]) -> Batch:
         sequences = [[part.row for part in group] for group in groups]

@@ -40,6 +40,7 @@ class BatchSettings:
     seed: int
     epochs: float | None
     max_steps: int | None
+    repeats: int = 1  # steps in a row with the same rows
     end_to_end: bool = False  # rows that are not packed lie in one sequence, as documents of their own: no padding
 
 
@@ -131,10 +132,11 @@ class TrainingWindows:
 
     def _window(self, step: int, epoch: int, position: int) -> Window:
         size = self._settings.gradient_accumulation_steps
-        micro_batches = self.micro_batches(epoch)[position * size : (position + 1) * size]
+        place = position // self._settings.repeats
+        micro_batches = self.micro_batches(epoch)[place * size : (place + 1) * size]
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         batches = tuple(self._collate(micro_batches[index]) for index in indices)
-        return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches)
+        return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches, self._settings.seed)
 
     def _collate(self, micro_batch: MicroBatch) -> Batch:
         return collate(self._rows, micro_batch, self._objective, end_to_end=self._settings.end_to_end)
@@ -146,7 +148,8 @@ class TrainingWindows:
                 self._steps_of.append(self._steps_of[0])
                 continue
             micro_batches = self.micro_batches(len(self._steps_of))
-            self._steps_of.append(math.ceil(len(micro_batches) / self._settings.gradient_accumulation_steps))
+            windows = math.ceil(len(micro_batches) / self._settings.gradient_accumulation_steps)
+            self._steps_of.append(windows * self._settings.repeats)
         return self._steps_of[epoch]
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ def load_sources(
             problems += error.problems
     if problems:
         raise DataError.of(problems)
-    return loaded
+    names = Counter(source.name for source in loaded)
+    return [source if names[source.name] == 1 else replace(source, name=source.source.path) for source in loaded]
 
 
 def load_source(source: Source, objective: Objective, options: EncodeOptions, *, cache_folder: Path) -> EncodedSource:

@@ -9,13 +9,14 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.contracts import Row, RowLayout
+from tunekit.contracts import Row, RowLayout, Rows
 
 RECORDS = "rows.bin"
 Files = dict[str, np.dtype[Any]]  # file name -> what it holds
@@ -104,6 +105,35 @@ def store_from_memory(layout: RowLayout, streams: Sequence[io.BytesIO]) -> Token
 
 
 @dataclass(frozen=True)
+class SomeRows:
+    """Chosen ones of other rows, which keep their numbers."""
+
+    rows: Rows
+    chosen: NDArray[np.int64]  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[int(self.chosen[index])]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(n, sizes) of each row's parts."""
+        return self.rows.sizes[self.chosen]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,) the sizes of each row, added up."""
+        return self.rows.lengths[self.chosen]
+
+    @property
+    def supervised(self) -> NDArray[np.int64]:
+        """(n,) what the loss sums over in each row."""
+        return self.rows.supervised[self.chosen]
+
+
+@dataclass(frozen=True)
 class Part:
     """Chosen rows of one store, under the name that their origins carry."""
 
@@ -161,3 +191,15 @@ class ChosenRows:
     def digests(self) -> NDArray[np.uint64]:
         """(rows,) hash of the whole row: equal rows, and pieces of one, have equal ones."""
         return self._column("digest", np.uint64)
+
+
+def by_source(rows: Rows) -> dict[str, Rows]:
+    """The rows of each source that has any, under its name; all of them where they come of none."""
+    if not isinstance(rows, ChosenRows):
+        return {"": rows}
+    bounds = pairwise(rows.starts.tolist())
+    return {
+        part.name: SomeRows(rows, np.arange(*between, dtype=np.int64))
+        for part, between in zip(rows.parts, bounds, strict=True)
+        if len(part.chosen)
+    }

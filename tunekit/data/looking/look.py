@@ -19,6 +19,7 @@ from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, holds_secret
 from tunekit.formats.example import ChatExample, CompletionExample
+from tunekit.formats.labels import LabelExample
 from tunekit.recipe.data import Source
 
 RARE = 0.02  # share of the rows that another writing has at most, to be remarked on
@@ -44,6 +45,7 @@ KINDS = {  # of findings: what it is, in the words of the table
     "broken": "rows that cannot be read",
     "empty": "rows with nothing to learn",
     "exact": "rows that repeat an earlier one",
+    "contrary": "rows that repeat an earlier one with another label",
     "near": "rows nearly equal to an earlier one",
     "leak": "training rows that are evaluation rows too, or nearly",
     "garbled": "rows with characters of a wrong encoding",
@@ -83,7 +85,7 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
     for row in rows:
         found.rows += 1
         text = "\n".join(_texts(row.values))
-        before = sum(map(len, found.lines.values()))
+        before, made = sum(map(len, found.lines.values())), None
         try:
             made = make_example(row.values)
             for kind, what in _doubts(made, text, row.line, limit, found):
@@ -92,14 +94,19 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
             found.add("empty", row.line, str(reason))
         except DataError as error:
             found.add("broken", row.line, error.problems[0].what)
-        mine = signed(text)
+        label = getattr(made, "label", None)
+        mine = signed(made.text if isinstance(made, LabelExample) else text)
         leaked, like = None if held is None else held.like(mine), seen.like(mine)
         if leaked is not None:
             found.add("leak", row.line, f"as line {leaked[2]} of {leaked[1]}")
         if like is not None:
-            found.add(like[0], row.line, f"as line {like[2]}" + ("" if like[1] == found.name else f" of {like[1]}"))
+            kind, place = like[0], f"as line {like[2]}" + ("" if like[1] == found.name else f" of {like[1]}")
+            if like[3] != label:
+                kind = "contrary" if kind == "exact" else kind
+                place += f", where it is {like[3]}, not {label}"
+            found.add(kind, row.line, place)
         else:
-            seen.add(mine, found.name, row.line)
+            seen.add(mine, found.name, row.line, label)
         if keep and sum(map(len, found.lines.values())) == before:
             found.passed.append(row.values)
     for problem in problems.shown:

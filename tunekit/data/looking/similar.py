@@ -18,18 +18,19 @@ FEWEST_WORDS = 8  # of a row whose nearness says something
 UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: writings without spaces
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 SPOKEN = re.compile(r"[^\s.,;:!?'\"…。、，！？]+")  # what of an equal text must be equal: signs and accents too
+Label = str | bool | None  # of a whole row, where it has one
 
 
 @dataclass
 class Seen:
     """Rows by their text and by the bands of their signature."""
 
-    texts: dict[int, tuple[str, int]] = field(default_factory=dict)  # key of a row -> file and line
+    texts: dict[int, tuple[str, int, Label]] = field(default_factory=dict)  # key of a row -> file, line and label
     bands: list[dict[int, int]] = field(default_factory=lambda: [{} for _ in range(BANDS)])
-    signatures: list[tuple[Any, str, int]] = field(default_factory=list)
+    signatures: list[tuple[Any, str, int, Label]] = field(default_factory=list)
 
-    def like(self, row: Signed) -> tuple[str, str, int] | None:
-        """("exact" or "near", file, line) of a row like this one; None where there is none."""
+    def like(self, row: Signed) -> tuple[str, str, int, Label] | None:
+        """("exact" or "near", file, line, label) of a row like this one; None where there is none."""
         if row.key in self.texts:
             return "exact", *self.texts[row.key]
         tried: set[int] = set()
@@ -41,13 +42,13 @@ class Seen:
                     return "near", *self.signatures[other][1:]
         return None
 
-    def add(self, row: Signed, name: str, line: int) -> None:
+    def add(self, row: Signed, name: str, line: int, label: Label = None) -> None:
         """Remember a row."""
-        self.texts[row.key] = name, line
+        self.texts[row.key] = name, line, label
         if row.bands:
             for band, part in zip(self.bands, row.bands, strict=True):
                 band.setdefault(part, len(self.signatures))
-            self.signatures.append((row.signature, name, line))
+            self.signatures.append((row.signature, name, line, label))
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
         facts = facts_of("formats", name)
         aliases, required = getattr(facts, "ALIASES", {}), facts.REQUIRED
         if {aliases.get(field, field) for field in values} >= set(required):
-            return name, "the first row has " + " and ".join(f"'{field}'" for field in required)
+            said = " and ".join(f"'{field}'" for field in required)
+            return name, f"the first row has {said}" if said else "the objective learns from no other"
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
     raise DataError(f"the first row has {there}, which is no known format ({wanted})", _mapped(values, fitting))

@@ -12,12 +12,13 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from tunekit.contracts import GREEDY, Sampling, Tokenizer
 from tunekit.errors import DataError, ModelError
-from tunekit.machine.devices import forked_random
+from tunekit.machine.devices import forked_random, summing_dtype
 from tunekit.model.call import seed_for
 from tunekit.model.families import text_config
 from tunekit.model.families.structure import accepted_names, training_mode
@@ -45,8 +46,10 @@ def generate_texts(
     virtual_tokens: int = 0,
     told: Told | None = None,
     cache: Any = None,
+    seeds: Sequence[int] | None = None,
+    keep_stop: bool = False,
 ) -> list[list[int]]:
-    """New ids of each prompt, in order, without the stop token that ended it.
+    """New ids of each prompt, in order, without the stop token that ended it unless `keep_stop`.
 
     Prompts of similar length share a batch, padded with a mask: on the left, but where an encoder reads them on the
     right, since its positions count from the start of the row; a base whose rows disturb each other answers one prompt
@@ -54,7 +57,7 @@ def generate_texts(
     are not used. `stop_ids`: by default those of find_stop_ids with `template`, a chat template other than the
     tokenizer's own. `adapt`: what an adapter of the whole model makes of the first step's inputs, which then have
     `virtual_tokens` more positions. `told`: asked at every step of a batch. `cache`: keys and values of what the one
-    prompt begins with.
+    prompt begins with. `seeds`: one for each prompt, which decides what is drawn for it, whatever shares its batch.
     Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
     gives no text.
     """
@@ -74,12 +77,14 @@ def generate_texts(
             widest = max(len(prompts_ids[index]) for index in rows)
             new_tokens = max_new_tokens if longest is None else min(max_new_tokens, longest - widest * (not apart))
             torch.manual_seed(seed_for("generate", sampling.seed, start))
-            settings = _settings(model, tokenizer.pad_id, new_tokens, sampling, stops)
+            settings = _settings(model, tokenizer.pad_id, new_tokens, sampling if seeds is None else GREEDY, stops)
+            draws = None if seeds is None else _Draws([seeds[index] for index in rows], new_tokens, sampling)
             begun = [prompts_ids[index] for index in rows]
             asked = None if told is None else partial(told, rows)
-            produced = _generate(model, begun, tokenizer.pad_id, settings, adapt, asked, cache)
+            produced = _generate(model, begun, tokenizer.pad_id, settings, adapt, asked, cache, draws)
             for index, ids in zip(rows, produced, strict=True):
-                results[index] = list(takewhile(lambda token_id: token_id not in stops, ids))
+                found = list(takewhile(lambda token_id: token_id not in stops, ids))
+                results[index] = ids[: len(found) + 1] if keep_stop else found
     return results
 
 
@@ -213,6 +218,7 @@ def _generate(
     adapt: Callable[[Inputs], Inputs] | None,
     told: Callable[[list[int]], list[bool]] | None,
     cache: Any,
+    draws: _Draws | None = None,
 ) -> list[list[int]]:
     """One batch: new ids of each row, with whatever follows a stop token."""
     width = max(len(prompt) for prompt in prompts)
@@ -226,9 +232,11 @@ def _generate(
     net: Any = model.net
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     inputs = inputs if adapt is None else adapt(inputs)
-    more = {} if told is None else {"stopping_criteria": [_ends_where(told)]}
-    more |= {} if cache is None else {"past_key_values": cache}
+    more: dict[str, Any] = {} if told is None else {"stopping_criteria": [_ends_where(told)]}
+    more |= {} if draws is None else {"logits_processor": [draws]}
     with quiet():
+        cache = _shared_cache(model, prompts, ids, mask) if cache is None and adapt is None else cache
+        more |= {} if cache is None else {"past_key_values": cache}
         if any(
             hasattr(module, "_setup_cache") for module in net.modules()
         ):  # recurrent_gemma keeps the last row's state
@@ -236,6 +244,70 @@ def _generate(
         output = net.generate(**inputs, generation_config=settings, **more)
     repeated = 1 if apart else width if "input_ids" in inputs else 0  # what the output begins with, none of it new
     return output[:, repeated:].tolist()  # type: ignore[no-any-return]
+
+
+def _shared_cache(model: LoadedModel, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Keys and values of all but the last token of each prompt, where some prompts are equal: these are computed once.
+
+    None where no two are, or where a base keeps something else.    Shapes: ids, mask (B, T), padded on the left.
+    """
+    places: dict[tuple[int, ...], int] = {}
+    rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    cache = prompt_cache(model, (), None, ()) if len(places) < len(rows) and ids.shape[1] > 1 else None
+    if cache is None or not model.family.takes_positions(model.net):
+        return None
+    firsts = torch.tensor([rows.index(place) for place in range(len(places))])
+    seen = mask[firsts].to(model.device)
+    positions = (seen.cumsum(dim=-1) - 1).clamp(min=0)  # (U, T)
+    net: Any = model.net
+    net(
+        input_ids=ids[firsts, :-1].to(model.device),
+        attention_mask=seen[:, :-1],
+        position_ids=positions[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_select_indices(torch.tensor(rows, device=model.device))
+    return cache
+
+
+class _Draws:
+    """Chooses the next token of each row by random numbers of its own; transformers then takes the only one left.
+
+    These are a function of the row's seed and the token's place: neither the other rows of the batch nor their order
+    matter.
+    """
+
+    def __init__(self, seeds: Sequence[int], new_tokens: int, sampling: Sampling) -> None:
+        raw = np.stack([np.random.Philox(key=seed).random_raw(new_tokens) for seed in seeds])
+        self.numbers = torch.from_numpy((raw >> np.uint64(11)) * 2.0**-53)  # (B, new tokens) float64
+        self.sampling, self.drawn = sampling, 0
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Shapes: scores (B, V) -> (B, V), of which all but one of each row are -inf."""
+        for warper in self._warpers():
+            scores = warper(ids, scores)
+        place = draw(scores.float(), self.numbers[:, self.drawn].to(scores.device, summing_dtype(scores.device)))
+        self.drawn += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, place, 0.0)
+
+    def _warpers(self) -> list[Any]:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        sampling = self.sampling
+        found = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
+        found += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+        return [*found, *([TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else [])]
+
+
+def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """(B, 1) the first token whose cumulated probability is above a number from [0, 1).
+
+    Shapes: logits (B, V) float32, numbers (B,).
+    """
+    total = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=numbers.dtype)  # (B, V)
+    return torch.searchsorted(total, numbers[:, None] * total[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
 
 
 def _ends_where(told: Callable[[list[int]], list[bool]]) -> Callable[..., torch.Tensor]:

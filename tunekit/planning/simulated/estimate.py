@@ -22,20 +22,22 @@ MOST_KEPT_BYTES = 500_000_000
 def peak_bytes(
     step: Simulation,
     evaluation: Simulation | None,
+    sampling: Simulation | None,
     device: torch.device,
     dtype: torch.dtype,
     *,
     cache_bytes: int = 0,
     load_bytes: int = 0,
 ) -> PeakBytes:
-    """Parts are what is live at the highest moment of a step or an evaluation; `total` is the peak of the run.
+    """Parts are what is live at the highest moment of a step, an evaluation or of sampling; `total` is the peak of the
+    run.
 
     `dtype`: in which it computes.    `cache_bytes`: keys and values of generated answers, beside an evaluation.
     `load_bytes`: the most that loading the base takes, of the host's memory.
     """
     evaluated = 0 if evaluation is None else evaluation.total
-    highest = step if evaluation is None or step.total >= evaluated else evaluation
-    total = max(step.total, evaluated + cache_bytes)
+    highest = max((each for each in (step, evaluation, sampling) if each is not None), key=lambda each: each.total)
+    total = max(highest.total, evaluated + cache_bytes)
     if device.type == "cpu":
         kept = min(round(KEPT_SHARE * (total - highest.peak.get("weights", 0))), MOST_KEPT_BYTES)
         compiles = dtype.itemsize == 2 and "AVX512" in torch.backends.cpu.get_cpu_capability()

@@ -6,9 +6,7 @@ spellings of one thing, and a value without an exact translation, are problems.
 
 from __future__ import annotations
 
-from typing import Any
-
-from tunekit.errors import Problem
+from tunekit.recipe.foreign.become import complain, record, rewrite, take, write
 from tunekit.recipe.foreign.datasets import name_sources
 from tunekit.recipe.foreign.table import (
     IN_ADAPTER,
@@ -17,9 +15,7 @@ from tunekit.recipe.foreign.table import (
     TEMPLATE_KEYS,
     TEMPLATES,
     TOP_LEVEL,
-    Alias,
 )
-from tunekit.recipe.foreign.values import NOTHING, NotExact
 from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 from tunekit.recipe.reading.suggest import show
 
@@ -35,9 +31,9 @@ def rewrite_aliases(draft: Draft) -> None:
     """Replace every foreign key of the draft, in place."""
     name_sources(draft)
     if draft.get(("stage",)) == "pt":  # LLaMA-Factory joins its texts and cuts them to equal lengths
-        _write(draft, ("data", "excess_length"), "split", draft.place(("stage",)), "stage: pt")
+        write(draft, ("data", "excess_length"), "split", draft.place(("stage",)), "stage: pt")
         if not draft.has(("packing",)):
-            _write(draft, ("data", "packing"), True, draft.place(("stage",)), "stage: pt")
+            write(draft, ("data", "packing"), True, draft.place(("stage",)), "stage: pt")
     _rewrite_pissa(draft)
     for name in PER_EPOCH:
         _rewrite_per_epoch(draft, name)
@@ -46,10 +42,10 @@ def rewrite_aliases(draft: Draft) -> None:
     dora = [(key, place) for key in DORA if draft.get(key) is True for place in [draft.place(key)] if draft.remove(key)]
     constant = [name for name in ("lr_scheduler", "lr_scheduler_type") if draft.values.get(name) == "constant"]
     for name in [name for name in draft.values if name in TOP_LEVEL and name not in (*SOURCE_KEYS, *TEMPLATE_KEYS)]:
-        _rewrite(draft, (name,), TOP_LEVEL[name])
+        rewrite(draft, (name,), TOP_LEVEL[name])
     adapter = draft.values.get("adapter")
     for name in [name for name in adapter if name in IN_ADAPTER] if isinstance(adapter, dict) else ():
-        _rewrite(draft, ("adapter", name), IN_ADAPTER[name])
+        rewrite(draft, ("adapter", name), IN_ADAPTER[name])
     for key, place in dora:
         _settle_dora(draft, dotted(key), place)
     if constant:
@@ -60,98 +56,56 @@ def rewrite_aliases(draft: Draft) -> None:
         _rewrite_template(draft, name)
 
 
-def _rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
-    """One foreign key by its table entry; an empty value says nothing, as in those tools."""
-    place, value = draft.place(key), draft.get(key)
-    inner = [draft.place((*key, index)) for index in range(len(value) if isinstance(value, list) else 0)]
-    draft.remove(key)
-    if value is None:
-        return _record(draft, place, dotted(key), "nothing (it is empty)")
-    try:
-        ours = alias.translate(value)
-    except NotExact as lost:
-        _complain(draft, place, dotted(key), lost.what, lost.how)
-        draft.untranslated.add(alias.target or key)
-        return None
-    if ours is NOTHING or alias.target is None:
-        return _record(draft, place, dotted(key), f"nothing ({alias.why})")
-    if _write(draft, alias.target, ours, place, dotted(key), translated=ours != value):
-        for index, at in enumerate(inner):
-            _move_places(draft, (*alias.target, index), at)
-    return None
-
-
-def _write(
-    draft: Draft, target: KeyPath, value: object, place: Place, spelled: str, *, translated: bool = True
-) -> bool:
-    """Write our key, unless it is written already. False where it was not written."""
-    if draft.has(target):
-        other = draft.place(target)
-        what = f"{spelled} and {other.spelled or dotted(target)} ({other}) are two spellings of one thing"
-        _complain(draft, place, spelled, what, "keep one")
-        return False
-    holder = draft.values.get(str(target[0]), {})
-    if not isinstance(holder, dict):
-        _complain(draft, place, spelled, f"{target[0]} ({draft.place(target[:1])}) is no mapping")
-        return False
-    draft.set(target, value, Place(place.file, place.line, spelled))
-    if draft.places[target[:1]].spelled:  # a section that only an alias opened was not spelled by anyone
-        draft.places[target[:1]] = place
-    shown = f": {show(value)}" if translated and not isinstance(value, list | dict) else ""
-    _record(draft, place, spelled, f"{dotted(target)}{shown}")
-    return True
-
-
 def _rewrite_quantization(draft: Draft) -> None:
     """load_in_4bit, load_in_8bit, quantization_bit and `adapter: qlora` -> model.quantization."""
     bits: dict[str, tuple[int, Place]] = {}
     for name, meaning in (("load_in_4bit", 4), ("load_in_8bit", 8), ("quantization_bit", None)):
-        found = _take(draft, name)
+        found = take(draft, name)
         if found is None:
             continue
         value, place = found
         width = _bits(value, meaning)
         if width is None:
             expected = "must be true or false" if meaning else "must be 4 or 8"
-            _complain(draft, place, name, f"{expected}, not {show(value)}")
+            complain(draft, place, name, f"{expected}, not {show(value)}")
         elif width == 0:
             if draft.get(METHOD) == "qlora" and name == "load_in_4bit":
-                _complain(draft, place, name, "false contradicts adapter: qlora", "write adapter: lora")
-            _record(draft, place, name, "nothing (it changes nothing here)")
+                complain(draft, place, name, "false contradicts adapter: qlora", "write adapter: lora")
+            record(draft, place, name, "nothing (it changes nothing here)")
         else:
             bits[name] = (width, place)
     if draft.get(METHOD) == "qlora":
         place = draft.place(METHOD)
         draft.set(METHOD, "lora", place)
-        _record(draft, place, "adapter: qlora", "adapter.method: 'lora'")
+        record(draft, place, "adapter: qlora", "adapter.method: 'lora'")
         bits.setdefault("adapter: qlora", (4, place))
     _write_quantization(draft, bits)
 
 
 def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> None:
-    kinds = [(name, found) for name in _FOUR_BIT_KINDS if (found := _take(draft, name)) is not None]
+    kinds = [(name, found) for name in _FOUR_BIT_KINDS if (found := take(draft, name)) is not None]
     explicit = [name for name in bits if name != "adapter: qlora"]
     if len(explicit) > 1 or len({width for width, _ in bits.values()}) > 1:
         first, second = list(bits)[:2]
         what = f"{second} and {first} ({bits[first][1]}) contradict or repeat each other"
-        _complain(draft, bits[second][1], second, what, "keep one")
+        complain(draft, bits[second][1], second, what, "keep one")
         return
     four_bit = next(iter(bits.values()))[0] == 4 if bits else False
     kind = "nf4"
     for name, (value, place) in kinds:
         if value not in ("nf4", "fp4") or not four_bit:
             what = f"must be nf4 or fp4, not {show(value)}" if four_bit else "nothing is loaded in 4 bits"
-            _complain(draft, place, name, what, "write model.quantization: nf4 or fp4")
+            complain(draft, place, name, what, "write model.quantization: nf4 or fp4")
         else:
             kind = value
-            _record(draft, place, name, f"model.quantization: {value!r}")
+            record(draft, place, name, f"model.quantization: {value!r}")
     for name in explicit or list(bits):
-        _write(draft, QUANTIZATION, kind if four_bit else "int8", bits[name][1], name)
+        write(draft, QUANTIZATION, kind if four_bit else "int8", bits[name][1], name)
 
 
 def _rewrite_precision(draft: Draft) -> None:
     """bf16 and fp16 -> model.dtype; both off is float32."""
-    found = {name: taken for name in PRECISION_KEYS if (taken := _take(draft, name)) is not None}
+    found = {name: taken for name in PRECISION_KEYS if (taken := take(draft, name)) is not None}
     names = {("bf16", True): "bfloat16", ("fp16", True): "float16", ("bf16", "auto"): "auto"}
     chosen: list[tuple[str, str]] = []
     for name, (value, place) in found.items():
@@ -159,17 +113,17 @@ def _rewrite_precision(draft: Draft) -> None:
             continue
         dtype = names.get((name, value)) if isinstance(value, bool | str) else None
         if dtype is None:
-            _complain(draft, place, name, f"must be true or false, not {show(value)}")
+            complain(draft, place, name, f"must be true or false, not {show(value)}")
         else:
             chosen.append((name, dtype))
     if len(chosen) > 1:
         place = found["fp16"][1]
-        _complain(draft, place, "fp16", f"contradicts bf16 ({found['bf16'][1]})", "keep one")
+        complain(draft, place, "fp16", f"contradicts bf16 ({found['bf16'][1]})", "keep one")
         return
     if all(value is False for value, _ in found.values()):
         chosen = [(name, "float32") for name in found][:1]
     for name, dtype in chosen:
-        _write(draft, ("model", "dtype"), dtype, found[name][1], name)
+        write(draft, ("model", "dtype"), dtype, found[name][1], name)
 
 
 def _settle_constant(draft: Draft, spelled: str) -> None:
@@ -178,27 +132,27 @@ def _settle_constant(draft: Draft, spelled: str) -> None:
     written = [name for name in ("warmup_ratio", "warmup_steps") if draft.has(("training", name))]
     if any(draft.get(("training", name)) for name in written):
         how = "write constant_with_warmup, or remove the warm-up"
-        _complain(draft, place, spelled, "constant ignores the warm-up there", how)
+        complain(draft, place, spelled, "constant ignores the warm-up there", how)
     elif not written:
-        _write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant")
+        write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant")
 
 
 def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
     """DoRA is a switch of LoRA there and a method here."""
     method = draft.get(METHOD, "lora")
     if method not in ("lora", "dora"):
-        _complain(draft, place, spelled, f"is a switch of lora, and the method is {show(method)}", "remove one")
+        complain(draft, place, spelled, f"is a switch of lora, and the method is {show(method)}", "remove one")
         return
     if draft.has(METHOD):
         draft.set(METHOD, "dora", draft.place(METHOD))
-        _record(draft, place, spelled, "adapter.method: 'dora'")
+        record(draft, place, spelled, "adapter.method: 'dora'")
     else:
-        _write(draft, METHOD, "dora", place, spelled)
+        write(draft, METHOD, "dora", place, spelled)
 
 
 def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
     """A key about every training source -> that field of each."""
-    found = _take(draft, name)
+    found = take(draft, name)
     if found is None:
         return
     value, place = found
@@ -207,58 +161,60 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
         draft.wrap(TRAIN, "path")
         draft.wrap(TRAIN, 0)
     if not isinstance(draft.get(TRAIN), list):
-        _complain(draft, place, name, "there are no training sources", "write it under data.train")
+        complain(draft, place, name, "there are no training sources", "write it under data.train")
     elif field == "columns" and value == "text":
-        _record(draft, place, name, "nothing (it changes nothing here)")
+        record(draft, place, name, "nothing (it changes nothing here)")
     else:
         for index, _ in enumerate(draft.get(TRAIN)):
-            _write(draft, (*TRAIN, index, field), {str(value): "text"} if field == "columns" else value, place, name)
+            write(draft, (*TRAIN, index, field), {str(value): "text"} if field == "columns" else value, place, name)
 
 
 def _rewrite_pissa(draft: Draft) -> None:
     """LLaMA-Factory's pissa_init and pissa_iter (16 where it is not written, -1 for the exact one) -> adapter.start."""
-    wanted, iterations = _take(draft, "pissa_init"), _take(draft, "pissa_iter")
+    wanted, iterations = take(draft, "pissa_init"), take(draft, "pissa_iter")
     if wanted is not None and wanted[0] is True:
         count = 16 if iterations is None else iterations[0]
         start = "pissa" if count == -1 else {"method": "pissa", "iterations": count}
-        _write(draft, ("adapter", "start"), start, wanted[1], "pissa_init")
+        write(draft, ("adapter", "start"), start, wanted[1], "pissa_init")
     for name, found in (("pissa_init", wanted), ("pissa_iter", iterations)):
         if found is not None and (name == "pissa_iter" or found[0] is not True):
-            _record(draft, found[1], name, "nothing (it belongs to pissa_init)")
+            record(draft, found[1], name, "nothing (it belongs to pissa_init)")
 
 
 def _rewrite_per_epoch(draft: Draft, name: str) -> None:
     """Evaluations or checkpoints an epoch -> what to write: rows are counted by plan. No result depends on it, unless a
     run may stop early or keep its best."""
-    found = _take(draft, name)
+    found = take(draft, name)
     if found is None:
         return None
     (value, place), ours = found, PER_EPOCH[name]
+    if value == 0 and not isinstance(value, bool):
+        return record(draft, place, name, "nothing (0 is never)")
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        return _complain(draft, place, name, f"must be a number above 0, not {show(value)}")
+        return complain(draft, place, name, f"must be a number above 0, not {show(value)}")
     rows = 1
     for names in (("micro_batch_size", "per_device_train_batch_size"), ("gradient_accumulation_steps",)):
         sizes = [size for size in (draft.get((each,)) for each in names) if isinstance(size, int)]
         rows *= sizes[0] if sizes else 1
     how = f"write {ours}: ROWS / {rows} / {value:g}, rounded up (a step has {rows} rows; `tunekit plan` counts ROWS)"
     if any(draft.get((chosen,)) for chosen in ("early_stopping_patience", "metric_for_best_model")):
-        return _complain(draft, place, name, "goes by steps here, and early stopping depends on it", how)
-    return _record(draft, place, name, f"nothing (it goes by steps: {how})")
+        return complain(draft, place, name, "goes by steps here, and early stopping depends on it", how)
+    return record(draft, place, name, f"nothing (it goes by steps: {how})")
 
 
 def _rewrite_template(draft: Draft, name: str) -> None:
     """The name of a template -> nothing, where the base's own tokenizer has that template."""
-    found = _take(draft, name)
+    found = take(draft, name)
     if found is None:
         return
     value, place = found
     base = str(draft.get(("model", "name_or_path"), draft.get(("model",), ""))).lower()
     bases = [known for start, known in TEMPLATES.items() if str(value).startswith(start)]
     if value == "tokenizer_default" or any(word in base for words in bases for word in words):
-        _record(draft, place, name, "nothing (the tokenizer's own template is used; `tunekit preview` shows it)")
+        record(draft, place, name, "nothing (the tokenizer's own template is used; `tunekit preview` shows it)")
     else:
         what = f"the template {show(value)} has no name here, and the base's tokenizer need not have it"
-        _complain(draft, place, name, what, "write data.chat_template: FILE, or remove it")
+        complain(draft, place, name, what, "write data.chat_template: FILE, or remove it")
 
 
 def _bits(value: object, meaning: int | None) -> int | None:
@@ -266,29 +222,3 @@ def _bits(value: object, meaning: int | None) -> int | None:
     if meaning is None:
         return value if value in (4, 8) and not isinstance(value, bool) else None
     return (meaning if value else 0) if isinstance(value, bool) else None
-
-
-def _take(draft: Draft, name: str) -> tuple[Any, Place] | None:
-    """Remove a top-level key; None where it is absent or empty."""
-    if not draft.has((name,)):
-        return None
-    place = draft.place((name,))
-    value = draft.remove((name,))
-    if value is None:
-        _record(draft, place, name, "nothing (it is empty)")
-        return None
-    return value, place
-
-
-def _move_places(draft: Draft, key: KeyPath, place: Place) -> None:
-    """The items of a translated list keep their own lines."""
-    for known in [known for known in draft.places if known[: len(key)] == key]:
-        draft.places[known] = Place(place.file, place.line, draft.places[known].spelled)
-
-
-def _record(draft: Draft, place: Place, spelled: str, what: str) -> None:
-    draft.rewrites.append(f"{place}: {spelled} -> {what}")
-
-
-def _complain(draft: Draft, place: Place, spelled: str, what: str, how: str = "") -> None:
-    draft.problems.append(Problem(what, how, file=place.file, line=place.line, key=spelled))

@@ -26,6 +26,9 @@ _SPEAKERS = {"chat": ("role", "content"), "sharegpt": ("from", "value")}  # keys
 _ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt"), "system": ("system",), "tool": ("tool",)}
 
 
+KERNEL_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin", "KernelsPlugin")
+
+
 class NotExact(Exception):
     """A value that has no exact translation: what is lost, and how to mend it."""
 
@@ -73,6 +76,14 @@ def tokens_of_padding(value: object) -> Any:
     others = [name for name, token in value.items() if name != "pad_token" and token] if isinstance(value, dict) else []
     if others:
         raise NotExact(f"{others[0]} is taken from the base's tokenizer", "remove it where it is the same there")
+    return NOTHING
+
+
+def plugins(value: object) -> Any:
+    """Axolotl's plugins: those of kernels alone change no result."""
+    others = [name for name in value or () if not str(name).endswith(KERNEL_PLUGINS)] if isinstance(value, list) else []
+    if others or not isinstance(value, list):
+        raise NotExact(f"{show(others[0] if others else value)} would be lost: plugins are not run", "remove it")
     return NOTHING
 
 

@@ -22,6 +22,7 @@ from tunekit.recipe.names import (
 )
 from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
 from tunekit.recipe.reading.suggest import did_you_mean
+from tunekit.recipe.sample_settings import SampleSettings
 from tunekit.recipe.section import ObjectiveSettings, Section
 
 EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
@@ -86,6 +87,10 @@ def settle_learning_rate(draft: Draft) -> None:
 def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
     """Every check that needs valid sections; a section with problems of its own is absent and is not checked."""
     data, evaluation = sections.get("data"), sections.get("evaluation")
+    sampling = sections.get("objective")
+    if isinstance(sampling, SampleSettings) and not sampling.reward:
+        how = "write reward: [{function: FILE.py:NAME, allow_code: true}], or {exact_match: answer}, regex or model"
+        draft.add_problem(("objective", "reward"), "is required", how)
     objective = _objective_class(draft)
     if isinstance(data, DataSection):
         unknown = draft.values.get("objective", "") is None  # that of a model which is asked when it is loaded

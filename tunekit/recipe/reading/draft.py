@@ -1,7 +1,7 @@
 """A recipe while it is being read: plain values, and for every written key the place it was written.
 
-Comes in: reader.py (the file) and overrides.py (the command line).  Goes out: the same values in canonical form, every
-problem found on the way.
+Comes in: what the reader of the file and overrides.py find.  Goes out: the same values in canonical form, every problem
+found on the way.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Draft:
     problems: list[Problem] = field(default_factory=list)
     rewrites: list[str] = field(default_factory=list)
     defaults: list[str] = field(default_factory=list)  # of one key that follow from another, in words
+    program: str | None = None  # of a command line, whose options are the keys
     untranslated: set[KeyPath] = field(default_factory=set)  # keys an alias meant but could not write: not "missing"
 
     def has(self, key: KeyPath) -> bool:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tunekit.recipe.reading.paths import ALWAYS_LOCAL, MODELS, relative_path
+from tunekit.recipe.reading.paths import ALWAYS_LOCAL, MODELS, REWARD_PATHS, relative_path
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
 
@@ -33,7 +33,10 @@ def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False
     for sources in (values["data"]["train"], values["data"].get("eval")):
         for source in sources if isinstance(sources, list) else ():
             source["path"] = relative_path(source["path"], relative_to)
-    return "\n".join(_lines(values, "")) + "\n"
+    for reward in values.get("objective", {}).get("reward") or ():
+        for name in (name for name in REWARD_PATHS if reward.get(name) is not None):
+            reward[name] = relative_path(reward[name], relative_to)
+    return "\n".join(yaml_lines(values)) + "\n"
 
 
 def yaml_scalar(value: object) -> str:
@@ -50,16 +53,17 @@ def yaml_scalar(value: object) -> str:
     return json.dumps(value)
 
 
-def _lines(values: dict[str, Any], indent: str) -> list[str]:
+def yaml_lines(values: dict[str, Any], indent: str = "") -> list[str]:
+    """Plain values as lines of YAML."""
     lines: list[str] = []
     for name, value in values.items():
         start = f"{indent}{yaml_scalar(name)}:"
         if isinstance(value, dict) and value:
-            lines += [start, *_lines(value, f"{indent}  ")]
+            lines += [start, *yaml_lines(value, f"{indent}  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             lines.append(start)
             for item in value:
-                first, *rest = _lines(item, f"{indent}    ")
+                first, *rest = yaml_lines(item, f"{indent}    ")
                 lines += [f"{indent}  - {first.strip()}", *rest]
         elif isinstance(value, list):
             lines.append(f"{start} [{', '.join(yaml_scalar(item) for item in value)}]")

@@ -15,6 +15,7 @@ from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_BYTES = 4096
 ALWAYS_LOCAL = (("output", "dir"), ("data", "chat_template"), ("adapter", "init_from"))
+REWARD_PATHS = ("function", "model")  # of a reward: FILE.py:NAME is a path too
 MODELS = (("model", "name_or_path"), ("objective", "teacher", "name_or_path"))
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".arrow")
 _MODEL_ENDINGS = (".gguf",)
@@ -30,6 +31,10 @@ def resolve_paths(draft: Draft, folder: Path) -> None:
         sources = draft.get(("data", name))
         for index in range(len(sources) if isinstance(sources, list) else 0):
             _resolve(draft, ("data", name, index, "path"), folder, endings=_DATA_ENDINGS)
+    rewards = draft.get(("objective", "reward"))
+    for index in range(len(rewards) if isinstance(rewards, list) else 0):
+        for name in REWARD_PATHS:
+            _resolve(draft, ("objective", "reward", index, name), folder, endings=None)
 
 
 def relative_path(path: str, folder: Path) -> str:

@@ -11,6 +11,7 @@ from tunekit.recipe.reading.yaml_reader import read_scalar
 
 NAMED_BY_TEXT = {"model": "name_or_path", "adapter": "method", "objective": "method"}
 TRACKERS: KeyPath = ("output", "report_to")
+REWARDS: KeyPath = ("objective", "reward")
 SOURCE_LISTS: tuple[KeyPath, ...] = (("data", "train"), ("data", "eval"))
 
 
@@ -28,6 +29,8 @@ def expand_shorthands(draft: Draft) -> None:
         draft.set(TRACKERS, [] if tracker == "none" else [tracker], draft.place(TRACKERS))
     for key in SOURCE_LISTS:
         _expand_sources(draft, key)
+    if isinstance(draft.get(REWARDS), dict):
+        draft.wrap(REWARDS, 0)
 
 
 def _expand_sources(draft: Draft, key: KeyPath) -> None:

@@ -39,7 +39,7 @@ def read_recipe_file(path: Path) -> Draft:
     Raises: RecipeError where it is no readable YAML mapping.
     """
     file = str(path)
-    draft = read_yaml(_decode(_read_bytes(path), file), file)
+    draft = read_yaml(read_text(path), file)
     if not isinstance(draft.values, dict):
         kind = "a list" if isinstance(draft.values, list) else "a single value"
         empty = draft.values is None
@@ -49,6 +49,11 @@ def read_recipe_file(path: Path) -> Draft:
             file=file,
         )
     return draft
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file of bounded size. Raises: RecipeError."""
+    return _decode(_read_bytes(path), str(path))
 
 
 def read_yaml(text: str, file: str) -> Draft:

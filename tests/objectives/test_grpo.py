@@ -1,0 +1,439 @@
+"""GRPO and RLOO: every loss, normaliser, KL and logged number against trl's trainers; whole runs; what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.conftest import write_tiny_llama
+from tests.objectives.sample_case import Case
+from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_recipe
+from tests.objectives.test_reward import write_reward
+from tests.train_case import lose_the_end, records, without_times
+from tunekit.contracts import Window
+from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunFolderError, Stopped
+from tunekit.evaluate import evaluate_verb
+from tunekit.formats.example import Message
+from tunekit.formats.preference import AskedExample
+from tunekit.formats.prompt import make_example
+from tunekit.generate import answer, score_file
+from tunekit.merge import merge_verb
+from tunekit.objectives.rewards import Rewards, Written
+from tunekit.planning.plan import make_plan
+from tunekit.preview import preview_verb
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.objectives.grpo import GrpoSettings
+from tunekit.recipe.objectives.rloo import RlooSettings
+from tunekit.training.state import LoopState
+from tunekit.tuned.target import find_target, load_target
+from tunekit.validate import validate
+
+GRPO: dict[str, dict[str, Any]] = {
+    "dapo": {},
+    "grpo": {"loss_type": "grpo"},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
+    "clip-higher": {"epsilon": 0.1, "epsilon_high": 0.3, "scale_rewards": "batch"},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05, "beta": 0.1},
+    "gspo, cispo": {"loss_type": "cispo", "importance_sampling_level": "sequence", "epsilon_high": 1.02},
+    "kl": {"beta": 0.2},
+    "kl without the ratio": {"beta": 0.2, "use_bias_correction_kl": False, "loss_type": "grpo"},
+    "truncated left out": {"mask_truncated_completions": True, "beta": 0.1},
+    "truncated left out of means": {"mask_truncated_completions": True, "loss_type": "grpo"},
+}
+RLOO: dict[str, dict[str, Any]] = {
+    "plain": {"beta": 0.0},
+    "kl": {"beta": 0.3, "epsilon": 0.01},
+    "normalised": {"beta": 0.05, "normalize_advantages": True, "mask_truncated_completions": True},
+}
+CASES = [(GrpoSettings, values, name) for name, values in GRPO.items()]
+CASES += [(RlooSettings, values, f"rloo, {name}") for name, values in RLOO.items()]
+NOT_LOGGED = {  # least and largest of single completions, which are no sums, and trl's own counter
+    *("clip_ratio_low_min", "clip_ratio_high_max", "num_tokens", "completions_min_terminated_length"),
+    "completions_max_terminated_length",
+}
+
+
+@pytest.mark.parametrize("off_policy", [False, True], ids=["on policy", "off policy"])
+@pytest.mark.parametrize(("kind", "values", "name"), CASES, ids=[name for _, _, name in CASES])
+def test_losses_gradients_and_what_is_logged_are_trls(
+    kind: Any, values: dict[str, Any], name: str, off_policy: bool, tmp_path: Path
+) -> None:
+    case = Case(tmp_path, kind, values, off_policy)
+    expected, theirs = case.theirs()
+    (gradient,) = torch.autograd.grad(expected, case.policy.values)
+    assert float(gradient.abs().max()) > 1e-3
+    for sizes, layout, order in CUTS:
+        loss, logged, _ = case.ours(sizes, layout, order)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5, abs=1e-7)
+        (found,) = torch.autograd.grad(loss, case.policy.values)
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
+        assert logged == pytest.approx({key: theirs[key] for key in logged}, rel=1e-5, abs=1e-7)
+        assert set(theirs) - set(logged) <= NOT_LOGGED
+
+
+CUTS: list[Any] = [  # micro-batches, layout, order of the prompts
+    ((4,), (True, True), (0, 1, 2, 3)),
+    ((1, 2, 1), (True, False), (2, 0, 3, 1)),
+    ((3, 1), (False, False), (1, 3, 0, 2)),
+]
+
+
+def test_ranks_together_prepare_what_one_does(tmp_path: Path) -> None:
+    """Two ranks with a part of the step each: advantages over the whole step's spread, one normaliser, the same log."""
+    case = Case(tmp_path, GrpoSettings, {"scale_rewards": "batch"})
+    _, whole, window = case.ours((1, 1, 1, 1))
+    objective = case.objective().laid_out(True, True)
+    rows, barrier, said, found = case.rows(objective), Barrier(2), dict[int, Any](), dict[int, Any]()
+
+    def rank(number: int) -> None:
+        def gather(mine: list[Any]) -> list[Any]:
+            said[number] = mine
+            barrier.wait()
+            both = said[0] + said[1]
+            barrier.wait()
+            return both
+
+        share = [objective.collate([[row]]) for row in rows[number::2]]
+        found[number] = objective.prepare(case.model(), Window(3, 0.0, (0, 1), tuple(share), 5), gather)
+
+    threads = [Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for number in range(2):
+        metrics = found[number].preparation.metrics
+        assert metrics == pytest.approx({name: whole[name] for name in metrics}, rel=1e-12)
+        for batch, alone in zip(found[number].batches, window.batches[number::2], strict=True):
+            for name in ("advantages", "weights", "share"):
+                torch.testing.assert_close(batch.targets[name], alone.targets[name], rtol=1e-6, atol=1e-7)
+
+
+def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    case = Case(tmp_path, GrpoSettings, {})
+    objective = case.objective()
+    batch = objective.collate([[row] for row in case.rows(objective)])
+    other = RewardError("rewards.py: score raised ValueError on another rank")
+    with pytest.raises(RewardError, match="on another rank"):
+        objective.prepare(case.model(), Window(3, 0.0, (0,), (batch,), 5), lambda mine: [*mine, other])
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+CODE = """
+def letters(completions, answer, **columns):
+    assert all(text.isdigit() for text in answer)
+    return [sum(letter in "aeiou" for letter in said[0]["content"]) / 10 for said in completions]
+"""
+ONE = {"function": "rewards.py:letters", "allow_code": True}
+
+
+def write_prompts(folder: Path, base: Path, rows: list[dict[str, Any]] | None = None, **sections: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rewards.py").write_text(sections.pop("code", CODE), encoding="utf-8")
+    asked = [
+        {"prompt": [{"role": "user", "content": f"say {'very ' * (n % 5)}{n}"}], "answer": str(n)} for n in range(24)
+    ]
+    few = {"method": "grpo", "num_generations": 3, "max_completion_length": 6, "reward": [ONE]}
+    objective = {**few, **sections.pop("objective", {})}
+    return write_recipe(folder, base, rows or asked, objective=objective, **sections)
+
+
+def measured(target: Path, *overrides: str) -> dict[str, float]:
+    evaluate_verb(str(target), None, None, None, [], str(target.parent / "eval.json"), list(overrides))
+    return json.loads((target.parent / "eval.json").read_text("utf-8"))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_run_learns_and_its_folder_is_used_by_every_verb(
+    method: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = {"method": method, "num_generations": 8, "max_completion_length": 12, "beta": 0.01, "temperature": 0.5}
+    recipe = write_prompts(
+        tmp_path, base, objective=objective, training={"epochs": 8, "eval_steps": 12, "learning_rate": 0.05}
+    )
+    run = train(recipe)
+    steps = [record for record in records(run) if "loss" in record]
+    assert abs(steps[0]["kl"]) < 1e-6, "the policy is its own reference"
+    assert [step["reward"] for step in steps] == [step["rewards_letters_mean"] for step in steps]
+    assert sum(step["reward"] for step in steps[-6:]) > 1.4 * sum(step["reward"] for step in steps[:6])
+    assert steps[-1]["kl"] > 0.01
+    assert [step["step"] for step in steps if "samples" in step] == [1, 12, 24]
+    sample = steps[-1]["samples"][0]
+    assert set(sample) == {"prompt", "completion", "answer", "ended", "rewards", "advantage"}
+    report = json.loads((run / "report.json").read_text("utf-8"))
+    assert {"sample", "reward", "train"} <= set(report["seconds"])
+    assert report["final_reward"] > 1.4 * report["first_reward"]
+    assert "Completions that the model learnt from" in (run / "report.html").read_text("utf-8")
+    assert "Mean reward of what the model sampled" in (run / "report.md").read_text("utf-8")
+    evaluations = [record["eval"] for record in records(run) if "eval" in record]
+    assert evaluations[-1]["reward"] > evaluations[0]["reward"] + 0.1
+    after = measured(run)
+    assert after["reward"] == pytest.approx(evaluations[-1]["reward"], rel=1e-6)
+    assert after["loss"] == -after["reward"]
+    assert measured(run, "evaluation.batch_size=1")["reward"] == pytest.approx(after["reward"], rel=1e-6)
+    loaded = load_target(find_target(str(run), None, ["evaluation.max_new_tokens=3"]), CPU)
+    assert len(answer(loaded, ["say 3", "say very 1"])) == 2
+    merge_verb(str(run / "adapter"), str(tmp_path / "merged"), str(base), None, [])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    capsys.readouterr()
+    preview_verb(str(recipe), [], 1, None)
+    shown = capsys.readouterr().out
+    assert "prompt, answer: " in shown
+    assert "completions of an epoch" in shown
+
+
+def test_micro_batches_layouts_and_interruptions_are_one_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe(name: str, micro_batch_size: int) -> Path:
+        steps = {"micro_batch_size": micro_batch_size, "gradient_accumulation_steps": 6 // micro_batch_size}
+        training = {**steps, "epochs": 1, "save_steps": 2, "eval_steps": 1}
+        objective = {"beta": 0.05, "temperature": 0.9, "top_p": 0.95, "top_k": 100}
+        return write_prompts(tmp_path / name, base, data={"eval": None}, training=training, objective=objective)
+
+    run = train(recipe("whole", 2))
+    whole, tensors, log = losses(run), tensors_of(run), without_times(records(run))
+    lose_the_end(run)
+    train(run.parent / "recipe.yaml", resume=True)
+    assert tensors_of(run) == tensors
+    assert without_times(records(run)) == log, "samples included"
+    for name, size, keeps, shares in (("alone", 1, True, True), ("apart", 3, True, False), ("padded", 6, False, False)):
+        monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net, keeps=keeps: keeps)
+        monkeypatch.setattr("tunekit.planning.plan.shares_prefixes", lambda net, longest, shares=shares: shares)
+        other = train(recipe(name, size))
+        assert losses(other) == pytest.approx(whole, rel=1e-4, abs=1e-6)
+        for ours, theirs in zip(records(other), log, strict=True):
+            assert [each["completion"] for each in ours["samples"]] == [
+                each["completion"] for each in theirs["samples"]
+            ]
+
+
+def test_a_changed_reward_file_is_not_resumed(base: Path, tmp_path: Path) -> None:
+    recipe = write_prompts(
+        tmp_path, base, training={"epochs": 1, "save_steps": 1, "micro_batch_size": 6}, data={"eval": None}
+    )
+    lose_the_end(train(recipe))
+    (tmp_path / "rewards.py").write_text(CODE.replace("10", "20"), encoding="utf-8")
+    with pytest.raises(
+        RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: the file has other"
+    ):
+        train(recipe, resume=True)
+
+
+WRONG = [
+    ("    raise KeyError('x')", r"rewards\.py: letters raised KeyError: 'x' \(line 3\)"),
+    ("    return None", "letters returned None; return a list"),
+    ("    return [None for _ in completions]", "letters returned None or NaN for each of"),
+    ("    return [float('nan')] * len(completions)", "letters returned None or NaN for each of"),
+    ("    return [1.0]", "letters returned 1 rewards for "),
+    ("    return 1.0", "letters returned float '1.0', which is no list"),
+    ("    return ['1'] * len(completions)", "letters returned str '1' for a completion; return a finite number"),
+    ("    return [float('inf')] * len(completions)", "letters returned float 'inf' for a completion"),
+    ("    raise SystemExit(3)", "letters raised SystemExit: 3"),
+]
+
+
+@pytest.mark.parametrize(("body", "said"), WRONG)
+def test_what_is_no_reward_is_named(base: Path, tmp_path: Path, body: str, said: str) -> None:
+    source = Rewards(
+        GrpoSettings.model_validate({"reward": ONE | {"function": f"{tmp_path}/rewards.py:letters"}}).reward
+    )
+    (tmp_path / "rewards.py").write_text(f"\ndef letters(completions, **columns):\n{body}\n", encoding="utf-8")
+    with pytest.raises(RewardError, match=said):
+        source.score([Written("p", {"answer": "1"}, text) for text in ("a", "b")], None)
+
+
+def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(base: Path, tmp_path: Path) -> None:
+    code = CODE + "    calls.append(1)\n    return [0.0] * (len(calls) < 3)\ncalls = []\n"
+    code = code.replace("    return [sum", "    if len(calls) < 2:\n        calls.append(1)\n        return [sum")
+    recipe = write_prompts(tmp_path, base, code=code, data={"eval": None}, training={"epochs": 1})
+    with pytest.raises(InputError, match=r"(?s)0 rewards for 18 completions.*the checkpoint of step 2 is written"):
+        train(recipe)
+    assert (recipe.parent / "run" / "checkpoints" / "step-000002").is_dir()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"reward": [{"function": "rewards.py:letters"}]}, r"reward\.0: allow_code is false, and a function is code"),
+    ({"reward": [{"function": "absent.py:letters", "allow_code": True}]}, r"absent\.py: no such file; check the path"),
+    ({"reward": [{"function": "rewards.py", "allow_code": True}]}, r"must be FILE\.py:NAME"),
+    ({"reward": [{"regex": "("}]}, "must be a regular expression"),
+    ({"reward": [{"regex": "a", "exact_match": "answer"}]}, "has regex and exact_match"),
+    ({"reward": [{"weight": 2.0}]}, "has none"),
+    ({"reward": []}, "must not be empty"),
+    ({"reward": None}, r"objective\.reward: must be a list, not empty"),
+    ({"reward": [{"model": "absent"}]}, "absent: no such folder"),
+    ({"num_generations": 1}, "must be at least 2: a completion is compared with the others"),
+    ({"loss_type": "bnpo"}, "bnpo divides by the tokens of each micro-batch, so that micro-batches would change"),
+    ({"loss_type": "cispo"}, "what cispo caps the ratio itself at; write it"),
+    ({"temperature": 0.0}, "must be greater than 0"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), REFUSED)
+def test_the_recipe_is_refused(base: Path, tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    recipe = write_prompts(tmp_path, base, objective=values)
+    with pytest.raises(RecipeError, match=said):
+        validate(str(recipe))
+
+
+ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"answer": "x"}, "no prompt; this row has 'answer'"),
+    ({"prompt": ""}, "the row has no prompt; mend it, or write objective.unusable_rows: drop"),
+    ({"prompt": 3}, "'prompt' must be text"),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), ROWS)
+def test_a_bad_row_is_named(base: Path, tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    recipe = write_prompts(tmp_path, base, rows=[{"prompt": "p", "answer": "1"}, row])
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: {said}"):
+        make_plan(load_recipe(recipe), device=CPU)
+
+
+def test_a_streamed_base_and_cut_prompts_are_refused_by_name(base: Path, tmp_path: Path) -> None:
+    plan, _ = make_plan(load_recipe(write_prompts(tmp_path, base, memory={"streaming": "disk"})), device=CPU)
+    (refusal,) = plan.refusals
+    assert refusal.key == "memory.streaming"
+    assert "grpo samples token by token, and each token would copy every layer" in refusal.message
+    with pytest.raises(RecipeError, match="a prompt that is cut asks something else"):
+        make_plan(load_recipe(write_prompts(tmp_path, base, data={"excess_length": "truncate"})), device=CPU)
+
+
+def test_equal_rewards_and_truncated_completions_are_said(base: Path, tmp_path: Path) -> None:
+    objective = {"reward": [{"regex": "never said"}], "num_generations": 2, "max_completion_length": 1}
+    training = {"max_steps": 21, "epochs": None, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    run = train(write_prompts(tmp_path, base, objective=objective, training=training, data={"eval": None}))
+    report = json.loads((run / "report.json").read_text("utf-8"))
+    told = {each["probe"]: each["step"] for each in report["reactions"]}
+    assert told["all completions of each prompt had equal rewards for 20 steps"] == 20
+    assert any("reached max_completion_length" in probe for probe in told)
+
+
+def test_every_layout_of_prompts_is_read() -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows: list[tuple[dict[str, Any], Any, str | None, dict[str, Any]]] = [
+        ({"prompt": "p", "completion": "c"}, "p", "c", {"completion": "c"}),
+        ({"prompt": turns[:1], "answer": 7, "level": 3}, turns[:1], "7", {"answer": 7, "level": 3}),
+        ({"messages": turns}, turns[:1], "ho", {}),
+        ({"prompt": turns[:1], "completion": turns[1:]}, turns[:1], "ho", {"completion": turns[1:]}),
+        ({"question": "q", "answer": "a"}, [{"role": "user", "content": "q"}], "a", {"answer": "a"}),
+        ({"prompt": "p", "system": "s"}, "s\n\np", None, {}),
+    ]
+    for row, prompt, reference, columns in rows:
+        example = make_example(row)
+        assert (example.prompt_value, example.answer, dict(example.columns)) == (prompt, reference, columns)
+
+
+def test_a_reward_model_of_ones_own_is_asked(base: Path, tmp_path: Path) -> None:
+    model = train(write_reward(tmp_path / "model", base, training={"epochs": 1}))
+    objective = {"reward": [{"model": str(model)}, {"exact_match": "answer", "weight": 2.0}]}
+    recipe = write_prompts(tmp_path / "grpo", base, objective=objective, training={"epochs": 1})
+    run = train(recipe)
+    steps = [record for record in records(run) if "loss" in record]
+    for step in steps:
+        both = step["rewards_model_mean"] + 2 * step["rewards_exact_match_mean"]
+        assert step["reward"] == pytest.approx(both, rel=1e-6)
+    assert measured(run)["reward"] == pytest.approx([r["eval"] for r in records(run) if "eval" in r][-1]["reward"])
+    (sample,) = steps[0]["samples"][:1]
+    asked = AskedExample((Message("user", sample["prompt"].split("\n")[1].removesuffix("<|im_end|>")),))
+    rows = tmp_path / "rows.jsonl"
+    said = {"role": "assistant", "content": sample["completion"]}
+    rows.write_text(
+        json.dumps({"messages": [{"role": "user", "content": asked.prompt[0].content}, said]}), encoding="utf-8"
+    )
+    ((_, score),) = score_file(load_target(find_target(str(model), None, []), CPU), rows)
+    assert sample["rewards"]["model"] == pytest.approx(score, rel=1e-4, abs=1e-6)
+    plain = write_prompts(tmp_path / "plain", base, training={"epochs": 1})
+    more = [make_plan(load_recipe(path), device=CPU)[0].peak_bytes for path in (recipe, plain)]
+    assert more[0].weights > more[1].weights, "the reward model's weights are planned"
+    with pytest.raises(RecipeError, match=r"objective\.reward\.0\.model: it was made for grpo and gives no scores"):
+        train(write_prompts(tmp_path / "other", base, objective={"reward": [{"model": str(run)}]}))
+
+
+def test_an_adapter_folder_alone_still_answers(base: Path, tmp_path: Path) -> None:
+    run = train(write_prompts(tmp_path, base, training={"epochs": 1}, data={"eval": None}))
+    (run / "adapter").rename(tmp_path / "alone")
+    loaded = load_target(find_target(str(tmp_path / "alone"), str(base), ["evaluation.max_new_tokens=3"]), CPU)
+    assert loaded.objective.name == "sft"
+    assert len(answer(loaded, ["say 3"])) == 1
+
+
+def test_steps_repeat_their_completions(base: Path, tmp_path: Path) -> None:
+    """Each window twice in a row, the second time off policy; a run is gone on with before a first time alone."""
+    objective = {"num_iterations": 2, "epsilon": 0.001, "num_generations": 6}
+    steps = {"micro_batch_size": 3, "gradient_accumulation_steps": 2, "epochs": 1}
+    training = {**steps, "save_steps": 4, "eval_steps": 1, "learning_rate": 0.05}
+    recipe = write_prompts(tmp_path, base, objective=objective, training=training, data={"eval": None})
+    run = train(recipe)
+    log = [record for record in records(run) if "loss" in record]
+    assert len(log) == 8, "24 prompts in windows of 6, twice each"
+    said = [[each["completion"] for each in record["samples"]] for record in log]
+    assert said[0::2] == said[1::2]
+    assert said[0] != said[2]
+    assert all(record["clip_ratio_region_mean"] < 1e-6 for record in log[0::2])
+    assert max(record["clip_ratio_region_mean"] for record in log[3::2]) > 0.01
+    tensors, kept = tensors_of(run), without_times(records(run))
+    lose_the_end(run)
+    train(recipe, resume=True)
+    assert tensors_of(run) == tensors
+    assert without_times(records(run)) == kept
+    odd = write_prompts(tmp_path / "odd", base, objective=objective, training={"save_steps": 3})
+    (refusal,) = make_plan(load_recipe(odd), device=CPU)[0].refusals
+    assert refusal.key == "training.save_steps"
+    assert "write a multiple of 2" in refusal.message
+
+
+def test_a_stop_waits_for_the_last_time(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_prompts(tmp_path, base, objective={"num_iterations": 3}, training={"epochs": 1, "save_steps": 3})
+    added, seen = LoopState.__setattr__, list[int]()
+
+    def set_step(state: LoopState, name: str, value: Any) -> None:
+        added(state, name, value)
+        if name == "step" and value == 1 and not seen:
+            seen.append(value)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LoopState, "__setattr__", set_step)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3"):
+        train(recipe)
+
+
+def test_a_reward_is_required(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base, [{"prompt": "p"}])
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text("utf-8")), "objective": "rloo"}), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"objective\.reward: is required; write reward: \[\{function: FILE\.py:NAME"):
+        validate(str(recipe))
+
+
+def test_what_samples_take_is_planned(base: Path, tmp_path: Path) -> None:
+    """Keys and values of the completions that are written side by side, at their full length."""
+    objective = {"num_generations": 2, "max_completion_length": 60}
+    training = {"micro_batch_size": 1, "gradient_accumulation_steps": 16}
+    peaks, longest = [], 0
+    for name, size in (("few", 2), ("many", 32)):
+        values = {"objective": {**objective, "sampling_batch_size": size}, "training": training}
+        plan, prepared = make_plan(load_recipe(write_prompts(tmp_path / name, base, **values)), device=CPU)
+        longest = max(len(prepared.rows.train[at].parts["prompt"]) for at in range(18)) + 60
+        assert prepared.largest_batch.tokens == 2 * longest, "a micro-batch is planned with full completions"
+        peaks.append(plan.peak_bytes)
+    config = AutoConfig.from_pretrained(base)
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * 32 * longest * width * 4
+    assert peaks[1].total > peaks[0].total
+    assert peaks[1].activations > cache

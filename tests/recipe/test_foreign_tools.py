@@ -1,0 +1,442 @@
+"""`tunekit import` of configurations after torchtune's, Unsloth's, TRL's and PEFT's own published ones, with their key
+structure and own values: each becomes a recipe that is read as it was meant, or the table says what is lost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data_case import write_lines
+from tunekit.errors import RecipeError
+from tunekit.foreign import import_verb
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.recipe import Recipe
+from tunekit.validate import validate
+
+TORCHTUNE = """
+output_dir: out/torchtune
+model:
+  _component_: torchtune.models.llama3_2.lora_llama3_2_1b
+  lora_attn_modules: ['q_proj', 'v_proj', 'output_proj']
+  apply_lora_to_mlp: True
+  lora_rank: 24
+  lora_alpha: 48
+  lora_dropout: 0.1
+tokenizer:
+  _component_: torchtune.models.llama3.llama3_tokenizer
+  path: base/original/tokenizer.model
+  max_seq_len: 640
+checkpointer:
+  _component_: torchtune.training.FullModelHFCheckpointer
+  checkpoint_dir: base
+  checkpoint_files: [
+     model.safetensors
+  ]
+  recipe_checkpoint: null
+  output_dir: ${output_dir}
+  model_type: LLAMA3_2
+resume_from_checkpoint: False
+save_adapter_weights_only: False
+dataset:
+  _component_: torchtune.datasets.alpaca_cleaned_dataset
+  packed: False
+seed: null
+shuffle: True
+batch_size: 3
+optimizer:
+  _component_: torch.optim.AdamW
+  fused: True
+  weight_decay: 0.02
+  lr: 4e-4
+lr_scheduler:
+  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
+  num_warmup_steps: 60
+loss:
+  _component_: torchtune.modules.loss.LinearCrossEntropyLoss
+epochs: 2
+max_steps_per_epoch: null
+gradient_accumulation_steps: 6
+clip_grad_norm: null
+compile: False
+metric_logger:
+  _component_: torchtune.training.metric_logging.DiskLogger
+  log_dir: ${output_dir}/logs
+log_every_n_steps: 1
+log_peak_memory_stats: True
+log_level: INFO
+device: cuda
+dtype: bf16
+enable_activation_checkpointing: False
+enable_activation_offloading: False
+profiler:
+  _component_: torchtune.training.setup_torch_profiler
+  enabled: False
+  output_dir: ${output_dir}/profiling_outputs
+"""
+UNSLOTH = """
+model: org/base
+data:
+  dataset: someone/rows
+  format_type: auto
+training:
+  training_type: lora
+  max_seq_length: 1536
+  load_in_4bit: true
+  output_dir: out/unsloth
+  num_epochs: 2
+  learning_rate: 0.0003
+  batch_size: 3
+  gradient_accumulation_steps: 5
+  warmup_steps: 7
+  max_steps: 0
+  save_steps: 0
+  weight_decay: 0.002
+  random_seed: 11
+  packing: false
+  train_on_completions: false
+  gradient_checkpointing: "unsloth"
+lora:
+  lora_r: 24
+  lora_alpha: 12
+  lora_dropout: 0.0
+  target_modules: "q_proj,v_proj"
+  vision_all_linear: false
+  use_rslora: false
+  use_loftq: false
+  use_dora: false
+  finetune_vision_layers: true
+  finetune_language_layers: true
+  finetune_attention_modules: true
+  finetune_mlp_modules: true
+logging:
+  enable_wandb: false
+  wandb_project: mine
+  enable_tensorboard: false
+  tensorboard_dir: runs
+"""
+MLP = ("gate_proj", "up_proj", "down_proj")
+DPO = {
+    "_component_: torchtune.datasets.alpaca_cleaned_dataset\n  packed: False": (
+        "_component_: torchtune.datasets.stack_exchange_paired_dataset"
+    ),
+    "_component_: torchtune.modules.loss.LinearCrossEntropyLoss": (
+        "_component_: torchtune.rlhf.loss.DPOLoss\n  beta: 0.07\n  label_smoothing: 0"
+    ),
+}
+ALPACA = "_component_: torchtune.datasets.alpaca_cleaned_dataset\n  packed: False"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where configurations lie, with a base and rows to name."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}", encoding="utf-8")
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    return tmp_path
+
+
+def imported(folder: Path, name: str, text: str, capsys: pytest.CaptureFixture[str]) -> tuple[Recipe, str]:
+    """The recipe that `import` wrote, valid, and what it said."""
+    path, output = folder / name, folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    import_verb(str(path), str(output))
+    recipe = validate(str(output)).recipe
+    whole = load_recipe(output).recipe
+    assert recipe == whole
+    return recipe, capsys.readouterr().err
+
+
+def changed(text: str, changes: dict[str, str]) -> str:
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+def values(recipe: Recipe, *keys: str) -> list[Any]:
+    found = []
+    for key in keys:
+        value: Any = recipe
+        for part in key.split("."):
+            value = value[int(part)] if part.isdigit() else getattr(value, part)
+        found.append(value)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [  # torchtune/recipes/configs: 1B_lora, 3B_qlora, 8B_dora, 8B_qdora, 1B_full, 7B_lora_dpo, 0.5B_lora (qwen2)
+        ({}, {"adapter.method": "lora", "adapter.target_modules": ("q_proj", "v_proj", "o_proj", *MLP)}),
+        (
+            {"lora_llama3_2_1b": "qlora_llama3_2_3b", "apply_lora_to_mlp: True": "apply_lora_to_mlp: False"},
+            {"model.quantization": "nf4", "adapter.target_modules": ("q_proj", "v_proj", "o_proj")},
+        ),
+        (
+            {"lora_rank: 24": "lora_rank: 24\n  use_dora: True\n  apply_lora_to_output: True"},
+            {"adapter.method": "dora", "adapter.target_modules": ("q_proj", "v_proj", "o_proj", *MLP, "lm_head")},
+        ),
+        (
+            {"lora_rank: 24": "lora_rank: 24\n  use_dora: True\n  quantize_base: True"},
+            {"adapter.method": "dora", "model.quantization": "nf4"},
+        ),
+        (
+            {
+                "lora_llama3_2_1b": "llama3_2_1b",
+                "  lora_attn_modules: ['q_proj', 'v_proj', 'output_proj']\n  apply_lora_to_mlp: True\n": "",
+                "  lora_rank: 24\n  lora_alpha: 48\n  lora_dropout: 0.1\n": "",
+                "torch.optim.AdamW\n  fused: True": "bitsandbytes.optim.PagedAdamW8bit",
+                "seed: null": "seed: null\noptimizer_in_bwd: False",
+                "clip_grad_norm: null": "clip_grad_norm: 1.5",
+            },
+            {"adapter.method": "full", "training.optimizer": "paged_adamw_8bit", "training.max_grad_norm": 1.5},
+        ),
+        (DPO, {"objective.method": "dpo", "objective.beta": 0.07, "data.train.0.format": "preference"}),
+        (
+            {
+                ALPACA: "_component_: torchtune.datasets.alpaca_dataset\n  split: train[:90%]",
+                "seed: null": "seed: null\nrun_val_every_n_steps: 50\nbatch_size_val: ${batch_size}\ndataset_val:\n"
+                "  _component_: torchtune.datasets.alpaca_dataset\n  split: train[90%:]",
+            },
+            {"data.eval": 0.1, "training.eval_steps": 50, "evaluation.batch_size": 3, "data.train.0.split": "train"},
+        ),
+        (
+            {
+                ALPACA: "_component_: torchtune.datasets.chat_dataset\n  source: json\n  data_files: rows.jsonl\n"
+                "  conversation_column: messages\n  conversation_style: openai\n  packed: True",
+                "lr_scheduler:\n  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup\n"
+                "  num_warmup_steps: 60\n": "",
+                "DiskLogger": "TensorBoardLogger",
+            },
+            {
+                "data.train.0.format": "chat",
+                "data.packing": True,
+                "data.train_on": "assistant",
+                "training.scheduler": "constant",
+                "training.warmup_ratio": 0.0,
+                "output.report_to": ("tensorboard",),
+            },
+        ),
+    ],
+)
+def test_torchtune(
+    folder: Path, changes: dict[str, str], expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, said = imported(folder, "theirs.yaml", changed(TORCHTUNE, changes), capsys)
+    keys = ("model.name_or_path", "data.max_length", "data.excess_length", "training.epochs", "training.learning_rate")
+    assert values(recipe, *keys) == [str(folder / "base"), 640, "truncate", 2.0, 4e-4]
+    assert values(recipe, *expected) == list(expected.values())
+    if "alpaca" in recipe.data.train[0].path:
+        assert recipe.data.train_on == "all"  # what its builder does where it is not told otherwise
+    assert "theirs.yaml: a configuration of torchtune" in said
+    assert "checkpointer.recipe_checkpoint -> nothing (it is empty)" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"max_steps_per_epoch: null": "max_steps_per_epoch: 30"}, "max_steps_per_epoch: .* would be lost"),
+        ({"llama3_2.lora_llama3_2_1b": "phi3.lora_phi3_mini"}, "have other names in transformers' model"),
+        ({"llama3_2.lora_llama3_2_1b": "llama3_2_vision.lora_11b"}, "is no model of text alone"),
+        ({"loss.LinearCrossEntropyLoss": "loss.ForwardKLLoss"}, "the loss 'ForwardKLLoss' has no exact translation"),
+        ({"alpaca_cleaned_dataset": "samsum_dataset"}, "the data set 'samsum_dataset' has no exact translation"),
+        ({"seed: null": "seed: null\nquantizer:\n  _component_: a.B"}, "quantizer._component_: .* would be lost"),
+        ({"seed: null": "seed: null\nfuture: 3"}, "future: is a key of another tool and would be lost"),
+    ],
+)
+def test_what_torchtune_has_and_nothing_here_is_said(
+    folder: Path, changes: dict[str, str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RecipeError, match=problem) as caught:
+        imported(folder, "theirs.yaml", changed(TORCHTUNE, changes), capsys)
+    assert caught.value.exit_code == 2
+    assert any("optimizer.lr -> training.learning_rate" in line for line in caught.value.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [  # unsloth: studio's lora_text.yaml and full_finetune.yaml, and what unsloth_cli/config.py allows
+        ({}, {"adapter.method": "lora", "model.quantization": "nf4", "data.train_on": "all"}),
+        (
+            {"training_type: lora": "training_type: full", "load_in_4bit: true": "load_in_4bit: false"},
+            {"adapter.method": "full", "model.quantization": "none"},
+        ),
+        (
+            {
+                "use_dora: false": "use_dora: true",
+                "dataset: someone/rows\n  format_type: auto": "local_dataset: [rows.jsonl]\n  format_type: chatml",
+                "train_on_completions: false": "train_on_completions: true",
+                "enable_tensorboard: false": "enable_tensorboard: true",
+                "max_steps: 0": "max_steps: 40",
+                "num_epochs: 2": "num_epochs: 0",
+            },
+            {
+                "adapter.method": "dora",
+                "data.train.0.format": "chat",
+                "data.train_on": "assistant",
+                "output.report_to": ("tensorboard",),
+                "training.max_steps": 40,
+            },
+        ),
+        ({"  learning_rate: 0.0003\n": "", "  num_epochs: 2\n": ""}, {"training.epochs": 3.0}),
+    ],
+)
+def test_unsloth(
+    folder: Path, changes: dict[str, str], expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, said = imported(folder, "theirs.yaml", changed(UNSLOTH, changes), capsys)
+    keys = ("training.optimizer", "training.scheduler", "training.warmup_steps", "data.max_length")
+    assert values(recipe, *keys) == ["adamw_8bit", "linear", 7, 1536]
+    assert values(recipe, *expected) == list(expected.values())
+    assert "default of Unsloth -> training.optimizer: 'adamw_8bit'" in said
+
+
+SCRIPT = """#!/bin/bash
+# what trains
+export CUDA_VISIBLE_DEVICES=0
+python unsloth-cli.py --model_name "org/base" --max_seq_length 1536 --dtype None --load_in_4bit \\
+  --r 24 --lora_alpha 12 --lora_dropout 0.1 --bias "none" --use_gradient_checkpointing "unsloth" \\
+  --random_state 11 --use_rslora --per_device_train_batch_size 3 --gradient_accumulation_steps 5 \\
+  --warmup_steps 7 --max_steps 40 --learning_rate 2e-6 --logging_steps 1 --optim "adamw_8bit" \\
+  --weight_decay 0.002 --lr_scheduler_type "linear" --seed 12 --output_dir "out" --report_to "tensorboard" \\
+  --dataset someone/rows --save_model --save_path "model" --quantization "f16"
+echo done --r 99
+"""
+
+
+def test_unsloths_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, said = imported(folder, "run.sh", SCRIPT, capsys)
+    keys = ("adapter.r", "adapter.use_rslora", "model.quantization", "training.max_steps", "training.seed")
+    assert values(recipe, *keys) == [24, True, "nf4", 40, 12]
+    assert "run.sh:9: quantization -> nothing (run `tunekit merge` or `tunekit export` on the result)" in said
+    for change, what in (
+        ({"--save_model": "--push_model --hub_path a/b"}, "push_model: .* nothing is uploaded"),
+        ({"--r 24": "--r $RANK"}, r"run.sh:5: r: \$RANK is for a shell to put in"),
+    ):
+        with pytest.raises(RecipeError, match=what):
+            load_recipe(_written(folder, "run.sh", changed(SCRIPT, change)), imported=True)
+    with pytest.raises(RecipeError, match="holds no training command that is known"):
+        load_recipe(_written(folder, "run.sh", "ls --all\n"), imported=True)
+
+
+def _written(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [  # the heads of trl/scripts/sft.py, dpo.py and reward.py
+        (
+            "accelerate launch --num_processes 1 trl/scripts/sft.py --model_name_or_path org/base "
+            "--dataset_name someone/rows --learning_rate 2.0e-4 --num_train_epochs 1 --packing "
+            "--per_device_train_batch_size 2 --gradient_accumulation_steps 8 --eos_token --use_peft --lora_r 20",
+            None,
+        ),
+        (
+            "trl sft --model_name_or_path org/base --dataset_name someone/rows --use_peft --lora_r=20",
+            {"objective.method": "sft", "training.learning_rate": 2e-5, "data.max_length": 1024, "adapter.r": 20},
+        ),
+        (
+            "trl dpo --model_name_or_path org/base --dataset_name someone/pairs --use_peft --lora_r 20 --beta 0.3",
+            {"objective.method": "dpo", "training.learning_rate": 1e-6, "objective.beta": 0.3, "adapter.dropout": 0.05},
+        ),
+        (
+            "python trl/scripts/reward.py --model_name_or_path org/base --dataset_name someone/pairs",
+            {"objective.method": "reward", "training.learning_rate": 1e-4, "adapter.method": "full"},
+        ),
+    ],
+)
+def test_trls_commands(
+    folder: Path, command: str, expected: dict[str, Any] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not written is what TRL takes, a fully trained model where no adapter is asked for."""
+    if expected is None:
+        with pytest.raises(RecipeError, match=r"eos_token: .* taken from the base's tokenizer"):
+            imported(folder, "run.sh", command, capsys)
+        return
+    recipe, said = imported(folder, "run.sh", command, capsys)
+    assert values(recipe, *expected) == list(expected.values())
+    assert values(recipe, "training.scheduler", "training.micro_batch_size", "training.epochs") == ["linear", 8, 3.0]
+    assert "default of TRL -> training.epochs: 3.0" in said
+
+
+@pytest.mark.slow
+def test_trls_defaults_are_trls() -> None:
+    from trl import DPOConfig, KTOConfig, ModelConfig, RewardConfig, SFTConfig
+
+    from tunekit.recipe.foreign.tools import DEFAULTS, TRL, rate_of
+
+    names = {"lr_scheduler_type": "training.scheduler", "per_device_train_batch_size": "training.micro_batch_size"}
+    names |= {"gradient_accumulation_steps": "training.gradient_accumulation_steps", "max_length": "data.max_length"}
+    names |= {"num_train_epochs": "training.epochs", "warmup_steps": "training.warmup_ratio"}
+    configs: Sequence[tuple[str, Any]] = (
+        ("sft", SFTConfig),
+        ("dpo", DPOConfig),
+        ("kto", KTOConfig),
+        ("reward", RewardConfig),
+    )
+    for method, config in configs:
+        fields = config.__dataclass_fields__
+        assert rate_of(method) == fields["learning_rate"].default
+        for theirs, ours in names.items():
+            assert DEFAULTS[TRL][ours] == fields[theirs].default
+    assert DEFAULTS[TRL]["adapter.dropout"] == ModelConfig.__dataclass_fields__["lora_dropout"].default
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [  # as PEFT's own save_pretrained writes them
+        ({"peft_type": "LORA", "r": 12, "lora_alpha": 24, "use_rslora": True}, {"method": "lora", "alpha": 24.0}),
+        ({"peft_type": "LORA", "r": 12, "lora_alpha": 6, "use_dora": True}, {"method": "dora", "r": 12}),
+        (
+            {"peft_type": "IA3", "feedforward_modules": ["v_proj"]},
+            {"method": "ia3", "feedforward_modules": ("v_proj",)},
+        ),
+        (
+            {"peft_type": "LORA", "rank_pattern": {"q_proj": 4}},
+            {"method": "lora", "r": 8, "rank_pattern": {"q_proj": 4}},
+        ),
+    ],
+)
+def test_an_adapters_configuration(
+    folder: Path, fields: dict[str, Any], expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A field that is absent has PEFT's default, not ours; the rows are to be named."""
+    common = {"base_model_name_or_path": str(folder / "base"), "target_modules": ["q_proj", "v_proj"]}
+    write_lines(folder / "train.jsonl", [json.loads((folder / "rows.jsonl").read_text("utf-8"))])
+    text = json.dumps({**common, "task_type": "CAUSAL_LM", "inference_mode": True, "peft_version": "0.21.2", **fields})
+    recipe, said = imported(folder, "adapter_config.json", text, capsys)
+    assert {name: getattr(recipe.adapter, name) for name in expected} == expected
+    assert recipe.adapter.target_modules == ("q_proj", "v_proj")  # type: ignore[attr-defined]
+    assert recipe.model.name_or_path == str(folder / "base")
+    assert "to be named: data.train" in said
+    with pytest.raises(RecipeError, match="configuration of a PEFT adapter, and no recipe; `tunekit import"):
+        validate(str(folder / "adapter_config.json"))
+
+
+def test_what_an_adapters_configuration_has_and_nothing_here_is_said(folder: Path) -> None:
+    text = json.dumps(
+        {"peft_type": "LORA", "target_modules": ["q_proj"], "use_qalora": True, "megatron_config": {"a": 1}}
+    )
+    path = _written(folder, "adapter_config.json", text)
+    with pytest.raises(RecipeError) as caught:
+        import_verb(str(path), str(folder / "recipe.yaml"))
+    assert [problem.key for problem in caught.value.problems] == ["megatron_config", "use_qalora"]
+    with pytest.raises(RecipeError, match="VBLORA2 are not supported"):
+        import_verb(str(_written(folder, "adapter_config.json", '{"peft_type": "VBLORA2"}')), None)
+
+
+def test_validate_says_whose_a_configuration_is(folder: Path) -> None:
+    for name, text, tool in (("theirs.yaml", TORCHTUNE, "torchtune"), ("run.sh", SCRIPT, "Unsloth's script")):
+        loaded = validate(str(_written(folder, name, text)))
+        assert loaded.rewrites[0].endswith(
+            f"is a configuration of {tool}: `tunekit import {folder / name} --output RECIPE` makes a recipe of it"
+        )
+    ours = "model: base\ndata: {train: rows.jsonl}\nlora_r: 4\noutput_dir: out\n"  # with a spelling or two
+    assert validate(str(_written(folder, "ours.yaml", ours))).tool is None

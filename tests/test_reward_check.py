@@ -1,0 +1,101 @@
+"""`tunekit reward check`: planted faults are found, and a sound reward passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_tiny_llama
+from tests.objectives.test_dpo import write_recipe
+from tests.objectives.test_grpo import write_prompts
+from tests.test_cli import run
+from tunekit import reward_check
+from tunekit.errors import InputError, RewardError
+from tunekit.reward_check import reward_check_verb
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+SOUND = "[float(said[0]['content'] == right) for said, right in zip(completions, answer)]"
+
+
+def checked(base: Path, folder: Path, body: str, *, samples: int = 0, **objective: Any) -> tuple[int, dict[str, Any]]:
+    code = f"import time\n\ndef letters(prompts, completions, answer, **columns):\n    {body}\n"
+    recipe = write_prompts(folder, base, code=code, objective=objective)
+    found = reward_check_verb(str(recipe), [], samples, str(folder / "found.json"))
+    return found, json.loads((folder / "found.json").read_text("utf-8"))
+
+
+def test_a_sound_reward_passes(base: Path, tmp_path: Path) -> None:
+    code, found = checked(base, tmp_path, f"return {SOUND}", samples=32)
+    assert (code, found["findings"]) == (0, [])
+    worth = {each["answers"]: each["mean"] for each in found["answers"]}
+    assert worth.pop("the rows' own answers") == 1.0
+    assert max(worth.values()) < 0.2
+    sampled = found["answers"][-1]
+    assert sampled["completions"] == 33, "whole groups of 3"
+    assert sampled["not_judged"] == 0
+    assert any("of the groups of samples have equal rewards" in note for note in found["notes"])
+
+
+FAULTS = {
+    "likes length": ("return [float(len(said[0]['content'])) for said in completions]", "200 words of other answers"),
+    "likes the prompt": (
+        "return [float(asked[-1]['content'] in said[0]['content']) for asked, said in zip(prompts, completions)]",
+        "the prompt again",
+    ),
+    "likes nothing": ("return [1.0 / (1 + len(said[0]['content'])) for said in completions]", "nothing: a mean"),
+    "likes one answer": (
+        "return [float(said[0]['content'].startswith('7')) for said in completions]",
+        "one answer to all: '7'",
+    ),
+    "is constant": ("return [0.5] * len(completions)", "nothing: a mean reward of 0.5"),
+    "raises": ("return 1 / 0", "letters raised ZeroDivisionError"),
+    "returns None": ("pass", "letters returned None"),
+    "returns NaN": ("return [float('nan')] * len(completions)", "letters returned None or NaN for each"),
+    "returns too few": ("return [1.0]", "letters returned 1 rewards for"),
+    "takes a minute": ("time.sleep(60)", "letters took more than 0.2 s"),
+    "is slow": (f"time.sleep(0.1); return {SOUND}", "s for a completion"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_check, "LIMIT_SECONDS", 0.2)
+    monkeypatch.setattr(reward_check, "SLOW_SECONDS", 0.003)
+    rows = [
+        {"prompt": [{"role": "user", "content": f"say {n}"}], "answer": "7" if n % 3 else str(n)} for n in range(12)
+    ]
+    body, said = FAULTS[fault]
+    code = f"import time\n\ndef letters(prompts, completions, answer, **columns):\n    {body}\n"
+    recipe = write_prompts(tmp_path, base, rows, code=code, data={"eval": None})
+    assert reward_check_verb(str(recipe), [], 0, str(tmp_path / "found.json")) == 2
+    findings = json.loads((tmp_path / "found.json").read_text("utf-8"))["findings"]
+    assert any(said in finding for finding in findings), findings
+
+
+def test_the_command_and_what_cannot_be_checked(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_prompts(tmp_path, base, objective={"reward": [{"exact_match": "answer"}]})
+    assert run(monkeypatch, "reward", "check", str(recipe), "--samples", "0") == 0
+    assert "nothing was found" in capsys.readouterr().out
+    with pytest.raises(InputError, match="objective dpo has no reward"):
+        reward_check_verb(str(write_recipe(tmp_path / "dpo", base)), [], 0, None)
+    broken = write_prompts(tmp_path / "broken", base, code="def other():\n    pass\n")
+    with pytest.raises(RewardError, match="has no function letters; it has: other"):
+        reward_check_verb(str(broken), [], 0, None)
+    bare = write_prompts(tmp_path / "bare", base, [{"prompt": f"p{n}"} for n in range(4)])
+    code, found = checked_again(bare)
+    assert (code, found["notes"][0]) == (2, "no row has an answer of its own, with which others could be compared")
+
+
+def checked_again(recipe: Path) -> tuple[int, dict[str, Any]]:
+    found = reward_check_verb(str(recipe), [], 0, str(recipe.parent / "found.json"))
+    return found, json.loads((recipe.parent / "found.json").read_text("utf-8"))

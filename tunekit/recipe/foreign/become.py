@@ -1,0 +1,80 @@
+"""What becomes of another tool's key: written under our name, said to change nothing, or complained of.
+
+Comes in: a Draft, a key and its meaning.  Goes out: the same Draft, with a line in `rewrites` or in `problems`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunekit.errors import Problem
+from tunekit.recipe.foreign.table import Alias
+from tunekit.recipe.foreign.values import NOTHING, NotExact
+from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
+from tunekit.recipe.reading.suggest import show
+
+
+def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
+    """One foreign key by its table entry; an empty value says nothing, as in those tools."""
+    place, value = draft.place(key), draft.get(key)
+    inner = [draft.place((*key, index)) for index in range(len(value) if isinstance(value, list) else 0)]
+    draft.remove(key)
+    if value is None:
+        return record(draft, place, dotted(key), "nothing (it is empty)")
+    try:
+        ours = alias.translate(value)
+    except NotExact as lost:
+        complain(draft, place, dotted(key), lost.what, lost.how)
+        draft.untranslated.add(alias.target or key)
+        return None
+    if ours is NOTHING or alias.target is None:
+        return record(draft, place, dotted(key), f"nothing ({alias.why})")
+    if write(draft, alias.target, ours, place, dotted(key), translated=ours != value):
+        for index, at in enumerate(inner):
+            _move_places(draft, (*alias.target, index), at)
+    return None
+
+
+def write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: str, *, translated: bool = True) -> bool:
+    """Write our key, unless it is written already. False where it was not written."""
+    if draft.has(target):
+        other = draft.place(target)
+        what = f"{spelled} and {other.spelled or dotted(target)} ({other}) are two spellings of one thing"
+        complain(draft, place, spelled, what, "keep one")
+        return False
+    holder = draft.values.get(str(target[0]), {})
+    if not isinstance(holder, dict):
+        complain(draft, place, spelled, f"{target[0]} ({draft.place(target[:1])}) is no mapping")
+        return False
+    draft.set(target, value, Place(place.file, place.line, spelled))
+    if draft.places[target[:1]].spelled:  # a section that only an alias opened was not spelled by anyone
+        draft.places[target[:1]] = place
+    shown = f": {show(value)}" if translated and not isinstance(value, list | dict) else ""
+    record(draft, place, spelled, f"{dotted(target)}{shown}")
+    return True
+
+
+def take(draft: Draft, name: str) -> tuple[Any, Place] | None:
+    """Remove a top-level key; None where it is absent or empty."""
+    if not draft.has((name,)):
+        return None
+    place = draft.place((name,))
+    value = draft.remove((name,))
+    if value is None:
+        record(draft, place, name, "nothing (it is empty)")
+        return None
+    return value, place
+
+
+def _move_places(draft: Draft, key: KeyPath, place: Place) -> None:
+    """The items of a translated list keep their own lines."""
+    for known in [known for known in draft.places if known[: len(key)] == key]:
+        draft.places[known] = Place(place.file, place.line, draft.places[known].spelled)
+
+
+def record(draft: Draft, place: Place, spelled: str, what: str) -> None:
+    draft.rewrites.append(f"{place}: {spelled} -> {what}")
+
+
+def complain(draft: Draft, place: Place, spelled: str, what: str, how: str = "") -> None:
+    draft.problems.append(Problem(what, how, file=place.file, line=place.line, key=spelled))

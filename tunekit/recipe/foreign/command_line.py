@@ -1,0 +1,75 @@
+"""A shell file with a training command goes in; its options come out, as a Draft of keys with their lines.
+
+A value that the shell would put in (`$NAME`) is a problem: only what is written can be translated.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tunekit.errors import RecipeError
+from tunekit.recipe.reading.draft import Draft, Place
+from tunekit.recipe.reading.yaml_reader import read_scalar, read_text
+
+TRL_COMMANDS = ("sft", "dpo", "kto", "reward")
+ENDING = ".sh"
+
+
+def read_command_line(path: Path) -> Draft:
+    """The options of the first command that trains. Raises: RecipeError where there is none."""
+    file = str(path)
+    draft = Draft(file)
+    words = list(_words(read_text(path), file))
+    for at, (word, line) in enumerate(words):
+        name = Path(word).name.removesuffix(".py")
+        after = words[at + 1][0] if word == "trl" and at + 1 < len(words) else name
+        if "unsloth" in name and word.endswith(".py"):
+            draft.program = "unsloth-cli.py"
+        elif after in TRL_COMMANDS and (word == "trl" or word.endswith(".py")):
+            draft.program = f"trl {after}"
+            draft.set(("rl",), after, Place(file, line))
+        if draft.program is not None:
+            _read_options(draft, words[at + 1 + (word == "trl") :])
+            return draft
+    how = "known: unsloth-cli.py, trl sft, trl dpo, trl kto, trl reward"
+    raise RecipeError("holds no training command that is known", how, file=file)
+
+
+def _words(text: str, file: str) -> Iterator[tuple[str, int]]:
+    """Words with their lines, a line that ends in a backslash going on; a mark ends each command."""
+    for number, line in enumerate(text.splitlines(), 1):
+        goes_on = line.rstrip().endswith("\\")
+        try:
+            for word in shlex.split(line.rstrip().removesuffix("\\"), comments=True):
+                yield word, number
+        except ValueError as error:
+            raise RecipeError(f"cannot be read as a command: {error}", file=file, line=number) from None
+        if not goes_on:
+            yield "", number
+
+
+def _read_options(draft: Draft, words: list[tuple[str, int]]) -> None:
+    """--NAME, --NAME VALUE ... and --NAME=VALUE up to the command's end."""
+    name, line, found = "", 0, list[str]()
+    for word, number in [*words, ("", 0)]:
+        if word.startswith("--") or not word:
+            if name:
+                _set(draft, name, found, line)
+            name, equals, value = word.removeprefix("--").partition("=")
+            line, found = number, [value] if equals else []
+        elif name:
+            found.append(word)
+        if not word:
+            return
+
+
+def _set(draft: Draft, name: str, words: list[str], line: int) -> None:
+    key, values = name.replace("-", "_"), [read_scalar(word) for word in words]
+    shell = next((word for word in words if "$" in word or "`" in word), None)
+    value: Any = True if not values else values[0] if len(values) == 1 else values
+    draft.set((key,), value, Place(draft.file, line))
+    if shell is not None:
+        draft.add_problem((key,), f"{shell} is for a shell to put in", "write the value itself")

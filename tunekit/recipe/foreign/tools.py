@@ -1,0 +1,131 @@
+"""A configuration as read goes in; whose it is comes out, and what that tool takes where a key is not written.
+
+Sources of the defaults: TRL's SFTConfig, DPOConfig, RewardConfig and ModelConfig, transformers' TrainingArguments,
+LLaMA-Factory's and Axolotl's argument classes, Unsloth's Config, the builders of torchtune.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunekit.recipe.foreign.become import record
+from tunekit.recipe.foreign.table import TOP_LEVEL
+from tunekit.recipe.foreign.torchtune import COMPONENT, rewrite_torchtune
+from tunekit.recipe.foreign.unsloth import rewrite_options, rewrite_sections
+from tunekit.recipe.reading.draft import Draft, Place
+from tunekit.recipe.reading.suggest import show
+
+AXOLOTL, FACTORY, PEFT, TORCHTUNE, TRL, UNSLOTH = "Axolotl", "LLaMA-Factory", "PEFT", "torchtune", "TRL", "Unsloth"
+SCRIPT = "Unsloth's script"
+OURS = ("model", "data", "training", "memory", "evaluation", "output", "objective", "adapter")
+SIGNS = {  # keys by which the flat ones are told, in this order
+    PEFT: ("peft_type",),
+    AXOLOTL: ("base_model", "micro_batch_size", "sequence_len"),
+    FACTORY: ("finetuning_type", "stage", "cutoff_len", "lora_target", "lora_rank", "template"),
+    TRL: ("dataset_name", "use_peft", "lora_target_modules", "per_device_train_batch_size", "num_train_epochs"),
+}
+_TRAINER = {"training.scheduler": "linear", "training.micro_batch_size": 8, "training.gradient_accumulation_steps": 1}
+_TRAINER |= {"training.epochs": 3.0, "training.warmup_ratio": 0.0, "data.excess_length": "truncate"}
+_RATES = {"dpo": 1e-6, "kto": 1e-6, "reward": 1e-4}  # of TRL's trainers; of its SFTTrainer 2e-5
+DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is meant by a key that is not written
+    TRL: {**_TRAINER, "data.max_length": 1024, "adapter.dropout": 0.05, "output.dir": "trainer_output"},
+    FACTORY: {**_TRAINER, "training.learning_rate": 5e-5, "adapter.r": 8},
+    AXOLOTL: {
+        "training.micro_batch_size": 1,
+        "training.gradient_accumulation_steps": 1,
+        "data.max_length": 512,
+        "output.dir": "model-out",
+    },
+    UNSLOTH: {
+        "training.optimizer": "adamw_8bit",
+        "training.scheduler": "linear",
+        "training.epochs": 3.0,
+        "training.warmup_steps": 5,
+        "training.weight_decay": 0.01,
+        "training.gradient_accumulation_steps": 4,
+        "data.excess_length": "truncate",
+        "data.train_on": "all",
+        "adapter.r": 64,
+        "adapter.alpha": 16.0,
+        "model.quantization": "nf4",
+        "output.dir": "outputs",
+    },
+    SCRIPT: {
+        "training.optimizer": "adamw_8bit",
+        "training.scheduler": "linear",
+        "training.max_steps": 400,
+        "training.warmup_steps": 5,
+        "training.weight_decay": 0.01,
+        "training.gradient_accumulation_steps": 4,
+        "data.excess_length": "truncate",
+        "data.train_on": "all",
+        "adapter.alpha": 16.0,
+        "output.dir": "outputs",
+    },
+    TORCHTUNE: {
+        "adapter.r": 8,
+        "adapter.alpha": 16.0,
+        "data.excess_length": "truncate",
+        "training.gradient_accumulation_steps": 1,
+    },
+}
+ONE_OF = {"epochs": "max_steps", "max_steps": "epochs", "warmup_ratio": "warmup_steps", "warmup_steps": "warmup_ratio"}
+
+
+def tool_of(draft: Draft) -> str | None:
+    """Whose configuration this is; None for a recipe of ours, whatever spellings are in it."""
+    values = draft.values
+    sections = [value for value in values.values() if isinstance(value, dict)]
+    if any(COMPONENT in section for section in sections):
+        return TORCHTUNE
+    if isinstance(values.get("lora"), dict) and isinstance(values.get("training"), dict):
+        return UNSLOTH
+    if draft.program is not None:
+        return SCRIPT if "unsloth" in draft.program else TRL
+    if any(isinstance(values.get(name), dict) for name in OURS):
+        return None
+    return next((tool for tool, signs in SIGNS.items() if any(sign in values for sign in signs)), None)
+
+
+WHOLE = {TORCHTUNE: rewrite_torchtune, UNSLOTH: rewrite_sections, SCRIPT: rewrite_options}  # those that are not flat
+
+
+def rate_of(method: str) -> float:
+    """The learning rate that TRL's trainer for this objective takes where none is written."""
+    return _RATES.get(method, 2e-5)
+
+
+def trains_base(draft: Draft, tool: str | None) -> bool:
+    """Whether the tool, asked for no adapter, would train every weight; of a draft as read."""
+    asked = draft.get(("adapter",)) if tool == AXOLOTL else draft.get(("use_peft",)) is True
+    return tool in (AXOLOTL, TRL) and not asked
+
+
+def drop_empty(draft: Draft) -> None:
+    """Keys that nothing is known of, and that say nothing, in place: examples list many such."""
+    for name in [name for name in draft.values if name not in OURS and name not in TOP_LEVEL]:
+        if draft.values[name] in (None, False, "", [], {}):
+            record(draft, draft.place((name,)), str(name), "nothing (it is empty)")
+            draft.remove((name,))
+    if draft.has(("adapter",)) and draft.get(("adapter",)) is None:
+        draft.remove(("adapter",))
+
+
+def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
+    """What the tool takes for keys that are not written, where that is not what we take; in place."""
+    found = dict(DEFAULTS.get(tool, {}))
+    if every_weight:
+        found["adapter.method"] = "full"
+    method = "full" if every_weight else draft.get(("adapter", "method"))
+    if tool == TRL:
+        found["training.learning_rate"] = rate_of(str(draft.get(("objective", "method"))))
+    if tool == FACTORY and isinstance(rank := draft.get(("adapter", "r"), 8), int):
+        found["adapter.alpha"] = 2.0 * rank
+    for key, value in found.items():
+        section, name = key.split(".")
+        other = ONE_OF.get(name)
+        written = draft.has((section, name)) or (other is not None and draft.has((section, other)))
+        of_adapter = method == "full" and (section == "adapter" or name == "quantization") and name != "method"
+        if not (written or of_adapter or draft.untranslated & {(section, name)}):
+            draft.set((section, name), value, Place(draft.file))
+            draft.rewrites.append(f"{draft.file}: default of {tool} -> {key}: {show(value)}")

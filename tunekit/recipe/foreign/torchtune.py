@@ -1,0 +1,269 @@
+"""torchtune's configurations, whose sections name a component and its arguments -> tunekit's keys.
+
+Comes in: a Draft as read.  Goes out: the same Draft with our keys alone.
+Source: torchtune's recipes/configs, and the arguments of the builders that they name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tunekit.recipe.foreign.nested import Theirs, take_all
+from tunekit.recipe.foreign.table import TOP_LEVEL, Alias, dropped, nowhere, to
+from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, lost, one_of
+from tunekit.recipe.reading.draft import Draft
+from tunekit.recipe.reading.suggest import show
+
+COMPONENT = "_component_"
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+HEAD, TAIL = re.compile(r"(\w+)\[:(\d+)%\]"), re.compile(r"(\w+)\[(\d+)%:\]")  # parts of a split
+ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
+MLP = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("phi3", "phi4")  # whose modules have other names in transformers
+NOT_TEXT = ("vision", "clip", "flamingo")
+PAIRED = {"question": "prompt", "response_j": "chosen", "response_k": "rejected"}
+DATASETS: dict[str, dict[str, Any]] = {  # what a builder without arguments reads
+    "alpaca_dataset": {"path": "tatsu-lab/alpaca", "format": "alpaca"},
+    "alpaca_cleaned_dataset": {"path": "yahma/alpaca-cleaned", "format": "alpaca"},
+    "slimorca_dataset": {"path": "Open-Orca/SlimOrca-Dedup", "format": "sharegpt"},
+    "stack_exchange_paired_dataset": {
+        "path": "lvwerra/stack-exchange-paired",
+        "format": "preference",
+        "columns": PAIRED,
+    },
+    "chat_dataset": {},
+    "instruct_dataset": {"format": "prompt_completion"},
+    "preference_dataset": {"format": "preference"},
+    "text_completion_dataset": {"format": "text"},
+}
+FIELDS = {"input": "prompt", "output": "completion", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+TRAINS_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset")  # unless told not to
+FILES = ("json", "csv", "parquet", "text")  # sources that are kinds of files
+OPTIMIZERS = {
+    "torch.optim.AdamW": "adamw",
+    "bitsandbytes.optim.AdamW8bit": "adamw_8bit",
+    "bitsandbytes.optim.PagedAdamW": "paged_adamw",
+    "bitsandbytes.optim.PagedAdamW8bit": "paged_adamw_8bit",
+}
+CROSS_ENTROPY = ("LinearCrossEntropyLoss", "CEWithChunkedOutputLoss", "CrossEntropyLoss")
+LOGGERS = {"WandBLogger": ["wandb"], "TensorBoardLogger": ["tensorboard"], "CometLogger": ["comet_ml"]}
+
+
+def exactly(*known: Any, how: str = "") -> Translate:
+    """Only these values, which change nothing."""
+    return one_of(dict.fromkeys(known, NOTHING), how)
+
+
+TABLE: dict[str, Alias] = {
+    **to("model.name_or_path", "checkpointer.checkpoint_dir"),
+    **to("model.dtype", "dtype", by=one_of({"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"})),
+    **to("adapter.r", "model.lora_rank"),
+    **to("adapter.alpha", "model.lora_alpha"),
+    **to("adapter.dropout", "model.lora_dropout"),
+    **to("data.max_length", "tokenizer.max_seq_len"),
+    **to("data.shuffle", "shuffle"),
+    **to("training.seed", "seed"),
+    **to("training.epochs", "epochs"),
+    **to("training.micro_batch_size", "batch_size"),
+    **to("training.gradient_accumulation_steps", "gradient_accumulation_steps"),
+    **to("training.learning_rate", "optimizer.lr"),
+    **to("training.weight_decay", "optimizer.weight_decay"),
+    **to("training.eval_steps", "run_val_every_n_steps"),
+    **to("training.save_steps", "save_every_n_steps"),
+    **to("training.keep_checkpoints", "checkpointer.keep_last_n_checkpoints"),
+    **to("evaluation.batch_size", "batch_size_val"),
+    **to("memory.gradient_checkpointing", "enable_activation_checkpointing", by=one_of({True: True, False: False})),
+    **nowhere(exactly(False, how="write memory.activation_offload"), "enable_activation_offloading"),
+    **to("output.dir", "output_dir"),
+    **to("objective.beta", "loss.beta"),
+    **to("objective.label_smoothing", "loss.label_smoothing"),
+    **nowhere(exactly(0.5, how="write training.scheduler"), "lr_scheduler.num_cycles"),
+    **to("training.warmup_steps", "lr_scheduler.num_warmup_steps"),
+    **nowhere(lost("training.max_steps counts over all epochs", "write it"), "max_steps_per_epoch"),
+    **nowhere(lost("resuming is a choice of the run", "run `tunekit train --resume`"), "resume_from_checkpoint"),
+    **nowhere(lost("an adapter is continued by adapter.init_from", "write it"), "checkpointer.adapter_checkpoint"),
+    **nowhere(lost("the tokenizer's own template is used", "write data.chat_template"), "tokenizer.prompt_template"),
+    **nowhere(lost("weights are not trained as if quantized"), "quantizer.*"),
+    **nowhere(lost("a teacher's answers are not learned"), "teacher_model.*", "teacher_checkpointer.*", "kd_loss.*"),
+    **nowhere(lost("a teacher's answers are not learned"), "kd_ratio"),
+    **nowhere(lost("base weights are not sharded"), "fsdp.*", "fsdp_cpu_offload", "custom_sharded_layers"),
+    **nowhere(exactly(1, how="run torchrun"), "tensor_parallel_dim", "context_parallel_dim"),
+    **dropped("the model's own files say so", "checkpointer.*", "tokenizer.*", "ref_checkpointer.*"),
+    **dropped("it changes no result", "optimizer.fused", "optimizer_in_bwd", "compile", "low_cpu_ram", "loss.*"),
+    **dropped("say --device", "device"),
+    **dropped("every step is logged", "log_every_n_steps", "log_peak_memory_stats", "log_level", "metric_logger.*"),
+    **dropped("the run folder holds everything", "save_adapter_weights_only"),
+    **dropped("report.json says where time and memory went", "profiler.*"),
+}
+TABLE["learning_rate"] = TOP_LEVEL["learning_rate"]  # where a file refers to one
+
+
+def rewrite_torchtune(draft: Draft) -> None:
+    """Replace every key of a configuration of torchtune, in place."""
+    theirs = take_all(draft)
+    for name, (value, place) in theirs.values.items():
+        theirs.values[name] = (_referred(theirs, value), place)
+    _write_method(theirs)
+    _write_objective(theirs)
+    _write_sources(theirs)
+    _write_optimizer(theirs)
+    logger = _last(theirs.take(f"metric_logger.{COMPONENT}", "DiskLogger"))
+    if logger in LOGGERS:
+        theirs.write(f"metric_logger.{COMPONENT}", "output.report_to", LOGGERS[logger])
+    clip = theirs.take("clip_grad_norm")
+    theirs.write("clip_grad_norm", "training.max_grad_norm", None if clip is None else float(clip))
+    theirs.settle(TABLE)
+
+
+def _referred(theirs: Theirs, value: Any) -> Any:
+    """A value with what `${key}` stands for in it."""
+    if not isinstance(value, str):
+        return value
+    whole = REFERENCE.fullmatch(value)
+    if whole is not None:
+        return theirs.get(whole[1], value)
+    return REFERENCE.sub(lambda found: str(theirs.get(found[1], found[0])), value)
+
+
+def _last(component: object) -> str:
+    return str(component).rpartition(".")[2]
+
+
+def _write_method(theirs: Theirs) -> None:
+    """The builder's name and switches -> adapter.method, adapter.target_modules and model.quantization."""
+    key = f"model.{COMPONENT}"
+    builder = str(theirs.take(key, ""))
+    if any(word in builder for word in NOT_TEXT):
+        theirs.complain(key, f"{show(builder)} is no model of text alone", "choose another base")
+    name = _last(builder)
+    trained, quantized = name.startswith(("lora_", "qlora_")), theirs.take("model.quantize_base", False)
+    dora = theirs.take("model.use_dora", False)
+    theirs.write(key, "adapter.method", "full" if not trained else "dora" if dora is True else "lora")
+    if name.startswith("qlora_") or quantized is True:
+        theirs.write(key, "model.quantization", "nf4")
+    attention = theirs.take("model.lora_attn_modules", [])
+    mlp, output = (theirs.take(f"model.apply_lora_to_{part}", False) for part in ("mlp", "output"))
+    if not trained:
+        return
+    unknown = [each for each in attention if each not in ATTENTION]
+    if any(word in builder for word in FUSED) or unknown:
+        what = "some of these modules have other names in transformers' model"
+        theirs.complain("model.lora_attn_modules", what, "write adapter.target_modules (`tunekit plan` lists names)")
+        return
+    modules = [*(ATTENTION[each] for each in attention), *(MLP if mlp is True else ())]
+    modules += ["lm_head"] if output is True else []
+    theirs.write("model.lora_attn_modules", "adapter.target_modules", modules)
+
+
+def _write_objective(theirs: Theirs) -> None:
+    key = f"loss.{COMPONENT}"
+    loss = _last(theirs.take(key, CROSS_ENTROPY[0]))
+    if loss in CROSS_ENTROPY:
+        theirs.record(key, "nothing (the mean over supervised tokens is always the loss)")
+    elif loss in ("DPOLoss", "RSOLoss"):
+        theirs.write(key, "objective.method", "dpo")
+        if loss == "RSOLoss":
+            theirs.write(key, "objective.loss_type", "hinge")
+    else:
+        theirs.complain(key, f"the loss {show(loss)} has no exact translation", "write objective")
+
+
+def _write_sources(theirs: Theirs) -> None:
+    """dataset (one, or a list of them), datasets and dataset_val -> data.train, data.eval, packing, train_on."""
+    _write_share(theirs)
+    for section, target in (("dataset", "data.train"), ("datasets", "data.train"), ("dataset_val", "data.eval")):
+        listed = theirs.take(section)
+        parts = listed if isinstance(listed, list) else [_section(theirs, section)]
+        sources: list[dict[str, Any]] = []
+        for part in [part for part in parts if part]:
+            try:
+                source, of_all = _source(part)
+                for key, value in of_all.items():
+                    if theirs.draft.get(tuple(key.split("."))) != value:
+                        theirs.write(section, key, value)
+                sources.append(source)
+            except NotExact as no:
+                theirs.complain(section, no.what, no.how)
+                theirs.draft.untranslated.add(tuple(target.split(".")))
+        if sources:
+            theirs.write(section, target, sources)
+
+
+def _write_share(theirs: Theirs) -> None:
+    """`train[:95%]` to train on and `train[95%:]` to evaluate: a fraction, which is drawn and not cut off the end."""
+    head, tail = HEAD.fullmatch(theirs.get("dataset.split", "")), TAIL.fullmatch(theirs.get("dataset_val.split", ""))
+    if head is None or tail is None or head.groups() != tail.groups():
+        return
+    for name in [name for name in theirs.values if name.startswith("dataset_val.")]:
+        theirs.take(name)
+    theirs.values["dataset.split"] = (head[1], theirs.values["dataset.split"][1])
+    theirs.write("dataset_val.split", "data.eval", round(1 - int(head[2]) / 100, 2))
+
+
+def _section(theirs: Theirs, section: str) -> dict[str, Any]:
+    """The arguments of one section."""
+    names = [name for name in theirs.values if name.startswith(f"{section}.")]
+    if names:
+        theirs.places[section] = theirs.values[names[0]][1]
+    return {name.partition(".")[2]: theirs.take(name) for name in names}
+
+
+def _source(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, object]]:
+    """One data set's arguments -> a source, and our keys that hold for all rows. Raises: NotExact."""
+    given = {name: value for name, value in part.items() if value is not None}
+    builder = _last(given.pop(COMPONENT, ""))
+    if builder not in DATASETS:
+        how = f"known: {', '.join(DATASETS)}; write data.train"
+        raise NotExact(f"the data set {show(builder)} has no exact translation", how)
+    source = dict(DATASETS[builder])
+    on_prompts = given.pop("train_on_input", builder in TRAINS_ON_PROMPTS)
+    of_all: dict[str, object] = {"data.packing": bool(given.pop("packed", False))}
+    if source.get("format") != "preference":
+        of_all["data.train_on"] = "all" if on_prompts else "assistant"
+    path, files = given.pop("source", source.get("path")), given.pop("data_files", None)
+    if path in FILES and not isinstance(files, str):
+        raise NotExact("the files of a data set must be one path", "write data.train")
+    source["path"] = files if path in FILES else path
+    if builder == "chat_dataset":
+        source["format"] = {"sharegpt": "sharegpt", "openai": "chat"}.get(given.pop("conversation_style", ""))
+        field = "conversations" if source["format"] == "sharegpt" else "messages"
+        column = given.pop("conversation_column", field)
+        source |= {"columns": {column: field}} if column != field else {}
+    mapped = given.pop("column_map", None) or {}
+    if builder == "text_completion_dataset":
+        column = given.pop("column", "text")
+        source |= {"columns": {column: "text"}} if column != "text" else {}
+    split = given.pop("split", "train")
+    if "[" in str(split):
+        raise NotExact(f"a part of a split ({split}) is no source", "write data.eval: a fraction, or max_rows")
+    source |= {"split": split} if split != "train" else {}
+    if any(name not in FIELDS for name in mapped):
+        raise NotExact(f"column_map {show(mapped)} has no exact translation", "write columns under the source")
+    source |= {"columns": {column: FIELDS[name] for name, column in mapped.items()}} if mapped else {}
+    others = [name for name, value in given.items() if value not in (None, False)]
+    if others or not source.get("format") or not source.get("path"):
+        what = f"'{others[0]}' would be lost" if others else "source or conversation_style is missing"
+        raise NotExact(what, "write the source under data.train")
+    return source, of_all
+
+
+def _write_optimizer(theirs: Theirs) -> None:
+    """The optimizer's class, and the schedule: constant where none is named."""
+    key = f"optimizer.{COMPONENT}"
+    kind = theirs.take(key, "torch.optim.AdamW")
+    if kind in OPTIMIZERS:
+        theirs.write(key, "training.optimizer", OPTIMIZERS[kind])
+    else:
+        theirs.complain(key, f"{show(kind)} has no exact translation", f"known: {', '.join(OPTIMIZERS)}")
+    if theirs.get("optimizer.weight_decay") is None:
+        theirs.write(key, "training.weight_decay", 0.01)  # torch's own
+    key = f"lr_scheduler.{COMPONENT}"
+    schedule = theirs.take(key)
+    if schedule is None:
+        theirs.write(key, "training.scheduler", "constant")
+        theirs.write(key, "training.warmup_ratio", 0.0)
+    elif _last(schedule) == "get_cosine_schedule_with_warmup":
+        theirs.write(key, "training.scheduler", "cosine")
+    else:
+        theirs.complain(key, f"{show(schedule)} has no exact translation", "write training.scheduler")

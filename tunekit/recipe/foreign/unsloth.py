@@ -1,0 +1,131 @@
+"""Unsloth's configurations (sections model, data, training, lora, logging) and its script's options -> tunekit's keys.
+
+Comes in: a Draft as read.  Goes out: the same Draft with our keys alone.
+Source: unsloth_cli/config.py and unsloth-cli.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunekit.recipe.foreign import values
+from tunekit.recipe.foreign.nested import Theirs, take_all
+from tunekit.recipe.foreign.table import TOP_LEVEL, Alias, dropped, nowhere, to
+from tunekit.recipe.foreign.values import NOTHING, lost, one_of
+from tunekit.recipe.reading.draft import Draft
+
+FORMATS = {"auto": "auto", "alpaca": "alpaca", "chatml": "chat", "sharegpt": "sharegpt"}
+_RECOMPUTED = one_of({"unsloth": True, "true": True, True: True, "none": False, False: False})
+_LOFTQ = one_of({True: "loftq", False: NOTHING})
+_IMAGES = "only text is trained on"
+
+
+def unset_by_zero(value: object) -> Any:
+    """0 stands there for a key that is not written."""
+    return NOTHING if value == 0 and not isinstance(value, bool) else value
+
+
+def _dtype(value: object) -> Any:
+    return (
+        NOTHING
+        if value in ("None", "none", "auto")
+        else one_of({each: each for each in ("bfloat16", "float16")})(value)
+    )
+
+
+SECTIONS: dict[str, Alias] = {
+    **to("model.name_or_path", "model"),
+    **to("model.quantization", "training.load_in_4bit", by=one_of({True: "nf4", False: "none"})),
+    **to("data.max_length", "training.max_seq_length"),
+    **to("data.packing", "training.packing", by=one_of({True: True, False: False})),
+    **to("data.train_on", "training.train_on_completions", by=one_of({True: "assistant", False: "all"})),
+    **to("adapter.r", "lora.lora_r"),
+    **to("adapter.alpha", "lora.lora_alpha"),
+    **to("adapter.dropout", "lora.lora_dropout"),
+    **to("adapter.target_modules", "lora.target_modules", by=values.lora_targets),
+    **to("adapter.use_rslora", "lora.use_rslora"),
+    **to("adapter.start", "lora.use_loftq", by=_LOFTQ),
+    **nowhere(one_of({True: NOTHING}, "write adapter.target_modules"), "lora.finetune_attention_modules"),
+    **nowhere(one_of({True: NOTHING}, "write adapter.target_modules"), "lora.finetune_mlp_modules"),
+    **nowhere(one_of({True: NOTHING}, _IMAGES), "lora.finetune_language_layers"),
+    **dropped(_IMAGES, "lora.finetune_vision_layers", "lora.vision_all_linear"),
+    **to("output.dir", "training.output_dir"),
+    **to("training.epochs", "training.num_epochs", by=unset_by_zero),
+    **to("training.max_steps", "training.max_steps", by=unset_by_zero),
+    **to("training.save_steps", "training.save_steps", by=unset_by_zero),
+    **to("training.micro_batch_size", "training.batch_size"),
+    **to("training.seed", "training.random_seed"),
+    **to("memory.gradient_checkpointing", "training.gradient_checkpointing", by=_RECOMPUTED),
+    **{
+        f"training.{name}": TOP_LEVEL[name]
+        for name in ("learning_rate", "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "weight_decay")
+    },
+    "training.optim": TOP_LEVEL["optim"],
+    "training.lr_scheduler_type": TOP_LEVEL["lr_scheduler_type"],
+    **dropped("metrics.jsonl holds every number", "logging.*"),
+    **dropped("`tunekit chat` and `generate` take their own", "inference.*"),
+}
+OPTIONS: dict[str, Alias] = {  # of unsloth-cli.py, beside those that TRL has
+    **TOP_LEVEL,
+    **to("model.quantization", "load_in_4bit", by=one_of({True: "nf4", False: NOTHING})),
+    **to("model.dtype", "dtype", by=_dtype),
+    **to("adapter.r", "r"),
+    **to("adapter.bias", "bias"),
+    **to("adapter.start", "loftq_config", by=lambda value: NOTHING if value in ("None", "none") else "loftq"),
+    **to("memory.gradient_checkpointing", "use_gradient_checkpointing", by=_RECOMPUTED),
+    **dropped("training.seed draws the adapter's first weights too", "random_state"),
+    **dropped("run `tunekit merge` or `tunekit export` on the result", "save_model", "save_method", "save_gguf"),
+    **dropped("run `tunekit merge` or `tunekit export` on the result", "save_path", "quantization"),
+    **nowhere(lost("nothing is uploaded"), "push_model", "push_gguf", "hub_path", "hub_token"),
+    **nowhere(lost("texts are cut to data.max_length", "write data.train"), "raw_text_file", "chunk_size", "stride"),
+}
+
+
+def rewrite_sections(draft: Draft) -> None:
+    """Replace every key of a configuration with sections, in place."""
+    theirs = take_all(draft)
+    _write_sources(theirs)
+    kind = theirs.take("training.training_type", "lora")
+    if kind == "full":
+        theirs.write("training.training_type", "adapter.method", "full")
+        for name in [name for name in theirs.values if name.startswith("lora.")]:
+            theirs.take(name)
+            theirs.record(name, "nothing (every weight of the base is trained)")
+    elif kind != "lora":
+        theirs.complain("training.training_type", f"{kind!r} has no exact translation", "write adapter.method")
+    else:
+        dora = theirs.take("lora.use_dora", False)
+        theirs.write("lora.use_dora", "adapter.method", "dora" if dora is True else "lora")
+    _write_trackers(theirs)
+    theirs.settle(SECTIONS)
+
+
+def rewrite_options(draft: Draft) -> None:
+    """Replace every option of the script, in place."""
+    theirs = take_all(draft)
+    if theirs.get("dataset") is not None:
+        dataset = theirs.take("dataset")
+        theirs.write("dataset", "data.train", [{"path": dataset, "format": "alpaca"}])
+    dora = theirs.take("use_dora", False)
+    if dora is True:
+        theirs.write("use_dora", "adapter.method", "dora")
+    theirs.settle(OPTIONS)
+
+
+def _write_sources(theirs: Theirs) -> None:
+    """data.dataset, a hub name, and data.local_dataset, files, with one format for all."""
+    kind = theirs.take("data.format_type", "auto")
+    if kind not in FORMATS:
+        theirs.complain("data.format_type", f"{kind!r} has no exact translation", f"known: {', '.join(FORMATS)}")
+        return
+    hub, files = theirs.take("data.dataset"), theirs.take("data.local_dataset", [])
+    name = "data.local_dataset" if files else "data.dataset"
+    paths = [*([hub] if hub else []), *(files if isinstance(files, list) else [files])]
+    if paths:
+        theirs.write(name, "data.train", [{"path": path, "format": FORMATS[kind]} for path in paths])
+
+
+def _write_trackers(theirs: Theirs) -> None:
+    for tool in ("wandb", "tensorboard"):
+        if theirs.take(f"logging.enable_{tool}", False) is True:
+            theirs.write(f"logging.enable_{tool}", "output.report_to", [tool])

@@ -1,0 +1,24 @@
+"""`objective: rloo` REINFORCE leave-one-out: the reward of a completion less the mean reward of the others to its
+prompt."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from tunekit.recipe.sample_settings import SampleSettings, several
+from tunekit.recipe.section import NotNegative, Whole
+
+
+class RlooSettings(SampleSettings):
+    """TRL's names and defaults."""
+
+    method: Literal["rloo"] = Field("rloo", description="samples of the model, each against the mean of the others")
+    num_generations: Annotated[Whole, Field(le=10**6), AfterValidator(several)] = Field(
+        2, description="completions of one prompt: its group"
+    )
+    beta: NotNegative = Field(
+        0.05, description="weight of the KL from the model at step 0 in the reward; 0 needs no reference"
+    )
+    normalize_advantages: bool = Field(False, description="to mean 0 and standard deviation 1 over the step")

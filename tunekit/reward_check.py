@@ -1,0 +1,249 @@
+"""`tunekit reward check`: what a recipe's reward makes of answers whose worth is known, before it is trained on.
+
+Comes in: a recipe whose objective samples.  Goes out: a table of answers with their rewards, and findings: a reward
+that fails, is slow, or gives answers that say nothing as much as the rows' own.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from tunekit.console import Console, visible
+from tunekit.contracts import Row, Window
+from tunekit.data.batching.order import epoch_rows
+from tunekit.data.rows import RowSet, load_rows
+from tunekit.errors import InputError, RewardError
+from tunekit.files.durable import json_result
+from tunekit.machine.devices import make_devices
+from tunekit.model.load import load_model
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.objectives.base import make_objective
+from tunekit.objectives.prompts import told_of
+from tunekit.objectives.rewards import Scores, Written, said
+from tunekit.objectives.samples import SampleObjective
+from tunekit.objectives.worth import mean, spread
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.recipe import Recipe
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.reward_models import load_scorers
+from tunekit.tuned.scores import undisturbed
+
+MOST_ROWS = 64
+LIMIT_SECONDS = 20.0  # that one reward may take for one kind of answers
+SLOW_SECONDS = 0.2  # a completion: a step of 64 would wait for 13 seconds
+LONG_WORDS = 200
+REFERENCE, SAMPLES = "the rows' own answers", "samples of the untuned model"
+SHUFFLED = "another row's answer"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a kind of answers was worth: (N, F) by each reward; `errors` of those that gave nothing sensible."""
+
+    name: str
+    written: Sequence[Written]
+    scores: Scores
+    total: Scores  # (N,)
+    seconds: Sequence[float]
+    errors: Sequence[str]
+
+
+def reward_check_verb(recipe_path: str, overrides: Sequence[str], samples: int, json_file: str | None) -> int:
+    """Try the reward out; 2 where there are findings. Raises: TunekitError where nothing can be tried."""
+    loaded = load_recipe(recipe_path, overrides)
+    recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
+    console.info(*loaded.rewrites)
+    tokenizer = load_tokenizer(recipe.model)
+    objective = make_objective(recipe.objective, tokenizer)
+    if not isinstance(objective, SampleObjective):
+        raise InputError(f"objective {objective.name} has no reward", "name a recipe of objective: grpo or rloo")
+    objective.rewards.check()
+    rows = load_rows(recipe.data, objective, seed=recipe.training.seed)
+    order = epoch_rows(rows.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)[:MOST_ROWS]
+    chosen = [rows.train[int(index)] for index in order]
+    device = make_devices().device
+    model = TunedModel(load_model(objective.section(recipe.model), device=device), None) if samples else None
+    scorers: Any = _Scorers(load_scorers(recipe.objective, device))
+    if model is not None:
+        model.scorers = scorers.scorers
+    console.info(f"the rewards of {len(chosen):,} rows of {len(rows.train):,}, each with answers whose worth is known")
+    tried = [_tried(objective, name, written, scorers) for name, written in known_answers(chosen).items()]
+    groups = 1
+    if model is not None:
+        count = max(1, round(samples / objective.settings.num_generations))
+        groups = min(count, len(chosen))
+        tried.append(_tried(objective, SAMPLES, _sampled(objective, rows, chosen[:groups], model, recipe), scorers))
+    findings, notes = judged(objective, tried, groups)
+    _show(console, objective, tried, findings, notes)
+    write_result({"answers": [_values(objective, each) for each in tried], "findings": findings, "notes": notes})
+    return 2 if findings else 0
+
+
+@dataclass
+class _Scorers:
+    """Stands for a model where only reward models are asked."""
+
+    scorers: dict[str, Any]
+
+
+def known_answers(rows: Sequence[Row]) -> dict[str, list[Written]]:
+    """Each row with its own answer, and with others that are worth less, by what they are."""
+    told = [told_of(row) for row in rows]
+    with_answer = [each for each in told if isinstance(each["columns"].get("answer"), str | int)]
+    answers = [str(each["columns"]["answer"]) for each in with_answer]
+    common = Counter(answers).most_common(1)[0][0] if answers else "yes"
+    words = " ".join(answers or ["word"]).split() or ["word"]
+    long = " ".join((words * LONG_WORDS)[:LONG_WORDS])
+    found = {}
+    if answers:
+        found[REFERENCE] = [_written(each, answer) for each, answer in zip(with_answer, answers, strict=True)]
+        others = [
+            next((text for text in answers[at + 1 :] + answers[:at] if text != own), own)
+            for at, own in enumerate(answers)
+        ]
+        found[SHUFFLED] = [_written(each, other) for each, other in zip(with_answer, others, strict=True)]
+    asked = with_answer or told
+    found["nothing"] = [_written(each, "") for each in asked]
+    found[f"one answer to all: {visible(common)[:40]!r}"] = [_written(each, common) for each in asked]
+    found["the prompt again"] = [_written(each, _text_of(each["prompt"])) for each in asked]
+    found[f"{LONG_WORDS} words of other answers"] = [_written(each, long) for each in asked]
+    return found
+
+
+def _written(told: dict[str, Any], text: str) -> Written:
+    return Written(told["prompt"], told["columns"], text)
+
+
+def _text_of(prompt: Any) -> str:
+    """A text, or what the last turn says."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
+
+
+def _sampled(
+    objective: SampleObjective, rows: RowSet, chosen: Sequence[Row], model: TunedModel, recipe: Recipe
+) -> list[Written]:
+    """What the untuned model writes to the first rows, a group each, as in a step of training."""
+    assert isinstance(rows.objective, SampleObjective)
+    window = Window(0, 0.0, (), (), recipe.training.seed)
+    with undisturbed(model):
+        groups = rows.objective.sampled(model, window, chosen)
+    return [_written(told_of(row), each.text) for row, group in zip(chosen, groups, strict=True) for each in group]
+
+
+def _tried(objective: SampleObjective, name: str, written: Sequence[Written], model: Any) -> Tried:
+    rewards = objective.rewards
+    columns, seconds, errors = list[Scores](), list[float](), list[str]()
+    for number, source in enumerate(rewards.sources):
+        began = time.monotonic()
+        try:
+            with _limited(f"{said(source)} took more than {LIMIT_SECONDS:g} s for {len(written)} completions"):
+                columns.append(rewards.scored_by(number, written, model))
+        except RewardError as error:
+            columns.append(np.full(len(written), np.nan))
+            errors.append(error.problems[0].what)
+        seconds.append(time.monotonic() - began)
+    scores = np.stack(columns, axis=1)
+    return Tried(name, written, scores, rewards.summed(scores), seconds, errors)
+
+
+@contextmanager
+def _limited(what: str) -> Iterator[None]:
+    """Raises: RewardError where the block takes longer than it may; where no alarm can be set, it takes its time."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise _TooLong(what)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _TooLong(RewardError):
+    """A reward that was interrupted."""
+
+
+def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> tuple[list[str], list[str]]:
+    """What is wrong with the reward, and what should be known of it."""
+    findings = [f"{error} ({each.name})" for each in tried for error in each.errors]
+    findings = list(dict.fromkeys(findings))
+    by_name = {each.name: each for each in tried}
+    own = by_name.get(REFERENCE)
+    notes = [] if own else ["no row has an answer of its own, with which others could be compared"]
+    failed = {each.name for each in tried if each.errors}
+    for each in tried:
+        if own is None or REFERENCE in failed or each.name in (REFERENCE, SAMPLES) or each.name in failed:
+            continue
+        best, other = float(mean(own.total)), float(mean(each.total))
+        if np.isnan(best) or np.isnan(other) or other < best:
+            continue
+        told = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
+        (notes if each.name == SHUFFLED else findings).append(told)
+    for each in tried:
+        for source, seconds in zip(objective.rewards.sources, each.seconds, strict=True):
+            slow = seconds / max(len(each.written), 1)
+            if slow > SLOW_SECONDS and not any("took more than" in error for error in each.errors):
+                findings.append(f"{said(source)} takes {slow:.2g} s for a completion ({each.name})")
+    absent = sum(int(np.isnan(each.total).sum()) for each in tried if each.name not in failed)
+    if absent:
+        notes.append(f"{absent:,} completions were not judged (None or NaN)")
+    sampled = by_name.get(SAMPLES)
+    if sampled is not None and not sampled.errors:
+        equal = float(np.isclose(spread(sampled.total.reshape(groups, -1), axis=1), 0.0).mean())
+        notes.append(f"{equal:.0%} of the groups of samples have equal rewards: nothing can be learnt of those")
+        if own is not None and mean(sampled.total) >= mean(own.total):
+            notes.append(
+                f"{SAMPLES} are worth as much as {REFERENCE}: there is little to learn, or the reward is fooled"
+            )
+    return findings, notes
+
+
+def _values(objective: SampleObjective, each: Tried) -> dict[str, Any]:
+    """Of one kind of answers, for --json; numbers that are none are absent."""
+    names = objective.rewards.names
+    numbers = {"mean": float(mean(each.total)), "std": float(spread(each.total))}
+    numbers |= {f"mean_{name}": float(mean(each.scores[:, at])) for at, name in enumerate(names)}
+    finite = {name: value for name, value in numbers.items() if np.isfinite(value)}
+    counts = {"completions": len(each.written), "not_judged": int(np.isnan(each.total).sum())}
+    seconds = {name: round(value, 4) for name, value in zip(names, each.seconds, strict=True)}
+    return {"answers": each.name, **counts, **finite, "seconds": seconds, "errors": list(each.errors)}
+
+
+def _show(
+    console: Console, objective: SampleObjective, tried: Sequence[Tried], findings: Sequence[str], notes: Sequence[str]
+) -> None:
+    names = objective.rewards.names
+    several = names if len(names) > 1 else []
+    lines = []
+    for each in tried:
+        values = _values(objective, each)
+        numbers = [values.get(name) for name in ("mean", "std", *(f"mean_{name}" for name in several))]
+        shown = ["-" if number is None else f"{number:.4g}" for number in numbers]
+        lines.append([each.name, len(each.written), *shown, values["not_judged"], f"{sum(each.seconds):.3g}"])
+    console.table(["answers", "completions", "reward", "std", *several, "not judged", "seconds"], lines)
+    sampled = next((each for each in tried if each.name == SAMPLES), None)
+    if sampled is not None:
+        console.info("\nthe first samples:")
+        count = objective.settings.num_generations
+        for written, total in list(zip(sampled.written, sampled.total.tolist(), strict=True))[:count]:
+            console.info(f"  {total:.4g}  {visible(written.text)[:100]!r}")
+    console.info("", *notes)
+    console.warn(*findings)
+    if not findings:
+        console.info("nothing was found: the rows' own answers are worth more than what says nothing")
