@@ -65,6 +65,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["0", "1", "1.5", "-0.1", "true", "[]", "[5]", "{format: chat}", ".nan", '"0.1"'],
     ),
     "data.train_on": (["assistant", "last", "all"], ["user", "true", "null", "[all]"]),
+    "data.rewritten_answers": (["last", "each"], ["all", "true", "null"]),
     "data.chat_template": (["null", "template.jinja", "~/template.jinja"], ["5", "[a]", '""', '"a\\0b"', "x" * 300]),
     "data.max_length": (["2", "2048", "2e3"], ["1", *NOT_COUNTS]),
     "data.excess_length": (["drop", "truncate", "split", "error"], ["cut", "null", "false"]),

@@ -360,8 +360,7 @@ def serve_verb(
     if host not in LOCAL and not key:
         how = "give --api-key or TUNEKIT_API_KEY, or leave --host out"
         raise InputError(f"on {host} others could use it without a key", how)
-    console = Console()
-    found = find_target(target, base, overrides)
+    console, found = Console(), find_target(target, base, overrides)
     console.warn(*found.rewrites)
     console.info(f"loading {found.model.name_or_path} ...")
     devices = make_devices()
@@ -370,8 +369,7 @@ def serve_verb(
         add_folders(speaker, adapters)
         desk = Desk(speaker, batch_size)
         server = make_server(desk, make_app(desk, key, most_tokens), host, port)
-        told = threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True)
-        told.start()
+        threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True).start()
         with contextlib.suppress(SystemExit):  # uvicorn's, where it cannot listen
             server.run()
         desk.close()
@@ -386,11 +384,10 @@ def make_server(desk: Desk, app: Any, host: str, port: int) -> Any:
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
-    end = server.handle_exit
 
-    def end_with_answers(number: int, frame: Any) -> None:
+    def end_with_answers(*signal: Any, end: Any = server.handle_exit) -> None:
         desk.stop()
-        end(number, frame)
+        end(*signal)
 
     server.handle_exit = end_with_answers
     return server

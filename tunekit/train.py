@@ -189,6 +189,6 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
         console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.html'}")
-    console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))
     if base.family.answers and (template or prepared.tokenizer.chat_template) is not None:
         console.info(f"talk to it: tunekit chat {os.path.relpath(folder.path)}")
+    console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))

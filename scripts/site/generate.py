@@ -11,8 +11,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from tunekit import errors  # noqa: E402
 from tunekit.recipe.data import Source  # noqa: E402
+from tunekit.recipe.foreign import tools, torchtune, unsloth  # noqa: E402
 from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target  # noqa: E402
 from tunekit.recipe.names import facts_of, known_names, settings_class  # noqa: E402
 from tunekit.recipe.reading.draft import dotted  # noqa: E402
@@ -352,17 +351,12 @@ def other_tools_page() -> str:
 
 def tool_parts() -> Iterator[str]:
     """Of each tool by itself: names that only it has, and what it takes where a key is not written."""
-    if find_spec("tunekit.recipe.foreign.tools") is None:
-        return
-    tools = import_module("tunekit.recipe.foreign.tools")
-    own = {tools.TORCHTUNE: ("torchtune", "TABLE"), tools.UNSLOTH: ("unsloth", "SECTIONS")}
-    own[tools.SCRIPT] = ("unsloth", "OPTIONS")
+    own = {tools.TORCHTUNE: torchtune.TABLE, tools.UNSLOTH: unsloth.SECTIONS, tools.SCRIPT: unsloth.OPTIONS}
     for tool, values in tools.DEFAULTS.items():
         yield f"## {tool}\n"
         if tool in own:
-            file, name = own[tool]
-            names = getattr(import_module(f"tunekit.recipe.foreign.{file}"), name)
-            rows = [[f"`{each}`", f"`{dotted(alias.target)}`"] for each, alias in sorted(names.items()) if alias.target]
+            named = [(name, alias.target) for name, alias in sorted(own[tool].items()) if alias.target]
+            rows = [[f"`{name}`", f"`{dotted(target)}`"] for name, target in named]
             yield table(["there", "here"], rows)
         yield "What it takes where a key is not written, and `import` therefore writes:\n"
         yield table(["key", "value"], [[f"`{key}`", f"`{yaml_scalar(value)}`"] for key, value in values.items()])

@@ -116,15 +116,24 @@ def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:
     choices = [_schema_of(settings_class(kind_of(name), method), definitions) for method in methods]
     for method, choice in zip(methods, choices, strict=True):
         choice["properties"]["method"] = {"const": method, "default": method}
-        for field in choice["properties"].values():  # a model may be its name alone
-            if field.get("$ref") == "#/$defs/ModelSection":
-                field["anyOf"] = [TEXT, {"$ref": field.pop("$ref")}]
+        for key, field in choice["properties"].items():
+            choice["properties"][key] = _with_shorthand(field)
         if method != DEFAULT_METHOD[name]:
             choice["required"] = [*choice.get("required", []), "method"]
         if name == "adapter":
             choice["properties"].update({alias: _alias_schema(alias) for alias in IN_ADAPTER})
     names = list(methods) + (["qlora"] if name == "adapter" else [])
     return {"anyOf": [{"enum": names}, *choices]}
+
+
+def _with_shorthand(field: JsonSchema) -> JsonSchema:
+    """A model may be its name alone, and a list of mappings one of them."""
+    told = {"description": field["description"]} if "description" in field else {}
+    if field.get("$ref") == "#/$defs/ModelSection":
+        return {**told, "anyOf": [TEXT, {"$ref": field["$ref"]}]}
+    if field.get("type") == "array" and "$ref" in field["items"]:
+        return {**told, "anyOf": [field["items"], {"type": "array", "minItems": 1, "items": field["items"]}]}
+    return field
 
 
 def _add_source_shorthands(data: JsonSchema) -> None:
