@@ -1,9 +1,9 @@
 """What a person waits for: answers of chat and serve, the report's page, data check, the progress view and watch.
 
-    scripts/bench people chat|serve|report|data|progress [--model FILE] [--json FILE]
+    scripts/bench people chat|serve|report|data|shipped|progress [--model FILE] [--json FILE]
 
-CPU seconds of the process and ratios of paired rounds, since other programs may run beside. `data` reads the texts of
-TUNEKIT_SHARED too, where there are some; `report` needs chromium. Results: scripts/results/people.md.
+CPU seconds of the process and ratios of paired rounds, since other programs may run beside. `shipped` reads the texts
+of TUNEKIT_SHARED too, where there are some; `report` needs chromium. Results: scripts/results/people.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -205,30 +206,44 @@ def report(model: Path) -> dict[str, Any]:
 
 
 def data(model: Path) -> dict[str, Any]:
-    """Rows a second and memory of `data check` on rows with planted faults; findings in the texts that are shipped."""
+    """Rows a second and memory of `data check` on rows with planted faults, and which of them it finds."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         rows, planted = _rows(ROWS)
-        (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        lines = _check(Path(folder) / "rows.jsonl", "sft")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        found["rows"], found["rows_per_cpu_second"] = len(rows), round(len(rows) / seconds)
-        found["peak_mib"] = round(after.ru_maxrss / 1024)
+        every = Path(folder) / "rows.jsonl"
+        every.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        few = Path(folder) / "few.jsonl"
+        few.write_text("".join(json.dumps(row) + "\n" for row in rows[:50]), "utf-8")
+        (start, _), (whole, lines) = (_cpu_of_child(partial(_check, file, "sft")) for file in (few, every))
+        found["rows"], found["rows_per_cpu_second"] = len(rows), round(len(rows) / whole)
+        found["start_cpu_seconds"] = round(start, 2)
+        found["rows_per_cpu_second_after_the_start"] = round(len(rows) / (whole - start))
+        found["peak_mib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
         found["planted"] = {kind: len(at) for kind, at in planted.items()}
         found["planted_found"] = {kind: len(set(at) & set(lines.get(kind, ()))) for kind, at in planted.items()}
         wrong = {line for at in lines.values() for line in at} - {line for at in planted.values() for line in at}
         found["other_rows_with_a_finding"] = len(wrong)
+    return found
+
+
+def _cpu_of_child(work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of the processes that it starts, and what it returns."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    value = work()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, value
+
+
+def shipped(model: Path) -> dict[str, Any]:
+    """Findings of `data check` in the recipes' data and in the texts of TUNEKIT_SHARED, by file and kind."""
+    found: dict[str, Any] = {}
     shared = Path(os.environ["TUNEKIT_SHARED"]) / "data" if "TUNEKIT_SHARED" in os.environ else ROOT / "nothing"
     files = sorted([*(ROOT / "recipes").rglob("*.jsonl"), *shared.rglob("*.jsonl"), *shared.rglob("*.csv")])
     for file in files:
         for objective in ("sft", "classify", "dpo"):
             lines_of = _check(file, objective)
             if "broken" not in lines_of:
-                found.setdefault("shipped", {})[f"{file.parent.name}/{file.name}"] = {
-                    kind: len(at) for kind, at in lines_of.items()
-                }
+                found[f"{file.parent.name}/{file.name}"] = {kind: len(at) for kind, at in lines_of.items()}
                 break
     return found
 
@@ -279,20 +294,25 @@ def _check(file: Path, objective: str) -> dict[str, list[int]]:
 
 def progress(model: Path) -> dict[str, Any]:
     """CPU microseconds of the progress view for a step on a terminal, and of `watch` while a run goes on."""
-    from rich.console import Console as Rich
-
     from tests.artifacts.run_case import write_run
     from tunekit.console import Console
     from tunekit.console.progress import Progress
     from tunekit.files.lock import FolderLock
     from tunekit.records import StepRecord
 
-    console = Console()
-    with Path(os.devnull).open("w") as nowhere:
-        console.output = Rich(file=nowhere, force_terminal=True, width=200)
-        view = Progress(console, 2000, budget_bytes=1 << 30, clock=iter(float(at) for at in range(10**6)).__next__)
-        records = [StepRecord(at, 0.1, 2.0, 1e-4, 1.0, 600, 150, 1.0, 600.0, 1 << 29) for at in range(1, 2001)]
-        spent = _cpu(lambda: [view.update(record) for record in records])
+    reader, writer = os.openpty()
+    os.set_blocking(reader, False)
+    records = [StepRecord(at, 0.1, 2.0, 1e-4, 1.0, 600, 150, 1.0, 600.0, 1 << 29) for at in range(1, 2001)]
+    clock = iter(float(at) for at in range(10**6)).__next__  # a second a step: every line is drawn
+    with os.fdopen(writer, "w", encoding="utf-8") as terminal:
+        view = Progress(Console(output=terminal), len(records) + 1, budget_bytes=1 << 30, clock=clock)
+
+        def shown() -> None:
+            for record in records:
+                view.update(record)
+                os.read(reader, 1 << 16)
+
+        spent = _cpu(shown)
     found: dict[str, Any] = {"view_microseconds_a_step": round(1e6 * spent / len(records))}
     with tempfile.TemporaryDirectory() as folder:
         run = write_run(Path(folder) / "run", steps=20_000, rate=1e-4, finished=False)
@@ -317,7 +337,7 @@ def progress(model: Path) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    section.__name__: section for section in (chat, serve, report, data, progress)
+    section.__name__: section for section in (chat, serve, report, data, shipped, progress)
 }
 
 

@@ -157,3 +157,14 @@ def test_one_text_with_two_labels_is_no_plain_repeat(
     code, found = check(tmp_path / "recipe.yaml")
     assert code == 2
     assert found["findings"] == {"contrary": [2], "exact": [3]}
+
+
+def test_the_length_of_a_pair_is_that_of_its_longer_answer(tmp_path: Path) -> None:
+    """Each answer is a sequence of its own with the prompt before it."""
+    pairs = [("so " * 400, "no " * 500), ("go " * 700, "we " * 500)]
+    rows = [{"prompt": "why?", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    data = {"train": "rows.jsonl", "max_length": 512}
+    recipe = {"model": "org/base", "data": data, "objective": "dpo", "output": {"dir": "run"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    assert check(tmp_path / "recipe.yaml")[1]["findings"] == {"long": [2]}

@@ -13,7 +13,7 @@ import runpy
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tunekit.cli import app, main
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.names import known_names
 from tunekit.recipe.shipped import shipped_recipes
+from tunekit.records import ReportFacts, StepRecord
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SITE = REPOSITORY / "scripts" / "site"
@@ -180,6 +181,12 @@ def test_the_generated_pages_have_everything_that_has_a_name(pages: Path) -> Non
     assert "| exists already | name another file with --output |" in said
     assert said.count("\n| ") > 400
     assert "name_or_path: HuggingFaceTB/SmolLM2" in (pages / "tutorials" / "sft.md").read_text(encoding="utf-8")
+
+
+def test_every_number_of_a_report_is_explained() -> None:
+    page = (SITE / "pages" / "report.md").read_text(encoding="utf-8")
+    names = {field.name for facts in (ReportFacts, StepRecord) for field in fields(facts)} - {"metrics"}
+    assert {name for name in names if not re.search(rf"`{name}[`.]", page)} == set()
 
 
 def test_a_broken_site_is_noticed(tmp_path: Path) -> None:

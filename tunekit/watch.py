@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tunekit.records import EvaluationRecord, StepRecord
 LOOK_SECONDS = 0.5  # between two looks at the files
 RELOAD_SECONDS = 5  # of the page
 REFRESH = f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">'
-PLAIN = tuple(field.name for field in fields(StepRecord) if field.name != "metrics")
+PLAIN = tuple(field.name for field in fields(StepRecord) if field.default is field.default_factory is MISSING)
 
 
 def watch_verb(folder: str, port: int | None) -> None:

@@ -71,6 +71,8 @@ def test_entropies_and_temperatures_are_those_of_the_distribution(trained: bool)
     torch.testing.assert_close(found, expected[torch.arange(5), targets], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(-1).detach(), rtol=1e-5, atol=1e-6)
     assert not entropies.requires_grad
+    found.sum().backward()  # which computes a trained head's chunks again
+    torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(-1).detach(), rtol=1e-5, atol=1e-6)
     nothing = log_probabilities(output, index[:0], targets[:0], entropies[:0])
     assert nothing.shape == (0,)
     with torch.no_grad():

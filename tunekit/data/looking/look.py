@@ -88,7 +88,8 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
         before, made = sum(map(len, found.lines.values())), None
         try:
             made = make_example(row.values)
-            for kind, what in _doubts(made, text, row.line, limit, found):
+            characters = len(text) - _of_the_shorter(row.values)
+            for kind, what in _doubts(made, text, characters, row.line, limit, found):
                 found.add(kind, row.line, what)
         except Dropped as reason:
             found.add("empty", row.line, str(reason))
@@ -116,9 +117,16 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
     return found
 
 
-def _doubts(made: Any, text: str, line: int, limit: int, found: Found) -> Iterator[tuple[str, str]]:
-    """The kinds of findings in one row, and what was found."""
-    size = int(len(text) / CHARACTERS_OF_A_TOKEN)
+def _of_the_shorter(values: dict[str, Any]) -> int:
+    """Characters of the shorter answer of a pair, which is a sequence of its own; 0 where there is one answer."""
+    if "rejected" not in values:
+        return 0
+    return min(sum(map(len, _texts(values.get(side)))) for side in ("chosen", "rejected"))
+
+
+def _doubts(made: Any, text: str, characters: int, line: int, limit: int, found: Found) -> Iterator[tuple[str, str]]:
+    """The kinds of findings in one row, and what was found; `characters`: of its longest sequence."""
+    size = int(characters / CHARACTERS_OF_A_TOKEN)
     found.sizes[max(low for low in LENGTHS if low <= size)] += 1
     if size > limit:
         yield "long", f"about {size:,} tokens"
