@@ -1,6 +1,6 @@
 """GRPO on sums of two numbers, after a short supervised run: exact answers to held-out questions over several seeds.
 
-usage: scripts/bench grpo --work DIR [--model SmolLM2 folder, .gguf or hub name] [--seeds 3] [--steps 60] [--rows 160]
+usage: scripts/bench grpo --work DIR [--model SmolLM2 folder, .gguf or hub name] [--seeds 3] [--steps 100] [--rows 64]
 
 Questions, answers and the score of an answer are reasoning-gym's (chain_sum; pip install reasoning-gym). The model is
 tuned on --rows answers first, and merged; each seed then learns from its own samples of other questions. Reported: the
@@ -88,8 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    for name, value in (("seeds", 3), ("steps", 60), ("rows", 160), ("prompts", 480), ("held-out", 200), ("group", 8)):
+    for name, value in (("seeds", 3), ("steps", 100), ("rows", 64), ("prompts", 800), ("held-out", 200), ("group", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--save", action="store_true", help="write scripts/results/grpo.json")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -117,13 +118,13 @@ def main() -> None:
     for seed in range(options.seeds):
         reward = [{"function": "rewards.py:score", "allow_code": True}]
         sampled = {"method": "grpo", "reward": reward, "num_generations": options.group, "max_completion_length": 8}
-        steps = {"max_steps": options.steps, "micro_batch_size": 4, "gradient_accumulation_steps": 2, "seed": seed}
+        steps = {"max_steps": options.steps, "micro_batch_size": 8, "gradient_accumulation_steps": 2, "seed": seed}
         recipe = {
             "model": str(merged),
             "data": {"train": "prompts.jsonl", "max_length": 128},
             "adapter": lora,
             "objective": sampled,
-            "training": {**steps, "learning_rate": 2e-4, "scheduler": "constant", "save_steps": 20},
+            "training": {**steps, "learning_rate": options.rate, "scheduler": "constant", "save_steps": 20},
         }
         folder = trained(work, f"grpo-{seed}", recipe)
         worth = rewards(folder)
