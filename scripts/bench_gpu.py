@@ -3,11 +3,13 @@
     scripts/bench gpu --dry-run                        the plan of every row; needs no GPU
     scripts/bench gpu [--rows NAME,...] [--minutes 10] [--json FILE]
     scripts/bench gpu --table [--json FILE]            scripts/results/gpu.md from what FILE holds
+    scripts/bench gpu --rehearse [--rows NAME,...]     the same, tiny, on the simulated device of tests/devices
 
-The card's ceilings are measured first. Each row runs in a process of its own under a time limit; out of memory is a
-result. FILE (scripts/results/gpu.json) is written after every row, and rows that it holds for this card are not run
-again unless named: so the whole fits in pieces of ten minutes. A row that is expected to take longer than what is left
-of --minutes waits for the next call. `--device cpu` runs the doubles, which have the same code and a tiny model.
+tests/gpu runs first, then the card's ceilings are measured. Each row runs in a process of its own, for ten minutes at
+most; out of memory is a result. FILE (scripts/results/gpu.json) is written after every row, and rows that it holds are
+not run again unless named: so the whole fits in pieces of ten minutes. A row that is expected to take longer than what
+is left of --minutes waits for the next call. What peft does is measured anew in every call beside which it is held.
+`--device cpu` runs the doubles, which have the same code and a tiny model.
 """
 
 from __future__ import annotations
@@ -26,22 +28,29 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "scripts" / "gpu"))
+sys.path.insert(0, str(REPOSITORY))
+if "--rehearse" in sys.argv and "TUNEKIT_SIMULATED_FAULTS" not in os.environ:
+    os.environ.setdefault("TUNEKIT_SIMULATED_CAPABILITY", "9.0")
+    import tests.devices.plugin  # noqa: F401  (before torch)
 
-import torch
-from arithmetic import Ceilings, as_json
-from shapes import DOUBLES, ROWS, Row
+import torch  # noqa: E402
+from arithmetic import Ceilings, as_json  # noqa: E402
+from shapes import DOUBLES, ROWS, Row, rehearsed, shrink_models  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = REPOSITORY / "scripts" / "results"
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger_kernel", "flash_attn")
 CEILINGS, CEILING_SECONDS = "ceilings", 240.0
+ROW_SECONDS = 600.0
+REHEARSES = "--rehearse" in sys.argv
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--rows", help="names, separated by commas; default: every row that has no result yet")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--json", type=Path)
@@ -49,12 +58,18 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     settings = parser.parse_args()
     known = {row.name: row for row in (DOUBLES if settings.device == "cpu" else ROWS)}
+    if settings.rehearse:
+        shrink_models()
+        known = {name: rehearsed(row) for name, row in known.items()}
     names = settings.rows.split(",") if settings.rows else list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
         sys.exit(f"no such row: {', '.join(unknown)}; there are {', '.join(known)}")
-    file = settings.json or RESULTS / ("gpu.json" if settings.device == "cuda" else "gpu-double.json")
-    device = torch.device(settings.device)
+    usual = (
+        "gpu-rehearsed.json" if settings.rehearse else "gpu.json" if settings.device == "cuda" else "gpu-double.json"
+    )
+    file = settings.json or RESULTS / usual
+    device = torch.device(settings.device, 0 if settings.device == "cuda" else None)  # torch's limits ask for an index
     if settings.child:
         run_child(settings.child, known, device, file)
     elif settings.dry_run:
@@ -64,8 +79,7 @@ def main() -> None:
     elif device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device; --dry-run prints the plan of every row, --device cpu runs the doubles")
     else:
-        chosen = [known[name] for name in names]
-        run_rows(chosen, device, file, settings.minutes, again=bool(settings.rows))
+        run_rows([known[name] for name in names], known, device, file, settings.minutes, again=bool(settings.rows))
 
 
 def card(device: torch.device) -> dict[str, Any]:
@@ -160,31 +174,66 @@ def mib(size: float) -> str:
     return f"{size / 2**20:.0f} MiB"
 
 
-def run_rows(rows: list[Row], device: torch.device, file: Path, minutes: float, *, again: bool) -> None:
-    """Ceilings, then each row in a process of its own, as far as the minutes go.
+def run_rows(
+    rows: list[Row], known: dict[str, Row], device: torch.device, file: Path, minutes: float, *, again: bool
+) -> None:
+    """Tests, ceilings, then each row in a process of its own, as far as the minutes go; beside a row its rival, once.
 
     This process takes nothing of the card, so that each row has all of it.
     """
-    from planning import expected_minutes
-
-    ends, results = time.monotonic() + 60.0 * minutes, read_results(file)
+    ends, results, done = time.monotonic() + 60.0 * minutes, read_results(file), set[str]()
+    if device.type == "cuda" and "tests" not in results:
+        results["tests"] = run_tests(min(ROW_SECONDS, 60.0 * minutes))
+        write_results(file, results)
+        print(f"tests/gpu: {results['tests']}", flush=True)
     if CEILINGS not in results:
-        results[CEILINGS] = in_child(CEILINGS, device, file, min(CEILING_SECONDS, 60.0 * minutes))
+        left = max(1.0, ends - time.monotonic())
+        results[CEILINGS] = in_child(CEILINGS, device, file, min(CEILING_SECONDS, left))
         write_results(file, results)
         print(f"{CEILINGS}: {json.dumps(results[CEILINGS])}", flush=True)
     for row in rows:
-        if row.name in results["rows"] and not again:
+        if row.name in done or (row.name in results["rows"] and not again):
             continue
-        expected, left = expected_minutes(row, device, known_ceilings(results)), ends - time.monotonic()
+        group = [row] if row.rival is None or row.rival in done else [row, known[row.rival]]
+        expected, left = sum(minutes_of(each, device, results) for each in group), ends - time.monotonic()
         if left < 60.0 * expected:
             print(f"{row.name}: waits for another call ({expected:.1f} minutes expected)", flush=True)
             continue
-        measured = in_child(row.name, device, file, left)
-        measured["when"] = datetime.now(UTC).isoformat(timespec="seconds")
-        results["rows"][row.name] = {"row": as_json(row), **measured}
+        for each in group:
+            found = in_child(each.name, device, file, max(1.0, min(ROW_SECONDS, ends - time.monotonic())))
+            found["when"] = datetime.now(UTC).isoformat(timespec="seconds")
+            results["rows"][each.name] = {"row": as_json(each), **found}
+            done.add(each.name)
+            print(summary(each, results["rows"][each.name]), flush=True)
+        if row.rival is not None:  # of this call: the speeds of two calls may be those of two cards
+            results["rows"][row.name]["rival_tokens_per_second"] = results["rows"][row.rival].get("tokens_per_second")
         write_results(file, results)
-        print(summary(row, results["rows"][row.name]), flush=True)
     print(f"results: {file}")
+    if REHEARSES:
+        from tests.devices.plugin import faults
+
+        found = faults()
+        print(f"faults that the device saw: {len(found)}", *sorted(set(found))[:8], sep="\n  ")
+
+
+def minutes_of(row: Row, device: torch.device, results: dict[str, Any]) -> float:
+    """That a row is expected to take."""
+    from planning import expected_minutes
+
+    return expected_minutes(row, device, known_ceilings(results))
+
+
+def run_tests(seconds: float) -> str:
+    """tests/gpu in a process of its own: its last line."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"]
+    if REHEARSES:
+        command += ["-p", "tests.devices.plugin"]
+    try:
+        done = subprocess.run(command, timeout=seconds, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    lines = [*done.stderr.strip().splitlines(), *done.stdout.strip().splitlines()]
+    return ([line for line in lines if " passed" in line or " failed" in line] or lines or ["no output"])[-1]
 
 
 def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dict[str, Any]:
@@ -193,6 +242,7 @@ def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dic
     answer.unlink(missing_ok=True)
     answer.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--child", name, "--device", device.type, "--json", str(answer)]
+    command += ["--rehearse"] if REHEARSES else []
     environment = os.environ | {"TUNEKIT_DEVICE": device.type}
     try:
         done = subprocess.run(command, timeout=seconds, env=environment, capture_output=True, text=True, check=False)
@@ -232,7 +282,7 @@ def child_work(name: str, known: dict[str, Row], device: torch.device, answer: P
         from ceilings import measure_ceilings
 
         model = "llama-3.1-8b" if device.type == "cuda" else "tiny"
-        yield measure_ceilings(device, linear_shapes(model, device), small=device.type == "cpu")
+        yield measure_ceilings(device, linear_shapes(model, device), small=device.type == "cpu" or REHEARSES)
         return
     row = known[name]
     plan = plan_row(row, device, known_ceilings(read_results(answer.with_name(answer.name.partition("-of-")[2]))))
@@ -265,7 +315,7 @@ def write_table(results: dict[str, Any], rows: list[Row], device: torch.device) 
     """scripts/results/gpu.md."""
     from table import make_table
 
-    file = RESULTS / ("gpu.md" if device.type == "cuda" else "gpu-double.md")
+    file = RESULTS / ("gpu-rehearsed.md" if REHEARSES else "gpu.md" if device.type == "cuda" else "gpu-double.md")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(make_table(results, rows), encoding="utf-8")
     print(file)

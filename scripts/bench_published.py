@@ -1,4 +1,5 @@
-"""What plan foresees on a GPU beside what other tools publish: scripts/results/forecast.md. No GPU is needed.
+"""What plan foresees on a GPU beside what other tools publish, and beside this project's own goals:
+scripts/results/forecast.md. No GPU is needed.
 
 Where a tool does not say how it measured, the settings here are guessed, and the table says which.
 usage: scripts/bench published
@@ -7,6 +8,7 @@ usage: scripts/bench published
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "gpu"))
 
 import planning  # noqa: E402
-from shapes import GIB, NF4, Row  # noqa: E402
+from arithmetic import Ceilings  # noqa: E402
+from shapes import GIB, NF4, ROWS, Row  # noqa: E402
 
 GB = 10**9
 
@@ -65,8 +68,47 @@ TABLE = [
 ]  # fmt: skip
 
 
+# GB that a row of scripts/bench gpu is to stay within, by its name.
+GOALS = {
+    "8b-nf4-small-head": 5.5,
+    "8b-nf4-small-streamed": 2.0,
+    "70b-nf4-streamed": 7.0,
+    "t0-3b-streamed": 1.5,
+    "bloomz-streamed": 4.0,
+    "mt0-xxl-streamed": 4.0,
+    "t0-3b-nf4-recomputed": 2.5,
+    "bloomz-nf4-recomputed": 6.5,
+    "mt0-xxl-nf4-recomputed": 9.5,
+}
+
+
+def goal_lines() -> Iterator[str]:
+    """A table of the goals, with what a streamed head costs: its bytes over the bus as if nothing were computed
+    meanwhile, as a share of the step at half of the card's products."""
+    yield "| row of `scripts/bench gpu` | goal | foreseen | weights | streamed head, of a step | tokens, settings |"
+    yield "|---|--:|--:|--:|--:|---|"
+    rows, device = {row.name: row for row in ROWS}, torch.device("cuda")
+    for name, goal in GOALS.items():
+        one = rows[name]
+        plan = planning.plan_row(one, device, Ceilings())
+        whole, without = (
+            planning.plan_row(replace(one, streamed_head=streamed), device, Ceilings())["floor_seconds"].get("bus", 0.0)
+            for streamed in (True, False)
+        )
+        step = plan["flops_per_token"] * one.step_tokens / Ceilings().product_flops / planning.LIKELY_SHARE
+        cost = f"{(whole - without) / step:.1%} at most" if one.streamed_head else ""
+        settings = f"{one.micro_batches} x {one.rows} x {one.length:,}, rank {one.r}"
+        settings += ", streamed_head" if one.streamed_head else ""
+        settings += f", mlp_tile_tokens {one.tile_tokens:,}" if one.tile_tokens else ""
+        peak = plan["predicted_bytes"]
+        yield (
+            f"| {name} | {goal:.1f} GB | {peak['total'] / GB:.2f} GB | {peak['weights'] / GB:.2f} GB | {cost} | "
+            f"{settings} |"
+        )
+
+
 def main() -> None:
-    """Write the table."""
+    """Write both tables."""
     lines = [
         "# What plan foresees beside what is published",
         "",
@@ -89,6 +131,10 @@ def main() -> None:
             f"{peak['total'] / unit:.1f} {name} | {peak['weights'] / unit:.1f} {name} | {share:.0%} | {one.guessed} |"
         )
         print(lines[-1], flush=True)
+    lines += ["", "## Goals", "", "By the same arithmetic; a gigabyte is 10^9 bytes.", ""]
+    for line in goal_lines():
+        lines.append(line)
+        print(line, flush=True)
     (HERE / "results" / "forecast.md").write_text("\n".join(lines) + "\n")
 
 

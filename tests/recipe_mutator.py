@@ -65,6 +65,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["0", "1", "1.5", "-0.1", "true", "[]", "[5]", "{format: chat}", ".nan", '"0.1"'],
     ),
     "data.train_on": (["assistant", "last", "all"], ["user", "true", "null", "[all]"]),
+    "data.rewritten_answers": (["last", "each"], ["all", "true", "null"]),
     "data.chat_template": (["null", "template.jinja", "~/template.jinja"], ["5", "[a]", '""', '"a\\0b"', "x" * 300]),
     "data.max_length": (["2", "2048", "2e3"], ["1", *NOT_COUNTS]),
     "data.excess_length": (["drop", "truncate", "split", "error"], ["cut", "null", "false"]),
@@ -147,7 +148,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "evaluation.best": (["null", "eval.loss"], ["loss", "eval.bleu", "true", "5", "eval."]),
     "evaluation.patience": (["null", "3"], [each for each in NOT_COUNTS if each != "null"]),
     "output.dir": ([OUTPUT, "no", "2024-01-01", "~/runs/x", "'runs/ä b'"], [*NOT_TEXT, "x" * 300, '"a\\0b"']),
-    "output.report_to": (["[]", "[tensorboard]", "tensorboard", "none"], ["wandb", "[wandb]", "null", "[5]"]),
+    "output.report_to": (["[]", "[tensorboard]", "tensorboard", "none"], ["neptune", "[neptune]", "null", "[5]"]),
 }
 REQUIRED = ("model.name_or_path", "data.train.0.path", "output.dir")
 EXCLUSIVE = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +104,58 @@ def test_results_are_kept_after_every_row_and_no_row_runs_twice(
 
     monkeypatch.setattr(bench_gpu, "in_child", in_child)
     chosen = [ROWS["tiny-bf16"], ROWS["tiny-nf4"]]
-    bench_gpu.run_rows(chosen, CPU, file, 10.0, again=False)
+    bench_gpu.run_rows(chosen, ROWS, CPU, file, 10.0, again=False)
     assert ran == [("ceilings", False), ("tiny-bf16", []), ("tiny-nf4", ["tiny-bf16"])]
-    bench_gpu.run_rows(chosen, CPU, file, 10.0, again=False)
+    bench_gpu.run_rows(chosen, ROWS, CPU, file, 10.0, again=False)
     assert len(ran) == 3
-    bench_gpu.run_rows(chosen[:1], CPU, file, 10.0, again=True)
+    bench_gpu.run_rows(chosen[:1], ROWS, CPU, file, 10.0, again=True)
     assert len(ran) == 4
-    bench_gpu.run_rows([ROWS["tiny-streamed"]], CPU, file, 0.001, again=False)
+    bench_gpu.run_rows([ROWS["tiny-streamed"]], ROWS, CPU, file, 0.001, again=False)
     assert "tiny-streamed: waits for another call" in capsys.readouterr().out
     from table import make_table
 
     text = make_table(json.loads(file.read_text()), [*chosen, ROWS["tiny-streamed"]])
     lines = [line for line in text.splitlines() if line.startswith("| t")]
     assert [line.split(" | ")[0] for line in lines] == ["| tiny-bf16", "| tiny-nf4"]
-    assert "10 (9) | 50% | 2.00 GiB" in lines[0]
+    assert "10 (9) |  | 50% | 2.00 GiB" in lines[0]
     assert "out of memory" in lines[1]
+
+
+def test_peft_is_measured_in_the_call_of_what_is_held_against_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    speeds, ran = iter([100.0, 50.0, 120.0, 130.0, 65.0]), list[str]()
+
+    def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dict[str, Any]:
+        ran.append(name)
+        assert seconds <= bench_gpu.ROW_SECONDS
+        return fake_result(name) | {"tokens_per_second": 1.0 if name == "ceilings" else next(speeds)}
+
+    monkeypatch.setattr(bench_gpu, "in_child", in_child)
+    rows = [ROWS[name] for name in ("8b-nf4-small", "8b-nf4-small-head")]
+    file = tmp_path / "gpu.json"
+    for chosen in (rows, [replace(rows[0], name="8b-nf4")]):
+        bench_gpu.run_rows(chosen, ROWS, CPU, file, 1e6, again=False)
+    first = ["8b-nf4-small", "8b-nf4-small-peft", "8b-nf4-small-head"]
+    assert ran == ["ceilings", *first, "8b-nf4", "8b-nf4-small-peft"]
+    found = json.loads(file.read_text())["rows"]
+    assert [found[name]["rival_tokens_per_second"] for name in (first[0], first[2], "8b-nf4")] == [50.0, 50.0, 65.0]
+    from table import make_table
+
+    line = next(
+        line for line in make_table(json.loads(file.read_text()), rows).splitlines() if "| 8b-nf4-small " in line
+    )
+    assert "| 2.00 |" in line
+
+
+def test_every_row_of_the_table_can_be_rehearsed_and_fits_in_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in shapes.ROWS:
+        assert row.rival is None or ROWS[row.rival].tool == "peft"
+        assert planning.expected_minutes(row, CUDA, arithmetic.Ceilings()) < 10.0
+    monkeypatch.setattr(shapes, "MODELS", dict(shapes.MODELS))
+    shapes.shrink_models()
+    assert {row.name for row in map(shapes.rehearsed, shapes.ROWS)} <= set(ROWS)
+    assert all(config["vocab_size"] == 512 for config in shapes.MODELS.values())
 
 
 def test_a_child_that_runs_out_of_memory_or_of_time_is_a_result(
@@ -168,8 +206,6 @@ def test_the_doubles_give_the_losses_of_peft(pair: tuple[str, str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-streamed", "tiny-t5-streamed"])
 def test_streamed_and_resident_doubles_give_the_same_losses(name: str) -> None:
-    from dataclasses import replace
-
     import ours
 
     streamed = ROWS[name]

@@ -1,6 +1,6 @@
 """What rooms of one level know of each other: Tokenizer, Row, Batch, Window, Loss, Objective, Engine, Stages.
 
-Typing, numpy, torch, records only.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
+Typing, numpy, torch, records.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
 """
 
 from __future__ import annotations
@@ -153,9 +153,7 @@ class RowEncoder(Protocol):
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One micro-batch of whole rows: what the network is called with, what the loss reads, and the rows themselves.
-
-    `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where each row is padded by itself.
-    """
+    `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where every row is padded alone."""
 
     inputs: dict[str, torch.Tensor]  # each (B, ...)
     targets: dict[str, torch.Tensor]
@@ -351,10 +349,8 @@ class SideInput:
 @dataclass(frozen=True)
 class LayerCall:
     """What one layer is called with after its hidden states, for one micro-batch.
-
     `arguments` and `keywords` hold a SideInput in place of each tensor that is one.  `side_outputs`: what the layer
-    gives after its hidden states, in order; None where no layer reads it.
-    """
+    gives after its hidden states, in order; None where no layer reads it."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -371,10 +367,8 @@ class LayerCall:
 class Stack:
     """Layers that follow one another, each `layer(hidden, call)` -> hidden (B, T, D); the last one's includes the
     stack's final norm.
-
     `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is the output of the stack
-    before, None for the first.
-    """
+    before, None for the first."""
 
     embed: Callable[[dict[str, torch.Tensor], SideInput | None], tuple[torch.Tensor, list[LayerCall]]]
     layers: Sequence[torch.nn.Module]

@@ -85,13 +85,11 @@ def _train(session: Session, resume: bool) -> None:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
-    with Progress(session.console, plan.steps, run.state.step, budget_bytes=plan.budget_bytes) as progress:
+    with trackers, Progress(session.console, plan.steps, run.state.step, budget_bytes=plan.budget_bytes) as progress:
         run.record = run_files.make_recorder(session, progress, trackers)
         run_loop(run)
     found = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
     run.state.reactions = [reaction for place, reaction in enumerate(found) if reaction not in found[:place]]
-    if trackers is not None:
-        trackers.close()
     if session.folder is not None:
         _finish(session, session.folder, plan, prepared, run)
     session.devices.wait()

@@ -63,13 +63,19 @@ def least_flops_per_token(size: Size, row: Row, supervised_share: float) -> floa
     return flops_per_token(size, row, 0.0, supervised_share)
 
 
-def floor_seconds(flops: float, layer_bytes: float, row: Row, ceilings: Ceilings) -> dict[str, float]:
-    """The least time of one step, by what bounds it; streamed weights cross the bus twice for each pass."""
+def floor_seconds(
+    flops: float, layer_bytes: float, head_bytes: float, row: Row, ceilings: Ceilings
+) -> dict[str, float]:
+    """The least time of one step, by what bounds it; streamed weights cross the bus twice for each pass, a streamed
+    head twice for each micro-batch."""
     floors = {"products": flops * row.step_tokens / ceilings.product_flops}
     if row.engine == "resident":
         floors["weights"] = 2.0 * layer_bytes * row.micro_batches / ceilings.copy_bytes
     else:
         floors["bus"] = 2.0 * layer_bytes * row.passes / ceilings.host_bytes
+    if row.streamed_head:
+        crossed = 2.0 * head_bytes * row.micro_batches / ceilings.host_bytes
+        floors["bus"] = floors.get("bus", 0.0) + crossed
     return floors
 
 

@@ -61,7 +61,7 @@ def copied_bytes(size: int, device: torch.device) -> float:
 def bus_bytes(size: int, device: torch.device, *, to_device: bool, pinned: bool) -> float:
     """Bytes per second between the host and the device."""
     host = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned and device.type == "cuda")
-    own = torch.empty(size, dtype=torch.uint8, device=device)
+    own = torch.zeros(size, dtype=torch.uint8, device=device)
     source, target = (host, own) if to_device else (own, host)
     return size / timed(lambda _: target.copy_(source, non_blocking=pinned), device, 10)
 

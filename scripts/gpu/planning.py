@@ -39,6 +39,7 @@ from tunekit.records import Choice
 SEES_SOURCE = r"encoder\.block\.|EncDecAttention\.[kv]\."  # of a T5's parameters
 CARD_BYTES = 78 * 2**30  # of an H100, where there is none to ask
 SPARE_SHARE = 0.06  # for what the allocator reserves beyond tensors, and the libraries' own
+HEAD_BYTES = 2  # of a parameter of the head, which is not packed
 LIKELY_SHARE = 0.5  # of the product ceiling, for the expected minutes
 MOST_TOGETHER = 2  # micro-batches of a pass that are simulated: of more, the inputs lie on the host as well
 START_SECONDS, DRAWN_BYTES_PER_SECOND = 45.0, 20e9
@@ -74,6 +75,7 @@ def row_choice(row: Row, vocabulary_size: int, checkpointed: int) -> Choice:
         streaming=row.engine if streamed else "off",
         streamed_head=row.streamed_head,
         pass_micro_batches=row.pass_size,
+        mlp_tile_tokens=row.tile_tokens,
         kernels=row.kernels,
         compiled=row.compiled,
     )
@@ -125,7 +127,7 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
         run = SimulatedRun(section, adapter_settings(row), objective_of(row), training_section(row), choice, run_device)
         together = 1 if row.engine == "resident" else min(row.micro_batches, row.pass_size, MOST_TOGETHER)
         step = run.training_step(micro_batch(row, 0, 0), together)
-    peak = peak_bytes(step, None, run_device, base.dtype)
+    peak = peak_bytes(step, None, None, run_device, base.dtype)
     parts = {name: getattr(peak, name) for name in ("weights", "adapter", "optimizer", "activations", "logits")}
     return parts | {"total": peak.total}
 
@@ -196,7 +198,7 @@ def plan_row(row: Row, device: torch.device, ceilings: Ceilings) -> dict[str, An
 def _times(row: Row, size: Size, share: float, layers: float, ceilings: Ceilings) -> dict[str, Any]:
     supervised = supervised_share(row)
     flops = flops_per_token(size, row, share, supervised)
-    floors = floor_seconds(flops, layers, row, ceilings)
+    floors = floor_seconds(flops, layers, HEAD_BYTES * size.head, row, ceilings)
     least = least_flops_per_token(size, row, supervised)
     likely = max(max(floors.values()), flops * row.step_tokens / ceilings.product_flops / LIKELY_SHARE)
     drawn = 2.0 * (size.body + 2 * size.head) / DRAWN_BYTES_PER_SECOND

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 GIB = 2**30
@@ -56,7 +56,8 @@ class Row:
 
     `rows` x `length` tokens are one micro-batch (`documents`: packed from rows of real lengths; of an encoder-decoder
     half of each row is its source), `micro_batches` one step, of which `pass_size` go through a streamed layer
-    together. `cap_bytes`: the memory that the process may use, to stand for a smaller card.
+    together. `cap_bytes`: the memory that the process may use, to stand for a smaller card. `rival`: peft's row, which
+    is measured in the same call.
     """
 
     name: str
@@ -76,8 +77,10 @@ class Row:
     checkpointing: str | int = "auto"
     compiled: bool = False
     kernels: str = "none"
+    tile_tokens: int | None = None  # of MLPs
     steps: int = 8
     cap_bytes: int | None = None
+    rival: str | None = None
 
     @property
     def step_tokens(self) -> int:
@@ -103,48 +106,97 @@ class Row:
 SEED = {"length": 512, "r": 8, "targets": "all-linear"}  # of the seed table; its own settings are not published
 STREAMED = {"engine": "host", "micro_batches": 8, "rows": 1, "checkpointing": "every"}
 FULL_8B = {"model": "llama-3.1-8b", "rows": 3}  # as many as need no recomputation on 80 GB
+SMALL_8B = {"model": "llama-3.1-8b", "rows": 2, "length": 2048, "checkpointing": "every"}
+SMALL_32B = {"model": "qwen2.5-32b", "rows": 2, "micro_batches": 2, "steps": 5}
+PUBLISHED_3B = {"model": "llama-3.2-3b", "rows": 4, "length": 768, "r": 32, "targets": "q_proj,v_proj"}  # peft's
+LONG_8B = {"model": "llama-3.1-8b", "checkpointing": "every", "tile_tokens": 2**15}
 NF4 = {"quantization": "nf4"}
 PEFT = {"tool": "peft"}
 
+
+def _seed_table(name: str, model: str) -> list[Row]:
+    """Of one model of the seed table: streamed, in 4 bits, peft's. A large vocabulary's head is streamed where memory
+    is what counts."""
+    common, rival = {"model": model, **SEED}, f"{name}-peft"
+    head = MODELS[model]["vocab_size"] > 200_000
+    return [
+        Row(f"{name}-streamed", "G1", **common, **STREAMED, streamed_head=head, rival=rival),
+        Row(rival, "G1", **common, rows=8, **PEFT),
+        Row(f"{name}-nf4", "G2", **common, **NF4, rows=8, rival=rival),
+        Row(
+            f"{name}-nf4-recomputed",
+            "G2",
+            **common,
+            **NF4,
+            rows=8,
+            checkpointing="every",
+            streamed_head=head,
+            rival=rival,
+        ),
+    ]
+
+
+# What says most comes first, since a card's time may end before the list does.
 ROWS: list[Row] = [
-    Row("8b-bf16", "G3", **FULL_8B),
+    Row("8b-bf16", "G3", **FULL_8B, rival="8b-bf16-peft"),
+    Row("8b-bf16-peft", "G3", **FULL_8B, **PEFT),
+    *_seed_table("t0-3b", "t0-3b"),
+    *_seed_table("bloomz", "bloomz-7b1"),
+    *_seed_table("mt0-xxl", "mt0-xxl"),
+    Row("3b-qv", "G10", **PUBLISHED_3B, checkpointing=0, rival="3b-qv-peft"),
+    Row("3b-qv-recomputed", "G10", **PUBLISHED_3B, checkpointing="every", rival="3b-qv-peft"),
+    Row("3b-qv-peft", "G10", **PUBLISHED_3B, **PEFT),
+    Row("8b-nf4", "G4", **FULL_8B, **NF4, rival="8b-nf4-peft"),
+    Row("8b-nf4-peft", "G4", **FULL_8B, **NF4, **PEFT),
+    Row("8b-nf4-small", "G4", **SMALL_8B, **NF4, rival="8b-nf4-small-peft"),
+    Row("8b-nf4-small-head", "G4", **SMALL_8B, **NF4, streamed_head=True, tile_tokens=2048, rival="8b-nf4-small-peft"),
+    Row("8b-nf4-small-peft", "G4", **SMALL_8B, **NF4, **PEFT),
+    Row("8b-nf4-streamed", "G4", model="llama-3.1-8b", **NF4, **STREAMED),
+    Row("8b-nf4-small-streamed", "G4", **(SMALL_8B | {"rows": 1}), **NF4, micro_batches=2, engine="host",
+        streamed_head=True),
+    Row("70b-nf4-streamed", "G5", model="llama-70b", **NF4, **(STREAMED | {"micro_batches": 16}), length=2048, steps=4,
+        streamed_head=True),
+    Row("8b-nf4-128k", "G7", **LONG_8B, **NF4, length=2**17, steps=2),
+    Row("8b-nf4-256k", "G7", **LONG_8B, **NF4, length=2**18, steps=1),
+    Row("8b-bf16-packed", "G3", **FULL_8B, documents=True),
     Row("8b-bf16-compiled", "G3", **FULL_8B, compiled=True),
     Row("8b-bf16-liger", "G3", **FULL_8B, kernels="liger"),
     Row("8b-fp8", "G3", **FULL_8B, quantization="fp8"),
-    Row("8b-bf16-packed", "G3", **FULL_8B, documents=True),
-    Row("8b-bf16-peft", "G3", **FULL_8B, **PEFT),
-    Row("8b-nf4", "G4", **FULL_8B, **NF4),
-    Row("8b-nf4-peft", "G4", **FULL_8B, **NF4, **PEFT),
-    Row("8b-nf4-small", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, checkpointing="every"),
-    Row("8b-nf4-small-peft", "G4", model="llama-3.1-8b", **NF4, rows=2, length=2048, checkpointing="every", **PEFT),
-    Row("8b-nf4-streamed", "G4", model="llama-3.1-8b", **NF4, **STREAMED),
-    Row("8b-nf4-small-streamed", "G4", model="llama-3.1-8b", **NF4, rows=1, micro_batches=2, length=2048, engine="host",
-        checkpointing="every"),
     Row("8b-nf4-24gb", "G4", **FULL_8B, **NF4, cap_bytes=24 * GIB),
-    Row("bloomz-streamed", "G1", model="bloomz-7b1", **SEED, **STREAMED),
-    Row("bloomz-peft", "G1", model="bloomz-7b1", **SEED, rows=8, **PEFT),
-    Row("bloomz-nf4", "G2", model="bloomz-7b1", **SEED, **NF4, rows=8),
-    Row("bloomz-nf4-recomputed", "G2", model="bloomz-7b1", **SEED, **NF4, rows=8, checkpointing="every"),
-    Row("t0-3b-streamed", "G1", model="t0-3b", **SEED, **STREAMED),
-    Row("t0-3b-peft", "G1", model="t0-3b", **SEED, rows=8, **PEFT),
-    Row("t0-3b-nf4", "G2", model="t0-3b", **SEED, **NF4, rows=8),
-    Row("t0-3b-nf4-recomputed", "G2", model="t0-3b", **SEED, **NF4, rows=8, checkpointing="every"),
-    Row("mt0-xxl-streamed", "G1", model="mt0-xxl", **SEED, **STREAMED),
-    Row("mt0-xxl-peft", "G1", model="mt0-xxl", **SEED, rows=8, **PEFT),
-    Row("mt0-xxl-nf4", "G2", model="mt0-xxl", **SEED, **NF4, rows=8),
-    Row("mt0-xxl-nf4-recomputed", "G2", model="mt0-xxl", **SEED, **NF4, rows=8, checkpointing="every"),
-    Row("32b-nf4", "G5", model="qwen2.5-32b", **NF4, rows=2, micro_batches=2, steps=5),
-    Row("32b-nf4-peft", "G5", model="qwen2.5-32b", **NF4, rows=2, micro_batches=2, steps=5, **PEFT),
     Row("70b-nf4", "G5", model="llama-70b", **NF4, micro_batches=8, steps=4),
-    Row("70b-nf4-streamed", "G5", model="llama-70b", **NF4, **(STREAMED | {"micro_batches": 16}), length=2048, steps=4),
     Row("70b-nf4-peft", "G5", model="llama-70b", **NF4, micro_batches=8, steps=4, **PEFT),
-    Row("3b-qv", "G10", model="llama-3.2-3b", rows=4, length=768, r=32, targets="q_proj,v_proj", checkpointing=0),
-    Row(
-        "3b-qv-recomputed", "G10", model="llama-3.2-3b", rows=4, length=768, r=32, targets="q_proj,v_proj",
-        checkpointing="every",
-    ),
-    Row("3b-qv-peft", "G10", model="llama-3.2-3b", rows=4, length=768, r=32, targets="q_proj,v_proj", **PEFT),
+    Row("32b-nf4", "G5", **SMALL_32B, **NF4, rival="32b-nf4-peft"),
+    Row("32b-nf4-peft", "G5", **SMALL_32B, **NF4, **PEFT),
 ]  # fmt: skip
+
+
+def rehearsed(row: Row) -> Row:
+    """The row at a size that a simulated device computes in seconds."""
+    return replace(
+        row,
+        rows=min(row.rows, 2),
+        length=min(row.length, 64),
+        micro_batches=min(row.micro_batches, 2),
+        r=min(row.r, 4),
+        steps=min(row.steps, 3),
+        tile_tokens=row.tile_tokens and 16,
+        cap_bytes=row.cap_bytes and 2**30,
+    )
+
+
+def shrink_models() -> None:
+    """Give every model three layers of 64 numbers, and a vocabulary of 512."""
+    for name, config in MODELS.items():
+        small: dict[str, Any] = {"vocab_size": 512}
+        if config["model_type"] == "bloom":
+            small |= {"hidden_size": 64, "n_layer": 3, "n_head": 4}
+        elif "num_decoder_layers" in config:
+            small |= {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 3, "num_decoder_layers": 3}
+        else:
+            small |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+            small |= {"num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 0, "eos_token_id": 1}
+        MODELS[name] = config | small
+
 
 DOUBLES: list[Row] = [
     Row("tiny-bf16", "double", model="tiny", rows=2, length=64, steps=4),

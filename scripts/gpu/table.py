@@ -7,7 +7,7 @@ from typing import Any
 from shapes import Row
 
 HEAD = (
-    "row", "goal", "tool", "model", "weights", "tokens a step", "tokens/s (least)", "% of 4N limit",
+    "row", "goal", "tool", "model", "weights", "tokens a step", "tokens/s (least)", "x peft", "% of 4N limit",
     "peak allocated", "reserved", "predicted", "host anonymous", "loss, first to last",
 )  # fmt: skip
 
@@ -19,6 +19,8 @@ def make_table(results: dict[str, Any], rows: list[Row]) -> str:
     lines = ["# Measured on one GPU", "", "`scripts/bench gpu`; weights are random, rows of random ids.", ""]
     versions = ", ".join(f"{name} {number}" for name, number in card.get("versions", {}).items())
     lines += [f"{card.get('device', 'no card yet')}; Python {card.get('python', '?')}; {versions}.", ""]
+    if "tests" in results:
+        lines += [f"tests/gpu: {results['tests']}", ""]
     if "product_flops" in ceilings:
         lines += [
             f"Ceilings: {ceilings['product_flops'] / 1e12:.1f} TFLOP/s ({ceilings['product_side']}^3, bf16), "
@@ -53,10 +55,12 @@ def _cells(row: Row, found: dict[str, Any]) -> list[str]:
     if "tokens_per_second" not in found:
         return [*first, found["outcome"], *[""] * (len(HEAD) - len(first) - 1)]
     share = found["tokens_per_second"] / found["plan"]["limit_tokens_per_second"]
+    rival = found.get("rival_tokens_per_second")
     predicted = found["plan"].get("predicted_bytes", {}).get("total")
     return [
         *first,
         f"{found['tokens_per_second']:,.0f} ({found['tokens_per_second_least']:,.0f})",
+        f"{found['tokens_per_second'] / rival:.2f}" if rival else "",
         f"{share:.0%}",
         _gib(found.get("peak_allocated_bytes")),
         _gib(found.get("peak_reserved_bytes")),

@@ -115,6 +115,8 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
     assert report["predicted_bytes"] == {"cpu": 110 * MIB}
     assert report["reactions"] == [{"probe": "longest batch", "action": "micro-batches are split in two", "step": 0}]
     assert {field.name for field in dataclasses.fields(ReportFacts)} - set(report) == {
+        "first_reward",
+        "final_reward",
         "peak_requested_bytes",
         "peak_allocated_bytes",
         "peak_reserved_bytes",

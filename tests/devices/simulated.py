@@ -13,6 +13,7 @@ import importlib.abc
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -189,6 +190,10 @@ def _install_with_streams(double: Double) -> None:
 
         def record(self, stream: Any = None) -> None:
             super().record(stream or module.current_stream())
+            self.recorded = time.monotonic()  # here things are computed when they are sent
+
+        def elapsed_time(self, end_event: Any) -> float:
+            return 1000.0 * (end_event.recorded - self.recorded)
 
         def wait(self, stream: Any = None) -> None:
             super().wait(stream or module.current_stream())

@@ -21,16 +21,8 @@ __all__ = ["whole_device"]
 def test_two_devices_give_the_curve_of_one(folder: Path, tmp_path: Path, override: str) -> None:
     one, _ = train(tmp_path / "one", folder, "adapter.dropout=0", override, device="cuda")
     recipe, run = write_recipe(tmp_path / "two", folder, rows=11), tmp_path / "two" / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "tunekit",
-        "train",
-        str(recipe),
-        "adapter.dropout=0",
-        override,
-        f"output.dir={run}",
-    ]
+    overrides = ["adapter.dropout=0", override, f"output.dir={run}"]
+    command = [sys.executable, "-m", "tunekit", "train", str(recipe), *overrides]
     several = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = os.environ | several | {"TUNEKIT_DEVICE": ""}
     ranks = [

@@ -7,7 +7,15 @@ import torch
 
 from tunekit.errors import RecipeError
 from tunekit.machine import devices
-from tunekit.machine.devices import capability, check_found, computes_bfloat16, make_devices, summing_dtype, wide
+from tunekit.machine.devices import (
+    capability,
+    check_found,
+    computes_bfloat16,
+    deterministic_kernels,
+    make_devices,
+    summing_dtype,
+    wide,
+)
 from tunekit.model.placing import placed
 
 
@@ -57,3 +65,24 @@ def test_sums_are_taken_in_what_the_device_has() -> None:
     ]
     assert wide(torch.ones(2)).dtype == torch.float64
     assert placed(torch.ones(2, dtype=torch.float64), torch.device("cpu")).dtype == torch.float64
+
+
+def settings_of_torch() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_kernels_are_deterministic_in_the_block_alone(filled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", filled)
+    with deterministic_kernels(False):
+        assert settings_of_torch() == (False, filled)
+    with deterministic_kernels(True):
+        assert settings_of_torch() == (True, False)
+    assert settings_of_torch() == (False, filled)
+    with pytest.raises(RecipeError, match="no deterministic kernel for this run") as found, deterministic_kernels(True):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation. You may")
+    assert found.value.problems[0].key == "training.deterministic"
+    assert settings_of_torch() == (False, filled)
+    for wanted, message in ((True, "shapes differ"), (False, "no deterministic implementation")):
+        with pytest.raises(RuntimeError, match=message), deterministic_kernels(wanted):
+            raise RuntimeError(message)

@@ -12,7 +12,7 @@ from tests.architectures.tiny import write_tiny
 from tunekit.contracts import Sampling
 from tunekit.errors import DataError
 from tunekit.model.load import LoadedModel, load_model
-from tunekit.model.text.generation import end_of_turn_ids, find_stop_ids, generate_texts
+from tunekit.model.text.generation import draw, end_of_turn_ids, find_stop_ids, generate_texts
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
 
@@ -104,6 +104,38 @@ def test_sampling_follows_its_seed(loaded: tuple[LoadedModel, LoadedTokenizer]) 
     assert generate(loaded, sampling=Sampling(2.0, seed=1)) == first
     assert generate(loaded, sampling=Sampling(2.0, seed=2)) != first
     assert generate(loaded, sampling=Sampling(2.0, top_k=1, seed=2)) == generate(loaded)
+
+
+def test_what_a_prompt_draws_follows_from_its_own_seed(loaded: tuple[LoadedModel, LoadedTokenizer]) -> None:
+    """Whatever shares its batch, and in whatever order; equal prompts, computed once, draw each for itself."""
+    drawn = {"sampling": Sampling(temperature=0.8, top_p=0.9, top_k=50), "max_new_tokens": 8}
+    seeds = [11, 12, 13, 14]
+    whole = generate(loaded, seeds=seeds, **drawn)
+    assert [generate(loaded, seeds=seeds, batch_size=size, **drawn) for size in (1, 3)] == [whole] * 2
+    twice = [PROMPTS[place] for place in (2, 0, 2, 2, 0)]
+    found = generate_texts(*loaded, twice, batch_size=5, stop_ids=[], seeds=[13, 11, 7, 13, 8], **drawn)
+    assert [found[0], found[1], found[3]] == [whole[2], whole[0], whole[2]]
+    assert found[2] != found[0]
+    assert found[4] != found[1]
+
+
+def test_a_stop_is_kept_where_it_is_asked_for(loaded: tuple[LoadedModel, LoadedTokenizer]) -> None:
+    plain = generate(loaded)
+    stops = sorted({plain[0][2], plain[2][4]})
+    kept, cut = generate(loaded, stop_ids=stops, keep_stop=True), generate(loaded, stop_ids=stops)
+    for ours, theirs in zip(kept, cut, strict=True):
+        assert ours == theirs or (ours[:-1] == theirs and ours[-1] in stops)
+    assert kept[0] == plain[0][:3]
+
+
+def test_tokens_are_drawn_by_their_probabilities() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 0.0, 2.0]])
+    numbers = (torch.arange(10_000) + 0.5) / 10_000
+    found = draw(logits.expand(len(numbers), -1), numbers.double())[:, 0]
+    shares = torch.bincount(found, minlength=4) / len(numbers)
+    torch.testing.assert_close(shares, logits[0].softmax(0), rtol=0, atol=2e-4)
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits.expand(2, -1), edges)[:, 0].tolist() == [0, 3]
 
 
 def test_stops(loaded: tuple[LoadedModel, LoadedTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:

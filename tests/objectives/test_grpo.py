@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.sample_case import Case
@@ -419,3 +419,21 @@ def test_a_reward_is_required(base: Path, tmp_path: Path) -> None:
     recipe.write_text(json.dumps({**json.loads(recipe.read_text("utf-8")), "objective": "rloo"}), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"objective\.reward: is required; write reward: \[\{function: FILE\.py:NAME"):
         validate(str(recipe))
+
+
+def test_what_samples_take_is_planned(base: Path, tmp_path: Path) -> None:
+    """Keys and values of the completions that are written side by side, at their full length."""
+    objective = {"num_generations": 2, "max_completion_length": 60}
+    training = {"micro_batch_size": 1, "gradient_accumulation_steps": 16}
+    peaks, longest = [], 0
+    for name, size in (("few", 2), ("many", 32)):
+        values = {"objective": {**objective, "sampling_batch_size": size}, "training": training}
+        plan, prepared = make_plan(load_recipe(write_prompts(tmp_path / name, base, **values)), device=CPU)
+        longest = max(len(prepared.rows.train[at].parts["prompt"]) for at in range(18)) + 60
+        assert prepared.largest_batch.tokens == 2 * longest, "a micro-batch is planned with full completions"
+        peaks.append(plan.peak_bytes)
+    config = AutoConfig.from_pretrained(base)
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * 32 * longest * width * 4
+    assert peaks[1].total > peaks[0].total
+    assert peaks[1].activations > cache

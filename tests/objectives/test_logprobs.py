@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.contracts import ModelOutput
-from tunekit.objectives.logprobs import log_probabilities
+from tunekit.objectives.logprobs import at_temperature, log_probabilities
 
 POSITIONS, HIDDEN, VOCABULARY = 11, 6, 17
 
@@ -58,6 +58,25 @@ def test_values_and_gradients_are_those_of_log_softmax(trained: bool, chunk: int
     assert head.rows <= chunk, "never more logits than a chunk's"
     with torch.no_grad():
         torch.testing.assert_close(log_probabilities(output, index, targets), found)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_entropies_and_temperatures_are_those_of_the_distribution(trained: bool) -> None:
+    index, targets = torch.tensor([3, 0, 5, 7, 1]), torch.tensor([4, 0, 16, 2, 9])
+    head, hidden = CappedHead(torch.float32, trained), numbers(2, 2, 7, HIDDEN).float().requires_grad_()
+    parameters = [head.weight] if trained else []
+    output, entropies = ModelOutput(hidden, head, parameters, 2), torch.zeros(5)
+    found = log_probabilities(at_temperature(output, 0.5), index, targets, entropies)
+    expected = (2 * head.logits(hidden.reshape(-1, HIDDEN)[index])).log_softmax(-1)
+    torch.testing.assert_close(found, expected[torch.arange(5), targets], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(-1).detach(), rtol=1e-5, atol=1e-6)
+    assert not entropies.requires_grad
+    found.sum().backward()  # which computes a trained head's chunks again
+    torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(-1).detach(), rtol=1e-5, atol=1e-6)
+    nothing = log_probabilities(output, index[:0], targets[:0], entropies[:0])
+    assert nothing.shape == (0,)
+    with torch.no_grad():
+        assert log_probabilities(output, index[:0], targets[:0]).shape == (0,)
 
 
 def test_a_head_that_draws_is_computed_again_with_the_same_draws() -> None:

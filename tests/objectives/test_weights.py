@@ -93,6 +93,8 @@ def test_a_turn_counts_as_it_says_and_a_cut_row_keeps_it(tokenizer: LoadedTokeni
     assert objective.cut(row, 2, 5).parts["weights"].tolist() == weights[2:5].tolist()
     plain = encoder.encode(ChatExample((turns[0], Message("assistant", "ab"))), "d:2")
     assert not len(plain.parts["weights"]), "where all count the same, nothing is stored"
+    assert objective.spans(row)[0].title == "weight of the loss: 1.5 of 3 tokens, 6 of 4 tokens"
+    assert objective.spans(plain)[0].title == ""
     together = objective.collate([[plain, row]])
     assert together.targets["weights"].tolist() == [[1.0] * plain.size + weights.tolist()]
 

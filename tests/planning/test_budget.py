@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import write_tiny_llama
 from tests.data_case import Rows, objective_of, settings
 from tests.planning.test_plan import plan_of
 from tests.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
@@ -27,7 +28,8 @@ from tunekit.planning.choice import (
 )
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.memory import MARGIN, trial_reason, usable_bytes
-from tunekit.planning.plan import as_chosen
+from tunekit.planning.plan import as_chosen, make_plan
+from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice
 
 MIB = 2**20
@@ -199,6 +201,25 @@ def test_an_impossible_budget_names_changes_that_do_what_they_say(recipe: Path) 
         (again,) = changed.refusals
         new = float(re.findall(r"needs ([0-9.]+) MiB, and", again.message)[0])
         assert new == pytest.approx(float(needs), abs=0.3), f"{key}: {value} is what it was said to be"
+
+
+def test_a_head_in_parts_is_a_change_where_the_vocabulary_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where it leaves the device; of what a tiny vocabulary would save nothing is said."""
+    for name in ("available_bytes", "total_bytes"):
+        monkeypatch.setattr(f"tunekit.planning.memory.{name}", lambda device: 2**33)
+    messages = []
+    for vocabulary in (267, 60_000):
+        folder = write_tiny_llama(tmp_path / str(vocabulary))
+        config = json.loads((folder / "config.json").read_text()) | {"vocab_size": vocabulary}
+        (folder / "config.json").write_text(json.dumps(config))  # no weight is read
+        recipe = write_recipe(tmp_path / f"for-{vocabulary}", folder, rows=8, data={"eval": None})
+        overrides = ("memory.budget=1MiB", "memory.streaming=off", "memory.gradient_checkpointing=true")
+        plan, _ = make_plan(load_recipe(recipe, overrides), device=torch.device("cuda"))
+        assert plan.peak_bytes.activations > 0, "float32 with grouped heads has torch's plain attention"
+        messages += [refusal.message for refusal in plan.refusals if refusal.key == "memory.budget"]
+    assert ["memory.streamed_head: true saves" in message for message in messages] == [False, True]
 
 
 def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,8 @@ def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
         "recipe.yaml:4: training.save_steps: must be a whole number, not '1_000'; write 1000 without quotes",
         "recipe.yaml:4: training.epoch: unknown key; did you mean 'epochs'?",
         "recipe.yaml:5: evaluation.metrics.0: unknown metric 'los'; did you mean 'loss'?",
-        "recipe.yaml:6: output.report_to.0: must be tensorboard, not 'tensorbord'; did you mean 'tensorboard'?",
+        "recipe.yaml:6: output.report_to.0: must be one of tensorboard, wandb, mlflow, trackio, aim, comet_ml, "
+        "clearml, dvclive, swanlab, not 'tensorbord'; did you mean 'tensorboard'?",
         "recipe.yaml:7: r: unknown key; did you mean 'adapter.r'?",
         "command line: training.sed: unknown key; did you mean 'seed'?",
     ]
@@ -158,10 +159,7 @@ def test_sources(data: str, expected: str, tmp_path: Path) -> None:
         ("memory: {load_in_4bit: true}", "memory.load_in_4bit: unknown key; write model.quantization: 'nf4'"),
         ("training: {bf16: true}", "training.bf16: unknown key; did you mean 'model.dtype'?"),
         ("data: {max_seq_length: 9}", "data.max_seq_length: unknown key; write data.max_length: 9"),
-        (
-            "output: {report_to: wandb}",
-            "output.report_to.0: must be tensorboard, not 'wandb'; it is the one tracker that is served",
-        ),
+        ("output: {report_to: neptune}", "output.report_to.0: must be one of tensorboard, wandb, mlflow, trackio, aim"),
         *(
             (f"model: {{quantization: {written}}}", f"not {shown}; did you mean '{meant}'?")
             for written, shown, meant in (("int4", "'int4'", "nf4"), ("4", "4", "nf4"), ("8bit", "'8bit'", "int8"))
@@ -173,7 +171,7 @@ def test_what_habit_writes_is_answered_with_what_is_meant(text: str, expected: s
     assert any(expected in line for line in problems_of(f"{text}\n", tmp_path))
 
 
-@pytest.mark.parametrize(("written", "names"), [("tensorboard", ("tensorboard",)), ("none", ())])
+@pytest.mark.parametrize(("written", "names"), [("wandb", ("wandb",)), ("none", ())])
 def test_a_single_tracker_needs_no_list(written: str, names: tuple[str, ...], tmp_path: Path) -> None:
     assert load(SMALL.replace("dir: out", f"dir: out, report_to: {written}"), tmp_path).output.report_to == names
 

@@ -1,37 +1,205 @@
-"""Experiment trackers, through accelerate's."""
+"""Experiment trackers beside metrics.jsonl, through accelerate's: a run named, tagged, and ended as it ended.
+
+Comes in: the names of output.report_to, what the run is called, its values.  Goes out: numbers with their steps.  A
+tracker that fails while the run goes on is named once and left out from then on; it never ends a run.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunekit.errors import RecipeError
+from tunekit.artifacts.run import read_json
+from tunekit.errors import InputError, RecipeError, Stopped
+from tunekit.files.durable import write_json
+
+PROJECT = "tunekit"  # where the tracker's own environment variable names no other
+IDS_NAME = "ids.json"  # by which a resumed run is found again
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What the trackers are told of a run."""
+
+    name: str
+    folder: Path  # for what a tracker keeps on this disk
+    values: Mapping[str, Any]  # the recipe's, by their dotted keys
+    first_step: int  # the last one that is done already
+
+    @property
+    def recipe_hash(self) -> str:
+        """Equal for runs of equal values: sixteen hex digits."""
+        text = json.dumps(self.values, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def tag(self) -> str:
+        """Of trackers whose tags are words."""
+        return f"recipe-{self.recipe_hash}"
 
 
 class Trackers:
-    """Trackers beside metrics.jsonl, through accelerate. Made on the main rank only."""
+    """The trackers of one run. Made on the main rank only; a block that ends them as the run ends."""
 
-    def __init__(self, names: tuple[str, ...], folder: Path, first_step: int) -> None:
-        self.trackers = [_make_tracker(name, folder, first_step) for name in names]
+    def __init__(self, names: tuple[str, ...], run: TrackedRun, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._ids_file = run.folder / IDS_NAME
+        ids = read_json(self._ids_file)
+        self._ids: dict[str, str] = ids if isinstance(ids, dict) else {}
+        self._trackers: dict[str, Any] = {}
+        for name in names:
+            run.folder.mkdir(exist_ok=True)
+            self._trackers[name] = self._start(name, run)
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Hand numbers to every tracker."""
-        for tracker in self.trackers:
-            tracker.log(values, step=step)
+    def _start(self, name: str, run: TrackedRun) -> Any:
+        """Raises: RecipeError where it is not installed, InputError where it cannot begin."""
+        from accelerate import tracking
 
-    def close(self) -> None:
-        """Flush and close."""
-        for tracker in self.trackers:
-            tracker.finish()
-
-
-def _make_tracker(name: str, folder: Path, first_step: int) -> Any:
-    from accelerate import tracking
-
-    if name == "tensorboard" and tracking.is_tensorboard_available():
-        tracker = tracking.TensorBoardTracker(run_name="tensorboard", logging_dir=str(folder), purge_step=first_step)
-        tracker.start()
+        kinds = {str(getattr(kind, "value", kind)) for kind in tracking.get_available_trackers()}
+        if name not in kinds:
+            what, how = f"output.report_to names {name}, which is not installed", f"run: pip install {name}"
+            raise RecipeError(what, how, key="output.report_to")
+        try:
+            with _beside_results():
+                tracker = tracking.LOGGER_TYPE_TO_CLASS[name](**_options(name, run, self._ids.get(name)))
+                tracker.start()
+                identity = _describe(name, tracker, run)
+        except Exception as error:
+            self.close(error)
+            what = f"{name} could not begin: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            raise InputError(what, "see its own documentation, or leave it out", key="output.report_to") from error
+        if identity is not None and self._ids.get(name) != identity:
+            self._ids[name] = identity
+            write_json(self._ids_file, self._ids)
         return tracker
-    raise RecipeError(
-        f"output.report_to names {name}, which is not installed", f"run: pip install {name}", key="output.report_to"
-    )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Hand numbers to every tracker; what is not finite to none."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for name, tracker in list(self._trackers.items()):
+            with self._without_stopping(name):
+                tracker.log(finite, step=step)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End every tracker's run: finished, or failed with what went wrong."""
+        for name, tracker in list(self._trackers.items()):
+            with self._without_stopping(name):
+                _finish(name, tracker, error)
+        self._trackers.clear()
+
+    @contextlib.contextmanager
+    def _without_stopping(self, name: str) -> Iterator[None]:
+        """A block in which a tracker may fail; it is left out then."""
+        try:
+            with _beside_results():
+                yield
+        except Exception as error:
+            self._trackers.pop(name, None)
+            what = " ".join(str(error).split())[:300] or type(error).__name__
+            self._warn(f"output.report_to: {name} failed and is left out from here on: {what}")
+
+
+@contextlib.contextmanager
+def _beside_results() -> Iterator[None]:
+    """What a tracker prints goes to standard error: standard output may hold JSON and nothing else."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, Any]:
+    """What accelerate's class of this name is made with; `identity`: of the run that goes on."""
+    folder, values = str(run.folder), dict(run.values)
+    named = {"name": run.name, "config": values | {"recipe_hash": run.recipe_hash}}
+    goes_on = {"id": identity, "resume": "allow"} if identity else {}
+    project = {"run_name": os.environ.get(f"{name.upper()}_PROJECT", PROJECT)}
+    match name:
+        case "tensorboard":  # events after the checkpoint are hidden by those that come anew
+            return {"run_name": name, "logging_dir": folder, "purge_step": run.first_step + 1}
+        case "wandb":
+            from wandb import Settings
+
+            quiet = Settings(console="off")  # else it wraps the standard streams to keep a copy of the progress line
+            return {**project, **named, **goes_on, "tags": [run.tag], "dir": folder, "settings": quiet}
+        case "trackio":  # found by its name
+            return {**project, **named, "name": identity or run.name, "resume": "allow" if identity else "never"}
+        case "mlflow":
+            return {"experiment_name": PROJECT, "run_name": run.name, "run_id": identity}
+        case "aim":
+            return {"run_name": run.name, "logging_dir": folder, "run_hash": identity, "experiment": PROJECT}
+        case "comet_ml":
+            from comet_ml import ExperimentConfig
+
+            kept_out = {"log_code": False, "log_git_patch": False, "auto_output_logging": False}
+            own = ExperimentConfig(name=run.name, tags=[run.tag], **kept_out)
+            project = {"run_name": os.environ.get("COMET_PROJECT_NAME", PROJECT)}
+            return {**project, "experiment_key": identity, "experiment_config": own}
+        case "clearml":
+            own = {"project_name": PROJECT, "task_name": run.name, "tags": [run.tag], "auto_connect_frameworks": False}
+            return own | ({"continue_last_task": identity} if identity else {"reuse_last_task_id": False})
+        case "dvclive":
+            own = {"dir": f"{folder}/{name}", "dvcyaml": f"{folder}/{name}/dvc.yaml"}
+            return {**own, "resume": run.first_step > 0, "save_dvc_exp": False}
+        case _:  # swanlab
+            own = {"experiment_name": run.name, "tags": [run.tag], "logdir": f"{folder}/{name}"}
+            return {**project, **own, **goes_on, "config": values | {"recipe_hash": run.recipe_hash}}
+
+
+def _describe(name: str, tracker: Any, run: TrackedRun) -> str | None:
+    """Say what could not be said on starting; goes out: by what the run is found again."""
+    native, values = tracker.tracker, dict(run.values) | {"recipe_hash": run.recipe_hash}
+    match name:
+        case "tensorboard":
+            native.add_text("recipe_hash", run.recipe_hash, run.first_step)
+            native.add_text("recipe", "".join(f"    {key}: {value}\n" for key, value in values.items()), run.first_step)
+            return None
+        case "mlflow":
+            import mlflow
+
+            mlflow.set_tags({"recipe_hash": run.recipe_hash})
+            tracker.store_init_configuration({key: str(value) for key, value in run.values.items()})
+            return str(native.info.run_id)
+        case "aim":
+            native.add_tag(run.tag)
+            tracker.store_init_configuration(values)
+            return str(native.hash)
+        case "comet_ml" | "clearml" | "dvclive":
+            tracker.store_init_configuration(values)
+            return str(native.get_key() if name == "comet_ml" else native.id) if name != "dvclive" else None
+        case "trackio":
+            return str(native.name)
+        case _:  # wandb, swanlab
+            return str(native.id)
+
+
+def _finish(name: str, tracker: Any, error: BaseException | None) -> None:
+    """End it; accelerate knows good ends only."""
+    stopped = isinstance(error, Stopped | KeyboardInterrupt)
+    if error is None:
+        tracker.finish()
+    elif name == "mlflow":
+        import mlflow
+
+        mlflow.end_run("KILLED" if stopped else "FAILED")
+    elif name == "wandb":
+        tracker.tracker.finish(exit_code=getattr(error, "exit_code", 1))
+    elif name == "clearml":
+        tracker.tracker.mark_stopped() if stopped else tracker.tracker.mark_failed(status_reason=str(error))
+        tracker.finish()
+    elif name == "swanlab":
+        tracker.tracker.finish("crashed", error=str(error))
+    else:
+        tracker.finish()

@@ -58,7 +58,7 @@ class Progress:
         """One optimizer step is done."""
         now = self._clock()
         self._last = record
-        self._losses.append(record.loss)
+        self._losses.append(record.metrics.get("reward", record.loss))
         self._pace.append((record.step, now))
         last = record.step >= self._total
         wait = LIVE_SECONDS if self._is_live else max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
@@ -80,6 +80,7 @@ class Progress:
     def line(self, record: StepRecord) -> str:
         """step 12/100  loss 1.2345  lr 2.00e-04  1,234 tok/s  peak 1.5 GiB  3m20s left.
 
+        The reward instead of the loss where the model learns from its own samples.
         On a terminal with a bar of the steps and a curve of the last losses. On a narrow one the curve and the bar go
         first, then the rate, memory, speed and loss; step and time left stay.
         """
@@ -89,7 +90,9 @@ class Progress:
         parts = {
             "step": f"step {record.step}/{self._total}",
             "bar": FULL * done + EMPTY * (BAR_COLUMNS - done) if draws else "",
-            "loss": f"loss {record.loss:.4f}",
+            "loss": f"reward {record.metrics['reward']:.4f}"
+            if "reward" in record.metrics
+            else f"loss {record.loss:.4f}",
             "curve": curve_text(list(self._losses), CURVE_COLUMNS) if draws else "",
             "rate": f"lr {record.learning_rate:.2e}",
             "speed": f"{record.tokens_per_second:,.0f} tok/s",

@@ -235,14 +235,14 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
         found: Tensor = _LogProbabilities.apply(hidden, targets, head, size, entropies)  # type: ignore[no-untyped-call]
         return found
 
-    def of_chunk(hidden: Tensor, targets: Tensor, given: Tensor | None) -> Tensor:
+    def of_chunk(hidden: Tensor, targets: Tensor, start: int) -> Tensor:
         logits = head.logits(hidden)  # (n, V)
-        if given is not None:
-            given.copy_(torch.special.entr(logits.detach().softmax(dim=-1)).sum(dim=-1))
+        if entropies is not None:  # written once more where it is computed again: no input, whose version counts
+            entropies[start : start + size].copy_(torch.special.entr(logits.detach().softmax(dim=-1)).sum(dim=-1))
         return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
-    parts, count = (torch.split(hidden, size), torch.split(targets, size)), -(-max(len(targets), 1) // size)
-    chunks = zip(*parts, [None] * count if entropies is None else torch.split(entropies, size), strict=True)
+    starts = range(0, max(len(targets), 1), size)
+    chunks = zip(torch.split(hidden, size), torch.split(targets, size), starts, strict=True)
     return torch.cat([_checkpointed(of_chunk, *chunk) for chunk in chunks])
 
 

@@ -91,7 +91,10 @@ class Rewards:
         except RewardError:
             raise
         except (Exception, SystemExit) as error:
-            raise RewardError(f"{name} raised {_line(error)}", "mend it; `tunekit reward check` tries it") from error
+            raise RewardError(
+                f"{name} raised {_line(error, self.sources[number].code_file)}",
+                "mend it; `tunekit reward check` tries it",
+            ) from error
         return _checked(found, len(written), name)
 
     def summed(self, scores: Scores) -> Scores:
@@ -144,13 +147,13 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _line(error: BaseException) -> str:
-    """An error in a line, with where in the user's code it was raised."""
+def _line(error: BaseException, code_file: Path) -> str:
+    """An error in a line, with where in the user's file it came from."""
     words = " ".join(str(error).split())[:200]
     trace, place = error.__traceback__, ""
     while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        place = f" (line {trace.tb_lineno})" if file.endswith(".py") and "tunekit" not in Path(file).parts else place
+        mine = trace.tb_frame.f_code.co_filename == str(code_file)
+        place = f" (line {trace.tb_lineno})" if mine else place
         trace = trace.tb_next
     return f"{type(error).__name__}: {words}{place}" if words else f"{type(error).__name__}{place}"
 
@@ -208,7 +211,7 @@ def _loaded(source: RewardSource) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise RewardError(f"cannot be run: {_line(error)}", "mend it", file=str(file)) from error
+        raise RewardError(f"cannot be run: {_line(error, file)}", "mend it", file=str(file)) from error
     finally:
         sys.path.remove(str(file.parent))
     function = getattr(module, name, None)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunekit.contracts import (
+    AT_STEP_0,
     GREEDY,
     Batch,
     Gather,
@@ -54,7 +55,7 @@ class SampleObjective(PromptObjective):
     def __init__(self, settings: SampleSettings, tokenizer: Tokenizer) -> None:
         super().__init__(settings, tokenizer)
         self.rewards, self.repeats = Rewards(settings.reward), settings.num_iterations
-        self.reference = "policy at step 0" if settings.beta else "none"
+        self.reference = AT_STEP_0 if settings.beta else "none"
         self._kept: Window | None = None  # that the steps after it repeat
 
     def advantages(self, own: Scores, every: Scores) -> Scores:

@@ -151,7 +151,9 @@ class Seq2seq(TextObjective):
     def spans(self, row: Row) -> list[Part]:
         """What the encoder reads, and the answer."""
         source, answer = row.parts["source"], row.parts["answer"]
-        return [Part(source, np.zeros(len(source), np.bool_)), Part(answer, np.arange(len(answer)) > 0)]
+        weight = float(row.parts["weight"][0])
+        title = "" if weight == 1 else f"weight of the loss: {weight:.6g}"
+        return [Part(source, np.zeros(len(source), np.bool_)), Part(answer, np.arange(len(answer)) > 0, title)]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Shapes: output.hidden (B, A, D) -> total (1,)."""

@@ -86,8 +86,9 @@ class Sft(TextObjective):
         return Batch({"input_ids": ids, "position_ids": places}, targets, tuple(map(tuple, sequences)))
 
     def spans(self, row: Row) -> list[Part]:
-        """The sequence; its first token is never predicted."""
-        return [Part(row.parts["ids"], _labels(row) != IGNORED)]
+        """The sequence, under how much its tokens count where that is not 1; its first token is never predicted."""
+        marked, weights = _labels(row) != IGNORED, row.parts["weights"]  # (T,); (T,) or (0,)
+        return [Part(row.parts["ids"], marked, weights_title(weights[marked[: len(weights)]]))]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Shapes: output.hidden (B, T, D) -> total (1,)."""
@@ -109,6 +110,14 @@ def supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     index, targets = supervised_positions(batch.targets["labels"])
     weights = batch.targets.get("weights")
     return index, targets, None if weights is None else weights.flatten()[index + 1]
+
+
+def weights_title(weights: Array) -> str:
+    """What is said of the weights of trained tokens that are not all 1."""
+    if (weights == 1).all():
+        return ""
+    counted = zip(*np.unique(weights, return_counts=True), strict=True)
+    return "weight of the loss: " + ", ".join(f"{weight:.6g} of {count:,} tokens" for weight, count in counted)
 
 
 def _weights(row: Row) -> Array:

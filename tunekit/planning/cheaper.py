@@ -90,6 +90,8 @@ def _changes(recipe: Recipe, forecast: Forecast, choice: Choice) -> Iterator[Cha
         yield Change("memory.gradient_checkpointing", "auto", choice=every)
     if forecast.evaluation_batch is not None and recipe.evaluation.batch_size > 1:
         yield Change("evaluation.batch_size", 1, _one_evaluation_row)
+    if not choice.streamed_head and _is_possible(recipe, "memory", streamed_head=True):
+        yield Change("memory.streamed_head", "true", choice=partial(replace, streamed_head=True))
     yield from _changes_of_base(recipe, forecast)
     training = forecast.run.training
     if training.optimizer == "adamw" and _is_possible(recipe, "training", optimizer="adamw_8bit"):

@@ -43,7 +43,8 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
             how = "run: pip install bitsandbytes, or write adamw"
             yield Problem(f"{recipe.training.optimizer} needs bitsandbytes", how, key="training.optimizer")
     for tracker in recipe.output.report_to:
-        if find_spec(tracker) is None and find_spec("tensorboardX") is None:
+        modules = (tracker, "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if not any(map(find_spec, modules)):
             yield Problem(f"{tracker} is not installed", f"run: pip install {tracker}", key="output.report_to")
 
 

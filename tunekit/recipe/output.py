@@ -8,9 +8,13 @@ from pydantic import Field
 
 from tunekit.recipe.section import Section, Several, Text
 
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab"
+]  # accelerate's
+
 
 class OutputSection(Section):
     """The run folder and the trackers beside metrics.jsonl."""
 
     dir: Text = Field(description="the run folder")
-    report_to: Several[Literal["tensorboard"]] = Field((), description="trackers beside metrics.jsonl")
+    report_to: Several[Tracker] = Field((), description="experiment trackers beside metrics.jsonl")

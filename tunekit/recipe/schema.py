@@ -7,6 +7,7 @@ a text that lists each key with its type, default and meaning.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from tunekit.recipe.data import Source
@@ -19,7 +20,18 @@ from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 JsonSchema = dict[str, Any]
+TEXT: JsonSchema = {"type": "string", "minLength": 1}
 _STANDARD = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the reference."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
 
 
 def schema_text() -> str:
@@ -38,7 +50,7 @@ def make_schema() -> JsonSchema:
         owner = section_class(name, None)
         if owner is not None:
             properties[name] = _schema_of(owner, definitions)
-    properties["model"] = {"anyOf": [{"type": "string", "minLength": 1}, properties["model"]]}
+    properties["model"] = {"anyOf": [TEXT, properties["model"]]}
     _add_source_shorthands(properties["data"]["properties"])
     trackers = properties["output"]["properties"]["report_to"]
     properties["output"]["properties"]["report_to"] = {"anyOf": [trackers["items"], {"const": "none"}, trackers]}
@@ -104,6 +116,8 @@ def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:
     choices = [_schema_of(settings_class(kind_of(name), method), definitions) for method in methods]
     for method, choice in zip(methods, choices, strict=True):
         choice["properties"]["method"] = {"const": method, "default": method}
+        for key, field in choice["properties"].items():
+            choice["properties"][key] = _with_shorthand(field)
         if method != DEFAULT_METHOD[name]:
             choice["required"] = [*choice.get("required", []), "method"]
         if name == "adapter":
@@ -112,15 +126,24 @@ def _named_schema(name: str, definitions: JsonSchema) -> JsonSchema:
     return {"anyOf": [{"enum": names}, *choices]}
 
 
+def _with_shorthand(field: JsonSchema) -> JsonSchema:
+    """A model may be its name alone, and a list of mappings one of them."""
+    told = {"description": field["description"]} if "description" in field else {}
+    if field.get("$ref") == "#/$defs/ModelSection":
+        return {**told, "anyOf": [TEXT, {"$ref": field["$ref"]}]}
+    if field.get("type") == "array" and "$ref" in field["items"]:
+        return {**told, "anyOf": [field["items"], {"type": "array", "minItems": 1, "items": field["items"]}]}
+    return field
+
+
 def _add_source_shorthands(data: JsonSchema) -> None:
     """A path, a source, or a list of either."""
-    path: JsonSchema = {"type": "string", "minLength": 1}
     source: JsonSchema = {"$ref": "#/$defs/Source"}
-    several = {"type": "array", "minItems": 1, "items": {"anyOf": [path, source]}}
+    several = {"type": "array", "minItems": 1, "items": {"anyOf": [TEXT, source]}}
     fraction = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
     for name, choices in (("train", []), ("eval", [fraction, {"type": "null"}])):
         description = data[name].get("description", "")
-        data[name] = {"description": description, "anyOf": [path, source, several, *choices]}
+        data[name] = {"description": description, "anyOf": [TEXT, source, several, *choices]}
 
 
 def _add_known_names(source: JsonSchema, evaluation: JsonSchema) -> None:
@@ -138,12 +161,30 @@ def _alias_schema(name: str) -> JsonSchema:
 
 def _reference_of(title: str, owner: Any) -> list[str]:
     """One section of the reference text."""
-    schema: JsonSchema = owner.model_json_schema()
-    lines = [f"{title}: {schema.get('description', '').splitlines()[0]}"]
-    for name, field in schema["properties"].items():
-        default = "required" if name in schema.get("required", []) else _default_words(field.get("default", {}))
-        lines.append(f"  {name:<28} {_type_words(field):<52} {default:<12} {field.get('description', '')}".rstrip())
+    lines = [f"{title}: {first_line(owner)}"]
+    for key in reference_keys(owner):
+        lines.append(f"  {key.name:<28} {key.type:<52} {key.default:<12} {key.meaning}".rstrip())
     return [*lines, ""]
+
+
+def reference_keys(owner: Any) -> list[Key]:
+    """Every key of a section or of a method's settings, in words."""
+    schema: JsonSchema = owner.model_json_schema()
+    required = schema.get("required", [])
+    return [
+        Key(
+            name,
+            _type_words(field),
+            "required" if name in required else _default_words(field.get("default", {})),
+            field.get("description", ""),
+        )
+        for name, field in schema["properties"].items()
+    ]
+
+
+def first_line(owner: Any) -> str:
+    """What a section or a method's settings say of themselves."""
+    return str(owner.model_json_schema().get("description", "")).partition("\n")[0]
 
 
 def _default_words(value: object) -> str:

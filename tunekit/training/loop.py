@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tunekit.contracts import Window
 from tunekit.errors import InputError, Problem, Stopped
-from tunekit.records import EvaluationRecord, StepRecord
+from tunekit.records import EvaluationRecord
 from tunekit.training.divergence import watch_step
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
@@ -81,6 +81,7 @@ def _make_step(run: Run, window: Window) -> Reading:
     reading.rate = run.optimizer.step(run.rate(), found_inf)
     state.scale.update(finite, reading.step)
     _advance(run, finite, counts)
+    reading.sent = time.monotonic()
     return reading
 
 
@@ -88,26 +89,11 @@ def _settle(run: Run, waiting: Waiting) -> None:
     """Wait for the numbers of the steps that were sent off, check and record them. Raises: NumericsError."""
     state = run.state
     for reading in waiting.readings:
-        loss, norm = reading.read()
+        loss, norm, seconds = waiting.read(reading)
         check_finite(reading, loss, norm, run.devices, may_overflow=state.scale.enabled)
-        seconds = waiting.since(reading.started)
         watch_step(run, reading, loss)
         add_seconds(state.seconds, reading.spent(seconds))
-        record = StepRecord(
-            step=reading.step,
-            epoch=reading.window.epoch,
-            loss=loss,
-            learning_rate=reading.rate,
-            grad_norm=norm,
-            tokens=int(reading.counts[0]),
-            supervised_tokens=int(reading.counts[1]),
-            seconds=seconds,
-            tokens_per_second=reading.counts[0] / seconds,
-            peak_bytes=run.peak_bytes(),
-            metrics=reading.logged(),
-            samples=run.shown(reading.window.preparation.samples, reading.step),
-        )
-        run.record(record)
+        run.record(reading.record(loss, norm, seconds, run.peak_bytes(), shown=run.shows_samples(reading.step)))
     waiting.readings.clear()
 
 

@@ -17,6 +17,7 @@ from tunekit.contracts import Batch, Sums, Window
 from tunekit.errors import NumericsError
 from tunekit.machine.devices import Devices, kind_of, summing_dtype
 from tunekit.model.placing import placed
+from tunekit.records import StepRecord
 
 
 @dataclass
@@ -31,7 +32,12 @@ class Reading:
     names: Sequence[str]  # of what is logged
     copied: Any  # the device's event after which `numbers` hold, None on a CPU
     started: float
+    sent: float = 0.0  # when the host had sent off all of the step
     rate: float = 0.0
+
+    def arrived(self) -> bool:
+        """Whether the numbers are here already: then the host is behind the device, and its own time is the step's."""
+        return self.copied is None or bool(self.copied.query())
 
     def read(self) -> tuple[float, float]:
         """Loss and norm, waited for."""
@@ -46,6 +52,23 @@ class Reading:
         finite = {name: number for name, number in named if math.isfinite(number)}
         return {**self.window.preparation.metrics, **finite}
 
+    def record(self, loss: float, norm: float, seconds: float, peak_bytes: int, *, shown: bool) -> StepRecord:
+        """The step as it is logged; with its samples, if it has some that are to be shown."""
+        return StepRecord(
+            step=self.step,
+            epoch=self.window.epoch,
+            loss=loss,
+            learning_rate=self.rate,
+            grad_norm=norm,
+            tokens=int(self.counts[0]),
+            supervised_tokens=int(self.counts[1]),
+            seconds=seconds,
+            tokens_per_second=self.counts[0] / seconds,
+            peak_bytes=peak_bytes,
+            metrics=self.logged(),
+            samples=list(self.window.preparation.samples) or None if shown else None,
+        )
+
     def spent(self, seconds: float) -> dict[str, float]:
         """The step's seconds by part of the report."""
         told = self.window.preparation.seconds
@@ -59,10 +82,12 @@ class Waiting:
     readings: list[Reading] = field(default_factory=list)
     settled: float = 0.0
 
-    def since(self, started: float) -> float:
-        """Seconds of a step that began then and is settled now; it may have begun before the last one was."""
-        before, self.settled = max(started, self.settled), time.monotonic()
-        return self.settled - before
+    def read(self, reading: Reading) -> tuple[float, float, float]:
+        """Loss, norm and seconds of a step, waited for; it may have begun before the last one was read."""
+        before, here = max(reading.started, self.settled), reading.arrived()
+        loss, norm = reading.read()
+        self.settled = reading.sent if here else time.monotonic()
+        return loss, norm, self.settled - before
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from tunekit.artifacts.fingerprint import (
     resume_notes,
 )
 from tunekit.artifacts.run import RunFolder, is_finished, read_json
-from tunekit.artifacts.trackers import Trackers
+from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.console.progress import Progress
 from tunekit.errors import ResourceError, RunFolderError, TunekitError
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
@@ -177,16 +177,17 @@ def write_plan(session: Session, plan: Plan, step: int, fingerprint: dict[str, A
     session.in_folder(write)
 
 
-def make_trackers(session: Session, step: int) -> Trackers | None:
-    """The recipe's experiment trackers, from this step on; None where it names none, and on other ranks."""
-    names = session.loaded.recipe.output.report_to
-    if session.folder is None or not names:
-        return None
-    return Trackers(names, session.folder.path / "tracking", step)
+def make_trackers(session: Session, step: int) -> Trackers:
+    """The recipe's experiment trackers, from this step on; none where it names none, and on other ranks."""
+    recipe = session.loaded.recipe
+    names = recipe.output.report_to if session.folder is not None else ()
+    path = Path(recipe.output.dir)
+    values = recipe_values(recipe.model_dump(mode="json"))
+    return Trackers(names, TrackedRun(path.name, path / "tracking", values, step), session.console.warn)
 
 
 def make_recorder(
-    session: Session, progress: Progress, trackers: Trackers | None
+    session: Session, progress: Progress, trackers: Trackers
 ) -> Callable[[StepRecord | EvaluationRecord], None]:
     """Where records go: metrics.jsonl, the progress line, the trackers; nowhere on other ranks."""
 
@@ -201,8 +202,7 @@ def make_recorder(
         else:
             progress.evaluation(value)
             numbers = {f"eval/{name}": number for name, number in value.metrics.items()}
-        if trackers is not None:
-            trackers.log(numbers, value.step)
+        trackers.log(numbers, value.step)
 
     return record
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,10 +107,9 @@ class Run:
         """Whether a step's numbers are read one step later: where the device itself keeps a non-finite update off."""
         return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
 
-    def shown(self, samples: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]] | None:
-        """The samples of a step that are kept for the report: of the first, the last and those that are evaluated."""
-        kept = step in (1, self.windows.steps) or step % self.training.eval_steps == 0
-        return list(samples) if kept and samples else None
+    def shows_samples(self, step: int) -> bool:
+        """Whether samples of a step are kept for the report: of the first, the last and those that are evaluated."""
+        return step in (1, self.windows.steps) or step % self.training.eval_steps == 0
 
     def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""

@@ -34,8 +34,8 @@ class TunedModel:
     chunk_tokens: int = 0  # positions that pass the head at a time; 0: as many as the vocabulary allows
     head_parts: HeadParts | None = None  # of an output projection that is streamed
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # of rows that an objective wants to keep
-    teacher: TunedModel | None = None  # whose hidden states an objective asks for
     scorers: Mapping[str, Callable[..., list[float]]] = field(default_factory=dict)  # reward models, by their folder
+    teacher: TunedModel | None = None  # whose hidden states an objective asks for
 
     @property
     def device(self) -> torch.device:

@@ -253,10 +253,7 @@ def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None
         if target.kind == "run" and target.adapter is None:
             return None  # the model itself knows: see measuring_objective
         return load_rows(target.recipe.data, objective, seed=target.seed).objective
-    kind: Any = settings_class("objectives", method) if method in known_names("objectives") else None
-    if kind is not None and (kind.samples or kind.reference == TEACHER):  # whose rewards or teacher its recipe names
-        return make_objective(supervised_objective(kind.family) or SftSettings(), tokenizer)
-    if kind is not None:
+    if method in known_names("objectives") and not _needs_its_recipe(method):
         return make_objective(make_objective_settings({"method": method}), tokenizer, facts)
     if config is None:
         return None
@@ -264,6 +261,13 @@ def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None
     facts = head_facts(config, target.model)
     settings = _measuring_settings(family, facts)
     return None if settings is None else make_objective(settings, tokenizer, facts)
+
+
+def _needs_its_recipe(method: str) -> bool:
+    """Whether an objective needs a teacher or a reward, which a folder alone does not name: cross entropy measures what
+    it trained."""
+    found: Any = settings_class("objectives", method)
+    return bool(found.reference == TEACHER or found.samples)
 
 
 def as_trained(target: Target, tokenizer: LoadedTokenizer) -> tuple[Target, Objective | None]:

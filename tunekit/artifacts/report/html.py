@@ -37,8 +37,8 @@ def run_page(run: RunValues) -> str:
         _evaluations(run),
         *_classes(run),
         _samples(run),
-        _worst_rows(run),
         _completions(run),
+        _worst_rows(run),
         _memory(run),
         _time(run),
         _rows(run),
@@ -260,6 +260,30 @@ def _samples(run: RunValues) -> dict[str, Any] | None:
     return _section("Answers to the first evaluation rows", tables=[_table("", head, lines, texts=True)])
 
 
+def _completions(run: RunValues) -> dict[str, Any] | None:
+    """What the model wrote to the first prompts of some steps, the first and the last of those that are kept."""
+    found = [record for record in run.steps if record.get("samples")]
+    if not found:
+        return None
+    tables = []
+    for record in dict.fromkeys((0, len(found) - 1)):
+        samples = found[record]["samples"]
+        names = list(samples[0]["rewards"])
+        lines = [
+            [
+                each["prompt"],
+                each["answer"],
+                each["completion"] + ("" if each["ended"] else " […]"),
+                *(each["rewards"][name] for name in names),
+                each["advantage"],
+            ]
+            for each in samples
+        ]
+        head = ["prompt", "the row's answer", "completion", *names, "advantage"]
+        tables.append(_table(f"Step {found[record]['step']:,}", head, lines, texts=True))
+    return _section("Completions that the model learnt from", text=["[…]: it did not end."], tables=tables)
+
+
 def _end_of(prompt: str) -> str:
     """The last words of a long prompt, after which the answer begins."""
     return prompt if len(prompt) <= MOST_CHARACTERS else f"[...] {prompt[-MOST_CHARACTERS:].partition(' ')[2]}"
@@ -285,30 +309,6 @@ def _worst_row(found: dict[str, Any], number: int, text: Sequence[tuple[str, boo
     losses = [of_rows[number] for of_rows in (found["before"], found["losses"]) if of_rows is not None]
     means = [loss if loss is None else loss / max(units, 1) for loss in losses]
     return {"cells": [_number(cell) for cell in (found["rows"][number], units, *means)], "best": False, "text": text}
-
-
-def _completions(run: RunValues) -> dict[str, Any] | None:
-    """What the model wrote to the first prompts of some steps, the first and the last of those that are kept."""
-    found = [record for record in run.steps if record.get("samples")]
-    if not found:
-        return None
-    tables = []
-    for record in dict.fromkeys((0, len(found) - 1)):
-        samples = found[record]["samples"]
-        names = list(samples[0]["rewards"])
-        lines = [
-            [
-                each["prompt"],
-                each["answer"],
-                each["completion"] + ("" if each["ended"] else " […]"),
-                *(each["rewards"][name] for name in names),
-                each["advantage"],
-            ]
-            for each in samples
-        ]
-        head = ["prompt", "the row's answer", "completion", *names, "advantage"]
-        tables.append(_table(f"Step {found[record]['step']:,}", head, lines, texts=True))
-    return _section("Completions that the model learnt from", text=["[…]: it did not end."], tables=tables)
 
 
 def _memory(run: RunValues) -> dict[str, Any] | None:

@@ -70,7 +70,7 @@ def _attend(
 ) -> Tensor:
     """Shapes: query (B, H, T, D), key and value (B, G, S, D) -> (B, H, T, D)."""
     if not is_here(device):
-        choice = _likely_choice(query, attn_mask)
+        choice = _likely_choice(query, key, attn_mask)
     else:
         real = (_untouched(tensor, device) for tensor in (query, key, value, attn_mask))
         choose: Any = torch._fused_sdp_choice
@@ -103,13 +103,15 @@ def _attend(
     return outputs[0]
 
 
-def _likely_choice(query: Tensor, mask: Tensor | None) -> SDPBackend:
-    """What torch takes on a GPU that is planned for and is not here: flash attention knows half precision and no mask.
+def _likely_choice(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:
+    """What torch takes on a GPU that is planned for and is not here: flash attention knows half precision and no mask,
+    the other kernel as many heads of keys as of queries.
 
     Source: ATen/native/transformers/cuda/sdp_utils.cpp.
     """
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return SDPBackend.FLASH_ATTENTION if half and mask is None else SDPBackend.EFFICIENT_ATTENTION
+    if query.dtype in (torch.float16, torch.bfloat16) and mask is None:
+        return SDPBackend.FLASH_ATTENTION
+    return SDPBackend.EFFICIENT_ATTENTION if query.shape[1] == key.shape[1] else SDPBackend.MATH
 
 
 def backward_buffers(name: str, inputs: Sequence[Any], device: torch.device) -> list[int]:

@@ -56,7 +56,6 @@ _MEANT_VALUES = {
     **dict.fromkeys(("flash", "fa2", "flash_attention"), "flash_attention_2"),
     "adam": "adamw",
 }
-_MENDS = {"report_to": "it is the one tracker that is served, beside metrics.jsonl, which holds every number"}
 _EMPTY = {"too_short", "string_too_short"}
 
 
@@ -152,7 +151,7 @@ def _problem(finding: dict[str, Any], section: KeyPath, draft: Draft) -> Problem
         name, _, rest = str(context["error"]).partition(" ")
         return draft.problem((*key, name), rest) if name in value else draft.problem(key, f"{name} {rest}")
     what, how = _words(kind, context, value, str(finding["msg"]))
-    return draft.problem(key, f"{what}, not {show(value)}", how or _MENDS.get(str(key[-2:][0]), ""))
+    return draft.problem(key, f"{what}, not {show(value)}", how)
 
 
 def _words(kind: str, context: dict[str, Any], value: object, message: str) -> tuple[str, str]:

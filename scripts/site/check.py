@@ -1,0 +1,63 @@
+"""Look through a built site: every link and anchor leads somewhere in it, and nothing is fetched from elsewhere.
+
+usage: python scripts/site/check.py FOLDER      exits 1 and names each page and link that is wrong
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+IN_STYLES = re.compile(rb"url\(\s*['\"]?(https?:)?//|@import\s+['\"]?(https?:)?//")
+
+
+class Page(HTMLParser):
+    """The links of a page, what it fetches, and the anchors in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = {name: value or "" for name, value in attrs}
+        self.anchors |= {named[name] for name in ("id", "name") if name in named}
+        if tag == "a" and "href" in named:
+            self.links.append(named["href"])
+        if tag in FETCHED and FETCHED[tag] in named and named.get("rel") not in ("canonical", "next", "prev"):
+            self.fetched.append(named[FETCHED[tag]])
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong, a line each."""
+    found = []
+    pages = {file.resolve(): Page(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.html"))}
+    for file, page in pages.items():
+        name = file.relative_to(folder.resolve())
+        if name.name == "404.html":  # whose links begin at the root of whatever serves it
+            continue
+        for link in (*page.links, *page.fetched):
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                found += [f"{name}: fetches {link}"] if link in page.fetched and parts.scheme != "data" else []
+                continue
+            target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+            target = target / "index.html" if target.is_dir() else target
+            if not target.is_file():
+                found.append(f"{name}: {link} leads nowhere")
+            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
+                found.append(f"{name}: {link} has no such anchor")
+    styles = [file for file in sorted(folder.rglob("*.css")) if IN_STYLES.search(file.read_bytes())]
+    return found + [f"{file.relative_to(folder)}: fetches from elsewhere" for file in styles]
+
+
+if __name__ == "__main__":
+    wrong = faults(Path(sys.argv[1]))
+    print("\n".join(wrong), file=sys.stderr)
+    sys.exit(1 if wrong else 0)

@@ -1,0 +1,59 @@
+"""training.deterministic: attention's backward pass over long documents repeats its bits with it, and without it not;
+torch is left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.devices.test_mistakes import CUDA
+from tests.devices.test_runs import train, whole_device
+from tests.devices.test_steps import section
+from tests.loop_case import make_case, make_rows
+from tests.training.test_loop import training, weights
+from tunekit.machine.devices import deterministic_kernels
+from tunekit.model.attention.documents import VARLEN
+from tunekit.training import loop
+
+__all__ = ["whole_device"]
+
+
+def run_of(folder: Path, longest: int) -> list[torch.Tensor]:
+    rows = make_rows(4, longest=longest, shortest=longest - 3)
+    case = make_case(
+        folder, rows, training=training(max_steps=2), device=CUDA, model=section(folder, "bfloat16"), packing=True,
+        max_length=2 * longest, chunk=256,
+    )  # fmt: skip
+    assert case.model.base.facts.attention == VARLEN
+    case.run()
+    return [tensor.cpu() for tensor in weights(case).values()]
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "longest", "repeats"), [(True, 300, True), (False, 300, False), (False, 60, True)]
+)
+def test_long_documents_repeat_their_bits_with_it_alone(
+    folder: Path, deterministic: bool, longest: int, repeats: bool
+) -> None:
+    with deterministic_kernels(deterministic):
+        first, second = run_of(folder, longest), run_of(folder, longest)
+    assert all(map(torch.equal, first, second)) == repeats
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_run_asks_torch_for_it_while_it_lasts(
+    folder: Path, tmp_path: Path, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_step, seen = loop._make_step, set[bool]()
+
+    def watched(run: Any, window: Any) -> Any:
+        seen.add(torch.are_deterministic_algorithms_enabled())
+        return make_step(run, window)
+
+    monkeypatch.setattr(loop, "_make_step", watched)
+    train(tmp_path, folder, f"training.deterministic={str(wanted).lower()}", device="cuda")
+    assert seen == {wanted}
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,87 @@
+"""What completions are worth: functions as TRL calls them, expressions, columns, sums; files that cannot be used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tunekit.errors import RewardError
+from tunekit.objectives.rewards import Rewards, Written
+from tunekit.recipe.objectives.grpo import GrpoSettings
+
+SAID = [
+    Written("p", {"answer": "7", "level": 1}, "so #### 7"),
+    Written([{"role": "user", "content": "q"}], {"answer": 8, "level": 2}, " 8 "),
+    Written("p", {"level": 3}, "nothing"),
+]
+
+
+def rewards_of(*sources: dict[str, Any]) -> Rewards:
+    return Rewards(GrpoSettings.model_validate({"reward": list(sources)}).reward)
+
+
+def test_expressions_and_columns() -> None:
+    found = rewards_of(
+        {"regex": "^so"}, {"exact_match": "answer"}, {"exact_match": "answer", "extract": r"#### (\d+)", "weight": 0.5}
+    )
+    assert found.names == ["regex", "exact_match_2", "exact_match_3"]
+    scores = found.score(SAID, None)
+    np.testing.assert_array_equal(scores, [[1, 0, 1], [0, 1, 0], [0, np.nan, np.nan]])
+    np.testing.assert_array_equal(found.summed(scores), [1.5, 1.0, 0.0])
+    np.testing.assert_array_equal(found.summed(np.full((1, 3), np.nan)), [np.nan])
+    with pytest.raises(
+        RewardError, match="no row has the column 'right' of the reward exact_match: right; the columns"
+    ):
+        rewards_of({"exact_match": "right"}).score(SAID, None)
+
+
+def test_functions_get_what_they_take_and_are_told_as_trl_tells(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("WORTH = 2.0\n", encoding="utf-8")
+    code = """
+from dataclasses import dataclass
+from beside import WORTH
+
+@dataclass
+class Judge:
+    worth: float
+
+def few(completions, level):
+    return [Judge(WORTH * number).worth for number in level]
+
+def every(prompts, completions, answer, **columns):
+    assert prompts == ["p", [{"role": "user", "content": "q"}], "p"]
+    assert completions == ["so #### 7", [{"role": "assistant", "content": " 8 "}], "nothing"]
+    assert (answer, columns) == (["7", 8, None], {"level": [1, 2, 3]})
+    return (None if right is None else 1 for right in answer)
+"""
+    (tmp_path / "rewards.py").write_text(code, encoding="utf-8")
+    named = [{"function": f"{tmp_path}/rewards.py:{name}", "allow_code": True} for name in ("few", "every")]
+    before = list(sys.path)
+    found = rewards_of(*named)
+    np.testing.assert_array_equal(found.score(SAID, None), [[2, 1], [4, 1], [6, np.nan]])
+    assert sys.path == before
+    assert list(found.code) == ["objective.reward.0.function", "objective.reward.1.function"]
+    old = found.code
+    (tmp_path / "rewards.py").write_text(f"{code}\n", encoding="utf-8")
+    assert set(found.code.values()).isdisjoint(old.values())
+
+
+FILES = [
+    ("def other():\n    pass\n", "has no function score; it has: other"),
+    ("score = 3\n", "has no function score; it has: none"),
+    ("async def score(completions):\n    return []\n", "score is an async function"),
+    ("import absent_module\n", r"cannot be run: ModuleNotFoundError: No module named 'absent_module' \(line 1\)"),
+    ("def score(:\n", "cannot be run: SyntaxError"),
+]
+
+
+@pytest.mark.parametrize(("code", "said"), FILES)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, code: str, said: str) -> None:
+    (tmp_path / "rewards.py").write_text(code, encoding="utf-8")
+    found = rewards_of({"function": f"{tmp_path}/rewards.py:score", "allow_code": True})
+    with pytest.raises(RewardError, match=rf"rewards\.py: {said}"):
+        found.check()
