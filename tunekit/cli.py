@@ -231,7 +231,7 @@ def recipes(
 def import_recipe(
     context: typer.Context,
     path: Annotated[
-        str, typer.Argument(metavar="FILE", help="a configuration of Axolotl, LLaMA-Factory or TRL (YAML)")
+        str, typer.Argument(metavar="FILE", help="of Axolotl, LLaMA-Factory, TRL, torchtune, Unsloth or PEFT")
     ],
     output: Annotated[str | None, typer.Option("--output", metavar="RECIPE", help="write the recipe there")] = None,
 ) -> None:
