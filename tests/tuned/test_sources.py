@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.train_case import records, write_recipe
+from tunekit.artifacts.run import ROWS_NAME
 from tunekit.evaluate import evaluate_verb
 from tunekit.train import train_verb
 
@@ -59,6 +60,33 @@ def test_files_of_one_name_are_told_apart(tiny_llama: Path, tmp_path: Path) -> N
     train_verb(str(recipe), [], False, False)
     found = evaluated(tmp_path / "run")[-1]["sources"]
     assert {Path(name).parent.name: values["rows"] for name, values in found.items()} == {"one": 5, "two": 6}
+
+
+def test_a_file_that_is_two_sources_is_measured_twice(tiny_llama: Path, tmp_path: Path) -> None:
+    (source,) = write_sources(tmp_path, "d.jsonl")
+    sources = [{**source, "max_rows": 2}, source]
+    recipe = write_recipe(tmp_path, tiny_llama, data={"eval": sources}, training={"max_steps": 1, "epochs": None})
+    train_verb(str(recipe), [], False, False)
+    found = evaluated(tmp_path / "run")[-1]["sources"]
+    assert {name: values["rows"] for name, values in found.items()} == {
+        f"{recipe.parent / 'd.jsonl'} (1)": 2,
+        f"{recipe.parent / 'd.jsonl'} (2)": 5,
+    }
+
+
+def test_rows_that_count_little_are_ranked_by_their_mean_loss(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, data={"eval": "e.jsonl"}, training={"max_steps": 1, "epochs": None})
+    rows = [
+        {"prompt": "q", "completion": "ab" * 3 * count, "sample_weight": 1e-3 ** (4 - count)} for count in (1, 2, 3)
+    ]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    train_verb(str(recipe), [], False, False)
+    kept = json.loads((tmp_path / "run" / ROWS_NAME).read_text("utf-8"))
+    means = [loss / units for loss, units in zip(kept["losses"], kept["units"], strict=True)]
+    assert min(means) > 1
+    ordered = [means[each["number"]] for each in kept["worst"]]
+    assert ordered == sorted(means, reverse=True)
+    assert [each["number"] for each in kept["worst"]] != [2, 1, 0], "the order of the weights"
 
 
 def test_one_source_has_no_table_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class RowLosses:
         before = None if earlier is None else earlier["losses" if earlier["step"] == 0 else "before"]
         values = {"step": step, **self.names, "losses": found, "before": before if step else None}
         pairs = zip(found, self.names["units"], strict=True)
-        means = [math.inf if loss is None else loss / max(units, 1) for loss, units in pairs]
+        means = [math.inf if loss is None else loss / (units or 1) for loss, units in pairs]
         order = np.argsort(-np.asarray(means), kind="stable")
         return {**values, "worst": [self._shown(int(number)) for number in order[:WORST_ROWS]] if step else []}
 

@@ -194,12 +194,16 @@ class ChosenRows:
 
 
 def by_source(rows: Rows) -> dict[str, Rows]:
-    """The rows of each source that has any, under its name; all of them where they come of none."""
+    """The rows of each source that has any, under its name, numbered where a file is several; all of them where they
+    come of none."""
     if not isinstance(rows, ChosenRows):
         return {"": rows}
-    bounds = pairwise(rows.starts.tolist())
+    pairs = zip(rows.parts, pairwise(rows.starts.tolist()), strict=True)
+    filled = [
+        (part.name, SomeRows(rows, np.arange(*between, dtype=np.int64))) for part, between in pairs if len(part.chosen)
+    ]
+    names = [name for name, _ in filled]
     return {
-        part.name: SomeRows(rows, np.arange(*between, dtype=np.int64))
-        for part, between in zip(rows.parts, bounds, strict=True)
-        if len(part.chosen)
+        name if names.count(name) == 1 else f"{name} ({names[: at + 1].count(name)})": each
+        for at, (name, each) in enumerate(filled)
     }
