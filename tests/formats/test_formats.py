@@ -94,6 +94,9 @@ def test_a_row_says_how_much_it_counts() -> None:
         assert format_maker(name)({**row, "sample_weight": None}) == make(name, row)
         with pytest.raises(DataError, match="sample_weight' must be a number, 0 or more"):
             format_maker(name)({**row, "sample_weight": "2"})
+        for wrong in (10**400, 1e39, 1e-50, float("nan")):  # the last but two are infinite, or 0, in float32
+            with pytest.raises(DataError, match="write 0, or from 1e-15 to 1e\\+15"):
+                format_maker(name)({**row, "sample_weight": wrong})
     with pytest.raises(DataError, match="sample_weight' is read of rows that are texts"):
         format_maker("labels")({"text": "a", "label": "b", "sample_weight": 2})
 

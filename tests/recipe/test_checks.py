@@ -53,6 +53,10 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
     assert problems_of(f"{SMALL}objective: dpo\n", tmp_path, each) == [
         "command line: data.rewritten_answers: a row of this objective has one answer to train on, or none; remove it"
     ]
+    for train_on in ("last", "all"):
+        assert problems_of(SMALL, tmp_path, each, f"data.train_on={train_on}") == [
+            f"command line: data.rewritten_answers: each is of data.train_on: assistant, which is {train_on}; remove it"
+        ]
 
 
 @pytest.mark.parametrize(

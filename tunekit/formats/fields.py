@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tunekit.errors import DataError
+
+LEAST_WEIGHT, MOST_WEIGHT = 1e-15, 1e15
 
 
 def read_text(row: Mapping[str, Any], name: str, *, where: str = "") -> str:
@@ -59,10 +60,11 @@ def check_encodable(value: str, label: str) -> None:
 
 
 def read_weight(value: Any, label: str) -> float:
-    """A factor of a loss: a finite number, 0 or more."""
+    """A factor of a loss: 0, or a number whose product with another one float32 has."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not 0 <= value < math.inf:
-        raise DataError(f"'{label}' must be a number, 0 or more, not {str(value)[:40]!r}", "")
+    if not known or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
+        allowed = f"0, or from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+        raise DataError(f"'{label}' must be a number, 0 or more, not {str(value)[:40]!r}", f"write {allowed}")
     return float(value)
 
 

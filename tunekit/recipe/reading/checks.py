@@ -114,13 +114,17 @@ def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None
 
 
 def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -> None:
-    """Only a row of one sequence may be several."""
-    if draft.get(("data", "rewritten_answers")) == "each" and (objective.family, objective.example) != (
-        "causal",
-        "text",
-    ):
+    """Only a row of one sequence may be several, and only where all of its answers are trained on, and they alone."""
+    key, what = ("data", "rewritten_answers"), ""
+    if draft.get(key) != "each":
+        return
+    train_on = draft.get(("data", "train_on")) or "assistant"
+    if (objective.family, objective.example) != ("causal", "text"):
         what = "a row of this objective has one answer to train on, or none"
-        draft.add_problem(("data", "rewritten_answers"), what, "remove it")
+    elif train_on != "assistant":
+        what = f"each is of data.train_on: assistant, which is {train_on}"
+    if what:
+        draft.add_problem(key, what, "remove it")
 
 
 def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
