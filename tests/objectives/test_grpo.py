@@ -245,6 +245,9 @@ WRONG = [
     ("    return 1.0", "letters returned float '1.0', which is no list"),
     ("    return ['1'] * len(completions)", "letters returned str '1' for a completion; return a finite number"),
     ("    return [float('inf')] * len(completions)", "letters returned float 'inf' for a completion"),
+    ("    yield 1 / 0", r"letters raised ZeroDivisionError: division by zero \(line 3\)"),
+    ("    return {text: 1.0 for text in completions}", "letters returned dict .*, which is no list"),
+    ("    return [10**400 for _ in completions]", "letters returned int '1000"),
     ("    raise SystemExit(3)", "letters raised SystemExit: 3"),
 ]
 
@@ -256,7 +259,48 @@ def test_what_is_no_reward_is_named(base: Path, tmp_path: Path, body: str, said:
     )
     (tmp_path / "rewards.py").write_text(f"\ndef letters(completions, **columns):\n{body}\n", encoding="utf-8")
     with pytest.raises(RewardError, match=said):
-        source.score([Written("p", {"answer": "1"}, text) for text in ("a", "b")], None)
+        source.scored_by(0, [Written("p", {"answer": "1"}, text) for text in ("a", "b")], None)
+
+
+def test_a_reward_may_be_silent_on_the_rows_of_a_step_and_of_an_evaluation(base: Path, tmp_path: Path) -> None:
+    """Two rewards for two kinds of rows, a row at a time; and some rows that neither can judge."""
+    rows = [{"prompt": f"say {n}", **({"right": "7"} if n % 3 else {})} for n in range(12)]
+    code = """
+calls = []
+def letters(completions, right=None):
+    calls.append(1)
+    return [float(len(calls)) if said is None and len(calls) % 4 else None for said in right or completions]
+"""
+    objective = {"reward": [ONE, {"exact_match": "right"}], "num_generations": 2, "max_completion_length": 3}
+    one = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "epochs": 1}
+    recipe = write_prompts(
+        tmp_path, base, rows, code=code, objective=objective, training=one, evaluation={"batch_size": 1}
+    )
+    run = train(recipe)
+    assert sum("loss" in record for record in records(run)) == 9
+    silent = code.replace("float(len(calls))", "None")
+    silent_one = {**objective, "reward": [ONE]}
+    alone = write_prompts(tmp_path / "b", base, rows, code=silent, objective=silent_one)
+    with pytest.raises(DataError, match=r"data\.eval: none of the 3 evaluation rows can be judged"):
+        train(alone)
+    alone = write_prompts(tmp_path / "c", base, rows, code=silent, objective=silent_one, data={"eval": None})
+    with pytest.raises(RewardError, match="letters returned None or NaN for each of 12 completions"):
+        train(alone)
+
+
+def test_a_source_of_rows_that_nothing_can_judge_has_no_metrics(base: Path, tmp_path: Path) -> None:
+    for name, row in (("a", {"prompt": "say 1", "answer": "7"}), ("b", {"prompt": "say 2"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    recipe = write_prompts(
+        tmp_path,
+        base,
+        objective={"reward": [{"exact_match": "answer"}]},
+        data={"eval": ["a.jsonl", "b.jsonl"]},
+        training={"max_steps": 1, "epochs": None},
+    )
+    (found,) = [record["sources"] for record in records(train(recipe)) if record.get("eval") and record["step"] == 1]
+    assert found["a.jsonl"] == {**found["a.jsonl"], "rows": 1, "reward": 0.0}
+    assert found["b.jsonl"] == {"rows": 1}
 
 
 def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(base: Path, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_expressions_and_columns() -> None:
     with pytest.raises(
         RewardError, match="no row has the column 'right' of the reward exact_match: right; the columns"
     ):
-        rewards_of({"exact_match": "right"}).score(SAID, None)
+        rewards_of({"exact_match": "right"}).scored_by(0, SAID, None)
+    assert np.isnan(rewards_of({"exact_match": "right"}).score(SAID, None)).all()
 
 
 def test_functions_get_what_they_take_and_are_told_as_trl_tells(tmp_path: Path) -> None:
@@ -68,6 +69,15 @@ def every(prompts, completions, answer, **columns):
     old = found.code
     (tmp_path / "rewards.py").write_text(f"{code}\n", encoding="utf-8")
     assert set(found.code.values()).isdisjoint(old.values())
+
+
+def test_columns_of_the_data_never_stand_in_for_completions(tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text("def every(prompts, completions):\n    assert prompts == ['p']\n")
+    with (tmp_path / "rewards.py").open("a") as file:
+        file.write("    return [float(said == 'mine') for said in completions]\n")
+    found = rewards_of({"function": f"{tmp_path}/rewards.py:every", "allow_code": True})
+    written = Written("p", {"completions": ["others"], "prompts": "x"}, "mine")
+    assert found.score([written], None) == [[1.0]]
 
 
 FILES = [

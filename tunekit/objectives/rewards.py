@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -79,15 +79,20 @@ class Rewards:
         assert self._functions
 
     def score(self, written: Sequence[Written], model: Any) -> Scores:
-        """(N, F) of each completion by each reward. Raises: RewardError for a result that is none."""
-        found = [self.scored_by(number, written, model) for number in range(len(self.sources))]
+        """(N, F) of each completion by each reward, which may be silent. Raises: RewardError for a wrong result."""
+        found = [self.scored_by(number, written, model, may_be_silent=True) for number in range(len(self.sources))]
         return np.stack(found, axis=1) if written else np.empty((0, len(self.sources)), np.float64)
 
-    def scored_by(self, number: int, written: Sequence[Written], model: Any) -> Scores:
-        """(N,) of each completion by one reward."""
+    def scored_by(self, number: int, written: Sequence[Written], model: Any, *, may_be_silent: bool = False) -> Scores:
+        """(N,) of each completion by one reward.
+
+        Raises: RewardError for a wrong result, and where none is judged unless it `may_be_silent`: it may be meant for
+            other rows than these.
+        """
         name = said(self.sources[number])
         try:
             found = self._functions[number](written, model)
+            found = list(found) if isinstance(found, Iterator) else found  # a generator's own errors are its function's
         except RewardError:
             raise
         except (Exception, SystemExit) as error:
@@ -95,7 +100,21 @@ class Rewards:
                 f"{name} raised {_line(error, self.sources[number].code_file)}",
                 "mend it; `tunekit reward check` tries it",
             ) from error
-        return _checked(found, len(written), name)
+        scores = _checked(found, len(written), name)
+        if written and not may_be_silent and np.isnan(scores).all():
+            raise self.silence(number, written)
+        return scores
+
+    def silence(self, number: int, written: Sequence[Written]) -> RewardError:
+        """What is wrong where a reward judges none of the completions."""
+        name, column = said(self.sources[number]), self.sources[number].exact_match
+        if column is not None and all(each.columns.get(column) is None for each in written):
+            there = ", ".join(dict.fromkeys(name for each in written for name in each.columns)) or "none"
+            return RewardError(f"no row has the column '{column}' of {name}", f"the columns are: {there}")
+        return RewardError(
+            f"{name} returned None or NaN for each of {len(written):,} completions",
+            "None is for single completions that cannot be judged: return numbers for the others",
+        )
 
     def summed(self, scores: Scores) -> Scores:
         """Weighted sums over rewards, those that say nothing left out; NaN where none says anything.
@@ -114,21 +133,19 @@ def said(source: RewardSource) -> str:
 
 
 def _checked(found: Any, count: int, name: str) -> Scores:
-    """(N,) numbers. Raises: RewardError where they are none, of another number, or all absent."""
+    """(N,) numbers. Raises: RewardError where they are none, or of another number."""
     how = "return a list with a number, or None, for each completion"
     if found is None:
         raise RewardError(f"{name} returned None", how)
     try:
-        values = list(found)
+        values = list(found) if not isinstance(found, Mapping | Set | str | bytes) else None
     except TypeError:
-        raise RewardError(f"{name} returned {_shown(found)}, which is no list", how) from None
+        values = None
+    if values is None:
+        raise RewardError(f"{name} returned {_shown(found)}, which is no list", how)
     if len(values) != count:
         raise RewardError(f"{name} returned {len(values):,} rewards for {count:,} completions", how)
-    numbers = np.array([_number(value, name) for value in values], np.float64)  # (N,)
-    if count and np.isnan(numbers).all():
-        what = f"{name} returned None or NaN for each of {count:,} completions"
-        raise RewardError(what, "None is for single completions that cannot be judged: return numbers for the others")
-    return numbers
+    return np.array([_number(value, name) for value in values], np.float64)
 
 
 def _number(value: Any, name: str) -> float:
@@ -136,7 +153,7 @@ def _number(value: Any, name: str) -> float:
         return math.nan
     try:
         number = float(value) if not isinstance(value, str) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several
         number = None
     if number is None or math.isinf(number):
         raise RewardError(f"{name} returned {_shown(value)} for a completion", "return a finite number, or None")
@@ -187,9 +204,9 @@ def _user_function(source: RewardSource) -> Callable[[Sequence[Written], Any], S
     def call(written: Sequence[Written], model: Any) -> Sequence[Any]:
         columns = {name: None for each in written for name in each.columns if name not in KEPT_BACK}
         given: dict[str, Any] = {
+            **{name: [each.columns.get(name) for each in written] for name in columns},
             "prompts": [each.prompt for each in written],
             "completions": [each.completion for each in written],
-            **{name: [each.columns.get(name) for each in written] for name in columns},
         }
         found: Sequence[Any] = function(**{name: value for name, value in given.items() if takes_all or name in taken})
         return found
@@ -242,13 +259,7 @@ def _exact_match(source: RewardSource) -> Callable[[Sequence[Written], Any], Seq
             text = "" if found is None else str(found.group(min(pattern.groups, 1)) or "")
         return float(text.strip() == str(wanted).strip())
 
-    def call(written: Sequence[Written], model: Any) -> Sequence[Any]:
-        if written and all(each.columns.get(column) is None for each in written):
-            there = ", ".join(dict.fromkeys(name for each in written for name in each.columns)) or "none"
-            raise RewardError(f"no row has the column '{column}' of {said(source)}", f"the columns are: {there}")
-        return [reward(each) for each in written]
-
-    return call
+    return lambda written, model: [reward(each) for each in written]
 
 
 def _reward_model(source: RewardSource) -> Callable[[Sequence[Written], Any], Sequence[Any]]:

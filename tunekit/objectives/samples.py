@@ -89,7 +89,8 @@ class SampleObjective(PromptObjective):
         rows, began = [row for batch in window.batches for row in batch.rows], monotonic()
         groups = [self.longest(row) for row in rows] if made_up else self.sampled(model, window, rows)
         sampled = monotonic()
-        scores = self._scored(model, rows, groups, gather, made_up)  # (P, G, F)
+        begins = window.step == 0 and not self.measures
+        scores = self._scored(model, rows, groups, gather, made_up, begins)  # (P, G, F)
         seconds = {"sample": sampled - began, "reward": monotonic() - sampled}
         answered = iter([self.answered(row, group) for row, group in zip(rows, groups, strict=True)])
         window = replace(window, batches=tuple(self.remade(batch, answered) for batch in window.batches))
@@ -137,9 +138,18 @@ class SampleObjective(PromptObjective):
         return [every[start : start + size] for start in range(0, len(every), size)]
 
     def _scored(
-        self, model: Any, rows: Sequence[Row], groups: Sequence[Sequence[Completion]], gather: Gather, made_up: bool
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        groups: Sequence[Sequence[Completion]],
+        gather: Gather,
+        made_up: bool,
+        begins: bool,
     ) -> Scores:
-        """(P, G, F) of each completion by each reward. An error of one rank is raised on all."""
+        """(P, G, F) of each completion by each reward. An error of one rank is raised on all.
+
+        A later step may have only rows that nothing can be said of; where a run begins so, its rewards are wrong.
+        """
         shape = (len(rows), len(self.sides), len(self.rewards.sources))
         if made_up:
             return np.tile(np.arange(shape[1], dtype=np.float64)[:, None], (shape[0], 1, shape[2]))
@@ -157,6 +167,8 @@ class SampleObjective(PromptObjective):
         failed = next((each for each in gather([error]) if each is not None), None)
         if failed is not None:
             raise failed
+        if begins and all(gather([bool(np.isnan(scores).all())])):
+            raise self.rewards.silence(0, written)
         return scores
 
     def _measured(self, window: Window, groups: Sequence[Sequence[Completion]], scores: Scores) -> Window:

@@ -17,7 +17,7 @@ from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
 from tunekit.data.encoding.store import by_source
 from tunekit.data.rows import Prompt, RowSet
-from tunekit.errors import RecipeError
+from tunekit.errors import DataError, RecipeError
 from tunekit.machine.devices import Devices
 from tunekit.metrics.classes import counts_of
 from tunekit.metrics.span_f1 import kinds_of
@@ -78,6 +78,9 @@ class Evaluator:
             objective = self.objective.measuring(self.model, self.rows, mine, self.devices.gather)
         each = self._by_source(objective, stop)
         sums = all_together(list(each.values()))
+        if not sums.values["units"]:
+            what = f"none of the {sums.rows:,} evaluation rows can be judged"
+            raise DataError(what, "let a reward return numbers for them", key="data.eval")
         choices, labels = self.asked.choices, self.objective.facts.get("labels")
         chosen = CHOICE_METRICS if choices else ()
         always = (*self.objective.metrics, *chosen)
@@ -141,10 +144,10 @@ class Evaluator:
 
 
 def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
-    """Finite metrics of each of several sources."""
+    """Finite metrics of each of several sources; of one whose rows cannot be judged there are none."""
     if len(each) < 2:
         return None
-    found = {source: sums.metrics(names) for source, sums in each.items()}
+    found = {source: sums.metrics(names) if sums.values["units"] else {} for source, sums in each.items()}
     return {
         source: {"rows": each[source].rows, **{name: value for name, value in values.items() if math.isfinite(value)}}
         for source, values in found.items()
