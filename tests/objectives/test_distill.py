@@ -15,7 +15,7 @@ from tests.conftest import write_tiny_llama
 from tests.objectives.test_logprobs import CappedHead, numbers
 from tests.train_case import lose_the_end, records, result_bytes, without_times, write_recipe
 from tunekit.contracts import ModelOutput
-from tunekit.errors import ModelError, RecipeError, TunekitError
+from tunekit.errors import ModelError, RecipeError, RunFolderError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.objectives.logprobs import divergence, divergences
 from tunekit.planning.plan import make_plan
@@ -125,6 +125,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_llama: Path, teacher: P
     train_verb(str(tmp_path / "recipe.yaml"), overrides, True, False)
     assert result_bytes(run) == whole
     assert without_times(records(run)) == without_times(lines)
+    lose_the_end(run)
+    other = write_tiny_llama(tmp_path / "other", layers=3, hidden=96, seed=6)
+    with pytest.raises(
+        RunFolderError, match=r"objective\.teacher\.name_or_path: changed since the run: the teacher's files differ"
+    ) as caught:
+        train_verb(str(tmp_path / "recipe.yaml"), [*overrides, f"objective.teacher.name_or_path={other}"], True, False)
+    assert len(caught.value.problems) == 1, "the base is the same, and where the teacher lies says nothing"
 
 
 def test_a_teacher_teaches_nothing_to_itself_and_no_share_of_it_is_sft(

@@ -28,6 +28,7 @@ PATH_KEYS = (
     "model.name_or_path",
     "adapter.init_from",
     "objective.reward.",
+    "objective.teacher.name_or_path",
 )
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 MISSING = "(absent)"
@@ -45,7 +46,7 @@ def make_fingerprint(
     code: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda, `code`
-    sha256 of files that it runs, by key."""
+    sha256 of files that it runs, and of a teacher's, by key."""
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
     return {
         "recipe": recipe_values(recipe),
@@ -101,7 +102,9 @@ def compare_fingerprints(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     before, now = old.get("code", {}), new.get("code", {})
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
-            found.append((key, "the file has other content: its rewards would be others"))
+            taught = key.startswith("objective.teacher")
+            how = "the teacher's files differ" if taught else "the file has other content: its rewards would be others"
+            found.append((key, how))
     before, now = old.get("versions", {}), new.get("versions", {})
     for name in sorted(set(before) | set(now)):
         if before.get(name) != now.get(name):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Row, Sums, Tokenizer, Window
+from tunekit.files.cache_folder import hash_of
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.placing import placed
 from tunekit.objectives.logprobs import divergences, hidden_at, loss_of_positions, row_losses, sums_of_positions
@@ -38,6 +39,7 @@ class Distill(Sft):
     def __init__(self, settings: DistillSettings, tokenizer: Tokenizer) -> None:
         super().__init__(settings, tokenizer)
         self.settings = settings
+        self.fingerprint = hash_of([settings.method, tokenizer.fingerprint])  # rows are the same whoever teaches
 
     def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
         """Each row with the teacher's last hidden states: its logits are made where the loss reads them, in chunks.

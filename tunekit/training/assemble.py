@@ -14,7 +14,6 @@ from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.run import ROWS_NAME
 from tunekit.console.progress import Counting
 from tunekit.data.batching.windows import evaluation_batches
-from tunekit.files.cache_folder import hash_of
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
@@ -43,6 +42,7 @@ from tunekit.tuned.network import prepare_network
 from tunekit.tuned.reward_models import load_scorers
 from tunekit.tuned.row_losses import RowLosses
 from tunekit.tuned.scores import summed_evaluation
+from tunekit.tuned.teacher import KEY as KEY_OF_TEACHER
 from tunekit.tuned.teacher import load_teacher
 
 
@@ -56,9 +56,9 @@ def assemble_run(
     recipe, devices = session.loaded.recipe, session.devices
     with session.timed("load"):
         teacher = load_teacher(prepared.rows.objective, devices.device)
-    contents = base.fingerprint if teacher is None else hash_of([base.fingerprint, teacher.base.fingerprint])
     code = Rewards(getattr(recipe.objective, "reward", ())).code
-    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, contents, checkpoint, code)
+    code |= {} if teacher is None else {f"{KEY_OF_TEACHER}.name_or_path": teacher.base.fingerprint or ""}
+    fingerprint = checked_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
     state = LoopState(LossScale(base.dtype == torch.float16))
     if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
