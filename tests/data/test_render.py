@@ -389,3 +389,10 @@ def test_a_template_that_refuses_says_so(tiny: LoadedTokenizer) -> None:
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + CHATML
     with pytest.raises(DataError, match="no system, please"):
         encode_example(chat(("system", "s"), ("user", "a"), ("assistant", "b")), tiny, template=template)
+
+
+def test_weights_that_are_not_read_are_told(tiny: LoadedTokenizer) -> None:
+    encoder = encoder_of(tiny, "all")
+    turns = (Message("user", "a"), Message("assistant", "b", 0.0))
+    assert encoder.encode(ChatExample(turns), "d:1").parts["trained"].all()
+    assert [notice for notice in encoder.notices if "data.train_on: all does not read" in notice]

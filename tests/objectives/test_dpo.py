@@ -23,7 +23,7 @@ from tests.objectives.pair_case import Told, make_rows, trainer_of
 from tests.train_case import lose_the_end, records, without_times
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
-from tunekit.errors import ModelError, TunekitError
+from tunekit.errors import DataError, ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
@@ -461,3 +461,10 @@ def test_the_reference_of_a_streamed_base_is_one_pass_of_the_whole_step(base: Pa
     alone = [objective.prepare(model, Window(0, 0.0, (0,), (batch,))).batches[0] for batch in batches]
     for together, single in zip(window.batches, alone, strict=True):
         assert torch.equal(together.targets["reference"], single.targets["reference"])
+
+
+def test_an_answer_counts_as_a_whole(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = pairs(8)
+    rows[2]["chosen"][0]["weight"] = 0.5
+    with pytest.raises(DataError, match=r"train\.jsonl:3: a 'weight' of a message that is neither 0 nor 1"):
+        make_plan(load_recipe(write_recipe(tmp_path, tiny_llama, rows)), device=CPU)

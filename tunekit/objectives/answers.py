@@ -68,6 +68,10 @@ class AnswerEncoder(TextEncoder):
             raise DataError(what, f"mend it, or write objective.{self.objective.unusable_key}: drop")
         before = self.notices.copy()
         found = [self.renderer.sequence(example.answered(answer)) for answer in answers]
+        if any(((weights > 0) & (weights != 1)).any() for _, weights in found):
+            raise DataError(
+                "a 'weight' of a message that is neither 0 nor 1: an answer counts as a whole", "write 0 or 1"
+            )
         for notice, count in (self.notices - before).items():
             self.notices[notice] -= count - 1  # a row that has it in each of its answers is one row
         sides = [(np.asarray(ids, np.int32), weights > 0) for ids, weights in found]

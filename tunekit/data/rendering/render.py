@@ -36,6 +36,7 @@ SPELLED = (
     "write conversations as messages (format chat)"
 )
 UNSAID = ("name", "tool_call_id", "tool_calls")  # need not be written; of tool_calls, turns.py sees to it
+WEIGHTS_UNREAD = "warning: rows whose messages have a weight, or train: false, which data.train_on: all does not read"
 AS_GIVEN = "rows whose earlier answers the chat template rewrites: each answer is trained on as it was given"
 MERGED_BOUNDARY = "rows whose first answer token holds the prompt's last characters too; it is trained on"
 
@@ -173,6 +174,7 @@ class Renderer:
         text = conversation.text
         ids, offsets = encode_trusted(text, conversation.neutral, self.tokenizer, self._control)
         if self.train_on == "all":
+            self.notices.update([WEIGHTS_UNREAD] if any(each.weight != 1 for each in example.messages) else [])
             return ids, np.ones(len(ids), dtype=np.float32)
         spans = [self._turns.close(span, text, ids, offsets) for span in conversation.spans]
         weights = np.zeros(len(ids), dtype=np.float32)  # (T,)
