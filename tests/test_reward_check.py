@@ -99,3 +99,14 @@ def test_the_command_and_what_cannot_be_checked(
 def checked_again(recipe: Path) -> tuple[int, dict[str, Any]]:
     found = reward_check_verb(str(recipe), [], 0, str(recipe.parent / "found.json"))
     return found, json.loads((recipe.parent / "found.json").read_text("utf-8"))
+
+
+def test_without_answers_nothing_is_said_of_them(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "def letters(completions):\n    return [float(len(said)) for said in completions]\n"
+    recipe = write_prompts(tmp_path, base, [{"prompt": f"say {n}", "level": n} for n in range(8)], code=code)
+    assert reward_check_verb(str(recipe), [], 0, None) == 0
+    said = capsys.readouterr().out
+    assert "whether it tells good answers from bad ones was not tried" in said
+    assert "are worth more" not in said

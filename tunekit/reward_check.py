@@ -245,5 +245,7 @@ def _show(
             console.info(f"  {total:.4g}  {visible(written.text)[:100]!r}")
     console.info("", *notes)
     console.warn(*findings)
-    if not findings:
+    if not findings and any(each.name == REFERENCE for each in tried):
         console.info("nothing was found: the rows' own answers are worth more than what says nothing")
+    elif not findings:
+        console.info("the reward gave sensible numbers; whether it tells good answers from bad ones was not tried")

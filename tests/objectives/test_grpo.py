@@ -147,7 +147,8 @@ def write_prompts(folder: Path, base: Path, rows: list[dict[str, Any]] | None = 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rewards.py").write_text(sections.pop("code", CODE), encoding="utf-8")
     asked = [
-        {"prompt": [{"role": "user", "content": f"say {'very ' * (n % 5)}{n}"}], "answer": str(n)} for n in range(24)
+        {"prompt": [{"role": "user", "content": f"say {'very ' * (n % 5)}{n}"}], "answer": str(n), "level": n}
+        for n in range(24)
     ]
     few = {"method": "grpo", "num_generations": 3, "max_completion_length": 6, "reward": [ONE]}
     objective = {**few, **sections.pop("objective", {})}
@@ -286,6 +287,17 @@ def letters(completions, right=None):
     alone = write_prompts(tmp_path / "c", base, rows, code=silent, objective=silent_one, data={"eval": None})
     with pytest.raises(RewardError, match="letters returned None or NaN for each of 12 completions"):
         train(alone)
+
+
+def test_completions_that_are_left_out_of_the_loss_have_their_length(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = {"mask_truncated_completions": True, "max_completion_length": 2}
+    recipe = write_prompts(tmp_path, base, objective=objective, training={"max_steps": 1, "epochs": None})
+    (found, *_) = [record["eval"] for record in records(train(recipe)) if "eval" in record]
+    assert found["completions_clipped_ratio"] == 1.0, "none of them counts"
+    assert found["completions_mean_length"] == 2.0
+    assert "does not read" not in capsys.readouterr().out, "rewards get every column"
 
 
 def test_a_source_of_rows_that_nothing_can_judge_has_no_metrics(base: Path, tmp_path: Path) -> None:

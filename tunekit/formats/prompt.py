@@ -23,6 +23,7 @@ DESCRIPTION = "prompt: text or messages; answer, other columns: optional, for th
 FIELDS = (*preference.PROMPTS, "input", *ALIASES, *ANSWERS, "system", "tools")
 REQUIRED = ()
 EXAMPLE = "prompt"
+KEEPS_COLUMNS = True  # rewards read those that are no field
 ASKING = (*preference.PROMPTS, *ALIASES, "input", "system", "tools")  # columns that are the prompt
 
 

@@ -182,7 +182,7 @@ class PromptObjective(AnswerObjective):
             found[name] = np.concatenate([row.parts[f"{side}_{name}"] for side in self.sides for row in rows])
         for name in (name for name in PER_COMPLETION if name in parts):
             found[name] = np.stack([row.parts[name] for row in rows], axis=1).reshape(-1)
-        for name in (name for name in ("share", "rewards", "ended") if name in parts):
+        for name in (name for name in ("share", "rewards", "ended", "lengths") if name in parts):
             found[name] = np.stack([row.parts[name] for row in rows])
         return {name: torch.from_numpy(values) for name, values in found.items()}
 

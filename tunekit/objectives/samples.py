@@ -178,7 +178,8 @@ class SampleObjective(PromptObjective):
         def parts(batch: Batch) -> dict[str, NDArray[Any]]:
             mine = [next(found) for _ in batch.rows]
             ended = np.array([[group[0].ended] for _, group in mine])
-            return {"rewards": np.stack([rewards for rewards, _ in mine]), "ended": ended}
+            lengths = np.array([[len(group[0].ids)] for _, group in mine])
+            return {"rewards": np.stack([rewards for rewards, _ in mine]), "ended": ended, "lengths": lengths}
 
         return self.with_all(window, [parts(batch) for batch in window.batches])
 
@@ -260,7 +261,7 @@ class SampleObjective(PromptObjective):
         rows whose completion cannot be judged are left out."""
         rewards = batch.targets["rewards"][:, 0]  # (P,) float64
         judged = ~rewards.isnan()
-        lengths = batch.targets["counts"].double()  # (P,)
+        lengths = batch.targets["lengths"][:, 0].double()  # (P,); of those that are masked, too
         found = {
             "reward": rewards,
             "completions_mean_length": lengths,

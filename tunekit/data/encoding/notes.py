@@ -18,8 +18,9 @@ MANY_DROPPED = 0.05  # of a source's rows
 
 def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]) -> str:
     """How a source is read, and which columns are not; a warning where one of them may be what was to be learned."""
-    fields = facts_of("formats", format_name).FIELDS
-    unread = ", ".join(f"'{column}'" for column in columns if column not in fields)
+    facts = facts_of("formats", format_name)
+    known = columns if getattr(facts, "KEEPS_COLUMNS", False) else facts.FIELDS
+    unread = ", ".join(f"'{column}'" for column in columns if column not in known)
     note = f"{name}: format {format_name} ({reason})" + (f", which does not read {unread}" if unread else "")
     if not unread or format_name != "text" or reason == NAMED:
         return note
