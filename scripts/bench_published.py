@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from arithmetic import Ceilings  # noqa: E402
 from shapes import GIB, NF4, ROWS, Row  # noqa: E402
 
 GB = 10**9
+CARD = torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -83,20 +85,14 @@ GOALS = {
 
 
 def goal_lines() -> Iterator[str]:
-    """A table of the goals, with what a streamed head costs: its bytes over the bus as if nothing were computed
-    meanwhile, as a share of the step at half of the card's products."""
+    """A table of the goals."""
     yield "| row of `scripts/bench gpu` | goal | foreseen | weights | streamed head, of a step | tokens, settings |"
     yield "|---|--:|--:|--:|--:|---|"
-    rows, device = {row.name: row for row in ROWS}, torch.device("cuda")
+    rows = {row.name: row for row in ROWS}
     for name, goal in GOALS.items():
         one = rows[name]
-        plan = planning.plan_row(one, device, Ceilings())
-        whole, without = (
-            planning.plan_row(replace(one, streamed_head=streamed), device, Ceilings())["floor_seconds"].get("bus", 0.0)
-            for streamed in (True, False)
-        )
-        step = plan["flops_per_token"] * one.step_tokens / Ceilings().product_flops / planning.LIKELY_SHARE
-        cost = f"{(whole - without) / step:.1%} at most" if one.streamed_head else ""
+        plan = planning.plan_row(one, CARD, Ceilings())
+        cost = f"{head_share(one, plan):.1%} at most" if one.streamed_head else ""
         settings = f"{one.micro_batches} x {one.rows} x {one.length:,}, rank {one.r}"
         settings += ", streamed_head" if one.streamed_head else ""
         settings += f", mlp_tile_tokens {one.tile_tokens:,}" if one.tile_tokens else ""
@@ -105,6 +101,16 @@ def goal_lines() -> Iterator[str]:
             f"| {name} | {goal:.1f} GB | {peak['total'] / GB:.2f} GB | {peak['weights'] / GB:.2f} GB | {cost} | "
             f"{settings} |"
         )
+
+
+def head_share(row: Row, plan: dict[str, Any]) -> float:
+    """What a streamed head costs of a step without it, at half of the card's products: logits made once more, and bytes
+    over the bus as if nothing were computed meanwhile."""
+    size, ceilings = planning.model_size(row.model, CARD), Ceilings()
+    flops = ceilings.product_flops * planning.LIKELY_SHARE
+    again = 2.0 * size.head * row.step_tokens * planning.supervised_share(row) / flops
+    bus = 2.0 * planning.HEAD_BYTES * size.head * row.micro_batches / ceilings.host_bytes
+    return (again + bus) / (plan["flops_per_token"] * row.step_tokens / flops)
 
 
 def main() -> None:
@@ -120,10 +126,9 @@ def main() -> None:
         "|---|---|--:|--:|--:|--:|---|",
     ]
     for one in TABLE:
-        device = torch.device("cuda")
-        layers = planning.meta_base(one.row.model, one.row.quantization, device).facts.layers
+        layers = planning.meta_base(one.row.model, one.row.quantization, CARD).facts.layers
         recomputed = layers if one.row.checkpointing == "every" else int(one.row.checkpointing)
-        peak = planning.simulated_peak(one.row, device, recomputed)
+        peak = planning.simulated_peak(one.row, CARD, recomputed)
         share = peak["total"] / one.published_bytes
         unit, name = (GIB, "GiB") if one.tool == "torchtune" else (GB, "GB")
         lines.append(

@@ -52,7 +52,7 @@ def completed(*words: str, shell: str = "bash", folder: Path | None = None) -> l
         (["plan", RECIPE, "~adapter.tar"], {"~adapter.target_modules", "~adapter.target_parameters"}),
         (["eval", RECIPE, ""], {"model.", "evaluation.", "data."}),
     ],
-    ids=" ".join,
+    ids=lambda texts: " ".join(sorted(texts) if isinstance(texts, set) else texts).replace(RECIPE, "RECIPE"),
 )
 def test_a_word_is_completed(words: list[str], expected: set[str]) -> None:
     assert set(completed(*words)) == expected
@@ -115,12 +115,11 @@ def test_a_broken_recipe_is_no_reason_to_complain(text: str, tmp_path: Path) -> 
 
 
 def test_a_shell_need_not_be_waited_for() -> None:
-    tell = "print(time.process_time(), *sys.modules, file=sys.stderr)"
-    program = f"import atexit, sys, time; atexit.register(lambda: {tell}); {PROGRAM}"
+    tell = "print(*sys.modules, file=sys.stderr)"
+    program = f"import atexit, sys; atexit.register(lambda: {tell}); {PROGRAM}"
     words = {"COMP_WORDS": f"tunekit\ntrain\n{RECIPE}\ntraining.", "COMP_CWORD": "3"}
     asked = os.environ | words | {"_TUNEKIT_COMPLETE": "complete_bash"}
     done = subprocess.run([sys.executable, "-c", program], env=asked, capture_output=True, text=True, check=True)
     assert "training.seed=" in done.stdout
-    seconds, *modules = done.stderr.split()
+    modules = done.stderr.split()
     assert [name for name in modules if name.startswith((*HEAVY, "tunekit.recipe.section"))] == []
-    assert float(seconds) < 0.5

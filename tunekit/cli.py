@@ -28,6 +28,7 @@ from tunekit.commands.options import (
     Target,
     TargetOverrides,
 )
+from tunekit.commands.order import InOrderOfUse
 from tunekit.commands.results import add_results
 from tunekit.commands.rows import add_rows
 from tunekit.commands.talk import add_talk
@@ -53,6 +54,7 @@ LIGHT = {
 
 app = typer.Typer(
     name="tunekit",
+    cls=InOrderOfUse,
     help="Fine-tune language models from a YAML recipe.",
     epilog="Exit codes: 0 done; 1 a fault of tunekit; 2 the recipe or an input is wrong; 3 the numbers went wrong; "
     "4 memory, disk or another resource ran out; 129, 130, 143 hung up, interrupted, terminated.",
@@ -93,7 +95,7 @@ def start(
 def validate(
     context: typer.Context, recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None
 ) -> None:
-    """Check a recipe and that its files are there, without loading anything."""
+    """Check a recipe and that its files are there. Nothing is loaded."""
     _call(context, "tunekit.validate:validate_verb", recipe, overrides or [], json_file)
 
 
@@ -105,7 +107,7 @@ def plan(
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Show what train would do: targets, parameters, steps, memory, refusals."""
+    """Show what train would do: steps, memory, what is refused."""
     _call(context, "tunekit.plan:plan_verb", recipe, overrides or [], json_file, first="check_recipe")
 
 
@@ -117,7 +119,7 @@ def preview(
     rows: Annotated[int, typer.Option("-n", metavar="N", min=1, help="how many rows")] = 3,
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="write a page there")] = None,
 ) -> None:
-    """Show real training rows: which tokens are trained on, which not, and why."""
+    """Show real training rows: which tokens are trained on."""
     _call(context, "tunekit.preview:preview_verb", recipe, overrides or [], rows, html, first="check_recipe")
 
 
@@ -188,7 +190,7 @@ def generate(
     choices: Annotated[str | None, typer.Option(metavar="LIST", help="answer with one of '[yes, no]'")] = None,
     device: Device = None,
 ) -> None:
-    """Generate answers: plain text for --prompt, one JSON object a line for several; or score answers."""
+    """Answer prompts, or score answers. Plain text for --prompt, one JSON object a line for several."""
     asked = (target, base, prompt, prompts, overrides or [])
     values = (*asked, max_new_tokens, temperature, top_p, top_k, seed, score, choices)
     _call(context, "tunekit.generate:generate_verb", *values)
@@ -229,11 +231,11 @@ def recipes(
 def import_recipe(
     context: typer.Context,
     path: Annotated[
-        str, typer.Argument(metavar="FILE", help="a configuration of Axolotl, LLaMA-Factory or TRL (YAML)")
+        str, typer.Argument(metavar="FILE", help="of Axolotl, LLaMA-Factory, TRL, torchtune, Unsloth or PEFT")
     ],
     output: Annotated[str | None, typer.Option("--output", metavar="RECIPE", help="write the recipe there")] = None,
 ) -> None:
-    """Turn another tool's configuration into a recipe, and tell what became of each key."""
+    """Turn another tool's configuration into a recipe. Tells what became of each key."""
     _call(context, "tunekit.foreign:import_verb", path, output)
 
 
@@ -255,7 +257,7 @@ def init(
         float | None, typer.Option("--eval", metavar="SHARE", help="of the rows to hold back")
     ] = None,
 ) -> None:
-    """Write a first recipe for your data, after a look at them and at this machine; asks in a terminal."""
+    """Write a first recipe for your data. Looks at them and at this machine; asks in a terminal."""
     _call(context, "tunekit.init:init_verb", data, output, model, method, quantization, evaluation)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from tunekit.errors import NumericsError
 from tunekit.memory import copies
 from tunekit.memory.copies import StreamCopier
 from tunekit.memory.offload import BoundaryStore
+from tunekit.training import loop
 from tunekit.training.optimizers import Optimizer
-from tunekit.training.readings import Reading
+from tunekit.training.readings import start_reading
 
 pytestmark = pytest.mark.faulty
 CUDA = torch.device("cuda", 0)
@@ -93,7 +95,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, str, Callable[..., Any]]] = {
     "a slot is given away one layer too early": (HOST, StreamCopier, "mark", mark_too_early),
     "what leaves is gone before its copy is waited for": (OFFLOAD, BoundaryStore, "_let_go", let_go_too_early),
     "gradients are cleared beside what adds to them": ({}, Optimizer, "zero_gradients", clear_elsewhere),
-    "numbers are read before they are there": ({}, Reading, "read", lambda self: tuple(self.numbers.tolist()[:2])),
+    "numbers are read before they are there": (
+        {}, loop, "start_reading", lambda *given: replace(start_reading(*given), copied=None),
+    ),
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.memory.test_streaming_seq2seq import make_net
 from tests.model.packed import packed_hash
 from tunekit.errors import ModelError
 from tunekit.model import compute as devices
@@ -75,6 +76,19 @@ def test_meta_model_is_the_loaded_one_without_weights(tiny_llama: Path, quantiza
     output = meta.net.get_submodule("model.layers.0.mlp")(torch.empty(1, 5, 64, device="meta"))
     assert output.is_meta
     assert output.shape == (1, 5, 64)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_head_that_is_stored_beside_the_embedding_counts_where_it_differs(apart: bool, tmp_path: Path) -> None:
+    """As transformers reads it: files may hold both although the configuration ties them."""
+    folder = tmp_path / "t5"
+    make_net("t5", vocab_size=300, tie_word_embeddings=True).save_pretrained(folder)  # type: ignore[operator]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["shared.weight"] + float(apart)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded, planned = load_model(section(folder), device=CPU), make_meta_model(section(folder), device=CPU)
+    assert planned.family.tied(planned.net) == loaded.family.tied(loaded.net) == (not apart)
+    assert stored_bytes(planned.net) == stored_bytes(loaded.net)
 
 
 def test_quantized_layers_are_all_linears_but_the_head(tiny_llama: Path) -> None:

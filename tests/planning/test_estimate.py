@@ -250,23 +250,29 @@ def test_the_peak_of_a_run_is_the_highest_of_its_work(monkeypatch: pytest.Monkey
     evaluation = Simulation({"weights": 600, "logits": 900}, 1500)
     gpu = torch.device("cuda")
     beside = workspace_bytes(gpu)
-    assert peak_bytes(step, None, gpu, torch.float32).total == 1000 + beside, (
+    assert peak_bytes(step, None, None, gpu, torch.float32).total == 1000 + beside, (
         "of a GPU live bytes and cuBLAS's are predicted"
     )
-    both = peak_bytes(step, evaluation, gpu, torch.float32, cache_bytes=100)
+    both = peak_bytes(step, evaluation, None, gpu, torch.float32, cache_bytes=100)
     assert (both.total, both.logits, both.activations) == (1600 + beside, 900, 0)
-    assert peak_bytes(step, None, gpu, torch.float32, load_bytes=10**9).total == 1000 + beside, "loading is the host's"
+    assert peak_bytes(step, None, None, gpu, torch.float32, load_bytes=10**9).total == 1000 + beside, (
+        "loading is the host's"
+    )
     metal = torch.device("mps")
-    assert peak_bytes(step, None, metal, torch.float32, load_bytes=10**9).total == 10**9, "which is its own memory"
-    assert peak_bytes(step, None, CPU, torch.float32, load_bytes=10**9).total == 10**9 + PROCESS_BYTES
-    assert peak_bytes(step, None, CPU, torch.float32).total == 1000 + KEPT_SHARE * 400 + PROCESS_BYTES, (
+    assert peak_bytes(step, None, None, metal, torch.float32, load_bytes=10**9).total == 10**9, (
+        "which is its own memory"
+    )
+    assert peak_bytes(step, None, None, CPU, torch.float32, load_bytes=10**9).total == 10**9 + PROCESS_BYTES
+    assert peak_bytes(step, None, None, CPU, torch.float32).total == 1000 + KEPT_SHARE * 400 + PROCESS_BYTES, (
         "weights leave no freed blocks"
     )
     huge = replace(step, total=10**11)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    compiled = peak_bytes(step, None, CPU, torch.bfloat16).total - peak_bytes(step, None, CPU, torch.float32).total
+    compiled = (
+        peak_bytes(step, None, None, CPU, torch.bfloat16).total - peak_bytes(step, None, None, CPU, torch.float32).total
+    )
     assert compiled == COMPILED_BYTES
-    assert peak_bytes(huge, None, CPU, torch.float32).total == 10**11 + MOST_KEPT_BYTES + PROCESS_BYTES
+    assert peak_bytes(huge, None, None, CPU, torch.float32).total == 10**11 + MOST_KEPT_BYTES + PROCESS_BYTES
 
 
 def test_loading_counts_the_mapped_file_and_what_is_made_of_it() -> None:

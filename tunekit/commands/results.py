@@ -20,7 +20,7 @@ def add_results(app: typer.Typer, call: Call) -> None:
         csv: Annotated[str | None, typer.Option(metavar="FILE", help="what came of each, as a table")] = None,
         json_file: JsonFile = None,
     ) -> None:
-        """Compare runs: what differs, what came of each, their curves; of one, write its page anew."""
+        """Compare runs, or write the page of one anew. What differs, what came of each, their curves."""
         call(context, "tunekit.report:report_verb", runs, html, json_file, csv)
 
     @app.command()
@@ -30,7 +30,7 @@ def add_results(app: typer.Typer, call: Call) -> None:
         yes: Annotated[bool, typer.Option("--yes", help="of clean: do not ask")] = False,
         json_file: JsonFile = None,
     ) -> None:
-        """List the runs below a folder; clean: remove checkpoints that are not needed any more, after showing them."""
+        """List runs, or free their disk (clean). It removes checkpoints that are not needed, after showing them."""
         clean = (words or [])[:1] == ["clean"]
         folders = (words or [])[int(clean) :]
         if len(folders) > 1 or (yes and not clean) or (json_file and clean):
@@ -48,7 +48,7 @@ def add_results(app: typer.Typer, call: Call) -> None:
             int | None, typer.Option("--serve", metavar="PORT", min=0, max=65535, help="its page, on this machine")
         ] = None,
     ) -> None:
-        """Follow a run that another terminal has begun: its progress here, or its page in a browser."""
+        """Follow a run of another terminal. Its progress here, or its page in a browser."""
         call(context, "tunekit.watch:watch_verb", run, port)
 
     @app.command()
@@ -57,5 +57,5 @@ def add_results(app: typer.Typer, call: Call) -> None:
         clear: Annotated[bool, typer.Option("--clear", help="remove tunekit's cache: rows, packed bases")] = False,
         json_file: JsonFile = None,
     ) -> None:
-        """Show versions, machine, caches, and what is missing for which feature with the command that mends it."""
+        """Show versions, machine, caches, and what is missing. What for, and the command that mends it."""
         call(context, "tunekit.doctor:doctor_verb", clear, json_file)

@@ -16,7 +16,7 @@ def add_rows(app: typer.Typer, call: Call) -> None:
 
     @data.callback()
     def group() -> None:
-        """Look at data."""
+        """Look at a recipe's rows for faults: data check."""
 
     @data.command()
     def check(
@@ -36,7 +36,7 @@ def add_rows(app: typer.Typer, call: Call) -> None:
 
     @reward.callback()
     def rewards() -> None:
-        """Look at a reward."""
+        """Try the reward of a recipe: reward check."""
 
     @reward.command("check")
     def check_reward(

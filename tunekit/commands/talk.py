@@ -32,7 +32,7 @@ def add_talk(app: typer.Typer, call: Call) -> None:
         max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: 512")] = None,
         device: Device = None,
     ) -> None:
-        """Talk with a run, an adapter or a model; /base asks the base beside it, /help lists the commands."""
+        """Talk with a run, an adapter or a model. /base asks the base beside it, /help lists the commands."""
         sampling = (temperature, top_p, top_k, seed)
         call(
             context,
@@ -59,7 +59,7 @@ def add_talk(app: typer.Typer, call: Call) -> None:
         batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="answers that are made side by side")] = 8,
         device: Device = None,
     ) -> None:
-        """Serve a run, an adapter or a model to OpenAI's clients, for trying a result; every adapter is a model."""
+        """Serve a run, an adapter or a model to OpenAI's clients. For trying a result; every adapter is a model."""
         call(
             context,
             "tunekit.serve:serve_verb",

@@ -6,6 +6,7 @@ Comes in: the model section and a device.  Goes out: `LoadedModel`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from tunekit.model.storage.gguf import gguf_arguments, parsed_once
 from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.mapped import mapped_net
 from tunekit.model.storage.packing import packed_base, quantize_layers
-from tunekit.model.storage.reading import fill_net, needs_copies, open_base, open_net
+from tunekit.model.storage.reading import MappedFiles, fill_net, needs_copies, open_base, open_net
 from tunekit.model.storage.shards import holds_weights, read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
@@ -151,10 +152,23 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     dense, alone = section.quantization == "none", _can_be_read_alone(net, request)
     headers = _headers(source)  # where there are none yet, suppose what most files are: not aligned
     copied = dense and alone and (not headers or needs_copies(headers, request.dtype, device))
+    _untie(net, request.family, source.folder, headers)
     notes = request.packed(net, torch.device("meta"))
     loaded = _finish(net, request, notes, meta=True)
     loaded.packed_while_read, loaded.copied_while_read = alone and not dense, copied
     return loaded
+
+
+def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, TensorEntry]) -> None:
+    """Make a head of its own of one that the files hold beside the embedding with other numbers, as transformers does
+    when it reads them."""
+    stored = [f"{name}.weight" for name in (family.head_name(net), family.embedding_name(net)) if name is not None]
+    if not family.tied(net) or not headers.keys() >= set(stored):
+        return
+    files = MappedFiles(folder, headers)
+    if not torch.equal(*map(files.view, stored)):
+        head: Any = net.get_submodule(stored[0].removesuffix(".weight"))
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
 
 
 def _headers(source: ModelSource) -> dict[str, TensorEntry]:
