@@ -40,6 +40,7 @@ ELSEWHERE = {  # commands of the pages that other tests run, or that would chang
     "scripts/quickstart",
     "cd tunekit",
     "scripts/setup",
+    "scripts/test",
     "source .venv/bin/activate",
     "tunekit --install-completion",
 }
