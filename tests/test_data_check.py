@@ -82,7 +82,9 @@ def test_planted_faults_are_found_and_left_out(
 def test_findings_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(write(tmp_path, count=5))
     assert "--fix FILE writes the training rows without a finding" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"--fix .*good: the rows are written as JSONL; name a file such as .*good\.jsonl"):
+    with pytest.raises(
+        InputError, match=r"--fix .*good: the rows are written as JSONL; name a file such as .*good\.jsonl"
+    ):
         check(write(tmp_path, count=5), tmp_path / "good")
     assert not (tmp_path / "good").exists()
 

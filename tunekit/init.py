@@ -166,7 +166,9 @@ def look_at(data: str) -> Look | None:
     longest = int(sizes[min(int(len(sizes) * SHARE_KEPT), len(sizes) - 1)] / CHARACTERS_OF_A_TOKEN) + 32
     fields = Counter(name for row in seen for name in row).most_common(6)
     complete = len(values) <= LOOKED_AT
-    return Look(OBJECTIVES[example], format_name, len(seen), complete, longest, tuple(name for name, _ in fields), columns)
+    return Look(
+        OBJECTIVES[example], format_name, len(seen), complete, longest, tuple(name for name, _ in fields), columns
+    )
 
 
 def _kind(row: dict[str, object], data: str) -> tuple[str, str, Mapping[str, str]]:

@@ -73,7 +73,7 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
 
 
 def columns_meant(values: Mapping[str, Any]) -> dict[str, str]:
-    """The columns that hold a question and its answer by their names, with the fields that they are; {} where none do."""
+    """The columns that by their names hold a question and its answer: the field of each; {} where none do."""
     asked, told = (next((name for name in names if name in values), None) for names in (ASKED, TOLD))
     return {asked: "prompt", told: "completion"} if asked and told else {}
 
