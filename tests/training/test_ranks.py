@@ -127,6 +127,49 @@ main()
 
 
 @pytest.mark.slow
+def test_two_processes_sample_and_learn_what_one_does(tiny_llama: Path, tmp_path: Path) -> None:
+    """Completions, rewards over the whole step and its normaliser; of the last step one rank has no prompt."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = [{"prompt": f"say {'very ' * (number % 4)}{number}", "answer": str(number)} for number in range(13)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text("def score(completions):\n    return [len(set(said)) for said in completions]\n")
+    reward = [{"function": "rewards.py:score", "allow_code": True}]
+    sampled = {"num_generations": 3, "max_completion_length": 6, "beta": 0.1, "scale_rewards": "batch"}
+    values = {
+        "model": {"name_or_path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": "train.jsonl", "max_length": 128},
+        "objective": {"method": "grpo", "reward": reward, "num_iterations": 2, **sampled},
+        "adapter": {"method": "lora", "r": 4},
+        "training": {"learning_rate": 0.01, "micro_batch_size": 1, "gradient_accumulation_steps": 6, "epochs": 1},
+        "output": {"dir": "run"},
+    }
+    values["training"] |= {"save_steps": 2, "eval_steps": 1}
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps(values))
+    one = train_in_child(recipe, tmp_path / "one")
+    assert one.code == 0, one.output
+    two = run_two(TORCHRUN, recipe, tmp_path / "two")
+    assert two.returncode == 0, two.stdout + two.stderr
+    alone, together = records(tmp_path / "one"), records(tmp_path / "two")
+    assert len(alone) == 6
+    for ours, theirs in zip(together, alone, strict=True):
+        assert [each["completion"] for each in ours["samples"]][:3] == [
+            each["completion"] for each in theirs["samples"]
+        ][:3]
+        for name in (
+            "loss",
+            "kl",
+            "entropy",
+            "reward",
+            "reward_std",
+            "completions_mean_length",
+            "clip_ratio_region_mean",
+        ):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
 def test_a_lost_rank_is_named(recipe: Path, tmp_path: Path) -> None:
     script, run = tmp_path / "dying.py", tmp_path / "run"
     script.write_text(DYING)
