@@ -12,6 +12,7 @@ import pytest
 from tunekit.data.looking.look import KINDS
 from tunekit.data.looking.similar import Seen, signed
 from tunekit.data_check import data_check_verb
+from tunekit.errors import InputError
 
 WORDS = [first + last for first in ("ba", "ke", "li", "mo", "nu") for last in ("ra", "sel", "tin", "pod", "gum")]
 
@@ -73,8 +74,19 @@ def test_planted_faults_are_found_and_left_out(
     assert "hf_" not in shown
     for kind in expected:
         assert KINDS[kind] in shown
+    assert f"train on them: data.train={tmp_path / 'good.jsonl'}" in shown
     code, found = check(write(tmp_path, planted=False))
     assert (code, found["findings"]) == (0, {})
+
+
+def test_findings_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(write(tmp_path, count=5))
+    assert "--fix FILE writes the training rows without a finding" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match=r"--fix .*good: the rows are written as JSONL; name a file such as .*good\.jsonl"
+    ):
+        check(write(tmp_path, count=5), tmp_path / "good")
+    assert not (tmp_path / "good").exists()
 
 
 def test_rows_that_are_evaluated_on_are_leaks(tmp_path: Path) -> None:

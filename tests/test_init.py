@@ -78,6 +78,16 @@ def test_little_memory_takes_a_packed_base(
     assert "does not fit; set memory.budget" in capsys.readouterr().out
 
 
+def test_columns_that_hold_questions_and_answers_are_renamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "rows.jsonl", {"question": "Hi", "answer": "Hello"})
+    init(data, tmp_path / "mine.yaml")
+    recipe = load_recipe(tmp_path / "mine.yaml").recipe
+    assert recipe.data.train[0].columns == {"question": "prompt", "answer": "completion"}
+    assert "40 rows of format prompt_completion (question, answer)" in capsys.readouterr().out
+
+
 def test_long_rows_get_room(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", {"text": "word " * 1000})
     look = look_at(str(tmp_path / "rows.jsonl"))

@@ -80,6 +80,26 @@ def test_planted_faults_are_found(fault: str, base: Path, tmp_path: Path, monkey
     assert any(said in finding for finding in findings), findings
 
 
+def test_a_reward_that_the_others_hide_is_noted(base: Path, tmp_path: Path) -> None:
+    """It compares a list of messages with a text, so that it is always 0."""
+    mistaken = "return [float(said == right) for said, right in zip(completions, answer)]"
+    rewards = [{"function": "rewards.py:letters", "allow_code": True}, {"exact_match": "answer"}]
+    code, found = checked(base, tmp_path, mistaken, reward=rewards)
+    assert code == 0
+    assert [note for note in found["notes"] if "letters gives every answer 0" in note]
+    code, found = checked(base, tmp_path, f"return {SOUND}", reward=rewards)
+    assert not [note for note in found["notes"] if "gives every answer" in note]
+
+
+def test_one_failure_is_told_once(base: Path, tmp_path: Path) -> None:
+    _, found = checked(base, tmp_path, "pass")
+    (finding,) = [finding for finding in found["findings"] if "returned None" in finding]
+    assert finding.endswith(
+        "letters returned None; return a list with a number, or None, for each completion "
+        "(the rows' own answers, and 5 more kinds of answers)"
+    )
+
+
 def test_the_command_and_what_cannot_be_checked(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,6 +157,8 @@ def test_bad_bodies_and_keys(port: int, tiny_llama: Path, folders: Path) -> None
         assert json.loads(reply)["error"]["message"]
     assert b"not known here" in ask_raw(port, "/v1/chat/completions", b'{"\\ud800": 1}')[1]
     assert ask_raw(port, "/nothing", None)[0] == 404
+    status, reply = ask_raw(port, "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "Hi"}]}')
+    assert (status, b"'model' is required; there are: " in reply) == (404, True)
     with serving(tiny_llama, folders, key="secret") as kept:
         for key in ("wrong", "secré"):
             with pytest.raises((openai.AuthenticationError, UnicodeEncodeError)):

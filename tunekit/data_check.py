@@ -25,6 +25,8 @@ def data_check_verb(recipe_path: str, overrides: Sequence[str], fix: str | None,
         import rensa  # noqa: F401
     except ImportError as error:
         raise InputError("finding near duplicates needs rensa", "pip install 'tunekit[data]'") from error
+    if fix is not None and not fix.endswith(".jsonl"):
+        raise InputError(f"--fix {fix}: the rows are written as JSONL", f"name a file such as {fix}.jsonl")
     loaded = load_recipe(recipe_path, overrides)
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
@@ -44,10 +46,12 @@ def data_check_verb(recipe_path: str, overrides: Sequence[str], fix: str | None,
         lines = ((kind, each.lines[kind]) for kind in KINDS if kind in each.lines)
         rows = [[KINDS[kind], len(found), _rows_text(found), each.first[kind]] for kind, found in lines]
         console.table(["finding", "rows", "at line", "the first"], rows)
+    if fix is None and any(each.lines for each in trained):
+        console.info("--fix FILE writes the training rows without a finding")
     if fix is not None:
         passed = [row for each in trained for row in each.passed]
         write_text(Path(fix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in passed))
-        console.info(f"{fix}: the {len(passed):,} training rows without a finding")
+        console.info(f"{fix}: the {len(passed):,} training rows without a finding; train on them: data.train={fix}")
     findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in (*trained, *held_back)]
     write_result({"files": findings, "fixed": fix})
     return 2 if any(each.lines for each in (*trained, *held_back)) else 0

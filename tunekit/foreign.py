@@ -75,11 +75,10 @@ def _of_adapter(path: Path) -> tuple[str, list[str]]:
     if fields.get("revision"):
         base["revision"] = fields["revision"]
     values: dict[str, Any] = {"model": base, "data": {"train": ROWS}, "adapter": adapter, "output": {"dir": RUN}}
-    from_base = ("base_model_name_or_path", "revision", "peft_type")
+    told = ("peft_type", *method.peft.claims)  # what says which method it is
+    from_base = {"base_model_name_or_path": "model", "revision": "model", **dict.fromkeys(told, "adapter.method")}
     kept = [f"{path}: {name} -> adapter.{own[name]}" for name in fields if name in own]
-    kept += [
-        f"{path}: {name} -> {to}" for name, to in zip(from_base, ("model", "model", "adapter.method"), strict=True)
-    ]
+    kept += [f"{path}: {name} -> {to}" for name, to in from_base.items() if name in fields]
     others = [f"{path}: {name} -> nothing" for name in fields if name not in own and name not in from_base]
     asked = f"to be named: data.train (here {ROWS}) and output.dir: an adapter's configuration knows neither"
     said = [f"{path}: a configuration of {PEFT}", *_titled("kept:", kept), *_titled("without effect here:", others)]

@@ -98,7 +98,8 @@ def read_prompts(path: Path) -> list[str]:
         _prompt_of(line.rstrip("\r"), path, number) for number, line in enumerate(lines, start=1) if line.strip()
     ]
     if not prompts:
-        raise DataError("there is no prompt in it", "write one prompt a line", file=str(path))
+        file = "standard input" if str(path) == "-" else str(path)
+        raise DataError("there is no prompt in it", "write one prompt a line, or give --prompt TEXT", file=file)
     return prompts
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from tunekit.console import Console
-from tunekit.data.reading.first import choose_format
+from tunekit.data.reading.first import choose_format, columns_meant
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
@@ -53,6 +53,7 @@ class Look:
     complete: bool  # whether these are all of them
     longest: int  # tokens of all rows but the very longest, guessed
     fields: tuple[str, ...]
+    columns: Mapping[str, str]  # how the recipe renames them, where no format has these names
 
     def text(self) -> str:
         """In a line."""
@@ -159,24 +160,31 @@ def look_at(data: str) -> Look | None:
     problems.raise_if_any()
     if not values:
         raise DataError("there is no row in it", "", file=data)
-    example, format_name = _kind(values[0], data)
+    example, format_name, columns = _kind(values[0], data)
     seen = values[:LOOKED_AT]
     sizes = sorted(sum(map(len, _texts(row))) for row in seen)
     longest = int(sizes[min(int(len(sizes) * SHARE_KEPT), len(sizes) - 1)] / CHARACTERS_OF_A_TOKEN) + 32
     fields = Counter(name for row in seen for name in row).most_common(6)
     complete = len(values) <= LOOKED_AT
-    return Look(OBJECTIVES[example], format_name, len(seen), complete, longest, tuple(name for name, _ in fields))
+    return Look(
+        OBJECTIVES[example], format_name, len(seen), complete, longest, tuple(name for name, _ in fields), columns
+    )
 
 
-def _kind(row: dict[str, object], data: str) -> tuple[str, str]:
-    """The kind of example that a row is, and its format. Raises: DataError naming the fields of every format."""
+def _kind(row: dict[str, object], data: str) -> tuple[str, str, Mapping[str, str]]:
+    """The kind of example that a row is, its format, and the columns to rename for it.
+
+    Raises: DataError naming the fields of every format.
+    """
     for example in OBJECTIVES:
         if example == "unpaired" and is_pair(row):
             continue
         try:
-            return example, choose_format("auto", row, example)[0]
+            return example, choose_format("auto", row, example)[0], {}
         except DataError as error:
             last = error
+    if columns := columns_meant(row):
+        return "text", "prompt_completion", columns
     problem = last.problems[0]
     raise DataError(problem.what, problem.how, file=data, line=1)
 
@@ -208,7 +216,7 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
         (f"  quantization: {wanted.quantization}", f"nf4: 4 bits a weight{wanted.note}"),
         ("", ""),
         ("data:", ""),
-        (f"  train: {_quoted(data)}", "a file (JSONL, CSV ...) or a hub data set"),
+        *_source_lines(data, look),
         (f"  eval: {wanted.evaluation or 'null'}", "a share of the rows, or a file"),
         (f"  max_length: {length}", "tokens; longer rows are dropped, and told"),
         ("", ""),
@@ -230,6 +238,19 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
         (f"  dir: runs/{target.stem if target.stem != 'recipe' else 'first'}", ""),
     ]
     return "".join(f"{text:<34} # {said}".rstrip() + "\n" if said else f"{text}\n" for text, said in lines)
+
+
+def _source_lines(data: str, look: Look | None) -> list[tuple[str, str]]:
+    """data.train: a name, and how its columns are renamed where they are."""
+    said = "a file (JSONL, CSV ...) or a hub data set"
+    if not (look and look.columns):
+        return [(f"  train: {_quoted(data)}", said)]
+    columns = ", ".join(f"{column}: {field}" for column, field in look.columns.items())
+    return [
+        ("  train:", ""),
+        (f"    path: {_quoted(data)}", said),
+        (f"    columns: {{{columns}}}", "the file's column: the format's field"),
+    ]
 
 
 def _beside(name: str, target: Path) -> str:

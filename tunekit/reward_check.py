@@ -150,7 +150,7 @@ def _tried(objective: SampleObjective, name: str, written: Sequence[Written], mo
                 columns.append(rewards.scored_by(number, written, model))
         except RewardError as error:
             columns.append(np.full(len(written), np.nan))
-            errors.append(error.problems[0].what)
+            errors.append("; ".join(filter(None, (error.problems[0].what, error.problems[0].how))))
         seconds.append(time.monotonic() - began)
     scores = np.stack(columns, axis=1)
     return Tried(name, written, scores, rewards.summed(scores), seconds, errors)
@@ -181,8 +181,14 @@ class _TooLong(RewardError):
 
 def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> tuple[list[str], list[str]]:
     """What is wrong with the reward, and what should be known of it."""
-    findings = [f"{error} ({each.name})" for each in tried for error in each.errors]
-    findings = list(dict.fromkeys(findings))
+    places = dict[str, list[str]]()
+    for each in tried:
+        for error in each.errors:
+            places.setdefault(error, []).append(each.name)
+    findings = [
+        f"{error} ({names[0]}{f', and {len(names) - 1} more kinds of answers' if names[1:] else ''})"
+        for error, names in places.items()
+    ]
     by_name = {each.name: each for each in tried}
     own = by_name.get(REFERENCE)
     notes = [] if own else ["no row has an answer of its own, with which others could be compared"]
@@ -195,6 +201,7 @@ def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> t
             continue
         told = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
         (notes if each.name == SHUFFLED else findings).append(told)
+    notes += _constant(objective, tried) if own is not None else ()
     for each in tried:
         for source, seconds in zip(objective.rewards.sources, each.seconds, strict=True):
             slow = seconds / max(len(each.written), 1)
@@ -212,6 +219,18 @@ def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> t
                 f"{SAMPLES} are worth as much as {REFERENCE}: there is little to learn, or the reward is fooled"
             )
     return findings, notes
+
+
+def _constant(objective: SampleObjective, tried: Sequence[Tried]) -> Iterator[str]:
+    """Of several rewards, those that give every answer the same: the others hide it in the sum."""
+    sources = objective.rewards.sources
+    for number, source in enumerate(sources if len(sources) > 1 else ()):
+        scores = np.concatenate([each.scores[:, number] for each in tried])  # (N,)
+        if np.isfinite(scores).all() and np.ptp(scores) == 0:
+            yield (
+                f"{said(source)} gives every answer {scores[0]:.4g}, {REFERENCE} too: look whether it finds what it "
+                "looks for (where a prompt is a list of messages, so is a completion)"
+            )
 
 
 def _values(objective: SampleObjective, each: Tried) -> dict[str, Any]:

@@ -87,7 +87,8 @@ def read_body(body: bytes, names: Sequence[str], most_tokens: int) -> Asked:
             raise ProtocolError(400, f"'{field}' is not supported", field, "unsupported_parameter")
     name = value.get("model")
     if not isinstance(name, str) or name not in names:
-        text = f"there is no model {name!r}; there are: {', '.join(names)}"
+        text = "'model' is required" if name is None else f"there is no model {name!r}"
+        text += f"; there are: {', '.join(names)}"
         raise ProtocolError(404, text, "model", "model_not_found")
     return Asked(
         name,

@@ -18,6 +18,27 @@ def load(text: str, folder: Path, *overrides: str) -> Recipe:
     return load_recipe(path, overrides).recipe
 
 
+def test_unknown_keys_of_inner_mappings_are_suggested(tmp_path: Path) -> None:
+    text = (
+        "model: m\n"
+        "data:\n  train: a\n  eval: [{path: a, fromat: chat}]\n"
+        "adapter: {method: full, alpha: 16}\n"
+        "objective:\n  method: distill\n  teacher: {name_or_path: m, quantisation: nf4}\n"
+        "output: {dir: out}\n"
+    )
+    assert problems_of(text, tmp_path) == [
+        "recipe.yaml:4: data.eval.0.fromat: unknown key; did you mean 'format'?",
+        "recipe.yaml:5: adapter.alpha: unknown key; "
+        "the keys here are: method, init_from, modules_to_save, target_modules",
+        "recipe.yaml:8: objective.teacher.quantisation: unknown key; did you mean 'quantization'?",
+    ]
+    rewarded = "model: m\ndata: {train: a}\noutput: {dir: out}\nobjective:\n  method: grpo\n"
+    rewarded += "  reward:\n    - {function: a.py:b, alow_code: true}\n"
+    assert "recipe.yaml:7: objective.reward.0.alow_code: unknown key; did you mean 'allow_code'?" in problems_of(
+        rewarded, tmp_path
+    )
+
+
 def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
     text = (
         "model: {name_or_path: m, quantizaton: nf4, dtype: bf16, trust_remote_code: no}\n"

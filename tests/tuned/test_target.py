@@ -14,9 +14,9 @@ import torch
 
 import tunekit.evaluate
 from tests.data_case import write_lines
-from tunekit.errors import InputError, ModelError, RecipeError, RunFolderError
+from tunekit.errors import DataError, InputError, ModelError, RecipeError, RunFolderError
 from tunekit.evaluate import evaluate_verb
-from tunekit.generate import generate_verb
+from tunekit.generate import generate_verb, read_prompts
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -163,3 +163,9 @@ def test_the_real_gguf_file_is_parsed_once_for_tokenizer_and_base(
     assert parsed == [str(smollm2)]
     load_target(find_target(str(smollm2), None, []), torch.device("cpu"))
     assert parsed == [str(smollm2)] * 2
+
+
+def test_standard_input_without_a_prompt_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(DataError, match=r"^standard input: there is no prompt in it; .* --prompt TEXT"):
+        read_prompts(Path("-"))

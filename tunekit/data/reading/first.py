@@ -72,10 +72,17 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
     raise DataError(f"the first row has {there}, which is no known format ({wanted})", _mapped(values, fitting))
 
 
+def columns_meant(values: Mapping[str, Any]) -> dict[str, str]:
+    """The columns that by their names hold a question and its answer: the field of each; {} where none do."""
+    asked, told = (next((name for name in names if name in values), None) for names in (ASKED, TOLD))
+    return {asked: "prompt", told: "completion"} if asked and told else {}
+
+
 def _mapped(values: Mapping[str, Any], fitting: Sequence[str]) -> str:
     """How to read a row of such columns: by a mapping that its names suggest, if they do."""
-    asked, told = (next((name for name in names if name in values), None) for names in (ASKED, TOLD))
-    if asked and told and "prompt_completion" in fitting:
-        typed = f"data.eval.0.columns.{asked}=prompt data.eval.0.columns.{told}=completion"
-        return f"write {{path: FILE, columns: {{{asked}: prompt, {told}: completion}}}} for it; beside --data: {typed}"
+    meant = columns_meant(values)
+    if meant and "prompt_completion" in fitting:
+        typed = " ".join(f"data.eval.0.columns.{column}={field}" for column, field in meant.items())
+        columns = ", ".join(f"{column}: {field}" for column, field in meant.items())
+        return f"write {{path: FILE, columns: {{{columns}}}}} for it; beside --data: {typed}"
     return "write {path: FILE, format: NAME} for it, or columns: {COLUMN: FIELD} in place of the format"

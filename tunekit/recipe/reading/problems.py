@@ -6,7 +6,7 @@ Comes in: a ValidationError and the Draft it is about.  Goes out: Problems with 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -79,10 +79,10 @@ def unknown_key(key: KeyPath, draft: Draft) -> Problem:
         how = f"write {dotted(meant[0])}: {show(meant[1])}"
     elif _MEANT_KEYS.get(name) in here:
         how = f"did you mean '{_MEANT_KEYS[name]}'?"
-    elif target and dotted(target[:-1]) == dotted(key[:-1]):
+    elif target and target[:-1] == key[:-1] and target[-1] in here:
         how = f"did you mean '{target[-1]}'?"
-    elif target or (elsewhere and not nearest(name, here)):
-        how = f"did you mean '{dotted(target or elsewhere or ())}'?"
+    elif (other := target or elsewhere) and other != key and (target or not nearest(name, here)):
+        how = f"did you mean '{dotted(other)}'?"
     else:
         how = did_you_mean(name, here, "the keys here are")
     return draft.problem(key, "unknown key", how)
@@ -92,12 +92,27 @@ def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, Any]:
     """The known keys at a place of the recipe; none where the place is no section."""
     if not section:
         return Recipe.model_fields
-    if section[0] == "data" and len(section) == 3 and isinstance(section[2], int):
-        return Source.model_fields
     if section == ("adapter", "start"):
         return start_class(draft.get((*section, "method"))).model_fields
-    owner = section_class(str(section[0]), draft.values.get(str(section[0]))) if len(section) == 1 else None
+    owner = section_class(str(section[0]), draft.values.get(str(section[0])))
+    for name in section[1:]:
+        owner = _inner_class(owner, name)
     return owner.model_fields if owner else {}
+
+
+def _inner_class(owner: type[Section] | None, name: str | int) -> type[Section] | None:
+    """The settings class of a key's value, or of the members of the list that it is, such as objective.teacher."""
+    if owner is None or isinstance(name, int):
+        return owner
+    field = owner.model_fields.get(name)
+    return _section_in(field.annotation) if field else None
+
+
+def _section_in(kind: Any) -> type[Section] | None:
+    """The first settings class within a type, such as that of a list's members."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return kind
+    return next((found for inner in get_args(kind) if (found := _section_in(inner))), None)
 
 
 def section_class(name: str, values: Any) -> type[Section] | None:
