@@ -262,6 +262,8 @@ def choose(draw: random.Random, focus: str | None, only: dict[str, list[str]]) -
     chosen = {key: draw.choice(texts[key]) for key in keys}
     if any(chosen.get(key, "null") != "null" for key in NEED_EVAL) and chosen.get("data.eval", "null") == "null":
         chosen["data.eval"] = draw.choice([text for text in texts["data.eval"] if text != "null"])
+    if chosen.get("data.rewritten_answers") == "each":
+        chosen.pop("data.train_on" if focus != "data.train_on" else "data.rewritten_answers", None)
     if chosen.get("data.train.0.columns", "{}") != "{}":
         chosen["data.train.0.format"] = "chat"
     return chosen
