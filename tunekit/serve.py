@@ -88,8 +88,7 @@ def read_body(body: bytes, names: Sequence[str], most_tokens: int) -> Asked:
     name = value.get("model")
     if not isinstance(name, str) or name not in names:
         text = "'model' is required" if name is None else f"there is no model {name!r}"
-        text += f"; there are: {', '.join(names)}"
-        raise ProtocolError(404, text, "model", "model_not_found")
+        raise ProtocolError(404, f"{text}; there are: {', '.join(names)}", "model", "model_not_found")
     return Asked(
         name,
         Request(
