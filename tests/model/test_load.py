@@ -183,6 +183,11 @@ def deep_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"a":' * 100_000)
 
 
+def run_folder(folder: Path) -> None:
+    for name in ("plan.json", "recipe.yaml"):
+        (folder / name).write_text("{}")
+
+
 def adapter_folder(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
@@ -211,6 +216,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     ("config.json: is missing", no_config),
     ("cannot be read as JSON", deep_config),
     ("holds an adapter", adapter_folder),
+    ("is a run", run_folder),
     ("runs code of its own", remote_code),
     ("masked language model", configured(architectures=["BertForMaskedLM"], model_type="bert")),
     ("is not an encoder-decoder", configured(architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True)),

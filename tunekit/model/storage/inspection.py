@@ -45,7 +45,7 @@ MEND = "choose a causal language model, an encoder-decoder such as T5 or BART, o
 def read_config(source: ModelSource) -> dict[str, Any]:
     """config.json of a folder, checked to be that of a model.
 
-    Raises: ModelError where it is missing or damaged, or where the folder is an adapter.
+    Raises: ModelError where it is missing or damaged, or where the folder is an adapter or a run.
     """
     if (source.folder / "adapter_config.json").exists():
         raise ModelError(
@@ -53,6 +53,9 @@ def read_config(source: ModelSource) -> dict[str, Any]:
             "name the base here; an adapter is continued with adapter.init_from",
             key="model.name_or_path",
         )
+    if (source.folder / "plan.json").exists() and (source.folder / "recipe.yaml").exists():
+        how = f"merge its result first, and name that: tunekit merge {source.name_or_path} --output FOLDER"
+        raise ModelError(f"{source.name_or_path} is a run, not a base model", how, key="model.name_or_path")
     if not (source.folder / "config.json").exists() and not any(source.folder.glob("*.safetensors")):
         ggufs = sorted(path.name for path in source.folder.glob("*.gguf"))
         if ggufs:
