@@ -58,7 +58,8 @@ def differences(runs: Sequence[RunValues]) -> list[Difference]:
 
 def heading(than: str) -> list[str]:
     """Of the columns of `Difference.texts`."""
-    return ["run", "rows of both", f"loss of {than} there", "its own loss", "95 % interval of the difference", "it is"]
+    losses = [f"loss of {than} on them", "loss of the run on them"]
+    return ["run", "rows in both", *losses, "95 % interval of the difference", "verdict"]
 
 
 def _shared(one: RunValues, other: RunValues) -> NDArray[Any]:
