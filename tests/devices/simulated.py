@@ -115,6 +115,8 @@ class _Importing(importlib.abc.MetaPathFinder):
 def prepare() -> None:
     """Let `import torch`, which must be still to come, find the simulated device."""
     assert "torch" not in sys.modules, "the simulated device comes before torch"
+    if any(isinstance(finder, _Importing) for finder in sys.meta_path):
+        return  # a worker of pytest is a child too, and a second device would have a generator that nothing draws from
     _Importing("torch", _around_torch)
     _Importing("bitsandbytes", _around_bitsandbytes)
 
