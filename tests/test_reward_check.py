@@ -61,6 +61,10 @@ FAULTS = {
     "returns NaN": ("return [float('nan')] * len(completions)", "letters returned None or NaN for each"),
     "returns too few": ("return [1.0]", "letters returned 1 rewards for"),
     "takes a minute": ("time.sleep(60)", "letters took more than 0.2 s"),
+    "takes a minute whatever happens": (
+        "try:\n        time.sleep(60)\n    except Exception:\n        pass",
+        "letters took more than 0.2 s",
+    ),
     "is slow": (f"time.sleep(0.1); return {SOUND}", "s for a completion"),
 }
 

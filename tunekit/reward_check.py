@@ -6,14 +6,10 @@ that fails, is slow, or gives answers that say nothing as much as the rows' own.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,6 +21,7 @@ from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import InputError, RewardError
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
+from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
@@ -146,37 +143,16 @@ def _tried(objective: SampleObjective, name: str, written: Sequence[Written], mo
     for number, source in enumerate(rewards.sources):
         began = time.monotonic()
         try:
-            with _limited(f"{said(source)} took more than {LIMIT_SECONDS:g} s for {len(written)} completions"):
+            with time_limit(LIMIT_SECONDS):
                 columns.append(rewards.scored_by(number, written, model))
-        except RewardError as error:
+        except (RewardError, TimeUp) as error:
             columns.append(np.full(len(written), np.nan))
-            errors.append("; ".join(filter(None, (error.problems[0].what, error.problems[0].how))))
+            late = f"{said(source)} took more than {LIMIT_SECONDS:g} s for {len(written)} completions"
+            told = (late,) if isinstance(error, TimeUp) else (error.problems[0].what, error.problems[0].how)
+            errors.append("; ".join(filter(None, told)))
         seconds.append(time.monotonic() - began)
     scores = np.stack(columns, axis=1)
     return Tried(name, written, scores, rewards.summed(scores), seconds, errors)
-
-
-@contextmanager
-def _limited(what: str) -> Iterator[None]:
-    """Raises: RewardError where the block takes longer than it may; where no alarm can be set, it takes its time."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise _TooLong(what)
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-class _TooLong(RewardError):
-    """A reward that was interrupted."""
 
 
 def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> tuple[list[str], list[str]]:

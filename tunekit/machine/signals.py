@@ -1,4 +1,5 @@
 """Stop signals: the first asks the run to save and stop, or ends what has nothing to save; the second ends it at once.
+And the alarm that ends foreign code which takes too long.
 
 Comes in: SIGINT, SIGTERM, SIGHUP.  Goes out: `requested`, which every loop looks at.
 """
@@ -20,6 +21,32 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 class _StopNow(KeyboardInterrupt):
     """Raised wherever the process is; no KeyboardInterrupt is caught by what catches every Exception."""
+
+
+class TimeUp(BaseException):
+    """A block took longer than it may; no Exception, so that foreign code which catches those does not catch it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """A block that is ended after so long; it takes its time outside the main thread, and where there is no alarm.
+
+    Raises: TimeUp.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class StopSignals:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
@@ -16,6 +14,7 @@ from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.machine.memory import address_space_bytes
+from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.model.transformers_guard import replaced
 
 KEY = "data.chat_template"
@@ -24,10 +23,6 @@ LIMIT_CHARACTERS = 50_000_000
 LIMIT_EXTRA_BYTES = 2 * 2**30
 # A template that writes today's date would make other rows tomorrow; the day is Llama 3's own stand-in.
 FIXED_DAY = datetime(2024, 7, 26)
-
-
-class _TimeUp(Exception):
-    pass
 
 
 class _Refused(DataError):
@@ -98,7 +93,7 @@ def _apply(
     add_generation_prompt: bool,
 ) -> str:
     try:
-        with _memory_limit(), _time_limit(), _fixed_day(template):
+        with _memory_limit(), time_limit(LIMIT_SECONDS), _fixed_day(template):
             text = native.apply_chat_template(
                 list(messages),
                 tools=None if tools is None else list(tools),
@@ -106,7 +101,7 @@ def _apply(
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
-    except _TimeUp as error:
+    except TimeUp as error:
         raise DataError(f"the chat template took more than {LIMIT_SECONDS:g} seconds", key=KEY) from error
     except MemoryError as error:
         raise DataError("the chat template asked for too much memory") from error
@@ -128,25 +123,6 @@ def _fixed_day(template: str) -> AbstractContextManager[None]:
     if compile_template is None or "strftime_now" not in template:
         return nullcontext()
     return replaced(compile_template(template).environment.globals, strftime_now=FIXED_DAY.strftime)
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """At most LIMIT_SECONDS for the block; in the main thread alone, as signals are."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: Any) -> None:
-        raise _TimeUp
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
