@@ -22,7 +22,7 @@ from tunekit import errors  # noqa: E402
 from tunekit.recipe.data import Source  # noqa: E402
 from tunekit.recipe.foreign import tools, torchtune, unsloth  # noqa: E402
 from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target  # noqa: E402
-from tunekit.recipe.names import facts_of, known_names, settings_class  # noqa: E402
+from tunekit.recipe.names import SettingsKind, facts_of, known_names, settings_class  # noqa: E402
 from tunekit.recipe.reading.draft import dotted  # noqa: E402
 from tunekit.recipe.reading.dump import yaml_scalar  # noqa: E402
 from tunekit.recipe.reading.problems import section_class  # noqa: E402
@@ -157,21 +157,21 @@ def methods_page() -> str:
         "\n## Initialisations of LoRA\n\n`adapter: {method: lora, start: NAME}`, or a mapping `{method: NAME, ...}` "
         "with the keys below.\n"
     )
-    for name in known_names("starts"):
-        owner = settings_class("starts", name)
-        own = [key for key in reference_keys(owner) if key.name != "method"]
-        parts.append(f"\n### {name}\n\n{escaped(first_line(owner))}\n\n{keys_table(own) if own else ''}")
-    return "\n".join(parts)
+    return "\n".join([*parts, *named_sections("starts", "###")])
 
 
 def objectives_page() -> str:
     """Every objective with its keys."""
-    parts = ["# Objectives\n\n`objective: NAME`, or a mapping with its keys: `objective: {method: dpo, beta: 0.1}`.\n"]
-    for name in known_names("objectives"):
-        owner = settings_class("objectives", name)
+    head = "# Objectives\n\n`objective: NAME`, or a mapping with its keys: `objective: {method: dpo, beta: 0.1}`.\n"
+    return "\n".join([head, *named_sections("objectives", "##")])
+
+
+def named_sections(kind: SettingsKind, level: str) -> Iterator[str]:
+    """Each name of a kind, what it is, and its keys."""
+    for name in known_names(kind):
+        owner = settings_class(kind, name)
         own = [key for key in reference_keys(owner) if key.name != "method"]
-        parts.append(f"\n## {name}\n\n{escaped(first_line(owner))}\n\n{keys_table(own) if own else ''}")
-    return "\n".join(parts)
+        yield f"\n{level} {name}\n\n{escaped(first_line(owner))}\n\n{keys_table(own) if own else ''}"
 
 
 def formats_page() -> str:

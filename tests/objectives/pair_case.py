@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,3 +124,21 @@ def trainer_of(**attributes: Any) -> Any:
     """Stands for a trainer of trl in a call of one of its functions."""
     metrics: Any = defaultdict(lambda: defaultdict(list))
     return SimpleNamespace(accelerator=Alone(), aux_loss_enabled=False, _metrics=metrics, **attributes)
+
+
+def on_two_ranks(work: Callable[[int, Gather], Any]) -> list[Any]:
+    """What each of two ranks makes of its share, `work(rank, gather)`, in a thread each; what they gather meets."""
+    barrier, said = Barrier(2, timeout=60), dict[int, list[Any]]()
+
+    def rank(number: int) -> Any:
+        def gather(mine: list[Any]) -> list[Any]:
+            said[number] = mine
+            barrier.wait()
+            both = said[0] + said[1]
+            barrier.wait()
+            return both
+
+        return work(number, gather)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(rank, range(2)))

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 from pathlib import Path
-from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import write_tiny_llama
+from tests.objectives.pair_case import on_two_ranks
 from tests.objectives.sample_case import Case
 from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_recipe
 from tests.objectives.test_reward import write_reward
 from tests.train_case import lose_the_end, records, without_times
-from tunekit.contracts import Window
+from tunekit.contracts import Gather, Window
 from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunFolderError, Stopped
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.example import Message
@@ -92,24 +92,13 @@ def test_ranks_together_prepare_what_one_does(tmp_path: Path) -> None:
     case = Case(tmp_path, GrpoSettings, {"scale_rewards": "batch"})
     _, whole, window = case.ours((1, 1, 1, 1))
     objective = case.objective().laid_out(True, True)
-    rows, barrier, said, found = case.rows(objective), Barrier(2), dict[int, Any](), dict[int, Any]()
+    rows = case.rows(objective)
 
-    def rank(number: int) -> None:
-        def gather(mine: list[Any]) -> list[Any]:
-            said[number] = mine
-            barrier.wait()
-            both = said[0] + said[1]
-            barrier.wait()
-            return both
-
+    def prepared(number: int, gather: Gather) -> Window:
         share = [objective.collate([[row]]) for row in rows[number::2]]
-        found[number] = objective.prepare(case.model(), Window(3, 0.0, (0, 1), tuple(share), 5), gather)
+        return objective.prepare(case.model(), Window(3, 0.0, (0, 1), tuple(share), 5), gather)
 
-    threads = [Thread(target=rank, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    found = on_two_ranks(prepared)
     for number in range(2):
         metrics = found[number].preparation.metrics
         assert metrics == pytest.approx({name: whole[name] for name in metrics}, rel=1e-12)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from threading import Barrier, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,7 @@ from trl.trainer.utils import pad
 
 from tests.conftest import write_tiny_llama
 from tests.data_case import objective_of
-from tests.objectives.pair_case import trainer_of
+from tests.objectives.pair_case import on_two_ranks, trainer_of
 from tests.objectives.test_dpo import CPU, check_it_is_one_run, train, write_recipe
 from tests.train_case import records
 from tunekit.contracts import Batch, Row, Window
@@ -135,28 +134,15 @@ def test_losses_gradients_and_what_is_logged_are_trls(case: str, sizes: list[int
 
 def test_ranks_together_have_the_kl_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, model = told_by((Table(0, raised=0.5), Table(1)), KtoSettings())
-    rows, barrier, said, found = make_rows(objective, MIXED), Barrier(2), dict[int, Any](), dict[int, Any]()
+    rows = make_rows(objective, MIXED)
 
     def facts(share: Sequence[Row], gather: Any = list) -> list[float]:
         batches = tuple(objective.collate([[row]]) for row in share)
         window = objective.prepare(model, Window(0, 0.0, tuple(range(len(share))), batches), gather)
         return window.batches[0].targets["facts"][0].tolist()  # type: ignore[no-any-return]
 
-    def rank(number: int, share: Sequence[Row]) -> None:
-        def gather(mine: list[Any]) -> list[Any]:
-            said[number] = mine
-            barrier.wait()
-            both = said[0] + said[1]
-            barrier.wait()
-            return both
-
-        found[number] = facts(share, gather)
-
-    threads = [Thread(target=rank, args=(0, rows[3:])), Thread(target=rank, args=(1, rows[:3]))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    shares = (rows[3:], rows[:3])
+    found = on_two_ranks(lambda number, gather: facts(shares[number], gather))
     assert found[0] == found[1] == facts(rows)
     assert found[0][0] > 0
 
