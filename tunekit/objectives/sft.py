@@ -100,7 +100,7 @@ class Sft(TextObjective):
 
     def units(self, batch: Batch) -> Tensor:
         """(1,) float64: supervised tokens, each as often as it counts."""
-        weights = supervised(batch)[2]
+        weights = supervised(batch)[2] if "weights" in batch.targets else None
         return super().units(batch) if weights is None else weights.sum(dtype=torch.float64)[None]
 
 
