@@ -94,7 +94,8 @@ def test_a_row_is_source_start_and_answer(model: Path) -> None:
     tokenizer = tokenizer_of(model)
     found = seq2seq_encoder(tokenizer).encode(CompletionExample("king", "kˈɪŋ"), "rows:1")
     source, answer = tokenizer.native("king")["input_ids"], tokenizer.native(text_target="kˈɪŋ")["input_ids"]
-    assert {name: ids.tolist() for name, ids in found.parts.items()} == {"source": source, "answer": [START, *answer]}
+    parts = {"source": source, "answer": [START, *answer], "weight": [1.0]}
+    assert {name: ids.tolist() for name, ids in found.parts.items()} == parts
     assert source[-1] == answer[-1] == tokenizer.eos_id
     assert found.sizes == (len(source), len(answer))
     assert found.supervised == len(answer)  # the first one counts, unlike a causal row's
