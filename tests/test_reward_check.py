@@ -14,6 +14,7 @@ from tests.objectives.test_grpo import write_prompts
 from tests.test_cli import run
 from tunekit import reward_check
 from tunekit.errors import InputError, RewardError
+from tunekit.machine import signals
 from tunekit.reward_check import reward_check_verb
 
 
@@ -65,6 +66,10 @@ FAULTS = {
         "try:\n        time.sleep(60)\n    except Exception:\n        pass",
         "letters took more than 0.2 s",
     ),
+    "takes a minute and catches everything": (
+        "for said in completions:\n        try:\n            time.sleep(60)\n        except:\n            pass",
+        "letters took more than 0.2 s",
+    ),
     "is slow": (f"time.sleep(0.1); return {SOUND}", "s for a completion"),
 }
 
@@ -73,6 +78,7 @@ FAULTS = {
 def test_planted_faults_are_found(fault: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_check, "LIMIT_SECONDS", 0.2)
     monkeypatch.setattr(reward_check, "SLOW_SECONDS", 0.003)
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.05)
     rows = [
         {"prompt": [{"role": "user", "content": f"say {n}"}], "answer": "7" if n % 3 else str(n)} for n in range(12)
     ]
