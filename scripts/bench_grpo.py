@@ -1,14 +1,14 @@
-"""tunekit's grpo against TRL's GRPOTrainer, on one core: tokens per CPU second of training, and memory above the weights.
+"""tunekit's grpo against TRL's GRPOTrainer, on one core: tokens per CPU second of training, memory above the weights.
 
     scripts/bench grpo [--prompts 128] [--completions 128] [--steps 3] [--repeats 2] [--only NAME,NAME] [--venv FOLDER]
                        [--work FOLDER] [--data FILE] [--output FOLDER] [--core N] [--force]
 
 SmolLM2-135M-Instruct in float32, LoRA r16 on all linear layers, one prompt with 8 completions to an optimizer step, the
-same token ids, rewards and initial adapter. Neither side samples: TRL gets the completions through its rollout function,
-tunekit in the place of its own; sampling is compared by `scripts/bench sampling`. Prompts are cut to --prompts tokens;
-completions have half to once and a half as many as --completions. A token of a prompt counts once for each completion,
-on both sides. Runs and memory as in `scripts/bench compare`. Losses and gradient norms of all runs must be the same
-within 1e-3: no timing counts otherwise. Everything goes to grpo.json and grpo.md.
+same token ids, rewards and initial adapter. Neither side samples: TRL gets the completions through its rollout
+function, tunekit in the place of its own; sampling is compared by `scripts/bench sampling`. Prompts have about
+--prompts tokens, completions half to once and a half as many as --completions. A token of a prompt counts once for
+each completion, on both sides. Runs and memory as in `scripts/bench compare`. Losses and gradient norms of all runs
+must be the same within 1e-3: no timing counts otherwise. Everything goes to grpo.json and grpo.md.
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from compare.bench import Bench, ended, facts, find_base, interleaved, keep, make_environment, make_parser
+from compare.bench import (
+    Bench,
+    ended,
+    facts,
+    find_base,
+    interleaved,
+    keep,
+    make_environment,
+    make_parser,
+    start,
+    summary,
+)
 from compare.bench import memory_above as memory_of
-from compare.bench import start, summary
 from compare.prepare import write_base
 
 from tunekit.data.rows import load_rows
@@ -68,9 +78,11 @@ norms by {norms:.1e} of themselves. {processor}, {date}, load average {load:.2f}
 {torch}, transformers {transformers}.
 Made by `scripts/bench grpo`; every run's numbers are in [grpo.json](grpo.json).
 
-| | tokens per CPU second (least, median, most) | factor of the first line | peak, GB | above the weights, MB | share of the first line |
-|---|--:|--:|--:|--:|--:|
 """
+HEAD = (
+    "| | tokens per CPU second (least, median, most) | factor of the first line | peak, GB | above the weights, MB "
+    "| share of the first line |\n|---|--:|--:|--:|--:|--:|\n"
+)
 
 
 def ours(bench: Bench, name: str, **training: object) -> dict:
@@ -174,7 +186,7 @@ def page(found: dict, prompts: int) -> str:
     told |= {"losses": found["largest_difference_of_losses"], "norms": found["largest_difference_of_norms"]}
     half = found["completions"] // 2
     told |= {"prompts": prompts, "least": half, "most": found["completions"] + half}
-    lines = [PAGE.format(**{**found, **told})]
+    lines = [PAGE.format(**{**found, **told}), HEAD]
     for name, row in found["summary"].items():
         rates, above = row["tokens_per_cpu_second"], row["above_weights_bytes"]
         factor = mine["tokens_per_cpu_second"][1] / rates[1]

@@ -4,14 +4,14 @@
                           [--core N]
 
 Questions, answers and the score of an answer are reasoning-gym's (chain_sum: two numbers of one or two digits, added or
-taken from each other). SmolLM2-135M-Instruct is tuned on 60 answers and merged; GRPO goes on from there with the model's
-own samples of 1,000 other questions, each seed in a run of its own. RLOO and GRPO by a reward model are short runs that
+taken from each other). SmolLM2-135M-Instruct is tuned on 60 answers and merged; GRPO goes on from there with samples of
+its own to 1,000 other questions, each seed in a run of its own. RLOO and GRPO by a reward model are short runs that
 show that they work. Distilled is the untuned model, by the merged result of the first GRPO run; beside it supervised
 training on the same rows. The 300 held-out questions decided nothing: settings were chosen by 150 others.
 
-Every unit is one real `tunekit train` in a fresh process on one core with one thread, of at most five CPU minutes. It is
-written to rewards.json as soon as it is finished and never made again, so that the command goes on where it was stopped;
---minutes: begin no unit after so many. The page is rewards.md; --page writes only that.
+Every unit is one real `tunekit train` in a fresh process on one core with one thread, of some five CPU minutes. It is
+written to rewards.json as soon as it is finished and never made again, so that the command goes on where it was
+stopped; --minutes: begin no unit after so many. The page is rewards.md; --page writes only that.
 """
 
 from __future__ import annotations
@@ -230,8 +230,8 @@ HEAD = """# What rewards and a teacher teach
 Made by `scripts/bench rewards`; every unit is in [rewards.json](rewards.json). Sums and differences of two numbers of
 one or two digits (reasoning-gym's chain_sum, and its score as reward), SmolLM2-135M-Instruct, LoRA r16 on all linear
 layers, one thread of a CPU. Exact: the share of 300 held-out questions whose greedy answer is exactly right; they
-decided nothing. Interval: 95 % (Wilson). GRPO: 60 steps of 16 prompts with 8 samples each at temperature 1, of at most 8
-tokens, learning rate 2e-4, no KL. Where nothing stands before a run, it begins with the model of the first line.
+decided nothing. Interval: 95 % (Wilson). GRPO: 60 steps of 16 prompts with 8 samples each at temperature 1, of at most
+8 tokens, learning rate 2e-4, no KL. Where nothing stands before a run, it begins with the model of the first line.
 
 """
 
@@ -250,8 +250,9 @@ def page(found: dict[str, dict], constant: float) -> str:
         after = [unit["after"]["exact_match"] for unit in seeds]
         spread = statistics.stdev(after) if len(after) > 1 else float("nan")
         begun = found["start"]["after"]["exact_match"]
-        told = f"GRPO over {len(after)} seeds: {begun:.3f} -> {statistics.mean(after):.3f}, standard deviation {spread:.3f}"
-        lines += ["", f"{told}. One answer to all questions reaches {constant:.3f} at best.", "", "## Mean rewards", ""]
+        told = f"GRPO over {len(after)} seeds: {begun:.3f} -> {statistics.mean(after):.3f}"
+        told += f", standard deviation {spread:.3f}. One answer to all questions reaches {constant:.3f} at best."
+        lines += ["", told, "", "## Mean rewards", ""]
         steps = range(0, max(len(unit["rewards"]) for unit in seeds), CURVE_STEPS)
         lines.append(f"| steps | {' | '.join(str(start + 1) + ' to ' + str(start + CURVE_STEPS) for start in steps)} |")
         lines.append(f"|---|{'--:|' * len(steps)}")
@@ -262,7 +263,10 @@ def page(found: dict[str, dict], constant: float) -> str:
         curve = [statistics.mean(found["grpo-by-reward-model"]["rewards"][at : at + 5]) for at in (0, 5, 10)]
         accuracy = found["reward"]["after"]["rewards_accuracies"]
         told = ", ".join(f"{value:.3f}" for value in curve)
-        lines += ["", f"The reward model prefers the right answer of {accuracy:.3f} of 60 held-out pairs; mean rewards "]
+        lines += [
+            "",
+            f"The reward model prefers the right answer of {accuracy:.3f} of 60 held-out pairs; mean rewards ",
+        ]
         lines[-1] += f"of GRPO by it, over five steps each: {told}."
     return "\n".join(lines) + "\n"
 

@@ -152,7 +152,9 @@ def test_a_teacher_that_cannot_be_streamed(tiny_llama: Path, teacher: Path, tmp_
     path = write_recipe(
         tmp_path, tiny_llama, objective={"method": "distill", "teacher": own, "teacher_streaming": "disk"}
     )
-    with pytest.raises(RecipeError, match=r"objective\.teacher_streaming: the teacher's layers cannot wait on disk: a ba"):
+    with pytest.raises(
+        RecipeError, match=r"objective\.teacher_streaming: the teacher's layers cannot wait on disk: a ba"
+    ):
         make_plan(load_recipe(path), device=CPU)
 
 

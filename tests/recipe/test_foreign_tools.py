@@ -408,10 +408,16 @@ output: {{dir: run}}
     loaded = load_recipe(folder / "recipe.yaml")
     training = loaded.recipe.training
     assert (training.micro_batch_size, training.gradient_accumulation_steps) == expected
-    assert any(f"{rows} completions x {steps} -> training.micro_batch_size: {expected[0]}" in s for s in loaded.rewrites)
+    assert any(
+        f"{rows} completions x {steps} -> training.micro_batch_size: {expected[0]}" in s for s in loaded.rewrites
+    )
     overrides = [f"training.micro_batch_size={rows}", "~per_device_train_batch_size"]
-    assert load_recipe(folder / "recipe.yaml", overrides[:1]).recipe.training.micro_batch_size == rows, "ours are prompts"
-    plain = load_recipe(folder / "recipe.yaml", [f"per_device_train_batch_size={4 * group}", "objective.num_generations=2"])
+    assert load_recipe(folder / "recipe.yaml", overrides[:1]).recipe.training.micro_batch_size == rows, (
+        "ours are prompts"
+    )
+    plain = load_recipe(
+        folder / "recipe.yaml", [f"per_device_train_batch_size={4 * group}", "objective.num_generations=2"]
+    )
     assert plain.recipe.training.micro_batch_size == 2 * group, "by an override, too"
 
 

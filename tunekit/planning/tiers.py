@@ -82,8 +82,8 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
     size, count = layer_bytes(base), choice.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"streamed: {bytes_text(size)} of layers wait {WHERE[choice.streaming]}; {together} a layer before the next, and every layer is "
-        "computed again in the backward pass"
+        f"streamed: {bytes_text(size)} of layers wait {WHERE[choice.streaming]}; {together} a layer before the "
+        "next, and every layer is computed again in the backward pass"
     )
     rates = _rates(choice.streaming, count * tokens, size, copies=2)
     yield (
@@ -100,8 +100,8 @@ def teacher_notes(teacher: LoadedModel, tier: str, device: torch.device, tokens:
         return
     size = layer_bytes(teacher)
     yield (
-        f"the teacher is streamed: {bytes_text(size)} of layers wait {WHERE[tier]}, and are copied once for all rows of "
-        f"a step, and once for each evaluation batch; {tokens:,} tokens a step are at most so many a second: "
+        f"the teacher is streamed: {bytes_text(size)} of layers wait {WHERE[tier]}, and are copied once for all rows "
+        f"of a step, and once for each evaluation batch; {tokens:,} tokens a step are at most so many a second: "
         f"{_rates(tier, tokens, size, copies=1)} (published bandwidths)"
     )
     if tier == "host" and device.type == "cpu":

@@ -58,7 +58,7 @@ OF_SAMPLES: dict[str, Alias] = {
     ),
     **nowhere(lost("an evaluation measures one greedy completion of each prompt"), "num_generations_eval"),
     **nowhere(one_of({"sum_then_normalize": NOTHING}), "multi_objective_aggregation"),
-    **nowhere(one_of({1.0: NOTHING, 1: NOTHING}), "repetition_penalty", "top_entropy_quantile"),
+    **nowhere(one_of({1.0: NOTHING}), "repetition_penalty", "top_entropy_quantile"),
     **nowhere(lost("samples are drawn by temperature, top_p and top_k"), "min_p", "generation_kwargs"),
     **dropped("the report shows completions of every step", "log_completions", "num_completions_to_print"),
     **dropped("it changes no result", "ds3_gather_for_generation", "log_unique_prompts"),

@@ -13,7 +13,6 @@ from tunekit.recipe.names import known_names
 from tunekit.recipe.reading.draft import KeyPath
 from tunekit.recipe.training import SCHEDULERS
 
-
 _SCHEDULERS = one_of(
     {**{name: name for name in SCHEDULERS}, "constant_with_warmup": "constant"}, "write training.scheduler"
 )

@@ -26,7 +26,13 @@ SIGNS = {  # keys by which the flat ones are told, in this order
 }
 _TRAINER = {"training.scheduler": "linear", "training.micro_batch_size": 8, "training.gradient_accumulation_steps": 1}
 _TRAINER |= {"training.epochs": 3.0, "training.warmup_ratio": 0.0, "data.excess_length": "truncate"}
-_RATES = {"dpo": 1e-6, "kto": 1e-6, "reward": 1e-4, "grpo": 1e-6, "rloo": 1e-6}  # of TRL's trainers; of its SFTTrainer 2e-5
+_RATES = {
+    "dpo": 1e-6,
+    "kto": 1e-6,
+    "reward": 1e-4,
+    "grpo": 1e-6,
+    "rloo": 1e-6,
+}  # of TRL's trainers; of its SFTTrainer 2e-5
 DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is meant by a key that is not written
     TRL: {**_TRAINER, "data.max_length": 1024, "adapter.dropout": 0.05, "output.dir": "trainer_output"},
     FACTORY: {**_TRAINER, "training.learning_rate": 5e-5, "adapter.r": 8},
