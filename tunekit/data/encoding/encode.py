@@ -121,8 +121,11 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
 
 
 def digest_of(row: Row, layout: RowLayout) -> int:
-    """64 bits of a row's ids: equal rows have equal digests, whatever file they stand in."""
+    """64 bits of a row's ids, and of what else tells rows apart: equal rows have equal digests, whatever file they
+    stand in."""
     digest = hashlib.blake2b(digest_size=8)
     for part in layout.token_parts:
         digest.update(np.ascontiguousarray(row.parts[part], dtype="<i4").tobytes())
+    for part in layout.told_by:
+        digest.update(np.ascontiguousarray(row.parts[part], dtype=layout.parts[part]).tobytes())
     return int.from_bytes(digest.digest(), "little")
