@@ -6,7 +6,7 @@ Comes in: the recipe, the model without weights, tokenizer, rows.  Goes out: Pro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from tunekit.objectives.prompts import told_of
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.schedules import rate_multiplier, warmup_steps
-from tunekit.tuned.fit import longest_positions
+from tunekit.tuned.fit import longest_tokens
 
 HIGHEST_RATE = 0.3  # with which Lester et al. 2021 tune prompts; other methods take far less
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
@@ -107,13 +107,13 @@ def _have(rows: Rows, column: str) -> bool:
     return any(told_of(rows[number])["columns"].get(column) is not None for number in range(len(rows)))
 
 
-def position_notes(base: LoadedModel, rows: Sequence[Rows], virtual_tokens: int) -> Iterator[str]:
+def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iterator[str]:
     """Rows longer than what the model was trained for, where positions are computed and not looked up."""
-    longest_tokens = max(longest_positions(some) for some in rows) + virtual_tokens
+    longest = max(longest_tokens(some, rows.objective.layout) for some in rows.all) + virtual_tokens
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
-    if isinstance(trained, int) and longest_tokens > trained and base.family.learned_positions(base.net) is None:
+    if isinstance(trained, int) and longest > trained and base.family.learned_positions(base.net) is None:
         yield (
-            f"warning: the longest row has {longest_tokens} tokens, and the model was made for {trained}; "
+            f"warning: the longest row has {longest} tokens, and the model was made for {trained}; "
             "beyond them its attention extrapolates"
         )
 

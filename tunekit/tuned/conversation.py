@@ -5,6 +5,7 @@ What a conversation has in common with the one before is not computed again: its
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from tunekit.formats.example import Message
 from tunekit.model.call import Call, calling
 from tunekit.model.text.generation import find_stop_ids, generate_texts, prompt_cache
 from tunekit.model.text.vocabulary import check_vocabulary
+from tunekit.records import TextFacts
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.target import LoadedTarget
 
@@ -93,10 +95,8 @@ class Speaker:
 
         Raises: DataError where the template refuses it, or where it leaves the model no position for an answer.
         """
-        ids, facts = (
-            Renderer(self.target.tokenizer, "assistant", self.template).turns(messages),
-            self.target.model.base.text,
-        )
+        ids = Renderer(self.target.tokenizer, "assistant", self.template).turns(messages)
+        facts = self._facts
         check_vocabulary(self.target.tokenizer, facts.vocabulary_size, max(ids))
         if facts.positions is not None and len(ids) >= facts.positions:
             what = f"the conversation has {len(ids):,} tokens, and the model reads at most {facts.positions:,}"
@@ -157,8 +157,13 @@ class Speaker:
 
     def _room(self, prompt: Sequence[int]) -> float:
         """The most tokens that an answer to it can have; an encoder's prompt takes none of its answer's positions."""
-        base = self.target.model.base
-        return (base.text.positions or inf) - (0 if base.family.reads_source else len(prompt))
+        return (self._facts.positions or inf) - (0 if self.target.model.base.family.reads_source else len(prompt))
+
+    @property
+    def _facts(self) -> TextFacts:
+        facts = self.target.model.base.text
+        assert facts is not None  # make_speaker saw to it
+        return facts
 
     @contextmanager
     def _through(self, name: str) -> Iterator[TunedModel]:
@@ -220,8 +225,9 @@ def _begins(text: str, stop: str) -> int:
 def make_speaker(loaded: LoadedTarget, name: str = "adapter") -> Speaker:
     """The target's own adapter, where it has one, as one of several. Raises: InputError where it cannot chat."""
     model, template = loaded.model, loaded.target.chat_template
-    if not model.base.family.answers:
-        raise InputError(f"{model.base.facts.name_or_path} is {model.base.family.text}, which gives no text")
+    if not model.base.family.answers or not model.base.family.reads_ids:
+        does = "reads" if model.base.family.answers else "gives"
+        raise InputError(f"{model.base.facts.name_or_path} is {model.base.family.text}, which {does} no text")
     if template is None and loaded.tokenizer.chat_template is None:
         how = "ask it with `tunekit generate`, or name a template: data.chat_template of its recipe"
         raise InputError("the tokenizer has no chat template, so there are no turns to chat in", how)
@@ -230,3 +236,29 @@ def make_speaker(loaded: LoadedTarget, name: str = "adapter") -> Speaker:
     if own is not None:
         adapters.add(name, lambda: own)
     return Speaker(loaded, adapters, BASE if own is None else name, template)
+
+
+def name_of(target: str) -> str:
+    """Under which its adapter is served: its folder's name; that of the run, of a run's adapter."""
+    path = Path(os.path.abspath(target))
+    return path.parent.name if path.name == "adapter" else path.name
+
+
+def add_folders(speaker: Speaker, folders: Sequence[str]) -> None:
+    """Each adapter folder under its own name; of a run its adapter; of another folder each adapter in it.
+
+    Raises: InputError where there is none; AdapterError where one does not fit the base.
+    """
+    for given in folders:
+        path = Path(given).expanduser().absolute()
+        found = [(name_of(given), path), (path.name, path / "adapter")]
+        if path.is_dir():
+            inside = sorted(entry for entry in path.iterdir() if entry.is_dir())
+            found += [(entry.name, place) for entry in inside for place in (entry, entry / "adapter")]
+        adapters = [(name, place) for name, place in found if (place / "adapter_config.json").exists()]
+        if not adapters:
+            raise InputError(
+                f"{given} holds no adapter (adapter_config.json)", "name an adapter, a run, or their folder"
+            )
+        for name, place in adapters if adapters[0][1] not in (path, path / "adapter") else adapters[:1]:
+            speaker.add(name, place)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ def as_teacher(base: LoadedModel, tier: str) -> TunedModel:
 def teacher_problems(
     teacher: LoadedModel,
     theirs: LoadedTokenizer,
-    own: LoadedTokenizer,
+    own: Any,
     memory: MemorySection,
     objective: Objective,
     device: torch.device,

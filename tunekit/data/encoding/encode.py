@@ -6,21 +6,17 @@ Comes in: the Outcomes of raw rows, EncodeOptions.  Goes out: Encoded rows and S
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from tunekit.contracts import Objective, Row, RowLayout
-from tunekit.data.encoding.outcomes import Dropped, MakeExample, Outcome
+from tunekit.data.encoding.outcomes import Dropped, Outcome
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
-from tunekit.formats.example import Example
-from tunekit.formats.fields import read_weight
 
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
@@ -56,22 +52,6 @@ class Encoded(NamedTuple):
     line: int
     number: int  # of the row in its source, from 0
     digest: int  # of the whole row, so that its pieces stay together
-
-
-def format_maker(name: str) -> MakeExample:
-    """The function that turns a row of the format into an Example, its weight included."""
-    return partial(_weighted, importlib.import_module(f"tunekit.formats.{name}").make_example)
-
-
-def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Any:
-    example, weight = make(row), row.get("sample_weight")
-    if weight is None:
-        return example
-    if not isinstance(example, Example):
-        raise DataError(
-            "'sample_weight' is read of rows that are texts", "take it out, or give the column another name"
-        )
-    return replace(example, weight=read_weight(weight, "sample_weight"))
 
 
 def encode_rows(
@@ -141,8 +121,11 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
 
 
 def digest_of(row: Row, layout: RowLayout) -> int:
-    """64 bits of a row's ids: equal rows have equal digests, whatever file they stand in."""
+    """64 bits of a row's ids, and of what else tells rows apart: equal rows have equal digests, whatever file they
+    stand in."""
     digest = hashlib.blake2b(digest_size=8)
     for part in layout.token_parts:
         digest.update(np.ascontiguousarray(row.parts[part], dtype="<i4").tobytes())
+    for part in layout.told_by:
+        digest.update(np.ascontiguousarray(row.parts[part], dtype=layout.parts[part]).tobytes())
     return int.from_bytes(digest.digest(), "little")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tunekit.contracts import Objective
 from tunekit.data.batching.stream import StreamedSource
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows
 from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.encoding.sources import EncodedSource, encoding_facts
 from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_memory
-from tunekit.data.reading.first import choose_format
+from tunekit.data.reading.first import choose_format, format_maker
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import first_rows, shard_source
 from tunekit.errors import DataError
@@ -47,7 +47,7 @@ def sample_source(source: Source, number: int, objective: Objective, options: En
     encoder = objective.row_encoder(options)
     streams = memory_streams(objective.layout)
     writer = StoreWriter(objective.layout, streams)
-    found = map(SourceEncoder(format_maker(format_name), encoder, source.path).outcome, rows)
+    found = map(SourceEncoder(format_maker(format_name, source.path), encoder, source.path).outcome, rows)
     encoded = encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts)
     for piece in encoded:
         writer.add(*piece)
