@@ -24,8 +24,7 @@ from tunekit.adapters.folder.read import load_into
 from tunekit.console import Console, visible
 from tunekit.contracts import Window
 from tunekit.data.batching.order import epoch_rows
-from tunekit.data.encoding.encode import format_maker
-from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, RewardError
@@ -104,7 +103,7 @@ def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
         make_example = format_maker(format_name)
         for raw in islice(rows, MOST_READ):
             try:
-                example = make_example(raw.values)
+                example: Any = make_example(raw.values)
             except DataError as error:
                 problems.add_error(source.path, raw.line, error)
                 continue
