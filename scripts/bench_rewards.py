@@ -36,7 +36,7 @@ from bench_objectives import MOST_SECONDS, Results, wilson
 from compare.bench import FOLDER, REPOSITORY, find_base
 from compare.watch import ENVIRONMENT, watch
 
-ROWS = {"supervised": 60, "unused": 240, "prompts": 1000, "development": 150, "held": 300}  # questions, all different
+ROWS = {"supervised": 60, "taught": 240, "prompts": 1000, "development": 150, "held": 300}  # questions, all different
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 QUESTION = "State the final answer to the following arithmetic problem: "
 CODE = '''"""reasoning-gym's own score of an answer to a sum."""
@@ -107,9 +107,10 @@ class Bench:
         lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
         evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
         report = json.loads((self.run_of(unit.name) / "report.json").read_text("utf-8"))
+        objective = json.dumps(recipe["objective"]).replace(str(self.work), "work")
         return {
             "unit": unit.name,
-            "objective": recipe.get("objective", {"method": "sft"}),
+            "objective": json.loads(objective),
             "training": recipe["training"],
             "before": evaluations.get(0),
             "after": evaluations[max(evaluations)],
@@ -146,7 +147,7 @@ def write_rows(work: Path) -> None:
             "chosen": [_turn("assistant", a)],
             "rejected": [_turn("assistant", str(int(a) + draw.choice(wrong)))],
         }
-        for q, a in pairs[: ROWS["supervised"] + ROWS["unused"]]
+        for q, a in pairs[: ROWS["supervised"] + ROWS["taught"]]
     ]
     _write(work / "pairs.jsonl", judged[:-60])
     _write(work / "held_pairs.jsonl", judged[-60:])
@@ -219,10 +220,10 @@ def units(seeds: int) -> Iterator[Unit]:
     yield Unit("reward", "reward model, 240 pairs", judging)
     by_model = sampled(15, method="grpo", reward_model="reward")
     yield Unit("grpo-by-reward-model", "GRPO by the reward model, 15 steps", by_model, "start", ("reward",))
-    taught = {"learning_rate": 5e-4, "epochs": 1}
-    distilled = supervised("prompts", {"method": "distill", "teacher": "grpo-0"}, **taught)
+    taught = {"learning_rate": 5e-4, "epochs": 2}
+    distilled = supervised("taught", {"method": "distill", "teacher": "grpo-0"}, **taught)
     yield Unit("distill", "distillation of the untuned model by GRPO's", distilled, needs=("grpo-0",))
-    yield Unit("sft", "supervised, the rows of the distillation", supervised("prompts", {"method": "sft"}, **taught))
+    yield Unit("sft", "supervised, the rows of the distillation", supervised("taught", {"method": "sft"}, **taught))
 
 
 HEAD = """# What rewards and a teacher teach
