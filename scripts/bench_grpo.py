@@ -8,7 +8,8 @@ same token ids, rewards and initial adapter. Neither side samples: TRL gets the 
 function, tunekit in the place of its own; sampling is compared by `scripts/bench sampling`. Prompts have about
 --prompts tokens, completions half to once and a half as many as --completions. A token of a prompt counts once for
 each completion, on both sides. Runs and memory as in `scripts/bench compare`. Losses and gradient norms of all runs
-must be the same within 1e-3: no timing counts otherwise. Everything goes to grpo.json and grpo.md.
+must be the same within 1e-3: no timing counts otherwise. Everything goes to grpo.json and grpo.md; with --only, the
+runs of others stay there as they were.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ HEAD = (
 )
 
 
-def ours(bench: Bench, name: str, **training: object) -> dict:
+def ours(bench: Bench, name: str, memory: dict | None = None, **training: object) -> dict:
     """One real `tunekit train` whose completions are given."""
     rows, code = bench.work / "groups.jsonl", bench.work / "rewards.py"
     longest = max(len(ids) for group in completions_of(rows) for ids in group)
@@ -101,6 +102,7 @@ def ours(bench: Bench, name: str, **training: object) -> dict:
             "max_completion_length": longest,
         },
         training={"micro_batch_size": 1, **training},
+        memory=memory or {},
     )
 
 
@@ -111,29 +113,41 @@ def theirs(bench: Bench, name: str, initial: str, **config: object) -> dict:
     return bench.theirs(name, "grpo", rows="groups", config=own, init=initial)
 
 
-def measured(bench: Bench) -> dict:
-    """Both sides in turns."""
+def measured(bench: Bench, kept: list[dict]) -> dict:
+    """Both sides in turns; `kept`: runs of before, of which those of a competitor that runs now are left out."""
     bench.say("the initial adapter")
     begin = ours(bench, "initial", max_steps=1, warmup_steps=1)  # a warm-up's first step has learning rate 0
     initial = str(Path(begin["place"]) / "run" / "adapter")
-    sides = {"tunekit": lambda: ours(bench, "tunekit")}
+    recomputed = {"gradient_checkpointing": True}
+    sides = {
+        "tunekit": lambda: ours(bench, "tunekit"),
+        "tunekit, every layer recomputed": lambda: ours(bench, "tunekit, every layer recomputed", recomputed),
+    }
     for name, config in THEIRS.items():
         sides[name] = lambda name=name, config=config: theirs(bench, name, initial, **config)
     runs = interleaved(bench, sides)
     imported = memory_of(bench, runs, widened=2)
+    for run in runs:
+        run["norms"] = norms_of(run)
+    now = {run["name"] for run in runs}
+    runs = [*(run for run in kept if run["name"] not in now), *runs]
+    order = [*sides]
+    runs.sort(key=lambda run: order.index(run["name"]))
     count = [sum(map(len, group)) for group in completions_of(bench.work / "groups.jsonl")]
     return {
         "runs": runs,
         "imported_bytes": imported,
         "completion_tokens": count,
         "largest_difference_of_losses": differences([run["losses"] for run in runs if run.get("losses")]),
-        "largest_difference_of_norms": differences([norms_of(run) for run in runs if "failed" not in run], share=True),
+        "largest_difference_of_norms": differences([run["norms"] for run in runs if run["norms"]], share=True),
         "summary": summary(runs),
     }
 
 
 def norms_of(run: dict) -> list[float]:
     """The gradient norm of each step."""
+    if "failed" in run:
+        return []
     place = Path(run["place"])
     if (place / "norms.json").exists():
         return json.loads((place / "norms.json").read_text("utf-8"))  # type: ignore[no-any-return]
@@ -212,7 +226,11 @@ def main() -> None:
         write_base(find_base(), bench.model)
     write_rows(source, bench, settings.prompts, settings.completions)
     lengths = [len(json.loads(line)["prompt_ids"]) for line in (bench.work / "groups.jsonl").open(encoding="utf-8")]
-    found = {**facts(bench), "completions": settings.completions, "prompt_tokens": lengths, **measured(bench)}
+    path = Path(settings.output) / "grpo.json"
+    earlier = json.loads(path.read_text("utf-8")) if settings.only and path.exists() else {}
+    same = earlier.get("completions") == settings.completions and earlier.get("prompt_tokens") == lengths
+    kept = earlier["runs"] if same else []
+    found = {**facts(bench), "completions": settings.completions, "prompt_tokens": lengths, **measured(bench, kept)}
     worst = max(found["largest_difference_of_losses"], found["largest_difference_of_norms"])
     if worst > SAME:
         sys.exit(f"losses or gradient norms differ by {worst:.1e}: no timing counts")
