@@ -135,7 +135,7 @@ class Speech(RowObjective):
         """Rows as they are."""
         found = copy(self)
         found.augments = False
-        return found  # type: ignore[return-value]
+        return found
 
     def measuring(self, model: object, rows: Rows, batches: Iterable[Batch], gather: Gather) -> Objective:
         """Rows as they are."""
@@ -188,6 +188,9 @@ def make(settings: SpeechSettings, processor: SpeechProcessor, facts: Mapping[st
     Raises: RecipeError for a language that the model does not know.
     """
     settings = settings.model_copy(update={key: facts[key] for key in SpeechSettings.model_fields if key in facts})
+    if settings.language is None and processor.multilingual:  # what a model says that was merged of one trained so
+        own = {key: processor.generation.get(key) for key in ("language", "task")}
+        settings = settings.model_copy(update={key: value for key, value in own.items() if value is not None})
     try:
         if settings.language is not None:
             processor.prefix(settings.language, settings.task, settings.timestamps)

@@ -108,23 +108,19 @@ class SpeechProcessor:
         start = self.tokenizer.answer_start_id
         assert start is not None  # load_speech_processor saw to it
         found = [start]
-        code = None if language is None else self.language_code(language)
         if self.multilingual:
-            if code is None:
-                raise DataError("the model writes many languages, and none is named", "write objective.language")
-            found += [self._token(f"<|{code}|>"), self._token(f"<|{task}|>")]
-        elif code not in (None, "en") or task != "transcribe":
+            if language is None:
+                what = "the model writes many languages, and none is named"
+                raise DataError(what, "write objective.language, or a column 'language'")
+            found += [self._token(f"<|{self.language_code(language)}|>"), self._token(f"<|{task}|>")]
+        elif (language is not None and _code(language) != "en") or task != "transcribe":
             what = "the model knows English alone, and transcribes it"
             raise DataError(what, "leave language and task out, or choose a multilingual model")
         return found if timestamps else [*found, self.no_timestamps]
 
     def language_code(self, language: str) -> str:
         """Of a language by its name, code or token. Raises: DataError naming those that the model knows."""
-        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-
-        name = language.strip().lower().removeprefix("<|").removesuffix("|>")
-        code: str = TO_LANGUAGE_CODE.get(name, name)
-        known = self._languages
+        code, known = _code(language), self._languages
         if code not in known:
             shown = ", ".join(known[:MOST_SHOWN]) + (
                 f" and {len(known) - MOST_SHOWN} more" if known[MOST_SHOWN:] else ""
@@ -136,8 +132,7 @@ class SpeechProcessor:
     def _languages(self) -> list[str]:
         from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-        own = self.generation.get("lang_to_id") if self.multilingual else {"<|en|>": 0}
-        tokens = own or self.tokenizer.backend.get_vocab(with_added_tokens=True)
+        tokens = self.generation.get("lang_to_id") or self.tokenizer.backend.get_vocab(with_added_tokens=True)
         return sorted(code for code in LANGUAGES if f"<|{code}|>" in tokens)
 
     @property
@@ -185,6 +180,14 @@ class SpeechProcessor:
         for name in FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
+
+
+def _code(language: str) -> str:
+    """Of a language by its name, code or token; what is none of them stays as it is."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    name = language.strip().lower().removeprefix("<|").removesuffix("|>")
+    return str(TO_LANGUAGE_CODE.get(name, name))
 
 
 def load_speech_processor(section: ModelSection) -> SpeechProcessor:
