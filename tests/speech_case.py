@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
+from tunekit.formats.media import Media
 from tunekit.model.storage.builtin import tiny_model_folder
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -29,6 +31,13 @@ def keys(text: str, rate: int = RATE, seconds: float = 0.15) -> NDArray[np.float
         tone = sum(np.sin(2 * np.pi * f * time) for f in (LOW[place // 3], HIGH[place % 3]))
         parts += [0.25 * tone, np.zeros_like(time)]
     return np.concatenate(parts).astype(np.float32)
+
+
+def held_sound(text: str) -> Media:
+    """The tones of a text as a WAV file's bytes."""
+    stream = io.BytesIO()
+    soundfile.write(stream, keys(text), RATE, format="WAV")
+    return Media(f"{text}.wav", stream.getvalue())
 
 
 def write_sounds(folder: Path, texts: Sequence[str], *, channels: int = 1, rate: int = RATE, **beside: Any) -> Path:

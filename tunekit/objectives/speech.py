@@ -81,11 +81,9 @@ class Speech(RowObjective):
         return SpeechEncoder(self.settings, self.processor, options)
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """Of sound and answer end to end, frames and tokens start .. stop-1."""
-        features, answer = row.parts["features"].reshape(-1, self.processor.bands), row.parts["answer"]
-        left = slice(max(start - len(features), 0), max(stop - len(features), 0) + 1)
-        kept = features[start:stop] if start < len(features) else features[-1:]
-        return make_row(kept, answer[left], row.parts["text"], row.origin, row.number)
+        """The whole sound, and of its answer the tokens start .. stop-1."""
+        features = row.parts["features"].reshape(-1, self.processor.bands)
+        return make_row(features, row.parts["answer"][start : stop + 1], row.parts["text"], row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """One row: the longest sound that the model hears, and an answer of so many tokens, or of as many as it can
@@ -109,7 +107,7 @@ class Speech(RowObjective):
             "decoder_input_ids": lay_end_to_end([[answer[:-1]] for answer in answers], self.processor.tokenizer.pad_id),
         }
         labels = lay_end_to_end([[answer[1:]] for answer in answers], IGNORED)
-        size = self.processor.positions + labels.shape[1]
+        size = self.processor.frames + labels.shape[1]
         return Batch(inputs, {"labels": labels}, tuple(map(tuple, sequences)), line_size=size)
 
     def spans(self, row: Row) -> list[Part]:

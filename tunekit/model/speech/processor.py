@@ -43,7 +43,6 @@ class SpeechProcessor:
     generation: dict[str, Any]
     multilingual: bool
     folder: Path
-    positions: int  # of the encoder, for every sound
     longest_answer: int  # tokens that the decoder has positions for
 
     @property
@@ -216,6 +215,5 @@ def load_speech_processor(section: ModelSection) -> SpeechProcessor:
         generation,
         bool(generation.get("is_multilingual", known)),
         source.folder,
-        int(config["max_source_positions"]),
         int(config["max_target_positions"]),
     )
