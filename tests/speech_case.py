@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,13 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from numpy.typing import NDArray
 
 from tunekit.formats.media import Media
 from tunekit.model.storage.builtin import tiny_model_folder
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-LOW, HIGH = (697, 770, 852, 941), (1209, 1336, 1477)
-RATE = 8000  # of the files; the tiny model hears 16,000 samples a second
+TONES = runpy.run_path(str(Path(__file__).resolve().parent.parent / "scripts" / "make_tones"))
+keys, NAMES, RATE = TONES["keys"], TONES["NAMES"], TONES["RATE"]  # the tiny model hears 16,000 samples a second
 SECONDS = 2  # that it hears at once
-
-
-def keys(text: str, rate: int = RATE, seconds: float = 0.15) -> NDArray[np.float32]:
-    """(samples,) the tones of the keys of a text such as "one two", each with as long a pause after it."""
-    time = np.arange(round(seconds * rate)) / rate
-    parts = []
-    for name in text.split():
-        place = (NAMES.index(name) - 1) if name != "zero" else 10
-        tone = sum(np.sin(2 * np.pi * f * time) for f in (LOW[place // 3], HIGH[place % 3]))
-        parts += [0.25 * tone, np.zeros_like(time)]
-    return np.concatenate(parts).astype(np.float32)
 
 
 def held_sound(text: str) -> Media:
@@ -113,10 +101,10 @@ def write_tiny_whisper(folder: Path, *, multilingual: bool = True, **changes: An
     return folder
 
 
-def write_recipe(folder: Path, model: Path, sounds: Path, **sections: Any) -> Path:
+def write_recipe(folder: Path, base: Path, sounds: Path, **sections: Any) -> Path:
     """A recipe over a folder of sounds, its sections changed as said."""
     values: dict[str, Any] = {
-        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "model": {"name_or_path": str(base), "dtype": "float32"},
         "data": {"train": str(sounds), "shuffle": False},
         "adapter": {"method": "lora", "r": 4, "alpha": 32},
         "objective": {"method": "speech", "language": "english"},
