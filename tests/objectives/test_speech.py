@@ -360,7 +360,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(whisper: Path, sounds: Path, tmp_p
     assert losses(part) == losses(whole)
 
 
-@pytest.mark.parametrize("streaming", ["host", "disk"])
+@pytest.mark.parametrize("streaming", ["host", pytest.param("disk", marks=pytest.mark.slow)])
 def test_streamed_layers_compute_the_same(streaming: str, whisper: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, whisper, sounds, objective=AUGMENTED)
     resident = train(recipe, f"output.dir={tmp_path / 'resident'}")
@@ -370,10 +370,11 @@ def test_streamed_layers_compute_the_same(streaming: str, whisper: Path, sounds:
     assert (streamed / name).read_bytes() == (resident / name).read_bytes()
 
 
-def test_a_packed_base_learns(whisper: Path, sounds: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", pytest.param("int8_weight_only", marks=pytest.mark.slow)])
+def test_a_packed_base_learns(kind: str, whisper: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, whisper, sounds, training={"max_steps": 8})
     dense = losses(train(recipe, f"output.dir={tmp_path / 'dense'}"))
-    packed = losses(train(recipe, "model.quantization=int8_weight_only", f"output.dir={tmp_path / 'packed'}"))
+    packed = losses(train(recipe, f"model.quantization={kind}", f"output.dir={tmp_path / 'packed'}"))
     assert packed == pytest.approx(dense, rel=0.05)
     assert packed != dense
     assert packed[-1] < packed[0]
