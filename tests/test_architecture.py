@@ -74,6 +74,8 @@ DOORS = {
     "bitsandbytes": ("model", "training/optimizers"),
     "liger_kernel": ("adapters/kernels",),
     "safetensors": ("files",),
+    "soundfile": ("data/reading",),
+    "jiwer": ("metrics",),
 }
 ARRAYS = {"numpy", "torch"}
 DRAWERS = re.compile(r"^(utils?|commons?|helpers?|misc|core|base_utils)$")

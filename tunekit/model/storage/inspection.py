@@ -23,6 +23,7 @@ SAMPLED_CHUNKS = 16
 GGUF_HEAD_BYTES = 2**20
 # What saving a model again changes, although the model stays the same.
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation")
+SPEECH = ("whisper",)  # model types of speech models that write, whatever their architecture's ending
 HEADS = {  # ending of the architecture's name -> family
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
@@ -39,7 +40,7 @@ OTHER_HEADS = {
     "ForImageClassification": "is an image classifier",
     "ForPreTraining": "is a model with pre-training heads",
 }
-MEND = "choose a causal language model, an encoder-decoder such as T5 or BART, or a classifier"
+MEND = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
 
     Raises: ModelError with the reason for what is of none of the families.
     """
-    if section.family in ("speech", "diffusion"):
+    if section.family == "diffusion":
         what = f"family {section.family} cannot be loaded by this version"
         raise ModelError(what, MEND, key="model.family")
     kind = str(config.get("model_type", "unknown"))
@@ -96,6 +97,8 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
     architectures = config.get("architectures") or []
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = next((family for ending, family in HEADS.items() if architecture.endswith(ending)), None)
+    if kind in SPEECH and family == "seq2seq":
+        family = "speech"
     reason = None
     if any(key in config for key in ("vision_config", "audio_config", "vq_config", "speech_config")):
         reason = "is a vision-language or audio-language model"
@@ -106,7 +109,8 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
         raise ModelError(f"{name} {reason}", MEND, key="model.name_or_path")
     if headed:
         return section.family
-    found = family or ("seq2seq" if config.get("is_encoder_decoder") else "causal")
+    plain = "speech" if kind in SPEECH else "seq2seq" if config.get("is_encoder_decoder") else "causal"
+    found = family or plain
     if section.family not in ("auto", found):
         raise ModelError(
             f"{name} is of the family {found}, by its architecture {architecture or '(none named)'}, and model.family "
@@ -138,7 +142,7 @@ def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
         family = find_family(config, section)
     except ModelError:  # said where the base is loaded
         return None
-    if family != "seq2seq":
+    if family not in ("seq2seq", "speech"):
         return None
     named = [read_json(newer)] if newer.exists() else []
     found = [values.get("decoder_start_token_id") for values in (*named, config)]
