@@ -46,15 +46,14 @@ from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import AdapterError, InputError
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
-from tunekit.model.load import LoadedModel, load_model
+from tunekit.model.load import LoadedModel
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.model.storage.source import find_source
-from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.tuned.adapter_losses import adapter_losses
-from tunekit.tuned.target import as_trained, base_section, find_target, measuring_objective, named_base, trained_base
+from tunekit.tuned.target import base_section, find_target, load_base, named_base, trained_base
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 
@@ -251,16 +250,14 @@ def _measure(folders: Sequence[Path], data: str, base: str | None) -> list[float
     section = DataSection(train=(source,), eval=(source,), chat_template=template)
     devices = make_devices()
     try:
-        tokenizer = load_tokenizer(target.model)
-        target, known = as_trained(target, tokenizer)
-        model = load_model(target.model, device=devices.device)
-        loaded = load_evaluation_rows(section, known or measuring_objective(model, tokenizer), seed=target.seed)
+        target, model, processor, known = load_base(target, devices.device)
+        loaded = load_evaluation_rows(section, known, seed=target.seed)
         rows, objective = loaded.evaluation, loaded.objective
         assert rows is not None  # the section asks for them
         adapters = AdapterSet(model.net)
         for name, folder in zip("AB", folders, strict=True):
             adapters.add(name, partial(_attach, model, folder))
-        losses = adapter_losses(model, adapters, tokenizer, objective, rows, devices, target.evaluation)
+        losses = adapter_losses(model, adapters, processor, objective, rows, devices, target.evaluation)
     finally:
         devices.close()
     return [losses[name] for name in (None, "A", "B")]

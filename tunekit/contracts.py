@@ -1,4 +1,4 @@
-"""What rooms of one level know of each other: Tokenizer, Row, Batch, Window, Loss, Objective, Engine, Stages.
+"""What rooms of one level know of each other: Tokenizer, Processor, Row, Batch, Window, Loss, Objective and so on.
 
 Typing, numpy, torch, records.  Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,26 +65,51 @@ class Tokenizer(Protocol):
         """One token as a person reads it."""
 
 
-Processor = Tokenizer  # what turns an example into a row; of other families a feature extractor or image processor
+class Processor(Protocol):
+    """What turns an example into a row: a tokenizer, or what reads sounds or images, with a tokenizer beside it or
+    without one."""
+
+    fingerprint: str  # sha256 of everything that decides a row
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of its texts; a tokenizer's own self."""
+
+    def save(self, folder: Path) -> None:
+        """Write its files into a model folder."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
     """What a row of an objective is made of: its parts and their dtypes, which of them hold token ids, and how many
-    sizes it has. `paired`: each of these is a line of one tensor, and as wide as the widest where it is padded."""
+    sizes it has. `paired`: each of these is a line of one tensor, and as wide as the widest where it is padded.
+
+    `token_sizes`: the places of those sizes that count tokens, None: of all; others count frames or pixels.
+    `least`: to what each size is padded at least, where a model takes no less.
+    `told_by`: parts beside the ids by which equal rows are known.
+    """
 
     parts: Mapping[str, str]
     token_parts: tuple[str, ...]
     sizes: int
     paired: bool = False
+    token_sizes: tuple[int, ...] | None = None
+    least: tuple[int, ...] = ()
+    told_by: tuple[str, ...] = ()
 
     def padded(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """A sequence's sizes as the padding of a micro-batch sees them."""
-        return (max(sizes),) * len(sizes) if self.paired else tuple(sizes)
+        found = (max(sizes),) * len(sizes) if self.paired else tuple(sizes)
+        return tuple(map(max, found, self.least)) if self.least else found
 
     def length(self, sizes: Sequence[int]) -> int:
-        """Of what data.max_length bounds in a row."""
-        return max(sizes) if self.paired else sum(sizes)
+        """Of what data.max_length bounds in a row: its tokens."""
+        counted = self.tokens_of(sizes)
+        return max(counted, default=0) if self.paired else sum(counted)
+
+    def tokens_of(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Those of the sizes that count tokens."""
+        return tuple(sizes) if self.token_sizes is None else tuple(sizes[place] for place in self.token_sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +150,8 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Token ids of a row as preview shows them, and which of them are trained on."""
+    """Token ids of a row as preview shows them, and which of them are trained on; none of what is no text, of which
+    the title says what it is."""
 
     ids: NDArray[Any]  # (T,)
     trained: NDArray[np.bool_]  # (T,)
@@ -135,7 +162,6 @@ class RowEncoder(Protocol):
     """Examples to rows of one objective; counts in `notices` what the user should know."""
 
     notices: Counter[str]
-    tokenizer: Tokenizer
 
     def examples(self, example: Any) -> Sequence[Any]:
         """What rows are made of where one example takes several; else the example itself."""
@@ -143,11 +169,15 @@ class RowEncoder(Protocol):
     def encode(self, example: Any, origin: str) -> Row:
         """The row. Raises: Dropped where nothing can be trained on; DataError where the row is wrong."""
 
-    def prompt(self, example: Any) -> tuple[list[int], str] | None:
-        """Ids of what is asked, up to where the answer begins, and the answer's text; None where there is none."""
+    def prompt(self, example: Any) -> tuple[Any, str] | None:
+        """What is asked, for the objective's `answer` (of text, ids up to where the answer begins), and the answer's
+        text; None where there is none."""
 
-    def question(self, text: str) -> list[int]:
-        """Ids of what is asked where a user writes `text`."""
+    def question(self, text: str) -> Any:
+        """What is asked where a user writes `text`, which names a file where rows are no texts."""
+
+    def shown(self, asked: Any) -> str:
+        """What is asked, as a person reads it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +188,7 @@ class Batch:
     inputs: dict[str, torch.Tensor]  # each (B, ...)
     targets: dict[str, torch.Tensor]
     sequences: tuple[tuple[Row, ...], ...]
+    line_size: int | None = None  # of one sequence with its padding, where that is not a count of ids
 
     @property
     def rows(self) -> list[Row]:
@@ -187,6 +218,8 @@ class Batch:
     @property
     def padded(self) -> int:
         """Positions of all sequences with their padding."""
+        if self.line_size is not None:
+            return self.line_size * len(self.sequences)
         return sum(tensor.numel() for name, tensor in self.inputs.items() if name.endswith("input_ids"))
 
 
@@ -315,7 +348,7 @@ class Objective(Protocol):
     def answer(
         self,
         model: Any,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Any],
         *,
         max_new_tokens: int,
         batch_size: int,

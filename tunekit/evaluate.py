@@ -23,7 +23,7 @@ from tunekit.metrics.sources import sources_table
 from tunekit.objectives.samples import SampleObjective
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
-from tunekit.recipe.names import known_names, settings_class, units_of, unmeasurable
+from tunekit.recipe.names import known_names, settings_class, sizes_of, units_of, unmeasurable
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.fit import row_problems
@@ -69,8 +69,9 @@ def evaluate_verb(
     finally:
         devices.close()
     if devices.is_main:
-        sums, units = evaluation.sums, units_of(loaded.objective.name).replace(" ", "_")
-        counts = {"rows": sums.rows, "tokens": sums.tokens, units: int(sums.values["units"])}
+        name, sums = loaded.objective.name, evaluation.sums
+        sizes, units = (of(name).replace(" ", "_") for of in (sizes_of, units_of))
+        counts = {"rows": sums.rows, sizes: sums.tokens, units: int(sums.values["units"])}
         values = {**evaluation.metrics, **counts}
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
         result: dict[str, Any] = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -129,7 +130,7 @@ def evaluate_rows(
         what = unmeasurable(name, sums, chosen=settings.choices is not None)
         if what is not None:
             raise RecipeError(what, "leave it out, or name the answers with evaluation.choices", key="--metric")
-    problems = row_problems(model.base, loaded.tokenizer, rows.objective, [evaluation], model.virtual_tokens)
+    problems = row_problems(model.base, loaded.processor, rows.objective, [evaluation], model.virtual_tokens)
     if problems:
         raise ModelError.of(problems)
     evaluator = Evaluator(

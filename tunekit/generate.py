@@ -124,6 +124,7 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
     objective, model = loaded.objective, loaded.model
     if not isinstance(objective, Reward):
         raise InputError(f"it was made for {objective.name} and gives no scores", "name a model of objective: reward")
+    assert model.base.text is not None  # it reads text
     encoder = objective.row_encoder(EncodeOptions("assistant", loaded.target.chat_template, 0, "drop"))
     problems, sequences, values = Problems(), list[list[int]](), list[dict[str, Any]]()
     rows, _, format_name, _ = open_rows(Source(path=str(path)), "text", problems)
@@ -148,7 +149,7 @@ def answer(
     loaded: LoadedTarget, texts: Sequence[str], sampling: Sampling = GREEDY, devices: Devices | None = None
 ) -> list[str]:
     """What the model answers to each text, asked as the training rows ask; of evaluation.choices the likeliest."""
-    tokenizer, settings, model = loaded.tokenizer, loaded.target.evaluation, loaded.model
+    settings, model = loaded.target.evaluation, loaded.model
     data = loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
     options = EncodeOptions("assistant", loaded.target.chat_template, length, excess)
@@ -157,8 +158,9 @@ def answer(
         return choose(model, loaded.objective, choices, texts, options, settings.batch_size, devices or make_devices())
     encoder = loaded.objective.row_encoder(options)
     prompts = [encoder.question(text) for text in texts]
-    largest = max((max(ids, default=0) for ids in prompts), default=0)
-    check_vocabulary(tokenizer, model.base.text.vocabulary_size, largest)
+    if model.base.family.reads_ids and model.base.text is not None:
+        largest = max((max(ids, default=0) for ids in prompts), default=0)
+        check_vocabulary(loaded.tokenizer, model.base.text.vocabulary_size, largest)
     with undisturbed(model):
         return loaded.objective.answer(
             model,

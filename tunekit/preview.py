@@ -17,10 +17,10 @@ from tunekit.contracts import Objective, Part, Row, Tokenizer
 from tunekit.data.batching.order import epoch_rows
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.files.durable import write_text
-from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.model.families import make_family
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.names import units_of
+from tunekit.recipe.names import sizes_of, units_of
 from tunekit.records import RowCounts
 from tunekit.tuned.row_losses import segments
 
@@ -47,15 +47,16 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
     """Show `rows` training rows in training order. Raises: TunekitError, whose exit code the command line returns."""
     written = load_recipe(recipe_path, overrides)
     recipe = written.recipe
-    tokenizer = load_tokenizer(recipe.model)
-    loaded = load_rows(recipe.data, make_objective(recipe.objective, tokenizer), seed=recipe.training.seed)
+    processor = make_family(recipe.objective.family).processor(recipe.model)
+    objective, tokenizer = make_objective(recipe.objective, processor), processor.tokenizer
+    loaded = load_rows(recipe.data, objective, seed=recipe.training.seed)
     order = epoch_rows(loaded.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)
     shown = [loaded.train[int(index)] for index in order[:rows]]
-    console = Console()
+    console, sizes = Console(), sizes_of(objective.name)
     console.info(*written.rewrites, *loaded.notes)
     for row in shown:
         parts = loaded.objective.spans(row)
-        console.info(f"\n{heading(row, parts)}")
+        console.info(f"\n{heading(row, parts, sizes)}")
         for part in parts:
             if part.title:
                 console.info(part.title)
@@ -64,25 +65,28 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
         console.info(
             "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
         )
-    facts = statistics(loaded, units_of(recipe.objective.method))
+    facts = statistics(loaded, units_of(objective.name), sizes)
     console.table(["rows", "value"], facts)
     if html is not None:
         write_text(Path(html), page(shown, loaded.objective, tokenizer, facts, loaded.notes))
         console.info(f"written to {html}")
 
 
-def heading(row: Row, parts: Sequence[Part]) -> str:
-    """Where a row stands, and how much of it is trained on."""
+def heading(row: Row, parts: Sequence[Part], sizes: str) -> str:
+    """Where a row stands, how large it is, and how much of it is trained on."""
     trained = sum(int(part.trained.sum()) for part in parts)
-    return f"{row.origin}: {row.size} tokens" + (f", {trained} of them trained on" if trained else "")
+    of = "of them" if sizes == "tokens" else "tokens"
+    return f"{row.origin}: {row.size:,} {sizes}" + (f", {trained} {of} trained on" if trained else "")
 
 
-def explain_tokens(part: Part, tokenizer: Tokenizer) -> list[Token]:
+def explain_tokens(part: Part, tokenizer: Tokenizer | None) -> list[Token]:
     """Every token with the reason why it is trained on or not."""
     trained = part.trained  # (T,)
     places = np.flatnonzero(trained)
     first, last = (int(places[0]), int(places[-1])) if len(places) else (len(trained), -1)
-    tokens = []
+    tokens: list[Token] = []
+    if tokenizer is None:
+        return tokens
     for index, token_id in enumerate(part.ids.tolist()):
         why = TRAINED
         if not trained[index]:
@@ -91,18 +95,19 @@ def explain_tokens(part: Part, tokenizer: Tokenizer) -> list[Token]:
     return tokens
 
 
-def statistics(rows: RowSet, units: str) -> list[tuple[str, object]]:
-    """Counts and lengths of the training rows, as names and values; the loss sums over `units`."""
+def statistics(rows: RowSet, units: str, sizes: str) -> list[tuple[str, object]]:
+    """Counts and lengths of the training rows, as names and values; the loss sums over `units`, and lengths count
+    `sizes`."""
     counts = rows.counts
     lengths = np.asarray(rows.train.lengths)  # (rows,)
     share = counts.supervised_tokens / max(counts.tokens, 1)
-    of_tokens = [("share trained on", f"{100 * share:.1f} %")] if "token" in units else []
+    of_tokens = [("share trained on", f"{100 * share:.1f} %")] if "token" in units and sizes == "tokens" else []
     facts: list[tuple[str, object]] = [
         ("read", counts.read),
         ("trained on", counts.trained),
         *((f"dropped: {reason}", number) for reason, number in counts.dropped_reasons.items()),
         ("truncated", counts.truncated),
-        ("tokens of an epoch", counts.tokens),
+        (f"{sizes} of an epoch", counts.tokens),
         (f"{units} of an epoch", counts.supervised_tokens),
         *of_tokens,
         ("shortest", int(lengths.min(initial=counts.longest_tokens))),
@@ -112,27 +117,27 @@ def statistics(rows: RowSet, units: str) -> list[tuple[str, object]]:
     ]
     if counts.estimated:
         facts.append(("counts", "estimated from the first rows (streamed)"))
-    return [*facts, *_evaluation_facts(rows.eval_counts)]
+    return [*facts, *_evaluation_facts(rows.eval_counts, sizes)]
 
 
-def _evaluation_facts(counts: RowCounts | None) -> list[tuple[str, object]]:
+def _evaluation_facts(counts: RowCounts | None, sizes: str) -> list[tuple[str, object]]:
     if counts is None:
         return []
     dropped = [(f"evaluation, dropped: {reason}", number) for reason, number in counts.dropped_reasons.items()]
-    return [("evaluation rows", counts.trained), ("evaluation tokens", counts.tokens), *dropped]
+    return [("evaluation rows", counts.trained), (f"evaluation {sizes}", counts.tokens), *dropped]
 
 
 def page(
     rows: Sequence[Row],
     objective: Objective,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     facts: Sequence[tuple[str, object]],
     notes: Sequence[str],
 ) -> str:
     """A page that stands alone."""
     shown = [
         {
-            "heading": visible(heading(row, objective.spans(row))),
+            "heading": visible(heading(row, objective.spans(row), sizes_of(objective.name))),
             "parts": [_shown(part, tokenizer) for part in objective.spans(row)],
         }
         for row in rows
@@ -140,12 +145,13 @@ def page(
     return preview_page("Training rows", shown, facts, [visible(note) for note in notes])
 
 
-def _shown(part: Part, tokenizer: Tokenizer) -> dict[str, object]:
+def _shown(part: Part, tokenizer: Tokenizer | None) -> dict[str, object]:
+    special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
     tokens = [
         {
             "text": visible(token.text).replace("\n", "\N{RETURN SYMBOL}\n"),
             "title": f"{token.token_id}: {token.why}",
-            "kinds": KINDS.get(token.why, "o") + (" s" if token.token_id in tokenizer.special_ids else ""),
+            "kinds": KINDS.get(token.why, "o") + (" s" if token.token_id in special else ""),
         }
         for token in explain_tokens(part, tokenizer)
     ]

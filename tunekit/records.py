@@ -87,7 +87,8 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What a model of text takes: ids, and positions, of which None is said where the model declares none."""
+    """What a model that reads or writes text takes: ids, and positions, of which None is said where the model declares
+    none."""
 
     vocabulary_size: int
     positions: int | None

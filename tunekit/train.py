@@ -27,6 +27,7 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.names import sizes_of
 from tunekit.records import Choice, Plan, bytes_text, skipped_text
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
@@ -85,7 +86,15 @@ def _train(session: Session, resume: bool) -> None:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
-    with trackers, Progress(session.console, plan.steps, run.state.step, budget_bytes=plan.budget_bytes) as progress:
+    sizes = sizes_of(plan.objective)
+    progress = Progress(
+        session.console,
+        plan.steps,
+        run.state.step,
+        budget_bytes=plan.budget_bytes,
+        speed_unit="tok" if sizes == "tokens" else sizes,
+    )
+    with trackers, progress:
         run.record = run_files.make_recorder(session, progress, trackers)
         run_loop(run)
     found = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
@@ -174,7 +183,7 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     run.optimizer.native.state.clear()  # what is written may need as much room as its moments
     place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
     if recipe.adapter.trains_base:
-        size_bytes = export_model(place, prepared.model, base, run.adapter, prepared.tokenizer, template)
+        size_bytes = export_model(place, prepared.model, base, run.adapter, prepared.processor, template)
     else:
         size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
@@ -189,6 +198,7 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
         console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.html'}")
-    if base.family.answers and (template or prepared.tokenizer.chat_template) is not None:
+    text = prepared.processor.tokenizer
+    if base.family.answers and base.family.reads_ids and text and (template or text.chat_template) is not None:
         console.info(f"talk to it: tunekit chat {os.path.relpath(folder.path)}")
     console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))

@@ -12,6 +12,7 @@ from pathlib import Path
 from tunekit.artifacts.run import refuse_old_run
 from tunekit.data.reading.data_file import inspect_file
 from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.folder import is_folder, is_saved, with_table
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.durable import json_result
@@ -60,6 +61,11 @@ def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     return loaded
 
 
+def _read_by_line(path: str) -> bool:
+    """Whether the first row costs nothing. Raises: DataError for what is no source."""
+    return is_folder(path) or (not is_saved(path) and inspect_file(Path(path)).kind in READ_BY_LINE)
+
+
 def _missing_files(recipe: Recipe) -> Iterator[Problem]:
     """Local files that are not there or not what they should be: in a recipe, local paths are absolute."""
     model, template, initial = recipe.model.name_or_path, recipe.data.chat_template, recipe.adapter.init_from
@@ -79,7 +85,7 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
         for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
             if Path(source.path).is_absolute():
                 try:
-                    if inspect_file(Path(source.path)).kind in READ_BY_LINE:
+                    if _read_by_line(with_table(source).path):
                         open_rows(source, recipe.objective.example, Problems())
                 except DataError as error:
                     found = error.problems[0]

@@ -241,7 +241,7 @@ def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) ->
     ours = losses(run)
     labels = ["no", "perhaps", "yes"]
     model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=3, dtype=torch.float32, pad_token_id=prepared.tokenizer.pad_id
+        base, num_labels=3, dtype=torch.float32, pad_token_id=prepared.processor.tokenizer.pad_id
     )
     theirs = peft.get_peft_model(
         model, peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")

@@ -120,7 +120,8 @@ def test_a_run_learns_and_is_used_by_every_verb(base: Path, tmp_path: Path) -> N
     ).eval()
     ids = torch.tensor([[5, 9, 11, 4, 8]])
     with torch.no_grad():
-        ours = loaded.model.base.family.scores(loaded.model.base.net, ids)
+        family = loaded.model.base.family
+        ours = family.scores(loaded.model.base.net, family.inputs_of(ids))
         torch.testing.assert_close(merged(input_ids=ids).logits[0], ours, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(theirs(input_ids=ids).logits[0], ours, rtol=1e-4, atol=1e-5)
     assert list(merged.config.id2label.values()) == LABELS

@@ -14,7 +14,6 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.module_names import base_modules
 from tunekit.arithmetic.on_base import attach_without_weights
-from tunekit.contracts import Objective
 from tunekit.data.rows import load_rows
 from tunekit.errors import AdapterError, InputError, ResourceError
 from tunekit.files.durable import free_bytes, write_json
@@ -23,15 +22,15 @@ from tunekit.model.load import LoadedModel, load_model, load_packed_folder
 from tunekit.model.storage.model_folder import copy_companions, whole_model_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
-from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.target import Target, as_trained, load_target
+from tunekit.tuned.target import LoadedTarget, Target, as_trained, load_target, processor_of
 
 REPORT = "merge_report.json"
 SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report
 SPARE_SHARE = 1.5  # of the float32 weights: activations, logits, a matrix on its way
+Inputs = dict[str, torch.Tensor]  # what a net is called with for one row
 MAX_ROWS, MAX_TOKENS = 8, 64
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -88,7 +87,8 @@ def merge_adapter(
         raise InputError("packed weights have no other dtype", "leave --dtype out", key="--dtype")
     source = find_source(target.model, weights=True)
     adapter = target.adapter
-    target, _ = as_trained(target, load_tokenizer(target.model))
+    processor = processor_of(target)
+    target, _ = as_trained(target, processor)
     output = output.expanduser().absolute()
     _check_output(output, [source.folder, adapter])
     rewriter = Rewriter(target.model, chosen, dtype)
@@ -96,7 +96,7 @@ def merge_adapter(
     _check_space(output, rewriter.output_bytes(changes))
     with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
-        copy_companions(target.model, source.folder, load_tokenizer(target.model), target.chat_template, staging)
+        copy_companions(target.model, source.folder, processor, target.chat_template, staging)
         difference = measure_difference(target, staging, rewriter, changes)
         written, computed = rewriter.written_dtype(f"{rewriter.embedding}.weight"), rewriter.compute_dtype
         result = MergeResult(output, chosen, reason, str(written)[6:], str(computed)[6:], difference)
@@ -209,10 +209,9 @@ def _report(result: MergeResult) -> dict[str, object]:
 def measure_difference(target: Target, merged: Path, rewriter: Rewriter, changes: Changes) -> Difference:
     """Run both models on the same rows, one after the other, so that only one is in memory."""
     device, requantized = torch.device("cpu"), rewriter.onto == "quantized"
-    tokenizer = load_tokenizer(target.model)
     loaded = load_target(target, device)
     running = loaded.model.base
-    rows, described = _rows(target, loaded.objective, tokenizer, running.text.vocabulary_size)
+    rows, described = _rows(target, loaded)
     before = _logits(running, rows)
     dtype, attention = running.facts.dtype, running.facts.attention
     family = running.family
@@ -223,7 +222,7 @@ def measure_difference(target: Target, merged: Path, rewriter: Rewriter, changes
     )
     packed = load_packed_folder(section, device) if requantized else load_model(section, device=device)
     model = prepare_network(packed, replace(target.choice, streaming="off")).base
-    difference = _compare(rows, before, _logits(model, rows), described, predicts=family.answers)
+    difference = _compare(rows, before, _logits(model, rows), described, predicts=family.answers and family.reads_ids)
     if requantized:
         return difference
     if dtype == "float32" and not rewriter.rounds():
@@ -239,7 +238,7 @@ def _without_rounding(
     section: ModelSection,
     rewriter: Rewriter,
     changes: Changes,
-    rows: list[torch.Tensor],
+    rows: list[Inputs],
 ) -> Difference:
     """The difference with what of it is rounding: the merged model as written, before its cast, and the base with the
     running adapter, all in float32; as it is where the memory is too small for that, or the vocabulary grew."""
@@ -269,31 +268,38 @@ def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
     return max(float((first - second).abs().max()) for first, second in zip(before, after, strict=True))
 
 
-def _rows(
-    target: Target, objective: Objective, tokenizer: LoadedTokenizer, vocabulary_size: int
-) -> tuple[list[torch.Tensor], str]:
-    """Up to MAX_ROWS held-out rows of up to MAX_TOKENS ids: the run's eval rows, else fixed texts."""
+def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[Inputs], str]:
+    """What the net is called with for up to MAX_ROWS held-out rows of up to MAX_TOKENS ids: the run's eval rows, else
+    fixed texts, or one row of noise where it reads no text."""
+    base, objective = loaded.model.base, loaded.objective
+    family = base.family
     if target.data is not None and target.data.eval is not None:
         evaluation = load_rows(target.data, objective, seed=target.seed).evaluation
         if evaluation is not None and len(evaluation):
             chosen = [evaluation[index] for index in range(min(MAX_ROWS, len(evaluation)))]
+            described = f"{len(chosen)} eval rows of the run"
+            if not family.reads_ids:
+                return [objective.collate([[row]]).inputs for row in chosen], described
             parts = [[row.parts[name] for name in objective.layout.token_parts] for row in chosen]
-            rows = [torch.tensor(np.concatenate(ids)[:MAX_TOKENS].astype("int64"))[None] for ids in parts]
-            return rows, f"{len(rows)} eval rows of the run"
+            ids = [torch.tensor(np.concatenate(each)[:MAX_TOKENS].astype("int64"))[None] for each in parts]
+            return [family.inputs_of(each) for each in ids], described
+    if not family.reads_ids or base.text is None:
+        return [family.trial_inputs(base.net)], "one row of noise"
+    tokenizer, size = loaded.tokenizer, base.text.vocabulary_size
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     encoded = [[*start, *tokenizer.encode(text)][:MAX_TOKENS] for text in TEXTS]
-    fitting = [ids for ids in encoded if max(ids, default=vocabulary_size) < vocabulary_size]
-    return [torch.tensor(ids)[None] for ids in fitting], f"{len(fitting)} fixed texts"
+    fitting = [torch.tensor(each)[None] for each in encoded if max(each, default=size) < size]
+    return [family.inputs_of(each) for each in fitting], f"{len(fitting)} fixed texts"
 
 
 @torch.no_grad()
-def _logits(model: LoadedModel, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What the head makes of each row (1, T): (T, V) float32."""
-    return [model.family.scores(model.net, ids) for ids in rows]
+def _logits(model: LoadedModel, rows: list[Inputs]) -> list[torch.Tensor]:
+    """What the head makes of each row: (T, V) float32."""
+    return [model.family.scores(model.net, row) for row in rows]
 
 
 def _compare(
-    rows: list[torch.Tensor],
+    rows: list[Inputs],
     before: list[torch.Tensor],
     after: list[torch.Tensor],
     described: str,
@@ -309,12 +315,12 @@ def _compare(
         running_loss=_loss(rows, before) if predicts else None,
         merged_loss=_loss(rows, after) if predicts else None,
         rows=described,
-        tokens=sum(row.shape[1] for row in rows),
+        tokens=sum(row["input_ids"].shape[1] for row in rows) if "input_ids" in rows[0] else len(rows),
     )
 
 
-def _loss(rows: list[torch.Tensor], logits: list[torch.Tensor]) -> float:
+def _loss(rows: list[Inputs], logits: list[torch.Tensor]) -> float:
     """Mean loss of the next token over all rows."""
     predicted = torch.cat([each[:-1] for each in logits])  # (N, V)
-    targets = torch.cat([row[0, 1:] for row in rows])  # (N,)
+    targets = torch.cat([row["input_ids"][0, 1:] for row in rows])  # (N,)
     return float(torch.nn.functional.cross_entropy(predicted, targets))

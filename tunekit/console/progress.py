@@ -32,9 +32,10 @@ class Progress:
         first_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
         budget_bytes: int | None = None,
+        speed_unit: str = "tok",
     ) -> None:
         self._console = console
-        self._total, self._budget_bytes = total_steps, budget_bytes
+        self._total, self._budget_bytes, self._speed_unit = total_steps, budget_bytes, speed_unit
         self._losses: deque[float] = deque(maxlen=CURVE_STEPS)
         self._clock = clock
         self._began = clock()
@@ -95,7 +96,7 @@ class Progress:
             else f"loss {record.loss:.4f}",
             "curve": curve_text(list(self._losses), CURVE_COLUMNS) if draws else "",
             "rate": f"lr {record.learning_rate:.2e}",
-            "speed": f"{record.tokens_per_second:,.0f} tok/s",
+            "speed": f"{record.tokens_per_second:,.0f} {self._speed_unit}/s",
             "memory": f"peak {bytes_text(record.peak_bytes)}{budget}",
             "left": "" if left is None else f"{time_text(left)} left",
         }

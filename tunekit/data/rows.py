@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from tunekit.data.encoding.notes import dropped_notes
 from tunekit.data.encoding.sample import sample_source, scaled
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
+from tunekit.data.reading.folder import with_table
 from tunekit.data.reading.shards import machine_memory_bytes, must_stream
 from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.files.cache_folder import hash_of
@@ -41,9 +42,10 @@ class Written(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A row for generation: ids up to its last answer, that answer, and the text of those ids."""
+    """A row for generation: what is asked (of text, ids up to its last answer), that answer, and the text of what is
+    asked."""
 
-    prompt_ids: list[int]
+    asked: Any
     reference: str
     text: str
 
@@ -84,7 +86,7 @@ class RowSet:
             except TunekitError as error:
                 raise DataError(error.problems[0].what, file=file, line=line) from None
             if found is not None:
-                prompts.append(Prompt(*found, encoder.tokenizer.decode(found[0])))
+                prompts.append(Prompt(*found, encoder.shown(found[0])))
         return prompts
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
@@ -96,6 +98,7 @@ class RowSet:
 
 def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None) -> RowSet:
     """Encoded training and evaluation rows. Raises: DataError naming every wrong row, or that none is left."""
+    data = _with_tables(data)
     options = encode_options(data)
     memory_bytes = machine_memory_bytes()
     if any(must_stream(source, memory_bytes) for source in data.train):
@@ -135,6 +138,7 @@ def load_evaluation_rows(
     data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None
 ) -> RowSet:
     """Only the evaluation rows of a data section; `train` is empty unless they are a fraction of it."""
+    data = _with_tables(data)
     if isinstance(data.eval, tuple):
         options = encode_options(data)
         sources = load_sources(data.eval, objective, options, cache_dir)
@@ -200,6 +204,13 @@ def _load_streamed(
         evaluation_examples=own.evaluation_examples if own else lambda: iter(()),
         options=options,
     )
+
+
+def _with_tables(data: DataSection) -> DataSection:
+    """The section, each folder with a table being that table."""
+    train, evaluation = tuple(map(with_table, data.train)), data.eval
+    evaluation = tuple(map(with_table, evaluation)) if isinstance(evaluation, tuple) else evaluation
+    return data.model_copy(update={"train": train, "eval": evaluation})
 
 
 def _whole(source: EncodedSource) -> Part:

@@ -46,7 +46,12 @@ def first_line(error: BaseException) -> str:
 
 def shape_text(batch: Batch) -> str:
     """A micro-batch as a person counts it: 4 x 512 tokens."""
-    return f"{len(batch.sequences):,} x {batch.width:,} tokens"
+    return f"{len(batch.sequences):,} x {batch.width:,} {counted(batch)}"
+
+
+def counted(batch: Batch) -> str:
+    """What the size of a micro-batch counts."""
+    return "tokens" if batch.line_size is None else "positions"
 
 
 class Splitting:
@@ -97,7 +102,7 @@ class Splitting:
         collect_failed()
         if self._react is not None:
             what = f"a micro-batch of {shape_text(failed)} ran out of memory"
-            how = f"split in two, as all from now on with {self.tokens:,} padded tokens or more"
+            how = f"split in two, as all from now on with {self.tokens:,} padded {counted(failed)} or more"
             self._react(Reaction(what, how, step))
 
 
@@ -112,4 +117,4 @@ def document_too_large(batch: Batch | None, reason: str) -> ResourceError:
     if batch is None:
         return ResourceError(f"out of memory ({reason})", HOW)
     row = batch.rows[0]
-    return ResourceError(f"out of memory on a single document of {row.size:,} tokens, {row.origin} ({reason})", HOW)
+    return ResourceError(f"out of memory on a single document of size {row.size:,}, {row.origin} ({reason})", HOW)

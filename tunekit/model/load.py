@@ -47,7 +47,7 @@ class LoadedModel:
     device: torch.device
     fingerprint: str | None
     facts: ModelFacts
-    text: TextFacts
+    text: TextFacts | None  # None: it neither reads nor writes text
     generation_config: Any
     notes: list[str] = field(default_factory=list)
     sidecar: Sidecar | None = None  # the file that the weights are views into, on a CPU
@@ -248,7 +248,8 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Any
     if isinstance(section, HeadedModel):
         config.id2label = dict(enumerate(section.labels))
         config.label2id = {label: number for number, label in enumerate(section.labels)}
-        config.pad_token_id = section.head_pad_id if config.pad_token_id is None else config.pad_token_id
+        pad_id = getattr(config, "pad_token_id", None)
+        config.pad_token_id = section.head_pad_id if pad_id is None else pad_id
     _check_known(config, family, section)
     config.use_cache = False
     if hasattr(config, "transformers_weights"):
@@ -357,12 +358,14 @@ def _facts(net: nn.Module, request: _Request) -> ModelFacts:
         attention=str(config._attn_implementation),
         total_parameters=element_count(net),
         layers=len(family.layers(net)),
-        hidden_size=int(config.hidden_size),
+        hidden_size=family.hidden_size(net),
         fingerprint=request.fingerprint,
     )
 
 
-def _text_facts(net: nn.Module, family: Family) -> TextFacts:
+def _text_facts(net: nn.Module, family: Family) -> TextFacts | None:
+    if family.ids is None:
+        return None
     config, name = text_config(net), family.embedding_name(net)
     embedding: Any = net.get_submodule(name) if name else None
     positions = getattr(config, "max_position_embeddings", None)

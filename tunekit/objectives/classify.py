@@ -19,7 +19,7 @@ from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.formats.labels import LabelExample
 from tunekit.model.placing import placed
-from tunekit.objectives.labelled import EMPTY_TEXT, LabelObjective, make_objective_of
+from tunekit.objectives.labelled import EMPTY_TEXT, LabelTextObjective, make_objective_of
 from tunekit.objectives.rows import TextEncoder
 from tunekit.recipe.objectives.classify import ClassifySettings
 
@@ -56,7 +56,7 @@ def make_row(
     return Row({"ids": tokens, "label": label}, (len(tokens),), 1, origin, number)
 
 
-class Classify(LabelObjective):
+class Classify(LabelTextObjective):
     """loss = sum over rows of -log p(label | text); divided by the step's number of rows."""
 
     metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")

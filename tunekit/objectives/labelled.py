@@ -1,7 +1,7 @@
 """What objectives share whose head has one score a label: the labels, the base with its head, rows of one text.
 
-Comes in: settings, a tokenizer, and labels where they are known.  Goes out: LabelObjective, which an objective's file
-makes whole.
+Comes in: settings, a processor, and labels where they are known.  Goes out: LabelObjective, or LabelTextObjective over
+texts, which an objective's file makes whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tunekit.machine.devices import summing_dtype
 from tunekit.model.text.generation import check_prompts
 from tunekit.objectives.confusion import label_sums
 from tunekit.objectives.logprobs import row_losses
-from tunekit.objectives.rows import TextObjective, put_around
+from tunekit.objectives.rows import RowObjective, put_around
 from tunekit.recipe.label_settings import LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
 
@@ -33,24 +33,22 @@ EMPTY_TEXT = "empty text"
 Kind = TypeVar("Kind", bound="LabelObjective")
 
 
-class LabelObjective(TextObjective):
-    """loss = sum over labels of -log p(label | text); divided by the step's number of labels.
+class LabelObjective(RowObjective):
+    """loss = sum over labels of -log p(label | row); divided by the step's number of labels."""
 
-    A row's part `ids` is a text with the tokenizer's special tokens around it.
-    """
-
-    packable = True
+    pad_id: int | None = None  # of a base whose configuration names no padding
 
     def __init__(
         self,
         settings: LabelSettings,
-        tokenizer: Tokenizer,
+        processor: Any,
         labels: Sequence[str],
         head: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> None:
         """`head`: labels of the rows of the base's own head, where it has one."""
-        super().__init__(settings, tokenizer)
+        super().__init__(settings, processor)
+        self.processor = processor
         self.settings, self.labels, self.head, self.notes = settings, tuple(labels), tuple(head), notes
         self.facts = {"labels": list(labels)}
         self.complete = bool(labels)
@@ -64,22 +62,10 @@ class LabelObjective(TextObjective):
         """(N, C) float32 scores of the batch's labels, and their (N,) numbers, on the device."""
         raise NotImplementedError
 
-    @cached_property
-    def around(self) -> tuple[list[int], list[int]]:
-        """Special tokens before and after a text."""
-        return put_around(self.tokenizer)
-
-    @cached_property
-    def padding(self) -> int:
-        """The id that fills rows up, masked: none of those that end a text, for which the heads of T5 and BART look."""
-        ends = self.around[1]
-        ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
-        return next(each for each in ids if each not in ends)
-
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
         """The base with a head of one score a label: its own where that is for these labels."""
         new = bool(self.head) and self.head != self.labels
-        head = {"new_head": new, "labels": self.labels, "head_seed": seed, "head_pad_id": self.tokenizer.pad_id}
+        head = {"new_head": new, "labels": self.labels, "head_seed": seed, "head_pad_id": self.pad_id}
         return HeadedModel.of(model, family=self.family, **head)
 
     def informed(self, rows: Sequence[Rows], template: str | None = None) -> Objective:
@@ -108,19 +94,79 @@ class LabelObjective(TextObjective):
                 f"the base's own head ({shown(self.head)}) is not used, and a new one trained for {shown(labels)}; "
                 "to keep it, list its labels in the order of its rows under objective.labels"
             )
-        return type(self)(self.settings, self.tokenizer, labels, self.head, notes)  # type: ignore[return-value]
-
-    def check_options(self, options: EncodeOptions) -> None:
-        """Raises: RecipeError where a long text would be split."""
-        if options.excess_length == "split":
-            what = "a piece of a text need not have the labels of the whole"
-            raise RecipeError.of([Problem(what, "write truncate, drop or error", key="data.excess_length")])
+        return type(self)(self.settings, self.processor, labels, self.head, notes)  # type: ignore[return-value]
 
     def check_label(self, label: str) -> None:
         """Raises: DataError for a label beyond those that were given."""
         if self.labels and label not in self.labels:
             what = f"the label '{label}' is not among the labels ({shown(self.labels)})"
             raise DataError(what, "mend it, or list it under objective.labels")
+
+    def numbers(self, sequences: Sequence[Sequence[Row]]) -> Tensor:
+        """(N,) the numbers of the labels of all rows, in order."""
+        places = {label: number for number, label in enumerate(self.labels)}
+        return torch.tensor([places[label] for rows in sequences for row in rows for label in self.labels_of(row)])
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Shapes: output.logits (R, C) or (B, T, C), or output.hidden (B, T, D) -> total (1,)."""
+        scores, labels = self.scores(output, batch)
+        return Loss(torch.nn.functional.cross_entropy(scores, labels, reduction="sum")[None])
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """loss, and those of label_sums."""
+        scores, labels = self.scores(output, batch)
+        losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
+        loss = losses.sum(dtype=summing_dtype(losses.device))
+        return {"loss": loss, **row_losses(losses, batch), **label_sums(scores, labels)}
+
+    def most_likely(self, model: Any, rows: Sequence[Row], batch_size: int) -> list[str]:
+        """The likeliest labels of each row, a blank between those of several."""
+        found: list[str] = []
+        for start in range(0, len(rows), batch_size):
+            some = rows[start : start + batch_size]
+            batch = self.collate([[row] for row in some])
+            chosen = iter(self.scores(model.output(batch.inputs), batch)[0].argmax(dim=-1).tolist())
+            found += [" ".join(self.labels[next(chosen)] for _ in range(row.supervised)) for row in some]
+        return found
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """`inputs`, and where the labels of which are."""
+        raise NotImplementedError
+
+
+class LabelTextObjective(LabelObjective):
+    """Over texts: a row's part `ids` is one with the tokenizer's special tokens around it."""
+
+    packable = True
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The processor: of texts there is no other."""
+        found: Tokenizer = self.processor
+        return found
+
+    @property
+    def pad_id(self) -> int:  # type: ignore[override]
+        """The tokenizer's."""
+        return self.tokenizer.pad_id
+
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """Special tokens before and after a text."""
+        return put_around(self.tokenizer)
+
+    @cached_property
+    def padding(self) -> int:
+        """The id that fills rows up, masked: none of those that end a text, for which the heads of T5 and BART look."""
+        ends = self.around[1]
+        ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
+        return next(each for each in ids if each not in ends)
+
+    def check_options(self, options: EncodeOptions) -> None:
+        """Raises: RecipeError where a long text would be split."""
+        if options.excess_length == "split":
+            what = "a piece of a text need not have the labels of the whole"
+            raise RecipeError.of([Problem(what, "write truncate, drop or error", key="data.excess_length")])
 
     def sized(self, ids: Sequence[int] | np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
         """(size,) ids of a text, cut or again and again, the special tokens at its end kept there: heads look for them.
@@ -156,23 +202,6 @@ class LabelObjective(TextObjective):
             inputs["attention_mask"] = real_positions([sum(each) for each in sizes]).long()
         return inputs
 
-    def numbers(self, sequences: Sequence[Sequence[Row]]) -> Tensor:
-        """(N,) the numbers of the labels of all rows, in order."""
-        places = {label: number for number, label in enumerate(self.labels)}
-        return torch.tensor([places[label] for rows in sequences for row in rows for label in self.labels_of(row)])
-
-    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Shapes: output.logits (R, C) or (B, T, C), or output.hidden (B, T, D) -> total (1,)."""
-        scores, labels = self.scores(output, batch)
-        return Loss(torch.nn.functional.cross_entropy(scores, labels, reduction="sum")[None])
-
-    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, and those of label_sums."""
-        scores, labels = self.scores(output, batch)
-        losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
-        loss = losses.sum(dtype=summing_dtype(losses.device))
-        return {"loss": loss, **row_losses(losses, batch), **label_sums(scores, labels)}
-
     def answer(
         self,
         model: Any,
@@ -194,30 +223,17 @@ class LabelObjective(TextObjective):
         if not all(prompts):
             raise InputError("a text is empty, and the tokenizer puts nothing around it", "give it words to classify")
         check_prompts(prompts, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
-        rows = [self.asked(ids) for ids in prompts]
-        found: list[str] = []
-        for start in range(0, len(rows), batch_size):
-            some = rows[start : start + batch_size]
-            batch = self.collate([[row] for row in some])
-            chosen = iter(self.scores(model.output(batch.inputs), batch)[0].argmax(dim=-1).tolist())
-            found += [" ".join(self.labels[next(chosen)] for _ in range(row.supervised)) for row in some]
-        return found
+        return self.most_likely(model, [self.asked(ids) for ids in prompts], batch_size)
 
     def asked(self, ids: Sequence[int]) -> Row:
         """A row of ids whose labels are not known: it has the first one."""
         raise NotImplementedError
 
-    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """`inputs`, and where the labels of which are."""
-        raise NotImplementedError
 
-
-def make_objective_of(
-    kind: type[Kind], settings: LabelSettings, tokenizer: Tokenizer, facts: Mapping[str, Any]
-) -> Kind:
+def make_objective_of(kind: type[Kind], settings: LabelSettings, processor: Any, facts: Mapping[str, Any]) -> Kind:
     """The objective; facts are the labels that its head was trained for, or the base's."""
     given = facts.get("labels") or settings.labels
-    return kind(settings, tokenizer, [str(label) for label in given], facts.get("head", ()))
+    return kind(settings, processor, [str(label) for label in given], facts.get("head", ()))
 
 
 def _by_number(label: str) -> tuple[bool, int, str]:

@@ -1,6 +1,6 @@
-"""What objectives over text share: rows of token ids, answers by generation, and nothing to prepare.
+"""What objectives share, and those over text: rows of token ids, answers by generation, and nothing to prepare.
 
-Comes in: settings and a tokenizer.  Goes out: TextObjective, which an objective's file makes whole.
+Comes in: settings and a processor.  Goes out: RowObjective or TextObjective, which an objective's file makes whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.contracts import GREEDY, Batch, Gather, Objective, Row, Rows, Sampling, Tokenizer, Window
+from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Tokenizer, Window
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.files.cache_folder import hash_of
@@ -41,23 +41,26 @@ class TextEncoder:
         """A user's turn where there is a chat template, else a text to go on with."""
         return self.renderer.question(text)
 
+    def shown(self, asked: Sequence[int]) -> str:
+        """The text of ids."""
+        return self.tokenizer.decode(asked)
 
-class TextObjective:
-    """An Objective over rows of text: units are what its rows count as supervised."""
+
+class RowObjective:
+    """An Objective over rows of any kind: units are what its rows count as supervised."""
 
     packable = False
-    metrics: Sequence[str] = ("loss", "perplexity")
+    metrics: Sequence[str] = ("loss",)
     logged: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
     repeats = 1
     complete = True
     notes: Sequence[str] = ()
 
-    def __init__(self, settings: ObjectiveSettings, tokenizer: Tokenizer) -> None:
+    def __init__(self, settings: ObjectiveSettings, processor: Processor | Tokenizer) -> None:
         self.name, self.family, self.example = settings.method, settings.family, settings.example
         self.reference = settings.reference
-        self.tokenizer = tokenizer
-        self.fingerprint = hash_of([settings.model_dump(mode="json"), tokenizer.fingerprint])
+        self.fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
 
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
         """The base as it is."""
@@ -90,6 +93,16 @@ class TextObjective:
     def units(self, batch: Batch) -> Tensor:
         """(1,) float64: what the batch's rows count as supervised."""
         return torch.tensor([float(batch.supervised)], dtype=torch.float64)
+
+
+class TextObjective(RowObjective):
+    """An Objective over rows of text."""
+
+    metrics: Sequence[str] = ("loss", "perplexity")
+
+    def __init__(self, settings: ObjectiveSettings, tokenizer: Tokenizer) -> None:
+        super().__init__(settings, tokenizer)
+        self.tokenizer = tokenizer
 
     def answer(
         self,

@@ -22,7 +22,7 @@ from tunekit.errors import DataError
 from tunekit.formats.tags import TagsExample
 from tunekit.metrics.span_f1 import find_spans, kinds_of
 from tunekit.model.placing import placed
-from tunekit.objectives.labelled import EMPTY_TEXT, LabelObjective, make_objective_of
+from tunekit.objectives.labelled import EMPTY_TEXT, LabelTextObjective, make_objective_of
 from tunekit.objectives.rows import TextEncoder
 from tunekit.recipe.objectives.token_classify import TokenClassifySettings
 
@@ -105,7 +105,7 @@ def make_row(ids: Any, firsts: Any, tags: Sequence[str], origin: str, number: in
     return Row(parts, (len(parts["ids"]),), len(tags), origin, number)
 
 
-class TokenClassify(LabelObjective):
+class TokenClassify(LabelTextObjective):
     """loss = sum over words of -log p(tag | text); divided by the step's number of words."""
 
     settings: TokenClassifySettings

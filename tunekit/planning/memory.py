@@ -132,7 +132,8 @@ def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | Non
     """What plan may choose: all axes within a budget, else layers and tier alone."""
     run, base = forecast.run, forecast.base
     written = (run.training.micro_batch_size, run.training.gradient_accumulation_steps)
-    chunk = device_chunk_tokens(base.text.vocabulary_size, run.device)
+    vocabulary = 0 if base.text is None else base.text.vocabulary_size
+    chunk = device_chunk_tokens(vocabulary, run.device) if vocabulary else LEAST_CHUNK_TOKENS
     micro_batches, chunks, passes = [written], [chunk], []
     if resumed is not None:
         micro_batches = [(resumed.micro_batch_size, resumed.gradient_accumulation_steps)]
@@ -184,13 +185,14 @@ def _budget_reasons(
 def make_workload(forecast: Forecast) -> Workload:
     """What the cost of a choice depends on, from the largest batch."""
     training, facts = forecast.run.training, forecast.base.facts
-    batch = forecast.largest_batch(training.micro_batch_size)
+    batch, text = forecast.largest_batch(training.micro_batch_size), forecast.base.text
+    vocabulary = 0 if text is None else text.vocabulary_size
     return Workload(
         device=forecast.run.device.type,
         layers=facts.layers,
         row_tokens=batch.width if training.micro_batch_size is not None else batch.padded,
         step_tokens=batch.padded * training.gradient_accumulation_steps,
-        head_share=min(1.0, forecast.base.text.vocabulary_size * facts.hidden_size / max(facts.total_parameters, 1)),
+        head_share=min(1.0, vocabulary * facts.hidden_size / max(facts.total_parameters, 1)),
     )
 
 

@@ -13,16 +13,16 @@ from tunekit.adapters.base import slot_count
 from tunekit.adapters.kernels.joined_lora import describe, planned_groups
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
-from tunekit.contracts import Batch, Rows
+from tunekit.contracts import Batch, Processor, Rows
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches, filled_batch
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
 from tunekit.machine.devices import make_devices
 from tunekit.model.attention.documents import keeps_documents_apart, shares_prefixes
+from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.storage.gguf import parsed_once
-from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning import refusals
@@ -46,7 +46,7 @@ from tunekit.records import Choice, Plan, PlannedRows, Target
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.state import Prepared
 from tunekit.tuned.evaluator import check_choices
-from tunekit.tuned.fit import check_family, longest_positions, row_problems
+from tunekit.tuned.fit import check_family, longest_tokens, row_problems
 from tunekit.tuned.labels import start_facts
 from tunekit.tuned.reward_models import scorer_bytes
 from tunekit.tuned.teacher import read_teacher, teacher_of, teacher_problems
@@ -64,7 +64,7 @@ class Inputs:
 
     model: ModelSection  # as the objective has the base loaded
     base: LoadedModel
-    tokenizer: LoadedTokenizer
+    processor: Processor
     rows: RowSet
     targets: list[Target]
     adapter: AdapterSettings  # with its texts as token ids
@@ -110,7 +110,7 @@ def make_plan(
     if windows is None:
         raise findings.error()
     findings.add(
-        row_problems(inputs.base, inputs.tokenizer, inputs.rows.objective, inputs.rows.all, inputs.virtual_tokens)
+        row_problems(inputs.base, inputs.processor, inputs.rows.objective, inputs.rows.all, inputs.virtual_tokens)
     )
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(list(reference_problems(recipe.adapter, inputs.rows.objective)))
@@ -124,7 +124,7 @@ def make_plan(
         windows = inputs.rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
     largest = forecast.largest_batch(settings.micro_batch_size)
-    return plan, Prepared(inputs.model, inputs.tokenizer, inputs.rows, settings, inputs.adapter, largest)
+    return plan, Prepared(inputs.model, inputs.processor, inputs.rows, settings, inputs.adapter, largest)
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
@@ -134,23 +134,23 @@ def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
 
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
-    """Model, tokenizer, rows and targets; the problems of all of them are noted."""
+    """Model, processor, rows and targets; the problems of all of them are noted."""
     family, seed, model = recipe.objective.family, recipe.training.seed, recipe.model
     rows = targets = adapter = None
     with parsed_once(model.name_or_path):
-        tokenizer = findings.attempt(lambda: load_tokenizer(recipe.model))
+        processor = findings.attempt(lambda: make_family(family).processor(recipe.model))
         facts = findings.attempt(lambda: start_facts(recipe))
-        if tokenizer is not None:
-            objective = make_objective(recipe.objective, tokenizer, facts)
+        if processor is not None:
+            objective = make_objective(recipe.objective, processor, facts)
             rows = findings.attempt(lambda: load_rows(recipe.data, objective, seed=seed))
             model = (objective if rows is None else rows.objective).section(model, seed)
         if rows is not None:
             read = rows
             findings.attempt(lambda: check_choices(read, recipe.evaluation, recipe.data))
         base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
-    if tokenizer is not None:
-        with_tokenizer = load_method(recipe.adapter.method).with_tokenizer
-        adapter = findings.attempt(lambda: with_tokenizer(recipe.adapter, tokenizer))
+    if processor is not None:
+        text, with_tokenizer = processor.tokenizer, load_method(recipe.adapter.method).with_tokenizer
+        adapter = findings.attempt(lambda: recipe.adapter if text is None else with_tokenizer(recipe.adapter, text))
     if base is not None and adapter is not None:
         given, beside = adapter, base.family.trained_with(base.net)
         adapter = findings.attempt(lambda: with_saved_modules(given, beside))
@@ -159,18 +159,18 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
         if adapter is not None and not _fits_the_model(adapter, base, findings):
             return None
-    if base is None or tokenizer is None or rows is None or targets is None or adapter is None:
+    if base is None or processor is None or rows is None or targets is None or adapter is None:
         return None
     section, teacher = teacher_of(rows.objective), None
     if section is not None:
         found = findings.attempt(lambda: read_teacher(section, device))
         if found is None:
             return None
-        teacher, problems = found[0], list(teacher_problems(*found, tokenizer, recipe.memory))
+        teacher, problems = found[0], list(teacher_problems(*found, processor.tokenizer, recipe.memory))
         findings.add(problems)
         if problems:
             return None
-    return Inputs(model, base, tokenizer, rows, targets, adapter, teacher)
+    return Inputs(model, base, processor, rows, targets, adapter, teacher)
 
 
 def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:
@@ -186,6 +186,10 @@ def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> Adapte
 def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findings) -> bool:
     """Whether an adapter of the whole model can enter this one."""
     whole = load_method(adapter.method).model
+    if whole is not None and not base.family.reads_ids:
+        what = f"{adapter.method} puts vectors among those of token ids, and {base.family.text} reads none"
+        findings.add([Problem(what, "choose an adapter of layers, lora for one", key="adapter.method")])
+        return False
     return whole is None or findings.attempt(lambda: whole.slots(adapter, base.net)) is not None
 
 
@@ -255,7 +259,7 @@ def _sampled(
 ) -> tuple[int, int, int]:
     """Completions side by side, tokens of the longest prompt, and of a completion."""
     new_tokens, count = settings.max_completion_length, settings.sampling_batch_size
-    longest = max(map(longest_positions, rows)) - new_tokens
+    longest = max(map(longest_tokens, rows)) - new_tokens
     if training.micro_batch_size is not None:
         rows_of_a_step = training.micro_batch_size * training.gradient_accumulation_steps
         count = min(count, rows_of_a_step * settings.num_generations)
@@ -363,7 +367,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
         notes.append(f"{len(experts)} fused expert parameters stay as they are, {experts[0]} for one")
     if inputs.virtual_tokens:
         notes.append(f"{inputs.virtual_tokens:,} virtual tokens before each row, beyond data.max_length")
-    notes += refusals.position_notes(inputs.base, inputs.rows.all, inputs.virtual_tokens)
+    notes += refusals.position_notes(inputs.base, inputs.rows, inputs.virtual_tokens)
     notes += refusals.run_notes(recipe, inputs.base, device)
     notes += start_notes(recipe.adapter, inputs.targets)
     notes += refusals.rate_notes(recipe.training, steps)

@@ -6,14 +6,15 @@ Comes in: the recipe, the model without weights, tokenizer, rows.  Goes out: Pro
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from tunekit.contracts import Objective, Rows
+from tunekit.contracts import Objective
+from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 from tunekit.model.attention.documents import may_be_packed
@@ -24,7 +25,7 @@ from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.schedules import rate_multiplier, warmup_steps
-from tunekit.tuned.fit import longest_positions
+from tunekit.tuned.fit import longest_tokens
 
 HIGHEST_RATE = 0.3  # with which Lester et al. 2021 tune prompts; other methods take far less
 LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # of a configuration's layer_types
@@ -90,13 +91,13 @@ def repeat_problems(recipe: Recipe, repeats: int) -> Iterator[Problem]:
             yield Problem(what, f"write a multiple of {repeats} (objective.num_iterations)", key=f"training.{name}")
 
 
-def position_notes(base: LoadedModel, rows: Sequence[Rows], virtual_tokens: int) -> Iterator[str]:
+def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iterator[str]:
     """Rows longer than what the model was trained for, where positions are computed and not looked up."""
-    longest_tokens = max(longest_positions(some) for some in rows) + virtual_tokens
+    longest = max(longest_tokens(some, rows.objective.layout) for some in rows.all) + virtual_tokens
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
-    if isinstance(trained, int) and longest_tokens > trained and base.family.learned_positions(base.net) is None:
+    if isinstance(trained, int) and longest > trained and base.family.learned_positions(base.net) is None:
         yield (
-            f"warning: the longest row has {longest_tokens} tokens, and the model was made for {trained}; "
+            f"warning: the longest row has {longest} tokens, and the model was made for {trained}; "
             "beyond them its attention extrapolates"
         )
 

@@ -65,6 +65,12 @@ def units_of(objective: str) -> str:
     return f"{found.unit}s"
 
 
+def sizes_of(objective: str) -> str:
+    """What the sizes of an objective's rows count: tokens, frames, pixels."""
+    found: Any = settings_class("objectives", objective)
+    return f"{found.size_unit}s"
+
+
 def needs_generation(metric: str) -> bool:
     """Whether a known metric compares answers with references (else it follows from an objective's sums)."""
     return hasattr(facts_of("metrics", metric), "score")

@@ -69,7 +69,8 @@ class ObjectiveSettings(MethodSettings):
     texts;
     `sums`: what its evaluation adds up, of which metrics are made; `supervised`: whether it measures models of its
     family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `unit`:
-    what its loss sums over; `default_learning_rate`: before that of the adapter.
+    what its loss sums over; `size_unit`: what the sizes of its rows count; `default_learning_rate`: before that of the
+    adapter.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -81,6 +82,7 @@ class ObjectiveSettings(MethodSettings):
     supervised: ClassVar[bool] = False
     samples: ClassVar[bool] = False
     unit: ClassVar[str] = "supervised token"
+    size_unit: ClassVar[str] = "token"
 
 
 class StartSettings(MethodSettings):

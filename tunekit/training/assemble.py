@@ -184,7 +184,7 @@ def _make_evaluate(
 def _make_keep_rows(session: Session, prepared: Prepared) -> Callable[[int, Evaluation], None]:
     """What leaves the loss of each evaluation row in the run folder."""
     rows = prepared.rows.evaluation
-    kept = None if rows is None else RowLosses(rows, prepared.rows.objective, prepared.tokenizer)
+    kept = None if rows is None else RowLosses(rows, prepared.rows.objective, prepared.processor.tokenizer)
 
     def keep_rows(step: int, found: Evaluation) -> None:
         if kept is not None and session.folder is not None and found.sums.row_losses:

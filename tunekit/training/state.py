@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import Batch, Engine, Objective, WindowSource
+from tunekit.contracts import Batch, Engine, Objective, Processor, WindowSource
 from tunekit.data.batching.windows import BatchSettings
 from tunekit.data.rows import RowSet
 from tunekit.machine.devices import Devices
-from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.section import AdapterSettings
@@ -67,7 +66,7 @@ class Prepared:
     """What plan made on the way and train needs again."""
 
     model: ModelSection  # as the objective has the base loaded
-    tokenizer: LoadedTokenizer
+    processor: Processor
     rows: RowSet
     batch_settings: BatchSettings  # with the micro-batches that plan chose
     adapter: AdapterSettings  # with its texts as token ids

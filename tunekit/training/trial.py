@@ -64,7 +64,7 @@ def probe_logprobs(model: TunedModel, batch: Batch) -> None:
     """
     if not model.base.family.answers:
         return
-    difference = logprob_difference(model, batch.inputs["input_ids"])
+    difference = logprob_difference(model, batch.inputs)
     if not difference <= TOLERANCE[model.base.dtype]:
         raise ModelError(
             f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from tunekit.adapters.several import AdapterSet
-from tunekit.contracts import Objective, Rows
+from tunekit.contracts import Objective, Processor, Rows
 from tunekit.errors import ModelError
 from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
-from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.tuned.evaluator import Asked, Evaluator
 from tunekit.tuned.fit import row_problems
@@ -17,7 +16,7 @@ from tunekit.tuned.model import TunedModel
 def adapter_losses(
     model: LoadedModel,
     adapters: AdapterSet,
-    tokenizer: LoadedTokenizer,
+    processor: Processor,
     objective: Objective,
     rows: Rows,
     devices: Devices,
@@ -31,7 +30,7 @@ def adapter_losses(
     for name in (None, *adapters.adapters):
         adapters.switch(name)
         tuned = TunedModel(model, adapters.adapters.get(name or ""))
-        problems = row_problems(model, tokenizer, objective, [rows], tuned.virtual_tokens)
+        problems = row_problems(model, processor, objective, [rows], tuned.virtual_tokens)
         if problems:
             raise ModelError.of(problems)
         evaluator = Evaluator(tuned, objective, devices, rows, Asked(), settings, metric_names=("loss",))

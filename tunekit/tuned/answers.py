@@ -25,12 +25,12 @@ def answer_questions(
 ) -> list[str]:
     """The model's answer to each question, in order; questions are shared among the ranks, and of each rank those of
     similar length share a batch."""
-    mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: len(questions[at].prompt_ids))
+    mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: len(questions[at].asked))
     texts: list[str] = []
     with undisturbed(model):
         for start in range(0, len(mine), batch_size):
             told("answers written", devices.world * start, len(questions))
-            prompts = [questions[index].prompt_ids for index in mine[start : start + batch_size]]
+            prompts = [questions[index].asked for index in mine[start : start + batch_size]]
             texts += objective.answer(
                 model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
             )

@@ -24,6 +24,7 @@ from tunekit.formats.example import Message
 from tunekit.model.call import Call, calling
 from tunekit.model.text.generation import find_stop_ids, generate_texts, prompt_cache
 from tunekit.model.text.vocabulary import check_vocabulary
+from tunekit.records import TextFacts
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.target import LoadedTarget
 
@@ -93,10 +94,8 @@ class Speaker:
 
         Raises: DataError where the template refuses it, or where it leaves the model no position for an answer.
         """
-        ids, facts = (
-            Renderer(self.target.tokenizer, "assistant", self.template).turns(messages),
-            self.target.model.base.text,
-        )
+        ids = Renderer(self.target.tokenizer, "assistant", self.template).turns(messages)
+        facts = self._facts
         check_vocabulary(self.target.tokenizer, facts.vocabulary_size, max(ids))
         if facts.positions is not None and len(ids) >= facts.positions:
             what = f"the conversation has {len(ids):,} tokens, and the model reads at most {facts.positions:,}"
@@ -157,8 +156,13 @@ class Speaker:
 
     def _room(self, prompt: Sequence[int]) -> float:
         """The most tokens that an answer to it can have; an encoder's prompt takes none of its answer's positions."""
-        base = self.target.model.base
-        return (base.text.positions or inf) - (0 if base.family.reads_source else len(prompt))
+        return (self._facts.positions or inf) - (0 if self.target.model.base.family.reads_source else len(prompt))
+
+    @property
+    def _facts(self) -> TextFacts:
+        facts = self.target.model.base.text
+        assert facts is not None  # make_speaker saw to it
+        return facts
 
     @contextmanager
     def _through(self, name: str) -> Iterator[TunedModel]:
@@ -220,8 +224,9 @@ def _begins(text: str, stop: str) -> int:
 def make_speaker(loaded: LoadedTarget, name: str = "adapter") -> Speaker:
     """The target's own adapter, where it has one, as one of several. Raises: InputError where it cannot chat."""
     model, template = loaded.model, loaded.target.chat_template
-    if not model.base.family.answers:
-        raise InputError(f"{model.base.facts.name_or_path} is {model.base.family.text}, which gives no text")
+    if not model.base.family.answers or not model.base.family.reads_ids:
+        does = "reads" if model.base.family.answers else "gives"
+        raise InputError(f"{model.base.facts.name_or_path} is {model.base.family.text}, which {does} no text")
     if template is None and loaded.tokenizer.chat_template is None:
         how = "ask it with `tunekit generate`, or name a template: data.chat_template of its recipe"
         raise InputError("the tokenizer has no chat template, so there are no turns to chat in", how)

@@ -15,13 +15,13 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.artifacts.checkpoint import load_checkpoint
-from tunekit.contracts import Objective
+from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import RunFolderError
+from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, base_fingerprint, make_meta_model
 from tunekit.model.storage.model_folder import copy_companions, whole_model_folder
 from tunekit.model.storage.rewrite import Rewriter
-from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
@@ -59,7 +59,7 @@ def export_model(
     section: ModelSection,
     base: LoadedModel,
     adapter: AttachedAdapter,
-    tokenizer: LoadedTokenizer,
+    processor: Processor,
     chat_template: str | None,
 ) -> int:
     """Write the trained base whole or not at all, in the dtype of its files, a shard in memory at a time; its bytes.
@@ -67,7 +67,7 @@ def export_model(
     rewriter = Rewriter(section, "full", loaded=base)
     with whole_model_folder(folder) as staging:
         rewriter.write(staging, rewriter.as_changes(adapter.trained()))
-        copy_companions(section, rewriter.source.folder, tokenizer, chat_template, staging)
+        copy_companions(section, rewriter.source.folder, processor, chat_template, staging)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -106,7 +106,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
         )
     section = recipe.model.model_copy(update=model)
     named = {key: value for key, value in facts["objective"].items() if key != "method"}
-    objective = make_objective(recipe.objective, load_tokenizer(section), named)
+    objective = make_objective(recipe.objective, make_family(recipe.objective.family).processor(section), named)
     section, cpu = objective.section(section, recipe.training.seed), torch.device("cpu")
     fingerprint = base_fingerprint(section)
     if fingerprint != found.facts["fingerprint"]["base"]:

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tunekit.contracts import Objective, Rows
+from tunekit.contracts import Objective, Processor, RowLayout, Rows, Tokenizer
 from tunekit.errors import ModelError, Problem
 from tunekit.model.load import LoadedModel
-from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.recipe import supervised_objective
 
 
@@ -34,30 +33,35 @@ def check_family(base: LoadedModel, family: str) -> LoadedModel:
 
 def row_problems(
     base: LoadedModel,
-    tokenizer: LoadedTokenizer,
+    processor: Processor,
     objective: Objective,
     rows: Sequence[Rows],
     virtual_tokens: int = 0,
 ) -> list[Problem]:
     """Rows that the model cannot take: too long for its positions, or with ids beyond its embedding."""
-    longest = max((longest_positions(some) for some in rows), default=0) + virtual_tokens
+    tokenizer = processor.tokenizer
+    if base.text is None or tokenizer is None:
+        return []
+    longest = max((longest_tokens(some, objective.layout) for some in rows), default=0) + virtual_tokens
     problems = list(position_problems(base, longest, virtual_tokens))
     for some in rows:
         problems += [] if problems else vocabulary_problems(base, tokenizer, some, objective.layout.token_parts)
     return problems
 
 
-def longest_positions(rows: Rows) -> int:
-    """Positions that the longest part of a row takes: each part counts anew."""
-    return int(np.asarray(rows.sizes).max(initial=0))
+def longest_tokens(rows: Rows, layout: RowLayout | None = None) -> int:
+    """Positions that the longest part of a row takes, of those that are tokens: each part counts anew."""
+    sizes = np.asarray(rows.sizes)  # (rows, sizes)
+    if layout is not None and layout.token_sizes is not None:
+        sizes = sizes[:, list(layout.token_sizes)]
+    return int(sizes.max(initial=0))
 
 
-def vocabulary_problems(
-    base: LoadedModel, tokenizer: LoadedTokenizer, rows: Rows, parts: Sequence[str]
-) -> Iterator[Problem]:
+def vocabulary_problems(base: LoadedModel, tokenizer: Tokenizer, rows: Rows, parts: Sequence[str]) -> Iterator[Problem]:
     """Ids in the rows beyond the model's embedding."""
+    assert base.text is not None  # row_problems saw to it
     size = base.text.vocabulary_size
-    if tokenizer.vocabulary_size <= size:
+    if tokenizer.vocabulary_size <= size or not parts:
         return
     for index in range(len(rows)):
         row = rows[index]

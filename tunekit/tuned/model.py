@@ -112,6 +112,7 @@ class TunedModel:
 
     def finished(self, hidden: Tensor) -> ModelOutput:
         """What the objective reads of last hidden states (B, T, D)."""
+        assert self.base.text is not None  # of others the head reads rows
         chunk = self.chunk_tokens or logits_chunk_tokens(self.base.text.vocabulary_size)
         head = self.base.family.head(self.base.net)
         of_teacher = None if self.teacher is None else self.teacher.base

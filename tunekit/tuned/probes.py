@@ -33,12 +33,14 @@ def packing_leak(model: TunedModel, ids: Tensor) -> float:
     return _relative_difference(packed[:, PROBE_TOKENS:], alone)
 
 
-def logprob_difference(model: TunedModel, ids: Tensor) -> float:
+def logprob_difference(model: TunedModel, inputs: dict[str, Tensor]) -> float:
     """Largest difference, relative to the largest loss, of our chunked losses and those of the net's own logits, of a
-    row drawn from `ids`."""
-    ids = _probe_ids(ids, 2)  # (1, T)
+    row drawn from the ids of `inputs`."""
+    family = model.base.family
+    assert family.ids is not None  # it answers
+    ids = _probe_ids(inputs[family.ids], 2)  # (1, T)
     index, targets = (part.to(model.device) for part in supervised_positions(ids))
-    inputs = model.base.family.inputs_of(ids)
+    inputs = family.inputs_of(ids, inputs)
     with undisturbed(model):
         output = replace(model.output(inputs), chunk_tokens=5)
         ours = losses_of_positions(output, index, targets)

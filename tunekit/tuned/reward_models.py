@@ -48,13 +48,15 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
     if not isinstance(objective, Reward):
         what = f"it was made for {objective.name} and gives no scores"
         raise RecipeError(what, "name a run of objective: reward, or its adapter", key=key)
+    text = model.base.text
+    assert text is not None  # a reward model reads text
     options = EncodeOptions("assistant", loaded.target.chat_template, 0, "drop")
     renderer = objective.row_encoder(options).renderer
 
     @torch.no_grad()
     def score(written: Sequence[Written]) -> list[float]:
         sequences = [_ids(each, renderer, tokenizer.eos_id) for each in written]
-        check_vocabulary(tokenizer, model.base.text.vocabulary_size, max(map(max, sequences)))
+        check_vocabulary(tokenizer, text.vocabulary_size, max(map(max, sequences)))
         check_prompts(sequences, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at]))
         with undisturbed(model):

@@ -26,7 +26,7 @@ class RowLosses:
 
     rows: Rows
     objective: Objective
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
 
     @cached_property
     def names(self) -> dict[str, list[Any]]:
@@ -64,8 +64,10 @@ class RowLosses:
         }
 
 
-def segments(part: Part, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+def segments(part: Part, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
     """Stretches of text that are trained on or not; decoded whole, so that split characters are shown right."""
+    if tokenizer is None or not len(part.ids):
+        return []
     trained = part.trained  # (T,)
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
     pairs = pairwise(borders)

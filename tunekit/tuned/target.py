@@ -20,11 +20,12 @@ from tunekit.contracts import TEACHER, Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
-from tunekit.model.families import FAMILIES
+from tunekit.model.families import FAMILIES, make_family
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
+from tunekit.model.storage.inspection import family_of_base
 from tunekit.model.storage.source import find_source
-from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
@@ -100,12 +101,21 @@ class Target:
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A target with its model and tokenizer."""
+    """A target with its model and what makes rows for it."""
 
     target: Target
     model: TunedModel
-    tokenizer: LoadedTokenizer
+    processor: Processor
     objective: Objective  # for which it was trained, or which measures models of its family
+
+    @property
+    def tokenizer(self) -> LoadedTokenizer:
+        """Of a model that reads or writes text. Raises: InputError for others."""
+        if not isinstance(self.processor.tokenizer, LoadedTokenizer):
+            raise InputError(
+                f"it is {self.model.base.family.text}, which neither reads nor writes text", "name another"
+            )
+        return self.processor.tokenizer
 
 
 def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Target:
@@ -240,27 +250,49 @@ def _bare_model(name: str, given: TargetOverrides) -> Target:
     return Target("model", model, EvaluationSection().model_copy(update=given.evaluation))
 
 
-def objective_of(target: Target, tokenizer: LoadedTokenizer) -> Objective | None:
+def processor_of(target: Target) -> Processor:
+    """What makes rows for the target's base. Raises: ModelError."""
+    return make_family(_family_of(target)).processor(target.model)
+
+
+def _family_of(target: Target) -> str:
+    """The family as which the target's base is loaded: its recipe's, its adapter's, or the base's own."""
+    if target.recipe is not None:
+        return str(target.recipe.objective.family)
+    config = None if target.adapter is None else read_adapter_config(target.adapter)
+    method = ((config.objective if config else None) or {}).get("method")
+    if method in known_names("objectives"):
+        found: Any = settings_class("objectives", method)
+        return str(found.family)
+    named = None if config is None or config.task_type is None else _family_of_task(config.task_type)
+    return named or family_of_base(target.model)
+
+
+def _family_of_task(task_type: str) -> str | None:
+    return next((name for name, kind in FAMILIES.items() if kind.task_type == task_type), None)
+
+
+def objective_of(target: Target, processor: Processor) -> Objective | None:
     """For what the target was or would be trained, as its recipe or its adapter's folder say; None of bare models."""
     config = None if target.adapter is None else read_adapter_config(target.adapter)
     facts = dict((config.objective if config else None) or {})
     method = facts.pop("method", None)
     if target.recipe is not None:
         facts = start_facts(target.recipe) if target.kind == "recipe" else facts
-        objective = make_objective(target.recipe.objective, tokenizer, facts)
+        objective = make_objective(target.recipe.objective, processor, facts)
         if objective.complete:
             return objective
         if target.kind == "run" and target.adapter is None:
             return None  # the model itself knows: see measuring_objective
         return load_rows(target.recipe.data, objective, seed=target.seed).objective
     if method in known_names("objectives") and not _needs_its_recipe(method):
-        return make_objective(make_objective_settings({"method": method}), tokenizer, facts)
+        return make_objective(make_objective_settings({"method": method}), processor, facts)
     if config is None:
         return None
-    family = next((name for name, kind in FAMILIES.items() if kind.task_type == config.task_type), "causal")
+    family = _family_of(target)
     facts = head_facts(config, target.model)
     settings = _measuring_settings(family, facts)
-    return None if settings is None else make_objective(settings, tokenizer, facts)
+    return None if settings is None else make_objective(settings, processor, facts)
 
 
 def _needs_its_recipe(method: str) -> bool:
@@ -270,9 +302,9 @@ def _needs_its_recipe(method: str) -> bool:
     return bool(found.reference == TEACHER or found.samples)
 
 
-def as_trained(target: Target, tokenizer: LoadedTokenizer) -> tuple[Target, Objective | None]:
+def as_trained(target: Target, processor: Processor) -> tuple[Target, Objective | None]:
     """The target with its base as the objective has it loaded, and that objective."""
-    objective = objective_of(target, tokenizer)
+    objective = objective_of(target, processor)
     return (target if objective is None else replace(target, model=objective.section(target.model))), objective
 
 
@@ -282,26 +314,33 @@ def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
     Raises: ModelError where nothing says which base it is.
     """
     section = base_section(config, named_base(base), "name it with --base MODEL")
-    if config.task_type not in [FAMILIES[name].task_type for name in ("classifier", "token_classifier")]:
-        return section
     target = Target("adapter", section, EvaluationSection(), adapter=config.folder)
-    return as_trained(target, load_tokenizer(section))[0].model
+    if make_family(_family_of(target)).answers:
+        return section
+    return as_trained(target, processor_of(target))[0].model
 
 
-def load_target(target: Target, device: torch.device) -> LoadedTarget:
-    """Load the base, put the adapter into it, and load the tokenizer; ready for evaluation.
-
-    Where the recipe streams the base's weights or computes its MLPs in tiles, so does this.
-    """
-    choice = target.choice
+def load_base(
+    target: Target, device: torch.device, choice: Choice | None = None
+) -> tuple[Target, LoadedModel, Processor, Objective]:
+    """The target with its base as the objective has it loaded, that base, what makes rows for it, and the objective."""
+    choice = choice or Choice()
     with parsed_once(target.model.name_or_path):
-        tokenizer = load_tokenizer(target.model)
-        target, objective = as_trained(target, tokenizer)
+        processor = processor_of(target)
+        target, objective = as_trained(target, processor)
         base = load_model(
             target.model, device=device, streamed=choice.streaming != "off", streamed_head=choice.streamed_head
         )
-    objective = objective or measuring_objective(base, tokenizer)
-    attach = None
+    return target, base, processor, objective or measuring_objective(base, processor)
+
+
+def load_target(target: Target, device: torch.device) -> LoadedTarget:
+    """Load the base, put the adapter into it, and load what makes rows for it; ready for evaluation.
+
+    Where the recipe streams the base's weights or computes its MLPs in tiles, so does this.
+    """
+    choice, attach = target.choice, None
+    target, base, processor, objective = load_base(target, device, choice)
     if target.adapter is not None:
         attach = partial(
             attach_adapter_folder,
@@ -311,4 +350,4 @@ def load_target(target: Target, device: torch.device) -> LoadedTarget:
             base_fingerprint=base.fingerprint,
             device=base.device,
         )
-    return LoadedTarget(target, prepare_network(base, choice, attach), tokenizer, objective)
+    return LoadedTarget(target, prepare_network(base, choice, attach), processor, objective)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def as_teacher(base: LoadedModel) -> TunedModel:
 
 
 def teacher_problems(
-    teacher: LoadedModel, theirs: LoadedTokenizer, own: LoadedTokenizer, memory: MemorySection
+    teacher: LoadedModel, theirs: LoadedTokenizer, own: Any, memory: MemorySection
 ) -> Iterator[Problem]:
     """Why a model cannot teach a student with the tokenizer `own`."""
     if memory.streamed_head:

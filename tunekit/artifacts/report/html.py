@@ -18,7 +18,7 @@ from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.metrics.sources import sources_table
-from tunekit.recipe.names import units_of
+from tunekit.recipe.names import sizes_of, units_of
 from tunekit.records import bytes_text, calibration_text, skipped_text
 
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")
@@ -171,7 +171,8 @@ def _verdict(run: RunValues) -> dict[str, str] | None:
 
 
 def _tiles(run: RunValues) -> list[dict[str, str]]:
-    report, units = run.report, units_of(run.recipe.get("objective", {}).get("method", "sft"))
+    report, method = run.report, run.recipe.get("objective", {}).get("method", "sft")
+    sizes, units = sizes_of(method), units_of(method)
     last = run.evaluations[-1]["eval"] if run.evaluations else {}
     first = run.evaluations[0]["eval"] if run.evaluations and run.evaluations[0]["step"] == 0 else {}
     tiles = [
@@ -184,13 +185,8 @@ def _tiles(run: RunValues) -> list[dict[str, str]]:
         off = f"{(predicted - measured) / measured:+.1%}"
         tiles.append(("peak memory of the run", bytes_text(measured), f"predicted {bytes_text(predicted)} ({off})"))
     if report.get("tokens_per_second"):
-        tiles.append(
-            (
-                "speed",
-                f"{report['tokens_per_second']:,.0f} tokens/s",
-                f"{report['tokens']:,} tokens, {report['supervised_tokens']:,} {units}",
-            )
-        )
+        of_rows = f"{report['tokens']:,} {sizes}, {report['supervised_tokens']:,} {units}"
+        tiles.append(("speed", f"{report['tokens_per_second']:,.0f} {sizes}/s", of_rows))
     if report.get("seconds"):
         seconds = sum(report["seconds"].values())
         tiles.append(("time", _duration(seconds), f"{_duration(report['seconds'].get('train', 0))} of it in steps"))
@@ -370,7 +366,9 @@ def _rows(run: RunValues) -> dict[str, Any] | None:
         if counts
         for reason, count in counts.get("dropped_reasons", {}).items()
     ]
-    head = ["rows", *(name.replace("_", " ") for name in names)]
+    method = run.recipe.get("objective", {}).get("method", "sft")
+    shown = {"tokens": sizes_of(method), "supervised_tokens": units_of(method), "longest_tokens": "longest"}
+    head = ["rows", *(shown.get(name, name) for name in names)]
     return _section("Rows", text=[*reasons, *run.plan.get("notes", [])], tables=[_table("", head, lines)])
 
 

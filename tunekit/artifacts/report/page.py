@@ -15,7 +15,7 @@ from tunekit.console.text import curve_text, means_of
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.metrics.sources import sources_table
-from tunekit.recipe.names import known_names, settings_class, units_of
+from tunekit.recipe.names import known_names, settings_class, sizes_of, units_of
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text, skipped_text
 
 CURVE_COLUMNS = 60
@@ -43,7 +43,7 @@ def make_page(
         _head(path, facts, plan),
         _result(facts, losses, rewards),
         _memory(facts, plan),
-        _speed(facts, units_of(plan.objective)),
+        _speed(facts, units_of(plan.objective), sizes_of(plan.objective)),
         _rows(facts, plan),
         _size(facts, plan),
         _reactions(facts, plan),
@@ -203,17 +203,17 @@ def _difference(predicted: int, measured: int) -> str:
     return f"{(predicted - measured) / measured:+.1%}" if measured else ""
 
 
-def _speed(facts: ReportFacts, units: str) -> str:
+def _speed(facts: ReportFacts, units: str, sizes: str) -> str:
     lines = ["## Speed"]
     rates = [
-        ("tokens per second", facts.tokens_per_second),
+        (f"{sizes} per second", facts.tokens_per_second),
         (f"{units} per second", facts.supervised_tokens_per_second),
     ]
     measured = [[name, f"{value:,.0f}"] for name, value in rates if value is not None]
     if measured:
         lines.append(_table(["rate", "value"], measured))
         lines.append(
-            f"Tokens are those of the rows, padding never counted; the loss is taken over the {units}. "
+            f"{sizes.capitalize()} are those of the rows, padding never counted; the loss is taken over the {units}. "
             "The time is that spent in optimizer steps; loading, evaluation and saving are not in it."
         )
     seconds = sorted(facts.seconds.items(), key=lambda item: _place(SECONDS_ORDER, item[0]))
@@ -221,7 +221,7 @@ def _speed(facts: ReportFacts, units: str) -> str:
         lines.append(_table(["time for", "seconds"], [[escape(name), f"{value:,.1f}"] for name, value in seconds]))
     if facts.calibration is not None:
         lines.append(escape(calibration_text(facts.calibration).capitalize()) + ".")
-    lines.append(f"{facts.tokens:,} tokens were seen, with {facts.supervised_tokens:,} {units}.")
+    lines.append(f"{facts.tokens:,} {sizes} were seen, with {facts.supervised_tokens:,} {units}.")
     return "\n\n".join(lines)
 
 

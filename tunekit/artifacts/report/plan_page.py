@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from tunekit.recipe.names import units_of
+from tunekit.recipe.names import sizes_of, units_of
 from tunekit.records import Plan, Target, bytes_text
 
 ATTENTION = {
@@ -28,7 +28,7 @@ def facts(plan: Plan) -> dict[str, object]:
         "weights": "not quantized" if model.quantization == "none" else model.quantization,
         "parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} trained ({share:.2%})",
         "rows": f"{rows.trained:,} of {rows.read:,} ({rows.truncated:,} truncated{dropped})",
-        "tokens": f"{about}{rows.tokens:,} an epoch; {learned} in the run",
+        sizes_of(plan.objective): f"{about}{rows.tokens:,} an epoch; {learned} in the run",
         "evaluation rows": None if plan.rows.evaluation is None else f"{plan.rows.evaluation.trained:,}",
         "attention": ATTENTION.get(model.attention, f"{model.attention}, with a mask over whole rows"),
         "packing": f"{'yes' if plan.rows.packing else 'no'}: {plan.rows.packing_reason}",
@@ -45,7 +45,7 @@ def _micro_batches(plan: Plan) -> str:
     count = plan.choice.micro_batch_size
     unit = ("pack" if plan.rows.packing else "row") + ("" if count == 1 else "s")
     tokens = plan.recipe.get("training", {}).get("micro_batch_tokens")
-    size = f"{count:,} {unit}" if count else f"{unit} of {tokens:,} padded tokens"
+    size = f"{count:,} {unit}" if count else f"{unit} of {tokens:,} padded {sizes_of(plan.objective)}"
     steps = plan.choice.gradient_accumulation_steps
     rows = f": {count * steps:,} {'packs' if plan.rows.packing else 'rows'} a step" if count else ""
     return f"{steps:,} a step, of {size} each{rows}"

@@ -27,6 +27,7 @@ from tunekit.errors import DataError
 
 BUFFER_ROWS = 10_000
 BUFFER_TOKENS = 1_000_000  # some shards, and a few seconds of encoding before the first step
+BUFFER_BYTES = 256_000_000  # of rows that are no texts: those are far smaller
 PACKED_WINDOWS = 8  # rows of so many windows are packed at a time
 DRAWS = 4096
 
@@ -69,18 +70,20 @@ class StreamedSource:
         """Encoded rows of one pass in bounded buffers, each with the share of the shards begun before it ended."""
         problems, name = Problems(), self.sharded.source.path
         begun = [0]
-        source = SourceEncoder(format_maker(self.format_name), self.objective.row_encoder(self.options), name)
+        make_example = format_maker(self.format_name, name)
+        source = SourceEncoder(make_example, self.objective.row_encoder(self.options), name)
         found = map(source.outcome, self._raw_rows(seed, epoch, shuffle, problems, begun))
         encoded = encode_rows(found, self.objective, self.options, name=name, problems=problems, counts=SourceCounts())
         buffer: list[Row] = []
-        tokens = 0
+        tokens = held = 0
         for row, line, _, _ in encoded:
             buffer.append(replace(row, origin=f"{Path(self.sharded.source.path).name}:{line}"))
             tokens += row.size
-            if len(buffer) >= BUFFER_ROWS or tokens >= BUFFER_TOKENS:
+            held += sum(part.nbytes for part in row.parts.values())
+            if len(buffer) >= BUFFER_ROWS or tokens >= BUFFER_TOKENS or held >= BUFFER_BYTES:
                 problems.raise_if_any()
                 yield buffer, (begun[0] - 1) / len(self.sharded.shards)
-                buffer, tokens = [], 0
+                buffer, tokens, held = [], 0, 0
         problems.raise_if_any()
         if buffer:
             yield buffer, (begun[0] - 1) / len(self.sharded.shards)

@@ -17,10 +17,12 @@ import numpy as np
 
 from tunekit.contracts import Objective, Row, RowLayout
 from tunekit.data.encoding.outcomes import Dropped, MakeExample, Outcome
+from tunekit.data.reading.folder import media_folder
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
 from tunekit.formats.example import Example
 from tunekit.formats.fields import read_weight
+from tunekit.formats.media import located
 
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
@@ -58,9 +60,24 @@ class Encoded(NamedTuple):
     digest: int  # of the whole row, so that its pieces stay together
 
 
-def format_maker(name: str) -> MakeExample:
-    """The function that turns a row of the format into an Example, its weight included."""
-    return partial(_weighted, importlib.import_module(f"tunekit.formats.{name}").make_example)
+def format_maker(name: str, source: str = "") -> MakeExample:
+    """The function that turns a row of the format into an Example, its weight included; files that rows name are looked
+    for beside `source`."""
+    module = importlib.import_module(f"tunekit.formats.{name}")
+    fields = media_fields(name)
+    if not fields:
+        return partial(_weighted, module.make_example)
+    return partial(_beside, module.make_example, fields, media_folder(source))
+
+
+def media_fields(name: str) -> tuple[str, ...]:
+    """Fields of the format under which rows name files, or hold them."""
+    found: tuple[str, ...] = getattr(importlib.import_module(f"tunekit.formats.{name}"), "MEDIA", ())
+    return found
+
+
+def _beside(make: MakeExample, fields: Sequence[str], folder: str, row: Mapping[str, Any]) -> Any:
+    return make(located(row, fields, folder))
 
 
 def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Any:
@@ -141,8 +158,11 @@ def cut_row(row: Row, objective: Objective, options: EncodeOptions, counts: Sour
 
 
 def digest_of(row: Row, layout: RowLayout) -> int:
-    """64 bits of a row's ids: equal rows have equal digests, whatever file they stand in."""
+    """64 bits of a row's ids, and of what else tells rows apart: equal rows have equal digests, whatever file they
+    stand in."""
     digest = hashlib.blake2b(digest_size=8)
     for part in layout.token_parts:
         digest.update(np.ascontiguousarray(row.parts[part], dtype="<i4").tobytes())
+    for part in layout.told_by:
+        digest.update(np.ascontiguousarray(row.parts[part], dtype=layout.parts[part]).tobytes())
     return int.from_bytes(digest.digest(), "little")

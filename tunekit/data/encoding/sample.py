@@ -47,7 +47,7 @@ def sample_source(source: Source, number: int, objective: Objective, options: En
     encoder = objective.row_encoder(options)
     streams = memory_streams(objective.layout)
     writer = StoreWriter(objective.layout, streams)
-    found = map(SourceEncoder(format_maker(format_name), encoder, source.path).outcome, rows)
+    found = map(SourceEncoder(format_maker(format_name, source.path), encoder, source.path).outcome, rows)
     encoded = encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts)
     for piece in encoded:
         writer.add(*piece)

@@ -5,8 +5,10 @@ Comes in: a Source, an Objective, EncodeOptions.  Goes out: EncodedSource.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,18 +16,21 @@ from typing import Any
 
 from tunekit.contracts import Objective
 from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker, media_fields
 from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
 from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.folder import is_folder, media_folder, names_hash
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.source import hub_fingerprint, is_hub_name
-from tunekit.errors import DataError, Problem, RecipeError
+from tunekit.data.reading.source import hub_fingerprint, is_data_set
+from tunekit.errors import DataError, Problem, RecipeError, TunekitError
 from tunekit.files.cache_folder import code_version, default_cache_folder, hash_of
 from tunekit.formats.example import Example
+from tunekit.formats.media import located, read_media
 from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.names import formats_of
 
 LONGEST_TEMPLATE_BYTES = 2**20
 FACTS = ("format", "reason", "columns", "counts", "notices")  # of a source, kept beside its rows
@@ -93,10 +98,37 @@ def load_source(source: Source, objective: Objective, options: EncodeOptions, *,
 
 
 def source_fingerprint(source: Source, objective: Objective, options: EncodeOptions) -> str:
-    """sha256 over the source's content and everything that decides how it is encoded; its path is no part of it."""
-    hub = is_hub_name(source.path)
-    content = hub_fingerprint(source) if hub else content_hash(inspect_file(Path(source.path)).path)
-    return hash_of([content, Path(source.path).suffixes, *encoding_facts(source, objective, options)])
+    """sha256 over the source's content, that of the files its rows name, and everything that decides how it is encoded;
+    its path is no part of it."""
+    path = Path(source.path)
+    if is_data_set(source.path):
+        content = hub_fingerprint(source)
+    elif is_folder(source.path):
+        content = names_hash(path)
+    else:
+        content = content_hash(inspect_file(path).path)
+    suffixes = [] if is_folder(source.path) else path.suffixes
+    facts = [content, suffixes, *encoding_facts(source, objective, options)]
+    media = _media_hash(source, objective)
+    return hash_of(facts if media is None else [*facts, media])
+
+
+def _media_hash(source: Source, objective: Objective) -> str | None:
+    """sha256 of the files that the rows name, in their order; None where they name none. One that is not there counts
+    as such: the row says so when it is encoded."""
+    if not any(media_fields(name) for name in formats_of(objective.example)):
+        return None
+    rows, _, format_name, _ = open_rows(source, objective.example, Problems())
+    fields, folder, digest = media_fields(format_name), media_folder(source.path), hashlib.sha256()
+    for row in rows:
+        placed = located(row.values, fields, folder)
+        for field in fields:
+            with suppress(TunekitError, OSError, ValueError):
+                named = read_media(placed, field)
+                whole = content_hash(Path(named.path)) if named.data is None else hashlib.sha256(named.data).hexdigest()
+                digest.update(f"{field} {whole} ".encode())
+        digest.update(b";")
+    return digest.hexdigest()
 
 
 def encoding_facts(source: Source, objective: Objective, options: EncodeOptions) -> list[Any]:
@@ -108,7 +140,7 @@ def encoding_facts(source: Source, objective: Objective, options: EncodeOptions)
 def _encode_into(writer: StoreWriter, source: Source, objective: Objective, options: EncodeOptions) -> Facts:
     problems, counts = Problems(), SourceCounts()
     rows, first, format_name, reason = open_rows(source, objective.example, problems)
-    encoder = SourceEncoder(format_maker(format_name), objective.row_encoder(options), source.path)
+    encoder = SourceEncoder(format_maker(format_name, source.path), objective.row_encoder(options), source.path)
     found = outcomes(rows, encoder, objective, options)
     for piece in encode_rows(found, objective, options, name=source.path, problems=problems, counts=counts):
         if not problems.count:
@@ -123,7 +155,7 @@ def read_examples(source: Source, objective: Objective, numbers: Container[int])
     """Some examples of a source that was encoded before, by their numbers from 0, each with its line."""
     problems = Problems()
     rows, _, format_name, _ = open_rows(source, objective.example, problems)
-    make_example = format_maker(format_name)
+    make_example = format_maker(format_name, source.path)
     for number, raw in enumerate(rows):
         if number in numbers:
             yield raw.line, make_example(raw.values)

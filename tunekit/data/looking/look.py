@@ -81,7 +81,7 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
     """Every row of one source. `held`: the evaluation rows, where these are to train on."""
     found, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
-    make_example = format_maker(format_name)
+    make_example = format_maker(format_name, source.path)
     for row in rows:
         found.rows += 1
         text = "\n".join(_texts(row.values))

@@ -17,7 +17,7 @@ from pathlib import Path
 from tunekit.data.reading.data_file import DataFile, inspect_file, open_bytes
 from tunekit.data.reading.lines import LONGEST_LINE_BYTES, RawRow, parse_line
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.source import is_hub_name, prepare_rows, read_row_groups, read_source, row_group_sizes
+from tunekit.data.reading.source import is_data_set, prepare_rows, read_row_groups, read_source, row_group_sizes
 from tunekit.errors import DataError
 from tunekit.recipe.data import Source
 
@@ -72,7 +72,7 @@ def must_stream(source: Source, memory_bytes: int) -> bool:
 
 def shard_source(source: Source) -> Sharded:
     """The source's shards, after one pass over its bytes. Raises: DataError for what cannot be streamed at all."""
-    if is_hub_name(source.path):
+    if is_data_set(source.path):
         name = hashlib.sha256(f"{source.path}@{source.revision}/{source.split}".encode()).hexdigest()
         return Sharded(source, None, (Shard(0, -1, 0),), None, name)
     file = inspect_file(Path(source.path))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.data.reading.data_file import KINDS, DataFile, inspect_file, open_bytes
+from tunekit.data.reading.folder import is_folder, is_saved, read_classes, with_table
 from tunekit.data.reading.lines import RawRow, read_json_array, read_json_lines, read_text
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
@@ -33,9 +34,20 @@ def is_hub_name(path: str) -> bool:
     return bool(_HUB_NAME.fullmatch(path)) and Path(path).suffix.lower() not in (*KINDS, ".gz")
 
 
+def is_data_set(path: str) -> bool:
+    """Whether datasets reads it: from the hub, or from a folder that it wrote."""
+    return is_hub_name(path) or is_saved(path)
+
+
 def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
     """The first max_rows rows, columns renamed. Raises: DataError where the source cannot be read at all."""
-    rows = _read_hub(source) if is_hub_name(source.path) else read_file(inspect_file(Path(source.path)), problems)
+    source = with_table(source)
+    if is_data_set(source.path):
+        rows = _read_hub(source)
+    elif is_folder(source.path):
+        rows = read_classes(Path(source.path))
+    else:
+        rows = read_file(inspect_file(Path(source.path)), problems)
     return prepare_rows(islice(rows, source.max_rows), source)
 
 
@@ -187,15 +199,32 @@ def _load_hub(source: Source, *, streaming: bool) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path = f"hf://datasets/{source.path}" if Path(source.path).exists() else source.path  # which is no folder here
+    path = source.path
+    if Path(path).exists() and not is_saved(path):
+        path = f"hf://datasets/{path}"  # which is no folder here
     printed = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # of each retry, a line
     try:
-        return datasets.load_dataset(path, split=source.split, revision=source.revision, streaming=streaming)
+        if is_saved(path):
+            rows = datasets.load_from_disk(path)
+            rows = rows.to_iterable_dataset() if streaming else rows
+        else:
+            rows = datasets.load_dataset(path, split=source.split, revision=source.revision, streaming=streaming)
+        return _undecoded(rows)
     except Exception as error:  # datasets raises whatever its loaders, the hub or the network raise
         raise _hub_error(source, error) from error
     finally:
         logging.disable(printed)
+
+
+def _undecoded(rows: Any) -> Any:
+    """The data set with its sounds and images as {bytes, path}, however they were kept."""
+    import datasets
+
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Audio | datasets.Image):
+            rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows
 
 
 def _hub_error(source: Source, error: Exception) -> DataError:

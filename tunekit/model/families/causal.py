@@ -5,6 +5,7 @@ Comes in: a net as transformers builds it.  Goes out: `Family`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunekit.contracts import Stages
+from tunekit.contracts import Processor, Stages
 from tunekit.errors import ModelError
 from tunekit.model.families.heads import TextHead, make_head
 from tunekit.model.families.stages import is_proven, make_stack
@@ -24,6 +25,7 @@ from tunekit.model.families.structure import (
     name_of,
     text_config,
 )
+from tunekit.recipe.model import ModelSection
 
 UNUSED_ROWS = 2  # OPT's table of positions begins with two rows that no position uses
 FINAL_NORMS = (
@@ -37,16 +39,24 @@ class Family:
     """Causal language models: tokens in, hidden states (B, T, D), a head (D) -> (V)."""
 
     name: str = "causal"
-    task_type: str = "CAUSAL_LM"  # as PEFT's adapter folders name the family
+    task_type: str | None = "CAUSAL_LM"  # as PEFT's adapter folders name the family; None: PEFT has no class for it
     text: str = "a causal language model"
     answers: bool = True  # whether it generates text
     reads_source: bool = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
+    reads_ids: bool = True  # whether what it is asked is token ids; else sounds or images
+    ids: str | None = "input_ids"  # the input that holds the ids of which it has logits; None: it has no vocabulary
 
     def auto_class(self) -> Any:
         """transformers' class that loads a base of this family."""
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
+
+    def processor(self, section: ModelSection) -> Processor:
+        """What turns examples into rows for a base of this family. Raises: ModelError."""
+        from tunekit.model.text.tokenizer import load_tokenizer
+
+        return load_tokenizer(section)
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """The decoder layers in order, with their module names."""
@@ -84,13 +94,22 @@ class Family:
         """What an objective of this family must know of the net."""
         return {}
 
-    def inputs_of(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the net is called with for one row of ids (1, T)."""
+    def hidden_size(self, net: nn.Module) -> int:
+        """Of what the layers hand on."""
+        return int(text_config(net).hidden_size)
+
+    def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """What the net is called with for one row of ids (1, T); `beside`: of a batch, whose first row has what else
+        the net reads."""
         return {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
 
-    def scores(self, net: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        """What the head makes of one row of ids (1, T): (T, V) float32, of a classifier (1, C)."""
-        return self.head(net).logits(self.hidden(net, self.inputs_of(ids))[0])
+    def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:
+        """Of a family that reads no ids: what the net could be called with for one row, always the same."""
+        raise NotImplementedError
+
+    def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the head makes of one row, of what the net is called with: (T, V) float32, of a classifier (1, C)."""
+        return self.head(net).logits(self.hidden(net, inputs)[0])
 
     def takes_positions(self, net: nn.Module) -> bool:
         """Whether the base accepts position ids; without them rows cannot be packed or padded on the left."""

@@ -5,6 +5,7 @@ Comes in: a net as transformers builds it.  Goes out: `ClassifierFamily`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +58,11 @@ class ClassifierFamily(Family):
         config: Any = net.config
         return {"labels": [str(label) for _, label in sorted(config.id2label.items())]}
 
-    def inputs_of(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         return {"input_ids": ids}
 
-    def scores(self, net: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        return self.logits(net, self.inputs_of(ids)).float()
+    def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.logits(net, inputs).float()
 
     def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
         """The layers in order, of an encoder-decoder both stacks', with their module names."""

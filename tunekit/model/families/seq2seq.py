@@ -5,6 +5,7 @@ Comes in: a net as transformers builds it.  Goes out: `Seq2SeqFamily`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ class Seq2SeqFamily(Family):
         """Never: an encoder sees the whole source."""
         return False
 
-    def inputs_of(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What the net is called with for one row of ids (1, T), source and answer at once."""
         return {"input_ids": ids, "decoder_input_ids": ids}
 

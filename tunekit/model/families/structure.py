@@ -36,16 +36,18 @@ def expert_layout(net: nn.Module) -> str | None:
 
 
 def base_name(net: nn.Module) -> str:
-    """Module name of the net without its head: the declared one, or the one inside it or the net that takes token ids.
+    """Module name of the net without its head: the declared one, or the one inside it or the net that takes what the
+    net does: token ids, sounds or images.
 
     Llama 4's language model declares the name of another, and a decoder of BART's lies in a shell without arguments.
     """
     name = str(getattr(net, "base_model_prefix", ""))
     declared = getattr(net, name, None) if name else None
     inside = declared if isinstance(declared, nn.Module) else net
-    if inside is declared and "input_ids" in accepted_names(inside):
+    taken = str(getattr(net, "main_input_name", "input_ids"))
+    if inside is declared and taken in accepted_names(inside):
         return name
-    found = [own for own, child in inside.named_children() if "input_ids" in accepted_names(child)]
+    found = [own for own, child in inside.named_children() if taken in accepted_names(child)]
     if len(found) == 1:
         return found[0] if inside is net else f"{name}.{found[0]}"
     if inside is net:

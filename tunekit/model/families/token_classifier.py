@@ -39,9 +39,9 @@ class TokenClassifierFamily(ClassifierFamily):
         left_out = "attention_mask" if self.decoder(net) else "position_ids"
         return Family.logits(self, net, {name: value for name, value in inputs.items() if name != left_out})
 
-    def scores(self, net: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(T, C) float32."""
-        return super().scores(net, ids)[0]
+        return super().scores(net, inputs)[0]
 
     def stages(self, net: nn.Module) -> Stages | None:
         """None: what follows the layers is not a norm alone."""

@@ -15,7 +15,7 @@ from tunekit.errors import ModelError
 from tunekit.files.tensors import read_raw_header
 from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.storage.shards import shard_files
-from tunekit.model.storage.source import ModelSource, read_json
+from tunekit.model.storage.source import ModelSource, find_source, read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 CHUNK_BYTES = 64 * 1024
@@ -115,6 +115,17 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
             key="model.family",
         )
     return found
+
+
+def family_of_base(section: ModelSection) -> str:
+    """The family of a base by its own files; causal where they do not say, which is told where it is loaded."""
+    source = find_source(section, weights=False)
+    if source.gguf_file is not None or not (source.folder / "config.json").exists():
+        return "causal"
+    try:
+        return find_family(read_json(source.folder / "config.json"), section)
+    except ModelError:
+        return "causal"
 
 
 def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:

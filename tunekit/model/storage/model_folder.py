@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tunekit.contracts import Processor
 from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name
-from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.model import ModelSection
 
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
@@ -34,10 +34,11 @@ def whole_model_folder(output: Path) -> Iterator[Path]:
 
 
 def copy_companions(
-    section: ModelSection, base: Path, tokenizer: LoadedTokenizer, chat_template: str | None, folder: Path
+    section: ModelSection, base: Path, processor: Processor, chat_template: str | None, folder: Path
 ) -> None:
-    """Tokenizer, chat template, generation settings, licence; code files only of a base that is trusted to run them."""
-    tokenizer.save(folder)
+    """Tokenizer or other processor, chat template, generation settings, licence; code files only of a base that is
+    trusted to run them."""
+    processor.save(folder)
     if Path(section.name_or_path).suffix != ".gguf":
         patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
         for path in sorted(path for pattern in patterns for path in base.glob(pattern)):

@@ -64,6 +64,11 @@ class LoadedTokenizer:
         self._forbidden_in_text = self.special_ids - {native.unk_token_id}
         self.fingerprint = self._fingerprint()
 
+    @property
+    def tokenizer(self) -> LoadedTokenizer:
+        """Itself: of text no more is needed."""
+        return self
+
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
         """Ids of `text`, nothing added; with special_tokens_in_text=False what spells a special token is text."""
         return self.encode_with_offsets(text, special_tokens_in_text=special_tokens_in_text)[0]

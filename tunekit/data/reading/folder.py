@@ -1,0 +1,80 @@
+"""A folder as a source: with a table of its files (metadata.jsonl, .csv or .parquet), or with one folder a class.
+
+Comes in: a folder.  Goes out: the table's path, or RawRows of {audio or image, label}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunekit.data.reading.lines import RawRow
+from tunekit.errors import DataError
+from tunekit.recipe.data import Source
+
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.tsv", "metadata.json")
+SAVED = "state.json"  # of a data set that datasets wrote with save_to_disk
+MEDIA = {
+    "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au"),
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+}
+FILE_NAME = "file_name"  # what datasets calls the column of a folder's table that names the file
+HOW = f"put {TABLES[0]} or {TABLES[1]} with a column '{FILE_NAME}' into it, or one folder a class"
+
+
+def is_folder(path: str) -> bool:
+    """Whether a source is a folder of files; one that datasets saved is a data set."""
+    try:
+        return os.path.isdir(path) and not is_saved(path)
+    except ValueError:
+        return False
+
+
+def is_saved(path: str) -> bool:
+    """Whether datasets wrote this folder with save_to_disk."""
+    return os.path.isabs(path) and os.path.isfile(os.path.join(path, SAVED))
+
+
+def with_table(source: Source) -> Source:
+    """The source, a folder with a table being that table."""
+    if not is_folder(source.path):
+        return source
+    tables = [name for name in TABLES if os.path.isfile(os.path.join(source.path, name))]
+    if len(tables) > 1:
+        raise DataError(f"the folder holds {' and '.join(tables)}", "keep one of them", file=source.path)
+    return source.model_copy(update={"path": os.path.join(source.path, tables[0])}) if tables else source
+
+
+def media_folder(path: str) -> str:
+    """Seen from where a source's rows name files."""
+    return path if os.path.isdir(path) else os.path.dirname(path)
+
+
+def read_classes(folder: Path) -> Iterator[RawRow]:
+    """Each file of a folder of folders, sorted, with its folder's name as its label.
+
+    Raises: DataError where there is none, or where sounds and images are mixed.
+    """
+    kinds = {ending: kind for kind, endings in MEDIA.items() for ending in endings}
+    found = [
+        (kinds[place.suffix.lower()], place)
+        for inner in sorted(folder.iterdir())
+        if inner.is_dir() and not inner.name.startswith(".")
+        for place in sorted(inner.rglob("*"))
+        if place.suffix.lower() in kinds and place.is_file()
+    ]
+    if not found:
+        raise DataError("the folder holds no table and no folders of sounds or images", HOW, file=str(folder))
+    if len({kind for kind, _ in found}) > 1:
+        raise DataError("the folder holds sounds and images", "keep one kind in it", file=str(folder))
+    for number, (kind, place) in enumerate(found, 1):
+        inner = place.relative_to(folder)
+        yield RawRow(number, {kind: str(inner), "label": inner.parts[0]})
+
+
+def names_hash(folder: Path) -> str:
+    """sha256 of the names of the files that read_classes gives."""
+    names = [str(row.values) for row in read_classes(folder)]
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()

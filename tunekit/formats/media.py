@@ -1,0 +1,57 @@
+"""Files that a row names, or holds: sounds and images.
+
+Comes in: one value of a row, a path or {"bytes": ..., "path": ...} as datasets keeps what is not decoded.  Goes out:
+Media, which is not read yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunekit.errors import DataError
+from tunekit.formats.fields import check_text, read_value
+
+
+@dataclass(frozen=True)
+class Media:
+    """A file by its path, or its bytes, with the name under which they were kept."""
+
+    path: str
+    data: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages and previews."""
+        return os.path.basename(self.path) or "without a name"
+
+
+def read_media(row: Mapping[str, Any], field: str) -> Media:
+    """What stands under `field`."""
+    value = read_value(row, field)
+    if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value):
+        what = f"'{field}' is decoded already"
+        raise DataError(what, "keep the column undecoded: a path, or {bytes, path}")
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (None, value)
+    if data is not None and not isinstance(data, bytes):
+        raise DataError(f"'{field}' has bytes that are {type(data).__name__}", "keep the file's own bytes")
+    if data is not None:
+        return Media(str(path or ""), data)
+    text = check_text(path, field)
+    if not text.strip():
+        raise DataError(f"'{field}' is empty", "name a file, or leave the row out")
+    return Media(text)
+
+
+def located(row: Mapping[str, Any], fields: Sequence[str], folder: str) -> Mapping[str, Any]:
+    """The row with the paths under these fields as they are seen from `folder`."""
+    found = dict(row)
+    for field in fields:
+        value = row.get(field)
+        if isinstance(value, str) and value.strip():
+            found[field] = os.path.join(folder, os.path.expanduser(value))
+        elif isinstance(value, Mapping) and value.get("bytes") is None and isinstance(value.get("path"), str):
+            found[field] = {**value, "path": os.path.join(folder, value["path"])}
+    return found
