@@ -330,6 +330,9 @@ class Objective(Protocol):
     def shared(self, row: Row) -> int:
         """How many of a row's tokens are computed once that its sizes count twice."""
 
+    def begin(self, model: Any, rows: Sequence[Rows], told: Told) -> None:
+        """Make what all steps need of the base: before the first of them, and again before the first after a resume."""
+
     def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
         """The window with all that depends on the step; without gradient. `gather`: where all ranks' shares decide."""
 

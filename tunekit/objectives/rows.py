@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Tokenizer, Window
+from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Told, Tokenizer, Window
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.files.cache_folder import hash_of
@@ -81,6 +81,9 @@ class RowObjective:
     def shared(self, row: Row) -> int:
         """Every token is computed."""
         return 0
+
+    def begin(self, model: object, rows: Sequence[Rows], told: Told) -> None:
+        """Nothing is made before the first step."""
 
     def prepare(self, model: object, window: Window, gather: Gather = list) -> Window:
         """Nothing to prepare."""

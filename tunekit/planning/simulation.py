@@ -160,6 +160,9 @@ class SimulatedRun:
         tables = [] if tuned.head_parts is None or self.device.type == "cpu" else tuned.head_parts.tables
         there = {id(tensor) for table in [on_host, *tables] if table is not None for tensor in table.parameters()}
         weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
+        beside = tuned.base.family.beside(net)  # on a GPU only while they are needed
+        for part in beside if self.device.type == "cpu" or getattr(net, "stays", False) else ():
+            weights += [*part.parameters(), *part.buffers()]
         if tuned.teacher is not None:
             weights += [*tuned.teacher.base.net.parameters(), *tuned.teacher.base.net.buffers()]
         tracker.adopt(weights, "weights")

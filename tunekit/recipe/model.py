@@ -46,3 +46,16 @@ class HeadedModel(ModelSection):
     def of(cls, section: ModelSection, **head: Any) -> HeadedModel:
         """The section with a head."""
         return cls.model_validate({**section.model_dump(), **head})
+
+
+class PipelineModel(ModelSection):
+    """The section of a diffusion pipeline: `trained`, the parts that get an adapter; `stays`: whether the others are
+    needed in every step, and lie on the device with them."""
+
+    trained: tuple[str, ...] = ()
+    stays: bool = False
+
+    @classmethod
+    def of(cls, section: ModelSection, **parts: Any) -> PipelineModel:
+        """The section with its parts."""
+        return cls.model_validate({**section.model_dump(), **parts})

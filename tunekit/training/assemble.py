@@ -63,6 +63,8 @@ def assemble_run(
     if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
     model = _tuned(session, plan, prepared, base, teacher, state, checkpoint)
+    with session.timed("data"):
+        prepared.rows.objective.begin(model, prepared.rows.all, Counting(session.console))
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
     probe_reference(model, prepared.rows.objective, prepared.largest_batch)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunekit.contracts import Stages
+from tunekit.contracts import Processor, Stages
 from tunekit.errors import ModelError
 from tunekit.model.families.causal import Family
 from tunekit.model.families.pipeline.parts import PIPELINES, PipelineNet, denoising_layers
+from tunekit.model.families.pipeline.processor import load_processor
 from tunekit.model.families.pipeline.prompts import encode_prompts
+from tunekit.recipe.model import ModelSection
 
 IDS = "ids of "  # before a text encoder's name, in the inputs
 
@@ -28,6 +30,12 @@ class DiffusionFamily(Family):
     task_type: str = "DIFFUSION"
     text: str = "a diffusion pipeline"
     answers: bool = False
+    reads_ids: bool = False
+    ids: str | None = None
+
+    def processor(self, section: ModelSection) -> Processor:
+        """Its tokenizers, latents and noise schedule. Raises: ModelError."""
+        return load_processor(section)
 
     def auto_class(self) -> Any:
         """None: diffusers loads each part by its own class."""
@@ -56,6 +64,16 @@ class DiffusionFamily(Family):
         found: torch.Tensor = pipeline.denoiser(latents, timestep=inputs["times"], return_dict=False, **more)[0]
         channels = latents.shape[1]
         return found[:, :channels].float() if found.shape[1] == 2 * channels else found.float()
+
+    def hidden_size(self, net: nn.Module) -> int:
+        """Of the widest layer."""
+        return _as_pipeline(net).config.hidden_size
+
+    def beside(self, net: nn.Module) -> list[nn.Module]:
+        return list(_as_pipeline(net).beside.values())
+
+    def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.logits(net, inputs)
 
     def looks_back(self, net: nn.Module) -> bool:
         return False

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunekit.model.families.pipeline.parts import TEXT_ENCODERS, PipelineNet
+from tunekit.model.families.pipeline.parts import TEXT_ENCODERS, PipelineNet, imported
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.transformers_guard import quiet
 
@@ -35,12 +35,10 @@ def draw_pictures(
     net: PipelineNet, processor: PipelineProcessor, prompts: Sequence[str], seeds: Sequence[int], how: Drawing
 ) -> list[NDArray[np.uint8]]:
     """(H, W, 3) for each prompt, which depends on its own seed and on no other prompt."""
-    import diffusers
-
     device = next(net.denoiser.parameters()).device
     found = []
     with quiet(), net.beside_on(device):
-        pipeline = _pipeline(diffusers, net, processor)
+        pipeline = _pipeline(imported(), net, processor)
         pipeline.set_progress_bar_config(disable=True)
         for prompt, seed in zip(prompts, seeds, strict=True):
             latents = pipeline(

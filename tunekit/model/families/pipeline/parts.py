@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from torch import nn
 
 from tunekit.errors import ModelError
 from tunekit.files.untrusted import shown
+from tunekit.model.quantized.codec import import_bitsandbytes
+from tunekit.model.storage.inspection import PIPELINE_INDEX
 from tunekit.model.storage.source import read_json
-from tunekit.model.transformers_guard import quiet
+from tunekit.model.transformers_guard import no_fetched_code, quiet
+from tunekit.recipe.model import ModelSection, PipelineModel
 
-INDEX = "model_index.json"
+INDEX = PIPELINE_INDEX
 KEY = "model.name_or_path"
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -33,7 +38,7 @@ OF_DIFFUSERS = ("UNet2DConditionModel", "SD3Transformer2DModel", "AutoencoderKL"
 OF_TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
 
-@dataclass(frozen=True)
+@dataclass
 class PipelineConfig:
     """What other rooms ask of a base's configuration; `part_configs`: each part's own, by name."""
 
@@ -62,6 +67,7 @@ class PipelineNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.beside, self.dtype = config, dict(beside), dtype
+        self.stays = False  # whether the parts beside are needed in every step
         for name, part in trained.items():
             self.add_module(name, part)
 
@@ -87,13 +93,27 @@ class PipelineNet(nn.Module):
     @contextmanager
     def beside_on(self, device: torch.device) -> Iterator[None]:
         """A block in which the parts beside the trained ones lie on the device; they leave it at its end."""
+        before = {name: next(part.parameters()).device for name, part in self.beside.items()}
         for part in self.beside.values():
             part.to(device)
         try:
             yield
         finally:
-            for part in self.beside.values():
-                part.to("cpu" if device.type != "meta" else device)
+            for name, part in self.beside.items():
+                part.to(device if self.stays else before[name])
+
+
+def imported() -> Any:
+    """diffusers. Raises: ModelError where it is not installed."""
+    if find_spec("bitsandbytes") is not None:
+        import_bitsandbytes()  # which diffusers imports too, with what that does on the side
+    try:
+        with quiet(), no_fetched_code():
+            import diffusers
+    except ImportError as error:
+        how = "run: pip install 'tunekit[diffusion]'"
+        raise ModelError("a diffusion pipeline needs diffusers, which is not installed", how, key=KEY) from error
+    return diffusers
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -139,10 +159,16 @@ def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: 
     return PipelineNet(chosen, {name: part for name, part in parts.items() if name not in trained}, config, dtype)
 
 
-def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) -> Any:
-    import diffusers
-    import transformers
+def load_pipeline(folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
+    """As the section has it: what is trained, and what stays with it. Raises: ModelError."""
+    trained = section.trained if isinstance(section, PipelineModel) else (PIPELINES[read_index(folder)[""]],)
+    net = load_net(folder, trained, dtype, meta=meta)
+    net.stays = isinstance(section, PipelineModel) and section.stays
+    return net
 
+
+def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) -> Any:
+    diffusers, transformers = imported(), import_module("transformers")
     from_diffusers = class_name in OF_DIFFUSERS
     kind: Any = getattr(diffusers if from_diffusers else transformers, class_name)
     try:

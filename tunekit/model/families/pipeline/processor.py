@@ -20,7 +20,7 @@ from torch import Tensor
 from tunekit.contracts import Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
-from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, TEXT_ENCODERS, read_index
+from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, TEXT_ENCODERS, imported, read_index
 from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
@@ -127,19 +127,15 @@ class PipelineProcessor:
     @cached_property
     def alphas_cumprod(self) -> Tensor:
         """(S,) of a diffusion schedule, as diffusers' DDPMScheduler makes it."""
-        import diffusers
-
         with quiet():
-            schedule: Tensor = diffusers.DDPMScheduler.from_config(self.configs["scheduler"]).alphas_cumprod
+            schedule: Tensor = imported().DDPMScheduler.from_config(self.configs["scheduler"]).alphas_cumprod
         return schedule
 
     @cached_property
     def sigmas(self) -> tuple[Tensor, Tensor]:
         """(S,) shares of noise of a flow, and the times that the network is told, as diffusers has them."""
-        import diffusers
-
         with quiet():
-            scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(self.configs["scheduler"])
+            scheduler = imported().FlowMatchEulerDiscreteScheduler.from_config(self.configs["scheduler"])
         count = len(scheduler.timesteps)
         return scheduler.sigmas[:count].float(), scheduler.timesteps.float()
 
