@@ -7,6 +7,7 @@ line.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tunekit.contracts import GREEDY, Sampling
 from tunekit.data.encoding.encode import EncodeOptions, format_maker
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.folder import is_media, media_folder
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, InputError
 from tunekit.machine.devices import Devices, make_devices
@@ -71,7 +73,10 @@ def generate_verb(
     console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
         loaded = load_target(found, devices.device)
-        answers = answer(loaded, texts, sampling, devices) if score is None else []
+        asked = texts
+        if not loaded.model.base.family.reads_ids and prompts is not None:
+            asked = [str(media_folder(prompts) / Path(text)) for text in texts]
+        answers = answer(loaded, asked, sampling, devices) if score is None else []
         scores = [] if score is None else score_file(loaded, Path(score).absolute())
     finally:
         devices.close()
@@ -85,10 +90,15 @@ def generate_verb(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`; `-` is standard input.
+    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`; `-` is standard input. A sound or an
+    image is itself the prompt, and of a folder each one in it.
 
     Raises: DataError naming the line.
     """
+    if path.is_dir():
+        return [name for name in sorted(os.listdir(path)) if is_media(name)]
+    if is_media(path.name):
+        return [path.name]
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         lines = data.decode("utf-8-sig").split("\n")

@@ -34,7 +34,7 @@ from tunekit.objectives import noise
 from tunekit.objectives.class_images import ClassImages
 from tunekit.objectives.logprobs import row_losses
 from tunekit.objectives.pictures import Kept, Pixels, cropped, scaled_latents
-from tunekit.objectives.rows import TextObjective
+from tunekit.objectives.rows import RowObjective
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
@@ -101,11 +101,10 @@ def prompt_of(row: Row) -> str:
     return row.parts["prompt"].tobytes().decode()
 
 
-class Dreambooth(TextObjective):
+class Dreambooth(RowObjective):
     """loss = sum over pictures of w_t |prediction - target|^2 + prior_loss_weight |prediction' - target'|^2, means over
     numbers, ' of a class picture; divided by the step's number of pictures."""
 
-    metrics: Sequence[str] = ("loss",)
     measures = False  # whether rows are only measured: without class pictures or weights, at fixed times and noise
     layout = RowLayout(
         {"pixels": "u1", "shape": "<i4", "original": "<i4", "prompt": "u1"},
@@ -116,8 +115,8 @@ class Dreambooth(TextObjective):
     )
 
     def __init__(self, settings: DreamboothSettings, processor: PipelineProcessor) -> None:
-        self.name, self.family, self.example = settings.method, settings.family, settings.example
-        self.reference, self.settings, self.processor = settings.reference, settings, processor
+        super().__init__(settings, processor)
+        self.settings, self.processor = settings, processor
         self.resolution = settings.resolution or processor.resolution
         self.kept = Kept(processor)
         self.class_images = ClassImages(settings, self.resolution) if settings.class_prompt else None

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +77,7 @@ def media_fields(name: str) -> tuple[str, ...]:
     return found
 
 
-def _beside(make: MakeExample, fields: Sequence[str], folder: str, row: Mapping[str, Any]) -> Any:
+def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Mapping[str, Any]) -> Any:
     return make(located(row, fields, folder))
 
 

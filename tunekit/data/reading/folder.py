@@ -20,8 +20,7 @@ MEDIA = {
     "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au"),
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
 }
-FILE_NAME = "file_name"  # what datasets calls the column of a folder's table that names the file
-HOW = f"put {TABLES[0]} or {TABLES[1]} with a column '{FILE_NAME}' into it, or one folder a class"
+HOW = f"name the file in it, or put {TABLES[0]} or one folder a class into it"
 
 
 def is_folder(path: str) -> bool:
@@ -47,9 +46,14 @@ def with_table(source: Source) -> Source:
     return source.model_copy(update={"path": os.path.join(source.path, tables[0])}) if tables else source
 
 
-def media_folder(path: str) -> str:
-    """Seen from where a source's rows name files."""
-    return path if os.path.isdir(path) else os.path.dirname(path)
+def media_folder(path: str) -> Path:
+    """Seen from where the rows of a source name files."""
+    return Path(path) if os.path.isdir(path) else Path(path).parent
+
+
+def is_media(name: str) -> bool:
+    """Whether a file's name says that it is a sound or an image."""
+    return Path(name).suffix.lower() in [ending for endings in MEDIA.values() for ending in endings]
 
 
 def read_classes(folder: Path) -> Iterator[RawRow]:
@@ -66,7 +70,7 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
         if place.suffix.lower() in kinds and place.is_file()
     ]
     if not found:
-        raise DataError("the folder holds no table, and no sounds or images", HOW, file=str(folder))
+        raise DataError("this is a folder without a table, and without sounds or images", HOW, file=str(folder))
     if len({kind for kind, _ in found}) > 1:
         raise DataError("the folder holds sounds and images", "keep one kind in it", file=str(folder))
     for number, (kind, place) in enumerate(found, 1):
