@@ -28,7 +28,8 @@ from tunekit.recipe.load import load_recipe
 
 CPU = torch.device("cpu")
 PROMPT, CLASS_PROMPT = "a photo of sks dog", "a photo of dog"
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+OF_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def write_photos(folder: Path, count: int = 5, seed: int = 0) -> Path:
@@ -51,7 +52,7 @@ def write_image_recipe(folder: Path, pipeline: Path, photos: Path, **sections: d
         "adapter": {"method": "lora", "r": 4, "alpha": 8, "target_modules": ATTENTION},
         "objective": {"method": "dreambooth", "instance_prompt": PROMPT, "resolution": SIZE},
         "training": {
-            "learning_rate": 0.01,
+            "learning_rate": 1e-3,
             "scheduler": "constant",
             "warmup_steps": 0,
             "max_steps": 4,
@@ -93,7 +94,8 @@ class ByHand:
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.denoiser):
             part.requires_grad_(False)
         self.parameters = self._adapted()
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.01, weight_decay=0.0)
+        rate = self.plan.recipe["training"]["learning_rate"]
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, weight_decay=0.0)
         self.photos = [self._transformed(path) for path in sorted(photos.iterdir())]
         classes = self.settings.class_data_dir
         self.class_photos = [self._transformed(path) for path in sorted(Path(classes).iterdir())] if classes else []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.image_case import CLASS_PROMPT, ByHand, records, write_image_recipe, write_photos
+from tests.image_case import ATTENTION, CLASS_PROMPT, OF_TEXT, ByHand, records, write_image_recipe, write_photos
 from tests.tiny_pipelines import saved_pipeline
 from tunekit.train import train_verb
 
@@ -47,7 +47,9 @@ def test_20_steps_equal_diffusers_script_by_hand(
     photos = shared / "data" / "dreambooth_dog" / "instance"
     pipeline = saved_pipeline(tmp_path / "sd", "sd", prediction)
     objective = {"train_text_encoder": text, **(with_prior(tmp_path) if prior else {})}
-    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, training={"max_steps": STEPS})
+    adapter = {"target_modules": [*ATTENTION, *OF_TEXT]} if text else {}
+    training = {"max_steps": STEPS}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, adapter=adapter, training=training)
     hand = ByHand(recipe, photos)
     windows = hand.prepared.rows.windows(hand.prepared.batch_settings)
     losses, norms = zip(*map(hand.step, windows.windows(0)), strict=True)

@@ -29,6 +29,7 @@ class Kept:
     processor: PipelineProcessor
     posteriors: dict[bytes, Posterior] = field(default_factory=dict)
     embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    blank: set[str] = field(default_factory=set)  # prompts whose embeddings are of a model without values
 
     @torch.no_grad()
     def posterior(self, model: Any, pixels: Pixels, keep: bool = True) -> Posterior:
@@ -44,7 +45,7 @@ class Kept:
         return found
 
     def _encoded(self, model: Any, pixels: Pixels) -> Posterior:
-        values = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        values = torch.tensor(pixels.copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
         net = model.base.net
         with net.beside_on(model.device):
             scaled = values.to(model.device).float() / 127.5 - 1.0
@@ -62,9 +63,12 @@ class Kept:
     def embed(self, model: Any, prompts: Iterable[str]) -> None:
         """See to it that the embeddings of these prompts are there."""
         for prompt in dict.fromkeys(prompts):
-            if prompt in self.embeddings:
+            is_meta = model.device.type == "meta"
+            if prompt in self.embeddings and (is_meta or prompt not in self.blank):
                 continue
-            if model.device.type == "meta":
+            self.blank.discard(prompt)
+            if is_meta:
+                self.blank.add(prompt)
                 shapes = self.processor.embedding_shapes()
                 self.embeddings[prompt] = {name: torch.zeros(shape) for name, shape in shapes.items()}
                 continue
