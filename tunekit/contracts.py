@@ -333,6 +333,9 @@ class Objective(Protocol):
     def begin(self, model: Any, rows: Sequence[Rows], told: Told) -> None:
         """Make what all steps need of the base: before the first of them, and again before the first after a resume."""
 
+    def pictures(self, model: Any, told: Told) -> list[NDArray[np.uint8]]:
+        """What the model draws for the report, (H, W, 3) each, always from the same prompts and seeds."""
+
     def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
         """The window with all that depends on the step; without gradient. `gather`: where all ranks' shares decide."""
 

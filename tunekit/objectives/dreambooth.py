@@ -9,7 +9,7 @@ Noise, times, crops and class pictures are drawn from (seed, step, row).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Part, Row, RowLayout, Sums, Window
+from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Part, Row, RowLayout, Sums, Told, Window
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.images import read_image, resized
 from tunekit.errors import DataError, Problem, RecipeError
@@ -27,6 +27,7 @@ from tunekit.formats.image import ImageExample
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.call import seed_for
 from tunekit.model.families.diffusion import IDS
+from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
 from tunekit.model.families.pipeline.parts import PIPELINES
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.placing import placed
@@ -172,7 +173,11 @@ class Dreambooth(RowObjective):
         found.measures = True
         return found
 
-    def begin(self, model: Any, rows: Sequence[Any], told: Any) -> None:
+    def measuring(self, model: Any, rows: Any, batches: Iterable[Batch], gather: Gather) -> Dreambooth:  # type: ignore[override]
+        """As rows are only measured: one by one."""
+        return self.held_out()
+
+    def begin(self, model: Any, rows: Sequence[Any], told: Told) -> None:
         """Draw the class pictures that are missing, and encode what every step would encode anew."""
         net = model.base.net
         prior = [] if self.class_images is None else self.class_images.ready(model, self.processor, told)
@@ -183,6 +188,22 @@ class Dreambooth(RowObjective):
                 self.kept.posterior(model, cropped(pixels, self.resolution)[0])
             if not net.trains_text:
                 self.kept.embed(model, self._prompts(rows))
+
+    def pictures(self, model: Any, told: Told) -> list[Pixels]:  # type: ignore[override]
+        """Of the validation prompts, each by a seed of its own."""
+        prompts = self.settings.validation_prompts
+        seeds = [seed_for("validation picture", number) for number in range(len(prompts))]
+        return self.drawn(model, prompts, seeds, told) if prompts else []
+
+    def drawn(self, model: Any, prompts: Sequence[str], seeds: Sequence[int], told: Told) -> list[Pixels]:
+        """(H, W, 3) of each prompt."""
+        settings, found = self.settings, list[Pixels]()
+        how = Drawing(settings.num_inference_steps, settings.guidance_scale, self.resolution, self.resolution)
+        with model.base.net.beside_on(model.device):
+            for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                told("pictures drawn", done, len(prompts))
+                found += draw_pictures(model.base.net, self.processor, [prompt], [seed], how)
+        return found
 
     def _prompts(self, rows: Sequence[Any]) -> Iterator[str]:
         yield from (prompt_of(some[index]) for some in rows for index in range(len(some)))

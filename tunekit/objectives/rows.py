@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Told, Tokenizer, Window
@@ -84,6 +86,10 @@ class RowObjective:
 
     def begin(self, model: object, rows: Sequence[Rows], told: Told) -> None:
         """Nothing is made before the first step."""
+
+    def pictures(self, model: object, told: Told) -> list[NDArray[np.uint8]]:
+        """None are drawn."""
+        return []
 
     def prepare(self, model: object, window: Window, gather: Gather = list) -> Window:
         """Nothing to prepare."""
