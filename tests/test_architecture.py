@@ -252,7 +252,8 @@ def test_no_other_fine_tuning_library_is_imported() -> None:
 
 def test_only_recipe_modules_load_before_torch_is_needed() -> None:
     """The table says that levels 0 to 2 are free of torch; this asks the interpreter."""
-    code = "import sys, tunekit.cli, tunekit.validate, tunekit.recipe.load; print('torch' in sys.modules)"
+    modules = "tunekit.cli, tunekit.validate, tunekit.data_check, tunekit.recipe.load"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -88,6 +88,16 @@ def test_columns_that_hold_questions_and_answers_are_renamed(
     assert "40 rows of format prompt_completion (question, answer)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("values", "told"), [(("good", "bad"), True), ((1, 0, 2), True), (("same",), False)])
+def test_a_column_of_few_values_beside_a_text_may_be_its_label(
+    values: tuple[object, ...], told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"It was {number}.", "mood": values[number % len(values)]} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    init(tmp_path / "rows.jsonl", tmp_path / "mine.yaml", "org/model")
+    assert ("columns: {mood: label}" in capsys.readouterr().out) is told
+
+
 def test_long_rows_get_room(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", {"text": "word " * 1000})
     look = look_at(str(tmp_path / "rows.jsonl"))

@@ -26,14 +26,12 @@ from tunekit.serve import (
     Asked,
     ProtocolError,
     Talk,
-    add_folders,
     make_app,
     make_server,
-    name_of,
     read_body,
     serve_verb,
 )
-from tunekit.tuned.conversation import Reply, make_speaker
+from tunekit.tuned.conversation import Reply, add_folders, make_speaker, name_of
 from tunekit.tuned.desk import Desk, Job
 from tunekit.tuned.target import find_target, load_target
 
@@ -270,7 +268,10 @@ def test_only_a_seed_that_was_asked_for_repeats_itself() -> None:
     assert others[:2] == [[7], [7]]
 
 
-def test_a_port_that_is_taken_is_said(tiny_llama: Path) -> None:
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunekit.serve.load_target", lambda *given: pytest.fail("loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -46,7 +46,8 @@ def _of_recipe(path: str, output: str | None) -> tuple[str, list[str]]:
     try:
         loaded = load_recipe(path, imported=True)
     except RecipeError as error:
-        raise RecipeError.of(error.problems, [*_by_kind(error.notes), "lost, or to be settled:"]) from error
+        titles = ["lost, or to be settled:"] if any(problem.key for problem in error.problems) else []
+        raise RecipeError.of(error.problems, [*_by_kind(error.notes), *titles]) from error
     text = dump_recipe(loaded.recipe, Path(output or path).absolute().parent, written_only=True)
     changed = {line.partition(": ")[0] for line in loaded.rewrites}
     kept = [f"{path}:{line}: {key}" for key, line in loaded.lines.items() if f"{path}:{line}" not in changed]

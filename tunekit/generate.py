@@ -17,9 +17,9 @@ import torch
 
 from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, Sampling
-from tunekit.data.encoding.encode import EncodeOptions, format_maker
+from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
-from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.folder import is_media, media_folder
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, InputError

@@ -32,6 +32,7 @@ LOOKED_AT = 20_000  # rows
 CHARACTERS_OF_A_TOKEN = 3.5  # of English text; only a guess before a tokenizer has seen the rows
 FEW_ROWS = 1000
 SHARE_KEPT = 0.995  # of the rows, by length
+LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # characters; rows of each value, on average, where a column holds labels
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 OBJECTIVES = {  # kind of example -> the objective to begin with, in the order in which rows are tried
     "preference": "dpo",
@@ -54,6 +55,7 @@ class Look:
     longest: int  # tokens of all rows but the very longest, guessed
     fields: tuple[str, ...]
     columns: Mapping[str, str]  # how the recipe renames them, where no format has these names
+    notes: Sequence[str] = ()  # what the user may have meant instead
 
     def text(self) -> str:
         """In a line."""
@@ -88,7 +90,7 @@ def init_verb(
     data = data or _ask(asks, "Which data? A file (JSONL, JSON, CSV, Parquet, text) or a hub name", "train.jsonl")
     look = look_at(data) if named else None
     if look is not None:
-        console.info(look.text())
+        console.info(look.text(), *look.notes)
     first = found[0] if found else DEFAULT_MODEL
     if asks and found and model is None:
         console.info("models at hand: " + ", ".join(found[:8]))
@@ -167,8 +169,31 @@ def look_at(data: str) -> Look | None:
     fields = Counter(name for row in seen for name in row).most_common(6)
     complete = len(values) <= LOOKED_AT
     return Look(
-        OBJECTIVES[example], format_name, len(seen), complete, longest, tuple(name for name, _ in fields), columns
+        OBJECTIVES[example],
+        format_name,
+        len(seen),
+        complete,
+        longest,
+        tuple(name for name, _ in fields),
+        columns,
+        _label_notes(seen) if format_name == "text" else (),
     )
+
+
+def _label_notes(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Of a column beside the text that has few values, each of them in many rows: it may be what is to be learnt."""
+    few = [
+        (name, count)
+        for name in rows[0]
+        if name != "text"
+        and all(isinstance(row.get(name), str | int) and len(str(row[name])) <= LONGEST_LABEL for row in rows)
+        and 2 <= (count := len({row[name] for row in rows})) <= len(rows) // ROWS_OF_A_LABEL
+    ]
+    return [
+        f"{name} has {count} values: to learn them instead of the text, write objective: classify, and as "
+        f"data.train {{path: ..., format: labels, columns: {{{name}: label}}}}"
+        for name, count in few
+    ]
 
 
 def _kind(row: dict[str, object], data: str) -> tuple[str, str, Mapping[str, str]]:

@@ -6,17 +6,16 @@ GET /v1/models; POST /v1/chat/completions, streamed or whole. Every adapter is a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import json
 import os
+import socket
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tunekit.console import Console
@@ -25,7 +24,7 @@ from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.formats.chat import read_tool_calls
 from tunekit.formats.example import ROLES, Message
 from tunekit.machine.devices import make_devices
-from tunekit.tuned.conversation import Reply, Request, Speaker, make_speaker
+from tunekit.tuned.conversation import Reply, Request, Speaker, add_folders, make_speaker, name_of
 from tunekit.tuned.desk import Desk, Job
 from tunekit.tuned.target import find_target, load_target
 
@@ -314,32 +313,6 @@ def usage(reply: Reply) -> dict[str, int]:
     return {**counts, "total_tokens": sum(counts.values())}
 
 
-def name_of(target: str) -> str:
-    """Under which its adapter is served: its folder's name; that of the run, of a run's adapter."""
-    path = Path(os.path.abspath(target))
-    return path.parent.name if path.name == "adapter" else path.name
-
-
-def add_folders(speaker: Speaker, folders: Sequence[str]) -> None:
-    """Each adapter folder under its own name; of a run its adapter; of another folder each adapter in it.
-
-    Raises: InputError where there is none; AdapterError where one does not fit the base.
-    """
-    for given in folders:
-        path = Path(given).expanduser().absolute()
-        found = [(name_of(given), path), (path.name, path / "adapter")]
-        if path.is_dir():
-            inside = sorted(entry for entry in path.iterdir() if entry.is_dir())
-            found += [(entry.name, place) for entry in inside for place in (entry, entry / "adapter")]
-        adapters = [(name, place) for name, place in found if (place / "adapter_config.json").exists()]
-        if not adapters:
-            raise InputError(
-                f"{given} holds no adapter (adapter_config.json)", "name an adapter, a run, or their folder"
-            )
-        for name, place in adapters if adapters[0][1] not in (path, path / "adapter") else adapters[:1]:
-            speaker.add(name, place)
-
-
 def serve_verb(
     target: str,
     base: str | None,
@@ -361,6 +334,7 @@ def serve_verb(
         how = "give --api-key or TUNEKIT_API_KEY, or leave --host out"
         raise InputError(f"on {host} others could use it without a key", how)
     console, found = Console(), find_target(target, base, overrides)
+    listening = bind(host, port)
     console.warn(*found.rewrites)
     console.info(f"loading {found.model.name_or_path} ...")
     devices = make_devices()
@@ -370,13 +344,19 @@ def serve_verb(
         desk = Desk(speaker, batch_size)
         server = make_server(desk, make_app(desk, key, most_tokens), host, port)
         threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True).start()
-        with contextlib.suppress(SystemExit):  # uvicorn's, where it cannot listen
-            server.run()
+        server.run(sockets=[listening])
         desk.close()
-        if not server.started:
-            raise InputError(f"{host}:{port} cannot be listened on", "choose another --port")
     finally:
+        listening.close()
         devices.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The socket to serve on, taken before a model is loaded. Raises: InputError where another program has it."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(f"{host}:{port} cannot be listened on ({error.strerror})", "choose another --port") from error
 
 
 def make_server(desk: Desk, app: Any, host: str, port: int) -> Any:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from tests.conftest import REPOSITORY
@@ -108,19 +109,14 @@ def test_the_hub_is_asked_for_split_and_revision(
 ) -> None:
     asked: list[Any] = []
 
-    class Datasets:
-        @staticmethod
-        def disable_progress_bars() -> None: ...
+    def load_dataset(path: str, **options: Any) -> datasets.Dataset:
+        asked.append((path, options))
+        if path == "no/such":
+            logging.getLogger("huggingface_hub").warning("retrying 1/5")
+            raise FileNotFoundError("no such data set\nmore")
+        return datasets.Dataset.from_list([{"q": "a"}, {"q": "b"}])
 
-        @staticmethod
-        def load_dataset(path: str, **options: Any) -> list[dict[str, str]]:
-            asked.append((path, options))
-            if path == "no/such":
-                logging.getLogger("huggingface_hub").warning("retrying 1/5")
-                raise FileNotFoundError("no such data set\nmore")
-            return [{"q": "a"}, {"q": "b"}]
-
-    monkeypatch.setitem(sys.modules, "datasets", Datasets())
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = Source(path="some/set", split="test", revision="abc", columns={"q": "prompt"}, max_rows=1)
     assert list(read_source(source, Problems())) == [RawRow(1, {"prompt": "a"})]
     assert asked == [("some/set", {"split": "test", "revision": "abc", "streaming": False})]

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tunekit.data.encoding.encode import format_maker
-from tunekit.data.reading.first import choose_format, open_rows
+from tunekit.data.reading.first import choose_format, format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, CompletionExample, Message, TextExample

@@ -443,3 +443,9 @@ def test_validate_says_whose_a_configuration_is(folder: Path) -> None:
         )
     ours = "model: base\ndata: {train: rows.jsonl}\nlora_r: 4\noutput_dir: out\n"  # with a spelling or two
     assert validate(str(_written(folder, "ours.yaml", ours))).tool is None
+
+
+def test_of_a_file_that_is_not_there_nothing_is_lost(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="no such file") as found:
+        import_verb(str(folder / "nothere.yaml"), None)
+    assert not found.value.notes

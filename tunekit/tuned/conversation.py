@@ -5,6 +5,7 @@ What a conversation has in common with the one before is not computed again: its
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -235,3 +236,29 @@ def make_speaker(loaded: LoadedTarget, name: str = "adapter") -> Speaker:
     if own is not None:
         adapters.add(name, lambda: own)
     return Speaker(loaded, adapters, BASE if own is None else name, template)
+
+
+def name_of(target: str) -> str:
+    """Under which its adapter is served: its folder's name; that of the run, of a run's adapter."""
+    path = Path(os.path.abspath(target))
+    return path.parent.name if path.name == "adapter" else path.name
+
+
+def add_folders(speaker: Speaker, folders: Sequence[str]) -> None:
+    """Each adapter folder under its own name; of a run its adapter; of another folder each adapter in it.
+
+    Raises: InputError where there is none; AdapterError where one does not fit the base.
+    """
+    for given in folders:
+        path = Path(given).expanduser().absolute()
+        found = [(name_of(given), path), (path.name, path / "adapter")]
+        if path.is_dir():
+            inside = sorted(entry for entry in path.iterdir() if entry.is_dir())
+            found += [(entry.name, place) for entry in inside for place in (entry, entry / "adapter")]
+        adapters = [(name, place) for name, place in found if (place / "adapter_config.json").exists()]
+        if not adapters:
+            raise InputError(
+                f"{given} holds no adapter (adapter_config.json)", "name an adapter, a run, or their folder"
+            )
+        for name, place in adapters if adapters[0][1] not in (path, path / "adapter") else adapters[:1]:
+            speaker.add(name, place)

@@ -18,8 +18,9 @@ from tunekit.contracts import Batch, Objective, Row, Window
 from tunekit.data.batching.order import draw_raw, permutation
 from tunekit.data.batching.pack import first_fit
 from tunekit.data.batching.windows import BatchSettings, Sizes, cut_micro_batches
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows
 from tunekit.data.encoding.outcomes import SourceEncoder
+from tunekit.data.reading.first import format_maker
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import Sharded

@@ -6,24 +6,17 @@ Comes in: the Outcomes of raw rows, EncodeOptions.  Goes out: Encoded rows and S
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from tunekit.contracts import Objective, Row, RowLayout
-from tunekit.data.encoding.outcomes import Dropped, MakeExample, Outcome
-from tunekit.data.reading.folder import media_folder
+from tunekit.data.encoding.outcomes import Dropped, Outcome
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
-from tunekit.formats.example import Example
-from tunekit.formats.fields import read_weight
-from tunekit.formats.media import located
 
 NO_TARGET = "no supervised token"
 NO_TARGET_LEFT = "no supervised token after truncation"
@@ -59,37 +52,6 @@ class Encoded(NamedTuple):
     line: int
     number: int  # of the row in its source, from 0
     digest: int  # of the whole row, so that its pieces stay together
-
-
-def format_maker(name: str, source: str = "") -> MakeExample:
-    """The function that turns a row of the format into an Example, its weight included; files that rows name are looked
-    for beside `source`."""
-    module = importlib.import_module(f"tunekit.formats.{name}")
-    fields = media_fields(name)
-    if not fields:
-        return partial(_weighted, module.make_example)
-    return partial(_beside, module.make_example, fields, media_folder(source))
-
-
-def media_fields(name: str) -> tuple[str, ...]:
-    """Fields of the format under which rows name files, or hold them."""
-    found: tuple[str, ...] = getattr(importlib.import_module(f"tunekit.formats.{name}"), "MEDIA", ())
-    return found
-
-
-def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Mapping[str, Any]) -> Any:
-    return make(located(row, fields, folder))
-
-
-def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Any:
-    example, weight = make(row), row.get("sample_weight")
-    if weight is None:
-        return example
-    if not isinstance(example, Example):
-        raise DataError(
-            "'sample_weight' is read of rows that are texts", "take it out, or give the column another name"
-        )
-    return replace(example, weight=read_weight(weight, "sample_weight"))
 
 
 def encode_rows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -19,11 +19,10 @@ from threading import Thread
 from typing import Any
 
 from tunekit.contracts import Objective, Row, RowEncoder
+from tunekit.data.reading.first import MakeExample
 from tunekit.data.reading.lines import RawRow
 from tunekit.errors import DataError, ResourceError
-from tunekit.formats.example import Example
 
-MakeExample = Callable[[Mapping[str, Any]], Example]
 LONG_ROWS = 8_000  # from here on processes, which take some seconds to begin, end earlier than one alone
 CHUNK_ROWS = 500
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tunekit.contracts import Objective
 from tunekit.data.batching.stream import StreamedSource
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows
 from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.encoding.sources import EncodedSource, encoding_facts
 from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_memory
-from tunekit.data.reading.first import choose_format
+from tunekit.data.reading.first import choose_format, format_maker
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import first_rows, shard_source
 from tunekit.errors import DataError

@@ -16,12 +16,12 @@ from typing import Any
 
 from tunekit.contracts import Objective
 from tunekit.data.encoding.cache import CODE, PACKAGES, Facts, cached_store
-from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows, format_maker, media_fields
+from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows
 from tunekit.data.encoding.notes import counted_note, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
-from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.first import format_maker, media_fields, open_rows
 from tunekit.data.reading.folder import is_folder, media_folder, names_hash
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import hub_fingerprint, is_data_set

@@ -12,10 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tunekit.data.encoding.encode import format_maker
-from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.looking.similar import Seen, signed
-from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, holds_secret
 from tunekit.formats.example import ChatExample, CompletionExample
@@ -91,8 +89,6 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
             characters = len(text) - _of_the_shorter(row.values)
             for kind, what in _doubts(made, text, characters, row.line, limit, found):
                 found.add(kind, row.line, what)
-        except Dropped as reason:
-            found.add("empty", row.line, str(reason))
         except DataError as error:
             found.add("broken", row.line, error.problems[0].what)
         label = getattr(made, "label", None)

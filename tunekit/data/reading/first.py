@@ -6,18 +6,27 @@ Imports neither numpy nor torch: validate asks it too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from tunekit.data.reading.folder import media_folder
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError
+from tunekit.formats.example import Example
+from tunekit.formats.fields import read_weight
+from tunekit.formats.media import located
 from tunekit.formats.preference import is_pair
 from tunekit.recipe.data import Source
 from tunekit.recipe.names import facts_of, formats_of
 
+MakeExample = Callable[[Mapping[str, Any]], Example]
 NAMED = "the recipe says so"
 ASKED, TOLD = ("question", "query", "input", "prompt"), ("answer", "response", "output", "completion", "target")
 
@@ -70,6 +79,37 @@ def choose_format(named: str, values: Mapping[str, Any], example: str) -> tuple[
     there = ", ".join(f"'{name}'" for name in values) or "no fields"
     wanted = "; ".join(f"{name}: {', '.join(facts_of('formats', name).REQUIRED)}" for name in fitting)
     raise DataError(f"the first row has {there}, which is no known format ({wanted})", _mapped(values, fitting))
+
+
+def format_maker(name: str, source: str = "") -> MakeExample:
+    """The function that turns a row of the format into an Example, its weight included; files that rows name are looked
+    for beside `source`."""
+    module = importlib.import_module(f"tunekit.formats.{name}")
+    fields = media_fields(name)
+    if not fields:
+        return partial(_weighted, module.make_example)
+    return partial(_beside, module.make_example, fields, media_folder(source))
+
+
+def media_fields(name: str) -> tuple[str, ...]:
+    """Fields of the format under which rows name files, or hold them."""
+    found: tuple[str, ...] = getattr(importlib.import_module(f"tunekit.formats.{name}"), "MEDIA", ())
+    return found
+
+
+def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Mapping[str, Any]) -> Any:
+    return make(located(row, fields, folder))
+
+
+def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Any:
+    example, weight = make(row), row.get("sample_weight")
+    if weight is None:
+        return example
+    if not isinstance(example, Example):
+        raise DataError(
+            "'sample_weight' is read of rows that are texts", "take it out, or give the column another name"
+        )
+    return replace(example, weight=read_weight(weight, "sample_weight"))
 
 
 def columns_meant(values: Mapping[str, Any]) -> dict[str, str]:
