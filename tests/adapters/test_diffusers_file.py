@@ -46,7 +46,13 @@ def attached(folder: Path, kind: str, **settings: Any) -> tuple[AttachedAdapter,
 
 def saved(adapter: AttachedAdapter, folder: Path, processor: PipelineProcessor) -> Path:
     save_adapter_folder(
-        adapter, folder, base_name=str(processor.folder), base_fingerprint=None, revision=None, task_type="DIFFUSION"
+        adapter,
+        folder,
+        base_name=str(processor.folder),
+        base_fingerprint=None,
+        revision=None,
+        task_type=None,
+        of_pipeline=True,
     )
     return folder
 

@@ -40,6 +40,7 @@ from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 Place = tuple[int | str, ...]  # what is drawn depends on: seed, step, row, and which of a row's pictures
+FACTS = ("resolution", "train_text_encoder")  # settings without which an adapter's folder cannot be used
 PREPARED = ("latents", "target", "steps", "weights", "sizes")  # parts of a row that its step gives it
 
 
@@ -115,10 +116,14 @@ class Dreambooth(RowObjective):
         told_by=("pixels", "prompt"),
     )
 
-    def __init__(self, settings: DreamboothSettings, processor: PipelineProcessor) -> None:
+    def __init__(self, settings: DreamboothSettings, processor: PipelineProcessor, facts: Mapping[str, Any]) -> None:
+        """`facts`: what a folder says of the adapter in it, where no recipe does."""
+        settings = settings.model_copy(update={name: facts[name] for name in FACTS if name in facts})
         super().__init__(settings, processor)
         self.settings, self.processor = settings, processor
+        self.facts = {name: getattr(settings, name) for name in FACTS}
         self.resolution = settings.resolution or processor.resolution
+        self.facts["resolution"] = self.resolution
         self.kept = Kept(processor)
         self.class_images = ClassImages(settings, self.resolution) if settings.class_prompt else None
         decides = (settings.method, settings.instance_prompt, self.resolution)  # what a row is made of
@@ -375,4 +380,4 @@ def _schedule(settings: DreamboothSettings, processor: PipelineProcessor) -> noi
 
 def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Mapping[str, Any]) -> Dreambooth:
     """The objective of `objective: dreambooth`."""
-    return Dreambooth(settings, processor)
+    return Dreambooth(settings, processor, facts)

@@ -25,7 +25,6 @@ from tunekit.records import Target
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # of the header: JSON of {part.field: value}
-TASK = "DIFFUSION"  # task_type of such adapters
 FLAT = re.compile(r"(text_encoder(?:_2)?)\.(?=encoder\.)")  # CLIP, as transformers 5 names it
 KOHYA_PARTS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 KOHYA_ALONE = "lora_te"  # of a pipeline with one text encoder

@@ -18,7 +18,7 @@ from torch import Tensor
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
-from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, TASK, diffusers_header, diffusers_tensors
+from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, diffusers_header, diffusers_tensors
 from tunekit.adapters.folder.peft_models import taken_for_experts
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
 from tunekit.adapters.method import WrittenForm, saved_modules
@@ -45,11 +45,13 @@ def save_adapter_folder(
     double_quantization: bool = False,
     chat_template: str | None = None,
     objective: Mapping[str, Any] | None = None,
+    of_pipeline: bool = False,
 ) -> int:
     """Write the folder whole or not at all; returns its bytes.
 
     `chat_template`: the text of one other than the base's own; it then belongs to the adapter.  `objective`: for what
-    it was trained, and what that must know when it is used.
+    it was trained, and what that must know when it is used.  `of_pipeline`: the base is a diffusion pipeline, whose
+    LoRA diffusers reads from a file of its own.
 
     Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
     """
@@ -70,7 +72,7 @@ def save_adapter_folder(
     }
     tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.exported().items()}
     beside: dict[str, Beside] = {}
-    if task_type == TASK and config.get("peft_type") == "LORA":
+    if of_pipeline and config.get("peft_type") == "LORA":
         beside[DIFFUSERS_NAME] = diffusers_tensors(tensors), diffusers_header(plain.settings, plain.targets)
     return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template, objective, beside)
 

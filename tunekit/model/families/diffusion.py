@@ -27,7 +27,7 @@ class DiffusionFamily(Family):
     """Noisy latents (B, C, H, W), times (B,), and prompts as embeddings or as ids in; predictions (B, C, H, W) out."""
 
     name: str = "diffusion"
-    task_type: str = "DIFFUSION"
+    task_type: str | None = None
     text: str = "a diffusion pipeline"
     answers: bool = False
     reads_ids: bool = False

@@ -26,6 +26,7 @@ class DreamboothSettings(ObjectiveSettings):
     family: ClassVar[str] = "diffusion"
     example: ClassVar[str] = "image"
     answers: ClassVar[bool] = False
+    supervised: ClassVar[bool] = True
     draws: ClassVar[bool] = True
     unit: ClassVar[str] = "picture"
     size_unit: ClassVar[str] = "pixel"
