@@ -53,7 +53,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
         what = "has more pixels than a picture of its kind should"
         raise DataError(f"{_named(file)} {what}", "make it smaller") from None
     except Exception as error:  # what PIL's decoders raise of damaged files is of every kind
-        reason = str(error).partition("\n")[0].replace(str(source), "") if isinstance(source, str) else str(error)
+        reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
         what = f"{_named(file)} cannot be read as a picture ({reason.strip() or type(error).__name__})"
         raise DataError(what, "mend it, or take it out") from None
 

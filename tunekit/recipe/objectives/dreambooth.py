@@ -79,5 +79,5 @@ class DreamboothSettings(ObjectiveSettings):
     @model_validator(mode="after")
     def _class_pictures_have_a_place(self) -> DreamboothSettings:
         if (self.class_prompt is None) != (self.class_data_dir is None):
-            raise ValueError("class_prompt and class_data_dir go together: what the pictures show, and where they lie")
+            raise ValueError("prior preservation needs class_prompt, what the pictures show, and class_data_dir, where they lie")
         return self
