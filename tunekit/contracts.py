@@ -333,6 +333,12 @@ class Objective(Protocol):
     def begin(self, model: Any, rows: Sequence[Rows], told: Told) -> None:
         """Make what all steps need of the base: before the first of them, and again before the first after a resume."""
 
+    def beside(self, model: Any) -> list[torch.nn.Module]:
+        """Modules beside the net that lie on the device with it while `begin` and `pictures` run."""
+
+    def rehearse(self, model: Any, batch: Batch) -> None:
+        """With a model without values: what `begin` and `pictures` do with its parts beside the net, for one row."""
+
     def pictures(self, model: Any, told: Told) -> list[NDArray[np.uint8]]:
         """What the model draws for the report, (H, W, 3) each, always from the same prompts and seeds."""
 

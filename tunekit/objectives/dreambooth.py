@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Part, Row, RowLayout, Sums, Told, Window
 from tunekit.data.encoding.encode import EncodeOptions
-from tunekit.data.encoding.images import read_image, resized
+from tunekit.data.encoding.images import cropped, read_image, resized
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.formats.image import ImageExample
@@ -28,13 +28,13 @@ from tunekit.machine.devices import summing_dtype
 from tunekit.model.call import seed_for
 from tunekit.model.families.diffusion import IDS
 from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
-from tunekit.model.families.pipeline.parts import PIPELINES
+from tunekit.model.families.pipeline.parts import PIPELINES, TEXT_ENCODERS
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.placing import placed
 from tunekit.objectives import noise
 from tunekit.objectives.class_images import ClassImages
 from tunekit.objectives.logprobs import row_losses
-from tunekit.objectives.pictures import Kept, Pixels, cropped, scaled_latents
+from tunekit.objectives.pictures import Kept, Pixels, scaled_latents
 from tunekit.objectives.rows import RowObjective
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
@@ -187,12 +187,30 @@ class Dreambooth(RowObjective):
         net = model.base.net
         prior = [] if self.class_images is None else self.class_images.ready(model, self.processor, told)
         pictures = [pixels_of(some[index]) for some in rows for index in range(len(some))] if self.caches else []
-        with net.beside_on(model.device):
+        with net.beside_on(model.device, ["vae"]):
             for done, pixels in enumerate([*pictures, *(prior if self.caches else ())]):
                 told("pictures encoded", done, len(pictures) + len(prior))
                 self.kept.posterior(model, cropped(pixels, self.resolution)[0])
-            if not net.trains_text:
+        if not net.trains_text:
+            with net.beside_on(model.device, TEXT_ENCODERS):
                 self.kept.embed(model, self._prompts(rows))
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are drawn during the run."""
+        return bool(self.settings.validation_prompts) or self.class_images is not None
+
+    def beside(self, model: Any) -> list[Any]:
+        """All parts where pictures are drawn, else the VAE, and then in its place the text encoders."""
+        net = model.base.net
+        return list(net.beside.values()) if self.draws or net.stays else [net.part("vae")]
+
+    def rehearse(self, model: Any, batch: Batch) -> None:
+        """One picture encoded, and one decoded where some are drawn."""
+        vae, side = model.base.net.part("vae"), self.resolution
+        vae.encode(torch.empty(1, 3, side, side, device="meta"))
+        if self.draws:
+            vae.decode(torch.empty(1, *self.processor.latent_shape(side, side), device="meta"))
 
     def pictures(self, model: Any, told: Told) -> list[Pixels]:  # type: ignore[override]
         """Of the validation prompts, each by a seed of its own."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tunekit.model.families.pipeline.parts import TEXT_ENCODERS
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.families.pipeline.prompts import encode_prompts
 
@@ -47,7 +48,7 @@ class Kept:
     def _encoded(self, model: Any, pixels: Pixels) -> Posterior:
         values = torch.tensor(pixels.copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
         net = model.base.net
-        with net.beside_on(model.device):
+        with net.beside_on(model.device, ["vae"]):
             scaled = values.to(model.device).float() / 127.5 - 1.0
             found = net.part("vae").encode(scaled).latent_dist
         return found.mean[0].float().cpu(), found.std[0].float().cpu()
@@ -73,7 +74,7 @@ class Kept:
                 self.embeddings[prompt] = {name: torch.zeros(shape) for name, shape in shapes.items()}
                 continue
             net = model.base.net
-            with net.beside_on(model.device):
+            with net.beside_on(model.device, TEXT_ENCODERS):
                 ids = {name: torch.from_numpy(each).to(model.device) for name, each in self.processor.ids([prompt]).items()}
                 found = encode_prompts(net, ids)
             self.embeddings[prompt] = {name: value[0].cpu() for name, value in found.items()}
@@ -90,10 +91,3 @@ def scaled_latents(processor: PipelineProcessor, posterior: Posterior, normal: T
     mean, std = posterior
     scale, shift = float(vae.get("scaling_factor", 0.18215)), float(vae.get("shift_factor") or 0.0)
     return (mean + std * normal - shift) * scale
-
-
-def cropped(pixels: Pixels, size: int, corner: tuple[int, int] | None = None) -> tuple[Pixels, tuple[int, int]]:
-    """(size, size, 3) from the corner on, of torchvision's CenterCrop where none is given; and that corner."""
-    height, width = pixels.shape[:2]
-    top, left = corner or (int(round((height - size) / 2.0)), int(round((width - size) / 2.0)))
-    return pixels[top : top + size, left : left + size], (top, left)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Told, Tokenizer, Window
 from tunekit.data.encoding.encode import EncodeOptions
@@ -86,6 +86,13 @@ class RowObjective:
 
     def begin(self, model: object, rows: Sequence[Rows], told: Told) -> None:
         """Nothing is made before the first step."""
+
+    def beside(self, model: object) -> list[nn.Module]:
+        """Nothing is needed beside the net."""
+        return []
+
+    def rehearse(self, model: object, batch: Batch) -> None:
+        """Nothing is made beside the steps."""
 
     def pictures(self, model: object, told: Told) -> list[NDArray[np.uint8]]:
         """None are drawn."""

@@ -99,6 +99,13 @@ def resized(pixels: Pixels, shorter: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), dtype=np.uint8)
 
 
+def cropped(pixels: Pixels, size: int, corner: tuple[int, int] | None = None) -> tuple[Pixels, tuple[int, int]]:
+    """(size, size, 3) from the corner on, of torchvision's CenterCrop where none is given; and that corner."""
+    height, width = pixels.shape[:2]
+    top, left = corner or (int(round((height - size) / 2.0)), int(round((width - size) / 2.0)))
+    return pixels[top : top + size, left : left + size], (top, left)
+
+
 def png_bytes(pixels: Pixels) -> bytes:
     """The pixels (H, W, 3) as a PNG file."""
     from PIL import Image

@@ -31,13 +31,13 @@ HEADS = {  # ending of the architecture's name -> family
     "MTModel": "seq2seq",  # MarianMTModel
     "ForSequenceClassification": "classifier",
     "ForTokenClassification": "token_classifier",
+    "ForImageClassification": "image_classifier",
 }
 OTHER_HEADS = {
     "ForMaskedLM": "is a masked language model (it fills gaps and does not continue text)",
     "ForQuestionAnswering": "is a question-answering model",
     "ForSpeechSeq2Seq": "is a speech model",
     "ForCTC": "is a speech model",
-    "ForImageClassification": "is an image classifier",
     "ForPreTraining": "is a model with pre-training heads",
 }
 PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline

@@ -91,15 +91,17 @@ class PipelineNet(nn.Module):
         return any(name in self._modules for name in TEXT_ENCODERS)
 
     @contextmanager
-    def beside_on(self, device: torch.device) -> Iterator[None]:
-        """A block in which the parts beside the trained ones lie on the device; they leave it at its end."""
-        before = {name: next(part.parameters()).device for name, part in self.beside.items()}
-        for part in self.beside.values():
+    def beside_on(self, device: torch.device, names: Sequence[str] | None = None) -> Iterator[None]:
+        """A block in which the parts beside the trained ones, or some of them, lie on the device; at its end they go
+        back to where they were."""
+        moved = {name: part for name, part in self.beside.items() if names is None or name in names}
+        before = {name: next(part.parameters()).device for name, part in moved.items()}
+        for part in moved.values():
             part.to(device)
         try:
             yield
         finally:
-            for name, part in self.beside.items():
+            for name, part in moved.items():
                 part.to(device if self.stays else before[name])
 
 
