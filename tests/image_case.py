@@ -117,8 +117,8 @@ class ByHand:
             parameter.data.copy_(first[name])
         return found
 
-    def _transformed(self, path: Path) -> torch.Tensor:
-        """As the script's DreamBoothDataset does it, with --center_crop."""
+    def _transformed(self, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels as the script's DreamBoothDataset makes them, with --center_crop; SDXL's time ids."""
         transform = transforms.Compose(
             [
                 transforms.Resize(SIZE, interpolation=transforms.InterpolationMode.BILINEAR),
@@ -129,7 +129,9 @@ class ByHand:
         )
         image = exif_transpose(Image.open(path))
         values: torch.Tensor = transform(image if image.mode == "RGB" else image.convert("RGB"))
-        return values
+        height, width = transforms.Resize(SIZE)(image).size[::-1]
+        corner = [round((side - SIZE) / 2.0) for side in (height, width)]
+        return values, torch.tensor([image.height, image.width, *corner, SIZE, SIZE], dtype=torch.float32)
 
     def step(self, window: Window) -> tuple[float, float]:
         """One optimizer step over the window's rows as one batch; returns its loss and the norm of its gradient."""
@@ -143,8 +145,8 @@ class ByHand:
             count = len(self.class_photos)
             pixels += [self.class_photos[seed_for("class picture", *place) % count] for place in places]
             prompts, draws = [*prompts, *[CLASS_PROMPT] * len(places)], [*draws, *[(*place, 1) for place in places]]
-        predicted, target, sigmas, steps = self._predicted(torch.stack(pixels), prompts, draws)
-        loss = self._loss(predicted, target, sigmas, steps)
+        values, self.time_ids = (torch.stack(each) for each in zip(*pixels, strict=True))
+        loss = self._loss(*self._predicted(values, prompts, draws))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
@@ -153,7 +155,7 @@ class ByHand:
 
     def _predicted(
         self, pixels: torch.Tensor, prompts: Sequence[str], draws: Sequence[tuple[int, ...]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         vae, scheduler = self.pipeline.vae, self.scheduler
         with torch.no_grad():
             posterior = vae.encode(pixels).latent_dist
@@ -176,24 +178,22 @@ class ByHand:
                 encoder_hidden_states=embeddings,
                 pooled_projections=pooled,
             ).sample
-            return predicted, noise - latents, sigmas, steps
+            return predicted, noise - latents
         steps = torch.stack([torch.randint(0, count, (), generator=generator) for generator in generators])
         noisy = scheduler.add_noise(latents, noise, steps)
         more: dict[str, Any] = {}
         if self.kind == "sdxl":
             embeddings, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
-            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self.time_ids.repeat(len(prompts), 1)}
+            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": self.time_ids}
         else:
             tokenizer = self.pipeline.tokenizer
             ids = tokenizer(list(prompts), truncation=True, padding="max_length", max_length=77, return_tensors="pt")
             embeddings = self.pipeline.text_encoder(ids.input_ids)[0]
         predicted = self.denoiser(noisy, steps, embeddings, **more).sample
         is_epsilon = scheduler.config.prediction_type == "epsilon"
-        return predicted, noise if is_epsilon else scheduler.get_velocity(latents, noise, steps), steps, steps
+        return predicted, noise if is_epsilon else scheduler.get_velocity(latents, noise, steps)
 
-    time_ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]], dtype=torch.float32)
-
-    def _loss(self, predicted: torch.Tensor, target: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    def _loss(self, predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if not self.class_photos:
             return torch.nn.functional.mse_loss(predicted.float(), target.float(), reduction="mean")
         predicted, prior = torch.chunk(predicted, 2, dim=0)

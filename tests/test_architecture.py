@@ -73,6 +73,9 @@ DOORS = {
     "jinja2": ("model/text", "artifacts/report"),
     "bitsandbytes": ("model", "training/optimizers"),
     "liger_kernel": ("adapters/kernels",),
+    "diffusers": ("model/families",),
+    "PIL": ("data/encoding", "artifacts/report"),
+    "torchvision": ("data/encoding", "artifacts/report"),
     "safetensors": ("files",),
 }
 ARRAYS = {"numpy", "torch"}

@@ -153,7 +153,7 @@ def saved_pipeline(folder: Path, kind: str, prediction: str = "epsilon") -> Path
 
 
 def loaded_by_diffusers(folder: Path, kind: str) -> Any:
-    """diffusers' own pipeline of a folder; of sd3 without the third text encoder, as it is used where memory is short."""
+    """diffusers' own pipeline of a folder; of sd3 without the third text encoder, as where memory is short."""
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3" else {}
     pipeline = DiffusionPipeline.from_pretrained(str(folder), **absent)
     pipeline.set_progress_bar_config(disable=True)

@@ -69,7 +69,9 @@ class Processor(Protocol):
     """What turns an example into a row: a tokenizer, or what reads sounds or images, with a tokenizer beside it or
     without one."""
 
-    fingerprint: str  # sha256 of everything that decides a row
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides a row."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -333,7 +335,7 @@ class Objective(Protocol):
     def begin(self, model: Any, rows: Sequence[Rows], told: Told) -> None:
         """Make what all steps need of the base: before the first of them, and again before the first after a resume."""
 
-    def beside(self, model: Any) -> list[torch.nn.Module]:
+    def parts_beside(self, model: Any) -> list[torch.nn.Module]:
         """Modules beside the net that lie on the device with it while `begin` and `pictures` run."""
 
     def rehearse(self, model: Any, batch: Batch) -> None:

@@ -34,7 +34,9 @@ def merge_verb(
         kind = DTYPES.get(dtype or "")
         if merged is not None and onto not in (None, "full"):
             raise InputError(f"--onto {onto} is for a quantized base, and a pipeline is none", "leave it out")
-        result = merge_adapter(target, Path(output), onto, kind) if merged is None else merged(target, Path(output), kind)
+        result = (
+            merge_adapter(target, Path(output), onto, kind) if merged is None else merged(target, Path(output), kind)
+        )
     difference = result.difference
     console.info(f"merged onto {result.onto}, written in {result.dtype}: {result.reason}")
     console.info(

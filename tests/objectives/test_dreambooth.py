@@ -81,6 +81,18 @@ def test_20_steps_equal_diffusers_script_by_hand(
         assert torch.allclose(found[f"base_model.model.{name}"], parameter.detach(), atol=2e-4), name
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_10_steps_of_other_pipelines_equal_diffusers_scripts_by_hand(tmp_path: Path, photos: Path, kind: str) -> None:
+    pipeline = saved_pipeline(tmp_path / kind, kind)
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=with_prior(tmp_path), training={"max_steps": 10})
+    hand = ByHand(recipe, photos, kind)
+    windows = hand.prepared.rows.windows(hand.prepared.batch_settings)
+    losses, norms = zip(*map(hand.step, windows.windows(0)), strict=True)
+    ours = records(trained(recipe, tmp_path / "run"))
+    assert [record["loss"] for record in ours] == pytest.approx(losses, abs=1e-5)
+    assert [record["grad_norm"] for record in ours] == pytest.approx(norms, rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_pipeline(tmp_path_factory.mktemp("pipeline") / "sd", "sd")
@@ -132,9 +144,7 @@ def test_100_steps_lower_the_validation_loss_which_is_always_of_the_same_noise(
     training = {"max_steps": 100, "learning_rate": 3e-3, "micro_batch_size": 5, "eval_steps": 50}
     adapter = {"r": 8, "target_modules": "all-linear"}
     objective = {"validation_prompts": ["a sks dog"], "num_inference_steps": 2}
-    recipe = write_image_recipe(
-        tmp_path, pipeline, photos, training=training, adapter=adapter, objective=objective
-    )
+    recipe = write_image_recipe(tmp_path, pipeline, photos, training=training, adapter=adapter, objective=objective)
     run = trained(recipe, tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["eval"]["loss"] for line in lines if "eval" in line]

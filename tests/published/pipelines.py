@@ -116,7 +116,12 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         "vae": _vae(sample_size=1024, force_upcast=True, scaling_factor=0.13025),
         "text_encoder": _clip("CLIPTextModel", **CLIP_L),
         "text_encoder_2": _clip("CLIPTextModelWithProjection", **CLIP_BIG_G),
-        "scheduler": {"_class_name": "EulerDiscreteScheduler", **_BETAS, "steps_offset": 1, "prediction_type": "epsilon"},
+        "scheduler": {
+            "_class_name": "EulerDiscreteScheduler",
+            **_BETAS,
+            "steps_offset": 1,
+            "prediction_type": "epsilon",
+        },
     },
 }
 KINDS = {"sd14": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}

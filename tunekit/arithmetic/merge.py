@@ -98,7 +98,10 @@ def merge_adapter(
         rewriter.write(staging, changes)
         copy_companions(target.model, source.folder, processor, target.chat_template, staging)
         difference = measure_difference(target, staging, rewriter, changes)
-        written, computed = rewriter.written_dtype(f"{rewriter.embedding}.weight"), rewriter.compute_dtype
+        written, computed = (
+            rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight"),
+            rewriter.compute_dtype,
+        )
         result = MergeResult(output, chosen, reason, str(written)[6:], str(computed)[6:], difference)
         write_json(staging / REPORT, report_of_merge(result))
     return result

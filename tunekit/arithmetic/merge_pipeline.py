@@ -1,4 +1,4 @@
-"""A diffusion pipeline plus adapter as one pipeline folder, and how far what it predicts is from the running adapter."""
+"""A diffusion pipeline plus adapter as one folder, and how far what it predicts is from the running adapter."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ FOLDERS = ("checkpoints", "adapter", "model", "tracking", PICTURES)
 RUN_SIGNS = ("plan.json", "checkpoints")
 PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # durable.temporary_name, and what stepped aside for it
 RESULT_FILES = {  # folder of a result -> what its files are called
-    "adapter": re.compile(r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\.safetensors|tunekit\.json|chat_template\.jinja"),
+    "adapter": re.compile(
+        r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\.safetensors|tunekit\.json|chat_template\.jinja"
+    ),
     "model": re.compile(r".+\.(safetensors|json|jinja|model|txt|py)|(LICEN[CS]E|USE_POLICY|NOTICE).*"),
 }
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tunekit.contracts import Told
-from tunekit.data.encoding.images import png_bytes, read_image, resized
+from tunekit.data.encoding.images import Pixels, png_bytes, read_image, resized
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 from tunekit.files.durable import write_bytes
@@ -24,7 +23,7 @@ from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-Pixels = NDArray[np.uint8]  # (H, W, 3)
+Sized = tuple[Pixels, tuple[int, int]]  # a picture, and its height and width as it was found
 
 
 class ClassImages:
@@ -32,7 +31,7 @@ class ClassImages:
 
     def __init__(self, settings: DreamboothSettings, resolution: int) -> None:
         self.settings, self.resolution = settings, resolution
-        self.pixels: list[Pixels] = []
+        self.pictures: list[Sized] = []
 
     @property
     def folder(self) -> Path:
@@ -46,22 +45,23 @@ class ClassImages:
             return []
         return sorted(path for path in self.folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
 
-    def ready(self, model: Any, processor: PipelineProcessor, told: Told) -> list[Pixels]:
+    def ready(self, model: Any, processor: PipelineProcessor, told: Told) -> list[Sized]:
         """All of them, once the missing ones are drawn. Raises: DataError for one that cannot be read."""
-        if not self.pixels:
+        if not self.pictures:
             self._draw_missing(model, processor, told)
-            self.pixels = [self._read(path) for path in self.files()[: self.settings.num_class_images]]
-        return self.pixels
+            self.pictures = [self._read(path) for path in self.files()[: self.settings.num_class_images]]
+        return self.pictures
 
-    def pick(self, model: Any, number: int) -> Pixels:
+    def pick(self, model: Any, number: int) -> Sized:
         """One of them, by a number."""
         if model.device.type == "meta":
-            return np.zeros((self.resolution, self.resolution, 3), np.uint8)
-        return self.pixels[number % len(self.pixels)]
+            return np.zeros((self.resolution, self.resolution, 3), np.uint8), (self.resolution, self.resolution)
+        return self.pictures[number % len(self.pictures)]
 
-    def _read(self, path: Path) -> Pixels:
+    def _read(self, path: Path) -> Sized:
         try:
-            return resized(read_image(str(path)), self.resolution)
+            pixels = read_image(str(path))
+            return resized(pixels, self.resolution), (pixels.shape[0], pixels.shape[1])
         except Dropped as reason:
             raise DataError(f"is an {reason}", "take it out", file=str(path)) from None
 

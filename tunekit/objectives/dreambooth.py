@@ -1,6 +1,7 @@
 """A diffusion model learns what a few pictures show.
 
-Comes in: pictures with prompts, then a Batch and the model's predictions.  Goes out: rows, then Loss (sum over pictures).
+Comes in: pictures with prompts, then a Batch and the model's predictions.  Goes out: rows, then Loss (a sum over
+pictures).
 The loss of a picture is the mean squared error of the prediction, plus `prior_loss_weight` times that of a picture of
 the class, drawn by the base, which keeps what the class looks like.  Source: Ruiz et al. 2023; diffusers' scripts.
 Noise, times, crops and class pictures are drawn from (seed, step, row).
@@ -20,10 +21,9 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Part, Row, RowLayout, Sums, Told, Window
 from tunekit.data.encoding.encode import EncodeOptions
-from tunekit.data.encoding.images import cropped, read_image, resized
-from tunekit.errors import DataError, Problem, RecipeError
+from tunekit.data.encoding.images import Pixels, cropped
+from tunekit.errors import Problem, RecipeError
 from tunekit.files.cache_folder import hash_of
-from tunekit.formats.image import ImageExample
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.call import seed_for
 from tunekit.model.families.diffusion import IDS
@@ -34,7 +34,8 @@ from tunekit.model.placing import placed
 from tunekit.objectives import noise
 from tunekit.objectives.class_images import ClassImages
 from tunekit.objectives.logprobs import row_losses
-from tunekit.objectives.pictures import Kept, Pixels, scaled_latents
+from tunekit.objectives.picture_rows import PictureEncoder, pixels_of, prompt_of
+from tunekit.objectives.pictures import Kept, scaled_latents
 from tunekit.objectives.rows import RowObjective
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
@@ -42,65 +43,6 @@ from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 Place = tuple[int | str, ...]  # what is drawn depends on: seed, step, row, and which of a row's pictures
 FACTS = ("resolution", "train_text_encoder")  # settings without which an adapter's folder cannot be used
 PREPARED = ("latents", "target", "steps", "weights", "sizes")  # parts of a row that its step gives it
-
-
-class DreamboothEncoder:
-    """A row is a picture whose shorter side has the resolution, its size before, and its prompt as UTF-8."""
-
-    def __init__(self, objective: Dreambooth) -> None:
-        self.objective = objective
-        self.notices: Counter[str] = Counter()
-
-    def examples(self, example: Any) -> Sequence[Any]:
-        """One row a picture."""
-        return [example]
-
-    def encode(self, example: ImageExample, origin: str) -> Row:
-        """The row. Raises: Dropped for an animated or tiny picture; DataError for one that cannot be read."""
-        prompt = example.text or self.objective.settings.instance_prompt
-        if not prompt:
-            raise DataError("the picture has no 'text'", "write one, or objective.instance_prompt for all")
-        found = Counter[str]()
-        image = example.image
-        pixels = read_image(image.path if image.data is None else image.data, found)
-        self.notices.update(+found)
-        for cut in self.objective.processor.cut_prompts([prompt]):
-            self.notices[f"has a prompt of which CLIP does not see the end ({cut[:40]}...)"] += 1
-        return make_row(resized(pixels, self.objective.resolution), pixels.shape[:2], prompt, self.objective.resolution, origin)
-
-    def prompt(self, example: ImageExample) -> None:
-        """None: nothing answers."""
-
-    def question(self, text: str) -> str:
-        """The prompt itself."""
-        return text
-
-    def shown(self, asked: str) -> str:
-        """The prompt itself."""
-        return asked
-
-
-def make_row(pixels: Pixels, original: Sequence[int], prompt: str, side: int, origin: str, number: int = 0) -> Row:
-    """A row of a picture (H, W, 3) that had another size before, of which side x side pixels are seen; the loss counts
-    one picture."""
-    parts = {
-        "pixels": pixels.reshape(-1),
-        "shape": np.array(pixels.shape[:2], np.int32),
-        "original": np.array(original, np.int32),
-        "prompt": np.frombuffer(prompt.encode(), np.uint8),
-    }
-    return Row(parts, (side * side,), 1, origin, number)
-
-
-def pixels_of(row: Row) -> Pixels:
-    """(H, W, 3)."""
-    pixels: Pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3)
-    return pixels
-
-
-def prompt_of(row: Row) -> str:
-    """What the picture shows."""
-    return row.parts["prompt"].tobytes().decode()
 
 
 class Dreambooth(RowObjective):
@@ -168,17 +110,17 @@ class Dreambooth(RowObjective):
         parts = (denoiser, *(name for name in encoders if name != "text_encoder_3"))
         return PipelineModel.of(model, family=self.family, trained=parts, stays=not self.caches)
 
-    def row_encoder(self, options: EncodeOptions) -> DreamboothEncoder:  # type: ignore[override]
+    def row_encoder(self, options: EncodeOptions) -> PictureEncoder:
         """What encodes pictures."""
-        return DreamboothEncoder(self)
+        return PictureEncoder(self.settings.instance_prompt, self.resolution, self.processor)
 
-    def held_out(self) -> Dreambooth:  # type: ignore[override]
+    def held_out(self) -> Dreambooth:
         """As rows are only measured."""
         found = copy(self)
         found.measures = True
         return found
 
-    def measuring(self, model: Any, rows: Any, batches: Iterable[Batch], gather: Gather) -> Dreambooth:  # type: ignore[override]
+    def measuring(self, model: Any, rows: Any, batches: Iterable[Batch], gather: Gather) -> Dreambooth:
         """As rows are only measured: one by one."""
         return self.held_out()
 
@@ -188,7 +130,7 @@ class Dreambooth(RowObjective):
         prior = [] if self.class_images is None else self.class_images.ready(model, self.processor, told)
         pictures = [pixels_of(some[index]) for some in rows for index in range(len(some))] if self.caches else []
         with net.beside_on(model.device, ["vae"]):
-            for done, pixels in enumerate([*pictures, *(prior if self.caches else ())]):
+            for done, pixels in enumerate([*pictures, *((each for each, _ in prior) if self.caches else ())]):
                 told("pictures encoded", done, len(pictures) + len(prior))
                 self.kept.posterior(model, cropped(pixels, self.resolution)[0])
         if not net.trains_text:
@@ -200,7 +142,7 @@ class Dreambooth(RowObjective):
         """Whether pictures are drawn during the run."""
         return bool(self.settings.validation_prompts) or self.class_images is not None
 
-    def beside(self, model: Any) -> list[Any]:
+    def parts_beside(self, model: Any) -> list[Any]:
         """All parts where pictures are drawn, else the VAE, and then in its place the text encoders."""
         net = model.base.net
         return list(net.beside.values()) if self.draws or net.stays else [net.part("vae")]
@@ -212,7 +154,7 @@ class Dreambooth(RowObjective):
         if self.draws:
             vae.decode(torch.empty(1, *self.processor.latent_shape(side, side), device="meta"))
 
-    def pictures(self, model: Any, told: Told) -> list[Pixels]:  # type: ignore[override]
+    def pictures(self, model: Any, told: Told) -> list[Pixels]:
         """Of the validation prompts, each by a seed of its own."""
         prompts = self.settings.validation_prompts
         seeds = [seed_for("validation picture", number) for number in range(len(prompts))]
@@ -233,7 +175,7 @@ class Dreambooth(RowObjective):
         if self.settings.class_prompt:
             yield self.settings.class_prompt
 
-    def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:  # type: ignore[override]
+    def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
         """Each row with its noisy latents, what is to be predicted of them, and when."""
         seen = Counter[int]()  # a row may be in a step more than once
         batches = []
@@ -250,15 +192,15 @@ class Dreambooth(RowObjective):
 
     def _noisy(self, model: Any, row: Row, place: Place) -> Row:
         """The picture and, with prior preservation, one of the class."""
-        pictures = [self._sample(model, pixels_of(row), row.parts["original"], (*place, 0))]
+        pictures = [self._sample(model, pixels_of(row), row.parts["original"].tolist(), (*place, 0))]
         weight = 1.0
         if self.settings.snr_gamma is not None:
             step = torch.tensor([pictures[0]["steps"]])
             weight = float(noise.min_snr_weights(self.schedule, step, self.settings.snr_gamma))
         weights = [weight]
         if self.class_images is not None:
-            prior = self.class_images.pick(model, seed_for("class picture", *place))
-            pictures.append(self._sample(model, prior, prior.shape[:2], (*place, 1)))
+            prior, size = self.class_images.pick(model, seed_for("class picture", *place))
+            pictures.append(self._sample(model, prior, size, (*place, 1)))
             weights.append(self.settings.prior_loss_weight)
         if self.schedule.prediction == "flow":
             sigmas = self.schedule.noise[torch.tensor([picture["steps"] for picture in pictures])]
@@ -272,7 +214,7 @@ class Dreambooth(RowObjective):
         steps = [int((draw + 0.5) * len(self.schedule) / count) for draw in range(count)]
         places: list[Place] = [("evaluation", row.number, draw) for draw in range(count)]
         pictures = [
-            self._sample(model, pixels_of(row), row.parts["original"], place, step)
+            self._sample(model, pixels_of(row), row.parts["original"].tolist(), place, step)
             for place, step in zip(places, steps, strict=True)
         ]
         return _with(row, pictures, [1.0 / count] * count)
@@ -315,7 +257,9 @@ class Dreambooth(RowObjective):
             return int(torch.randint(0, len(self.schedule), (), generator=generator))
         uniform, normal = (float(draw((), generator=generator)) for draw in (torch.rand, torch.randn))
         scheme = settings.weighting_scheme
-        found = noise.flow_position(scheme, uniform, normal, settings.logit_mean, settings.logit_std, settings.mode_scale)
+        found = noise.flow_position(
+            scheme, uniform, normal, settings.logit_mean, settings.logit_std, settings.mode_scale
+        )
         return min(int(found * len(self.schedule)), len(self.schedule) - 1)
 
     def _of_row(self, row: Row) -> list[str]:

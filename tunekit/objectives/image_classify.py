@@ -16,7 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import GREEDY, Batch, Gather, ModelOutput, Objective, Part, Row, RowLayout, Rows, Sampling, Window
+from tunekit.contracts import (
+    GREEDY,
+    Batch,
+    Gather,
+    ModelOutput,
+    Objective,
+    Part,
+    Row,
+    RowLayout,
+    Rows,
+    Sampling,
+    Window,
+)
 from tunekit.data.encoding.augmentation import Augmentation
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.images import Pixels, cropped, read_image, resized
@@ -70,7 +82,11 @@ class ImageEncoder:
 
 def make_row(pixels: Pixels, label: np.ndarray[Any, Any], side: int, origin: str, number: int = 0) -> Row:
     """A row of a picture (H, W, 3), of which side x side pixels are seen, and a label."""
-    parts = {"pixels": pixels.reshape(-1), "shape": np.array(pixels.shape[:2], np.int32), "label": label}
+    parts: dict[str, Any] = {
+        "pixels": pixels.reshape(-1),
+        "shape": np.array(pixels.shape[:2], np.int32),
+        "label": label,
+    }
     return Row(parts, (side * side,), 1, origin, number)
 
 
@@ -138,7 +154,9 @@ class ImageClassify(LabelObjective):
         rows = [row for sequence in sequences for row in sequence]
         views = np.stack([row.parts["view"] if "view" in row.parts else self._middle(row) for row in rows])
         values = torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255.0
-        mean, deviation = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.processor.mean, self.processor.deviation))
+        mean, deviation = (
+            torch.tensor(each).view(1, -1, 1, 1) for each in (self.processor.mean, self.processor.deviation)
+        )
         inputs = {"pixel_values": (values - mean) / deviation}
         return Batch(inputs, {"labels": self.numbers(sequences)}, tuple(map(tuple, sequences)), self.resolution**2)
 

@@ -75,7 +75,9 @@ class Kept:
                 continue
             net = model.base.net
             with net.beside_on(model.device, TEXT_ENCODERS):
-                ids = {name: torch.from_numpy(each).to(model.device) for name, each in self.processor.ids([prompt]).items()}
+                ids = {
+                    name: torch.from_numpy(each).to(model.device) for name, each in self.processor.ids([prompt]).items()
+                }
                 found = encode_prompts(net, ids)
             self.embeddings[prompt] = {name: value[0].cpu() for name, value in found.items()}
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Told, Tokenizer, Window
+from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Tokenizer, Told, Window
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.files.cache_folder import hash_of
@@ -87,7 +87,7 @@ class RowObjective:
     def begin(self, model: object, rows: Sequence[Rows], told: Told) -> None:
         """Nothing is made before the first step."""
 
-    def beside(self, model: object) -> list[nn.Module]:
+    def parts_beside(self, model: object) -> list[nn.Module]:
         """Nothing is needed beside the net."""
         return []
 

@@ -111,7 +111,7 @@ class SimulatedRun:
         """What the parts beside the net do for one row, with the net and its optimizer there; None where there are
         none."""
         tuned, tracker = self._tuned(), StorageTracker(self.device)
-        parts = self.objective.beside(tuned)
+        parts = self.objective.parts_beside(tuned)
         if not parts:
             return None
         with kernels_as_on(self.device), tracker:
@@ -177,8 +177,8 @@ class SimulatedRun:
         there = {id(tensor) for table in [on_host, *tables] if table is not None for tensor in table.parameters()}
         weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
         beside = tuned.base.family.beside(net)  # on a GPU only while they are needed
-        for part in beside if self.device.type == "cpu" or getattr(net, "stays", False) else ():
-            weights += [*part.parameters(), *part.buffers()]
+        for module in beside if self.device.type == "cpu" or getattr(net, "stays", False) else ():
+            weights += [*module.parameters(), *module.buffers()]
         if tuned.teacher is not None:
             weights += [*tuned.teacher.base.net.parameters(), *tuned.teacher.base.net.buffers()]
         tracker.adopt(weights, "weights")

@@ -69,8 +69,8 @@ class ObjectiveSettings(MethodSettings):
     texts;
     `sums`: what its evaluation adds up, of which metrics are made; `supervised`: whether it measures models of its
     family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `unit`:
-    what its loss sums over; `size_unit`: what the sizes of its rows count; `draws`: whether its model draws pictures; `default_learning_rate`: before that of the
-    adapter.
+    what its loss sums over; `size_unit`: what the sizes of its rows count; `draws`: whether its model draws pictures;
+    `default_learning_rate`: before that of the adapter.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None

@@ -50,12 +50,16 @@ def diffusers_header(settings: Any, targets: Sequence[Target]) -> dict[str, str]
     fields: dict[str, Any] = {}
     for part in sorted({target.name.partition(".")[0] for target in targets}):
         own = {target.name.partition(".")[2]: target for target in targets if target.name.startswith(f"{part}.")}
-        rank, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*map(_numbers, own.values()), strict=True))
+        rank, alpha = (
+            Counter(values).most_common(1)[0][0] for values in zip(*map(_numbers, own.values()), strict=True)
+        )
         values = {
             "r": rank,
             "lora_alpha": alpha,
             "rank_pattern": {name: target.r for name, target in own.items() if target.r != rank},
-            "alpha_pattern": {name: _numbers(target)[1] for name, target in own.items() if _numbers(target)[1] != alpha},
+            "alpha_pattern": {
+                name: _numbers(target)[1] for name, target in own.items() if _numbers(target)[1] != alpha
+            },
             "target_modules": list(own),
             "use_rslora": bool(getattr(settings, "use_rslora", False)),
             "use_dora": settings.method == "dora",
@@ -98,7 +102,7 @@ def read_foreign(path: Path, modules: Sequence[str]) -> ForeignLora:
     """The LoRA of a file of diffusers or kohya for a pipeline with these modules. Raises: AdapterError."""
     header = read_tensor_header(path)
     tensors = {key: read_tensor(path, entry).float() for key, entry in header.items()}
-    if any(key.startswith("lora_unet") or key.startswith("lora_te") for key in tensors):
+    if any(key.startswith(("lora_unet", "lora_te")) for key in tensors):
         return _from_kohya(tensors, modules, str(path))
     return _from_diffusers(tensors, read_raw_header(path)[2].get("__metadata__") or {}, modules, str(path))
 
@@ -139,7 +143,9 @@ def _from_diffusers(
         module, _, matrix = own.rpartition(".lora_")
         module = module if module in known else module.replace(".text_model.", ".", 1)
         if module not in known or matrix not in ("A.weight", "B.weight"):
-            raise AdapterError(f"'{shown(key, 200)}' is no LoRA of a layer of this pipeline", "choose its own", file=file)
+            raise AdapterError(
+                f"'{shown(key, 200)}' is no LoRA of a layer of this pipeline", "choose its own", file=file
+            )
         found[f"{Part.file_prefix}{module}.lora_{matrix}"] = value
         if matrix == "A.weight":
             part, _, layer = module.partition(".")

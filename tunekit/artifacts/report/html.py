@@ -14,9 +14,8 @@ from tunekit import __version__
 from tunekit.artifacts.report.compare import differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.curves import binned, charts_of
 from tunekit.artifacts.report.paired import differences, heading
-from tunekit.artifacts.report.pictures import before_and_after, inlined
+from tunekit.artifacts.report.pictures import shown_pictures
 from tunekit.artifacts.report.values import RunValues
-from tunekit.artifacts.run import PICTURES
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.metrics.sources import sources_table
@@ -38,7 +37,7 @@ def run_page(run: RunValues) -> str:
     sections = [
         _evaluations(run),
         *_classes(run),
-        _pictures(run),
+        *(_section("Pictures", **each) for each in shown_pictures(run.path, run.recipe, run.exported_step)),
         _samples(run),
         _completions(run),
         _worst_rows(run),
@@ -238,19 +237,6 @@ def _classes(run: RunValues) -> list[dict[str, Any]]:
     if confusion is not None:
         tables.append(_table("Confusion", *confusion))
     return [_section("Labels", tables=tables)]
-
-
-def _pictures(run: RunValues) -> dict[str, Any] | None:
-    """What the validation prompts gave before training and with the exported weights, from the same seeds."""
-    prompts = run.recipe.get("objective", {}).get("validation_prompts") or ()
-    rows = before_and_after(run.path, prompts, run.exported_step)
-    if not rows:
-        return None
-    shown = [
-        {**row, "shown": [{**each, "source": inlined(each["path"])} for each in row["shown"]]} for row in rows
-    ]
-    text = [f"Always from the same noise. Those of every evaluation are in {PICTURES}/, as they were drawn."]
-    return _section("Pictures", text=text, pictures=shown)
 
 
 def _samples(run: RunValues) -> dict[str, Any] | None:

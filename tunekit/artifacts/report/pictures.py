@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ def before_and_after(run: Path, prompts: Sequence[str], exported: int | None) ->
         }
         for at, prompt in enumerate(prompts)
     ]
+
+
+def shown_pictures(run: Path, recipe: Mapping[str, Any], exported: int | None) -> Iterator[dict[str, Any]]:
+    """What a section of the page is made of, where there are pictures."""
+    prompts = recipe.get("objective", {}).get("validation_prompts") or ()
+    rows = before_and_after(run, prompts, exported)
+    for row in rows:
+        row["shown"] = [{**each, "source": inlined(each["path"])} for each in row["shown"]]
+    if rows:
+        text = f"Always from the same noise. Those of every evaluation are in {PICTURES}/, as they were drawn."
+        yield {"text": [text], "pictures": rows}
 
 
 def inlined(path: Path) -> str:

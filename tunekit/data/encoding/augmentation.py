@@ -23,7 +23,8 @@ def transforms() -> Any:
     try:
         from torchvision.transforms import v2
     except ImportError:
-        raise DataError("pictures are changed by torchvision, which is not installed", "pip install 'tunekit[images]'")
+        how = "run: pip install 'tunekit[images]'"
+        raise DataError("pictures are changed by torchvision, which is not installed", how) from None
     return v2
 
 

@@ -36,7 +36,9 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     told = Counter[str]() if notices is None else notices
     file = source if isinstance(source, str) else None
     if file is not None and not Path(file).is_file():
-        raise DataError(f"there is no picture {file}", "check the path; a relative one is meant from its table's folder")
+        raise DataError(
+            f"there is no picture {file}", "check the path; a relative one is meant from its table's folder"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -102,7 +104,7 @@ def resized(pixels: Pixels, shorter: int) -> Pixels:
 def cropped(pixels: Pixels, size: int, corner: tuple[int, int] | None = None) -> tuple[Pixels, tuple[int, int]]:
     """(size, size, 3) from the corner on, of torchvision's CenterCrop where none is given; and that corner."""
     height, width = pixels.shape[:2]
-    top, left = corner or (int(round((height - size) / 2.0)), int(round((width - size) / 2.0)))
+    top, left = corner or (round((height - size) / 2.0), round((width - size) / 2.0))
     return pixels[top : top + size, left : left + size], (top, left)
 
 

@@ -23,7 +23,15 @@ CHUNK_BYTES = 64 * 1024
 SAMPLED_CHUNKS = 16
 GGUF_HEAD_BYTES = 2**20
 # What saving a model again changes, although the model stays the same.
-VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation", "_diffusers_version")
+VOLATILE = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "_attn_implementation",
+    "_diffusers_version",
+)
 HEADS = {  # ending of the architecture's name -> family
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",

@@ -67,7 +67,8 @@ class DreamboothSettings(ObjectiveSettings):
     num_class_images: Count = Field(100, description="how many of them there are to be")
     prior_loss_weight: NotNegative = Field(1.0, description="weight of their loss")
     cache_latents: AutoOrBool = Field(
-        "auto", description="encode each picture once, before step 1; auto: where nothing of it changes from step to step"
+        "auto",
+        description="encode each picture once, before step 1; auto: where nothing of it changes from step to step",
     )
     validation_prompts: Several[Text] = Field((), description="pictures for the report, drawn at each evaluation")
     num_inference_steps: Count = Field(25, description="of each drawn picture")
@@ -79,5 +80,7 @@ class DreamboothSettings(ObjectiveSettings):
     @model_validator(mode="after")
     def _class_pictures_have_a_place(self) -> DreamboothSettings:
         if (self.class_prompt is None) != (self.class_data_dir is None):
-            raise ValueError("prior preservation needs class_prompt, what the pictures show, and class_data_dir, where they lie")
+            raise ValueError(
+                "prior preservation needs class_prompt, what the pictures show, and class_data_dir, where they lie"
+            )
         return self

@@ -73,10 +73,9 @@ def _pipeline(diffusers: Any, net: PipelineNet, processor: PipelineProcessor) ->
         ("transformer" if kind == "StableDiffusion3Pipeline" else "unet"): net.denoiser,
     }
     if kind == "StableDiffusionPipeline":
-        names, parts = TEXT_ENCODERS[:1], parts | UNCHECKED
-    else:
-        names = TEXT_ENCODERS[: 2 if kind == "StableDiffusionXLPipeline" else 3]
-    for name in names:
+        parts |= UNCHECKED
+    count = {"StableDiffusionPipeline": 1, "StableDiffusionXLPipeline": 2}.get(kind, 3)
+    for name in TEXT_ENCODERS[:count]:
         parts[name] = net.part(name)
         parts[name.replace("text_encoder", "tokenizer")] = processor.tokenizers.get(name)
     if kind == "StableDiffusionXLPipeline":

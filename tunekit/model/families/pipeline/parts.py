@@ -216,7 +216,9 @@ def denoising_layers(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
     middle = getattr(denoiser, "mid_block", None)
     if middle is not None:
         named.insert(len(getattr(denoiser, "down_blocks", ())), ("mid_block", middle))
-    return [(f"{name}.{inner}", layer) for name, block in named for inner, layer in _in_order(block, name == "mid_block")]
+    return [
+        (f"{name}.{inner}", layer) for name, block in named for inner, layer in _in_order(block, name == "mid_block")
+    ]
 
 
 def _in_order(block: nn.Module, middle: bool) -> Iterator[tuple[str, nn.Module]]:

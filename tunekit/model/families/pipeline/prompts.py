@@ -1,5 +1,5 @@
-"""Prompts as denoisers read them: a net with its text encoders and ids go in; embeddings come out, with a gradient where
-a text encoder is trained. The same as diffusers' encode_prompt of each pipeline."""
+"""Prompts as denoisers read them: a net with its text encoders and ids go in; embeddings come out, with a gradient
+where a text encoder is trained. The same as diffusers' encode_prompt of each pipeline."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ def encode_prompts(net: PipelineNet, ids: Mapping[str, Tensor]) -> dict[str, Ten
     encoders = net.text_encoders
     if net.config.model_type == "StableDiffusionPipeline":
         return {"prompt": encoders["text_encoder"](ids["text_encoder"])[0]}
-    outputs = [
-        encoders[name](ids[name], output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")
-    ]
+    outputs = [encoders[name](ids[name], output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
     prompt = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (B, T, D)
     if net.config.model_type == "StableDiffusionXLPipeline":
         return {"prompt": prompt, "pooled": outputs[1][0]}
