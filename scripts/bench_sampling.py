@@ -1,20 +1,28 @@
 """Tokens a CPU second of sampling groups of completions, beside transformers' own batched generation with a cache.
 
-usage: .venv/bin/python scripts/bench_sampling.py MODEL [--prompts 4] [--group 8] [--prompt-tokens 64] [--tokens 16,64]
+    scripts/bench sampling MODEL [--prompts 4] [--group 8] [--prompt-tokens 64] [--tokens 16,64] [--output FOLDER]
 
 Both sample from the same weights at temperature 1 and end at no token, so that all completions are equally long; the
-time is the process's own (one thread), the best of --repeats, in turns.
+time is the process's own (one thread), the best of --repeats, in turns. Everything goes to sampling.json and
+sampling.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+from compare.bench import FOLDER, hardware, versions
 
 from tunekit.contracts import Sampling
 from tunekit.model.load import load_model
@@ -22,6 +30,18 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
 from tunekit.tuned.model import TunedModel
+
+PAGE = """# Sampling on one CPU core
+
+Sampled tokens a CPU second of the whole process, one thread: {model} in {dtype}, {prompts} prompts of {tokens} tokens
+with {group} completions each, side by side, at temperature 1; beside transformers' own `generate` with its cache, a
+batch of the same size. The best of {repeats} each, in turns. {processor}, {date}, load average {load:.2f} before; torch
+{torch}, transformers {transformers}.
+Made by `scripts/bench sampling`; the numbers are in [sampling.json](sampling.json).
+
+| new tokens of each | tunekit | transformers | factor |
+|--:|--:|--:|--:|
+"""
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -52,6 +72,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--tokens", default="16,64")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--output", default=str(FOLDER / "results"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     section = ModelSection(name_or_path=options.model, dtype=options.dtype)
@@ -60,7 +81,7 @@ def main() -> None:
     draw = torch.Generator().manual_seed(0)
     asked = torch.randint(10, 1000, (options.prompts, options.prompt_tokens), generator=draw)
     every = asked.repeat_interleave(options.group, dim=0)  # (B, T)
-    prompts, seeds = every.tolist(), list(range(len(every)))
+    prompts, seeds, lines, load = every.tolist(), list(range(len(every))), list[dict[str, Any]](), os.getloadavg()[0]
     for count in map(int, options.tokens.split(",")):
 
         def ours(count: int = count) -> Any:
@@ -78,9 +99,19 @@ def main() -> None:
             found["tunekit"].append(seconds(ours))
             found["transformers"].append(seconds(theirs))
         rates = {name: len(prompts) * count / min(times) for name, times in found.items()}
-        shape = f"{options.prompts} prompts of {options.prompt_tokens} tokens x {options.group}, {count} new tokens"
-        told = ", ".join(f"{name} {rate:,.1f} tokens a CPU second" for name, rate in rates.items())
-        print(f"{shape}: {told}: {rates['tunekit'] / rates['transformers']:.2f} times", flush=True)
+        lines.append({"new_tokens": count, **rates, "factor": rates["tunekit"] / rates["transformers"]})
+        print(json.dumps(lines[-1]), flush=True)
+    known = versions(Path(sys.executable))
+    told = {"processor": hardware()["processor"], "date": time.strftime("%Y-%m-%d %H:%M"), "load": load}
+    told |= {**vars(options), "model": Path(options.model).name, "tokens": options.prompt_tokens}
+    told |= {name: known[name] for name in ("torch", "transformers")}
+    rows = [
+        f"| {each['new_tokens']} | {each['tunekit']:.1f} | {each['transformers']:.1f} | {each['factor']:.2f} |\n"
+        for each in lines
+    ]
+    path = Path(options.output) / "sampling.json"
+    path.write_text(json.dumps({"settings": told, "rates": lines}, indent=1) + "\n", "utf-8")
+    path.with_suffix(".md").write_text(PAGE.format(**told) + "".join(rows), "utf-8")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ DOORS = {
     "PIL": ("data/encoding", "artifacts/report"),
     "torchvision": ("data/encoding", "artifacts/report"),
     "safetensors": ("files",),
+    "soundfile": ("data/reading",),
+    "jiwer": ("metrics",),
 }
 ARRAYS = {"numpy", "torch"}
 DRAWERS = re.compile(r"^(utils?|commons?|helpers?|misc|core|base_utils)$")

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import write_tiny_llama
-from tests.objectives.test_dpo import write_recipe
+from tests.objectives.test_dpo import train, write_recipe
 from tests.objectives.test_grpo import write_prompts
 from tests.test_cli import run
 from tunekit import reward_check
 from tunekit.errors import InputError, RewardError
+from tunekit.machine import signals
+from tunekit.recipe.load import load_recipe
 from tunekit.reward_check import reward_check_verb
 
 
@@ -65,6 +68,10 @@ FAULTS = {
         "try:\n        time.sleep(60)\n    except Exception:\n        pass",
         "letters took more than 0.2 s",
     ),
+    "takes a minute and catches everything": (
+        "for said in completions:\n        try:\n            time.sleep(60)\n        except:\n            pass",
+        "letters took more than 0.2 s",
+    ),
     "is slow": (f"time.sleep(0.1); return {SOUND}", "s for a completion"),
 }
 
@@ -73,6 +80,7 @@ FAULTS = {
 def test_planted_faults_are_found(fault: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_check, "LIMIT_SECONDS", 0.2)
     monkeypatch.setattr(reward_check, "SLOW_SECONDS", 0.003)
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.05)
     rows = [
         {"prompt": [{"role": "user", "content": f"say {n}"}], "answer": "7" if n % 3 else str(n)} for n in range(12)
     ]
@@ -118,6 +126,25 @@ def test_the_command_and_what_cannot_be_checked(
     bare = write_prompts(tmp_path / "bare", base, [{"prompt": f"p{n}"} for n in range(4)])
     code, found = checked_again(bare)
     assert (code, found["notes"][0]) == (2, "no row has an answer of its own, with which others could be compared")
+
+
+def test_samples_are_those_of_the_adapter_that_is_continued(base: Path, tmp_path: Path) -> None:
+    """And without samples neither the model nor its tokenizer is looked for."""
+    recipe = write_prompts(tmp_path, base)
+    texts = {}
+    for name, overrides in (("plain", []), ("continued", [f"adapter.init_from={moved_adapter(tmp_path, base)}"])):
+        written = reward_check._sampled(load_recipe(recipe, overrides).recipe, 4, torch.device("cpu"))
+        texts[name] = [each.text for each in written]
+    assert len(texts["plain"]) == 12
+    assert texts["plain"] != texts["continued"]
+    absent = ["model.name_or_path=someone/who-is-not-there"]
+    assert reward_check_verb(str(recipe), absent, 0, str(tmp_path / "found.json")) in (0, 2)
+
+
+def moved_adapter(folder: Path, base: Path) -> Path:
+    """Of a run whose rate is absurd."""
+    rate = {"learning_rate": 0.5, "max_steps": 3, "epochs": None}
+    return train(write_prompts(folder / "before", base, training=rate, data={"eval": None})) / "adapter"
 
 
 def checked_again(recipe: Path) -> tuple[int, dict[str, Any]]:

@@ -300,6 +300,7 @@ class Objective(Protocol):
     repeats: int  # steps in a row that have the same rows; only before the first of them can a run be gone on with
     fingerprint: str  # sha256 of everything of it that decides a row
     notes: Sequence[str]  # what its rows told, for the user
+    generation: Mapping[str, Any]  # of a merged model's generation settings, None: to be taken out
 
     def section(self, model: Any, seed: int = 0) -> Any:
         """The recipe's model section as the base is loaded for this objective."""
@@ -321,6 +322,9 @@ class Objective(Protocol):
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """The batch whose sequence b holds the rows sequences[b]."""
+
+    def normalized(self, text: str) -> str:
+        """A text as metrics compare it that do not count spellings."""
 
     def spans(self, row: Row) -> list[Part]:
         """What preview shows of a row."""

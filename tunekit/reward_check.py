@@ -6,40 +6,50 @@ that fails, is slow, or gives answers that say nothing as much as the rows' own.
 
 from __future__ import annotations
 
+import json
+import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.folder.read import load_into
 from tunekit.console import Console, visible
-from tunekit.contracts import Row, Window
+from tunekit.contracts import Window
 from tunekit.data.batching.order import epoch_rows
-from tunekit.data.rows import RowSet, load_rows
-from tunekit.errors import InputError, RewardError
+from tunekit.data.reading.first import format_maker, open_rows
+from tunekit.data.reading.problems import Problems
+from tunekit.data.rows import load_rows
+from tunekit.errors import DataError, InputError, RewardError
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.prompts import told_of
-from tunekit.objectives.rewards import Scores, Written, said
+from tunekit.objectives.prompts import said_of, told_of
+from tunekit.objectives.rewards import Rewards, Scores, Written, said
 from tunekit.objectives.samples import SampleObjective
 from tunekit.objectives.worth import mean, spread
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.recipe import Recipe
+from tunekit.recipe.sample_settings import SampleSettings
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.reward_models import load_scorers
 from tunekit.tuned.scores import undisturbed
 
-MOST_ROWS = 64
+MOST_ROWS, MOST_READ = 64, 20_000  # rows that are tried; of a source, those among which they are drawn
 LIMIT_SECONDS = 20.0  # that one reward may take for one kind of answers
 SLOW_SECONDS = 0.2  # a completion: a step of 64 would wait for 13 seconds
 LONG_WORDS = 200
-REFERENCE, SAMPLES = "the rows' own answers", "samples of the untuned model"
+REFERENCE, SAMPLES = "the rows' own answers", "samples of the model before step 1"
 SHUFFLED = "another row's answer"
 
 
@@ -60,29 +70,21 @@ def reward_check_verb(recipe_path: str, overrides: Sequence[str], samples: int, 
     loaded = load_recipe(recipe_path, overrides)
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
-    tokenizer = load_tokenizer(recipe.model)
-    objective = make_objective(recipe.objective, tokenizer)
-    if not isinstance(objective, SampleObjective):
-        raise InputError(f"objective {objective.name} has no reward", "name a recipe of objective: grpo or rloo")
-    objective.rewards.check()
-    rows = load_rows(recipe.data, objective, seed=recipe.training.seed)
-    order = epoch_rows(rows.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)[:MOST_ROWS]
-    chosen = [rows.train[int(index)] for index in order]
+    settings = recipe.objective
+    if not isinstance(settings, SampleSettings):
+        raise InputError(f"objective {settings.method} has no reward", "name a recipe of objective: grpo or rloo")
+    rewards, size = Rewards(settings.reward), settings.num_generations
+    rewards.check()
+    told = _chosen(recipe, console)
     device = make_devices().device
-    model = TunedModel(load_model(objective.section(recipe.model), device=device), None) if samples else None
-    scorers: Any = _Scorers(load_scorers(recipe.objective, device))
-    if model is not None:
-        model.scorers = scorers.scorers
-    console.info(f"the rewards of {len(chosen):,} rows of {len(rows.train):,}, each with answers whose worth is known")
-    tried = [_tried(objective, name, written, scorers) for name, written in known_answers(chosen).items()]
-    groups = 1
-    if model is not None:
-        count = max(1, round(samples / objective.settings.num_generations))
-        groups = min(count, len(chosen))
-        tried.append(_tried(objective, SAMPLES, _sampled(objective, rows, chosen[:groups], model, recipe), scorers))
-    findings, notes = judged(objective, tried, groups)
-    _show(console, objective, tried, findings, notes)
-    write_result({"answers": [_values(objective, each) for each in tried], "findings": findings, "notes": notes})
+    scorers: Any = _Scorers(load_scorers(settings, device))
+    tried = [_tried(rewards, name, written, scorers) for name, written in known_answers(told).items()]
+    if samples:
+        written = _sampled(recipe, max(1, round(samples / size)), device)
+        tried.append(_tried(rewards, SAMPLES, written, scorers))
+    findings, notes = judged(rewards, tried, size)
+    _show(console, rewards, tried, findings, notes, size)
+    write_result({"answers": [_values(rewards, each) for each in tried], "findings": findings, "notes": notes})
     return 2 if findings else 0
 
 
@@ -93,9 +95,30 @@ class _Scorers:
     scorers: dict[str, Any]
 
 
-def known_answers(rows: Sequence[Row]) -> dict[str, list[Written]]:
+def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
+    """Prompts and columns of some training rows, drawn by seed, which need no tokenizer."""
+    found, problems = list[dict[str, Any]](), Problems()
+    for source in recipe.data.train:
+        rows, _, format_name, _ = open_rows(source, recipe.objective.example, problems)
+        make_example = format_maker(format_name)
+        for raw in islice(rows, MOST_READ):
+            try:
+                example: Any = make_example(raw.values)
+            except DataError as error:
+                problems.add_error(source.path, raw.line, error)
+                continue
+            found += [json.loads(said_of(example))] if example.prompt else []
+    problems.raise_if_any()
+    if not found:
+        raise DataError("no row has a prompt", "", key="data.train")
+    draw = random.Random(recipe.training.seed)
+    chosen = draw.sample(found, min(MOST_ROWS, len(found)))
+    console.info(f"the rewards of {len(chosen):,} rows of {len(found):,}, each with answers whose worth is known")
+    return chosen
+
+
+def known_answers(told: Sequence[dict[str, Any]]) -> dict[str, list[Written]]:
     """Each row with its own answer, and with others that are worth less, by what they are."""
-    told = [told_of(row) for row in rows]
     with_answer = [each for each in told if isinstance(each["columns"].get("answer"), str | int)]
     answers = [str(each["columns"]["answer"]) for each in with_answer]
     common = Counter(answers).most_common(1)[0][0] if answers else "yes"
@@ -126,19 +149,26 @@ def _text_of(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
 
 
-def _sampled(
-    objective: SampleObjective, rows: RowSet, chosen: Sequence[Row], model: TunedModel, recipe: Recipe
-) -> list[Written]:
-    """What the untuned model writes to the first rows, a group each, as in a step of training."""
+def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Written]:
+    """What the model writes to the first rows before step 1, a group each, as in a step of training."""
+    seed = recipe.training.seed
+    objective = make_objective(recipe.objective, load_tokenizer(recipe.model))
+    rows = load_rows(recipe.data, objective, seed=seed)
+    order = epoch_rows(rows.draws, seed=seed, epoch=0, shuffle=recipe.data.shuffle)[:count]
+    chosen = [rows.train[int(index)] for index in order]
+    base = load_model(objective.section(recipe.model), device=device)
+    model, begun_from = TunedModel(base, None), getattr(recipe.adapter, "init_from", None)
+    if begun_from is not None:
+        head = base.family.head_name(base.net)
+        model.adapter = attach_adapter(base.net, recipe.adapter, seed=seed, head_name=head, device=device)
+        load_into(model.adapter, Path(begun_from), base_fingerprint=base.fingerprint)
     assert isinstance(rows.objective, SampleObjective)
-    window = Window(0, 0.0, (), (), recipe.training.seed)
     with undisturbed(model):
-        groups = rows.objective.sampled(model, window, chosen)
+        groups = rows.objective.sampled(model, Window(0, 0.0, (), (), seed), chosen)
     return [_written(told_of(row), each.text) for row, group in zip(chosen, groups, strict=True) for each in group]
 
 
-def _tried(objective: SampleObjective, name: str, written: Sequence[Written], model: Any) -> Tried:
-    rewards = objective.rewards
+def _tried(rewards: Rewards, name: str, written: Sequence[Written], model: Any) -> Tried:
     columns, seconds, errors = list[Scores](), list[float](), list[str]()
     for number, source in enumerate(rewards.sources):
         began = time.monotonic()
@@ -155,8 +185,8 @@ def _tried(objective: SampleObjective, name: str, written: Sequence[Written], mo
     return Tried(name, written, scores, rewards.summed(scores), seconds, errors)
 
 
-def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> tuple[list[str], list[str]]:
-    """What is wrong with the reward, and what should be known of it."""
+def judged(rewards: Rewards, tried: Sequence[Tried], size: int) -> tuple[list[str], list[str]]:
+    """What is wrong with the reward, and what should be known of it; `size`: of a group of samples."""
     places = dict[str, list[str]]()
     for each in tried:
         for error in each.errors:
@@ -177,9 +207,9 @@ def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> t
             continue
         told = f"{each.name}: a mean reward of {other:.4g}, and {REFERENCE} have {best:.4g}"
         (notes if each.name == SHUFFLED else findings).append(told)
-    notes += _constant(objective, tried) if own is not None else ()
+    notes += _constant(rewards, tried) if own is not None else ()
     for each in tried:
-        for source, seconds in zip(objective.rewards.sources, each.seconds, strict=True):
+        for source, seconds in zip(rewards.sources, each.seconds, strict=True):
             slow = seconds / max(len(each.written), 1)
             if slow > SLOW_SECONDS and not any("took more than" in error for error in each.errors):
                 findings.append(f"{said(source)} takes {slow:.2g} s for a completion ({each.name})")
@@ -188,7 +218,7 @@ def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> t
         notes.append(f"{absent:,} completions were not judged (None or NaN)")
     sampled = by_name.get(SAMPLES)
     if sampled is not None and not sampled.errors:
-        equal = float(np.isclose(spread(sampled.total.reshape(groups, -1), axis=1), 0.0).mean())
+        equal = float(np.isclose(spread(sampled.total.reshape(-1, size), axis=1), 0.0).mean())
         notes.append(f"{equal:.0%} of the groups of samples have equal rewards: nothing can be learnt of those")
         if own is not None and mean(sampled.total) >= mean(own.total):
             notes.append(
@@ -197,9 +227,9 @@ def judged(objective: SampleObjective, tried: Sequence[Tried], groups: int) -> t
     return findings, notes
 
 
-def _constant(objective: SampleObjective, tried: Sequence[Tried]) -> Iterator[str]:
+def _constant(rewards: Rewards, tried: Sequence[Tried]) -> Iterator[str]:
     """Of several rewards, those that give every answer the same: the others hide it in the sum."""
-    sources = objective.rewards.sources
+    sources = rewards.sources
     for number, source in enumerate(sources if len(sources) > 1 else ()):
         scores = np.concatenate([each.scores[:, number] for each in tried])  # (N,)
         if np.isfinite(scores).all() and np.ptp(scores) == 0:
@@ -209,9 +239,9 @@ def _constant(objective: SampleObjective, tried: Sequence[Tried]) -> Iterator[st
             )
 
 
-def _values(objective: SampleObjective, each: Tried) -> dict[str, Any]:
+def _values(rewards: Rewards, each: Tried) -> dict[str, Any]:
     """Of one kind of answers, for --json; numbers that are none are absent."""
-    names = objective.rewards.names
+    names = rewards.names
     numbers = {"mean": float(mean(each.total)), "std": float(spread(each.total))}
     numbers |= {f"mean_{name}": float(mean(each.scores[:, at])) for at, name in enumerate(names)}
     finite = {name: value for name, value in numbers.items() if np.isfinite(value)}
@@ -221,13 +251,18 @@ def _values(objective: SampleObjective, each: Tried) -> dict[str, Any]:
 
 
 def _show(
-    console: Console, objective: SampleObjective, tried: Sequence[Tried], findings: Sequence[str], notes: Sequence[str]
+    console: Console,
+    rewards: Rewards,
+    tried: Sequence[Tried],
+    findings: Sequence[str],
+    notes: Sequence[str],
+    size: int,
 ) -> None:
-    names = objective.rewards.names
+    names = rewards.names
     several = names if len(names) > 1 else []
     lines = []
     for each in tried:
-        values = _values(objective, each)
+        values = _values(rewards, each)
         numbers = [values.get(name) for name in ("mean", "std", *(f"mean_{name}" for name in several))]
         shown = ["-" if number is None else f"{number:.4g}" for number in numbers]
         lines.append([each.name, len(each.written), *shown, values["not_judged"], f"{sum(each.seconds):.3g}"])
@@ -235,8 +270,7 @@ def _show(
     sampled = next((each for each in tried if each.name == SAMPLES), None)
     if sampled is not None:
         console.info("\nthe first samples:")
-        count = objective.settings.num_generations
-        for written, total in list(zip(sampled.written, sampled.total.tolist(), strict=True))[:count]:
+        for written, total in list(zip(sampled.written, sampled.total.tolist(), strict=True))[:size]:
             console.info(f"  {total:.4g}  {visible(written.text)[:100]!r}")
     console.info("", *notes)
     console.warn(*findings)

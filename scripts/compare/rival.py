@@ -2,10 +2,10 @@
 
     rival.py SPECIFICATION      (a JSON file that compare/bench.py writes)
 
-Specification: kind (trl, dpo, loop), model, rows (JSON Lines: input_ids and labels, or prompt and completion; of dpo
-prompt_ids, chosen_ids and rejected_ids), steps_log, losses.
-For trl and dpo: config (fields of SFTConfig or DPOConfig).  For trl: adapters (default, or "bfloat16": in the base's
-dtype).  For dpo and loop: init (an adapter folder to begin from).
+Specification: kind (trl, dpo, grpo, loop), model, rows (JSON Lines: input_ids and labels, or prompt and completion; of
+dpo prompt_ids, chosen_ids and rejected_ids; of grpo prompt_ids, completion_ids and rewards, a step each), steps_log,
+losses.  For trl, dpo and grpo: config (fields of SFTConfig, DPOConfig or GRPOConfig).  For trl: adapters (default, or
+"bfloat16": in the base's dtype).  For dpo, grpo and loop: init (an adapter folder to begin from).
 For loop: dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one), exact_loss (taken in
 float64) and save (where to leave the adapter).
 Nothing but the import of what is used, the usual lines, and one line in steps_log after each optimizer step.
@@ -81,6 +81,57 @@ def run_trl() -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def run_grpo() -> list[float]:
+    """Of completions that are there already; the gradient norms go to norms.json."""
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    groups = [json.loads(line) for line in Path(SPECIFICATION["rows"]).read_text("utf-8").splitlines()]
+    config = {key: value for key, value in SPECIFICATION["config"].items() if value is not None}
+    base = AutoModelForCausalLM.from_pretrained(SPECIFICATION["model"], **config.pop("model_init_kwargs"))
+    model = PeftModel.from_pretrained(base, SPECIFICATION["init"], is_trainable=True)
+
+    def rollout(prompts, trainer):  # type: ignore[no-untyped-def]
+        """Each prompt is the number of a group, as often in a row as this has completions."""
+        chosen = [groups[int(prompt)] for prompt in prompts]
+        size = len(chosen[0]["completion_ids"])
+        completions = [group["completion_ids"][at % size] for at, group in enumerate(chosen)]
+        return {
+            "prompt_ids": [group["prompt_ids"] for group in chosen],
+            "completion_ids": completions,
+            "logprobs": None,
+        }
+
+    def score(prompts, completions, **columns):  # type: ignore[no-untyped-def]
+        size = len(groups[0]["rewards"])
+        return [groups[int(prompt)]["rewards"][at % size] for at, prompt in enumerate(prompts)]
+
+    tokens = [
+        sum(len(group["prompt_ids"]) + len(ids) for ids in group["completion_ids"]) for group in groups
+    ]  # of each step
+
+    class Noting(TrainerCallback):
+        def on_step_end(self, arguments, state, control, **named):  # type: ignore[no-untyped-def]
+            note(state.global_step, sum(tokens[: state.global_step]))
+
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=score,
+        args=GRPOConfig(**config),
+        train_dataset=Dataset.from_dict({"prompt": [str(number) for number in range(len(groups))]}),
+        processing_class=AutoTokenizer.from_pretrained(SPECIFICATION["model"]),
+        rollout_func=rollout,
+        callbacks=[Noting()],
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    place = Path(SPECIFICATION["losses"]).with_name("norms.json")
+    place.write_text(json.dumps([entry["grad_norm"] for entry in logged]), encoding="utf-8")
+    return [entry["loss"] for entry in logged]
+
+
 def run_loop() -> list[float]:
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -134,5 +185,6 @@ def run_loop() -> list[float]:
 
 
 if __name__ == "__main__":
-    found = run_loop() if SPECIFICATION["kind"] == "loop" else run_trl()
+    runs = {"loop": run_loop, "grpo": run_grpo}
+    found = runs.get(SPECIFICATION["kind"], run_trl)()
     Path(SPECIFICATION["losses"]).write_text(json.dumps(found), encoding="utf-8")

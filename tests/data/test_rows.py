@@ -111,6 +111,14 @@ def test_a_column_that_is_not_read_is_mentioned(tiny: LoadedTokenizer, tmp_path:
         assert load_rows(DataSection(train=(source,)), sft(tiny), seed=0).notes == (said,)
 
 
+def test_a_misspelt_field_is_warned_of(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "a", "sample_weights": 0.5}])
+    assert load(tiny, path).notes == (
+        "warning: d.jsonl: format prompt_completion (the first row has 'prompt' and 'completion'), which does not read "
+        "'sample_weights'; did you mean 'sample_weight' by 'sample_weights'?",
+    )
+
+
 def test_truncation_keeps_the_start_and_invents_no_end(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", [*pairs(20), {"prompt": "q" * 30, "completion": "a"}])
     rows = load(tiny, path, max_length=10, excess_length="truncate")

@@ -81,6 +81,16 @@ def test_a_message_that_says_it_wrongly(extra: dict[str, Any], said: str) -> Non
         make("chat", {"messages": [{"role": "assistant", "content": "a", **extra}]})
 
 
+@pytest.mark.parametrize("extra", [{"train": True}, {"weight": 0.5}, {"weight": 3}])
+def test_a_weight_of_who_is_not_trained_on_is_refused(extra: dict[str, Any]) -> None:
+    """0 and 1 say nothing of a user's message: 1 is what a message without a weight has."""
+    name = next(iter(extra))
+    with pytest.raises(DataError, match=rf"messages\[0\]' has {name}: .*, but its role is 'user'"):
+        make("chat", {"messages": [{"role": "user", "content": "q", **extra}]})
+    for harmless in ({"train": False}, {"weight": 0}, {"weight": 1}):
+        make("chat", {"messages": [{"role": "user", "content": "q", **harmless}]})
+
+
 def test_a_row_says_how_much_it_counts() -> None:
     rows = {
         "chat": CHAT,

@@ -17,10 +17,13 @@ from tests.train_case import lose_the_end, records, result_bytes, without_times,
 from tunekit.contracts import ModelOutput
 from tunekit.errors import ModelError, RecipeError, RunFolderError, TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.model.load import load_model
 from tunekit.objectives.logprobs import divergence, divergences
 from tunekit.planning.plan import make_plan
+from tunekit.planning.tiers import layer_bytes
 from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
+from tunekit.tuned.teacher import load_teacher
 
 POSITIONS, HIDDEN, WIDE = 11, 6, 10
 CPU = torch.device("cpu")
@@ -115,6 +118,44 @@ def _parameters(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder).parameters()
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_streamed_teacher_teaches_the_same(tier: str, tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:
+    """Bit by bit, whatever the teacher's layers wait in; each is copied once for all micro-batches of a step."""
+    run = trained(tmp_path, tiny_llama, teacher, "run", "training.save_steps=2")
+    whole = result_bytes(run)
+    streamed = trained(tmp_path, tiny_llama, teacher, "streamed", f"objective.teacher_streaming={tier}")
+    assert result_bytes(streamed) == whole
+    assert losses(streamed) == losses(run)
+    lose_the_end(run)
+    overrides = [f"output.dir={run}", "training.save_steps=2", f"objective.teacher_streaming={tier}"]
+    train_verb(str(tmp_path / "recipe.yaml"), overrides, True, False)
+    assert result_bytes(run) == whole, "where the teacher waits may change with a resume"
+    loaded = load_recipe(tmp_path / "recipe.yaml", [f"objective.teacher_streaming={tier}"])
+    planned, prepared = make_plan(loaded, device=CPU)
+    resident = make_plan(load_recipe(tmp_path / "recipe.yaml"), device=CPU)[0]
+    saved = resident.peak_bytes.weights - planned.peak_bytes.weights
+    layers = layer_bytes(load_model(loaded.recipe.objective.teacher, device=CPU))
+    assert saved == pytest.approx(layers / 3 if tier == "disk" else -2 * layers / 3, rel=0.25), "two of three in slots"
+    assert any("layers wait" in note and "once for all rows of a step" in note for note in planned.notes)
+    asked = load_teacher(prepared.rows.objective, CPU)
+    assert asked is not None
+    assert asked.slots is not None
+    batches = [prepared.rows.objective.collate([[prepared.rows.train[number]]]) for number in range(3)]
+    asked.scored(batches, lambda output, batch: output.hidden)
+    assert asked.slots.traffic.copies == 3, "its layers"
+
+
+def test_a_teacher_that_cannot_be_streamed(tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:
+    own = {"name_or_path": str(teacher), "trust_remote_code": True}
+    path = write_recipe(
+        tmp_path, tiny_llama, objective={"method": "distill", "teacher": own, "teacher_streaming": "disk"}
+    )
+    with pytest.raises(
+        RecipeError, match=r"objective\.teacher_streaming: the teacher's layers cannot wait on disk: a ba"
+    ):
+        make_plan(load_recipe(path), device=CPU)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(tiny_llama: Path, teacher: Path, tmp_path: Path) -> None:

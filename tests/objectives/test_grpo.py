@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_reci
 from tests.objectives.test_reward import write_reward
 from tests.train_case import lose_the_end, records, without_times
 from tunekit.contracts import Gather, Window
+from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunFolderError, Stopped
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.example import Message
@@ -26,6 +29,9 @@ from tunekit.formats.preference import AskedExample
 from tunekit.formats.prompt import make_example
 from tunekit.generate import answer, score_file
 from tunekit.merge import merge_verb
+from tunekit.model.load import load_model
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.objectives.base import make_objective
 from tunekit.objectives.rewards import Rewards, Written
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
@@ -33,6 +39,8 @@ from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.grpo import GrpoSettings
 from tunekit.recipe.objectives.rloo import RlooSettings
 from tunekit.training.state import LoopState
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.scores import summed_evaluation
 from tunekit.tuned.target import find_target, load_target
 from tunekit.validate import validate
 
@@ -114,6 +122,29 @@ def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     other = RewardError("rewards.py: score raised ValueError on another rank")
     with pytest.raises(RewardError, match="on another rank"):
         objective.prepare(case.model(), Window(3, 0.0, (0,), (batch,), 5), lambda mine: [*mine, other])
+
+
+def test_a_reward_that_fails_in_an_evaluation_is_raised_on_all_ranks(base: Path, tmp_path: Path) -> None:
+    """The ranks share the rows, so that only one of them meets the one that no reward is for."""
+    code = CODE.replace("isdigit() for text in answer)", "isdigit() and text != '3' for text in answer)")
+    loaded = load_recipe(write_prompts(tmp_path, base, code=code, data={"eval": ["train.jsonl"]}))
+    base_model = load_model(loaded.recipe.model, device=CPU)
+    tokenizer = load_tokenizer(loaded.recipe.model)
+    objective: Any = make_objective(loaded.recipe.objective, tokenizer)
+    rows = load_rows(loaded.recipe.data, objective, seed=0).evaluation
+
+    def evaluated(number: int, gather: Gather) -> str:
+        devices: Any = SimpleNamespace(rank=number, world=2, any=lambda said: any(gather([said])), gather=gather)
+        batches = evaluation_batches(rows, objective.held_out(), batch_size=1)
+        try:
+            summed_evaluation(TunedModel(base_model, None), objective.held_out(), batches, devices)
+        except RewardError as error:
+            return str(error)
+        return "no error"
+
+    found = on_two_ranks(evaluated)
+    assert "letters raised AssertionError" in found[0]
+    assert found[0] == found[1]
 
 
 # Whole runs.
@@ -349,6 +380,14 @@ def test_a_bad_row_is_named(base: Path, tmp_path: Path, row: dict[str, Any], sai
     recipe = write_prompts(tmp_path, base, rows=[{"prompt": "p", "answer": "1"}, row])
     with pytest.raises(DataError, match=rf"train\.jsonl:2: {said}"):
         make_plan(load_recipe(recipe), device=CPU)
+
+
+def test_a_column_that_no_row_has_is_refused_by_plan(base: Path, tmp_path: Path) -> None:
+    rewards = [ONE, {"exact_match": "answer"}, {"exact_match": "anwser"}]
+    plan, _ = make_plan(load_recipe(write_prompts(tmp_path, base, objective={"reward": rewards})), device=CPU)
+    (refusal,) = plan.refusals
+    assert refusal.key == "objective.reward.2.exact_match"
+    assert refusal.message.startswith("no row has the column 'anwser'; the first row has: answer, level")
 
 
 def test_a_streamed_base_and_cut_prompts_are_refused_by_name(base: Path, tmp_path: Path) -> None:

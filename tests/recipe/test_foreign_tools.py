@@ -366,6 +366,61 @@ def test_trls_commands(
     assert "default of TRL -> training.epochs: 3.0" in said
 
 
+GRPO = (
+    "trl grpo --model_name_or_path org/base --dataset_name someone/rows --use_peft --num_generations 4 --beta 0.04 "
+    "--scale_rewards false --log_completions --vllm_mode colocate"
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--reward_funcs accuracy_reward", r"reward_funcs: .* write objective\.reward: \[\{function: FILE\.py:NAME"),
+        ("--use_vllm", "use_vllm: .* the trained model itself samples"),
+        ("--max_prompt_length 512", "max_prompt_length: .* a prompt that is cut asks something else"),
+        ("--steps_per_generation 4", "steps_per_generation: .* each step samples its own completions"),
+        ("--per_device_train_batch_size 3", r"3 completions a step \(3 x 1\) are no whole groups of 4"),
+        ("", r"objective\.reward: is required; write reward: "),
+    ],
+)
+def test_what_grpo_cannot_have_from_trl(folder: Path, more: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RecipeError, match=said):
+        imported(folder, "run.sh", f"{GRPO} {more}", capsys)
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "group", "expected"),
+    [(8, 1, 4, (2, 1)), (8, 3, 8, (1, 3)), (2, 8, 4, (1, 4)), (12, 2, 8, (1, 3)), (32, 2, 8, (4, 2))],
+)
+def test_trl_counts_completions_where_we_count_prompts(
+    folder: Path, rows: int, steps: int, group: int, expected: tuple[int, int]
+) -> None:
+    """A step has as many of them; ours are never fewer than one group at a time."""
+    text = f"""
+model: {folder / "base"}
+data: {{train: rows.jsonl}}
+objective: {{method: grpo, reward: [{{regex: a}}], num_generations: {group}}}
+per_device_train_batch_size: {rows}
+gradient_accumulation_steps: {steps}
+output: {{dir: run}}
+"""
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    loaded = load_recipe(folder / "recipe.yaml")
+    training = loaded.recipe.training
+    assert (training.micro_batch_size, training.gradient_accumulation_steps) == expected
+    assert any(
+        f"{rows} completions x {steps} -> training.micro_batch_size: {expected[0]}" in s for s in loaded.rewrites
+    )
+    overrides = [f"training.micro_batch_size={rows}", "~per_device_train_batch_size"]
+    assert load_recipe(folder / "recipe.yaml", overrides[:1]).recipe.training.micro_batch_size == rows, (
+        "ours are prompts"
+    )
+    plain = load_recipe(
+        folder / "recipe.yaml", [f"per_device_train_batch_size={4 * group}", "objective.num_generations=2"]
+    )
+    assert plain.recipe.training.micro_batch_size == 2 * group, "by an override, too"
+
+
 @pytest.mark.slow
 def test_trls_defaults_are_trls() -> None:
     from trl import DPOConfig, KTOConfig, ModelConfig, RewardConfig, SFTConfig

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.speech_case import write_tiny_whisper
 from tunekit.plan import plan_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.shipped import first_comment, shipped_recipes
@@ -87,6 +88,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "SmolLM2-135M-Instruct.Q4_1.gguf": "builtin:tiny-llama",
         "Qwen/Qwen2.5-7B-Instruct": str(write_twin(folder / "qwen2", make_qwen2, chat_template=True)),
         "sentence-transformers/all-MiniLM-L6-v2": str(write_twin(folder / "bert", make_bert, chat_template=False)),
+        "openai/whisper-tiny": str(write_tiny_whisper(folder / "whisper")),
         "google/flan-t5-base": str(write_twin(folder / "t5", make_t5, chat_template=False)),
         "openai-community/gpt2": str(write_twin(folder / "gpt2", make_gpt2, chat_template=False)),
     }

@@ -88,7 +88,7 @@ def merge_adapter(
     source = find_source(target.model, weights=True)
     adapter = target.adapter
     processor = processor_of(target)
-    target, _ = as_trained(target, processor)
+    target, objective = as_trained(target, processor)
     output = output.expanduser().absolute()
     check_output(output, [source.folder, adapter])
     rewriter = Rewriter(target.model, chosen, dtype)
@@ -96,7 +96,8 @@ def merge_adapter(
     check_space(output, rewriter.output_bytes(changes))
     with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
-        copy_companions(target.model, source.folder, processor, target.chat_template, staging)
+        generation = {} if objective is None else objective.generation
+        copy_companions(target.model, source.folder, processor, target.chat_template, staging, generation)
         difference = measure_difference(target, staging, rewriter, changes)
         written, computed = (
             rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight"),
@@ -300,7 +301,12 @@ def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[Inputs], str]:
 @torch.no_grad()
 def _logits(model: LoadedModel, rows: list[Inputs]) -> list[torch.Tensor]:
     """What the head makes of each row: (T, V) float32."""
-    return [model.family.scores(model.net, row) for row in rows]
+    return [
+        model.family.scores(
+            model.net, {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in row.items()}
+        )
+        for row in rows
+    ]
 
 
 def _compare(
@@ -320,7 +326,7 @@ def _compare(
         running_loss=_loss(rows, before) if predicts else None,
         merged_loss=_loss(rows, after) if predicts else None,
         rows=described,
-        tokens=sum(row["input_ids"].shape[1] for row in rows) if "input_ids" in rows[0] else len(rows),
+        tokens=sum(each.numel() for row in rows for name, each in row.items() if name.endswith("input_ids")),
     )
 
 

@@ -19,6 +19,7 @@ FREE_KEYS = {
     "training.keep_checkpoints",
     "training.eval_steps",
     "evaluation.before_training",
+    "objective.teacher_streaming",
 }
 # A file that moved is the same file: its content is in the data's or the base's fingerprint, or already in the state.
 PATH_KEYS = (

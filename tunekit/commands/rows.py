@@ -43,7 +43,7 @@ def add_rows(app: typer.Typer, call: Call) -> None:
         context: typer.Context,
         recipe: RecipeFile,
         overrides: Overrides = None,
-        samples: Annotated[int, typer.Option(metavar="N", min=0, help="of the untuned model; 0: load no model")] = 32,
+        samples: Annotated[int, typer.Option(metavar="N", min=0, help="of the model before step 1; 0: load none")] = 32,
         device: Device = None,
         json_file: JsonFile = None,
     ) -> None:

@@ -48,7 +48,7 @@ def _read_message(value: Any, label: str) -> Message:
     for name, part in value.items():
         if part not in (None, "", [], {}) and name not in ("role", "content", "tool_calls", *WEIGHTS):
             extra[name] = check_text(part, f"{label}.{name}") if isinstance(part, str) else read_json(part, label)
-    return Message(role, _read_content(value, label, bool(calls)), _read_weight(value, label), extra)
+    return Message(role, _read_content(value, label, bool(calls)), _read_weight(value, label, role), extra)
 
 
 def _read_role(value: Mapping[str, Any], label: str) -> str:
@@ -81,15 +81,22 @@ def _read_part(part: Any, label: str) -> str:
     return check_text(part.get("text"), f"{label}.text")
 
 
-def _read_weight(value: Mapping[str, Any], label: str) -> float:
+def _read_weight(value: Mapping[str, Any], label: str, role: str) -> float:
+    """Raises: DataError also where another's turn is to be trained on, or by a weight: it never is, whatever it has."""
     found = [name for name in WEIGHTS if value.get(name) is not None]
     if len(found) > 1:
         raise DataError(f"'{label}' has both weight and train", "keep one")
+    weight = 1.0
     if found == ["train"]:
         if not isinstance(value["train"], bool):
             raise DataError(f"'{label}.train' must be true or false, not {value['train']!r}", "")
-        return float(value["train"])
-    return read_weight(value["weight"], f"{label}.weight") if found else 1.0
+        weight = float(value["train"])
+    elif found:
+        weight = read_weight(value["weight"], f"{label}.weight")
+    if role != "assistant" and (weight not in (0.0, 1.0) or value.get("train")):
+        what = f"'{label}' has {found[0]}: {str(value[found[0]]).lower()}, but its role is {role!r}"
+        raise DataError(what, "only the assistant's messages are trained on; take it out")
+    return weight
 
 
 def read_tool_calls(value: Any, label: str) -> list[dict[str, Any]]:

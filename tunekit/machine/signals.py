@@ -16,6 +16,7 @@ from typing import Any
 
 from tunekit.errors import Stopped
 
+AGAIN_SECONDS = 1.0  # between the alarms for a block that caught one
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -31,22 +32,32 @@ class TimeUp(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """A block that is ended after so long; it takes its time outside the main thread, and where there is no alarm.
 
+    A bare `except:` in it catches the alarm: it rings again, for every part of the block that goes on, and what such a
+    block returns does not count.
     Raises: TimeUp.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
+    rang = False
 
     def ring(number: int, frame: FrameType | None) -> None:
+        nonlocal rang
+        rang = True
         raise TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, AGAIN_SECONDS))
     try:
         yield
+    except Exception:
+        if not rang:
+            raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
+    if rang:
+        raise TimeUp
 
 
 class StopSignals:

@@ -17,6 +17,8 @@ from tunekit.memory.copies import Copier, StreamCopier, ThreadCopier
 from tunekit.memory.slots import SLOTS, LayerSlots
 from tunekit.model.load import LoadedModel
 from tunekit.model.placing import on_host, placed
+from tunekit.model.storage.source import find_source
+from tunekit.recipe.model import ModelSection
 
 
 def make_slots(
@@ -90,6 +92,24 @@ def _in_slot(forward: Any, number: int, then: int, slots: LayerSlots) -> Any:
             return forward(*inputs, **named)
 
     return run
+
+
+def base_obstacle(base: LoadedModel, section: ModelSection) -> str | None:
+    """Why no layers of this base can be streamed, whatever is done with them; or None."""
+    if base.family.stages(base.net) is None:
+        return f"{base.facts.model_type} is not known to compute the same layer by layer"
+    if find_source(section, weights=False).gguf_file is not None:
+        return "a GGUF file holds no tensors of the net's names"
+    if section.trust_remote_code:
+        return "a base with code of its own is read by transformers alone"
+    return None
+
+
+def host_obstacle(device: torch.device) -> str | None:
+    """Why layers of a base on this device cannot wait in the host's memory, or None."""
+    if device.type == "cpu" or kind_of(device).own_memory:
+        return None
+    return f"{device.type} shares the host's memory, in which the layers would then lie twice for a while"
 
 
 def layer_weights(base: LoadedModel) -> list[list[Tensor]]:

@@ -391,7 +391,7 @@ def _text_facts(net: nn.Module, family: Family) -> TextFacts | None:
         return None
     config, name = text_config(net), family.embedding_name(net)
     embedding: Any = net.get_submodule(name) if name else None
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", None))
     return TextFacts(
         vocabulary_size=int(embedding.num_embeddings) if embedding is not None else int(config.vocab_size),
         positions=positions if isinstance(positions, int) else None,

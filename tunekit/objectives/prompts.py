@@ -46,9 +46,7 @@ class PromptEncoder(TextEncoder):
             if self.unusable == "drop":
                 raise Dropped(NO_PROMPT)
             raise DataError(f"the row has {NO_PROMPT}", "mend it, or write objective.unusable_rows: drop")
-        columns = {"answer": example.answer, **example.columns}
-        said = json.dumps({"prompt": example.prompt_value, "columns": columns}, default=str, ensure_ascii=False)
-        return self.make_row(np.asarray(self._ids(example), np.int32), said.encode(), origin)
+        return self.make_row(np.asarray(self._ids(example), np.int32), said_of(example).encode(), origin)
 
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
         """Ids of the prompt, and the reference answer; None where the row has none."""
@@ -190,6 +188,12 @@ class PromptObjective(AnswerObjective):
         """What a loss reads beside the log-probabilities, on the device."""
         names = (*PER_TOKEN, *PER_COMPLETION, "share")
         return {name: placed(values, device) for name, values in batch.targets.items() if name in names}
+
+
+def said_of(example: Any) -> str:
+    """The prompt and the columns of an example, which its row keeps for rewards."""
+    columns = {"answer": example.answer, **example.columns}
+    return json.dumps({"prompt": example.prompt_value, "columns": columns}, default=str, ensure_ascii=False)
 
 
 def told_of(row: Row) -> dict[str, Any]:

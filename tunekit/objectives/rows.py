@@ -56,6 +56,7 @@ class RowObjective:
     logged: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
     repeats = 1
+    generation: Mapping[str, Any] = {}
     complete = True
     notes: Sequence[str] = ()
 
@@ -63,6 +64,10 @@ class RowObjective:
         self.name, self.family, self.example = settings.method, settings.family, settings.example
         self.reference = settings.reference
         self.fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
+
+    def normalized(self, text: str) -> str:
+        """As it is."""
+        return text
 
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
         """The base as it is."""

@@ -34,7 +34,7 @@ from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
 from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.planning.starts import reference_problems, start_bytes, start_notes, start_problems
-from tunekit.planning.tiers import allowed_tiers, streaming_notes
+from tunekit.planning.tiers import allowed_tiers, streaming_notes, teacher_notes
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
@@ -49,7 +49,7 @@ from tunekit.tuned.evaluator import check_choices
 from tunekit.tuned.fit import check_family, longest_tokens, row_problems
 from tunekit.tuned.labels import start_facts
 from tunekit.tuned.reward_models import scorer_bytes
-from tunekit.tuned.teacher import read_teacher, teacher_of, teacher_problems
+from tunekit.tuned.teacher import read_teacher, teacher_of, teacher_problems, tier_of
 
 END_TO_END = (
     "; the rows of a micro-batch lie end to end, without padding "
@@ -114,6 +114,7 @@ def make_plan(
     )
     findings.add(list(start_problems(recipe.adapter, inputs.base, inputs.targets)))
     findings.add(list(reference_problems(recipe.adapter, inputs.rows.objective)))
+    findings.add(list(refusals.reward_problems(recipe, inputs.rows)))
     findings.add(_run_problems(recipe, windows.steps, device, inputs.rows.objective.repeats))
     forecast = _forecast(recipe, inputs, windows, settings, device)
     tiers, problems = allowed_tiers(recipe, inputs.base, device)
@@ -140,9 +141,11 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
     with parsed_once(model.name_or_path):
         processor = findings.attempt(lambda: make_family(family).processor(recipe.model))
         facts = findings.attempt(lambda: start_facts(recipe))
-        if processor is not None:
-            objective = make_objective(recipe.objective, processor, facts)
-            rows = findings.attempt(lambda: load_rows(recipe.data, objective, seed=seed))
+        made = processor
+        objective = None if made is None else findings.attempt(lambda: make_objective(recipe.objective, made, facts))
+        if objective is not None:
+            asked = objective
+            rows = findings.attempt(lambda: load_rows(recipe.data, asked, seed=seed))
             model = (objective if rows is None else rows.objective).section(model, seed)
         if rows is not None:
             read = rows
@@ -166,7 +169,8 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         found = findings.attempt(lambda: read_teacher(section, device))
         if found is None:
             return None
-        teacher, problems = found[0], list(teacher_problems(*found, processor.tokenizer, recipe.memory))
+        problems = list(teacher_problems(*found, processor.tokenizer, recipe.memory, rows.objective, device))
+        teacher = found[0]
         findings.add(problems)
         if problems:
             return None
@@ -377,4 +381,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     layers, offloaded = memory.choice.checkpointed_layers, memory.offloaded_bytes
     notes += memory.reasons
     notes += streaming_notes(inputs.base, device, memory.choice, memory.largest_tokens)
+    if inputs.teacher is not None:
+        tokens = memory.choice.gradient_accumulation_steps * memory.largest_tokens
+        notes += teacher_notes(inputs.teacher, tier_of(inputs.rows.objective), device, tokens)
     return [*notes, *activation_notes(recipe.memory, device, layers, offloaded)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunekit.contracts import Objective
+from tunekit.contracts import Objective, Rows
 from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
@@ -22,6 +22,7 @@ from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
+from tunekit.objectives.prompts import told_of
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.schedules import rate_multiplier, warmup_steps
@@ -89,6 +90,21 @@ def repeat_problems(recipe: Recipe, repeats: int) -> Iterator[Problem]:
         if steps % repeats:
             what = f"{repeats} steps in a row learn from the same completions, which no checkpoint between them keeps"
             yield Problem(what, f"write a multiple of {repeats} (objective.num_iterations)", key=f"training.{name}")
+
+
+def reward_problems(recipe: Recipe, rows: RowSet) -> Iterator[Problem]:
+    """Columns that completions are compared with and that no row has; of a stream only some rows are known."""
+    for number, source in enumerate(getattr(recipe.objective, "reward", ())):
+        column = source.exact_match
+        if column is None or rows.streams or any(_have(some, column) for some in rows.all):
+            continue
+        there = ", ".join(name for name, value in told_of(rows.train[0])["columns"].items() if value is not None)
+        key = f"objective.reward.{number}.exact_match"
+        yield Problem(f"no row has the column '{column}'", f"the first row has: {there or 'none'}", key=key)
+
+
+def _have(rows: Rows, column: str) -> bool:
+    return any(told_of(rows[number])["columns"].get(column) is not None for number in range(len(rows)))
 
 
 def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iterator[str]:

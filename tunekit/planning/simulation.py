@@ -33,7 +33,7 @@ from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 from tunekit.tuned.scores import prepared, undisturbed
-from tunekit.tuned.teacher import as_teacher
+from tunekit.tuned.teacher import as_teacher, tier_of
 
 MOMENTS = 2  # AdamW's, which torch makes in its first step
 UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # state of the same size
@@ -161,7 +161,8 @@ class SimulatedRun:
         head = base.family.head_name(base.net)
         attach = partial(attach_adapter, base.net, self.adapter, seed=self.training.seed, head_name=head)
         tuned = prepare_network(base, self.choice, attach, planned_for=self.device)
-        tuned.teacher = None if self.teacher is None else as_teacher(self.teacher)
+        if self.teacher is not None:  # a copy: its layers' memory may be put into slots
+            tuned.teacher = as_teacher(replace(self.teacher, net=deepcopy(self.teacher.net)), tier_of(self.objective))
         return tuned
 
     def _adopt(self, tracker: StorageTracker, tuned: TunedModel) -> Optimizer:
@@ -180,22 +181,36 @@ class SimulatedRun:
         for module in beside if self.device.type == "cpu" or getattr(net, "stays", False) else ():
             weights += [*module.parameters(), *module.buffers()]
         if tuned.teacher is not None:
-            weights += [*tuned.teacher.base.net.parameters(), *tuned.teacher.base.net.buffers()]
+            weights += self._weights_of_teacher(tuned.teacher)
+            self._adopt_slots(tracker, tuned.teacher.slots, tier_of(self.objective))
         tracker.adopt(weights, "weights")
-        if slots is not None:
-            waiting = slots.waiting = torch.empty(self._waiting_bytes(slots), dtype=torch.uint8, device="meta")
-            tracker.adopt([*(slot.memory for slot in slots.slots), waiting], "weights")
+        self._adopt_slots(tracker, slots, self.choice.streaming)
         if tuned.head_parts is not None:
             of_head = tuned.head_parts.slots
             tracker.adopt([slot.memory for slot in of_head.slots], "weights")
         return make_tracked_optimizer(tracker, tuned.adapter, self.training)
 
-    def _waiting_bytes(self, slots: LayerSlots) -> int:
+    def _weights_of_teacher(self, teacher: TunedModel) -> list[torch.Tensor]:
+        """All of them that are on the device: where layers are streamed, a GPU's host keeps the embedding too."""
+        net, streamed = teacher.base.net, teacher.slots is not None and self.device.type != "cpu"
+        embedding = host_embedding(teacher.base) if streamed else None
+        there = set() if embedding is None else {id(tensor) for tensor in embedding.parameters()}
+        return [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
+
+    def _adopt_slots(self, tracker: StorageTracker, slots: LayerSlots | None, tier: str) -> None:
+        """Count the slots of streamed layers, and what waits outside of them."""
+        if slots is None:
+            return
+        with tracker.counting_as("weights"):
+            slots.waiting = torch.empty(self._waiting_bytes(slots, tier), dtype=torch.uint8, device="meta")
+        tracker.adopt([slot.memory for slot in slots.slots], "weights")
+
+    def _waiting_bytes(self, slots: LayerSlots, tier: str) -> int:
         """What layers outside of slots take of a CPU's memory: all of it, or of mapped files the one tensor that is
         being copied."""
         if self.device.type != "cpu":
             return 0
-        if self.choice.streaming == "host":
+        if tier == "host":
             return sum(blob.size_bytes for blob in slots.blobs)
         return max(piece.tensor.nbytes for blob in slots.blobs for piece in blob.pieces)
 

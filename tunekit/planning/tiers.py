@@ -12,9 +12,9 @@ import torch
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 from tunekit.machine.memory import available_bytes
+from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
-from tunekit.model.storage.source import find_source
 from tunekit.planning.starts import calibrated_start
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
@@ -28,16 +28,14 @@ BANDWIDTHS = {
     "disk": {"NVMe of PCIe 3": 3.5e9, "of PCIe 4": 7e9, "of PCIe 5": 12e9},
 }
 
+WHERE = {"host": "in the host's memory", "disk": "in mapped files"}
+
 
 def streaming_obstacle(recipe: Recipe, base: LoadedModel, device: torch.device) -> str | None:
     """Why this base's weights cannot be streamed, or None."""
-    kind = base.facts.model_type
-    if base.family.stages(base.net) is None:
-        return f"{kind} is not known to compute the same layer by layer"
-    if find_source(recipe.model, weights=False).gguf_file is not None:
-        return "a GGUF file holds no tensors of the net's names"
-    if recipe.model.trust_remote_code:
-        return "a base with code of its own is read by transformers alone"
+    obstacle = base_obstacle(base, recipe.model)
+    if obstacle is not None:
+        return obstacle
     if recipe.objective.samples:
         return f"{recipe.objective.method} samples token by token, and each token would copy every layer"
     of_a_text = getattr(recipe.adapter, "first_values", None) == "text"  # a prefix
@@ -56,9 +54,9 @@ def allowed_tiers(recipe: Recipe, base: LoadedModel, device: torch.device) -> tu
         return ["off"], [Problem(f"the output projection stays: {obstacle}", "write false", key="memory.streamed_head")]
     if written == "off" or recipe.adapter.trains_base:
         return ["off"], []
-    if written == "host" and device.type != "cpu" and not kind_of(device).own_memory:
-        what = f"{device.type} shares the host's memory, in which the layers would then lie twice for a while"
-        return ["off"], [Problem(what, "write off, or disk where the base is larger than the memory", key=KEY)]
+    in_the_way = host_obstacle(device) if written == "host" else None
+    if in_the_way is not None:
+        return ["off"], [Problem(in_the_way, "write off, or disk where the base is larger than the memory", key=KEY)]
     if written != "auto":
         if obstacle is None:
             return [written], []
@@ -82,16 +80,12 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
     if choice.streaming == "off":
         return
     size, count = layer_bytes(base), choice.pass_micro_batches
-    where = {"host": "in the host's memory", "disk": "in mapped files"}[choice.streaming]
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"streamed: {bytes_text(size)} of layers wait {where}; {together} a layer before the next, and every layer is "
-        "computed again in the backward pass"
+        f"streamed: {bytes_text(size)} of layers wait {WHERE[choice.streaming]}; {together} a layer before the "
+        "next, and every layer is computed again in the backward pass"
     )
-    rates = ", ".join(
-        f"{most_tokens_per_second(count * tokens, size, bandwidth):,.0f} over {link}"
-        for link, bandwidth in BANDWIDTHS[choice.streaming].items()
-    )
+    rates = _rates(choice.streaming, count * tokens, size, copies=2)
     yield (
         f"break-even of streaming: a pass of up to {count * tokens:,} tokens copies the layers twice, at most so many "
         f"tokens a second: {rates} (published bandwidths); where the device computes fewer, copies hide behind it"
@@ -100,6 +94,27 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
         yield "memory.streaming: host saves nothing on a CPU, where the host's memory is the device's"
 
 
-def most_tokens_per_second(tokens: int, layers_bytes: int, bytes_per_second: float) -> float:
-    """Tokens of a pass over the time of its copies: BW T / (2 b)."""
-    return bytes_per_second * tokens / (2 * max(layers_bytes, 1))
+def teacher_notes(teacher: LoadedModel, tier: str, device: torch.device, tokens: int) -> Iterator[str]:
+    """How a streamed teacher is asked, and how fast it can be. `tokens`: of a whole step, the largest."""
+    if tier == "off":
+        return
+    size = layer_bytes(teacher)
+    yield (
+        f"the teacher is streamed: {bytes_text(size)} of layers wait {WHERE[tier]}, and are copied once for all rows "
+        f"of a step, and once for each evaluation batch; {tokens:,} tokens a step are at most so many a second: "
+        f"{_rates(tier, tokens, size, copies=1)} (published bandwidths)"
+    )
+    if tier == "host" and device.type == "cpu":
+        yield "objective.teacher_streaming: host saves nothing on a CPU, where the host's memory is the device's"
+
+
+def _rates(tier: str, tokens: int, layers_bytes: int, copies: int) -> str:
+    return ", ".join(
+        f"{most_tokens_per_second(tokens, layers_bytes, bandwidth, copies):,.0f} over {link}"
+        for link, bandwidth in BANDWIDTHS[tier].items()
+    )
+
+
+def most_tokens_per_second(tokens: int, layers_bytes: int, bytes_per_second: float, copies: int = 2) -> float:
+    """Tokens of a pass over the time of its copies: BW T / (2 b), where the layers are copied twice."""
+    return bytes_per_second * tokens / (copies * max(layers_bytes, 1))

@@ -17,7 +17,8 @@ from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.command_line import ENDING, read_command_line
 from tunekit.recipe.foreign.rewrite import rewrite_aliases
-from tunekit.recipe.foreign.tools import PEFT, WHOLE, drop_empty, tool_of, trains_base, write_defaults
+from tunekit.recipe.foreign.samples import count_prompts
+from tunekit.recipe.foreign.tools import AXOLOTL, PEFT, TRL, WHOLE, drop_empty, tool_of, trains_base, write_defaults
 from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.reading.checks import (
     check_across,
@@ -86,6 +87,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, imported: bo
     if tool is not None and imported:
         write_defaults(draft, tool, every_weight)
     apply_overrides(draft, overrides)
+    count_prompts(draft, of_tool=imported and tool in (AXOLOTL, TRL))
     if "~adapter" in overrides and not draft.has(("adapter",)):
         known = known_names("adapters")
         whole = [name for name in known if getattr(settings_class("adapters", name), "trains_base", False)]

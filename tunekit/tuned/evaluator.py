@@ -105,7 +105,8 @@ class Evaluator:
                 template=self.template,
                 told=self.told,
             )
-            computed |= text_metrics(texts, answers, [question.reference for question in self.asked.prompts])
+            references = [question.reference for question in self.asked.prompts]
+            computed |= text_metrics(texts, answers, references, self.objective.normalized)
             samples = [
                 {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
                 for prompt, answer in zip(self.asked.prompts[:SAMPLES], answers, strict=False)

@@ -16,6 +16,7 @@ import torch
 
 from tunekit.contracts import ROW_LOSSES, Batch, Objective, Sums, Window
 from tunekit.data.batching.split import split_batch
+from tunekit.errors import RewardError
 from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import collect_failed, document_too_large, first_line, is_out_of_memory
 from tunekit.model.call import Call, calling
@@ -68,10 +69,11 @@ def summed_evaluation(
 
     Sums are in float64, so they do not depend on the batch size beyond a forward's own rounding.
     `on_split`: told of each batch that ran out of memory and is evaluated in two halves.
-    Raises: EvaluationStopped where `stop` says so on any rank; ResourceError where a single document does not fit.
+    Raises: EvaluationStopped where `stop` says so on any rank; ResourceError where a single document does not fit;
+        RewardError, on every rank, where one of them had a reward without a sensible result.
     """
     sums: Sums = {}
-    stopped = False
+    stopped, failed = False, None
     with undisturbed(model):
         for number, batch in enumerate(batches):
             if number % devices.world != devices.rank:
@@ -79,11 +81,17 @@ def summed_evaluation(
             stopped = stopped or stop()
             if stopped:
                 break
-            sums = added(sums, _sums_or_halves(model, objective, batch, on_split))
+            try:
+                sums = added(sums, _sums_or_halves(model, objective, batch, on_split))
+            except RewardError as error:  # the user's code, of whose failure the other ranks know nothing
+                failed = error
+                break
     if devices.any(int(stopped)):
         raise EvaluationStopped
     total: Sums = {}
-    for each in devices.gather([sums]):
+    for each, error_there in devices.gather([(sums, failed)]):
+        if error_there is not None:
+            raise error_there
         total = added(total, each)
     values: dict[str, Any] = {name: value.tolist() for name, value in total.items()}
     losses = dict(zip(map(int, values.pop(NUMBERS, ())), values.pop(ROW_LOSSES, ()), strict=False))

@@ -6,6 +6,7 @@ Comes in: a source's name, format and counts.  Goes out: lines; those that begin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG, SourceCounts
@@ -14,14 +15,20 @@ from tunekit.recipe.names import facts_of
 
 WARNING = "warning: "
 MANY_DROPPED = 0.05  # of a source's rows
+NEARLY = 0.85  # likeness from which on a column is a field misspelt
 
 
 def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]) -> str:
     """How a source is read, and which columns are not; a warning where one of them may be what was to be learned."""
     facts = facts_of("formats", format_name)
     known = columns if getattr(facts, "KEEPS_COLUMNS", False) else facts.FIELDS
-    unread = ", ".join(f"'{column}'" for column in columns if column not in known)
+    others = [column for column in columns if column not in known]
+    unread = ", ".join(f"'{column}'" for column in others)
     note = f"{name}: format {format_name} ({reason})" + (f", which does not read {unread}" if unread else "")
+    absent = [field for field in facts.FIELDS if field not in columns]
+    for column in others:
+        for meant in get_close_matches(column, absent, n=1, cutoff=NEARLY):
+            return f"{WARNING}{note}; did you mean '{meant}' by '{column}'?"
     if not unread or format_name != "text" or reason == NAMED:
         return note
     return f"warning: {note}; map columns to a format's fields with `columns`, or write format: text if that is meant"

@@ -10,6 +10,7 @@ from tunekit.model.families.classifier import ClassifierFamily
 from tunekit.model.families.diffusion import DiffusionFamily
 from tunekit.model.families.image_classifier import ImageClassifierFamily
 from tunekit.model.families.seq2seq import Seq2SeqFamily
+from tunekit.model.families.speech import SpeechFamily
 from tunekit.model.families.structure import text_config as text_config
 from tunekit.model.families.token_classifier import TokenClassifierFamily
 
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[Family]] = {
     "token_classifier": TokenClassifierFamily,
     "image_classifier": ImageClassifierFamily,
     "diffusion": DiffusionFamily,
+    "speech": SpeechFamily,
 }
 
 

@@ -32,6 +32,7 @@ VOLATILE = (
     "_attn_implementation",
     "_diffusers_version",
 )
+SPEECH = ("whisper",)  # model types of speech models that write, whatever their architecture's ending
 HEADS = {  # ending of the architecture's name -> family
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
@@ -49,7 +50,7 @@ OTHER_HEADS = {
     "ForPreTraining": "is a model with pre-training heads",
 }
 PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline
-MEND = "choose a causal language model, an encoder-decoder such as T5 or BART, or a classifier"
+MEND = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -120,15 +121,14 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
     if section.family == "diffusion":
         what = f"{section.name_or_path} is no diffusion pipeline: it holds no {PIPELINE_INDEX}"
         raise ModelError(what, "give a pipeline's folder, as diffusers saves it", key="model.name_or_path")
-    if section.family == "speech":
-        what = f"family {section.family} cannot be loaded by this version"
-        raise ModelError(what, MEND, key="model.family")
     kind = str(config.get("model_type", "unknown"))
     name = f"{section.name_or_path} ({kind})"
     headed = isinstance(section, HeadedModel)
     architectures = config.get("architectures") or []
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = next((family for ending, family in HEADS.items() if architecture.endswith(ending)), None)
+    if kind in SPEECH and family == "seq2seq":
+        family = "speech"
     reason = None
     if any(key in config for key in ("vision_config", "audio_config", "vq_config", "speech_config")):
         reason = "is a vision-language or audio-language model"
@@ -139,7 +139,8 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
         raise ModelError(f"{name} {reason}", MEND, key="model.name_or_path")
     if headed:
         return section.family
-    found = family or ("seq2seq" if config.get("is_encoder_decoder") else "causal")
+    plain = "speech" if kind in SPEECH else "seq2seq" if config.get("is_encoder_decoder") else "causal"
+    found = family or plain
     if section.family not in ("auto", found):
         raise ModelError(
             f"{name} is of the family {found}, by its architecture {architecture or '(none named)'}, and model.family "
@@ -173,7 +174,7 @@ def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
         family = find_family(config, section)
     except ModelError:  # said where the base is loaded
         return None
-    if family != "seq2seq":
+    if family not in ("seq2seq", "speech"):
         return None
     named = [read_json(newer)] if newer.exists() else []
     found = [values.get("decoder_start_token_id") for values in (*named, config)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunekit.errors import Problem
-from tunekit.recipe.foreign.table import Alias
+from tunekit.recipe.foreign.alias import Alias
 from tunekit.recipe.foreign.values import NOTHING, NotExact
 from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 from tunekit.recipe.reading.suggest import show

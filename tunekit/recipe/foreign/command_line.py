@@ -14,7 +14,7 @@ from tunekit.errors import RecipeError
 from tunekit.recipe.reading.draft import Draft, Place
 from tunekit.recipe.reading.yaml_reader import read_scalar, read_text
 
-TRL_COMMANDS = ("sft", "dpo", "kto", "reward")
+TRL_COMMANDS = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
 ENDING = ".sh"
 
 
@@ -34,7 +34,7 @@ def read_command_line(path: Path) -> Draft:
         if draft.program is not None:
             _read_options(draft, words[at + 1 + (word == "trl") :])
             return draft
-    how = "known: unsloth-cli.py, trl sft, trl dpo, trl kto, trl reward"
+    how = f"known: unsloth-cli.py, {', '.join(f'trl {name}' for name in TRL_COMMANDS)}"
     raise RecipeError("holds no training command that is known", how, file=file)
 
 

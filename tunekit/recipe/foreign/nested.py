@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunekit.recipe.foreign.alias import Alias
 from tunekit.recipe.foreign.become import complain, record, write
-from tunekit.recipe.foreign.table import Alias
 from tunekit.recipe.foreign.values import NOTHING, NotExact
 from tunekit.recipe.reading.draft import Draft, Place
 

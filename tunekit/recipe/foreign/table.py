@@ -5,38 +5,13 @@ Comes in: nothing.  Goes out: `TOP_LEVEL` (flat files) and `IN_ADAPTER` (PEFT's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tunekit.recipe.foreign import values as values
-from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, always_so, lost, one_of, same
+from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
+from tunekit.recipe.foreign.samples import OF_SAMPLES
+from tunekit.recipe.foreign.values import NOTHING, NotExact, lost, one_of, same
 from tunekit.recipe.names import known_names
 from tunekit.recipe.reading.draft import KeyPath
 from tunekit.recipe.training import SCHEDULERS
-
-
-@dataclass(frozen=True)
-class Alias:
-    """Where a foreign key goes and how its value is translated; no target: it never writes anything."""
-
-    target: KeyPath | None
-    translate: Translate
-    why: str = "it changes nothing here"  # a value that says nothing says nothing
-
-
-def to(dotted_key: str, *names: str, by: Translate = same) -> dict[str, Alias]:
-    """Names of one of our keys."""
-    return dict.fromkeys(names, Alias(tuple(dotted_key.split(".")), by))
-
-
-def nowhere(by: Translate, *names: str) -> dict[str, Alias]:
-    """Names of keys that say nothing here, or cannot be obeyed."""
-    return dict.fromkeys(names, Alias(None, by))
-
-
-def dropped(why: str, *names: str) -> dict[str, Alias]:
-    """Names of keys of which no result depends, whatever their values."""
-    return dict.fromkeys(names, Alias(None, always_so, why))
-
 
 _SCHEDULERS = one_of(
     {**{name: name for name in SCHEDULERS}, "constant_with_warmup": "constant"}, "write training.scheduler"
@@ -130,6 +105,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("objective.undesirable_weight", "undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight"),
     **to("objective.center_rewards_coefficient", "center_rewards_coefficient"),
     **nowhere(lost("it is a mean of each answer", "write objective.rpo_alpha, a mean over the step"), "pref_ftx"),
+    **OF_SAMPLES,
     **to("objective.precompute_ref_log_probs", "precompute_ref_log_probs"),
     **nowhere(one_of({"reverse_kl": NOTHING}), "f_divergence_type"),
     **nowhere(lost("pairs are not weighted"), "use_weighting"),

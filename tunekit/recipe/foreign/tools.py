@@ -26,7 +26,13 @@ SIGNS = {  # keys by which the flat ones are told, in this order
 }
 _TRAINER = {"training.scheduler": "linear", "training.micro_batch_size": 8, "training.gradient_accumulation_steps": 1}
 _TRAINER |= {"training.epochs": 3.0, "training.warmup_ratio": 0.0, "data.excess_length": "truncate"}
-_RATES = {"dpo": 1e-6, "kto": 1e-6, "reward": 1e-4}  # of TRL's trainers; of its SFTTrainer 2e-5
+_RATES = {
+    "dpo": 1e-6,
+    "kto": 1e-6,
+    "reward": 1e-4,
+    "grpo": 1e-6,
+    "rloo": 1e-6,
+}  # of TRL's trainers; of its SFTTrainer 2e-5
 DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is meant by a key that is not written
     TRL: {**_TRAINER, "data.max_length": 1024, "adapter.dropout": 0.05, "output.dir": "trainer_output"},
     FACTORY: {**_TRAINER, "training.learning_rate": 5e-5, "adapter.r": 8},
@@ -68,6 +74,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # ours by name, where another value is 
         "data.excess_length": "truncate",
         "training.gradient_accumulation_steps": 1,
     },
+}
+OF_SAMPLING = {  # which cuts no prompt
+    "objective.max_completion_length": 512,
+    "data.excess_length": "error",
+    "data.max_length": 2048,
 }
 ONE_OF = {"epochs": "max_steps", "max_steps": "epochs", "warmup_ratio": "warmup_steps", "warmup_steps": "warmup_ratio"}
 
@@ -118,7 +129,9 @@ def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
         found["adapter.method"] = "full"
     method = "full" if every_weight else draft.get(("adapter", "method"))
     if tool == TRL:
-        found["training.learning_rate"] = rate_of(str(draft.get(("objective", "method"))))
+        objective = str(draft.get(("objective", "method")))
+        found["training.learning_rate"] = rate_of(objective)
+        found |= OF_SAMPLING if objective in ("grpo", "rloo") else {}
     if tool == FACTORY and isinstance(rank := draft.get(("adapter", "r"), 8), int):
         found["adapter.alpha"] = 2.0 * rank
     for key, value in found.items():

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.nested import Theirs, take_all
-from tunekit.recipe.foreign.table import TOP_LEVEL, Alias, dropped, nowhere, to
+from tunekit.recipe.foreign.table import TOP_LEVEL
 from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, lost, one_of
 from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.suggest import show

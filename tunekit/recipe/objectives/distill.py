@@ -19,6 +19,9 @@ class DistillSettings(ObjectiveSettings):
 
     method: Literal["distill"] = Field("distill", description="the next-token distribution of a teacher model")
     teacher: ModelSection = Field(description="a model over the same vocabulary: a name, or what a model section has")
+    teacher_streaming: Literal["off", "host", "disk"] = Field(
+        "off", description="where the teacher's layers wait; each is copied to the device once a step, for all its rows"
+    )
     beta: Share = Field(
         0.0,
         description="0: forward KL(teacher | student); 1: reverse KL; between: JSD, of both with a mixture",

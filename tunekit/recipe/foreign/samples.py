@@ -1,0 +1,96 @@
+"""The keys of TRL's GRPOConfig and RLOOConfig, and what a micro-batch counts there.
+
+Comes in: names, then a Draft whose keys are ours.  Goes out: a table of Alias; the Draft with micro-batches of prompts.
+"""
+
+from __future__ import annotations
+
+from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
+from tunekit.recipe.foreign.values import NOTHING, lost, one_of
+from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.reading.draft import Draft, KeyPath
+
+SIZE: KeyPath = ("training", "micro_batch_size")
+STEPS: KeyPath = ("training", "gradient_accumulation_steps")
+OUR_STEPS = 8  # where no accumulation is written
+OF_COMPLETIONS = ("per_device_train_batch_size", "micro_batch_size")  # TRL's, and Axolotl's, which hands it to TRL
+_SCALES = {True: "group", False: "none", "group": "group", "batch": "batch", "none": "none"}
+
+OF_SAMPLES: dict[str, Alias] = {
+    **to("objective.num_generations", "num_generations"),
+    **to("objective.max_completion_length", "max_completion_length"),
+    **to("objective.temperature", "temperature"),
+    **to("objective.top_p", "top_p"),
+    **to("objective.top_k", "top_k"),
+    **to("objective.num_iterations", "num_iterations"),
+    **to("objective.epsilon", "epsilon"),
+    **to("objective.epsilon_high", "epsilon_high"),
+    **to("objective.importance_sampling_level", "importance_sampling_level"),
+    **to("objective.scale_rewards", "scale_rewards", by=one_of(_SCALES)),
+    **to("objective.mask_truncated_completions", "mask_truncated_completions"),
+    **to("objective.use_bias_correction_kl", "use_bias_correction_kl"),
+    **to("objective.normalize_advantages", "normalize_advantages"),
+    **to("data.shuffle", "shuffle_dataset"),
+    **nowhere(
+        lost(
+            "a reward is named by its file",
+            "write objective.reward: [{function: FILE.py:NAME, allow_code: true}]",
+        ),
+        *("reward_funcs", "reward_model_name_or_path", "reward_processing_classes"),
+    ),
+    **nowhere(lost("a weight stands beside its reward", "write weight: in objective.reward"), "reward_weights"),
+    **nowhere(
+        lost("a prompt that is cut asks something else", "write data.max_length, of a prompt with its completion"),
+        "max_prompt_length",
+    ),
+    **nowhere(lost("the trained model itself samples, in this process", "write use_vllm: false"), "use_vllm"),
+    **dropped(
+        "vLLM samples nothing here",
+        *("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url", "vllm_server_host"),
+        *("vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization"),
+        *("vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_importance_sampling_correction"),
+        *("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap"),
+        *("vllm_importance_sampling_clip_min", "use_transformers_continuous_batching", "use_transformers_paged"),
+    ),
+    **nowhere(
+        lost("each step samples its own completions", "write objective.num_iterations, steps that learn from the same"),
+        *("steps_per_generation", "generation_batch_size"),
+    ),
+    **nowhere(lost("an evaluation measures one greedy completion of each prompt"), "num_generations_eval"),
+    **nowhere(one_of({"sum_then_normalize": NOTHING}), "multi_objective_aggregation"),
+    **nowhere(one_of({1.0: NOTHING}), "repetition_penalty", "top_entropy_quantile"),
+    **nowhere(lost("samples are drawn by temperature, top_p and top_k"), "min_p", "generation_kwargs"),
+    **dropped("the report shows completions of every step", "log_completions", "num_completions_to_print"),
+    **dropped("it changes no result", "ds3_gather_for_generation", "log_unique_prompts"),
+}
+
+
+def count_prompts(draft: Draft, of_tool: bool) -> None:
+    """Micro-batches of completions, as TRL counts them -> micro-batches of prompts, each step with as many; in place.
+
+    `of_tool`: whether what is written is another tool's, whatever it is spelled.
+    """
+    method, written = draft.get(("objective", "method")), draft.get(SIZE)
+    spelled = draft.place(SIZE).spelled if draft.has(SIZE) else None
+    if method not in known_names("objectives") or not isinstance(written, int):
+        return
+    settings = settings_class("objectives", method)
+    if not settings.samples or not (of_tool or spelled in OF_COMPLETIONS):  # type: ignore[attr-defined]
+        return
+    default = settings.model_fields["num_generations"].default
+    group, steps = draft.get(("objective", "num_generations"), default), draft.get(STEPS, OUR_STEPS)
+    if not (isinstance(group, int) and isinstance(steps, int) and min(group, steps, written) > 0):
+        return  # what is wrong with them is told where they are checked
+    place, rows = draft.place(SIZE), written * steps
+    if rows % group:
+        what = f"{rows} completions a step ({written} x {steps}) are no whole groups of {group}"
+        draft.add_problem(SIZE, what, "write training.micro_batch_size and gradient_accumulation_steps, of prompts")
+        return
+    prompts = rows // group
+    size = max(each for each in range(1, prompts + 1) if prompts % each == 0 and (each * group <= written or each == 1))
+    draft.set(SIZE, size, place)
+    draft.set(STEPS, prompts // size, draft.place(STEPS) if draft.has(STEPS) else place)
+    draft.rewrites.append(
+        f"{place}: {written} completions x {steps} -> training.micro_batch_size: {size} (prompts of {group} "
+        f"completions), training.gradient_accumulation_steps: {prompts // size}"
+    )
