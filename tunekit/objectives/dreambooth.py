@@ -19,10 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Part, Row, RowLayout, Sums, Told, Window
+from tunekit.contracts import (
+    GREEDY,
+    Batch,
+    Gather,
+    Loss,
+    ModelOutput,
+    Part,
+    Row,
+    RowLayout,
+    Sampling,
+    Sums,
+    Told,
+    Window,
+)
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.images import Pixels, cropped
-from tunekit.errors import Problem, RecipeError
+from tunekit.errors import InputError, Problem, RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.machine.devices import summing_dtype
 from tunekit.model.call import seed_for
@@ -303,6 +316,19 @@ class Dreambooth(RowObjective):
         (height, width), empty = row.parts["shape"].tolist(), np.zeros(0, np.int64)
         title = f"{prompt_of(row)} ({width} x {height} pixels, of which {self.resolution} x {self.resolution} are seen)"
         return [Part(empty, np.zeros(0, np.bool_), title=title)]
+
+    def answer(
+        self,
+        model: Any,
+        prompts: Sequence[Any],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        template: str | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> list[str]:
+        """Raises: InputError: pictures are drawn by `drawn`."""
+        raise InputError("a pipeline draws pictures and writes no answers", "use tunekit generate")
 
     def losses(self, output: ModelOutput, batch: Batch) -> Tensor:
         """(R,) float32 of each row: the weighted mean squared errors of its pictures, added."""

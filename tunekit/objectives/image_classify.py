@@ -128,7 +128,7 @@ class ImageClassify(LabelObjective):
         """As rows are only measured."""
         found = copy(self)
         found.measures = True
-        return found  # type: ignore[return-value]
+        return found
 
     def measuring(self, model: object, rows: Rows, batches: Iterable[Batch], gather: Gather) -> Objective:
         """As rows are only measured: one by one."""

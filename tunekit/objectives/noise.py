@@ -66,8 +66,8 @@ def min_snr_weights(schedule: NoiseSchedule, steps: Tensor, gamma: float) -> Ten
     """min(SNR, gamma) as a weight of the squared error of x, brought to the error of what is predicted.
 
     SNR = (a / s)^2.  Of x: min(SNR, g); of n, whose error is SNR times that of x: min(SNR, g) / SNR; of v, whose error
-    is SNR + 1 times it: min(SNR, g) / (SNR + 1).  Source: Hang et al. 2023, section 3.4.  (diffusers' SDXL script weighs
-    v with min(SNR, g) / SNR + 1, its text-to-image script as the paper does.)
+    is SNR + 1 times it: min(SNR, g) / (SNR + 1).  Source: Hang et al. 2023, section 3.4.  (diffusers' SDXL script
+    weighs v with min(SNR, g) / SNR + 1, its text-to-image script as the paper does.)
     Shapes: steps (B,) -> (B,) float32.
     """
     signal, noise = schedule.signal[steps].double(), schedule.noise[steps].double()
