@@ -25,6 +25,7 @@ from tests.image_case import (
 from tests.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
+from tunekit.export import adopt_verb, export_verb
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.planning.plan import make_plan
@@ -245,3 +246,29 @@ def test_bad_pictures_are_counted_or_named(tmp_path: Path, pipeline: Path) -> No
     recipe = write_image_recipe(tmp_path, pipeline, tmp_path / "empty", data={"eval": None})
     with pytest.raises(InputError, match="without sounds or images"):
         make_plan(load_recipe(str(recipe), []))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_files_of_other_programs_become_the_same_adapter(
+    tmp_path: Path, pipeline: Path, photos: Path, form: str
+) -> None:
+    objective, adapter = {"train_text_encoder": True}, {"target_modules": [*ATTENTION, *OF_TEXT], "r": 2, "alpha": 6}
+    recipe = write_image_recipe(
+        tmp_path, pipeline, photos, objective=objective, adapter=adapter, training={"max_steps": 1, "warmup_steps": 0}
+    )
+    run = trained(recipe, tmp_path / "run")
+    file = run / "adapter" / "pytorch_lora_weights.safetensors"
+    if form == "kohya":
+        file = tmp_path / "kohya.safetensors"
+        export_verb(str(run), "kohya", str(file), None)
+    adopt_verb(str(file), str(pipeline), str(tmp_path / "adopted"))
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (run / "adapter", tmp_path / "adopted")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    config = json.loads((tmp_path / "adopted" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 6)
+    for wrong in ((str(tmp_path), "kohya"), (str(pipeline), "kohya"), (str(run), "gguf")):
+        with pytest.raises(InputError):
+            export_verb(*wrong, str(tmp_path / "new.safetensors"), None)

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import v2
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from tests.image_case import records
+from tests.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit
 from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import InputError
 from tunekit.generate import generate_verb
@@ -27,30 +28,13 @@ from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 
-SIDE, STEPS = 16, 20
+STEPS = 20
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 40, 30)}
 
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision transformer without a head for these labels."""
-    folder = tmp_path_factory.mktemp("vit")
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=37,
-        image_size=SIDE,
-        patch_size=4,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=2,
-    )
-    ViTForImageClassification(config).save_pretrained(folder)
-    size = {"height": SIDE, "width": SIDE}
-    ViTImageProcessor(size=size, image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.25, 0.2]).save_pretrained(folder)
-    return folder
+    return write_tiny_vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +110,7 @@ def by_hand(recipe: Path, pictures: Path, augmented: bool) -> tuple[list[float],
             image = train(torch.tensor(np.array(image)).permute(2, 0, 1))
         else:
             image = plain(torch.tensor(np.array(v2.Resize(SIDE)(image))).permute(2, 0, 1))
-        mean, deviation = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.3, 0.25, 0.2])
+        mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
         return (image.float() / 255.0 - mean[:, None, None]) / deviation[:, None, None]
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)

@@ -23,8 +23,8 @@ from tunekit.errors import InputError, ModelError
 from tunekit.model.families import FAMILIES, make_family
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
-from tunekit.model.storage.inspection import PIPELINE_INDEX, family_of_base
-from tunekit.model.storage.source import find_source
+from tunekit.model.storage.inspection import family_of_base
+from tunekit.model.storage.source import PIPELINE_INDEX, find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection

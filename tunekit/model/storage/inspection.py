@@ -16,7 +16,7 @@ from tunekit.errors import ModelError
 from tunekit.files.tensors import read_raw_header
 from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.storage.shards import shard_files
-from tunekit.model.storage.source import ModelSource, find_source, read_json
+from tunekit.model.storage.source import PIPELINE_INDEX, ModelSource, find_source, read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 CHUNK_BYTES = 64 * 1024
@@ -49,7 +49,6 @@ OTHER_HEADS = {
     "ForCTC": "is a speech model",
     "ForPreTraining": "is a model with pre-training heads",
 }
-PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline
 MEND = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
 
 

@@ -20,8 +20,7 @@ from torch import nn
 from tunekit.errors import ModelError
 from tunekit.files.untrusted import shown
 from tunekit.model.quantized.codec import import_bitsandbytes
-from tunekit.model.storage.inspection import PIPELINE_INDEX
-from tunekit.model.storage.source import read_json
+from tunekit.model.storage.source import PIPELINE_INDEX, read_json
 from tunekit.model.transformers_guard import no_fetched_code, quiet
 from tunekit.recipe.model import ModelSection, PipelineModel
 
