@@ -87,7 +87,8 @@ Made by `scripts/bench objectives`; every unit is in [objectives.json](objective
 LoRA r16 on all linear layers, in bfloat16 where the processor computes it. Held-out rows decided nothing. A value is
 the mean over the seeds, with the least and the most of them; of pairs each seed's value is that of all its folds
 together, in which each pair is held out once. Interval: 95 % (Wilson), of one seed's held-out rows. Pairs are those
-whose prompts have fewer than 120 words, cut at 256 tokens; 64 of them train a fold. Memory is the peak of the run, as
+whose prompts have fewer than 120 words, cut at 256 tokens; 64 of them train a fold, for two
+epochs (KTO, whose KL takes as many forwards again, for one). Memory is the peak of the run, as
 plan predicted it and as measured.
 
 | objective | base | units | before | after | least, most | interval | baselines | adapter, MB | CPU s """

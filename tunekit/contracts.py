@@ -69,7 +69,9 @@ class Processor(Protocol):
     """What turns an example into a row: a tokenizer, or what reads sounds or images, with a tokenizer beside it or
     without one."""
 
-    fingerprint: str  # sha256 of everything that decides a row
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides a row."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -298,6 +300,7 @@ class Objective(Protocol):
     repeats: int  # steps in a row that have the same rows; only before the first of them can a run be gone on with
     fingerprint: str  # sha256 of everything of it that decides a row
     notes: Sequence[str]  # what its rows told, for the user
+    generation: Mapping[str, Any]  # of a merged model's generation settings, None: to be taken out
 
     def section(self, model: Any, seed: int = 0) -> Any:
         """The recipe's model section as the base is loaded for this objective."""
@@ -320,6 +323,9 @@ class Objective(Protocol):
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """The batch whose sequence b holds the rows sequences[b]."""
 
+    def normalized(self, text: str) -> str:
+        """A text as metrics compare it that do not count spellings."""
+
     def spans(self, row: Row) -> list[Part]:
         """What preview shows of a row."""
 
@@ -329,6 +335,18 @@ class Objective(Protocol):
 
     def shared(self, row: Row) -> int:
         """How many of a row's tokens are computed once that its sizes count twice."""
+
+    def begin(self, model: Any, rows: Sequence[Rows], told: Told) -> None:
+        """Make what all steps need of the base: before the first of them, and again before the first after a resume."""
+
+    def parts_beside(self, model: Any) -> list[torch.nn.Module]:
+        """Modules beside the net that lie on the device with it while `begin` and `pictures` run."""
+
+    def rehearse(self, model: Any, batch: Batch) -> None:
+        """With a model without values: what `begin` and `pictures` do with its parts beside the net, for one row."""
+
+    def pictures(self, model: Any, told: Told) -> list[NDArray[np.uint8]]:
+        """What the model draws for the report, (H, W, 3) each, always from the same prompts and seeds."""
 
     def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
         """The window with all that depends on the step; without gradient. `gather`: where all ranks' shares decide."""

@@ -41,7 +41,7 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
 
 
 def copy_recipe(recipe: Path, target: Path) -> list[Path]:
-    """Copy a recipe and the files it names beside it, to the same relative places; nothing is overwritten.
+    """Copy a recipe and the files and folders it names beside it, to the same relative places; nothing is overwritten.
 
     The schema for editors is written beside it where no file of that name is; one that is there already stays.
     """
@@ -51,9 +51,10 @@ def copy_recipe(recipe: Path, target: Path) -> list[Path]:
     named = [loaded.model.name_or_path, loaded.data.chat_template, *(source.path for source in sources)]
     named += [str(reward.code_file) for reward in getattr(loaded.objective, "reward", ()) if reward.function]
     pairs = {target: recipe}
-    for path in named:
-        if path and Path(path).is_file() and Path(path).is_relative_to(recipe.parent):
-            pairs[target.parent / Path(path).relative_to(recipe.parent)] = Path(path)
+    for path in map(Path, filter(None, named)):
+        if path.is_relative_to(recipe.parent):
+            files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+            pairs |= {target.parent / each.relative_to(recipe.parent): each for each in files if each.is_file()}
     for copy, original in pairs.items():
         if copy.exists() and (not copy.is_file() or copy.read_bytes() != original.read_bytes()):
             raise RecipeError("exists already and is something else", "name another place", file=str(copy))

@@ -183,7 +183,9 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     run.optimizer.native.state.clear()  # what is written may need as much room as its moments
     place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
     if recipe.adapter.trains_base:
-        size_bytes = export_model(place, prepared.model, base, run.adapter, prepared.processor, template)
+        size_bytes = export_model(
+            place, prepared.model, base, run.adapter, prepared.processor, template, run.objective.generation
+        )
     else:
         size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None

@@ -15,8 +15,9 @@ import torch
 from tests.data_case import objective_of, settings, tokenizer_of, write_lines
 from tests.loop_case import CPU, ListedRows
 from tests.memory.test_streaming_seq2seq import make_net
+from tests.speech_case import held_sound, write_sounds, write_tiny_whisper
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import AT_STEP_0, ROW_LOSSES, TEACHER, Batch, Objective, Row, RowLayout
+from tunekit.contracts import AT_STEP_0, ROW_LOSSES, TEACHER, Batch, Objective, Processor, Row, RowLayout
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.data.encoding import sources
@@ -30,8 +31,10 @@ from tunekit.formats.labels import LabelExample
 from tunekit.formats.preference import PreferenceExample
 from tunekit.formats.prompt import PromptExample
 from tunekit.formats.tags import TagsExample
+from tunekit.formats.transcript import TranscriptExample
 from tunekit.formats.unpaired import UnpairedExample
 from tunekit.memory.splitting import Splitting
+from tunekit.model.families import make_family
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
@@ -63,16 +66,21 @@ UNPAIRED = tuple(
     UnpairedExample(*row) for row in (("abc", "defg", True), ("z", "ihgfedcba", False), ("12345", "1", True))
 )
 ASKED = tuple(PromptExample(*row) for row in (("abc", "d"), ("zyx", "i"), ("keyboard", None), ("12345", "5")))
+SPOKEN = tuple(
+    TranscriptExample(held_sound(text), text, language="en") for text in ("one", "two three", "nine", "zero one two")
+)
 EXAMPLES = {
     "text": ANSWERED,
     "prompt": ASKED,
     "label": LABELLED,
     "preference": PREFERRED,
     "tags": TAGGED,
+    "transcript": SPOKEN,
     "unpaired": UNPAIRED,
 }  # by the kind that an objective learns from
 SAMPLED = {"reward": [{"regex": "[a-m]"}], "num_generations": 2, "max_completion_length": 6}
 NEEDED: dict[str, dict[str, Any]] = {
+    "speech": {"language": "en"},
     "distill": {"teacher": ModelSection(name_or_path="a teacher")},
     "grpo": SAMPLED,
     "rloo": SAMPLED,
@@ -92,18 +100,32 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """A base of each family."""
     bart = tmp_path_factory.mktemp("bart")
     make_net("bart", vocab_size=300).save_pretrained(bart)  # type: ignore[operator]
-    return {"causal": tiny_llama, "classifier": tiny_llama, "token_classifier": tiny_llama, "seq2seq": bart}
+    whisper = write_tiny_whisper(tmp_path_factory.mktemp("whisper"))
+    texts = dict.fromkeys(("causal", "classifier", "token_classifier"), tiny_llama)
+    return {**texts, "seq2seq": bart, "speech": whisper}
 
 
-def make(name: str, tokenizer: LoadedTokenizer) -> Objective:
-    return make_objective(settings_class("objectives", name)(method=name, **NEEDED.get(name, {})), tokenizer)
+@pytest.fixture(scope="module")
+def processors(tokenizer: LoadedTokenizer, folders: dict[str, Path]) -> dict[str, Processor]:
+    """What makes rows for a base of each family."""
+    speech = make_family("speech").processor(ModelSection(name_or_path=str(folders["speech"])))
+    return {**dict.fromkeys(("causal", "classifier", "token_classifier", "seq2seq"), tokenizer), "speech": speech}
 
 
-def make_case(name: str, tokenizer: LoadedTokenizer) -> tuple[Objective, list[Row]]:
+def make(name: str, processors: Mapping[str, Processor]) -> Objective:
+    settings = settings_class("objectives", name)(method=name, **NEEDED.get(name, {}))
+    return make_objective(settings, processors[settings.family])  # type: ignore[attr-defined]
+
+
+def make_case(name: str, processors: Mapping[str, Processor]) -> tuple[Objective, list[Row]]:
     """An objective, told of its rows, and rows of every kind of example that it learns from."""
-    objective = make(name, tokenizer)
+    objective = make(name, processors)
     encoder = objective.row_encoder(OPTIONS)
-    rows = [encoder.encode(example, f"d:{line}") for line, example in enumerate(EXAMPLES[objective.example])]
+    rows = [
+        encoder.encode(one, f"d:{line}")
+        for line, example in enumerate(EXAMPLES[objective.example])
+        for one in encoder.examples(example)
+    ]
     listed = ListedRows(rows)
     return objective.informed([listed]), listed.rows
 
@@ -140,8 +162,8 @@ def assert_equal(one: Row, other: Row, layout: RowLayout) -> None:
 
 
 @every_objective
-def test_rows_survive_the_store(name: str, tokenizer: LoadedTokenizer, tmp_path: Path) -> None:
-    objective, rows = make_case(name, tokenizer)
+def test_rows_survive_the_store(name: str, processors: dict[str, Processor], tmp_path: Path) -> None:
+    objective, rows = make_case(name, processors)
     store = stored(tmp_path, objective.layout, rows)
     assert any(isinstance(values, np.memmap) for values in store.parts.values())
     assert set(objective.layout.token_parts) <= set(objective.layout.parts)
@@ -152,8 +174,8 @@ def test_rows_survive_the_store(name: str, tokenizer: LoadedTokenizer, tmp_path:
 
 
 @every_objective
-def test_a_whole_row_is_what_is_cut_at_its_size(name: str, tokenizer: LoadedTokenizer) -> None:
-    objective, rows = make_case(name, tokenizer)
+def test_a_whole_row_is_what_is_cut_at_its_size(name: str, processors: dict[str, Processor]) -> None:
+    objective, rows = make_case(name, processors)
     for row in rows:
         length = objective.layout.length(row.sizes)
         assert_equal(objective.cut(row, 0, length), row, objective.layout)
@@ -161,8 +183,8 @@ def test_a_whole_row_is_what_is_cut_at_its_size(name: str, tokenizer: LoadedToke
 
 
 @every_objective
-def test_a_batch_counts_what_its_rows_do(name: str, tokenizer: LoadedTokenizer) -> None:
-    objective, rows = make_case(name, tokenizer)
+def test_a_batch_counts_what_its_rows_do(name: str, processors: dict[str, Processor]) -> None:
+    objective, rows = make_case(name, processors)
     layouts = [[[row] for row in rows], [rows[:1], rows[1:]]] if objective.packable else [[[row] for row in rows]]
     for sequences in layouts:
         batch = objective.collate(sequences)
@@ -174,8 +196,10 @@ def test_a_batch_counts_what_its_rows_do(name: str, tokenizer: LoadedTokenizer) 
 
 
 @every_objective
-def test_halves_hold_each_row_once_and_add_up(name: str, tokenizer: LoadedTokenizer, folders: dict[str, Path]) -> None:
-    objective, rows = make_case(name, tokenizer)
+def test_halves_hold_each_row_once_and_add_up(
+    name: str, processors: dict[str, Processor], folders: dict[str, Path]
+) -> None:
+    objective, rows = make_case(name, processors)
     section = objective.section(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"))
     base = load_model(section, device=CPU)
     model = TunedModel(base, None, chunk_tokens=3)
@@ -298,14 +322,16 @@ class WeighedSettings(SftSettings):
 
 
 def test_the_cache_of_one_objective_is_not_another_s(
-    tokenizer: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: LoadedTokenizer, processors: dict[str, Processor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_sounds(tmp_path / "keys", ["one"])
     rows = {
         "text": [{"prompt": "p", "completion": "c"}],
         "label": [{"text": "p", "label": "c"}, {"text": "p", "label": "d"}],
         "prompt": [{"prompt": "p", "answer": "c"}],
         "preference": [{"prompt": "p", "chosen": "c", "rejected": "d"}],
         "tags": [{"words": ["p", "q"], "tags": ["c", "d"]}],
+        "transcript": [{"file_name": "keys/0.wav", "text": "one"}],
         "unpaired": [{"prompt": "p", "completion": "c", "label": True}],
     }
 
@@ -315,18 +341,18 @@ def test_the_cache_of_one_objective_is_not_another_s(
         return len(os.listdir(tmp_path / "cache" / "tokens"))
 
     names = known_names("objectives")
-    assert [entries(make(name, tokenizer)) for name in names] == list(range(1, len(names) + 1))
-    assert entries(make("sft", tokenizer)) == len(names), "it is kept"
+    assert [entries(make(name, processors)) for name in names] == list(range(1, len(names) + 1))
+    assert entries(make("sft", processors)) == len(names), "it is kept"
     assert entries(make_objective(WeighedSettings(), tokenizer)) == len(names) + 1
     assert entries(make_objective(WeighedSettings(weight=2.0), tokenizer)) == len(names) + 2
     other = LoadedTokenizer(tokenizer.native, None, answer_start_id=1)
-    assert entries(make("seq2seq", other)) == len(names) + 3
+    assert entries(make("seq2seq", {"seq2seq": other})) == len(names) + 3
     monkeypatch.setattr(sources, "code_version", lambda places, packages: "of other code")
-    assert entries(make("sft", tokenizer)) == len(names) + 4
+    assert entries(make("sft", processors)) == len(names) + 4
 
 
 @pytest.mark.parametrize(
-    "place", ["data", "formats", "objectives", "recipe/objectives", "recipe/data.py", "model/text"]
+    "place", ["data", "formats", "objectives", "recipe/objectives", "recipe/data.py", "model/text", "model/speech"]
 )
 def test_the_cache_follows_every_file_that_decides_a_row(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

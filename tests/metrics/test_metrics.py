@@ -6,7 +6,19 @@ import math
 
 import pytest
 
-from tunekit.metrics import contains, exact_match, loss, perplexity, rouge_l, token_accuracy, token_f1
+from tunekit.metrics import (
+    cer,
+    contains,
+    exact_match,
+    loss,
+    perplexity,
+    rouge_l,
+    token_accuracy,
+    token_f1,
+    wer,
+    wer_normalized,
+)
+from tunekit.tuned.answers import text_metrics
 
 
 def test_exact_match() -> None:
@@ -42,6 +54,24 @@ def test_no_answers_and_uneven_lists_are_no_scores(metric: object) -> None:
     for predictions, references in (([], []), (["a"], [])):
         with pytest.raises(ValueError):
             metric.score(predictions, references)  # type: ignore[attr-defined]
+
+
+def test_error_rates_are_of_the_whole_corpus() -> None:
+    predictions, references = ["one two", "four", "x y z"], ["one two three", "for", "x"]
+    assert wer.score(predictions, references) == pytest.approx((1 + 1 + 2) / 5), "not the mean of 1/3, 1 and 2"
+    assert cer.score(["abc", "b"], ["abd", "b"]) == pytest.approx(1 / 4)
+    assert wer.score(["noise", "one"], ["  ", "one"]) == 0.0, "a reference without words has no share of errors"
+    assert wer.score([""], ["one"]) == 1.0
+    with pytest.raises(ValueError, match="no reference has a word"):
+        wer.score(["noise"], [""])
+
+
+def test_a_normalised_rate_sees_normalised_texts() -> None:
+    assert text_metrics(["wer", "wer_normalized"], ["Seven."], ["seven"], lambda text: text.lower().strip(".")) == {
+        "wer": 1.0,
+        "wer_normalized": 0.0,
+    }
+    assert wer_normalized.NORMALIZED
 
 
 def test_from_sums() -> None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from tunekit.adapters.base import Wrapper, full_name
 
@@ -41,7 +42,8 @@ def parameter_names(net: nn.Module) -> list[str]:
 
 
 def fused_parameters(net: nn.Module, dimensions: tuple[int, ...] = (3,)) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """3-D parameters by name with their owners: the experts of a mixture, which are no layers of their own.
+    """3-D parameters by name with their owners: the experts of a mixture, which are no layers of their own, as the
+    kernels of a convolution are one.
 
     `dimensions`: 2 for matrices as well, such as those of layers and routers.
     """
@@ -49,7 +51,7 @@ def fused_parameters(net: nn.Module, dimensions: tuple[int, ...] = (3,)) -> dict
         f"{name}.{own}": (module, parameter)
         for name, module in base_modules(net).items()
         for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() in dimensions
+        if parameter.dim() in dimensions and not isinstance(module, _ConvNd)
     }
 
 

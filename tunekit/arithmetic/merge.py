@@ -88,19 +88,23 @@ def merge_adapter(
     source = find_source(target.model, weights=True)
     adapter = target.adapter
     processor = processor_of(target)
-    target, _ = as_trained(target, processor)
+    target, objective = as_trained(target, processor)
     output = output.expanduser().absolute()
-    _check_output(output, [source.folder, adapter])
+    check_output(output, [source.folder, adapter])
     rewriter = Rewriter(target.model, chosen, dtype)
     changes = collect_changes(attach_without_weights(adapter, target.model, rewriter))
-    _check_space(output, rewriter.output_bytes(changes))
+    check_space(output, rewriter.output_bytes(changes))
     with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
-        copy_companions(target.model, source.folder, processor, target.chat_template, staging)
+        generation = {} if objective is None else objective.generation
+        copy_companions(target.model, source.folder, processor, target.chat_template, staging, generation)
         difference = measure_difference(target, staging, rewriter, changes)
-        written, computed = rewriter.written_dtype(f"{rewriter.embedding}.weight"), rewriter.compute_dtype
+        written, computed = (
+            rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight"),
+            rewriter.compute_dtype,
+        )
         result = MergeResult(output, chosen, reason, str(written)[6:], str(computed)[6:], difference)
-        write_json(staging / REPORT, _report(result))
+        write_json(staging / REPORT, report_of_merge(result))
     return result
 
 
@@ -125,7 +129,7 @@ def choose_onto(target: Target, onto: str | None) -> tuple[str, str]:
     return "quantized", f"asked for; rounding the merged weights to {kind} again loses a part of the adapter"
 
 
-def _check_output(output: Path, sources: list[Path]) -> None:
+def check_output(output: Path, sources: list[Path]) -> None:
     """A new or empty folder, apart from base and adapter."""
     for source in sources:
         real, place = source.resolve(), output.resolve()
@@ -137,7 +141,8 @@ def _check_output(output: Path, sources: list[Path]) -> None:
         raise InputError(f"{output} is not empty", "choose another --output, or empty it yourself")
 
 
-def _check_space(output: Path, weight_bytes: int) -> None:
+def check_space(output: Path, weight_bytes: int) -> None:
+    """Raises: ResourceError where the disk has no room for them."""
     wanted, free = weight_bytes + SPARE_BYTES, free_bytes(output.parent)
     if wanted > free:
         raise ResourceError(
@@ -184,7 +189,8 @@ def _constant(new: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda _old: new
 
 
-def _report(result: MergeResult) -> dict[str, object]:
+def report_of_merge(result: MergeResult) -> dict[str, object]:
+    """What REPORT says."""
     difference = result.difference
     measured = {
         "largest_logit_difference_unrounded": difference.unrounded,
@@ -295,7 +301,12 @@ def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[Inputs], str]:
 @torch.no_grad()
 def _logits(model: LoadedModel, rows: list[Inputs]) -> list[torch.Tensor]:
     """What the head makes of each row: (T, V) float32."""
-    return [model.family.scores(model.net, row) for row in rows]
+    return [
+        model.family.scores(
+            model.net, {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in row.items()}
+        )
+        for row in rows
+    ]
 
 
 def _compare(
@@ -315,7 +326,7 @@ def _compare(
         running_loss=_loss(rows, before) if predicts else None,
         merged_loss=_loss(rows, after) if predicts else None,
         rows=described,
-        tokens=sum(row["input_ids"].shape[1] for row in rows) if "input_ids" in rows[0] else len(rows),
+        tokens=sum(each.numel() for row in rows for name, each in row.items() if name.endswith("input_ids")),
     )
 
 

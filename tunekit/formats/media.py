@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tunekit.errors import DataError
@@ -45,13 +46,13 @@ def read_media(row: Mapping[str, Any], field: str) -> Media:
     return Media(text)
 
 
-def located(row: Mapping[str, Any], fields: Sequence[str], folder: str) -> Mapping[str, Any]:
+def located(row: Mapping[str, Any], fields: Sequence[str], folder: Path) -> Mapping[str, Any]:
     """The row with the paths under these fields as they are seen from `folder`."""
     found = dict(row)
     for field in fields:
         value = row.get(field)
         if isinstance(value, str) and value.strip():
-            found[field] = os.path.join(folder, os.path.expanduser(value))
+            found[field] = str(folder / os.path.expanduser(value))
         elif isinstance(value, Mapping) and value.get("bytes") is None and isinstance(value.get("path"), str):
-            found[field] = {**value, "path": os.path.join(folder, value["path"])}
+            found[field] = {**value, "path": str(folder / value["path"])}
     return found

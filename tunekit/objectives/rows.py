@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Tokenizer, Window
+from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Tokenizer, Told, Window
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.files.cache_folder import hash_of
@@ -54,6 +56,7 @@ class RowObjective:
     logged: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
     repeats = 1
+    generation: Mapping[str, Any] = {}
     complete = True
     notes: Sequence[str] = ()
 
@@ -61,6 +64,10 @@ class RowObjective:
         self.name, self.family, self.example = settings.method, settings.family, settings.example
         self.reference = settings.reference
         self.fingerprint = hash_of([settings.model_dump(mode="json"), processor.fingerprint])
+
+    def normalized(self, text: str) -> str:
+        """As it is."""
+        return text
 
     def section(self, model: ModelSection, seed: int = 0) -> ModelSection:
         """The base as it is."""
@@ -81,6 +88,20 @@ class RowObjective:
     def shared(self, row: Row) -> int:
         """Every token is computed."""
         return 0
+
+    def begin(self, model: object, rows: Sequence[Rows], told: Told) -> None:
+        """Nothing is made before the first step."""
+
+    def parts_beside(self, model: object) -> list[nn.Module]:
+        """Nothing is needed beside the net."""
+        return []
+
+    def rehearse(self, model: object, batch: Batch) -> None:
+        """Nothing is made beside the steps."""
+
+    def pictures(self, model: object, told: Told) -> list[NDArray[np.uint8]]:
+        """None are drawn."""
+        return []
 
     def prepare(self, model: object, window: Window, gather: Gather = list) -> Window:
         """Nothing to prepare."""

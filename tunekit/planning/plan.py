@@ -141,9 +141,11 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
     with parsed_once(model.name_or_path):
         processor = findings.attempt(lambda: make_family(family).processor(recipe.model))
         facts = findings.attempt(lambda: start_facts(recipe))
-        if processor is not None:
-            objective = make_objective(recipe.objective, processor, facts)
-            rows = findings.attempt(lambda: load_rows(recipe.data, objective, seed=seed))
+        made = processor
+        objective = None if made is None else findings.attempt(lambda: make_objective(recipe.objective, made, facts))
+        if objective is not None:
+            asked = objective
+            rows = findings.attempt(lambda: load_rows(recipe.data, asked, seed=seed))
             model = (objective if rows is None else rows.objective).section(model, seed)
         if rows is not None:
             read = rows

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 from tunekit.contracts import Objective, Told
 from tunekit.data.rows import Prompt
@@ -25,7 +26,7 @@ def answer_questions(
 ) -> list[str]:
     """The model's answer to each question, in order; questions are shared among the ranks, and of each rank those of
     similar length share a batch."""
-    mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: len(questions[at].asked))
+    mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].asked))
     texts: list[str] = []
     with undisturbed(model):
         for start in range(0, len(mine), batch_size):
@@ -38,6 +39,23 @@ def answer_questions(
     return [gathered[index] for index in range(len(questions))]
 
 
-def text_metrics(names: Sequence[str], predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Each named metric of metrics/ over all pairs."""
-    return {name: import_module(f"tunekit.metrics.{name}").score(predictions, references) for name in names}
+def _size(asked: Any) -> int:
+    """Of ids; sounds and images are all of one size, or of one that is not known yet."""
+    return len(asked) if isinstance(asked, Sequence) else 0
+
+
+def text_metrics(
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[str],
+    normalized: Callable[[str], str] = str,
+) -> dict[str, float]:
+    """Each named metric of metrics/ over all pairs, of normalised texts where it asks for them."""
+    found = {}
+    for name in names:
+        metric = import_module(f"tunekit.metrics.{name}")
+        pairs = [predictions, references]
+        if getattr(metric, "NORMALIZED", False):
+            pairs = [[normalized(text) for text in texts] for texts in pairs]
+        found[name] = metric.score(*pairs)
+    return found

@@ -51,6 +51,7 @@ def export_adapter(
         task_type=base.family.task_type,
         chat_template=chat_template,
         objective=_objective_facts(objective),
+        of_pipeline=base.family.name == "diffusion",
     )
 
 
@@ -61,13 +62,14 @@ def export_model(
     adapter: AttachedAdapter,
     processor: Processor,
     chat_template: str | None,
+    generation: Mapping[str, Any],
 ) -> int:
     """Write the trained base whole or not at all, in the dtype of its files, a shard in memory at a time; its bytes.
-    `chat_template`: the recipe's, as text."""
+    `chat_template`: the recipe's, as text; `generation`: the objective's."""
     rewriter = Rewriter(section, "full", loaded=base)
     with whole_model_folder(folder) as staging:
         rewriter.write(staging, rewriter.as_changes(adapter.trained()))
-        copy_companions(section, rewriter.source.folder, processor, chat_template, staging)
+        copy_companions(section, rewriter.source.folder, processor, chat_template, staging, generation)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

@@ -131,8 +131,11 @@ class TunedModel:
         return replace(current_call(), segments=self._segments(inputs))
 
     def entering(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the base is called with, on the device."""
-        return self.adapted({name: placed(tensor, self.device) for name, tensor in inputs.items()})
+        """What the base is called with, on the device; sounds and images in the dtype in which it computes."""
+        there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
+        return self.adapted(
+            {name: each.to(self.base.dtype) if each.is_floating_point() else each for name, each in there.items()}
+        )
 
     def leaving(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D), or logits, of the real positions."""

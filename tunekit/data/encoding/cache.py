@@ -20,7 +20,7 @@ from tunekit.files.durable import whole_folder
 
 Facts = dict[str, Any]
 # Whatever decides an id or a mask of an encoded row, wherever it lies.
-CODE = ("data", "formats", "objectives", "recipe/objectives", "recipe/data.py", "model/text")
+CODE = ("data", "formats", "objectives", "recipe/objectives", "recipe/data.py", "model/text", "model/speech")
 PACKAGES = ("tunekit", "transformers", "tokenizers", "jinja2")
 Fill = Callable[[StoreWriter], Facts]
 

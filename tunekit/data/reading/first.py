@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from tunekit.data.reading.folder import media_folder
@@ -96,7 +97,7 @@ def media_fields(name: str) -> tuple[str, ...]:
     return found
 
 
-def _beside(make: MakeExample, fields: Sequence[str], folder: str, row: Mapping[str, Any]) -> Any:
+def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Mapping[str, Any]) -> Any:
     return make(located(row, fields, folder))
 
 

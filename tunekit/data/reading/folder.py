@@ -20,8 +20,7 @@ MEDIA = {
     "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au"),
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
 }
-FILE_NAME = "file_name"  # what datasets calls the column of a folder's table that names the file
-HOW = f"put {TABLES[0]} or {TABLES[1]} with a column '{FILE_NAME}' into it, or one folder a class"
+HOW = f"name the file in it, or put {TABLES[0]} or one folder a class into it"
 
 
 def is_folder(path: str) -> bool:
@@ -47,13 +46,18 @@ def with_table(source: Source) -> Source:
     return source.model_copy(update={"path": os.path.join(source.path, tables[0])}) if tables else source
 
 
-def media_folder(path: str) -> str:
-    """Seen from where a source's rows name files."""
-    return path if os.path.isdir(path) else os.path.dirname(path)
+def media_folder(path: str) -> Path:
+    """Seen from where the rows of a source name files."""
+    return Path(path) if os.path.isdir(path) else Path(path).parent
+
+
+def is_media(name: str) -> bool:
+    """Whether a file's name says that it is a sound or an image."""
+    return Path(name).suffix.lower() in [ending for endings in MEDIA.values() for ending in endings]
 
 
 def read_classes(folder: Path) -> Iterator[RawRow]:
-    """Each file of a folder of folders, sorted, with its folder's name as its label.
+    """Each file of a folder, sorted; of one in a folder inside, with that folder's name as its label.
 
     Raises: DataError where there is none, or where sounds and images are mixed.
     """
@@ -61,17 +65,17 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
     found = [
         (kinds[place.suffix.lower()], place)
         for inner in sorted(folder.iterdir())
-        if inner.is_dir() and not inner.name.startswith(".")
-        for place in sorted(inner.rglob("*"))
+        if not inner.name.startswith(".")
+        for place in (sorted(inner.rglob("*")) if inner.is_dir() else [inner])
         if place.suffix.lower() in kinds and place.is_file()
     ]
     if not found:
-        raise DataError("the folder holds no table and no folders of sounds or images", HOW, file=str(folder))
+        raise DataError("this is a folder without a table, and without sounds or images", HOW, file=str(folder))
     if len({kind for kind, _ in found}) > 1:
         raise DataError("the folder holds sounds and images", "keep one kind in it", file=str(folder))
     for number, (kind, place) in enumerate(found, 1):
         inner = place.relative_to(folder)
-        yield RawRow(number, {kind: str(inner), "label": inner.parts[0]})
+        yield RawRow(number, {kind: str(inner), **({"label": inner.parts[0]} if len(inner.parts) > 1 else {})})
 
 
 def names_hash(folder: Path) -> str:

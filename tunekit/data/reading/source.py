@@ -221,7 +221,7 @@ def _undecoded(rows: Any) -> Any:
     """The data set with its sounds and images as {bytes, path}, however they were kept."""
     import datasets
 
-    for name, feature in (rows.features or {}).items():
+    for name, feature in (getattr(rows, "features", None) or {}).items():
         if isinstance(feature, datasets.Audio | datasets.Image):
             rows = rows.cast_column(name, type(feature)(decode=False))
     return rows

@@ -25,7 +25,7 @@ class ClassifierFamily(Family):
     """Tokens in, logits (B, C) out, C labels. The head may be a small network, and reads one position of each row."""
 
     name: str = "classifier"
-    task_type: str = "SEQ_CLS"
+    task_type: str | None = "SEQ_CLS"
     text: str = "a sequence classifier"
     answers: bool = False
 

@@ -31,7 +31,7 @@ class Seq2SeqFamily(Family):
     the decoder's, a head (D) -> (V)."""
 
     name: str = "seq2seq"
-    task_type: str = "SEQ_2_SEQ_LM"
+    task_type: str | None = "SEQ_2_SEQ_LM"
     text: str = "an encoder-decoder"
     reads_source: bool = True
 

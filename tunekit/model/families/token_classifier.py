@@ -21,7 +21,7 @@ class TokenClassifierFamily(ClassifierFamily):
     """Tokens in, logits (B, T, C) out, C labels."""
 
     name: str = "token_classifier"
-    task_type: str = "TOKEN_CLS"
+    task_type: str | None = "TOKEN_CLS"
     text: str = "a token classifier"
 
     def auto_class(self) -> Any:

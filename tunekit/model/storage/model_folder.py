@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tunekit.contracts import Processor
-from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name
+from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name, write_json
 from tunekit.recipe.model import ModelSection
 
 COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTICE*")
@@ -34,14 +36,26 @@ def whole_model_folder(output: Path) -> Iterator[Path]:
 
 
 def copy_companions(
-    section: ModelSection, base: Path, processor: Processor, chat_template: str | None, folder: Path
+    section: ModelSection,
+    base: Path,
+    processor: Processor,
+    chat_template: str | None,
+    folder: Path,
+    generation: Mapping[str, Any],
 ) -> None:
     """Tokenizer or other processor, chat template, generation settings, licence; code files only of a base that is
-    trusted to run them."""
+    trusted to run them.
+
+    `generation`: what is said anew in the generation settings, None: what is taken out of them.
+    """
     processor.save(folder)
     if Path(section.name_or_path).suffix != ".gguf":
         patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
         for path in sorted(path for pattern in patterns for path in base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
+    settings = folder / "generation_config.json"
+    if generation and settings.exists():
+        values = {**json.loads(settings.read_bytes()), **generation}
+        write_json(settings, {name: value for name, value in values.items() if generation.get(name, "") is not None})
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

@@ -70,7 +70,7 @@ def generate_texts(
     check_prompts(prompts_ids, longest, 0 if apart else 1)
     order = sorted(range(len(prompts_ids)), key=lambda index: (len(prompts_ids[index]), index))
     results: list[list[int]] = [[] for _ in prompts_ids]
-    with _left_as_found(model.net):
+    with left_as_found(model.net):
         batch_size = 1 if batch_size > 1 and _rows_disturb(model, tokenizer.pad_id) else batch_size
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -155,8 +155,6 @@ def _settings(model: LoadedModel, pad_id: int, new_tokens: int, sampling: Sampli
     from transformers import GenerationConfig
 
     ends = _answer_ends(model) if model.family.reads_source else {}
-    drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
-    drawn = drawn if sampling.temperature >= LEAST_TEMPERATURE else {}
     return GenerationConfig(
         max_new_tokens=new_tokens,
         pad_token_id=pad_id,
@@ -164,9 +162,14 @@ def _settings(model: LoadedModel, pad_id: int, new_tokens: int, sampling: Sampli
         bos_token_id=getattr(text_config(model.net), "bos_token_id", None),
         use_cache=True,
         num_beams=1,
-        do_sample=bool(drawn),
-        **(drawn | ends),
+        **(drawn_settings(sampling) | ends),
     )
+
+
+def drawn_settings(sampling: Sampling) -> dict[str, Any]:
+    """What of transformers' settings says how tokens are chosen."""
+    drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
+    return {"do_sample": True, **drawn} if sampling.temperature >= LEAST_TEMPERATURE else {"do_sample": False}
 
 
 def _answer_ends(model: LoadedModel) -> dict[str, int]:
@@ -316,7 +319,7 @@ def _ends_where(told: Callable[[list[int]], list[bool]]) -> Callable[..., torch.
 
 
 @contextmanager
-def _left_as_found(net: nn.Module) -> Iterator[None]:
+def left_as_found(net: nn.Module) -> Iterator[None]:
     """Eval mode, cache on and no generation defaults inside; modes, settings and random state put back afterwards."""
     from transformers import GenerationConfig
 

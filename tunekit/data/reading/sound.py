@@ -1,0 +1,88 @@
+"""Sounds of files, or held in rows, a piece at a time.
+
+Comes in: Media.  Goes out: Sound, whose pieces are (samples, channels) of float32.  The only door to soundfile.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunekit.errors import DataError, InputError
+from tunekit.formats.media import Media
+
+HOW_TO_INSTALL = "run: pip install tunekit[speech]"
+
+
+@dataclass(frozen=True)
+class Sound:
+    """An open sound. `rate`: samples a second."""
+
+    stream: Any
+    name: str
+    rate: int
+    samples: int
+    channels: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.samples / self.rate
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """(samples, channels) of samples start .. stop-1. Raises: DataError where the file is cut short or damaged."""
+        import soundfile
+
+        wanted = max(min(stop, self.samples) - start, 0)
+        try:
+            self.stream.seek(start)
+            found: NDArray[np.float32] = self.stream.read(wanted, dtype="float32", always_2d=True)
+        except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+            raise DataError(f"{self.name} cannot be read on: {_said(error)}", "it may be damaged") from None
+        if len(found) < wanted:
+            what = f"{self.name} ends after {(start + len(found)) / self.rate:.1f} s of {self.seconds:.1f} s"
+            raise DataError(what, "it was cut short: fetch it again, or leave the row out")
+        if not np.isfinite(found).all():
+            raise DataError(f"{self.name} holds samples that are no numbers", "write the file anew")
+        return found
+
+
+@contextmanager
+def opened(media: Media) -> Iterator[Sound]:
+    """The sound, closed at the end of the block.
+
+    Raises: DataError for what is no sound, or an empty one; InputError without soundfile.
+    """
+    try:
+        import soundfile
+    except ImportError:
+        raise InputError("sounds are read by soundfile, which is not installed", HOW_TO_INSTALL) from None
+    name, place = media.name, Path(media.path)
+    if media.data is None and not place.is_file():
+        what = "is no file" if place.exists() else "does not exist"
+        raise DataError(f"{media.path} {what}", "paths are relative to the file that names them")
+    source = str(place) if media.data is None else io.BytesIO(media.data)
+    try:
+        stream = soundfile.SoundFile(source)
+    except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
+        empty = not (media.data if media.data is not None else place.stat().st_size)
+        what = "is empty" if empty else f"is no sound that can be read: {_said(error)}"
+        known = "WAV, FLAC, Ogg, Opus, MP3 and AIFF are, whatever they are called"
+        raise DataError(f"{name} {what}", "" if empty else known) from None
+    with stream:
+        sound = Sound(stream, name, stream.samplerate, stream.frames, stream.channels)
+        if sound.samples <= 0:
+            raise DataError(f"{name} has no samples", "leave the row out")
+        yield sound
+
+
+def _said(error: BaseException) -> str:
+    """What soundfile says, without the path."""
+    return str(error).strip().partition("\n")[0].rpartition(": ")[2] or type(error).__name__

@@ -1,0 +1,87 @@
+"""`format: transcript`: a sound and what is said in it, `{"audio": ..., "text": ...}`.
+
+Comes in: one row.  Goes out: TranscriptExample, whose sound is not read yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunekit.errors import DataError
+from tunekit.formats.fields import read_optional_text, read_text
+from tunekit.formats.media import Media, read_media
+
+DESCRIPTION = "audio, a file's path or {bytes, path}, and text: what is said; also language, task and segments"
+FIELDS = ("audio", "text", "language", "task", "segments")
+REQUIRED = ("audio", "text")
+ALIASES = {
+    **dict.fromkeys(("file_name", "path", "file", "audio_filepath"), "audio"),
+    **dict.fromkeys(("sentence", "transcription", "transcript"), "text"),
+}
+MEDIA = ("audio", *(name for name, field in ALIASES.items() if field == "audio"))
+EXAMPLE = "transcript"
+TASKS = ("transcribe", "translate")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is said between two moments of a sound, in seconds."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
+class TranscriptExample:
+    """A sound and its text; `language` and `task` where the row says them; `segments`: the same text with its times."""
+
+    audio: Media
+    text: str
+    language: str | None = None
+    task: str | None = None
+    segments: tuple[Segment, ...] = ()
+
+
+def make_example(row: Mapping[str, Any]) -> TranscriptExample:
+    """The sound and its text."""
+    row = {**row, **{ALIASES[name]: value for name, value in row.items() if ALIASES.get(name, name) not in row}}
+    segments = _segments(row.get("segments"))
+    audio = read_media(row, "audio")
+    text = (
+        read_text(row, "text")
+        if row.get("text") is not None or not segments
+        else "".join(each.text for each in segments)
+    )
+    task = read_optional_text(row, "task") or None
+    if task is not None and task not in TASKS:
+        raise DataError(f"unknown 'task' {task!r}", f"write {' or '.join(TASKS)}")
+    return TranscriptExample(audio, text, read_optional_text(row, "language") or None, task, segments)
+
+
+def _segments(value: Any) -> tuple[Segment, ...]:
+    """In order, none before the one before it."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value:
+        raise DataError("'segments' must be a list of {start, end, text}", "leave it out where there are none")
+    found: list[Segment] = []
+    for number, each in enumerate(value):
+        where = f"segments[{number}]."
+        if not isinstance(each, Mapping):
+            raise DataError(f"'segments[{number}]' must be {{start, end, text}}", "times are seconds")
+        start, end = (_seconds(each.get(name), where + name) for name in ("start", "end"))
+        before = found[-1].end if found else 0.0
+        if not before <= start < end:
+            what = f"'segments[{number}]' lasts from {start:g} to {end:g} s, and the one before it ends at {before:g} s"
+            raise DataError(what, "give them in order, without overlap")
+        found.append(Segment(start, end, read_text(each, "text", where=where)))
+    return tuple(found)
+
+
+def _seconds(value: Any, label: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise DataError(f"'{label}' must be a number of seconds, not {str(value)[:40]!r}", "write 0 or more")
+    return float(value)

@@ -1,0 +1,9 @@
+"""Word error rate of texts whose spellings were made alike, by the model's own normaliser."""
+
+from __future__ import annotations
+
+from tunekit.metrics.wer import score as score
+
+DESCRIPTION = "WER after the model's normaliser: case, punctuation and spellings count no more"
+HIGHER_IS_BETTER = False
+NORMALIZED = True  # the texts that are given to `score` are

@@ -1,0 +1,224 @@
+"""Sounds to features and transcripts to ids, as a speech model was trained on them.
+
+Comes in: the model section.  Goes out: `SpeechProcessor`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunekit.errors import DataError, ModelError
+from tunekit.files.cache_folder import hash_of
+from tunekit.model.storage.source import find_source, read_json
+from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.model.transformers_guard import model_errors, quiet
+from tunekit.recipe.model import ModelSection
+
+FILES = ("preprocessor_config.json", "processor_config.json", "normalizer.json")
+NORMALIZER = "normalizer.json"
+TIMESTAMP_SECONDS = 0.02
+ENGLISH_VOCABULARY = 51_864  # of Whisper's English-only models, where generation_config.json does not say what they are
+MOST_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class SpeechProcessor:
+    """The model's own feature extractor and tokenizer, and its generation settings.
+
+    A text begins with a blank, as those did that Whisper learned from.
+    """
+
+    tokenizer: LoadedTokenizer
+    extractor: Any
+    generation: dict[str, Any]
+    multilingual: bool
+    folder: Path
+    longest_answer: int  # tokens that the decoder has positions for
+
+    @property
+    def rate(self) -> int:
+        """Samples a second that the model hears."""
+        return int(self.extractor.sampling_rate)
+
+    @property
+    def seconds(self) -> float:
+        """Of the longest sound that it hears at once."""
+        return float(self.extractor.n_samples / self.rate)
+
+    @property
+    def frames(self) -> int:
+        """Of every sound as the net takes it, silence filling it up."""
+        return int(self.extractor.nb_max_frames)
+
+    @property
+    def bands(self) -> int:
+        """Frequencies of a frame."""
+        return int(self.extractor.feature_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides a row."""
+        extractor = {key: value for key, value in self.extractor.to_dict().items() if key != "mel_filters"}
+        return hash_of([self.tokenizer.fingerprint, json.loads(json.dumps(extractor, default=str)), self._facts])
+
+    @property
+    def _facts(self) -> list[Any]:
+        return [self.multilingual, self.generation.get("lang_to_id"), self.generation.get("no_timestamps_token_id")]
+
+    def frames_of(self, seconds: float) -> int:
+        """Of a sound so long, without those that only fill it up; one at least."""
+        return min(max(math.ceil(seconds * self.frames / self.seconds - 1e-9), 1), self.frames)
+
+    def features(self, samples: torch.Tensor) -> NDArray[np.float32]:
+        """(frames, bands) log-mel of a sound, without the frames after the first of those that only fill it up.
+
+        Shapes: (samples,) at `rate`.
+        """
+        made = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np", truncation=True)
+        whole: NDArray[np.float32] = made["input_features"][0].T  # (frames, bands)
+        different = np.flatnonzero((whole != whole[-1]).any(axis=1))
+        kept = int(different[-1]) + 2 if len(different) else 1
+        return np.ascontiguousarray(whole[:kept], dtype=np.float32)
+
+    def filled(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(bands, all frames) of what `features` kept. Shapes: (frames * bands,)."""
+        kept = features.reshape(-1, self.bands)
+        whole = np.empty((self.frames, self.bands), dtype=np.float32)
+        whole[: len(kept)], whole[len(kept) :] = kept, kept[-1]
+        return np.ascontiguousarray(whole.T)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of what is said, with a blank before it; what spells a special token stays text."""
+        text = text.strip()
+        return self.tokenizer.encode(f" {text}", special_tokens_in_text=False) if text else []
+
+    def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
+        """Ids with which an answer begins: the start, of multilingual models language and task, and whether no times
+        follow.
+
+        Raises: DataError for a language that the model does not know, or where it needs one.
+        """
+        start = self.tokenizer.answer_start_id
+        assert start is not None  # load_speech_processor saw to it
+        found = [start]
+        if self.multilingual:
+            if language is None:
+                what = "the model writes many languages, and none is named"
+                raise DataError(what, "write objective.language, or a column 'language'")
+            found += [self._token(f"<|{self.language_code(language)}|>"), self._token(f"<|{task}|>")]
+        elif (language is not None and _code(language) != "en") or task != "transcribe":
+            what = "the model knows English alone, and transcribes it"
+            raise DataError(what, "leave language and task out, or choose a multilingual model")
+        return found if timestamps else [*found, self.no_timestamps]
+
+    def language_code(self, language: str) -> str:
+        """Of a language by its name, code or token. Raises: DataError naming those that the model knows."""
+        code, known = _code(language), self._languages
+        if code not in known:
+            shown = ", ".join(known[:MOST_SHOWN]) + (
+                f" and {len(known) - MOST_SHOWN} more" if known[MOST_SHOWN:] else ""
+            )
+            raise DataError(f"unknown language '{language}'", f"write a name or a code: {shown}")
+        return code
+
+    @cached_property
+    def _languages(self) -> list[str]:
+        from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+        tokens = self.generation.get("lang_to_id") or self.tokenizer.backend.get_vocab(with_added_tokens=True)
+        return sorted(code for code in LANGUAGES if f"<|{code}|>" in tokens)
+
+    @property
+    def no_timestamps(self) -> int:
+        """The id that says that no times follow; the ids of times follow it."""
+        found = self.generation.get("no_timestamps_token_id")
+        return int(found) if found is not None else self._token("<|notimestamps|>")
+
+    def timestamp(self, seconds: float) -> int:
+        """The id of a time within a sound."""
+        return self.no_timestamps + 1 + round(min(seconds, self.seconds) / TIMESTAMP_SECONDS)
+
+    def _token(self, text: str) -> int:
+        found = self.tokenizer.backend.token_to_id(text)
+        if found is None:
+            raise DataError(f"the model's tokenizer has no token {text}", "choose another base, language or task")
+        return int(found)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What is said: ids without special tokens, times as <|1.08|>."""
+        first, parts, run = self.no_timestamps + 1, list[str](), list[int]()
+        for each in [*ids, first]:
+            if each < first:
+                run.append(each)
+                continue
+            parts += [
+                self.tokenizer.decode(run, skip_special_tokens=True),
+                f"<|{(each - first) * TIMESTAMP_SECONDS:.2f}|>",
+            ]
+            run = []
+        return "".join(parts[:-1]).strip()
+
+    @cached_property
+    def normalize(self) -> Any:
+        """What makes spellings of the same words equal, before words are compared: Whisper's own for English where the
+        model brings its spellings, else the one for any language."""
+        from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+        path = self.folder / NORMALIZER
+        return EnglishTextNormalizer(read_json(path)) if path.exists() else BasicTextNormalizer()
+
+    def save(self, folder: Path) -> None:
+        """The tokenizer's files and the extractor's, byte for byte."""
+        self.tokenizer.save(folder)
+        for name in FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+
+
+def _code(language: str) -> str:
+    """Of a language by its name, code or token; what is none of them stays as it is."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    name = language.strip().lower().removeprefix("<|").removesuffix("|>")
+    return str(TO_LANGUAGE_CODE.get(name, name))
+
+
+def load_speech_processor(section: ModelSection) -> SpeechProcessor:
+    """The base's extractor, tokenizer and generation settings. Raises: ModelError where one of them is missing."""
+    from transformers import AutoFeatureExtractor
+
+    source = find_source(section, weights=False)
+    if source.gguf_file is not None:
+        raise ModelError(f"{section.name_or_path} is no speech model", "name a folder", key="model.name_or_path")
+    tokenizer = load_tokenizer(section)
+    with model_errors(section, "the feature extractor of "), quiet():
+        extractor = AutoFeatureExtractor.from_pretrained(str(source.folder), local_files_only=True)
+    if not hasattr(extractor, "nb_max_frames"):
+        what = f"{section.name_or_path} hears by {type(extractor).__name__}, which this version does not know"
+        raise ModelError(what, "choose Whisper, or what is built like it", key="model.name_or_path")
+    if tokenizer.answer_start_id is None:
+        what = "the base does not say with which token its answers begin"
+        raise ModelError(what, "write decoder_start_token_id into its config.json", key="model.name_or_path")
+    path, config = source.folder / "generation_config.json", read_json(source.folder / "config.json")
+    generation = read_json(path) if path.exists() else {}
+    size = config.get("vocab_size")
+    known = bool(generation["lang_to_id"]) if "lang_to_id" in generation else size != ENGLISH_VOCABULARY
+    return SpeechProcessor(
+        tokenizer,
+        extractor,
+        generation,
+        bool(generation.get("is_multilingual", known)),
+        source.folder,
+        int(config["max_target_positions"]),
+    )

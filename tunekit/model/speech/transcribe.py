@@ -1,0 +1,58 @@
+"""Sounds to ids of what is said in them, greedy unless asked otherwise, by transformers' own generation.
+
+Comes in: a loaded speech model (with or without adapters in place) and features.  Goes out: ids of each sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from tunekit.contracts import GREEDY, Sampling
+from tunekit.model.call import seed_for
+from tunekit.model.load import LoadedModel
+from tunekit.model.placing import placed
+from tunekit.model.text.generation import drawn_settings, left_as_found
+from tunekit.model.transformers_guard import quiet
+
+
+@torch.no_grad()
+def transcribe(
+    model: LoadedModel,
+    features: torch.Tensor,
+    asked: Mapping[str, Any],
+    *,
+    timestamps: bool,
+    most_tokens: int,
+    place: int = 0,
+    sampling: Sampling = GREEDY,
+) -> list[list[int]]:
+    """New ids of each sound, special tokens among them. The model's own generation settings hold, but for what is old
+    in them: forced_decoder_ids, in whose stead language and task are named.
+
+    Shapes: features (B, M, F).
+    `asked`: language and task, of multilingual models; `most_tokens`: of an answer; `place`: of the batch, for seeds.
+    """
+    net: Any = model.net
+    settings = deepcopy(model.generation_config)
+    settings.forced_decoder_ids = None
+    settings.update(
+        max_new_tokens=most_tokens, max_length=None, num_beams=1, use_cache=True, **drawn_settings(sampling)
+    )
+    with left_as_found(net), quiet():
+        torch.manual_seed(seed_for("generate", sampling.seed, place))
+        output = net.generate(
+            placed(features, model.device).to(model.dtype),
+            generation_config=settings,
+            return_timestamps=timestamps,
+            **asked,
+        )
+    return [[int(each) for each in row] for row in output.tolist()]
+
+
+def without_padding(ids: Sequence[int], end: int | None) -> list[int]:
+    """Ids up to the first that ends an answer."""
+    return list(ids[: ids.index(end)]) if end in ids else list(ids)

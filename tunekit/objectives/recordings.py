@@ -1,0 +1,264 @@
+"""Sounds with their texts to rows, and sounds alone to texts.
+
+Comes in: TranscriptExamples, or Recordings.  Goes out: Rows, or what a model writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunekit.contracts import Row, Sampling
+from tunekit.data.encoding.encode import TOO_LONG, EncodeOptions
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.encoding.sounds import heard, mixed, pieces, quietest
+from tunekit.data.reading.sound import Sound, opened
+from tunekit.errors import DataError, InputError
+from tunekit.files.cache_folder import default_cache_folder
+from tunekit.files.durable import free_bytes
+from tunekit.formats.media import Media
+from tunekit.formats.transcript import Segment, TranscriptExample
+from tunekit.model.load import LoadedModel
+from tunekit.model.speech.processor import SpeechProcessor
+from tunekit.model.speech.transcribe import transcribe, without_padding
+from tunekit.recipe.objectives.speech import SpeechSettings
+
+Array = NDArray[Any]
+EMPTY = "empty transcript"
+SILENT = "silent sound with a transcript"
+COMPUTED = "sounds are heard anew in each step: the cache's disk has less than 5 GiB free for their features"
+LEAST_FREE_BYTES = 5 * 2**30  # of the disk of the cache: features of 30 s take about 1 MB
+PARTS = {"features": "<f4", "place": "u1", "answer": "<i4", "text": "u1"}  # of a row
+SILENCE = 1e-4  # the largest sample of a silent sound: -80 dB
+SPLIT = "give the row segments, [{start, end, text}], and write data.excess_length: split, or cut the file"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A sound that is to be written down, in a language and for a task, with times or without."""
+
+    media: Media
+    language: str | None
+    task: str
+    timestamps: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What becomes a row: of an example, the samples start .. stop-1 and what is said in them."""
+
+    example: TranscriptExample
+    start: int
+    stop: int | None  # None: its end
+
+
+def make_row(parts: Mapping[str, Array], frames: int, origin: str, number: int = 0) -> Row:
+    """A row of a sound of so many frames: its `features`, or the `place` where it can be heard again; the ids of its
+    `answer` (A + 1,), the first of which begins it; and its `text`."""
+    tokens = max(len(parts["answer"]) - 1, 0)
+    return Row({name: parts[name] for name in PARTS}, (frames, tokens), tokens, origin, number)
+
+
+def features_of(row: Row, processor: SpeechProcessor) -> Array:
+    """(bands, frames) of a row, made anew where they are not kept. Raises: DataError where its file has gone."""
+    place = row.parts["place"].tobytes().decode()
+    if not place:
+        return processor.filled(row.parts["features"])
+    path, start, stop = json.loads(place)
+    return _features(Recording(Media(path), None, ""), (start, stop), processor)
+
+
+def _bytes(text: str) -> Array:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+class SpeechEncoder:
+    """A RowEncoder of sounds. A row is the sound's log-mel features and its answer's ids."""
+
+    def __init__(self, settings: SpeechSettings, processor: SpeechProcessor, options: EncodeOptions) -> None:
+        self.settings, self.processor, self.options = settings, processor, options
+        self.notices: Counter[str] = Counter()
+
+    def examples(self, example: TranscriptExample) -> Sequence[Piece]:
+        """The whole sound, or pieces of one that is longer than the model hears at once.
+
+        Raises: Dropped or DataError for one that may not be cut, or cannot be.
+        """
+        most = self.processor.seconds
+        with opened(example.audio) as sound:
+            if sound.seconds <= most:
+                return [Piece(example, 0, None)]
+            what = f"{sound.name} lasts {sound.seconds:,.1f} s, and the model hears {most:g} s at once"
+            if self.options.excess_length == "drop":
+                raise Dropped(f"sound longer than the {most:g} s that the model hears at once")
+            if self.options.excess_length == "error" or not example.segments:
+                raise DataError(what, SPLIT)
+            return list(_split(example, sound, most))
+
+    def encode(self, piece: Piece, origin: str) -> Row:
+        """The row. Raises: Dropped where there is nothing to hear or to write; DataError where the row is wrong."""
+        example, processor = piece.example, self.processor
+        if not example.text.strip():
+            raise Dropped(EMPTY)
+        with opened(example.audio) as sound:
+            stop = sound.samples if piece.stop is None else piece.stop
+            samples = heard(sound, piece.start, stop, processor.rate)
+            begun, frames = piece.start / sound.rate, processor.frames_of((stop - piece.start) / sound.rate)
+        if float(samples.abs().max()) < SILENCE:
+            raise Dropped(SILENT)
+        answer = [*self._prefix(example), *self._text_ids(example, begun)]
+        if processor.tokenizer.eos_id is not None:
+            answer.append(processor.tokenizer.eos_id)
+        most = min(self.options.max_length, processor.longest_answer)
+        if len(answer) - 1 > most:
+            if self.options.excess_length == "drop":
+                raise Dropped(TOO_LONG)
+            what = f"the transcript has {len(answer) - 1} tokens, and an answer may have {most}"
+            raise DataError(what, "cut the sound, or leave the row out")
+        parts = {"answer": np.asarray(answer, np.int32), "text": _bytes(example.text)}
+        if example.audio.data is None and free_bytes(default_cache_folder()) < LEAST_FREE_BYTES:
+            self.notices[COMPUTED] += 1
+            place = json.dumps([os.path.abspath(example.audio.path), piece.start, stop])
+            return make_row({**parts, "features": np.zeros(0, np.float32), "place": _bytes(place)}, frames, origin)
+        features = processor.features(samples).reshape(-1)
+        return make_row({**parts, "features": features, "place": _bytes("")}, frames, origin)
+
+    def _prefix(self, example: TranscriptExample) -> list[int]:
+        settings = self.settings
+        language, task = example.language or settings.language, example.task or settings.task
+        return self.processor.prefix(language, task, settings.timestamps)
+
+    def _text_ids(self, example: TranscriptExample, begun: float) -> list[int]:
+        """Of the text, or of its segments between their times, which count from where the piece begins."""
+        processor = self.processor
+        if not self.settings.timestamps:
+            return processor.text_ids(example.text)
+        if not example.segments:
+            raise DataError("no 'segments', and objective.timestamps asks for times", "write [{start, end, text}]")
+        found: list[int] = []
+        for each in example.segments:
+            times = (processor.timestamp(moment - begun) for moment in (each.start, each.end))
+            found += [next(times), *processor.text_ids(each.text), next(times)]
+        return found
+
+    def prompt(self, example: TranscriptExample) -> tuple[Recording, str] | None:
+        """The sound, and its text."""
+        settings = self.settings
+        return Recording(
+            example.audio, example.language or settings.language, example.task or settings.task
+        ), example.text
+
+    def question(self, text: str) -> Recording:
+        """The sound in a file."""
+        return Recording(Media(text), self.settings.language, self.settings.task, self.settings.timestamps)
+
+    def shown(self, asked: Recording) -> str:
+        """The file's name."""
+        return asked.media.name
+
+
+def _split(example: TranscriptExample, sound: Sound, most: float) -> list[Piece]:
+    """Pieces of whole segments, cut where it is quietest between two of them."""
+    found: list[Piece] = []
+    start, inside = 0.0, list[Segment]()
+    for segment in example.segments:
+        if segment.end - segment.start > most:
+            what = f"{sound.name}: what is said from {segment.start:g} to {segment.end:g} s is longer than {most:g} s"
+            raise DataError(what, "give shorter segments")
+        if inside and segment.end - start > most:
+            cut = _quiet_between(sound, inside[-1].end, max(min(segment.start, start + most), inside[-1].end))
+            found.append(_piece(example, inside, sound, start, cut))
+            start, inside = cut, []
+        if segment.end - start > most:
+            start = segment.start  # after a long pause
+        inside.append(segment)
+    end = min(sound.seconds, start + most)
+    return [*found, _piece(example, inside, sound, start, end)]
+
+
+def _piece(example: TranscriptExample, segments: list[Segment], sound: Sound, start: float, end: float) -> Piece:
+    text = " ".join(each.text.strip() for each in segments)
+    part = replace(example, text=text, segments=tuple(segments))
+    return Piece(part, round(start * sound.rate), min(round(end * sound.rate), sound.samples))
+
+
+def _quiet_between(sound: Sound, first: float, last: float) -> float:
+    begin, end = (min(round(moment * sound.rate), sound.samples) for moment in (first, last))
+    if end <= begin:
+        return first
+    window = mixed(sound.read(begin, end))
+    return (begin + quietest(window, sound.rate, 0, end - begin)) / sound.rate
+
+
+def transcripts(
+    model: LoadedModel,
+    processor: SpeechProcessor,
+    recordings: Sequence[Recording],
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling,
+) -> list[str]:
+    """What is said in each recording, in order; several pieces of one are joined.
+
+    Raises: DataError, naming the file.
+    """
+    parts = [(number, piece) for number, each in enumerate(recordings) for piece in _pieces_of(each, processor)]
+    kinds: dict[tuple[str | None, str, bool], list[int]] = {}
+    for place, (number, _) in enumerate(parts):
+        each = recordings[number]
+        kinds.setdefault((each.language, each.task, each.timestamps), []).append(place)
+    texts = [""] * len(parts)
+    for (language, task, timestamps), places in kinds.items():
+        asked = asked_of(processor, language, task)
+        room = processor.longest_answer - len(processor.prefix(language or "en", task, timestamps)) - 1
+        for start in range(0, len(places), batch_size):
+            some = places[start : start + batch_size]
+            features = [torch.from_numpy(_features(recordings[parts[at][0]], parts[at][1], processor)) for at in some]
+            found = transcribe(
+                model,
+                torch.stack(features),
+                asked,
+                timestamps=timestamps,
+                most_tokens=min(max_new_tokens, room),
+                place=start,
+                sampling=sampling,
+            )
+            for at, ids in zip(some, found, strict=True):
+                texts[at] = processor.text(without_padding(ids, processor.tokenizer.eos_id))
+    answers: list[list[str]] = [[] for _ in recordings]
+    for (number, _), text in zip(parts, texts, strict=True):
+        answers[number].append(text)
+    return [" ".join(filter(None, each)) for each in answers]
+
+
+def asked_of(processor: SpeechProcessor, language: str | None, task: str) -> dict[str, str]:
+    """What transformers is told of language and task: of models of English alone, nothing.
+
+    Raises: InputError for a language or task that the model does not know.
+    """
+    try:
+        if processor.multilingual:
+            return {"task": task, **({} if language is None else {"language": processor.language_code(language)})}
+        processor.prefix(language, task, timestamps=False)
+    except DataError as error:
+        raise InputError(error.problems[0].what, error.problems[0].how) from None
+    return {}
+
+
+def _pieces_of(recording: Recording, processor: SpeechProcessor) -> list[tuple[int, int]]:
+    with opened(recording.media) as sound:
+        return list(pieces(sound, processor.seconds))
+
+
+def _features(recording: Recording, piece: tuple[int, int], processor: SpeechProcessor) -> Array:
+    """(bands, frames) of one piece."""
+    with opened(recording.media) as sound:
+        return processor.filled(processor.features(heard(sound, *piece, processor.rate)).reshape(-1))
