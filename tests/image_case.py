@@ -22,7 +22,7 @@ from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.model.call import seed_for
 from tunekit.model.load import load_model
-from tunekit.objectives.noise import generator_for
+from tunekit.objectives.diffusion.noise import generator_for
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 

@@ -57,7 +57,7 @@ def export_verb(adapter: str, to: str, output: str, base: str | None) -> None:
 
 
 def adopt_verb(file: str, base: str | None, output: str) -> None:
-    """Write the folder. Raises: InputError where there is no such file or pipeline, or where they do not go together."""
+    """Write the folder. Raises: InputError without such a file or pipeline, or where they do not go together."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise InputError(f"there is no file {file}", "name a .safetensors file of diffusers or kohya")
