@@ -160,7 +160,8 @@ def assert_same(plain: Run, streamed: Run) -> None:
 
 
 def test_every_proven_family_is_tested() -> None:
-    assert {kind for kind, _ in NETS.values()} == PROVEN - set(NAMES)
+    elsewhere = {"whisper"}  # tests/objectives/test_speech.py
+    assert {kind for kind, _ in NETS.values()} == PROVEN - set(NAMES) - elsewhere
 
 
 @pytest.mark.parametrize("name", NETS)

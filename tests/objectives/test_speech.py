@@ -427,6 +427,36 @@ def test_a_changed_sound_is_heard_anew(processor: SpeechProcessor, tmp_path: Pat
     assert not np.array_equal(before.train[0].parts["features"], after.train[0].parts["features"])
 
 
+def test_features_without_room_are_made_in_each_step(
+    whisper: Path, sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, whisper, sounds, objective=AUGMENTED)
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "one"))
+    kept = losses(train(recipe, f"output.dir={tmp_path / 'kept'}"))
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr("tunekit.objectives.recordings.free_bytes", lambda path: 10**9)
+    capsys.readouterr()
+    assert losses(train(recipe, f"output.dir={tmp_path / 'made'}")) == kept
+    assert "12 sounds are heard anew in each step" in capsys.readouterr().out
+    (files,) = (tmp_path / "other" / "tokens").iterdir()
+    assert (files / "features.bin").stat().st_size == 0
+
+
+def test_a_bad_file_is_named_with_its_row(processor: SpeechProcessor, tmp_path: Path) -> None:
+    folder = write_sounds(tmp_path / "sounds", ["one", "two", "three"])
+    (folder / "1.wav").write_bytes(b"RIFF of nothing")
+    with (folder / "metadata.jsonl").open("a", encoding="utf-8") as table:
+        table.write(json.dumps({"file_name": "gone.wav", "text": "four"}) + "\n")
+    objective = make_objective(SpeechSettings(language="en"), processor)
+    with pytest.raises(DataError) as caught:
+        load_rows(DataSection(train=(Source(path=str(folder)),)), objective, seed=0, cache_dir=tmp_path / "cache")
+    assert [(problem.line, problem.what.partition(":")[0]) for problem in caught.value.problems] == [
+        (2, "1.wav is no sound that can be read"),
+        (4, f"{folder / 'gone.wav'} does not exist"),
+    ]
+    assert all(problem.file == str(folder / "metadata.jsonl") for problem in caught.value.problems)
+
+
 # Verbs.
 
 

@@ -5,8 +5,10 @@ Comes in: TranscriptExamples, or Recordings.  Goes out: Rows, or what a model wr
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +22,8 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.encoding.sounds import heard, mixed, pieces, quietest
 from tunekit.data.reading.sound import Sound, opened
 from tunekit.errors import DataError, InputError
+from tunekit.files.cache_folder import default_cache_folder
+from tunekit.files.durable import free_bytes
 from tunekit.formats.media import Media
 from tunekit.formats.transcript import Segment, TranscriptExample
 from tunekit.model.load import LoadedModel
@@ -30,6 +34,9 @@ from tunekit.recipe.objectives.speech import SpeechSettings
 Array = NDArray[Any]
 EMPTY = "empty transcript"
 SILENT = "silent sound with a transcript"
+COMPUTED = "sounds are heard anew in each step: the cache's disk has less than 5 GiB free for their features"
+LEAST_FREE_BYTES = 5 * 2**30  # of the disk of the cache: features of 30 s take about 1 MB
+PARTS = {"features": "<f4", "place": "u1", "answer": "<i4", "text": "u1"}  # of a row
 SILENCE = 1e-4  # the largest sample of a silent sound: -80 dB
 SPLIT = "give the row segments, [{start, end, text}], and write data.excess_length: split, or cut the file"
 
@@ -53,14 +60,24 @@ class Piece:
     stop: int | None  # None: its end
 
 
-def make_row(features: Array, answer: Array, text: Array, origin: str, number: int = 0) -> Row:
-    """A row of a sound and of the ids of its answer, the first of which begins it.
+def make_row(parts: Mapping[str, Array], frames: int, origin: str, number: int = 0) -> Row:
+    """A row of a sound of so many frames: its `features`, or the `place` where it can be heard again; the ids of its
+    `answer` (A + 1,), the first of which begins it; and its `text`."""
+    tokens = max(len(parts["answer"]) - 1, 0)
+    return Row({name: parts[name] for name in PARTS}, (frames, tokens), tokens, origin, number)
 
-    Shapes: features (frames, bands), answer (A + 1,).
-    """
-    parts = {"features": features.reshape(-1), "answer": np.asarray(answer, np.int32), "text": text}
-    tokens = max(len(answer) - 1, 0)
-    return Row(parts, (len(features), tokens), tokens, origin, number)
+
+def features_of(row: Row, processor: SpeechProcessor) -> Array:
+    """(bands, frames) of a row, made anew where they are not kept. Raises: DataError where its file has gone."""
+    place = row.parts["place"].tobytes().decode()
+    if not place:
+        return processor.filled(row.parts["features"])
+    path, start, stop = json.loads(place)
+    return _features(Recording(Media(path), None, ""), (start, stop), processor)
+
+
+def _bytes(text: str) -> Array:
+    return np.frombuffer(text.encode(), np.uint8)
 
 
 class SpeechEncoder:
@@ -94,7 +111,7 @@ class SpeechEncoder:
         with opened(example.audio) as sound:
             stop = sound.samples if piece.stop is None else piece.stop
             samples = heard(sound, piece.start, stop, processor.rate)
-            begun = piece.start / sound.rate
+            begun, frames = piece.start / sound.rate, processor.frames_of((stop - piece.start) / sound.rate)
         if float(samples.abs().max()) < SILENCE:
             raise Dropped(SILENT)
         answer = [*self._prefix(example), *self._text_ids(example, begun)]
@@ -106,8 +123,13 @@ class SpeechEncoder:
                 raise Dropped(TOO_LONG)
             what = f"the transcript has {len(answer) - 1} tokens, and an answer may have {most}"
             raise DataError(what, "cut the sound, or leave the row out")
-        text = np.frombuffer(example.text.encode(), np.uint8)
-        return make_row(processor.features(samples), np.asarray(answer, np.int32), text, origin)
+        parts = {"answer": np.asarray(answer, np.int32), "text": _bytes(example.text)}
+        if example.audio.data is None and free_bytes(default_cache_folder()) < LEAST_FREE_BYTES:
+            self.notices[COMPUTED] += 1
+            place = json.dumps([os.path.abspath(example.audio.path), piece.start, stop])
+            return make_row({**parts, "features": np.zeros(0, np.float32), "place": _bytes(place)}, frames, origin)
+        features = processor.features(samples).reshape(-1)
+        return make_row({**parts, "features": features, "place": _bytes("")}, frames, origin)
 
     def _prefix(self, example: TranscriptExample) -> list[int]:
         settings = self.settings

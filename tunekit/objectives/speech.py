@@ -37,7 +37,7 @@ from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.model.speech.processor import SpeechProcessor
 from tunekit.objectives.logprobs import loss_of_positions, sums_of_positions
-from tunekit.objectives.recordings import Recording, SpeechEncoder, make_row, transcripts
+from tunekit.objectives.recordings import PARTS, Recording, SpeechEncoder, features_of, make_row, transcripts
 from tunekit.objectives.rows import RowObjective
 from tunekit.objectives.spec_augment import drawn_masks, masked
 from tunekit.recipe.objectives.speech import SpeechSettings
@@ -51,7 +51,6 @@ class Speech(RowObjective):
     them. Those that name language and task are predicted too, as transformers' own labels are."""
 
     metrics: Sequence[str] = ("loss", "perplexity")
-    parts: Mapping[str, str] = {"features": "<f4", "answer": "<i4", "text": "u1"}
 
     def __init__(self, settings: SpeechSettings, processor: SpeechProcessor) -> None:
         super().__init__(settings, processor)
@@ -60,12 +59,12 @@ class Speech(RowObjective):
         self.facts = settings.model_dump(include={"language", "task", "timestamps"})
         self.generation = generation_of(settings, processor)
         self.layout = RowLayout(
-            self.parts,
+            PARTS,
             token_parts=("answer",),
             sizes=2,
             token_sizes=(1,),
             least=(processor.frames, 0),
-            told_by=("features",),
+            told_by=("features", "place"),
         )
 
     def row_encoder(self, options: EncodeOptions) -> SpeechEncoder:
@@ -82,16 +81,15 @@ class Speech(RowObjective):
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """The whole sound, and of its answer the tokens start .. stop-1."""
-        features = row.parts["features"].reshape(-1, self.processor.bands)
-        return make_row(features, row.parts["answer"][start : stop + 1], row.parts["text"], row.origin, row.number)
+        parts = {**row.parts, "answer": row.parts["answer"][start : stop + 1]}
+        return make_row(parts, row.sizes[0], row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """One row: the longest sound that the model hears, and an answer of so many tokens, or of as many as it can
         have."""
-        row = next(rows)
-        features = np.resize(row.parts["features"], (self.processor.frames, self.processor.bands))
-        answer = np.resize(row.parts["answer"], min(size, self.processor.longest_answer) + 1)
-        return [make_row(features, answer, row.parts["text"], row.origin, row.number)]
+        row, longest = next(rows), self.processor.longest_answer
+        parts = {**row.parts, "answer": np.resize(row.parts["answer"], min(size, longest) + 1)}
+        return [make_row(parts, self.processor.frames, row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Sounds, filled up with silence as the model's extractor does, and answers, which need no mask: padding comes
@@ -101,7 +99,7 @@ class Speech(RowObjective):
         """
         rows = [row for (row,) in sequences]
         answers = [row.parts["answer"] for row in rows]
-        sounds = [masked(self.processor.filled(row.parts["features"]), row.parts.get(MASKS)) for row in rows]
+        sounds = [masked(features_of(row, self.processor), row.parts.get(MASKS)) for row in rows]
         inputs = {
             "input_features": torch.from_numpy(np.stack(sounds)),
             "decoder_input_ids": lay_end_to_end([[answer[:-1]] for answer in answers], self.processor.tokenizer.pad_id),

@@ -6,6 +6,7 @@ Comes in: the model section.  Goes out: `SpeechProcessor`.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +75,10 @@ class SpeechProcessor:
     @property
     def _facts(self) -> list[Any]:
         return [self.multilingual, self.generation.get("lang_to_id"), self.generation.get("no_timestamps_token_id")]
+
+    def frames_of(self, seconds: float) -> int:
+        """Of a sound so long, without those that only fill it up; one at least."""
+        return min(max(math.ceil(seconds * self.frames / self.seconds - 1e-9), 1), self.frames)
 
     def features(self, samples: torch.Tensor) -> NDArray[np.float32]:
         """(frames, bands) log-mel of a sound, without the frames after the first of those that only fill it up.
