@@ -188,11 +188,12 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
     score: Annotated[str | None, typer.Option("--score", metavar="FILE", help="answers, for a reward model")] = None,
     choices: Annotated[str | None, typer.Option(metavar="LIST", help="answer with one of '[yes, no]'")] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="where pictures go; default: pictures")] = None,
     device: Device = None,
 ) -> None:
-    """Answer prompts, or score answers. Plain text for --prompt, one JSON object a line for several."""
+    """Answer prompts, score answers, or draw pictures. Plain text for --prompt, one JSON object a line for several."""
     asked = (target, base, prompt, prompts, overrides or [])
-    values = (*asked, max_new_tokens, temperature, top_p, top_k, seed, score, choices)
+    values = (*asked, max_new_tokens, temperature, top_p, top_k, seed, score, choices, output)
     _call(context, "tunekit.generate:generate_verb", *values)
 
 

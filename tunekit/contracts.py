@@ -336,6 +336,18 @@ class Objective(Protocol):
     def shared(self, row: Row) -> int:
         """How many of a row's tokens are computed once that its sizes count twice."""
 
+    def begin(self, model: Any, rows: Sequence[Rows], told: Told) -> None:
+        """Make what all steps need of the base: before the first of them, and again before the first after a resume."""
+
+    def parts_beside(self, model: Any) -> list[torch.nn.Module]:
+        """Modules beside the net that lie on the device with it while `begin` and `pictures` run."""
+
+    def rehearse(self, model: Any, batch: Batch) -> None:
+        """With a model without values: what `begin` and `pictures` do with its parts beside the net, for one row."""
+
+    def pictures(self, model: Any, told: Told) -> list[NDArray[np.uint8]]:
+        """What the model draws for the report, (H, W, 3) each, always from the same prompts and seeds."""
+
     def prepare(self, model: Any, window: Window, gather: Gather = list) -> Window:
         """The window with all that depends on the step; without gradient. `gather`: where all ranks' shares decide."""
 

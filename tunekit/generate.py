@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import torch
 from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, Sampling
 from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.images import png_bytes
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.folder import is_media, media_folder
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, InputError
+from tunekit.files.durable import write_bytes
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
@@ -31,7 +34,10 @@ from tunekit.recipe.data import Source
 from tunekit.tuned.choices import choose
 from tunekit.tuned.evaluator import choices_of
 from tunekit.tuned.scores import undisturbed
-from tunekit.tuned.target import LoadedTarget, find_target, load_target
+from tunekit.tuned.target import LoadedTarget, family_of, find_target, load_target
+
+DRAWING = "diffusion"  # the family whose models draw pictures
+PICTURES = "pictures"  # the folder where they go
 
 
 def generate_verb(
@@ -47,17 +53,14 @@ def generate_verb(
     seed: int | None = None,
     score: str | None = None,
     choices: str | None = None,
+    output: str | None = None,
 ) -> None:
-    """Generate, or score. Raises: TunekitError, whose exit code the command line returns."""
+    """Generate, score, or draw. Raises: TunekitError, whose exit code the command line returns."""
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
         prompts = "-"
     if sum(given is not None for given in (prompt, prompts, score)) != 1:
         how = "give one of --prompt TEXT, --prompts FILE and --score FILE, or prompts on standard input, one a line"
         raise InputError(how)
-    given = [flag for flag, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)) if value is not None]
-    if given and not temperature:
-        what = f"without --temperature nothing is sampled, so {' and '.join(given)} would say nothing"
-        raise InputError(what, "add --temperature 1")
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     if max_new_tokens is not None:
         overrides = [*overrides, f"evaluation.max_new_tokens={max_new_tokens}"]
@@ -65,6 +68,8 @@ def generate_verb(
         overrides = [*overrides, f"evaluation.choices={choices}"]
     texts = [] if score is not None else [prompt] if prompt is not None else read_prompts(Path(str(prompts)))
     found = find_target(target, base, overrides)
+    draws = family_of(found) == DRAWING
+    _check_flags(draws, temperature, max_new_tokens, top_p, top_k, seed, score, choices, output)
     if found.evaluation.choices is not None and (temperature or max_new_tokens is not None):
         what = "the likeliest of evaluation.choices is the answer; nothing is sampled or written token by token"
         raise InputError(what, "leave --temperature and --max-new-tokens out, or add evaluation.choices=null")
@@ -73,6 +78,9 @@ def generate_verb(
     console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
         loaded = load_target(found, devices.device)
+        if draws:
+            _draw(console, loaded, texts, seed or 0, Path(output or PICTURES))
+            return
         asked = texts
         if not loaded.model.base.family.reads_ids and prompts is not None:
             asked = [str(media_folder(prompts) / Path(text)) for text in texts]
@@ -87,6 +95,46 @@ def generate_verb(
         return
     for text, reply in zip(texts, answers, strict=True):
         console.json({"prompt": text, "answer": reply})
+
+
+def _check_flags(
+    draws: bool,
+    temperature: float,
+    max_new_tokens: int | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    score: str | None,
+    choices: str | None,
+    output: str | None,
+) -> None:
+    """Raises: InputError for a flag that would say nothing."""
+    if not draws and output is not None:
+        raise InputError("the target writes no pictures", "leave --output out")
+    if draws:
+        flags = (("--temperature", temperature or None), ("--max-new-tokens", max_new_tokens), ("--top-p", top_p))
+        others = (("--top-k", top_k), ("--score", score), ("--choices", choices))
+        given = [flag for flag, value in (*flags, *others) if value is not None]
+        if given:
+            raise InputError(f"a pipeline draws pictures, of which {' and '.join(given)} says nothing", "leave it out")
+        return
+    given = [flag for flag, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)) if value is not None]
+    if given and not temperature:
+        what = f"without --temperature nothing is sampled, so {' and '.join(given)} would say nothing"
+        raise InputError(what, "add --temperature 1")
+
+
+def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: int, folder: Path) -> None:
+    """A picture of each prompt, the first one with this seed, under names that are free in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    objective: Any = loaded.objective
+    for number, prompt in enumerate(prompts):
+        with undisturbed(loaded.model):
+            pixels = objective.drawn(loaded.model, [prompt], [seed + number], lambda *_: None)[0]
+        names = (folder / f"{seed + number:05d}{f'-{again}' if again else ''}.png" for again in count())
+        place = next(each for each in names if not each.exists())
+        write_bytes(place, png_bytes(pixels))
+        console.json({"prompt": prompt, "picture": str(place), "seed": seed + number})
 
 
 def read_prompts(path: Path) -> list[str]:

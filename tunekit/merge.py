@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from tunekit.arithmetic.merge import merge_adapter
+from tunekit.arithmetic.merge_pipeline import merge_pipeline
 from tunekit.console import Console
 from tunekit.errors import InputError
 from tunekit.machine.signals import StopSignals
-from tunekit.tuned.target import find_target
+from tunekit.tuned.target import family_of, find_target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,7 +30,13 @@ def merge_verb(
     target = find_target(adapter, base, overrides)
     console.info(*target.rewrites)
     with StopSignals(announce=False) as signals, signals.at_once("in the merge; what it had written is removed"):
-        result = merge_adapter(target, Path(output), onto, DTYPES.get(dtype or ""))
+        merged = merge_pipeline if family_of(target) == "diffusion" and target.adapter is not None else None
+        kind = DTYPES.get(dtype or "")
+        if merged is not None and onto not in (None, "full"):
+            raise InputError(f"--onto {onto} is for a quantized base, and a pipeline is none", "leave it out")
+        result = (
+            merge_adapter(target, Path(output), onto, kind) if merged is None else merged(target, Path(output), kind)
+        )
     difference = result.difference
     console.info(f"merged onto {result.onto}, written in {result.dtype}: {result.reason}")
     console.info(

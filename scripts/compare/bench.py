@@ -263,6 +263,7 @@ def keep(bench: Bench, result: dict, name: str) -> Path:
     path = Path(bench.settings.output) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1).replace(str(bench.work), "work")
+    text = text.replace(str(bench.rival_python.parent.parent), "venv")
     text = text.replace(f"{REPOSITORY}/", "")  # places inside the repository, whatever holds it
     path.write_text(text + "\n", "utf-8")
     bench.say(str(path))

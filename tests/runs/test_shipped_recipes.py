@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from tests.speech_case import write_tiny_whisper
+from tests.tiny_pipelines import saved_pipeline
+from tests.tiny_vit import write_tiny_vit
 from tunekit.plan import plan_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.shipped import first_comment, shipped_recipes
@@ -24,6 +26,8 @@ from tunekit.train import train_verb
 RECIPES = shipped_recipes()
 STEPS = 3
 SMALLER = {  # what a recipe asks of a real model and a tiny twin, or three steps, cannot give
+    "dreambooth-lora": ["adapter.r=8", "objective.resolution=16", "objective.num_inference_steps=2"],
+    "image-classify-lora": ["objective.resolution=16"],
     "distill-lora": ["objective.teacher=builtin:tiny-llama"],
     "sft-adalora": ["adapter.tinit=1", "adapter.tfinal=1"],
     "sft-llama-adapter": ["adapter.adapter_layers=2"],
@@ -89,6 +93,8 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "Qwen/Qwen2.5-7B-Instruct": str(write_twin(folder / "qwen2", make_qwen2, chat_template=True)),
         "sentence-transformers/all-MiniLM-L6-v2": str(write_twin(folder / "bert", make_bert, chat_template=False)),
         "openai/whisper-tiny": str(write_tiny_whisper(folder / "whisper")),
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": str(saved_pipeline(folder / "sd", "sd")),
+        "google/vit-base-patch16-224-in21k": str(write_tiny_vit(folder / "vit")),
         "google/flan-t5-base": str(write_twin(folder / "t5", make_t5, chat_template=False)),
         "openai-community/gpt2": str(write_twin(folder / "gpt2", make_gpt2, chat_template=False)),
     }

@@ -90,18 +90,21 @@ def merge_adapter(
     processor = processor_of(target)
     target, objective = as_trained(target, processor)
     output = output.expanduser().absolute()
-    _check_output(output, [source.folder, adapter])
+    check_output(output, [source.folder, adapter])
     rewriter = Rewriter(target.model, chosen, dtype)
     changes = collect_changes(attach_without_weights(adapter, target.model, rewriter))
-    _check_space(output, rewriter.output_bytes(changes))
+    check_space(output, rewriter.output_bytes(changes))
     with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
         generation = {} if objective is None else objective.generation
         copy_companions(target.model, source.folder, processor, target.chat_template, staging, generation)
         difference = measure_difference(target, staging, rewriter, changes)
-        written, computed = rewriter.written_dtype(f"{rewriter.embedding}.weight"), rewriter.compute_dtype
+        written, computed = (
+            rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight"),
+            rewriter.compute_dtype,
+        )
         result = MergeResult(output, chosen, reason, str(written)[6:], str(computed)[6:], difference)
-        write_json(staging / REPORT, _report(result))
+        write_json(staging / REPORT, report_of_merge(result))
     return result
 
 
@@ -126,7 +129,7 @@ def choose_onto(target: Target, onto: str | None) -> tuple[str, str]:
     return "quantized", f"asked for; rounding the merged weights to {kind} again loses a part of the adapter"
 
 
-def _check_output(output: Path, sources: list[Path]) -> None:
+def check_output(output: Path, sources: list[Path]) -> None:
     """A new or empty folder, apart from base and adapter."""
     for source in sources:
         real, place = source.resolve(), output.resolve()
@@ -138,7 +141,8 @@ def _check_output(output: Path, sources: list[Path]) -> None:
         raise InputError(f"{output} is not empty", "choose another --output, or empty it yourself")
 
 
-def _check_space(output: Path, weight_bytes: int) -> None:
+def check_space(output: Path, weight_bytes: int) -> None:
+    """Raises: ResourceError where the disk has no room for them."""
     wanted, free = weight_bytes + SPARE_BYTES, free_bytes(output.parent)
     if wanted > free:
         raise ResourceError(
@@ -185,7 +189,8 @@ def _constant(new: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda _old: new
 
 
-def _report(result: MergeResult) -> dict[str, object]:
+def report_of_merge(result: MergeResult) -> dict[str, object]:
+    """What REPORT says."""
     difference = result.difference
     measured = {
         "largest_logit_difference_unrounded": difference.unrounded,

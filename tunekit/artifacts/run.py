@@ -34,11 +34,14 @@ FILES = (
     "report.md",
     "report.html",
 )
-FOLDERS = ("checkpoints", "adapter", "model", "tracking")
+PICTURES = "pictures"  # what the model drew at each evaluation
+FOLDERS = ("checkpoints", "adapter", "model", "tracking", PICTURES)
 RUN_SIGNS = ("plan.json", "checkpoints")
 PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # durable.temporary_name, and what stepped aside for it
 RESULT_FILES = {  # folder of a result -> what its files are called
-    "adapter": re.compile(r"adapter_config\.json|adapter_model\.safetensors|tunekit\.json|chat_template\.jinja"),
+    "adapter": re.compile(
+        r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\.safetensors|tunekit\.json|chat_template\.jinja"
+    ),
     "model": re.compile(r".+\.(safetensors|json|jinja|model|txt|py)|(LICEN[CS]E|USE_POLICY|NOTICE).*"),
 }
 
@@ -96,6 +99,11 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write one file of the run folder, whole or not at all."""
         durable.write_text(self.path / name, text)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write one file of the run folder, whole or not at all, its own folder too."""
+        (self.path / name).parent.mkdir(exist_ok=True)
+        durable.write_bytes(self.path / name, data)
 
     def write_json(self, name: str, value: object) -> None:
         """Write one JSON file of the run folder, whole or not at all."""

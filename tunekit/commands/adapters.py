@@ -1,4 +1,4 @@
-"""The commands that work on adapter folders: show, combine, convert, export-checkpoint and diff."""
+"""The commands that work on adapter folders: show, combine, convert, export-checkpoint, adopt and diff; and export."""
 
 from __future__ import annotations
 
@@ -53,6 +53,32 @@ def add_adapters(app: typer.Typer, call: Call) -> None:
         call(context, "tunekit.export_checkpoint:export_checkpoint_verb", checkpoint, base, output)
 
     _add_of_several(group, call)
+    _add_of_pipelines(app, group, call)
+
+
+def _add_of_pipelines(app: typer.Typer, group: typer.Typer, call: Call) -> None:
+    """Those that know the files of other programs."""
+
+    @group.command()
+    def adopt(
+        context: typer.Context,
+        file: Annotated[str, typer.Argument(metavar="FILE", help="a LoRA of diffusers or kohya, .safetensors")],
+        output: Output,
+        base: Base = None,
+    ) -> None:
+        """Write a pipeline's LoRA, as other programs keep it, as an adapter folder."""
+        call(context, "tunekit.export:adopt_verb", file, base, output)
+
+    @app.command()
+    def export(
+        context: typer.Context,
+        adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="of a diffusion pipeline, or a run")],
+        to: Annotated[str, typer.Option("--to", metavar="kohya", help="the format")],
+        output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new .safetensors file")],
+        base: Base = None,
+    ) -> None:
+        """Write an adapter as another program reads it."""
+        call(context, "tunekit.export:export_verb", adapter, to, output, base)
 
 
 def _add_of_several(group: typer.Typer, call: Call) -> None:

@@ -28,7 +28,12 @@ class LabelExample:
 
 def make_example(row: Mapping[str, Any]) -> LabelExample:
     """The text and its label."""
-    text, label = read_text(row, "text"), read_value(row, "label")
+    return LabelExample(read_text(row, "text"), read_label(row))
+
+
+def read_label(row: Mapping[str, Any]) -> str:
+    """The label of a row, as text."""
+    label = read_value(row, "label")
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if not isinstance(label, str | int):
@@ -37,4 +42,4 @@ def make_example(row: Mapping[str, Any]) -> LabelExample:
     name = str(label).strip()
     if not name:
         raise DataError("'label' is empty", "name a class, or leave the row out")
-    return LabelExample(text, name)
+    return name

@@ -5,7 +5,7 @@ Comes in: the model section and a device.  Goes out: `LoadedModel`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.compute import resolve_attention, resolve_dtype
 from tunekit.model.families import Family, make_family, text_config
 from tunekit.model.families.heads import draw_head, new_head
+from tunekit.model.families.pipeline.parts import load_pipeline
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import adopt_packed, element_count
 from tunekit.model.storage import inspection
@@ -99,6 +100,8 @@ def load_model(
     """
     resolve_dtype(section, device)
     source = find_source(section, weights=True)
+    if inspection.is_pipeline(source):
+        return _load_pipeline(source, section, device)
     if section.quantization == "none" and source.gguf_file is None:
         raw = inspection.read_config(source)
         if inspection.is_packed_by_bitsandbytes(raw):
@@ -146,6 +149,8 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     Raises: ModelError as load_model does, but for what only the weights show.
     """
     source = find_source(section, weights=False)
+    if inspection.is_pipeline(source):
+        return _load_pipeline(source, section, device, meta=True)
     request = _read_request(source, section, device, weights=False)
     with model_errors(section), quiet(), torch.device("meta"):
         net = request.family.auto_class().from_config(request.config, **request.arguments)
@@ -156,6 +161,23 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
     notes = request.packed(net, torch.device("meta"))
     loaded = _finish(net, request, notes, meta=True)
     loaded.packed_while_read, loaded.copied_while_read = alone and not dense, copied
+    return loaded
+
+
+def _load_pipeline(
+    source: ModelSource, section: ModelSection, device: torch.device, *, meta: bool = False
+) -> LoadedModel:
+    """A diffusion pipeline, the parts that are trained on the device; `meta`: without weights.
+
+    Raises: ModelError where the section asks for what only language models have.
+    """
+    dtype, family = resolve_dtype(section, device), make_family(inspection.pipeline_family(section))
+    net = load_pipeline(source.folder, section, dtype, meta=meta).to(torch.device("meta") if meta else device)
+    fingerprint = None if meta else inspection.fingerprint(source)
+    request = _Request(section, source, net.config, family, dtype, device, "sdpa", fingerprint)
+    loaded = _finish(net, request, [], meta=meta)
+    everything = loaded.facts.total_parameters + sum(map(element_count, net.beside.values()))
+    loaded.facts = replace(loaded.facts, total_parameters=everything)
     return loaded
 
 
@@ -328,7 +350,8 @@ def _finish(net: nn.Module, request: _Request, notes: list[str], *, meta: bool =
     if request.family.looks_back(net):
         attend_per_document(net, request.device, request.dtype)
     config: Any = net.config
-    config.use_cache = False
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # RWKV would divide its weights in place, packed ones and mapped files among them
     return LoadedModel(

@@ -22,7 +22,7 @@ from tunekit.recipe.model import ModelSection
 # Modules of transformers that look for `kernels` when a GGUF file is loaded.
 ASKING = ("transformers.integrations.gguf.kernels", "transformers.quantizers.quantizer_gguf")
 
-NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch", "gguf")
+NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch", "gguf", "diffusers")
 
 
 @contextmanager

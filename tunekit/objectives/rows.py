@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Tokenizer, Window
+from tunekit.contracts import GREEDY, Batch, Gather, Objective, Processor, Row, Rows, Sampling, Tokenizer, Told, Window
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.files.cache_folder import hash_of
@@ -86,6 +88,20 @@ class RowObjective:
     def shared(self, row: Row) -> int:
         """Every token is computed."""
         return 0
+
+    def begin(self, model: object, rows: Sequence[Rows], told: Told) -> None:
+        """Nothing is made before the first step."""
+
+    def parts_beside(self, model: object) -> list[nn.Module]:
+        """Nothing is needed beside the net."""
+        return []
+
+    def rehearse(self, model: object, batch: Batch) -> None:
+        """Nothing is made beside the steps."""
+
+    def pictures(self, model: object, told: Told) -> list[NDArray[np.uint8]]:
+        """None are drawn."""
+        return []
 
     def prepare(self, model: object, window: Window, gather: Gather = list) -> Window:
         """Nothing to prepare."""

@@ -110,7 +110,7 @@ class Forecast:
     beside_bytes: int = 0
     _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
     _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
-    _samplings: list[Simulation] = field(default_factory=list, init=False, repr=False)
+    _samplings: list[Simulation | None] = field(default_factory=list, init=False, repr=False)
 
     def peak(self, choice: Choice) -> PeakBytes:
         """Of the run with this choice: the one function that every search for a setting asks."""
@@ -159,11 +159,11 @@ class Forecast:
         )
 
     def _sampling(self, run: SimulatedRun) -> Simulation | None:
-        """Of the longest completions that are sampled side by side; of a choice nothing matters to it."""
-        if self.sampled is None:
-            return None
+        """Of the longest completions that are sampled side by side, or of what parts beside the net do; of a choice
+        nothing matters to it."""
         if not self._samplings:
-            self._samplings.append(run.sampling(*self.sampled))
+            batch = self.largest_batch(run.choice.micro_batch_size)
+            self._samplings.append(run.beside(batch) if self.sampled is None else run.sampling(*self.sampled))
         return self._samplings[0]
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:

@@ -107,6 +107,22 @@ class SimulatedRun:
         del optimizer
         return tracker.result()
 
+    def beside(self, batch: Batch) -> Simulation | None:
+        """What the parts beside the net do for one row, with the net and its optimizer there; None where there are
+        none."""
+        tuned, tracker = self._tuned(), StorageTracker(self.device)
+        parts = self.objective.parts_beside(tuned)
+        if not parts:
+            return None
+        with kernels_as_on(self.device), tracker:
+            optimizer = self._adopt(tracker, tuned)
+            tracker.adopt([tensor for part in parts for tensor in [*part.parameters(), *part.buffers()]], "weights")
+            tracker.start()
+            with undisturbed(tuned):
+                self.objective.rehearse(tuned, batch)
+        del optimizer
+        return tracker.result()
+
     def sampling(self, rows: int, prompt_tokens: int, new_tokens: int) -> Simulation:
         """So many completions side by side: their prompts' forward, then the last token's logits and what is drawn from
         them, with the optimizer's state beside it and the keys and values of all layers."""
@@ -161,6 +177,9 @@ class SimulatedRun:
         tables = [] if tuned.head_parts is None or self.device.type == "cpu" else tuned.head_parts.tables
         there = {id(tensor) for table in [on_host, *tables] if table is not None for tensor in table.parameters()}
         weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
+        beside = tuned.base.family.beside(net)  # on a GPU only while they are needed
+        for module in beside if self.device.type == "cpu" or getattr(net, "stays", False) else ():
+            weights += [*module.parameters(), *module.buffers()]
         if tuned.teacher is not None:
             weights += self._weights_of_teacher(tuned.teacher)
             self._adopt_slots(tracker, tuned.teacher.slots, tier_of(self.objective))

@@ -16,9 +16,9 @@ class ModelSection(Section):
 
     name_or_path: Text = Field(description="a local folder, a .gguf file, or a hub id")
     revision: Text = Field("main", description="branch, tag or commit of a hub id")
-    family: Literal["auto", "causal", "seq2seq", "classifier", "token_classifier", "speech", "diffusion"] = Field(
-        "auto", description="what the base computes; auto reads it from the model's configuration"
-    )
+    family: Literal[
+        "auto", "causal", "seq2seq", "classifier", "token_classifier", "image_classifier", "speech", "diffusion"
+    ] = Field("auto", description="what the base computes; auto reads it from the model's configuration")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute dtype; auto is bfloat16 where the device computes it natively, else float32"
     )
@@ -46,3 +46,16 @@ class HeadedModel(ModelSection):
     def of(cls, section: ModelSection, **head: Any) -> HeadedModel:
         """The section with a head."""
         return cls.model_validate({**section.model_dump(), **head})
+
+
+class PipelineModel(ModelSection):
+    """The section of a diffusion pipeline: `trained`, the parts that get an adapter; `stays`: whether the others are
+    needed in every step, and lie on the device with them."""
+
+    trained: tuple[str, ...] = ()
+    stays: bool = False
+
+    @classmethod
+    def of(cls, section: ModelSection, **parts: Any) -> PipelineModel:
+        """The section with its parts."""
+        return cls.model_validate({**section.model_dump(), **parts})

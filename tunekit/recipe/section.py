@@ -69,8 +69,8 @@ class ObjectiveSettings(MethodSettings):
     texts;
     `sums`: what its evaluation adds up, of which metrics are made; `supervised`: whether it measures models of its
     family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `unit`:
-    what its loss sums over; `size_unit`: what the sizes of its rows count; `default_learning_rate`: before that of the
-    adapter.
+    what its loss sums over; `size_unit`: what the sizes of its rows count; `draws`: whether its model draws pictures;
+    `default_learning_rate`: before that of the adapter.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -83,6 +83,7 @@ class ObjectiveSettings(MethodSettings):
     samples: ClassVar[bool] = False
     unit: ClassVar[str] = "supervised token"
     size_unit: ClassVar[str] = "token"
+    draws: ClassVar[bool] = False
 
 
 class StartSettings(MethodSettings):

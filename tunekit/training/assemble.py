@@ -6,14 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
+from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.run import ROWS_NAME
 from tunekit.console.progress import Counting
 from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.encoding.images import png_bytes
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
@@ -63,6 +66,8 @@ def assemble_run(
     if needed_batches(recipe.adapter) and checkpoint is None:  # a calibrated initialisation looks at these rows
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
     model = _tuned(session, plan, prepared, base, teacher, state, checkpoint)
+    with session.timed("data"):
+        prepared.rows.objective.begin(model, prepared.rows.all, Counting(session.console))
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
     probe_reference(model, prepared.rows.objective, prepared.largest_batch)
@@ -91,6 +96,7 @@ def assemble_run(
         save=lambda: save_run(session, run, fingerprint),
         evaluate=_make_evaluate(session, prepared, model, state),
         keep_rows=_make_keep_rows(session, prepared),
+        keep_pictures=partial(_keep_pictures, session),
         stop_signal=lambda: session.signals.requested or 0,
         peak_bytes=session.peak_bytes,
         warn=session.console.warn,
@@ -179,6 +185,14 @@ def _make_evaluate(
         told=Counting(session.console),
     )
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)
+
+
+def _keep_pictures(session: Session, step: int, found: Evaluation) -> None:
+    """Leave what was drawn in the run folder."""
+    if session.folder is None or not found.pictures:
+        return
+    for number, pixels in enumerate(found.pictures):
+        session.folder.write_bytes(picture_name(step, number), png_bytes(pixels))
 
 
 def _make_keep_rows(session: Session, prepared: Prepared) -> Callable[[int, Evaluation], None]:

@@ -153,6 +153,7 @@ def _evaluate_if_due(run: Run) -> bool:
         return False
     state.evaluated_step = state.step
     run.record(EvaluationRecord(state.step, found.metrics, found.classes, found.samples, found.sources))
+    run.keep_pictures(state.step, found)
     better = state.judge(settings, found.metrics)
     if better or settings.best is None or not state.step:
         run.keep_rows(state.step, found)

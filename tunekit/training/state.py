@@ -91,6 +91,7 @@ class Run:
     record: Callable[[StepRecord | EvaluationRecord], None] = lambda record: None
     evaluate: Callable[[], Evaluation] | None = None
     keep_rows: Callable[[int, Evaluation], None] = lambda step, found: None  # of the weights to be exported, if no more
+    keep_pictures: Callable[[int, Evaluation], None] = lambda step, found: None
     stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that asked to stop
     peak_bytes: Callable[[], int] = lambda: 0
     warn: Callable[[str], None] = lambda text: None

@@ -12,6 +12,9 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tunekit.contracts import Batch, Objective, Rows, Told
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
@@ -46,13 +49,14 @@ class Asked:
 class Evaluation:
     """Sums and every metric by name; `classes`: `labels`, `counts` of each (predicted right, predicted, there) and
     their `confusion`, where rows have labels; `samples`: the answers to the first rows, where some were generated;
-    `sources`: of several each one's metrics, and its `rows`."""
+    `sources`: of several each one's metrics, and its `rows`; `pictures`: drawn for the report."""
 
     sums: EvaluationSums
     metrics: dict[str, float]
     classes: dict[str, Any] | None = None
     samples: list[dict[str, str]] | None = None
     sources: dict[str, dict[str, float]] | None = None
+    pictures: Sequence[NDArray[np.uint8]] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,15 @@ class Evaluator:
             if name not in wanted  # what metrics left out
         }
         of_rows = [name for name in wanted if name not in texts and name not in chosen]
-        return Evaluation(sums, ordered, _classes(labels, sums.values), samples, _sources(each, of_rows))
+        sources, pictures = _sources(each, of_rows), self._pictures()
+        return Evaluation(sums, ordered, _classes(labels, sums.values), samples, sources, pictures)
+
+    def _pictures(self) -> list[NDArray[np.uint8]]:
+        """What the main rank draws."""
+        if not self.devices.is_main:
+            return []
+        with undisturbed(self.model):
+            return self.objective.pictures(self.model, self.told)
 
     def _by_source(self, objective: Objective, stop: Callable[[], bool]) -> dict[str, EvaluationSums]:
         """The sums of each source's rows."""

@@ -24,7 +24,7 @@ from tunekit.model.families import FAMILIES, make_family
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.inspection import family_of_base
-from tunekit.model.storage.source import find_source
+from tunekit.model.storage.source import PIPELINE_INDEX, find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection
@@ -193,7 +193,7 @@ def _from_folder(folder: Path, given: TargetOverrides) -> Target:
             how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
             raise InputError(f"{folder} is a run without a result yet", how)
         return _from_recipe("run", recipe, folder / "adapter", given)
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() or (folder / PIPELINE_INDEX).exists():
         return _bare_model(str(folder), given)
     raise InputError(
         f"{folder} holds neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
@@ -252,10 +252,10 @@ def _bare_model(name: str, given: TargetOverrides) -> Target:
 
 def processor_of(target: Target) -> Processor:
     """What makes rows for the target's base. Raises: ModelError."""
-    return make_family(_family_of(target)).processor(target.model)
+    return make_family(family_of(target)).processor(target.model)
 
 
-def _family_of(target: Target) -> str:
+def family_of(target: Target) -> str:
     """The family as which the target's base is loaded: its recipe's, its adapter's, or the base's own."""
     if target.recipe is not None:
         return str(target.recipe.objective.family)
@@ -289,7 +289,7 @@ def objective_of(target: Target, processor: Processor) -> Objective | None:
         return make_objective(make_objective_settings({"method": method}), processor, facts)
     if config is None:
         return None
-    family = _family_of(target)
+    family = family_of(target)
     facts = head_facts(config, target.model)
     settings = _measuring_settings(family, facts)
     return None if settings is None else make_objective(settings, processor, facts)
@@ -315,7 +315,7 @@ def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
     """
     section = base_section(config, named_base(base), "name it with --base MODEL")
     target = Target("adapter", section, EvaluationSection(), adapter=config.folder)
-    if make_family(_family_of(target)).answers:
+    if make_family(family_of(target)).answers:
         return section
     return as_trained(target, processor_of(target))[0].model
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME
 from tunekit.adapters.method import Method, all_methods
 from tunekit.errors import AdapterError, ModelError
 from tunekit.files.untrusted import parse_json, read_small, same, sha256_of, shown
@@ -164,7 +165,7 @@ def _own_facts(folder: Path) -> dict[str, Any]:
     if (
         not isinstance(base, dict)
         or not isinstance(files, dict)
-        or set(files) - {TEMPLATE_NAME} != {CONFIG_NAME, TENSORS_NAME}
+        or set(files) - {TEMPLATE_NAME, DIFFUSERS_NAME} != {CONFIG_NAME, TENSORS_NAME}
     ):
         raise AdapterError("is malformed: base or files", "delete it to read the folder as peft's", file=str(path))
     double = base.get("double_quantization")

@@ -18,6 +18,7 @@ from torch import Tensor
 from tunekit import __version__
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME, FORMAT_VERSION, TEMPLATE_NAME, TENSORS_NAME
+from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, diffusers_header, diffusers_tensors
 from tunekit.adapters.folder.peft_models import taken_for_experts
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
 from tunekit.adapters.method import WrittenForm, saved_modules
@@ -27,7 +28,8 @@ from tunekit.errors import AdapterError
 from tunekit.files import durable
 from tunekit.files.tensors import write_tensors
 
-OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME, TEMPLATE_NAME}
+OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME, TEMPLATE_NAME, DIFFUSERS_NAME}
+Beside = tuple[Mapping[str, Tensor], Mapping[str, str]]  # a file's tensors, and what its header says
 
 
 def save_adapter_folder(
@@ -43,11 +45,13 @@ def save_adapter_folder(
     double_quantization: bool = False,
     chat_template: str | None = None,
     objective: Mapping[str, Any] | None = None,
+    of_pipeline: bool = False,
 ) -> int:
     """Write the folder whole or not at all; returns its bytes.
 
     `chat_template`: the text of one other than the base's own; it then belongs to the adapter.  `objective`: for what
-    it was trained, and what that must know when it is used.
+    it was trained, and what that must know when it is used.  `of_pipeline`: the base is a diffusion pipeline, whose
+    LoRA diffusers reads from a file of its own.
 
     Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
     """
@@ -67,7 +71,10 @@ def save_adapter_folder(
         "double_quantization": double_quantization,
     }
     tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.exported().items()}
-    return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template, objective)
+    beside: dict[str, Beside] = {}
+    if of_pipeline and config.get("peft_type") == "LORA":
+        beside[DIFFUSERS_NAME] = diffusers_tensors(tensors), diffusers_header(plain.settings, plain.targets)
+    return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template, objective, beside)
 
 
 def write_adapter_folder(
@@ -78,10 +85,12 @@ def write_adapter_folder(
     base: Mapping[str, Any],
     chat_template: str | None = None,
     objective: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Beside] | None = None,
 ) -> int:
     """Write tensors by file key, PEFT's configuration and our own facts, whole or not at all; returns their bytes.
 
-    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base.
+    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base.  `beside`: the same
+    adapter in the files of other tools.
     Raises: as save_adapter_folder.
     """
     with _replacing(folder) as temporary:
@@ -90,6 +99,9 @@ def write_adapter_folder(
             TENSORS_NAME: {"bytes": tensor_bytes, "sha256": digest},
             CONFIG_NAME: _write(temporary / CONFIG_NAME, durable.json_bytes(config)),
         }
+        for name, (others, header) in (beside or {}).items():
+            size_bytes, digest = write_tensors(temporary / name, others, dict(header))
+            files[name] = {"bytes": size_bytes, "sha256": digest}
         if chat_template is not None:
             files[TEMPLATE_NAME] = _write(temporary / TEMPLATE_NAME, chat_template.encode())
         facts = {

@@ -14,6 +14,7 @@ from tunekit import __version__
 from tunekit.artifacts.report.compare import differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.curves import binned, charts_of
 from tunekit.artifacts.report.paired import differences, heading
+from tunekit.artifacts.report.pictures import shown_pictures
 from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
@@ -36,6 +37,7 @@ def run_page(run: RunValues) -> str:
     sections = [
         _evaluations(run),
         *_classes(run),
+        *(_section("Pictures", **each) for each in shown_pictures(run.path, run.recipe, run.exported_step)),
         _samples(run),
         _completions(run),
         _worst_rows(run),
@@ -118,7 +120,7 @@ def _redacted(value: Any) -> Any:
 
 
 def _section(title: str, **parts: Any) -> dict[str, Any]:
-    return {"title": title, "text": [], "tables": [], "bars": [], "folds": [], **parts}
+    return {"title": title, "text": [], "tables": [], "bars": [], "folds": [], "pictures": [], **parts}
 
 
 def _table(

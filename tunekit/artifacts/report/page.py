@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunekit.artifacts.report.pictures import before_and_after
+from tunekit.artifacts.run import PICTURES
 from tunekit.console.text import curve_text, means_of
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
@@ -42,6 +44,7 @@ def make_page(
     sections = [
         _head(path, facts, plan),
         _result(facts, losses, rewards),
+        _pictures(path, facts, plan),
         _memory(facts, plan),
         _speed(facts, units_of(plan.objective), sizes_of(plan.objective)),
         _rows(facts, plan),
@@ -120,6 +123,18 @@ def _result(facts: ReportFacts, losses: Sequence[float], rewards: Sequence[float
     why = "the best evaluation" if facts.best_step is not None else "the last"
     lines.append(f"The exported weights are those after **step {kept}**, {why}.")
     return "\n\n".join(lines)
+
+
+def _pictures(path: Path, facts: ReportFacts, plan: Plan) -> str:
+    """What the validation prompts gave before training and with the exported weights."""
+    prompts = plan.recipe.get("objective", {}).get("validation_prompts") or ()
+    rows = before_and_after(path, prompts, facts.best_step or facts.final_step)
+    lines = [
+        f"{escape(row['prompt'])}: "
+        + ", ".join(f"![{each['title']}]({PICTURES}/{each['path'].name}) {each['title']}" for each in row["shown"])
+        for row in rows
+    ]
+    return "\n\n".join(["## Pictures", *lines]) if lines else ""
 
 
 def _classes(facts: dict[str, Any]) -> list[str]:

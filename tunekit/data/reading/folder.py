@@ -57,7 +57,7 @@ def is_media(name: str, kind: str | None = None) -> bool:
 
 
 def read_classes(folder: Path) -> Iterator[RawRow]:
-    """Each file of a folder of folders, sorted, with its folder's name as its label.
+    """Each file of a folder, sorted; of one in a folder inside, with that folder's name as its label.
 
     Raises: DataError where there is none, or where sounds and images are mixed.
     """
@@ -65,19 +65,17 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
     found = [
         (kinds[place.suffix.lower()], place)
         for inner in sorted(folder.iterdir())
-        if inner.is_dir() and not inner.name.startswith(".")
-        for place in sorted(inner.rglob("*"))
+        if not inner.name.startswith(".")
+        for place in (sorted(inner.rglob("*")) if inner.is_dir() else [inner])
         if place.suffix.lower() in kinds and place.is_file()
     ]
     if not found:
-        raise DataError(
-            "this is a folder without a table, and without folders of sounds or images", HOW, file=str(folder)
-        )
+        raise DataError("this is a folder without a table, and without sounds or images", HOW, file=str(folder))
     if len({kind for kind, _ in found}) > 1:
         raise DataError("the folder holds sounds and images", "keep one kind in it", file=str(folder))
     for number, (kind, place) in enumerate(found, 1):
         inner = place.relative_to(folder)
-        yield RawRow(number, {kind: str(inner), "label": inner.parts[0]})
+        yield RawRow(number, {kind: str(inner), **({"label": inner.parts[0]} if len(inner.parts) > 1 else {})})
 
 
 def names_hash(folder: Path) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from tunekit.model.families.causal import Family as Family
 from tunekit.model.families.classifier import ClassifierFamily
+from tunekit.model.families.diffusion import DiffusionFamily
+from tunekit.model.families.image_classifier import ImageClassifierFamily
 from tunekit.model.families.seq2seq import Seq2SeqFamily
 from tunekit.model.families.speech import SpeechFamily
 from tunekit.model.families.structure import text_config as text_config
@@ -17,6 +19,8 @@ FAMILIES: dict[str, type[Family]] = {
     "seq2seq": Seq2SeqFamily,
     "classifier": ClassifierFamily,
     "token_classifier": TokenClassifierFamily,
+    "image_classifier": ImageClassifierFamily,
+    "diffusion": DiffusionFamily,
     "speech": SpeechFamily,
 }
 

@@ -90,6 +90,10 @@ class Family:
         """Names of modules that are trained whole beside any adapter."""
         return []
 
+    def beside(self, net: nn.Module) -> list[nn.Module]:
+        """Modules that are no part of the net and are needed now and then: their place is the host."""
+        return []
+
     def facts(self, net: nn.Module) -> dict[str, Any]:
         """What an objective of this family must know of the net."""
         return {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,22 @@ from tunekit.errors import ModelError
 from tunekit.files.tensors import read_raw_header
 from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.storage.shards import shard_files
-from tunekit.model.storage.source import ModelSource, find_source, read_json
+from tunekit.model.storage.source import PIPELINE_INDEX, ModelSource, find_source, read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 CHUNK_BYTES = 64 * 1024
 SAMPLED_CHUNKS = 16
 GGUF_HEAD_BYTES = 2**20
 # What saving a model again changes, although the model stays the same.
-VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation")
+VOLATILE = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "_attn_implementation",
+    "_diffusers_version",
+)
 SPEECH = ("whisper",)  # model types of speech models that write, whatever their architecture's ending
 HEADS = {  # ending of the architecture's name -> family
     "ForCausalLM": "causal",
@@ -31,13 +40,13 @@ HEADS = {  # ending of the architecture's name -> family
     "MTModel": "seq2seq",  # MarianMTModel
     "ForSequenceClassification": "classifier",
     "ForTokenClassification": "token_classifier",
+    "ForImageClassification": "image_classifier",
 }
 OTHER_HEADS = {
     "ForMaskedLM": "is a masked language model (it fills gaps and does not continue text)",
     "ForQuestionAnswering": "is a question-answering model",
     "ForSpeechSeq2Seq": "is a speech model",
     "ForCTC": "is a speech model",
-    "ForImageClassification": "is an image classifier",
     "ForPreTraining": "is a model with pre-training heads",
 }
 MEND = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
@@ -62,13 +71,33 @@ def read_config(source: ModelSource) -> dict[str, Any]:
         if ggufs:
             how = f"name the file itself, for example {source.folder / ggufs[0]}"
             raise ModelError(f"{source.name_or_path} holds GGUF files", how, key="model.name_or_path")
-        if (source.folder / "model_index.json").exists():
+        if is_pipeline(source):
             raise ModelError(
-                f"{source.name_or_path} is a diffusion pipeline, which this family cannot train",
-                "choose a causal language model",
+                f"{source.name_or_path} is a diffusion pipeline, and the objective trains another kind of model",
+                "write objective: dreambooth, or choose another base",
                 key="model.name_or_path",
             )
     return read_json(source.folder / "config.json")
+
+
+def is_pipeline(source: ModelSource) -> bool:
+    """Whether a base is a diffusion pipeline, as diffusers saves it."""
+    return source.gguf_file is None and (source.folder / PIPELINE_INDEX).exists()
+
+
+def pipeline_family(section: ModelSection) -> str:
+    """The family of a pipeline. Raises: ModelError where the section asks for what it has not."""
+    wrong = (
+        ("family", section.family not in ("auto", "diffusion"), "diffusion or auto"),
+        ("quantization", section.quantization != "none", "none"),
+        ("attention", section.attention not in ("auto", "sdpa"), "auto"),
+        ("trust_remote_code", section.trust_remote_code, "false"),
+    )
+    for key, is_wrong, instead in wrong:
+        if is_wrong:
+            what = f"{section.name_or_path} is a diffusion pipeline, which is not loaded so"
+            raise ModelError(what, f"write {instead}", key=f"model.{key}")
+    return "diffusion"
 
 
 def head_labels(source: ModelSource, family: str) -> tuple[str, ...]:
@@ -89,8 +118,8 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
     Raises: ModelError with the reason for what is of none of the families.
     """
     if section.family == "diffusion":
-        what = f"family {section.family} cannot be loaded by this version"
-        raise ModelError(what, MEND, key="model.family")
+        what = f"{section.name_or_path} is no diffusion pipeline: it holds no {PIPELINE_INDEX}"
+        raise ModelError(what, "give a pipeline's folder, as diffusers saves it", key="model.name_or_path")
     kind = str(config.get("model_type", "unknown"))
     name = f"{section.name_or_path} ({kind})"
     headed = isinstance(section, HeadedModel)
@@ -124,6 +153,8 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
 def family_of_base(section: ModelSection) -> str:
     """The family of a base by its own files; causal where they do not say, which is told where it is loaded."""
     source = find_source(section, weights=False)
+    if is_pipeline(source):
+        return "diffusion"
     if source.gguf_file is not None or not (source.folder / "config.json").exists():
         return "causal"
     try:
@@ -187,14 +218,23 @@ def fingerprint(source: ModelSource) -> str:
     if source.gguf_file is not None:
         _digest_samples(digest, source.folder / source.gguf_file, 0, GGUF_HEAD_BYTES)
         return digest.hexdigest()
-    config = {key: value for key, value in read_config(source).items() if key not in VOLATILE}
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for name in shard_files(source.folder):
-        path = source.folder / name
+    if is_pipeline(source):
+        for path in sorted(source.folder.glob("*/config.json")):
+            digest.update(path.parent.name.encode())
+            _digest_folder(digest, read_json(path), sorted(path.parent.glob("*.safetensors")))
+    else:
+        _digest_folder(digest, read_config(source), [source.folder / name for name in shard_files(source.folder)])
+    return digest.hexdigest()
+
+
+def _digest_folder(digest: Any, config: dict[str, Any], files: Sequence[Path]) -> None:
+    """Feed a configuration without what changes by itself, and the headers and samples of files."""
+    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    digest.update(json.dumps(kept, sort_keys=True).encode())
+    for path in files:
         start, _, header = read_raw_header(path, MODEL_FILE)
         digest.update(json.dumps(header, sort_keys=True).encode())
         _digest_samples(digest, path, start, CHUNK_BYTES)
-    return digest.hexdigest()
 
 
 def _digest_samples(digest: Any, path: Path, start: int, head_bytes: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import stat
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from tunekit.model.storage.builtin import tiny_model_folder
 from tunekit.recipe.model import ModelSection
 
 KEY = "model.name_or_path"
+PIPELINE_INDEX = "model_index.json"  # of a diffusion pipeline
+PIPELINE_WEIGHTS = [f"{part}/*.safetensors" for part in ("unet", "transformer", "vae", "text_encoder*")]
+PIPELINE_VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # of the same weights
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "USE_POLICY*", "NOTICE*")
 
 
@@ -66,14 +70,15 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
 
     from tunekit.model.transformers_guard import quiet
 
-    patterns = [
-        *CONFIG_PATTERNS,
-        *(["*.safetensors"] if weights else []),
-        *(["*.py"] if section.trust_remote_code else []),
-    ]
+    patterns = [*(["*.safetensors"] if weights else []), *(["*.py"] if section.trust_remote_code else [])]
     try:
         with quiet():
-            folder = Path(snapshot_download(section.name_or_path, revision=section.revision, allow_patterns=patterns))
+            fetch = partial(snapshot_download, section.name_or_path, revision=section.revision)
+            folder = Path(fetch(allow_patterns=CONFIG_PATTERNS))
+            if weights and (folder / PIPELINE_INDEX).exists():
+                fetch(allow_patterns=PIPELINE_WEIGHTS, ignore_patterns=PIPELINE_VARIANTS)
+            elif patterns:
+                fetch(allow_patterns=patterns)
     except HFValidationError as error:
         raise ModelError(f"{section.name_or_path!r} is neither a path nor a hub name", "check it", key=KEY) from error
     except LocalEntryNotFoundError as error:

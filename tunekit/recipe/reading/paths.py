@@ -14,7 +14,7 @@ from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath
 
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_BYTES = 4096
-ALWAYS_LOCAL = (("output", "dir"), ("data", "chat_template"), ("adapter", "init_from"))
+ALWAYS_LOCAL = (("output", "dir"), ("data", "chat_template"), ("adapter", "init_from"), ("objective", "class_data_dir"))
 REWARD_PATHS = ("function", "model")  # of a reward: FILE.py:NAME is a path too
 MODELS = (("model", "name_or_path"), ("objective", "teacher", "name_or_path"))
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".arrow")

@@ -1,0 +1,145 @@
+"""The files of a diffusion adapter: diffusers loads both and computes the same, and both are read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.image_case import ATTENTION, OF_TEXT
+from tests.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, kohya_tensors, read_foreign
+from tunekit.adapters.folder.write import save_adapter_folder
+from tunekit.errors import AdapterError
+from tunekit.model.families.diffusion import IDS, DiffusionFamily
+from tunekit.model.families.pipeline.parts import PIPELINES, load_net
+from tunekit.model.families.pipeline.processor import PipelineProcessor, load_processor
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.recipe import make_adapter_settings
+
+CASES = {
+    "alpha is not the rank": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"up_blocks.*to_q": 2}, "alpha_pattern": {"up_blocks.*to_q": 7, "q_proj": 1}},
+    "dora": {"method": "dora"},
+}
+
+
+def attached(folder: Path, kind: str, **settings: Any) -> tuple[AttachedAdapter, PipelineProcessor]:
+    """A pipeline with an adapter of the denoiser and the first text encoder, whose B is not 0."""
+    processor = load_processor(ModelSection(name_or_path=str(saved_pipeline(folder / kind, kind))))
+    net = load_net(processor.folder, [PIPELINES[processor.kind], "text_encoder"], torch.float32)
+    values = {"method": "lora", "r": 3, "alpha": 12, "target_modules": [*ATTENTION, *OF_TEXT], **settings}
+    adapter = attach_adapter(net, make_adapter_settings(values), seed=0, head_name=None)
+    torch.manual_seed(4)
+    for name, parameter in adapter.trained().items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    return adapter, processor
+
+
+def saved(adapter: AttachedAdapter, folder: Path, processor: PipelineProcessor) -> Path:
+    save_adapter_folder(
+        adapter,
+        folder,
+        base_name=str(processor.folder),
+        base_fingerprint=None,
+        revision=None,
+        task_type=None,
+        of_pipeline=True,
+    )
+    return folder
+
+
+@torch.no_grad()
+def ours(adapter: AttachedAdapter, processor: PipelineProcessor) -> torch.Tensor:
+    net: Any = adapter.net
+    ids = {f"{IDS}{name}": torch.from_numpy(each) for name, each in processor.ids(["a photo of sks dog"]).items()}
+    return DiffusionFamily().logits(net, {**_inputs(processor), **ids})
+
+
+def _inputs(processor: PipelineProcessor) -> dict[str, torch.Tensor]:
+    latents = torch.randn(1, *processor.latent_shape(SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+    return {"latents": latents, "times": torch.tensor([500]), "sizes": torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]])}
+
+
+@torch.no_grad()
+def theirs(processor: PipelineProcessor, kind: str, file: Path) -> torch.Tensor:
+    """What the pipeline computes once diffusers has loaded the file."""
+    pipeline = loaded_by_diffusers(processor.folder, kind)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    given, prompt = _inputs(processor), "a photo of sks dog"
+    if kind == "sd":
+        embeddings = pipeline.encode_prompt(prompt, "cpu", 1, False)[0]
+        return pipeline.unet(given["latents"], given["times"], embeddings).sample
+    if kind == "sdxl":
+        embeddings, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        added = {"text_embeds": pooled, "time_ids": given["sizes"].float()}
+        return pipeline.unet(given["latents"], given["times"], embeddings, added_cond_kwargs=added).sample
+    embeddings, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
+    return pipeline.transformer(
+        hidden_states=given["latents"],
+        timestep=given["times"],
+        encoder_hidden_states=embeddings,
+        pooled_projections=pooled,
+    ).sample
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("case", CASES)
+def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path, kind: str, case: str) -> None:
+    if kind != "sd" and case in ("patterns", "dora"):
+        pytest.skip("one pipeline shows it")
+    adapter, processor = attached(tmp_path, kind, **CASES[case])
+    file = saved(adapter, tmp_path / "adapter", processor) / DIFFUSERS_NAME
+    expected = ours(adapter, processor)
+    adapter.detach()
+    assert (ours(adapter, processor) - expected).abs().max() > 1e-2  # the adapter does something
+    assert torch.allclose(theirs(processor, kind, file), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind: str) -> None:
+    adapter, processor = attached(tmp_path, kind)
+    tensors = load_file(saved(adapter, tmp_path / "adapter", processor) / "adapter_model.safetensors")
+    file = tmp_path / "kohya.safetensors"
+    save_file(kohya_tensors(tensors, adapter.settings, adapter.targets), file)
+    assert torch.allclose(theirs(processor, kind, file), ours(adapter, processor), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_both_files_are_read_back_bit_for_bit(tmp_path: Path, kind: str, form: str) -> None:
+    adapter, processor = attached(tmp_path, kind)
+    folder = saved(adapter, tmp_path / "adapter", processor)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    file = folder / DIFFUSERS_NAME
+    if form == "kohya":
+        if kind == "sd3":
+            with pytest.raises(AdapterError, match="has no name for layers of 'transformer'"):
+                kohya_tensors(tensors, adapter.settings, adapter.targets)
+            return
+        file = tmp_path / "kohya.safetensors"
+        save_file(kohya_tensors(tensors, adapter.settings, adapter.targets), file)
+    modules = [target.name for target in adapter.targets]
+    found = read_foreign(file, modules)
+    assert found.tensors.keys() == tensors.keys()
+    assert all(torch.equal(found.tensors[key], tensors[key]) for key in tensors)
+    assert found.alphas == {target.name: 12.0 for target in adapter.targets}
+
+
+def test_a_file_for_another_pipeline_is_refused_by_name(tmp_path: Path) -> None:
+    adapter, processor = attached(tmp_path, "sd")
+    file = saved(adapter, tmp_path / "adapter", processor) / DIFFUSERS_NAME
+    modules = [target.name for target in adapter.targets if "up_blocks" not in target.name]
+    with pytest.raises(AdapterError, match="is no LoRA of a layer of this pipeline"):
+        read_foreign(file, modules)
+    with safe_open(file, "pt") as opened:
+        fields = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (fields["unet.r"], fields["unet.lora_alpha"], fields["text_encoder.lora_alpha"]) == (3, 12, 12)

@@ -1,0 +1,112 @@
+"""Reading pictures: what is turned, converted, dropped and refused, each with its reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from tunekit.data.encoding.images import ANIMATED, TOO_SMALL, png_bytes, read_image, resized
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.errors import DataError
+
+COLOURS = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+
+
+def saved(folder: Path, name: str, image: Image.Image, **options: object) -> str:
+    image.save(folder / name, **options)
+    return str(folder / name)
+
+
+def test_a_plain_picture_is_its_pixels_from_a_file_and_from_bytes(tmp_path: Path) -> None:
+    path, notices = saved(tmp_path, "plain.png", Image.fromarray(COLOURS)), Counter[str]()
+    assert np.array_equal(read_image(path, notices), COLOURS)
+    assert np.array_equal(read_image(Path(path).read_bytes()), COLOURS)
+    assert np.array_equal(read_image(png_bytes(COLOURS)), COLOURS)
+    assert not +notices
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_turned_picture_is_put_upright(tmp_path: Path, orientation: int) -> None:
+    undo = {
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }
+    exif, notices = Image.Exif(), Counter[str]()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(undo[orientation](COLOURS))  # as a camera that was held so has it
+    path = saved(tmp_path, "turned.png", Image.fromarray(stored), exif=exif)
+    assert np.array_equal(read_image(path, notices), COLOURS)
+    assert notices["was turned upright, as its EXIF says"] == 1
+
+
+def test_ink_depth_and_transparency_are_converted_and_counted(tmp_path: Path) -> None:
+    notices = Counter[str]()
+    ink = saved(tmp_path, "ink.jpg", Image.fromarray(COLOURS).convert("CMYK"))
+    assert read_image(ink, notices).shape == COLOURS.shape
+    values = (np.arange(24 * 40, dtype=np.uint16) * 60).reshape(24, 40)
+    deep = saved(tmp_path, "deep.png", Image.fromarray(values))
+    assert np.array_equal(read_image(deep, notices)[..., 0], np.rint(values / 257.0).astype(np.uint8))
+    alpha = np.zeros((24, 40), np.uint8)
+    alpha[:, :20] = 255
+    clear = saved(tmp_path, "clear.png", Image.fromarray(np.dstack([COLOURS, alpha])))
+    found = read_image(clear, notices)
+    assert np.array_equal(found[:, :20], COLOURS[:, :20])
+    assert (found[:, 20:] == 255).all()
+    palette = saved(tmp_path, "palette.png", Image.fromarray(COLOURS).convert("P"))
+    assert read_image(palette, notices).shape == COLOURS.shape
+    grey = saved(tmp_path, "grey.png", Image.fromarray(COLOURS[..., 0]))
+    assert np.array_equal(read_image(grey, notices), np.repeat(COLOURS[..., :1], 3, axis=2))
+    assert +notices == {
+        "is CMYK, converted to RGB": 1,
+        "has one deep channel (I;16), scaled to 8 bits": 1,
+        "is transparent in places, laid on white": 1,
+    }
+
+
+def test_animated_and_tiny_pictures_are_dropped_by_name(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.roll(COLOURS, shift, axis=0)) for shift in (0, 5)]
+    moving = saved(tmp_path, "moving.gif", frames[0], save_all=True, append_images=frames[1:])
+    one = saved(tmp_path, "one.png", Image.new("RGB", (1, 1)))
+    with pytest.raises(Dropped, match=ANIMATED):
+        read_image(moving)
+    with pytest.raises(Dropped, match=TOO_SMALL):
+        read_image(one)
+
+
+def test_what_cannot_be_read_is_named_with_its_reason(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(COLOURS).save(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:400])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name, reason in (("cut.jpg", "truncated"), ("text.png", "cannot identify"), ("empty.png", "cannot identify")):
+        with pytest.raises(DataError, match=f"{name} cannot be read as a picture .*(?i:{reason})"):
+            read_image(str(tmp_path / name))
+    with pytest.raises(DataError, match=r"there is no picture .*absent\.png"):
+        read_image(str(tmp_path / "absent.png"))
+
+
+def test_a_bomb_is_refused_before_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, "large.png", Image.fromarray(COLOURS))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"large\.png has more pixels"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("shorter", [24, 16, 31])
+@pytest.mark.parametrize("turned", [False, True])
+def test_resizing_is_torchvisions(shorter: int, turned: bool) -> None:
+    pixels = np.ascontiguousarray(COLOURS.transpose(1, 0, 2)) if turned else COLOURS
+    theirs = v2.Resize(shorter, interpolation=v2.InterpolationMode.BILINEAR)(Image.fromarray(pixels))
+    assert torch.equal(torch.from_numpy(resized(pixels, shorter)), torch.from_numpy(np.array(theirs)))

@@ -1,0 +1,274 @@
+"""DreamBooth from recipe to files: against diffusers' script by hand, resumed, in micro-batches, drawn and merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.image_case import (
+    ATTENTION,
+    CLASS_PROMPT,
+    OF_TEXT,
+    ByHand,
+    records,
+    write_image_recipe,
+    write_photos,
+)
+from tests.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
+from tunekit.errors import InputError
+from tunekit.evaluate import evaluate_verb
+from tunekit.export import adopt_verb, export_verb
+from tunekit.generate import generate_verb
+from tunekit.merge import merge_verb
+from tunekit.planning.plan import make_plan
+from tunekit.recipe.load import load_recipe
+from tunekit.train import train_verb
+
+STEPS = 20
+
+
+def trained(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Path:
+    train_verb(str(recipe), [f"output.dir={run}", *overrides], resume, False)
+    return run
+
+
+def with_prior(folder: Path, weight: float = 0.7) -> dict[str, Any]:
+    """Settings of prior preservation, with three pictures of the class."""
+    classes = write_photos(folder / "classes", 3, seed=9)
+    return {
+        "class_prompt": CLASS_PROMPT,
+        "class_data_dir": str(classes),
+        "num_class_images": 3,
+        "prior_loss_weight": weight,
+    }
+
+
+def adapter_tensors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "prior", "text"),
+    [("epsilon", False, False), ("v_prediction", True, False), ("epsilon", True, True), ("v_prediction", False, True)],
+)
+def test_20_steps_equal_diffusers_script_by_hand(
+    tmp_path: Path, shared: Path, prediction: str, prior: bool, text: bool
+) -> None:
+    photos = shared / "data" / "dreambooth_dog" / "instance"
+    pipeline = saved_pipeline(tmp_path / "sd", "sd", prediction)
+    objective = {"train_text_encoder": text, **(with_prior(tmp_path) if prior else {})}
+    adapter = {"target_modules": [*ATTENTION, *OF_TEXT]} if text else {}
+    training = {"max_steps": STEPS}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, adapter=adapter, training=training)
+    hand = ByHand(recipe, photos)
+    windows = hand.prepared.rows.windows(hand.prepared.batch_settings)
+    losses, norms = zip(*map(hand.step, windows.windows(0)), strict=True)
+    run = trained(recipe, tmp_path / "run")
+    ours = records(run)
+    assert [record["loss"] for record in ours] == pytest.approx(losses, abs=1e-5)
+    assert [record["grad_norm"] for record in ours] == pytest.approx(norms, rel=1e-3)
+    assert len(losses) == STEPS
+    found = adapter_tensors(run)
+    assert any(name.startswith("base_model.model.text_encoder.") for name in found) == text
+    for name, parameter in hand.parameters.items():
+        assert torch.allclose(found[f"base_model.model.{name}"], parameter.detach(), atol=2e-4), name
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_10_steps_of_other_pipelines_equal_diffusers_scripts_by_hand(tmp_path: Path, photos: Path, kind: str) -> None:
+    pipeline = saved_pipeline(tmp_path / kind, kind)
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=with_prior(tmp_path), training={"max_steps": 10})
+    hand = ByHand(recipe, photos, kind)
+    windows = hand.prepared.rows.windows(hand.prepared.batch_settings)
+    losses, norms = zip(*map(hand.step, windows.windows(0)), strict=True)
+    ours = records(trained(recipe, tmp_path / "run"))
+    assert [record["loss"] for record in ours] == pytest.approx(losses, abs=1e-5)
+    assert [record["grad_norm"] for record in ours] == pytest.approx(norms, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_pipeline(tmp_path_factory.mktemp("pipeline") / "sd", "sd")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+VARIED = {"center_crop": False, "random_flip": True, "noise_offset": 0.1, "snr_gamma": 5.0}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    objective = {**VARIED, **with_prior(tmp_path), "train_text_encoder": True}
+    adapter = {"target_modules": [*ATTENTION, *OF_TEXT], "dropout": 0.1}
+    training = {"max_steps": 6, "save_steps": 3, "keep_checkpoints": 3, "gradient_accumulation_steps": 2}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, adapter=adapter, training=training)
+    whole, cut = trained(recipe, tmp_path / "whole"), trained(recipe, tmp_path / "cut")
+    expected = records(whole)
+    shutil.rmtree(cut / "checkpoints" / "step-000006")
+    for name in ("report.json", "report.md", "report.html", "status.json"):
+        (cut / name).unlink()
+    shutil.rmtree(cut / "adapter")
+    trained(recipe, cut, resume=True)
+    ours, theirs = adapter_tensors(cut), adapter_tensors(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [record["loss"] for record in records(cut)] == [record["loss"] for record in expected]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_micro_batches_equal_one_batch(tmp_path: Path, pipeline: Path, photos: Path, size: int) -> None:
+    runs = []
+    for rows in (4, size):
+        training = {"micro_batch_size": rows, "gradient_accumulation_steps": 4 // rows, "max_steps": 3}
+        objective = {**VARIED, **with_prior(tmp_path / str(rows))}
+        recipe = write_image_recipe(tmp_path / str(rows), pipeline, photos, objective=objective, training=training)
+        runs.append(trained(recipe, tmp_path / str(rows) / "run"))
+    one, several = (records(run) for run in runs)
+    assert [record["loss"] for record in several] == pytest.approx([record["loss"] for record in one], abs=1e-6)
+    assert [record["grad_norm"] for record in several] == pytest.approx(
+        [record["grad_norm"] for record in one], rel=1e-4
+    )
+
+
+def test_100_steps_lower_the_validation_loss_which_is_always_of_the_same_noise(
+    tmp_path: Path, pipeline: Path, photos: Path
+) -> None:
+    training = {"max_steps": 100, "learning_rate": 3e-3, "micro_batch_size": 5, "eval_steps": 50}
+    adapter = {"r": 8, "target_modules": "all-linear"}
+    objective = {"validation_prompts": ["a sks dog"], "num_inference_steps": 2}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, training=training, adapter=adapter, objective=objective)
+    run = trained(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval"]["loss"] for line in lines if "eval" in line]
+    assert losses[-1] < losses[1] < losses[0] - 0.01
+    evaluate_verb(str(run), None, None, None, (), str(tmp_path / "eval.json"), [])
+    assert json.loads((tmp_path / "eval.json").read_text())["loss"] == pytest.approx(losses[-1], abs=1e-6)
+    names = sorted(path.name for path in (run / "pictures").iterdir())
+    assert names == ["step-000000-0.png", "step-000050-0.png", "step-000100-0.png"]
+    pixels = [np.asarray(Image.open(run / "pictures" / name)) for name in names]
+    assert pixels[0].shape == (SIZE, SIZE, 3)
+    assert not np.array_equal(pixels[0], pixels[-1])
+    page = (run / "report.html").read_text()
+    assert page.count('src="data:image/jpeg;base64,') == 2
+    assert "before training" in page
+    assert "step-000100-0.png" in (run / "report.md").read_text()
+
+
+def test_the_base_draws_the_class_pictures_that_are_missing(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    classes = tmp_path / "classes"
+    objective = {
+        "class_prompt": CLASS_PROMPT,
+        "class_data_dir": str(classes),
+        "num_class_images": 3,
+        "num_inference_steps": 2,
+    }
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, training={"max_steps": 1})
+    trained(recipe, tmp_path / "run")
+    drawn = {path.name: path.read_bytes() for path in sorted(classes.iterdir())}
+    assert list(drawn) == [f"class-{number:05d}.png" for number in range(3)]
+    (classes / "class-00001.png").unlink()
+    trained(recipe, tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in sorted(classes.iterdir())} == drawn
+
+
+def test_a_result_is_drawn_with_and_merged(
+    tmp_path: Path, pipeline: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = {"num_inference_steps": 25, "train_text_encoder": True}
+    adapter = {"target_modules": [*ATTENTION, *OF_TEXT]}
+    training = {"max_steps": 3, "learning_rate": 0.05}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, adapter=adapter, training=training)
+    run = trained(recipe, tmp_path / "run")
+    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert report["largest_logit_difference"] < 1e-4
+    capsys.readouterr()
+    pictures = []
+    for target in (run, run / "adapter", f"{run}@last", tmp_path / "merged", pipeline):
+        given = ["model.dtype=float32"]
+        generate_verb(str(target), None, "a sks dog", None, given, seed=7, output=str(tmp_path / "drawn"))
+        found = json.loads(capsys.readouterr().out)
+        assert found["seed"] == 7
+        pictures.append(np.asarray(Image.open(found["picture"])).astype(int))
+    first, adapter_alone, last, merged, untuned = pictures
+    assert np.array_equal(first, adapter_alone)
+    assert np.array_equal(first, last)
+    assert np.abs(first - merged).max() <= 1
+    assert np.abs(first - untuned).mean() > 5
+    theirs = loaded_by_diffusers(tmp_path / "merged", "sd")
+    generator = torch.Generator("cpu").manual_seed(7)
+    picture = theirs("a sks dog", num_inference_steps=25, generator=generator, output_type="np").images[0]
+    assert np.abs(np.round(picture * 255) - merged).max() <= 1
+    with pytest.raises(InputError, match="of which --top-p says nothing"):
+        generate_verb(str(run), None, "a sks dog", None, [], top_p=0.5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"resolution": 18}, "objective.resolution: 18 is no multiple of 4"),
+        ({"weighting_scheme": "mode"}, "objective.weighting_scheme: is of flow matching"),
+        ({"cache_latents": True, "random_flip": True}, "objective.cache_latents: random crops and flips"),
+        ({"class_prompt": "a dog"}, "prior preservation needs class_prompt"),
+        ({"instance_prompt": None}, "the picture has no 'text'"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused_by_key(
+    tmp_path: Path, pipeline: Path, photos: Path, objective: dict[str, Any], message: str
+) -> None:
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective)
+    with pytest.raises(InputError, match=message):
+        make_plan(load_recipe(str(recipe), []))
+
+
+def test_bad_pictures_are_counted_or_named(tmp_path: Path, pipeline: Path) -> None:
+    folder = write_photos(tmp_path / "photos", 2)
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    recipe = write_image_recipe(tmp_path, pipeline, folder, data={"eval": None})
+    plan, prepared = make_plan(load_recipe(str(recipe), []))
+    assert prepared.rows.counts.dropped_reasons == {"animated picture": 1, "less than 16 pixels on a side": 1}
+    assert plan.rows.training.trained == 2
+    (folder / "broken.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"photos:3: .*broken\.png cannot be read as a picture"):
+        make_plan(load_recipe(str(recipe), []))
+    (tmp_path / "empty").mkdir()
+    recipe = write_image_recipe(tmp_path, pipeline, tmp_path / "empty", data={"eval": None})
+    with pytest.raises(InputError, match="without sounds or images"):
+        make_plan(load_recipe(str(recipe), []))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_files_of_other_programs_become_the_same_adapter(
+    tmp_path: Path, pipeline: Path, photos: Path, form: str
+) -> None:
+    objective, adapter = {"train_text_encoder": True}, {"target_modules": [*ATTENTION, *OF_TEXT], "r": 2, "alpha": 6}
+    recipe = write_image_recipe(
+        tmp_path, pipeline, photos, objective=objective, adapter=adapter, training={"max_steps": 1, "warmup_steps": 0}
+    )
+    run = trained(recipe, tmp_path / "run")
+    file = run / "adapter" / "pytorch_lora_weights.safetensors"
+    if form == "kohya":
+        file = tmp_path / "kohya.safetensors"
+        export_verb(str(run), "kohya", str(file), None)
+    adopt_verb(str(file), str(pipeline), str(tmp_path / "adopted"))
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (run / "adapter", tmp_path / "adopted")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    config = json.loads((tmp_path / "adopted" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 6)
+    for wrong in ((str(tmp_path), "kohya"), (str(pipeline), "kohya"), (str(run), "gguf")):
+        with pytest.raises(InputError):
+            export_verb(*wrong, str(tmp_path / "new.safetensors"), None)

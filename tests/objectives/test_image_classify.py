@@ -1,0 +1,199 @@
+"""Image classification from recipe to merged model, against transformers, peft and torchvision by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.transforms import v2
+from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+from tests.image_case import records
+from tests.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit
+from tunekit.adapters.attach import attach_adapter
+from tunekit.errors import InputError
+from tunekit.generate import generate_verb
+from tunekit.merge import merge_verb
+from tunekit.model.call import seed_for
+from tunekit.model.load import load_model
+from tunekit.planning.plan import make_plan
+from tunekit.recipe.load import load_recipe
+from tunekit.train import train_verb
+
+STEPS = 20
+COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 40, 30)}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder a class: noise around a colour, of different sizes."""
+    folder, numbers = tmp_path_factory.mktemp("pictures"), np.random.default_rng(1)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir()
+        for number in range(6):
+            shape = (18 + number, 24 - number, 3)
+            pixels = np.array(colour) + numbers.integers(-30, 30, shape)
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def write(folder: Path, model: Path, pictures: Path, **sections: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "data": {"train": [{"path": str(pictures)}], "eval": [{"path": str(pictures)}]},
+        "adapter": {"method": "lora", "r": 4, "alpha": 8},
+        "objective": {"method": "image_classify"},
+        "training": {
+            "learning_rate": 1e-3,
+            "scheduler": "constant",
+            "warmup_steps": 0,
+            "max_steps": STEPS,
+            "micro_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "eval_steps": 100,
+        },
+        "output": {"dir": "run"},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+def trained(recipe: Path, run: Path, resume: bool = False) -> Path:
+    train_verb(str(recipe), [f"output.dir={run}"], resume, False)
+    return run
+
+
+def by_hand(recipe: Path, pictures: Path, augmented: bool) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of the same steps with transformers, peft and torchvision."""
+    plan, prepared = make_plan(load_recipe(str(recipe), []))
+    base = load_model(prepared.model, device=torch.device("cpu"))
+    head = {name: value.clone() for name, value in base.net.classifier.state_dict().items()}  # type: ignore[union-attr]
+    first = attach_adapter(base.net, prepared.adapter, seed=0, head_name="classifier").state()
+    model = AutoModelForImageClassification.from_pretrained(
+        plan.model.name_or_path, num_labels=3, ignore_mismatched_sizes=True
+    )
+    model.classifier.load_state_dict(head)
+    targets = [target.name for target in plan.targets]
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=["classifier"])
+    )
+    for name, parameter in model.named_parameters():
+        own = name.removeprefix("base_model.model.").replace(".default", "")
+        if "lora_" in name:
+            parameter.data.copy_(first[own])
+    files = sorted(pictures.rglob("*.png"))
+    train = v2.Compose([v2.RandomResizedCrop(SIDE, (0.5, 1.0)), v2.RandomHorizontalFlip()])
+    plain = v2.CenterCrop(SIDE)
+    labels = sorted(COLOURS)
+
+    def pixels(row: int, seed: int) -> torch.Tensor:
+        image = Image.open(files[row])
+        if augmented:
+            torch.manual_seed(seed)
+            image = train(torch.tensor(np.array(image)).permute(2, 0, 1))
+        else:
+            image = plain(torch.tensor(np.array(v2.Resize(SIDE)(image))).permute(2, 0, 1))
+        mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
+        return (image.float() / 255.0 - mean[:, None, None]) / deviation[:, None, None]
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    losses, norms = [], []
+    for window in prepared.rows.windows(prepared.batch_settings).windows(0):
+        rows = [row.number for batch in window.batches for row in batch.rows]
+        values = torch.stack([pixels(row, seed_for("augmentation", 0, window.step, row, 0)) for row in rows])
+        answers = torch.tensor([labels.index(files[row].parent.name) for row in rows])
+        loss = torch.nn.functional.cross_entropy(model(pixel_values=values).logits, answers)
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)))
+        losses.append(float(loss))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, norms
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_20_steps_equal_transformers_peft_and_torchvision(
+    tmp_path: Path, vit: Path, pictures: Path, augmented: bool
+) -> None:
+    objective = {} if augmented else {"random_resized_crop": False, "random_flip": False}
+    recipe = write(tmp_path, vit, pictures, objective=objective)
+    losses, norms = by_hand(recipe, pictures, augmented)
+    ours = records(trained(recipe, tmp_path / "run"))
+    assert len(losses) == STEPS
+    assert [record["loss"] for record in ours] == pytest.approx(losses, abs=1e-5)
+    assert [record["grad_norm"] for record in ours] == pytest.approx(norms, rel=1e-3)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, vit: Path, pictures: Path) -> None:
+    objective = {"randaugment_ops": 2, "random_erasing": 0.3}
+    training = {"max_steps": 4, "save_steps": 2, "keep_checkpoints": 3}
+    recipe = write(tmp_path, vit, pictures, objective=objective, training=training)
+    whole, cut = trained(recipe, tmp_path / "whole"), trained(recipe, tmp_path / "cut")
+    for name in ("checkpoints/step-000004", "adapter"):
+        shutil.rmtree(cut / name)
+    for name in ("report.json", "report.md", "report.html", "status.json"):
+        (cut / name).unlink()
+    trained(recipe, cut, resume=True)
+    files = [run / "adapter" / "adapter_model.safetensors" for run in (whole, cut)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    plain = write(tmp_path / "plain", vit, pictures, training=training)
+    assert records(trained(plain, tmp_path / "plain" / "run")) != records(whole)
+
+
+def test_colours_are_learnt_answered_and_merged(
+    tmp_path: Path, vit: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"learning_rate": 1e-2, "max_steps": 30, "eval_steps": 30}
+    recipe = write(tmp_path, vit, pictures, training=training, evaluation={"metrics": ["loss", "accuracy"]})
+    run = trained(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [line["eval"]["accuracy"] for line in lines if "eval" in line]
+    assert accuracies[-1] == 1.0 > accuracies[0]
+    capsys.readouterr()
+    generate_verb(str(run), None, None, str(pictures / "red"), [])
+    answers = [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
+    assert answers == ["red"] * 6
+    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    processor = ViTImageProcessor.from_pretrained(tmp_path / "merged")
+    image = Image.open(pictures / "green" / "0.png").resize((SIDE, SIDE))
+    with torch.no_grad():
+        scores = model(**processor(image, return_tensors="pt")).logits
+    assert model.config.id2label[int(scores.argmax())] == "green"
+    assert load_file(run / "adapter" / "adapter_model.safetensors").keys() >= {
+        "base_model.model.classifier.weight",
+        "base_model.model.classifier.bias",
+    }
+
+
+def test_a_table_names_pictures_and_bad_ones_are_told(tmp_path: Path, vit: Path, pictures: Path) -> None:
+    rows = [{"image": str(path), "label": path.parent.name} for path in sorted(pictures.rglob("*.png"))]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    recipe = write(tmp_path, vit, table, data={"eval": 0.3})
+    plan, prepared = make_plan(load_recipe(str(recipe), []))
+    assert len(prepared.rows.train) + len(prepared.rows.evaluation or ()) == len(rows)
+    assert not plan.refusals
+    table.write_text("\n".join(map(json.dumps, [*rows, {"image": "absent.png", "label": "red"}])))
+    with pytest.raises(InputError, match=r"rows\.jsonl:19: there is no picture .*absent\.png"):
+        make_plan(load_recipe(str(recipe), []))
+    listed = write(tmp_path, vit, pictures, objective={"labels": ["red", "green"]})
+    with pytest.raises(InputError, match="the label 'blue' is not among the labels"):
+        make_plan(load_recipe(str(listed), []))

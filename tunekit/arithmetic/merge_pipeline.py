@@ -1,0 +1,123 @@
+"""A diffusion pipeline plus adapter as one folder, and how far what it predicts is from the running adapter."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.arithmetic.merge import (
+    REPORT,
+    Difference,
+    MergeResult,
+    check_output,
+    check_space,
+    collect_changes,
+    report_of_merge,
+)
+from tunekit.files.durable import write_json
+from tunekit.files.tensors import read_tensor_header
+from tunekit.files.untrusted import MODEL_FILE
+from tunekit.model.families.diffusion import IDS, DiffusionFamily
+from tunekit.model.families.pipeline.parts import PipelineNet, load_net
+from tunekit.model.families.pipeline.processor import PipelineProcessor
+from tunekit.model.storage.model_folder import whole_model_folder
+from tunekit.model.storage.rewrite import Changes
+from tunekit.model.storage.source import find_source
+from tunekit.model.transformers_guard import quiet
+from tunekit.tuned.target import LoadedTarget, Target, load_target
+
+PROMPTS, TIMES, SEED = ("a photo",), (100, 500, 900), 0  # of what is compared
+
+
+def merge_pipeline(target: Target, output: Path, dtype: torch.dtype | None = None) -> MergeResult:
+    """Write the merged pipeline beside `output`, measure it, and rename it into place; on any failure nothing stays.
+
+    Raises: InputError, AdapterError and ResourceError as merge_adapter.
+    """
+    assert target.adapter is not None  # merge_adapter saw to it
+    output, base = output.expanduser().absolute(), find_source(target.model, weights=True).folder
+    check_output(output, [base, target.adapter])
+    check_space(output, sum(path.stat().st_size for path in base.rglob("*") if path.is_file()))
+    exact = replace(target, model=target.model.model_copy(update={"dtype": "float32"}))
+    with whole_model_folder(output) as staging:
+        result = replace(write_merged(load_target(exact, torch.device("cpu")), staging, dtype), folder=output)
+        write_json(staging / REPORT, report_of_merge(result))
+    return result
+
+
+def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None) -> MergeResult:
+    """Fill a folder with the pipeline: the trained parts merged, all else as it is. `loaded`: computed in float32.
+
+    `dtype`: of the written parts; by default each as its files have it.
+    """
+    net: Any = loaded.model.base.net
+    processor: Any = loaded.processor
+    before = _predicted(net, processor)
+    assert loaded.model.adapter is not None
+    changes = collect_changes(loaded.model.adapter)
+    loaded.model.adapter.detach()
+    with torch.no_grad():
+        _apply(net, changes)
+    exact = _predicted(net, processor)
+    processor.save(staging)
+    written = {name: dtype or _stored_dtype(processor.folder / name) for name, _ in net.named_children()}
+    for path in sorted(path.parent for path in processor.folder.glob("*/config.json")):
+        if path.name in written:
+            with quiet():
+                net.get_submodule(path.name).to(written[path.name]).save_pretrained(staging / path.name)
+        else:
+            shutil.copytree(path, staging / path.name, dirs_exist_ok=True)
+    parts = list(written)
+    after = _predicted(load_net(staging, parts, torch.float32), processor)
+    unrounded, rounding = (float((one - other).abs().max()) for one, other in ((exact, before), (after, exact)))
+    difference = Difference(
+        largest=float((after - before).abs().max()),
+        mean=float((after - before).abs().mean()),
+        spread=float(before.std()),
+        running_loss=None,
+        merged_loss=None,
+        rows=f"predictions of noise at {len(TIMES)} times",
+        tokens=len(TIMES),
+        unrounded=unrounded,
+        rounding=rounding,
+    )
+    kinds = sorted({str(kind).removeprefix("torch.") for kind in written.values()})
+    reason = "the adapter was trained on the base's own weights"
+    return MergeResult(staging, "full", reason, " and ".join(kinds), "float32", difference)
+
+
+def _apply(net: nn.Module, changes: Changes) -> None:
+    for name, change in changes.parameters.items():
+        parameter = net.get_parameter(name)
+        parameter.copy_(change(parameter.detach()))
+    for name, merged in changes.layers.items():
+        layer: Any = net.get_submodule(name)
+        weight, bias = merged(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Of the first tensor of its files."""
+    file = sorted(folder.glob("*.safetensors"))[0]
+    return next(entry.dtype for entry in read_tensor_header(file, MODEL_FILE).values())
+
+
+@torch.no_grad()
+def _predicted(net: PipelineNet, processor: PipelineProcessor) -> torch.Tensor:
+    """(B, C, H, W) of noise at some times, for one prompt."""
+    side, count = processor.multiple * 2, len(TIMES)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    ids = {f"{IDS}{name}": torch.from_numpy(each).repeat(count, 1) for name, each in processor.ids(PROMPTS).items()}
+    inputs = {
+        "latents": torch.randn(count, *processor.latent_shape(side, side), generator=generator),
+        "times": torch.tensor(TIMES),
+        "sizes": torch.tensor([[side, side, 0, 0, side, side]] * count),
+    }
+    return DiffusionFamily().logits(net, {**inputs, **ids})

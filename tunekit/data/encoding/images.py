@@ -1,0 +1,117 @@
+"""Pictures as rows take them: a file's path or its bytes go in; upright RGB pixels, 8 bits a channel, come out.
+
+What the picture had to lose on the way (ink, depth, transparency) is counted for the user; what cannot be trained on is
+dropped by count; what cannot be read is an error that names the file.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.errors import DataError
+
+Pixels = NDArray[np.uint8]  # (H, W, 3)
+LEAST_PIXELS = 16  # of the shorter side: below it nothing of a picture is left
+ANIMATED = "animated picture"
+TOO_SMALL = f"less than {LEAST_PIXELS} pixels on a side"
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+BIT_DEPTH_STEP = 257.0  # 65535 / 255
+
+
+def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixels:
+    """(H, W, 3) upright pixels of a file or of its bytes; what was converted is counted in `notices`.
+
+    Raises: Dropped for an animated picture and a tiny one; DataError for what is no whole picture.
+    """
+    from PIL import Image, ImageOps
+
+    told = Counter[str]() if notices is None else notices
+    file = source if isinstance(source, str) else None
+    if file is not None and not Path(file).is_file():
+        raise DataError(
+            f"there is no picture {file}", "check the path; a relative one is meant from its table's folder"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                if getattr(opened, "n_frames", 1) > 1:
+                    raise Dropped(ANIMATED)
+                opened.load()
+                upright = ImageOps.exif_transpose(opened)
+                told["was turned upright, as its EXIF says"] += int(_is_turned(opened))
+                return _as_pixels(upright, told)
+    except Dropped:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        what = "has more pixels than a picture of its kind should"
+        raise DataError(f"{_named(file)} {what}", "make it smaller") from None
+    except Exception as error:  # what PIL's decoders raise of damaged files is of every kind
+        reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
+        what = f"{_named(file)} cannot be read as a picture ({reason.strip() or type(error).__name__})"
+        raise DataError(what, "mend it, or take it out") from None
+
+
+def _named(file: str | None) -> str:
+    return "the picture" if file is None else file
+
+
+def _is_turned(image: Any) -> bool:
+    orientation = image.getexif().get(0x0112, 1)
+    return isinstance(orientation, int) and 2 <= orientation <= 8
+
+
+def _as_pixels(image: Any, told: Counter[str]) -> Pixels:
+    """RGB. Raises: Dropped for a tiny picture."""
+    from PIL import Image
+
+    if min(image.size) < LEAST_PIXELS:
+        raise Dropped(TOO_SMALL)
+    if image.mode in DEEP_MODES:
+        told[f"has one deep channel ({image.mode}), scaled to 8 bits"] += 1
+        values = np.asarray(image).astype(np.float64)  # (H, W)
+        scale = 1.0 if values.max(initial=0.0) <= 255.0 else BIT_DEPTH_STEP
+        image = Image.fromarray(np.clip(np.rint(values / scale), 0, 255).astype(np.uint8))
+    elif image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
+        told[f"is {image.mode}, converted to RGB"] += 1
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        told["is transparent in places, laid on white"] += 1
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
+def resized(pixels: Pixels, shorter: int) -> Pixels:
+    """(H, W, 3) with the shorter side of so many pixels, as torchvision's Resize(shorter) makes it of a PIL image."""
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    if min(height, width) == shorter:
+        return pixels
+    long = int(shorter * max(height, width) / min(height, width))
+    size = (shorter, long) if width <= height else (long, shorter)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), dtype=np.uint8)
+
+
+def cropped(pixels: Pixels, size: int, corner: tuple[int, int] | None = None) -> tuple[Pixels, tuple[int, int]]:
+    """(size, size, 3) from the corner on, of torchvision's CenterCrop where none is given; and that corner."""
+    height, width = pixels.shape[:2]
+    top, left = corner or (round((height - size) / 2.0), round((width - size) / 2.0))
+    return pixels[top : top + size, left : left + size], (top, left)
+
+
+def png_bytes(pixels: Pixels) -> bytes:
+    """The pixels (H, W, 3) as a PNG file."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    return stream.getvalue()

@@ -1,0 +1,32 @@
+"""`format: image_label`: a picture and its label, `{"image": "cat.jpg", "label": ...}`; of a folder of folders, theirs.
+
+Comes in: one row.  Goes out: ImageLabelExample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunekit.formats.labels import read_label
+from tunekit.formats.media import Media, read_media
+
+DESCRIPTION = "image: a picture's file; label: the name of its class, or a whole number"
+FIELDS = ("image", "label")
+REQUIRED = ("image", "label")
+EXAMPLE = "image_label"
+MEDIA = ("image",)
+
+
+@dataclass(frozen=True)
+class ImageLabelExample:
+    """A picture and the name of its class."""
+
+    image: Media
+    label: str
+
+
+def make_example(row: Mapping[str, Any]) -> ImageLabelExample:
+    """The picture and its label."""
+    return ImageLabelExample(read_media(row, "image"), read_label(row))

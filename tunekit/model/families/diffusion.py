@@ -1,0 +1,103 @@
+"""Diffusion pipelines: a denoiser with its VAE and text encoders.
+
+Comes in: a PipelineNet.  Goes out: `DiffusionFamily`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.contracts import Processor, Stages
+from tunekit.errors import ModelError
+from tunekit.model.families.causal import Family
+from tunekit.model.families.pipeline.parts import PIPELINES, PipelineNet, denoising_layers
+from tunekit.model.families.pipeline.processor import load_processor
+from tunekit.model.families.pipeline.prompts import encode_prompts
+from tunekit.recipe.model import ModelSection
+
+IDS = "ids of "  # before a text encoder's name, in the inputs
+
+
+@dataclass(frozen=True)
+class DiffusionFamily(Family):
+    """Noisy latents (B, C, H, W), times (B,), and prompts as embeddings or as ids in; predictions (B, C, H, W) out."""
+
+    name: str = "diffusion"
+    task_type: str | None = None
+    text: str = "a diffusion pipeline"
+    answers: bool = False
+    reads_ids: bool = False
+    ids: str | None = None
+
+    def processor(self, section: ModelSection) -> Processor:
+        """Its tokenizers, latents and noise schedule. Raises: ModelError."""
+        return load_processor(section)
+
+    def auto_class(self) -> Any:
+        """None: diffusers loads each part by its own class."""
+        raise ModelError("a diffusion pipeline has no single class", "load it as a pipeline")
+
+    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Those of the denoiser, in the order in which they run."""
+        part = PIPELINES[_as_pipeline(net).config.model_type]
+        return [(f"{part}.{name}", layer) for name, layer in denoising_layers(_as_pipeline(net).denoiser)]
+
+    def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the denoiser predicts, (B, C, H, W) float32; of one that predicts a variance too, without that."""
+        pipeline = _as_pipeline(net)
+        latents = inputs["latents"].to(pipeline.dtype)
+        given = {name: value for name, value in inputs.items() if name in ("prompt", "pooled")}
+        if "prompt" not in given:
+            ids = {name.removeprefix(IDS): value for name, value in inputs.items() if name.startswith(IDS)}
+            given = encode_prompts(pipeline, ids)
+        given = {name: value.to(pipeline.dtype) for name, value in given.items()}
+        more: dict[str, Any] = {}
+        if pipeline.config.model_type == "StableDiffusion3Pipeline":
+            more["pooled_projections"] = given["pooled"]
+        elif "pooled" in given:
+            more["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": inputs["sizes"].to(pipeline.dtype)}
+        more["encoder_hidden_states"] = given["prompt"]
+        found: torch.Tensor = pipeline.denoiser(latents, timestep=inputs["times"], return_dict=False, **more)[0]
+        channels = latents.shape[1]
+        return found[:, :channels].float() if found.shape[1] == 2 * channels else found.float()
+
+    def hidden_size(self, net: nn.Module) -> int:
+        """Of the widest layer."""
+        return _as_pipeline(net).config.hidden_size
+
+    def beside(self, net: nn.Module) -> list[nn.Module]:
+        return list(_as_pipeline(net).beside.values())
+
+    def scores(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.logits(net, inputs)
+
+    def looks_back(self, net: nn.Module) -> bool:
+        return False
+
+    def reads_rows(self, net: nn.Module) -> bool:
+        return True
+
+    def takes_positions(self, net: nn.Module) -> bool:
+        return False
+
+    def head_name(self, net: nn.Module) -> str | None:
+        return None
+
+    def embedding_name(self, net: nn.Module) -> str | None:
+        return None
+
+    def learned_positions(self, net: nn.Module) -> int | None:
+        return None
+
+    def stages(self, net: nn.Module) -> Stages | None:
+        """None: a UNet's layers do not follow one another."""
+        return None
+
+
+def _as_pipeline(net: nn.Module) -> PipelineNet:
+    assert isinstance(net, PipelineNet)
+    return net

@@ -1,0 +1,83 @@
+"""Pictures that a pipeline draws: a net with or without adapter, prompts and seeds go in; pixels come out.
+
+diffusers' own pipeline of the kind takes the steps, with the net's parts in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunekit.model.families.pipeline.parts import TEXT_ENCODERS, PipelineNet, imported
+from tunekit.model.families.pipeline.processor import PipelineProcessor
+from tunekit.model.transformers_guard import quiet
+
+UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a picture is drawn. `height` and `width` in pixels."""
+
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+
+
+@torch.no_grad()
+def draw_pictures(
+    net: PipelineNet, processor: PipelineProcessor, prompts: Sequence[str], seeds: Sequence[int], how: Drawing
+) -> list[NDArray[np.uint8]]:
+    """(H, W, 3) for each prompt, which depends on its own seed and on no other prompt."""
+    device = next(net.denoiser.parameters()).device
+    found = []
+    with quiet(), net.beside_on(device):
+        pipeline = _pipeline(imported(), net, processor)
+        pipeline.set_progress_bar_config(disable=True)
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            latents = pipeline(
+                prompt,
+                num_inference_steps=how.steps,
+                guidance_scale=how.guidance_scale,
+                height=how.height,
+                width=how.width,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="latent",
+                return_dict=False,
+            )[0]
+            found.append(decoded(net, latents))
+    return found
+
+
+def decoded(net: PipelineNet, latents: torch.Tensor) -> NDArray[np.uint8]:
+    """(H, W, 3) pixels of latents (1, C, H, W), by the VAE in float32."""
+    vae = net.part("vae")
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    picture = vae.decode(latents.float() / vae.config.scaling_factor + shift, return_dict=False)[0]  # (1, 3, H, W)
+    pixels = ((picture[0] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0)
+    return np.asarray(pixels.cpu().numpy(), np.uint8)
+
+
+def _pipeline(diffusers: Any, net: PipelineNet, processor: PipelineProcessor) -> Any:
+    kind = net.config.model_type
+    scheduler = processor.configs["scheduler"]
+    parts: dict[str, Any] = {
+        "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
+        "vae": net.part("vae"),
+        ("transformer" if kind == "StableDiffusion3Pipeline" else "unet"): net.denoiser,
+    }
+    if kind == "StableDiffusionPipeline":
+        parts |= UNCHECKED
+    count = {"StableDiffusionPipeline": 1, "StableDiffusionXLPipeline": 2}.get(kind, 3)
+    for name in TEXT_ENCODERS[:count]:
+        parts[name] = net.part(name)
+        parts[name.replace("text_encoder", "tokenizer")] = processor.tokenizers.get(name)
+    if kind == "StableDiffusionXLPipeline":
+        parts["add_watermarker"] = False
+    return getattr(diffusers, kind)(**parts)

@@ -1,0 +1,230 @@
+"""The parts of a diffusion pipeline from its folder, with their weights or without, in one net.
+
+A folder as diffusers saves it goes in; `PipelineNet` comes out.  Only parts that are trained are modules of it, so that
+adapters, optimizers and plans see nothing else; the others wait beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunekit.errors import ModelError
+from tunekit.files.untrusted import shown
+from tunekit.model.quantized.codec import import_bitsandbytes
+from tunekit.model.storage.source import PIPELINE_INDEX, read_json
+from tunekit.model.transformers_guard import no_fetched_code, quiet
+from tunekit.recipe.model import ModelSection, PipelineModel
+
+INDEX = PIPELINE_INDEX
+KEY = "model.name_or_path"
+DENOISERS = ("unet", "transformer")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+PIPELINES = {  # class of the pipeline -> its denoiser
+    "StableDiffusionPipeline": "unet",
+    "StableDiffusionXLPipeline": "unet",
+    "StableDiffusion3Pipeline": "transformer",
+}
+OF_DIFFUSERS = ("UNet2DConditionModel", "SD3Transformer2DModel", "AutoencoderKL")
+OF_TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+
+
+@dataclass
+class PipelineConfig:
+    """What other rooms ask of a base's configuration; `part_configs`: each part's own, by name."""
+
+    model_type: str  # the pipeline's class
+    hidden_size: int
+    num_hidden_layers: int
+    part_configs: Mapping[str, Mapping[str, Any]]
+    _attn_implementation: str = "sdpa"
+    use_cache: bool = False
+
+
+class PipelineNet(nn.Module):
+    """The trained parts as modules, the others in `beside`, which no walk over modules reaches."""
+
+    config: PipelineConfig
+    beside: dict[str, nn.Module]
+
+    dtype: torch.dtype  # of all but the VAE
+
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Module],
+        beside: Mapping[str, nn.Module],
+        config: PipelineConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.config, self.beside, self.dtype = config, dict(beside), dtype
+        self.stays = False  # whether the parts beside are needed in every step
+        for name, part in trained.items():
+            self.add_module(name, part)
+
+    @property
+    def denoiser(self) -> Any:
+        """The net that sees noise."""
+        return getattr(self, PIPELINES[self.config.model_type])
+
+    def part(self, name: str) -> Any:
+        """A part, trained or not; None where the pipeline has none of this name."""
+        return self._modules.get(name) or self.beside.get(name)
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """Those that there are, in order."""
+        return {name: part for name in TEXT_ENCODERS if (part := self.part(name)) is not None}
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether a text encoder is among the trained parts."""
+        return any(name in self._modules for name in TEXT_ENCODERS)
+
+    @contextmanager
+    def beside_on(self, device: torch.device, names: Sequence[str] | None = None) -> Iterator[None]:
+        """A block in which the parts beside the trained ones, or some of them, lie on the device; at its end they go
+        back to where they were."""
+        moved = {name: part for name, part in self.beside.items() if names is None or name in names}
+        before = {name: next(part.parameters()).device for name, part in moved.items()}
+        for part in moved.values():
+            part.to(device)
+        try:
+            yield
+        finally:
+            for name, part in moved.items():
+                part.to(device if self.stays else before[name])
+
+
+def imported() -> Any:
+    """diffusers. Raises: ModelError where it is not installed."""
+    if find_spec("bitsandbytes") is not None:
+        import_bitsandbytes()  # which diffusers imports too, with what that does on the side
+    try:
+        with quiet(), no_fetched_code():
+            import diffusers
+    except ImportError as error:
+        how = "run: pip install 'tunekit[diffusion]'"
+        raise ModelError("a diffusion pipeline needs diffusers, which is not installed", how, key=KEY) from error
+    return diffusers
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Part -> class, of those that training or drawing needs. Raises: ModelError for what is none of our pipelines."""
+    index = read_json(folder / INDEX)
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        known = ", ".join(PIPELINES)
+        raise ModelError(f"is a {shown(kind)}, which cannot be trained", f"known: {known}", file=str(folder / INDEX))
+    found = {"": str(kind)}
+    for name in (PIPELINES[str(kind)], "vae", *TEXT_ENCODERS):
+        entry = index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+            continue
+        if entry[1] not in (*OF_DIFFUSERS, *OF_TRANSFORMERS):
+            what = f"has a {shown(entry[1])} as its {name}, which cannot be loaded"
+            raise ModelError(what, "choose another pipeline", file=str(folder / INDEX))
+        found[name] = str(entry[1])
+    for name in (PIPELINES[str(kind)], "vae", "text_encoder"):
+        if name not in found:
+            raise ModelError(f"names no {name}", "give a complete pipeline", file=str(folder / INDEX))
+    return found
+
+
+def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
+    """The parts of a folder, frozen and in eval mode, in `dtype`; `meta`: without weights. The VAE is in float32, of
+    which half precision would lose too much.
+
+    `trained`: names of the parts that get an adapter. Raises: ModelError.
+    """
+    classes = read_index(folder)
+    kind, parts, configs = classes.pop(""), dict[str, nn.Module](), dict[str, Any]()
+    for name, class_name in classes.items():
+        configs[name] = read_json(folder / name / "config.json")
+        own = torch.float32 if name == "vae" else dtype
+        parts[name] = _load_part(folder / name, class_name, own, meta).eval().requires_grad_(False)
+    absent = [name for name in trained if name not in parts]
+    if absent:
+        raise ModelError(f"{kind} has no {absent[0]} to train", "leave it out", key="objective.train_text_encoder")
+    layers = denoising_layers(parts[PIPELINES[kind]])
+    config = PipelineConfig(kind, _width(configs[PIPELINES[kind]]), len(layers), configs)
+    chosen = {name: part for name, part in parts.items() if name in trained}
+    return PipelineNet(chosen, {name: part for name, part in parts.items() if name not in trained}, config, dtype)
+
+
+def load_pipeline(folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
+    """As the section has it: what is trained, and what stays with it. Raises: ModelError."""
+    trained = section.trained if isinstance(section, PipelineModel) else (PIPELINES[read_index(folder)[""]],)
+    net = load_net(folder, trained, dtype, meta=meta)
+    net.stays = isinstance(section, PipelineModel) and section.stays
+    return net
+
+
+def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) -> Any:
+    diffusers, transformers = imported(), import_module("transformers")
+    from_diffusers = class_name in OF_DIFFUSERS
+    kind: Any = getattr(diffusers if from_diffusers else transformers, class_name)
+    try:
+        with quiet():
+            if meta:
+                config = (
+                    kind.load_config(str(folder), local_files_only=True)
+                    if from_diffusers
+                    else kind.config_class.from_pretrained(str(folder), local_files_only=True)
+                )
+                with torch.device("meta"):
+                    return (kind.from_config(config) if from_diffusers else kind(config)).to(dtype)
+            given = {"torch_dtype" if from_diffusers else "dtype": dtype}
+            part, told = kind.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **given
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"cannot be loaded ({first})", "fetch it again", file=str(folder), key=KEY) from error
+    missing = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in told[name])
+    if missing:
+        what = f"lacks weights that its configuration asks for ({', '.join(missing[:3])})"
+        raise ModelError(what, "they would be random; give a complete pipeline", file=str(folder), key=KEY)
+    return part
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    """Of the widest layer."""
+    widths = config.get("block_out_channels")
+    if widths:
+        return int(widths[-1])
+    return int(config.get("num_attention_heads", 1)) * int(config.get("attention_head_dim", 1))
+
+
+def denoising_layers(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that may be recomputed, in the order in which they run: residual and transformer blocks of a UNet, as
+    diffusers recomputes them, or the blocks of a transformer."""
+    blocks = getattr(denoiser, "transformer_blocks", None)
+    if isinstance(blocks, nn.ModuleList):
+        return [(f"transformer_blocks.{place}", block) for place, block in enumerate(blocks)]
+    stages = [("down_blocks", getattr(denoiser, "down_blocks", ())), ("up_blocks", getattr(denoiser, "up_blocks", ()))]
+    named = [(f"{list_name}.{place}", block) for list_name, blocks in stages for place, block in enumerate(blocks)]
+    middle = getattr(denoiser, "mid_block", None)
+    if middle is not None:
+        named.insert(len(getattr(denoiser, "down_blocks", ())), ("mid_block", middle))
+    return [
+        (f"{name}.{inner}", layer) for name, block in named for inner, layer in _in_order(block, name == "mid_block")
+    ]
+
+
+def _in_order(block: nn.Module, middle: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Residual blocks and, after each (in the middle between two), its transformer blocks."""
+    resnets, attentions = (list(getattr(block, name, None) or ()) for name in ("resnets", "attentions"))
+    for place, resnet in enumerate(resnets):
+        yield f"resnets.{place}", resnet
+        if place < len(attentions) and not (middle and place == len(resnets) - 1):
+            for number, layer in enumerate(getattr(attentions[place], "transformer_blocks", ())):
+                yield f"attentions.{place}.transformer_blocks.{number}", layer

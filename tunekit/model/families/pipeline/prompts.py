@@ -1,0 +1,31 @@
+"""Prompts as denoisers read them: a net with its text encoders and ids go in; embeddings come out, with a gradient
+where a text encoder is trained. The same as diffusers' encode_prompt of each pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tunekit.model.families.pipeline.parts import PipelineNet
+from tunekit.model.families.pipeline.processor import T5_LENGTH
+
+
+def encode_prompts(net: PipelineNet, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`prompt` (B, T, D), and of all but Stable Diffusion 1 and 2 `pooled` (B, P). Shapes: ids (B, T) by encoder."""
+    encoders = net.text_encoders
+    if net.config.model_type == "StableDiffusionPipeline":
+        return {"prompt": encoders["text_encoder"](ids["text_encoder"])[0]}
+    outputs = [encoders[name](ids[name], output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
+    prompt = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (B, T, D)
+    if net.config.model_type == "StableDiffusionXLPipeline":
+        return {"prompt": prompt, "pooled": outputs[1][0]}
+    width = int(net.config.part_configs["transformer"]["joint_attention_dim"])
+    prompt = torch.nn.functional.pad(prompt, (0, width - prompt.shape[-1]))
+    if "text_encoder_3" in encoders:
+        long = encoders["text_encoder_3"](ids["text_encoder_3"])[0]  # (B, T, D)
+    else:
+        long = prompt.new_zeros(prompt.shape[0], T5_LENGTH, width)
+    pooled = torch.cat([output[0] for output in outputs], dim=-1)  # (B, P)
+    return {"prompt": torch.cat([prompt, long], dim=-2), "pooled": pooled}
