@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,22 @@ def test_a_result_is_drawn_with_and_merged(
     assert np.abs(np.round(picture * 255) - merged).max() <= 1
     with pytest.raises(InputError, match="of which --top-p says nothing"):
         generate_verb(str(run), None, "a sks dog", None, [], top_p=0.5)
+
+
+def test_a_layer_that_sdxl_never_reads_gets_no_adapter(tmp_path: Path, photos: Path) -> None:
+    objective, adapter = {"train_text_encoder": True}, {"target_modules": [*ATTENTION, *OF_TEXT]}
+    recipe = write_image_recipe(
+        tmp_path,
+        saved_pipeline(tmp_path / "sdxl", "sdxl"),
+        photos,
+        objective=objective,
+        adapter=adapter,
+        training={"max_steps": 2},
+    )
+    run = trained(recipe, tmp_path / "run")  # where every tensor must get a gradient
+    found = [re.search(r"(text_encoder\w*)\..*layers\.(\d)", key) for key in adapter_tensors(run)]
+    layers = sorted({(each[1], int(each[2])) for each in found if each})
+    assert layers == [("text_encoder", 0), ("text_encoder", 1), *(("text_encoder_2", number) for number in range(3))]
 
 
 def test_what_is_predicted_is_kept_with_the_adapter(tmp_path: Path, pipeline: Path, photos: Path) -> None:

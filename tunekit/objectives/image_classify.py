@@ -107,7 +107,7 @@ class ImageClassify(LabelObjective):
         super().__init__(settings, processor, *given)
         self.resolution = processor.resolution
         if settings.resolution is not None:
-            self.facts["resolution"] = settings.resolution
+            self.facts = {**self.facts, "resolution": settings.resolution}
         self.augmentation = Augmentation(
             self.resolution,
             (settings.crop_scale[0], settings.crop_scale[1]) if settings.random_resized_crop else None,
