@@ -58,14 +58,12 @@ Recipe = dict[str, Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """One training run. `base`: the unit whose merged result it begins with, the untuned model where there is none;
-    `needs`: other units whose runs its recipe names."""
+    """One training run. `base`: the unit whose merged result it begins with, the untuned model where there is none."""
 
     name: str
     told: str
     recipe: Callable[[Bench], Recipe]
     base: str = ""
-    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,25 @@ class Bench:
         """The merged result of a finished unit."""
         folder = self.work / "merged" / name
         if not folder.exists():
-            environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
-            argv = [sys.executable, "-m", "tunekit", "merge", str(self.run_of(name)), "--output", str(folder)]
-            subprocess.run(["taskset", "-c", str(self.core), *argv], check=True, env=environment)
+            self._tunekit("merge", self.run_of(name), "--output", folder)
         return folder
+
+    def checked(self, unit: Unit) -> dict[str, Any]:
+        """What `tunekit reward check` finds in the recipe of a unit, without samples."""
+        path = self.work / f"{unit.name}-check.json"
+        path.unlink(missing_ok=True)
+        self._tunekit("reward", "check", self.work / f"{unit.name}.yaml", "--samples", 0, "--json", path, good=(0, 2))
+        found = json.loads(path.read_text("utf-8").replace(str(self.work), "work"))
+        means = {each["answers"]: each.get("mean") for each in found["answers"]}
+        return {"means": means, "findings": found["findings"]}
+
+    def _tunekit(self, *words: object, good: tuple[int, ...] = (0,)) -> None:
+        """One command in a process of its own, on the core."""
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+        argv = ["taskset", "-c", str(self.core), sys.executable, "-m", "tunekit", *map(str, words)]
+        done = subprocess.run(argv, env=environment, check=False)
+        if done.returncode not in good:
+            sys.exit(f"tunekit {words[0]} ended with {done.returncode}")
 
     def rows(self, name: str) -> list[dict[str, str]]:
         return [{"path": str(self.work / f"{name}.jsonl")}]  # type: ignore[list-item]
@@ -219,10 +232,10 @@ def units(seeds: int) -> Iterator[Unit]:
     yield Unit("rloo", "RLOO, 20 steps", sampled(20, method="rloo", num_generations=4), "start")
     yield Unit("reward", "reward model, 240 pairs", judging)
     by_model = sampled(15, method="grpo", reward_model="reward")
-    yield Unit("grpo-by-reward-model", "GRPO by the reward model, 15 steps", by_model, "start", ("reward",))
+    yield Unit("grpo-by-reward-model", "GRPO by the reward model alone, 15 steps", by_model, "start")
     taught = {"learning_rate": 5e-4, "epochs": 2}
     distilled = supervised("taught", {"method": "distill", "teacher": "grpo-0"}, **taught)
-    yield Unit("distill", "distillation of the untuned model by GRPO's", distilled, needs=("grpo-0",))
+    yield Unit("distill", "distillation of the untuned model by GRPO's", distilled)
     yield Unit("sft", "supervised, the rows of the distillation", supervised("taught", {"method": "sft"}, **taught))
 
 
@@ -232,7 +245,7 @@ Made by `scripts/bench rewards`; every unit is in [rewards.json](rewards.json). 
 one or two digits (reasoning-gym's chain_sum, and its score as reward), SmolLM2-135M-Instruct, LoRA r16 on all linear
 layers, one thread of a CPU. Exact: the share of 300 held-out questions whose greedy answer is exactly right; they
 decided nothing. Interval: 95 % (Wilson). GRPO: 60 steps of 16 prompts with 8 samples each at temperature 1, of at most
-8 tokens, learning rate 2e-4, no KL. Where nothing stands before a run, it begins with the model of the first line.
+8 tokens, learning rate 2e-4, no KL; GRPO and RLOO begin with the model of the first line.
 
 """
 
@@ -261,14 +274,21 @@ def page(found: dict[str, dict], constant: float) -> str:
             lines += [_curve(unit, name, steps) for unit in seeds]
         lines += ["", "zero_spread: the share of groups whose rewards are all equal, which teach nothing."]
     if "grpo-by-reward-model" in found:
-        curve = [statistics.mean(found["grpo-by-reward-model"]["rewards"][at : at + 5]) for at in (0, 5, 10)]
+        by_model = found["grpo-by-reward-model"]
+        curve = [statistics.mean(by_model["rewards"][at : at + 5]) for at in (0, 5, 10)]
         accuracy = found["reward"]["after"]["rewards_accuracies"]
         told = ", ".join(f"{value:.3f}" for value in curve)
         lines += [
             "",
             f"The reward model prefers the right answer of {accuracy:.3f} of 60 held-out pairs; mean rewards ",
         ]
-        lines[-1] += f"of GRPO by it, over five steps each: {told}."
+        lines[-1] += f"of GRPO by it, over five steps each: {told}. Its completions have "
+        lines[-1] += f"{by_model['after']['completions_mean_length']:.2f} tokens on average in the end. "
+        means = by_model["check"]["means"]
+        worth = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+        count, best = len(by_model["check"]["findings"]), max(means, key=lambda name: means[name])
+        lines[-1] += f"`tunekit reward check` of this recipe has {count} findings; the reward model likes "
+        lines[-1] += f"'{best}' best of what is tried there: {worth}."
     return "\n".join(lines) + "\n"
 
 
@@ -311,6 +331,8 @@ def main() -> None:
         if unit.name in results.units or (wanted is not None and unit.name not in wanted) or late:
             continue
         found = bench.run(unit)
+        if unit.name == "grpo-by-reward-model":
+            found["check"] = bench.checked(unit)
         results.add(unit.name, found)
         (output / "rewards.md").write_text(page(results.units, constant), "utf-8")
         told = {name: round(value, 4) for name, value in found["after"].items()}

@@ -90,6 +90,7 @@ def main() -> None:
 
         def theirs(count: int = count) -> Any:
             fixed = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": True, "temperature": 1.0}
+            fixed["use_cache"] = True  # a loaded base is told to do without
             with quiet(), torch.no_grad():
                 mask = torch.ones_like(every)
                 return net.generate(every, attention_mask=mask, top_k=0, pad_token_id=0, **fixed)  # type: ignore[operator]

@@ -20,9 +20,11 @@ from torchvision import transforms
 from tests.tiny_pipelines import SIZE, loaded_by_diffusers
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
+from tunekit.data.encoding.images import png_bytes
+from tunekit.formats.media import Media
 from tunekit.model.call import seed_for
 from tunekit.model.load import load_model
-from tunekit.objectives.noise import generator_for
+from tunekit.objectives.diffusion.noise import generator_for
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
@@ -41,6 +43,12 @@ def write_photos(folder: Path, count: int = 5, seed: int = 0) -> Path:
         pixels = numbers.integers(0, 60, shape) + numbers.integers(0, 180, (1, 1, 3))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
     return folder
+
+
+def held_picture(seed: int) -> Media:
+    """A picture as a PNG file's bytes."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (20 + seed, 26 - seed, 3))
+    return Media(f"{seed}.png", png_bytes(pixels.astype(np.uint8)))
 
 
 def write_image_recipe(folder: Path, pipeline: Path, photos: Path, **sections: dict[str, Any]) -> Path:

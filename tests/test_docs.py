@@ -104,6 +104,7 @@ def made_small(words: list[str], folder: Path, stand_ins: dict[str, str]) -> lis
     overrides += ["training.eval_steps=3"] if re.search(r"^  eval:", text, re.MULTILINE) else []
     overrides += ["evaluation.max_new_tokens=4"] if "generate: true" in text else []
     overrides += ["objective.teacher=builtin:tiny-llama"] if "teacher:" in text else []
+    overrides += ["objective.resolution=16", "objective.num_inference_steps=2"] if "  resolution:" in text else []
     return [*words, *overrides]
 
 

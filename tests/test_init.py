@@ -21,6 +21,7 @@ ROWS = {
     "token_classify": {"words": ["Ada", "left"], "tags": ["B-PER", "O"]},
     "dpo": {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
     "kto": {"prompt": "Hi", "completion": "Hello", "label": True},
+    "speech": {"path": "hi.wav", "text": "Hi"},
 }
 
 
@@ -52,6 +53,12 @@ def test_the_objective_follows_from_the_rows(
     said = capsys.readouterr().out
     assert "40 rows of format" in said
     assert "org/model is not here yet" in said
+
+
+def test_a_path_is_no_sound_by_itself(tmp_path: Path) -> None:
+    look = look_at(str(write(tmp_path / "code.jsonl", {"path": "hi.py", "text": "Hi"})))
+    assert look is not None
+    assert (look.objective, look.format_name) == ("sft", "text")
 
 
 def test_a_model_that_is_here_is_planned(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

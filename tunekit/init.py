@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tunekit.console import Console
 from tunekit.data.reading.first import choose_format, columns_meant
+from tunekit.data.reading.folder import is_media
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
@@ -35,6 +36,7 @@ SHARE_KEPT = 0.995  # of the rows, by length
 LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # characters; rows of each value, on average, where a column holds labels
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 OBJECTIVES = {  # kind of example -> the objective to begin with, in the order in which rows are tried
+    "transcript": "speech",
     "preference": "dpo",
     "tags": "token_classify",
     "label": "classify",
@@ -180,6 +182,11 @@ def look_at(data: str) -> Look | None:
     )
 
 
+def _names_sound(value: object) -> bool:
+    """Whether it is a sound's file, or holds one."""
+    return is_media(value, "audio") if isinstance(value, str) else isinstance(value, Mapping) and "bytes" in value
+
+
 def _label_notes(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """Of a column beside the text that has few values, each of them in many rows: it may be what is to be learnt."""
     few = [
@@ -201,7 +208,8 @@ def _kind(row: dict[str, object], data: str) -> tuple[str, str, Mapping[str, str
 
     Raises: DataError naming the fields of every format.
     """
-    for example in OBJECTIVES:
+    tried = [example for example in OBJECTIVES if example != "transcript" or any(map(_names_sound, row.values()))]
+    for example in tried:
         if example == "unpaired" and is_pair(row):
             continue
         try:

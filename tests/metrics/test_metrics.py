@@ -72,6 +72,10 @@ def test_a_normalised_rate_sees_normalised_texts() -> None:
         "wer_normalized": 0.0,
     }
     assert wer_normalized.NORMALIZED
+    found = text_metrics(
+        ["wer", "wer_normalized"], ["a", "b"], ["a", "[noise]"], lambda text: text.replace("[noise]", "")
+    )
+    assert found == {"wer": 0.5, "wer_normalized": 0.0, "wer_normalized_left_out": 1.0}
 
 
 def test_from_sums() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from tests.tiny_pipelines import KINDS, SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.errors import ModelError
@@ -17,6 +18,7 @@ from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
 from tunekit.model.families.pipeline.parts import PIPELINES, load_net
 from tunekit.model.families.pipeline.processor import PipelineProcessor, load_processor
 from tunekit.model.families.pipeline.prompts import encode_prompts
+from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 
 PROMPTS = ("a photo of sks dog", "")
@@ -204,3 +206,27 @@ def test_noise_and_latents_of_another_scale_are_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ModelError, match=message):
         PipelineProcessor(processor.folder, processor.kind).check()
+
+
+def test_of_a_hub_s_pipeline_only_the_parts_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved_pipeline(tmp_path / "sd", "sd")
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
+    (folder / "v1-5-pruned.safetensors").write_bytes(b"")
+    fetched: set[str] = set()
+
+    def snapshot(name: str, revision: str, allow_patterns: Any, ignore_patterns: Any = ()) -> str:
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        fetched.update(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    section = ModelSection(name_or_path="org/pipeline")
+    assert find_source(section, weights=False).folder == folder
+    assert not [name for name in fetched if name.endswith(".safetensors")]
+    find_source(section, weights=True)
+    assert sorted(name for name in fetched if name.endswith(".safetensors")) == [
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert {"model_index.json", "unet/config.json", "tokenizer/tokenizer.json"} <= fetched

@@ -52,6 +52,13 @@ def add_adapters(app: typer.Typer, call: Call) -> None:
         """Write the adapter of a checkpoint, as the run would have after that step."""
         call(context, "tunekit.export_checkpoint:export_checkpoint_verb", checkpoint, base, output)
 
+    _add_of_several(group, call)
+    _add_of_pipelines(app, group, call)
+
+
+def _add_of_pipelines(app: typer.Typer, group: typer.Typer, call: Call) -> None:
+    """Those that know the files of other programs."""
+
     @group.command()
     def adopt(
         context: typer.Context,
@@ -72,8 +79,6 @@ def add_adapters(app: typer.Typer, call: Call) -> None:
     ) -> None:
         """Write an adapter as another program reads it."""
         call(context, "tunekit.export:export_verb", adapter, to, output, base)
-
-    _add_of_several(group, call)
 
 
 def _add_of_several(group: typer.Typer, call: Call) -> None:

@@ -8,6 +8,7 @@ from tunekit.metrics.spoken import with_words
 
 DESCRIPTION = "CER: changed, missing and surplus characters over all characters of the references"
 HIGHER_IS_BETTER = False
+LEAVES_OUT = True  # pairs whose reference is empty, which are counted
 
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> float:

@@ -8,6 +8,7 @@ from tunekit.metrics.spoken import with_words
 
 DESCRIPTION = "WER: changed, missing and surplus words over all words of the references"
 HIGHER_IS_BETTER = False
+LEAVES_OUT = True  # pairs whose reference is empty, which are counted
 
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> float:

@@ -44,11 +44,11 @@ from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
 from tunekit.model.families.pipeline.parts import PIPELINES, TEXT_ENCODERS
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.placing import placed
-from tunekit.objectives import noise
-from tunekit.objectives.class_images import ClassImages
+from tunekit.objectives.diffusion import noise
+from tunekit.objectives.diffusion.class_images import ClassImages
+from tunekit.objectives.diffusion.kept import Kept, scaled_latents
+from tunekit.objectives.diffusion.rows import PictureEncoder, pixels_of, prompt_of
 from tunekit.objectives.logprobs import row_losses
-from tunekit.objectives.picture_rows import PictureEncoder, pixels_of, prompt_of
-from tunekit.objectives.pictures import Kept, scaled_latents
 from tunekit.objectives.rows import RowObjective
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings

@@ -161,6 +161,8 @@ class Forecast:
     def _sampling(self, run: SimulatedRun) -> Simulation | None:
         """Of the longest completions that are sampled side by side, or of what parts beside the net do; of a choice
         nothing matters to it."""
+        if self.sampled is None and not self.base.family.beside(self.base.net):
+            return None
         if not self._samplings:
             batch = self.largest_batch(run.choice.micro_batch_size)
             self._samplings.append(run.beside(batch) if self.sampled is None else run.sampling(*self.sampled))

@@ -188,7 +188,7 @@ def first_line(owner: Any) -> str:
 
 
 def _default_words(value: object) -> str:
-    return f"[{', '.join(value)}]" if isinstance(value, list) else yaml_scalar(value)
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else yaml_scalar(value)
 
 
 def _type_words(field: JsonSchema) -> str:

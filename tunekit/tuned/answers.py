@@ -50,12 +50,15 @@ def text_metrics(
     references: Sequence[str],
     normalized: Callable[[str], str] = str,
 ) -> dict[str, float]:
-    """Each named metric of metrics/ over all pairs, of normalised texts where it asks for them."""
-    found = {}
+    """Each named metric of metrics/ over all pairs, of normalised texts where it asks for them; as NAME_left_out, how
+    many pairs it leaves out, where it does."""
+    found = dict[str, float]()
     for name in names:
         metric = import_module(f"tunekit.metrics.{name}")
         pairs = [predictions, references]
         if getattr(metric, "NORMALIZED", False):
             pairs = [[normalized(text) for text in texts] for texts in pairs]
         found[name] = metric.score(*pairs)
+        empty = sum(not text.strip() for text in pairs[1]) if getattr(metric, "LEAVES_OUT", False) else 0
+        found |= {f"{name}_left_out": float(empty)} if empty else {}
     return found

@@ -111,7 +111,11 @@ class Evaluator:
                 {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
                 for prompt, answer in zip(self.asked.prompts[:SAMPLES], answers, strict=False)
             ]
-        ordered = {name: computed[name] for name in wanted}
+        ordered = {name: computed[name] for name in wanted} | {
+            name: value
+            for name, value in computed.items()
+            if name not in wanted  # what metrics left out
+        }
         of_rows = [name for name in wanted if name not in texts and name not in chosen]
         sources, pictures = _sources(each, of_rows), self._pictures()
         return Evaluation(sums, ordered, _classes(labels, sums.values), samples, sources, pictures)

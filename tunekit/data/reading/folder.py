@@ -51,9 +51,9 @@ def media_folder(path: str) -> Path:
     return Path(path) if os.path.isdir(path) else Path(path).parent
 
 
-def is_media(name: str) -> bool:
-    """Whether a file's name says that it is a sound or an image."""
-    return Path(name).suffix.lower() in [ending for endings in MEDIA.values() for ending in endings]
+def is_media(name: str, kind: str | None = None) -> bool:
+    """Whether a file's name says that it is a sound or an image, or that it is of this kind of the two."""
+    return any(name.lower().endswith(endings) for each, endings in MEDIA.items() if kind in (None, each))
 
 
 def read_classes(folder: Path) -> Iterator[RawRow]:
