@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -89,14 +90,13 @@ class PixelProcessor:
 
     def _of_plain(self, colour: tuple[int, int, int]) -> torch.Tensor:
         """(C,) float64 of the middle of a picture of one colour. Raises: ModelError."""
-        from PIL import Image
-
+        picture = np.full((SIDE, SIDE, 3), colour, np.uint8)
         try:
             with quiet():
                 from transformers import AutoImageProcessor
 
                 own = AutoImageProcessor.from_pretrained(str(self.folder), local_files_only=True)
-                made = own(images=Image.new("RGB", (SIDE, SIDE), colour), return_tensors="pt")["pixel_values"][0]
+                made = own(images=picture, return_tensors="pt")["pixel_values"][0]
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             first = str(error).strip().partition("\n")[0]
             what = f"is no processor of pictures that can be used ({first})"
