@@ -183,8 +183,9 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: Prepared,
     run.optimizer.native.state.clear()  # what is written may need as much room as its moments
     place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
     if recipe.adapter.trains_base:
+        processor = getattr(run.objective, "processor", prepared.processor)  # with what the recipe says in files' place
         size_bytes = export_model(
-            place, prepared.model, base, run.adapter, prepared.processor, template, run.objective.generation
+            place, prepared.model, base, run.adapter, processor, template, run.objective.generation
         )
     else:
         size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint)

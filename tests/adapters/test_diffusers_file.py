@@ -135,6 +135,15 @@ def test_both_files_are_read_back_bit_for_bit(tmp_path: Path, kind: str, form: s
     assert found.alphas == {target.name: 12.0 for target in adapter.targets}
 
 
+@pytest.mark.parametrize("named", ["encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj"])
+def test_a_pattern_of_alphas_holds_by_either_name_of_a_layer(tmp_path: Path, named: str) -> None:
+    module, file = "text_encoder.encoder.layers.0.self_attn.q_proj", tmp_path / "lora.safetensors"
+    tensors = {f"text_encoder.text_model.{module[13:]}.lora_{matrix}.weight": torch.ones(2, 2) for matrix in "AB"}
+    fields = {"text_encoder.lora_alpha": 2, "text_encoder.alpha_pattern": {named: 7}}
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(fields)})
+    assert read_foreign(file, [module]).alphas == {module: 7.0}
+
+
 def test_a_file_for_another_pipeline_is_refused_by_name(tmp_path: Path) -> None:
     adapter, processor = attached(tmp_path, "sd")
     file = saved(adapter, tmp_path / "adapter", processor) / DIFFUSERS_NAME

@@ -172,6 +172,42 @@ def test_a_damaged_or_incomplete_part_is_named(tmp_path: Path) -> None:
         load_processor(ModelSection(name_or_path=str(tmp_path)))
 
 
+def test_a_pipeline_predicts_what_the_recipe_says_in_its_files_place(tmp_path: Path) -> None:
+    pictures, how = [], Drawing(3, 5.0, SIZE, SIZE)
+    told = PipelineProcessor(saved_pipeline(tmp_path / "e", "sd"), "StableDiffusionPipeline", "v_prediction")
+    own = PipelineProcessor(saved_pipeline(tmp_path / "v", "sd", "v_prediction"), "StableDiffusionPipeline")
+    for processor in (told, own, PipelineProcessor(told.folder, told.kind)):
+        net = load_net(processor.folder, ["unet"], torch.float32)
+        pictures.append(draw_pictures(net, processor, ["a dog"], [3], how)[0])
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+    told.save(tmp_path / "merged")
+    saved = json.loads((tmp_path / "merged" / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "EDMEulerScheduler"},
+            "names EDMEulerScheduler, whose noise",
+        ),
+        ("vae/config.json", {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}, "scales latents by latents_mean"),
+    ],
+)
+def test_noise_and_latents_of_another_scale_are_refused(
+    tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    processor = PipelineProcessor(saved_pipeline(tmp_path / "sd", "sd"), "StableDiffusionPipeline")
+    processor.check()
+    path = processor.folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=message):
+        PipelineProcessor(processor.folder, processor.kind).check()
+
+
 def test_of_a_hub_s_pipeline_only_the_parts_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved_pipeline(tmp_path / "sd", "sd")
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,12 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.export import adopt_verb, export_verb
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
+from tunekit.model.families.pipeline.processor import load_processor
+from tunekit.objectives.dreambooth import make
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.recipe import make_objective_settings
 from tunekit.train import train_verb
 
 STEPS = 20
@@ -221,6 +226,34 @@ def test_a_result_is_drawn_with_and_merged(
     assert np.abs(np.round(picture * 255) - merged).max() <= 1
     with pytest.raises(InputError, match="of which --top-p says nothing"):
         generate_verb(str(run), None, "a sks dog", None, [], top_p=0.5)
+
+
+def test_a_layer_that_sdxl_never_reads_gets_no_adapter(tmp_path: Path, photos: Path) -> None:
+    objective, adapter = {"train_text_encoder": True}, {"target_modules": [*ATTENTION, *OF_TEXT]}
+    recipe = write_image_recipe(
+        tmp_path,
+        saved_pipeline(tmp_path / "sdxl", "sdxl"),
+        photos,
+        objective=objective,
+        adapter=adapter,
+        training={"max_steps": 2},
+    )
+    run = trained(recipe, tmp_path / "run")  # where every tensor must get a gradient
+    found = [re.search(r"(text_encoder\w*)\..*layers\.(\d)", key) for key in adapter_tensors(run)]
+    layers = sorted({(each[1], int(each[2])) for each in found if each})
+    assert layers == [("text_encoder", 0), ("text_encoder", 1), *(("text_encoder_2", number) for number in range(3))]
+
+
+def test_what_is_predicted_is_kept_with_the_adapter(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective={"prediction_type": "v_prediction"})
+    objective: Any = make_plan(load_recipe(str(recipe), []))[1].rows.objective
+    again = make(
+        make_objective_settings({"method": "dreambooth"}),
+        load_processor(ModelSection(name_or_path=str(pipeline))),
+        objective.facts,
+    )
+    for each in (objective, again):
+        assert each.schedule.prediction == each.processor.prediction == "v_prediction"
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,12 @@ from tunekit.errors import InputError
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.call import seed_for
+from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.load import load_model
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
+from tunekit.tuned.target import find_target, objective_of
 
 STEPS = 20
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 40, 30)}
@@ -183,6 +185,18 @@ def test_colours_are_learnt_answered_and_merged(
         "base_model.model.classifier.weight",
         "base_model.model.classifier.bias",
     }
+
+
+def test_another_size_is_kept_by_the_adapter_and_the_merged_model(tmp_path: Path, vit: Path, pictures: Path) -> None:
+    side = 2 * SIDE  # than the vision transformer has positions for
+    settings = {"resolution": side, "random_resized_crop": False}
+    recipe = write(tmp_path, vit, pictures, objective=settings, training={"max_steps": 1, "eval_steps": 1})
+    run = trained(recipe, tmp_path / "run")
+    objective: Any = objective_of(find_target(str(run / "adapter"), None, []), PixelProcessor(vit))
+    assert objective.resolution == side
+    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    saved = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
+    assert saved["size"] == {"height": side, "width": side}
 
 
 def test_a_table_names_pictures_and_bad_ones_are_told(tmp_path: Path, vit: Path, pictures: Path) -> None:

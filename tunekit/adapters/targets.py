@@ -125,6 +125,8 @@ class Search:
             return []
         excluded = self._matched("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
         names = self._matched("target_modules", self.settings.target_modules) - excluded
+        if not self.file:  # files of other programs may hold what is never read
+            names = {name for name in names if not is_within(name, getattr(self.net, "unread", ()))}
         for what, how in wrong_entries(self.modules, saved_modules(self.settings), self.file is not None):
             self.report("modules_to_save", what, how)
         names = {name for name in self._in_layers(names) if not is_within(name, self.copies)}

@@ -97,7 +97,8 @@ def merge_adapter(
     with whole_model_folder(output) as staging:
         rewriter.write(staging, changes)
         generation = {} if objective is None else objective.generation
-        copy_companions(target.model, source.folder, processor, target.chat_template, staging, generation)
+        as_used = getattr(objective, "processor", processor)  # with what the recipe says in its files' place
+        copy_companions(target.model, source.folder, as_used, target.chat_template, staging, generation)
         difference = measure_difference(target, staging, rewriter, changes)
         written, computed = (
             rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight"),

@@ -54,7 +54,11 @@ from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 Place = tuple[int | str, ...]  # what is drawn depends on: seed, step, row, and which of a row's pictures
-FACTS = ("resolution", "train_text_encoder")  # settings without which an adapter's folder cannot be used
+FACTS = (
+    "resolution",
+    "train_text_encoder",
+    "prediction_type",
+)  # settings without which an adapter's folder cannot be used
 PREPARED = ("latents", "target", "steps", "weights", "sizes")  # parts of a row that its step gives it
 
 
@@ -74,6 +78,8 @@ class Dreambooth(RowObjective):
     def __init__(self, settings: DreamboothSettings, processor: PipelineProcessor, facts: Mapping[str, Any]) -> None:
         """`facts`: what a folder says of the adapter in it, where no recipe does."""
         settings = settings.model_copy(update={name: facts[name] for name in FACTS if name in facts})
+        if settings.prediction_type != "auto" and not processor.flows:
+            processor = replace(processor, predicts=settings.prediction_type)
         super().__init__(settings, processor)
         self.settings, self.processor = settings, processor
         self.facts = {name: getattr(settings, name) for name in FACTS}
@@ -83,11 +89,11 @@ class Dreambooth(RowObjective):
         self.class_images = ClassImages(settings, self.resolution) if settings.class_prompt else None
         decides = (settings.method, settings.instance_prompt, self.resolution)  # what a row is made of
         self.fingerprint = hash_of([*decides, processor.fingerprint])
-        self.schedule = _schedule(settings, processor)
         self._check()
+        self.schedule = _schedule(processor)
 
     def _check(self) -> None:
-        """Raises: RecipeError for settings that the pipeline cannot obey."""
+        """Raises: RecipeError for settings that the pipeline cannot obey; ModelError for a pipeline of another kind."""
         settings, processor, problems = self.settings, self.processor, []
         if self.resolution % processor.multiple:
             what = f"{self.resolution} is no multiple of {processor.multiple}, by which the denoiser divides it"
@@ -105,6 +111,7 @@ class Dreambooth(RowObjective):
             problems.append(Problem(what, "write auto, or leave them out", key="objective.cache_latents"))
         if problems:
             raise RecipeError.of(problems)
+        processor.check()
 
     @property
     def changes(self) -> bool:
@@ -359,11 +366,10 @@ def _with(row: Row, pictures: Sequence[Mapping[str, Any]], weights: Sequence[flo
     return Row(parts, row.sizes, row.supervised, row.origin, row.number)
 
 
-def _schedule(settings: DreamboothSettings, processor: PipelineProcessor) -> noise.NoiseSchedule:
+def _schedule(processor: PipelineProcessor) -> noise.NoiseSchedule:
     if processor.flows:
         return noise.NoiseSchedule.of_sigmas(*processor.sigmas)
-    named = settings.prediction_type
-    return noise.NoiseSchedule.of_alphas(processor.prediction if named == "auto" else named, processor.alphas_cumprod)
+    return noise.NoiseSchedule.of_alphas(processor.prediction, processor.alphas_cumprod)
 
 
 def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Mapping[str, Any]) -> Dreambooth:

@@ -102,8 +102,12 @@ class ImageClassify(LabelObjective):
     processor: PixelProcessor
 
     def __init__(self, settings: ImageClassifySettings, processor: PixelProcessor, *given: Any) -> None:
+        if settings.resolution is not None:
+            processor = replace(processor, side=settings.resolution)
         super().__init__(settings, processor, *given)
-        self.resolution = settings.resolution or processor.resolution
+        self.resolution = processor.resolution
+        if settings.resolution is not None:
+            self.facts = {**self.facts, "resolution": settings.resolution}
         self.augmentation = Augmentation(
             self.resolution,
             (settings.crop_scale[0], settings.crop_scale[1]) if settings.random_resized_crop else None,
@@ -153,11 +157,9 @@ class ImageClassify(LabelObjective):
         """Shapes: pixel_values (R, 3, side, side) float32; labels (R,). Without a step's change the middle is seen."""
         rows = [row for sequence in sequences for row in sequence]
         views = np.stack([row.parts["view"] if "view" in row.parts else self._middle(row) for row in rows])
-        values = torch.from_numpy(views).permute(0, 3, 1, 2).float() / 255.0
-        mean, deviation = (
-            torch.tensor(each).view(1, -1, 1, 1) for each in (self.processor.mean, self.processor.deviation)
-        )
-        inputs = {"pixel_values": (values - mean) / deviation}
+        scale, offset = self.processor.scale
+        values = torch.from_numpy(views).float() @ scale.T + offset  # (R, side, side, C)
+        inputs = {"pixel_values": values.permute(0, 3, 1, 2).contiguous()}
         return Batch(inputs, {"labels": self.numbers(sequences)}, tuple(map(tuple, sequences)), self.resolution**2)
 
     def _middle(self, row: Row) -> Pixels:
@@ -211,5 +213,6 @@ def pixels_of(row: Row) -> Pixels:
 
 
 def make(settings: ImageClassifySettings, processor: PixelProcessor, facts: Mapping[str, Any]) -> ImageClassify:
-    """The objective of `objective: image_classify`."""
+    """The objective of `objective: image_classify`; facts are what an adapter's folder says of it."""
+    settings = settings.model_copy(update={key: facts[key] for key in ("resolution",) if key in facts})
     return make_objective_of(ImageClassify, settings, processor, facts)

@@ -148,9 +148,10 @@ def _from_diffusers(
             )
         found[f"{Part.file_prefix}{module}.lora_{matrix}"] = value
         if matrix == "A.weight":
-            part, _, layer = module.partition(".")
+            part = module.partition(".")[0]
             alpha = fields.get(f"{part}.lora_alpha", len(value))
             patterns = fields.get(f"{part}.alpha_pattern") or {}
+            layer = FLAT.sub(r"\1.text_model.", module).partition(".")[2]  # which patterns without it match too
             alpha = next((given for name, given in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", layer)), alpha)
             alphas[module] = float(alpha) * (len(value) ** 0.5 if fields.get(f"{part}.use_rslora") else 1.0)
     return ForeignLora(found, alphas)

@@ -6,32 +6,40 @@ Comes in: a net as transformers builds it.  Goes out: `ImageClassifierFamily`, a
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from tunekit.contracts import Processor, Stages, Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
+from tunekit.files.durable import write_json
 from tunekit.model.families.classifier import ClassifierFamily
 from tunekit.model.families.structure import call_accepted, text_config
 from tunekit.model.storage.source import find_source, read_json
+from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
 
 CONFIG = "preprocessor_config.json"
 SIDE = 224  # where neither the processor nor the model says how large a picture is
-HALF = (0.5, 0.5, 0.5)  # mean and deviation, likewise
+PLAIN = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))  # black, and each channel alone
 
 
 @dataclass(frozen=True)
 class PixelProcessor:
-    """What preprocessor_config.json says: how large a picture is, and how its numbers are scaled."""
+    """What the model's own processor does: how large a picture is, and how its numbers are scaled.
+
+    `side`: pixels of a side, where the recipe says another number.
+    """
 
     folder: Path
+    side: int | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -48,33 +56,71 @@ class PixelProcessor:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the file."""
+        """sha256 of the file, which alone decides rows."""
         return hash_of(self.config)
 
     @property
     def resolution(self) -> int:
         """Pixels of a side. Raises: ModelError where the file says no number."""
+        if self.side is not None:
+            return self.side
         size = self.config.get("crop_size") or self.config.get("size", SIDE)
         if isinstance(size, dict):
+            if size.get("height") != size.get("width"):
+                what = (
+                    f"asks for pictures of {size['width']} x {size['height']} pixels, and only squares are trained on"
+                )
+                raise ModelError(what, "write objective.resolution", file=str(self.folder / CONFIG))
             size = size.get("height") or size.get("shortest_edge")
         if not isinstance(size, int) or size < 1:
             raise ModelError("says no size of a picture", "write objective.resolution", file=str(self.folder / CONFIG))
         return size
 
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Of each channel, in numbers from 0 to 1."""
-        return tuple(self.config.get("image_mean") or HALF)
+    @cached_property
+    def scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(C, 3) and (C,): pixels p of 0 to 255 become scale p + offset, as the model's own processor makes them.
 
-    @property
-    def deviation(self) -> tuple[float, ...]:
-        """Likewise."""
-        return tuple(self.config.get("image_std") or HALF)
+        Every processor scales each pixel by itself, by a factor, mean and deviation or in another order of channels, so
+        that four plain pictures tell all of it.  Without a file: to -1 .. 1.
+        """
+        if not (self.folder / CONFIG).exists():
+            return torch.eye(3) / 127.5, -torch.ones(3)
+        black, *others = (self._of_plain(colour) for colour in PLAIN)
+        return torch.stack([(each - black) / 255.0 for each in others], dim=1).float(), black.float()
+
+    def _of_plain(self, colour: tuple[int, int, int]) -> torch.Tensor:
+        """(C,) float64 of the middle of a picture of one colour. Raises: ModelError."""
+        picture = np.full((SIDE, SIDE, 3), colour, np.uint8)
+        try:
+            with quiet():
+                from transformers import AutoImageProcessor
+
+                own = AutoImageProcessor.from_pretrained(str(self.folder), local_files_only=True)
+                made = own(images=picture, return_tensors="pt")["pixel_values"][0]
+        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            what = f"is no processor of pictures that can be used ({first})"
+            raise ModelError(what, "fetch the model again", file=str(self.folder / CONFIG)) from error
+        middle: torch.Tensor = made[:, made.shape[1] // 2, made.shape[2] // 2].double()
+        return middle
 
     def save(self, folder: Path) -> None:
-        """The file into a model folder."""
-        if (self.folder / CONFIG).exists():
+        """The file into a model folder, with the size that was trained on."""
+        if not (self.folder / CONFIG).exists():
+            return
+        if self.side is None:
             shutil.copyfile(self.folder / CONFIG, folder / CONFIG)
+            return
+        share = self.side / PixelProcessor(self.folder).resolution
+        sizes = {key: _sized(self.config[key], share) for key in ("size", "crop_size") if self.config.get(key)}
+        write_json(folder / CONFIG, {**self.config, **sizes})
+
+
+def _sized(size: Any, share: float) -> Any:
+    """A size of a processor's file, so many times as large."""
+    if isinstance(size, Mapping):
+        return {name: round(value * share) if isinstance(value, int) else value for name, value in size.items()}
+    return round(size * share)
 
 
 @dataclass(frozen=True)
@@ -101,9 +147,10 @@ class ImageClassifierFamily(ClassifierFamily):
         return False
 
     def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(B, C)."""
+        """(B, C). Pictures of another size than the model's have positions between its own."""
         dtype = next(net.parameters()).dtype
-        found: torch.Tensor = call_accepted(net, {"pixel_values": inputs["pixel_values"].to(dtype)}).logits
+        given: dict[str, Any] = {"pixel_values": inputs["pixel_values"].to(dtype), "interpolate_pos_encoding": True}
+        found: torch.Tensor = call_accepted(net, given).logits
         return found
 
     def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:

@@ -85,6 +85,16 @@ class PipelineNet(nn.Module):
         return {name: part for name in TEXT_ENCODERS if (part := self.part(name)) is not None}
 
     @property
+    def unread(self) -> list[str]:
+        """Layers whose output nothing reads: Stable Diffusion XL takes what goes into the last layer of its first text
+        encoder."""
+        if self.config.model_type != "StableDiffusionXLPipeline" or "text_encoder" not in self._modules:
+            return []
+        last = int(self.config.part_configs["text_encoder"]["num_hidden_layers"]) - 1
+        endings = (f"encoder.layers.{last}", "final_layer_norm")
+        return [name for name, _ in self.named_modules() if name.startswith("text_encoder.") and name.endswith(endings)]
+
+    @property
     def trains_text(self) -> bool:
         """Whether a text encoder is among the trained parts."""
         return any(name in self._modules for name in TEXT_ENCODERS)

@@ -19,12 +19,15 @@ from torch import Tensor
 from tunekit.contracts import Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.cache_folder import hash_of
+from tunekit.files.durable import write_json
 from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, TEXT_ENCODERS, imported, read_index
 from tunekit.model.storage.source import find_source, read_json
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
 
+SCHEDULER = "scheduler/scheduler_config.json"
 FLOW = "FlowMatchEulerDiscreteScheduler"
+OTHERS = ("EDM", "Flow", "CMStochastic", "Consistency")  # how classes begin whose noise is no DDPM's
 T5_LENGTH = 256  # diffusers' max_sequence_length for Stable Diffusion 3
 COPIED = (INDEX, "*.md", "LICENSE*", "scheduler/*", "tokenizer*/*", "feature_extractor/*")
 Ids = dict[str, NDArray[np.int64]]  # text encoder -> (prompts, T)
@@ -32,10 +35,12 @@ Ids = dict[str, NDArray[np.int64]]  # text encoder -> (prompts, T)
 
 @dataclass(frozen=True)
 class PipelineProcessor:
-    """A pipeline's folder, and its class."""
+    """A pipeline's folder, and its class. `predicts`: what its denoiser predicts, where the recipe, not the scheduler's
+    file, says it."""
 
     folder: Path
     kind: str
+    predicts: str | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -47,7 +52,8 @@ class PipelineProcessor:
         """Each part's own configuration, and the scheduler's."""
         names = [name for name in read_index(self.folder) if name]
         found = {name: read_json(self.folder / name / "config.json") for name in names}
-        return found | {"scheduler": read_json(self.folder / "scheduler" / "scheduler_config.json")}
+        scheduler = read_json(self.folder / SCHEDULER)
+        return found | {"scheduler": scheduler | ({"prediction_type": self.predicts} if self.predicts else {})}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,6 +144,17 @@ class PipelineProcessor:
         count = len(scheduler.timesteps)
         return scheduler.sigmas[:count].float(), scheduler.timesteps.float()
 
+    def check(self) -> None:
+        """Raises: ModelError for noise or latents that are scaled in a way that this version does not know."""
+        name = str(self.configs["scheduler"].get("_class_name"))
+        if name.startswith(OTHERS) and not self.flows:
+            what, file = f"names {name}, whose noise is scaled in a way that cannot be trained", SCHEDULER
+        elif self.configs["vae"].get("latents_mean") or self.configs["vae"].get("latents_std"):
+            what, file = "scales latents by latents_mean and latents_std, which is not known here", "vae/config.json"
+        else:
+            return
+        raise ModelError(what, "choose another pipeline", file=str(self.folder / file))
+
     def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
         """What encode_prompts gives for one prompt: (T, D), and (P,) where the denoiser takes a pooled one."""
         clip = self.configs["text_encoder"]
@@ -156,6 +173,8 @@ class PipelineProcessor:
             place = folder / path.relative_to(self.folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
+        if self.predicts:
+            write_json(folder / SCHEDULER, self.configs["scheduler"])
 
 
 def load_processor(section: ModelSection) -> PipelineProcessor:
