@@ -86,7 +86,7 @@ HEAD = (
 )
 
 
-def ours(bench: Bench, name: str, memory: dict | None = None, **training: object) -> dict:
+def ours(bench: Bench, name: str, **training: object) -> dict:
     """One real `tunekit train` whose completions are given."""
     rows, code = bench.work / "groups.jsonl", bench.work / "rewards.py"
     longest = max(len(ids) for group in completions_of(rows) for ids in group)
@@ -102,7 +102,6 @@ def ours(bench: Bench, name: str, memory: dict | None = None, **training: object
             "max_completion_length": longest,
         },
         training={"micro_batch_size": 1, **training},
-        memory=memory or {},
     )
 
 
@@ -118,11 +117,7 @@ def measured(bench: Bench, kept: list[dict]) -> dict:
     bench.say("the initial adapter")
     begin = ours(bench, "initial", max_steps=1, warmup_steps=1)  # a warm-up's first step has learning rate 0
     initial = str(Path(begin["place"]) / "run" / "adapter")
-    recomputed = {"gradient_checkpointing": True}
-    sides = {
-        "tunekit": lambda: ours(bench, "tunekit"),
-        "tunekit, every layer recomputed": lambda: ours(bench, "tunekit, every layer recomputed", recomputed),
-    }
+    sides = {"tunekit": lambda: ours(bench, "tunekit")}
     for name, config in THEIRS.items():
         sides[name] = lambda name=name, config=config: theirs(bench, name, initial, **config)
     runs = interleaved(bench, sides)

@@ -332,13 +332,13 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
     files = (package / "cli.py", package / "commands" / "adapters.py")
     texts = "".join(file.read_text(encoding="utf-8") for file in files)
     calls = re.findall(r'"tunekit\.(\w+):(\w+)", (.*)\)$', texts, re.MULTILINE)
-    assert len(calls) == 16
+    assert len(calls) == 18
     for module, name, values in calls:
         tree = ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))
         verbs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
         assert len(verbs) == 1, f"{module}:{name}"
         given = (
-            {"evaluate_verb": 7, "combine_verb": 9, "generate_verb": 12}[name]
+            {"evaluate_verb": 7, "combine_verb": 9, "generate_verb": 13}[name]
             if values == "*values"
             else len(re.sub(", first=.*", "", values).split(", "))
         )

@@ -23,6 +23,7 @@ from tunekit.model.families.pipeline.processor import PipelineProcessor, load_pr
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import make_adapter_settings
 
+KINDS = ["sd", pytest.param("sdxl", marks=pytest.mark.slow), pytest.param("sd3", marks=pytest.mark.slow)]
 CASES = {
     "alpha is not the rank": {},
     "rslora": {"use_rslora": True},
@@ -91,7 +92,7 @@ def theirs(processor: PipelineProcessor, kind: str, file: Path) -> torch.Tensor:
     ).sample
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path, kind: str, case: str) -> None:
     if kind != "sd" and case in ("patterns", "dora"):
@@ -104,7 +105,7 @@ def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path, kind: st
     assert torch.allclose(theirs(processor, kind, file), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS[:2])
 def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind: str) -> None:
     adapter, processor = attached(tmp_path, kind)
     tensors = load_file(saved(adapter, tmp_path / "adapter", processor) / "adapter_model.safetensors")
@@ -113,7 +114,7 @@ def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind:
     assert torch.allclose(theirs(processor, kind, file), ours(adapter, processor), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_both_files_are_read_back_bit_for_bit(tmp_path: Path, kind: str, form: str) -> None:
     adapter, processor = attached(tmp_path, kind)

@@ -58,7 +58,12 @@ def adapter_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("prediction", "prior", "text"),
-    [("epsilon", False, False), ("v_prediction", True, False), ("epsilon", True, True), ("v_prediction", False, True)],
+    [
+        ("epsilon", False, False),
+        pytest.param("v_prediction", True, False, marks=pytest.mark.slow),
+        pytest.param("epsilon", True, True, marks=pytest.mark.slow),
+        pytest.param("v_prediction", False, True, marks=pytest.mark.slow),
+    ],
 )
 def test_20_steps_equal_diffusers_script_by_hand(
     tmp_path: Path, shared: Path, prediction: str, prior: bool, text: bool
@@ -83,6 +88,7 @@ def test_20_steps_equal_diffusers_script_by_hand(
         assert torch.allclose(found[f"base_model.model.{name}"], parameter.detach(), atol=2e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdxl", "sd3"])
 def test_10_steps_of_other_pipelines_equal_diffusers_scripts_by_hand(tmp_path: Path, photos: Path, kind: str) -> None:
     pipeline = saved_pipeline(tmp_path / kind, kind)
@@ -108,6 +114,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 VARIED = {"center_crop": False, "random_flip": True, "noise_offset": 0.1, "snr_gamma": 5.0}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     objective = {**VARIED, **with_prior(tmp_path), "train_text_encoder": True}
     adapter = {"target_modules": [*ATTENTION, *OF_TEXT], "dropout": 0.1}
@@ -125,6 +132,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pipe
     assert [record["loss"] for record in records(cut)] == [record["loss"] for record in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_micro_batches_equal_one_batch(tmp_path: Path, pipeline: Path, photos: Path, size: int) -> None:
     runs = []
@@ -140,6 +148,7 @@ def test_micro_batches_equal_one_batch(tmp_path: Path, pipeline: Path, photos: P
     )
 
 
+@pytest.mark.slow
 def test_100_steps_lower_the_validation_loss_which_is_always_of_the_same_noise(
     tmp_path: Path, pipeline: Path, photos: Path
 ) -> None:
@@ -164,6 +173,7 @@ def test_100_steps_lower_the_validation_loss_which_is_always_of_the_same_noise(
     assert "step-000100-0.png" in (run / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_base_draws_the_class_pictures_that_are_missing(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     classes = tmp_path / "classes"
     objective = {
@@ -181,6 +191,7 @@ def test_the_base_draws_the_class_pictures_that_are_missing(tmp_path: Path, pipe
     assert {path.name: path.read_bytes() for path in sorted(classes.iterdir())} == drawn
 
 
+@pytest.mark.slow
 def test_a_result_is_drawn_with_and_merged(
     tmp_path: Path, pipeline: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +265,7 @@ def test_bad_pictures_are_counted_or_named(tmp_path: Path, pipeline: Path) -> No
         make_plan(load_recipe(str(recipe), []))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_files_of_other_programs_become_the_same_adapter(
     tmp_path: Path, pipeline: Path, photos: Path, form: str

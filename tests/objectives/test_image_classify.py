@@ -129,7 +129,7 @@ def by_hand(recipe: Path, pictures: Path, augmented: bool) -> tuple[list[float],
     return losses, norms
 
 
-@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize("augmented", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_20_steps_equal_transformers_peft_and_torchvision(
     tmp_path: Path, vit: Path, pictures: Path, augmented: bool
 ) -> None:
@@ -142,6 +142,7 @@ def test_20_steps_equal_transformers_peft_and_torchvision(
     assert [record["grad_norm"] for record in ours] == pytest.approx(norms, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, vit: Path, pictures: Path) -> None:
     objective = {"randaugment_ops": 2, "random_erasing": 0.3}
     training = {"max_steps": 4, "save_steps": 2, "keep_checkpoints": 3}
@@ -158,6 +159,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, vit:
     assert records(trained(plain, tmp_path / "plain" / "run")) != records(whole)
 
 
+@pytest.mark.slow
 def test_colours_are_learnt_answered_and_merged(
     tmp_path: Path, vit: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

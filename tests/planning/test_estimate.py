@@ -303,7 +303,7 @@ def test_probes_look_up_no_row_that_the_run_does_not(tiny_llama: Path) -> None:
     embedding.register_forward_pre_hook(lambda _, inputs: looked_up.update(inputs[0].flatten().tolist()))
     known = torch.tensor([[5, 9, 11], [5, 200, 0]])
     assert packing_leak(case.model, known) < 1e-5
-    assert logprob_difference(case.model, known) < 1e-5
+    assert logprob_difference(case.model, {"input_ids": known}) < 1e-5
     assert len(looked_up) > 2
     assert looked_up <= set(known.flatten().tolist())
 

@@ -44,6 +44,7 @@ def test_published_configurations_have_the_published_parameters(tmp_path: Path, 
     assert sum(parameter.numel() for parameter in net.unet.parameters()) == UNET_PARAMETERS[name]
 
 
+@pytest.mark.slow
 def test_stable_diffusion_is_planned_with_and_without_checkpointing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
