@@ -13,6 +13,7 @@ import soundfile
 
 from tests.image_case import write_photos
 from tests.speech_case import RATE, write_sounds
+from tunekit.data.encoding.notes import format_note
 from tunekit.data.looking.look import KINDS
 from tunekit.data.looking.similar import Seen, signed
 from tunekit.data_check import data_check_verb
@@ -203,3 +204,9 @@ def test_recordings_and_images_are_opened(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     assert check(tmp_path / "recipe.yaml")[1]["findings"] == {"broken": [3]}
     assert "tokens" not in capsys.readouterr().out
+
+
+def test_another_name_of_a_field_is_read() -> None:
+    note = format_note("rows", "transcript", "as said", ["file_name", "transcription", "speaker"])
+    assert note.endswith("which does not read 'speaker'")
+    assert "'sentence'" in format_note("rows", "transcript", "as said", ["audio", "text", "sentence"])
