@@ -7,8 +7,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
+from tests.image_case import write_photos
+from tests.speech_case import RATE, write_sounds
+from tunekit.data.encoding.notes import format_note
 from tunekit.data.looking.look import KINDS
 from tunekit.data.looking.similar import Seen, signed
 from tunekit.data_check import data_check_verb
@@ -180,3 +185,28 @@ def test_the_length_of_a_pair_is_that_of_its_longer_answer(tmp_path: Path) -> No
     recipe = {"model": "org/base", "data": data, "objective": "dpo", "output": {"dir": "run"}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     assert check(tmp_path / "recipe.yaml")[1]["findings"] == {"long": [2]}
+
+
+def test_recordings_and_images_are_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = [(name, "one") for name in ("good.wav", "absent.wav", "damaged.wav", "silent.wav")] + [("good.wav", "")]
+    write_sounds(tmp_path / "sounds", ["one"]).joinpath("0.wav").rename(tmp_path / "sounds" / "good.wav")
+    (tmp_path / "sounds" / "damaged.wav").write_bytes(b"RIFF, and nothing else")
+    soundfile.write(tmp_path / "sounds" / "silent.wav", np.zeros(RATE), RATE)
+    lines = (json.dumps({"file_name": name, "text": text}) for name, text in table)
+    (tmp_path / "sounds" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    recipe = {"model": "org/base", "data": {"train": "sounds"}, "objective": "speech", "output": {"dir": "run"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    code, found = check(tmp_path / "recipe.yaml")
+    assert (code, found["findings"]) == (2, {"broken": [2, 3], "empty": [4, 5]})
+    photos = write_photos(tmp_path / "photos", 2)
+    (photos / "9.jpg").write_bytes(b"no image")
+    recipe |= {"data": {"train": "photos"}, "objective": {"method": "dreambooth", "instance_prompt": "a sks dog"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    assert check(tmp_path / "recipe.yaml")[1]["findings"] == {"broken": [3]}
+    assert "tokens" not in capsys.readouterr().out
+
+
+def test_another_name_of_a_field_is_read() -> None:
+    note = format_note("rows", "transcript", "as said", ["file_name", "transcription", "speaker"])
+    assert note.endswith("which does not read 'speaker'")
+    assert "'sentence'" in format_note("rows", "transcript", "as said", ["audio", "text", "sentence"])

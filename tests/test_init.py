@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tunekit.errors import DataError, InputError, RecipeError
 from tunekit.init import init_verb, look_at, models_at_hand
+from tunekit.recipe.beginnings import BEGINNINGS
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.schema import schema_text
 from tunekit.recipe.shipped import SCHEMA_LINE, SCHEMA_NAME
 
+ROOT = Path(__file__).resolve().parent.parent
 ROWS = {
     "sft": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]},
     "classify": {"text": "so good", "label": "positive"},
@@ -48,7 +51,7 @@ def test_the_objective_follows_from_the_rows(
     recipe = load_recipe(tmp_path / "recipe.yaml").recipe
     assert recipe.objective.method == objective
     assert recipe.data.train[0].path == str(data)
-    assert recipe.data.max_length == 256
+    assert recipe.data.max_length == (2048 if objective == "speech" else 256)  # the recordings' length is the model's
     assert recipe.model.name_or_path == "org/model"
     said = capsys.readouterr().out
     assert "40 rows of format" in said
@@ -161,3 +164,41 @@ def test_models_of_the_hubs_cache_are_at_hand(tmp_path: Path, monkeypatch: pytes
         (tmp_path / name / "snapshots" / "x").mkdir(parents=True)
         (tmp_path / name / "snapshots" / "x" / file).touch()
     assert models_at_hand() == ["org/one"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "names"), [("image_classify", ("cats/a.png", "dogs/b.jpg")), ("dreambooth", ("a.png", "b.jpg"))]
+)
+def test_a_folder_of_images_is_no_text(
+    objective: str, names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in names:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"only its name is read")
+    init(tmp_path / "photos", tmp_path / "recipe.yaml")
+    recipe = load_recipe(tmp_path / "recipe.yaml").recipe
+    assert recipe.objective.method == objective
+    assert recipe.model.name_or_path == BEGINNINGS[objective].model
+    text, said = (tmp_path / "recipe.yaml").read_text("utf-8"), capsys.readouterr().out
+    assert "token" not in text + said
+    assert "max_length" not in text
+
+
+@pytest.mark.parametrize("objective", BEGINNINGS)
+def test_beginnings_are_those_of_the_recipes(objective: str) -> None:
+    name = objective.replace("_", "-") + "-lora"
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text("utf-8"))
+    beginning = BEGINNINGS[objective]
+    assert recipe["model"] == beginning.model
+    assert recipe["adapter"]["target_modules"] == yaml.safe_load(beginning.targets)
+    assert recipe["training"]["learning_rate"] == beginning.learning_rate
+    lines = yaml.safe_load("\n".join(line for line, _ in beginning.training)) or {}
+    assert lines.items() <= recipe["training"].items()
+
+
+def test_recordings_without_transcripts_are_told_so(tmp_path: Path) -> None:
+    (tmp_path / "sounds").mkdir()
+    (tmp_path / "sounds" / "a.wav").write_bytes(b"only its name is read")
+    with pytest.raises(DataError, match=r"metadata\.jsonl") as caught:
+        init(tmp_path / "sounds", tmp_path / "recipe.yaml")
+    assert "{file_name: FILE, text: ...}" in str(caught.value)

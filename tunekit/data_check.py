@@ -39,7 +39,8 @@ def data_check_verb(recipe_path: str, overrides: Sequence[str], fix: str | None,
     for each in (*trained, *held_back):
         add_other_scripts(each)
         console.info(f"{each.name}: {each.rows:,} rows")
-        console.table(["tokens, about", "rows", ""], _histogram(each, limit))
+        if each.sizes:  # of texts
+            console.table(["tokens, about", "rows", ""], _histogram(each, limit))
         if not each.lines:
             console.info("nothing was found")
             continue

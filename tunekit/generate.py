@@ -78,6 +78,9 @@ def generate_verb(
     console.warn(*found.rewrites)  # standard output holds the answers alone
     try:
         loaded = load_target(found, devices.device)
+        files = prompts is not None and (os.path.isdir(prompts) or is_media(prompts))
+        if files and (draws or loaded.model.base.family.reads_ids):
+            raise InputError(f"{prompts}: the model reads texts, no files", "give a file with one prompt a line")
         if draws:
             _draw(console, loaded, texts, seed or 0, Path(output or PICTURES))
             return
@@ -144,7 +147,11 @@ def read_prompts(path: Path) -> list[str]:
     Raises: DataError naming the line.
     """
     if path.is_dir():
-        return [name for name in sorted(os.listdir(path)) if is_media(name)]
+        if found := [name for name in sorted(os.listdir(path)) if is_media(name)]:
+            return found
+        raise DataError(
+            "there is no recording and no image in it", "its own files are read, not its folders", file=str(path)
+        )
     if is_media(path.name):
         return [path.name]
     try:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from tunekit.console import Console
 from tunekit.data.reading.first import choose_format, columns_meant
-from tunekit.data.reading.folder import is_media
+from tunekit.data.reading.folder import MEDIA, is_media
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
 from tunekit.formats.preference import is_pair
+from tunekit.recipe.beginnings import BEGINNINGS
 from tunekit.recipe.data import Source
 from tunekit.recipe.names import known_names
 from tunekit.recipe.schema import schema_text
@@ -37,12 +38,15 @@ LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # characters; rows of each value, on ave
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 OBJECTIVES = {  # kind of example -> the objective to begin with, in the order in which rows are tried
     "transcript": "speech",
+    "image_label": "image_classify",
+    "image": "dreambooth",
     "preference": "dpo",
     "tags": "token_classify",
     "label": "classify",
     "unpaired": "kto",
     "text": "sft",
 }
+MEDIUM = {"transcript": "audio", "image_label": "image", "image": "image"}  # what a row of such examples names
 FULL_RATE, ADAPTER_RATE = "2e-5", "2e-4"
 
 
@@ -62,8 +66,9 @@ class Look:
     def text(self) -> str:
         """In a line."""
         about = f"{self.rows:,} rows" if self.complete else f"more than {self.rows:,} rows"
-        share = f"{SHARE_KEPT:.1%} of them shorter than about {self.longest:,} tokens"
-        return f"{about} of format {self.format_name} ({', '.join(self.fields)}), {share}: objective {self.objective}"
+        sizes = f", {SHARE_KEPT:.1%} of them shorter than about {self.longest:,} tokens"
+        share = "" if self.objective in BEGINNINGS else sizes
+        return f"{about} of format {self.format_name} ({', '.join(self.fields)}){share}: objective {self.objective}"
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,18 @@ def init_verb(
     look = look_at(data) if named else None
     if look is not None:
         console.info(look.text(), *look.notes)
-    first = found[0] if found else DEFAULT_MODEL
+    beginning = BEGINNINGS.get(look.objective) if look else None
+    if beginning:
+        found = [name for name in found if name == beginning.model]
+    first = beginning.model if beginning else found[0] if found else DEFAULT_MODEL
     if asks and found and model is None:
         console.info("models at hand: " + ", ".join(found[:8]))
     model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", first)
     method = method or _ask(asks, "Which method? lora, dora, ia3, full (every weight), or another", "lora")
     if method not in known_names("adapters"):
         raise InputError(f"there is no method '{method}'", f"there are: {', '.join(known_names('adapters'))}")
-    share = str(evaluation) if evaluation is not None else _ask(asks, "Which share of the rows to evaluate on?", "0.05")
+    usual = "0" if look and look.objective == "dreambooth" else "0.05"  # a handful of images, all of them of one thing
+    share = str(evaluation) if evaluation is not None else _ask(asks, "Which share of the rows to evaluate on?", usual)
     wanted = Wanted(data, model, method, quantization, _share(share), look)
     write_text(target, recipe_text(wanted, target))
     said: Sequence[str] = ()
@@ -157,7 +166,9 @@ def look_at(data: str) -> Look | None:
     if not Path(data).exists():
         if data.count("/") == 1 and not data.startswith((".", "/", "~")) and not Path(data).suffix:
             return None
-        raise DataError(f"there is no file {data}", "name your rows: JSONL, JSON, CSV, Parquet or text")
+        raise DataError(
+            f"there is no file {data}", "name your rows: JSONL, JSON, CSV, Parquet, text, or a folder of files"
+        )
     problems = Problems()
     rows = read_source(Source(path=str(Path(data).absolute())), problems)
     values = [row.values for row in islice(rows, LOOKED_AT + 1)]
@@ -182,9 +193,11 @@ def look_at(data: str) -> Look | None:
     )
 
 
-def _names_sound(value: object) -> bool:
-    """Whether it is a sound's file, or holds one."""
-    return is_media(value, "audio") if isinstance(value, str) else isinstance(value, Mapping) and "bytes" in value
+def _names(kind: str, value: object) -> bool:
+    """Whether it is a file of this kind, or holds one: a recording or an image."""
+    if isinstance(value, Mapping):
+        return "bytes" in value and is_media(str(value.get("path") or f"x{MEDIA[kind][0]}"), kind)
+    return isinstance(value, str) and is_media(value, kind)
 
 
 def _label_notes(rows: Sequence[Mapping[str, object]]) -> list[str]:
@@ -208,7 +221,10 @@ def _kind(row: dict[str, object], data: str) -> tuple[str, str, Mapping[str, str
 
     Raises: DataError naming the fields of every format.
     """
-    tried = [example for example in OBJECTIVES if example != "transcript" or any(map(_names_sound, row.values()))]
+    medium = next((kind for kind in ("audio", "image") if any(_names(kind, value) for value in row.values())), None)
+    tried = [example for example in OBJECTIVES if MEDIUM.get(example) in (None, medium)]
+    if medium and medium in row:  # a folder of files, of which no text is to be learnt
+        tried = [example for example in tried if example in MEDIUM]
     for example in tried:
         if example == "unpaired" and is_pair(row):
             continue
@@ -237,7 +253,18 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
     few = look is not None and look.complete and look.rows < FEW_ROWS
     steps = 2 if few else 8
     data, model = (_beside(name, target) for name in (wanted.data, wanted.model))
+    beginning = BEGINNINGS.get(look.objective) if look else None
     lora = [("  r: 16", "how much the adapter can hold"), ("  alpha: 32", "")] if wanted.method == "lora" else []
+    if beginning and wanted.method == "lora":
+        lora.append((f"  target_modules: {beginning.targets}", ""))
+    objective = look.objective if look else "sft"
+    chosen = [("objective:", ""), (f"  method: {objective}", ""), *beginning.objective] if beginning else []
+    rate = FULL_RATE if full else beginning.learning_rate if beginning else ADAPTER_RATE
+    duration = (
+        []
+        if beginning and any("max_steps" in line for line, _ in beginning.training)
+        else [(f"  epochs: {3 if few else 1}", "")]
+    )
     lines = [
         (SCHEMA_LINE, ""),
         (f"# {look.text() if look else 'The recipe to edit'}.", ""),
@@ -251,17 +278,18 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
         ("data:", ""),
         *_source_lines(data, look),
         (f"  eval: {wanted.evaluation or 'null'}", "a share of the rows, or a file"),
-        (f"  max_length: {length}", "tokens; longer rows are dropped, and told"),
+        *([] if beginning else [(f"  max_length: {length}", "tokens; longer rows are dropped, and told")]),
         ("", ""),
         ("adapter:", ""),
         (f"  method: {wanted.method}", "every weight of the base is trained" if full else ""),
         *lora,
         ("", ""),
-        (f"objective: {look.objective if look else 'sft'}", ""),
+        *(chosen or [(f"objective: {objective}", "")]),
         ("", ""),
         ("training:", ""),
-        (f"  learning_rate: {FULL_RATE if full else ADAPTER_RATE}", "what matters most: try a third, threefold"),
-        (f"  epochs: {3 if few else 1}", ""),
+        (f"  learning_rate: {rate}", "what matters most: try a third, threefold"),
+        *duration,
+        *(beginning.training if beginning else ()),
         ("  micro_batch_size: 2", "rows at once: memory, speed, not the result"),
         (f"  gradient_accumulation_steps: {steps}", f"2 x {steps} rows make one step"),
         ("  eval_steps: 50", ""),

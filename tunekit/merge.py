@@ -38,10 +38,11 @@ def merge_verb(
             merge_adapter(target, Path(output), onto, kind) if merged is None else merged(target, Path(output), kind)
         )
     difference = result.difference
+    tokens = f"{difference.tokens} tokens of " if difference.tokens else ""  # images have none
     console.info(f"merged onto {result.onto}, written in {result.dtype}: {result.reason}")
     console.info(
         f"logits differ from the running adapter's by {difference.largest:.3g} at most and {difference.mean:.3g} on "
-        f"average (their spread is {difference.spread:.3g}), on {difference.tokens} tokens of {difference.rows}"
+        f"average (their spread is {difference.spread:.3g}), on {tokens}{difference.rows}"
     )
     if difference.unrounded is not None and difference.unrounded != difference.largest:
         console.info(

@@ -256,6 +256,12 @@ def skipped_text(steps: int) -> str:
     return f"{steps:,} steps changed no weight: their gradients overflowed in float16"
 
 
+def short_name(name: str) -> str:
+    """What a module is called in its layer; of one in a list the number alone says nothing: to_out.0."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
 def bytes_text(count: float) -> str:
     """A number of bytes as a person reads it: 1536 -> "1.5 KiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

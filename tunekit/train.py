@@ -27,7 +27,7 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.names import sizes_of
+from tunekit.recipe.names import sizes_of, units_of
 from tunekit.records import Choice, Plan, bytes_text, skipped_text
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
@@ -150,7 +150,7 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepa
     )
     console.info(
         f"{rows.trained:,} rows, {rows.dropped:,} dropped, {plan.steps:,} steps, "
-        f"{plan.supervised_tokens:,} supervised tokens; predicted peak {bytes_text(plan.peak_bytes.total)}"
+        f"{plan.supervised_tokens:,} {units_of(plan.objective)}; predicted peak {bytes_text(plan.peak_bytes.total)}"
     )
     console.info(*plan.notes)
     return plan, prepared

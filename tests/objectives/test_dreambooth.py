@@ -24,6 +24,7 @@ from tests.image_case import (
     write_photos,
 )
 from tests.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
+from tunekit.artifacts.report.plan_page import target_rows
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export import adopt_verb, export_verb
@@ -224,6 +225,11 @@ def test_a_result_is_drawn_with_and_merged(
     generator = torch.Generator("cpu").manual_seed(7)
     picture = theirs("a sks dog", num_inference_steps=25, generator=generator, output_type="np").images[0]
     assert np.abs(np.round(picture * 255) - merged).max() <= 1
+    with pytest.raises(InputError, match="the model reads texts, no files"):
+        generate_verb(str(run), None, None, str(photos), [], output=str(tmp_path / "drawn"))
+    plan = make_plan(load_recipe(str(recipe), []))[0]
+    assert {"to_out.0", "to_q"} <= {row[0] for row in target_rows(plan)}
+    assert " x to_out.0" in " ".join(plan.notes)
     with pytest.raises(InputError, match="of which --top-p says nothing"):
         generate_verb(str(run), None, "a sks dog", None, [], top_p=0.5)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from tests.image_case import records
 from tests.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit
 from tunekit.adapters.attach import attach_adapter
-from tunekit.errors import InputError
+from tunekit.errors import DataError, InputError
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.call import seed_for
@@ -27,6 +27,7 @@ from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.load import load_model
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.report import report_verb
 from tunekit.train import train_verb
 from tunekit.tuned.target import find_target, objective_of
 
@@ -170,11 +171,17 @@ def test_colours_are_learnt_answered_and_merged(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     accuracies = [line["eval"]["accuracy"] for line in lines if "eval" in line]
     assert accuracies[-1] == 1.0 > accuracies[0]
-    capsys.readouterr()
+    assert "supervised tokens" not in capsys.readouterr().out
     generate_verb(str(run), None, None, str(pictures / "red"), [])
     answers = [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
     assert answers == ["red"] * 6
+    with pytest.raises(DataError, match="there is no recording and no image in it"):
+        generate_verb(str(run), None, None, str(pictures), [])  # its folders hold them
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    assert "tokens" not in capsys.readouterr().out
+    shutil.copytree(run, tmp_path / "again")
+    report_verb([str(run), str(tmp_path / "again")], None, None, None)
+    assert "pixels per second" in capsys.readouterr().out
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
     processor = ViTImageProcessor.from_pretrained(tmp_path / "merged")
     image = Image.open(pictures / "green" / "0.png").resize((SIDE, SIDE))

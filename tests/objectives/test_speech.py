@@ -279,8 +279,12 @@ def test_bad_sounds_are_named(processor: SpeechProcessor, sounds: Path, tmp_path
         encoded(processor, audio=str(tmp_path / "silent.wav"), text="one")
     with pytest.raises(Dropped, match=EMPTY):
         encoded(processor, audio=str(sounds / "0.wav"), text="  ")
+    with pytest.raises(Dropped, match="than the 64 tokens that the model can write"):
+        encoded(processor, audio=str(sounds / "0.wav"), text="one " * 100)
+    (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
     for name, said in (
         ("none.wav", "none.wav has no samples"),
+        ("cut.wav", "cut.wav is cut short"),
         ("empty.wav", "empty.wav is empty"),
         ("text.wav", "text.wav is no sound that can be read"),
         ("nan.wav", "nan.wav holds samples that are no numbers"),

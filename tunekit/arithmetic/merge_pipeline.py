@@ -82,7 +82,7 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
         running_loss=None,
         merged_loss=None,
         rows=f"predictions of noise at {len(TIMES)} times",
-        tokens=len(TIMES),
+        tokens=0,
         unrounded=unrounded,
         rounding=rounding,
     )

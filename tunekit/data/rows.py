@@ -19,7 +19,7 @@ from tunekit.contracts import Objective, Rows
 from tunekit.data.batching.order import Share, epoch_rows, held_out
 from tunekit.data.batching.stream import StreamedSource, StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
-from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG, EncodeOptions
 from tunekit.data.encoding.notes import dropped_notes
 from tunekit.data.encoding.sample import sample_source, scaled
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
@@ -235,9 +235,12 @@ def _require_rows(rows: ChosenRows, sources: Sequence[EncodedSource], key: str) 
         return
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
     why = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+    too_long = not reasons or reasons.keys() & {TOO_LONG, NO_TARGET_LEFT}
     raise DataError(
         f"no row is left to {'train' if key == 'data.train' else 'evaluate'} on" + (f": {why}" if why else ""),
-        "raise data.max_length, or look at the rows with `tunekit preview`",
+        "raise data.max_length, or look at the rows with `tunekit preview`"
+        if too_long
+        else "mend or replace these rows",
         file=sources[0].source.path if sources else None,
         key=key,
     )

@@ -20,7 +20,7 @@ from tunekit.contracts import Row, Sampling
 from tunekit.data.encoding.encode import TOO_LONG, EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.encoding.sounds import heard, mixed, pieces, quietest
-from tunekit.data.reading.sound import Sound, opened
+from tunekit.data.reading.sound import SILENCE, Sound, opened
 from tunekit.errors import DataError, InputError
 from tunekit.files.cache_folder import default_cache_folder
 from tunekit.files.durable import free_bytes
@@ -37,7 +37,6 @@ SILENT = "silent sound with a transcript"
 COMPUTED = "sounds are heard anew in each step: the cache's disk has less than 5 GiB free for their features"
 LEAST_FREE_BYTES = 5 * 2**30  # of the disk of the cache: features of 30 s take about 1 MB
 PARTS = {"features": "<f4", "place": "u1", "answer": "<i4", "text": "u1"}  # of a row
-SILENCE = 1e-4  # the largest sample of a silent sound: -80 dB
 SPLIT = "give the row segments, [{start, end, text}], and write data.excess_length: split, or cut the file"
 
 
@@ -120,7 +119,8 @@ class SpeechEncoder:
         most = min(self.options.max_length, processor.longest_answer)
         if len(answer) - 1 > most:
             if self.options.excess_length == "drop":
-                raise Dropped(TOO_LONG)
+                own = f"transcript longer than the {most} tokens that the model can write"
+                raise Dropped(TOO_LONG if most < processor.longest_answer else own)
             what = f"the transcript has {len(answer) - 1} tokens, and an answer may have {most}"
             raise DataError(what, "cut the sound, or leave the row out")
         parts = {"answer": np.asarray(answer, np.int32), "text": _bytes(example.text)}

@@ -22,7 +22,7 @@ from tunekit.adapters.kernels.lora_products import Gated, Member, Products, gate
 from tunekit.adapters.method import Group, Method
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import multiplies_exactly
-from tunekit.records import Target
+from tunekit.records import Target, short_name
 
 JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, where they are given the same input
 CROSS = ("encoder_attn",)  # attention modules whose keys and values are of another input than their queries
@@ -87,7 +87,7 @@ def planned_groups(net: nn.Module, method: Method, settings: Any, targets: Seque
 
 def describe(groups: Sequence[Group]) -> str:
     """How many layers of each kind are computed in one go."""
-    counts = Counter(" + ".join(name.rpartition(".")[2] for name in group) for group in groups)
+    counts = Counter(" + ".join(map(short_name, group)) for group in groups)
     return ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
 
 

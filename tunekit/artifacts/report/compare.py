@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from tunekit.artifacts.report.values import RunValues
+from tunekit.artifacts.report.values import RunValues, sizes_counted
+from tunekit.records import bytes_text
 
 SEED, PLACE = "training.seed", "output.dir"
 FACTS = ("final_training_loss", "tokens_per_second", "peak_memory_bytes", "training_seconds", "adapter_bytes")
@@ -20,11 +21,13 @@ class Outcomes:
     names: list[str]
     runs: list[str]
     values: list[list[float | None]]
+    sizes: str = "tokens"  # what the speeds count
 
     @property
     def labels(self) -> list[str]:
         """The names as a person reads them."""
-        return [name.replace("_", " ").replace(" bytes", "") for name in self.names]
+        names = [f"{self.sizes} per second" if name == "tokens_per_second" else name for name in self.names]
+        return [name.replace("_", " ").replace(" bytes", "") for name in names]
 
     def texts(self) -> list[list[str]]:
         """The run's name, then each value as a person reads it."""
@@ -39,7 +42,7 @@ def number_text(name: str, value: float | None) -> str:
     if value is None:
         return "–"
     if name.endswith("_bytes"):
-        return f"{value / 2**20:,.1f} MiB"
+        return bytes_text(int(value))
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -71,7 +74,9 @@ def outcome_table(runs: Sequence[RunValues]) -> Outcomes:
     evaluated = [_exported(run) for run in runs]
     metrics = list(dict.fromkeys(name for one in evaluated for name in one))
     rows = [[*(one.get(name) for name in metrics), *_facts(run)] for one, run in zip(evaluated, runs, strict=True)]
-    return Outcomes([*(f"eval {name}" for name in metrics), *FACTS], [run.name for run in runs], rows)
+    return Outcomes(
+        [*(f"eval {name}" for name in metrics), *FACTS], [run.name for run in runs], rows, sizes_counted(runs)
+    )
 
 
 def _exported(run: RunValues) -> dict[str, float]:

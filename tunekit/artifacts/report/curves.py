@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tunekit.artifacts.report.values import RunValues
+from tunekit.artifacts.report.values import RunValues, sizes_counted
 
 MOST_POINTS = 1000  # of one series: more cannot be told apart on a screen, and the page stays small
 TREND_SHARE = 0.04  # of the steps: what the trend of a noisy series is a mean over
@@ -33,7 +33,7 @@ def charts_of(runs: Sequence[RunValues]) -> list[dict[str, Any]]:
     for name in ("learning_rate", "grad_norm"):
         charts.append(_chart(name, CHARTS[name], [_steps(run, name, at, many) for at, run in enumerate(runs)], ""))
     speed = [_trend(_steps(run, "tokens_per_second", at, many)) for at, run in enumerate(runs)]
-    charts.append(_chart("speed", "Tokens per second, padding not counted", speed, ""))
+    charts.append(_chart("speed", f"{sizes_counted(runs).capitalize()} per second, padding not counted", speed, ""))
     charts.append(_memory(runs, many))
     own = dict.fromkeys(name for run in runs for record in run.steps for name in record)
     for name in own:

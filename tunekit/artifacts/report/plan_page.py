@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from tunekit.recipe.names import sizes_of, units_of
-from tunekit.records import Plan, Target, bytes_text
+from tunekit.records import Plan, Target, bytes_text, short_name
 
 ATTENTION = {
     "products_per_document": "matrix products, each document of a row by itself; sdpa where they do not fit",
@@ -56,7 +56,7 @@ def target_rows(plan: Plan) -> list[list[object]]:
     grouped: dict[tuple[str, str, int | None], list[Target]] = {}
     for target in plan.targets:
         shape = f"{target.in_features} -> {target.out_features}"
-        grouped.setdefault((target.name.rpartition(".")[2], shape, target.r), []).append(target)
+        grouped.setdefault((short_name(target.name), shape, target.r), []).append(target)
     return [
         [name, len(group), shape, rank, sum(target.trainable_parameters for target in group)]
         for (name, shape, rank), group in grouped.items()

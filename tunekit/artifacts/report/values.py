@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
 from tunekit.artifacts.run import ROWS_NAME, RUN_SIGNS, read_json
 from tunekit.errors import InputError
 from tunekit.files.lock import is_held
+from tunekit.recipe.names import known_names, sizes_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,15 @@ def run_values(path: Path) -> RunValues:
         steps=[record for record in records if "eval" not in record],
         evaluations=[record for record in records if "eval" in record],
         **files,
+    )
+
+
+def sizes_counted(runs: Sequence[RunValues]) -> str:
+    """What the speeds of the runs count: tokens, pixels; tokens where a run does not say."""
+    named = (run.recipe.get("objective") for run in runs)
+    methods = (each.get("method", "sft") if isinstance(each, dict) else "sft" for each in named)
+    return " / ".join(
+        dict.fromkeys(sizes_of(name) if name in known_names("objectives") else "tokens" for name in methods)
     )
 
 

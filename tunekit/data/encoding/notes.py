@@ -21,7 +21,8 @@ NEARLY = 0.85  # likeness from which on a column is a field misspelt
 def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]) -> str:
     """How a source is read, and which columns are not; a warning where one of them may be what was to be learned."""
     facts = facts_of("formats", format_name)
-    known = columns if getattr(facts, "KEEPS_COLUMNS", False) else facts.FIELDS
+    aliases = [alias for alias, field in getattr(facts, "ALIASES", {}).items() if field not in columns]
+    known = columns if getattr(facts, "KEEPS_COLUMNS", False) else (*facts.FIELDS, *aliases)
     others = [column for column in columns if column not in known]
     unread = ", ".join(f"'{column}'" for column in others)
     note = f"{name}: format {format_name} ({reason})" + (f", which does not read {unread}" if unread else "")

@@ -15,9 +15,13 @@ from typing import Any
 from tunekit.data.looking.similar import Seen, signed
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.sound import SILENCE, opened
 from tunekit.errors import DataError, holds_secret
 from tunekit.formats.example import ChatExample, CompletionExample
+from tunekit.formats.image import ImageExample
+from tunekit.formats.image_label import ImageLabelExample
 from tunekit.formats.labels import LabelExample
+from tunekit.formats.transcript import TranscriptExample
 from tunekit.recipe.data import Source
 
 RARE = 0.02  # share of the rows that another writing has at most, to be remarked on
@@ -37,6 +41,8 @@ PATTERNS = (  # kind, what is looked for, and a text without which it cannot be 
 )
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 MOST_BROKEN = 1000  # things wrong with lines that are told apart
+FILED = (TranscriptExample, ImageExample, ImageLabelExample)  # of rows that name files
+SAMPLES_AT_ONCE = 1 << 20
 CHARACTERS_OF_A_TOKEN = 3.5  # where no tokenizer has been asked
 
 KINDS = {  # of findings: what it is, in the words of the table
@@ -122,6 +128,9 @@ def _of_the_shorter(values: dict[str, Any]) -> int:
 
 def _doubts(made: Any, text: str, characters: int, line: int, limit: int, found: Found) -> Iterator[tuple[str, str]]:
     """The kinds of findings in one row, and what was found; `characters`: of its longest sequence."""
+    if isinstance(made, FILED):
+        yield from _doubts_of_file(made)
+        return
     size = int(characters / CHARACTERS_OF_A_TOKEN)
     found.sizes[max(low for low in LENGTHS if low <= size)] += 1
     if size > limit:
@@ -141,6 +150,26 @@ def _doubts(made: Any, text: str, characters: int, line: int, limit: int, found:
             yield "roles", wrong
     elif isinstance(made, CompletionExample) and not made.completion.strip():
         yield "empty", "no answer"
+
+
+def _doubts_of_file(made: Any) -> Iterator[tuple[str, str]]:
+    """What is wrong with the recording or the image that a row names. Raises: DataError where it cannot be read."""
+    if not isinstance(made, TranscriptExample):
+        from tunekit.data.encoding.images import read_image  # with torch behind it
+        from tunekit.data.encoding.outcomes import Dropped
+
+        try:
+            read_image(made.image.path if made.image.data is None else made.image.data)
+        except Dropped as error:
+            yield "broken", str(error)
+        return
+    with opened(made.audio) as sound:
+        starts = range(0, sound.samples, SAMPLES_AT_ONCE)
+        loudest = max(float(abs(sound.read(start, start + SAMPLES_AT_ONCE)).max()) for start in starts)
+    if not made.text.strip():
+        yield "empty", "no transcript"
+    elif loudest < SILENCE:
+        yield "empty", "silence with a transcript"
 
 
 def _turns(example: ChatExample) -> str:

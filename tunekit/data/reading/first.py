@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tunekit.data.reading.folder import media_folder
+from tunekit.data.reading.folder import MEDIA, is_media, media_folder
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
@@ -120,6 +120,12 @@ def columns_meant(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _mapped(values: Mapping[str, Any], fitting: Sequence[str]) -> str:
     """How to read a row of such columns: by a mapping that its names suggest, if they do."""
+    kind = next((kind for kind in MEDIA if is_media(str(values.get(kind) or ""), kind)), "")
+    if set(values) <= {kind, "label"}:  # rows made of a folder's files, of which each must say more
+        wanted = [facts_of("formats", name).REQUIRED for name in fitting]
+        for field in (field for each in wanted if kind in each for field in each if field not in values):
+            folders = ", or one folder a class with its files" if field == "label" else ""
+            return f"put metadata.jsonl into the folder, a line a file: {{file_name: FILE, {field}: ...}}{folders}"
     meant = columns_meant(values)
     if meant and "prompt_completion" in fitting:
         typed = " ".join(f"data.eval.0.columns.{column}={field}" for column, field in meant.items())

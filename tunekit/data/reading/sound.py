@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from tunekit.errors import DataError, InputError
 from tunekit.formats.media import Media
 
+SILENCE = 1e-4  # the largest sample of a silent sound: -80 dB
+STREAMED = 0x7F000000  # from here on a RIFF header's size says that it was not known when it was written
 HOW_TO_INSTALL = "run: pip install tunekit[speech]"
 
 
@@ -77,10 +79,25 @@ def opened(media: Media) -> Iterator[Sound]:
         known = "WAV, FLAC, Ogg, Opus, MP3 and AIFF are, whatever they are called"
         raise DataError(f"{name} {what}", "" if empty else known) from None
     with stream:
+        _require_whole(media, name)
         sound = Sound(stream, name, stream.samplerate, stream.frames, stream.channels)
         if sound.samples <= 0:
             raise DataError(f"{name} has no samples", "leave the row out")
         yield sound
+
+
+def _require_whole(media: Media, name: str) -> None:
+    """Raises: DataError where a RIFF file ends before its header says, which soundfile passes over."""
+    if media.data is None:
+        size = Path(media.path).stat().st_size
+        with open(media.path, "rb") as file:
+            start = file.read(8)
+    else:
+        size, start = len(media.data), media.data[:8]
+    said = int.from_bytes(start[4:8], "little") + 8
+    if start[:4] == b"RIFF" and size < said < STREAMED:
+        what = f"{name} is cut short: {size:,} of the {said:,} bytes that its header names are there"
+        raise DataError(what, "fetch it again, or leave the row out")
 
 
 def _said(error: BaseException) -> str:
