@@ -310,14 +310,6 @@ class Dreambooth(RowObjective):
             return self._collated(rows, self.settings.train_text_encoder)
         return Batch({}, {}, tuple(map(tuple, sequences)), max(row.size for row in rows))
 
-    def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The whole: a part of a picture shows something else."""
-        return row
-
-    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One picture: all that is trained on have one size."""
-        return [next(rows)]
-
     def spans(self, row: Row) -> list[Part]:
         """The prompt and the picture's size."""
         (height, width), empty = row.parts["shape"].tolist(), np.zeros(0, np.int64)

@@ -7,7 +7,7 @@ How a picture is changed is drawn from (seed, step, row).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -168,14 +168,6 @@ class ImageClassify(LabelObjective):
     def scores(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
         assert output.logits is not None
         return output.logits.float(), placed(batch.targets["labels"], output.logits.device)
-
-    def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The whole: a part of a picture need not have its label."""
-        return row
-
-    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One picture: all are seen at one size."""
-        return [next(rows)]
 
     def spans(self, row: Row) -> list[Part]:
         """The label and the picture's size."""

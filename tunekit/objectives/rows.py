@@ -81,6 +81,14 @@ class RowObjective:
         """Evaluation rows are measured as training rows are."""
         return self  # type: ignore[return-value]
 
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """The whole: a part of a picture shows something else; rows of text are cut."""
+        return row
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """One row: pictures are all seen at one size; rows of text are laid end to end."""
+        return [next(rows)]
+
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:
         """Rows are laid out as they are asked for."""
         return self  # type: ignore[return-value]
