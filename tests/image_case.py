@@ -104,9 +104,9 @@ class ByHand:
         self.parameters = self._adapted()
         rate = self.plan.recipe["training"]["learning_rate"]
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, weight_decay=0.0)
-        self.photos = [self._transformed(path) for path in sorted(photos.iterdir())]
+        self.photos = sorted(photos.iterdir())
         classes = self.settings.class_data_dir
-        self.class_photos = [self._transformed(path) for path in sorted(Path(classes).iterdir())] if classes else []
+        self.class_photos = sorted(Path(classes).iterdir()) if classes else []
 
     def _adapted(self) -> dict[str, torch.nn.Parameter]:
         """peft's LoRA with tunekit's first values."""
@@ -125,41 +125,60 @@ class ByHand:
             parameter.data.copy_(first[name])
         return found
 
-    def _transformed(self, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels as the script's DreamBoothDataset makes them, with --center_crop; SDXL's time ids."""
+    def _bucket(self, path: Path) -> tuple[int, int]:
+        """Of those in the recipe, by aspect ratio; else the square."""
+        image, buckets = exif_transpose(Image.open(path)), self.settings.aspect_ratio_buckets or [(SIZE, SIZE)]
+        ratios = [(image.height / image.width) / (height / width) for height, width in buckets]
+        found: tuple[int, int] = buckets[int(np.argmin([max(ratio, 1 / ratio) for ratio in ratios]))]
+        return found
+
+    def _transformed(self, path: Path, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels as the script's DreamBoothDataset makes them, with --center_crop; SDXL's time ids. A bucket that is
+        no square is covered as in train_dreambooth_lora_flux2.py, but for rounding as Resize(side) does."""
+        image = exif_transpose(Image.open(path))
+        scale = max(size[0] / image.height, size[1] / image.width)
+        covering = [int(image.height * scale + 1e-9), int(image.width * scale + 1e-9)]
         transform = transforms.Compose(
             [
-                transforms.Resize(SIZE, interpolation=transforms.InterpolationMode.BILINEAR),
-                transforms.CenterCrop(SIZE),
+                transforms.Resize(covering, interpolation=transforms.InterpolationMode.BILINEAR),
+                transforms.CenterCrop(size),
                 transforms.ToTensor(),
                 transforms.Normalize([0.5], [0.5]),
             ]
         )
-        image = exif_transpose(Image.open(path))
         values: torch.Tensor = transform(image if image.mode == "RGB" else image.convert("RGB"))
-        height, width = transforms.Resize(SIZE)(image).size[::-1]
-        corner = [round((side - SIZE) / 2.0) for side in (height, width)]
-        return values, torch.tensor([image.height, image.width, *corner, SIZE, SIZE], dtype=torch.float32)
+        corner = [round((whole - seen) / 2.0) for whole, seen in zip(covering, size, strict=True)]
+        return values, torch.tensor([image.height, image.width, *corner, *size], dtype=torch.float32)
 
     def step(self, window: Window) -> tuple[float, float]:
-        """One optimizer step over the window's rows as one batch; returns its loss and the norm of its gradient."""
+        """One optimizer step over the window's rows, those of each size as one batch; returns its loss and the norm of
+        its gradient."""
         seen, places = Counter[int](), list[tuple[int, ...]]()
         for row in (row for batch in window.batches for row in batch.rows):
             places.append((window.seed, window.step, row.number, seen[row.number]))
             seen[row.number] += 1
-        pixels = [self.photos[place[2]] for place in places]
-        prompts, draws = [PROMPT] * len(places), [(*place, 0) for place in places]
-        if self.class_photos:  # one batch of both, the class behind
-            count = len(self.class_photos)
-            pixels += [self.class_photos[seed_for("class picture", *place) % count] for place in places]
-            prompts, draws = [*prompts, *[CLASS_PROMPT] * len(places)], [*draws, *[(*place, 1) for place in places]]
-        values, self.time_ids = (torch.stack(each) for each in zip(*pixels, strict=True))
-        loss = self._loss(*self._predicted(values, prompts, draws))
+        sizes = [self._bucket(self.photos[place[2]]) for place in places]
+        loss = torch.zeros(())
+        for size in set(sizes):
+            some = [place for place, own in zip(places, sizes, strict=True) if own == size]
+            loss = loss + self._loss_at(size, some) * len(some) / len(places)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss), float(norm)
+        return float(loss.detach()), float(norm)
+
+    def _loss_at(self, size: tuple[int, int], places: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Of pictures of one size; those of the class are cropped to it."""
+        pixels = [self._transformed(self.photos[place[2]], size) for place in places]
+        prompts, draws = [PROMPT] * len(places), [(*place, 0) for place in places]
+        if self.class_photos:  # one batch of both, the class behind
+            count = len(self.class_photos)
+            chosen = [self.class_photos[seed_for("class picture", *place) % count] for place in places]
+            pixels += [self._transformed(path, size) for path in chosen]
+            prompts, draws = [*prompts, *[CLASS_PROMPT] * len(places)], [*draws, *[(*place, 1) for place in places]]
+        values, self.time_ids = (torch.stack(each) for each in zip(*pixels, strict=True))
+        return self._loss(*self._predicted(values, prompts, draws))
 
     def _predicted(
         self, pixels: torch.Tensor, prompts: Sequence[str], draws: Sequence[tuple[int, ...]]

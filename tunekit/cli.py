@@ -188,7 +188,7 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
     score: Annotated[str | None, typer.Option("--score", metavar="FILE", help="answers, for a reward model")] = None,
     choices: Annotated[str | None, typer.Option(metavar="LIST", help="answer with one of '[yes, no]'")] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="where pictures go; default: pictures")] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="where images go; default: pictures")] = None,
     device: Device = None,
 ) -> None:
     """Answer prompts, score answers, or draw pictures. Plain text for --prompt, one JSON object a line for several."""

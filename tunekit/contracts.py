@@ -89,6 +89,7 @@ class RowLayout:
     `token_sizes`: the places of those sizes that count tokens, None: of all; others count frames or pixels.
     `least`: to what each size is padded at least, where a model takes no less.
     `told_by`: parts beside the ids by which equal rows are known.
+    `alike`: the part that is the same in all rows of a micro-batch, where rows of another one make no tensor with them.
     """
 
     parts: Mapping[str, str]
@@ -98,6 +99,7 @@ class RowLayout:
     token_sizes: tuple[int, ...] | None = None
     least: tuple[int, ...] = ()
     told_by: tuple[str, ...] = ()
+    alike: str | None = None
 
     def padded(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """A sequence's sizes as the padding of a micro-batch sees them."""
@@ -112,6 +114,10 @@ class RowLayout:
     def tokens_of(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Those of the sizes that count tokens."""
         return tuple(sizes) if self.token_sizes is None else tuple(sizes[place] for place in self.token_sizes)
+
+    def kind(self, row: Row) -> bytes:
+        """Equal for rows that may share a micro-batch."""
+        return b"" if self.alike is None else row.parts[self.alike].tobytes()
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,13 +113,13 @@ def _check_flags(
 ) -> None:
     """Raises: InputError for a flag that would say nothing."""
     if not draws and output is not None:
-        raise InputError("the target writes no pictures", "leave --output out")
+        raise InputError("the target writes no images", "leave --output out")
     if draws:
         flags = (("--temperature", temperature or None), ("--max-new-tokens", max_new_tokens), ("--top-p", top_p))
         others = (("--top-k", top_k), ("--score", score), ("--choices", choices))
         given = [flag for flag, value in (*flags, *others) if value is not None]
         if given:
-            raise InputError(f"a pipeline draws pictures, of which {' and '.join(given)} says nothing", "leave it out")
+            raise InputError(f"a pipeline draws images, of which {' and '.join(given)} says nothing", "leave it out")
         return
     given = [flag for flag, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)) if value is not None]
     if given and not temperature:

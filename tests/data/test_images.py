@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from tunekit.data.encoding.images import ANIMATED, TOO_SMALL, png_bytes, read_image, resized
+from tunekit.data.encoding.images import ANIMATED, TOO_SMALL, covering, cropped, png_bytes, read_image
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 
@@ -91,9 +91,9 @@ def test_what_cannot_be_read_is_named_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").write_bytes(b"")
     for name, reason in (("cut.jpg", "truncated"), ("text.png", "cannot identify"), ("empty.png", "cannot identify")):
-        with pytest.raises(DataError, match=f"{name} cannot be read as a picture .*(?i:{reason})"):
+        with pytest.raises(DataError, match=f"{name} cannot be read as an image .*(?i:{reason})"):
             read_image(str(tmp_path / name))
-    with pytest.raises(DataError, match=r"there is no picture .*absent\.png"):
+    with pytest.raises(DataError, match=r"there is no image .*absent\.png"):
         read_image(str(tmp_path / "absent.png"))
 
 
@@ -109,4 +109,13 @@ def test_a_bomb_is_refused_before_it_is_opened(tmp_path: Path, monkeypatch: pyte
 def test_resizing_is_torchvisions(shorter: int, turned: bool) -> None:
     pixels = np.ascontiguousarray(COLOURS.transpose(1, 0, 2)) if turned else COLOURS
     theirs = v2.Resize(shorter, interpolation=v2.InterpolationMode.BILINEAR)(Image.fromarray(pixels))
-    assert torch.equal(torch.from_numpy(resized(pixels, shorter)), torch.from_numpy(np.array(theirs)))
+    assert np.array_equal(covering(pixels, (shorter, shorter)), np.array(theirs))
+
+
+@pytest.mark.parametrize("size", [(16, 32), (32, 16), (20, 24), (24, 40), (48, 40)])
+def test_what_covers_a_size_is_no_larger_than_it_must_be(size: tuple[int, int]) -> None:
+    found = covering(COLOURS, size)
+    assert any(side == least for side, least in zip(found.shape, size, strict=False))
+    assert all(side >= least for side, least in zip(found.shape, size, strict=False))
+    theirs = v2.CenterCrop(size)(torch.from_numpy(found.copy()).permute(2, 0, 1))
+    assert torch.equal(torch.from_numpy(cropped(found, size)[0].copy()).permute(2, 0, 1), theirs)

@@ -269,7 +269,7 @@ def test_what_is_predicted_is_kept_with_the_adapter(tmp_path: Path, pipeline: Pa
         ({"weighting_scheme": "mode"}, "objective.weighting_scheme: is of flow matching"),
         ({"cache_latents": True, "random_flip": True}, "objective.cache_latents: random crops and flips"),
         ({"class_prompt": "a dog"}, "prior preservation needs class_prompt"),
-        ({"instance_prompt": None}, "the picture has no 'text'"),
+        ({"instance_prompt": None}, "the image has no 'text'"),
     ],
 )
 def test_what_cannot_be_obeyed_is_refused_by_key(
@@ -287,10 +287,10 @@ def test_bad_pictures_are_counted_or_named(tmp_path: Path, pipeline: Path) -> No
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
     recipe = write_image_recipe(tmp_path, pipeline, folder, data={"eval": None})
     plan, prepared = make_plan(load_recipe(str(recipe), []))
-    assert prepared.rows.counts.dropped_reasons == {"animated picture": 1, "less than 16 pixels on a side": 1}
+    assert prepared.rows.counts.dropped_reasons == {"animated image": 1, "less than 16 pixels on a side": 1}
     assert plan.rows.training.trained == 2
     (folder / "broken.png").write_text("no picture")
-    with pytest.raises(InputError, match=r"photos:3: .*broken\.png cannot be read as a picture"):
+    with pytest.raises(InputError, match=r"photos:3: .*broken\.png cannot be read as an image"):
         make_plan(load_recipe(str(recipe), []))
     (tmp_path / "empty").mkdir()
     recipe = write_image_recipe(tmp_path, pipeline, tmp_path / "empty", data={"eval": None})

@@ -103,7 +103,7 @@ def by_hand(recipe: Path, pictures: Path, augmented: bool) -> tuple[list[float],
             parameter.data.copy_(first[own])
     files = sorted(pictures.rglob("*.png"))
     train = v2.Compose([v2.RandomResizedCrop(SIDE, (0.5, 1.0)), v2.RandomHorizontalFlip()])
-    plain = v2.CenterCrop(SIDE)
+    own = ViTImageProcessor.from_pretrained(plan.model.name_or_path)
     labels = sorted(COLOURS)
 
     def pixels(row: int, seed: int) -> torch.Tensor:
@@ -112,7 +112,7 @@ def by_hand(recipe: Path, pictures: Path, augmented: bool) -> tuple[list[float],
             torch.manual_seed(seed)
             image = train(torch.tensor(np.array(image)).permute(2, 0, 1))
         else:
-            image = plain(torch.tensor(np.array(v2.Resize(SIDE)(image))).permute(2, 0, 1))
+            return own(image, return_tensors="pt")["pixel_values"][0]
         mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
         return (image.float() / 255.0 - mean[:, None, None]) / deviation[:, None, None]
 
@@ -215,7 +215,7 @@ def test_a_table_names_pictures_and_bad_ones_are_told(tmp_path: Path, vit: Path,
     assert len(prepared.rows.train) + len(prepared.rows.evaluation or ()) == len(rows)
     assert not plan.refusals
     table.write_text("\n".join(map(json.dumps, [*rows, {"image": "absent.png", "label": "red"}])))
-    with pytest.raises(InputError, match=r"rows\.jsonl:19: there is no picture .*absent\.png"):
+    with pytest.raises(InputError, match=r"rows\.jsonl:19: there is no image .*absent\.png"):
         make_plan(load_recipe(str(recipe), []))
     listed = write(tmp_path, vit, pictures, objective={"labels": ["red", "green"]})
     with pytest.raises(InputError, match="the label 'blue' is not among the labels"):

@@ -12,7 +12,7 @@ from typing import Any
 from tunekit.formats.fields import check_text
 from tunekit.formats.media import Media, read_media
 
-DESCRIPTION = "image: a picture's file; text: what it shows, where the recipe does not say it for all"
+DESCRIPTION = "image: an image's file; text: what it shows, where the recipe does not say it for all"
 FIELDS = ("image", "text")
 REQUIRED = ("image",)
 EXAMPLE = "image"

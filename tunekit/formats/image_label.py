@@ -12,7 +12,7 @@ from typing import Any
 from tunekit.formats.labels import read_label
 from tunekit.formats.media import Media, read_media
 
-DESCRIPTION = "image: a picture's file; label: the name of its class, or a whole number"
+DESCRIPTION = "image: an image's file; label: the name of its class, or a whole number"
 FIELDS = ("image", "label")
 REQUIRED = ("image", "label")
 EXAMPLE = "image_label"

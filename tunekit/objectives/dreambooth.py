@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from tunekit.contracts import (
     Window,
 )
 from tunekit.data.encoding.encode import EncodeOptions
-from tunekit.data.encoding.images import Pixels, cropped
+from tunekit.data.encoding.images import Pixels, Size, cropped
 from tunekit.errors import InputError, Problem, RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.machine.devices import summing_dtype
@@ -45,9 +46,10 @@ from tunekit.model.families.pipeline.parts import PIPELINES, TEXT_ENCODERS
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.placing import placed
 from tunekit.objectives.diffusion import noise
+from tunekit.objectives.diffusion.buckets import bucket_problems, made_buckets
 from tunekit.objectives.diffusion.class_images import ClassImages
 from tunekit.objectives.diffusion.kept import Kept, scaled_latents
-from tunekit.objectives.diffusion.rows import PictureEncoder, pixels_of, prompt_of
+from tunekit.objectives.diffusion.rows import PictureEncoder, bucket_of, pixels_of, prompt_of
 from tunekit.objectives.logprobs import row_losses
 from tunekit.objectives.rows import RowObjective
 from tunekit.recipe.model import ModelSection, PipelineModel
@@ -56,6 +58,7 @@ from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 Place = tuple[int | str, ...]  # what is drawn depends on: seed, step, row, and which of a row's pictures
 FACTS = (
     "resolution",
+    "aspect_ratio_buckets",
     "train_text_encoder",
     "prediction_type",
 )  # settings without which an adapter's folder cannot be used
@@ -68,16 +71,20 @@ class Dreambooth(RowObjective):
 
     measures = False  # whether rows are only measured: without class pictures or weights, at fixed times and noise
     layout = RowLayout(
-        {"pixels": "u1", "shape": "<i4", "original": "<i4", "prompt": "u1"},
+        {"pixels": "u1", "shape": "<i4", "original": "<i4", "bucket": "<i4", "prompt": "u1"},
         (),
         sizes=1,
         token_sizes=(),
         told_by=("pixels", "prompt"),
+        alike="bucket",
     )
 
     def __init__(self, settings: DreamboothSettings, processor: PipelineProcessor, facts: Mapping[str, Any]) -> None:
         """`facts`: what a folder says of the adapter in it, where no recipe does."""
-        settings = settings.model_copy(update={name: facts[name] for name in FACTS if name in facts})
+        given = {name: facts[name] for name in FACTS if name in facts}
+        if isinstance(buckets := given.get("aspect_ratio_buckets"), list):
+            given["aspect_ratio_buckets"] = tuple((high, wide) for high, wide in buckets)
+        settings = settings.model_copy(update=given)
         if settings.prediction_type != "auto" and not processor.flows:
             processor = replace(processor, predicts=settings.prediction_type)
         super().__init__(settings, processor)
@@ -85,12 +92,22 @@ class Dreambooth(RowObjective):
         self.facts = {name: getattr(settings, name) for name in FACTS}
         self.resolution = settings.resolution or processor.resolution
         self.facts["resolution"] = self.resolution
+        if settings.aspect_ratio_buckets is not None:
+            self.facts["aspect_ratio_buckets"] = [*map(list, self.buckets)]
         self.kept = Kept(processor)
         self.class_images = ClassImages(settings, self.resolution) if settings.class_prompt else None
-        decides = (settings.method, settings.instance_prompt, self.resolution)  # what a row is made of
+        decides = (settings.method, settings.instance_prompt, self.buckets)  # what a row is made of
         self.fingerprint = hash_of([*decides, processor.fingerprint])
         self._check()
         self.schedule = _schedule(processor)
+
+    @property
+    def buckets(self) -> tuple[Size, ...]:
+        """Sizes that are trained on."""
+        written = self.settings.aspect_ratio_buckets
+        if isinstance(written, str):
+            return made_buckets(self.resolution, self.processor.multiple)
+        return ((self.resolution, self.resolution),) if written is None else written
 
     def _check(self) -> None:
         """Raises: RecipeError for settings that the pipeline cannot obey; ModelError for a pipeline of another kind."""
@@ -98,6 +115,8 @@ class Dreambooth(RowObjective):
         if self.resolution % processor.multiple:
             what = f"{self.resolution} is no multiple of {processor.multiple}, by which the denoiser divides it"
             problems.append(Problem(what, "write one", key="objective.resolution"))
+        if settings.aspect_ratio_buckets not in (None, "auto"):
+            problems += bucket_problems(self.buckets, processor.multiple, processor.most_side)
         if processor.flows:
             for key, given in (("snr_gamma", settings.snr_gamma), ("prediction_type", settings.prediction_type)):
                 if given not in (None, "auto"):
@@ -107,7 +126,7 @@ class Dreambooth(RowObjective):
             what = "is of flow matching, and this pipeline has a diffusion schedule"
             problems.append(Problem(what, "remove it", key="objective.weighting_scheme"))
         if settings.cache_latents is True and self.changes:
-            what = "random crops and flips change a picture from step to step"
+            what = "random crops and flips change an image from step to step"
             problems.append(Problem(what, "write auto, or leave them out", key="objective.cache_latents"))
         if problems:
             raise RecipeError.of(problems)
@@ -132,7 +151,7 @@ class Dreambooth(RowObjective):
 
     def row_encoder(self, options: EncodeOptions) -> PictureEncoder:
         """What encodes pictures."""
-        return PictureEncoder(self.settings.instance_prompt, self.resolution, self.processor)
+        return PictureEncoder(self.settings.instance_prompt, self.buckets, self.processor)
 
     def held_out(self) -> Dreambooth:
         """As rows are only measured."""
@@ -146,13 +165,17 @@ class Dreambooth(RowObjective):
 
     def begin(self, model: Any, rows: Sequence[Any], told: Told) -> None:
         """Draw the class pictures that are missing, and encode what every step would encode anew."""
-        net = model.base.net
-        prior = [] if self.class_images is None else self.class_images.ready(model, self.processor, told)
-        pictures = [pixels_of(some[index]) for some in rows for index in range(len(some))] if self.caches else []
-        with net.beside_on(model.device, ["vae"]):
-            for done, pixels in enumerate([*pictures, *((each for each, _ in prior) if self.caches else ())]):
-                told("pictures encoded", done, len(pictures) + len(prior))
-                self.kept.posterior(model, cropped(pixels, self.resolution)[0])
+        net, prior = model.base.net, list[tuple[Pixels, Size]]()
+        if self.class_images is not None:
+            sizes = sorted({bucket_of(some[index]) for some in rows for index in range(len(some))})
+            prior = self.class_images.ready(model, self.processor, sizes, told)
+        if self.caches:
+            own = ((pixels_of(some[index]), bucket_of(some[index])) for some in rows for index in range(len(some)))
+            count = sum(map(len, rows)) + len(prior)
+            with net.beside_on(model.device, ["vae"]):
+                for done, (pixels, size) in enumerate(chain(own, prior)):
+                    told("images encoded", done, count)
+                    self.kept.posterior(model, cropped(pixels, size)[0])
         if not net.trains_text:
             with net.beside_on(model.device, TEXT_ENCODERS):
                 self.kept.embed(model, self._prompts(rows))
@@ -170,7 +193,7 @@ class Dreambooth(RowObjective):
     def rehearse(self, model: Any, batch: Batch) -> None:
         """One picture encoded, and one decoded where some are drawn."""
         vae, side = model.base.net.part("vae"), self.resolution
-        vae.encode(torch.empty(1, 3, side, side, device="meta"))
+        vae.encode(torch.empty(1, 3, *bucket_of(batch.rows[0]), device="meta"))
         if self.draws:
             vae.decode(torch.empty(1, *self.processor.latent_shape(side, side), device="meta"))
 
@@ -186,7 +209,7 @@ class Dreambooth(RowObjective):
         how = Drawing(settings.num_inference_steps, settings.guidance_scale, self.resolution, self.resolution)
         with model.base.net.beside_on(model.device):
             for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                told("pictures drawn", done, len(prompts))
+                told("images drawn", done, len(prompts))
                 found += draw_pictures(model.base.net, self.processor, [prompt], [seed], how)
         return found
 
@@ -212,15 +235,16 @@ class Dreambooth(RowObjective):
 
     def _noisy(self, model: Any, row: Row, place: Place) -> Row:
         """The picture and, with prior preservation, one of the class."""
-        pictures = [self._sample(model, pixels_of(row), row.parts["original"].tolist(), (*place, 0))]
+        size = bucket_of(row)
+        pictures = [self._sample(model, pixels_of(row), row.parts["original"].tolist(), size, (*place, 0))]
         weight = 1.0
         if self.settings.snr_gamma is not None:
             step = torch.tensor([pictures[0]["steps"]])
             weight = float(noise.min_snr_weights(self.schedule, step, self.settings.snr_gamma))
         weights = [weight]
         if self.class_images is not None:
-            prior, size = self.class_images.pick(model, seed_for("class picture", *place))
-            pictures.append(self._sample(model, prior, size, (*place, 1)))
+            prior, original = self.class_images.pick(model, seed_for("class picture", *place), size)
+            pictures.append(self._sample(model, prior, original, size, (*place, 1)))
             weights.append(self.settings.prior_loss_weight)
         if self.schedule.prediction == "flow":
             sigmas = self.schedule.noise[torch.tensor([picture["steps"] for picture in pictures])]
@@ -234,16 +258,16 @@ class Dreambooth(RowObjective):
         steps = [int((draw + 0.5) * len(self.schedule) / count) for draw in range(count)]
         places: list[Place] = [("evaluation", row.number, draw) for draw in range(count)]
         pictures = [
-            self._sample(model, pixels_of(row), row.parts["original"].tolist(), place, step)
+            self._sample(model, pixels_of(row), row.parts["original"].tolist(), bucket_of(row), place, step)
             for place, step in zip(places, steps, strict=True)
         ]
         return _with(row, pictures, [1.0 / count] * count)
 
     def _sample(
-        self, model: Any, pixels: Pixels, original: Sequence[int], place: Place, step: int | None = None
+        self, model: Any, pixels: Pixels, original: Sequence[int], size: Size, place: Place, step: int | None = None
     ) -> dict[str, Any]:
         """Noisy latents of a picture, their target, and the step, which is drawn where it is not given."""
-        pixels, corner = self._view(pixels, place, fixed=step is not None)
+        pixels, corner = self._view(pixels, size, place, fixed=step is not None)
         posterior = self.kept.posterior(model, pixels, keep=self.caches or step is not None)
         normal = torch.randn(posterior[0].shape, generator=noise.generator_for("latents", *place))
         latents = scaled_latents(self.processor, posterior, normal)[None]
@@ -254,20 +278,20 @@ class Dreambooth(RowObjective):
             "latents": noise.noisy(self.schedule, latents, drawn, steps)[0].numpy(),
             "target": noise.target(self.schedule, latents, drawn, steps)[0].numpy(),
             "steps": step,
-            "sizes": [*map(int, original), *corner, self.resolution, self.resolution],
+            "sizes": [*map(int, original), *corner, *size],
         }
 
-    def _view(self, pixels: Pixels, place: Place, fixed: bool) -> tuple[Pixels, tuple[int, int]]:
+    def _view(self, pixels: Pixels, size: Size, place: Place, fixed: bool) -> tuple[Pixels, Size]:
         """What of a picture is seen, and where that begins."""
         if fixed or not self.changes:
-            return cropped(pixels, self.resolution)
+            return cropped(pixels, size)
         generator, corner = noise.generator_for("view", *place), None
         flips = bool(torch.rand((), generator=generator) < 0.5)
         if not self.settings.center_crop:
-            most = [side - self.resolution + 1 for side in pixels.shape[:2]]
+            most = [whole - seen + 1 for whole, seen in zip(pixels.shape[:2], size, strict=True)]
             top, left = (int(torch.randint(0, count, (), generator=generator)) for count in most)
             corner = (top, left)
-        seen, corner = cropped(pixels, self.resolution, corner)
+        seen, corner = cropped(pixels, size, corner)
         return (seen[:, ::-1] if self.settings.random_flip and flips else seen), corner
 
     def _step(self, place: Place) -> int:
@@ -312,8 +336,8 @@ class Dreambooth(RowObjective):
 
     def spans(self, row: Row) -> list[Part]:
         """The prompt and the picture's size."""
-        (height, width), empty = row.parts["shape"].tolist(), np.zeros(0, np.int64)
-        title = f"{prompt_of(row)} ({width} x {height} pixels, of which {self.resolution} x {self.resolution} are seen)"
+        (height, width), (high, wide), empty = row.parts["original"].tolist(), bucket_of(row), np.zeros(0, np.int64)
+        title = f"{prompt_of(row)} ({width} x {height} pixels, trained on at {wide} x {high})"
         return [Part(empty, np.zeros(0, np.bool_), title=title)]
 
     def answer(
@@ -327,7 +351,7 @@ class Dreambooth(RowObjective):
         sampling: Sampling = GREEDY,
     ) -> list[str]:
         """Raises: InputError: pictures are drawn by `drawn`."""
-        raise InputError("a pipeline draws pictures and writes no answers", "use tunekit generate")
+        raise InputError("a pipeline draws images and writes no answers", "use tunekit generate")
 
     def losses(self, output: ModelOutput, batch: Batch) -> Tensor:
         """(R,) float32 of each row: the weighted mean squared errors of its pictures, added."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from tunekit.contracts import (
 )
 from tunekit.data.encoding.augmentation import Augmentation
 from tunekit.data.encoding.encode import EncodeOptions
-from tunekit.data.encoding.images import Pixels, cropped, read_image, resized
+from tunekit.data.encoding.images import Pixels, Size, covering, read_image
 from tunekit.errors import InputError
 from tunekit.formats.image_label import ImageLabelExample
 from tunekit.model.call import seed_for
@@ -40,11 +40,20 @@ from tunekit.model.placing import placed
 from tunekit.objectives.labelled import LabelObjective, make_objective_of
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
+NOTHING: Pixels = np.zeros((0, 0, 3), np.uint8)
 KEPT = 2  # how many times as large as it is trained on a picture is kept, where parts of it are
 
 
+class Asked(NamedTuple):
+    """A picture (side, side, 3) as the model's own processor sees it, and its height and width before."""
+
+    seen: Pixels
+    original: Size
+
+
 class ImageEncoder:
-    """A row is a picture, no larger than can be of use, and its label as UTF-8."""
+    """A row is a picture as the model's own processor sees it, its label as UTF-8, and, where parts of it are trained
+    on, the whole picture, no larger than can be of use."""
 
     def __init__(self, objective: ImageClassify) -> None:
         self.objective = objective
@@ -59,44 +68,55 @@ class ImageEncoder:
         label beyond those that were given."""
         self.objective.check_label(example.label)
         pixels = self._pixels(example.image.path if example.image.data is None else example.image.data)
-        return make_row(pixels, np.frombuffer(example.label.encode(), np.uint8), self.objective.resolution, origin)
+        label = np.frombuffer(example.label.encode(), np.uint8)
+        return make_row(self._asked(pixels), label, origin, whole=self.objective.kept(pixels))
 
     def _pixels(self, source: str | bytes) -> Pixels:
         found = Counter[str]()
         pixels = read_image(source, found)
         self.notices.update(+found)
-        return resized(pixels, self.objective.kept_side(min(pixels.shape[:2])))
+        return pixels
 
-    def prompt(self, example: ImageLabelExample) -> tuple[Pixels, str]:
+    def _asked(self, pixels: Pixels) -> Asked:
+        return Asked(self.objective.processor.seen(pixels), (pixels.shape[0], pixels.shape[1]))
+
+    def prompt(self, example: ImageLabelExample) -> tuple[Asked, str]:
         """The picture, and its label."""
-        return self._pixels(example.image.path if example.image.data is None else example.image.data), example.label
+        pixels = self._pixels(example.image.path if example.image.data is None else example.image.data)
+        return self._asked(pixels), example.label
 
-    def question(self, text: str) -> Pixels:
+    def question(self, text: str) -> Asked:
         """The picture of this path."""
-        return self._pixels(text)
+        return self._asked(self._pixels(text))
 
-    def shown(self, asked: Pixels) -> str:
+    def shown(self, asked: Asked) -> str:
         """Its size."""
-        return f"a picture of {asked.shape[1]} x {asked.shape[0]} pixels"
+        return f"an image of {asked.original[1]} x {asked.original[0]} pixels"
 
 
-def make_row(pixels: Pixels, label: np.ndarray[Any, Any], side: int, origin: str, number: int = 0) -> Row:
-    """A row of a picture (H, W, 3), of which side x side pixels are seen, and a label."""
+def make_row(asked: Asked, label: np.ndarray[Any, Any], origin: str, number: int = 0, whole: Pixels = NOTHING) -> Row:
+    """A row of a picture with a label. Shapes: whole (H, W, 3)."""
     parts: dict[str, Any] = {
-        "pixels": pixels.reshape(-1),
-        "shape": np.array(pixels.shape[:2], np.int32),
+        "pixels": whole.reshape(-1),
+        "shape": np.array(whole.shape[:2], np.int32),
+        "original": np.array(asked.original, np.int32),
+        "seen": asked.seen.reshape(-1),
         "label": label,
     }
-    return Row(parts, (side * side,), 1, origin, number)
+    return Row(parts, (asked.seen.shape[0] * asked.seen.shape[1],), 1, origin, number)
 
 
 class ImageClassify(LabelObjective):
     """loss = sum over rows of -log p(label | picture); divided by the step's number of rows."""
 
     metrics: Sequence[str] = ("loss", "accuracy", "macro_f1")
-    measures = False  # whether rows are only measured: their middle, as it is
+    measures = False  # whether rows are only measured: as the model's own processor sees them
     layout = RowLayout(
-        {"pixels": "u1", "shape": "<i4", "label": "u1"}, (), sizes=1, token_sizes=(), told_by=("pixels", "label")
+        {"pixels": "u1", "shape": "<i4", "original": "<i4", "seen": "u1", "label": "u1"},
+        (),
+        sizes=1,
+        token_sizes=(),
+        told_by=("pixels", "seen", "label"),
     )
     settings: ImageClassifySettings
     processor: PixelProcessor
@@ -117,9 +137,12 @@ class ImageClassify(LabelObjective):
             settings.random_erasing,
         )
 
-    def kept_side(self, shorter: int) -> int:
-        """Pixels of the shorter side that a row keeps of a picture of this one."""
-        return min(max(shorter, self.resolution), self.resolution * (KEPT if self.settings.random_resized_crop else 1))
+    def kept(self, pixels: Pixels) -> Pixels:
+        """What a row keeps of a picture for the parts of it that steps see; nothing where they see the whole."""
+        if not self.settings.random_resized_crop:
+            return NOTHING
+        side = min(max(min(pixels.shape[:2]), self.resolution), self.resolution * KEPT)
+        return covering(pixels, (side, side))
 
     def labels_of(self, row: Row) -> list[str]:
         return [row.parts["label"].tobytes().decode()]
@@ -148,22 +171,25 @@ class ImageClassify(LabelObjective):
             for row in batch.rows:
                 seed = seed_for("augmentation", window.seed, window.step, row.number, seen[row.number])
                 seen[row.number] += 1
-                view = self.augmentation.changed(pixels_of(row), seed)
+                whole = pixels_of(row) if row.parts["pixels"].size else self._seen(row)
+                view = self.augmentation.changed(whole, seed)
                 rows.append(replace(row, parts={"view": view, "label": row.parts["label"]}))
             batches.append(self.collate([[row] for row in rows]))
         return replace(window, batches=tuple(batches))
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Shapes: pixel_values (R, 3, side, side) float32; labels (R,). Without a step's change the middle is seen."""
+        """Shapes: pixel_values (R, 3, side, side) float32; labels (R,). Without a step's change, as the model's
+        own processor sees pictures."""
         rows = [row for sequence in sequences for row in sequence]
-        views = np.stack([row.parts["view"] if "view" in row.parts else self._middle(row) for row in rows])
+        views = np.stack([row.parts["view"] if "view" in row.parts else self._seen(row) for row in rows])
         scale, offset = self.processor.scale
         values = torch.from_numpy(views).float() @ scale.T + offset  # (R, side, side, C)
         inputs = {"pixel_values": values.permute(0, 3, 1, 2).contiguous()}
         return Batch(inputs, {"labels": self.numbers(sequences)}, tuple(map(tuple, sequences)), self.resolution**2)
 
-    def _middle(self, row: Row) -> Pixels:
-        return cropped(resized(pixels_of(row), self.resolution), self.resolution)[0]
+    def _seen(self, row: Row) -> Pixels:
+        pixels: Pixels = row.parts["seen"].reshape(self.resolution, self.resolution, 3)
+        return pixels
 
     def scores(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
         assert output.logits is not None
@@ -171,7 +197,7 @@ class ImageClassify(LabelObjective):
 
     def spans(self, row: Row) -> list[Part]:
         """The label and the picture's size."""
-        (height, width), empty = row.parts["shape"].tolist(), np.zeros(0, np.int64)
+        (height, width), empty = row.parts["original"].tolist(), np.zeros(0, np.int64)
         title = f"label: {self.labels_of(row)[0]} ({width} x {height} pixels)"
         return [Part(empty, np.zeros(0, np.bool_), title=title)]
 
@@ -192,9 +218,7 @@ class ImageClassify(LabelObjective):
             )
         first = np.frombuffer(self.labels[0].encode(), np.uint8)
         held: Any = self.held_out()
-        found: list[str] = held.most_likely(
-            model, [make_row(pixels, first, self.resolution, "") for pixels in prompts], batch_size
-        )
+        found: list[str] = held.most_likely(model, [make_row(asked, first, "") for asked in prompts], batch_size)
         return found
 
 

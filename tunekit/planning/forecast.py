@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.stream import StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, as_large, collate
 from tunekit.errors import ModelError
 from tunekit.machine.devices import kind_of
 from tunekit.model.attention.self_attention import heads_and_width
@@ -71,7 +71,7 @@ def largest_batch(
         if left <= 0:
             break
     assert best is not None
-    return collate(rows, best, objective, end_to_end=settings.end_to_end)
+    return as_large(collate(rows, best, objective, end_to_end=settings.end_to_end), objective)
 
 
 def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, settings: BatchSettings) -> int:

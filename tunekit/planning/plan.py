@@ -15,7 +15,7 @@ from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
 from tunekit.contracts import Batch, Processor, Rows
 from tunekit.data.batching.stream import StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, evaluation_batches, filled_batch
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, largest_evaluation_batch
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
 from tunekit.machine.devices import make_devices
@@ -247,7 +247,7 @@ def _forecast(
     evaluation, answers = None, 0
     if rows.evaluation is not None and rows.eval_counts is not None:
         size = recipe.evaluation.batch_size
-        evaluation = next(iter(evaluation_batches(rows.evaluation, rows.objective, batch_size=size)))
+        evaluation = largest_evaluation_batch(rows.evaluation, rows.objective, batch_size=size)
         if recipe.evaluation.generate:
             answers = inputs.virtual_tokens + rows.eval_counts.longest_tokens + recipe.evaluation.max_new_tokens
     beside, sampled, models = start_bytes(recipe.adapter, inputs.targets), None, 0

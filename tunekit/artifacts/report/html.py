@@ -37,7 +37,7 @@ def run_page(run: RunValues) -> str:
     sections = [
         _evaluations(run),
         *_classes(run),
-        *(_section("Pictures", **each) for each in shown_pictures(run.path, run.recipe, run.exported_step)),
+        *(_section("Images", **each) for each in shown_pictures(run.path, run.recipe, run.exported_step)),
         _samples(run),
         _completions(run),
         _worst_rows(run),

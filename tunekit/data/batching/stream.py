@@ -17,7 +17,7 @@ import numpy as np
 from tunekit.contracts import Batch, Objective, Row, Window
 from tunekit.data.batching.order import draw_raw, permutation
 from tunekit.data.batching.pack import first_fit
-from tunekit.data.batching.windows import BatchSettings, Sizes, cut_micro_batches
+from tunekit.data.batching.windows import BatchSettings, Sizes, cut_alike, cut_micro_batches
 from tunekit.data.encoding.encode import EncodeOptions, SourceCounts, encode_rows
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.reading.first import format_maker
@@ -138,7 +138,12 @@ class StreamedWindows:
     def _sizes_of(self, sequence: StreamedSequence) -> Sizes:
         return self._objective.layout.padded([*map(sum, zip(*(part.row.sizes for part in sequence), strict=True))])
 
+    def _kind_of(self, sequence: StreamedSequence) -> bytes:
+        return self._objective.layout.kind(sequence[0].row)
+
     def _window(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> Window:
+        if self._objective.layout.alike is not None:
+            micro_batches = cut_alike(micro_batches, self._kind_of, self._sizes_of, self._settings)
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         epoch = max(part.epoch for batch in micro_batches for group in batch for part in group)
         batches = tuple(self._collate(micro_batches[index]) for index in indices)

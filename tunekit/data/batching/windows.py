@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from typing import TypeVar
 
 import numpy as np
 
-from tunekit.contracts import Batch, Objective, Rows, Window
+from tunekit.contracts import Batch, Objective, Row, Rows, Window
 from tunekit.data.batching.order import Share, epoch_rows
 from tunekit.data.batching.pack import first_fit
 from tunekit.errors import DataError
@@ -77,6 +77,19 @@ def cut_micro_batches(
         yield tuple(current)
 
 
+def cut_alike(
+    micro_batches: Sequence[Sequence[Cut]],
+    kind_of: Callable[[Cut], bytes],
+    sizes_of: Callable[[Cut], Sizes],
+    settings: BatchSettings,
+) -> list[tuple[Cut, ...]]:
+    """The micro-batches of a step cut anew, so that each holds groups of one kind; the step's rows stay the same."""
+    kinds: dict[bytes, list[Cut]] = {}
+    for group in chain.from_iterable(micro_batches):
+        kinds.setdefault(kind_of(group), []).append(group)
+    return [cut for groups in kinds.values() for cut in cut_micro_batches(groups, sizes_of, settings)]
+
+
 class TrainingWindows:
     """A WindowSource over rows in memory. Micro-batch j of a window goes to rank j % world."""
 
@@ -134,9 +147,14 @@ class TrainingWindows:
         size = self._settings.gradient_accumulation_steps
         place = position // self._settings.repeats
         micro_batches = self.micro_batches(epoch)[place * size : (place + 1) * size]
+        if self._objective.layout.alike is not None:
+            micro_batches = cut_alike(micro_batches, self._kind_of, self._sizes_of, self._settings)
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         batches = tuple(self._collate(micro_batches[index]) for index in indices)
         return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches, self._settings.seed)
+
+    def _kind_of(self, group: Group) -> bytes:
+        return self._objective.layout.kind(self._rows[group[0]])
 
     def _collate(self, micro_batch: MicroBatch) -> Batch:
         return collate(self._rows, micro_batch, self._objective, end_to_end=self._settings.end_to_end)
@@ -169,9 +187,32 @@ class TrainingWindows:
 def evaluation_batches(rows: Rows, objective: Objective, *, batch_size: int) -> Iterator[Batch]:
     """Every row once, longest first (least padding, and a batch that does not fit fails at once)."""
     order = np.argsort(-np.asarray(rows.lengths), kind="stable")  # (rows,)
-    groups: list[Group] = [(int(row),) for row in order]
-    for start in range(0, len(groups), batch_size):
-        yield collate(rows, groups[start : start + batch_size], objective)
+    waiting: dict[bytes, list[Row]] = {}
+    for index in order.tolist():
+        row = rows[index]
+        some = waiting.setdefault(objective.layout.kind(row), [])
+        some.append(row)
+        if len(some) == batch_size:
+            yield objective.collate([[each] for each in some])
+            some.clear()
+    for some in filter(None, waiting.values()):
+        yield objective.collate([[each] for each in some])
+
+
+def largest_evaluation_batch(rows: Rows, objective: Objective, *, batch_size: int) -> Batch:
+    """None of the evaluation's batches needs more."""
+    if objective.layout.alike is None:
+        return next(evaluation_batches(rows, objective, batch_size=batch_size))
+    largest = rows[int(np.argmax(rows.lengths))]
+    return objective.collate([[largest]] * min(batch_size, len(rows)))
+
+
+def as_large(batch: Batch, objective: Objective) -> Batch:
+    """A batch whose rows are all of the kind of its largest: none that the same rows are cut into needs more."""
+    if objective.layout.alike is None:
+        return batch
+    largest = max(batch.rows, key=lambda row: row.size)
+    return objective.collate([[largest] for _ in batch.rows])
 
 
 def filled_batch(rows: Rows, objective: Objective, settings: BatchSettings) -> Batch:
@@ -181,4 +222,5 @@ def filled_batch(rows: Rows, objective: Objective, settings: BatchSettings) -> B
     longest = np.argsort(-np.asarray(rows.lengths), kind="stable").tolist()
     source = (rows[index] for index in cycle(longest))
     parts = objective.layout.sizes
-    return objective.collate([objective.fill(source, capacity, min(number, parts - 1)) for number in range(count)])
+    filled = [objective.fill(source, capacity, min(number, parts - 1)) for number in range(count)]
+    return as_large(objective.collate(filled), objective)

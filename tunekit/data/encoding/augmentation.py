@@ -24,13 +24,14 @@ def transforms() -> Any:
         from torchvision.transforms import v2
     except ImportError:
         how = "run: pip install 'tunekit[images]'"
-        raise DataError("pictures are changed by torchvision, which is not installed", how) from None
+        raise DataError("images are changed by torchvision, which is not installed", how) from None
     return v2
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How pictures are changed. `crop_scale`: shares of a picture that a crop may have; None: its middle."""
+    """How pictures are changed. `crop_scale`: shares of a picture that a crop may have; None: it has the size already,
+    and all of it is seen."""
 
     resolution: int
     crop_scale: tuple[float, float] | None
@@ -43,8 +44,7 @@ class Augmentation:
     def steps(self) -> Any:
         """The transforms of a picture (3, H, W)."""
         v2, side = transforms(), self.resolution
-        cut = v2.CenterCrop(side) if self.crop_scale is None else v2.RandomResizedCrop(side, self.crop_scale)
-        steps = [cut]
+        steps = [v2.Identity() if self.crop_scale is None else v2.RandomResizedCrop(side, self.crop_scale)]
         steps += [v2.RandomHorizontalFlip()] if self.random_flip else []
         steps += [v2.RandAugment(self.randaugment_ops, self.randaugment_magnitude)] if self.randaugment_ops else []
         steps += [v2.RandomErasing(self.random_erasing)] if self.random_erasing else []

@@ -19,8 +19,10 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
+Size = tuple[int, int]  # height and width in pixels
+BILINEAR = 2  # PIL's number of it
 LEAST_PIXELS = 16  # of the shorter side: below it nothing of a picture is left
-ANIMATED = "animated picture"
+ANIMATED = "animated image"
 TOO_SMALL = f"less than {LEAST_PIXELS} pixels on a side"
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 BIT_DEPTH_STEP = 257.0  # 65535 / 255
@@ -36,9 +38,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     told = Counter[str]() if notices is None else notices
     file = source if isinstance(source, str) else None
     if file is not None and not Path(file).is_file():
-        raise DataError(
-            f"there is no picture {file}", "check the path; a relative one is meant from its table's folder"
-        )
+        raise DataError(f"there is no image {file}", "check the path; a relative one is meant from its table's folder")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -52,16 +52,16 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     except Dropped:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        what = "has more pixels than a picture of its kind should"
+        what = "has more pixels than an image of its kind should"
         raise DataError(f"{_named(file)} {what}", "make it smaller") from None
     except Exception as error:  # what PIL's decoders raise of damaged files is of every kind
         reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
-        what = f"{_named(file)} cannot be read as a picture ({reason.strip() or type(error).__name__})"
+        what = f"{_named(file)} cannot be read as an image ({reason.strip() or type(error).__name__})"
         raise DataError(what, "mend it, or take it out") from None
 
 
 def _named(file: str | None) -> str:
-    return "the picture" if file is None else file
+    return "the image" if file is None else file
 
 
 def _is_turned(image: Any) -> bool:
@@ -89,23 +89,28 @@ def _as_pixels(image: Any, told: Counter[str]) -> Pixels:
     return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
 
-def resized(pixels: Pixels, shorter: int) -> Pixels:
-    """(H, W, 3) with the shorter side of so many pixels, as torchvision's Resize(shorter) makes it of a PIL image."""
+def covering(pixels: Pixels, size: Size) -> Pixels:
+    """(H, W, 3) as small as it can be without being smaller than `size` on a side, in its own aspect ratio; of a square
+    as torchvision's Resize(side) makes it of a PIL image."""
+    height, width = pixels.shape[:2]
+    is_wide = size[0] * width >= size[1] * height  # for the size, so that heights are to agree
+    return resized(pixels, (size[0], size[0] * width // height) if is_wide else (size[1] * height // width, size[1]))
+
+
+def resized(pixels: Pixels, size: Size, resample: int = BILINEAR) -> Pixels:
+    """(H, W, 3) of this size, whatever its aspect ratio; `resample`: PIL's number of a filter."""
     from PIL import Image
 
-    height, width = pixels.shape[:2]
-    if min(height, width) == shorter:
+    if pixels.shape[:2] == tuple(size):
         return pixels
-    long = int(shorter * max(height, width) / min(height, width))
-    size = (shorter, long) if width <= height else (long, shorter)
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), dtype=np.uint8)
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling(resample)), dtype=np.uint8)
 
 
-def cropped(pixels: Pixels, size: int, corner: tuple[int, int] | None = None) -> tuple[Pixels, tuple[int, int]]:
-    """(size, size, 3) from the corner on, of torchvision's CenterCrop where none is given; and that corner."""
-    height, width = pixels.shape[:2]
-    top, left = corner or (round((height - size) / 2.0), round((width - size) / 2.0))
-    return pixels[top : top + size, left : left + size], (top, left)
+def cropped(pixels: Pixels, size: Size, corner: Size | None = None) -> tuple[Pixels, Size]:
+    """(*size, 3) from the corner on, of torchvision's CenterCrop where none is given; and that corner."""
+    (height, width), (high, wide) = pixels.shape[:2], size
+    top, left = corner or (round((height - high) / 2.0), round((width - wide) / 2.0))
+    return pixels[top : top + high, left : left + wide], (top, left)
 
 
 def png_bytes(pixels: Pixels) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from tunekit.contracts import Processor, Stages, Tokenizer
@@ -27,15 +28,22 @@ from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
 
 CONFIG = "preprocessor_config.json"
-SIDE = 224  # where neither the processor nor the model says how large a picture is
+SIZES = ("size", "crop_size", "resize_short")  # its keys that say how large pictures are
+PLAIN_KIND = "ViTImageProcessor"  # of a model without a file
+MOST_SIDE = 4096
+PROBES = ((40, 56), (56, 40), (300, 70))  # height and width of pictures that show what a processor does
+FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
+SIDE = 224  # where neither the processor nor the model says how large a picture is, and of plain pictures
+Pixels = NDArray[np.uint8]  # (H, W, 3)
 PLAIN = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))  # black, and each channel alone
 
 
 @dataclass(frozen=True)
 class PixelProcessor:
-    """What the model's own processor does: how large a picture is, and how its numbers are scaled.
+    """What the model's own processor does, by that processor: which part of a picture is seen, how large, through which
+    filter, and how its numbers are scaled.
 
-    `side`: pixels of a side, where the recipe says another number.
+    `side`: pixels of a side, where the recipe says another number; all sizes of the processor grow or shrink with it.
     """
 
     folder: Path
@@ -48,72 +56,134 @@ class PixelProcessor:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Of the file, else what the model's configuration says of its pictures."""
+        """Of the file; without one, of a vision transformer of the size that the model's configuration says.
+
+        Raises: ModelError for sizes that no picture has.
+        """
         if (self.folder / CONFIG).exists():
-            return read_json(self.folder / CONFIG)
-        size = read_json(self.folder / "config.json").get("image_size", SIDE)
-        return {"size": size[0] if isinstance(size, list) else size}
+            found = read_json(self.folder / CONFIG)
+        else:
+            size = read_json(self.folder / "config.json").get("image_size", SIDE)
+            height, width = size if isinstance(size, list) else (size, size)
+            found = {"image_processor_type": PLAIN_KIND, "size": {"height": height, "width": width}}
+        sides = [side for key in SIZES for side in _sides(found.get(key))]
+        if any(isinstance(side, int | float) and not 0 < side <= MOST_SIDE for side in sides):
+            what = f"has a size beyond 1 to {MOST_SIDE} pixels"
+            raise ModelError(what, "mend it", file=str(self.folder / CONFIG))
+        return found
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the file, which alone decides rows."""
-        return hash_of(self.config)
+    @cached_property
+    def written(self) -> dict[str, Any]:
+        """The configuration with the sizes that are trained on."""
+        if self.side is None:
+            return self.config
+        share = self.side / PixelProcessor(self.folder).resolution
+        sizes = {key: _sized(self.config[key], share) for key in SIZES if self.config.get(key)}
+        return {**self.config, **sizes}
 
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side. Raises: ModelError where the file says no number."""
-        if self.side is not None:
-            return self.side
-        size = self.config.get("crop_size") or self.config.get("size", SIDE)
-        if isinstance(size, dict):
-            if size.get("height") != size.get("width"):
-                what = (
-                    f"asks for pictures of {size['width']} x {size['height']} pixels, and only squares are trained on"
+    @cached_property
+    def own(self) -> Any:
+        """transformers' processor. Raises: ModelError."""
+        sizes = {key: self.written[key] for key in SIZES if self.written.get(key)}
+        try:
+            with quiet():
+                from transformers import AutoImageProcessor, ViTImageProcessor
+
+                if not (self.folder / CONFIG).exists():
+                    return ViTImageProcessor(**sizes)
+                return AutoImageProcessor.from_pretrained(
+                    str(self.folder), local_files_only=True, trust_remote_code=False, **sizes
                 )
-                raise ModelError(what, "write objective.resolution", file=str(self.folder / CONFIG))
-            size = size.get("height") or size.get("shortest_edge")
-        if not isinstance(size, int) or size < 1:
-            raise ModelError("says no size of a picture", "write objective.resolution", file=str(self.folder / CONFIG))
-        return size
+        except FAULTS as error:
+            raise self._unusable(error) from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the file and of the class that reads it, which decide rows."""
+        return hash_of([self.written, type(self.own).__name__])
+
+    @cached_property
+    def resolution(self) -> int:
+        """Pixels of a side. Raises: ModelError, with the processor's name, where pictures do not become squares of one
+        size, or not pixel by pixel."""
+        generator, shapes = np.random.default_rng(0), set[tuple[int, ...]]()
+        for shape in PROBES:
+            values = self.values(generator.integers(0, 256, (*shape, 3), np.uint8))
+            shapes.add(tuple(values.shape))
+        name, file = type(self.own).__name__, str(self.folder / CONFIG)
+        if len(shapes) > 1 or any(len(shape) != 3 or shape[0] != 3 for shape in shapes):
+            what = f"{name} makes no tensor (3, H, W) of one size of every image, but {sorted(shapes)}"
+            raise ModelError(what, "choose another base", file=file)
+        _, height, width = shapes.pop()
+        if height != width:
+            what = f"asks for images of {width} x {height} pixels, and only squares are trained on"
+            raise ModelError(what, "choose another base", file=file)
+        self._check_scale(int(height))
+        return int(height)
+
+    def _check_scale(self, side: int) -> None:
+        """Raises: ModelError where the numbers of a picture do not follow from its pixels one by one."""
+        scale, offset = self.scale
+        pixels = np.random.default_rng(1).integers(0, 256, (*PROBES[0], 3), np.uint8)
+        values, one_level = self.values(pixels), float(scale.abs().max())
+        if float(torch.linalg.det(scale.double() / max(one_level, 1e-30)).abs()) > 1e-9:
+            again = torch.from_numpy(self._unscaled(values, side)).float() @ scale.T + offset  # (side, side, 3)
+            if float((again.permute(2, 0, 1) - values).abs().max()) <= one_level:
+                return
+        what = f"{type(self.own).__name__} does not scale each pixel by itself, and cannot be followed"
+        raise ModelError(what, "choose another base", file=str(self.folder / CONFIG))
 
     @cached_property
     def scale(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(C, 3) and (C,): pixels p of 0 to 255 become scale p + offset, as the model's own processor makes them.
+        """(3, 3) and (3,): pixels p of 0 to 255 become scale p + offset, as the model's own processor makes them.
 
         Every processor scales each pixel by itself, by a factor, mean and deviation or in another order of channels, so
-        that four plain pictures tell all of it.  Without a file: to -1 .. 1.
+        that four plain pictures tell all of it.  Raises: ModelError.
         """
-        if not (self.folder / CONFIG).exists():
-            return torch.eye(3) / 127.5, -torch.ones(3)
         black, *others = (self._of_plain(colour) for colour in PLAIN)
         return torch.stack([(each - black) / 255.0 for each in others], dim=1).float(), black.float()
 
     def _of_plain(self, colour: tuple[int, int, int]) -> torch.Tensor:
-        """(C,) float64 of the middle of a picture of one colour. Raises: ModelError."""
-        picture = np.full((SIDE, SIDE, 3), colour, np.uint8)
-        try:
-            with quiet():
-                from transformers import AutoImageProcessor
-
-                own = AutoImageProcessor.from_pretrained(str(self.folder), local_files_only=True)
-                made = own(images=picture, return_tensors="pt")["pixel_values"][0]
-        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-            first = str(error).strip().partition("\n")[0]
-            what = f"is no processor of pictures that can be used ({first})"
-            raise ModelError(what, "fetch the model again", file=str(self.folder / CONFIG)) from error
+        """(3,) float64 of the middle of a picture of one colour."""
+        made = self.values(np.full((SIDE, SIDE, 3), colour, np.uint8))
         middle: torch.Tensor = made[:, made.shape[1] // 2, made.shape[2] // 2].double()
         return middle
 
+    def values(self, pixels: Pixels) -> torch.Tensor:
+        """What the processor makes of a picture (H, W, 3): (3, side, side). Raises: ModelError."""
+        try:
+            with quiet():
+                found: torch.Tensor = self.own(images=pixels, return_tensors="pt")["pixel_values"][0]
+        except FAULTS as error:
+            raise self._unusable(error) from error
+        return found
+
+    def seen(self, pixels: Pixels) -> Pixels:
+        """(side, side, 3) of a picture (H, W, 3), as the processor sees it before it scales numbers: those are scaled
+        back, which says the same of every kind of processor."""
+        return self._unscaled(self.values(pixels), self.resolution)
+
+    def _unscaled(self, values: torch.Tensor, side: int) -> Pixels:
+        scale, offset = (each.double() for each in self.scale)
+        back = torch.linalg.solve(scale, values.double().flatten(1) - offset[:, None])  # (3, side * side)
+        pixels: Pixels = back.round().clamp(0, 255).to(torch.uint8).T.reshape(side, side, 3).contiguous().numpy()
+        return pixels
+
+    def _unusable(self, error: Exception) -> ModelError:
+        first = str(error).strip().partition("\n")[0]
+        what = f"is no processor of images that can be used ({first})"
+        return ModelError(what, "fetch the model again", file=str(self.folder / CONFIG))
+
     def save(self, folder: Path) -> None:
         """The file into a model folder, with the size that was trained on."""
-        if not (self.folder / CONFIG).exists():
-            return
-        if self.side is None:
+        if self.written is self.config and (self.folder / CONFIG).exists():
             shutil.copyfile(self.folder / CONFIG, folder / CONFIG)
             return
-        share = self.side / PixelProcessor(self.folder).resolution
-        sizes = {key: _sized(self.config[key], share) for key in ("size", "crop_size") if self.config.get(key)}
-        write_json(folder / CONFIG, {**self.config, **sizes})
+        write_json(folder / CONFIG, self.written)
+
+
+def _sides(size: Any) -> list[Any]:
+    return list(size.values()) if isinstance(size, Mapping) else [size]
 
 
 def _sized(size: Any, share: float) -> Any:

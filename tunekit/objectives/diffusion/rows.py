@@ -1,7 +1,7 @@
 """Rows of pictures for diffusion objectives: pictures with prompts go in; pixels of the trained size come out.
 
-A row keeps its picture whole, with its shorter side as large as what is trained on, so that another part of it can be
-seen in each step.
+A row keeps its picture whole, as small as it can be to cover what is trained on, so that another part of it can be seen
+in each step.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 
 from tunekit.contracts import Row
-from tunekit.data.encoding.images import Pixels, read_image, resized
+from tunekit.data.encoding.images import Pixels, covering, read_image
 from tunekit.errors import DataError
 from tunekit.formats.image import ImageExample
 from tunekit.model.families.pipeline.processor import PipelineProcessor
+from tunekit.objectives.diffusion.buckets import Size, nearest_bucket
 
 
 class PictureEncoder:
-    """A row is a picture whose shorter side has the resolution, its size before, and its prompt as UTF-8."""
+    """A row is a picture that covers its bucket, its size before, the bucket's, and its prompt as UTF-8."""
 
-    def __init__(self, instance_prompt: str | None, resolution: int, processor: PipelineProcessor) -> None:
-        self.instance_prompt, self.resolution, self.processor = instance_prompt, resolution, processor
+    def __init__(self, instance_prompt: str | None, buckets: Sequence[Size], processor: PipelineProcessor) -> None:
+        self.instance_prompt, self.buckets, self.processor = instance_prompt, buckets, processor
         self.notices: Counter[str] = Counter()
 
     def examples(self, example: Any) -> Sequence[Any]:
@@ -34,14 +35,15 @@ class PictureEncoder:
         """The row. Raises: Dropped for an animated or tiny picture; DataError for one that cannot be read."""
         prompt = example.text or self.instance_prompt
         if not prompt:
-            raise DataError("the picture has no 'text'", "write one, or objective.instance_prompt for all")
+            raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all")
         found = Counter[str]()
         image = example.image
         pixels = read_image(image.path if image.data is None else image.data, found)
         self.notices.update(+found)
         for cut in self.processor.cut_prompts([prompt]):
             self.notices[f"has a prompt of which CLIP does not see the end ({cut[:40]}...)"] += 1
-        return make_row(resized(pixels, self.resolution), pixels.shape[:2], prompt, self.resolution, origin)
+        size = nearest_bucket(pixels.shape[:2], self.buckets)
+        return make_row(covering(pixels, size), pixels.shape[:2], prompt, size, origin)
 
     def prompt(self, example: ImageExample) -> None:
         """None: nothing answers."""
@@ -55,22 +57,29 @@ class PictureEncoder:
         return asked
 
 
-def make_row(pixels: Pixels, original: Sequence[int], prompt: str, side: int, origin: str, number: int = 0) -> Row:
-    """A row of a picture (H, W, 3) that had another size before, of which side x side pixels are seen; the loss counts
-    one picture."""
+def make_row(pixels: Pixels, original: Sequence[int], prompt: str, size: Size, origin: str, number: int = 0) -> Row:
+    """A row of a picture (H, W, 3) that had another size before, of which a part of `size` is seen; the loss counts one
+    picture."""
     parts: dict[str, Any] = {
         "pixels": pixels.reshape(-1),
         "shape": np.array(pixels.shape[:2], np.int32),
         "original": np.array(original, np.int32),
+        "bucket": np.array(size, np.int32),
         "prompt": np.frombuffer(prompt.encode(), np.uint8),
     }
-    return Row(parts, (side * side,), 1, origin, number)
+    return Row(parts, (size[0] * size[1],), 1, origin, number)
 
 
 def pixels_of(row: Row) -> Pixels:
     """(H, W, 3)."""
     pixels: Pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3)
     return pixels
+
+
+def bucket_of(row: Row) -> Size:
+    """Height and width of what is seen of a picture."""
+    height, width = row.parts["bucket"].tolist()
+    return height, width
 
 
 def prompt_of(row: Row) -> str:

@@ -3,9 +3,9 @@ text."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from tunekit.recipe.section import (
     AutoOrBool,
@@ -19,6 +19,31 @@ from tunekit.recipe.section import (
     Text,
 )
 
+LEAST_SIDE, MOST_SIDE = 16, 4096  # pixels
+
+
+def _buckets(value: Any) -> Any:
+    """auto, or sizes as tuples."""
+    if value == "auto":
+        return value
+    pairs = isinstance(value, list | tuple) and value and all(isinstance(pair, list | tuple) for pair in value)
+    sides = [side for pair in value for side in pair] if pairs else []
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not sides or any(len(pair) != 2 for pair in value) or not whole:
+        raise ValueError("must be auto, or a list of [height, width] in pixels")
+    if not all(LEAST_SIDE <= side <= MOST_SIDE for side in sides):
+        raise ValueError(f"must have sides of {LEAST_SIDE} to {MOST_SIDE} pixels")
+    return tuple((height, width) for height, width in value)
+
+
+SIDE = {"type": "integer", "minimum": LEAST_SIDE, "maximum": MOST_SIDE}
+PAIR = {"type": "array", "items": SIDE, "minItems": 2, "maxItems": 2}
+Buckets = Annotated[
+    str | tuple[tuple[int, int], ...],
+    BeforeValidator(_buckets),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "array", "items": PAIR, "minItems": 1}]}),
+]
+
 
 class DreamboothSettings(ObjectiveSettings):
     """diffusers' names; its defaults but for center_crop, which it leaves to chance."""
@@ -28,22 +53,28 @@ class DreamboothSettings(ObjectiveSettings):
     answers: ClassVar[bool] = False
     supervised: ClassVar[bool] = True
     draws: ClassVar[bool] = True
-    unit: ClassVar[str] = "picture"
+    unit: ClassVar[str] = "image"
     size_unit: ClassVar[str] = "pixel"
     sums: ClassVar[tuple[str, ...]] = ("loss", "units")
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
         5e-4, "huggingface/diffusers, the default of examples/dreambooth/train_dreambooth_lora.py"
     )
 
-    method: Literal["dreambooth"] = Field("dreambooth", description="a diffusion model learns what pictures show")
+    method: Literal["dreambooth"] = Field("dreambooth", description="a diffusion model learns what images show")
     instance_prompt: Text | None = Field(
-        None, description="what every picture without a text of its own shows, with a rare word: a photo of sks dog"
+        None, description="what every image without a text of its own shows, with a rare word: a photo of sks dog"
     )
-    resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(
+    resolution: Annotated[Count, Field(ge=LEAST_SIDE, le=MOST_SIDE)] | None = Field(
         None, description="pixels of a side that is trained on; null: for which the pipeline was made"
     )
-    center_crop: bool = Field(True, description="the middle of each picture; false: another part in each step")
-    random_flip: bool = Field(False, description="each picture mirrored in half of the steps")
+    aspect_ratio_buckets: Buckets | None = Field(
+        None,
+        description="sizes that are trained on, [height, width] each; every image goes to the one nearest in aspect "
+        "ratio, and `resolution` is that of drawn images alone. auto: those of the usual ratios with as many pixels "
+        "as a square of `resolution`; null: that square",
+    )
+    center_crop: bool = Field(True, description="the middle of each image; false: another part in each step")
+    random_flip: bool = Field(False, description="each image mirrored in half of the steps")
     train_text_encoder: bool = Field(False, description="an adapter for the text encoders too")
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
         "auto", description="what the denoiser predicts; auto: as the pipeline's scheduler says"
@@ -59,28 +90,28 @@ class DreamboothSettings(ObjectiveSettings):
     logit_std: Positive = Field(1.0, description="of logit_normal")
     mode_scale: NotNegative = Field(1.29, description="of mode")
     class_prompt: Text | None = Field(
-        None, description="prior preservation: what the base's own pictures show, such as a photo of dog"
+        None, description="prior preservation: what the base's own images show, such as a photo of dog"
     )
     class_data_dir: Text | None = Field(
-        None, description="the folder of those pictures; what it lacks is drawn by the base before step 1"
+        None, description="the folder of those images; what it lacks is drawn by the base before step 1"
     )
     num_class_images: Count = Field(100, description="how many of them there are to be")
     prior_loss_weight: NotNegative = Field(1.0, description="weight of their loss")
     cache_latents: AutoOrBool = Field(
         "auto",
-        description="encode each picture once, before step 1; auto: where nothing of it changes from step to step",
+        description="encode each image once, before step 1; auto: where nothing of it changes from step to step",
     )
-    validation_prompts: Several[Text] = Field((), description="pictures for the report, drawn at each evaluation")
-    num_inference_steps: Count = Field(25, description="of each drawn picture")
-    guidance_scale: NotNegative = Field(7.5, description="of each drawn picture")
+    validation_prompts: Several[Text] = Field((), description="images for the report, drawn at each evaluation")
+    num_inference_steps: Count = Field(25, description="of each drawn image")
+    guidance_scale: NotNegative = Field(7.5, description="of each drawn image")
     validation_draws: Annotated[Count, Field(le=1000)] = Field(
-        4, description="times of the schedule at which each evaluation picture is measured, always with the same noise"
+        4, description="times of the schedule at which each evaluation image is measured, always with the same noise"
     )
 
     @model_validator(mode="after")
     def _class_pictures_have_a_place(self) -> DreamboothSettings:
         if (self.class_prompt is None) != (self.class_data_dir is None):
             raise ValueError(
-                "prior preservation needs class_prompt, what the pictures show, and class_data_dir, where they lie"
+                "prior preservation needs class_prompt, what the images show, and class_data_dir, where they lie"
             )
         return self

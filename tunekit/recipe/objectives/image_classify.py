@@ -23,15 +23,15 @@ class ImageClassifySettings(LabelSettings):
     example: ClassVar[str] = "image_label"
     size_unit: ClassVar[str] = "pixel"
 
-    method: Literal["image_classify"] = Field("image_classify", description="cross entropy on a label for each picture")
+    method: Literal["image_classify"] = Field("image_classify", description="cross entropy on a label for each image")
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(
         None, description="pixels of a side; null: what the model's processor says"
     )
-    random_resized_crop: bool = Field(True, description="a part of each picture, made as large as the whole")
+    random_resized_crop: bool = Field(True, description="a part of each image, made as large as the whole")
     crop_scale: Annotated[Several[Number], AfterValidator(_scale)] = Field(
-        (0.5, 1.0), description="the least and the largest share of the picture that a crop has"
+        (0.5, 1.0), description="the least and the largest share of the image that a crop has"
     )
-    random_flip: bool = Field(True, description="each picture mirrored in half of the steps")
-    randaugment_ops: CountOrZero = Field(0, description="operations of RandAugment for each picture; 2 is usual")
+    random_flip: bool = Field(True, description="each image mirrored in half of the steps")
+    randaugment_ops: CountOrZero = Field(0, description="operations of RandAugment for each image; 2 is usual")
     randaugment_magnitude: Annotated[CountOrZero, Field(le=30)] = Field(9, description="their strength")
-    random_erasing: Fraction = Field(0.0, description="how often a rectangle of a picture is erased")
+    random_erasing: Fraction = Field(0.0, description="how often a rectangle of an image is erased")

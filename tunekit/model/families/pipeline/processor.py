@@ -115,6 +115,12 @@ class PipelineProcessor:
         patch = self.denoiser.get("patch_size")
         return self.vae_factor * (int(patch) if patch else 2 ** (len(self.denoiser["block_out_channels"]) - 1))
 
+    @property
+    def most_side(self) -> int | None:
+        """Pixels of a side for which the denoiser has positions; None: of any."""
+        most = self.denoiser.get("pos_embed_max_size")
+        return None if most is None else int(most) * self.multiple
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a picture."""
         return int(self.configs["vae"]["latent_channels"]), height // self.vae_factor, width // self.vae_factor

@@ -1,0 +1,186 @@
+"""Aspect-ratio buckets of DreamBooth: where images go, steps against diffusers by hand; micro-batches and resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.image_case import CLASS_PROMPT, ByHand, records, write_image_recipe, write_photos
+from tests.tiny_pipelines import SIZE, saved_pipeline
+from tunekit.errors import InputError
+from tunekit.evaluate import evaluate_verb
+from tunekit.objectives.diffusion.buckets import made_buckets, nearest_bucket
+from tunekit.objectives.diffusion.rows import bucket_of
+from tunekit.planning.plan import make_plan
+from tunekit.preview import preview_verb
+from tunekit.recipe.load import load_recipe
+from tunekit.train import train_verb
+from tunekit.tuned.target import find_target, load_target
+
+BUCKETS = [[16, 24], [24, 16]]  # the five photos: wide, wide, wide, about square (29 x 25), tall
+ONE_OF = {"max_steps": 3, "micro_batch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_pipeline(tmp_path_factory.mktemp("pipeline") / "sd", "sd")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+def with_prior(folder: Path) -> dict[str, Any]:
+    classes = write_photos(folder / "classes", 3, seed=9)
+    return {"class_prompt": CLASS_PROMPT, "class_data_dir": str(classes), "num_class_images": 3}
+
+
+def trained(recipe: Path, run: Path, resume: bool = False) -> Path:
+    train_verb(str(recipe), [f"output.dir={run}"], resume, False)
+    return run
+
+
+def test_made_buckets_have_about_as_many_pixels_and_sides_the_denoiser_can_halve() -> None:
+    found = made_buckets(512, 64)
+    assert found[0] == (512, 512)
+    assert all(side % 64 == 0 for size in found for side in size)
+    assert all((width, height) in found for height, width in found)
+    assert all(0.85 < height * width / 512**2 < 1.15 for height, width in found)
+    assert len({height / width for height, width in found}) == len(found) == 7
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [((600, 400), (768, 512)), ((400, 600), (512, 768)), ((1000, 1001), (512, 512)), ((100, 900), (512, 768))],
+)
+def test_a_picture_goes_to_the_bucket_of_the_nearest_aspect_ratio(
+    size: tuple[int, int], bucket: tuple[int, int]
+) -> None:
+    buckets = ((512, 512), (512, 768), (768, 512))
+    assert nearest_bucket(size, buckets) == bucket
+    assert nearest_bucket(size[::-1], [each[::-1] for each in buckets]) == bucket[::-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "prior"),
+    [
+        pytest.param("sd", False, marks=pytest.mark.slow),
+        ("sdxl", True),
+        pytest.param("sd3", False, marks=pytest.mark.slow),
+    ],
+)
+def test_steps_over_two_buckets_equal_diffusers_by_hand(tmp_path: Path, photos: Path, kind: str, prior: bool) -> None:
+    objective = {"aspect_ratio_buckets": BUCKETS, **(with_prior(tmp_path) if prior else {})}
+    training = {"max_steps": 6, "micro_batch_size": 3}
+    recipe = write_image_recipe(
+        tmp_path, saved_pipeline(tmp_path / kind, kind), photos, objective=objective, training=training
+    )
+    hand = ByHand(recipe, photos, kind)
+    windows = list(hand.prepared.rows.windows(hand.prepared.batch_settings).windows(0))
+    kinds = [[len({bucket_of(row) for row in batch.rows}) for batch in window.batches] for window in windows]
+    assert {count for each in kinds for count in each} == {1}
+    assert any(len(each) == 2 for each in kinds)  # a step of both, although one micro-batch is a step
+    losses, norms = zip(*map(hand.step, windows), strict=True)
+    ours = records(trained(recipe, tmp_path / "run"))
+    assert [record["loss"] for record in ours] == pytest.approx(losses, abs=1e-5)
+    assert [record["grad_norm"] for record in ours] == pytest.approx(norms, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [{"micro_batch_size": 1}, {"micro_batch_size": 2}])
+def test_micro_batches_equal_one_batch(tmp_path: Path, pipeline: Path, photos: Path, cut: dict[str, int]) -> None:
+    runs = []
+    for size in (4, cut["micro_batch_size"]):
+        training = {"max_steps": 3, "micro_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        varied = {"center_crop": False, "random_flip": True, **with_prior(tmp_path / str(size))}
+        objective = {"aspect_ratio_buckets": BUCKETS, **varied}
+        recipe = write_image_recipe(tmp_path / str(size), pipeline, photos, objective=objective, training=training)
+        runs.append(trained(recipe, tmp_path / str(size) / "run"))
+    one, several = (records(run) for run in runs)
+    assert [record["loss"] for record in several] == pytest.approx([record["loss"] for record in one], abs=1e-6)
+    assert [record["grad_norm"] for record in several] == pytest.approx(
+        [record["grad_norm"] for record in one], rel=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    objective = {"aspect_ratio_buckets": "auto", "center_crop": False, **with_prior(tmp_path)}
+    training = {"max_steps": 6, "micro_batch_size": 3, "save_steps": 3, "keep_checkpoints": 3}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, training=training)
+    whole, cut = trained(recipe, tmp_path / "whole"), trained(recipe, tmp_path / "cut")
+    for name in ("checkpoints/step-000006", "adapter"):
+        shutil.rmtree(cut / name)
+    for name in ("report.json", "report.md", "report.html", "status.json"):
+        (cut / name).unlink()
+    trained(recipe, cut, resume=True)
+    ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (cut, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [record["loss"] for record in records(cut)] == [record["loss"] for record in records(whole)]
+
+
+def test_evaluation_knows_no_batch_size_and_the_adapters_folder_its_buckets(
+    tmp_path: Path, pipeline: Path, photos: Path
+) -> None:
+    objective = {"aspect_ratio_buckets": BUCKETS, "validation_prompts": ["a dog"], "num_inference_steps": 1}
+    training = {"max_steps": 1, "micro_batch_size": 2, "warmup_steps": 0}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, training=training)
+    run = trained(recipe, tmp_path / "run")
+    losses = []
+    for size in (1, 2, 5):
+        changed = [f"evaluation.batch_size={size}"]
+        evaluate_verb(str(run), None, None, None, (), str(tmp_path / "eval.json"), changed)
+        losses.append(json.loads((tmp_path / "eval.json").read_text())["loss"])
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+    target: Any = load_target(find_target(str(run / "adapter"), None, []), torch.device("cpu"))
+    assert target.objective.buckets == ((16, 24), (24, 16))
+    assert target.objective.resolution == SIZE
+
+
+def test_the_plan_is_of_the_largest_bucket(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    peaks = []
+    for buckets in ([[16, 16]], [[16, 16], [36, 24]], [[48, 48]]):
+        recipe = write_image_recipe(tmp_path, pipeline, photos, objective={"aspect_ratio_buckets": buckets})
+        plan, prepared = make_plan(load_recipe(str(recipe), []))
+        assert len({bucket_of(row) for row in prepared.largest_batch.rows}) == 1
+        peaks.append(plan.peak_bytes.total)
+    assert peaks[0] < peaks[1] < peaks[2]
+
+
+def test_preview_tells_the_files_size_and_that_of_its_bucket(
+    tmp_path: Path, pipeline: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = {"aspect_ratio_buckets": BUCKETS}
+    preview_verb(str(write_image_recipe(tmp_path, pipeline, photos, objective=objective)), [], 5, None)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "31 x 20 pixels, trained on at 24 x 16" in told
+    assert "23 x 32 pixels, trained on at 16 x 24" in told
+
+
+@pytest.mark.parametrize(
+    ("kind", "buckets", "message"),
+    [
+        ("sd", [[16, 18]], r"aspect_ratio_buckets: \[16, 18\]: a side is no multiple of 4"),
+        ("sd", [[16, 32], [24, 48]], r"\[24, 48\] has the aspect ratio of \[16, 32\]"),
+        ("sd3", [[16, 128]], "the denoiser has positions for 64 pixels of a side"),
+        ("sd", [], r"must be auto, or a list of \[height, width\] in pixels"),
+        ("sd", [[16]], r"must be auto, or a list of \[height, width\] in pixels"),
+        ("sd", [[16, "24"]], r"must be auto, or a list of \[height, width\] in pixels"),
+        ("sd", "all", r"must be auto, or a list of \[height, width\] in pixels"),
+        ("sd", [[8, 16]], "must have sides of 16 to 4096 pixels"),
+    ],
+)
+def test_buckets_that_cannot_be_are_refused_by_key(
+    tmp_path: Path, photos: Path, kind: str, buckets: Any, message: str
+) -> None:
+    folder = saved_pipeline(tmp_path / kind, kind)
+    recipe = write_image_recipe(tmp_path, folder, photos, objective={"aspect_ratio_buckets": buckets})
+    with pytest.raises(InputError, match=message):
+        make_plan(load_recipe(str(recipe), []))
