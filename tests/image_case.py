@@ -19,8 +19,10 @@ from torchvision import transforms
 
 from tests.tiny_pipelines import SIZE, loaded_by_diffusers
 from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.folder.config import adapter_header, tensors_path
 from tunekit.contracts import Window
 from tunekit.data.encoding.images import png_bytes
+from tunekit.files.tensors import read_tensor
 from tunekit.formats.media import Media
 from tunekit.model.call import seed_for
 from tunekit.model.load import load_model
@@ -82,6 +84,12 @@ def records(run: Path) -> list[dict[str, Any]]:
     """The steps of metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the adapter of a pipeline, by PEFT's keys."""
+    path = tensors_path(folder)
+    return {key: read_tensor(path, entry) for key, entry in adapter_header(path).items()}
 
 
 class ByHand:

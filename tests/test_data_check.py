@@ -210,3 +210,18 @@ def test_another_name_of_a_field_is_read() -> None:
     note = format_note("rows", "transcript", "as said", ["file_name", "transcription", "speaker"])
     assert note.endswith("which does not read 'speaker'")
     assert "'sentence'" in format_note("rows", "transcript", "as said", ["audio", "text", "sentence"])
+
+
+def test_training_images_that_dreambooth_measures_are_no_leak(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photos(tmp_path / "photos")
+    recipe: dict[str, Any] = {
+        "model": "org/base",
+        "data": {"train": "photos", "eval": ["photos"]},
+        "objective": {"method": "dreambooth", "instance_prompt": "a sks dog"},
+        "output": {"dir": "run"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert data_check_verb(str(tmp_path / "recipe.yaml"), [], None, None) == 0
+    assert "nothing was found" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def test_the_objective_follows_from_the_rows(
     assert recipe.data.max_length == (2048 if objective == "speech" else 256)  # the recordings' length is the model's
     assert recipe.model.name_or_path == "org/model"
     said = capsys.readouterr().out
-    assert "40 rows of format" in said
+    assert f"40 {'recordings' if objective == 'speech' else 'rows'} of format" in said
     assert "org/model is not here yet" in said
 
 
@@ -182,6 +182,22 @@ def test_a_folder_of_images_is_no_text(
     text, said = (tmp_path / "recipe.yaml").read_text("utf-8"), capsys.readouterr().out
     assert "token" not in text + said
     assert "max_length" not in text
+    assert "2 images of format" in text
+    assert "a folder of images" in text
+    assert ("quantization" in text) == (objective == "image_classify")  # a pipeline's weights are never packed
+    assert ("[photos] measures these images themselves" in text) == (objective == "dreambooth")
+
+
+def test_files_that_are_no_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "b.HEIC", "c.txt", "d.txt", "e.txt", "f.txt", ".hidden"):
+        (tmp_path / "photos" / name).write_bytes(b"only its name is read")
+    init(tmp_path / "photos", tmp_path / "recipe.yaml")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("1 image of format image")
+    assert "warning: photos: 5 files are not read, neither sound nor image by name: b.HEIC, c.txt, d.txt, e.txt" in said
+    assert "and 1 more; convert .heic to .png or .jpg" in said
+    assert "hidden" not in said
 
 
 @pytest.mark.parametrize("objective", BEGINNINGS)

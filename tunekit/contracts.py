@@ -164,6 +164,7 @@ class Part:
     ids: NDArray[Any]  # (T,)
     trained: NDArray[np.bool_]  # (T,)
     title: str = ""  # written before it
+    image: NDArray[np.uint8] | None = None  # (H, W, 3) as it is seen, of what is one
 
 
 class RowEncoder(Protocol):
@@ -342,8 +343,9 @@ class Objective(Protocol):
     def shared(self, row: Row) -> int:
         """How many of a row's tokens are computed once that its sizes count twice."""
 
-    def begin(self, model: Any, rows: Sequence[Rows], told: Told) -> None:
-        """Make what all steps need of the base: before the first of them, and again before the first after a resume."""
+    def begin(self, model: Any, rows: Sequence[Rows], told: Told) -> Mapping[str, str]:
+        """Make what all steps need of the base: before the first of them, and again before the first after a resume,
+        which is refused where what this gives (by key, sha256 of files that were read) is another."""
 
     def parts_beside(self, model: Any) -> list[torch.nn.Module]:
         """Modules beside the net that lie on the device with it while `begin` and `pictures` run."""

@@ -34,7 +34,7 @@ def data_check_verb(recipe_path: str, overrides: Sequence[str], fix: str | None,
     example, limit = recipe.objective.example, recipe.data.max_length
     seen, held = Seen(), Seen()
     held_back = [look_at_rows(source, example, limit, held, None, False) for source in evaluation]
-    known, keep = held if held_back else None, fix is not None
+    known, keep = held if held_back and not recipe.objective.measures_training else None, fix is not None
     trained = [look_at_rows(source, example, limit, seen, known, keep) for source in recipe.data.train]
     for each in (*trained, *held_back):
         add_other_scripts(each)

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from tunekit.adapters.attach import attach_adapter
-from tunekit.adapters.folder.config import TENSORS_NAME
+from tunekit.adapters.folder.config import adapter_header, tensors_path
 from tunekit.adapters.folder.diffusers_file import ForeignLora, kohya_tensors, read_foreign
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.arithmetic.write import check_new_folder
 from tunekit.console import Console
 from tunekit.errors import InputError
-from tunekit.files.tensors import read_tensor, read_tensor_header, write_tensors
+from tunekit.files.tensors import read_tensor, write_tensors
 from tunekit.model.load import base_fingerprint, make_meta_model
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.recipe import make_adapter_settings
@@ -49,8 +49,8 @@ def export_verb(adapter: str, to: str, output: str, base: str | None) -> None:
     attached = attach_adapter_folder(net, target.adapter, head_name=None, device=CPU)
     if attached.method.peft.peft_type != "LORA":
         raise InputError(f"{to}'s format holds LoRA, and this is {attached.settings.method}", "use the folder itself")
-    file = target.adapter / TENSORS_NAME
-    tensors = {key: read_tensor(file, entry) for key, entry in read_tensor_header(file).items()}
+    file = tensors_path(target.adapter)
+    tensors = {key: read_tensor(file, entry) for key, entry in adapter_header(file).items()}
     place.parent.mkdir(parents=True, exist_ok=True)
     size_bytes, _ = write_tensors(place, kohya_tensors(tensors, attached.settings, attached.targets), {"format": "pt"})
     Console().info(f"written to {place} ({bytes_text(size_bytes)})")

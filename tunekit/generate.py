@@ -22,7 +22,7 @@ from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.images import png_bytes
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker, open_rows
-from tunekit.data.reading.folder import is_media, media_folder
+from tunekit.data.reading.folder import is_media, media_folder, passed_over
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, InputError
 from tunekit.files.durable import write_bytes
@@ -79,6 +79,8 @@ def generate_verb(
     try:
         loaded = load_target(found, devices.device)
         files = prompts is not None and (os.path.isdir(prompts) or is_media(prompts))
+        if os.path.isdir(prompts or ""):
+            console.warn(*filter(None, [passed_over(Path(str(prompts)))]))
         if files and (draws or loaded.model.base.family.reads_ids):
             raise InputError(f"{prompts}: the model reads texts, no files", "give a file with one prompt a line")
         if draws:
@@ -152,6 +154,8 @@ def read_prompts(path: Path) -> list[str]:
         raise DataError(
             "there is no recording and no image in it", "its own files are read, not its folders", file=str(path)
         )
+    if str(path) != "-" and not path.exists():
+        raise DataError("there is no such file or folder", "check the path given to --prompts", file=str(path))
     if is_media(path.name):
         return [path.name]
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tunekit.console import Console
 from tunekit.data.reading.first import choose_format, columns_meant
-from tunekit.data.reading.folder import MEDIA, is_media
+from tunekit.data.reading.folder import MEDIA, is_folder, is_media, passed_over, with_table
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
@@ -24,7 +24,7 @@ from tunekit.files.durable import write_new_text, write_text
 from tunekit.formats.preference import is_pair
 from tunekit.recipe.beginnings import BEGINNINGS
 from tunekit.recipe.data import Source
-from tunekit.recipe.names import known_names
+from tunekit.recipe.names import draws_images, known_names, measures_training
 from tunekit.recipe.schema import schema_text
 from tunekit.recipe.shipped import SCHEMA_LINE, SCHEMA_NAME
 from tunekit.records import bytes_text
@@ -63,9 +63,19 @@ class Look:
     columns: Mapping[str, str]  # how the recipe renames them, where no format has these names
     notes: Sequence[str] = ()  # what the user may have meant instead
 
+    @property
+    def medium(self) -> str | None:
+        """What a row is a file of: a recording, an image; None: it is a text."""
+        named = {"audio": "recording", "image": "image"}
+        return next(
+            (named[MEDIUM[kind]] for kind, name in OBJECTIVES.items() if name == self.objective and kind in MEDIUM),
+            None,
+        )
+
     def text(self) -> str:
         """In a line."""
-        about = f"{self.rows:,} rows" if self.complete else f"more than {self.rows:,} rows"
+        unit = (self.medium or "row") + ("" if self.rows == 1 else "s")
+        about = f"{self.rows:,} {unit}" if self.complete else f"more than {self.rows:,} {unit}"
         sizes = f", {SHARE_KEPT:.1%} of them shorter than about {self.longest:,} tokens"
         share = "" if self.objective in BEGINNINGS else sizes
         return f"{about} of format {self.format_name} ({', '.join(self.fields)}){share}: objective {self.objective}"
@@ -189,7 +199,7 @@ def look_at(data: str) -> Look | None:
         longest,
         tuple(name for name, _ in fields),
         columns,
-        _label_notes(seen) if format_name == "text" else (),
+        _label_notes(seen) if format_name == "text" else _folder_notes(data),
     )
 
 
@@ -214,6 +224,12 @@ def _label_notes(rows: Sequence[Mapping[str, object]]) -> list[str]:
         f"data.train {{path: ..., format: labels, columns: {{{name}: label}}}}"
         for name, count in few
     ]
+
+
+def _folder_notes(data: str) -> list[str]:
+    """Of a folder without a table: files of it that are no rows."""
+    others = passed_over(Path(data)) if is_folder(with_table(Source(path=str(Path(data).absolute()))).path) else None
+    return [] if others is None else [others]
 
 
 def _kind(row: dict[str, object], data: str) -> tuple[str, str, Mapping[str, str]]:
@@ -254,6 +270,7 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
     steps = 2 if few else 8
     data, model = (_beside(name, target) for name in (wanted.data, wanted.model))
     beginning = BEGINNINGS.get(look.objective) if look else None
+    draws = look is not None and wanted.quantization == "none" and draws_images(look.objective)  # nothing packed there
     lora = [("  r: 16", "how much the adapter can hold"), ("  alpha: 32", "")] if wanted.method == "lora" else []
     if beginning and wanted.method == "lora":
         lora.append((f"  target_modules: {beginning.targets}", ""))
@@ -272,12 +289,12 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
         ("# Every key: tunekit schema --reference", ""),
         ("", ""),
         ("model:", ""),
-        (f"  name_or_path: {_quoted(model)}", "a folder, a .gguf file or a hub name"),
-        (f"  quantization: {wanted.quantization}", f"nf4: 4 bits a weight{wanted.note}"),
+        (f"  name_or_path: {_quoted(model)}", beginning.said if beginning else "a folder, a .gguf file or a hub name"),
+        *([] if draws else [(f"  quantization: {wanted.quantization}", f"nf4: 4 bits a weight{wanted.note}")]),
         ("", ""),
         ("data:", ""),
         *_source_lines(data, look),
-        (f"  eval: {wanted.evaluation or 'null'}", "a share of the rows, or a file"),
+        (f"  eval: {wanted.evaluation or 'null'}", _evaluation_said(look, data)),
         *([] if beginning else [(f"  max_length: {length}", "tokens; longer rows are dropped, and told")]),
         ("", ""),
         ("adapter:", ""),
@@ -304,6 +321,8 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
 def _source_lines(data: str, look: Look | None) -> list[tuple[str, str]]:
     """data.train: a name, and how its columns are renamed where they are."""
     said = "a file (JSONL, CSV ...) or a hub data set"
+    if look and look.medium:
+        said = f"a folder of {look.medium}s, a table that names them (JSONL, CSV ...), or a hub data set"
     if not (look and look.columns):
         return [(f"  train: {_quoted(data)}", said)]
     columns = ", ".join(f"{column}: {field}" for column, field in look.columns.items())
@@ -312,6 +331,13 @@ def _source_lines(data: str, look: Look | None) -> list[tuple[str, str]]:
         (f"    path: {_quoted(data)}", said),
         (f"    columns: {{{columns}}}", "the file's column: the format's field"),
     ]
+
+
+def _evaluation_said(look: Look | None, data: str) -> str:
+    """Beside data.eval."""
+    if look is None or not measures_training(look.objective):
+        return "a share of the rows, or a file"
+    return f"[{_quoted(data)}] measures these images themselves, at fixed noise: whether the loss falls"
 
 
 def _beside(name: str, target: Path) -> str:

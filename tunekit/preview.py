@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tunekit.artifacts.report.pictures import inlined
 from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.console import Console, visible
 from tunekit.contracts import Objective, Part, Row, Tokenizer
@@ -30,6 +31,7 @@ PROMPT = "not trained on: prompt"
 BETWEEN = "not trained on: another turn, or the template's own text"
 AFTER = "not trained on: after the last answer"
 
+PIXELS = "pixels"
 KINDS = {TRAINED: "t", FIRST: "p", PROMPT: "p"}  # of a page; all others are o
 
 
@@ -110,11 +112,14 @@ def statistics(rows: RowSet, units: str, sizes: str) -> list[tuple[str, object]]
         (f"{sizes} of an epoch", counts.tokens),
         (f"{units} of an epoch", counts.supervised_tokens),
         *of_tokens,
-        ("shortest", int(lengths.min(initial=counts.longest_tokens))),
-        ("median length", int(np.median(lengths))),
-        ("95 % are no longer than", int(np.quantile(lengths, 0.95, method="higher"))),
-        ("longest", counts.longest_tokens),
     ]
+    if sizes != PIXELS:  # those of images are what the recipe says
+        facts += [
+            ("shortest", int(lengths.min(initial=counts.longest_tokens))),
+            ("median length", int(np.median(lengths))),
+            ("95 % are no longer than", int(np.quantile(lengths, 0.95, method="higher"))),
+            ("longest", counts.longest_tokens),
+        ]
     if counts.estimated:
         facts.append(("counts", "estimated from the first rows (streamed)"))
     return [*facts, *_evaluation_facts(rows.eval_counts, sizes)]
@@ -155,4 +160,5 @@ def _shown(part: Part, tokenizer: Tokenizer | None) -> dict[str, object]:
         }
         for token in explain_tokens(part, tokenizer)
     ]
-    return {"title": visible(part.title), "tokens": tokens}
+    source = None if part.image is None else inlined(part.image)
+    return {"title": visible(part.title), "tokens": tokens, "image": source}

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tests.image_case import ATTENTION, OF_TEXT
+from tests.image_case import ATTENTION, OF_TEXT, adapter_tensors
 from tests.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, kohya_tensors, read_foreign
+from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.folder.write import save_adapter_folder
+from tunekit.arithmetic.summary import summarise_adapter
 from tunekit.errors import AdapterError
 from tunekit.model.families.diffusion import IDS, DiffusionFamily
 from tunekit.model.families.pipeline.parts import PIPELINES, load_net
@@ -108,7 +110,7 @@ def test_diffusers_loads_the_file_and_computes_the_same(tmp_path: Path, kind: st
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind: str) -> None:
     adapter, processor = attached(tmp_path, kind)
-    tensors = load_file(saved(adapter, tmp_path / "adapter", processor) / "adapter_model.safetensors")
+    tensors = adapter_tensors(saved(adapter, tmp_path / "adapter", processor))
     file = tmp_path / "kohya.safetensors"
     save_file(kohya_tensors(tensors, adapter.settings, adapter.targets), file)
     assert torch.allclose(theirs(processor, kind, file), ours(adapter, processor), atol=1e-5)
@@ -119,7 +121,7 @@ def test_diffusers_loads_kohyas_file_and_computes_the_same(tmp_path: Path, kind:
 def test_both_files_are_read_back_bit_for_bit(tmp_path: Path, kind: str, form: str) -> None:
     adapter, processor = attached(tmp_path, kind)
     folder = saved(adapter, tmp_path / "adapter", processor)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = adapter_tensors(folder)
     file = folder / DIFFUSERS_NAME
     if form == "kohya":
         if kind == "sd3":
@@ -133,6 +135,36 @@ def test_both_files_are_read_back_bit_for_bit(tmp_path: Path, kind: str, form: s
     assert found.tensors.keys() == tensors.keys()
     assert all(torch.equal(found.tensors[key], tensors[key]) for key in tensors)
     assert found.alphas == {target.name: 12.0 for target in adapter.targets}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_folder_has_one_file_of_tensors_and_is_the_same_adapter_again(tmp_path: Path, kind: str, case: str) -> None:
+    if kind != "sd" and case in ("patterns", "dora"):
+        pytest.skip("one pipeline shows it")
+    adapter, processor = attached(tmp_path, kind, **CASES[case])
+    folder, expected = saved(adapter, tmp_path / "adapter", processor), ours(adapter, processor)
+    state = {name: tensor.clone() for name, tensor in adapter.state().items()}
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", DIFFUSERS_NAME, "tunekit.json"]
+    net = load_net(processor.folder, [PIPELINES[processor.kind], "text_encoder"], torch.float32)
+    again = attach_adapter_folder(net, folder, head_name=None)
+    assert again.settings.model_dump(exclude={"target_modules", "rank_pattern", "alpha_pattern"}) == (
+        adapter.settings.model_dump(exclude={"target_modules", "rank_pattern", "alpha_pattern"})
+    )
+    assert again.state().keys() == state.keys()
+    assert all(torch.equal(again.state()[name], state[name]) for name in state)
+    assert torch.equal(ours(again, processor), expected)
+    assert len(summarise_adapter(folder).tensors) == len(state)
+
+
+def test_a_file_without_what_diffusers_asks_of_it_is_refused(tmp_path: Path) -> None:
+    adapter, processor = attached(tmp_path, "sd")
+    folder = saved(adapter, tmp_path / "adapter", processor)
+    tensors = adapter_tensors(folder)
+    (folder / "tunekit.json").unlink()
+    save_file({key.removeprefix("base_model.model."): value for key, value in tensors.items()}, folder / DIFFUSERS_NAME)
+    with pytest.raises(AdapterError, match=r"has no lora_adapter_metadata; bring it in with: tunekit adapter adopt"):
+        attach_adapter_folder(adapter.net, folder, head_name=None)
 
 
 @pytest.mark.parametrize("named", ["encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj"])

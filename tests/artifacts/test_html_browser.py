@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.artifacts.run_case import write_run
 from tunekit.artifacts.report.html import comparison_page, run_page
+from tunekit.artifacts.report.pictures import inlined
 from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.artifacts.report.values import read_run
 
@@ -26,7 +28,11 @@ TOKENS = [
     {"text": "and" * 200, "title": "3: not trained on: another turn", "kinds": "o"},
     {"text": "<|im_end|>", "title": "4: trained on", "kinds": "t s"},
 ]
-PREVIEWED = [{"heading": "rows.jsonl:1: 4 tokens", "parts": [{"title": "chosen", "tokens": TOKENS}]}]
+IMAGE = inlined(np.zeros((64, 400, 3), np.uint8))
+PREVIEWED = [
+    {"heading": "rows.jsonl:1: 4 tokens", "parts": [{"title": "chosen", "tokens": TOKENS, "image": None}]},
+    {"heading": "photos:1: 25,600 pixels", "parts": [{"title": "a kite" * 60, "tokens": [], "image": IMAGE}]},
+]
 
 
 def browser_path() -> str:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.image_case import CLASS_PROMPT, ByHand, records, write_image_recipe, write_photos
+from tests.image_case import CLASS_PROMPT, ByHand, adapter_tensors, records, write_image_recipe, write_photos
 from tests.tiny_pipelines import SIZE, saved_pipeline
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
@@ -121,7 +120,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pipe
     for name in ("report.json", "report.md", "report.html", "status.json"):
         (cut / name).unlink()
     trained(recipe, cut, resume=True)
-    ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (cut, whole))
+    ours, theirs = (adapter_tensors(run / "adapter") for run in (cut, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [record["loss"] for record in records(cut)] == [record["loss"] for record in records(whole)]
 

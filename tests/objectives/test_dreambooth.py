@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from tests.image_case import (
     ATTENTION,
     CLASS_PROMPT,
     OF_TEXT,
     ByHand,
+    adapter_tensors,
     records,
     write_image_recipe,
     write_photos,
 )
 from tests.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
-from tunekit.artifacts.report.plan_page import target_rows
+from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export import adopt_verb, export_verb
@@ -57,10 +57,6 @@ def with_prior(folder: Path, weight: float = 0.7) -> dict[str, Any]:
     }
 
 
-def adapter_tensors(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("prediction", "prior", "text"),
     [
@@ -87,7 +83,7 @@ def test_20_steps_equal_diffusers_script_by_hand(
     assert [record["loss"] for record in ours] == pytest.approx(losses, abs=1e-5)
     assert [record["grad_norm"] for record in ours] == pytest.approx(norms, rel=1e-3)
     assert len(losses) == STEPS
-    found = adapter_tensors(run)
+    found = adapter_tensors(run / "adapter")
     assert any(name.startswith("base_model.model.text_encoder.") for name in found) == text
     for name, parameter in hand.parameters.items():
         assert torch.allclose(found[f"base_model.model.{name}"], parameter.detach(), atol=2e-4), name
@@ -132,7 +128,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pipe
         (cut / name).unlink()
     shutil.rmtree(cut / "adapter")
     trained(recipe, cut, resume=True)
-    ours, theirs = adapter_tensors(cut), adapter_tensors(whole)
+    ours, theirs = adapter_tensors(cut / "adapter"), adapter_tensors(whole / "adapter")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [record["loss"] for record in records(cut)] == [record["loss"] for record in expected]
 
@@ -245,9 +241,55 @@ def test_a_layer_that_sdxl_never_reads_gets_no_adapter(tmp_path: Path, photos: P
         training={"max_steps": 2},
     )
     run = trained(recipe, tmp_path / "run")  # where every tensor must get a gradient
-    found = [re.search(r"(text_encoder\w*)\..*layers\.(\d)", key) for key in adapter_tensors(run)]
+    found = [re.search(r"(text_encoder\w*)\..*layers\.(\d)", key) for key in adapter_tensors(run / "adapter")]
     layers = sorted({(each[1], int(each[2])) for each in found if each})
     assert layers == [("text_encoder", 0), ("text_encoder", 1), *(("text_encoder_2", number) for number in range(3))]
+
+
+def test_other_class_images_refuse_a_resume(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    training = {"max_steps": 2, "save_steps": 1}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=with_prior(tmp_path), training=training)
+    run = trained(recipe, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-000002")
+    for name in ("report.json", "report.md", "report.html", "status.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "adapter")
+    write_photos(tmp_path / "classes", 3, seed=10)
+    with pytest.raises(InputError, match="class_data_dir: changed since the run: its files have other content"):
+        trained(recipe, run, resume=True)
+    write_photos(tmp_path / "classes", 3, seed=9)
+    trained(recipe, run, resume=True)
+
+
+def test_files_that_are_no_images_are_told_of(tmp_path: Path, pipeline: Path) -> None:
+    folder, objective = write_photos(tmp_path / "photos", 2), with_prior(tmp_path)
+    (folder / "IMG_1.HEIC").write_bytes(b"no format that is read")
+    (tmp_path / "classes" / "notes.txt").write_text("neither is this")
+    notes = make_plan(load_recipe(str(write_image_recipe(tmp_path, pipeline, folder, objective=objective)), []))[
+        0
+    ].notes
+    told = "warning: photos: 1 file is not read, neither sound nor image by name: IMG_1.HEIC"
+    assert f"{told}; convert .heic to .png or .jpg" in notes
+    assert "classes: 1 file is not read, neither sound nor image by name: notes.txt" in notes
+    assert not [note for note in notes if "evaluation rows" in note or "both in" in note]  # measured on purpose
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "1.heic").write_bytes(b"x")
+    recipe = write_image_recipe(tmp_path, pipeline, tmp_path / "raw", data={"eval": None})
+    with pytest.raises(InputError, match=r"without sounds or images \(raw: 1 file is not read.*convert \.heic"):
+        make_plan(load_recipe(str(recipe), []))
+
+
+def test_a_plan_of_images_says_nothing_of_texts(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    plan = make_plan(load_recipe(str(write_image_recipe(tmp_path, pipeline, photos)), []))[0]
+    assert [row[0] for row in memory_rows(plan, None)][:4] == ["weights", "adapter", "optimizer", "activations"]
+    assert facts(plan)["attention"] == "sdpa"
+    assert facts(plan)["packing"] is None
+
+
+def test_prompts_that_are_nowhere_are_said_to_be(tmp_path: Path, pipeline: Path) -> None:
+    for name in ("folder", "image.png", "prompts.txt"):
+        with pytest.raises(InputError, match=f"{name}: there is no such file or folder; check the path"):
+            generate_verb(str(pipeline), None, None, str(tmp_path / name), [])
 
 
 def test_what_is_predicted_is_kept_with_the_adapter(tmp_path: Path, pipeline: Path, photos: Path) -> None:
@@ -313,9 +355,7 @@ def test_files_of_other_programs_become_the_same_adapter(
         file = tmp_path / "kohya.safetensors"
         export_verb(str(run), "kohya", str(file), None)
     adopt_verb(str(file), str(pipeline), str(tmp_path / "adopted"))
-    ours, theirs = (
-        load_file(folder / "adapter_model.safetensors") for folder in (run / "adapter", tmp_path / "adopted")
-    )
+    ours, theirs = (adapter_tensors(folder) for folder in (run / "adapter", tmp_path / "adopted"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     config = json.loads((tmp_path / "adopted" / "adapter_config.json").read_text())

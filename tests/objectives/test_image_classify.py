@@ -26,6 +26,7 @@ from tunekit.model.call import seed_for
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.load import load_model
 from tunekit.planning.plan import make_plan
+from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.report import report_verb
 from tunekit.train import train_verb
@@ -125,7 +126,7 @@ def by_hand(recipe: Path, pictures: Path, augmented: bool) -> tuple[list[float],
         loss = torch.nn.functional.cross_entropy(model(pixel_values=values).logits, answers)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)))
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad()
     return losses, norms
@@ -204,6 +205,14 @@ def test_another_size_is_kept_by_the_adapter_and_the_merged_model(tmp_path: Path
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     saved = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
     assert saved["size"] == {"height": side, "width": side}
+
+
+def test_preview_tells_the_size_of_the_file(
+    tmp_path: Path, vit: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preview_verb(str(write(tmp_path, vit, pictures, objective={"random_resized_crop": False})), [], 18, None)
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"({24 - number} x {18 + number} pixels)" in told for number in range(6))
 
 
 def test_a_table_names_pictures_and_bad_ones_are_told(tmp_path: Path, vit: Path, pictures: Path) -> None:

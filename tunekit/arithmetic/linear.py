@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.arithmetic.lora_folder import PREFIX, read_tensors
 from tunekit.errors import AdapterError
-from tunekit.files.tensors import read_tensor_header
 from tunekit.files.untrusted import same, shown
 
 NOT_COMPARED = {"init_from", "dropout"}  # settings that change nothing in what a finished adapter computes
@@ -40,8 +39,8 @@ def read_linear(folder: Path) -> LinearFolder:
     if not config.method.is_linear(config.settings):
         what = f"{config.settings.method} adapters cannot be added: their update is not linear in their tensors"
         raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R", file=config.file)
-    path = folder / TENSORS_NAME
-    header = read_tensor_header(path)
+    path = tensors_path(folder)
+    header = adapter_header(path)
     endings = tuple(f".{name}" for name in config.method.tensors)
     foreign = [key for key in header if not key.startswith(PREFIX) or not key.endswith(endings)]
     if foreign or not header:

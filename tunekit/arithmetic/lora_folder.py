@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from tunekit.adapters.base import Part
-from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.adapters.folder.expected import BASE_COPY, FLOATS, refuse_not_finite
 from tunekit.adapters.method import Method, load_method
 from tunekit.adapters.patterns import Patterns
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.tensors import NAMES, TensorEntry, iterate_tensors, read_tensor_header
+from tunekit.files.tensors import NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import shown
 
 PREFIX = Part.file_prefix
@@ -67,8 +67,8 @@ def read_lora_folder(folder: Path, instead: Mapping[str, Any] | None = None) -> 
     if config.method is not plain_lora_method():
         how = "tunekit adapter convert --rank R writes a LoRA that is near it"
         raise AdapterError(f"holds a {config.settings.method} adapter, and not a LoRA", how, file=config.file)
-    path = config.folder / TENSORS_NAME
-    header = read_tensor_header(path)
+    path = tensors_path(config.folder)
+    header = adapter_header(path)
     factors, rest = _sort(config, header)
     parameters = _parameters(config, {module: header[pair["A"]].shape for module, pair in factors.items()})
     _check_shapes(config, factors, header, str(path))
@@ -89,7 +89,7 @@ def read_tensors(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> di
 
     Raises: AdapterError where the file is not the one that tunekit wrote, or holds NaN or infinity.
     """
-    path = config.folder / TENSORS_NAME
+    path = tensors_path(config.folder)
     config.check_files()
     tensors = dict(iterate_tensors(path, header))
     refuse_not_finite(tensors, str(path))
@@ -117,7 +117,7 @@ def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dic
             wrong.append(f"the factors of '{shown(module, 200)}' are not a pair")
     if not factors:
         wrong.append("holds no update of any layer")
-    _raise(wrong, str(config.folder / TENSORS_NAME))
+    _raise(wrong, str(tensors_path(config.folder)))
     return factors, others
 
 

@@ -17,12 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig, read_adapter_config, read_fields, refuse_pickle
+from tunekit.adapters.folder.config import (
+    AdapterConfig,
+    adapter_header,
+    read_adapter_config,
+    read_fields,
+    refuse_pickle,
+    tensors_path,
+)
 from tunekit.adapters.method import all_methods
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, Resolved, Scalings, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
-from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors, read_tensor_header
+from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import shown
 
 NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # others hold no NaN, have no norm
@@ -79,8 +86,8 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
     """
     fields = read_fields(folder)
     refuse_pickle(folder)
-    path = folder / TENSORS_NAME
-    header = read_tensor_header(path)
+    path = tensors_path(folder)
+    header = adapter_header(path)
     config, faults = _configuration(folder)
     tensors: list[TensorSummary] = []
     factors: dict[str, dict[str, Tensor]] = {}  # module -> A and B of LoRA

@@ -106,6 +106,8 @@ def compare_fingerprints(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
             taught = key.startswith("objective.teacher")
             how = "the teacher's files differ" if taught else "the file has other content: its rewards would be others"
             found.append((key, how))
+    before, now = old.get("files", {}), new.get("files", {})  # known once the objective has read them
+    found += [(key, "its files have other content") for key in sorted(now) if before.get(key, now[key]) != now[key]]
     before, now = old.get("versions", {}), new.get("versions", {})
     for name in sorted(set(before) | set(now)):
         if before.get(name) != now.get(name):

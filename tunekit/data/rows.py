@@ -30,6 +30,7 @@ from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.files.cache_folder import hash_of
 from tunekit.formats.example import Example
 from tunekit.recipe.data import DataSection
+from tunekit.recipe.names import measures_training
 from tunekit.records import RowCounts
 
 
@@ -128,7 +129,11 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         fingerprint=_fingerprint(data, sources, own, seed),
         draws=draws,
         streams=(),
-        notes=(*_notes(sources), *_notes(own, evaluation=True), *_leaks(data, train_rows, eval_rows)),
+        notes=tuple(
+            dict.fromkeys(
+                [*_notes(sources), *_notes(own, evaluation=True), *_leaks(data, objective, train_rows, eval_rows)]
+            )
+        ),
         evaluation_examples=lambda: _examples(eval_sources, evaluation, objective),
         options=options,
     )
@@ -278,9 +283,9 @@ def _notes(sources: Sequence[EncodedSource], *, evaluation: bool = False) -> tup
     return tuple(dict.fromkeys(chain.from_iterable(notes)))
 
 
-def _leaks(data: DataSection, train: ChosenRows, evaluation: ChosenRows | None) -> list[str]:
+def _leaks(data: DataSection, objective: Objective, train: ChosenRows, evaluation: ChosenRows | None) -> list[str]:
     """Warnings where rows are both trained and evaluated on."""
-    if evaluation is None:
+    if evaluation is None or measures_training(objective.name):
         return []
     notes = []
     if isinstance(data.eval, tuple):

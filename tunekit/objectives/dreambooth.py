@@ -98,6 +98,7 @@ class Dreambooth(RowObjective):
         self.class_images = ClassImages(settings, self.resolution) if settings.class_prompt else None
         decides = (settings.method, settings.instance_prompt, self.buckets)  # what a row is made of
         self.fingerprint = hash_of([*decides, processor.fingerprint])
+        self.notes = [] if self.class_images is None else self.class_images.notes()
         self._check()
         self.schedule = _schedule(processor)
 
@@ -163,7 +164,7 @@ class Dreambooth(RowObjective):
         """As rows are only measured: one by one."""
         return self.held_out()
 
-    def begin(self, model: Any, rows: Sequence[Any], told: Told) -> None:
+    def begin(self, model: Any, rows: Sequence[Any], told: Told) -> Mapping[str, str]:
         """Draw the class pictures that are missing, and encode what every step would encode anew."""
         net, prior = model.base.net, list[tuple[Pixels, Size]]()
         if self.class_images is not None:
@@ -179,6 +180,7 @@ class Dreambooth(RowObjective):
         if not net.trains_text:
             with net.beside_on(model.device, TEXT_ENCODERS):
                 self.kept.embed(model, self._prompts(rows))
+        return {} if self.class_images is None else {"objective.class_data_dir": self.class_images.digest()}
 
     @property
     def draws(self) -> bool:
@@ -335,10 +337,10 @@ class Dreambooth(RowObjective):
         return Batch({}, {}, tuple(map(tuple, sequences)), max(row.size for row in rows))
 
     def spans(self, row: Row) -> list[Part]:
-        """The prompt and the picture's size."""
+        """The prompt, the picture's size and its middle in its bucket."""
         (height, width), (high, wide), empty = row.parts["original"].tolist(), bucket_of(row), np.zeros(0, np.int64)
         title = f"{prompt_of(row)} ({width} x {height} pixels, trained on at {wide} x {high})"
-        return [Part(empty, np.zeros(0, np.bool_), title=title)]
+        return [Part(empty, np.zeros(0, np.bool_), title, cropped(pixels_of(row), bucket_of(row))[0])]
 
     def answer(
         self,

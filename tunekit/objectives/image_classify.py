@@ -196,10 +196,10 @@ class ImageClassify(LabelObjective):
         return output.logits.float(), placed(batch.targets["labels"], output.logits.device)
 
     def spans(self, row: Row) -> list[Part]:
-        """The label and the picture's size."""
+        """The label, the picture's size and what evaluations see of it."""
         (height, width), empty = row.parts["original"].tolist(), np.zeros(0, np.int64)
         title = f"label: {self.labels_of(row)[0]} ({width} x {height} pixels)"
-        return [Part(empty, np.zeros(0, np.bool_), title=title)]
+        return [Part(empty, np.zeros(0, np.bool_), title, self._seen(row))]
 
     def answer(
         self,

@@ -97,8 +97,9 @@ class RowObjective:
         """Every token is computed."""
         return 0
 
-    def begin(self, model: object, rows: Sequence[Rows], told: Told) -> None:
+    def begin(self, model: object, rows: Sequence[Rows], told: Told) -> Mapping[str, str]:
         """Nothing is made before the first step."""
+        return {}
 
     def parts_beside(self, model: object) -> list[nn.Module]:
         """Nothing is needed beside the net."""

@@ -71,6 +71,18 @@ def sizes_of(objective: str) -> str:
     return f"{found.size_unit}s"
 
 
+def draws_images(objective: str) -> bool:
+    """Whether models of an objective draw images."""
+    found: Any = settings_class("objectives", objective)
+    return bool(found.draws)
+
+
+def measures_training(objective: str) -> bool:
+    """Whether evaluation rows of an objective may be training rows."""
+    found: Any = settings_class("objectives", objective)
+    return bool(found.measures_training)
+
+
 def needs_generation(metric: str) -> bool:
     """Whether a known metric compares answers with references (else it follows from an objective's sums)."""
     return hasattr(facts_of("metrics", metric), "score")

@@ -70,6 +70,7 @@ class ObjectiveSettings(MethodSettings):
     `sums`: what its evaluation adds up, of which metrics are made; `supervised`: whether it measures models of its
     family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `unit`:
     what its loss sums over; `size_unit`: what the sizes of its rows count; `draws`: whether its model draws pictures;
+    `measures_training`: whether evaluation rows are usually training rows, so that it is no leak where they are;
     `default_learning_rate`: before that of the adapter.
     """
 
@@ -84,6 +85,7 @@ class ObjectiveSettings(MethodSettings):
     unit: ClassVar[str] = "supervised token"
     size_unit: ClassVar[str] = "token"
     draws: ClassVar[bool] = False
+    measures_training: ClassVar[bool] = False
 
 
 class StartSettings(MethodSettings):

@@ -26,7 +26,7 @@ from tunekit.records import Plan, calibration_text
 from tunekit.training.engines.choice import make_engine
 from tunekit.training.initialise import initialise_adapter, needed_batches
 from tunekit.training.optimizers import make_optimizer
-from tunekit.training.run_files import checked_fingerprint, save_run, write_plan
+from tunekit.training.run_files import checked_fingerprint, save_run, with_files, write_plan
 from tunekit.training.saved_state import restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
@@ -67,7 +67,8 @@ def assemble_run(
         prepared = probe_layout(session, prepared, TunedModel(base, None), state)
     model = _tuned(session, plan, prepared, base, teacher, state, checkpoint)
     with session.timed("data"):
-        prepared.rows.objective.begin(model, prepared.rows.all, Counting(session.console))
+        files = prepared.rows.objective.begin(model, prepared.rows.all, Counting(session.console))
+    fingerprint = with_files(session, fingerprint, files, checkpoint)
     prepared = probe_layout(session, prepared, model, state)
     probe_logprobs(model, prepared.largest_batch)
     probe_reference(model, prepared.rows.objective, prepared.largest_batch)

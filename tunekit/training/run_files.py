@@ -140,6 +140,22 @@ def checked_fingerprint(
     return new
 
 
+def with_files(
+    session: Session, fingerprint: dict[str, Any], files: Mapping[str, str], checkpoint: Checkpoint | None
+) -> dict[str, Any]:
+    """The fingerprint with that of files which the objective read before the first step, by key.
+
+    Raises: RunFolderError where the checkpoint that is resumed knew others.
+    """
+    if not files:
+        return fingerprint
+    new = {**fingerprint, "files": dict(files)}
+    if checkpoint is not None:
+        old = checkpoint.facts["fingerprint"]
+        require_same(old, new, lines=session.loaded.lines, file=str(session.loaded.path))
+    return new
+
+
 def _protected(session: Session, best_step: int | None) -> set[int]:
     """Steps whose checkpoints stay however old they are."""
     return {best_step} if session.loaded.recipe.evaluation.best and best_step is not None else set()

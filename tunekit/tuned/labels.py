@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.errors import RecipeError
-from tunekit.files.tensors import read_tensor_header
 from tunekit.model.storage.inspection import head_labels
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.label_settings import LabelSettings
@@ -50,7 +49,7 @@ def adapter_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
 
 def head_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
     """One label for each row of the last matrix of another tool's head: the base's where it has as many."""
-    header = read_tensor_header(config.folder / TENSORS_NAME)
+    header = adapter_header(tensors_path(config.folder))
     named = set(getattr(config.settings, "modules_to_save", ()))
     matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
     rows = [shape[0] for name, shape in matrices.items() if named & set(name.split("."))]

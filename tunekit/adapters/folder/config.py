@@ -3,14 +3,16 @@ before any tensor."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME
+from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, peft_keys
 from tunekit.adapters.method import Method, all_methods
 from tunekit.errors import AdapterError, ModelError
+from tunekit.files.tensors import TensorEntry, read_tensor_header
 from tunekit.files.untrusted import parse_json, read_small, same, sha256_of, shown
 from tunekit.model.storage.inspection import fingerprint
 from tunekit.model.storage.source import find_source
@@ -165,7 +167,9 @@ def _own_facts(folder: Path) -> dict[str, Any]:
     if (
         not isinstance(base, dict)
         or not isinstance(files, dict)
-        or set(files) - {TEMPLATE_NAME, DIFFUSERS_NAME} != {CONFIG_NAME, TENSORS_NAME}
+        or CONFIG_NAME not in files
+        or not {TENSORS_NAME, DIFFUSERS_NAME} & set(files)
+        or set(files) - {TEMPLATE_NAME, DIFFUSERS_NAME, CONFIG_NAME, TENSORS_NAME}
     ):
         raise AdapterError("is malformed: base or files", "delete it to read the folder as peft's", file=str(path))
     double = base.get("double_quantization")
@@ -187,10 +191,22 @@ def _sha256(entry: Any, path: Path) -> str:
     return digest
 
 
+def tensors_path(folder: Path) -> Path:
+    """The file of the folder's tensors: PEFT's, or of a LoRA of a pipeline diffusers'."""
+    own, others = folder / TENSORS_NAME, folder / DIFFUSERS_NAME
+    return others if not os.path.lexists(own) and os.path.lexists(others) else own
+
+
+def adapter_header(path: Path) -> dict[str, TensorEntry]:
+    """The header of a folder's tensors, by PEFT's keys. Raises: AdapterError."""
+    header = read_tensor_header(path)
+    return peft_keys(path, header) if path.name == DIFFUSERS_NAME else header
+
+
 def refuse_pickle(folder: Path) -> None:
     """A pickle is never read. Beside a safetensors file it is passed over; alone it is refused."""
     try:
-        (folder / TENSORS_NAME).lstat()
+        tensors_path(folder).lstat()
     except OSError as error:
         pickle = folder / PICKLE_NAME
         if pickle.exists() or pickle.is_symlink():

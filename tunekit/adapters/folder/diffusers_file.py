@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tunekit.adapters.base import Part
 from tunekit.errors import AdapterError
-from tunekit.files.tensors import read_raw_header, read_tensor, read_tensor_header
-from tunekit.files.untrusted import shown
+from tunekit.files.tensors import TensorEntry, read_raw_header, read_tensor, read_tensor_header
+from tunekit.files.untrusted import parse_json, shown
 from tunekit.records import Target
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -43,6 +43,26 @@ class ForeignLora:
 def diffusers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By diffusers' keys: PEFT's without its prefix, CLIP's layers under the name that all versions know."""
     return {FLAT.sub(r"\1.text_model.", key.removeprefix(Part.file_prefix)): value for key, value in tensors.items()}
+
+
+def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The header of a file that diffusers_tensors and diffusers_header made, by PEFT's keys again.
+
+    Raises: AdapterError where the header says of no layer that it is adapted.
+    """
+    text = (read_raw_header(path)[2].get("__metadata__") or {}).get(METADATA)
+    if not isinstance(text, str):
+        raise AdapterError(
+            f"has no {METADATA}", "bring it in with: tunekit adapter adopt FILE --base PIPELINE", file=str(path)
+        )
+    fields = parse_json(text.encode(), str(path))
+    named = {part: fields.get(f"{part}.target_modules") or [] for part in KOHYA_PARTS}
+    flat = [part for part, names in named.items() if any(str(name).startswith("encoder.") for name in names)]
+    begins = tuple(f"{part}.text_model." for part in flat)
+    return {
+        Part.file_prefix + (key.replace(".text_model.", ".", 1) if key.startswith(begins) else key): entry
+        for key, entry in header.items()
+    }
 
 
 def diffusers_header(settings: Any, targets: Sequence[Target]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder.config import TENSORS_NAME, AdapterConfig
+from tunekit.adapters.folder.config import AdapterConfig, adapter_header, tensors_path
 from tunekit.adapters.folder.config import read_adapter_config as read_adapter_config
 from tunekit.adapters.folder.expected import expected_tensors, refuse_not_finite
 from tunekit.adapters.folder.fields import SAME_NAMED
@@ -24,7 +24,7 @@ from tunekit.adapters.module_names import base_modules, named_copies
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import embedding_name, tied_with, token_rows
 from tunekit.errors import AdapterError, Problem
-from tunekit.files.tensors import read_tensor, read_tensor_header
+from tunekit.files.tensors import read_tensor
 from tunekit.files.untrusted import shown
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
@@ -52,7 +52,7 @@ def attach_adapter_folder(
     """
     config = _with_tied_partners(read_adapter_config(folder, method), net, head_name)
     _check_fingerprint(config, base_fingerprint)
-    rows = added_rows(net, head_name, config.folder / TENSORS_NAME)
+    rows = added_rows(net, head_name, tensors_path(config.folder))
     enlarge(net, rows)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     tensors = _read_tensors(config, net, targets, head_name, base_weight, rows)
@@ -168,8 +168,8 @@ def _read_tensors(
 
     `enlarged`: modules whose matrices the file holds whole, for the rows that it adds to them.
     """
-    path = config.folder / TENSORS_NAME
-    header = read_tensor_header(path)
+    path = tensors_path(config.folder)
+    header = adapter_header(path)
     expected = expected_tensors(net, config.method, config.settings, targets, head_name, enlarged)
     copies = expected.check(header, str(path))
     config.check_files()

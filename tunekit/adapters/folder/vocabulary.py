@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Part
+from tunekit.adapters.folder.config import adapter_header
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.tokens import embedding_name, tied_with
 from tunekit.errors import AdapterError
-from tunekit.files.tensors import read_tensor, read_tensor_header
+from tunekit.files.tensors import read_tensor
 from tunekit.model.families.structure import text_config
 from tunekit.model.quantized.weights import layer_kind, weight_of
 
@@ -26,7 +27,7 @@ def added_rows(net: nn.Module, head_name: str | None, path: Path) -> dict[str, T
 
     Raises: AdapterError where it does so of one of them only.
     """
-    modules, header = base_modules(net), read_tensor_header(path)
+    modules, header = base_modules(net), adapter_header(path)
     embedding = embedding_name(net, modules)
     rows: dict[str, Tensor] = {}
     for name in {embedding, head_name or embedding} & modules.keys():

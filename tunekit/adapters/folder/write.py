@@ -29,7 +29,7 @@ from tunekit.files import durable
 from tunekit.files.tensors import write_tensors
 
 OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME, TEMPLATE_NAME, DIFFUSERS_NAME}
-Beside = tuple[Mapping[str, Tensor], Mapping[str, str]]  # a file's tensors, and what its header says
+TensorsFile = tuple[str, Mapping[str, str]]  # its name, and what its header says
 
 
 def save_adapter_folder(
@@ -51,7 +51,7 @@ def save_adapter_folder(
 
     `chat_template`: the text of one other than the base's own; it then belongs to the adapter.  `objective`: for what
     it was trained, and what that must know when it is used.  `of_pipeline`: the base is a diffusion pipeline, whose
-    LoRA diffusers reads from a file of its own.
+    LoRA is written in diffusers' file instead of PEFT's.
 
     Raises: AdapterError where the folder holds files that are not an adapter's; ResourceError, RunFolderError.
     """
@@ -71,10 +71,12 @@ def save_adapter_folder(
         "double_quantization": double_quantization,
     }
     tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.exported().items()}
-    beside: dict[str, Beside] = {}
+    name, header = TENSORS_NAME, {"format": "pt"}
     if of_pipeline and config.get("peft_type") == "LORA":
-        beside[DIFFUSERS_NAME] = diffusers_tensors(tensors), diffusers_header(plain.settings, plain.targets)
-    return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template, objective, beside)
+        name, header = DIFFUSERS_NAME, diffusers_header(plain.settings, plain.targets)
+        tensors = diffusers_tensors(tensors)
+    with_header = (name, header)
+    return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template, objective, with_header)
 
 
 def write_adapter_folder(
@@ -85,23 +87,20 @@ def write_adapter_folder(
     base: Mapping[str, Any],
     chat_template: str | None = None,
     objective: Mapping[str, Any] | None = None,
-    beside: Mapping[str, Beside] | None = None,
+    file: TensorsFile = (TENSORS_NAME, {"format": "pt"}),
 ) -> int:
     """Write tensors by file key, PEFT's configuration and our own facts, whole or not at all; returns their bytes.
 
-    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base.  `beside`: the same
-    adapter in the files of other tools.
+    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base.  `file`: that of the
+    tensors.
     Raises: as save_adapter_folder.
     """
     with _replacing(folder) as temporary:
-        tensor_bytes, digest = write_tensors(temporary / TENSORS_NAME, tensors, {"format": "pt"})
+        tensor_bytes, digest = write_tensors(temporary / file[0], tensors, file[1])
         files = {
-            TENSORS_NAME: {"bytes": tensor_bytes, "sha256": digest},
+            file[0]: {"bytes": tensor_bytes, "sha256": digest},
             CONFIG_NAME: _write(temporary / CONFIG_NAME, durable.json_bytes(config)),
         }
-        for name, (others, header) in (beside or {}).items():
-            size_bytes, digest = write_tensors(temporary / name, others, dict(header))
-            files[name] = {"bytes": size_bytes, "sha256": digest}
         if chat_template is not None:
             files[TEMPLATE_NAME] = _write(temporary / TEMPLATE_NAME, chat_template.encode())
         facts = {

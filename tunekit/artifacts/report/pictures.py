@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tunekit.artifacts.run import PICTURES
 
 NAME = re.compile(r"step-(\d{6,})-(\d+)\.png")
@@ -59,12 +62,12 @@ def shown_pictures(run: Path, recipe: Mapping[str, Any], exported: int | None) -
         yield {"text": [text], "pictures": rows}
 
 
-def inlined(path: Path) -> str:
-    """A small JPEG of the picture as a data address."""
+def inlined(picture: Path | NDArray[np.uint8]) -> str:
+    """A small JPEG of a picture, a file or pixels (H, W, 3), as a data address."""
     from PIL import Image
 
     stream = io.BytesIO()
-    with Image.open(path) as image:
+    with Image.open(picture) if isinstance(picture, Path) else Image.fromarray(picture) as image:
         image.thumbnail((SIDE, SIDE))
         image.convert("RGB").save(stream, format="JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

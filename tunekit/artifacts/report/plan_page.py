@@ -30,14 +30,20 @@ def facts(plan: Plan) -> dict[str, object]:
         "rows": f"{rows.trained:,} of {rows.read:,} ({rows.truncated:,} truncated{dropped})",
         sizes_of(plan.objective): f"{about}{rows.tokens:,} an epoch; {learned} in the run",
         "evaluation rows": None if plan.rows.evaluation is None else f"{plan.rows.evaluation.trained:,}",
-        "attention": ATTENTION.get(model.attention, f"{model.attention}, with a mask over whole rows"),
-        "packing": f"{'yes' if plan.rows.packing else 'no'}: {plan.rows.packing_reason}",
+        "attention": _attention(plan),
+        "packing": None if plan.text is None else f"{'yes' if plan.rows.packing else 'no'}: {plan.rows.packing_reason}",
         "steps": f"{plan.steps:,}{per_epoch}; {plan.warmup_steps:,} of warm-up",
         "micro-batches": _micro_batches(plan),
         "longest first": f"{'yes' if plan.tries_longest_batch else 'no'}: {plan.trial_reason}",
         "recomputed": f"{choice.checkpointed_layers} of {model.layers} layers",
         "logits": None if plan.text is None else f"{choice.logits_chunk_tokens:,} positions at a time",
     }
+
+
+def _attention(plan: Plan) -> str:
+    """Which kernel, and of texts what it sees of a row."""
+    kernel = plan.model.attention
+    return kernel if plan.text is None else ATTENTION.get(kernel, f"{kernel}, with a mask over whole rows")
 
 
 def _micro_batches(plan: Plan) -> str:
@@ -68,7 +74,8 @@ def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
     parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
     limits = [(plan.budget_bytes, "in the budget"), (available, "free")]
     free = ", ".join(f"{bytes_text(size)} {name}" for size, name in limits if size is not None)
-    lines: list[list[object]] = [[name, bytes_text(size)] for name, size in parts.items()]
+    shown = {name: size for name, size in parts.items() if size or name != "logits"}  # a denoiser has none
+    lines: list[list[object]] = [[name, bytes_text(size)] for name, size in shown.items()]
     kept = plan.peak_bytes.total - sum(parts.values())
     if kept > 0:
         lines.append(["the process; freed blocks that malloc keeps; loading", bytes_text(kept)])

@@ -22,7 +22,7 @@ from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
 from tunekit.data.reading.first import format_maker, media_fields, open_rows
-from tunekit.data.reading.folder import is_folder, media_folder, names_hash
+from tunekit.data.reading.folder import is_folder, media_folder, names_hash, passed_over
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import hub_fingerprint, is_data_set
 from tunekit.errors import DataError, Problem, RecipeError, TunekitError
@@ -93,7 +93,9 @@ def load_source(source: Source, objective: Objective, options: EncodeOptions, *,
     store, facts = cached_store(cache_folder, key, objective.layout, encode, FACTS)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
     lead = format_note(name, facts["format"], facts["reason"], facts["columns"])
-    notices = (lead, *(counted_note(name, number, what) for what, number in facts["notices"].items()))
+    others = passed_over(Path(source.path)) if is_folder(source.path) else None
+    counted = (counted_note(name, number, what) for what, number in facts["notices"].items())
+    notices = (lead, *([] if others is None else [others]), *counted)
     return EncodedSource(source, store, name, counts, notices, fingerprint)
 
 

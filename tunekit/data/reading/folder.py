@@ -20,6 +20,21 @@ MEDIA = {
     "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au"),
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
 }
+CONVERTED = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".jp2",
+    ".svg",
+    ".dng",
+    ".raw",
+    ".cr2",
+    ".nef",
+    ".arw",
+)  # images all the same
+SHOWN_NAMES = 4
+WARNING = "warning: "
 HOW = f"name the file in it, or put {TABLES[0]} or one folder a class into it"
 
 
@@ -62,20 +77,42 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
     Raises: DataError where there is none, or where sounds and images are mixed.
     """
     kinds = {ending: kind for kind, endings in MEDIA.items() for ending in endings}
-    found = [
-        (kinds[place.suffix.lower()], place)
-        for inner in sorted(folder.iterdir())
-        if not inner.name.startswith(".")
-        for place in (sorted(inner.rglob("*")) if inner.is_dir() else [inner])
-        if place.suffix.lower() in kinds and place.is_file()
-    ]
+    found = [(kinds[place.suffix.lower()], place) for place in _files(folder) if place.suffix.lower() in kinds]
     if not found:
-        raise DataError("this is a folder without a table, and without sounds or images", HOW, file=str(folder))
+        what = "this is a folder without a table, and without sounds or images"
+        others = passed_over(folder)
+        what += "" if others is None else f" ({others.removeprefix(WARNING)})"
+        raise DataError(what, HOW, file=str(folder))
     if len({kind for kind, _ in found}) > 1:
         raise DataError("the folder holds sounds and images", "keep one kind in it", file=str(folder))
     for number, (kind, place) in enumerate(found, 1):
         inner = place.relative_to(folder)
         yield RawRow(number, {kind: str(inner), **({"label": inner.parts[0]} if len(inner.parts) > 1 else {})})
+
+
+def _files(folder: Path) -> list[Path]:
+    """Its files and those of folders in it, sorted; hidden ones are nobody's data."""
+    return [
+        place
+        for inner in sorted(folder.iterdir())
+        if not inner.name.startswith(".")
+        for place in (sorted(inner.rglob("*")) if inner.is_dir() else [inner])
+        if not place.name.startswith(".") and place.is_file()
+    ]
+
+
+def passed_over(folder: Path) -> str | None:
+    """Of a folder without a table: its files that are not read, as they are of no kind that is."""
+    others = [place for place in _files(folder) if not is_media(place.name)]
+    if not others:
+        return None
+    names = ", ".join(str(place.relative_to(folder)) for place in others[:SHOWN_NAMES])
+    more = f" and {len(others) - SHOWN_NAMES:,} more" if len(others) > SHOWN_NAMES else ""
+    foreign = sorted({place.suffix.lower() for place in others} & set(CONVERTED))
+    how = f"; convert {' and '.join(foreign)} to .png or .jpg" if foreign else ""
+    count = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
+    start = WARNING if foreign else ""
+    return f"{start}{folder.name}: {count} not read, neither sound nor image by name: {names}{more}{how}"
 
 
 def names_hash(folder: Path) -> str:

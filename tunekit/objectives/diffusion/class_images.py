@@ -17,7 +17,10 @@ import numpy as np
 from tunekit.contracts import Told
 from tunekit.data.encoding.images import Pixels, Size, covering, png_bytes, read_image
 from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.reading.data_file import content_hash
+from tunekit.data.reading.folder import passed_over
 from tunekit.errors import DataError
+from tunekit.files.cache_folder import hash_of
 from tunekit.files.durable import write_bytes
 from tunekit.model.call import calling, current_call, seed_for
 from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
@@ -48,6 +51,15 @@ class ClassImages:
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+
+    def notes(self) -> list[str]:
+        """Files of the folder that are no images by name."""
+        others = passed_over(self.folder) if self.folder.is_dir() else None
+        return [] if others is None else [others]
+
+    def digest(self) -> str:
+        """sha256 of those that are trained on."""
+        return hash_of([content_hash(path) for path in self.paths])
 
     def ready(self, model: Any, processor: PipelineProcessor, sizes: Sequence[Size], told: Told) -> list[Sized]:
         """All of them at each of these sizes, and it, once the missing ones are drawn.

@@ -43,6 +43,8 @@ class PictureEncoder:
         for cut in self.processor.cut_prompts([prompt]):
             self.notices[f"has a prompt of which CLIP does not see the end ({cut[:40]}...)"] += 1
         size = nearest_bucket(pixels.shape[:2], self.buckets)
+        if len(self.buckets) > 1:
+            self.notices[f"trained on at {size[1]} x {size[0]} pixels"] += 1
         return make_row(covering(pixels, size), pixels.shape[:2], prompt, size, origin)
 
     def prompt(self, example: ImageExample) -> None:

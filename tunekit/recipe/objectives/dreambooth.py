@@ -53,6 +53,7 @@ class DreamboothSettings(ObjectiveSettings):
     answers: ClassVar[bool] = False
     supervised: ClassVar[bool] = True
     draws: ClassVar[bool] = True
+    measures_training: ClassVar[bool] = True
     unit: ClassVar[str] = "image"
     size_unit: ClassVar[str] = "pixel"
     sums: ClassVar[tuple[str, ...]] = ("loss", "units")
