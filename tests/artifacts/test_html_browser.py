@@ -5,6 +5,7 @@ TUNEKIT_BROWSER names another browser; one must be there for the slow tier.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.artifacts.run_case import write_run
 from tunekit.artifacts.report.html import comparison_page, run_page
-from tunekit.artifacts.report.pictures import inlined
+from tunekit.artifacts.report.pictures import inlined, picture_name
 from tunekit.artifacts.report.preview_page import preview_page
 from tunekit.artifacts.report.values import read_run
+from tunekit.artifacts.run import PICTURES
 
 pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -59,12 +62,21 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     long = read_run(write_run(folder / "long", steps=20_000, rate=1e-4))
     short = [read_run(write_run(folder / f"s{seed}", seed=seed, rate=0.1)) for seed in range(3)]
     going = read_run(write_run(folder / "going", steps=2, finished=False))
+    drawn = write_run(folder / "drawn")
+    plan = json.loads((drawn / "plan.json").read_text("utf-8"))
+    plan["recipe"]["objective"] = {"method": "dreambooth", "validation_prompts": ["a kite", "kite" * 100]}
+    (drawn / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    (drawn / PICTURES).mkdir()
+    for step in (0, 40):
+        for number in range(2):
+            Image.new("RGB", (512, 384), "navy").save(drawn / picture_name(step, number))
     bad = read_run(write_run(folder / "bad", verdict="worse than the base: eval loss 3 against 2.6"))
     texts = {
         "long": run_page(long),
         "short": run_page(short[0]),
         "going": run_page(going),
         "bad": run_page(bad),
+        "drawn": run_page(read_run(drawn)),
         "compared": comparison_page(short),
         "preview": preview_page("Training rows", PREVIEWED, [("read", 3)], ["rows.jsonl: format chat"]),
     }
@@ -73,7 +85,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("name", ["long", "short", "going", "bad", "compared", "preview"])
+@pytest.mark.parametrize("name", ["long", "short", "going", "bad", "drawn", "compared", "preview"])
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_page_is_sound(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.image_case import CLASS_PROMPT, ByHand, adapter_tensors, records, write_image_recipe, write_photos
 from tests.tiny_pipelines import SIZE, saved_pipeline
@@ -92,6 +97,37 @@ def test_steps_over_two_buckets_equal_diffusers_by_hand(tmp_path: Path, photos: 
     assert [record["grad_norm"] for record in ours] == pytest.approx(norms, rel=1e-3)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_step_keeps_its_rows_on_any_number_of_ranks_and_each_micro_batch_is_of_one_bucket(
+    tmp_path: Path, pipeline: Path, photos: Path, streamed: bool
+) -> None:
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"image": str(path), "text": "a"}) + "\n" for path in sorted(photos.iterdir())))
+    data = {"train": [{"path": str(table), "streaming": streamed}], "eval": None}
+    training = {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    objective = {"aspect_ratio_buckets": BUCKETS}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, data=data, objective=objective, training=training)
+    prepared = make_plan(load_recipe(str(recipe), []))[1]
+    plain = replace(prepared.rows.objective.layout, alike=None)  # type: ignore[attr-defined]
+    for ranks in (1, 3):
+        sources = [
+            prepared.rows.windows(prepared.batch_settings, rank=rank, world=ranks).windows(0) for rank in range(ranks)
+        ]
+        for windows in zip(*sources, strict=True):
+            batches = [batch for window in windows for batch in window.batches]
+            indices = sorted(index for window in windows for index in window.indices)
+            assert indices == list(range(len(batches)))
+            assert all(len({bucket_of(row) for row in batch.rows}) == 1 for batch in batches)
+            assert all(1 <= len(batch.rows) <= 2 for batch in batches)
+            assert len(batches) <= 3  # of four rows in two buckets, in twos
+    prepared.rows.objective.layout = plain  # type: ignore[misc]
+    uncut = list(prepared.rows.windows(prepared.batch_settings).windows(0))
+    prepared.rows.objective.layout = replace(plain, alike="bucket")  # type: ignore[misc]
+    for one, other in zip(uncut, prepared.rows.windows(prepared.batch_settings).windows(0), strict=True):
+        rows = [sorted(row.number for batch in window.batches for row in batch.rows) for window in (one, other)]
+        assert rows[0] == rows[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [{"micro_batch_size": 1}, {"micro_batch_size": 2}])
 def test_micro_batches_equal_one_batch(tmp_path: Path, pipeline: Path, photos: Path, cut: dict[str, int]) -> None:
@@ -157,7 +193,14 @@ def test_preview_tells_the_files_size_and_that_of_its_bucket(
     tmp_path: Path, pipeline: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objective = {"aspect_ratio_buckets": BUCKETS}
-    preview_verb(str(write_image_recipe(tmp_path, pipeline, photos, objective=objective)), [], 5, None)
+    html = tmp_path / "page.html"
+    preview_verb(str(write_image_recipe(tmp_path, pipeline, photos, objective=objective)), [], 5, str(html))
+    page = html.read_text("utf-8")
+    shown = [base64.b64decode(found) for found in re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page)]
+    sizes = sorted(Image.open(io.BytesIO(each)).size for each in shown)
+    assert sizes == [(16, 24), (16, 24), (24, 16), (24, 16), (24, 16)]  # as they are trained on
+    assert '<pre class="tokens"' not in page
+    assert "legend" not in page.partition("</style>")[2]
     told = " ".join(capsys.readouterr().out.split())
     assert "31 x 20 pixels, trained on at 24 x 16" in told
     assert "23 x 32 pixels, trained on at 16 x 24" in told

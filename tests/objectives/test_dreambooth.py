@@ -171,7 +171,11 @@ def test_100_steps_lower_the_validation_loss_which_is_always_of_the_same_noise(
     page = (run / "report.html").read_text()
     assert page.count('src="data:image/jpeg;base64,') == 2
     assert "before training" in page
-    assert "step-000100-0.png" in (run / "report.md").read_text()
+    text = (run / "report.md").read_text()
+    assert "## Images" in text
+    assert "step-000100-0.png" in text
+    assert 'pipeline.load_lora_weights("adapter")' in text
+    assert not [word for word in ("logits", "Packing", "PeftModel") if word in text]
 
 
 @pytest.mark.slow

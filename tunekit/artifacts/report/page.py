@@ -17,7 +17,7 @@ from tunekit.console.text import curve_text, means_of
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.metrics.sources import sources_table
-from tunekit.recipe.names import known_names, settings_class, sizes_of, units_of
+from tunekit.recipe.names import draws_images, known_names, settings_class, sizes_of, units_of
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text, skipped_text
 
 CURVE_COLUMNS = 60
@@ -134,7 +134,7 @@ def _pictures(path: Path, facts: ReportFacts, plan: Plan) -> str:
         + ", ".join(f"![{each['title']}]({PICTURES}/{each['path'].name}) {each['title']}" for each in row["shown"])
         for row in rows
     ]
-    return "\n\n".join(["## Pictures", *lines]) if lines else ""
+    return "\n\n".join(["## Images", *lines]) if lines else ""
 
 
 def _classes(facts: dict[str, Any]) -> list[str]:
@@ -174,7 +174,8 @@ def curve(values: Sequence[float]) -> str:
 
 
 def _memory(facts: ReportFacts, plan: Plan) -> str:
-    rows = [[part, bytes_text(getattr(plan.peak_bytes, part))] for part in PARTS]
+    parts = [part for part in PARTS if part != "logits" or plan.peak_bytes.logits]  # a denoiser has none
+    rows = [[part, bytes_text(getattr(plan.peak_bytes, part))] for part in parts]
     rows.append(["**peak**", f"**{bytes_text(plan.peak_bytes.total)}**"])
     lines = ["## Memory", PEAK, "Predicted before a weight was loaded:", _table(["part", "predicted"], rows)]
     both = sorted(set(facts.predicted_bytes) & set(facts.measured_bytes))
@@ -253,7 +254,8 @@ def _rows(facts: ReportFacts, plan: Plan) -> str:
     reasons = sorted(plan.rows.training.dropped_reasons.items())
     if reasons:
         lines.append("Dropped: " + "; ".join(f"{count:,} {escape(reason)}" for reason, count in reasons) + ".")
-    lines.append(f"Packing: {'on' if plan.rows.packing else 'off'} ({escape(plan.rows.packing_reason)}).")
+    if plan.text is not None:
+        lines.append(f"Packing: {'on' if plan.rows.packing else 'off'} ({escape(plan.rows.packing_reason)}).")
     return "\n\n".join(lines)
 
 
@@ -285,6 +287,8 @@ def _next(path: Path, plan: Plan) -> str:
     while any(fence in command for command in commands):
         fence += "`"
     text = f"## Use it\n\n{fence}sh\n" + "\n".join(commands) + f"\n{fence}"
-    if not full:
+    if draws_images(plan.objective):
+        text += '\n\nA LoRA in `adapter/` is diffusers\' too: `pipeline.load_lora_weights("adapter")` loads it.'
+    elif not full:
         text += '\n\n`adapter/` is in PEFT\'s format: `PeftModel.from_pretrained(base, "adapter")` loads it too.'
     return text

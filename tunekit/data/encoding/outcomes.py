@@ -18,6 +18,8 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any
 
+import torch
+
 from tunekit.contracts import Objective, Row, RowEncoder
 from tunekit.data.reading.first import MakeExample
 from tunekit.data.reading.lines import RawRow
@@ -97,6 +99,7 @@ _source: list[SourceEncoder] = []  # of this process, which encodes for another
 
 
 def _begin(make_example: MakeExample, objective: Objective, options: Any, name: str) -> None:
+    torch.set_num_threads(1)  # of an image's processor: there is a process for each core
     _source.append(SourceEncoder(make_example, objective.row_encoder(options), name))
     Thread(target=_end_with_parent, daemon=True).start()
 

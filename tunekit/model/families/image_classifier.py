@@ -164,10 +164,15 @@ class PixelProcessor:
         return self._unscaled(self.values(pixels), self.resolution)
 
     def _unscaled(self, values: torch.Tensor, side: int) -> Pixels:
-        scale, offset = (each.double() for each in self.scale)
-        back = torch.linalg.solve(scale, values.double().flatten(1) - offset[:, None])  # (3, side * side)
-        pixels: Pixels = back.round().clamp(0, 255).to(torch.uint8).T.reshape(side, side, 3).contiguous().numpy()
+        back = self._unscale @ (values.float().flatten(1) - self.scale[1][:, None])  # (3, side * side)
+        pixels: Pixels = back.round_().clamp_(0, 255).to(torch.uint8).T.reshape(side, side, 3).contiguous().numpy()
         return pixels
+
+    @cached_property
+    def _unscale(self) -> torch.Tensor:
+        """(3, 3): what gives pixels back."""
+        inverse: torch.Tensor = torch.linalg.inv(self.scale[0].double()).float()
+        return inverse
 
     def _unusable(self, error: Exception) -> ModelError:
         first = str(error).strip().partition("\n")[0]
