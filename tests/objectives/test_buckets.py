@@ -21,6 +21,7 @@ from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
 from tunekit.objectives.diffusion.buckets import made_buckets, nearest_bucket
 from tunekit.objectives.diffusion.rows import bucket_of
+from tunekit.objectives.dreambooth import CUT
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
@@ -186,6 +187,7 @@ def test_the_plan_is_of_the_largest_bucket(tmp_path: Path, pipeline: Path, photo
         plan, prepared = make_plan(load_recipe(str(recipe), []))
         assert len({bucket_of(row) for row in prepared.largest_batch.rows}) == 1
         peaks.append(plan.peak_bytes.total)
+        assert (CUT in plan.notes) == (len(buckets) > 1)
     assert peaks[0] < peaks[1] < peaks[2]
 
 

@@ -62,6 +62,7 @@ FACTS = (
     "train_text_encoder",
     "prediction_type",
 )  # settings without which an adapter's folder cannot be used
+CUT = "images of one bucket pass through the network together: a micro-batch that holds several becomes several"
 PREPARED = ("latents", "target", "steps", "weights", "sizes")  # parts of a row that its step gives it
 
 
@@ -98,7 +99,8 @@ class Dreambooth(RowObjective):
         self.class_images = ClassImages(settings, self.resolution) if settings.class_prompt else None
         decides = (settings.method, settings.instance_prompt, self.buckets)  # what a row is made of
         self.fingerprint = hash_of([*decides, processor.fingerprint])
-        self.notes = [] if self.class_images is None else self.class_images.notes()
+        self.notes = [] if len(self.buckets) == 1 else [CUT]
+        self.notes += [] if self.class_images is None else self.class_images.notes()
         self._check()
         self.schedule = _schedule(processor)
 
