@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compare.bench import FOLDER, REPOSITORY, find_base
+from compare.bench import FOLDER, REPOSITORY, find_base, hardware
 from compare.prepare import write_base
 from compare.tasks import TASKS, Split, Task, paired_accuracy
 from compare.watch import watch
@@ -77,6 +77,7 @@ def run_unit(task: Task, split: Split, base: Path, work: Path, core: int) -> dic
         "measured_bytes": report["measured_bytes"],
         "cpu_seconds": found["cpu_seconds"],
         "load": os.getloadavg()[0],
+        "processor": hardware()["processor"],
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -90,6 +91,7 @@ together, in which each pair is held out once. Interval: 95 % (Wilson), of one s
 whose prompts have fewer than 120 words, cut at 256 tokens; 64 of them train a fold, for two
 epochs (KTO, whose KL takes as many forwards again, for one). Memory is the peak of the run, as
 plan predicted it and as measured.
+CPU seconds are of {processors}, whose other core was often busy: up to twice those of a quiet machine.
 
 | objective | base | units | before | after | least, most | interval | baselines | adapter, MB | CPU s """
 HEAD += "| predicted, MB | measured, MB |\n|---|---|--:|--:|--:|---|---|---|--:|--:|--:|--:|\n"
@@ -115,7 +117,8 @@ def page(units: dict[str, dict]) -> str:
         cells += [f"{most(own, 'adapter_bytes') / 1e6:.1f}", f"{mean([unit['cpu_seconds'] for unit in own]):.0f}"]
         cells += [f"{most(own, key) / 1e6:.0f}" for key in ("predicted_bytes", "measured_bytes")]
         lines.append(f"| {' | '.join(cells)} |\n")
-    return HEAD + "".join(lines)
+    processors = " and ".join(sorted({unit["processor"] for unit in units.values()}))
+    return HEAD.replace("{processors}", processors) + "".join(lines)
 
 
 def pooled(units: list[dict], seed: int, key: str) -> float | None:

@@ -170,6 +170,8 @@ def test_100_steps_lower_the_validation_loss_which_is_always_of_the_same_noise(
     assert not np.array_equal(pixels[0], pixels[-1])
     page = (run / "report.html").read_text()
     assert page.count('src="data:image/jpeg;base64,') == 2
+    assert "tokens per second" not in page
+    assert "pixels per second" in page
     assert "before training" in page
     text = (run / "report.md").read_text()
     assert "## Images" in text
@@ -284,8 +286,11 @@ def test_files_that_are_no_images_are_told_of(tmp_path: Path, pipeline: Path) ->
 
 
 def test_a_plan_of_images_says_nothing_of_texts(tmp_path: Path, pipeline: Path, photos: Path) -> None:
-    plan = make_plan(load_recipe(str(write_image_recipe(tmp_path, pipeline, photos)), []))[0]
-    assert [row[0] for row in memory_rows(plan, None)][:4] == ["weights", "adapter", "optimizer", "activations"]
+    recipe = write_image_recipe(tmp_path, pipeline, photos, data={"eval": [str(photos)]})
+    plan = make_plan(load_recipe(str(recipe), []))[0]
+    named = [row[0] for row in memory_rows(plan, None)]
+    assert named[:4] == ["weights", "adapter", "optimizer", "activations"]
+    assert "logits" not in named
     assert facts(plan)["attention"] == "sdpa"
     assert facts(plan)["packing"] is None
 

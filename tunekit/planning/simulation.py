@@ -59,7 +59,7 @@ class SimulatedRun:
         `micro_batches`: how many of this size pass through the layers together, where weights are streamed.
         """
         tuned, tracker = self._tuned(), StorageTracker(self.device)
-        objective = _LogitsApart(self.objective, tracker)
+        objective = _logits_apart(self.objective, tuned, tracker)
         engine = make_engine(self.training.seed, tuned.slots, micro_batches)
         fixed = deterministic_kernels(self.training.deterministic)
         with torch.random.fork_rng(devices=[]), kernels_as_on(self.device), fixed, tracker:
@@ -97,7 +97,7 @@ class SimulatedRun:
     def evaluation(self, batch: Batch) -> Simulation:
         """The forward of one evaluation batch, with the optimizer's state beside it."""
         tuned, tracker, held_out = self._tuned(), StorageTracker(self.device), self.objective.held_out()
-        objective = _LogitsApart(held_out, tracker)
+        objective = _logits_apart(held_out, tuned, tracker)
         with kernels_as_on(self.device), tracker:
             optimizer = self._adopt(tracker, tuned)
             tracker.start()
@@ -231,6 +231,11 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
                 flat_moments = [torch.zeros_like(flat.data, requires_grad=False) for _ in range(MOMENTS)]
                 optimizer.native.state[flat.data] = {"moments": flat_moments}
     return optimizer
+
+
+def _logits_apart(objective: Objective, tuned: TunedModel, tracker: StorageTracker) -> Any:
+    """Of a model of text the objective's `loss` and `sums` are counted as logits; others have none."""
+    return objective if tuned.base.text is None else _LogitsApart(objective, tracker)
 
 
 class _LogitsApart:

@@ -32,8 +32,9 @@ def charts_of(runs: Sequence[RunValues]) -> list[dict[str, Any]]:
     ]
     for name in ("learning_rate", "grad_norm"):
         charts.append(_chart(name, CHARTS[name], [_steps(run, name, at, many) for at, run in enumerate(runs)], ""))
-    speed = [_trend(_steps(run, "tokens_per_second", at, many)) for at, run in enumerate(runs)]
-    charts.append(_chart("speed", f"{sizes_counted(runs).capitalize()} per second, padding not counted", speed, ""))
+    rate = f"{sizes_counted(runs)} per second"
+    speed = [_trend(_steps(run, "tokens_per_second", at, many, rate)) for at, run in enumerate(runs)]
+    charts.append(_chart("speed", f"{rate.capitalize()}, padding not counted", speed, ""))
     charts.append(_memory(runs, many))
     own = dict.fromkeys(name for run in runs for record in run.steps for name in record)
     for name in own:
