@@ -159,7 +159,7 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         adapter = findings.attempt(lambda: with_saved_modules(given, beside))
     if base is not None:
         head = base.family.head_name(base.net)
-        targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
+        targets = findings.attempt(lambda: find_targets(base.net, adapter or recipe.adapter, head_name=head))
         if adapter is not None and not _fits_the_model(adapter, base, findings):
             return None
     if base is None or processor is None or rows is None or targets is None or adapter is None:

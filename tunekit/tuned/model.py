@@ -112,8 +112,8 @@ class TunedModel:
 
     def finished(self, hidden: Tensor) -> ModelOutput:
         """What the objective reads of last hidden states (B, T, D)."""
-        assert self.base.text is not None  # of others the head reads rows
-        chunk = self.chunk_tokens or logits_chunk_tokens(self.base.text.vocabulary_size)
+        text = self.base.text
+        chunk = self.chunk_tokens or logits_chunk_tokens(1 if text is None else text.vocabulary_size)
         head = self.base.family.head(self.base.net)
         of_teacher = None if self.teacher is None else self.teacher.base
         taught = None if of_teacher is None else of_teacher.family.head(of_teacher.net)

@@ -54,6 +54,12 @@ class SpeechFamily(Seq2SeqFamily):
     def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:
         """Seeded noise for a sound, and the first ids for its answer."""
         config: Any = net.config
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
-        return {"input_features": features, "decoder_input_ids": torch.arange(min(16, config.vocab_size))[None]}
+        ids = torch.arange(min(16, config.vocab_size))[None]
+        return {"input_features": noise_features(net), "decoder_input_ids": ids}
+
+
+def noise_features(net: nn.Module) -> torch.Tensor:
+    """(1, M, F) seeded noise, as large as the features of a recording."""
+    config: Any = net.config
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
