@@ -131,7 +131,7 @@ class TunedModel:
         return replace(current_call(), segments=self._segments(inputs))
 
     def entering(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the base is called with, on the device; sounds and images in the dtype in which it computes."""
+        """What the base is called with, on the device; recordings and images in the dtype in which it computes."""
         there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
         return self.adapted(
             {name: each.to(self.base.dtype) if each.is_floating_point() else each for name, each in there.items()}

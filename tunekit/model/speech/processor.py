@@ -94,7 +94,7 @@ class SpeechProcessor(FeatureExtractor):
         return int(found) if found is not None else self._token("<|notimestamps|>")
 
     def timestamp(self, seconds: float) -> int:
-        """The id of a time within a sound."""
+        """The id of a time within a recording."""
         return self.no_timestamps + 1 + round(min(seconds, self.seconds) / TIMESTAMP_SECONDS)
 
     def _token(self, text: str) -> int:

@@ -51,8 +51,9 @@ def packable(net: nn.Module, family: Family) -> list[str]:
 
 
 def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
-    """Say which large weights stay as they are: fused experts are no linear layers."""
-    fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3]
+    """Say which large weights stay as they are: fused experts are no linear layers. Convolutions are small."""
+    kernels = {id(module.weight) for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3 and id(parameter) not in kernels]
     if not fused:
         return []
     count = sum(parameter.numel() for parameter in fused)
