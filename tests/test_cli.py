@@ -453,7 +453,10 @@ def test_shipped_recipes_are_listed_and_copied_with_their_data(
     assert run(monkeypatch, "recipes") == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split()[0] for line in lines if line.startswith("  ")) == sorted(names)
-    assert [line for line in lines if line.startswith("objective: ")][:2] == ["objective: classify", "objective: cpo"]
+    assert [line for line in lines if line.startswith("objective: ")][:2] == [
+        "objective: audio_classify",
+        "objective: classify",
+    ]
     for name in names:
         assert run(monkeypatch, "recipes", name) == 0
         assert capsys.readouterr().out == shipped[name].read_text(encoding="utf-8")

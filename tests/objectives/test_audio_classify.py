@@ -161,6 +161,28 @@ def test_an_adapter_goes_to_peft_and_back(whisper: Path, recordings: Path, tmp_p
         torch.testing.assert_close(family.logits(again.model.base.net, {"input_features": features}), expected)
 
 
+def test_full_training_equals_transformers(whisper: Path, recordings: Path, tmp_path: Path) -> None:
+    recipe = write(tmp_path, whisper, recordings, training={"max_steps": 6, "learning_rate": 1e-3})
+    values = json.loads(recipe.read_text("utf-8")) | {"adapter": {"method": "full"}}
+    recipe.write_text(json.dumps(values), encoding="utf-8")
+    plan, prepared = make_plan(load_recipe(recipe), device=CPU)
+    theirs = WhisperForAudioClassification.from_pretrained(whisper, num_labels=3, dtype=torch.float32)
+    theirs.load_state_dict(load_model(prepared.model, device=CPU).net.state_dict())  # with our head
+    theirs.encoder.embed_positions.requires_grad_(False)  # as its class says, which from_pretrained forgets
+    features, labels = features_of(whisper, recordings)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rows = slice(step * 4 % 12, step * 4 % 12 + 4)
+        found: torch.Tensor = theirs(input_features=features[rows], labels=labels[rows]).loss
+        return found
+
+    run = train(recipe)
+    assert losses(run) == pytest.approx(losses_of(theirs, recipe, plan.warmup_steps, 6, loss_of), abs=1e-5)
+    model = AutoModelForAudioClassification.from_pretrained(run / "model")
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
+
+
 # Bases and their heads.
 
 
@@ -222,6 +244,7 @@ def test_other_encoders_are_refused(whisper: Path, recordings: Path, tmp_path: P
         with pytest.raises(TunekitError, match=said) as caught:
             make_plan(load_recipe(write(tmp_path, folder, recordings)), device=CPU)
         assert caught.value.exit_code == 2
+        assert len(caught.value.problems) == 1, "said once"
         with pytest.raises(ModelError, match=said):
             load_audio_processor(ModelSection(name_or_path=str(folder)))
 
