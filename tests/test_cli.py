@@ -133,8 +133,8 @@ def test_validate_looks_for_every_file_that_the_recipe_names(
         "/recipe.yaml:1: model.name_or_path: /folder: no model there; check the path, or write a hub name",
         "/recipe.yaml:5: data.train.1.path: /rows.jsonl: no such file; check data.train and data.eval",
         "/recipe.yaml:6: data.train.2.path: /empty.jsonl: the file is empty",
-        "/recipe.yaml:8: data.eval.0.path: /folder: this is a folder without a table, and without sounds or images; "
-        "name the file in it, or put metadata.jsonl or one folder a class into it",
+        "/recipe.yaml:8: data.eval.0.path: /folder: this is a folder without a table, and without recordings or "
+        "images; name the file in it, or put metadata.jsonl or one folder a class into it",
         "/recipe.yaml:9: data.chat_template: /absent.jinja: no such file; check the path",
         "/recipe.yaml:10: adapter.init_from: /folder: no adapter there (adapter_config.json); check the path",
     ]
@@ -453,7 +453,10 @@ def test_shipped_recipes_are_listed_and_copied_with_their_data(
     assert run(monkeypatch, "recipes") == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split()[0] for line in lines if line.startswith("  ")) == sorted(names)
-    assert [line for line in lines if line.startswith("objective: ")][:2] == ["objective: classify", "objective: cpo"]
+    assert [line for line in lines if line.startswith("objective: ")][:2] == [
+        "objective: audio_classify",
+        "objective: classify",
+    ]
     for name in names:
         assert run(monkeypatch, "recipes", name) == 0
         assert capsys.readouterr().out == shipped[name].read_text(encoding="utf-8")

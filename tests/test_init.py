@@ -25,6 +25,7 @@ ROWS = {
     "dpo": {"prompt": "Hi", "chosen": "Hello", "rejected": "No"},
     "kto": {"prompt": "Hi", "completion": "Hello", "label": True},
     "speech": {"path": "hi.wav", "text": "Hi"},
+    "audio_classify": {"path": "hi.wav", "label": "greeting"},
 }
 
 
@@ -51,7 +52,7 @@ def test_the_objective_follows_from_the_rows(
     recipe = load_recipe(tmp_path / "recipe.yaml").recipe
     assert recipe.objective.method == objective
     assert recipe.data.train[0].path == str(data)
-    assert recipe.data.max_length == (2048 if objective == "speech" else 256)  # the recordings' length is the model's
+    assert recipe.data.max_length == (2048 if objective in BEGINNINGS else 256)  # the recordings' length is the model's
     assert recipe.model.name_or_path == "org/model"
     said = capsys.readouterr().out
     assert f"40 {'recordings' if objective == 'speech' else 'rows'} of format" in said
@@ -167,9 +168,14 @@ def test_models_of_the_hubs_cache_are_at_hand(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("objective", "names"), [("image_classify", ("cats/a.png", "dogs/b.jpg")), ("dreambooth", ("a.png", "b.jpg"))]
+    ("objective", "names"),
+    [
+        ("audio_classify", ("rings/a.wav", "knocks/b.flac")),
+        ("image_classify", ("cats/a.png", "dogs/b.jpg")),
+        ("dreambooth", ("a.png", "b.jpg")),
+    ],
 )
-def test_a_folder_of_images_is_no_text(
+def test_a_folder_of_files_is_no_text(
     objective: str, names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in names:
@@ -217,4 +223,5 @@ def test_recordings_without_transcripts_are_told_so(tmp_path: Path) -> None:
     (tmp_path / "sounds" / "a.wav").write_bytes(b"only its name is read")
     with pytest.raises(DataError, match=r"metadata\.jsonl") as caught:
         init(tmp_path / "sounds", tmp_path / "recipe.yaml")
-    assert "{file_name: FILE, text: ...}" in str(caught.value)
+    assert "{file_name: FILE, text: ...}; or " in str(caught.value)
+    assert "{file_name: FILE, label: ...}, or one folder a class with its files" in str(caught.value)

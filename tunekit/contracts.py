@@ -66,7 +66,7 @@ class Tokenizer(Protocol):
 
 
 class Processor(Protocol):
-    """What turns an example into a row: a tokenizer, or what reads sounds or images, with a tokenizer beside it or
+    """What turns an example into a row: a tokenizer, or what reads recordings or images, with a tokenizer beside it or
     without one."""
 
     @property

@@ -125,11 +125,11 @@ def evaluate_rows(
     settings, model = loaded.target.evaluation, loaded.model
     evaluation = rows.evaluation
     assert evaluation is not None  # _data_section saw to it
-    sums: Any = settings_class("objectives", rows.objective.name).sums  # type: ignore[attr-defined]
+    kind: Any = settings_class("objectives", rows.objective.name)
     for name in metrics:
-        what = unmeasurable(name, sums, chosen=settings.choices is not None)
-        if what is not None:
-            raise RecipeError(what, "leave it out, or name the answers with evaluation.choices", key="--metric")
+        wrong = unmeasurable(name, kind, chosen=settings.choices is not None)
+        if wrong is not None:
+            raise RecipeError(*wrong, key="--metric")
     problems = row_problems(model.base, loaded.processor, rows.objective, [evaluation], model.virtual_tokens)
     if problems:
         raise ModelError.of(problems)

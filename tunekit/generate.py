@@ -143,8 +143,8 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`; `-` is standard input. A sound or an
-    image is itself the prompt, and of a folder each one in it.
+    """One prompt a line: plain text, or in a .jsonl file an object with `prompt`; `-` is standard input. A recording or
+    an image is itself the prompt, and of a folder each one in it.
 
     Raises: DataError naming the line.
     """

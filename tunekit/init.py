@@ -38,6 +38,7 @@ LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # characters; rows of each value, on ave
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 OBJECTIVES = {  # kind of example -> the objective to begin with, in the order in which rows are tried
     "transcript": "speech",
+    "audio_label": "audio_classify",
     "image_label": "image_classify",
     "image": "dreambooth",
     "preference": "dpo",
@@ -46,7 +47,7 @@ OBJECTIVES = {  # kind of example -> the objective to begin with, in the order i
     "unpaired": "kto",
     "text": "sft",
 }
-MEDIUM = {"transcript": "audio", "image_label": "image", "image": "image"}  # what a row of such examples names
+MEDIUM = {"transcript": "audio", "audio_label": "audio", "image_label": "image", "image": "image"}  # what a row names
 FULL_RATE, ADAPTER_RATE = "2e-5", "2e-4"
 
 
@@ -239,7 +240,8 @@ def _kind(row: dict[str, object], data: str) -> tuple[str, str, Mapping[str, str
     """
     medium = next((kind for kind in ("audio", "image") if any(_names(kind, value) for value in row.values())), None)
     tried = [example for example in OBJECTIVES if MEDIUM.get(example) in (None, medium)]
-    if medium and medium in row:  # a folder of files, of which no text is to be learnt
+    folder, lacks = bool(medium and medium in row), list[str]()
+    if folder:  # of files, of which no text is to be learnt
         tried = [example for example in tried if example in MEDIUM]
     for example in tried:
         if example == "unpaired" and is_pair(row):
@@ -247,11 +249,11 @@ def _kind(row: dict[str, object], data: str) -> tuple[str, str, Mapping[str, str
         try:
             return example, choose_format("auto", row, example)[0], {}
         except DataError as error:
-            last = error
+            last, lacks = error, [*lacks, error.problems[0].how]
     if columns := columns_meant(row):
         return "text", "prompt_completion", columns
     problem = last.problems[0]
-    raise DataError(problem.what, problem.how, file=data, line=1)
+    raise DataError(problem.what, "; or ".join(lacks) if folder else problem.how, file=data, line=1)
 
 
 def _texts(value: object) -> Iterator[str]:

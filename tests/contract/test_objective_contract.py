@@ -29,6 +29,7 @@ from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.store import ChosenRows, Part, StoreWriter, TokenStore
 from tunekit.data.rows import load_rows
 from tunekit.files import cache_folder
+from tunekit.formats.audio_label import AudioLabelExample
 from tunekit.formats.example import CompletionExample
 from tunekit.formats.image import ImageExample
 from tunekit.formats.image_label import ImageLabelExample
@@ -78,7 +79,12 @@ SEEN = tuple(ImageExample(held_picture(number), text) for number, text in enumer
 SORTED = tuple(
     ImageLabelExample(held_picture(number), label) for number, label in enumerate(("yes", "no", "yes", "perhaps"))
 )
+HEARD = tuple(
+    AudioLabelExample(held_sound(text), label)
+    for text, label in (("one", "yes"), ("two three", "no"), ("nine", "yes"), ("zero one two", "perhaps"))
+)
 EXAMPLES = {
+    "audio_label": HEARD,
     "image": SEEN,
     "image_label": SORTED,
     "text": ANSWERED,
@@ -116,7 +122,14 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     texts = dict.fromkeys(("causal", "classifier", "token_classifier"), tiny_llama)
     pipeline = saved_pipeline(tmp_path_factory.mktemp("pipeline") / "sd", "sd")
     vit = write_tiny_vit(tmp_path_factory.mktemp("vit"))
-    return {**texts, "seq2seq": bart, "speech": whisper, "diffusion": pipeline, "image_classifier": vit}
+    return {
+        **texts,
+        "seq2seq": bart,
+        "speech": whisper,
+        "diffusion": pipeline,
+        "image_classifier": vit,
+        "audio_classifier": whisper,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +137,7 @@ def processors(tokenizer: LoadedTokenizer, folders: dict[str, Path]) -> dict[str
     """What makes rows for a base of each family."""
     own = {
         family: make_family(family).processor(ModelSection(name_or_path=str(folders[family])))
-        for family in ("speech", "diffusion", "image_classifier")
+        for family in ("speech", "diffusion", "image_classifier", "audio_classifier")
     }
     return {**dict.fromkeys(("causal", "classifier", "token_classifier", "seq2seq"), tokenizer), **own}
 
@@ -349,6 +362,7 @@ def test_the_cache_of_one_objective_is_not_another_s(
     rows = {
         "text": [{"prompt": "p", "completion": "c"}],
         "image": [{"image": "p.png", "text": "c"}],
+        "audio_label": [{"audio": "keys/0.wav", "label": "c"}, {"audio": "keys/0.wav", "label": "d"}],
         "image_label": [{"image": "p.png", "label": "c"}, {"image": "q.png", "label": "d"}],
         "label": [{"text": "p", "label": "c"}, {"text": "p", "label": "d"}],
         "prompt": [{"prompt": "p", "answer": "c"}],

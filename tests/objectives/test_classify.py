@@ -420,7 +420,10 @@ def test_metrics_are_scikit_learns() -> None:
         ({"data": {"excess_length": "split"}}, "data.excess_length: a piece of a text need not have the label"),
         ({"adapter": {"method": "bitfit", "r": None}}, "bitfit"),
         ({"evaluation": {"metrics": ["token_f1"]}}, None),
-        ({"objective": "sft", "evaluation": {"metrics": ["macro_f1"]}}, "the metric macro_f1 needs confusion"),
+        (
+            {"objective": "sft", "evaluation": {"metrics": ["macro_f1"]}},
+            "objective sft has no metric macro_f1; its metrics are ",
+        ),
         ({"data": {"train": [{"path": "train.jsonl", "format": "chat"}]}}, "does not learn from the format 'chat'"),
     ],
 )

@@ -345,7 +345,7 @@ def test_bad_pictures_are_counted_or_named(tmp_path: Path, pipeline: Path) -> No
         make_plan(load_recipe(str(recipe), []))
     (tmp_path / "empty").mkdir()
     recipe = write_image_recipe(tmp_path, pipeline, tmp_path / "empty", data={"eval": None})
-    with pytest.raises(InputError, match="without sounds or images"):
+    with pytest.raises(InputError, match="without recordings or images"):
         make_plan(load_recipe(str(recipe), []))
 
 

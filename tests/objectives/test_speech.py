@@ -158,7 +158,7 @@ def test_answers_are_those_of_transformers(whisper: Path, sounds: Path, tmp_path
     assert answer(target, paths) == expected
 
 
-# Sounds.
+# Recordings.
 
 
 def test_features_are_the_extractors_own(processor: SpeechProcessor) -> None:
@@ -261,7 +261,7 @@ def test_long_sounds_are_cut_between_segments_or_refused(processor: SpeechProces
     segments = [{"start": 0.0, "end": 2.5, "text": "all of it"}]
     with pytest.raises(DataError, match="is longer than 2 s; give shorter segments"):
         encoded(processor, excess_length="split", segments=segments, **long)
-    with pytest.raises(RecipeError, match="a cut sound would be taught the text of the whole"):
+    with pytest.raises(RecipeError, match="a cut recording would be taught the text of the whole"):
         encoded(processor, excess_length="truncate", **long)
 
 
@@ -286,7 +286,7 @@ def test_bad_sounds_are_named(processor: SpeechProcessor, sounds: Path, tmp_path
         ("none.wav", "none.wav has no samples"),
         ("cut.wav", "cut.wav is cut short"),
         ("empty.wav", "empty.wav is empty"),
-        ("text.wav", "text.wav is no sound that can be read"),
+        ("text.wav", "text.wav is no recording that can be read"),
         ("nan.wav", "nan.wav holds samples that are no numbers"),
         ("absent.wav", "absent.wav does not exist"),
         (".", "is no file"),
@@ -441,7 +441,7 @@ def test_features_without_room_are_made_in_each_step(
     monkeypatch.setattr("tunekit.objectives.recordings.free_bytes", lambda path: 10**9)
     capsys.readouterr()
     assert losses(train(recipe, f"output.dir={tmp_path / 'made'}")) == kept
-    assert "12 sounds are heard anew in each step" in capsys.readouterr().out
+    assert "12 recordings are heard anew in each step" in capsys.readouterr().out
     (files,) = (tmp_path / "other" / "tokens").iterdir()
     assert (files / "features.bin").stat().st_size == 0
 
@@ -455,7 +455,7 @@ def test_a_bad_file_is_named_with_its_row(processor: SpeechProcessor, tmp_path: 
     with pytest.raises(DataError) as caught:
         load_rows(DataSection(train=(Source(path=str(folder)),)), objective, seed=0, cache_dir=tmp_path / "cache")
     assert [(problem.line, problem.what.partition(":")[0]) for problem in caught.value.problems] == [
-        (2, "1.wav is no sound that can be read"),
+        (2, "1.wav is no recording that can be read"),
         (4, f"{folder / 'gone.wav'} does not exist"),
     ]
     assert all(problem.file == str(folder / "metadata.jsonl") for problem in caught.value.problems)
@@ -478,7 +478,7 @@ def test_every_verb_takes_a_run(
     report = (run / "report.html").read_text("utf-8")
     assert "frames and tokens" in report
     kept = json.loads((run / "evaluation_rows.json").read_text("utf-8"))
-    assert all("sound: " in each["text"][0][0] for each in kept["worst"])
+    assert all("recording: " in each["text"][0][0] for each in kept["worst"])
     capsys.readouterr()
     generate_verb(str(run), None, None, str(sounds), ["evaluation.max_new_tokens=4"])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -497,7 +497,7 @@ def test_every_verb_takes_a_run(
     assert measured[0]["wer"] == measured[1]["wer"]
     assert set(measured[0]) == {"loss", "perplexity", "wer", "rows", "frames_and_tokens", "supervised_tokens"}
     preview_verb(str(recipe), [], 2, str(tmp_path / "preview.html"))
-    assert "sound: " in capsys.readouterr().out
+    assert "recording: " in capsys.readouterr().out
 
 
 def test_what_cannot_be_is_refused(whisper: Path, sounds: Path, tmp_path: Path) -> None:

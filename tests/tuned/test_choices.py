@@ -193,7 +193,10 @@ def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> Non
         ({"choices": ["stop", "stop "]}, r"evaluation\.choices: names 'stop' twice"),
         ({"choices": "stop"}, r"evaluation\.choices: must be from_data or a list"),
         ({"choices": None}, r"evaluation\.best: accuracy is not among the metrics"),
-        ({"choices": None, "best": None, "metrics": ["macro_f1"]}, "macro_f1 needs confusion"),
+        (
+            {"choices": None, "best": None, "metrics": ["macro_f1"]},
+            r"objective sft has no metric macro_f1; its metrics are .*evaluation\.choices",
+        ),
     ],
 )
 def test_wrong_choices_are_named(tmp_path: Path, evaluation: dict[str, Any], said: str) -> None:
@@ -214,7 +217,10 @@ def test_answers_that_only_generate_chooses_from_need_no_evaluation_rows(tmp_pat
 
 def test_a_metric_of_labels_needs_choices(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, write_tiny_llama(tmp_path / "base"), choices=None, best=None)
-    with pytest.raises(TunekitError, match=r"--metric: the metric accuracy needs confusion.*evaluation\.choices"):
+    with pytest.raises(
+        TunekitError,
+        match=r"--metric: objective sft has no metric accuracy; its metrics are .*loss.*evaluation\.choices",
+    ):
         evaluate_verb(str(recipe), None, None, None, ["accuracy"], None, [])
 
 

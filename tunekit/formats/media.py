@@ -1,4 +1,4 @@
-"""Files that a row names, or holds: sounds and images.
+"""Files that a row names, or holds: recordings and images.
 
 Comes in: one value of a row, a path or {"bytes": ..., "path": ...} as datasets keeps what is not decoded.  Goes out:
 Media, which is not read yet.
@@ -14,6 +14,9 @@ from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats.fields import check_text, read_value
+
+AUDIO_ALIASES = dict.fromkeys(("file_name", "path", "file", "audio_filepath"), "audio")
+AUDIO_FIELDS = ("audio", *AUDIO_ALIASES)  # under which a row names a recording
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ def read_media(row: Mapping[str, Any], field: str) -> Media:
     if not text.strip():
         raise DataError(f"'{field}' is empty", "name a file, or leave the row out")
     return Media(text)
+
+
+def renamed(row: Mapping[str, Any], aliases: Mapping[str, str]) -> Mapping[str, Any]:
+    """The row with the fields that stand under another name, where it does not have them itself."""
+    return {**row, **{aliases[name]: value for name, value in row.items() if aliases.get(name, name) not in row}}
 
 
 def located(row: Mapping[str, Any], fields: Sequence[str], folder: Path) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
-"""`format: transcript`: a sound and what is said in it, `{"audio": ..., "text": ...}`.
+"""`format: transcript`: a recording and what is said in it, `{"audio": ..., "text": ...}`.
 
-Comes in: one row.  Goes out: TranscriptExample, whose sound is not read yet.
+Comes in: one row.  Goes out: TranscriptExample, whose recording is not read yet.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from typing import Any
 
 from tunekit.errors import DataError
 from tunekit.formats.fields import read_optional_text, read_text
-from tunekit.formats.media import Media, read_media
+from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media, renamed
 
 DESCRIPTION = "audio, a file's path or {bytes, path}, and text: what is said; also language, task and segments"
 FIELDS = ("audio", "text", "language", "task", "segments")
 REQUIRED = ("audio", "text")
 ALIASES = {
-    **dict.fromkeys(("file_name", "path", "file", "audio_filepath"), "audio"),
+    **AUDIO_ALIASES,
     **dict.fromkeys(("sentence", "transcription", "transcript"), "text"),
 }
-MEDIA = ("audio", *(name for name, field in ALIASES.items() if field == "audio"))
+MEDIA = AUDIO_FIELDS
 EXAMPLE = "transcript"
 TASKS = ("transcribe", "translate")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What is said between two moments of a sound, in seconds."""
+    """What is said between two moments of a recording, in seconds."""
 
     start: float
     end: float
@@ -36,7 +36,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class TranscriptExample:
-    """A sound and its text; `language` and `task` where the row says them; `segments`: the same text with its times."""
+    """A recording and its text; `language` and `task` where the row says them; `segments`: the text with its times."""
 
     audio: Media
     text: str
@@ -46,8 +46,8 @@ class TranscriptExample:
 
 
 def make_example(row: Mapping[str, Any]) -> TranscriptExample:
-    """The sound and its text."""
-    row = {**row, **{ALIASES[name]: value for name, value in row.items() if ALIASES.get(name, name) not in row}}
+    """The recording and its text."""
+    row = renamed(row, ALIASES)
     segments = _segments(row.get("segments"))
     audio = read_media(row, "audio")
     text = (

@@ -304,10 +304,10 @@ def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
             **arguments,
         )
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
-    head = new_head(section, request.family, net)
-    if head is not None and any(key.startswith(f"{head}.") for key in missing):
-        net.get_submodule(head).to("meta")  # to be drawn
-        missing = [key for key in missing if not key.startswith(f"{head}.")]
+    for head in new_head(section, request.family, net):
+        if any(key.startswith(f"{head}.") for key in missing):
+            net.get_submodule(head).to("meta")  # to be drawn
+            missing = [key for key in missing if not key.startswith(f"{head}.")]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ModelError(
@@ -315,7 +315,7 @@ def _read_weights(request: _Request) -> tuple[nn.Module, list[str]]:
             "they would be random; give a complete model",
             key="model.name_or_path",
         )
-    unused = sorted(loading["unexpected_keys"])
+    unused = sorted(key for key in loading["unexpected_keys"] if not key.startswith(request.family.unread))
     return net, [f"{len(unused)} tensors of the base are not used by the model, {unused[0]} for one"] if unused else []
 
 

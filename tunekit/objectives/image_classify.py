@@ -32,12 +32,11 @@ from tunekit.contracts import (
 from tunekit.data.encoding.augmentation import Augmentation
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.images import Pixels, Size, covering, read_image
-from tunekit.errors import InputError
 from tunekit.formats.image_label import ImageLabelExample
 from tunekit.model.call import seed_for
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.placing import placed
-from tunekit.objectives.labelled import LabelObjective, make_objective_of
+from tunekit.objectives.labelled import LabelObjective, make_objective_of, refuse_sampling
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 NOTHING: Pixels = np.zeros((0, 0, 3), np.uint8)
@@ -212,10 +211,7 @@ class ImageClassify(LabelObjective):
         sampling: Sampling = GREEDY,
     ) -> list[str]:
         """The most likely label of each picture. Raises: InputError where one should be drawn."""
-        if sampling.temperature:
-            raise InputError(
-                "a classifier answers with the likeliest label; nothing is sampled", "leave --temperature out"
-            )
+        refuse_sampling(sampling)
         first = np.frombuffer(self.labels[0].encode(), np.uint8)
         held: Any = self.held_out()
         found: list[str] = held.most_likely(model, [make_row(asked, first, "") for asked in prompts], batch_size)

@@ -37,6 +37,7 @@ class LabelObjective(RowObjective):
     """loss = sum over labels of -log p(label | row); divided by the step's number of labels."""
 
     pad_id: int | None = None  # of a base whose configuration names no padding
+    whole = "text"  # what has a label, or several
 
     def __init__(
         self,
@@ -95,6 +96,12 @@ class LabelObjective(RowObjective):
                 "to keep it, list its labels in the order of its rows under objective.labels"
             )
         return type(self)(self.settings, self.processor, labels, self.head, notes)  # type: ignore[return-value]
+
+    def check_options(self, options: EncodeOptions) -> None:
+        """Raises: RecipeError where a long row would be split."""
+        if options.excess_length == "split":
+            what = f"a piece of a {self.whole} need not have the labels of the whole"
+            raise RecipeError.of([Problem(what, "write truncate, drop or error", key="data.excess_length")])
 
     def check_label(self, label: str) -> None:
         """Raises: DataError for a label beyond those that were given."""
@@ -162,12 +169,6 @@ class LabelTextObjective(LabelObjective):
         ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
         return next(each for each in ids if each not in ends)
 
-    def check_options(self, options: EncodeOptions) -> None:
-        """Raises: RecipeError where a long text would be split."""
-        if options.excess_length == "split":
-            what = "a piece of a text need not have the labels of the whole"
-            raise RecipeError.of([Problem(what, "write truncate, drop or error", key="data.excess_length")])
-
     def sized(self, ids: Sequence[int] | np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
         """(size,) ids of a text, cut or again and again, the special tokens at its end kept there: heads look for them.
 
@@ -216,10 +217,7 @@ class LabelTextObjective(LabelObjective):
 
         Raises: InputError where one should be drawn, or for an empty text; DataError for one beyond the positions.
         """
-        if sampling.temperature:
-            raise InputError(
-                "a classifier answers with the likeliest label; nothing is sampled", "leave --temperature out"
-            )
+        refuse_sampling(sampling)
         if not all(prompts):
             raise InputError("a text is empty, and the tokenizer puts nothing around it", "give it words to classify")
         check_prompts(prompts, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
@@ -228,6 +226,13 @@ class LabelTextObjective(LabelObjective):
     def asked(self, ids: Sequence[int]) -> Row:
         """A row of ids whose labels are not known: it has the first one."""
         raise NotImplementedError
+
+
+def refuse_sampling(sampling: Sampling) -> None:
+    """Raises: InputError where an answer should be drawn."""
+    if sampling.temperature:
+        what = "a classifier answers with the likeliest label; nothing is sampled"
+        raise InputError(what, "leave --temperature out")
 
 
 def make_objective_of(kind: type[Kind], settings: LabelSettings, processor: Any, facts: Mapping[str, Any]) -> Kind:

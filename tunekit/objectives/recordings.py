@@ -1,4 +1,4 @@
-"""Sounds with their texts to rows, and sounds alone to texts.
+"""Recordings to the features of rows, with their texts to rows, and alone to texts.
 
 Comes in: TranscriptExamples, or Recordings.  Goes out: Rows, or what a model writes.
 """
@@ -27,22 +27,24 @@ from tunekit.files.durable import free_bytes
 from tunekit.formats.media import Media
 from tunekit.formats.transcript import Segment, TranscriptExample
 from tunekit.model.load import LoadedModel
+from tunekit.model.speech.features import FeatureExtractor
 from tunekit.model.speech.processor import SpeechProcessor
 from tunekit.model.speech.transcribe import transcribe, without_padding
 from tunekit.recipe.objectives.speech import SpeechSettings
 
 Array = NDArray[Any]
 EMPTY = "empty transcript"
-SILENT = "silent sound with a transcript"
-COMPUTED = "sounds are heard anew in each step: the cache's disk has less than 5 GiB free for their features"
+SILENT = "silent recording"
+COMPUTED = "recordings are heard anew in each step: the cache's disk has less than 5 GiB free for their features"
 LEAST_FREE_BYTES = 5 * 2**30  # of the disk of the cache: features of 30 s take about 1 MB
-PARTS = {"features": "<f4", "place": "u1", "answer": "<i4", "text": "u1"}  # of a row
+HEARD = {"features": "<f4", "place": "u1"}  # parts of a row of a recording
+PARTS = {**HEARD, "answer": "<i4", "text": "u1"}  # with a transcript
 SPLIT = "give the row segments, [{start, end, text}], and write data.excess_length: split, or cut the file"
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A sound that is to be written down, in a language and for a task, with times or without."""
+    """A recording that is to be written down, in a language and for a task, with times or without."""
 
     media: Media
     language: str | None
@@ -60,34 +62,69 @@ class Piece:
 
 
 def make_row(parts: Mapping[str, Array], frames: int, origin: str, number: int = 0) -> Row:
-    """A row of a sound of so many frames: its `features`, or the `place` where it can be heard again; the ids of its
-    `answer` (A + 1,), the first of which begins it; and its `text`."""
+    """A row of a recording of so many frames: what `parts_of` gives; the ids of its `answer` (A + 1,), the first of
+    which begins it; and its `text`."""
     tokens = max(len(parts["answer"]) - 1, 0)
     return Row({name: parts[name] for name in PARTS}, (frames, tokens), tokens, origin, number)
 
 
-def features_of(row: Row, processor: SpeechProcessor) -> Array:
+@dataclass(frozen=True)
+class Span:
+    """Samples start .. stop-1 of a recording."""
+
+    media: Media
+    start: int
+    stop: int
+
+    def features(self, processor: FeatureExtractor) -> Array:
+        """(frames, bands) log-mel, as FeatureExtractor.features keeps it. Raises: DataError where the file has gone."""
+        with opened(self.media) as sound:
+            return processor.features(heard(sound, self.start, self.stop, processor.rate))
+
+    @property
+    def place(self) -> Array:
+        """Where it can be heard again, as UTF-8."""
+        return utf8(json.dumps([os.path.abspath(self.media.path), self.start, self.stop]))
+
+
+def parts_of(span: Span, processor: FeatureExtractor, notices: Counter[str]) -> dict[str, Array]:
+    """The parts HEARD of a row: its `features`, or the `place` where it can be heard again, which then is noticed.
+
+    Raises: Dropped where it is silent.
+    """
+    with opened(span.media) as sound:
+        samples = heard(sound, span.start, span.stop, processor.rate)
+    if float(samples.abs().max()) < SILENCE:
+        raise Dropped(SILENT)
+    if span.media.data is None and free_bytes(default_cache_folder()) < LEAST_FREE_BYTES:
+        notices[COMPUTED] += 1
+        return {"features": np.zeros(0, np.float32), "place": span.place}
+    return {"features": processor.features(samples).reshape(-1), "place": utf8("")}
+
+
+def features_of(row: Row, processor: FeatureExtractor) -> Array:
     """(bands, frames) of a row, made anew where they are not kept. Raises: DataError where its file has gone."""
     place = row.parts["place"].tobytes().decode()
     if not place:
         return processor.filled(row.parts["features"])
     path, start, stop = json.loads(place)
-    return _features(Recording(Media(path), None, ""), (start, stop), processor)
+    return processor.filled(Span(Media(path), start, stop).features(processor).reshape(-1))
 
 
-def _bytes(text: str) -> Array:
+def utf8(text: str) -> Array:
+    """A text as a part of a row."""
     return np.frombuffer(text.encode(), np.uint8)
 
 
 class SpeechEncoder:
-    """A RowEncoder of sounds. A row is the sound's log-mel features and its answer's ids."""
+    """A RowEncoder of recordings with their transcripts."""
 
     def __init__(self, settings: SpeechSettings, processor: SpeechProcessor, options: EncodeOptions) -> None:
         self.settings, self.processor, self.options = settings, processor, options
         self.notices: Counter[str] = Counter()
 
     def examples(self, example: TranscriptExample) -> Sequence[Piece]:
-        """The whole sound, or pieces of one that is longer than the model hears at once.
+        """The whole recording, or pieces of one that is longer than the model hears at once.
 
         Raises: Dropped or DataError for one that may not be cut, or cannot be.
         """
@@ -95,9 +132,9 @@ class SpeechEncoder:
         with opened(example.audio) as sound:
             if sound.seconds <= most:
                 return [Piece(example, 0, None)]
-            what = f"{sound.name} lasts {sound.seconds:,.1f} s, and the model hears {most:g} s at once"
+            what = lasts(sound, most)
             if self.options.excess_length == "drop":
-                raise Dropped(f"sound longer than the {most:g} s that the model hears at once")
+                raise Dropped(longer_than(most))
             if self.options.excess_length == "error" or not example.segments:
                 raise DataError(what, SPLIT)
             return list(_split(example, sound, most))
@@ -108,12 +145,9 @@ class SpeechEncoder:
         if not example.text.strip():
             raise Dropped(EMPTY)
         with opened(example.audio) as sound:
-            stop = sound.samples if piece.stop is None else piece.stop
-            samples = heard(sound, piece.start, stop, processor.rate)
-            begun, frames = piece.start / sound.rate, processor.frames_of((stop - piece.start) / sound.rate)
-        if float(samples.abs().max()) < SILENCE:
-            raise Dropped(SILENT)
-        answer = [*self._prefix(example), *self._text_ids(example, begun)]
+            stop, rate = sound.samples if piece.stop is None else piece.stop, sound.rate
+        heard_of = parts_of(Span(example.audio, piece.start, stop), processor, self.notices)
+        answer = [*self._prefix(example), *self._text_ids(example, piece.start / rate)]
         if processor.tokenizer.eos_id is not None:
             answer.append(processor.tokenizer.eos_id)
         most = min(self.options.max_length, processor.longest_answer)
@@ -122,14 +156,9 @@ class SpeechEncoder:
                 own = f"transcript longer than the {most} tokens that the model can write"
                 raise Dropped(TOO_LONG if most < processor.longest_answer else own)
             what = f"the transcript has {len(answer) - 1} tokens, and an answer may have {most}"
-            raise DataError(what, "cut the sound, or leave the row out")
-        parts = {"answer": np.asarray(answer, np.int32), "text": _bytes(example.text)}
-        if example.audio.data is None and free_bytes(default_cache_folder()) < LEAST_FREE_BYTES:
-            self.notices[COMPUTED] += 1
-            place = json.dumps([os.path.abspath(example.audio.path), piece.start, stop])
-            return make_row({**parts, "features": np.zeros(0, np.float32), "place": _bytes(place)}, frames, origin)
-        features = processor.features(samples).reshape(-1)
-        return make_row({**parts, "features": features, "place": _bytes("")}, frames, origin)
+            raise DataError(what, "cut the recording, or leave the row out")
+        parts = {**heard_of, "answer": np.asarray(answer, np.int32), "text": utf8(example.text)}
+        return make_row(parts, processor.frames_of((stop - piece.start) / rate), origin)
 
     def _prefix(self, example: TranscriptExample) -> list[int]:
         settings = self.settings
@@ -150,19 +179,29 @@ class SpeechEncoder:
         return found
 
     def prompt(self, example: TranscriptExample) -> tuple[Recording, str] | None:
-        """The sound, and its text."""
+        """The recording, and its text."""
         settings = self.settings
         return Recording(
             example.audio, example.language or settings.language, example.task or settings.task
         ), example.text
 
     def question(self, text: str) -> Recording:
-        """The sound in a file."""
+        """The recording in a file."""
         return Recording(Media(text), self.settings.language, self.settings.task, self.settings.timestamps)
 
     def shown(self, asked: Recording) -> str:
         """The file's name."""
         return asked.media.name
+
+
+def lasts(sound: Sound, most: float) -> str:
+    """What is wrong with a recording that is too long."""
+    return f"{sound.name} lasts {sound.seconds:,.1f} s, and the model hears {most:g} s at once"
+
+
+def longer_than(most: float) -> str:
+    """Why such a recording is dropped."""
+    return f"recording longer than the {most:g} s that the model hears at once"
 
 
 def _split(example: TranscriptExample, sound: Sound, most: float) -> list[Piece]:
@@ -221,7 +260,8 @@ def transcripts(
         room = processor.longest_answer - len(processor.prefix(language or "en", task, timestamps)) - 1
         for start in range(0, len(places), batch_size):
             some = places[start : start + batch_size]
-            features = [torch.from_numpy(_features(recordings[parts[at][0]], parts[at][1], processor)) for at in some]
+            spans = [Span(recordings[number].media, *piece) for number, piece in (parts[at] for at in some)]
+            features = [torch.from_numpy(processor.filled(each.features(processor).reshape(-1))) for each in spans]
             found = transcribe(
                 model,
                 torch.stack(features),
@@ -256,9 +296,3 @@ def asked_of(processor: SpeechProcessor, language: str | None, task: str) -> dic
 def _pieces_of(recording: Recording, processor: SpeechProcessor) -> list[tuple[int, int]]:
     with opened(recording.media) as sound:
         return list(pieces(sound, processor.seconds))
-
-
-def _features(recording: Recording, piece: tuple[int, int], processor: SpeechProcessor) -> Array:
-    """(bands, frames) of one piece."""
-    with opened(recording.media) as sound:
-        return processor.filled(processor.features(heard(sound, *piece, processor.rate)).reshape(-1))

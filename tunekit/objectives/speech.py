@@ -1,14 +1,12 @@
-"""Speech to text: cross entropy on the transcript of a sound, given what the encoder heard.
+"""Speech to text: cross entropy on the transcript of a recording, given what the encoder heard.
 
-Comes in: sounds with their texts, then a Batch and the decoder's last hidden states.  Goes out: rows of log-mel
+Comes in: recordings with their texts, then a Batch and the decoder's last hidden states.  Goes out: rows of log-mel
 features and an answer, then Loss (sum over the answers' tokens).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,42 +18,35 @@ from tunekit.contracts import (
     GREEDY,
     IGNORED,
     Batch,
-    Gather,
     Loss,
     ModelOutput,
-    Objective,
     Part,
     Row,
     RowLayout,
-    Rows,
     Sampling,
     Sums,
-    Window,
 )
 from tunekit.data.batching.pad import lay_end_to_end
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.model.speech.processor import SpeechProcessor
 from tunekit.objectives.logprobs import loss_of_positions, sums_of_positions
-from tunekit.objectives.recordings import PARTS, Recording, SpeechEncoder, features_of, make_row, transcripts
-from tunekit.objectives.rows import RowObjective
-from tunekit.objectives.spec_augment import drawn_masks, masked
+from tunekit.objectives.recordings import PARTS, Recording, SpeechEncoder, make_row, transcripts
+from tunekit.objectives.spec_augment import HeardObjective
 from tunekit.recipe.objectives.speech import SpeechSettings
 
 Array = NDArray[Any]
-MASKS = "masks"  # of SpecAugment, which a step's rows have beside their own parts
 
 
-class Speech(RowObjective):
-    """loss = sum over the answers' tokens of -log p(token | sound, tokens before it); divided by the step's number of
-    them. Those that name language and task are predicted too, as transformers' own labels are."""
+class Speech(HeardObjective):
+    """loss = sum over the answers' tokens of -log p(token | recording, tokens before it); divided by the step's number
+    of them. Those that name language and task are predicted too, as transformers' own labels are."""
 
     metrics: Sequence[str] = ("loss", "perplexity")
 
     def __init__(self, settings: SpeechSettings, processor: SpeechProcessor) -> None:
         super().__init__(settings, processor)
         self.settings, self.processor = settings, processor
-        self.augments = settings.apply_spec_augment
         self.facts = settings.model_dump(include={"language", "task", "timestamps"})
         self.generation = generation_of(settings, processor)
         self.layout = RowLayout(
@@ -68,40 +59,40 @@ class Speech(RowObjective):
         )
 
     def row_encoder(self, options: EncodeOptions) -> SpeechEncoder:
-        """Raises: RecipeError for options that mean nothing of sounds."""
+        """Raises: RecipeError for options that mean nothing of recordings."""
         problems = []
         if options.train_on != "assistant":
-            problems.append(Problem("of a sound its text is trained on", "write assistant", key="data.train_on"))
+            problems.append(
+                Problem("of a recording its transcript is trained on", "write assistant", key="data.train_on")
+            )
         if options.excess_length == "truncate":
-            what = "a cut sound would be taught the text of the whole"
+            what = "a cut recording would be taught the text of the whole"
             problems.append(Problem(what, "write drop, split or error", key="data.excess_length"))
         if problems:
             raise RecipeError.of(problems)
         return SpeechEncoder(self.settings, self.processor, options)
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The whole sound, and of its answer the tokens start .. stop-1."""
+        """The whole recording, and of its answer the tokens start .. stop-1."""
         parts = {**row.parts, "answer": row.parts["answer"][start : stop + 1]}
         return make_row(parts, row.sizes[0], row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row: the longest sound that the model hears, and an answer of so many tokens, or of as many as it can
+        """One row: the longest recording that the model hears, and an answer of so many tokens, or of as many as it can
         have."""
         row, longest = next(rows), self.processor.longest_answer
         parts = {**row.parts, "answer": np.resize(row.parts["answer"], min(size, longest) + 1)}
         return [make_row(parts, self.processor.frames, row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Sounds, filled up with silence as the model's extractor does, and answers, which need no mask: padding comes
-        last.
+        """Recordings, and answers, which need no mask: padding comes last.
 
         Shapes: input_features (B, M, F); decoder_input_ids, labels (B, A): position a predicts labels[a].
         """
         rows = [row for (row,) in sequences]
         answers = [row.parts["answer"] for row in rows]
-        sounds = [masked(features_of(row, self.processor), row.parts.get(MASKS)) for row in rows]
         inputs = {
-            "input_features": torch.from_numpy(np.stack(sounds)),
+            "input_features": self.heard(rows),
             "decoder_input_ids": lay_end_to_end([[answer[:-1]] for answer in answers], self.processor.tokenizer.pad_id),
         }
         labels = lay_end_to_end([[answer[1:]] for answer in answers], IGNORED)
@@ -109,33 +100,10 @@ class Speech(RowObjective):
         return Batch(inputs, {"labels": labels}, tuple(map(tuple, sequences)), line_size=size)
 
     def spans(self, row: Row) -> list[Part]:
-        """How long the sound is, and the answer."""
+        """How long the recording is, and the answer."""
         answer, none = row.parts["answer"], np.zeros(0, np.int32)
-        title = f"sound: {row.sizes[0] * self.processor.seconds / self.processor.frames:.2f} s"
+        title = f"recording: {self.seconds(row):.2f} s"
         return [Part(none, none.astype(bool), title), Part(answer, np.arange(len(answer)) > 0)]
-
-    def prepare(self, model: object, window: Window, gather: Gather = list) -> Window:
-        """Each row with the masks that SpecAugment draws for it in this step."""
-        if not self.augments:
-            return window
-        return replace(window, batches=tuple(self._augmented(batch, window) for batch in window.batches))
-
-    def _augmented(self, batch: Batch, window: Window) -> Batch:
-        rows = [
-            replace(row, parts={**row.parts, MASKS: drawn_masks(self.settings, row, self.processor.bands, window)})
-            for row in batch.rows
-        ]
-        return self.collate([[row] for row in rows])
-
-    def held_out(self) -> Objective:
-        """Rows as they are."""
-        found = copy(self)
-        found.augments = False
-        return found
-
-    def measuring(self, model: object, rows: Rows, batches: Iterable[Batch], gather: Gather) -> Objective:
-        """Rows as they are."""
-        return self.held_out()
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """Shapes: output.hidden (B, A, D) -> total (1,)."""
@@ -159,7 +127,7 @@ class Speech(RowObjective):
         template: str | None = None,
         sampling: Sampling = GREEDY,
     ) -> list[str]:
-        """What is said in each sound; one longer than the model hears at once is cut where it is quiet."""
+        """What is said in each recording; one longer than the model hears at once is cut where it is quiet."""
         return transcripts(model.base, self.processor, prompts, max_new_tokens, batch_size, sampling)
 
 

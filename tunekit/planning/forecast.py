@@ -193,12 +193,13 @@ class Forecast:
         if source.gguf_file is not None:
             return StoredBase((source.folder / source.gguf_file).stat().st_size, False, gguf=True)
         try:
-            headers = read_headers(Path(source.folder)).values()
+            headers = read_headers(Path(source.folder))
         except ModelError:
             declared = getattr(self.base.config, "dtype", None)
             kind = declared if isinstance(declared, torch.dtype) else self.base.dtype
             return stored_base([(self.base.facts.total_parameters * kind.itemsize, kind)], self.base.dtype)
-        return stored_base([(header.size_bytes, header.dtype) for header in headers], self.base.dtype)
+        read = [each for name, each in headers.items() if not name.startswith(self.base.family.unread)]
+        return stored_base([(header.size_bytes, header.dtype) for header in read], self.base.dtype)
 
     @cached_property
     def _load_bytes(self) -> int:

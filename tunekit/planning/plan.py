@@ -137,7 +137,7 @@ def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
     """Model, processor, rows and targets; the problems of all of them are noted."""
     family, seed, model = recipe.objective.family, recipe.training.seed, recipe.model
-    rows = targets = adapter = None
+    rows = targets = adapter = base = None
     with parsed_once(model.name_or_path):
         processor = findings.attempt(lambda: make_family(family).processor(recipe.model))
         facts = findings.attempt(lambda: start_facts(recipe))
@@ -150,7 +150,8 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         if rows is not None:
             read = rows
             findings.attempt(lambda: check_choices(read, recipe.evaluation, recipe.data))
-        base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
+        if processor is not None or make_family(family).reads_ids:  # else it is of another kind, which was said
+            base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
     if processor is not None:
         text, with_tokenizer = processor.tokenizer, load_method(recipe.adapter.method).with_tokenizer
         adapter = findings.attempt(lambda: recipe.adapter if text is None else with_tokenizer(recipe.adapter, text))
@@ -159,7 +160,7 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
         adapter = findings.attempt(lambda: with_saved_modules(given, beside))
     if base is not None:
         head = base.family.head_name(base.net)
-        targets = findings.attempt(lambda: find_targets(base.net, recipe.adapter, head_name=head))
+        targets = findings.attempt(lambda: find_targets(base.net, adapter or recipe.adapter, head_name=head))
         if adapter is not None and not _fits_the_model(adapter, base, findings):
             return None
     if base is None or processor is None or rows is None or targets is None or adapter is None:
@@ -190,7 +191,7 @@ def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> Adapte
 def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findings) -> bool:
     """Whether an adapter of the whole model can enter this one."""
     whole = load_method(adapter.method).model
-    if whole is not None and not base.family.reads_ids:
+    if whole is not None and not adapter.trains_base and not base.family.reads_ids:
         what = f"{adapter.method} puts vectors among those of token ids, and {base.family.text} reads none"
         findings.add([Problem(what, "choose an adapter of layers, lora for one", key="adapter.method")])
         return False

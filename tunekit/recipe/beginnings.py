@@ -1,6 +1,7 @@
 """What a first recipe says for data that are not texts: the model to begin with, its layers and its learning rate.
 
-The values are those of the recipes that tunekit brings: speech-lora, image-classify-lora and dreambooth-lora.
+The values are those of the recipes that tunekit brings: speech-lora, audio-classify-lora, image-classify-lora and
+dreambooth-lora.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ BEGINNINGS = {
         "[q_proj, v_proj]",
         "1e-3",
         (("  language: english", "of all rows; leave it out with a model of English alone (.en)"),),
+    ),
+    "audio_classify": Beginning(
+        "openai/whisper-tiny", "a folder or a hub name, of Whisper", "[q_proj, v_proj]", "1e-3"
     ),
     "image_classify": Beginning(
         "google/vit-base-patch16-224-in21k",

@@ -17,7 +17,15 @@ class ModelSection(Section):
     name_or_path: Text = Field(description="a local folder, a .gguf file, or a hub id")
     revision: Text = Field("main", description="branch, tag or commit of a hub id")
     family: Literal[
-        "auto", "causal", "seq2seq", "classifier", "token_classifier", "image_classifier", "speech", "diffusion"
+        "auto",
+        "causal",
+        "seq2seq",
+        "classifier",
+        "token_classifier",
+        "image_classifier",
+        "audio_classifier",
+        "speech",
+        "diffusion",
     ] = Field("auto", description="what the base computes; auto reads it from the model's configuration")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute dtype; auto is bfloat16 where the device computes it natively, else float32"

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from tunekit.recipe.evaluation import CHOICE_SUMS
-from tunekit.recipe.section import MethodSettings
+from tunekit.recipe.section import MethodSettings, ObjectiveSettings
 
 Kind = Literal["adapters", "objectives", "starts", "formats", "metrics"]
 SettingsKind = Literal["adapters", "objectives", "starts"]
@@ -50,13 +50,23 @@ def formats_of(example: str) -> list[str]:
     return [name for name in known_names("formats") if getattr(facts_of("formats", name), "EXAMPLE", None) == example]
 
 
-def unmeasurable(metric: str, sums: Iterable[str], *, chosen: bool) -> str | None:
-    """Why a known metric does not follow from an objective's sums, with choices or without; None where it does."""
-    needed, given = getattr(facts_of("metrics", metric), "NEEDS", ()), {*sums, *(CHOICE_SUMS if chosen else ())}
-    absent = next((name for name in needed if name not in given), None)
-    if absent is None:
+def unmeasurable(metric: str, objective: type[ObjectiveSettings], *, chosen: bool) -> tuple[str, str] | None:
+    """What is wrong with a known metric of an objective, with choices or without, and how to mend it; None where it is
+    measured."""
+    given = {*objective.sums, *(CHOICE_SUMS if chosen else ())}
+    if _follows(metric, given):
         return None
-    return f"the metric {metric} needs {absent}, which an evaluation of this objective does not give"
+    method = objective.model_fields["method"].default
+    known = known_names("metrics")
+    own = [name for name in known if _follows(name, given) and (objective.answers or not needs_generation(name))]
+    with_choices = objective.example == "text" and _follows(metric, {*given, *CHOICE_SUMS})
+    how = f"; where answers are chosen from a list (evaluation.choices), also {metric}" if with_choices else ""
+    return f"objective {method} has no metric {metric}", f"its metrics are {', '.join(own)}{how}"
+
+
+def _follows(metric: str, sums: Iterable[str]) -> bool:
+    """Whether a known metric follows from these sums, or from answers alone."""
+    return set(getattr(facts_of("metrics", metric), "NEEDS", ())) <= set(sums)
 
 
 def units_of(objective: str) -> str:

@@ -40,7 +40,7 @@ def answer_questions(
 
 
 def _size(asked: Any) -> int:
-    """Of ids; sounds and images are all of one size, or of one that is not known yet."""
+    """Of ids; recordings and images are all of one size, or of one that is not known yet."""
     return len(asked) if isinstance(asked, Sequence) else 0
 
 

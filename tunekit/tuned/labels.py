@@ -11,6 +11,7 @@ from typing import Any
 
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.errors import RecipeError
+from tunekit.model.families.audio_classifier import CLASSIFIER, PROJECTOR
 from tunekit.model.storage.inspection import head_labels
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.label_settings import LabelSettings
@@ -49,14 +50,20 @@ def adapter_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
 
 def head_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
     """One label for each row of the last matrix of another tool's head: the base's where it has as many."""
-    header = adapter_header(tensors_path(config.folder))
-    named = set(getattr(config.settings, "modules_to_save", ()))
+    header, audio = adapter_header(tensors_path(config.folder)), trains_audio_head(config)
+    named = {CLASSIFIER} if audio else set(getattr(config.settings, "modules_to_save", ()))
     matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
     rows = [shape[0] for name, shape in matrices.items() if named & set(name.split("."))]
     if not rows:
         return {}
-    own = _head_labels(base, "token_classifier" if config.task_type == "TOKEN_CLS" else "classifier")
+    text = "token_classifier" if config.task_type == "TOKEN_CLS" else "classifier"
+    own = _head_labels(base, "audio_classifier" if audio else text)
     return {"labels": own if len(own) == min(rows) else _unnamed(min(rows))}
+
+
+def trains_audio_head(config: AdapterConfig) -> bool:
+    """Whether it has both parts of an audio classifier's head: peft has no task type for those."""
+    return {PROJECTOR, CLASSIFIER} <= set(getattr(config.settings, "modules_to_save", ()))
 
 
 def _head_labels(base: ModelSection, family: str) -> tuple[str, ...]:

@@ -112,8 +112,8 @@ class TunedModel:
 
     def finished(self, hidden: Tensor) -> ModelOutput:
         """What the objective reads of last hidden states (B, T, D)."""
-        assert self.base.text is not None  # of others the head reads rows
-        chunk = self.chunk_tokens or logits_chunk_tokens(self.base.text.vocabulary_size)
+        text = self.base.text
+        chunk = self.chunk_tokens or logits_chunk_tokens(1 if text is None else text.vocabulary_size)
         head = self.base.family.head(self.base.net)
         of_teacher = None if self.teacher is None else self.teacher.base
         taught = None if of_teacher is None else of_teacher.family.head(of_teacher.net)
@@ -131,7 +131,7 @@ class TunedModel:
         return replace(current_call(), segments=self._segments(inputs))
 
     def entering(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the base is called with, on the device; sounds and images in the dtype in which it computes."""
+        """What the base is called with, on the device; recordings and images in the dtype in which it computes."""
         there = {name: placed(tensor, self.device) for name, tensor in inputs.items()}
         return self.adapted(
             {name: each.to(self.base.dtype) if each.is_floating_point() else each for name, each in there.items()}

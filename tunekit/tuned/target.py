@@ -39,7 +39,7 @@ from tunekit.recipe.section import ObjectiveSettings
 from tunekit.records import Choice
 from tunekit.tuned.export import export_checkpoint
 from tunekit.tuned.fit import check_family
-from tunekit.tuned.labels import head_facts, start_facts
+from tunekit.tuned.labels import head_facts, start_facts, trains_audio_head
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
 
@@ -265,7 +265,9 @@ def family_of(target: Target) -> str:
         found: Any = settings_class("objectives", method)
         return str(found.family)
     named = None if config is None or config.task_type is None else _family_of_task(config.task_type)
-    return named or family_of_base(target.model)
+    found = named or family_of_base(target.model)
+    hears = found == "speech" and config is not None and trains_audio_head(config)
+    return "audio_classifier" if hears else found
 
 
 def _family_of_task(task_type: str) -> str | None:

@@ -53,7 +53,7 @@ def _kernel(old: int, new: int) -> tuple[torch.Tensor, int]:
 
 
 def heard(sound: Sound, start: int, stop: int, wanted: int) -> torch.Tensor:
-    """(samples,) of samples start .. stop-1 of a sound, in one channel and at the rate that is wanted."""
+    """(samples,) of samples start .. stop-1 of a recording, in one channel and at the rate that is wanted."""
     return resampled(mixed(sound.read(start, stop)), sound.rate, wanted)
 
 
@@ -69,7 +69,7 @@ def quietest(samples: torch.Tensor, rate: int, first: int, last: int) -> int:
 
 
 def pieces(sound: Sound, seconds: float) -> Iterator[tuple[int, int]]:
-    """Samples of pieces of a sound, none longer than `seconds`, each cut where the end of the longest is quietest."""
+    """Samples of a recording's pieces, none longer than `seconds`, cut where the end of the longest is quietest."""
     start, most = 0, int(seconds * sound.rate)
     while sound.samples - start > most:
         window = mixed(sound.read(start, start + most))

@@ -17,6 +17,7 @@ from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.sound import SILENCE, opened
 from tunekit.errors import DataError, holds_secret
+from tunekit.formats.audio_label import AudioLabelExample
 from tunekit.formats.example import ChatExample, CompletionExample
 from tunekit.formats.image import ImageExample
 from tunekit.formats.image_label import ImageLabelExample
@@ -41,7 +42,7 @@ PATTERNS = (  # kind, what is looked for, and a text without which it cannot be 
 )
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 MOST_BROKEN = 1000  # things wrong with lines that are told apart
-FILED = (TranscriptExample, ImageExample, ImageLabelExample)  # of rows that name files
+FILED = (TranscriptExample, AudioLabelExample, ImageExample, ImageLabelExample)  # of rows that name files
 SAMPLES_AT_ONCE = 1 << 20
 CHARACTERS_OF_A_TOKEN = 3.5  # where no tokenizer has been asked
 
@@ -154,7 +155,7 @@ def _doubts(made: Any, text: str, characters: int, line: int, limit: int, found:
 
 def _doubts_of_file(made: Any) -> Iterator[tuple[str, str]]:
     """What is wrong with the recording or the image that a row names. Raises: DataError where it cannot be read."""
-    if not isinstance(made, TranscriptExample):
+    if not isinstance(made, TranscriptExample | AudioLabelExample):
         from tunekit.data.encoding.images import read_image  # with torch behind it
         from tunekit.data.encoding.outcomes import Dropped
 
@@ -166,10 +167,10 @@ def _doubts_of_file(made: Any) -> Iterator[tuple[str, str]]:
     with opened(made.audio) as sound:
         starts = range(0, sound.samples, SAMPLES_AT_ONCE)
         loudest = max(float(abs(sound.read(start, start + SAMPLES_AT_ONCE)).max()) for start in starts)
-    if not made.text.strip():
+    if isinstance(made, TranscriptExample) and not made.text.strip():
         yield "empty", "no transcript"
     elif loudest < SILENCE:
-        yield "empty", "silence with a transcript"
+        yield "empty", "a silent recording"
 
 
 def _turns(example: ChatExample) -> str:

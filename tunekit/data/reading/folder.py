@@ -67,24 +67,24 @@ def media_folder(path: str) -> Path:
 
 
 def is_media(name: str, kind: str | None = None) -> bool:
-    """Whether a file's name says that it is a sound or an image, or that it is of this kind of the two."""
+    """Whether a file's name says that it is a recording or an image, or that it is of this kind of the two."""
     return any(name.lower().endswith(endings) for each, endings in MEDIA.items() if kind in (None, each))
 
 
 def read_classes(folder: Path) -> Iterator[RawRow]:
     """Each file of a folder, sorted; of one in a folder inside, with that folder's name as its label.
 
-    Raises: DataError where there is none, or where sounds and images are mixed.
+    Raises: DataError where there is none, or where recordings and images are mixed.
     """
     kinds = {ending: kind for kind, endings in MEDIA.items() for ending in endings}
     found = [(kinds[place.suffix.lower()], place) for place in _files(folder) if place.suffix.lower() in kinds]
     if not found:
-        what = "this is a folder without a table, and without sounds or images"
+        what = "this is a folder without a table, and without recordings or images"
         others = passed_over(folder)
         what += "" if others is None else f" ({others.removeprefix(WARNING)})"
         raise DataError(what, HOW, file=str(folder))
     if len({kind for kind, _ in found}) > 1:
-        raise DataError("the folder holds sounds and images", "keep one kind in it", file=str(folder))
+        raise DataError("the folder holds recordings and images", "keep one kind in it", file=str(folder))
     for number, (kind, place) in enumerate(found, 1):
         inner = place.relative_to(folder)
         yield RawRow(number, {kind: str(inner), **({"label": inner.parts[0]} if len(inner.parts) > 1 else {})})

@@ -1,4 +1,4 @@
-"""Sounds of files, or held in rows, a piece at a time.
+"""Recordings of files, or held in rows, a piece at a time.
 
 Comes in: Media.  Goes out: Sound, whose pieces are (samples, channels) of float32.  The only door to soundfile.
 """
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from tunekit.errors import DataError, InputError
 from tunekit.formats.media import Media
 
-SILENCE = 1e-4  # the largest sample of a silent sound: -80 dB
+SILENCE = 1e-4  # the largest sample of a silent recording: -80 dB
 STREAMED = 0x7F000000  # from here on a RIFF header's size says that it was not known when it was written
 HOW_TO_INSTALL = "run: pip install tunekit[speech]"
 
 
 @dataclass(frozen=True)
 class Sound:
-    """An open sound. `rate`: samples a second."""
+    """An open recording. `rate`: samples a second."""
 
     stream: Any
     name: str
@@ -58,14 +58,14 @@ class Sound:
 
 @contextmanager
 def opened(media: Media) -> Iterator[Sound]:
-    """The sound, closed at the end of the block.
+    """The recording, closed at the end of the block.
 
-    Raises: DataError for what is no sound, or an empty one; InputError without soundfile.
+    Raises: DataError for what is no recording, or an empty one; InputError without soundfile.
     """
     try:
         import soundfile
     except ImportError:
-        raise InputError("sounds are read by soundfile, which is not installed", HOW_TO_INSTALL) from None
+        raise InputError("recordings are read by soundfile, which is not installed", HOW_TO_INSTALL) from None
     name, place = media.name, Path(media.path)
     if media.data is None and not place.is_file():
         what = "is no file" if place.exists() else "does not exist"
@@ -75,7 +75,7 @@ def opened(media: Media) -> Iterator[Sound]:
         stream = soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError) as error:
         empty = not (media.data if media.data is not None else place.stat().st_size)
-        what = "is empty" if empty else f"is no sound that can be read: {_said(error)}"
+        what = "is empty" if empty else f"is no recording that can be read: {_said(error)}"
         known = "WAV, FLAC, Ogg, Opus, MP3 and AIFF are, whatever they are called"
         raise DataError(f"{name} {what}", "" if empty else known) from None
     with stream:

@@ -218,7 +218,7 @@ def _load_hub(source: Source, *, streaming: bool) -> Any:
 
 
 def _undecoded(rows: Any) -> Any:
-    """The data set with its sounds and images as {bytes, path}, however they were kept."""
+    """The data set with its recordings and images as {bytes, path}, however they were kept."""
     import datasets
 
     for name, feature in (getattr(rows, "features", None) or {}).items():

@@ -5,6 +5,7 @@ Comes in: a family's name, found in the base's configuration by model/inspection
 
 from __future__ import annotations
 
+from tunekit.model.families.audio_classifier import AudioClassifierFamily
 from tunekit.model.families.causal import Family as Family
 from tunekit.model.families.classifier import ClassifierFamily
 from tunekit.model.families.diffusion import DiffusionFamily
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[Family]] = {
     "classifier": ClassifierFamily,
     "token_classifier": TokenClassifierFamily,
     "image_classifier": ImageClassifierFamily,
+    "audio_classifier": AudioClassifierFamily,
     "diffusion": DiffusionFamily,
     "speech": SpeechFamily,
 }

@@ -43,8 +43,9 @@ class Family:
     text: str = "a causal language model"
     answers: bool = True  # whether it generates text
     reads_source: bool = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
-    reads_ids: bool = True  # whether what it is asked is token ids; else sounds or images
+    reads_ids: bool = True  # whether what it is asked is token ids; else recordings or images
     ids: str | None = "input_ids"  # the input that holds the ids of which it has logits; None: it has no vocabulary
+    unread: tuple[str, ...] = ()  # beginnings of names in the base's files for which the net has no place
 
     def auto_class(self) -> Any:
         """transformers' class that loads a base of this family."""

@@ -63,23 +63,31 @@ def make_head(net: nn.Module, name: str, config: Any) -> TextHead:
     return TextHead(net, name, scale, divisor, None if cap is None else float(cap), offset)
 
 
-def new_head(section: ModelSection, family: Any, net: nn.Module) -> str | None:
-    """Module name of the head that the section asks for, which the base's files need not hold; None of other bases."""
-    name: str | None = family.head_name(net) if isinstance(section, HeadedModel) else None
-    return name
+def new_head(section: ModelSection, family: Any, net: nn.Module) -> tuple[str, ...]:
+    """Names of the modules of the head that the section asks for, which the base's files need not hold; none of other
+    bases."""
+    return tuple(family.trained_with(net)) if isinstance(section, HeadedModel) else ()
+
+
+def head_modules(family: Any, net: nn.Module) -> list[str]:
+    """Names of the output projection, and of what is trained whole beside any adapter: no quantization packs them."""
+    return list(dict.fromkeys(name for name in (family.head_name(net), *family.trained_with(net)) if name is not None))
 
 
 def draw_head(section: ModelSection, family: Any, net: nn.Module, dtype: torch.dtype) -> None:
-    """Values for a head that the base's files do not hold, or for other labels, as transformers initialises one.
+    """Values for the modules of a head that the base's files do not hold, and for scores of other labels, as
+    transformers initialises them.
 
-    They are drawn on the CPU and depend on the section's seed and the head's name alone.
+    They are drawn on the CPU and depend on the section's seed and the module's name alone.
     """
-    name = new_head(section, family, net)
-    if name is None:
-        return
-    assert isinstance(section, HeadedModel)
-    if not section.new_head and not any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
-        return
+    for name in new_head(section, family, net):
+        assert isinstance(section, HeadedModel)
+        other_labels = section.new_head and name == family.head_name(net)
+        if other_labels or any(tensor.is_meta for tensor in net.get_submodule(name).parameters()):
+            _draw(section, net, name, dtype)
+
+
+def _draw(section: HeadedModel, net: nn.Module, name: str, dtype: torch.dtype) -> None:
     drawn, owner = net.get_submodule(name).to_empty(device="cpu").float(), cast(Any, net)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("head", section.head_seed, name))

@@ -1,4 +1,4 @@
-"""Speech models that hear and write: Whisper and what is built like it, an encoder of sounds and a decoder of text.
+"""Speech models that hear and write: Whisper and what is built like it, an encoder of recordings and a decoder of text.
 
 Comes in: a net as transformers builds it.  Goes out: `SpeechFamily`.
 """
@@ -47,13 +47,19 @@ class SpeechFamily(Seq2SeqFamily):
         return int(config.max_target_positions)
 
     def inputs_of(self, ids: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """What the net is called with for one row of ids (1, T), the sound being the first of `beside`."""
+        """What the net is called with for one row of ids (1, T), the recording being the first of `beside`."""
         assert beside is not None
         return {"input_features": beside["input_features"][:1], "decoder_input_ids": ids}
 
     def trial_inputs(self, net: nn.Module) -> dict[str, torch.Tensor]:
-        """Seeded noise for a sound, and the first ids for its answer."""
+        """Seeded noise for a recording, and the first ids for its answer."""
         config: Any = net.config
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
-        return {"input_features": features, "decoder_input_ids": torch.arange(min(16, config.vocab_size))[None]}
+        ids = torch.arange(min(16, config.vocab_size))[None]
+        return {"input_features": noise_features(net), "decoder_input_ids": ids}
+
+
+def noise_features(net: nn.Module) -> torch.Tensor:
+    """(1, M, F) seeded noise, as large as the features of a recording."""
+    config: Any = net.config
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)

@@ -37,7 +37,7 @@ def expert_layout(net: nn.Module) -> str | None:
 
 def base_name(net: nn.Module) -> str:
     """Module name of the net without its head: the declared one, or the one inside it or the net that takes what the
-    net does: token ids, sounds or images.
+    net does: token ids, recordings or images.
 
     Llama 4's language model declares the name of another, and a decoder of BART's lies in a shell without arguments.
     """

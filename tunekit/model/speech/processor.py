@@ -1,12 +1,10 @@
-"""Sounds to features and transcripts to ids, as a speech model was trained on them.
+"""Recordings to features and transcripts to ids, as a speech model was trained on them.
 
 Comes in: the model section.  Goes out: `SpeechProcessor`.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from tunekit.errors import DataError, ModelError
 from tunekit.files.cache_folder import hash_of
-from tunekit.model.storage.source import find_source, read_json
+from tunekit.model.speech.features import FeatureExtractor, load_extractor
+from tunekit.model.storage.source import read_json
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
-from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import ModelSection
 
-FILES = ("preprocessor_config.json", "processor_config.json", "normalizer.json")
 NORMALIZER = "normalizer.json"
 TIMESTAMP_SECONDS = 0.02
 ENGLISH_VOCABULARY = 51_864  # of Whisper's English-only models, where generation_config.json does not say what they are
@@ -33,70 +26,25 @@ MOST_SHOWN = 12
 
 
 @dataclass(frozen=True)
-class SpeechProcessor:
+class SpeechProcessor(FeatureExtractor):
     """The model's own feature extractor and tokenizer, and its generation settings.
 
     A text begins with a blank, as those did that Whisper learned from.
     """
 
     tokenizer: LoadedTokenizer
-    extractor: Any
     generation: dict[str, Any]
     multilingual: bool
-    folder: Path
     longest_answer: int  # tokens that the decoder has positions for
-
-    @property
-    def rate(self) -> int:
-        """Samples a second that the model hears."""
-        return int(self.extractor.sampling_rate)
-
-    @property
-    def seconds(self) -> float:
-        """Of the longest sound that it hears at once."""
-        return float(self.extractor.n_samples / self.rate)
-
-    @property
-    def frames(self) -> int:
-        """Of every sound as the net takes it, silence filling it up."""
-        return int(self.extractor.nb_max_frames)
-
-    @property
-    def bands(self) -> int:
-        """Frequencies of a frame."""
-        return int(self.extractor.feature_size)
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that decides a row."""
-        extractor = {key: value for key, value in self.extractor.to_dict().items() if key != "mel_filters"}
-        return hash_of([self.tokenizer.fingerprint, json.loads(json.dumps(extractor, default=str)), self._facts])
+        return hash_of([self.tokenizer.fingerprint, self.facts, self._of_texts])
 
     @property
-    def _facts(self) -> list[Any]:
+    def _of_texts(self) -> list[Any]:
         return [self.multilingual, self.generation.get("lang_to_id"), self.generation.get("no_timestamps_token_id")]
-
-    def frames_of(self, seconds: float) -> int:
-        """Of a sound so long, without those that only fill it up; one at least."""
-        return min(max(math.ceil(seconds * self.frames / self.seconds - 1e-9), 1), self.frames)
-
-    def features(self, samples: torch.Tensor) -> NDArray[np.float32]:
-        """(frames, bands) log-mel of a sound, without the frames after the first of those that only fill it up.
-
-        Shapes: (samples,) at `rate`.
-        """
-        made = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np", truncation=True)
-        whole: NDArray[np.float32] = made["input_features"][0].T  # (frames, bands)
-        different = np.flatnonzero((whole != whole[-1]).any(axis=1))
-        kept = int(different[-1]) + 2 if len(different) else 1
-        return np.ascontiguousarray(whole[:kept], dtype=np.float32)
-
-    def filled(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(bands, all frames) of what `features` kept. Shapes: (frames * bands,)."""
-        kept = features.reshape(-1, self.bands)
-        whole = np.empty((self.frames, self.bands), dtype=np.float32)
-        whole[: len(kept)], whole[len(kept) :] = kept, kept[-1]
-        return np.ascontiguousarray(whole.T)
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of what is said, with a blank before it; what spells a special token stays text."""
@@ -146,7 +94,7 @@ class SpeechProcessor:
         return int(found) if found is not None else self._token("<|notimestamps|>")
 
     def timestamp(self, seconds: float) -> int:
-        """The id of a time within a sound."""
+        """The id of a time within a recording."""
         return self.no_timestamps + 1 + round(min(seconds, self.seconds) / TIMESTAMP_SECONDS)
 
     def _token(self, text: str) -> int:
@@ -181,9 +129,9 @@ class SpeechProcessor:
     def save(self, folder: Path) -> None:
         """The tokenizer's files and the extractor's, byte for byte."""
         self.tokenizer.save(folder)
-        for name in FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+        super().save(folder)
+        if (self.folder / NORMALIZER).is_file():
+            shutil.copyfile(self.folder / NORMALIZER, folder / NORMALIZER)
 
 
 def _code(language: str) -> str:
@@ -196,29 +144,20 @@ def _code(language: str) -> str:
 
 def load_speech_processor(section: ModelSection) -> SpeechProcessor:
     """The base's extractor, tokenizer and generation settings. Raises: ModelError where one of them is missing."""
-    from transformers import AutoFeatureExtractor
-
-    source = find_source(section, weights=False)
-    if source.gguf_file is not None:
-        raise ModelError(f"{section.name_or_path} is no speech model", "name a folder", key="model.name_or_path")
+    extractor, folder = load_extractor(section)
     tokenizer = load_tokenizer(section)
-    with model_errors(section, "the feature extractor of "), quiet():
-        extractor = AutoFeatureExtractor.from_pretrained(str(source.folder), local_files_only=True)
-    if not hasattr(extractor, "nb_max_frames"):
-        what = f"{section.name_or_path} hears by {type(extractor).__name__}, which this version does not know"
-        raise ModelError(what, "choose Whisper, or what is built like it", key="model.name_or_path")
     if tokenizer.answer_start_id is None:
         what = "the base does not say with which token its answers begin"
         raise ModelError(what, "write decoder_start_token_id into its config.json", key="model.name_or_path")
-    path, config = source.folder / "generation_config.json", read_json(source.folder / "config.json")
+    path, config = folder / "generation_config.json", read_json(folder / "config.json")
     generation = read_json(path) if path.exists() else {}
     size = config.get("vocab_size")
     known = bool(generation["lang_to_id"]) if "lang_to_id" in generation else size != ENGLISH_VOCABULARY
     return SpeechProcessor(
-        tokenizer,
         extractor,
+        folder,
+        tokenizer,
         generation,
         bool(generation.get("is_multilingual", known)),
-        source.folder,
         int(config["max_target_positions"]),
     )

@@ -1,6 +1,6 @@
-"""Sounds to ids of what is said in them, greedy unless asked otherwise, by transformers' own generation.
+"""Recordings to ids of what is said in them, greedy unless asked otherwise, by transformers' own generation.
 
-Comes in: a loaded speech model (with or without adapters in place) and features.  Goes out: ids of each sound.
+Comes in: a loaded speech model (with or without adapters in place) and features.  Goes out: ids of each recording.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def transcribe(
     place: int = 0,
     sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
-    """New ids of each sound, special tokens among them. The model's own generation settings hold, but for what is old
-    in them: forced_decoder_ids, in whose stead language and task are named.
+    """New ids of each recording, special tokens among them. The model's own generation settings hold, but for what is
+    old in them: forced_decoder_ids, in whose stead language and task are named.
 
     Shapes: features (B, M, F).
     `asked`: language and task, of multilingual models; `most_tokens`: of an answer; `place`: of the batch, for seeds.

@@ -32,7 +32,9 @@ VOLATILE = (
     "_attn_implementation",
     "_diffusers_version",
 )
-SPEECH = ("whisper",)  # model types of speech models that write, whatever their architecture's ending
+SPEECH = (
+    "whisper",
+)  # model types of speech models, whatever their architecture's ending; what their encoders hear too
 HEADS = {  # ending of the architecture's name -> family
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
@@ -41,6 +43,7 @@ HEADS = {  # ending of the architecture's name -> family
     "ForSequenceClassification": "classifier",
     "ForTokenClassification": "token_classifier",
     "ForImageClassification": "image_classifier",
+    "ForAudioClassification": "audio_classifier",
 }
 OTHER_HEADS = {
     "ForMaskedLM": "is a masked language model (it fills gaps and does not continue text)",
@@ -50,6 +53,11 @@ OTHER_HEADS = {
     "ForPreTraining": "is a model with pre-training heads",
 }
 MEND = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
+HEARING = (
+    "is no Whisper: audio_classify trains Whisper's encoder, which hears log-mel features, and none that reads raw "
+    "waveforms (Wav2Vec2, HuBERT, WavLM) or spectrograms of another kind (AST)"
+)
+MIXED = "mixes its layers by trained weights (use_weighted_layer_sum), which audio_classify does not train"
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -134,6 +142,8 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
     elif architecture and family is None and not headed:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
         reason = next(known, f"has the architecture {architecture}, which is none that tunekit knows")
+    elif "audio_classifier" in (family, section.family):
+        reason = audio_obstacle(config)
     if reason:
         raise ModelError(f"{name} {reason}", MEND, key="model.name_or_path")
     if headed:
@@ -148,6 +158,13 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
             key="model.family",
         )
     return found
+
+
+def audio_obstacle(config: dict[str, Any]) -> str | None:
+    """Why a base cannot be trained to label recordings; None where it can."""
+    if config.get("model_type") not in SPEECH:
+        return HEARING
+    return MIXED if config.get("use_weighted_layer_sum") else None
 
 
 def family_of_base(section: ModelSection) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from tunekit.errors import ModelError, ResourceError
 from tunekit.model.families import Family
+from tunekit.model.families.heads import head_modules
 from tunekit.model.storage.kept import kept_base
 from tunekit.model.storage.packing import PackedBase, layout_of, packed_base
 from tunekit.model.storage.reading import ALIGNMENT, BaseReader, open_net, place
@@ -61,10 +62,10 @@ def mapped_net(
 def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
     """Views into the files. Of the head a copy where it is not aligned as in a resident base, since its products depend
     on that; a streamed layer is copied in any case, and no other tensor enters a product."""
-    head = family.head_name(net)
+    head = tuple(f"{name}." for name in head_modules(family, net))
     for name in reader.names:
         view = reader.view(name)
-        in_head = head is not None and any(alias.startswith(f"{head}.") for alias in reader.aliases(name))
+        in_head = any(alias.startswith(head) for alias in reader.aliases(name))
         place(net, reader, name, reader.read(name) if in_head and view.data_ptr() % ALIGNMENT else view)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunekit.errors import ModelError
 from tunekit.machine.malloc import trim_heap
 from tunekit.model.families import Family
+from tunekit.model.families.heads import head_modules
 from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
 from tunekit.model.storage.reading import BaseReader, place
 from tunekit.model.storage.sidecar import Sidecar, StoredTensor
@@ -41,17 +42,18 @@ def quantize_layers(
 
 
 def packable(net: nn.Module, family: Family) -> list[str]:
-    """Names of the layers that are packed: every linear one but the head, and but those whose matrix the model's code
+    """Names of the layers that are packed: every linear one but the head's, and but those whose matrix the model's code
     reads itself."""
-    head, modules = family.head_name(net), dict(net.named_modules())
+    head, modules = tuple(f"{name}." for name in head_modules(family, net)), dict(net.named_modules())
     uncalled = uncalled_layers(modules)
     names = [name for name, module in modules.items() if layer_kind(module) in ("linear", "conv1d")]
-    return [n for n in names if n not in uncalled and (head is None or not f"{n}.".startswith(f"{head}."))]
+    return [name for name in names if name not in uncalled and not f"{name}.".startswith(head)]
 
 
 def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
-    """Say which large weights stay as they are: fused experts are no linear layers."""
-    fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3]
+    """Say which large weights stay as they are: fused experts are no linear layers. Convolutions are small."""
+    kernels = {id(module.weight) for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3 and id(parameter) not in kernels]
     if not fused:
         return []
     count = sum(parameter.numel() for parameter in fused)

@@ -13,7 +13,7 @@ import math
 import mmap
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,8 @@ class BaseReader:
     the others of a tied tensor.  Made by `open_base`.
     """
 
-    def __init__(self, net: nn.Module, files: MappedFiles, groups: dict[str, str], head: str | None = None) -> None:
-        self.files, self._groups, self._head = files, groups, head
+    def __init__(self, net: nn.Module, files: MappedFiles, groups: dict[str, str], head: Sequence[str] = ()) -> None:
+        self.files, self._groups, self._head = files, groups, tuple(f"{name}." for name in head)
         self._tensors: dict[str, Tensor] = dict(net.state_dict(keep_vars=True))
         self.names = tuple(name for name in self._tensors if groups[name] == name)
         self.new: frozenset[str] = frozenset()  # of a head, names that no file holds
@@ -184,10 +184,10 @@ class BaseReader:
                     return False  # transformers does not tie what the files hold twice with other numbers
                 self._stored.setdefault(group, inside)
         covered = self._stored.keys() | self._pieces.keys()
-        if self._head is not None:  # a head that the files need not hold, in place of another
-            self.new = frozenset(name for name in set(self.names) - covered if name.startswith(f"{self._head}."))
+        if self._head:  # which the files need not hold, and may hold another one in its place
+            self.new = frozenset(name for name in set(self.names) - covered if name.startswith(self._head))
             self.names = tuple(name for name in self.names if name not in self.new)
-        unknown = found.unknown(net) if self._head is None else []
+        unknown = [] if self._head else found.unknown(net)
         return not found.ambiguous and covered == set(self.names) and not unknown
 
     def _find_pieces(self, net: nn.Module, name: str, found: _StoredNames) -> None:
@@ -244,10 +244,10 @@ def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device:
     )
 
 
-def open_base(net: nn.Module, folder: Path, dtype: torch.dtype, head: str | None = None) -> BaseReader | None:
+def open_base(net: nn.Module, folder: Path, dtype: torch.dtype, head: Sequence[str] = ()) -> BaseReader | None:
     """A reader of the base in `folder` for a net of `unfilled_net`; None where it might not equal from_pretrained.
 
-    `head`: module name of a head that the files need not hold.
+    `head`: names of the modules of a head that the files need not hold.
 
     Raises: ModelError for files that are damaged or missing.
     """

@@ -191,8 +191,8 @@ def _check_metrics(draft: Draft, evaluation: EvaluationSection, objective: type[
             draft.add_problem(
                 key, f"the metric {name} needs answers, and this objective's model gives none", "remove it"
             )
-        elif why := unmeasurable(name, objective.sums, chosen=chosen):
-            draft.add_problem(key, why, "leave it out")
+        elif wrong := unmeasurable(name, objective, chosen=chosen):
+            draft.add_problem(key, *wrong)
     best = (evaluation.best or "eval.loss").removeprefix("eval.")
     if best != "loss" and best not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
         how = f"add {best} to evaluation.metrics" if best in known else did_you_mean(best, known, "known metrics")

@@ -1,0 +1,35 @@
+"""`format: audio_label`: a recording and its label, `{"audio": "ring.wav", "label": ...}`; of a folder of folders,
+theirs.
+
+Comes in: one row.  Goes out: AudioLabelExample, whose recording is not read yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunekit.formats.labels import read_label
+from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media, renamed
+
+DESCRIPTION = "audio: a recording's path or {bytes, path}; label: the name of its class, or a whole number"
+FIELDS = ("audio", "label")
+REQUIRED = ("audio", "label")
+ALIASES = AUDIO_ALIASES
+MEDIA = AUDIO_FIELDS
+EXAMPLE = "audio_label"
+
+
+@dataclass(frozen=True)
+class AudioLabelExample:
+    """A recording and the name of its class."""
+
+    audio: Media
+    label: str
+
+
+def make_example(row: Mapping[str, Any]) -> AudioLabelExample:
+    """The recording and its label."""
+    row = renamed(row, ALIASES)
+    return AudioLabelExample(read_media(row, "audio"), read_label(row))

@@ -1,0 +1,22 @@
+"""`objective: audio_classify` a head that is trained with the adapter gives each recording a label."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.label_settings import LabelSettings
+from tunekit.recipe.spec_augment_settings import SpecAugmentSettings
+
+
+class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
+    """One label a recording, by Whisper's encoder."""
+
+    family: ClassVar[str] = "audio_classifier"
+    example: ClassVar[str] = "audio_label"
+    size_unit: ClassVar[str] = "frame"
+
+    method: Literal["audio_classify"] = Field(
+        "audio_classify", description="cross entropy on a label for each recording"
+    )
