@@ -29,7 +29,11 @@ from tunekit.objectives.spec_augment import HeardObjective
 from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
 
 TRUNCATE = "cut the file, or write data.excess_length: truncate, which keeps its beginning"
-BEYOND: dict[str, Any] = {"features": np.zeros(0, np.float32), "place": utf8("")}  # of what is not heard
+BEYOND: dict[str, Any] = {  # of what is not heard
+    "features": np.zeros(0, np.float32),
+    "place": utf8(""),
+    "samples": np.zeros(1, np.int32),
+}
 
 
 @dataclass(frozen=True)

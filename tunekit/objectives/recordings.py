@@ -37,7 +37,7 @@ EMPTY = "empty transcript"
 SILENT = "silent recording"
 COMPUTED = "recordings are heard anew in each step: the cache's disk has less than 5 GiB free for their features"
 LEAST_FREE_BYTES = 5 * 2**30  # of the disk of the cache: features of 30 s take about 1 MB
-HEARD = {"features": "<f4", "place": "u1"}  # parts of a row of a recording
+HEARD = {"features": "<f4", "place": "u1", "samples": "<i4"}  # parts of a row of a recording
 PARTS = {**HEARD, "answer": "<i4", "text": "u1"}  # with a transcript
 SPLIT = "give the row segments, [{start, end, text}], and write data.excess_length: split, or cut the file"
 
@@ -88,7 +88,8 @@ class Span:
 
 
 def parts_of(span: Span, processor: FeatureExtractor, notices: Counter[str]) -> dict[str, Array]:
-    """The parts HEARD of a row: its `features`, or the `place` where it can be heard again, which then is noticed.
+    """The parts HEARD of a row: its `features`, or the `place` where it can be heard again, which then is noticed; and
+    how many `samples` it has at the model's rate.
 
     Raises: Dropped where it is silent.
     """
@@ -96,10 +97,11 @@ def parts_of(span: Span, processor: FeatureExtractor, notices: Counter[str]) -> 
         samples = heard(sound, span.start, span.stop, processor.rate)
     if float(samples.abs().max()) < SILENCE:
         raise Dropped(SILENT)
+    count = np.asarray([len(samples)], np.int32)
     if span.media.data is None and free_bytes(default_cache_folder()) < LEAST_FREE_BYTES:
         notices[COMPUTED] += 1
-        return {"features": np.zeros(0, np.float32), "place": span.place}
-    return {"features": processor.features(samples).reshape(-1), "place": utf8("")}
+        return {"features": np.zeros(0, np.float32), "place": span.place, "samples": count}
+    return {"features": processor.features(samples).reshape(-1), "place": utf8(""), "samples": count}
 
 
 def features_of(row: Row, processor: FeatureExtractor) -> Array:
@@ -257,9 +259,11 @@ def transcripts(
     texts = [""] * len(parts)
     for (language, task, timestamps), places in kinds.items():
         asked = asked_of(processor, language, task)
-        room = processor.longest_answer - len(processor.prefix(language or "en", task, timestamps)) - 1
-        for start in range(0, len(places), batch_size):
-            some = places[start : start + batch_size]
+        named = language or ("en" if processor.multilingual else None)
+        room = processor.longest_answer - len(processor.prefix(named, task, timestamps)) - 1
+        together = batch_size if processor.padded else 1
+        for start in range(0, len(places), together):
+            some = places[start : start + together]
             spans = [Span(recordings[number].media, *piece) for number, piece in (parts[at] for at in some)]
             features = [torch.from_numpy(processor.filled(each.features(processor).reshape(-1))) for each in spans]
             found = transcribe(

@@ -66,7 +66,7 @@ class HeardObjective(RowObjective):
     measures = False  # whether rows are only measured
 
     def heard(self, rows: Sequence[Row]) -> torch.Tensor:
-        """(B, M, F) features of the rows, filled up as the model's extractor does, 0 where a step masks them."""
+        """(B, M, F) features, filled up as the model's extractor does, 0 where a step masks them; or (B, N) samples."""
         extractor: FeatureExtractor = self.processor
         return torch.from_numpy(np.stack([masked(features_of(row, extractor), row.parts.get(MASKS)) for row in rows]))
 

@@ -54,8 +54,9 @@ class Speech(HeardObjective):
             token_parts=("answer",),
             sizes=2,
             token_sizes=(1,),
-            least=(processor.frames, 0),
+            least=(processor.frames, 0) if processor.padded else (),
             told_by=("features", "place"),
+            alike=None if processor.padded else "samples",
         )
 
     def row_encoder(self, options: EncodeOptions) -> SpeechEncoder:
@@ -80,23 +81,27 @@ class Speech(HeardObjective):
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """One row: the longest recording that the model hears, and an answer of so many tokens, or of as many as it can
         have."""
-        row, longest = next(rows), self.processor.longest_answer
-        parts = {**row.parts, "answer": np.resize(row.parts["answer"], min(size, longest) + 1)}
-        return [make_row(parts, self.processor.frames, row.origin, row.number)]
+        row, processor = next(rows), self.processor
+        parts = {**row.parts, "answer": np.resize(row.parts["answer"], min(size, processor.longest_answer) + 1)}
+        if not processor.padded:
+            samples = np.asarray([processor.seconds * processor.rate], np.int32)
+            parts |= {"samples": samples, "features": np.zeros(samples, np.float32), "place": np.zeros(0, np.uint8)}
+        return [make_row(parts, processor.frames, row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Recordings, and answers, which need no mask: padding comes last.
 
-        Shapes: input_features (B, M, F); decoder_input_ids, labels (B, A): position a predicts labels[a].
+        Shapes: input_features (B, M, F) or input_values (B, N); decoder_input_ids, labels (B, A): position a predicts
+        labels[a].
         """
         rows = [row for (row,) in sequences]
         answers = [row.parts["answer"] for row in rows]
         inputs = {
-            "input_features": self.heard(rows),
+            self.processor.input_name: self.heard(rows),
             "decoder_input_ids": lay_end_to_end([[answer[:-1]] for answer in answers], self.processor.tokenizer.pad_id),
         }
         labels = lay_end_to_end([[answer[1:]] for answer in answers], IGNORED)
-        size = self.processor.frames + labels.shape[1]
+        size = max([*(row.sizes[0] for row in rows), *self.layout.least]) + labels.shape[1]
         return Batch(inputs, {"labels": labels}, tuple(map(tuple, sequences)), line_size=size)
 
     def spans(self, row: Row) -> list[Part]:
@@ -133,6 +138,8 @@ class Speech(HeardObjective):
 
 def generation_of(settings: SpeechSettings, processor: SpeechProcessor) -> Mapping[str, Any]:
     """What a merged model's generation settings say: how it was trained to begin its answers."""
+    if not processor.padded:
+        return {}
     if not processor.multilingual or settings.language is None:
         return {"forced_decoder_ids": None}
     code = processor.language_code(settings.language)
@@ -156,8 +163,11 @@ def make(settings: SpeechSettings, processor: SpeechProcessor, facts: Mapping[st
         own = {key: processor.generation.get(key) for key in ("language", "task")}
         settings = settings.model_copy(update={key: value for key, value in own.items() if value is not None})
     try:
-        if settings.language is not None:
+        if settings.language is not None or not processor.multilingual:
             processor.prefix(settings.language, settings.task, settings.timestamps)
     except DataError as error:
         raise RecipeError(error.problems[0].what, error.problems[0].how, key="objective.language") from None
+    if settings.apply_spec_augment and not processor.padded:
+        what = "masks frequencies and frames, and the model hears samples"
+        raise RecipeError(what, "leave it out, or choose Whisper", key="objective.apply_spec_augment")
     return Speech(settings, processor)

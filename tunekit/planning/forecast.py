@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from tunekit.contracts import Batch, Objective, Rows
 from tunekit.data.batching.stream import StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, as_large, collate
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.errors import ModelError
 from tunekit.machine.devices import kind_of
 from tunekit.model.attention.self_attention import heads_and_width
@@ -55,9 +56,9 @@ def largest_batch(
     lengths = sizes.sum(axis=1)  # (rows,)
     best, best_size, left = None, (-1, -1), windows.steps
     for epoch in range(EXAMINED_EPOCHS):
-        micro_batches = windows.micro_batches(epoch)[: left * settings.gradient_accumulation_steps]
-        left -= -(-len(micro_batches) // settings.gradient_accumulation_steps)
-        for micro_batch in micro_batches:
+        steps = [*islice(windows.steps_of(epoch), left)]
+        left -= len(steps)
+        for micro_batch in chain.from_iterable(steps):
             widths = np.stack([sizes[list(group)].sum(axis=0) for group in micro_batch])  # (B, sizes)
             padded = np.array([objective.layout.padded(each) for each in widths])  # (B, sizes)
             tokens = int(widths.sum() if settings.end_to_end else len(padded) * padded.max(axis=0).sum())
@@ -71,7 +72,7 @@ def largest_batch(
         if left <= 0:
             break
     assert best is not None
-    return as_large(collate(rows, best, objective, end_to_end=settings.end_to_end), objective)
+    return collate(rows, best, objective, end_to_end=settings.end_to_end)
 
 
 def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, settings: BatchSettings) -> int:

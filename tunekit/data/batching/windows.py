@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tunekit.contracts import Batch, Objective, Row, Rows, Window
+from tunekit.contracts import Batch, Objective, Rows, Window
 from tunekit.data.batching.order import Share, epoch_rows
 from tunekit.data.batching.pack import first_fit
 from tunekit.errors import DataError
@@ -144,14 +144,22 @@ class TrainingWindows:
             yield self._window(step, epoch, step - before)
 
     def _window(self, step: int, epoch: int, position: int) -> Window:
-        size = self._settings.gradient_accumulation_steps
-        place = position // self._settings.repeats
-        micro_batches = self.micro_batches(epoch)[place * size : (place + 1) * size]
-        if self._objective.layout.alike is not None:
-            micro_batches = cut_alike(micro_batches, self._kind_of, self._sizes_of, self._settings)
+        micro_batches = self._step(epoch, position // self._settings.repeats)
         indices = tuple(range(self._rank, len(micro_batches), self._world))
         batches = tuple(self._collate(micro_batches[index]) for index in indices)
         return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches, self._settings.seed)
+
+    def steps_of(self, epoch: int) -> Iterator[Sequence[MicroBatch]]:
+        """The micro-batches of each step of an epoch that has rows of its own."""
+        size = self._settings.gradient_accumulation_steps
+        yield from (self._step(epoch, place) for place in range(math.ceil(len(self.micro_batches(epoch)) / size)))
+
+    def _step(self, epoch: int, place: int) -> Sequence[MicroBatch]:
+        size = self._settings.gradient_accumulation_steps
+        micro_batches = self.micro_batches(epoch)[place * size : (place + 1) * size]
+        if self._objective.layout.alike is None:
+            return micro_batches
+        return cut_alike(micro_batches, self._kind_of, self._sizes_of, self._settings)
 
     def _kind_of(self, group: Group) -> bytes:
         return self._objective.layout.kind(self._rows[group[0]])
@@ -187,16 +195,16 @@ class TrainingWindows:
 def evaluation_batches(rows: Rows, objective: Objective, *, batch_size: int) -> Iterator[Batch]:
     """Every row once, longest first (least padding, and a batch that does not fit fails at once)."""
     order = np.argsort(-np.asarray(rows.lengths), kind="stable")  # (rows,)
-    waiting: dict[bytes, list[Row]] = {}
+    waiting: dict[bytes, list[Group]] = {}
     for index in order.tolist():
-        row = rows[index]
-        some = waiting.setdefault(objective.layout.kind(row), [])
-        some.append(row)
+        kind = b"" if objective.layout.alike is None else objective.layout.kind(rows[index])
+        some = waiting.setdefault(kind, [])
+        some.append((index,))
         if len(some) == batch_size:
-            yield objective.collate([[each] for each in some])
+            yield collate(rows, some, objective)
             some.clear()
     for some in filter(None, waiting.values()):
-        yield objective.collate([[each] for each in some])
+        yield collate(rows, some, objective)
 
 
 def largest_evaluation_batch(rows: Rows, objective: Objective, *, batch_size: int) -> Batch:
@@ -207,14 +215,6 @@ def largest_evaluation_batch(rows: Rows, objective: Objective, *, batch_size: in
     return objective.collate([[largest]] * min(batch_size, len(rows)))
 
 
-def as_large(batch: Batch, objective: Objective) -> Batch:
-    """A batch whose rows are all of the kind of its largest: none that the same rows are cut into needs more."""
-    if objective.layout.alike is None:
-        return batch
-    largest = max(batch.rows, key=lambda row: row.size)
-    return objective.collate([[largest] for _ in batch.rows])
-
-
 def filled_batch(rows: Rows, objective: Objective, settings: BatchSettings) -> Batch:
     """A micro-batch of sequences of exactly max_length, made of the longest rows; of a stream none is larger."""
     capacity = settings.max_length
@@ -223,4 +223,6 @@ def filled_batch(rows: Rows, objective: Objective, settings: BatchSettings) -> B
     source = (rows[index] for index in cycle(longest))
     parts = objective.layout.sizes
     filled = [objective.fill(source, capacity, min(number, parts - 1)) for number in range(count)]
-    return as_large(objective.collate(filled), objective)
+    if objective.layout.alike is not None:  # none of another kind is larger
+        filled = [max(filled, key=lambda rows: rows[0].size)] * count
+    return objective.collate(filled)

@@ -21,7 +21,7 @@ from tunekit.model.families.stages import is_proven, make_stack
 from tunekit.model.families.structure import call_accepted, last_hidden, name_of, text_config
 
 OF_DECODER = "decoder_"
-FINISH = ("final_layer_norm", "layer_norm", "dropout")  # BART's dropout is a number, and for embeddings
+FINISH = ("final_layer_norm", "layer_norm", "norm", "dropout")  # BART's dropout is a number, and for embeddings
 
 
 @dataclass(frozen=True)

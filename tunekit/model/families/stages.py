@@ -29,7 +29,7 @@ PROVEN = frozenset(
         *("minimax", "ministral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo3"),
         *("olmoe", "openai-gpt", "persimmon", "phimoe", "qwen2_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next"),
         *("recurrent_gemma", "seed_oss", "solar_open", "stablelm", "vaultgemma", "xglm", "youtu"),
-        *("t5", "mt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "whisper"),
+        *("t5", "mt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "whisper", "moonshine"),
     ]
 )
 # Families whose layers give a tuple or a list, and how many tensors follow the hidden states in it.

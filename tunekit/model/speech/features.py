@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,10 +30,16 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """transformers' extractor, and the folder from which it was read."""
+    """transformers' extractor, and the folder from which it was read.
+
+    `padded`: whether silence makes recordings equally long; else only those that are share a batch.
+    `input_name`: what the net calls features.
+    """
 
     extractor: Any
     folder: Path
+    padded: ClassVar[bool] = True
+    input_name: ClassVar[str] = "input_features"
 
     @property
     def rate(self) -> int:
@@ -114,9 +120,9 @@ def load_extractor(section: ModelSection) -> tuple[Any, Path]:
         raise ModelError(f"{section.name_or_path} is no speech model", "name a folder", key="model.name_or_path")
     with model_errors(section, "the feature extractor of "), quiet():
         extractor = AutoFeatureExtractor.from_pretrained(str(source.folder), local_files_only=True)
-    if not hasattr(extractor, "nb_max_frames"):
+    if not hasattr(extractor, "nb_max_frames") and read_config(source).get("model_type") != "moonshine":
         what = f"{section.name_or_path} hears by {type(extractor).__name__}, which this version does not know"
-        raise ModelError(what, "choose Whisper, or what is built like it", key="model.name_or_path")
+        raise ModelError(what, "choose Whisper or Moonshine", key="model.name_or_path")
     return extractor, source.folder
 
 

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from tunekit.errors import DataError, ModelError
 from tunekit.files.cache_folder import hash_of
@@ -22,6 +26,10 @@ from tunekit.recipe.model import ModelSection
 NORMALIZER = "normalizer.json"
 TIMESTAMP_SECONDS = 0.02
 ENGLISH_VOCABULARY = 51_864  # of Whisper's English-only models, where generation_config.json does not say what they are
+MOST_SECONDS = 30.0  # of the recordings that Moonshine was trained on (Jeffries et al. 2024)
+FRAME_SAMPLES = 64 * 3 * 2  # the strides of its three convolutions
+LEAST_SAMPLES = 127 + 64 * (7 - 1) + 64 * 3 * (3 - 1)  # of which they make one frame
+WAVE_TOKENS = 194  # of Moonshine's answers, as its own generation settings have it
 MOST_SHOWN = 12
 
 
@@ -134,6 +142,60 @@ class SpeechProcessor(FeatureExtractor):
             shutil.copyfile(self.folder / NORMALIZER, folder / NORMALIZER)
 
 
+@dataclass(frozen=True)
+class WaveProcessor(SpeechProcessor):
+    """Moonshine's: samples as they are. Its encoder normalises over the whole of a recording: silence at its end would
+    change it, so that only recordings of equal length share a batch. It writes one language, and no times."""
+
+    padded: ClassVar[bool] = False
+    input_name: ClassVar[str] = "input_values"
+
+    @property
+    def seconds(self) -> float:
+        return MOST_SECONDS
+
+    @property
+    def frames(self) -> int:
+        return round(MOST_SECONDS * self.rate / FRAME_SAMPLES)
+
+    @property
+    def bands(self) -> int:
+        """Samples alone: no frequencies."""
+        return 1
+
+    def features(self, samples: torch.Tensor) -> NDArray[np.float32]:
+        """(samples, 1), all of them. Raises: DataError for fewer than make a frame."""
+        if len(samples) < LEAST_SAMPLES:
+            own, least = (count / self.rate for count in (len(samples), LEAST_SAMPLES))
+            raise DataError(
+                f"the recording lasts {own:.3f} s, and the model hears {least:.3f} s at least", "leave it out"
+            )
+        made = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np")
+        found: NDArray[np.float32] = made["input_values"][0].astype(np.float32)[:, None]
+        return found
+
+    def filled(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(samples,), nothing having been left out."""
+        return features.reshape(-1)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of what is said, as its tokenizer begins a text."""
+        text = text.strip()
+        return self.tokenizer.encode(text, special_tokens_in_text=False) if text else []
+
+    def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
+        """The id with which an answer begins. Raises: DataError for a language, a task or times."""
+        if language is not None or task != "transcribe" or timestamps:
+            what = "the model transcribes the language that it was trained on, without times"
+            raise DataError(what, "leave language, task and timestamps out, or choose Whisper")
+        start = self.tokenizer.answer_start_id
+        assert start is not None  # load_speech_processor saw to it
+        return [start]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
 def _code(language: str) -> str:
     """Of a language by its name, code or token; what is none of them stays as it is."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
@@ -151,6 +213,10 @@ def load_speech_processor(section: ModelSection) -> SpeechProcessor:
         raise ModelError(what, "write decoder_start_token_id into its config.json", key="model.name_or_path")
     path, config = folder / "generation_config.json", read_json(folder / "config.json")
     generation = read_json(path) if path.exists() else {}
+    if config["model_type"] == "moonshine":
+        return WaveProcessor(
+            extractor, folder, tokenizer, generation, False, int(config.get("max_position_embeddings") or WAVE_TOKENS)
+        )
     size = config.get("vocab_size")
     known = bool(generation["lang_to_id"]) if "lang_to_id" in generation else size != ENGLISH_VOCABULARY
     return SpeechProcessor(

@@ -33,12 +33,12 @@ def transcribe(
     """New ids of each recording, special tokens among them. The model's own generation settings hold, but for what is
     old in them: forced_decoder_ids, in whose stead language and task are named.
 
-    Shapes: features (B, M, F).
+    Shapes: features (B, M, F), or samples (B, N).
     `asked`: language and task, of multilingual models; `most_tokens`: of an answer; `place`: of the batch, for seeds.
     """
     net: Any = model.net
     settings = deepcopy(model.generation_config)
-    settings.forced_decoder_ids = None
+    settings.forced_decoder_ids, settings.return_timestamps = None, timestamps
     settings.update(
         max_new_tokens=most_tokens, max_length=None, num_beams=1, use_cache=True, **drawn_settings(sampling)
     )
@@ -47,7 +47,6 @@ def transcribe(
         output = net.generate(
             placed(features, model.device).to(model.dtype),
             generation_config=settings,
-            return_timestamps=timestamps,
             **asked,
         )
     return [[int(each) for each in row] for row in output.tolist()]

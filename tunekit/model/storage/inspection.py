@@ -32,9 +32,8 @@ VOLATILE = (
     "_attn_implementation",
     "_diffusers_version",
 )
-SPEECH = (
-    "whisper",
-)  # model types of speech models, whatever their architecture's ending; what their encoders hear too
+SPEECH = ("whisper", "moonshine")  # model types of speech models, whatever their architecture's ending
+LABELLING = ("whisper",)  # those whose encoders can be trained to label recordings
 HEADS = {  # ending of the architecture's name -> family
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
@@ -162,7 +161,7 @@ def find_family(config: dict[str, Any], section: ModelSection) -> str:
 
 def audio_obstacle(config: dict[str, Any]) -> str | None:
     """Why a base cannot be trained to label recordings; None where it can."""
-    if config.get("model_type") not in SPEECH:
+    if config.get("model_type") not in LABELLING:
         return HEARING
     return MIXED if config.get("use_weighted_layer_sum") else None
 
