@@ -286,7 +286,7 @@ def test_files_that_are_no_images_are_told_of(tmp_path: Path, pipeline: Path) ->
 
 
 def test_a_plan_of_images_says_nothing_of_texts(tmp_path: Path, pipeline: Path, photos: Path) -> None:
-    recipe = write_image_recipe(tmp_path, pipeline, photos, data={"eval": [str(photos)]})
+    recipe = write_image_recipe(tmp_path, pipeline, photos, training={"micro_batch_size": 4})
     plan = make_plan(load_recipe(str(recipe), []))[0]
     named = [row[0] for row in memory_rows(plan, None)]
     assert named[:4] == ["weights", "adapter", "optimizer", "activations"]
