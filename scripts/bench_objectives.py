@@ -91,7 +91,8 @@ together, in which each pair is held out once. Interval: 95 % (Wilson), of one s
 whose prompts have fewer than 120 words, cut at 256 tokens; 64 of them train a fold, for two
 epochs (KTO, whose KL takes as many forwards again, for one). Memory is the peak of the run, as
 plan predicted it and as measured.
-CPU seconds are of {processors}, whose other core was often busy: up to twice those of a quiet machine.
+CPU seconds are of {processors}, whose other core was often busy,
+which made some runs of DPO twice as long.
 
 | objective | base | units | before | after | least, most | interval | baselines | adapter, MB | CPU s """
 HEAD += "| predicted, MB | measured, MB |\n|---|---|--:|--:|--:|---|---|---|--:|--:|--:|--:|\n"
