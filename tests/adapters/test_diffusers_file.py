@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.image_case import ATTENTION, OF_TEXT, adapter_tensors
 from tests.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, kohya_tensors, read_foreign
+from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, METADATA, kohya_tensors, read_foreign
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.arithmetic.summary import summarise_adapter
@@ -174,6 +174,14 @@ def test_a_pattern_of_alphas_holds_by_either_name_of_a_layer(tmp_path: Path, nam
     fields = {"text_encoder.lora_alpha": 2, "text_encoder.alpha_pattern": {named: 7}}
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps(fields)})
     assert read_foreign(file, [module]).alphas == {module: 7.0}
+
+
+@pytest.mark.parametrize("text", ["{no", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": {"(": 3}}'])
+def test_a_damaged_header_is_told_of(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file({f"unet.a.lora_{matrix}.weight": torch.ones(2, 2) for matrix in "AB"}, file, {METADATA: text})
+    with pytest.raises(AdapterError, match=r"lora\.safetensors: has a damaged lora_adapter_metadata"):
+        read_foreign(file, ["unet.a"])
 
 
 def test_a_file_for_another_pipeline_is_refused_by_name(tmp_path: Path) -> None:

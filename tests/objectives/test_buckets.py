@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -208,16 +209,19 @@ def test_preview_tells_the_files_size_and_that_of_its_bucket(
     assert "23 x 32 pixels, trained on at 16 x 24" in told
 
 
+NO_SIZES = r"must be auto, or sizes in pixels, such as \[\[512, 512\], \[512, 768\]\], heights first, not [^;]+$"
+
+
 @pytest.mark.parametrize(
     ("kind", "buckets", "message"),
     [
         ("sd", [[16, 18]], r"aspect_ratio_buckets: \[16, 18\]: a side is no multiple of 4"),
         ("sd", [[16, 32], [24, 48]], r"\[24, 48\] has the aspect ratio of \[16, 32\]"),
         ("sd3", [[16, 128]], "the denoiser has positions for 64 pixels of a side"),
-        ("sd", [], r"must be auto, or a list of \[height, width\] in pixels"),
-        ("sd", [[16]], r"must be auto, or a list of \[height, width\] in pixels"),
-        ("sd", [[16, "24"]], r"must be auto, or a list of \[height, width\] in pixels"),
-        ("sd", "all", r"must be auto, or a list of \[height, width\] in pixels"),
+        ("sd", [], NO_SIZES),
+        ("sd", [[16]], NO_SIZES),
+        ("sd", [[16, "24"]], NO_SIZES),
+        ("sd", "all", NO_SIZES),
         ("sd", [[8, 16]], "must have sides of 16 to 4096 pixels"),
     ],
 )
@@ -228,3 +232,35 @@ def test_buckets_that_cannot_be_are_refused_by_key(
     recipe = write_image_recipe(tmp_path, folder, photos, objective={"aspect_ratio_buckets": buckets})
     with pytest.raises(InputError, match=message):
         make_plan(load_recipe(str(recipe), []))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"resolution": 68}, r"objective\.resolution: 68: the denoiser has positions for 64 pixels"),
+        ({"resolution": 64, "aspect_ratio_buckets": "auto"}, r"_buckets: \[56, 72\]: the denoiser has positions"),
+    ],
+)
+def test_a_transformer_refuses_more_pixels_than_it_has_positions_for(
+    tmp_path: Path, photos: Path, objective: dict[str, Any], message: str
+) -> None:
+    recipe = write_image_recipe(tmp_path, saved_pipeline(tmp_path / "sd3", "sd3"), photos, objective=objective)
+    with pytest.raises(InputError, match=message):
+        make_plan(load_recipe(str(recipe), []))
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_a_picture_is_mirrored_before_it_is_cropped_as_in_diffusers_scripts(
+    tmp_path: Path, pipeline: Path, photos: Path, center: bool
+) -> None:
+    objective: dict[str, Any] = {"random_flip": True, "center_crop": center}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, data={"eval": None})
+    made: Any = make_plan(load_recipe(str(recipe), []))[1].rows.objective
+    whole, mirrored = np.random.default_rng(0).integers(0, 256, (16, 25, 3), np.uint8), 0
+    for number in range(20):
+        seen, (top, left) = made._view(whole, (16, 16), (0, 1, number, 0), fixed=False)
+        assert top == 0
+        views = [image[:, left : left + 16] for image in (whole, whole[:, ::-1])]  # the script: train_flip, then crop
+        assert any(np.array_equal(seen, view) for view in views)
+        mirrored += np.array_equal(seen, views[1])
+    assert 0 < mirrored < 20

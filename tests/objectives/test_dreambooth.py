@@ -281,7 +281,7 @@ def test_files_that_are_no_images_are_told_of(tmp_path: Path, pipeline: Path) ->
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "1.heic").write_bytes(b"x")
     recipe = write_image_recipe(tmp_path, pipeline, tmp_path / "raw", data={"eval": None})
-    with pytest.raises(InputError, match=r"without sounds or images \(raw: 1 file is not read.*convert \.heic"):
+    with pytest.raises(InputError, match=r"without recordings or images \(raw: 1 file is not read.*convert \.heic"):
         make_plan(load_recipe(str(recipe), []))
 
 

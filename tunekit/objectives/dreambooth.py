@@ -56,12 +56,8 @@ from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 Place = tuple[int | str, ...]  # what is drawn depends on: seed, step, row, and which of a row's pictures
-FACTS = (
-    "resolution",
-    "aspect_ratio_buckets",
-    "train_text_encoder",
-    "prediction_type",
-)  # settings without which an adapter's folder cannot be used
+# settings without which an adapter's folder cannot be used
+FACTS = ("resolution", "aspect_ratio_buckets", "train_text_encoder", "prediction_type")
 CUT = "images of one bucket pass through the network together: a micro-batch that holds several becomes several"
 PREPARED = ("latents", "target", "steps", "weights", "sizes")  # parts of a row that its step gives it
 
@@ -115,11 +111,15 @@ class Dreambooth(RowObjective):
     def _check(self) -> None:
         """Raises: RecipeError for settings that the pipeline cannot obey; ModelError for a pipeline of another kind."""
         settings, processor, problems = self.settings, self.processor, []
+        most = processor.most_side
+        if most is not None and self.resolution > most:
+            what = f"{self.resolution}: the denoiser has positions for {most} pixels of a side"
+            problems.append(Problem(what, "write a smaller one", key="objective.resolution"))
         if self.resolution % processor.multiple:
             what = f"{self.resolution} is no multiple of {processor.multiple}, by which the denoiser divides it"
             problems.append(Problem(what, "write one", key="objective.resolution"))
-        if settings.aspect_ratio_buckets not in (None, "auto"):
-            problems += bucket_problems(self.buckets, processor.multiple, processor.most_side)
+        if settings.aspect_ratio_buckets is not None:
+            problems += bucket_problems(self.buckets, processor.multiple, most)
         if processor.flows:
             for key, given in (("snr_gamma", settings.snr_gamma), ("prediction_type", settings.prediction_type)):
                 if given not in (None, "auto"):
@@ -290,13 +290,13 @@ class Dreambooth(RowObjective):
         if fixed or not self.changes:
             return cropped(pixels, size)
         generator, corner = noise.generator_for("view", *place), None
-        flips = bool(torch.rand((), generator=generator) < 0.5)
+        if bool(torch.rand((), generator=generator) < 0.5) and self.settings.random_flip:
+            pixels = pixels[:, ::-1]  # before it is cropped, as in diffusers' scripts: corners are the mirror image's
         if not self.settings.center_crop:
             most = [whole - seen + 1 for whole, seen in zip(pixels.shape[:2], size, strict=True)]
             top, left = (int(torch.randint(0, count, (), generator=generator)) for count in most)
             corner = (top, left)
-        seen, corner = cropped(pixels, size, corner)
-        return (seen[:, ::-1] if self.settings.random_flip and flips else seen), corner
+        return cropped(pixels, size, corner)
 
     def _step(self, place: Place) -> int:
         """A place of the schedule: evenly, or of a flow as its weighting scheme has it."""

@@ -124,7 +124,10 @@ def read_foreign(path: Path, modules: Sequence[str]) -> ForeignLora:
     tensors = {key: read_tensor(path, entry).float() for key, entry in header.items()}
     if any(key.startswith(("lora_unet", "lora_te")) for key in tensors):
         return _from_kohya(tensors, modules, str(path))
-    return _from_diffusers(tensors, read_raw_header(path)[2].get("__metadata__") or {}, modules, str(path))
+    try:
+        return _from_diffusers(tensors, read_raw_header(path)[2].get("__metadata__") or {}, modules, str(path))
+    except (ValueError, TypeError, AttributeError, re.error) as error:  # of values that are not what diffusers writes
+        raise AdapterError(f"has a damaged {METADATA} ({error})", "fetch the file again", file=str(path)) from error
 
 
 def _from_kohya(tensors: Mapping[str, Tensor], modules: Sequence[str], file: str) -> ForeignLora:

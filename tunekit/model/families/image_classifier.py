@@ -221,6 +221,20 @@ class ImageClassifierFamily(ClassifierFamily):
         """Never."""
         return False
 
+    def layers(self, net: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers in order, with their module names. Raises: ModelError for a net of convolutions."""
+        try:
+            return super().layers(net)
+        except (AttributeError, ModelError):
+            raise _no_transformer(net) from None
+
+    def hidden_size(self, net: nn.Module) -> int:
+        """Of what the layers hand on. Raises: ModelError for a net of convolutions."""
+        try:
+            return super().hidden_size(net)
+        except AttributeError:
+            raise _no_transformer(net) from None
+
     def logits(self, net: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, C). Pictures of another size than the model's have positions between its own."""
         dtype = next(net.parameters()).dtype
@@ -242,3 +256,8 @@ class ImageClassifierFamily(ClassifierFamily):
 
     def stages(self, net: nn.Module) -> Stages | None:
         return None
+
+
+def _no_transformer(net: nn.Module) -> ModelError:
+    what = f"{type(net).__name__} is no vision transformer with a list of its layers"
+    return ModelError(what, "choose a ViT, DeiT, Swin, DINOv2 or the like", key="model.name_or_path")

@@ -42,7 +42,7 @@ def bucket_problems(buckets: Sequence[Size], multiple: int, most: int | None) ->
             found.append(Problem(what, "write sides that are", key=KEY))
         if most is not None and max(size) > most:
             what = f"{list(size)}: the denoiser has positions for {most} pixels of a side"
-            found.append(Problem(what, "write smaller sides", key=KEY))
+            found.append(Problem(what, "write smaller sides, or for auto a smaller objective.resolution", key=KEY))
         if (same := ratios.setdefault(size[0] / size[1], size)) is not size:
             what = f"{list(size)} has the aspect ratio of {list(same)}, so that no image would go to it"
             found.append(Problem(what, "leave one out", key=KEY))

@@ -30,7 +30,7 @@ def _buckets(value: Any) -> Any:
     sides = [side for pair in value for side in pair] if pairs else []
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
     if not sides or any(len(pair) != 2 for pair in value) or not whole:
-        raise ValueError("must be auto, or a list of [height, width] in pixels")
+        raise ValueError("must be auto, or sizes in pixels, such as [[512, 512], [512, 768]], heights first")
     if not all(LEAST_SIDE <= side <= MOST_SIDE for side in sides):
         raise ValueError(f"must have sides of {LEAST_SIDE} to {MOST_SIDE} pixels")
     return tuple((height, width) for height, width in value)
