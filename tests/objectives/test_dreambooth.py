@@ -295,6 +295,14 @@ def test_a_plan_of_images_says_nothing_of_texts(tmp_path: Path, pipeline: Path, 
     assert facts(plan)["packing"] is None
 
 
+def test_a_text_encoder_that_no_target_lies_in_is_refused(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective={"train_text_encoder": True})
+    plan = make_plan(load_recipe(str(recipe), []))[0]
+    assert [(each.key, "no layer of the text_encoder is named" in each.message) for each in plan.refusals] == [
+        ("adapter.target_modules", True)
+    ]
+
+
 def test_prompts_that_are_nowhere_are_said_to_be(tmp_path: Path, pipeline: Path) -> None:
     for name in ("folder", "image.png", "prompts.txt"):
         with pytest.raises(InputError, match=f"{name}: there is no such file or folder; check the path"):
