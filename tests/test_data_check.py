@@ -8,6 +8,8 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -204,6 +206,26 @@ def test_recordings_and_images_are_opened(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     assert check(tmp_path / "recipe.yaml")[1]["findings"] == {"broken": [3]}
     assert "tokens" not in capsys.readouterr().out
+
+
+def test_recordings_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    names = [f"{'one of the many words of a long path/' * 3}{number}.wav" for number in range(4)]
+    for name, value in zip(names, (0.1, 0.2, 0.3, 0.1), strict=True):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, np.full(RATE // 10, value), RATE)
+    labels = ("up", "up", "down", "up")
+    paths = [{"audio": name, "label": label} for name, label in zip(names, labels, strict=True)]
+    held = [
+        {"audio": {"bytes": (tmp_path / row["audio"]).read_bytes(), "path": None}, "label": row["label"]}
+        for row in paths
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in [*paths, {"audio": names[1], "label": "down"}])
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(held), tmp_path / "rows.parquet")
+    for table, findings in (("rows.jsonl", {"exact": [4], "contrary": [5]}), ("rows.parquet", {"exact": [4]})):
+        recipe = {"model": "org/base", "data": {"train": table}, "objective": "audio_classify"}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"output": {"dir": "run"}}), encoding="utf-8")
+        assert check(tmp_path / "recipe.yaml")[1]["findings"] == findings
 
 
 def test_another_name_of_a_field_is_read() -> None:

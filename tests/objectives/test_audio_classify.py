@@ -312,6 +312,16 @@ def test_nf4_is_trained_and_merged(tmp_path: Path, recordings: Path) -> None:
     assert answer(both[0], prompts) == answer(both[1], prompts)
 
 
+def test_a_folder_packed_from_float32_is_read_in_bfloat16(tmp_path: Path, recordings: Path) -> None:
+    wide = write_tiny_whisper(tmp_path / "wide", d_model=64, encoder_ffn_dim=64, decoder_ffn_dim=64)
+    settings = {"quantization": "nf4", "dtype": "float32"}
+    run = train(write(tmp_path, wide, recordings, model=settings, training={"max_steps": 2}))
+    merge_verb(str(run), str(tmp_path / "merged"), None, "quantized", [])
+    found = load_target(find_target(str(tmp_path / "merged"), None, ["model.dtype=bfloat16"]), CPU)
+    assert {each.dtype for each in found.model.base.net.parameters()} == {torch.bfloat16}
+    assert answer(found, [str(file) for file in sorted(recordings.rglob("*.wav"))])
+
+
 def test_streamed_data_equals_loaded_data(whisper: Path, recordings: Path, tmp_path: Path) -> None:
     files = sorted(recordings.rglob("*.wav"))
     table = tmp_path / "rows.jsonl"  # a folder of classes is small, and read whole

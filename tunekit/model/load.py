@@ -229,7 +229,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
         net = family.auto_class().from_pretrained(
             str(source.folder), local_files_only=True, use_safetensors=True, **request.arguments
         )
-    adopt_packed(net)
+    adopt_packed(net, request.dtype)
     return _finish(net, request, [])
 
 

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tunekit.data.looking.similar import Seen, signed
+from tunekit.data.looking.similar import Seen, Signed, signed
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.sound import SILENCE, opened
@@ -99,7 +100,7 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
         except DataError as error:
             found.add("broken", row.line, error.problems[0].what)
         label = getattr(made, "label", None)
-        mine = signed(made.text if isinstance(made, LabelExample) else text)
+        mine = _signed(made, text)
         leaked, like = None if held is None else held.like(mine), seen.like(mine)
         if leaked is not None:
             found.add("leak", row.line, f"as line {leaked[2]} of {leaked[1]}")
@@ -118,6 +119,18 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
             found.rows += 1
             found.add("broken", line, problem.what)
     return found
+
+
+def _signed(made: Any, text: str) -> Signed:
+    """How a row is compared: by what it says; one that names a file by the file's bytes and what is said of them."""
+    if not isinstance(made, FILED):
+        return signed(made.text if isinstance(made, LabelExample) else text)
+    media = made.audio if isinstance(made, TranscriptExample | AudioLabelExample) else made.image
+    try:
+        content = Path(media.path).read_bytes() if media.data is None else media.data
+    except (OSError, ValueError):  # another finding says so
+        content = media.path.encode(errors="surrogateescape")
+    return Signed(hash((sha256(content).digest(), getattr(made, "text", None))))
 
 
 def _of_the_shorter(values: dict[str, Any]) -> int:

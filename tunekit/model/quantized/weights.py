@@ -144,8 +144,9 @@ def pack_matrix(matrix: torch.Tensor, quantization: str, double_quantization: bo
     return tensors
 
 
-def adopt_packed(net: nn.Module) -> None:
-    """Put a PackedLinear, over the same tensors, in the place of every 4-bit layer that bitsandbytes made."""
+def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
+    """Put a PackedLinear, over the same tensors, in the place of every 4-bit layer that bitsandbytes made, and what is
+    not packed into `dtype`: of such a folder transformers leaves each `weight` in the dtype in which it is stored."""
     kind = codec.import_bitsandbytes().nn.Linear4bit
     for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, kind)]:
         parameter: Any = module.weight
@@ -155,6 +156,11 @@ def adopt_packed(net: nn.Module) -> None:
             module.in_features, module.out_features, quantization, "nested_absmax" in tensors, tensors, bias
         )
         net.set_submodule(name, layer)
+    wide = [*(getattr(net, "_keep_in_fp32_modules_strict", None) or ())]
+    wide += (getattr(net, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    for name, parameter in net.named_parameters():
+        if parameter.is_floating_point() and not any(f".{each}." in f".{name}." for each in wide):
+            parameter.data = parameter.data.to(dtype)
 
 
 @dataclass(frozen=True)
