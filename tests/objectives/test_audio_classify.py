@@ -32,6 +32,7 @@ from tunekit.merge import merge_verb
 from tunekit.model.families import make_family
 from tunekit.model.load import load_model
 from tunekit.model.speech.features import AudioProcessor, load_audio_processor
+from tunekit.model.storage.shards import read_headers
 from tunekit.objectives.audio_classify import AudioClassify
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.recordings import SILENT
@@ -310,6 +311,15 @@ def test_nf4_is_trained_and_merged(tmp_path: Path, recordings: Path) -> None:
         load_target(find_target(str(where), None, ["model.dtype=float32"]), CPU) for where in (run, tmp_path / "merged")
     ]
     assert answer(both[0], prompts) == answer(both[1], prompts)
+
+
+def test_a_base_of_float32_is_merged_as_such_whatever_was_computed_in(
+    whisper: Path, recordings: Path, tmp_path: Path
+) -> None:
+    run = train(write(tmp_path, whisper, recordings, model={"dtype": "bfloat16"}, training={"max_steps": 2}))
+    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    assert {each.dtype for each in read_headers(tmp_path / "merged").values()} == {torch.float32}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text("utf-8"))["dtype"] == "float32"
 
 
 def test_a_folder_packed_from_float32_is_read_in_bfloat16(tmp_path: Path, recordings: Path) -> None:

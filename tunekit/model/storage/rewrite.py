@@ -136,7 +136,14 @@ class Rewriter:
         if self.loaded is not None and self.source.gguf_file is None:  # as wide as the base's own files
             stored = {each.dtype for each in read_headers(self.source.folder).values() if each.dtype.is_floating_point}
             self.written = max(stored, key=lambda dtype: dtype.itemsize)
-        return LoadedTensors(loaded.net, self.head if self.tied else None, self.compute_dtype)
+        return LoadedTensors(loaded.net, self.head if self.tied else None, self._own_dtype())
+
+    def _own_dtype(self) -> torch.dtype:
+        """Of the base's files: that of their largest tensor; of a GGUF file the one that is computed in."""
+        if self.source.gguf_file is not None:
+            return self.compute_dtype
+        entries = [each for each in read_headers(self.source.folder).values() if each.dtype.is_floating_point]
+        return max(entries, key=lambda each: math.prod(each.shape)).dtype
 
     @property
     def _rewritten(self) -> bool:
@@ -265,7 +272,7 @@ class Rewriter:
             config = inspection.read_config(self.source)
         else:
             self.config.use_cache = True
-            config = json.loads(self.config.to_json_string()) | {"dtype": str(self.compute_dtype)[6:]}
+            config = json.loads(self.config.to_json_string()) | {"dtype": str(self._own_dtype())[6:]}
             for key in ("quantization_config", "_name_or_path"):  # the file's packing, and a path of this machine
                 config.pop(key, None)
             config["architectures"] = [type(self.net).__name__]
