@@ -243,7 +243,10 @@ def import_recipe(
 @app.command()
 def init(
     context: typer.Context,
-    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="a file of rows, or a hub name")] = None,
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA]", help="a file of rows, a folder of recordings or images, or a hub name"),
+    ] = None,
     output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new recipe")] = "recipe.yaml",
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="a folder, a .gguf file or a hub name")] = None,
     method: Annotated[
