@@ -55,7 +55,7 @@ def test_the_objective_follows_from_the_rows(
     assert recipe.data.max_length == (2048 if objective in BEGINNINGS else 256)  # the recordings' length is the model's
     assert recipe.model.name_or_path == "org/model"
     said = capsys.readouterr().out
-    assert f"40 {'recordings' if objective == 'speech' else 'rows'} of format" in said
+    assert f"40 {'recordings' if 'path' in ROWS[objective] else 'rows'} of format" in said
     assert "org/model is not here yet" in said
 
 
@@ -188,9 +188,10 @@ def test_a_folder_of_files_is_no_text(
     text, said = (tmp_path / "recipe.yaml").read_text("utf-8"), capsys.readouterr().out
     assert "token" not in text + said
     assert "max_length" not in text
-    assert "2 images of format" in text
-    assert "a folder of images" in text
-    assert ("quantization" in text) == (objective == "image_classify")  # a pipeline's weights are never packed
+    unit = "recordings" if objective == "audio_classify" else "images"
+    assert f"2 {unit} of format" in text
+    assert f"a folder of {unit}" in text
+    assert ("quantization" in text) == (objective != "dreambooth")  # a pipeline's weights are never packed
     assert ("[photos] measures these images themselves" in text) == (objective == "dreambooth")
 
 

@@ -128,7 +128,7 @@ def own_factors(adapter: AttachedAdapter) -> dict[str, tuple[Tensor, Tensor, Ten
     return found
 
 
-def compare(adapter: AttachedAdapter, theirs: nn.Module, *, signs: bool) -> None:
+def compare(adapter: AttachedAdapter, theirs: nn.Module, *, signs: bool, atol: float = TOLERANCE) -> None:
     """B A and the residual of every layer; with `signs`, A and B apart, up to the signs of their vectors."""
     mine, other = own_factors(adapter), peft_factors(theirs)
     assert mine.keys() == other.keys()
@@ -138,17 +138,18 @@ def compare(adapter: AttachedAdapter, theirs: nn.Module, *, signs: bool) -> None
             for left, right in ((a, their_a), (b, their_b)):
                 torch.testing.assert_close(left.abs(), right.abs(), rtol=0, atol=3 * TOLERANCE)
         else:
-            close(b @ a, (their_b @ their_a).float())
-            close(residual, their_residual)
+            torch.testing.assert_close(b @ a, (their_b @ their_a).float(), rtol=0, atol=atol)
+            torch.testing.assert_close(residual, their_residual, rtol=0, atol=atol)
         assert (b @ a).abs().max() > 1e-2 or signs
 
 
 @every_family
 @pytest.mark.parametrize("start", ["pissa", {"method": "pissa", "iterations": 64}])
 def test_pissa(family: str, start: Any, tmp_path: Path) -> None:
-    """The fast decomposition comes to the exact one, also on random matrices, whose singular values lie close."""
+    """The fast decomposition comes to the exact one, also on random matrices, whose singular values lie close: how
+    close its rounding lets it come depends on the processor (1.06e-5 where it was furthest, with any more iterations)."""
     theirs = peft.get_peft_model(BASES[family].make(), peft_config(family, "pissa"))
-    compare(ours(family, tmp_path, start), theirs, signs=False)
+    compare(ours(family, tmp_path, start), theirs, signs=False, atol=TOLERANCE if start == "pissa" else 2 * TOLERANCE)
 
 
 def test_olora(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Pat
     assert f"warning: step {reaction['step']}: {reaction['probe']}" in ended.output
 
 
-@pytest.mark.parametrize("rate", [1.0, 100.0])
-def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path, rate: float) -> None:
+def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path) -> None:
+    rate = 100.0  # at which nothing is left of the model: at 1.0 it depends on the processor what comes of it
     data = {"train": [{"path": "rows.jsonl"}], "eval": None}
     recipe = write_recipe(
         tmp_path / "work", stories, data=data, training={"max_steps": 8, "epochs": None, "learning_rate": rate}
