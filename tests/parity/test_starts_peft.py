@@ -147,7 +147,7 @@ def compare(adapter: AttachedAdapter, theirs: nn.Module, *, signs: bool, atol: f
 @pytest.mark.parametrize("start", ["pissa", {"method": "pissa", "iterations": 64}])
 def test_pissa(family: str, start: Any, tmp_path: Path) -> None:
     """The fast decomposition comes to the exact one, also on random matrices, whose singular values lie close: how
-    close its rounding lets it come depends on the processor (1.06e-5 where it was furthest, with any more iterations)."""
+    close rounding lets it come depends on the processor (1.06e-5 on one, after 64 and after 96 iterations)."""
     theirs = peft.get_peft_model(BASES[family].make(), peft_config(family, "pissa"))
     compare(ours(family, tmp_path, start), theirs, signs=False, atol=TOLERANCE if start == "pissa" else 2 * TOLERANCE)
 
