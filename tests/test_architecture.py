@@ -37,13 +37,18 @@ LEVELS = {
     "objectives": 5,
     "memory": 5,
     "tuned": 6,
-    "training": 7,
-    "arithmetic": 7,
-    "planning": 8,
-    "cli": 10,
-    "__main__": 11,
+    "targets": 7,
+    "evaluation": 7,
+    "companions": 8,
+    "talking": 8,
+    "training": 9,
+    "arithmetic": 9,
+    "planning": 10,
+    "exports": 10,
+    "cli": 12,
+    "__main__": 13,
 }
-VERB_LEVEL = 9  # every other file of the package
+VERB_LEVEL = 11  # every other file of the package
 SAME_LEVEL = {("train", "plan")}  # beside contracts, which every room from level 3 on may import
 ARRAY_LEVEL = 3  # numpy and torch begin there
 
@@ -223,7 +228,7 @@ def test_a_forbidden_import_is_found(importer: str, text: str) -> None:
     [
         ("data/rows", "from tunekit.contracts import Batch\nfrom tunekit.data import batching\nimport numpy"),
         ("planning/plan", "from tunekit.data.rows import load_rows"),
-        ("merge", "from tunekit.tuned.target import open_target\nimport torch, os"),
+        ("merge", "from tunekit.targets.target import open_target\nimport torch, os"),
         ("training/optimizers", "import bitsandbytes"),
         ("artifacts/run", "from tunekit.contracts import Batch"),
     ],

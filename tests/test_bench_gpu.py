@@ -1,4 +1,4 @@
-"""scripts/bench gpu without a GPU: arithmetic, plans, how results are kept, and the doubles on a CPU."""
+"""scripts/bench/run gpu without a GPU: arithmetic, plans, how results are kept, and the doubles on a CPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path += [str(SCRIPTS), str(SCRIPTS / "gpu")]
+sys.path += [str(SCRIPTS / "bench"), str(SCRIPTS / "gpu")]
 
 import arithmetic  # noqa: E402
-import bench_gpu  # noqa: E402
+import gpu as bench_gpu  # noqa: E402
 import planning  # noqa: E402
 import random_model  # noqa: E402
 import shapes  # noqa: E402

@@ -27,7 +27,7 @@ from tunekit.console.loudness import LOUDNESS
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.shipped import shipped_recipes
+from tunekit.recipe.reading.shipped import shipped_recipes
 from tunekit.validate import CHECKED
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "peft", "rich", "tunekit.model", "tunekit.train")

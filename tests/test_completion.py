@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.test_cli import HEAVY
-from tunekit.recipe.completion import complete_override, complete_recipe_file
-from tunekit.recipe.names import known_names
-from tunekit.recipe.shipped import shipped_folder, shipped_recipes
+from tunekit.commands.offers import complete_override, complete_recipe_file
+from tunekit.recipe.reading.names import known_names
+from tunekit.recipe.reading.shipped import shipped_folder, shipped_recipes
 
 RECIPE = str(shipped_recipes()["sft-lora"])
 PROGRAM = "from tunekit.cli import main; import sys; sys.argv[0] = 'tunekit'; main()"
@@ -122,4 +122,4 @@ def test_a_shell_need_not_be_waited_for() -> None:
     done = subprocess.run([sys.executable, "-c", program], env=asked, capture_output=True, text=True, check=True)
     assert "training.seed=" in done.stdout
     modules = done.stderr.split()
-    assert [name for name in modules if name.startswith((*HEAVY, "tunekit.recipe.section"))] == []
+    assert [name for name in modules if name.startswith((*HEAVY, "tunekit.recipe.bases.section"))] == []

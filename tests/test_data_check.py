@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from tests.image_case import write_photos
-from tests.speech_case import RATE, write_sounds
+from tests.support.image_case import write_photos
+from tests.support.speech_case import RATE, write_sounds
 from tunekit.data.encoding.notes import format_note
 from tunekit.data.looking.look import KINDS
 from tunekit.data.looking.similar import Seen, signed

@@ -22,12 +22,12 @@ import yaml
 from typer.main import get_command
 
 from tests.runs.test_shipped_recipes import twins  # noqa: F401 (a fixture)
-from tests.train_case import in_child
+from tests.support.train_case import in_child
 from tunekit import errors
 from tunekit.cli import app, main
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.names import known_names
-from tunekit.recipe.shipped import shipped_recipes
+from tunekit.recipe.reading.names import known_names
+from tunekit.recipe.reading.shipped import shipped_recipes
 from tunekit.records import ReportFacts, StepRecord
 
 REPOSITORY = Path(__file__).resolve().parent.parent

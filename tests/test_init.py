@@ -14,8 +14,8 @@ from tunekit.errors import DataError, InputError, RecipeError
 from tunekit.init import init_verb, look_at, models_at_hand
 from tunekit.recipe.beginnings import BEGINNINGS
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.schema import schema_text
-from tunekit.recipe.shipped import SCHEMA_LINE, SCHEMA_NAME
+from tunekit.recipe.reading.schema import schema_text
+from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = {

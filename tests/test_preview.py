@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_case import chat, encode_example, objective_of, tokenizer_of, write_lines
+from tests.support.data_case import chat, encode_example, objective_of, tokenizer_of, write_lines
 from tunekit.cli import app
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.preview import AFTER, BETWEEN, FIRST, PROMPT, TRAINED, explain_tokens, preview_verb, segments

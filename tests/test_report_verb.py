@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.artifacts.run_case import write_run
+from tests.support.run_case import write_run
 from tunekit import watch
 from tunekit.errors import InputError
 from tunekit.files.lock import FolderLock, is_held

@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 
-from tests.tuned.test_conversation import adapter_of
+from tests.talking.test_conversation import adapter_of
 from tunekit.errors import InputError
 from tunekit.generate import answer
 from tunekit.serve import (
@@ -31,9 +31,9 @@ from tunekit.serve import (
     read_body,
     serve_verb,
 )
-from tunekit.tuned.conversation import Reply, add_folders, make_speaker, name_of
-from tunekit.tuned.desk import Desk, Job
-from tunekit.tuned.target import find_target, load_target
+from tunekit.talking.conversation import Reply, add_folders, make_speaker, name_of
+from tunekit.talking.desk import Desk, Job
+from tunekit.targets.target import find_target, load_target
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")

@@ -44,6 +44,7 @@ from tunekit.arithmetic.write import (
 from tunekit.console import Console
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import AdapterError, InputError
+from tunekit.evaluation.adapter_losses import adapter_losses
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel
@@ -52,8 +53,7 @@ from tunekit.model.storage.source import find_source
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
-from tunekit.tuned.adapter_losses import adapter_losses
-from tunekit.tuned.target import base_section, find_target, load_base, named_base, trained_base
+from tunekit.targets.target import base_section, find_target, load_base, named_base, trained_base
 
 LISTED = 12  # names printed of a list; a JSON file has them all
 

@@ -20,8 +20,8 @@ from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.files.durable import write_text
 from tunekit.formats.example import Message
 from tunekit.machine.devices import make_devices
-from tunekit.tuned.conversation import BASE, Reply, Request, Speaker, make_speaker
-from tunekit.tuned.target import find_target, load_target
+from tunekit.talking.conversation import BASE, Reply, Request, Speaker, make_speaker
+from tunekit.targets.target import find_target, load_target
 
 DEFAULT_NEW_TOKENS = 512
 SETTINGS: dict[str, type[int] | type[float]] = {

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunekit.companions.reward_model import load_scorers
+from tunekit.companions.teacher import load_teacher
 from tunekit.console import Console
 from tunekit.console.progress import Counting
 from tunekit.contracts import Told
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
+from tunekit.evaluation.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import COLUMNS, class_facts, confusion_table
@@ -23,13 +26,10 @@ from tunekit.metrics.sources import sources_table
 from tunekit.objectives.samples import SampleObjective
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
-from tunekit.recipe.names import known_names, settings_class, sizes_of, units_of, unmeasurable
 from tunekit.recipe.reading.dump import yaml_scalar
-from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
+from tunekit.recipe.reading.names import known_names, settings_class, sizes_of, units_of, unmeasurable
+from tunekit.targets.target import LoadedTarget, Target, find_target, load_target
 from tunekit.tuned.fit import row_problems
-from tunekit.tuned.reward_models import load_scorers
-from tunekit.tuned.target import LoadedTarget, Target, find_target, load_target
-from tunekit.tuned.teacher import load_teacher
 
 
 def evaluate_verb(

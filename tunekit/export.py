@@ -26,7 +26,7 @@ from tunekit.model.load import base_fingerprint, make_meta_model
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.recipe import make_adapter_settings
 from tunekit.records import bytes_text
-from tunekit.tuned.target import as_trained, family_of, find_target, named_base, processor_of
+from tunekit.targets.target import as_trained, family_of, find_target, named_base, processor_of
 
 FORMATS = ("kohya",)
 FAMILY = "diffusion"

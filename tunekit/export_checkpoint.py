@@ -11,8 +11,8 @@ from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.console import Console
 from tunekit.errors import InputError
 from tunekit.records import bytes_text
-from tunekit.tuned.export import export_checkpoint
-from tunekit.tuned.target import named_base
+from tunekit.targets.export import export_checkpoint
+from tunekit.targets.target import named_base
 
 
 def export_checkpoint_verb(checkpoint: str, base: str | None, output: str) -> None:

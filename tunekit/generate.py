@@ -25,16 +25,16 @@ from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.folder import is_media, media_folder, passed_over
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, InputError
+from tunekit.evaluation.choices import choose
+from tunekit.evaluation.evaluator import choices_of
+from tunekit.evaluation.scores import undisturbed
 from tunekit.files.durable import write_bytes
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.reward import Reward
 from tunekit.recipe.data import Source
-from tunekit.tuned.choices import choose
-from tunekit.tuned.evaluator import choices_of
-from tunekit.tuned.scores import undisturbed
-from tunekit.tuned.target import LoadedTarget, family_of, find_target, load_target
+from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
 DRAWING = "diffusion"  # the family whose models draw pictures
 PICTURES = "pictures"  # the folder where they go

@@ -24,9 +24,9 @@ from tunekit.files.durable import write_new_text, write_text
 from tunekit.formats.preference import is_pair
 from tunekit.recipe.beginnings import BEGINNINGS
 from tunekit.recipe.data import Source
-from tunekit.recipe.names import draws_images, known_names, measures_training
-from tunekit.recipe.schema import schema_text
-from tunekit.recipe.shipped import SCHEMA_LINE, SCHEMA_NAME
+from tunekit.recipe.reading.names import draws_images, known_names, measures_training
+from tunekit.recipe.reading.schema import schema_text
+from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
 from tunekit.records import bytes_text
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -17,13 +17,13 @@ from tunekit.console import Console, visible
 from tunekit.contracts import Objective, Part, Row, Tokenizer
 from tunekit.data.batching.order import epoch_rows
 from tunekit.data.rows import RowSet, load_rows
+from tunekit.evaluation.row_losses import segments
 from tunekit.files.durable import write_text
 from tunekit.model.families import make_family
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.names import sizes_of, units_of
+from tunekit.recipe.reading.names import sizes_of, units_of
 from tunekit.records import RowCounts
-from tunekit.tuned.row_losses import segments
 
 TRAINED = "trained on"
 FIRST = "not trained on: nothing before it predicts the first token"

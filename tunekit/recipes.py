@@ -11,9 +11,9 @@ from pathlib import Path
 from tunekit.errors import RecipeError
 from tunekit.files.durable import write_new_text
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.schema import schema_text
+from tunekit.recipe.reading.shipped import SCHEMA_NAME, first_comment, shipped_recipes
 from tunekit.recipe.reading.suggest import did_you_mean
-from tunekit.recipe.schema import schema_text
-from tunekit.recipe.shipped import SCHEMA_NAME, first_comment, shipped_recipes
 
 ENDINGS = (".yaml", ".yml")
 

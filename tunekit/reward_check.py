@@ -21,6 +21,7 @@ import torch
 
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import load_into
+from tunekit.companions.reward_model import load_scorers
 from tunekit.console import Console, visible
 from tunekit.contracts import Window
 from tunekit.data.batching.order import epoch_rows
@@ -28,6 +29,7 @@ from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, RewardError
+from tunekit.evaluation.scores import undisturbed
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.signals import TimeUp, time_limit
@@ -38,12 +40,10 @@ from tunekit.objectives.prompts import said_of, told_of
 from tunekit.objectives.rewards import Rewards, Scores, Written, said
 from tunekit.objectives.samples import SampleObjective
 from tunekit.objectives.worth import mean, spread
+from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.recipe import Recipe
-from tunekit.recipe.sample_settings import SampleSettings
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.reward_models import load_scorers
-from tunekit.tuned.scores import undisturbed
 
 MOST_ROWS, MOST_READ = 64, 20_000  # rows that are tried; of a source, those among which they are drawn
 LIMIT_SECONDS = 20.0  # that one reward may take for one kind of answers

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunekit.files.durable import write_text
-from tunekit.recipe.schema import make_reference, schema_text
+from tunekit.recipe.reading.schema import make_reference, schema_text
 
 
 def schema_verb(output: str | None, reference: bool) -> None:

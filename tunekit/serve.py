@@ -24,9 +24,9 @@ from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.formats.chat import read_tool_calls
 from tunekit.formats.example import ROLES, Message
 from tunekit.machine.devices import make_devices
-from tunekit.tuned.conversation import Reply, Request, Speaker, add_folders, make_speaker, name_of
-from tunekit.tuned.desk import Desk, Job
-from tunekit.tuned.target import find_target, load_target
+from tunekit.talking.conversation import Reply, Request, Speaker, add_folders, make_speaker, name_of
+from tunekit.talking.desk import Desk, Job
+from tunekit.targets.target import find_target, load_target
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LARGEST_BODY_BYTES = 4_000_000

@@ -27,8 +27,9 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.names import sizes_of, units_of
+from tunekit.recipe.reading.names import sizes_of, units_of
 from tunekit.records import Choice, Plan, bytes_text, skipped_text
+from tunekit.targets.export import export_adapter, export_model
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run
 from tunekit.training.finish import report_facts
@@ -36,7 +37,6 @@ from tunekit.training.loop import run_loop
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
 from tunekit.training.state import Prepared, Run
-from tunekit.tuned.export import export_adapter, export_model
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 

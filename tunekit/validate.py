@@ -17,8 +17,8 @@ from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.recipe.load import LoadedRecipe, load_recipe
+from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
-from tunekit.recipe.supported import refuse_unsupported
 
 CHECKED = (
     "checked: keys, values, that local files are there, the first row of JSONL, CSV and text files; not read: the "

@@ -19,7 +19,7 @@ from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.records import StepRecord
-from tunekit.training.engines.choice import make_engine
+from tunekit.training.engines.streaming import make_engine
 from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.state import LoopState, Run

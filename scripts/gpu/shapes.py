@@ -1,4 +1,4 @@
-"""Full-size models by name, as their published config.json has them, and the rows that scripts/bench gpu measures."""
+"""Full-size models by name, as their published config.json has them, and the rows of scripts/bench/run gpu."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def make_table(results: dict[str, Any], rows: list[Row]) -> str:
     """Card, ceilings, a line for each row that was run or says why not."""
     ceilings = results.get("ceilings", {})
     card = ceilings.get("card", {})
-    lines = ["# Measured on one GPU", "", "`scripts/bench gpu`; weights are random, rows of random ids.", ""]
+    lines = ["# Measured on one GPU", "", "`scripts/bench/run gpu`; weights are random, rows of random ids.", ""]
     versions = ", ".join(f"{name} {number}" for name, number in card.get("versions", {}).items())
     lines += [f"{card.get('device', 'no card yet')}; Python {card.get('python', '?')}; {versions}.", ""]
     if "tests" in results:

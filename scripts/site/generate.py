@@ -19,17 +19,17 @@ REPOSITORY = SITE.parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from tunekit import errors  # noqa: E402
+from tunekit.recipe.bases.section import TargetedSettings  # noqa: E402
 from tunekit.recipe.data import Source  # noqa: E402
 from tunekit.recipe.foreign import tools, torchtune, unsloth  # noqa: E402
 from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target  # noqa: E402
-from tunekit.recipe.names import SettingsKind, facts_of, known_names, settings_class  # noqa: E402
 from tunekit.recipe.reading.draft import dotted  # noqa: E402
 from tunekit.recipe.reading.dump import yaml_scalar  # noqa: E402
+from tunekit.recipe.reading.names import SettingsKind, facts_of, known_names, settings_class  # noqa: E402
 from tunekit.recipe.reading.problems import section_class  # noqa: E402
+from tunekit.recipe.reading.schema import Key, first_line, reference_keys  # noqa: E402
+from tunekit.recipe.reading.shipped import SCHEMA_MARK, first_comment, shipped_recipes  # noqa: E402
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe  # noqa: E402
-from tunekit.recipe.schema import Key, first_line, reference_keys  # noqa: E402
-from tunekit.recipe.section import TargetedSettings  # noqa: E402
-from tunekit.recipe.shipped import SCHEMA_MARK, first_comment, shipped_recipes  # noqa: E402
 
 SHOWN_RECIPE = re.compile(r"^<!-- recipe: ([\w-]+) -->$", re.MULTILINE)
 CLASSES = [

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.image_case import ATTENTION, OF_TEXT, adapter_tensors
-from tests.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
+from tests.support.image_case import ATTENTION, OF_TEXT, adapter_tensors
+from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, METADATA, kohya_tensors, read_foreign
 from tunekit.adapters.folder.read import attach_adapter_folder

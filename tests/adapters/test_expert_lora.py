@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.arithmetic.test_merge import write_base
-from tests.loop_case import Case, make_case, make_rows
-from tests.train_case import train_in_child, write_recipe
+from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import find_targets, trained_count
@@ -27,7 +27,7 @@ from tunekit.recipe.adapters.lora_fa import LoraFaSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.tuned.target import find_target
+from tunekit.targets.target import find_target
 
 BOTH = ("experts.gate_up_proj", "experts.down_proj")
 FIELDS: dict[str, Any] = {"r": 3, "alpha": 6.0, "target_parameters": BOTH, "target_modules": ("o_proj",)}

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.loop_case import make_case, make_rows
 from tests.model.test_families import make_net
+from tests.support.loop_case import make_case, make_rows
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import Casts
 from tunekit.adapters.folder.read import save_adapter_folder

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.adapters.test_joined_lora import adapted, gradients
 from tests.model.test_families import make_net
-from tests.train_case import write_recipe
+from tests.support.train_case import write_recipe
 from tunekit.adapters.kernels.liger import liger_places, use_liger
 from tunekit.planning import compiling
 from tunekit.planning.compiling import kernel_problems

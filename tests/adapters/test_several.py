@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.parity.peft_case import BASES, IDS, move_from_start
+from tests.support.peft_case import BASES, IDS, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.several import AdapterSet, Switch
 from tunekit.errors import TunekitError

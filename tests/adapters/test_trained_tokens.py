@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.arithmetic.test_merge import write_base
-from tests.loop_case import make_case, make_rows
-from tests.train_case import train_in_child, write_recipe
+from tests.support.loop_case import make_case, make_rows
+from tests.support.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import copied_parameters, find_targets
@@ -24,7 +24,7 @@ from tunekit.model.load import load_model
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.tuned.target import find_target
+from tunekit.targets.target import find_target
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 40, 9, 4, 40, 200], [9, 9, 7, 8, 1, 2]])

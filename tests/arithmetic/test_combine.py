@@ -15,7 +15,7 @@ from torch import Tensor
 import tunekit.arithmetic.pruning
 from tests.architectures.tiny import make_tiny
 from tests.contract.test_layer_contract import METHODS, attach, make_base, make_input, randomise
-from tests.parity.peft_case import BASES, HARMLESS_WARNINGS, logits_of
+from tests.support.peft_case import BASES, HARMLESS_WARNINGS, logits_of
 from tests.test_cli import run
 from tunekit.adapter import combine_verb, convert_verb
 from tunekit.adapters.attach import attach_adapter

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.arithmetic.test_combine import CONFIG, TENSORS, edit, logits_by_peft, logits_here, write
-from tests.parity.peft_case import BASES, logits_of, move_from_start
+from tests.support.peft_case import BASES, logits_of, move_from_start
 from tests.test_cli import run
 from tunekit.adapter import convert_verb
 from tunekit.adapters.attach import attach_adapter
@@ -244,7 +244,7 @@ def test_a_quantized_base_is_seen_as_it_was(bases: Callable[[str], Path], tmp_pa
     from tunekit.adapters.folder.config import read_adapter_config
     from tunekit.arithmetic.on_base import attach_to_base
     from tunekit.model.quantized.weights import pack_linear, weight_of
-    from tunekit.tuned.target import base_section
+    from tunekit.targets.target import base_section
 
     net = BASES["llama"].make()
     folder = trained(

@@ -17,7 +17,7 @@ import tunekit.arithmetic.difference
 from tests.arithmetic.test_combine import CONFIG, logits_by_peft, logits_here, write
 from tests.arithmetic.test_convert import bases as bases  # a fixture
 from tests.arithmetic.test_convert import trained
-from tests.parity.peft_case import BASES, logits_of, move_from_start
+from tests.support.peft_case import BASES, logits_of, move_from_start
 from tests.test_cli import run
 from tunekit.adapter import diff_verb
 from tunekit.adapters.attach import attach_adapter
@@ -28,6 +28,7 @@ from tunekit.arithmetic.low_rank import LowRank
 from tunekit.arithmetic.merge import merge_adapter
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import TunekitError
+from tunekit.evaluation.adapter_losses import adapter_losses
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import load_model
 from tunekit.model.storage.builtin import write_tiny_llama
@@ -41,8 +42,7 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.tuned.adapter_losses import adapter_losses
-from tunekit.tuned.target import find_target
+from tunekit.targets.target import find_target
 
 MODEL = "model.safetensors"
 

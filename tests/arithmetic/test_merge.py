@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from tests.architectures.tiny import write_tiny
-from tests.train_case import in_child
+from tests.support.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import save_adapter_folder
 from tunekit.arithmetic.merge import REPORT, merge_adapter
@@ -27,7 +27,7 @@ from tunekit.model.quantized.weights import packed_layers
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.tuned.target import find_target
+from tunekit.targets.target import find_target
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.adapters.test_folder import CONFIG, FACTS, PICKLE, Q0, TENSORS, copy_as_peft, make_adapter, make_llama, save
 from tests.contract.test_layer_contract import METHODS, attach, make_base, randomise
-from tests.parity.peft_case import BASES
+from tests.support.peft_case import BASES
 from tests.test_cli import run
 from tunekit.adapters.attach import attach_adapter
 from tunekit.arithmetic.summary import split_name, summarise_adapter

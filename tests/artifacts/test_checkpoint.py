@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
+from tests.support.faulty_disk import KILLED, FaultyDisk, count_events, in_child
 from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from tunekit.artifacts.run import RunFolder
 from tunekit.errors import ResourceError, RunFolderError

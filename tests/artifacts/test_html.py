@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.artifacts.run_case import write_run
+from tests.support.run_case import write_run
 from tunekit.artifacts.report.compare import differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.curves import MOST_POINTS, charts_of
 from tunekit.artifacts.report.html import comparison_page, run_page

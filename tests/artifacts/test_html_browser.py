@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.artifacts.run_case import write_run
+from tests.support.run_case import write_run
 from tunekit.artifacts.report.html import comparison_page, run_page
 from tunekit.artifacts.report.pictures import inlined, picture_name
 from tunekit.artifacts.report.preview_page import preview_page

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.artifacts.run_case import write_run
+from tests.support.run_case import write_run
 from tunekit.artifacts.report.html import comparison_page
 from tunekit.artifacts.report.paired import differences, paired_interval
 from tunekit.artifacts.report.values import read_run

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faulty_disk import KILLED, FaultyDisk, count_events, in_child
+from tests.support.faulty_disk import KILLED, FaultyDisk, count_events, in_child
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.errors import ResourceError, RunFolderError, redact
 from tunekit.files import durable

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.train_case import in_child, kill_self, records, train_in_child, write_recipe
+from tests.support.train_case import in_child, kill_self, records, train_in_child, write_recipe
 from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.errors import InputError, RecipeError, TunekitError

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from tests.loop_case import Case, make_case, make_rows
-from tests.parity.peft_case import BASES, Base, logits_of, merged_net, move_from_start
+from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.peft_case import BASES, Base, logits_of, merged_net, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.errors import AdapterError

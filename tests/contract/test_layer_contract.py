@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 import tunekit.adapters.methods
 import tunekit.recipe.adapters
-from tests.contract.product_methods import PRODUCTS, ROTATIONS
-from tests.contract.vector_methods import SCALED_OUTPUTS, VECTORS
+from tests.support.product_methods import PRODUCTS, ROTATIONS
+from tests.support.vector_methods import SCALED_OUTPUTS, VECTORS
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import LayerAdapter, NotMergeable
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
@@ -32,7 +32,7 @@ from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
-from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.reading.names import known_names, settings_class
 
 METHODS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",)),

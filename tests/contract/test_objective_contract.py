@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data_case import objective_of, settings, tokenizer_of, write_lines
-from tests.image_case import held_picture
-from tests.loop_case import CPU, ListedRows
 from tests.memory.test_streaming_seq2seq import make_net
-from tests.speech_case import held_sound, write_sounds, write_tiny_whisper
-from tests.tiny_pipelines import SIZE, saved_pipeline
-from tests.tiny_vit import write_tiny_vit
+from tests.support.data_case import objective_of, settings, tokenizer_of, write_lines
+from tests.support.image_case import held_picture
+from tests.support.loop_case import CPU, ListedRows
+from tests.support.speech_case import held_sound, write_sounds, write_tiny_whisper
+from tests.support.tiny_pipelines import SIZE, saved_pipeline
+from tests.support.tiny_vit import write_tiny_vit
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import AT_STEP_0, ROW_LOSSES, TEACHER, Batch, Objective, Processor, Row, RowLayout
 from tunekit.data.batching.split import split_batch
@@ -28,6 +28,7 @@ from tunekit.data.encoding.cache import CODE, PACKAGES, cached_store
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.store import ChosenRows, Part, StoreWriter, TokenStore
 from tunekit.data.rows import load_rows
+from tunekit.evaluation.scores import added, prepared
 from tunekit.files import cache_folder
 from tunekit.formats.audio_label import AudioLabelExample
 from tunekit.formats.example import CompletionExample
@@ -47,12 +48,11 @@ from tunekit.objectives.base import make_objective
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.training.engines.resident import ResidentEngine
+from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.training.engines.window import WindowEngine
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.scores import added, prepared
 
 ANSWERED = tuple(
     CompletionExample(*row)
@@ -328,7 +328,7 @@ def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp
         for parameter in trained.values():
             parameter.grad = torch.zeros_like(parameter)
         with model.training_mode(True):
-            total, _ = ResidentEngine(0, splitting).run_window(model, objective, window, units, len(window.batches))
+            total, _ = WindowEngine(0, splitting).run_window(model, objective, window, units, len(window.batches))
         found.append(
             (float(total), torch.cat([p.grad.flatten().clone() for p in trained.values() if p.grad is not None]))
         )

@@ -19,7 +19,7 @@ from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.method import Method
 from tunekit.model.call import Call, calling
-from tunekit.recipe.section import Section
+from tunekit.recipe.bases.section import Section
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Target
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.parity.peft_case import BASES, logits_of, move_from_start
+from tests.support.peft_case import BASES, logits_of, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.errors import AdapterError, ModelError

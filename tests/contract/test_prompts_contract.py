@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BartConfig, BartForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from tests.parity.peft_case import BASES, IDS, Base, move_from_start
+from tests.support.peft_case import BASES, IDS, Base, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import slot_count
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder

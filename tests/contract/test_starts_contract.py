@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.parity.peft_case import BASES, close
+from tests.support.peft_case import BASES, close
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.starts.start import Seen, initialise_all, start_module
 from tunekit.model.call import Call, calling
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
-from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.reading.names import known_names, settings_class
 
 FAMILIES = ("llama", "gpt2")
 MOVING = ("pissa", "olora", "corda", "lora_ga")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.data_case import Rows, objective_of, settings
+from tests.support.data_case import Rows, objective_of, settings
 from tunekit.contracts import IGNORED, Batch, Window
 from tunekit.data.batching.order import Share, epoch_rows, held_out
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate, evaluation_batches, filled_batch

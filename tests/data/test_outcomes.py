@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_case import tokenizer_of, write_lines
+from tests.support.data_case import tokenizer_of, write_lines
 from tunekit.data.encoding import outcomes
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.sources import EncodedSource, load_source

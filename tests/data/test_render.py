@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.data_case import chat, encode_example, encoder_of, tokenizer_of, trained_texts
+from tests.support.data_case import chat, encode_example, encoder_of, tokenizer_of, trained_texts
 from tunekit.data.reading.first import format_maker
 from tunekit.data.rendering.render import (
     EMPTY_ANSWER,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_render import THINKING
-from tests.data_case import settings, tokenizer_of, write_lines
+from tests.support.data_case import settings, tokenizer_of, write_lines
 from tunekit.contracts import Objective
 from tunekit.data.encoding.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
 from tunekit.data.rendering.render import AS_GIVEN, EMPTY_ANSWER

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.data_case import settings, tokenizer_of, write_lines
+from tests.support.data_case import settings, tokenizer_of, write_lines
 from tunekit.contracts import Window
 from tunekit.data.batching import stream
 from tunekit.data.batching.windows import filled_batch

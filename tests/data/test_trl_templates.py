@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_render import make_tokenizer
-from tests.data_case import encoder_of, trained_texts
+from tests.support.data_case import encoder_of, trained_texts
 from tunekit.data.rendering.render import AS_GIVEN
 from tunekit.data.rendering.turns import ONLY_LAST, THOUGHTLESS
 from tunekit.errors import DataError

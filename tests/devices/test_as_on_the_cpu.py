@@ -11,8 +11,8 @@ import torch
 
 from tests.devices.test_mistakes import CUDA
 from tests.devices.test_runs import train, whole_device
-from tests.loop_case import make_case, make_rows
-from tests.train_case import lose_the_end, records, result_bytes, without_times
+from tests.support.loop_case import make_case, make_rows
+from tests.support.train_case import lose_the_end, records, result_bytes, without_times
 from tests.training.test_loop import training
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.train import train_verb

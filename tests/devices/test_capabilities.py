@@ -9,7 +9,7 @@ import pytest
 from tests.devices import simulated
 from tests.devices.test_mistakes import CUDA
 from tests.devices.test_steps import section
-from tests.loop_case import make_case, make_rows
+from tests.support.loop_case import make_case, make_rows
 from tests.training.test_loop import training
 from tunekit.errors import ModelError
 from tunekit.model.attention.documents import VARLEN

@@ -12,7 +12,7 @@ import torch
 from tests.devices.test_mistakes import CUDA
 from tests.devices.test_runs import train, whole_device
 from tests.devices.test_steps import section
-from tests.loop_case import make_case, make_rows
+from tests.support.loop_case import make_case, make_rows
 from tests.training.test_loop import training, weights
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.model.attention.documents import VARLEN

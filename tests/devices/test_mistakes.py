@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.devices import plugin
-from tests.loop_case import Case, make_case, make_rows
+from tests.support.loop_case import Case, make_case, make_rows
 from tests.training.test_loop import training, weights
 from tunekit.errors import NumericsError
 from tunekit.memory import copies

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.devices import simulated
-from tests.loop_case import DEVICE
-from tests.train_case import records, result_bytes, without_times, write_recipe
+from tests.support.loop_case import DEVICE
+from tests.support.train_case import records, result_bytes, without_times, write_recipe
 from tunekit.errors import ResourceError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb

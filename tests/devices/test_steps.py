@@ -12,14 +12,14 @@ import torch
 
 from tests.devices import simulated
 from tests.devices.test_mistakes import CUDA, DISK, HOST, OFFLOAD, case_of
-from tests.loop_case import make_case, make_rows
 from tests.memory.test_streaming import WHOLE_MODEL, adapter
+from tests.support.loop_case import make_case, make_rows
 from tests.training.test_loop import training
 from tunekit.memory import vocabulary
 from tunekit.memory.streaming import gather_on_host
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.training import loop
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.devices import plugin
 from tests.devices.test_runs import train, whole_device
-from tests.train_case import records, write_recipe
+from tests.support.train_case import records, write_recipe
 from tests.training.test_ranks import free_port
 
 __all__ = ["whole_device"]

@@ -14,7 +14,7 @@ from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, CompletionExample, Message, TextExample
 from tunekit.recipe.data import Source
-from tunekit.recipe.names import facts_of, known_names
+from tunekit.recipe.reading.names import facts_of, known_names
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 SHARE = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.adapters.test_joined_lora import unfused
-from tests.data_case import objective_of
-from tests.loop_case import Case, ListedRows, make_case, make_rows
-from tests.objectives import pair_case
+from tests.support import pair_case
+from tests.support.data_case import objective_of
+from tests.support.loop_case import Case, ListedRows, make_case, make_rows
 from tests.training.test_compiling import compiled_case, needs_compiler
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.adapters.kernels.liger import use_liger
@@ -22,7 +22,7 @@ from tunekit.model.attention.documents import PRODUCTS, VARLEN, _varlen
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.simpo import SimpoSettings
-from tunekit.training.engines.resident import ResidentEngine
+from tunekit.training.engines.window import WindowEngine
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 
@@ -45,7 +45,7 @@ def gradient_of(case: Case, batches: list[Batch], objective: Any = None) -> tupl
     units = torch.stack([objective.units(batch) for batch in batches]).sum(0)
     window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
     with case.model.training_mode(True):
-        loss, _ = ResidentEngine(0).run_window(case.model, objective, window, units)
+        loss, _ = WindowEngine(0).run_window(case.model, objective, window, units)
     return loss.cpu(), torch.cat(case.optimizer.gradients()).cpu()
 
 

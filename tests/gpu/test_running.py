@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.gpu.test_exactness import case_of, section
-from tests.loop_case import make_rows
+from tests.support.loop_case import make_rows
+from tests.support.train_case import records, write_recipe
 from tests.test_bench_gpu import arithmetic, planning, shapes
-from tests.train_case import records, write_recipe
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.errors import NumericsError
 from tunekit.training import loop

@@ -16,7 +16,7 @@ from tunekit.machine.devices import (
     summing_dtype,
     wide,
 )
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "mps:1", "cuda:-1"])

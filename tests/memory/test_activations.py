@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tests.adapters.test_joined_lora import IDS
 from tests.conftest import write_tiny_llama
-from tests.data_case import objective_of
-from tests.loop_case import Case, make_case, make_rows
 from tests.memory.test_offload import TriedCopies, store_with
 from tests.model.test_families import make_net
+from tests.support.data_case import objective_of
+from tests.support.loop_case import Case, make_case, make_rows
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.errors import ModelError
 from tunekit.memory.checkpointing import prepare_layers

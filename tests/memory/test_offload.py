@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import write_tiny_llama
-from tests.loop_case import Case, make_case, make_rows
+from tests.support.loop_case import Case, make_case, make_rows
 from tunekit.data.batching.windows import evaluation_batches
+from tunekit.evaluation.evaluator import Evaluation
+from tunekit.evaluation.scores import summed_evaluation
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.copies import Copier, StreamCopier
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.tuned.evaluator import Evaluation
-from tunekit.tuned.scores import summed_evaluation
 
 CPU = torch.device("cpu")
 LAYERS = 5

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.data_case import objective_of
-from tests.loop_case import Case, make_case, make_rows
-from tests.train_case import records, train_in_child, write_recipe
+from tests.support.data_case import objective_of
+from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.train_case import records, train_in_child, write_recipe
 from tunekit.contracts import IGNORED, Batch, Window
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import collate
 from tunekit.errors import ResourceError
+from tunekit.evaluation.scores import summed_evaluation
 from tunekit.memory.splitting import Splitting, is_out_of_memory
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Reaction
-from tunekit.training.engines.resident import ResidentEngine
+from tunekit.training.engines.window import WindowEngine
 from tunekit.training.trial import try_longest_batch
-from tunekit.tuned.scores import summed_evaluation
 
 ROWS = make_rows(24, shortest=3, longest=20)
 CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
@@ -118,7 +118,7 @@ def failing(case: Case, *, tokens: int, where: str) -> Iterator[list[int]]:
         del case.model.hidden
 
 
-def gradient(case: Case, engine: ResidentEngine, window: Window) -> tuple[torch.Tensor, float]:
+def gradient(case: Case, engine: WindowEngine, window: Window) -> tuple[torch.Tensor, float]:
     units = sum((case.parts.objective.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64))
     case.optimizer.zero_gradients()
     with case.model.training_mode(True):
@@ -135,9 +135,9 @@ def test_the_gradient_of_a_split_batch_is_that_of_the_whole(tiny_llama: Path, wh
     groups = [(0, 1), (2, 3), (4, 5, 6), (7,)] if packed else [(0,), (9,), (17,), (3,)]
     last = [(10, 11, 12, 13)] if packed else [(5,), (6,)]
     window = Window(2, 0.0, (0, 1), (batch_of(groups), batch_of(last)))
-    expected, loss = gradient(case, ResidentEngine(0), window)
+    expected, loss = gradient(case, WindowEngine(0), window)
     reactions: list[Reaction] = []
-    engine = ResidentEngine(0, Splitting(reactions.append))
+    engine = WindowEngine(0, Splitting(reactions.append))
     limit = 36 if packed else 30
     with failing(case, tokens=limit, where=where) as failed:
         found, split_loss = gradient(case, engine, window)
@@ -158,7 +158,7 @@ def test_a_document_that_does_not_fit_alone_is_an_error_of_its_own(tiny_llama: P
     case = make_model(tiny_llama)
     window = Window(0, 0.0, (0,), (batch_of([(17,), (9,)]),))
     with failing(case, tokens=15, where="forward"), pytest.raises(ResourceError) as caught:
-        gradient(case, ResidentEngine(0, Splitting()), window)
+        gradient(case, WindowEngine(0, Splitting()), window)
     assert caught.value.exit_code == 4
     assert "rows:18" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -172,7 +172,7 @@ def test_another_error_is_not_taken_for_one_of_memory(tiny_llama: Path) -> None:
 
     case.model.hidden = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shapes"):
-        gradient(case, ResidentEngine(0, Splitting()), Window(0, 0.0, (0,), (batch_of([(0,), (1,)]),)))
+        gradient(case, WindowEngine(0, Splitting()), Window(0, 0.0, (0,), (batch_of([(0,), (1,)]),)))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -181,7 +181,7 @@ def test_a_run_with_split_batches_is_the_plain_run(tiny_llama: Path, where: str)
     plain.run()
     case = make_model(tiny_llama)
     reactions: list[Reaction] = []
-    case.parts.engine = ResidentEngine(0, Splitting(reactions.append))
+    case.parts.engine = WindowEngine(0, Splitting(reactions.append))
     with failing(case, tokens=30, where=where):
         case.run()
     assert reactions

@@ -15,9 +15,9 @@ from torch import Tensor
 from tests.architectures.test_architectures import NAMES
 from tests.architectures.tiny import write_tiny
 from tests.conftest import write_tiny_llama
-from tests.loop_case import Case, make_case, make_rows
 from tests.model.test_families import MODELS, make_net
 from tests.runs.test_every_method_trains import SETTINGS as SMALL_LAYERS
+from tests.support.loop_case import Case, make_case, make_rows
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
 from tunekit.memory.copies import StreamCopier, ThreadCopier, copy_bytes
@@ -26,7 +26,7 @@ from tunekit.memory.streaming import host_memory, make_slots
 from tunekit.model.call import Call, calling
 from tunekit.model.families.stages import PROVEN
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.names import known_names, settings_class
+from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.recipe.training import TrainingSection
 from tunekit.training.engines.streaming import StreamingEngine
 
@@ -197,7 +197,7 @@ def test_layers_cross_the_bus_twice_a_pass(folder: Path) -> None:
 
 
 def test_evaluation_finds_each_layer_in_its_slot(folder: Path) -> None:
-    from tunekit.tuned.scores import undisturbed
+    from tunekit.evaluation.scores import undisturbed
 
     plain, streamed = (
         make_case(folder, make_rows(5), training=training(), streaming=streaming) for streaming in (None, {"count": 2})

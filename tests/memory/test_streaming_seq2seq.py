@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from tests.architectures.test_architectures import NAMES
-from tests.data_case import objective_of
-from tests.loop_case import CPU
+from tests.support.data_case import objective_of
+from tests.support.loop_case import CPU
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Engine, Row, Window
 from tunekit.memory.blobs import frozen_tensors
@@ -25,10 +25,10 @@ from tunekit.model.families.stages import PROVEN
 from tunekit.model.load import load_model
 from tunekit.objectives.seq2seq import make_row
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.names import settings_class
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
-from tunekit.training.engines.resident import ResidentEngine
+from tunekit.recipe.reading.names import settings_class
 from tunekit.training.engines.streaming import StreamingEngine
+from tunekit.training.engines.window import WindowEngine
 from tunekit.tuned.model import TunedModel
 
 LAYERS, VOCABULARY = 3, 97
@@ -113,7 +113,7 @@ def tune(
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     prepare_layers(layers, 0)
     if streaming is None:
-        return TunedModel(base, adapter), ResidentEngine(5)
+        return TunedModel(base, adapter), WindowEngine(5)
     chosen = dict(streaming)
     pass_size = chosen.pop("pass_size", 99)
     slots = make_slots(weights, CPU, tier="host", poison=True, **chosen)

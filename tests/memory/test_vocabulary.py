@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import write_tiny_llama
-from tests.train_case import records, write_recipe
+from tests.support.train_case import records, write_recipe
 from tunekit.contracts import ModelOutput
 from tunekit.errors import TunekitError
 from tunekit.memory import vocabulary

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from tunekit.evaluation.answers import text_metrics
 from tunekit.metrics import (
     cer,
     contains,
@@ -18,7 +19,6 @@ from tunekit.metrics import (
     wer,
     wer_normalized,
 )
-from tunekit.tuned.answers import text_metrics
 
 
 def test_exact_match() -> None:

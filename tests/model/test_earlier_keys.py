@@ -32,9 +32,9 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from tests.loop_case import KEPT
-from tests.parity.peft_case import make_t5
 from tests.parity.test_prefix_peft import make_bart
+from tests.support.loop_case import KEPT
+from tests.support.peft_case import make_t5
 from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import ModelError
 from tunekit.model.attention.earlier_keys import enter, keys_and_values

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.loop_case import make_case, make_rows
-from tests.train_case import write_recipe
+from tests.support.loop_case import make_case, make_rows
+from tests.support.train_case import write_recipe
 from tests.training.test_loop import training
 from tunekit.model.quantized import codec, fp8
 from tunekit.model.quantized.weights import PackedLinear, multiplies_exactly, pack_linear

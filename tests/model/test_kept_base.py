@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import write_tiny_llama
-from tests.model.packed import packed_hash
 from tests.model.test_four_bit import with_peak
 from tests.model.test_reading import KINDS, save
-from tests.train_case import in_child
+from tests.support.packed import packed_hash
+from tests.support.train_case import in_child
 from tunekit.errors import ModelError
 from tunekit.files import durable
 from tunekit.model.load import LoadedModel, load_model

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.memory.test_streaming_seq2seq import make_net
-from tests.model.packed import packed_hash
+from tests.support.packed import packed_hash
 from tunekit.errors import ModelError
 from tunekit.model import compute as devices
 from tunekit.model.load import base_fingerprint, load_model, make_meta_model, resolve_dtype

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.conftest import write_tiny_llama
-from tests.parity.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY
+from tests.support.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.targets import find_targets
@@ -33,8 +33,8 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.names import settings_class
-from tunekit.tuned.target import find_target, load_target
+from tunekit.recipe.reading.names import settings_class
+from tunekit.targets.target import find_target, load_target
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from tests.tiny_pipelines import KINDS, SIZE, loaded_by_diffusers, saved_pipeline
+from tests.support.tiny_pipelines import KINDS, SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.errors import ModelError
 from tunekit.model.families.diffusion import IDS, DiffusionFamily
 from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.model.packed import packed_hash
+from tests.support.packed import packed_hash
 from tunekit.errors import ModelError
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import (

@@ -15,10 +15,10 @@ import soundfile
 import torch
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, WhisperForAudioClassification
 
-from tests.image_case import records
 from tests.objectives.test_classify import losses_of, start_as_ours
-from tests.speech_case import RATE, SECONDS, held_sound, keys, write_recipe, write_tiny_whisper
-from tests.train_case import ADAPTER_FILES
+from tests.support.image_case import records
+from tests.support.speech_case import RATE, SECONDS, held_sound, keys, write_recipe, write_tiny_whisper
+from tests.support.train_case import ADAPTER_FILES
 from tunekit.contracts import Row
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
@@ -43,8 +43,8 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
+from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
 STEPS = 20

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.image_case import CLASS_PROMPT, ByHand, adapter_tensors, records, write_image_recipe, write_photos
-from tests.tiny_pipelines import SIZE, saved_pipeline
+from tests.support.image_case import CLASS_PROMPT, ByHand, adapter_tensors, records, write_image_recipe, write_photos
+from tests.support.tiny_pipelines import SIZE, saved_pipeline
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
 from tunekit.objectives.diffusion.buckets import made_buckets, nearest_bucket
@@ -26,8 +26,8 @@ from tunekit.objectives.dreambooth import CUT
 from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
+from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.tuned.target import find_target, load_target
 
 BUCKETS = [[16, 24], [24, 16]]  # the five photos: wide, wide, wide, about square (29 x 25), tall
 ONE_OF = {"max_steps": 3, "micro_batch_size": 5}

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from tests.conftest import write_tiny_llama
-from tests.data_case import tokenizer_of
+from tests.support.data_case import tokenizer_of
 from tunekit.adapter import combine_verb, convert_verb, diff_verb
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.data.encoding.encode import EncodeOptions
@@ -46,9 +46,9 @@ from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.classify import ClassifySettings
+from tunekit.targets.labels import head_facts
+from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.tuned.labels import head_facts
-from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
 WORDS = {"good": "yes", "bad": "no", "odd": "perhaps"}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_logprobs import CappedHead, numbers
-from tests.train_case import lose_the_end, records, result_bytes, without_times, write_recipe
+from tests.support.train_case import lose_the_end, records, result_bytes, without_times, write_recipe
+from tunekit.companions.teacher import load_teacher
 from tunekit.contracts import ModelOutput
 from tunekit.errors import ModelError, RecipeError, RunFolderError, TunekitError
 from tunekit.evaluate import evaluate_verb
@@ -23,7 +24,6 @@ from tunekit.planning.plan import make_plan
 from tunekit.planning.tiers import layer_bytes
 from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
-from tunekit.tuned.teacher import load_teacher
 
 POSITIONS, HIDDEN, WIDE = 11, 6, 10
 CPU = torch.device("cpu")

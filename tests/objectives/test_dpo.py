@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from tests.conftest import write_tiny_llama
-from tests.data_case import objective_of
-from tests.objectives.pair_case import Told, make_rows, trainer_of
-from tests.train_case import lose_the_end, records, without_times
+from tests.support.data_case import objective_of
+from tests.support.pair_case import Told, make_rows, trainer_of
+from tests.support.train_case import lose_the_end, records, without_times
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.errors import DataError, ModelError, TunekitError
@@ -32,16 +32,16 @@ from tunekit.objectives.dpo import LOSSES
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.bases.pair_settings import REWARDS
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
-from tunekit.recipe.pair_settings import REWARDS
 from tunekit.records import Choice
+from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
 from tunekit.training.trial import probe_reference
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
 SMOOTHING = {"robust": 0.1, "exo_pair": 0.05, "aot": 0.2}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.image_case import (
+from tests.support.image_case import (
     ATTENTION,
     CLASS_PROMPT,
     OF_TEXT,
@@ -23,7 +23,7 @@ from tests.image_case import (
     write_image_recipe,
     write_photos,
 )
-from tests.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
+from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb

@@ -14,16 +14,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import write_tiny_llama
-from tests.objectives.pair_case import on_two_ranks
-from tests.objectives.sample_case import Case
 from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_recipe
 from tests.objectives.test_reward import write_reward
-from tests.train_case import lose_the_end, records, without_times
+from tests.support.pair_case import on_two_ranks
+from tests.support.sample_case import Case
+from tests.support.train_case import lose_the_end, records, without_times
 from tunekit.contracts import Gather, Window
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunFolderError, Stopped
 from tunekit.evaluate import evaluate_verb
+from tunekit.evaluation.scores import summed_evaluation
 from tunekit.formats.example import Message
 from tunekit.formats.preference import AskedExample
 from tunekit.formats.prompt import make_example
@@ -38,10 +39,9 @@ from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.grpo import GrpoSettings
 from tunekit.recipe.objectives.rloo import RlooSettings
+from tunekit.targets.target import find_target, load_target
 from tunekit.training.state import LoopState
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.scores import summed_evaluation
-from tunekit.tuned.target import find_target, load_target
 from tunekit.validate import validate
 
 GRPO: dict[str, dict[str, Any]] = {

@@ -23,8 +23,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from tests.image_case import records
-from tests.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit
+from tests.support.image_case import records
+from tests.support.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit
 from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import DataError, InputError
 from tunekit.generate import generate_verb
@@ -36,8 +36,8 @@ from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.report import report_verb
+from tunekit.targets.target import find_target, objective_of
 from tunekit.train import train_verb
-from tunekit.tuned.target import find_target, objective_of
 
 STEPS = 20
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 40, 30)}

@@ -18,10 +18,10 @@ from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import pad
 
 from tests.conftest import write_tiny_llama
-from tests.data_case import objective_of
-from tests.objectives.pair_case import on_two_ranks, trainer_of
 from tests.objectives.test_dpo import CPU, check_it_is_one_run, train, write_recipe
-from tests.train_case import records
+from tests.support.data_case import objective_of
+from tests.support.pair_case import on_two_ranks, trainer_of
+from tests.support.train_case import records
 from tunekit.contracts import Batch, Row, Window
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
@@ -31,7 +31,7 @@ from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.kto import LOGGED, KtoSettings
-from tunekit.tuned.target import find_target, load_target
+from tunekit.targets.target import find_target, load_target
 
 SIZES = [(5, 3), (7, 2), (2, 4), (6, 1), (3, 5)]  # tokens of each answer and its prompt
 WEIGHTS = {"desirable_weight": 1.3, "undesirable_weight": 0.7}

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoTokenizer, MoonshineConfig, MoonshineForConditionalGeneration, Wav2Vec2FeatureExtractor
 
 from tests.objectives.test_classify import losses_of, start_as_ours
-from tests.speech_case import texts, write_recipe, write_sounds
-from tests.train_case import ADAPTER_FILES
+from tests.support.speech_case import texts, write_recipe, write_sounds
+from tests.support.train_case import ADAPTER_FILES
 from tunekit.data.encoding.sounds import resampled
 from tunekit.errors import DataError, RecipeError
 from tunekit.evaluate import evaluate_verb
@@ -24,8 +24,8 @@ from tunekit.model.speech.processor import LEAST_SAMPLES
 from tunekit.model.storage.builtin import tiny_model_folder
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
 STEPS = 20

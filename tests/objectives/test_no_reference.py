@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from tests.conftest import write_tiny_llama
-from tests.objectives.pair_case import Told, trainer_of
 from tests.objectives.test_dpo import losses, tensors_of, train, write_recipe
+from tests.support.pair_case import Told, trainer_of
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.preference import make_example
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
+from tunekit.recipe.bases.pair_settings import REWARDS
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.names import settings_class
 from tunekit.recipe.objectives.simpo import SimpoSettings
-from tunekit.recipe.pair_settings import REWARDS
+from tunekit.recipe.reading.names import settings_class
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cpo": ("cpo", {}),

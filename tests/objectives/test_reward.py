@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.reward_trainer import RewardTrainer
 
 from tests.conftest import write_tiny_llama
-from tests.data_case import objective_of
-from tests.objectives.pair_case import PAIRS, trainer_of
 from tests.objectives.test_classify import bert, llama  # noqa: F401
 from tests.objectives.test_dpo import CPU, check_it_is_one_run, losses, pairs, train, write_recipe
-from tests.train_case import records
+from tests.support.data_case import objective_of
+from tests.support.pair_case import PAIRS, trainer_of
+from tests.support.train_case import records
 from tunekit.contracts import Batch, ModelOutput, Row
 from tunekit.errors import InputError, TunekitError
 from tunekit.evaluate import evaluate_verb
@@ -31,7 +31,7 @@ from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.reward import SCORES, RewardSettings
-from tunekit.tuned.target import find_target, load_target
+from tunekit.targets.target import find_target, load_target
 
 MARGINS = (0.5, 0.0, 1.25, -0.5, 0.0)
 

@@ -18,8 +18,8 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, WhisperForConditio
 from transformers.models.whisper.modeling_whisper import _compute_mask_indices
 
 from tests.objectives.test_classify import losses_of, start_as_ours
-from tests.speech_case import RATE, SECONDS, keys, texts, write_recipe, write_sounds, write_tiny_whisper
-from tests.train_case import ADAPTER_FILES
+from tests.support.speech_case import RATE, SECONDS, keys, texts, write_recipe, write_sounds, write_tiny_whisper
+from tests.support.train_case import ADAPTER_FILES
 from tunekit.contracts import Row, Window
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
@@ -44,8 +44,8 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.speech import SpeechSettings
+from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
 STEPS = 20

@@ -14,7 +14,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, BertCon
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_classify import losses_of, start_as_ours
-from tests.train_case import lose_the_end
+from tests.support.train_case import lose_the_end
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
@@ -24,8 +24,8 @@ from tunekit.model.load import load_model
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
 TAGS = {"anna": "B-PER", "berg": "I-PER", "rome": "B-LOC", "is": "O", "in": "O"}

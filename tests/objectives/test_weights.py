@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from tests.data_case import encoder_of, tokenizer_of
 from tests.objectives.test_logprobs import CappedHead, numbers
+from tests.support.data_case import encoder_of, tokenizer_of
 from tunekit.contracts import IGNORED, ModelOutput, Objective
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import NO_WEIGHT
 from tunekit.formats.example import ChatExample, CompletionExample, Message
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
+from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.recipe.section import ObjectiveSettings
 from tunekit.train import train_verb
 
 ROWS = (CompletionExample("abc", "defg", 2.5), CompletionExample("z", "ih"), CompletionExample("12", "54321", 0.1))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.parity.peft_case import BASES, CHECKS, IDS, close, logits_of, move_from_start, peft_reads, run_cell
+from tests.support.peft_case import BASES, CHECKS, IDS, close, logits_of, move_from_start, peft_reads, run_cell
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.errors import AdapterError

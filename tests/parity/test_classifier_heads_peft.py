@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.parity.peft_case import BASES, HARMLESS_WARNINGS, close, compare_gradients, logits_of, move_from_start
 from tests.parity.test_products_peft import PAIRS
 from tests.parity.test_products_peft import butterflies_without_cuda as butterflies_without_cuda
 from tests.parity.test_vectors_peft import CASES
+from tests.support.peft_case import BASES, HARMLESS_WARNINGS, close, compare_gradients, logits_of, move_from_start
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.recipe.adapters.lora import LoraSettings

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import write_tiny_llama
-from tests.parity.peft_case import close, move_from_start
+from tests.support.peft_case import close, move_from_start
 from tunekit.adapters.folder.config import TENSORS_NAME
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.arithmetic.merge import merge_adapter
 from tunekit.errors import AdapterError
 from tunekit.model.load import load_model
 from tunekit.recipe.model import ModelSection
-from tunekit.tuned.target import find_target
+from tunekit.targets.target import find_target
 
 IDS, NEW = torch.tensor([[5, 264, 7, 266, 9]]), 4
 CASES = {

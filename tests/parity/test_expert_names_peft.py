@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.architectures.tiny import make_tiny
-from tests.parity.peft_case import close
+from tests.support.peft_case import close
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import find_targets

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from tests.parity.peft_case import (
+from tests.support.peft_case import (
     BASES,
     CHECKS,
     FAMILIES,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from tests.loop_case import Case, make_case, make_rows
+from tests.support.loop_case import Case, make_case, make_rows
 from tunekit.contracts import IGNORED, Window
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import StepRecord

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.parity.peft_case import BASES, CHECKS, COLUMNS, run_cell
+from tests.support.peft_case import BASES, CHECKS, COLUMNS, run_cell
 from tunekit.adapters.attach import attach_adapter
-from tunekit.recipe.names import settings_class
+from tunekit.recipe.reading.names import settings_class
 
 HEADS, NORMS = ("heads",), ("norms",)  # stand for the family's own
 TABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # case: method, our settings, peft's fields

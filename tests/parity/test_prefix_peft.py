@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration
 
-from tests.parity import peft_case
-from tests.parity.peft_case import (
+from tests.support import peft_case
+from tests.support.peft_case import (
     BASES,
     IDS,
     SPREAD,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity.peft_case import BASES, CHECKS, COLUMNS, NO_CONV1D, peft_refuses, run_cell
+from tests.support.peft_case import BASES, CHECKS, COLUMNS, NO_CONV1D, peft_refuses, run_cell
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.method import load_method
 from tunekit.adapters.methods.oft import block_size

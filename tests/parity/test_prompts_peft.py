@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.parity.peft_case import BASES, HARMLESS_WARNINGS, IDS, Base, Cell, close, move_from_start, peft_refuses
+from tests.support.peft_case import BASES, HARMLESS_WARNINGS, IDS, Base, Cell, close, move_from_start, peft_refuses
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.method import load_method

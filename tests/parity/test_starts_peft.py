@@ -27,9 +27,9 @@ from peft.utils.incremental_pca import IncrementalPCA
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import Tensor, nn
 
-from tests.data_case import objective_of
-from tests.loop_case import ListedRows
-from tests.parity.peft_case import BASES, TOLERANCE, close
+from tests.support.data_case import objective_of
+from tests.support.loop_case import ListedRows
+from tests.support.peft_case import BASES, TOLERANCE, close
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Batch
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows

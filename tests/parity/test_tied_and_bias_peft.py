@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.parity.peft_case import BASES, HEADS, SIZES, close, logits_of, move_from_start
+from tests.support.peft_case import BASES, HEADS, SIZES, close, logits_of, move_from_start
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.recipe.adapters.lora import LoraSettings

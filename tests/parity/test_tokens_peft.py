@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.parity.peft_case import BASES, CHECKS, HEADS, IDS, SIZES, Base, close, logits_of, run_cell
+from tests.support.peft_case import BASES, CHECKS, HEADS, IDS, SIZES, Base, close, logits_of, run_cell
 from tunekit.adapters.attach import attach_adapter
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings

@@ -13,7 +13,7 @@ from peft.tuners.c3a.utils import get_circulant_fast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.parity.peft_case import BASES, CHECKS, COLUMNS, NO_CONV1D, Base, peft_refuses, run_cell
+from tests.support.peft_case import BASES, CHECKS, COLUMNS, NO_CONV1D, Base, peft_refuses, run_cell
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.c3a import C3aSettings

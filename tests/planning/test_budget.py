@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.conftest import write_tiny_llama
-from tests.data_case import Rows, objective_of, settings
 from tests.planning.test_plan import plan_of
-from tests.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
+from tests.support.data_case import Rows, objective_of, settings
+from tests.support.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.machine.memory import limit_bytes
 from tunekit.planning.choice import (

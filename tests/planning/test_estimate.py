@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from tests.conftest import write_tiny_llama
-from tests.data_case import objective_of
-from tests.loop_case import make_case, make_rows
+from tests.support.data_case import objective_of
+from tests.support.loop_case import make_case, make_rows
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
+from tunekit.evaluation.probes import logprob_difference, packing_leak
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.machine.memory import _group_available
 from tunekit.model.load import load_model
@@ -36,10 +37,9 @@ from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
-from tunekit.training.engines.resident import ResidentEngine
+from tunekit.training.engines.window import WindowEngine
 from tunekit.training.optimizers import Group, Optimizer
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.probes import logprob_difference, packing_leak
 
 CPU = torch.device("cpu")
 
@@ -101,7 +101,7 @@ def real_step(run: SimulatedRun, batch: Any) -> Simulation:
         tracker.start()
         with tuned.training_mode(True):
             units = run.objective.units(batch)
-            ResidentEngine(0).run_window(tuned, run.objective, Window(0, 0.0, (0,), (batch,)), units)
+            WindowEngine(0).run_window(tuned, run.objective, Window(0, 0.0, (0,), (batch,)), units)
         optimizer.gradient_norm()
     return tracker.result()
 
@@ -349,7 +349,7 @@ def test_free_memory_is_within_the_control_groups_limit(tmp_path: Path) -> None:
 
 
 def load_bench() -> ModuleType:
-    path = Path(__file__).resolve().parent.parent.parent / "scripts" / "bench_estimate.py"
+    path = Path(__file__).resolve().parent.parent.parent / "scripts" / "bench" / "estimate.py"
     spec = importlib.util.spec_from_file_location("bench_estimate", path)
     assert spec is not None
     assert spec.loader is not None

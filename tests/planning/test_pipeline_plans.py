@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.image_case import ATTENTION, write_image_recipe, write_photos
-from tests.published.pipelines import UNET_PARAMETERS, written_pipeline
+from tests.support.image_case import ATTENTION, write_image_recipe, write_photos
+from tests.support.published_pipelines import UNET_PARAMETERS, written_pipeline
 from tunekit.model.load import make_meta_model
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.architectures.tiny import write_tiny
-from tests.recipe_mutator import make_valid_case
-from tests.train_case import write_recipe
+from tests.support.recipe_mutator import make_valid_case
+from tests.support.train_case import write_recipe
 from tunekit.errors import ModelError, RecipeError, TunekitError
 from tunekit.objectives.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb

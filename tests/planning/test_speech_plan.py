@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, WhisperFeatureExtractor
 
-from tests.speech_case import write_recipe, write_sounds, write_tiny_whisper
+from tests.support.speech_case import write_recipe, write_sounds, write_tiny_whisper
 from tunekit.model.load import make_meta_model
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe

@@ -8,8 +8,8 @@ import pytest
 
 from tests.recipe.test_reader import SMALL, problems_of
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
-from tunekit.recipe.supported import refuse_unsupported
 
 
 def load(text: str, folder: Path, *overrides: str) -> Recipe:

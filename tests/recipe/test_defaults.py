@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train_case import write_recipe
+from tests.support.train_case import write_recipe
 from tunekit.planning.plan import make_plan
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe, dump_recipe, load_recipe
-from tunekit.recipe.names import known_names, settings_class
-from tunekit.recipe.schema import make_reference
-from tunekit.recipe.section import AdapterSettings
+from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.recipe.reading.schema import make_reference
 
 RATES = {
     name: rate

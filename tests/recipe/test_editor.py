@@ -10,8 +10,8 @@ import pytest
 
 from tests.recipe.language_server import LanguageServer, language_server  # noqa: F401 (a fixture)
 from tunekit.files.durable import write_new_text
-from tunekit.recipe.schema import schema_text
-from tunekit.recipe.shipped import (
+from tunekit.recipe.reading.schema import schema_text
+from tunekit.recipe.reading.shipped import (
     SCHEMA_LINE,
     SCHEMA_MARK,
     SCHEMA_NAME,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.data_case import write_lines
+from tests.support.data_case import write_lines
 from tunekit.errors import RecipeError
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.recipe import Recipe

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.data_case import write_lines
+from tests.support.data_case import write_lines
 from tunekit.errors import RecipeError
 from tunekit.foreign import import_verb
 from tunekit.recipe.load import load_recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipe_mutator import VALUES, Case, make_bad_value_case, make_cases, make_valid_case
+from tests.support.recipe_mutator import VALUES, Case, make_bad_value_case, make_cases, make_valid_case
 from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.data import Source
 from tunekit.recipe.load import load_recipe

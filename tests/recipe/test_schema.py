@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 
-from tests.recipe_mutator import VALUES
+from tests.support.recipe_mutator import VALUES
 from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL, alias_target
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.names import facts_of, known_names, needs_generation, settings_class
 from tunekit.recipe.reading.draft import Draft
+from tunekit.recipe.reading.names import facts_of, known_names, needs_generation, settings_class
 from tunekit.recipe.reading.problems import fields_at
-from tunekit.recipe.schema import make_reference, make_schema
+from tunekit.recipe.reading.schema import make_reference, make_schema
 
 
 def test_the_schema_has_every_key_and_shorthand() -> None:

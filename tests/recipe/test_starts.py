@@ -9,8 +9,8 @@ import pytest
 from tunekit.errors import RecipeError
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.load import dump_recipe, load_recipe
+from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.starts.pissa import PissaSettings
-from tunekit.recipe.supported import refuse_unsupported
 
 
 def written(tmp_path: Path, adapter: str, model: str = "{name_or_path: org/base}") -> Path:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.loop_case import Case, make_case, make_rows
-from tests.train_case import result_bytes, train_in_child, write_recipe
+from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.train_case import result_bytes, train_in_child, write_recipe
 from tunekit.adapters.methods.adalora import RankBudget
 from tunekit.errors import RecipeError
 from tunekit.planning.plan import make_plan

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tunekit.evaluate import evaluate_verb
 from tunekit.export_checkpoint import export_checkpoint_verb
 from tunekit.generate import generate_verb
-from tunekit.recipe.names import known_names
+from tunekit.recipe.reading.names import known_names
 from tunekit.train import train_verb
 
 STEPS = 2

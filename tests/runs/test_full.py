@@ -23,15 +23,15 @@ from transformers import (
 )
 
 from tests.conftest import write_tiny_llama
-from tests.loop_case import Case, ListedRows, make_case, make_rows
 from tests.memory.test_streaming_seq2seq import VOCABULARY, make_net
 from tests.objectives.test_classify import STEPS, losses, texts
 from tests.objectives.test_classify import write_recipe as write_classify
-from tests.parity.peft_case import BASES
 from tests.parity.test_loop_peft import big_batch_loss
 from tests.planning.test_estimate import real_step
 from tests.runs.test_seq2seq import _parted, _random_row
-from tests.train_case import write_recipe
+from tests.support.loop_case import Case, ListedRows, make_case, make_rows
+from tests.support.peft_case import BASES
+from tests.support.train_case import write_recipe
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import collate
@@ -52,8 +52,8 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
+from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.tuned.target import find_target, load_target
 from tunekit.validate import validate
 
 CPU = torch.device("cpu")

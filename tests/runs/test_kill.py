@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.train_case import Ended, kill_self, records, result_bytes, train_in_child, without_times, write_recipe
+from tests.support.train_case import (
+    Ended,
+    kill_self,
+    records,
+    result_bytes,
+    train_in_child,
+    without_times,
+    write_recipe,
+)
 from tunekit.files import durable
 
 Event = tuple[str, str]

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.loop_case import KEPT, Case, make_case, make_rows
+from tests.support.loop_case import KEPT, Case, make_case, make_rows
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.errors import AdapterError
+from tunekit.evaluation.probes import packing_leak
 from tunekit.model.call import Call, calling
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
 from tunekit.recipe.adapters.prefix import PrefixSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.tuned.probes import packing_leak
 
 TEXT_IDS = tuple(range(40, 46))
 METHODS: dict[str, Any] = {

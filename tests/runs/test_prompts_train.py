@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.loop_case import Case, make_case, make_rows
-from tests.parity.peft_case import BASES
-from tests.train_case import in_child, kill_self, records, result_bytes, train_in_child, without_times, write_recipe
+from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.peft_case import BASES
+from tests.support.train_case import (
+    in_child,
+    kill_self,
+    records,
+    result_bytes,
+    train_in_child,
+    without_times,
+    write_recipe,
+)
 from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import RecipeError
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
@@ -235,16 +243,16 @@ def test_a_recipe_trains_resumes_evaluates_and_generates(
     assert "virtual tokens before each row" in ended.output
 
     def die_in_step_3() -> None:
-        from tunekit.training.engines.resident import ResidentEngine
+        from tunekit.training.engines.window import WindowEngine
 
-        plain = ResidentEngine.run_window
+        plain = WindowEngine.run_window
 
         def run_window(self: Any, model: Any, objective: Any, window: Any, *more: Any) -> Any:
             if window.step == 3:
                 kill_self()
             return plain(self, model, objective, window, *more)
 
-        ResidentEngine.run_window = run_window  # type: ignore[method-assign]
+        WindowEngine.run_window = run_window  # type: ignore[method-assign]
 
     assert train_in_child(path, cut, before=die_in_step_3).code != 0
     ended = train_in_child(path, cut, resume=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tunekit.evaluate import evaluate_verb
-from tunekit.recipe.shipped import shipped_folder
+from tunekit.recipe.reading.shipped import shipped_folder
 from tunekit.train import train_verb
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import CHAT_TEMPLATE
 from tests.runs.test_kill import Watched, assert_resumes_to, events_of, interrupted
-from tests.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
+from tests.support.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
 from tunekit.training.state import Run
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data_case import chat, encoder_of, objective_of, settings, tokenizer_of
-from tests.loop_case import CPU, ListedRows, make_case
 from tests.runs.test_every_method_trains import SETTINGS
+from tests.support.data_case import chat, encoder_of, objective_of, settings, tokenizer_of
+from tests.support.loop_case import CPU, ListedRows, make_case
 from tunekit.contracts import IGNORED, Row, RowEncoder
 from tunekit.data.batching.windows import TrainingWindows, filled_batch
 from tunekit.data.encoding.outcomes import Dropped
@@ -28,8 +28,8 @@ from tunekit.objectives.seq2seq import EMPTY_SOURCE, ONLY_LAST_ANSWER, make_row
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.names import known_names
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
+from tunekit.recipe.reading.names import known_names
 from tunekit.recipe.training import TrainingSection
 from tunekit.train import train_verb
 

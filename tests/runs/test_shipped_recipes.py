@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.speech_case import write_tiny_whisper
-from tests.tiny_pipelines import saved_pipeline
-from tests.tiny_vit import write_tiny_vit
+from tests.support.speech_case import write_tiny_whisper
+from tests.support.tiny_pipelines import saved_pipeline
+from tests.support.tiny_vit import write_tiny_vit
 from tunekit.plan import plan_verb
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.shipped import first_comment, shipped_recipes
+from tunekit.recipe.reading.shipped import first_comment, shipped_recipes
 from tunekit.train import train_verb
 
 RECIPES = shipped_recipes()

@@ -15,14 +15,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.train_case import in_child, kill_self, records, result_bytes, train_in_child, without_times, write_recipe
+from tests.support.train_case import (
+    in_child,
+    kill_self,
+    records,
+    result_bytes,
+    train_in_child,
+    without_times,
+    write_recipe,
+)
 from tests.training.test_ranks import TORCHRUN, run_two
 from tunekit.adapters.folder.read import read_adapter_config
 from tunekit.arithmetic.merge import merge_adapter
 from tunekit.errors import RecipeError
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.tuned.target import find_target, load_target
+from tunekit.targets.target import find_target, load_target
 
 STARTS: dict[str, tuple[Any, dict[str, Any]]] = {  # case: start, the model section
     "pissa": ("pissa", {}),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import write_tiny_llama
-from tests.train_case import write_recipe
+from tests.support.train_case import write_recipe
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.memory.streaming import gather_on_host
@@ -102,7 +102,7 @@ def test_a_resumed_run_goes_on_alike_in_either_way(tmp_path: Path, model: Path) 
     recipe = write_recipe(tmp_path / "recipe", model)
     train(recipe, tmp_path / "whole", "memory.streaming=disk", "evaluation.patience=null")
     overrides = ("memory.streaming=disk", "training.save_steps=1")
-    from tests.train_case import in_child
+    from tests.support.train_case import in_child
 
     def work() -> None:
         import os

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.product_methods import PRODUCTS
-from tests.contract.vector_methods import VECTORS
-from tests.loop_case import Case, make_case, make_rows
-from tunekit.recipe.names import known_names
+from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.product_methods import PRODUCTS
+from tests.support.vector_methods import VECTORS
+from tunekit.recipe.reading.names import known_names
 from tunekit.recipe.training import TrainingSection
 
 RATES = {"lokr-both": 1e-1}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train_case import Ended, records, result_bytes, train_in_child, write_recipe
+from tests.support.train_case import Ended, records, result_bytes, train_in_child, write_recipe
 
 
 @pytest.fixture(scope="module")

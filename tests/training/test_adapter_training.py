@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.loop_case import Case, make_case, make_rows
-from tunekit.recipe.names import settings_class
+from tests.support.loop_case import Case, make_case, make_rows
+from tunekit.recipe.reading.names import settings_class
 from tunekit.recipe.training import TrainingSection
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

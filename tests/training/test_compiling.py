@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.loop_case import Case, make_case, make_rows
-from tests.train_case import write_recipe
+from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.train_case import write_recipe
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.planning import compiling as planned
 from tunekit.planning.compiling import compile_problems, planned_compile
@@ -68,7 +68,7 @@ def test_plan_says_what_it_chose(tmp_path: Path, tiny_llama: Path) -> None:
 
 def compiled_case(folder: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Case:
     """A case whose layers are prepared in train.py's order."""
-    from tests import loop_case
+    from tests.support import loop_case
 
     forwards: list[Any] = []
     prepare = loop_case.prepare_layers

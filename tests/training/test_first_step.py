@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.architectures.tiny import write_tiny
-from tests.train_case import records, write_recipe
+from tests.support.train_case import records, write_recipe
 from tunekit.errors import AdapterError
 from tunekit.model.attention.segments import Segments
 from tunekit.train import train_verb

@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from tests.data_case import objective_of
-from tests.loop_case import Case, ListedRows, make_case, make_rows
+from tests.support.data_case import objective_of
+from tests.support.loop_case import Case, ListedRows, make_case, make_rows
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import TrainingWindows, collate, evaluation_batches
 from tunekit.errors import DataError, InputError, NumericsError, Stopped
+from tunekit.evaluation.evaluator import Evaluation
+from tunekit.evaluation.scores import EvaluationSums, summed_evaluation
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.state import LoopState
-from tunekit.tuned.evaluator import Evaluation
-from tunekit.tuned.scores import EvaluationSums, summed_evaluation
 
 
 def training(**changes: Any) -> TrainingSection:
@@ -238,8 +238,8 @@ def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
 
 
 def test_the_metrics_are_those_of_the_metrics_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunekit.evaluation.scores import EvaluationSums
     from tunekit.metrics import token_accuracy
-    from tunekit.tuned.scores import EvaluationSums
 
     sums = EvaluationSums({"loss": 6.0, "correct": 1.0, "units": 4.0}, tokens=9, rows=1)
     assert sums.metrics(objective_of().metrics) == {"loss": 1.5, "perplexity": pytest.approx(math.exp(1.5))}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train_case import records, train_in_child, write_recipe
+from tests.support.train_case import records, train_in_child, write_recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train_case import train_in_child, write_recipe
+from tests.support.train_case import train_in_child, write_recipe
 from tunekit.errors import ModelError, Problem, RecipeError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb

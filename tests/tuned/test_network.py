@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.data_case import objective_of
-from tests.loop_case import make_rows
-from tests.train_case import write_recipe
+from tests.support.data_case import objective_of
+from tests.support.loop_case import make_rows
+from tests.support.train_case import write_recipe
 from tunekit.adapters.attach import attach_adapter
 from tunekit.memory.tiling import Tiles
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
@@ -22,8 +22,8 @@ from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
+from tunekit.targets.target import find_target, load_target
 from tunekit.tuned.network import LayerForward, prepare_network
-from tunekit.tuned.target import find_target, load_target
 
 CPU = torch.device("cpu")
 

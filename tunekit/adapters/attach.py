@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from tunekit.adapters.base import KINDS, Casts, LayerAdapter, ModelAdapter, Part, SharedPart, Slot, Wrapper, full_name
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.expert_parameters import ParameterAdapter, ParameterHost, own_parameter
+from tunekit.adapters.kernels.norms import lighten_norms
 from tunekit.adapters.method import Group, Method, load_method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import TrainedTokens, token_rows
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call, seed_for
-from tunekit.model.norms import lighten_norms
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Target
 

@@ -15,7 +15,7 @@ from tunekit.adapters.expert_parameters import ParameterAdapter
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.module_names import is_within, named_copies
 from tunekit.contracts import Tokenizer
-from tunekit.recipe.names import known_names
+from tunekit.recipe.reading.names import known_names
 from tunekit.records import Target
 
 Copies = dict[str, tuple[str, ...] | None]  # module name -> its parameters that are copied; None: all of them

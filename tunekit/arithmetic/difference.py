@@ -20,7 +20,7 @@ from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighte
 from tunekit.arithmetic.nearest_lora import Loss, layer_change, loss_between, loss_of, trained_beside
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.errors import AdapterError
-from tunekit.tuned.target import trained_base
+from tunekit.targets.target import trained_base
 
 PIECE = 2**22  # numbers
 Change = LowRank | Tensor  # of one layer: factors, or the whole (O, I)

@@ -24,8 +24,8 @@ from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
+from tunekit.targets.target import LoadedTarget, Target, as_trained, load_target, processor_of
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.target import LoadedTarget, Target, as_trained, load_target, processor_of
 
 REPORT = "merge_report.json"
 SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report

@@ -29,7 +29,7 @@ from tunekit.model.storage.model_folder import whole_model_folder
 from tunekit.model.storage.rewrite import Changes
 from tunekit.model.storage.source import find_source
 from tunekit.model.transformers_guard import quiet
-from tunekit.tuned.target import LoadedTarget, Target, load_target
+from tunekit.targets.target import LoadedTarget, Target, load_target
 
 PROMPTS, TIMES, SEED = ("a photo",), (100, 500, 900), 0  # of what is compared
 

@@ -20,8 +20,8 @@ from tunekit.arithmetic.lora_folder import LoraFolder, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import shown
-from tunekit.recipe.names import known_names, settings_class
-from tunekit.recipe.section import StartSettings
+from tunekit.recipe.bases.section import StartSettings
+from tunekit.recipe.reading.names import known_names, settings_class
 
 START = "init_lora_weights"  # PEFT's field
 HOW = "give --initial DIR, the adapter as it was saved before training"

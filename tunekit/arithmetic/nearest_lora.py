@@ -20,7 +20,7 @@ from tunekit.adapters.module_names import base_modules
 from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank, decompose, weighted_sum
 from tunekit.errors import AdapterError
-from tunekit.recipe.low_rank import LowRankSettings
+from tunekit.recipe.bases.low_rank import LowRankSettings
 
 BaseLayer = Callable[[str], tuple[Tensor, Tensor | None]]  # module name -> matrix (O, I) and bias (O,), float32
 SAME = 1e-6  # a bias that differs by less than this share of itself was only rounded

@@ -20,7 +20,7 @@ from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import read_small, shown
-from tunekit.tuned.target import named_base
+from tunekit.targets.target import named_base
 
 BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_quantization": "double_quantization"}
 

@@ -66,4 +66,4 @@ def _current_word_of_bash() -> str:
 
 def _offers() -> Any:
     """Imported only where a shell asks."""
-    return import_module("tunekit.recipe.completion")
+    return import_module("tunekit.commands.offers")

@@ -30,7 +30,7 @@ from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.files.cache_folder import hash_of
 from tunekit.formats.example import Example
 from tunekit.recipe.data import DataSection
-from tunekit.recipe.names import measures_training
+from tunekit.recipe.reading.names import measures_training
 from tunekit.records import RowCounts
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.machine.devices import kind_of
+from tunekit.machine.placing import on_host, placed
 from tunekit.memory.blobs import LayerBlob, aligned, frozen_tensors
 from tunekit.memory.copies import Copier, StreamCopier, ThreadCopier
 from tunekit.memory.slots import SLOTS, LayerSlots
 from tunekit.model.load import LoadedModel
-from tunekit.model.placing import on_host, placed
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 

@@ -38,7 +38,7 @@ from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.machine.devices import summing_dtype
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.objectives.logprobs import log_probabilities
 from tunekit.objectives.rows import TextEncoder, TextObjective
 

@@ -21,7 +21,7 @@ from tunekit.data.reading.sound import Sound, opened
 from tunekit.errors import DataError
 from tunekit.formats.audio_label import AudioLabelExample
 from tunekit.formats.media import Media
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.model.speech.features import AudioProcessor
 from tunekit.objectives.labelled import LabelObjective, make_objective_of, refuse_sampling
 from tunekit.objectives.recordings import HEARD, Span, lasts, longer_than, parts_of, utf8

@@ -18,7 +18,7 @@ from tunekit.contracts import Batch, ModelOutput, Part, Row, RowLayout, Tokenize
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.formats.labels import LabelExample
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.objectives.labelled import EMPTY_TEXT, LabelTextObjective, make_objective_of
 from tunekit.objectives.rows import TextEncoder
 from tunekit.recipe.objectives.classify import ClassifySettings

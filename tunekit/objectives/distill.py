@@ -18,7 +18,7 @@ from torch import Tensor
 from tunekit.contracts import Batch, Gather, Loss, ModelOutput, Row, Sums, Tokenizer, Window
 from tunekit.files.cache_folder import hash_of
 from tunekit.machine.devices import summing_dtype
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.objectives.logprobs import divergences, hidden_at, loss_of_positions, row_losses, sums_of_positions
 from tunekit.objectives.sft import Sft, supervised
 from tunekit.recipe.objectives.distill import DistillSettings

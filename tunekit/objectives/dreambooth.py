@@ -39,12 +39,12 @@ from tunekit.data.encoding.images import Pixels, Size, cropped
 from tunekit.errors import InputError, Problem, RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.machine.devices import summing_dtype
+from tunekit.machine.placing import placed
 from tunekit.model.call import seed_for
 from tunekit.model.families.diffusion import IDS
 from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
 from tunekit.model.families.pipeline.parts import PIPELINES, TEXT_ENCODERS
 from tunekit.model.families.pipeline.processor import PipelineProcessor
-from tunekit.model.placing import placed
 from tunekit.objectives.diffusion import noise
 from tunekit.objectives.diffusion.buckets import bucket_problems, made_buckets
 from tunekit.objectives.diffusion.class_images import ClassImages

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, ModelOutput, Sums, Tokenizer
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.objectives.answers import by_sequence
 from tunekit.objectives.rewards import Scores
 from tunekit.objectives.samples import SampleObjective

@@ -33,9 +33,9 @@ from tunekit.data.encoding.augmentation import Augmentation
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.images import Pixels, Size, covering, read_image
 from tunekit.formats.image_label import ImageLabelExample
+from tunekit.machine.placing import placed
 from tunekit.model.call import seed_for
 from tunekit.model.families.image_classifier import PixelProcessor
-from tunekit.model.placing import placed
 from tunekit.objectives.labelled import LabelObjective, make_objective_of, refuse_sampling
 from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Gather, ModelOutput, Row, Rows, Sums, Tokenizer, Window
 from tunekit.machine.devices import wide
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.objectives.answers import AnswerObjective
 from tunekit.recipe.objectives.kto import LOGGED, KtoSettings
 

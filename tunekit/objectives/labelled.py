@@ -26,7 +26,7 @@ from tunekit.model.text.generation import check_prompts
 from tunekit.objectives.confusion import label_sums
 from tunekit.objectives.logprobs import row_losses
 from tunekit.objectives.rows import RowObjective, put_around
-from tunekit.recipe.label_settings import LabelSettings
+from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 EMPTY_TEXT = "empty text"

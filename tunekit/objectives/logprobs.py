@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tunekit.contracts import IGNORED, ROW_LOSSES, Batch, Head, Loss, ModelOutput, Sums
 from tunekit.machine.devices import summing_dtype
+from tunekit.machine.placing import placed
 from tunekit.model.call import calling, current_call
-from tunekit.model.placing import placed
 
 CHUNK_BYTES = 32 * 2**20 - 4096  # of logits in float32: on a CPU a block that malloc takes from its heap
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024

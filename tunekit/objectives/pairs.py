@@ -16,9 +16,9 @@ from torch.nn.functional import logsigmoid
 
 from tunekit.contracts import Batch, Gather, ModelOutput, Sums, Window
 from tunekit.machine.devices import summing_dtype
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.objectives.answers import AnswerObjective, by_sequence
-from tunekit.recipe.pair_settings import REWARDS
+from tunekit.recipe.bases.pair_settings import REWARDS
 
 SIDES = ("chosen", "rejected")
 PREPARED = ("reference", "share", "matched")  # parts of a row that its step gives it

@@ -23,10 +23,10 @@ from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.cache_folder import hash_of
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.objectives.answers import NO_PROMPT, AnswerObjective
 from tunekit.objectives.rows import TextEncoder
-from tunekit.recipe.sample_settings import SampleSettings
+from tunekit.recipe.bases.sample_settings import SampleSettings
 
 PER_TOKEN = ("old", "reference", "kl")  # what a row may have of each token of its completions
 PER_COMPLETION = ("advantages", "weights")

@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 from tunekit.contracts import GREEDY, Batch, ModelOutput, Part, Row, Sampling, Sums, Tokenizer
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.errors import InputError, ModelError
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.objectives.answers import AnswerObjective, Places
 from tunekit.objectives.pairs import SIDES, reward_sums
 from tunekit.recipe.model import HeadedModel, ModelSection

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tunekit.errors import RewardError
 from tunekit.files.untrusted import MODEL_FILE, sha256_of
-from tunekit.recipe.sample_settings import RewardSource, reward_names
+from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
 
 KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that a function does not get under these names
 Scores = NDArray[np.float64]

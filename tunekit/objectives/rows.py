@@ -19,8 +19,8 @@ from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.text.generation import generate_texts
+from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.section import ObjectiveSettings
 
 
 class TextEncoder:

@@ -37,7 +37,7 @@ from tunekit.objectives.logprobs import at_temperature, log_probabilities
 from tunekit.objectives.prompts import Completion, PromptObjective, told_of
 from tunekit.objectives.rewards import Rewards, Scores, Written
 from tunekit.objectives.worth import length_metrics, reward_metrics, spread
-from tunekit.recipe.sample_settings import REWARDED, SampleSettings
+from tunekit.recipe.bases.sample_settings import REWARDED, SampleSettings
 from tunekit.records import Preparation
 
 SHOWN_ROWS, SHOWN_SAMPLES = 2, 4  # of a step, in the report

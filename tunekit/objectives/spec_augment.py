@@ -20,7 +20,7 @@ from tunekit.data.batching.order import draw_raw, permutation
 from tunekit.model.speech.features import FeatureExtractor
 from tunekit.objectives.recordings import features_of
 from tunekit.objectives.rows import RowObjective
-from tunekit.recipe.spec_augment_settings import SpecAugmentSettings
+from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 
 TIME, BANDS = 0, 1
 MASKS = "masks"  # which a step's rows have beside their own parts

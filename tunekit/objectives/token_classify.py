@@ -20,8 +20,8 @@ from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 from tunekit.formats.tags import TagsExample
+from tunekit.machine.placing import placed
 from tunekit.metrics.span_f1 import find_spans, kinds_of
-from tunekit.model.placing import placed
 from tunekit.objectives.labelled import EMPTY_TEXT, LabelTextObjective, make_objective_of
 from tunekit.objectives.rows import TextEncoder
 from tunekit.recipe.objectives.token_classify import TokenClassifySettings

@@ -18,8 +18,8 @@ from tunekit.data.batching.split import cut_batch
 from tunekit.model.load import make_meta_model
 from tunekit.planning.forecast import Forecast
 from tunekit.planning.refusals import library_problems
+from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
-from tunekit.recipe.supported import refuse_unsupported
 from tunekit.records import Choice, bytes_text
 
 SHOWN = 3

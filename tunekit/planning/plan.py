@@ -13,11 +13,14 @@ from tunekit.adapters.base import slot_count
 from tunekit.adapters.kernels.joined_lora import describe, planned_groups
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
+from tunekit.companions.reward_model import scorer_bytes
+from tunekit.companions.teacher import read_teacher, teacher_of, teacher_problems, tier_of
 from tunekit.contracts import Batch, Processor, Rows
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, largest_evaluation_batch
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
+from tunekit.evaluation.evaluator import check_choices
 from tunekit.machine.devices import make_devices
 from tunekit.model.attention.documents import keeps_documents_apart, shares_prefixes
 from tunekit.model.families import make_family
@@ -35,21 +38,18 @@ from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.planning.starts import reference_problems, start_bytes, start_notes, start_problems
 from tunekit.planning.tiers import allowed_tiers, streaming_notes, teacher_notes
+from tunekit.recipe.bases.sample_settings import SampleSettings
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
-from tunekit.recipe.sample_settings import SampleSettings
-from tunekit.recipe.section import AdapterSettings
-from tunekit.recipe.supported import refuse_unsupported
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, Plan, PlannedRows, Target
+from tunekit.targets.labels import start_facts
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.state import Prepared
-from tunekit.tuned.evaluator import check_choices
 from tunekit.tuned.fit import check_family, longest_tokens, row_problems
-from tunekit.tuned.labels import start_facts
-from tunekit.tuned.reward_models import scorer_bytes
-from tunekit.tuned.teacher import read_teacher, teacher_of, teacher_problems, tier_of
 
 END_TO_END = (
     "; the rows of a micro-batch lie end to end, without padding "

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.companions.teacher import as_teacher, tier_of
 from tunekit.contracts import Batch, Loss, ModelOutput, Objective, Sums, Window
+from tunekit.evaluation.scores import prepared, undisturbed
 from tunekit.machine.devices import deterministic_kernels, kind_of
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import host_embedding
@@ -23,17 +25,15 @@ from tunekit.model.quantized import codec
 from tunekit.model.text.generation import draw
 from tunekit.planning.simulated.kernels import kernels_as_on
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
-from tunekit.training.engines.choice import make_engine
+from tunekit.training.engines.streaming import make_engine
 from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.scores import prepared, undisturbed
-from tunekit.tuned.teacher import as_teacher, tier_of
 
 MOMENTS = 2  # AdamW's, which torch makes in its first step
 UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # state of the same size

@@ -14,7 +14,7 @@ from tunekit.adapters.starts.start import LINEAR, start_module
 from tunekit.contracts import AT_STEP_0, Objective
 from tunekit.errors import Problem
 from tunekit.model.load import LoadedModel
-from tunekit.recipe.section import AdapterSettings, CalibratedStart, StartSettings
+from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart, StartSettings
 from tunekit.records import Target, bytes_text
 
 DECOMPOSITION_BYTES = 4 * 8  # for each number of the largest matrix: it, and what it is decomposed into, in float64

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from tunekit.recipe.section import Count, Number, Positive, Section, Several, Text
+from tunekit.recipe.bases.section import Count, Number, Positive, Section, Several, Text
 
 
 class Source(Section):

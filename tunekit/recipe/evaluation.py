@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from tunekit.recipe.section import Count, Section, Several, Text
+from tunekit.recipe.bases.section import Count, Section, Several, Text
 
 FROM_DATA = "from_data"
 CHOICE_SUMS = frozenset({"confusion", "calibration"})  # what choosing adds to what an objective sums up

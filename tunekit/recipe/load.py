@@ -14,12 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunekit.errors import Problem, RecipeError
+from tunekit.recipe.bases.section import Section
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.command_line import ENDING, read_command_line
 from tunekit.recipe.foreign.rewrite import rewrite_aliases
 from tunekit.recipe.foreign.samples import count_prompts
 from tunekit.recipe.foreign.tools import AXOLOTL, PEFT, TRL, WHOLE, drop_empty, tool_of, trains_base, write_defaults
-from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.reading.checks import (
     check_across,
     check_secrets,
@@ -29,6 +29,7 @@ from tunekit.recipe.reading.checks import (
 )
 from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, KeyPath, Place
 from tunekit.recipe.reading.dump import dump_recipe
+from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.recipe.reading.overrides import apply_overrides
 from tunekit.recipe.reading.paths import resolve_paths
 from tunekit.recipe.reading.problems import kind_of, missing_key, problems_of, section_class, unknown_key
@@ -36,7 +37,6 @@ from tunekit.recipe.reading.shorthands import expand_shorthands
 from tunekit.recipe.reading.suggest import did_you_mean, show
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
-from tunekit.recipe.section import Section
 
 __all__ = ["LoadedRecipe", "dump_recipe", "load_recipe", "load_target_overrides", "make_recipe", "override_data"]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tunekit.recipe.section import AutoBoolOrCount, AutoOrBool, Count, Section
+from tunekit.recipe.bases.section import AutoBoolOrCount, AutoOrBool, Count, Section
 
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)")
 _UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))}

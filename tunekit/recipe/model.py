@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Section, Text
+from tunekit.recipe.bases.section import Section, Text
 
 Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "fp8"]
 

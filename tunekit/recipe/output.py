@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Section, Several, Text
+from tunekit.recipe.bases.section import Section, Several, Text
 
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab"

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
+from tunekit.recipe.bases.section import AdapterSettings, ObjectiveSettings, Section
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.names import SettingsKind, known_names, settings_class
 from tunekit.recipe.output import OutputSection
-from tunekit.recipe.section import AdapterSettings, ObjectiveSettings, Section
+from tunekit.recipe.reading.names import SettingsKind, known_names, settings_class
 from tunekit.recipe.training import TrainingSection
 
 DEFAULT_METHOD = {"adapter": "lora", "objective": "sft"}

@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from tunekit.recipe.section import AutoOrBool, Count, CountOrZero, NotNegative, Number, Positive, Section, Text, Whole
+from tunekit.recipe.bases.section import (
+    AutoOrBool,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    Text,
+    Whole,
+)
 
 # each with its settings and their defaults, under transformers' names; None: from the warm-up, or the number of steps
 SCHEDULERS: dict[str, dict[str, float | str | None]] = {

@@ -14,16 +14,22 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.run import ROWS_NAME
+from tunekit.companions.reward_model import load_scorers
+from tunekit.companions.teacher import KEY as KEY_OF_TEACHER
+from tunekit.companions.teacher import load_teacher
 from tunekit.console.progress import Counting
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.images import png_bytes
+from tunekit.evaluation.evaluator import Evaluation, Evaluator, asked_of
+from tunekit.evaluation.row_losses import RowLosses
+from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
 from tunekit.objectives.rewards import Rewards
 from tunekit.records import Plan, calibration_text
-from tunekit.training.engines.choice import make_engine
+from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter, needed_batches
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.run_files import checked_fingerprint, save_run, with_files, write_plan
@@ -39,14 +45,8 @@ from tunekit.training.trial import (
     split_evaluation_noted,
     try_longest_batch,
 )
-from tunekit.tuned.evaluator import Evaluation, Evaluator, asked_of
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.reward_models import load_scorers
-from tunekit.tuned.row_losses import RowLosses
-from tunekit.tuned.scores import summed_evaluation
-from tunekit.tuned.teacher import KEY as KEY_OF_TEACHER
-from tunekit.tuned.teacher import load_teacher
 
 
 def assemble_run(

@@ -17,13 +17,13 @@ from tunekit.adapters.starts.start import LINEAR, Seen, start_module
 from tunekit.contracts import IGNORED, Batch, Objective, Window, WindowSource
 from tunekit.data.batching.pad import real_positions
 from tunekit.errors import RecipeError
+from tunekit.evaluation.scores import undisturbed
 from tunekit.machine.devices import forked_random
 from tunekit.model.load import LoadedModel
-from tunekit.recipe.section import CalibratedStart
+from tunekit.recipe.bases.section import CalibratedStart
 from tunekit.records import Target
-from tunekit.training.engines.resident import ResidentEngine
+from tunekit.training.engines.window import WindowEngine
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.scores import undisturbed
 
 HALF_SCALE = 1024.0  # float16's gradients would underflow
 
@@ -162,7 +162,7 @@ def _run_forward(model: TunedModel, watch: Watch, objective: Objective, batches:
 
 def _run_backward(model: TunedModel, watch: Watch, objective: Objective, windows: Sequence[Window], seed: int) -> None:
     """The gradient of the mean loss over all these batches, one micro-batch at a time."""
-    engine = ResidentEngine(seed)
+    engine = WindowEngine(seed)
     engine.loss_scale = watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
     units = sum(
         (objective.units(batch) for window in windows for batch in window.batches), torch.zeros(1, dtype=torch.float64)

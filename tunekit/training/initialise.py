@@ -27,8 +27,8 @@ from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import packed_layers
 from tunekit.model.storage.rewrite import Rewriter
+from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.section import AdapterSettings, CalibratedStart
 from tunekit.records import Target
 from tunekit.training.calibrate import calibrate
 from tunekit.tuned.model import TunedModel

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tunekit.contracts import Window
 from tunekit.errors import InputError, Problem, Stopped
+from tunekit.evaluation.scores import EvaluationStopped
 from tunekit.records import EvaluationRecord
 from tunekit.training.divergence import watch_step
 from tunekit.training.reached import reaching_all
 from tunekit.training.readings import Reading, Waiting, check_finite, means, start_reading
 from tunekit.training.state import Run, add_seconds, timed
-from tunekit.tuned.scores import EvaluationStopped
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tunekit.contracts import Batch, Sums, Window
 from tunekit.errors import NumericsError
 from tunekit.machine.devices import Devices, kind_of, summing_dtype
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.records import StepRecord
 
 

@@ -27,10 +27,10 @@ from tunekit.machine.environment import accelerator_names, library_versions, rea
 from tunekit.memory.splitting import is_out_of_memory
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import Choice, EvaluationRecord, Plan, StepRecord
+from tunekit.targets.export import facts_for_export
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
 from tunekit.training.state import Run
-from tunekit.tuned.export import facts_for_export
 
 OPTIMIZER_COPIES = 3  # weights and two moments: what a checkpoint holds of each trained number, in float32
 

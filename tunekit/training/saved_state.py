@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.errors import RunFolderError
+from tunekit.targets.export import BUFFER_PREFIX
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.state import LoopState
-from tunekit.tuned.export import BUFFER_PREFIX
 
 
 def checkpoint_tensors(optimizer: Optimizer, adapter: AttachedAdapter) -> dict[str, Tensor]:

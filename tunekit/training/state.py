@@ -12,16 +12,16 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Batch, Engine, Objective, Processor, WindowSource
 from tunekit.data.batching.windows import BatchSettings
 from tunekit.data.rows import RowSet
+from tunekit.evaluation.evaluator import Evaluation, is_better
 from tunekit.machine.devices import Devices
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.section import AdapterSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
-from tunekit.tuned.evaluator import Evaluation, is_better
 from tunekit.tuned.model import TunedModel
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 from tunekit.contracts import AT_STEP_0, Batch, Objective, Window
 from tunekit.errors import ModelError
+from tunekit.evaluation.probes import TOLERANCE, bypass_difference, logprob_difference, packing_leak
 from tunekit.machine.devices import forked_random
 from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.records import Reaction
@@ -14,7 +15,6 @@ from tunekit.training.reached import reaching_all
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, Prepared, Run
 from tunekit.tuned.model import TunedModel
-from tunekit.tuned.probes import TOLERANCE, bypass_difference, logprob_difference, packing_leak
 
 BEFORE_TRAINING = -1  # the step of a window that is only tried
 

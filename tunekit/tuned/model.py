@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import GREEDY, Batch, ModelOutput, Sampling, Tokenizer
+from tunekit.machine.placing import placed
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.vocabulary import HeadParts, StreamedHead
@@ -18,7 +19,6 @@ from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
-from tunekit.model.placing import placed
 from tunekit.model.text.generation import generate_texts
 from tunekit.objectives.logprobs import logits_chunk_tokens
 

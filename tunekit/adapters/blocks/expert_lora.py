@@ -13,7 +13,7 @@ from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
 from tunekit.adapters.expert_parameters import Factors, ParameterAdapter
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import StartLayer, make_factors
-from tunekit.recipe.low_rank import LowRankSettings
+from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 

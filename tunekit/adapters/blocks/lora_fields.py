@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tunekit.adapters.folder.fields import ANY, Fields, Fixed
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import LINEAR
-from tunekit.recipe.low_rank import LowRankSettings
+from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 LORA_FIELDS: Fields = {  # PEFT's field -> our setting, PEFT's default

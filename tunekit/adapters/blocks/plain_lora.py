@@ -13,7 +13,7 @@ from torch import Tensor
 from tunekit.adapters.base import LayerAdapter
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.method import WrittenForm
-from tunekit.recipe.start_choice import DEFAULT_START
+from tunekit.recipe.bases.start_choice import DEFAULT_START
 from tunekit.records import Target
 
 

@@ -21,7 +21,7 @@ from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError
 from tunekit.model.call import calling, current_call
 from tunekit.model.families.structure import text_config
-from tunekit.recipe.virtual_tokens import StartedTokenSettings
+from tunekit.recipe.bases.virtual_tokens import StartedTokenSettings
 
 IN_FILES = "prompt_embeddings"  # PEFT's name for the finished vectors
 FIELDS: Fields = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.kernels.joined_lora import GatedMlp
 from tunekit.adapters.kernels.lora_products import Gated
-from tunekit.model.norms import computes_rms_norm
+from tunekit.adapters.kernels.norms import computes_rms_norm
 
 
 @dataclass(frozen=True, eq=False)

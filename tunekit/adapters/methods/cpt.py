@@ -23,7 +23,7 @@ from tunekit.adapters.method import Method
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError, RecipeError
 from tunekit.files.untrusted import shown
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.recipe.adapters.cpt import SLOT, CptSettings
 
 TYPES = 4  # input template, input, output template, output; the next example's are 4 higher

@@ -16,7 +16,7 @@ from tunekit.adapters.method import Conflict
 from tunekit.adapters.methods.lora import METHOD as LORA
 from tunekit.adapters.methods.lora import Lora
 from tunekit.recipe.adapters.dora import DoraSettings
-from tunekit.recipe.low_rank import LowRankSettings
+from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 

@@ -12,7 +12,7 @@ from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
 from tunekit.adapters.method import Conflict, Method, always
-from tunekit.model.placing import placed
+from tunekit.machine.placing import placed
 from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.records import Target
 

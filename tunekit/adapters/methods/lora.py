@@ -18,7 +18,7 @@ from tunekit.adapters.kernels.joined_lora import JoinedLayers, JoinedProducts
 from tunekit.adapters.method import Method
 from tunekit.adapters.starts.start import StartLayer, make_factors
 from tunekit.recipe.adapters.lora import LoraSettings
-from tunekit.recipe.low_rank import LowRankSettings
+from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 

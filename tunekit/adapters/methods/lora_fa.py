@@ -13,7 +13,7 @@ from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.methods.lora import METHOD as LORA
 from tunekit.adapters.methods.lora import Lora
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
-from tunekit.recipe.low_rank import LowRankSettings
+from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 

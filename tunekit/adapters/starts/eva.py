@@ -11,7 +11,7 @@ from torch import Tensor
 from tunekit.adapters.starts.start import Seen, StartLayer
 from tunekit.errors import DataError
 from tunekit.machine.devices import doubled
-from tunekit.recipe.low_rank import LowRankSettings
+from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.recipe.starts.eva import EvaSettings
 from tunekit.records import Target
 

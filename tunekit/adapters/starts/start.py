@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from tunekit.adapters.base import LayerAdapter
 from tunekit.model.call import seed_for
-from tunekit.recipe.section import StartSettings
+from tunekit.recipe.bases.section import StartSettings
 
 LINEAR = ("linear", "conv1d")  # the kinds of layers that a start fills
 

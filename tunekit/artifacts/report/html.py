@@ -19,7 +19,7 @@ from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.metrics.sources import sources_table
-from tunekit.recipe.names import sizes_of, units_of
+from tunekit.recipe.reading.names import sizes_of, units_of
 from tunekit.records import bytes_text, calibration_text, skipped_text
 
 PARTS = ("weights", "adapter", "optimizer", "activations", "logits")

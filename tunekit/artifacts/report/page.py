@@ -17,7 +17,7 @@ from tunekit.console.text import curve_text, means_of
 from tunekit.errors import redact
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.metrics.sources import sources_table
-from tunekit.recipe.names import draws_images, known_names, settings_class, sizes_of, units_of
+from tunekit.recipe.reading.names import draws_images, known_names, settings_class, sizes_of, units_of
 from tunekit.records import Plan, ReportFacts, bytes_text, calibration_text, skipped_text
 
 CURVE_COLUMNS = 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from tunekit.recipe.names import sizes_of, units_of
+from tunekit.recipe.reading.names import sizes_of, units_of
 from tunekit.records import Plan, Target, bytes_text, short_name
 
 ATTENTION = {

@@ -12,7 +12,7 @@ from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
 from tunekit.artifacts.run import ROWS_NAME, RUN_SIGNS, read_json
 from tunekit.errors import InputError
 from tunekit.files.lock import is_held
-from tunekit.recipe.names import known_names, sizes_of
+from tunekit.recipe.reading.names import known_names, sizes_of
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from tunekit.data.reading.shards import machine_memory_bytes, must_stream
 from tunekit.data.rendering.turns import last_answer
 from tunekit.errors import DataError, RecipeError
 from tunekit.formats.example import ChatExample, CompletionExample, Example
+from tunekit.recipe.bases.section import LARGEST_COUNT
 from tunekit.recipe.data import DataSection
-from tunekit.recipe.section import LARGEST_COUNT
 
 KEY, MOST_ANSWERS = "evaluation.choices", 1000
 

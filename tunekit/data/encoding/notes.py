@@ -11,7 +11,7 @@ from typing import Any
 
 from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG, SourceCounts
 from tunekit.data.reading.first import NAMED
-from tunekit.recipe.names import facts_of
+from tunekit.recipe.reading.names import facts_of
 
 WARNING = "warning: "
 MANY_DROPPED = 0.05  # of a source's rows

@@ -30,7 +30,7 @@ from tunekit.files.cache_folder import code_version, default_cache_folder, hash_
 from tunekit.formats.example import Example
 from tunekit.formats.media import located, read_media
 from tunekit.recipe.data import DataSection, Source
-from tunekit.recipe.names import formats_of
+from tunekit.recipe.reading.names import formats_of
 
 LONGEST_TEMPLATE_BYTES = 2**20
 FACTS = ("format", "reason", "columns", "counts", "notices")  # of a source, kept beside its rows

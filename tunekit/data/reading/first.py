@@ -24,7 +24,7 @@ from tunekit.formats.fields import read_weight
 from tunekit.formats.media import located
 from tunekit.formats.preference import is_pair
 from tunekit.recipe.data import Source
-from tunekit.recipe.names import facts_of, formats_of
+from tunekit.recipe.reading.names import facts_of, formats_of
 
 MakeExample = Callable[[Mapping[str, Any]], Example]
 NAMED = "the recipe says so"

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from tunekit.machine.devices import capability
+from tunekit.machine.placing import placed
 from tunekit.model.attention.cpu_kernel import LONGEST_TOKENS, attend_causally
 from tunekit.model.attention.segments import Segments
 from tunekit.model.call import Call, calling, current_call
-from tunekit.model.placing import placed
 from tunekit.model.transformers_guard import replaced
 
 SUFFIX = "_per_document"

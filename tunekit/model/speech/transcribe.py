@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from tunekit.contracts import GREEDY, Sampling
+from tunekit.machine.placing import placed
 from tunekit.model.call import seed_for
 from tunekit.model.load import LoadedModel
-from tunekit.model.placing import placed
 from tunekit.model.text.generation import drawn_settings, left_as_found
 from tunekit.model.transformers_guard import quiet
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.low_rank import LayersSettings
-from tunekit.recipe.section import (
+from tunekit.recipe.bases.low_rank import LayersSettings
+from tunekit.recipe.bases.section import (
     DROPOUT,
     Count,
     CountOrZero,

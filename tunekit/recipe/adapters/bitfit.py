@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, TextOrTexts
+from tunekit.recipe.bases.section import AdapterSettings, TextOrTexts
 
 
 class BitfitSettings(AdapterSettings):

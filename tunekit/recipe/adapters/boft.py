@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from tunekit.recipe.adapters.oft import BlockSettings
-from tunekit.recipe.section import Count, CountOrZero
+from tunekit.recipe.bases.section import Count, CountOrZero
 
 
 class BoftSettings(BlockSettings):

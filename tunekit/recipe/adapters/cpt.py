@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import AdapterSettings, CountOrZero, NotNegative, Section, Several, Text
+from tunekit.recipe.bases.section import AdapterSettings, CountOrZero, NotNegative, Section, Several, Text
 
 SLOT = "{}"  # where a template takes its text
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import (
+from tunekit.recipe.bases.section import (
     DROPOUT,
     RANK_PATTERN,
     Count,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, CountOrZero, Positive, TargetedSettings
+from tunekit.recipe.bases.section import Count, CountOrZero, Positive, TargetedSettings
 
 
 class FourierftSettings(TargetedSettings):

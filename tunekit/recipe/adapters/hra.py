@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, TargetedSettings
+from tunekit.recipe.bases.section import Count, TargetedSettings
 
 
 class HraSettings(TargetedSettings):

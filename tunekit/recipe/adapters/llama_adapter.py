@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import AdapterSettings, Count, metamath_rate
+from tunekit.recipe.bases.section import AdapterSettings, Count, metamath_rate
 
 
 class LlamaAdapterSettings(AdapterSettings):

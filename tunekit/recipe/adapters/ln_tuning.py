@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import LayerSettings, TextOrTexts
+from tunekit.recipe.bases.section import LayerSettings, TextOrTexts
 
 
 class LnTuningSettings(LayerSettings):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import ALPHA_PATTERN, RANK_PATTERN, Count, Expression, NotNegative, TargetedSettings
+from tunekit.recipe.bases.section import ALPHA_PATTERN, RANK_PATTERN, Count, Expression, NotNegative, TargetedSettings
 
 
 class LohaSettings(TargetedSettings):

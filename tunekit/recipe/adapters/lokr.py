@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import (
+from tunekit.recipe.bases.section import (
     ALPHA_PATTERN,
     LARGEST_COUNT,
     RANK_PATTERN,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.low_rank import LowRankSettings
+from tunekit.recipe.bases.low_rank import LowRankSettings
 
 
 class LoraSettings(LowRankSettings):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, Fraction, TargetedSettings
+from tunekit.recipe.bases.section import Count, Fraction, TargetedSettings
 
 
 class MissSettings(TargetedSettings):

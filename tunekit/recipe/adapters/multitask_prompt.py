@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import Count, CountOrZero
-from tunekit.recipe.virtual_tokens import StartedTokenSettings
+from tunekit.recipe.bases.section import Count, CountOrZero
+from tunekit.recipe.bases.virtual_tokens import StartedTokenSettings
 
 
 class MultitaskPromptSettings(StartedTokenSettings):

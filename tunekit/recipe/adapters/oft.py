@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import Count, CountOrZero, TargetedSettings
+from tunekit.recipe.bases.section import Count, CountOrZero, TargetedSettings
 
 
 class BlockSettings(TargetedSettings):

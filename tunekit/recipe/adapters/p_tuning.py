@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import Count, Fraction, PublishedRate
-from tunekit.recipe.virtual_tokens import VirtualTokenSettings
+from tunekit.recipe.bases.section import Count, Fraction, PublishedRate
+from tunekit.recipe.bases.virtual_tokens import VirtualTokenSettings
 
 MLP_LAYERS = 2  # PEFT's word for its three matrices; no other number has a meaning there
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.section import AdapterSettings, Count, CountOrZero, Several, Text, metamath_rate
+from tunekit.recipe.bases.section import AdapterSettings, Count, CountOrZero, Several, Text, metamath_rate
 
 INIT_TEXT = (
     "You are a helpful assistant. Read carefully what is asked of you, and find out what the task is. Then solve it "

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, metamath_rate
-from tunekit.recipe.virtual_tokens import StartedTokenSettings
+from tunekit.recipe.bases.section import Count, metamath_rate
+from tunekit.recipe.bases.virtual_tokens import StartedTokenSettings
 
 
 class PromptSettings(StartedTokenSettings):

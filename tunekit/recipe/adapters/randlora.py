@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import DROPOUT, Count, CountOrZero, Fraction, NotNegative, TargetedSettings
+from tunekit.recipe.bases.section import DROPOUT, Count, CountOrZero, Fraction, NotNegative, TargetedSettings
 
 
 class RandloraSettings(TargetedSettings):

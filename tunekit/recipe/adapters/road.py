@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, TargetedSettings, metamath_rate
+from tunekit.recipe.bases.section import Count, TargetedSettings, metamath_rate
 
 
 class RoadSettings(TargetedSettings):

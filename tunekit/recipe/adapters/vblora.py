@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import DROPOUT, Count, Fraction, Positive, TargetedSettings
+from tunekit.recipe.bases.section import DROPOUT, Count, Fraction, Positive, TargetedSettings
 
 
 class VbloraSettings(TargetedSettings):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.values import NOTHING, lost, one_of
-from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.reading.draft import Draft, KeyPath
+from tunekit.recipe.reading.names import known_names, settings_class
 
 SIZE: KeyPath = ("training", "micro_batch_size")
 STEPS: KeyPath = ("training", "gradient_accumulation_steps")

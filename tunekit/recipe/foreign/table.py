@@ -9,8 +9,8 @@ from tunekit.recipe.foreign import values as values
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.samples import OF_SAMPLES
 from tunekit.recipe.foreign.values import NOTHING, NotExact, lost, one_of, same
-from tunekit.recipe.names import known_names
 from tunekit.recipe.reading.draft import KeyPath
+from tunekit.recipe.reading.names import known_names
 from tunekit.recipe.training import SCHEDULERS
 
 _SCHEDULERS = one_of(

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.label_settings import LabelSettings
-from tunekit.recipe.spec_augment_settings import SpecAugmentSettings
+from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 
 
 class AudioClassifySettings(SpecAugmentSettings, LabelSettings):

@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from tunekit.recipe.bases.section import Number, ObjectiveSettings, Positive
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.section import Number, ObjectiveSettings, Positive
 
 Share = Annotated[Number, Field(ge=0, le=1)]
 

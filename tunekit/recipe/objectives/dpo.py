@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tunekit.recipe.pair_settings import PairSettings
-from tunekit.recipe.section import NotNegative, Number, Positive, Several
+from tunekit.recipe.bases.pair_settings import PairSettings
+from tunekit.recipe.bases.section import NotNegative, Number, Positive, Several
 
 LossType = Literal[
     "sigmoid",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tunekit.recipe.section import (
+from tunekit.recipe.bases.section import (
     AutoOrBool,
     Count,
     NotNegative,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tunekit.recipe.sample_settings import SampleSettings
+from tunekit.recipe.bases.sample_settings import SampleSettings
 
 LossType = Literal["grpo", "dapo", "dr_grpo", "cispo"]
 BNPO = (

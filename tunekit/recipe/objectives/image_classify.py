@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from tunekit.recipe.label_settings import LabelSettings
-from tunekit.recipe.section import Count, CountOrZero, Fraction, Number, Several
+from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, Several
 
 
 def _scale(value: tuple[float, ...]) -> tuple[float, ...]:

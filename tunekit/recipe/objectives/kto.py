@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import ObjectiveSettings, Positive, PublishedRate
+from tunekit.recipe.bases.section import ObjectiveSettings, Positive, PublishedRate
 
 LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen", "logps_rejected", "kl")
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tunekit.recipe.pair_settings import PairSettings
-from tunekit.recipe.section import Positive
+from tunekit.recipe.bases.pair_settings import PairSettings
+from tunekit.recipe.bases.section import Positive
 
 
 class OrpoSettings(PairSettings):

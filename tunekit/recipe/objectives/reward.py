@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.pair_settings import REWARDS, PairSettings
-from tunekit.recipe.section import Positive, PublishedRate
+from tunekit.recipe.bases.pair_settings import REWARDS, PairSettings
+from tunekit.recipe.bases.section import Positive, PublishedRate
 
 SCORES = REWARDS[:4]  # what is logged of two scores alone
 

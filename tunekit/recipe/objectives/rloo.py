@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from tunekit.recipe.sample_settings import SampleSettings, several
-from tunekit.recipe.section import NotNegative, Whole
+from tunekit.recipe.bases.sample_settings import SampleSettings, several
+from tunekit.recipe.bases.section import NotNegative, Whole
 
 
 class RlooSettings(SampleSettings):

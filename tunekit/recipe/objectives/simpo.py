@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.pair_settings import PairSettings
-from tunekit.recipe.section import NotNegative, Number, Positive
+from tunekit.recipe.bases.pair_settings import PairSettings
+from tunekit.recipe.bases.section import NotNegative, Number, Positive
 
 
 class SimpoSettings(PairSettings):

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Text
-from tunekit.recipe.spec_augment_settings import SpecAugmentSettings
+from tunekit.recipe.bases.section import Text
+from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 
 
 class SpeechSettings(SpecAugmentSettings):

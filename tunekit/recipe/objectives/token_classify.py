@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.label_settings import LabelSettings
+from tunekit.recipe.bases.label_settings import LabelSettings
 
 
 class TokenClassifySettings(LabelSettings):

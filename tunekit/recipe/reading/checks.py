@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunekit.errors import holds_secret
+from tunekit.recipe.bases.sample_settings import SampleSettings
+from tunekit.recipe.bases.section import ObjectiveSettings, Section
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.evaluation import CHOICE_METRICS, EvaluationSection
-from tunekit.recipe.names import (
+from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
+from tunekit.recipe.reading.names import (
     SettingsKind,
     facts_of,
     formats_of,
@@ -20,10 +23,7 @@ from tunekit.recipe.names import (
     settings_class,
     unmeasurable,
 )
-from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
 from tunekit.recipe.reading.suggest import did_you_mean
-from tunekit.recipe.sample_settings import SampleSettings
-from tunekit.recipe.section import ObjectiveSettings, Section
 
 EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
 _ONE_NEEDED = (("epochs", "max_steps"), ("micro_batch_size", "micro_batch_tokens"))

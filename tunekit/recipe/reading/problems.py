@@ -11,14 +11,14 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from tunekit.errors import Problem
+from tunekit.recipe.bases.section import Section
 from tunekit.recipe.data import Source
 from tunekit.recipe.foreign.table import alias_target, meaning
-from tunekit.recipe.names import known_names, settings_class
 from tunekit.recipe.reading.draft import Draft, KeyPath, dotted, has_item
+from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.recipe.reading.suggest import did_you_mean, nearest, show
 from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
-from tunekit.recipe.section import Section
 
 _YES_NO = {"no": "false", "off": "false", "n": "false", "yes": "true", "on": "true", "y": "true"}
 _COMPARISONS = {

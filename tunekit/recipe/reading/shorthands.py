@@ -5,8 +5,8 @@ Comes in: a Draft as read.  Goes out: the same Draft with mappings and lists whe
 
 from __future__ import annotations
 
-from tunekit.recipe.names import known_names
 from tunekit.recipe.reading.draft import Draft, KeyPath
+from tunekit.recipe.reading.names import known_names
 from tunekit.recipe.reading.yaml_reader import read_scalar
 
 NAMED_BY_TEXT = {"model": "name_or_path", "adapter": "method", "objective": "method"}

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import CalibratedStart, Number
+from tunekit.recipe.bases.section import CalibratedStart, Number
 
 
 class EvaSettings(CalibratedStart):

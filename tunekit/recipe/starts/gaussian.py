@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import StartSettings
+from tunekit.recipe.bases.section import StartSettings
 
 
 class GaussianSettings(StartSettings):

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import CalibratedStart, Count, Positive
+from tunekit.recipe.bases.section import CalibratedStart, Count, Positive
 
 
 class LoraGaSettings(CalibratedStart):

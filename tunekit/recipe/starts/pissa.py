@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.section import Count, StartSettings
+from tunekit.recipe.bases.section import Count, StartSettings
 
 
 class PissaSettings(StartSettings):

@@ -238,3 +238,12 @@ def _stages_of(base: LoadedModel) -> Stages:
         what = f"{base.facts.model_type} cannot be computed layer by layer"
         raise ModelError(what, "write memory.streaming: off", key="memory.streaming")
     return stages
+
+
+def make_engine(
+    seed: int, slots: LayerSlots | None, pass_micro_batches: int, splitting: Splitting | None = None
+) -> WindowEngine:
+    """The engine of a run: layer by layer if the base's layers are in slots, else micro-batch by micro-batch."""
+    if slots is None:
+        return WindowEngine(seed, splitting)
+    return StreamingEngine(seed, slots, pass_micro_batches, splitting)

@@ -1,7 +1,7 @@
-"""What every engine does with a window: its micro-batches in pieces that fit, their losses summed and divided.
+"""The engine for a base whose weights are all on the device: forward and backward of one micro-batch at a time.
 
-Comes in: a window and the step's units.  Goes out: the gradient of (sum of losses / units), in the flat buffers.
-A micro-batch that runs out of memory is split (memory/splitting.py): the same sums, in another order.
+It leaves the gradient of (sum of losses / units) in the flat buffers. A micro-batch that runs out of memory is split
+(memory/splitting.py): the same sums, in a different order. The streaming engine changes only the order of the layers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts import Batch, ModelOutput, Objective, Sums, Window
+from tunekit.machine.placing import placed
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting
-from tunekit.model.call import AFTER_LAYERS, Call, current_call, seed_layer
-from tunekit.model.placing import placed
+from tunekit.model.call import AFTER_LAYERS, OUTSIDE_LAYERS, Call, calling, current_call, seed_layer
 from tunekit.tuned.model import TunedModel
 
 
@@ -65,7 +65,7 @@ class WindowRun:
 
 
 class WindowEngine:
-    """Runs a window, and begins it anew with smaller pieces where memory runs out.
+    """Runs the micro-batches of a window one by one, and starts again with smaller pieces if memory runs out.
 
     `splitting`: what to do where memory runs out; None: that is an error.
     """
@@ -105,5 +105,14 @@ class WindowEngine:
         return self.splitting.run(objective, window.batches, attempt, model.clear_gradient, window.step + 1)
 
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
-        """Forward and backward of every piece, in the order of the step."""
-        raise NotImplementedError
+        """Forward and backward of every piece, in the order of the step. Only one piece's activations are alive."""
+        model = run.model
+
+        def penalty() -> Tensor | None:
+            return model.adapter.penalty() if model.adapter else None
+
+        for piece in pieces:
+            run.computing(piece)
+            with calling(run.call(piece)) as call:
+                seed_layer(call, OUTSIDE_LAYERS)
+                run.backward(piece, model.output(piece.batch.inputs), penalty)

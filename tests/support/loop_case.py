@@ -1,0 +1,190 @@
+"""A small training run put together by hand, for tests of the loop that need no recipe and no run folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tests.support.data_case import objective_of
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.contracts import Engine, Row
+from tunekit.data.batching.windows import BatchSettings, TrainingWindows
+from tunekit.errors import Stopped
+from tunekit.machine.devices import make_devices
+from tunekit.memory.blobs import frozen_tensors
+from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.offload import BoundaryStore
+from tunekit.memory.streaming import make_slots, stream_layers
+from tunekit.model.load import load_model
+from tunekit.objectives.sft import make_row
+from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.bases.section import ObjectiveSettings
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.training import TrainingSection
+from tunekit.records import EvaluationRecord, StepRecord
+from tunekit.training.engines.streaming import StreamingEngine
+from tunekit.training.engines.window import WindowEngine
+from tunekit.training.loop import run_loop
+from tunekit.training.optimizers import Optimizer, make_optimizer
+from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
+from tunekit.training.scaling import LossScale
+from tunekit.training.schedules import warmup_steps
+from tunekit.training.state import LoopState, Run
+from tunekit.tuned.model import TunedModel
+
+# how a model is given kept keys and values, and gives them back, in this release of transformers
+KEPT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("TUNEKIT_TEST_DEVICE", "cpu"))  # where a case is computed that names no other
+
+
+class ListedRows:
+    """Rows over a list."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = [replace(row, number=number) for number, row in enumerate(rows)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    @property
+    def sizes(self) -> Any:
+        return np.array([row.sizes for row in self.rows], dtype=np.int64)
+
+    @property
+    def lengths(self) -> Any:
+        return self.sizes.sum(axis=1)
+
+    @property
+    def supervised(self) -> Any:
+        return np.array([row.supervised for row in self.rows], dtype=np.int64)
+
+
+def make_rows(count: int, *, vocabulary: int = 256, shortest: int = 2, longest: int = 31, seed: int = 0) -> ListedRows:
+    """Random rows of shortest..longest tokens; the first half of each is a prompt, the last token always a target."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        length = shortest + number % (longest - shortest + 1)
+        ids = generator.integers(3, vocabulary, length).astype(np.int32)
+        trained = np.arange(length) >= length // 2
+        trained[-1] = True
+        rows.append(make_row(ids, trained, f"rows:{number + 1}"))
+    return ListedRows(rows)
+
+
+@dataclass
+class Case:
+    """What a test looks at after (or between) steps."""
+
+    model: TunedModel
+    adapter: AttachedAdapter
+    windows: TrainingWindows
+    optimizer: Optimizer
+    training: TrainingSection
+    parts: Run
+    records: list[StepRecord | EvaluationRecord] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+
+    def run(self, state: LoopState | None = None) -> LoopState:
+        self.parts.state = state or LoopState(self.parts.state.scale)
+        run_loop(self.parts)
+        return self.parts.state
+
+    def run_after_a_stop(self, stopped: Case, steps: int) -> None:
+        """Stop `stopped` by a signal after so many steps, and go on here from what a checkpoint holds of it."""
+        stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= steps else 0
+        with pytest.raises(Stopped):
+            stopped.run()
+        tensors = {
+            name: value.clone() for name, value in checkpoint_tensors(stopped.optimizer, stopped.adapter).items()
+        }
+        facts = checkpoint_facts(stopped.optimizer, stopped.parts.state, {})
+        self.run(restore(tensors, facts, self.optimizer, self.adapter))
+
+    @property
+    def losses(self) -> list[float]:
+        return [record.loss for record in self.records if isinstance(record, StepRecord)]
+
+
+def make_case(
+    folder: Path,
+    rows: ListedRows,
+    *,
+    training: TrainingSection,
+    adapter: Any = None,
+    model: ModelSection | None = None,
+    packing: bool = False,
+    end_to_end: bool = False,
+    max_length: int = 64,
+    checkpointed: int = 0,
+    store: BoundaryStore | None = None,
+    chunk: int = 16,
+    base_dropout: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    streaming: dict[str, Any] | None = None,
+    device: torch.device = DEVICE,
+    objective: ObjectiveSettings | None = None,
+) -> Case:
+    """`streaming`: settings of make_slots, and `pass_size`: the engine is then the one that goes layer by layer."""
+    devices, section = make_devices(), model or ModelSection(name_or_path=str(folder), dtype="float32")
+    base = load_model(section, device=device, streamed=streaming is not None and device.type != "cpu")
+    weights = [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
+    lora, head = adapter or LoraSettings(r=4, alpha=8.0), base.family.head_name(base.net)
+    attached = attach_adapter(base.net, lora, seed=training.seed, head_name=head, device=device)
+    layers = [layer for _, layer in base.family.layers(base.net)]
+    prepare_layers(layers, checkpointed, store)
+    engine: Engine = WindowEngine(training.seed)
+    if streaming is not None:
+        settings_of_slots = dict(streaming)
+        pass_size = settings_of_slots.pop("pass_size", 99)
+        slots = make_slots(weights, device, mapped=base.mapped, **{"tier": "host", "poison": True, **settings_of_slots})
+        stream_layers(layers, slots)
+        engine = StreamingEngine(training.seed, slots, pass_size)
+    tuned = TunedModel(base, attached, BoundaryStore(None) if store is None else store, chunk)
+    settings = BatchSettings(
+        micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=training.micro_batch_tokens,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_length=max_length,
+        packing=packing,
+        shuffle=True,
+        seed=training.seed,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        end_to_end=end_to_end,
+    )
+    minimised = objective_of(objective)
+    windows = TrainingWindows(rows, minimised, settings, rank=rank, world=world)
+    optimizer = make_optimizer(training, attached)
+    records: list[StepRecord | EvaluationRecord] = []
+    saved: list[int] = []
+    run = Run(
+        model=tuned,
+        objective=minimised,
+        engine=engine,
+        optimizer=optimizer,
+        devices=devices,
+        windows=windows,
+        training=training,
+        evaluation=EvaluationSection(),
+        warmup_steps=warmup_steps(training, windows.steps),
+        state=LoopState(LossScale(base.dtype == torch.float16)),
+        record=records.append,
+        save=lambda: saved.append(run.state.step),
+    )
+    return Case(tuned, attached, windows, optimizer, training, run, records, saved)

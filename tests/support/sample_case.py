@@ -1,0 +1,281 @@
+"""Completions with rewards given instead of a model, and the same in the shapes that trl has them."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
+
+from tunekit.contracts import Batch, ModelOutput, Row, Window
+from tunekit.model.call import seed_for
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.bases.sample_settings import SampleSettings
+
+END, VOCABULARY, LONGEST = 2, 100, 7
+PROMPTS = [4, 3, 6, 2]  # tokens of each
+LENGTHS = [(5, 7, 1), (3, 3, 4), (7, 2, 6), (7, 7, 7)]  # of each one's completions; those of 7 did not end
+REWARDS = [  # by two functions
+    [(1.0, 0.5), (0.0, 0.25), (1.0, None)],
+    [(0.5, 0.5), (0.5, 0.5), (0.5, 0.5)],
+    [(None, None), (2.0, -1.0), (0.0, 3.0)],
+    [(0.25, None), (None, 0.125), (-1.0, 0.0)],
+]
+CODE = """
+import json
+from pathlib import Path
+
+TABLE = json.loads(Path(__file__).with_suffix(".json").read_text())
+
+def first(prompts, completions, **columns):
+    return [TABLE[text][0] for text in completions]
+
+def second(completions):
+    return [TABLE[text][1] for text in completions]
+"""
+
+
+class Words:
+    """A tokenizer whose texts are ids."""
+
+    fingerprint, pad_id, eos_id, chat_template, special_ids = "of ids", 0, END, None, frozenset([END])
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return " ".join(str(number) for number in ids if number != END or not skip_special_tokens)
+
+    def batch_decode(self, lines: Sequence[Sequence[int]], *, skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in lines]
+
+    pad_token_id = 0
+
+
+class Table(nn.Module):
+    """A model that gives each id its own log-probability, and each place its own entropy."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        drawn = torch.rand(2, 32, VOCABULARY, generator=torch.Generator().manual_seed(seed))  # (T, V)
+        self.values, self.entropies = nn.Parameter(0.05 - drawn[0]), drawn[1]
+
+
+def drawn_ids() -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Prompts, and the completions to each."""
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(3, VOCABULARY, size).tolist() for size in PROMPTS]
+    groups = [[draw.integers(3, VOCABULARY, size).tolist() for size in sizes] for sizes in LENGTHS]
+    return prompts, [[ids if len(ids) == LONGEST else [*ids[:-1], END] for ids in group] for group in groups]
+
+
+@dataclass
+class Case:
+    """One step: prompts with completions, the rewards' file, numbers of the policy, the old one and the reference."""
+
+    folder: Path
+    kind: type[SampleSettings]
+    values: dict[str, Any]
+    off_policy: bool = False
+
+    def __post_init__(self) -> None:
+        self.prompts, self.groups = drawn_ids()
+        texts = {Words().decode(ids, skip_special_tokens=True): at for at, ids in enumerate(list(chain(*self.groups)))}
+        worth = list(chain(*REWARDS))
+        (self.folder / "rewards.json").write_text(json.dumps({text: worth[at] for text, at in texts.items()}))
+        (self.folder / "rewards.py").write_text(CODE)
+        named = [
+            {"function": f"{self.folder}/rewards.py:{name}", "allow_code": True, "weight": weight}
+            for name, weight in (("first", 1.0), ("second", 0.5))
+        ]
+        sizes = {"num_generations": len(LENGTHS[0]), "max_completion_length": LONGEST}
+        self.settings = self.kind.model_validate({"reward": named, **sizes, **self.values})
+        self.policy, self.old, self.reference = (Table(seed) for seed in range(3))
+        if not self.off_policy:
+            self.old = self.policy
+
+    # As tunekit has it.
+
+    def objective(self) -> Any:
+        objective: Any = make_objective(self.settings, Words())  # type: ignore[arg-type]
+        objective.log_probabilities = self._of_batch
+        return objective
+
+    def rows(self, objective: Any) -> list[Row]:
+        said = [json.dumps({"prompt": str(ids), "columns": {}}).encode() for ids in self.prompts]
+        pairs = enumerate(zip(self.prompts, said, strict=True))
+        return [objective.prompt_row(np.array(ids, np.int32), text, f"d:{at}", at) for at, (ids, text) in pairs]
+
+    def model(self) -> Any:
+        def generate(tokenizer: Any, prompts: Sequence[list[int]], **named: Any) -> list[list[int]]:
+            known = {tuple(prompt): group for prompt, group in zip(self.prompts, self.groups, strict=True)}
+            count = len(LENGTHS[0])
+            expected = [
+                seed_for("sample", 5, 3, self.prompts.index(prompt), 0, at % count) for at, prompt in enumerate(prompts)
+            ]
+            assert named["seeds"] == expected, "what is drawn follows from seed, step, row and completion"
+            return [known[tuple(prompt)][at % count] for at, prompt in enumerate(prompts)]
+
+        def scored(batches: Sequence[Batch], score: Any, *, bypassed: bool = False) -> list[Tensor]:
+            output = ModelOutput(hidden=torch.zeros(1, 1, 1))
+            object.__setattr__(output, "head", self.reference if bypassed else self.old)
+            return [score(output, batch).detach() for batch in batches]
+
+        return SimpleNamespace(
+            device=torch.device("cpu"), base=SimpleNamespace(generation_config=None), generate=generate, scored=scored
+        )
+
+    def _of_batch(self, output: Any, batch: Batch, entropies: Tensor | None = None) -> Tensor:
+        places = batch.inputs["position_ids"].flatten()[batch.targets["index"]]
+        if entropies is not None:
+            entropies.copy_(output.head.entropies[places, batch.targets["ids"]])
+        found: Tensor = output.head.values[places, batch.targets["ids"]]
+        return found
+
+    def ours(
+        self, sizes: Sequence[int], layout: tuple[bool, bool] = (True, True), order: Sequence[int] = (0, 1, 2, 3)
+    ) -> Any:
+        """The step's loss, what is logged, and its window; cut into micro-batches of so many prompts."""
+        objective = self.objective().laid_out(*layout)
+        rows = self.rows(objective)
+        starts = np.cumsum([0, *sizes]).tolist()
+        groups = [
+            [[rows[order[at]] for at in range(start, stop)]]
+            if layout[0]
+            else [[rows[order[at]]] for at in range(start, stop)]
+            for start, stop in pairwise(starts)
+        ]
+        batches = tuple(objective.collate(group) for group in groups)
+        window = objective.prepare(self.model(), Window(3, 0.0, tuple(range(len(batches))), batches, 5))
+        if self.off_policy:
+            window = objective.with_tokens(window, "old", self.model().scored(window.batches, objective.of_tokens))
+        output: Any = SimpleNamespace(hidden=torch.zeros(1, 1, 1), head=self.policy)
+        losses = [objective.loss(output, batch) for batch in window.batches]
+        units = sum(float(objective.units(batch)) for batch in window.batches)
+        logged = {name: sum(float(loss.metrics[name]) for loss in losses) / units for name in objective.logged}
+        total = torch.stack([loss.total for loss in losses]).sum() / units
+        return total, {**logged, **window.preparation.metrics}, window
+
+    # As trl has it.
+
+    def theirs(self) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the same completions in one batch of trl's own trainer, and what it logs."""
+        grpo = self.kind.__name__ == "GrpoSettings"
+        trainer, settings = (GRPOTrainer if grpo else RLOOTrainer), self.settings
+        count = settings.num_generations
+        prompts = [ids for ids in self.prompts for _ in range(count)]
+        completions = list(chain(*self.groups))
+        scores = torch.tensor(
+            [[np.nan if value is None else value for value in pair] for pair in list(chain(*REWARDS))]
+        )
+        metrics: Any = defaultdict(lambda: defaultdict(list))
+        stub = SimpleNamespace(
+            accelerator=_Alone(),
+            model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+            ref_model=self.reference,
+            args=SimpleNamespace(
+                per_device_train_batch_size=len(prompts),
+                gradient_checkpointing_kwargs=None,
+                steps_per_generation=1,
+                gradient_accumulation_steps=1,
+                delta=None,
+                use_bias_correction_kl=getattr(settings, "use_bias_correction_kl", True),
+                report_to=[],
+            ),
+            _metrics=metrics,
+            _logs={
+                "prompt": [],
+                "completion": [],
+                "rewards": defaultdict(list),
+                "advantages": [],
+                "extra": defaultdict(list),
+            },
+            _pending_extra_logs={},
+            _pending_metrics={},
+            state=SimpleNamespace(num_input_tokens_seen=0),
+            processing_class=Words(),
+            _tokenizer=Words(),
+            eos_token_ids=[END],
+            pad_to_multiple_of=None,
+            environment_factories=None,
+            environments=None,
+            tools=None,
+            use_vllm=False,
+            rollout_func=lambda asked, _: {"prompt_ids": prompts, "completion_ids": completions, "logprobs": None},
+            _tokenize_prompts=lambda asked: (prompts, None, {}),
+            _generate_single_turn=lambda *given: completions,
+            num_generations=count,
+            num_iterations=1,
+            reward_weights=torch.tensor([source.weight for source in settings.reward]),
+            reward_func_names=["first", "second"],
+            reward_funcs=[None, None],
+            multi_objective_aggregation="sum_then_normalize",
+            reward_clip_range=None,
+            mask_truncated_completions=settings.mask_truncated_completions,
+            max_completion_length=settings.max_completion_length,
+            epsilon_low=settings.epsilon,
+            epsilon_high=settings.clip_high,
+            current_gradient_accumulation_steps=1,
+            off_policy_mask_threshold=None,
+            top_entropy_quantile=1.0,
+            _entropy_bonus_enabled=False,
+            aux_loss_enabled=False,
+            log_multimodal=False,
+            **{name: getattr(settings, name) for name in KEYS if hasattr(settings, name)},
+        )
+        stub._generate = lambda asked: trainer._generate(stub, asked)
+        stub._calculate_rewards = lambda *given: scores
+        stub._get_per_token_logps_and_entropies = lambda model, ids, mask, keep, *_, **__: (
+            *self._of_lines(
+                model if isinstance(model, Table) else self.old if grpo or not stub.trains else self.policy,
+                ids,
+                mask,
+                keep,
+            ),
+            None,
+        )
+        stub.trains = False
+        inputs = trainer._generate_and_score_completions(stub, [{"prompt": str(ids)} for ids in prompts])
+        stub.trains = True
+        if grpo and self.off_policy:
+            whole = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            mask = torch.cat([inputs["prompt_mask"], torch.ones_like(inputs["completion_ids"])], 1)
+            inputs["old_per_token_logps"] = self._of_lines(self.old, whole, mask, inputs["completion_ids"].shape[1])[
+                0
+            ].detach()
+        loss = trainer._compute_loss(stub, self.policy if grpo else object(), inputs)
+        named = {name.replace("/", "_"): values[-1] for name, values in metrics["train"].items()}
+        return loss, named
+
+    def _of_lines(self, table: Table, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """(B, C) of each completion's tokens; position 0 is the first token of the prompt, padded on the left."""
+        first = (mask[:, : ids.shape[1] - keep] == 0).sum(1, keepdim=True)
+        places = (torch.arange(ids.shape[1])[None] - first - 1)[:, -keep:]
+        tokens = ids[:, -keep:]
+        return table.values[places, tokens], table.entropies[places, tokens]
+
+
+KEYS = ("beta", "loss_type", "scale_rewards", "importance_sampling_level", "normalize_advantages")
+
+
+class _Alone:
+    """An accelerator of one process."""
+
+    device, num_processes, process_index = torch.device("cpu"), 1, 0
+
+    def gather(self, value: Tensor) -> Tensor:
+        return value
+
+    def reduce(self, value: Tensor, reduction: str) -> Tensor:
+        return value
+
+
+def without(row: Row, *names: str) -> Row:
+    return replace(row, parts={name: part for name, part in row.parts.items() if name not in names})

@@ -1,0 +1,177 @@
+"""Answers as chat and serve make them: equal to generate's, whoever answers, whatever is kept from turn to turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunekit.chat import Chat, read_history
+from tunekit.console import Console, visible
+from tunekit.contracts import GREEDY, Sampling
+from tunekit.errors import DataError, InputError
+from tunekit.formats.example import Message
+from tunekit.generate import answer
+from tunekit.talking.conversation import BASE, Request, Speaker, _Writer, make_speaker
+from tunekit.targets.target import find_target, load_target
+
+CPU = torch.device("cpu")
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+QUESTION = [Message("user", "Say something long, please.")]
+
+
+def load(target: Path, *overrides: str) -> Any:
+    return load_target(find_target(str(target), None, ["model.dtype=float32", *overrides]), CPU)
+
+
+def adapter_of(base: Path, folder: Path, seed: int) -> Path:
+    """A LoRA as peft writes it, that says other things than its base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def speaker(tiny_llama: Path, tmp_path: Path) -> Speaker:
+    """The tiny model with two adapters that answer otherwise than it and each other."""
+    found = make_speaker(load(adapter_of(tiny_llama, tmp_path / "one", seed=1)), "one")
+    found.add("two", adapter_of(tiny_llama, tmp_path / "two", seed=2))
+    return found
+
+
+def ask(speaker: Speaker, name: str, messages: list[Message], count: int = 12, **more: Any) -> str:
+    (reply,) = speaker.answer([Request(messages, count, **more)], name)
+    return reply.text
+
+
+def test_everyone_answers_as_generate_does(tiny_llama: Path, tmp_path: Path, speaker: Speaker) -> None:
+    settings = "evaluation.max_new_tokens=12"
+    alone = {"base": load(tiny_llama, settings), "one": load(tmp_path / "one", settings)}
+    alone["two"] = load(tmp_path / "two", settings)
+    answers = {name: answer(target, [QUESTION[0].content])[0] for name, target in alone.items()}
+    assert len(set(answers.values())) == 3
+    for name in ("two", "base", "one", "two"):
+        assert ask(speaker, name, QUESTION) == answers[name]
+    assert speaker.names == [BASE, "one", "two"]
+    assert speaker.default == "one"
+    with pytest.raises(InputError, match="no adapter 'three'"):
+        ask(speaker, "three", QUESTION)
+
+
+def test_what_is_kept_from_the_turn_before_changes_no_answer(speaker: Speaker) -> None:
+    messages = list(QUESTION)
+    for turn in range(3):
+        kept = ask(speaker, "one", messages)
+        lengths = {len(ids) for ids, _ in speaker._kept.values()}
+        speaker._kept.clear()
+        assert ask(speaker, "one", messages) == kept
+        assert lengths == {len(ids) for ids, _ in speaker._kept.values()}
+        messages += [Message("assistant", kept), Message("user", f"And {turn}?")]
+    ask(speaker, "one", [Message("user", "Say another thing.")])  # shares its beginning only
+    assert ask(speaker, "one", messages[:-2]) == messages[-2].content
+
+
+def test_a_long_neighbour_takes_no_room_from_a_short_one(speaker: Speaker) -> None:
+    long = [Message("user", "word " * 90)]
+    requests = [Request(QUESTION, 60), Request(long, 60)]
+    assert speaker.answer(requests, "two") == [speaker.answer([each], "two")[0] for each in requests]
+
+
+def test_a_temperature_near_zero_is_greedy(speaker: Speaker) -> None:
+    assert ask(speaker, "one", QUESTION, sampling=Sampling(1e-300, 1.0, 0, 1)) == ask(speaker, "one", QUESTION)
+
+
+def test_the_first_of_several_stop_texts_ends_the_answer() -> None:
+    writer = _Writer(lambda ids, **_: "one b a"[: 7 * len(ids)], Request(QUESTION, 9, stop=["a", "b"]), set())
+    assert [writer.add(5), writer.finish(), writer.reason] == ["one ", "", "stop"]
+
+
+def test_an_adapter_called_base_does_not_hide_behind_the_base(tiny_llama: Path, tmp_path: Path) -> None:
+    found = make_speaker(load(adapter_of(tiny_llama, tmp_path / "base", seed=1)), "base")
+    assert (found.names, found.default) == ([BASE, "adapter"], "adapter")
+
+
+def test_several_are_answered_side_by_side(speaker: Speaker) -> None:
+    others = [[Message("user", text)] for text in ("a", "Tell me more of it, will you?", "What is it?")]
+    alone = [ask(speaker, "two", messages, 5 + at) for at, messages in enumerate(others)]
+    shown = ["", "", ""]
+
+    def on_text(row: int, text: str) -> bool:
+        shown[row] += text
+        return True
+
+    replies = speaker.answer([Request(m, 5 + at) for at, m in enumerate(others)], "two", on_text)
+    assert [reply.text for reply in replies] == alone == shown
+    assert [reply.new_tokens for reply in replies] == [5, 6, 7]
+    assert {reply.reason for reply in replies} == {"length"}
+
+
+def test_an_answer_ends_before_a_stop_text_and_where_nobody_listens(speaker: Speaker) -> None:
+    whole = ask(speaker, "one", QUESTION, 30)
+    stop = whole[10:13]
+    (reply,) = speaker.answer([Request(QUESTION, 30, stop=(stop,))], "one")
+    assert reply.text == whole[: whole.index(stop)]
+    assert reply.reason == "stop"
+    (reply,) = speaker.answer([Request(QUESTION, 30)], "one", lambda row, text: False)
+    assert 0 < reply.new_tokens < 5
+
+
+def test_sampling_follows_its_seed(speaker: Speaker) -> None:
+    texts = [ask(speaker, "one", QUESTION, sampling=Sampling(1.5, 1.0, 0, seed)) for seed in (0, 1, 0)]
+    assert texts[0] == texts[2] != texts[1]
+    assert ask(speaker, "one", QUESTION, sampling=GREEDY) not in texts[:2]
+
+
+def test_a_conversation_in_the_terminal(speaker: Speaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = tmp_path / "talk.jsonl"
+    chat = Chat(speaker, Console(), "one", GREEDY, 8, history)
+    chat.line("/system You are brief.")
+    chat.line(QUESTION[0].content)
+    shown = capsys.readouterr().out
+    reply = chat.messages[-1].content
+    assert shown.startswith(visible(reply))
+    assert "[ended at 8 tokens" in shown
+    chat.line("/base")
+    assert capsys.readouterr().out.startswith(visible(ask(speaker, BASE, chat.messages[:2], 8)))
+    assert [message.role for message in read_history(history)] == ["system", "user", "assistant"]
+    chat.line("/adapter two")
+    chat.line("Once more")
+    assert chat.messages[-1].content == ask(speaker, "two", chat.messages[:-1], 8)
+    chat.line("/undo")
+    assert [message.role for message in chat.messages] == ["system", "user", "assistant"]
+    chat.line("/reset")
+    assert [message.role for message in read_history(history)] == ["system"]
+    chat.line("/set temperature 0.5")
+    assert chat.sampling.temperature == 0.5
+    for line, said in (("/sett", "no command"), ("/set heat 1", "no setting"), ("/set top_p 2", "out of its range")):
+        with pytest.raises(InputError, match=said):
+            chat.line(line)
+    history.write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match="holds no conversation"):
+        read_history(history)
+
+
+def test_an_interrupted_answer_is_kept_and_the_next_one_right(
+    speaker: Speaker, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(speaker, Console(), "one", GREEDY, 8)
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.console, "write", write)
+        chat.line(QUESTION[0].content)
+    assert visible(chat.messages[-1].content) == "".join(written[:3])
+    assert visible(ask(speaker, "one", QUESTION, 8)).startswith("".join(written[:3]))
+    chat.line("Go on.")
+    assert chat.messages[-1].content == ask(speaker, "one", chat.messages[:-1], 8)

@@ -1,0 +1,137 @@
+"""What a shell can complete: recipe files, names of shipped recipes, and KEY=VALUE.
+
+Comes in: the beginning of a word, and the recipe that stands before it.  Goes out: (completion, what it means).  Keys
+and values are read from the schema file beside the shipped recipes: pydantic's classes would take longer to import than
+a person waits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunekit.errors import TunekitError
+from tunekit.recipe.reading.shipped import SCHEMA_NAME, first_comment, shipped_folder, shipped_recipes
+from tunekit.recipe.reading.yaml_reader import read_recipe_file, read_scalar
+
+ENDINGS = (".yaml", ".yml")
+Completions = list[tuple[str, str]]
+Fields = dict[str, dict[str, Any]]  # dotted key -> its part of the schema
+
+
+def complete_recipe_file(begun: str) -> list[str]:
+    """Recipe files and folders; where one folder alone fits, what is in it."""
+    folder, slash, name = begun.rpartition("/")
+    try:
+        there = sorted(Path(folder + slash or ".").iterdir())
+    except OSError:
+        return []
+    fitting = [
+        f"{folder}{slash}{found.name}{'/' if found.is_dir() else ''}"
+        for found in there
+        if found.name.startswith(name) and (name or not found.name.startswith("."))
+        if found.is_dir() or found.suffix in ENDINGS
+    ]
+    inside = complete_recipe_file(fitting[0]) if len(fitting) == 1 and fitting[0].endswith("/") else []
+    return inside or fitting
+
+
+def complete_shipped_name(begun: str) -> Completions:
+    """Names of shipped recipes, with what each says of itself."""
+    return [(name, first_comment(file)) for name, file in shipped_recipes().items() if name.startswith(begun)]
+
+
+def complete_name(key: str, begun: str) -> list[str]:
+    """The names that a key may have as its value, or as an item of it, such as those of `evaluation.metrics`."""
+    field = _fields({}).get(key, {})
+    return [name for name in _values(field.get("items", field)) if name.startswith(begun)]
+
+
+def complete_override(begun: str, recipe: str | None, given: Sequence[str] = ()) -> Completions:
+    """KEY=VALUE and ~KEY; `given`: the overrides before it. A section's keys are offered once it is certain."""
+    written = _written(recipe, given)
+    fields = _fields(written)
+    key, equals, value = begun.removeprefix("~").partition("=")
+    if begun.startswith("~"):
+        return [(f"~{name}", _meaning(field)) for name, field in fields.items() if name.startswith(key)]
+    if equals:
+        field = fields.get(key, {})
+        return [(f"{key}={each}", "") for each in _values(field, written.get(key)) if each.startswith(value)]
+    fitting = {name: field for name, field in fields.items() if name.startswith(key)}
+    sections = list(dict.fromkeys(name.partition(".")[0] for name in fitting))
+    if len(fitting) == 1:
+        ((name, field),) = fitting.items()
+        return [(f"{name}={each}", _meaning(field)) for each in _values(field, written.get(name)) or [""]]
+    if len(sections) > 1:
+        return [(f"{section}.", "") for section in sections]
+    return [(f"{name}=", _meaning(field)) for name, field in fitting.items()]
+
+
+def _fields(written: dict[str, Any]) -> Fields:
+    """Every key of the sections, those of `adapter` and `objective` for the methods that are written."""
+    try:
+        schema = json.loads((shipped_folder() / SCHEMA_NAME).read_bytes())
+    except (TunekitError, OSError, ValueError):
+        return {}  # a shell that asks is told nothing, rather than what went wrong
+    fields: Fields = {}
+    for name, section in schema["properties"].items():
+        names, *choices = section.get("anyOf", [{}, section])
+        if "enum" in names:  # adapter and objective: a name, or the settings of one
+            fields[name] = names
+            default = next(choice for choice in choices if "method" not in choice.get("required", []))
+            methods = {choice["properties"]["method"]["const"]: choice for choice in choices}
+            choices = [methods.get(written.get(f"{name}.method", written.get(name)), default)]
+            choices[0]["properties"]["method"] = names
+        for choice in choices:
+            for key, field in choice.get("properties", {}).items():
+                if not field.get("deprecated"):
+                    fields[f"{name}.{key}"] = field
+    source = schema["$defs"]["Source"]["properties"]
+    return fields | {f"data.train.0.{key}": field for key, field in source.items()}
+
+
+def _written(recipe: str | None, given: Sequence[str]) -> dict[str, Any]:
+    """Values of a recipe and of overrides by their dotted keys; none of a file that cannot be read."""
+    written: dict[str, Any] = {}
+    try:
+        values: Any = read_recipe_file(Path(recipe)).values if recipe else {}
+    except (TunekitError, OSError):
+        values = {}
+    for name, section in values.items():
+        inner = section if isinstance(section, dict) else {None: section}
+        written |= {f"{name}.{key}" if key else name: value for key, value in inner.items()}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if equals:
+            written[key] = read_scalar(value)
+            if "." not in key:  # the whole section is another
+                written = {name: old for name, old in written.items() if not name.startswith(f"{key}.")}
+    return written
+
+
+def _values(field: dict[str, Any], written: object = None) -> list[str]:
+    """What a key may have as its value: names where it takes some, else what is written or its default."""
+    names = list(dict.fromkeys(_names(field)))
+    known = written if written is not None else field.get("default")
+    plain = isinstance(known, str | int | float) and not isinstance(known, bool)
+    return names if len(names) > 1 or not plain else [*names, f"{known:g}" if isinstance(known, float) else str(known)]
+
+
+def _names(field: dict[str, Any]) -> Iterator[str]:
+    """Every plain value that the schema lists."""
+    if field.get("type") == "boolean":
+        yield from ("true", "false")
+    listed = [*field.get("enum", []), *([field["const"]] if "const" in field else [])]
+    yield from (each if isinstance(each, str) else json.dumps(each) for each in listed)
+    if field.get("type") == "null":
+        yield "null"
+    if isinstance(field.get("items"), dict):
+        yield from (f"[{name}]" for name in _names(field["items"]))
+    for choice in field.get("anyOf", field.get("oneOf", [])):
+        yield from _names(choice)
+
+
+def _meaning(field: dict[str, Any]) -> str:
+    return str(field.get("description", "")).partition("\n")[0]

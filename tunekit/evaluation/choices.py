@@ -1,0 +1,221 @@
+"""Answers to choose from: evaluation rows or prompts go in; out come the scores of every answer, and sums over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Batch, Objective, Row, RowEncoder, Sums, Told
+from tunekit.data.encoding.answers import answer_of, with_answer
+from tunekit.data.encoding.encode import EncodeOptions
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.reading.problems import Problems
+from tunekit.data.rows import Written
+from tunekit.errors import DataError
+from tunekit.evaluation.scores import summed_evaluation
+from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
+from tunekit.machine.devices import Devices
+from tunekit.model.attention.documents import keeps_documents_apart, within_windows
+from tunekit.objectives.choices import Answer, Question, choosing, make_question, split_question
+from tunekit.objectives.confusion import label_sums
+from tunekit.tuned.model import TunedModel
+
+Made = TypeVar("Made")
+
+CHUNK_QUESTIONS = 512  # whose scores are added up together
+TAIL_TOKENS = 8  # of a prompt, after which an answer's ids are taken to be those of another prompt that ends so
+WIDEST_TOKENS = 2048  # of a prompt with answers side by side, whose mask grows with the square; or twice the prompt
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The answers to choose from, as they are written, and how they are compared."""
+
+    texts: tuple[str, ...]
+    score: str  # sum, mean_per_token or mean_per_byte
+
+    @property
+    def labels(self) -> list[str]:
+        """Without the blanks around them."""
+        return [text.strip() for text in self.texts]
+
+    def place_of(self, example: Example) -> int:
+        """Which of them is the example's own answer. Raises: DataError where none is."""
+        own, labels = (answer_of(example) or "").strip(), self.labels
+        if not own:
+            raise DataError("there is no answer to compare with evaluation.choices", "give a prompt and its answer")
+        if own not in labels:
+            shown = ", ".join(labels[:8]) + (" ..." if len(labels) > 8 else "")
+            what = f"the answer {own[:60]!r} is not among evaluation.choices ({shown})"
+            raise DataError(what, "mend it, or add it there")
+        return labels.index(own)
+
+
+class QuestionMaker:
+    """Makes a Question of an example, its last answer replaced by each choice and encoded as a training row.
+
+    A row is encoded once for each prompt: the ids of the other answers are those of an earlier row whose prompt ended
+    with the same tokens.
+    """
+
+    def __init__(self, choices: Choices, objective: Objective, options: EncodeOptions) -> None:
+        self.choices = choices
+        self.encoder: RowEncoder = objective.row_encoder(replace(options, train_on="last"))
+        self._known: dict[tuple[int, ...], tuple[Answer, ...]] = {}
+        self._lengths: set[int] = set()
+
+    def make(self, example: Example, origin: str, *, keep_blanks: bool = False) -> Question:
+        """The question; the row's own answer must be a choice, and the blanks around it stay.
+
+        Raises: DataError where it is none, or where there is no prompt.
+        """
+        own = answer_of(example) or ""
+        right = 0 if keep_blanks else self.choices.place_of(example)
+        start, end = own[: len(own) - len(own.lstrip())], own[len(own.rstrip()) :]
+        texts = self.choices.texts if keep_blanks else [f"{start}{label}{end}" for label in self.choices.labels]
+        try:
+            return self._encoded(example, texts, origin, right)
+        except Dropped as reason:
+            raise DataError(f"{reason}, so that no answer can be chosen", "leave the row out") from None
+
+    def _encoded(self, example: Example, texts: Sequence[str], origin: str, right: int) -> Question:
+        first = self.encoder.encode(with_answer(example, texts[0]), origin)
+        if "trained" in first.parts:
+            ids = first.parts["ids"][: int(first.parts["trained"].nonzero()[0][-1]) + 1].tolist()
+            for length in self._lengths:
+                known = self._known.get((length, *ids[-length - TAIL_TOKENS :]))
+                if known is not None:
+                    return Question(first.parts["ids"][: len(ids) - length], known, origin, right)
+        rest = [self.encoder.encode(with_answer(example, text), origin) for text in texts[1:]]
+        question = make_question([first, *rest], right)
+        if not len(question.prompt):
+            raise DataError("there is no prompt, so that an answer's first token is never predicted", "write one")
+        if "trained" in first.parts:
+            length = len(question.answers[0].ids)
+            self._lengths.add(length)
+            key = (length, *ids[-length - TAIL_TOKENS :])
+            self._known[key] = question.answers
+        return question
+
+
+def make_questions(
+    examples: Iterable[Written], choices: Choices, objective: Objective, options: EncodeOptions
+) -> list[Question]:
+    """Of every evaluation row. Raises: DataError naming each row whose answer is no choice."""
+    maker = QuestionMaker(choices, objective, options)
+    return of_every_row(examples, lambda row: maker.make(row.example, f"{row.file}:{row.line}"))
+
+
+def of_every_row(rows: Iterable[Written], make: Callable[[Written], Made]) -> list[Made]:
+    """What is made of each row. Raises: DataError naming every row of which nothing can be made."""
+    problems, found = Problems(), []
+    for row in rows:
+        try:
+            found.append(make(row))
+        except DataError as error:
+            problems.add_error(row.file, row.line, error)
+    problems.raise_if_any()
+    return found
+
+
+def choice_scores(
+    model: TunedModel,
+    objective: Objective,
+    choices: Choices,
+    questions: Sequence[Question],
+    devices: Devices,
+    *,
+    batch_size: int,
+    stop: Callable[[], bool] = lambda: False,
+    on_split: Callable[[Batch], None] = lambda batch: None,
+    told: Told = lambda what, done, total: None,
+) -> Tensor:
+    """(questions, choices) float64: of each answer the sum of its tokens' log-probabilities, the token that ends it
+    included (lm-eval's acc compares sums, without that token); mean_per_token: over their number; mean_per_byte: over
+    the bytes of its text (lm-eval's acc_norm takes characters).
+
+    No forward has more positions than `batch_size` of the longest prompts with one answer.
+    Raises: DataError beyond the model's positions; EvaluationStopped where `stop` says so.
+    """
+    longest = max(question.longest for question in questions)
+    _check_positions(model, questions)
+    apart, shared = model.base.family.reads_source, _shares_prompt(model, longest)
+    most, found = batch_size * longest, []
+    for start in range(0, len(questions), CHUNK_QUESTIONS):
+        chunk = questions[start : start + CHUNK_QUESTIONS]
+        told("questions answered", start, len(questions))
+        rows: list[Row] = []
+        for number, question in enumerate(chunk):
+            widest = most if apart else min(most, max(WIDEST_TOKENS, 2 * len(question.prompt)))
+            rows += split_question(question, number, widest if shared else 0, apart=apart)
+        scorer = choosing(objective, (len(chunk), len(choices.texts)), model.base.dtype)
+        batches = (scorer.collate([[row] for row in group]) for group in _groups(rows, most))
+        sums = summed_evaluation(model, scorer, batches, devices, stop, on_split)
+        found.append(torch.tensor(sums.values["scores"], dtype=torch.float64))
+    scores = torch.cat(found)
+    if choices.score == "mean_per_token":
+        return scores / torch.tensor([question.scored for question in questions])
+    if choices.score == "mean_per_byte":
+        return scores / torch.tensor([len(label.encode()) for label in choices.labels])
+    return scores
+
+
+def choice_sums(scores: Tensor, questions: Sequence[Question]) -> Sums:
+    """What the metrics of labels are made of. Shapes: scores (questions, choices)."""
+    sums = label_sums(scores, torch.tensor([question.right for question in questions]))
+    return {name: sums[name] for name in ("confusion", "calibration")}
+
+
+def choose(
+    model: TunedModel,
+    objective: Objective,
+    choices: Choices,
+    prompts: Sequence[str],
+    options: EncodeOptions,
+    batch_size: int,
+    devices: Devices,
+) -> list[str]:
+    """The likeliest answer to each prompt, which is a user's turn where there is a chat template."""
+    maker = QuestionMaker(choices, objective, options)
+    questions = []
+    for number, prompt in enumerate(prompts, 1):
+        text = choices.texts[0]
+        turns = (Message("user", prompt), Message("assistant", text))
+        example = ChatExample(turns, without_template=CompletionExample(prompt, text))
+        questions.append(maker.make(example, f"prompt {number}", keep_blanks=True))
+    scores = choice_scores(model, objective, choices, questions, devices, batch_size=batch_size)
+    return [choices.labels[number] for number in scores.argmax(dim=1).tolist()]
+
+
+def _groups(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
+    """Rows of similar sizes, longest first, as many as `most` positions hold."""
+    group: list[Row] = []
+    for row in sorted(rows, key=lambda row: -row.size):
+        if group and (len(group) + 1) * group[0].size > most:
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def _shares_prompt(model: TunedModel, longest: int) -> bool:
+    """Whether answers of one prompt may be computed beside each other: surely apart, and none beyond a window."""
+    family, net = model.base.family, model.base.net
+    if model.virtual_tokens:
+        return False
+    return family.reads_source or (keeps_documents_apart(net) and within_windows(net, longest))
+
+
+def _check_positions(model: TunedModel, questions: Sequence[Question]) -> None:
+    table = model.base.family.learned_positions(model.base.net)
+    for question in questions:
+        apart = model.base.family.reads_source
+        length = max(len(question.prompt), *(len(answer.ids) for answer in question.answers)) if apart else 0
+        length = model.virtual_tokens + (length or question.longest)
+        if table is not None and length > table:
+            what = f"{question.origin}: {length} tokens with an answer, and the model's positions end at {table}"
+            raise DataError(what, "shorten it")

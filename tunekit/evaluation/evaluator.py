@@ -1,0 +1,228 @@
+"""One evaluation of the eval rows, as the recipe's `evaluation:` asks for it.
+
+Model, rows and settings go in; metrics by name come out, those of the objective always, and counts of each label.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunekit.contracts import Batch, Objective, Rows, Told
+from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.encoding.answers import answers_of_rows
+from tunekit.data.encoding.store import by_source
+from tunekit.data.rows import Prompt, RowSet
+from tunekit.errors import DataError, RecipeError
+from tunekit.evaluation.answers import answer_questions, text_metrics
+from tunekit.evaluation.choices import Choices, choice_scores, choice_sums, make_questions, of_every_row
+from tunekit.evaluation.scores import EvaluationSums, all_together, summed_evaluation, undisturbed
+from tunekit.machine.devices import Devices
+from tunekit.metrics.classes import counts_of
+from tunekit.metrics.span_f1 import kinds_of
+from tunekit.objectives.choices import Question
+from tunekit.recipe.data import DataSection
+from tunekit.recipe.evaluation import CHOICE_METRICS, FROM_DATA, EvaluationSection
+from tunekit.recipe.reading.names import facts_of, needs_generation
+from tunekit.tuned.model import TunedModel
+
+SAMPLES = 8  # answers that a report shows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of each evaluation row beside its loss: an answer to generate, one to choose."""
+
+    prompts: Sequence[Prompt] = ()
+    choices: Choices | None = None
+    questions: Sequence[Question] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums and every metric by name; `classes`: `labels`, `counts` of each (predicted right, predicted, there) and
+    their `confusion`, where rows have labels; `samples`: the answers to the first rows, where some were generated;
+    `sources`: of several each one's metrics, and its `rows`; `pictures`: drawn for the report."""
+
+    sums: EvaluationSums
+    metrics: dict[str, float]
+    classes: dict[str, Any] | None = None
+    samples: list[dict[str, str]] | None = None
+    sources: dict[str, dict[str, float]] | None = None
+    pictures: Sequence[NDArray[np.uint8]] = ()
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Computes metrics over one set of rows: the objective's, and `metric_names`, or those of the settings."""
+
+    model: TunedModel
+    objective: Objective
+    devices: Devices
+    rows: Rows
+    asked: Asked
+    settings: EvaluationSection
+    metric_names: tuple[str, ...] = ()
+    template: str | None = None  # of the prompts, where it is not the tokenizer's own
+    on_split: Callable[[Batch], None] = lambda batch: None  # told of a batch that ran out of memory
+    told: Told = lambda what, done, total: None
+
+    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+        """Raises: EvaluationStopped where `stop` says so."""
+        batches = partial(evaluation_batches, self.rows, self.objective, batch_size=self.settings.batch_size)
+        mine = islice(batches(), self.devices.rank, None, self.devices.world)
+        with undisturbed(self.model):
+            objective = self.objective.measuring(self.model, self.rows, mine, self.devices.gather)
+        each = self._by_source(objective, stop)
+        sums = all_together(list(each.values()))
+        if not sums.values["units"]:
+            what = f"none of the {sums.rows:,} evaluation rows can be judged"
+            raise DataError(what, "let a reward return numbers for them", key="data.eval")
+        choices, labels = self.asked.choices, self.objective.facts.get("labels")
+        chosen = CHOICE_METRICS if choices else ()
+        always = (*self.objective.metrics, *chosen)
+        if choices is not None:
+            labels = choices.labels
+            sums.values.update(self._chosen(choices, stop))
+        wanted = list(dict.fromkeys([*always, *(self.metric_names or self.settings.metrics)]))
+        texts = [name for name in wanted if needs_generation(name)]
+        computed, samples = sums.metrics([name for name in wanted if name not in texts]), None
+        if texts:
+            answers = answer_questions(
+                self.model,
+                self.objective,
+                self.asked.prompts,
+                self.devices,
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_size=self.settings.batch_size,
+                template=self.template,
+                told=self.told,
+            )
+            references = [question.reference for question in self.asked.prompts]
+            computed |= text_metrics(texts, answers, references, self.objective.normalized)
+            samples = [
+                {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
+                for prompt, answer in zip(self.asked.prompts[:SAMPLES], answers, strict=False)
+            ]
+        ordered = {name: computed[name] for name in wanted} | {
+            name: value
+            for name, value in computed.items()
+            if name not in wanted  # what metrics left out
+        }
+        of_rows = [name for name in wanted if name not in texts and name not in chosen]
+        sources, pictures = _sources(each, of_rows), self._pictures()
+        return Evaluation(sums, ordered, _classes(labels, sums.values), samples, sources, pictures)
+
+    def _pictures(self) -> list[NDArray[np.uint8]]:
+        """What the main rank draws."""
+        if not self.devices.is_main:
+            return []
+        with undisturbed(self.model):
+            return self.objective.pictures(self.model, self.told)
+
+    def _by_source(self, objective: Objective, stop: Callable[[], bool]) -> dict[str, EvaluationSums]:
+        """The sums of each source's rows."""
+        done = 0
+
+        def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+            nonlocal done
+            for batch in batches:
+                yield batch
+                done += len(batch.rows)
+                self.told("evaluation rows measured", done, len(self.rows))
+
+        found = {}
+        for name, rows in by_source(self.rows).items():
+            batches = evaluation_batches(rows, self.objective, batch_size=self.settings.batch_size)
+            found[name] = summed_evaluation(self.model, objective, counted(batches), self.devices, stop, self.on_split)
+        return found
+
+    def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> dict[str, Any]:
+        """The sums over rows of what was chosen."""
+        scores = choice_scores(
+            self.model,
+            self.objective,
+            choices,
+            self.asked.questions,
+            self.devices,
+            batch_size=self.settings.batch_size,
+            stop=stop,
+            on_split=self.on_split,
+            told=self.told,
+        )
+        return {name: value.tolist() for name, value in choice_sums(scores, self.asked.questions).items()}
+
+
+def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
+    """Finite metrics of each of several sources; of one whose rows cannot be judged there are none."""
+    if len(each) < 2:
+        return None
+    found = {source: sums.metrics(names) if sums.values["units"] else {} for source, sums in each.items()}
+    return {
+        source: {"rows": each[source].rows, **{name: value for name, value in values.items() if math.isfinite(value)}}
+        for source, values in found.items()
+    }
+
+
+def _classes(labels: Sequence[str] | None, sums: dict[str, Any]) -> dict[str, Any] | None:
+    if labels is None or "confusion" not in sums:
+        return None
+    if "spans" in sums:
+        counts = [[int(count) for count in row] for row in sums["spans"]]
+        return {"labels": kinds_of(labels), "counts": counts}
+    confusion = [[int(count) for count in row] for row in sums["confusion"]]
+    return {"labels": list(labels), "counts": counts_of(confusion), "confusion": confusion}
+
+
+def asked_of(
+    rows: RowSet, settings: EvaluationSection, metric_names: Sequence[str], data: DataSection | None = None
+) -> Asked:
+    """Prompts of the evaluation rows where one of these metrics, or of the objective's, needs answers; questions where
+    there are choices, those `from_data` being the answers of `data`.
+
+    They are read here and now: the files may have moved by the time of an evaluation.
+    """
+    names = [*rows.objective.metrics, *metric_names]
+    prompts = rows.evaluation_prompts() if any(needs_generation(name) for name in names) else ()
+    choices = choices_of(settings, rows.objective, data)
+    if choices is None:
+        return Asked(prompts)
+    return Asked(prompts, choices, make_questions(rows.evaluation_examples(), choices, rows.objective, rows.options))
+
+
+def check_choices(rows: RowSet, settings: EvaluationSection, data: DataSection) -> None:
+    """Before a model is loaded. Raises: DataError naming each evaluation row whose answer is no choice."""
+    choices = choices_of(settings, rows.objective, data)
+    if choices is not None and rows.evaluation is not None:
+        of_every_row(rows.evaluation_examples(), lambda row: choices.place_of(row.example))
+
+
+def choices_of(settings: EvaluationSection, objective: Objective, data: DataSection | None) -> Choices | None:
+    """The answers to choose from; None where any may be given. Raises: RecipeError where nothing can be chosen."""
+    texts = settings.choices
+    if texts is None:
+        return None
+    if objective.example != "text":
+        what = f"the objective {objective.name} has rows without a prompt and an answer to choose"
+        raise RecipeError(what, "leave evaluation.choices out", key="evaluation.choices")
+    if texts == FROM_DATA:
+        if data is None:
+            raise RecipeError("there is no recipe whose rows have the answers", "list them", key="evaluation.choices")
+        texts = answers_of_rows(data, objective)
+    return Choices(tuple(texts), settings.choice_score)
+
+
+def is_better(metric: str, value: float, best: float | None) -> bool:
+    """Whether `value` beats `best` in the metric's own direction; NaN never does."""
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value > best if facts_of("metrics", metric).HIGHER_IS_BETTER else value < best

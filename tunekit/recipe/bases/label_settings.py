@@ -1,0 +1,38 @@
+"""What objectives whose head has one score a label share: the labels."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from tunekit.recipe.bases.section import ObjectiveSettings, Several, Text
+
+
+def _label(value: Any) -> Any:
+    """As the rows' labels are read: a whole number is its text, and blanks around a label are no part of it."""
+    return str(value).strip() if isinstance(value, str | int) else value
+
+
+def _each_once(labels: tuple[str, ...]) -> tuple[str, ...]:
+    twice = next((label for number, label in enumerate(labels) if label in labels[:number]), None)
+    if twice is not None:
+        raise ValueError(f"names '{twice}' twice; each label is one row of the head")
+    return labels
+
+
+Label = Annotated[
+    Text, BeforeValidator(_label), WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer"}]})
+]
+
+
+class LabelSettings(ObjectiveSettings):
+    """Labels are those of the data unless they are listed."""
+
+    unit: ClassVar[str] = "label"
+    sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion", "calibration")
+    supervised: ClassVar[bool] = True
+
+    labels: Annotated[Several[Label], AfterValidator(_each_once)] = Field(
+        (), description="every label in the order of the head's rows; empty: those of the data, sorted"
+    )

@@ -1,0 +1,98 @@
+"""Settings that the methods of the LoRA family share; a method's own file in recipe/adapters/ adds what is its own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tunekit.recipe.bases.section import (
+    ALPHA_PATTERN,
+    DROPOUT,
+    LARGEST_COUNT,
+    RANK_PATTERN,
+    Count,
+    CountOrZero,
+    Expression,
+    Fraction,
+    NotNegative,
+    Several,
+    TargetedSettings,
+    Text,
+    TextOrTexts,
+    text_or_texts,
+)
+from tunekit.recipe.bases.start_choice import DEFAULT_START, StartChoice
+
+
+def one_or_several(value: object) -> Any:
+    """A single number as a list of one; anything else is left to the type."""
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _names_or_nothing(value: object) -> Any:
+    """Text or texts, as everywhere; nothing too, where other things are adapted."""
+    return () if value is None or value == [] or value == () else text_or_texts(value)
+
+
+def _token_ids(value: object) -> Any:
+    """Ids of tokens, each once; or a mapping of modules to such lists."""
+    if isinstance(value, dict) and all(isinstance(name, str) and name for name in value):
+        return {name: _listed_ids(ids) for name, ids in value.items()}
+    return _listed_ids(value)
+
+
+def _listed_ids(value: object) -> tuple[int, ...]:
+    ids = tuple(value) if isinstance(value, list | tuple) else None
+    if ids is None or not all(type(each) is int and 0 <= each <= LARGEST_COUNT for each in ids):
+        raise ValueError("must be a list of token ids, or a mapping of modules to such lists")
+    if len(set(ids)) < len(ids):
+        twice = next(each for each in ids if ids.count(each) > 1)
+        raise ValueError(f"names the token {twice} twice")
+    return ids
+
+
+class LayersSettings(TargetedSettings):
+    """What the adapters have that may be kept to some of the network's layers."""
+
+    layers_to_transform: Annotated[Several[CountOrZero], BeforeValidator(one_or_several)] = Field(
+        (), description="numbers of the layers adapted; none: all"
+    )
+    layers_pattern: TextOrTexts | None = Field(
+        None, description="name of the list that holds the layers, where a module's name has several numbers"
+    )
+
+
+class LowRankSettings(LayersSettings):
+    """Low-rank update. `target_modules`: all-linear, a list of names or name endings, or one regular expression."""
+
+    r: Count = Field(16, description="rank")
+    alpha: NotNegative = Field(32.0, description="the update is scaled by alpha / r")
+    dropout: Fraction = DROPOUT
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_names_or_nothing)] = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    target_parameters: Several[Text] = Field(
+        (),
+        description="fused expert weights adapted too, such as experts.down_proj; target_modules: [] for them alone",
+    )
+    rank_pattern: dict[Expression, Count] = RANK_PATTERN
+    alpha_pattern: dict[Expression, NotNegative] = ALPHA_PATTERN
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    start: StartChoice = Field(DEFAULT_START, description="how A and B of linear layers are first filled")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="which of the base's biases are trained as well: all, or those of adapted layers"
+    )
+    trainable_token_indices: Annotated[tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(_token_ids)] = (
+        Field((), description="ids of tokens whose embeddings are trained as well; or a module: ids")
+    )
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> LowRankSettings:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules names no layer, and there are no target_parameters")
+        if self.layers_pattern is not None and not self.layers_to_transform:
+            raise ValueError("layers_pattern says nothing without layers_to_transform")
+        if self.init_from is not None and self.start.method != "default":
+            raise ValueError(f"start cannot be {self.start.method} where init_from names the adapter to continue")
+        return self

@@ -1,0 +1,33 @@
+"""What the objectives over pairs of answers have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.recipe.bases.section import ObjectiveSettings, PublishedRate
+
+REWARDS = (
+    "rewards_chosen",
+    "rewards_rejected",
+    "rewards_margins",
+    "rewards_accuracies",
+    "logps_chosen",
+    "logps_rejected",
+)
+
+
+class PairSettings(ObjectiveSettings):
+    """Each row is a prompt with an answer that was preferred and another one."""
+
+    example: ClassVar[str] = "preference"
+    unit: ClassVar[str] = "pair"
+    sums: ClassVar[tuple[str, ...]] = ("loss", "units", *REWARDS)
+    default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
+        5e-6, "huggingface/trl 1.16, trl/scripts/dpo.py, its LoRA example: ten times that of full training"
+    )
+
+    unusable_pairs: Literal["error", "drop"] = Field(
+        "error", description="a pair without a prompt, with an empty answer or two equal ones: stop, or leave it out"
+    )

@@ -1,0 +1,48 @@
+"""`start: NAME` or `start: {method: NAME, ...}` of the LoRA family -> the settings of one of recipe/starts/.
+
+Comes in: a name or a mapping.  Goes out: StartSettings.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic_core import PydanticCustomError
+
+from tunekit.recipe.bases.section import StartSettings
+from tunekit.recipe.reading.names import known_names, settings_class
+
+_NAMES = known_names("starts")
+DEFAULT_START: Any = settings_class("starts", "default")(method="default")
+_CLASSES: tuple[Any, ...] = tuple(settings_class("starts", name) for name in _NAMES)
+_Settings: Any = Annotated[reduce(operator.or_, _CLASSES), Field(discriminator="method")]
+_NamedOrSettings: Any = Literal.__getitem__(_NAMES) | _Settings
+
+
+def _named(value: object) -> Any:
+    """pissa -> {method: pissa}; settings pass as they are."""
+    if isinstance(value, str):
+        value = {"method": value}
+    elif isinstance(value, dict) and "method" not in value:
+        raise ValueError("must name a method")
+    elif not isinstance(value, dict | StartSettings):
+        raise ValueError("must be a name or a mapping")
+    if isinstance(value, dict) and value["method"] not in _NAMES:
+        raise PydanticCustomError("literal_error", "unknown start", {"expected": ", ".join(_NAMES)})
+    return value
+
+
+def _shortest(start: StartSettings) -> Any:
+    """The name where a start has no settings, else all of them."""
+    values = start.model_dump(mode="json")
+    return start.method if len(values) == 1 else values
+
+
+StartChoice = Annotated[
+    _Settings,
+    BeforeValidator(_named, json_schema_input_type=_NamedOrSettings),
+    PlainSerializer(_shortest),
+]

@@ -1,0 +1,98 @@
+"""Names in a recipe are file names: which adapters, objectives, formats and metrics exist, and their settings.
+
+Comes in: a kind ("adapters") and a name ("lora").  Goes out: the list of names, a settings class, a module of facts.
+A new file is a new name; there is no other list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from tunekit.recipe.bases.section import MethodSettings, ObjectiveSettings
+from tunekit.recipe.evaluation import CHOICE_SUMS
+
+Kind = Literal["adapters", "objectives", "starts", "formats", "metrics"]
+SettingsKind = Literal["adapters", "objectives", "starts"]
+
+
+@cache
+def known_names(kind: Kind) -> tuple[str, ...]:
+    """Every name of a kind, sorted: the files of recipe/KIND/; of formats and metrics those that state DESCRIPTION."""
+    settings = Path(__file__).parents[1] / kind
+    folder = settings if settings.is_dir() else settings.parents[1] / kind
+    names = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
+    return tuple(
+        names if settings.is_dir() else (name for name in names if hasattr(facts_of(kind, name), "DESCRIPTION"))
+    )
+
+
+def facts_of(kind: Kind, name: str) -> ModuleType:
+    """The torch-free file of a known name."""
+    return import_module(
+        f"tunekit.{kind}.{name}" if kind in ("formats", "metrics") else f"tunekit.recipe.{kind}.{name}"
+    )
+
+
+def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
+    """The settings class of a known name: lora.py defines LoraSettings, p_tuning.py PTuningSettings."""
+    title = "".join(part.capitalize() for part in name.split("_"))
+    found: Any = getattr(facts_of(kind, name), f"{title}Settings")
+    return found  # type: ignore[no-any-return]
+
+
+def formats_of(example: str) -> list[str]:
+    """The formats that give this kind of example."""
+    return [name for name in known_names("formats") if getattr(facts_of("formats", name), "EXAMPLE", None) == example]
+
+
+def unmeasurable(metric: str, objective: type[ObjectiveSettings], *, chosen: bool) -> tuple[str, str] | None:
+    """What is wrong with a known metric of an objective, with choices or without, and how to mend it; None where it is
+    measured."""
+    given = {*objective.sums, *(CHOICE_SUMS if chosen else ())}
+    if _follows(metric, given):
+        return None
+    method = objective.model_fields["method"].default
+    known = known_names("metrics")
+    own = [name for name in known if _follows(name, given) and (objective.answers or not needs_generation(name))]
+    with_choices = objective.example == "text" and _follows(metric, {*given, *CHOICE_SUMS})
+    how = f"; where answers are chosen from a list (evaluation.choices), also {metric}" if with_choices else ""
+    return f"objective {method} has no metric {metric}", f"its metrics are {', '.join(own)}{how}"
+
+
+def _follows(metric: str, sums: Iterable[str]) -> bool:
+    """Whether a known metric follows from these sums, or from answers alone."""
+    return set(getattr(facts_of("metrics", metric), "NEEDS", ())) <= set(sums)
+
+
+def units_of(objective: str) -> str:
+    """What an objective's loss sums over: supervised tokens, pairs, labels."""
+    found: Any = settings_class("objectives", objective)
+    return f"{found.unit}s"
+
+
+def sizes_of(objective: str) -> str:
+    """What the sizes of an objective's rows count: tokens, frames, pixels."""
+    found: Any = settings_class("objectives", objective)
+    return f"{found.size_unit}s"
+
+
+def draws_images(objective: str) -> bool:
+    """Whether models of an objective draw images."""
+    found: Any = settings_class("objectives", objective)
+    return bool(found.draws)
+
+
+def measures_training(objective: str) -> bool:
+    """Whether evaluation rows of an objective may be training rows."""
+    found: Any = settings_class("objectives", objective)
+    return bool(found.measures_training)
+
+
+def needs_generation(metric: str) -> bool:
+    """Whether a known metric compares answers with references (else it follows from an objective's sums)."""
+    return hasattr(facts_of("metrics", metric), "score")

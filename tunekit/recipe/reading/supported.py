@@ -1,0 +1,82 @@
+"""What the recipe's grammar knows but this version cannot do: refused by name, never read and ignored.
+
+Comes in: a valid Recipe.  Goes out: one Problem per option, with its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tunekit.errors import Problem
+from tunekit.recipe.bases.section import StartSettings
+from tunekit.recipe.recipe import Recipe
+
+
+def refuse_unsupported(recipe: Recipe) -> list[Problem]:
+    """Every written option that could not be obeyed."""
+    beside = _problems_of_a_trained_base(recipe)
+    return [*_family_problems(recipe), *beside, *_activation_problems(recipe), *_start_problems(recipe)]
+
+
+def _family_problems(recipe: Recipe) -> Iterator[Problem]:
+    """A base of another family than the objective trains."""
+    trained = recipe.objective.family
+    if recipe.model.family not in ("auto", trained):
+        what = f"{recipe.objective.method} trains models of the family {trained}, and model.family is "
+        how = f"write {trained} or auto, or another objective"
+        yield Problem(f"{what}{recipe.model.family}", how, key="model.family")
+
+
+def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
+    """What cannot be had where the base's own weights are trained."""
+    adapter, quantization = recipe.adapter, recipe.model.quantization
+    if not adapter.trains_base:
+        return
+    what = f"{adapter.method} trains the base's own weights"
+    if quantization != "none":
+        how = "write quantization: none, or train an adapter of it, lora for one"
+        yield Problem(f"{what}, and packed ones ({quantization}) have no gradient", how, key="model.quantization")
+    if recipe.memory.streaming in ("host", "disk"):
+        how = "write off, or train an adapter"
+        yield Problem(f"{what}, which a streamed base only reads", how, key="memory.streaming")
+    if recipe.memory.streamed_head:
+        yield Problem(f"{what}, the output projection's too", "write false", key="memory.streamed_head")
+    if recipe.training.loraplus_ratio is not None:
+        nothing = f"{what}: there is no B that could be faster than A"
+        yield Problem(nothing, "remove it", key="training.loraplus_ratio")
+    if adapter.init_from is not None:
+        how = "name the model in model.name_or_path"
+        yield Problem(f"{what}: there is no adapter to continue", how, key="adapter.init_from")
+
+
+def _activation_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What may be traded for activations, where there is nothing to trade or it would change results."""
+    memory = recipe.memory
+    recomputed = memory.gradient_checkpointing
+    if memory.activation_offload is True and recomputed is not True and recomputed in (0, 1):  # False is 0
+        what = "the inputs of recomputed layers wait on the host, the last one's excepted, and that leaves none"
+        how = "write auto, or memory.gradient_checkpointing: auto"
+        yield Problem(what, how, key="memory.activation_offload")
+    if memory.mlp_tile_tokens is not None and recipe.model.quantization == "int8":
+        what = "LLM.int8 rounds over all tokens that it is given, so that tiles would change what it computes"
+        how = "remove it, or write model.quantization: int8_weight_only"
+        yield Problem(what, how, key="memory.mlp_tile_tokens")
+
+
+def _start_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Starts of the LoRA family that do not fit how the base is stored."""
+    start, quantization = getattr(recipe.adapter, "start", None), recipe.model.quantization
+    if not isinstance(start, StartSettings):
+        return
+    if start.moves_weights and quantization != "none":
+        what = (
+            f"{start.method} moves a part of each weight into the adapter, and what is left of a {quantization} base "
+            "would have to be quantized anew"
+        )
+        yield Problem(what, "write start: loftq, or quantization: none", key="adapter.start")
+    if start.looks_at == "original" and quantization == "none":
+        what = f"{start.method} makes up for what quantization took, and this base is not quantized"
+        yield Problem(what, "write model.quantization: nf4, or another start", key="adapter.start")
+    elif start.looks_at == "original" and recipe.model.name_or_path.endswith(".gguf"):
+        what = f"{start.method} needs the weights from before quantization, and a GGUF file need not hold them"
+        yield Problem(what, "give the safetensors folder of the base, or another start", key="adapter.start")

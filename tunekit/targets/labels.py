@@ -1,0 +1,87 @@
+"""Which label each row of a trained head stands for: of the base's own head, and of an adapter's.
+
+Comes in: a recipe, or an adapter's configuration.  Goes out: facts for make_objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
+from tunekit.errors import RecipeError
+from tunekit.model.families.audio_classifier import CLASSIFIER, PROJECTOR
+from tunekit.model.storage.inspection import head_labels
+from tunekit.model.storage.source import find_source
+from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.reward import RewardSettings
+from tunekit.recipe.recipe import Recipe
+
+
+def start_facts(recipe: Recipe) -> dict[str, Any]:
+    """What a classifier begins with: `head`, labels of the base's own; `labels`, of the adapter that is continued.
+
+    Raises: AdapterError; RecipeError where the recipe lists other labels than the head has, or another order.
+    """
+    start, settings = recipe.adapter.init_from, recipe.objective
+    config = None if start is None else read_adapter_config(Path(start))
+    if isinstance(settings, RewardSettings):
+        return {"head": _head_labels(recipe.model, settings.family)}
+    if not isinstance(settings, LabelSettings):
+        return {}
+    listed = settings.labels
+    head = _as_listed(_head_labels(recipe.model, settings.family), listed)
+    if config is None:
+        _refuse_other_order("the base's head", head if set(head) == set(listed) else (), listed)
+        return {"head": head}
+    labels = _as_listed(adapter_facts(config, recipe.model).get("labels", ()), listed)
+    _refuse_other_order(str(config.folder), labels, listed)
+    return {"head": head, "labels": labels}
+
+
+def adapter_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
+    """What the folder says of its objective, without the method; of another tool's adapter, its head's labels."""
+    if config.objective is not None:
+        return {key: value for key, value in config.objective.items() if key != "method"}
+    return head_facts(config, base)
+
+
+def head_facts(config: AdapterConfig, base: ModelSection) -> dict[str, Any]:
+    """One label for each row of the last matrix of another tool's head: the base's where it has as many."""
+    header, audio = adapter_header(tensors_path(config.folder)), trains_audio_head(config)
+    named = {CLASSIFIER} if audio else set(getattr(config.settings, "modules_to_save", ()))
+    matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
+    rows = [shape[0] for name, shape in matrices.items() if named & set(name.split("."))]
+    if not rows:
+        return {}
+    text = "token_classifier" if config.task_type == "TOKEN_CLS" else "classifier"
+    own = _head_labels(base, "audio_classifier" if audio else text)
+    return {"labels": own if len(own) == min(rows) else _unnamed(min(rows))}
+
+
+def trains_audio_head(config: AdapterConfig) -> bool:
+    """Whether it has both parts of an audio classifier's head: peft has no task type for those."""
+    return {PROJECTOR, CLASSIFIER} <= set(getattr(config.settings, "modules_to_save", ()))
+
+
+def _head_labels(base: ModelSection, family: str) -> tuple[str, ...]:
+    return head_labels(find_source(base, weights=False), family)
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    """What transformers calls the rows of a head whose labels nobody named."""
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
+def _as_listed(labels: Sequence[str], listed: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels; those of the recipe where a head of as many rows has no names for its own."""
+    own = tuple(map(str, labels))
+    return listed if len(own) == len(listed) and own == _unnamed(len(own)) else own
+
+
+def _refuse_other_order(whose: str, labels: tuple[str, ...], listed: tuple[str, ...]) -> None:
+    if labels and listed and labels != listed:
+        what = f"{whose} has the labels {', '.join(labels)}, in this order"
+        raise RecipeError(what, "list them so, or leave labels out", key="objective.labels")

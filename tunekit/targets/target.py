@@ -1,0 +1,355 @@
+"""TARGET of eval, generate and merge: a path, hub id or recipe goes in; out comes what it is, and then its loaded model
+with the adapter in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.artifacts.checkpoint import find_checkpoint
+from tunekit.contracts import TEACHER, Objective, Processor
+from tunekit.data.encoding.sources import read_template
+from tunekit.data.rows import load_rows
+from tunekit.errors import InputError, ModelError
+from tunekit.model.families import FAMILIES, make_family
+from tunekit.model.load import LoadedModel, load_model
+from tunekit.model.storage.gguf import parsed_once
+from tunekit.model.storage.inspection import family_of_base
+from tunekit.model.storage.source import PIPELINE_INDEX, find_source
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.bases.section import ObjectiveSettings
+from tunekit.recipe.data import DataSection
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.load import TargetOverrides, load_recipe, load_target_overrides
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.reward import RewardSettings
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
+from tunekit.records import Choice
+from tunekit.targets.export import export_checkpoint
+from tunekit.targets.labels import head_facts, start_facts, trains_audio_head
+from tunekit.tuned.fit import check_family
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.network import prepare_network
+
+NAME_BASE = "give the base with --base"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What TARGET names. `adapter` is a folder, or None for a bare model; `recipe` where one belongs to it."""
+
+    kind: str  # adapter, run, checkpoint, model, recipe
+    model: ModelSection
+    evaluation: EvaluationSection
+    adapter: Path | None = None
+    recipe: Recipe | None = None
+    rewrites: tuple[str, ...] = ()  # other tools' spellings, on the command line or in the recipe, to be printed
+    holder: TemporaryDirectory[str] | None = None  # of the adapter of a checkpoint, as long as this target lives
+
+    @property
+    def template_file(self) -> Path | None:
+        """A chat template other than the tokenizer's own: the one in the adapter's folder, else the recipe's."""
+        own = None if self.adapter is None else self.adapter / TEMPLATE_NAME
+        named = None if self.recipe is None else self.recipe.data.chat_template
+        if own is not None and own.exists():
+            return own
+        return None if named is None else Path(named)
+
+    @property
+    def data(self) -> DataSection | None:
+        """The data section of the run or recipe, with the template that belongs to the adapter."""
+        if self.recipe is None:
+            return None
+        template = None if self.template_file is None else str(self.template_file)
+        return self.recipe.data.model_copy(update={"chat_template": template})
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the template file.
+
+        Raises: RecipeError where it cannot be read.
+        """
+        return None if self.template_file is None else read_template(self.template_file)
+
+    @property
+    def seed(self) -> int:
+        """The seed that splits the eval rows off."""
+        return 0 if self.recipe is None else self.recipe.training.seed
+
+    @property
+    def choice(self) -> Choice:
+        """What of the recipe's ways to save memory also holds where nothing is trained."""
+        if self.recipe is None:
+            return Choice()
+        memory = self.recipe.memory
+        tier = memory.streaming if memory.streaming in ("host", "disk") else "off"
+        tiles = memory.mlp_tile_tokens
+        return Choice(streaming=tier, streamed_head=memory.streamed_head, mlp_tile_tokens=tiles)
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A target with its model and what makes rows for it."""
+
+    target: Target
+    model: TunedModel
+    processor: Processor
+    objective: Objective  # for which it was trained, or which measures models of its family
+
+    @property
+    def tokenizer(self) -> LoadedTokenizer:
+        """Of a model that reads or writes text. Raises: InputError for others."""
+        if not isinstance(self.processor.tokenizer, LoadedTokenizer):
+            raise InputError(
+                f"it is {self.model.base.family.text}, which neither reads nor writes text", "name another"
+            )
+        return self.processor.tokenizer
+
+
+def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Target:
+    """What TARGET is, from the files it has; nothing is loaded.
+
+    Raises: InputError where it is nothing, or where no base can be found for an adapter.
+    """
+    given = load_target_overrides(overrides)
+    given.model.update(named_base(base))
+    path, rewrites = Path(target).expanduser(), given.rewrites
+    if path.suffix in (".yaml", ".yml"):
+        loaded = load_recipe(path)
+        rewrites = [*loaded.rewrites, *rewrites]
+        found = _from_recipe("recipe", loaded.recipe, None, given)
+    elif (checkpoint := find_checkpoint(target)) is not None:
+        found = _from_checkpoint(checkpoint, given)
+    elif path.is_dir():
+        found = _from_folder(path.resolve(), given)
+    elif path.exists() and path.suffix != ".gguf":
+        raise InputError(f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)")
+    elif path.exists():
+        found = _bare_model(str(path.resolve()), given)
+    else:
+        found = _bare_model(target, given)
+        _require_model(target, found.model)
+    return replace(found, rewrites=tuple(rewrites))
+
+
+def named_base(base: str | None) -> dict[str, str]:
+    """The override of the model section that --base is."""
+    if base is None:
+        return {}
+    return {"name_or_path": str(Path(base).resolve()) if Path(base).exists() else base}
+
+
+def measuring_objective(base: LoadedModel, processor: Processor) -> Objective:
+    """What measures the loss of answers where no recipe names an objective. Raises: ModelError where nothing does."""
+    facts = base.family.facts(base.net)
+    settings = _measuring_settings(base.family.name, facts) or SftSettings()
+    check_family(base, settings.family)
+    return make_objective(settings, processor, facts)
+
+
+def _measuring_settings(family: str, facts: Mapping[str, Any]) -> ObjectiveSettings | None:
+    """A head of a single score gives rewards."""
+    return RewardSettings() if len(facts.get("labels", ())) == 1 else supervised_objective(family)
+
+
+def _require_model(target: str, section: ModelSection) -> None:
+    """Refuse a name.
+
+    Raises: InputError where it is nothing on this machine and no model of the hub.
+    """
+    try:
+        find_source(section, weights=False)
+    except ModelError as error:
+        raise InputError(
+            f"{target} is no folder and no recipe (.yaml) or .gguf file here, and no model of the hub: "
+            f"{error.problems[0].what}",
+            "check the path; TARGET is a run, an adapter or a model folder, a recipe, a .gguf file or a hub name",
+        ) from error
+
+
+def _from_folder(folder: Path, given: TargetOverrides) -> Target:
+    if (folder / "adapter_config.json").exists():
+        return _from_adapter(folder, given)
+    if (folder / "plan.json").exists():
+        recipe, whole = load_recipe(folder / "recipe.yaml").recipe, folder / "model"
+        if recipe.adapter.trains_base and (whole / "config.json").exists():
+            if "name_or_path" in given.model:
+                raise InputError(f"{folder} trained its base: no other can stand for it", "leave --base out")
+            own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": None})})
+            return _from_recipe("run", own, None, replace(given, model={**given.model, "name_or_path": str(whole)}))
+        if not (folder / "adapter" / "adapter_config.json").exists():
+            how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
+            raise InputError(f"{folder} is a run without a result yet", how)
+        return _from_recipe("run", recipe, folder / "adapter", given)
+    if (folder / "config.json").exists() or (folder / PIPELINE_INDEX).exists():
+        return _bare_model(str(folder), given)
+    raise InputError(
+        f"{folder} holds neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
+    )
+
+
+def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, given: TargetOverrides) -> Target:
+    evaluation, model = recipe.evaluation.model_copy(update=given.evaluation), given.model
+    if adapter is not None and "name_or_path" not in model:
+        base = base_section(read_adapter_config(adapter), {}, NAME_BASE)
+        model = base.model_dump(include={"name_or_path", "revision"}, exclude_unset=True) | model
+    return Target(kind, recipe.model.model_copy(update=model), evaluation, adapter, recipe)
+
+
+def _from_checkpoint(checkpoint: Path, given: TargetOverrides) -> Target:
+    """The run as it was after that step."""
+    holder = TemporaryDirectory(prefix="tunekit-")
+    adapter = Path(holder.name) / "adapter"
+    export_checkpoint(checkpoint, adapter, given.model)
+    recipe = load_recipe(checkpoint.parent.parent / "recipe.yaml").recipe
+    return replace(_from_recipe("checkpoint", recipe, adapter, given), holder=holder)
+
+
+def _from_adapter(folder: Path, given: TargetOverrides) -> Target:
+    """An adapter folder; in a run folder it also has that run's data."""
+    run = folder.parent
+    if folder.name == "adapter" and (run / "plan.json").exists():
+        return _from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, given)
+    model = base_section(read_adapter_config(folder), given.model, NAME_BASE)
+    return Target("adapter", model, EvaluationSection().model_copy(update=given.evaluation), folder)
+
+
+def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) -> ModelSection:
+    """The base as the adapter saw it, but for what is overridden.
+
+    Raises: ModelError where nothing says which it is, and `how` that is mended.
+    """
+    facts: dict[str, Any] = {
+        "dtype": config.base_dtype,
+        "quantization": config.quantization,
+        "double_quantization": config.double_quantization,
+    }
+    if "name_or_path" not in overrides:
+        facts |= {"name_or_path": config.base_location(), "revision": config.revision}
+        if facts["name_or_path"] is None:
+            wanted = config.base_name_or_path or "a base that it does not name"
+            raise ModelError(f"{config.folder} belongs to {wanted}, which is not there", how)
+    known = {name: value for name, value in facts.items() if value is not None}
+    return ModelSection.model_validate({**known, **overrides})
+
+
+def _bare_model(name: str, given: TargetOverrides) -> Target:
+    model = ModelSection.model_validate({"name_or_path": name} | given.model)
+    return Target("model", model, EvaluationSection().model_copy(update=given.evaluation))
+
+
+def processor_of(target: Target) -> Processor:
+    """What makes rows for the target's base. Raises: ModelError."""
+    return make_family(family_of(target)).processor(target.model)
+
+
+def family_of(target: Target) -> str:
+    """The family as which the target's base is loaded: its recipe's, its adapter's, or the base's own."""
+    if target.recipe is not None:
+        return str(target.recipe.objective.family)
+    config = None if target.adapter is None else read_adapter_config(target.adapter)
+    method = ((config.objective if config else None) or {}).get("method")
+    if method in known_names("objectives"):
+        found: Any = settings_class("objectives", method)
+        return str(found.family)
+    named = None if config is None or config.task_type is None else _family_of_task(config.task_type)
+    found = named or family_of_base(target.model)
+    hears = found == "speech" and config is not None and trains_audio_head(config)
+    return "audio_classifier" if hears else found
+
+
+def _family_of_task(task_type: str) -> str | None:
+    return next((name for name, kind in FAMILIES.items() if kind.task_type == task_type), None)
+
+
+def objective_of(target: Target, processor: Processor) -> Objective | None:
+    """For what the target was or would be trained, as its recipe or its adapter's folder say; None of bare models."""
+    config = None if target.adapter is None else read_adapter_config(target.adapter)
+    facts = dict((config.objective if config else None) or {})
+    method = facts.pop("method", None)
+    if target.recipe is not None:
+        facts = start_facts(target.recipe) if target.kind == "recipe" else facts
+        objective = make_objective(target.recipe.objective, processor, facts)
+        if objective.complete:
+            return objective
+        if target.kind == "run" and target.adapter is None:
+            return None  # the model itself knows: see measuring_objective
+        return load_rows(target.recipe.data, objective, seed=target.seed).objective
+    if method in known_names("objectives") and not _needs_its_recipe(method):
+        return make_objective(make_objective_settings({"method": method}), processor, facts)
+    if config is None:
+        return None
+    family = family_of(target)
+    facts = head_facts(config, target.model)
+    settings = _measuring_settings(family, facts)
+    return None if settings is None else make_objective(settings, processor, facts)
+
+
+def _needs_its_recipe(method: str) -> bool:
+    """Whether an objective needs a teacher or a reward, which a folder alone does not name: cross entropy measures what
+    it trained."""
+    found: Any = settings_class("objectives", method)
+    return bool(found.reference == TEACHER or found.samples)
+
+
+def as_trained(target: Target, processor: Processor) -> tuple[Target, Objective | None]:
+    """The target with its base as the objective has it loaded, and that objective."""
+    objective = objective_of(target, processor)
+    return (target if objective is None else replace(target, model=objective.section(target.model))), objective
+
+
+def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
+    """The adapter's base (or `base`) with the head that it was trained with, which the base's own files need not hold.
+
+    Raises: ModelError where nothing says which base it is.
+    """
+    section = base_section(config, named_base(base), "name it with --base MODEL")
+    target = Target("adapter", section, EvaluationSection(), adapter=config.folder)
+    if make_family(family_of(target)).answers:
+        return section
+    return as_trained(target, processor_of(target))[0].model
+
+
+def load_base(
+    target: Target, device: torch.device, choice: Choice | None = None
+) -> tuple[Target, LoadedModel, Processor, Objective]:
+    """The target with its base as the objective has it loaded, that base, what makes rows for it, and the objective."""
+    choice = choice or Choice()
+    with parsed_once(target.model.name_or_path):
+        processor = processor_of(target)
+        target, objective = as_trained(target, processor)
+        base = load_model(
+            target.model, device=device, streamed=choice.streaming != "off", streamed_head=choice.streamed_head
+        )
+    return target, base, processor, objective or measuring_objective(base, processor)
+
+
+def load_target(target: Target, device: torch.device) -> LoadedTarget:
+    """Load the base, put the adapter into it, and load what makes rows for it; ready for evaluation.
+
+    Where the recipe streams the base's weights or computes its MLPs in tiles, so does this.
+    """
+    choice, attach = target.choice, None
+    target, base, processor, objective = load_base(target, device, choice)
+    if target.adapter is not None:
+        attach = partial(
+            attach_adapter_folder,
+            base.net,
+            target.adapter,
+            head_name=base.family.head_name(base.net),
+            base_fingerprint=base.fingerprint,
+            device=base.device,
+        )
+    return LoadedTarget(target, prepare_network(base, choice, attach), processor, objective)
