@@ -82,15 +82,13 @@ def run_unit(task: Task, split: Split, base: Path, work: Path, core: int) -> dic
 
 HEAD = """# What objectives learn from few rows
 
-Made by `scripts/bench/run objectives`; every unit is in [objectives.json](objectives.json). On one CPU core,
-one thread, LoRA r16 on all linear layers, in bfloat16 where the processor computes it. Held-out rows decided nothing.
-A value is the mean over the seeds, with the least and the most of them; of pairs each seed's value is that of all
-its folds together, in which each pair is held out once. Interval: 95 % (Wilson), of one seed's held-out rows. Pairs are those
-whose prompts have fewer than 120 words, cut at 256 tokens; 64 of them train a fold, for two
-epochs (KTO, whose KL takes as many forwards again, for one). Memory is the peak of the run, as
-plan predicted it and as measured.
-CPU seconds are of {processors}, whose other core was often busy,
-which made some runs of DPO twice as long.
+Made by `scripts/bench/run objectives`; every unit is in [objectives.json](objectives.json). On one CPU core, one
+thread, LoRA r16 on all linear layers, in bfloat16 where the processor computes it. Held-out rows decided nothing. A
+value is the mean over the seeds, with the least and the most of them; of pairs each seed's value is that of all its
+folds together, in which each pair is held out once. Interval: 95 % (Wilson), of one seed's held-out rows. Pairs are
+those whose prompts have fewer than 120 words, cut at 256 tokens; 64 of them train a fold, for two epochs (KTO, whose
+KL takes as many forwards again, for one). Memory is the peak of the run, as plan predicted it and as measured. CPU
+seconds are of {processors}, whose other core was often busy, which made some runs of DPO twice as long.
 
 | objective | base | units | before | after | least, most | interval | baselines | adapter, MB | CPU s """
 HEAD += "| predicted, MB | measured, MB |\n|---|---|--:|--:|--:|---|---|---|--:|--:|--:|--:|\n"

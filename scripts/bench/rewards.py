@@ -240,10 +240,10 @@ def units(seeds: int) -> Iterator[Unit]:
 HEAD = """# What rewards and a teacher teach
 
 Made by `scripts/bench/run rewards`; every unit is in [rewards.json](rewards.json). Sums and differences of two
-numbers of one or two digits (reasoning-gym's chain_sum, and its score as reward), SmolLM2-135M-Instruct, LoRA r16
-on all linear layers, one thread of a CPU. Exact: the share of 300 held-out questions whose greedy answer is exactly right;
-they decided nothing. Interval: 95 % (Wilson). GRPO: 60 steps of 16 prompts with 8 samples each at temperature 1, of at most
-8 tokens, learning rate 2e-4, no KL; GRPO and RLOO begin with the model of the first line.
+numbers of one or two digits (reasoning-gym's chain_sum, and its score as reward), SmolLM2-135M-Instruct, LoRA r16 on
+all linear layers, one thread of a CPU. Exact: the share of 300 held-out questions whose greedy answer is exactly
+right; they decided nothing. Interval: 95 % (Wilson). GRPO: 60 steps of 16 prompts with 8 samples each at temperature
+1, of at most 8 tokens, learning rate 2e-4, no KL; GRPO and RLOO begin with the model of the first line.
 
 """
 
