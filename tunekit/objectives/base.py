@@ -1,19 +1,24 @@
-"""How an objective is found: `objective: sft` is sft.py, whose function `make` gives it.
-
-Comes in: a settings object, what encodes rows, and what a folder or a run says of it.  Goes out: an Objective.
-"""
+"""How an objective is found: `objective: sft` is sft.py, whose function `make` composes it."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
 
-from tunekit.contracts import Objective, Processor
+from tunekit.contracts import EncodeOptions, Objective, Processor
+from tunekit.recipe.bases.section import ObjectiveSettings
 
 
-def make_objective(settings: Any, processor: Processor, facts: Mapping[str, Any] | None = None) -> Objective:
-    """The objective named by `settings.method`; `facts` are those that it gave when it was made before."""
+def make_objective(
+    settings: ObjectiveSettings,
+    processor: Processor,
+    facts: Mapping[str, object] | None = None,
+    options: EncodeOptions | None = None,
+) -> Objective:
+    """The objective named by `settings.method`.
+
+    `facts`: those that the objective of a trained adapter had; `options`: how its rows are encoded.
+    """
     module = importlib.import_module(f"tunekit.objectives.{settings.method}")
-    objective: Objective = module.make(settings, processor, facts or {})
+    objective: Objective = module.make(settings, processor, facts or {}, options or EncodeOptions())
     return objective

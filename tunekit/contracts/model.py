@@ -1,0 +1,162 @@
+"""What a model gives and how it is called; a model cut into stages for layer-by-layer execution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from tunekit.contracts.rows import Batch, Tokenizer
+
+Sums = dict[str, torch.Tensor]  # float64, of any shape; added up over batches and ranks
+ROW_LOSSES = "row losses"  # the one entry of Sums that is concatenated instead: (rows,) the loss of each row
+
+
+@dataclass
+class Loss:
+    """`total`: SUM of the per-unit losses, (K,) float32 with gradient; `per_step`: averaged over micro-batches."""
+
+    total: torch.Tensor
+    per_step: torch.Tensor | None = None
+    metrics: Sums = field(default_factory=dict)  # sums over the units of what is logged, without gradient
+
+
+class Head(Protocol):
+    """The output projection of a text model, with its scale and soft cap; may be tied, quantized or adapted."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, V) in float32."""
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward gives: hidden states with the head that reads them, or the logits of a head that reads rows."""
+
+    hidden: torch.Tensor | None = None  # (B, T, D)
+    head: Head | None = None
+    head_parameters: Sequence[torch.Tensor] = ()  # trained ones inside the head
+    chunk_tokens: int = 1  # positions that pass the head at a time
+    logits: torch.Tensor | None = None  # (B, C)
+    companion_heads: Mapping[str, Head] = field(default_factory=dict)  # heads of the companions that have one, by key
+
+
+Read = Callable[[ModelOutput, Batch], torch.Tensor]  # what is taken from a forward
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen: the likeliest at temperature 0, else drawn. `top_k` 0: of all tokens."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class AnswerLimits:
+    """How answers are generated: length, batch size, sampling, and the chat template if it is not the tokenizer's."""
+
+    max_new_tokens: int = 128
+    batch_size: int = 8
+    template: str | None = None
+    sampling: Sampling = GREEDY
+
+
+class Model(Protocol):
+    """The base with its adapter, as engines, losses and answering call it."""
+
+    base: Any  # model.load.LoadedModel
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the adapter puts before each row."""
+
+    def output(self, inputs: dict[str, torch.Tensor]) -> ModelOutput:
+        """One forward."""
+
+    def scored(self, batches: Sequence[Batch], read: Read, *, bypassed: bool = False) -> list[torch.Tensor]:
+        """What `read` takes from the forward of each batch, on the host, without gradient or dropout; `bypassed`:
+        without the adapter. A streamed base copies its layers once for all batches."""
+
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        stop_ids: Sequence[int],
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """The ids that follow each prompt, up to and with a stop id. `seeds`: one for each prompt."""
+
+    def adapted(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inputs with what a whole-model adapter adds to them; in generation, of the first step."""
+
+    def training_mode(self, training: bool) -> AbstractContextManager[None]:
+        """Train or eval mode inside the block."""
+
+
+@dataclass(eq=False)
+class SideInput:
+    """A tensor that layers read beside their hidden states, for one micro-batch: an encoder's output, or what an
+    earlier layer gave (T5's position biases). Whoever runs the layers sets `value`, a leaf for those that read it."""
+
+    value: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one layer is called with after its hidden states, for one micro-batch.
+    `arguments` and `keywords` hold a SideInput in place of each tensor that is one.  `side_outputs`: what the layer
+    gives after its hidden states, in order; None where no layer reads it."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    side_outputs: tuple[SideInput | None, ...] = ()
+
+    @property
+    def side_inputs(self) -> list[SideInput]:
+        """What the layer reads of others, each once."""
+        values = (*self.arguments, *self.keywords.values())
+        return list({id(value): value for value in values if isinstance(value, SideInput)}.values())
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that follow one another, each `layer(hidden, call)` -> hidden (B, T, D); the last one's includes the
+    stack's final norm.
+    `embed(inputs, source)` gives the first hidden state and each layer's call; `source` is the output of the stack
+    before, None for the first."""
+
+    embed: Callable[[dict[str, torch.Tensor], SideInput | None], tuple[torch.Tensor, list[LayerCall]]]
+    layers: Sequence[torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A model cut for layer-by-layer execution: one stack, or an encoder's and then its decoder's."""
+
+    stacks: Sequence[Stack]
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        """The layers of all stacks in order."""
+        return [layer for stack in self.stacks for layer in stack.layers]
+
+    @property
+    def stack_at(self) -> dict[int, int]:
+        """Number of a stack's first layer -> number of that stack."""
+        counts = [len(stack.layers) for stack in self.stacks]
+        return {sum(counts[:number]): number for number in range(len(counts))}

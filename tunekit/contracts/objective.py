@@ -1,0 +1,358 @@
+"""Objectives: a kind of rows and a loss, with companions. And the engine that runs their windows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunekit.contracts.model import AnswerLimits, Head, Loss, Model, ModelOutput, Read, Sums
+from tunekit.contracts.rows import (
+    Array,
+    Batch,
+    EncodeOptions,
+    Gather,
+    Processor,
+    Progress,
+    Row,
+    RowLayout,
+    Rows,
+    Span,
+    Window,
+)
+from tunekit.errors import Problem
+
+
+class RunView(Protocol):
+    """What an objective and its companions see of a run: its model, its rows, its ranks."""
+
+    model: Model
+    rows: RowKind
+    gather: Gather
+    progress: Progress
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the model is on the meta device, without values."""
+
+    def score(self, batches: Sequence[Batch], read: Read) -> list[torch.Tensor]:
+        """What `read` takes from the model's forward of each batch, on the host, without gradient or dropout."""
+
+    def reference(self, batches: Sequence[Batch], read: Read) -> list[torch.Tensor]:
+        """The same of the policy at step 0."""
+
+    def companion(self, key: str) -> Any:
+        """The loaded companion with this key."""
+
+
+class RowKind:
+    """How examples become rows and batches. Subclasses are frozen dataclasses in objectives/rows.
+
+    `example`: the kind of example that formats give; `draws`: whether `draw` changes rows;
+    `notices`: what the user should know, with counts.
+    """
+
+    example: str
+    layout: RowLayout
+    fingerprint: str  # sha256 of everything, besides `options`, that decides a row
+    options: EncodeOptions
+    notices: Counter[str]
+    packable: bool = False  # whether several rows may lie end to end in one sequence
+    draws: bool = False
+
+    def problems(self) -> list[Problem]:
+        """Options that mean nothing for these rows."""
+        return []
+
+    def examples(self, example: Any) -> Sequence[Any]:
+        """The examples of the rows that one example takes; most take one."""
+        return [example]
+
+    def encode(self, example: Any, origin: str) -> Row:
+        """The row. Raises: Dropped if nothing can be trained on; DataError if the row is wrong."""
+        raise NotImplementedError
+
+    def make_row(
+        self, parts: Mapping[str, Array], origin: str, number: int = 0, sizes: tuple[int, ...] | None = None
+    ) -> Row:
+        """A row of these parts."""
+        return Row(parts, self.sizes_of(parts) if sizes is None else sizes, self.units_in(parts), origin, number)
+
+    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+        """The sizes of a row with these parts."""
+        raise NotImplementedError
+
+    def units_in(self, parts: Mapping[str, Array]) -> int:
+        """The number of units that the loss sums in a row with these parts."""
+        return 1
+
+    def prompt(self, example: Any) -> tuple[Any, str] | None:
+        """The prompt of an example (for text: ids up to where the answer begins), and the text of its answer; None if
+        it has none."""
+        return None
+
+    def question(self, text: str) -> Any:
+        """The prompt made from a user's text, which names a file if rows are recordings or images."""
+        raise NotImplementedError
+
+    def shown(self, prompt: Any) -> str:
+        """A prompt as a person reads it."""
+        return str(prompt)
+
+    def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Self:
+        """The rows for a model that keeps the documents of one sequence apart, or for one that does not.
+        `shares_prefixes`: a document may begin with tokens of a different document, which are computed there."""
+        return self
+
+    def shared(self, row: Row) -> int:
+        """Tokens of the shared prompt, which the sizes count once per answer but the model computes once."""
+        return 0
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """The part of a row at sizes start .. stop-1."""
+        raise NotImplementedError
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """Rows that fill one sequence of this size; `part` of them is as large as it can be."""
+        raise NotImplementedError
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """The batch whose sequence b holds the rows sequences[b]; parts that `prepare` added go into the targets."""
+        raise NotImplementedError
+
+    def draw(self, row: Row, key: tuple[int, ...]) -> Row:
+        """The row with what is drawn at random for it in a step (crops, masks). `key`: seed, step, row, and the how
+        many-th time the row is in the step."""
+        return row
+
+    def spans(self, row: Row) -> list[Span]:
+        """The row as preview shows it."""
+        raise NotImplementedError
+
+    def evaluation_copy(self) -> Self:
+        """The rows as they are measured: no augmentation, no dropout of prompts."""
+        return self
+
+    def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind] | None:
+        """Rows and loss that score the answers of (questions, answers); None if answers cannot be chosen.
+        `dtype`: of the attention mask."""
+        return None
+
+    def counting(self) -> Self:
+        """A copy with notices of its own."""
+        return replace(self, notices=Counter())  # type: ignore[type-var]
+
+    def with_options(self, options: EncodeOptions) -> Self:
+        """The same rows, encoded with different options."""
+        return replace(self, options=options, notices=Counter())  # type: ignore[type-var]
+
+    def remade(self, batch: Batch, rows: Iterable[Row]) -> Batch:
+        """The batch with these rows in the places of its own."""
+        some = iter(rows)
+        return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
+
+    def with_parts(self, window: Window, parts: Sequence[Mapping[str, Array]]) -> Window:
+        """The window whose rows have further parts, given for each batch. Shapes: each part (rows of the batch, ...)."""
+        batches = []
+        for batch, named in zip(window.batches, parts, strict=True):
+            rows = (
+                row.with_parts({name: values[number] for name, values in named.items()})
+                for number, row in enumerate(batch.rows)
+            )
+            batches.append(self.remade(batch, rows) if named else batch)
+        return replace(window, batches=tuple(batches))
+
+
+class LossKind:
+    """What is minimised and measured over batches of one row kind. Subclasses are in objectives/losses.
+
+    `metrics`: measured in every evaluation; `logged`: of each step, as its Loss sums them up;
+    `reference`: whether the loss compares with the policy at step 0;
+    `updates_per_sampling`: how many consecutive steps reuse the same samples. A run can resume only where new ones are
+    drawn.
+    """
+
+    metrics: Sequence[str] = ("loss",)
+    logged: Sequence[str] = ()
+    reference: bool = False
+    updates_per_sampling: int = 1
+
+    def prepare(self, run: RunView, window: Window) -> Window:
+        """The window with everything that depends on the step; without gradient. It has this rank's whole share."""
+        return window
+
+    def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
+        """The loss with the values that all evaluation rows decide together; `batches`: this rank's share."""
+        return self
+
+    def evaluation_copy(self) -> LossKind:
+        """The loss of rows that are only measured."""
+        return self
+
+    def units(self, batch: Batch) -> torch.Tensor:
+        """(K,) float64: the divisor of the step's loss, known before the forward."""
+        return torch.tensor([float(batch.supervised)], dtype=torch.float64)
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Sum over the batch's units."""
+        raise NotImplementedError
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """The sums that metrics are computed from, and ROW_LOSSES, which add up to its `loss`; no gradient."""
+        raise NotImplementedError
+
+    def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Labels with their counts (correct, predicted, true), and their confusion matrix; None without labels."""
+        return None
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How a model of this objective answers.
+
+    `kind`: text, label, score or picture.  `write`: answers to prompts.  `score`: of each sequence of ids.
+    `draw`: pictures (H, W, 3) of prompts, each with its seed.  `report_pictures`: those that a report shows.
+    `generation`: the generation settings of a merged model; None removes one.  `normalize`: a text as metrics compare
+    it that do not count spellings.  `processor`: with the recipe's changes, as a merged model needs it.
+    """
+
+    kind: str
+    write: Callable[[Model, Sequence[Any], AnswerLimits], list[str]] | None = None
+    score: Callable[[Model, Sequence[Sequence[int]], int], list[float]] | None = None
+    draw: Callable[[Model, Sequence[str], Sequence[int], Progress], list[NDArray[np.uint8]]] | None = None
+    report_pictures: Callable[[Model, Progress], list[NDArray[np.uint8]]] | None = None
+    labels: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    normalize: Callable[[str], str] = str
+    processor: Processor | None = None
+
+
+@dataclass(frozen=True)
+class CompanionSpec:
+    """A companion that an objective needs: companions/KIND.py makes it. `key`: the recipe's key of its settings."""
+
+    kind: str
+    key: str
+    settings: Any
+
+
+@dataclass(frozen=True)
+class CompanionFacts:
+    """What plan knows of a companion before anything is loaded.
+
+    `bytes`: weights that are in memory during the whole run and that no simulation counts, by part;
+    `fingerprint`: sha256 by key, compared at resume;
+    `any_token`: whether the model may read any token of its vocabulary, not only those of the rows;
+    `streaming_obstacle`: why the base cannot be streamed beside it.
+    """
+
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    problems: Sequence[Problem] = ()
+    notes: Sequence[str] = ()
+    any_token: bool = False
+    streaming_obstacle: str | None = None
+
+
+class Companion(Protocol):
+    """Something that is used next to the trained model. It is made by companions/KIND.py from a CompanionSpec."""
+
+    key: str
+    head: Head | None  # of a companion with an output projection that a loss reads
+
+    def facts(self, planned: Any) -> CompanionFacts:
+        """What plan states; `planned`: companions.base.Planned, everything that is known without a weight."""
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """sha256 of the files that decide its results, by key of the recipe; compared at resume."""
+
+    def load(self, device: torch.device) -> None:
+        """Bring it into memory."""
+
+    def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
+        """Make what all steps need (class images, latents): before the first step, and again after a resume, which is
+        refused if the sha256 of the files it reads changed."""
+
+    def simulated(self) -> Companion:
+        """A copy on the meta device, for one simulated step."""
+
+    def resident(self, device: torch.device) -> Iterable[torch.Tensor]:
+        """Tensors of a simulated companion that are on the device in every step."""
+
+    def rehearse(self, run: RunView, batch: Batch) -> bool:
+        """In the simulated run: allocate what it needs at its peak; whether there is anything to simulate."""
+
+
+def _unchanged(section: Any, seed: int) -> Any:
+    return section
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Rows and a loss, with companions: objectives/NAME.py composes one.
+
+    `section(model, seed)`: the recipe's model section as the base must be loaded (heads, trained parts).
+    `learn(rows)`: the objective with the labels and notes that only all rows together decide; None: it learns nothing.
+    `complete`: whether it knows all labels.  `facts`: plain values that its adapter's folder keeps.
+    """
+
+    name: str
+    family: str
+    rows: RowKind
+    loss: LossKind
+    answering: Answering | None = None
+    companions: tuple[CompanionSpec, ...] = ()
+    section: Callable[[Any, int], Any] = _unchanged
+    learning: Callable[[Sequence[Rows]], Objective] | None = None
+    complete: bool = True
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def learn(self, rows: Sequence[Rows]) -> Objective:
+        """The objective after it has seen all rows: training rows, then evaluation rows if there are any."""
+        return self if self.learning is None else self.learning(rows)
+
+    def evaluation_copy(self) -> Objective:
+        """A copy for evaluation: no augmentation. LossKind.measuring adds statistics of the whole evaluation set."""
+        return replace(self, rows=self.rows.evaluation_copy(), loss=self.loss.evaluation_copy())
+
+    def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:
+        """The objective whose rows are laid out so."""
+        return replace(self, rows=self.rows.laid_out(end_to_end, shares_prefixes))
+
+    def with_options(self, options: EncodeOptions) -> Objective:
+        """The objective whose rows are encoded with these options."""
+        return replace(self, rows=self.rows.with_options(options))
+
+    def prepare(self, run: RunView, window: Window) -> Window:
+        """The window as the engine runs it: random draws of its rows, then what the loss adds."""
+        return self.loss.prepare(run, drawn_rows(self.rows, window) if self.rows.draws else window)
+
+
+def drawn_rows(rows: RowKind, window: Window) -> Window:
+    """The window with what is drawn at random for each of its rows in this step."""
+    seen, batches = Counter[int](), []  # a row may be in a step more than once
+    for batch in window.batches:
+        changed = []
+        for row in batch.rows:
+            changed.append(rows.draw(row, (window.seed, window.step, row.number, seen[row.number])))
+            seen[row.number] += 1
+        batches.append(rows.remade(batch, changed))
+    return replace(window, batches=tuple(batches))
+
+
+class Engine(Protocol):
+    """Runs forward and backward of one window and leaves the summed gradient, divided by `units`, in place."""
+
+    loss_scale: float
+    losses: list[torch.Tensor]  # the sum of each micro-batch of the last window
+
+    def run_window(
+        self, model: Model, objective: Objective, window: Window, units: torch.Tensor, micro_batches: int = 1
+    ) -> tuple[torch.Tensor, Sums]:
+        """Returns (K,) float64 loss sum of this rank divided by `units`, and the sums of what is logged;
+        `micro_batches`: how many the step has over all ranks; per-step terms are averaged over them."""

@@ -1,0 +1,251 @@
+"""What data gives and losses read: tokenizer, processor, rows, batches, windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunekit.records import Preparation
+
+IGNORED = -100  # a label that is never predicted, as in torch's cross_entropy
+Array = NDArray[Any]
+Gather = Callable[[list[Any]], list[Any]]  # plain values of this rank -> those of all ranks
+Progress = Callable[[str, int, int], None]  # what is counted, how many are done, of how many
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+class Tokenizer(Protocol):
+    """A tokenizer as data and objectives see it. No method ever adds special tokens of its own accord."""
+
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int  # any existing id: padding is always masked by length, never by id
+    adds_bos: bool  # whether the tokenizer by itself puts bos_id before a text; encode never does
+    special_ids: frozenset[int]  # control tokens
+    vocabulary_size: int
+    fingerprint: str  # sha256 of everything that changes ids or templates
+    chat_template: str | None
+    answer_start_id: int | None  # with which the decoder of an encoder-decoder begins; None: one sequence holds all
+
+    def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
+        """Ids of `text`; with special_tokens_in_text=False, text that spells a special token is encoded as text."""
+
+    def encode_with_offsets(
+        self, text: str, *, special_tokens_in_text: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and their [start, end) character offsets in `text`."""
+
+    def encode_source(self, text: str) -> list[int]:
+        """Ids of a whole text for an encoder, with the special tokens that the tokenizer puts around one."""
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of a whole text for a decoder to learn, likewise."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of `ids`."""
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        template: str | None = None,
+    ) -> str:
+        """Messages through the chat template (or `template`), as text. Raises DataError where the template refuses."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token as a person reads it."""
+
+
+class Processor(Protocol):
+    """What turns an example into a row: a tokenizer, or what reads recordings or images, with a tokenizer beside it or
+    without one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides a row."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of its texts; a tokenizer's own self."""
+
+    def save(self, folder: Path) -> None:
+        """Write its files into a model folder."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """The options of the data section that control how rows are encoded. `template`: text of a chat template."""
+
+    train_on: str = "assistant"
+    template: str | None = None
+    max_length: int = 0
+    excess_length: str = "drop"
+    rewritten_answers: str = "last"
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The parts of a row and their dtypes, which of them hold token ids, and how many sizes a row has.
+
+    `paired`: every size is one line of the same tensor, so that each is padded to the widest.
+    `token_sizes`: which of the sizes count tokens; None: all. The others count frames or pixels.
+    `minimum`: each size is padded at least to this.
+    `identity`: the parts beyond the ids that tell rows apart.
+    `batch_key`: rows can share a micro-batch only if this part is equal (images of one size, recordings of one length).
+    """
+
+    parts: Mapping[str, str]
+    token_parts: tuple[str, ...]
+    sizes: int
+    paired: bool = False
+    token_sizes: tuple[int, ...] | None = None
+    minimum: tuple[int, ...] = ()
+    identity: tuple[str, ...] = ()
+    batch_key: str | None = None
+
+    def padded(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of one sequence after the padding of its micro-batch."""
+        wide = (max(sizes),) * len(sizes) if self.paired else tuple(sizes)
+        return tuple(map(max, wide, self.minimum)) if self.minimum else wide
+
+    def length(self, sizes: Sequence[int]) -> int:
+        """Number of tokens that data.max_length limits."""
+        tokens = self.tokens_of(sizes)
+        return max(tokens, default=0) if self.paired else sum(tokens)
+
+    def tokens_of(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The sizes that count tokens."""
+        return tuple(sizes) if self.token_sizes is None else tuple(sizes[place] for place in self.token_sizes)
+
+    def key_of(self, row: Row) -> bytes:
+        """Equal for rows that may share a micro-batch."""
+        return b"" if self.batch_key is None else row.parts[self.batch_key].tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One encoded row. `sizes`: of each part that is padded by itself; `supervised`: how many units its loss sums."""
+
+    parts: Mapping[str, Array]
+    sizes: tuple[int, ...]
+    supervised: int
+    origin: str  # "train.jsonl:17", for errors and preview
+    number: int = 0  # its index in Rows
+
+    @property
+    def size(self) -> int:
+        """Total size of all parts, without padding."""
+        return sum(self.sizes)
+
+    def with_parts(self, parts: Mapping[str, Array]) -> Row:
+        """The row with further parts."""
+        return replace(self, parts={**self.parts, **parts})
+
+
+class Rows(Protocol):
+    """Random access to encoded rows; small enough an interface for a memory map."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(rows, sizes) of each row's parts."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(rows,) total size of each row."""
+
+    @property
+    def supervised(self) -> NDArray[np.int64]:
+        """(rows,) units of the loss in each row."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a row as preview shows it: token ids and which of them are trained on, or an image, under a title."""
+
+    ids: Array  # (T,)
+    trained: NDArray[np.bool_]  # (T,)
+    title: str = ""  # written before it
+    image: NDArray[np.uint8] | None = None  # (H, W, 3) as the model sees it
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch of whole rows: the network's inputs, the loss's targets, and the rows themselves.
+    `sequences[b]`: the rows that lie end to end in line b of the tensors; one each where every row is padded alone."""
+
+    inputs: dict[str, torch.Tensor]  # each (B, ...)
+    targets: dict[str, torch.Tensor]
+    sequences: tuple[tuple[Row, ...], ...]
+    line_size: int | None = None  # size of one sequence with its padding, if it is not a number of ids
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, in order."""
+        return [row for sequence in self.sequences for row in sequence]
+
+    @property
+    def lengths(self) -> list[int]:
+        """(B,) sizes of each sequence, without padding."""
+        return [sum(row.size for row in sequence) for sequence in self.sequences]
+
+    @property
+    def tokens(self) -> int:
+        """Total size of all rows, without padding."""
+        return sum(self.lengths)
+
+    @property
+    def supervised(self) -> int:
+        """Number of units that the loss sums."""
+        return sum(row.supervised for row in self.rows)
+
+    @property
+    def width(self) -> int:
+        """Size of one sequence with its padding, all parts together."""
+        return self.padded // len(self.sequences)
+
+    @property
+    def padded(self) -> int:
+        """Positions of all sequences with their padding."""
+        if self.line_size is not None:
+            return self.line_size * len(self.sequences)
+        return sum(tensor.numel() for name, tensor in self.inputs.items() if name.endswith("input_ids"))
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step (of this rank), with their indices in the step over all ranks."""
+
+    step: int  # 0-based index of the optimizer step; below 0: a dry-run step
+    epoch: float  # epochs finished after this step
+    indices: tuple[int, ...]
+    batches: tuple[Batch, ...]
+    seed: int = 0  # for everything that is drawn at random in this step
+    preparation: Preparation = field(default_factory=Preparation)
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether this is a dry-run step, which trains nothing."""
+        return self.step < 0
+
+
+class WindowSource(Protocol):
+    """Windows in training order, from a given step on; a pure function of (rows, settings, seed)."""
+
+    steps: int
+
+    def windows(self, first_step: int) -> Iterator[Window]: ...
