@@ -73,6 +73,8 @@ class Model(Protocol):
     """The base with its adapter, as engines, losses and answering call it."""
 
     base: Any  # model.load.LoadedModel
+    companions: Mapping[str, Any]  # Companion, by key
+    reference_scores: dict[bytes, torch.Tensor]  # of rows whose reference scores a loss keeps
 
     @property
     def device(self) -> torch.device: ...

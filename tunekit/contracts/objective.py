@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -157,7 +158,7 @@ class RowKind:
         return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
 
     def with_parts(self, window: Window, parts: Sequence[Mapping[str, Array]]) -> Window:
-        """The window whose rows have further parts, given for each batch. Shapes: each part (rows of the batch, ...)."""
+        """The window whose rows have further parts, given for each batch. Shapes: each part (rows, ...)."""
         batches = []
         for batch, named in zip(window.batches, parts, strict=True):
             rows = (
@@ -245,30 +246,43 @@ class CompanionSpec:
 class CompanionFacts:
     """What plan knows of a companion before anything is loaded.
 
-    `bytes`: weights that are in memory during the whole run and that no simulation counts, by part;
-    `fingerprint`: sha256 by key, compared at resume;
-    `any_token`: whether the model may read any token of its vocabulary, not only those of the rows;
+    `weight_bytes`: weights that are in memory during the whole run, if no simulation counts them.
+    `any_token`: whether the model may read any token of its vocabulary, not only those of the rows.
     `streaming_obstacle`: why the base cannot be streamed beside it.
     """
 
-    bytes: Mapping[str, int] = field(default_factory=dict)
+    weight_bytes: int = 0
     problems: Sequence[Problem] = ()
-    notes: Sequence[str] = ()
     any_token: bool = False
     streaming_obstacle: str | None = None
 
 
-class Companion(Protocol):
-    """Something that is used next to the trained model. It is made by companions/KIND.py from a CompanionSpec."""
+Counting = Callable[[str], AbstractContextManager[None]]  # part of the memory ("logits") -> a block counted as it
 
-    key: str
-    head: Head | None  # of a companion with an output projection that a loss reads
+
+class Companion:
+    """Something that is used next to the trained model: teacher, reward models, pipeline parts, sampling.
+
+    companions/KIND.py makes it from a CompanionSpec. `rehearses`: whether `rehearse` simulates anything.
+    """
+
+    head: Head | None = None  # of a companion whose output projection a loss reads
+    rehearses: bool = False
+
+    def __init__(self, spec: CompanionSpec) -> None:
+        self.spec, self.key = spec, spec.key
 
     def facts(self, planned: Any) -> CompanionFacts:
         """What plan states; `planned`: companions.base.Planned, everything that is known without a weight."""
+        return CompanionFacts()
+
+    def notes(self, planned: Any, step_tokens: int) -> Sequence[str]:
+        """Notes of the plan. `step_tokens`: of the largest step, padding included."""
+        return ()
 
     def fingerprint(self) -> Mapping[str, str]:
         """sha256 of the files that decide its results, by key of the recipe; compared at resume."""
+        return {}
 
     def load(self, device: torch.device) -> None:
         """Bring it into memory."""
@@ -276,15 +290,22 @@ class Companion(Protocol):
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
         """Make what all steps need (class images, latents): before the first step, and again after a resume, which is
         refused if the sha256 of the files it reads changed."""
+        return {}
 
     def simulated(self) -> Companion:
         """A copy on the meta device, for one simulated step."""
+        return self
 
-    def resident(self, device: torch.device) -> Iterable[torch.Tensor]:
+    def resident(self, device: torch.device) -> Sequence[torch.Tensor]:
         """Tensors of a simulated companion that are on the device in every step."""
+        return ()
 
-    def rehearse(self, run: RunView, batch: Batch) -> bool:
-        """In the simulated run: allocate what it needs at its peak; whether there is anything to simulate."""
+    def present(self, model: Model) -> Sequence[torch.Tensor]:
+        """Further tensors that are on the device while `rehearse` runs."""
+        return ()
+
+    def rehearse(self, run: RunView, batch: Batch, counting_as: Counting) -> None:
+        """In the simulated run: compute what needs most memory, for the largest batch."""
 
 
 def _unchanged(section: Any, seed: int) -> Any:

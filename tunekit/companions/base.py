@@ -1,0 +1,35 @@
+"""How companions are found: the spec of kind `teacher` is made by teacher.py; and what plan tells them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tunekit.contracts import Companion, CompanionSpec, Objective, Processor, Rows
+from tunekit.model.load import LoadedModel
+from tunekit.recipe.memory import MemorySection
+from tunekit.recipe.training import TrainingSection
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before a weight is loaded. `base`: on the meta device; `rows`: training rows, then evaluation rows;
+    `streams`: whether the rows are only the first ones of a stream."""
+
+    device: torch.device
+    base: LoadedModel
+    processor: Processor
+    objective: Objective
+    rows: Sequence[Rows]
+    streams: bool
+    memory: MemorySection
+    training: TrainingSection
+    virtual_tokens: int = 0
+
+
+def make_companions(specs: Sequence[CompanionSpec]) -> dict[str, Companion]:
+    """The companions of an objective by key, not loaded yet."""
+    return {spec.key: importlib.import_module(f"tunekit.companions.{spec.kind}").make(spec) for spec in specs}
