@@ -17,7 +17,7 @@ from tunekit.errors import TunekitError
 from tunekit.memory import vocabulary
 from tunekit.memory.vocabulary import StreamedHead, stream_head
 from tunekit.model.families.heads import TextHead
-from tunekit.objectives.logprobs import log_probabilities, loss_of_positions, scored_positions
+from tunekit.objectives.losses.logprobs import log_probabilities, loss_of_positions, scored_positions
 from tunekit.train import train_verb
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_losses_and_gradients_are_those_of_the_whole(
 
     whole = found()
     monkeypatch.setattr(vocabulary, "PART_BYTES", 16 * 12 * 4)  # parts of 16 rows, the last of 6
-    monkeypatch.setattr("tunekit.objectives.logprobs.CHUNK_BYTES", 16 * 4 * 5)  # five positions at a time
+    monkeypatch.setattr("tunekit.objectives.losses.logprobs.CHUNK_BYTES", 16 * 4 * 5)  # five positions at a time
     parts = stream_head(net.lm_head, CPU, tier)
     assert len(parts.weights) == 5
     assert net.lm_head.weight.isnan().all(), "nothing of the matrix is left where it was"

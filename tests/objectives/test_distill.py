@@ -19,7 +19,7 @@ from tunekit.contracts import ModelOutput
 from tunekit.errors import ModelError, RecipeError, RunFolderError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.model.load import load_model
-from tunekit.objectives.logprobs import divergence, divergences
+from tunekit.objectives.losses.logprobs import divergence, divergences
 from tunekit.planning.plan import make_plan
 from tunekit.planning.tiers import layer_bytes
 from tunekit.recipe.load import load_recipe

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.contracts import ModelOutput
-from tunekit.objectives.logprobs import at_temperature, log_probabilities
+from tunekit.objectives.losses.logprobs import at_temperature, log_probabilities
 
 POSITIONS, HIDDEN, VOCABULARY = 11, 6, 17
 

@@ -15,7 +15,7 @@ from tests.architectures.tiny import write_tiny
 from tests.support.recipe_mutator import make_valid_case
 from tests.support.train_case import write_recipe
 from tunekit.errors import ModelError, RecipeError, TunekitError
-from tunekit.objectives.logprobs import logits_chunk_tokens
+from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
 from tunekit.planning.refusals import library_problems

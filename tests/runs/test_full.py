@@ -43,7 +43,7 @@ from tunekit.merge import merge_verb
 from tunekit.model.families.heads import TextHead
 from tunekit.model.load import load_model
 from tunekit.model.storage.rewrite import Rewriter
-from tunekit.objectives.logprobs import summed_loss
+from tunekit.objectives.losses.logprobs import summed_loss
 from tunekit.planning.plan import make_plan
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.full import FullSettings

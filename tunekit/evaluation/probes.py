@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tunekit.evaluation.scores import undisturbed
 from tunekit.model.call import calling, current_call
-from tunekit.objectives.logprobs import losses_of_positions, supervised_positions
+from tunekit.objectives.losses.logprobs import losses_of_positions, supervised_positions
 from tunekit.tuned.model import TunedModel
 
 PROBE_TOKENS = 12

@@ -39,7 +39,7 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import placed
-from tunekit.objectives.logprobs import log_probabilities
+from tunekit.objectives.losses.logprobs import log_probabilities
 from tunekit.objectives.rows import TextEncoder, TextObjective
 
 NO_PROMPT = "no prompt"

@@ -21,7 +21,7 @@ from tunekit.data.batching.pad import lay_end_to_end, real_positions
 from tunekit.machine.devices import summing_dtype, wide
 from tunekit.machine.placing import placed
 from tunekit.model.attention.documents import as_added
-from tunekit.objectives.logprobs import losses_of_positions
+from tunekit.objectives.losses.logprobs import losses_of_positions
 from tunekit.objectives.seq2seq import Seq2seq
 from tunekit.objectives.sft import Sft
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings

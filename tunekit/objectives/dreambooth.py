@@ -50,7 +50,7 @@ from tunekit.objectives.diffusion.buckets import bucket_problems, made_buckets
 from tunekit.objectives.diffusion.class_images import ClassImages
 from tunekit.objectives.diffusion.kept import Kept, scaled_latents
 from tunekit.objectives.diffusion.rows import PictureEncoder, bucket_of, pixels_of, prompt_of
-from tunekit.objectives.logprobs import row_losses
+from tunekit.objectives.losses.logprobs import row_losses
 from tunekit.objectives.rows import RowObjective
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings

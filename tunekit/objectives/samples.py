@@ -33,7 +33,7 @@ from tunekit.contracts import (
 from tunekit.errors import RewardError
 from tunekit.model.call import seed_for
 from tunekit.model.text.generation import find_stop_ids
-from tunekit.objectives.logprobs import at_temperature, log_probabilities
+from tunekit.objectives.losses.logprobs import at_temperature, log_probabilities
 from tunekit.objectives.prompts import Completion, PromptObjective, told_of
 from tunekit.objectives.rewards import Rewards, Scores, Written
 from tunekit.objectives.worth import length_metrics, reward_metrics, spread

@@ -30,7 +30,7 @@ from tunekit.data.batching.pad import lay_end_to_end
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.model.speech.processor import SpeechProcessor
-from tunekit.objectives.logprobs import loss_of_positions, sums_of_positions
+from tunekit.objectives.losses.logprobs import loss_of_positions, sums_of_positions
 from tunekit.objectives.recordings import PARTS, Recording, SpeechEncoder, make_row, transcripts
 from tunekit.objectives.spec_augment import HeardObjective
 from tunekit.recipe.objectives.speech import SpeechSettings

@@ -16,7 +16,7 @@ import torch
 
 from tunekit.errors import Problem
 from tunekit.machine.memory import available_bytes, total_bytes
-from tunekit.objectives.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, logits_chunk_tokens
+from tunekit.objectives.losses.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, logits_chunk_tokens
 from tunekit.planning.choice import SearchSpace, Workload, fastest, smaller_micro_batches
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast

@@ -27,7 +27,7 @@ from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.objectives.base import make_objective
-from tunekit.objectives.logprobs import LEAST_CHUNK_TOKENS
+from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning import refusals
 from tunekit.planning.activations import activation_notes
 from tunekit.planning.cheaper import cheapest_changes

@@ -20,7 +20,7 @@ from tunekit.model.call import Call, calling, current_call
 from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.generation import generate_texts
-from tunekit.objectives.logprobs import logits_chunk_tokens
+from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 
 
 @dataclass

@@ -285,19 +285,20 @@ class _Divergences(torch.autograd.Function):
         return gradient * upstream[0][:, None].to(gradient.dtype), None, None
 
 
-def divergences(output: ModelOutput, index: Tensor, teacher: Tensor, *, beta: float, temperature: float) -> Tensor:
+def divergences(
+    output: ModelOutput, index: Tensor, teacher: Tensor, teacher_head: Head, *, beta: float, temperature: float
+) -> Tensor:
     """`divergence` of each position's next-token distribution from the teacher's, with gradient for the student.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, teacher (N, D') -> (N,) float32.
     """
     assert output.head is not None
-    assert output.teacher_head is not None
-    hidden, head, of_teacher, size = hidden_at(output, index), output.head, output.teacher_head, output.chunk_tokens
+    hidden, head, size = hidden_at(output, index), output.head, output.chunk_tokens
     teacher = placed(teacher, hidden.device)
 
     def of_chunk(hidden: Tensor, chunk: slice) -> Tensor:
         with torch.no_grad():
-            logits = of_teacher.logits(teacher[chunk])  # (n, V)
+            logits = teacher_head.logits(teacher[chunk])  # (n, V)
         return divergence(head.logits(hidden), logits, beta, temperature)
 
     chunks = [slice(start, start + size) for start in range(0, len(hidden), size)]

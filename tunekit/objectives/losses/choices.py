@@ -1,0 +1,27 @@
+"""The score of each answer to choose from: the sum of its tokens' log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tunekit.contracts import Batch, LossKind, ModelOutput, Sums
+from tunekit.machine.devices import summing_dtype, wide
+from tunekit.machine.placing import placed
+from tunekit.objectives.losses.logprobs import losses_of_positions
+
+
+@dataclass(frozen=True)
+class ChoiceLoss(LossKind):
+    """It only measures. `shape`: (questions, answers) of the scores."""
+
+    shape: tuple[int, int]
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """scores (questions, answers): the sum of each answer's log-probabilities, 0 for those of other batches."""
+        losses = losses_of_positions(output, batch.targets["index"], batch.targets["labels"])  # (S,)
+        cells = placed(batch.targets["cells"], losses.device)
+        scores = torch.zeros(self.shape, dtype=summing_dtype(losses.device), device=losses.device)
+        scores.view(-1).index_add_(0, cells, -wide(losses))
+        return {"scores": scores}

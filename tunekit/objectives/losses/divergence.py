@@ -1,0 +1,95 @@
+"""Knowledge distillation: the divergence of the student's next-token distribution from the teacher's.
+
+Unlike in trl, the tokens are those of the data and not samples of the student; kd_ratio is torchtune's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, RunView, Sums, Window
+from tunekit.machine.devices import summing_dtype
+from tunekit.machine.placing import placed
+from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_positions, row_losses, sums_of_positions
+from tunekit.objectives.losses.tokens import TokenLoss, next_tokens
+from tunekit.recipe.objectives.distill import DistillSettings
+
+HIDDEN = "teacher"  # part of a prepared row: the teacher's last hidden states at its supervised tokens, (N, D)
+
+
+@dataclass(frozen=True)
+class DivergenceLoss(LossKind):
+    """loss = sum over supervised tokens of w (k D(teacher, student) - (1 - k) log p(token)), k = kd_ratio; divided by
+    the sum of the step's w.
+
+    D: KL(t | s) at beta 0, KL(s | t) at beta 1, else beta KL(t | m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t;
+    both distributions at `temperature`.    Source: Agarwal et al. 2024, eq. 1.
+    """
+
+    settings: DistillSettings
+    teacher: str  # key of the companion
+    metrics: Sequence[str] = ("loss", "token_accuracy")
+
+    def prepare(self, run: RunView, window: Window) -> Window:
+        """Each row with the teacher's last hidden states: its logits are computed where the loss reads them, in chunks.
+
+        The teacher reads each row by itself, so that it need not keep documents of one sequence apart.
+        """
+        alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]
+        hidden = run.companion(self.teacher).score(alone, _supervised_hidden)
+        batches = []
+        for batch, states in zip(window.batches, hidden, strict=True):
+            parts = torch.split(_raw(states), [row.supervised for row in batch.rows])
+            rows = (row.with_parts({HIDDEN: part.numpy()}) for row, part in zip(batch.rows, parts, strict=True))
+            batches.append(run.rows.remade(batch, rows))
+        return Window(window.step, window.epoch, window.indices, tuple(batches), window.seed, window.preparation)
+
+    def units(self, batch: Batch) -> Tensor:
+        """(1,) float64: the sum of the supervised tokens' weights."""
+        return TokenLoss().units(batch)
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        index, targets, weights = next_tokens(batch)
+        share = self.settings.kd_ratio
+        total = share * self._divergences(output, batch).sum()[None]
+        if share < 1:
+            total = total + (1 - share) * loss_of_positions(output, index, targets, weights).total
+        return Loss(total)
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """loss, correct and units, over tokens."""
+        sums, share = sums_of_positions(output, *next_tokens(batch), batch), self.settings.kd_ratio
+        values = self._divergences(output, batch)  # (N,)
+        divergence = {"loss": values.sum(dtype=summing_dtype(values.device)), **row_losses(values, batch)}
+        return sums | {name: share * value + (1 - share) * sums[name] for name, value in divergence.items()}
+
+    def _divergences(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """(N,) of the supervised tokens, each times its weight."""
+        settings, (index, _, weights) = self.settings, next_tokens(batch)
+        values = divergences(
+            output,
+            index,
+            _read(batch.targets[HIDDEN]),
+            output.companion_heads[self.teacher],
+            beta=settings.beta,
+            temperature=settings.temperature,
+        )
+        return values if weights is None else values * placed(weights, values.device)
+
+
+def _supervised_hidden(output: ModelOutput, batch: Batch) -> Tensor:
+    return hidden_at(output, next_tokens(batch).index)
+
+
+def _raw(hidden: Tensor) -> Tensor:
+    """bfloat16 as the int16 of the same bits: numpy has no bfloat16."""
+    return hidden.view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden
+
+
+def _read(hidden: Tensor) -> Tensor:
+    return hidden.view(torch.bfloat16) if hidden.dtype == torch.int16 else hidden

@@ -1,0 +1,59 @@
+"""Cross entropy on supervised tokens: loss = sum of -w log p(token | tokens before it), divided by the step's sum of w."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tunekit.contracts import IGNORED, Batch, Loss, LossKind, ModelOutput, Sums
+from tunekit.objectives.losses.logprobs import loss_of_positions, sums_of_positions, supervised_positions
+
+
+class Supervised(NamedTuple):
+    """(N,) positions in the flattened (B, T) that predict a supervised token, those tokens, and their weights; None:
+    1 each."""
+
+    index: Tensor
+    targets: Tensor
+    weights: Tensor | None
+
+
+def next_tokens(batch: Batch) -> Supervised:
+    """For labels that are the inputs themselves: position t predicts labels[t + 1]."""
+    index, targets = supervised_positions(batch.targets["labels"])
+    weights = batch.targets.get("weights")
+    return Supervised(index, targets, None if weights is None else weights.flatten()[index + 1])
+
+
+def own_positions(batch: Batch) -> Supervised:
+    """For a decoder whose position t predicts labels[t]."""
+    labels, weights = batch.targets["labels"], batch.targets.get("weights")  # (B, A)
+    rows, columns = torch.nonzero(labels != IGNORED, as_tuple=True)
+    weight = None if weights is None else weights[rows, columns]
+    return Supervised(rows * labels.shape[1] + columns, labels[rows, columns], weight)
+
+
+@dataclass(frozen=True)
+class TokenLoss(LossKind):
+    """loss = sum over supervised tokens of -w log p(token | tokens before it). w is 1, or what the row states: `weight`
+    of a message times `sample_weight` of the row."""
+
+    supervised: Callable[[Batch], Supervised] = next_tokens
+    metrics: Sequence[str] = ("loss", "perplexity")
+
+    def units(self, batch: Batch) -> Tensor:
+        """(1,) float64: the sum of the supervised tokens' weights."""
+        weights = self.supervised(batch).weights if "weights" in batch.targets else None
+        return super().units(batch) if weights is None else weights.sum(dtype=torch.float64)[None]
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        return loss_of_positions(output, *self.supervised(batch))
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """loss, correct and units, over tokens."""
+        return sums_of_positions(output, *self.supervised(batch), batch)

@@ -1,0 +1,109 @@
+"""Rows of one sequence of ids, with a mark on each id that is trained on: for causal models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from tunekit.contracts import IGNORED, Array, Batch, LossKind, Row, RowKind, RowLayout, Span
+from tunekit.data.batching.pad import lay_end_to_end, positions
+from tunekit.objectives.losses.choices import ChoiceLoss
+from tunekit.objectives.rows.choices import SideBySideRows
+from tunekit.objectives.rows.text import TextRows, fill_with
+
+UNWEIGHTED = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceRows(TextRows):
+    """Parts: `ids` (T,), `trained` (T,), and `weights` of all tokens if a trained one differs from 1, else none.
+    Token 0 is never predicted, so it never counts."""
+
+    example: ClassVar[str] = "text"
+    packable: ClassVar[bool] = True
+    layout: ClassVar[RowLayout] = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
+
+    def examples(self, example: object) -> Sequence[object]:
+        """With data.rewritten_answers: each, one example for each answer of a conversation, with the turns before it as
+        they were given."""
+        return self.renderer.as_given(example) if self.options.rewritten_answers == "each" else [example]
+
+    def encode(self, example: object, origin: str) -> Row:
+        """The row. Raises: Dropped if nothing can be trained on; DataError if the row is wrong."""
+        ids, weights = self.renderer.sequence(example)
+        return self.make_row(_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights), origin)
+
+    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+        return (len(parts["ids"]),)
+
+    def units_in(self, parts: Mapping[str, Array]) -> int:
+        return int(parts["trained"][1:].sum())
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """Tokens start .. stop-1."""
+        parts = (row.parts[name][start:stop] for name in self.layout.parts)
+        return self.make_row(_parts(*parts), row.origin, row.number)
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """Rows end to end."""
+        return fill_with(rows, size, self)
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """Position ids restart at 0 for each row; no mask: padding comes last, and a causal model never looks ahead.
+
+        Shapes: input_ids, position_ids, labels, and weights if any is not 1, (B, T); a row's first token is nobody's
+        label. Parts that a step added (N, ...), of the supervised tokens of all rows.
+        """
+        rows = [row for sequence in sequences for row in sequence]
+        targets = {"labels": lay_end_to_end([[_labels(row) for row in some] for some in sequences], IGNORED)}
+        if any(len(row.parts["weights"]) for row in rows):
+            weights = [[_weights(row) for row in some] for some in sequences]
+            targets["weights"] = lay_end_to_end(weights, 0, np.float32)
+        for name in [name for name in rows[0].parts if name not in self.layout.parts]:
+            targets[name] = torch.from_numpy(np.concatenate([row.parts[name] for row in rows]))
+        inputs = {
+            "input_ids": lay_end_to_end(
+                [[row.parts["ids"] for row in some] for some in sequences], self.tokenizer.pad_id
+            ),
+            "position_ids": positions([[row.size for row in some] for some in sequences]),
+        }
+        return Batch(inputs, targets, tuple(map(tuple, sequences)))
+
+    def spans(self, row: Row) -> list[Span]:
+        """The sequence, titled with its weights if a trained token's is not 1."""
+        marked, weights = _labels(row) != IGNORED, row.parts["weights"]  # (T,); (T,) or (0,)
+        return [Span(row.parts["ids"], marked, weights_title(weights[marked[: len(weights)]]))]
+
+    def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
+        """Answers side by side behind their prompt."""
+        return SideBySideRows(self.tokenizer, dtype), ChoiceLoss(shape)
+
+
+def weights_title(weights: Array) -> str:
+    """The weights of trained tokens and how many have them; nothing if all are 1."""
+    if (weights == 1).all():
+        return ""
+    counted = zip(*np.unique(weights, return_counts=True), strict=True)
+    return "weight of the loss: " + ", ".join(f"{weight:.6g} of {count:,} tokens" for weight, count in counted)
+
+
+def _parts(ids: Array, trained: Array, weights: Array) -> dict[str, Array]:
+    weights = UNWEIGHTED if (weights[trained[: len(weights)]] == 1).all() else weights
+    return {"ids": ids, "trained": trained, "weights": weights}
+
+
+def _weights(row: Row) -> Array:
+    """(T,) of each token."""
+    weights = row.parts["weights"]
+    return weights if len(weights) else np.ones(row.size, np.float32)
+
+
+def _labels(row: Row) -> Array:
+    """(T,) the ids that are trained on, IGNORED elsewhere."""
+    labels = np.where(row.parts["trained"], row.parts["ids"], IGNORED)
+    labels[:1] = IGNORED
+    return labels

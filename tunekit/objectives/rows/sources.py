@@ -1,0 +1,157 @@
+"""Rows of a source that an encoder reads and an answer that a decoder learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from tunekit.contracts import IGNORED, Array, Batch, LossKind, Row, RowKind, RowLayout, Span
+from tunekit.data.batching.pad import lay_end_to_end, real_positions
+from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.rendering.render import EMPTY_ANSWER, NO_ANSWER, NO_WEIGHT
+from tunekit.data.rendering.turns import answer_indices, last_answer
+from tunekit.errors import DataError, ModelError, Problem
+from tunekit.formats.example import ChatExample, CompletionExample, TextExample
+from tunekit.objectives.losses.choices import ChoiceLoss
+from tunekit.objectives.rows.choices import LineByLineRows
+from tunekit.objectives.rows.text import TextRows, fill_with, put_around
+
+EMPTY_SOURCE = "empty prompt, which leaves the encoder nothing to read"
+ONLY_LAST_ANSWER = "conversations with earlier answers: the encoder reads them, and the last is trained on"
+
+
+@dataclass(frozen=True, eq=False)
+class SourceRows(TextRows):
+    """Parts: `source` (S,) with the tokenizer's special tokens around it; `answer` (A + 1,), whose first token begins
+    every answer and is not predicted; `weight` (1,) of each predicted token."""
+
+    example: ClassVar[str] = "text"
+    layout: ClassVar[RowLayout] = RowLayout(
+        {"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2
+    )
+
+    def problems(self) -> list[Problem]:
+        """Options that mean nothing if an encoder reads the prompt."""
+        problems = []
+        if self.options.train_on == "all":
+            what = "the prompt is read by an encoder, which predicts nothing"
+            problems.append(Problem(what, "write assistant or last", key="data.train_on"))
+        if self.options.excess_length == "split":
+            what = "the later pieces of a row would have no source for the encoder to read"
+            problems.append(Problem(what, "write drop, truncate or error", key="data.excess_length"))
+        return problems
+
+    def encode(self, example: Any, origin: str) -> Row:
+        """The row.
+
+        Raises: Dropped if nothing can be trained on; DataError if the row is wrong; ModelError if the base does not
+            say how answers begin.
+        """
+        if isinstance(example, TextExample):
+            raise DataError("running text has no source for the encoder to read", "give a prompt and its completion")
+        if isinstance(example, ChatExample):
+            several = len(answer_indices(example.messages, self.options.train_on)) > 1
+            self.notices.update([ONLY_LAST_ANSWER] if several else [])
+        prompt = self.prompt(example)
+        if prompt is None:
+            raise Dropped(EMPTY_ANSWER if isinstance(example, CompletionExample) else NO_ANSWER)
+        start = self.tokenizer.answer_start_id
+        if start is None:
+            what, how = "the base does not say with which token its answers begin", "write decoder_start_token_id into"
+            raise ModelError(what, f"{how} its config.json", key="model.name_or_path")
+        source, answer = prompt[0], self.tokenizer.encode_answer(prompt[1])
+        if not source:
+            raise Dropped(EMPTY_SOURCE)
+        eos = self.tokenizer.eos_id
+        answer = answer if eos is None or answer[-1:] == [eos] else [*answer, eos]
+        weight = answer_weight(example)
+        if not weight:
+            raise Dropped(NO_WEIGHT)
+        ids = (np.asarray(source, np.int32), np.asarray([start, *answer], np.int32))
+        return self.make_row(_parts(*ids, weight), origin)
+
+    def sizes_of(self, parts: Mapping[str, Array]) -> tuple[int, ...]:
+        return len(parts["source"]), self.units_in(parts)
+
+    def units_in(self, parts: Mapping[str, Array]) -> int:
+        return max(len(parts["answer"]) - 1, 0)
+
+    def prompt(self, example: object) -> tuple[list[int], str] | None:
+        """The ids that the encoder reads, and the answer's text."""
+        source = self.renderer.source(example)
+        if source is None:
+            return None
+        text, ids, answer = source
+        return (self.tokenizer.encode_source(text) if ids is None else self._as_source(ids)), answer
+
+    def question(self, text: str) -> list[int]:
+        """The ids that the encoder reads for a user's text."""
+        if self.renderer.has_template and self.tokenizer.answer_start_id is not None:
+            return self._as_source(self.renderer.question(text))
+        return self.tokenizer.encode_source(text)
+
+    def _as_source(self, ids: list[int]) -> list[int]:
+        """Rendered ids with the special tokens that the tokenizer puts around a text."""
+        before, after = put_around(self.tokenizer)
+        before = [] if ids[: len(before)] == before else before  # the template may write them itself
+        after = [] if ids[len(ids) - len(after) :] == after else after
+        return [*before, *ids, *after]
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """Tokens start .. stop-1 of source and answer end to end."""
+        source, answer = row.parts["source"], row.parts["answer"]
+        left = slice(max(start - len(source), 0), max(stop - len(source), 0) + 1)
+        parts = {**row.parts, "source": source[start:stop], "answer": answer[left]}
+        return self.make_row(parts, row.origin, row.number)
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        """One row, nearly all of it source (part 0) or answer (part 1)."""
+        some = fill_with(rows, size, self)
+        ids = np.concatenate([row.parts[name] for row in some for name in ("source", "answer")])
+        source = size - 1 if part == 0 else 1
+        filled = np.resize(ids, size + 1)
+        return [self.make_row(_parts(filled[:source], filled[source:]), some[0].origin, some[0].number)]
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """Source and answer, each padded by itself; the answer needs no mask, since padding comes last.
+
+        Shapes: input_ids, attention_mask (B, S); decoder_input_ids, labels (B, A): position a predicts labels[a];
+        weights (B, A) if any is not 1.
+        """
+        rows = [row for (row,) in sequences]
+        pad, answers = self.tokenizer.pad_id, [row.parts["answer"] for row in rows]
+        inputs = {
+            "input_ids": lay_end_to_end([[row.parts["source"]] for row in rows], pad),
+            "attention_mask": real_positions([row.sizes[0] for row in rows]).long(),
+            "decoder_input_ids": lay_end_to_end([[answer[:-1]] for answer in answers], pad),
+        }
+        targets = {"labels": lay_end_to_end([[answer[1:]] for answer in answers], IGNORED)}
+        weights = torch.tensor([float(row.parts["weight"][0]) for row in rows])  # (B,)
+        if not (weights == 1).all():
+            targets["weights"] = weights[:, None].expand_as(targets["labels"])
+        return Batch(inputs, targets, tuple(map(tuple, sequences)))
+
+    def spans(self, row: Row) -> list[Span]:
+        """The source, and the answer."""
+        source, answer = row.parts["source"], row.parts["answer"]
+        weight = float(row.parts["weight"][0])
+        title = "" if weight == 1 else f"weight of the loss: {weight:.6g}"
+        return [Span(source, np.zeros(len(source), np.bool_)), Span(answer, np.arange(len(answer)) > 0, title)]
+
+    def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
+        """A line of the decoder for each answer."""
+        return LineByLineRows(self.tokenizer), ChoiceLoss(shape)
+
+
+def answer_weight(example: Any) -> float:
+    """The weight of an example's last answer."""
+    index = last_answer(example) if isinstance(example, ChatExample) else None
+    return float(example.weight * (1.0 if index is None else example.messages[index].weight))
+
+
+def _parts(source: Array, answer: Array, weight: float = 1.0) -> dict[str, Array]:
+    return {"source": source, "answer": answer, "weight": np.array([weight], np.float32)}

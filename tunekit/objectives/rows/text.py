@@ -1,0 +1,78 @@
+"""Rows of token ids: what all objectives over texts share, and answers by generation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from tunekit.contracts import Answering, AnswerLimits, EncodeOptions, Model, Row, RowKind, Tokenizer
+from tunekit.data.rendering.render import Renderer
+from tunekit.model.text.generation import generate_texts
+
+
+@dataclass(frozen=True, eq=False)
+class TextRows(RowKind):
+    """Rows whose prompts are rendered by the chat template, or as the format writes them."""
+
+    tokenizer: Tokenizer
+    fingerprint: str
+    options: EncodeOptions = field(default_factory=EncodeOptions)
+    notices: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """It counts in the notices of these rows."""
+        return Renderer(self.tokenizer, self.options.train_on, self.options.template, self.notices)
+
+    def prompt(self, example: object) -> tuple[list[int], str] | None:
+        """Ids up to the last answer, as generation starts from them, and the answer's text; None for running text."""
+        return self.renderer.prompt(example)
+
+    def question(self, text: str) -> list[int]:
+        """A user's turn if there is a chat template, else a text to continue."""
+        return self.renderer.question(text)
+
+    def shown(self, prompt: Sequence[int]) -> str:
+        """The text of ids."""
+        return self.tokenizer.decode(prompt)
+
+
+def text_answering(tokenizer: Tokenizer) -> Answering:
+    """Answers are continuations of their prompts."""
+    return Answering("text", write=partial(_continuations, tokenizer))
+
+
+def _continuations(
+    tokenizer: Tokenizer, model: Model, prompts: Sequence[Sequence[int]], limits: AnswerLimits
+) -> list[str]:
+    ids_of_answers = generate_texts(
+        model.base,
+        tokenizer,
+        prompts,
+        max_new_tokens=limits.max_new_tokens,
+        batch_size=limits.batch_size,
+        adapt=model.adapted,
+        virtual_tokens=model.virtual_tokens,
+        template=limits.template,
+        sampling=limits.sampling,
+    )
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in ids_of_answers]
+
+
+def put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a whole text."""
+    inner, whole = tokenizer.encode("a"), tokenizer.encode_source("a")
+    starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
+    return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if inner and starts else ([], [])
+
+
+def fill_with(rows: Iterator[Row], size: int, kind: RowKind) -> list[Row]:
+    """Rows end to end until they have this size together, the last of them cut."""
+    filled: list[Row] = []
+    while size:
+        row = next(rows)
+        filled.append(kind.cut(row, 0, min(size, row.size)))
+        size -= filled[-1].size
+    return filled
