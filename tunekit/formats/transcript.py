@@ -61,7 +61,7 @@ def make_example(row: Mapping[str, Any]) -> TranscriptExample:
     return TranscriptExample(audio, text, read_optional_text(row, "language") or None, task, segments)
 
 
-def _segments(value: Any) -> tuple[Segment, ...]:
+def _segments(value: object) -> tuple[Segment, ...]:
     """In order, none before the one before it."""
     if value is None:
         return ()
@@ -81,7 +81,7 @@ def _segments(value: Any) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def _seconds(value: Any, label: str) -> float:
+def _seconds(value: object, label: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise DataError(f"'{label}' must be a number of seconds, not {str(value)[:40]!r}", "write 0 or more")
     return float(value)

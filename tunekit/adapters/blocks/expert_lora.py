@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Generator, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.lora_fields import start_conflicts
 from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
-from tunekit.adapters.expert_parameters import Factors, ParameterAdapter
+from tunekit.adapters.expert_parameters import Factors, Index, ParameterAdapter
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import StartLayer, make_factors
 from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 
-class ExpertLora(ParameterAdapter):
+class ExpertLora(ParameterAdapter[LowRankSettings]):
     """A low-rank update of every expert's matrix: y = W_e x + s B_e A_e x, s as LoRA's.
 
     Shapes: A (R E, I), expert by expert; B (O, R E), rank by rank: as PEFT stores them.
@@ -27,7 +26,6 @@ class ExpertLora(ParameterAdapter):
     Source: Hu et al. 2021, eq. 3.
     """
 
-    settings: LowRankSettings
     A: nn.Parameter
     B: nn.Parameter
 
@@ -55,6 +53,7 @@ class ExpertLora(ParameterAdapter):
         layer = StartLayer(
             *(target.name, target.in_features, target.out_features, rank, self.scaling, generator),
             weight=lambda: self.parameter,
+            evidence=None,
             experts=target.experts or 1,
         )
         a, b = make_factors(self.settings.start, layer)
@@ -66,7 +65,7 @@ class ExpertLora(ParameterAdapter):
         """s."""
         return scaling_of(self.settings, self.target)
 
-    def factors(self, index: Any) -> Factors:
+    def factors(self, index: Index) -> Factors:
         experts = self.target.experts
         if experts is None:  # of a matrix
             return self.B * self.scaling, self.A

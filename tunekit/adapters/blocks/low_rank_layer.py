@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunekit.adapters.base import LayerAdapter
+from tunekit.adapters.base import LayerAdapter, Settings
 from tunekit.records import Target
 
 
-class LowRankLayer(LayerAdapter):
+class RankSettings(Protocol):
+    """Settings with one rank for all layers."""
+
+    @property
+    def r(self) -> int:
+        """R of a layer that has no rank of its own."""
+
+
+class ScaledSettings(RankSettings, Protocol):
+    """The same, where the update is scaled."""
+
+    @property
+    def alpha(self) -> float:
+        """Of a layer that has none of its own."""
+
+
+class LowRankLayer(LayerAdapter[Settings]):
     """y = W x + s B A x, the factors cast to x's dtype. A subclass gives `factors`, and `scaling` where s is not 1.
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).    Dropout acts on the update's input.
@@ -28,24 +44,28 @@ class LowRankLayer(LayerAdapter):
         raise NotImplementedError
 
     def update(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.settings.dropout, self.training)
-        a, b = (factor.to(x.dtype) for factor in self.factors())
-        y = F.linear(F.linear(x, a), b)
-        return y if self.scaling == 1 else y * self.scaling
+        x = F.dropout(x, getattr(self.settings, "dropout", 0.0), self.training)
+        return low_rank_update(x, self.factors(), self.scaling)
 
     def delta(self) -> Tensor:
         a, b = self.factors()
         return b @ a * self.scaling
 
 
-def rank_of(settings: Any, target: Target) -> int:
+def low_rank_update(x: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:
+    """s B A x: x (..., I) -> (..., O)."""
+    a, b = (factor.to(x.dtype) for factor in factors)
+    y = F.linear(F.linear(x, a), b)
+    return y if scaling == 1 else y * scaling
+
+
+def rank_of(settings: RankSettings, target: Target) -> int:
     """R of the target: its own, else that of the settings."""
-    rank: int = target.r or settings.r
-    return rank
+    return target.r or settings.r
 
 
-def scaling_of(settings: Any, target: Target) -> float:
+def scaling_of(settings: ScaledSettings, target: Target) -> float:
     """alpha / R of the target, or alpha / sqrt(R) with use_rslora."""
     rank = rank_of(settings, target)
-    alpha: float = settings.alpha if target.alpha is None else target.alpha
+    alpha = settings.alpha if target.alpha is None else target.alpha
     return alpha / (math.sqrt(rank) if getattr(settings, "use_rslora", False) else rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -11,7 +11,15 @@ from torch import Generator, Tensor
 from tunekit.adapters.base import Slot
 
 
-def projection_slot(settings: Any, suffix: str, shape: tuple[int, ...]) -> Slot:
+class ProjectionSettings(Protocol):
+    """Settings of a method with such matrices."""
+
+    @property
+    def save_projection(self) -> bool:
+        """Whether the adapter's file holds them."""
+
+
+def projection_slot(settings: ProjectionSettings, suffix: str, shape: tuple[int, ...]) -> Slot:
     """In the adapter's file, or, where that says so, only in checkpoints: it follows from the seed."""
     return Slot(suffix, shape, kind="saved" if settings.save_projection else "resume")
 

@@ -8,13 +8,13 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.blocks.low_rank_layer import rank_of
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.hira import HiraSettings
 from tunekit.records import Target
 
 
-class Hira(DeltaLayer):
+class Hira(DeltaLayer[HiraSettings]):
     """Hadamard update: y = (W + W * (B A)) x.
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).  Of an embedding: ids x (...), A (R, V), B (D, R), y = W[x] +
@@ -22,7 +22,6 @@ class Hira(DeltaLayer):
     """
 
     kinds = frozenset({"linear", "conv1d", "embedding"})
-    settings: HiraSettings
     A: nn.Parameter
     B: nn.Parameter
 
@@ -56,7 +55,7 @@ class Hira(DeltaLayer):
         return weight + weight * (factor.t() if self.target.kind == "embedding" else factor)
 
 
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "r": ("r", 32),
     "hira_dropout": ("dropout", 0.0),
 }

@@ -7,20 +7,19 @@ from torch import Tensor, nn
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
 from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.records import Target
 
 
-class Loha(DeltaLayer):
+class Loha(DeltaLayer[LohaSettings]):
     """Hadamard product of two low-rank updates: y = W x + (alpha / r) ((A1 B1) * (A2 B2)) x.
 
     Shapes: x (..., I) -> y (..., O); A1, A2 (O, R); B1, B2 (R, I).    Starts as the identity: B2 = 0.
     Source: Hyeon-Woo et al. 2022, eq. 3.
     """
 
-    settings: LohaSettings
     a1: nn.Parameter
     b1: nn.Parameter
     a2: nn.Parameter
@@ -41,7 +40,7 @@ class Loha(DeltaLayer):
         return (a1 @ b1) * (a2 @ b2) * scaling_of(self.settings, self.target)
 
 
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "r": ("r", 8),
     "alpha": ("alpha", 8),
 }

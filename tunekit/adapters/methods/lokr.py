@@ -9,21 +9,19 @@ from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.lokr import LokrSettings
 from tunekit.records import Target
 
 
-class Lokr(LayerAdapter):
+class Lokr(LayerAdapter[LokrSettings]):
     """Kronecker update: y = W x + (alpha / r) (C (x) D) x, O = L K, I = M N; C and D whole, or products of two factors.
 
     Shapes: x (..., I) -> y (..., O); C (L, M) or (L, R) (R, M); D (K, N) or (K, R) (R, N).  (C (x) D) x is C X D^T for
     x seen as X (M, N): the product itself is never made.
     Starts as the identity: C, or its left factor, is 0.    Source: Yeh et al. 2024, eq. 6.
     """
-
-    settings: LokrSettings
 
     @classmethod
     def slots(cls, settings: LokrSettings, target: Target) -> dict[str, Slot]:
@@ -69,7 +67,7 @@ def divisors(size: int, bound: int) -> tuple[int, int]:
     return smaller, size // smaller
 
 
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "r": ("r", 8),
     "alpha": ("alpha", 8),
     "decompose_both": ("decompose_both", False),

@@ -15,7 +15,7 @@ from tunekit.recipe.adapters.shira import ShiraSettings
 from tunekit.records import Target
 
 
-class Shira(DeltaLayer):
+class Shira(DeltaLayer[ShiraSettings]):
     """Sparse update: y = W x + S x, S zero but at N fixed places.
 
     Shapes: x (..., I) -> y (..., O); values (N,), places (2, N) int32: rows and columns; N = R (I + O).
@@ -23,7 +23,6 @@ class Shira(DeltaLayer):
     Raises: AdapterError where N exceeds the matrix, or a place lies outside it.    Source: Bhardwaj et al. 2024.
     """
 
-    settings: ShiraSettings
     values: nn.Parameter
     places: Tensor
 

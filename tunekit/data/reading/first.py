@@ -97,11 +97,11 @@ def media_fields(name: str) -> tuple[str, ...]:
     return found
 
 
-def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Mapping[str, Any]) -> Any:
+def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Mapping[str, Any]) -> Example:
     return make(located(row, fields, folder))
 
 
-def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Any:
+def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Example:
     example, weight = make(row), row.get("sample_weight")
     if weight is None:
         return example
