@@ -9,17 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import (
-    KINDS,
-    AdapterPart,
-    Casts,
-    LayerAdapter,
-    ModelAdapter,
-    SharedPart,
-    Slot,
-    Wrapper,
-    full_name,
-)
+from tunekit.adapters.base import KINDS, AdapterPart, Casts, LayerAdapter, ModelAdapter, SharedPart, Slot, Wrapper
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.expert_parameters import ParameterAdapter, ParameterHost, own_parameter
 from tunekit.adapters.kernels.norms import lighten_norms
@@ -63,11 +53,7 @@ class AttachedAdapter:
 
     def slots(self) -> dict[str, tuple[type[AdapterPart], Slot]]:
         """Every tensor of the state as it was declared, by full name."""
-        found = {
-            full_name(part.module_name, slot.suffix): (type(part), slot)
-            for part in self.parts()
-            for slot in part.declared.values()
-        }
+        found = {part.name_of(slot): (type(part), slot) for part in self.parts() for slot in part.declared.values()}
         return dict(sorted(found.items()))
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -75,6 +75,10 @@ class AdapterPart(nn.Module):
             else:
                 tensor.fill_(slot.first)
 
+    def name_of(self, slot: Slot) -> str:
+        """The full name of a declared tensor."""
+        return full_name(self.module_name, slot.suffix)
+
     def move(self, device: torch.device) -> None:
         """Bring the declared tensors, and nothing of the base, to `device`."""
         for attribute in self.declared:
@@ -84,7 +88,7 @@ class AdapterPart(nn.Module):
     def state(self, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
         """Held tensors of these kinds by full name, such as model.layers.0.mlp.up_proj.lora_A.weight."""
         return {
-            full_name(self.module_name, slot.suffix): getattr(self, attribute)
+            self.name_of(slot): getattr(self, attribute)
             for attribute, slot in self.declared.items()
             if slot.kind in kinds
         }

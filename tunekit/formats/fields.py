@@ -61,14 +61,11 @@ def check_encodable(value: str, label: str) -> None:
 
 def read_weight(value: object, label: str) -> float:
     """A factor of a loss: 0, or a number whose product with another one float32 has."""
-    if (
-        not isinstance(value, int | float)
-        or isinstance(value, bool)
-        or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT)
-    ):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
+    if not (number == 0 or LEAST_WEIGHT <= number <= MOST_WEIGHT):
         allowed = f"0, or from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
         raise DataError(f"'{label}' must be a number, 0 or more, not {str(value)[:40]!r}", f"write {allowed}")
-    return float(value)
+    return float(number)
 
 
 def read_json(value: object, label: str) -> object:

@@ -8,7 +8,7 @@ from torch import Generator, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.lora_fields import start_conflicts
-from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
+from tunekit.adapters.blocks.low_rank_layer import scaling_of
 from tunekit.adapters.expert_parameters import Factors, Index, ParameterAdapter
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import StartLayer, make_factors
@@ -31,7 +31,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
-        rank = rank_of(settings, target) * (target.experts or 1)
+        rank = (target.r or settings.r) * (target.experts or 1)
         wrapped = "base_layer." * target.wrapped
         return {
             "A": Slot(f"{wrapped}lora_A.weight", (rank, target.in_features)),
@@ -49,7 +49,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
         return f"{cls.file_prefix}{owner}{wrapped.removeprefix(inner)}.lora_{factor}"
 
     def initialise(self, generator: Generator) -> None:
-        target, rank = self.target, rank_of(self.settings, self.target)
+        target, rank = self.target, self.target.r or self.settings.r
         layer = StartLayer(
             *(target.name, target.in_features, target.out_features, rank, self.scaling, generator),
             weight=lambda: self.parameter,

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter, Settings
+from tunekit.recipe.adapters.loha import LohaSettings
+from tunekit.recipe.adapters.lokr import LokrSettings
+from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
-
-
-class RankSettings(Protocol):
-    """Settings with one rank for all layers."""
-
-    @property
-    def r(self) -> int:
-        """R of a layer that has no rank of its own."""
-
-
-class ScaledSettings(RankSettings, Protocol):
-    """The same, where the update is scaled."""
-
-    @property
-    def alpha(self) -> float:
-        """Of a layer that has none of its own."""
 
 
 class LowRankLayer(LayerAdapter[Settings]):
@@ -59,13 +45,8 @@ def low_rank_update(x: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -
     return y if scaling == 1 else y * scaling
 
 
-def rank_of(settings: RankSettings, target: Target) -> int:
-    """R of the target: its own, else that of the settings."""
-    return target.r or settings.r
-
-
-def scaling_of(settings: ScaledSettings, target: Target) -> float:
+def scaling_of(settings: LowRankSettings | LohaSettings | LokrSettings, target: Target) -> float:
     """alpha / R of the target, or alpha / sqrt(R) with use_rslora."""
-    rank = rank_of(settings, target)
+    rank = target.r or settings.r
     alpha = settings.alpha if target.alpha is None else target.alpha
     return alpha / (math.sqrt(rank) if getattr(settings, "use_rslora", False) else rank)

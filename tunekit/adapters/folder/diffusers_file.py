@@ -24,6 +24,7 @@ from tunekit.files.untrusted import parse_json, shown
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
+PREFIX = AdapterPart.file_prefix
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # of the header: JSON of {part.field: value}
 FLAT = re.compile(r"(text_encoder(?:_2)?)\.(?=encoder\.)")  # CLIP, as transformers 5 names it
@@ -43,9 +44,7 @@ class ForeignLora:
 
 def diffusers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By diffusers' keys: PEFT's without its prefix, CLIP's layers under the name that all versions know."""
-    return {
-        FLAT.sub(r"\1.text_model.", key.removeprefix(AdapterPart.file_prefix)): value for key, value in tensors.items()
-    }
+    return {FLAT.sub(r"\1.text_model.", key.removeprefix(PREFIX)): value for key, value in tensors.items()}
 
 
 def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -63,7 +62,7 @@ def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, Tensor
     flat = [part for part, names in named.items() if any(str(name).startswith("encoder.") for name in names)]
     begins = tuple(f"{part}.text_model." for part in flat)
     return {
-        AdapterPart.file_prefix + (key.replace(".text_model.", ".", 1) if key.startswith(begins) else key): entry
+        PREFIX + (key.replace(".text_model.", ".", 1) if key.startswith(begins) else key): entry
         for key, entry in header.items()
     }
 
@@ -109,7 +108,7 @@ def kohya_tensors(
     found, by_name = dict[str, Tensor](), {target.name: target for target in targets}
     alone = not any(target.name.startswith("text_encoder_2.") for target in targets)
     for key, value in tensors.items():
-        own = key.removeprefix(AdapterPart.file_prefix)
+        own = key.removeprefix(PREFIX)
         module = re.split(rf"\.(?:lora_A|lora_B|{MAGNITUDE})\b", own)[0]
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")
         if part not in KOHYA_PARTS:
@@ -153,12 +152,10 @@ def _from_kohya(tensors: Mapping[str, Tensor], modules: Sequence[str], file: str
         if matrix == "alpha":
             alphas[names[name]] = float(value)
         elif matrix in turned:
-            found[f"{AdapterPart.file_prefix}{names[name]}.{turned[matrix]}.weight"] = value
+            found[f"{PREFIX}{names[name]}.{turned[matrix]}.weight"] = value
         else:
             raise AdapterError(f"'{shown(key, 200)}' is no tensor of a LoRA", "only LoRA is read", file=file)
-    ranks = {
-        key.removeprefix(AdapterPart.file_prefix).removesuffix(".lora_A.weight"): len(v) for key, v in found.items()
-    }
+    ranks = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight"): len(v) for key, v in found.items()}
     return ForeignLora(found, {name: alphas.get(name, float(ranks[name])) for name in ranks if name in names.values()})
 
 
@@ -177,7 +174,7 @@ def _from_diffusers(
             raise AdapterError(
                 f"'{shown(key, 200)}' is no LoRA of a layer of this pipeline", "choose its own", file=file
             )
-        found[f"{AdapterPart.file_prefix}{module}.lora_{matrix}"] = value
+        found[f"{PREFIX}{module}.lora_{matrix}"] = value
         if matrix == "A.weight":
             part = module.partition(".")[0]
             alpha = fields.get(f"{part}.lora_alpha", len(value))

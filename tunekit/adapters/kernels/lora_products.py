@@ -31,24 +31,22 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
-class DropoutMasks:
+class DropMasks:
     """What dropout leaves of the layers' input: (N, I) bool for each layer, or nothing where there is no dropout."""
 
     each: tuple[Tensor, ...] = ()
     scale: float = 1.0  # 1 / (1 - p)
 
 
-def draw_masks(x: Tensor, dropout: float, count: int) -> DropoutMasks:
+def draw_masks(x: Tensor, dropout: float, count: int) -> DropMasks:
     """Masks for x (..., I) as torch's own dropout would draw them one after the other."""
     if not dropout:
-        return DropoutMasks()
+        return DropMasks()
     flat = x.reshape(-1, x.shape[-1])  # (N, I)
     if flat.device.type in ("cuda", "xpu"):
-        return DropoutMasks(
-            tuple(torch.native_dropout(flat, dropout, True)[1] for _ in range(count)), 1 / (1 - dropout)
-        )
+        return DropMasks(tuple(torch.native_dropout(flat, dropout, True)[1] for _ in range(count)), 1 / (1 - dropout))
     empty = (torch.empty_like(flat, dtype=torch.bool) for _ in range(count))
-    return DropoutMasks(tuple(mask.bernoulli_(1 - dropout) for mask in empty), 1 / (1 - dropout))
+    return DropMasks(tuple(mask.bernoulli_(1 - dropout) for mask in empty), 1 / (1 - dropout))
 
 
 class Products:
@@ -72,7 +70,7 @@ class Products:
     def _b(self, index: int, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return self._cast(factors[2 * index + 1], (id(self), index), dtype)
 
-    def forward(self, x: Tensor, factors: Sequence[Tensor], masks: DropoutMasks) -> list[Tensor]:
+    def forward(self, x: Tensor, factors: Sequence[Tensor], masks: DropMasks) -> list[Tensor]:
         """Shapes: x (..., I) -> (..., O) of each layer."""
         outputs = []
         for index, (member, low) in enumerate(zip(self.members, self._lows(x, factors, masks), strict=True)):
@@ -83,7 +81,7 @@ class Products:
             outputs.append(y)
         return outputs
 
-    def _lows(self, x: Tensor, factors: Sequence[Tensor], masks: DropoutMasks) -> list[Tensor]:
+    def _lows(self, x: Tensor, factors: Sequence[Tensor], masks: DropMasks) -> list[Tensor]:
         """A x of each layer, (N, R); one product where no mask tells them apart."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)  # (N, I), (sum of R, I)
         if masks.each:
@@ -92,12 +90,7 @@ class Products:
         return [low[:, own] for own in self.columns]
 
     def backward(
-        self,
-        x: Tensor,
-        factors: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        wants_x: bool,
-        masks: DropoutMasks,
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: DropMasks
     ) -> tuple[Tensor | None, list[Tensor]]:
         """dx (..., I), None unless wanted, and the factors' gradients in float32. A gradient of None is zero."""
         if masks.each:
@@ -123,12 +116,7 @@ class Products:
         return None if of_x is None else of_x.addmm_(through, a).view(x.shape), of_factors
 
     def _masked_backward(
-        self,
-        x: Tensor,
-        factors: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        wants_x: bool,
-        masks: DropoutMasks,
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: DropMasks
     ) -> tuple[Tensor | None, list[Tensor]]:
         """As `backward`, where each layer has a mask."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
@@ -148,16 +136,14 @@ class Products:
         return None if of_x is None else of_x.view(x.shape), of_factors
 
 
-class _ProductsContext(Context, Protocol):
+class _GroupContext(Context, Protocol):
     group: Products
     scale: float
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: _ProductsContext, group: Products, dropout: float, x: Tensor, *factors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: _GroupContext, group: Products, dropout: float, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         masks = draw_masks(x, dropout, len(group.members))
         ctx.group, ctx.scale = group, masks.scale
         ctx.set_materialize_grads(False)
@@ -165,10 +151,10 @@ class _Products(torch.autograd.Function):
         return tuple(group.forward(x, factors, masks))
 
     @staticmethod
-    def backward(ctx: _ProductsContext, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _GroupContext, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
         count = 2 * len(ctx.group.members)
-        masks = DropoutMasks(tuple(others[count:]), ctx.scale)
+        masks = DropMasks(tuple(others[count:]), ctx.scale)
         of_x, of_factors = ctx.group.backward(x, others[:count], gradients, ctx.needs_input_grad[2], masks)
         return None, None, of_x, *of_factors
 
@@ -227,11 +213,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _GatedContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gated, (x, gate, up, *others) = ctx.gated, ctx.saved_tensors
-        factors, inner, down = (
-            others[:6],
-            DropoutMasks(tuple(others[6:8]), ctx.scale),
-            DropoutMasks(tuple(others[8:]), ctx.scale),
-        )
+        factors, masks = others[:6], (others[6:8], others[8:])
+        inner, down = (DropMasks(tuple(each), ctx.scale) for each in masks)
 
         def through_down(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
             of_hidden, of_factors = gated.down.backward(hidden, factors[4:], gradients, True, down)

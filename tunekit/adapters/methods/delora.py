@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.low_rank_layer import LowRankLayer, rank_of
+from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.delora import DeloraSettings
@@ -29,7 +29,7 @@ class Delora(LowRankLayer[DeloraSettings]):
 
     @classmethod
     def slots(cls, settings: DeloraSettings, target: Target) -> dict[str, Slot]:
-        rank = rank_of(settings, target)
+        rank = target.r or settings.r
         return {
             "A": Slot("delora_A", (rank, target.in_features), first=None),
             "B": Slot("delora_B", (target.out_features, rank)),
@@ -48,11 +48,7 @@ class Delora(LowRankLayer[DeloraSettings]):
         return self.A * self.c, self.B * (self.strength / self.A.shape[0] / norms)
 
 
-FIELDS: PeftFields = {
-    "r": ("r", 8),
-    "delora_lambda": ("delora_lambda", 15),
-    "module_dropout": ("dropout", 0.0),
-}
+FIELDS: PeftFields = {"r": ("r", 8), "delora_lambda": ("delora_lambda", 15), "module_dropout": ("dropout", 0.0)}
 FIXED: Fixed = {
     "bias": ("none",),
     "init_weights": (True, False),

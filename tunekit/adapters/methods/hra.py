@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.blocks.low_rank_layer import rank_of
 from tunekit.adapters.folder.fields import Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.hra import HraSettings
@@ -29,7 +28,7 @@ class Hra(LayerAdapter[HraSettings]):
 
     @classmethod
     def slots(cls, settings: HraSettings, target: Target) -> dict[str, Slot]:
-        return {"u": Slot("hra_u", (target.in_features, rank_of(settings, target)), decays=False, first=None)}
+        return {"u": Slot("hra_u", (target.in_features, target.r or settings.r), decays=False, first=None)}
 
     def initialise(self, generator: Generator) -> None:
         super().initialise(generator)
@@ -54,9 +53,6 @@ class Hra(LayerAdapter[HraSettings]):
         return weight - (weight @ unit) @ rest
 
 
-FIELDS: PeftFields = {
-    "r": ("r", 8),
-    "apply_GS": ("orthogonal", False),
-}
+FIELDS: PeftFields = {"r": ("r", 8), "apply_GS": ("orthogonal", False)}
 FIXED: Fixed = {"bias": ("none",), "init_weights": (True, False)}
 METHOD = Method(peft=PeftSide("HRA", HraSettings, FIELDS, FIXED), layer=Hra)

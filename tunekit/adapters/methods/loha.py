@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
-from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
+from tunekit.adapters.blocks.low_rank_layer import scaling_of
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.loha import LohaSettings
@@ -27,7 +27,7 @@ class Loha(DeltaLayer[LohaSettings]):
 
     @classmethod
     def slots(cls, settings: LohaSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
+        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         return {
             "a1": Slot("hada_w1_a", (outputs, rank), first=None),
             "b1": Slot("hada_w1_b", (rank, inputs), first=None),
@@ -40,10 +40,7 @@ class Loha(DeltaLayer[LohaSettings]):
         return (a1 @ b1) * (a2 @ b2) * scaling_of(self.settings, self.target)
 
 
-FIELDS: PeftFields = {
-    "r": ("r", 8),
-    "alpha": ("alpha", 8),
-}
+FIELDS: PeftFields = {"r": ("r", 8), "alpha": ("alpha", 8)}
 FIXED: Fixed = {
     "init_weights": (True, False),
     "module_dropout": (0.0, ANY),  # of peft's training alone, as the next one

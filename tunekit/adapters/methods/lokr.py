@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
+from tunekit.adapters.blocks.low_rank_layer import scaling_of
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.lokr import LokrSettings
@@ -25,7 +25,7 @@ class Lokr(LayerAdapter[LokrSettings]):
 
     @classmethod
     def slots(cls, settings: LokrSettings, target: Target) -> dict[str, Slot]:
-        rank = rank_of(settings, target)
+        rank = target.r or settings.r
         rows, more_rows = divisors(target.out_features, settings.decompose_factor)  # L, K
         columns, more_columns = divisors(target.in_features, settings.decompose_factor)  # M, N
         slots = _slots("w1", rows, columns, rank if settings.decompose_both and rank < max(rows, columns) / 2 else 0)

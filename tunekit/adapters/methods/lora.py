@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.expert_lora import ExpertLora, conflicts
 from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, lora_side
-from tunekit.adapters.blocks.low_rank_layer import low_rank_update, rank_of, scaling_of
+from tunekit.adapters.blocks.low_rank_layer import low_rank_update, scaling_of
 from tunekit.adapters.blocks.plain_lora import as_plain_lora
 from tunekit.adapters.kernels.joined_lora import JoinedLayers, JoinedProducts
 from tunekit.adapters.method import Method
@@ -39,7 +39,7 @@ class Lora(LayerAdapter[LowRankSettings]):
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
+        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         if target.kind == "embedding":
             a = Slot("lora_embedding_A", (rank, inputs), rate="embedding")
             return {"A": a, "B": Slot("lora_embedding_B", (outputs, rank), rate="embedding")}

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.delta_product import delta_product
-from tunekit.adapters.blocks.low_rank_layer import rank_of
 from tunekit.adapters.folder.fields import PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
@@ -31,7 +30,7 @@ class Miss(LayerAdapter[MissSettings]):
 
     @classmethod
     def slots(cls, settings: MissSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
+        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         if settings.variant == "balance":
             return {"s": Slot("miss_block", (rank, outputs))}
         bat = settings.variant == "bat"

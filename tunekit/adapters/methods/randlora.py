@@ -29,8 +29,8 @@ class RandloraProjections(SharedPart[RandloraSettings]):
         sides = max(t.in_features for t in targets), max(t.out_features for t in targets)
         small, large, rank = min(sides), max(sides), settings.r
         return {
-            "A": projection_slot(settings, "randlora_A", (rank, 1, small)),
-            "B": projection_slot(settings, "randlora_B", (large, -(-small // rank), rank)),
+            "A": projection_slot(settings.save_projection, "randlora_A", (rank, 1, small)),
+            "B": projection_slot(settings.save_projection, "randlora_B", (large, -(-small // rank), rank)),
         }
 
     def initialise(self, generator: Generator) -> None:

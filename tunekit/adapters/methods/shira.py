@@ -7,7 +7,6 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
-from tunekit.adapters.blocks.low_rank_layer import rank_of
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
 from tunekit.adapters.method import Method, always
 from tunekit.errors import AdapterError
@@ -29,7 +28,7 @@ class Shira(DeltaLayer[ShiraSettings]):
     @classmethod
     def slots(cls, settings: ShiraSettings, target: Target) -> dict[str, Slot]:
         inputs, outputs = target.in_features, target.out_features
-        count = rank_of(settings, target) * (inputs + outputs)
+        count = (target.r or settings.r) * (inputs + outputs)
         if count > inputs * outputs:
             what = f"r {settings.r} asks for {count} of the {inputs * outputs} numbers of '{target.name}'"
             most = inputs * outputs // (inputs + outputs)

@@ -25,8 +25,8 @@ class VeraProjections(SharedPart[VeraSettings]):
     def slots(cls, settings: VeraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
         inputs, outputs = max(t.in_features for t in targets), max(t.out_features for t in targets)
         return {
-            "A": projection_slot(settings, "vera_A", (settings.r, inputs)),
-            "B": projection_slot(settings, "vera_B", (outputs, settings.r)),
+            "A": projection_slot(settings.save_projection, "vera_A", (settings.r, inputs)),
+            "B": projection_slot(settings.save_projection, "vera_B", (outputs, settings.r)),
         }
 
     def initialise(self, generator: Generator) -> None:

@@ -29,17 +29,10 @@ ModelInputs = dict[str, torch.Tensor]
 StopCheck = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
 
 
-class CacheLayer(Protocol):
-    """Keys and values of one layer, (B, heads, T, D)."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
 class KeyValueCache(Protocol):
     """transformers' DynamicCache, as far as it is used here."""
 
-    layers: Sequence[CacheLayer]
+    layers: Sequence[Any]  # keys and values, (B, heads, T, D) each
 
     def get_seq_length(self) -> int:
         """T."""
