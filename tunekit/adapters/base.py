@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tunekit.errors import AdapterError
+from tunekit.errors import InputError
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import Weight, weight_of
 from tunekit.recipe.bases.section import AdapterSettings
@@ -25,7 +25,7 @@ Settings = TypeVar("Settings", bound=AdapterSettings)
 KINDS = ("trained", "saved", "resume")  # trained; saved with the adapter but not trained; in checkpoints only
 
 
-class NotMergeable(AdapterError):
+class NotMergeable(InputError):
     """This adapter is no change of the layer's weight and bias; the message says why."""
 
 

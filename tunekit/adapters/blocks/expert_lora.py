@@ -63,7 +63,8 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
     @property
     def scaling(self) -> float:
         """s."""
-        return scaling_of(self.settings, self.target)
+        settings = self.settings
+        return scaling_of(self.target, settings.r, settings.alpha, settings.use_rslora)
 
     def factors(self, index: Index) -> Factors:
         experts = self.target.experts

@@ -8,9 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter, Settings
-from tunekit.recipe.adapters.loha import LohaSettings
-from tunekit.recipe.adapters.lokr import LokrSettings
-from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 
@@ -45,8 +42,7 @@ def low_rank_update(x: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -
     return y if scaling == 1 else y * scaling
 
 
-def scaling_of(settings: LowRankSettings | LohaSettings | LokrSettings, target: Target) -> float:
-    """alpha / R of the target, or alpha / sqrt(R) with use_rslora."""
-    rank = target.r or settings.r
-    alpha = settings.alpha if target.alpha is None else target.alpha
-    return alpha / (math.sqrt(rank) if getattr(settings, "use_rslora", False) else rank)
+def scaling_of(target: Target, r: int, alpha: float, use_rslora: bool = False) -> float:
+    """alpha / R, or alpha / sqrt(R) with use_rslora. `r`, `alpha`: where the target has none of its own."""
+    rank = target.r or r
+    return (alpha if target.alpha is None else target.alpha) / (math.sqrt(rank) if use_rslora else rank)

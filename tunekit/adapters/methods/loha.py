@@ -37,7 +37,7 @@ class Loha(DeltaLayer[LohaSettings]):
 
     def make(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         """The update (O, I)."""
-        return (a1 @ b1) * (a2 @ b2) * scaling_of(self.settings, self.target)
+        return (a1 @ b1) * (a2 @ b2) * scaling_of(self.target, self.settings.r, self.settings.alpha)
 
 
 FIELDS: PeftFields = {"r": ("r", 8), "alpha": ("alpha", 8)}

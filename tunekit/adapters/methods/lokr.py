@@ -43,10 +43,12 @@ class Lokr(LayerAdapter[LokrSettings]):
     def update(self, x: Tensor) -> Tensor:
         c, d = self.matrix("w1").to(x.dtype), self.matrix("w2").to(x.dtype)
         grid = x.reshape(*x.shape[:-1], c.shape[1], d.shape[1])  # (..., M, N)
-        return (c @ (grid @ d.t())).flatten(-2).mul(scaling_of(self.settings, self.target))
+        return (c @ (grid @ d.t())).flatten(-2).mul(scaling_of(self.target, self.settings.r, self.settings.alpha))
 
     def delta(self) -> Tensor:
-        return torch.kron(self.matrix("w1"), self.matrix("w2")) * scaling_of(self.settings, self.target)
+        return torch.kron(self.matrix("w1"), self.matrix("w2")) * scaling_of(
+            self.target, self.settings.r, self.settings.alpha
+        )
 
 
 def _slots(name: str, rows: int, columns: int, rank: int) -> dict[str, Slot]:
