@@ -240,8 +240,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         return self.changed(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.base_layer(x) if current_call().bypassed else self.adapted(x)
-        return output
+        return self.base_layer(x) if current_call().bypassed else self.adapted(x)
 
 
 class ModelAdapter(AdapterPart, Generic[Settings]):

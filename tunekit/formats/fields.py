@@ -75,8 +75,7 @@ def read_json(value: object, label: str) -> object:
         return value
     check_text(value, label)
     try:
-        parsed: object = json.loads(value)
-        return parsed
+        return json.loads(value)
     except (ValueError, RecursionError):
         raise DataError(f"'{label}' is text that is not JSON: {value[:60]!r}", "write a JSON object") from None
 

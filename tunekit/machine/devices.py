@@ -117,8 +117,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
 def forked_random(device: torch.device) -> AbstractContextManager[None]:
     """A block after which the random states of the host and of the device are as before."""
     places = [] if device.type in ("cpu", "meta") else [device.index or 0]
-    forked: AbstractContextManager[None] = torch.random.fork_rng(places, device_type=device.type if places else "cpu")
-    return forked
+    return torch.random.fork_rng(places, device_type=device.type if places else "cpu")
 
 
 class Devices:

@@ -35,20 +35,21 @@ class Lokr(LayerAdapter[LokrSettings]):
     def matrix(self, name: str) -> Tensor:
         """C (w1) or D (w2)."""
         if name in self.declared:
-            whole: Tensor = getattr(self, name)
-            return whole
-        product: Tensor = getattr(self, f"{name}_a") @ getattr(self, f"{name}_b")
-        return product
+            return self.get_parameter(name)
+        return self.get_parameter(f"{name}_a") @ self.get_parameter(f"{name}_b")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r."""
+        return scaling_of(self.target, self.settings.r, self.settings.alpha)
 
     def update(self, x: Tensor) -> Tensor:
         c, d = self.matrix("w1").to(x.dtype), self.matrix("w2").to(x.dtype)
         grid = x.reshape(*x.shape[:-1], c.shape[1], d.shape[1])  # (..., M, N)
-        return (c @ (grid @ d.t())).flatten(-2).mul(scaling_of(self.target, self.settings.r, self.settings.alpha))
+        return (c @ (grid @ d.t())).flatten(-2).mul(self.scaling)
 
     def delta(self) -> Tensor:
-        return torch.kron(self.matrix("w1"), self.matrix("w2")) * scaling_of(
-            self.target, self.settings.r, self.settings.alpha
-        )
+        return torch.kron(self.matrix("w1"), self.matrix("w2")) * self.scaling
 
 
 def _slots(name: str, rows: int, columns: int, rank: int) -> dict[str, Slot]:

@@ -108,8 +108,7 @@ class Lora(LayerAdapter[LowRankSettings]):
 
     def used_bias(self) -> Tensor | None:
         """The bias in use (O,)."""
-        bias: Tensor | None = self.own_bias if "own_bias" in self.declared else getattr(self.base_layer, "bias", None)
-        return bias
+        return self.own_bias if "own_bias" in self.declared else getattr(self.base_layer, "bias", None)
 
     def base_output(self, x: Tensor) -> Tensor:
         """W x with the bias in use, (..., O)."""
