@@ -146,8 +146,7 @@ def token_rows(net: nn.Module, settings: AdapterSettings) -> dict[str, TokenRows
 
 def embedding_name(net: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     """Name of the module that token ids are looked up in."""
-    find = getattr(net, "get_input_embeddings", None)
-    wanted = None if find is None else find()
+    wanted = getattr(net, "get_input_embeddings", lambda: None)()
     while isinstance(wanted, Wrapper):
         wanted = wanted.base_layer
     return next((name for name, module in modules.items() if module is wanted), "")

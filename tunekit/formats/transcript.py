@@ -16,10 +16,7 @@ from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media
 DESCRIPTION = "audio, a file's path or {bytes, path}, and text: what is said; also language, task and segments"
 FIELDS = ("audio", "text", "language", "task", "segments")
 REQUIRED = ("audio", "text")
-ALIASES = {
-    **AUDIO_ALIASES,
-    **dict.fromkeys(("sentence", "transcription", "transcript"), "text"),
-}
+ALIASES = {**AUDIO_ALIASES, **dict.fromkeys(("sentence", "transcription", "transcript"), "text")}
 MEDIA = AUDIO_FIELDS
 EXAMPLE = "transcript"
 TASKS = ("transcribe", "translate")

@@ -145,10 +145,9 @@ class ClassifierCopy(TrainedCopy):
     file_prefix = "base_model."
 
 
-def width_of(net: nn.Module) -> int:
+def width_of(net: Any) -> int:
     """D of the token embedding, whose rows the vectors stand beside."""
-    net_with_embedding: Any = net
-    return int(net_with_embedding.get_input_embeddings().weight.shape[1])
+    return int(net.get_input_embeddings().weight.shape[1])
 
 
 def is_encoder_decoder(net: nn.Module) -> bool:
@@ -173,13 +172,12 @@ def embeddings_of(net: Any, ids: Sequence[int] | Tensor) -> Tensor:
     return found
 
 
-def started(net: nn.Module, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
+def started(net: Any, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
     """(vectors, D) float32 as `init` says: embeddings of ids, each as likely, N(0, 1), or embeddings of a text."""
-    table: Any = net
     if settings.init == "random":
         return torch.randn(vectors, width_of(net), generator=generator)
     if settings.init == "vocabulary":
-        size = min(int(text_config(net).vocab_size), table.get_input_embeddings().weight.shape[0])
+        size = min(int(text_config(net).vocab_size), net.get_input_embeddings().weight.shape[0])
         return embeddings_of(net, torch.randint(0, size, (vectors,), generator=generator))
     if settings.init_ids is None:
         raise AdapterError("the text of the prompt has not been made into tokens", "give init_ids", key="adapter.init")

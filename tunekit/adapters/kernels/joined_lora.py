@@ -77,7 +77,7 @@ class JoinedProducts:
         for group in groups:
             members = [layers[name] for name in group]
             if [name.rpartition(".")[2] for name in group] == list(GATED):
-                mlp: Any = net.get_submodule(group[0].rpartition(".")[0])
+                mlp = net.get_submodule(group[0].rpartition(".")[0])
                 mlp.forward = GatedMlp(mlp, members, casts)
             else:
                 joined = JoinedLayers(members, casts)

@@ -72,9 +72,7 @@ def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: Mapping[s
     return {"feedforward_modules": entries_for(inputs, [t.name for t in targets], config["target_modules"])}
 
 
-FIELDS = {
-    "feedforward_modules": ("feedforward_modules", None),
-}
+FIELDS = {"feedforward_modules": ("feedforward_modules", None)}
 FIXED = {"fan_in_fan_out": (False, True), "init_ia3_weights": (True, False)}
 ABSENT = frozenset({"layers_pattern", "layers_to_transform"})
 METHOD = Method(

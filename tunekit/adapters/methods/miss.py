@@ -84,10 +84,6 @@ class MissSide(PeftSide[MissSettings]):
         return super().read({**config, "init_weights": "balance" if isinstance(variant, bool) else variant}, file)
 
 
-def _is_linear(settings: MissSettings) -> bool:
-    return settings.variant != "bat"
-
-
 FIELDS: PeftFields = {
     "r": ("r", 64),
     "init_weights": ("variant", "balance"),
@@ -98,5 +94,5 @@ METHOD = Method(
     peft=MissSide("MISS", MissSettings, FIELDS, {"bias": ("none",)}),
     layer=Miss,
     tensors=("miss_block",),
-    is_linear=_is_linear,
+    is_linear=lambda settings: settings.variant != "bat",
 )

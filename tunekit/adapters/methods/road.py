@@ -69,10 +69,7 @@ def _conflicts(settings: RoadSettings, targets: Sequence[Target], file: bool) ->
     return undivided("group_size", settings.group_size, targets, inputs=False)
 
 
-FIELDS = {
-    "variant": ("variant", "road_1"),
-    "group_size": ("group_size", 64),
-}
+FIELDS = {"variant": ("variant", "road_1"), "group_size": ("group_size", 64)}
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 METHOD = Method(
     peft=PeftSide("ROAD", RoadSettings, FIELDS, {"init_weights": (True, ANY)}, absent=ABSENT),
