@@ -359,6 +359,55 @@ def _text_of(name: str) -> str:
     return (file if file.is_file() else PACKAGE / name / "__init__.py").read_text("utf-8")
 
 
+MOST_ANY = 512  # parameters, attributes and results in tunekit that say nothing about their value
+
+
+def bare_any(text: str) -> Iterator[int]:
+    """Lines of a source text with a parameter, a result or a variable whose whole type is `Any`."""
+    for node in ast.walk(ast.parse(text)):
+        types: list[ast.expr | None] = []
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = node.args
+            named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+            types = [node.returns, *(argument.annotation for argument in named if argument is not None)]
+        elif isinstance(node, ast.AnnAssign):
+            types = [node.annotation]
+        yield from (each.lineno for each in types if isinstance(each, ast.Name) and each.id == "Any")
+
+
+def test_any_is_rare() -> None:
+    counts = {name_of(file): len(list(bare_any(file.read_text("utf-8")))) for file in source_files()}
+    worst = sorted(((count, name) for name, count in counts.items() if count), reverse=True)[:20]
+    assert sum(counts.values()) <= MOST_ANY, f"{sum(counts.values())} times; most of them in {worst}"
+
+
+SHARED_TYPE_NAMES = (  # names that still stand for several types
+    "Answer Array Asked Call Change Changes Choices Difference Group Inputs LayerChange Loss LossType "
+    "Optimizer Part Piece Pixels Place Rewards Scores Share Size Target TargetOverrides Tried Written "
+    "_Recorder"
+)
+
+
+def types_of(file: Path) -> Iterator[str]:
+    """Classes, and names of types such as `Pixels = NDArray[np.uint8]`; type variables are no types."""
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, variable = node.targets[0].id, isinstance(node.value, ast.Call) and _called_name(node.value)
+            if re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", name) and variable != "TypeVar":
+                yield name
+
+
+def test_a_type_name_has_one_meaning() -> None:
+    places: dict[str, list[str]] = {}
+    for file in source_files():
+        for name in types_of(file):
+            places.setdefault(name, []).append(name_of(file))
+    several = {name: files for name, files in places.items() if len(files) > 1}
+    assert not several.keys() - set(SHARED_TYPE_NAMES.split()), several
+
+
 def tracked_files() -> list[Path]:
     """Files that git holds; in an unpacked archive, those of the package, the recipes, the scripts and the tests."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ from tests.support.image_case import write_photos
 from tests.support.speech_case import RATE, write_sounds
 from tunekit.data.encoding.notes import format_note
 from tunekit.data.looking.look import KINDS
-from tunekit.data.looking.similar import Seen, signed
+from tunekit.data.looking.similar import SimilarityIndex, signed
 from tunekit.data_check import data_check_verb
 from tunekit.errors import InputError
 
@@ -113,7 +113,7 @@ def test_another_writing_is_remarked_on(tmp_path: Path) -> None:
 def test_nearness_follows_the_similarity_of_word_pairs() -> None:
     """Of texts of 100 words: two changed words are near, thirty are not."""
     words = [f"word{number}" for number in range(100)]
-    seen = Seen()
+    seen = SimilarityIndex()
     seen.add(signed(" ".join(words)), "f", 1)
     near, far = list(words), list(words)
     near[10], near[50] = "x", "y"
@@ -125,7 +125,7 @@ def test_nearness_follows_the_similarity_of_word_pairs() -> None:
 
 def like(earlier: str, later: str) -> str | None:
     """What the later text is to the earlier one."""
-    seen = Seen()
+    seen = SimilarityIndex()
     seen.add(signed(earlier), "f", 1)
     found = seen.like(signed(later))
     return found[0] if found else None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tunekit.console import Console
 from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
-from tunekit.data.looking.similar import Seen
+from tunekit.data.looking.similar import SimilarityIndex
 from tunekit.errors import InputError
 from tunekit.files.durable import json_result, write_text
 from tunekit.recipe.load import load_recipe
@@ -32,7 +32,7 @@ def data_check_verb(recipe_path: str, overrides: Sequence[str], fix: str | None,
     console.info(*loaded.rewrites)
     evaluation = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
     example, limit = recipe.objective.example, recipe.data.max_length
-    seen, held = Seen(), Seen()
+    seen, held = SimilarityIndex(), SimilarityIndex()
     held_back = [look_at_rows(source, example, limit, held, None, False) for source in evaluation]
     known, keep = held if held_back and not recipe.objective.measures_training else None, fix is not None
     trained = [look_at_rows(source, example, limit, seen, known, keep) for source in recipe.data.train]

@@ -47,7 +47,7 @@ def export_verb(adapter: str, to: str, output: str, base: str | None) -> None:
     section = as_trained(target, processor_of(target))[0].model
     net = make_meta_model(section, device=CPU).net
     attached = attach_adapter_folder(net, target.adapter, head_name=None, device=CPU)
-    if attached.method.peft.peft_type != "LORA":
+    if not attached.method.in_diffusers_file:
         raise InputError(f"{to}'s format holds LoRA, and this is {attached.settings.method}", "use the folder itself")
     file = tensors_path(target.adapter)
     tensors = {key: read_tensor(file, entry) for key, entry in adapter_header(file).items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.support.peft_case import BASES, close
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
-from tunekit.adapters.starts.start import Seen, initialise_all, start_module
+from tunekit.adapters.starts.start import LayerActivations, initialise_all, start_module
 from tunekit.model.call import Call, calling
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -43,10 +43,10 @@ def attach(family: str, settings: Any) -> AttachedAdapter:
         return adapter
     evidence, generator = {}, torch.Generator().manual_seed(3)
     for target in adapter.targets:
-        statistics = start_module(settings.start.method).Statistics(settings.start, target)
+        statistics = start_module(settings.start.method).STATISTICS(settings.start, target)
         x = torch.randn(60, target.in_features, generator=generator)
         gradients = torch.randn(60, target.out_features, generator=generator) * 0.01
-        statistics.add(Seen(x, torch.arange(60) // 20, torch.ones(60, dtype=torch.bool), gradients))
+        statistics.add(LayerActivations(x, torch.arange(60) // 20, torch.ones(60, dtype=torch.bool), gradients))
         evidence[target.name] = statistics.finish()
     initialise_all(adapter.layers, 1, evidence.get)
     return adapter

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import KINDS, Casts, LayerAdapter, ModelAdapter, Part, SharedPart, Slot, Wrapper, full_name
+from tunekit.adapters.base import KINDS, AdapterPart, Casts, LayerAdapter, ModelAdapter, SharedPart, Slot, Wrapper
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.expert_parameters import ParameterAdapter, ParameterHost, own_parameter
 from tunekit.adapters.kernels.norms import lighten_norms
-from tunekit.adapters.method import Group, Method, load_method
+from tunekit.adapters.method import LayerGroup, Method, load_method
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import TrainedTokens, token_rows
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call, seed_for
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Target
 
@@ -26,37 +27,33 @@ from tunekit.records import Target
 class AttachedAdapter:
     """An adapter in place. Only its tensors require a gradient; every name is sorted."""
 
-    def __init__(self, net: nn.Module, settings: Any, method: Method, targets: list[Target]) -> None:
+    def __init__(self, net: nn.Module, settings: AdapterSettings, method: Method, targets: list[Target]) -> None:
         self.net, self.settings, self.method, self.targets = net, settings, method, targets
         self.head_name: str | None = None
-        self.shared: SharedPart | None = None
-        self.layers: dict[str, LayerAdapter] = {}
-        self.parameters: dict[str, ParameterAdapter] = {}
+        self.shared: SharedPart[Any] | None = None
+        self.layers: dict[str, LayerAdapter[Any]] = {}
+        self.parameters: dict[str, ParameterAdapter[Any]] = {}
         self.copies: dict[str, TrainedCopy] = {}
         self.tokens: dict[str, TrainedTokens] = {}
         self.tied_tokens: dict[str, list[str]] = {}  # of those, the modules that use their rows
-        self.model_adapter: ModelAdapter | None = None
+        self.model_adapter: ModelAdapter[Any] | None = None
         self.added_rows: dict[str, Tensor] = {}  # of a folder for a larger vocabulary: module -> rows beyond the base's
         self.casts = Casts()
-        self.joined: list[Group] = []
+        self.joined: list[LayerGroup] = []
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []  # parent, own name, what stood there
         self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
         for parent in net.modules():
             for own, child in parent.named_children():
                 self._parents.setdefault(id(child), []).append((parent, own))
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[AdapterPart]:
         """Everything with state."""
         whole = [part for part in (self.shared, self.model_adapter) if part is not None]
         return [*whole, *self.layers.values(), *self.parameters.values(), *self.copies.values(), *self.tokens.values()]
 
-    def slots(self) -> dict[str, tuple[type[Part], Slot]]:
+    def slots(self) -> dict[str, tuple[type[AdapterPart], Slot]]:
         """Every tensor of the state as it was declared, by full name."""
-        found = {
-            full_name(part.module_name, slot.suffix): (type(part), slot)
-            for part in self.parts()
-            for slot in part.declared.values()
-        }
+        found = {part.name_of(slot): (type(part), slot) for part in self.parts() for slot in part.declared.values()}
         return dict(sorted(found.items()))
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -171,7 +168,7 @@ class AttachedAdapter:
             self.model_adapter.detach(self.net)
 
 
-def total_penalty(parts: Iterable[Part]) -> Tensor | None:
+def total_penalty(parts: Iterable[AdapterPart]) -> Tensor | None:
     """() float32: the sum of the parts' penalties, or None."""
     found = [penalty for part in parts for penalty in [part.penalty()] if penalty is not None]
     return torch.stack(found).sum() if found else None
@@ -179,7 +176,7 @@ def total_penalty(parts: Iterable[Part]) -> Tensor | None:
 
 def attach_adapter(
     net: nn.Module,
-    settings: Any,
+    settings: AdapterSettings,
     *,
     seed: int,
     head_name: str | None,
@@ -215,7 +212,7 @@ def attach_adapter(
     return attached
 
 
-def _home(part: Part, net: nn.Module) -> torch.device:
+def _home(part: AdapterPart, net: nn.Module) -> torch.device:
     """Where the part's own piece of the base lies."""
     if isinstance(part, ParameterAdapter):
         return part.parameter.device
@@ -228,7 +225,7 @@ def _build(attached: AttachedAdapter, meta: bool, finished: bool) -> None:
     copied, rows = method.copied_modules(base_modules(net), settings, targets), token_rows(net, settings)
     if method.shared is not None:
         attached.shared = method.shared(settings, targets, meta=meta)
-    hosts: dict[str, dict[str, ParameterAdapter]] = {}
+    hosts: dict[str, dict[str, ParameterAdapter[Any]]] = {}
     for target in targets:
         if target.kind == "parameter":
             assert method.parameter is not None

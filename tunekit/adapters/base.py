@@ -6,23 +6,26 @@ A module of the base, the method's settings and a Target go in; modules that can
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from tunekit.errors import AdapterError
+from tunekit.errors import InputError
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import Weight, weight_of
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
+Settings = TypeVar("Settings", bound=AdapterSettings)
 KINDS = ("trained", "saved", "resume")  # trained; saved with the adapter but not trained; in checkpoints only
 
 
-class NotMergeable(AdapterError):
+class NotMergeable(InputError):
     """This adapter is no change of the layer's weight and bias; the message says why."""
 
 
@@ -44,7 +47,7 @@ class Slot:
     first: float | None = 0.0
 
 
-class Part(nn.Module):
+class AdapterPart(nn.Module):
     """Anything with adapter state. A subclass declares `slots`; the tensors then are attributes of those names."""
 
     starts_as_identity: ClassVar[bool] = True  # False: the adapted model differs from the base before any step
@@ -72,6 +75,10 @@ class Part(nn.Module):
             else:
                 tensor.fill_(slot.first)
 
+    def name_of(self, slot: Slot) -> str:
+        """The full name of a declared tensor."""
+        return full_name(self.module_name, slot.suffix)
+
     def move(self, device: torch.device) -> None:
         """Bring the declared tensors, and nothing of the base, to `device`."""
         for attribute in self.declared:
@@ -81,7 +88,7 @@ class Part(nn.Module):
     def state(self, kinds: Sequence[str] = KINDS) -> dict[str, Tensor]:
         """Held tensors of these kinds by full name, such as model.layers.0.mlp.up_proj.lora_A.weight."""
         return {
-            full_name(self.module_name, slot.suffix): getattr(self, attribute)
+            self.name_of(slot): getattr(self, attribute)
             for attribute, slot in self.declared.items()
             if slot.kind in kinds
         }
@@ -121,22 +128,22 @@ def full_name(module_name: str, suffix: str) -> str:
     return f"{module_name}.{suffix}" if module_name else suffix
 
 
-class SharedPart(Part):
+class SharedPart(AdapterPart, Generic[Settings]):
     """A module made once and given to every layer of the adapter, saved once."""
 
     file_prefix = "base_model."
 
-    def __init__(self, settings: Any, targets: Sequence[Target], *, meta: bool = False) -> None:
+    def __init__(self, settings: Settings, targets: Sequence[Target], *, meta: bool = False) -> None:
         super().__init__()
         self.settings = settings
         self.declare("", self.slots(settings, targets), meta=meta)
 
     @classmethod
-    def slots(cls, settings: Any, targets: Sequence[Target]) -> dict[str, Slot]:
+    def slots(cls, settings: Settings, targets: Sequence[Target]) -> dict[str, Slot]:
         """The state, from settings and targets alone."""
         raise NotImplementedError
 
-    def take_layers(self, layers: Mapping[str, LayerAdapter]) -> None:
+    def take_layers(self, layers: Mapping[str, LayerAdapter[Any]]) -> None:
         """Called once, when every layer is made: a part that decides over all of them keeps them."""
 
 
@@ -159,7 +166,7 @@ class Wrapper(nn.Module):
             return getattr(base, name)
 
 
-class LayerAdapter(Wrapper, Part):
+class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
     """One adapted layer: y = adapted(x), or base_layer(x) where the call bypasses adapters.
 
     A subclass gives `slots`; an additive one `update` and `delta`, any other `adapted` and `changed`.
@@ -168,7 +175,13 @@ class LayerAdapter(Wrapper, Part):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})  # of model.weights.layer_kind
 
     def __init__(
-        self, base: nn.Module, settings: Any, target: Target, shared: SharedPart | None = None, *, meta: bool = False
+        self,
+        base: nn.Module,
+        settings: Settings,
+        target: Target,
+        shared: SharedPart[Any] | None = None,
+        *,
+        meta: bool = False,
     ) -> None:
         super().__init__(base)
         self.settings, self.target = settings, target
@@ -176,11 +189,11 @@ class LayerAdapter(Wrapper, Part):
         self.declare(target.name, self.slots(settings, target), meta=meta)
 
     @classmethod
-    def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: Settings, target: Target) -> dict[str, Slot]:
         """The state of one layer, from settings and shapes alone: an adapter file is checked against it unread."""
         raise NotImplementedError
 
-    def initialise_from(self, generator: torch.Generator, evidence: Any) -> None:
+    def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
         """Fill it anew from what the recipe's initialisation has gathered of this layer, where a method has such."""
         raise NotImplementedError
 
@@ -227,11 +240,10 @@ class LayerAdapter(Wrapper, Part):
         return self.changed(weight), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.base_layer(x) if current_call().bypassed else self.adapted(x)
-        return output
+        return self.base_layer(x) if current_call().bypassed else self.adapted(x)
 
 
-class ModelAdapter(Part):
+class ModelAdapter(AdapterPart, Generic[Settings]):
     """An adapter of the whole network, such as a prompt: it changes what goes in and what comes out.
 
     A subclass gives `slots` and `initialise`, and any of the other methods. Where the call bypasses adapters, none of
@@ -240,25 +252,25 @@ class ModelAdapter(Part):
 
     file_prefix = ""
 
-    hooks: Sequence[Any] = ()  # those that `attach` has put into the network
+    hooks: Sequence[RemovableHandle] = ()  # those that `attach` has put into the network
 
-    def __init__(self, net: nn.Module, settings: Any, *, meta: bool = False, finished: bool = False) -> None:
+    def __init__(self, net: nn.Module, settings: Settings, *, meta: bool = False, finished: bool = False) -> None:
         super().__init__()
         self.settings, self.finished = settings, finished
         self.declare("", (self.file_slots if finished else self.slots)(settings, net), meta=meta)
 
     @classmethod
-    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: Settings, net: nn.Module) -> dict[str, Slot]:
         """The state while training, from settings and the network's shapes."""
         raise NotImplementedError
 
     @classmethod
-    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: Settings, net: nn.Module) -> dict[str, Slot]:
         """What the adapter's folder holds, where that is not the state itself but computed from it (by `exported`)."""
         return {attribute: slot for attribute, slot in cls.slots(settings, net).items() if slot.kind != "resume"}
 
     @classmethod
-    def virtual_tokens(cls, settings: Any) -> int:
+    def virtual_tokens(cls, settings: Settings) -> int:
         """Positions that stand before each row, of those that the network has."""
         return 0
 
@@ -267,7 +279,7 @@ class ModelAdapter(Part):
         return tensors
 
     @classmethod
-    def may_differ(cls, settings: Any) -> frozenset[str]:
+    def may_differ(cls, settings: Settings) -> frozenset[str]:
         """Settings in which that folder may differ, since `taken_over` deals with them."""
         return frozenset()
 
@@ -292,7 +304,7 @@ class Casts:
     """Factors in the compute dtype, made once for as long as no weight changes, else for every use."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, Tensor] | None = None
+        self._kept: dict[Hashable, Tensor] | None = None
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -303,7 +315,7 @@ class Casts:
         finally:
             self._kept = None
 
-    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, or gave before under this key."""
         if self._kept is None:
             return make()

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from tunekit.adapters.base import Part, Slot, Wrapper
+from tunekit.adapters.base import AdapterPart, Slot, Wrapper
 from tunekit.adapters.module_names import named_copies, plain_entries
 from tunekit.errors import AdapterError
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import weight_of
 
 
-class TrainedCopy(Wrapper, Part):
+class TrainedCopy(Wrapper, AdapterPart):
     """The module with float32 copies of its parameters (all, or those in `only`) in place of them.
 
     Shapes: as the module's.    Starts as the identity: copies equal the originals.    The copies are cast to the
@@ -63,7 +62,7 @@ class TrainedCopy(Wrapper, Part):
             for attribute, slot in self.declared.items()
         }
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
+    def forward(self, *inputs: object, **named: object) -> object:
         if current_call().bypassed:
             return self.base_layer(*inputs, **named)
         return functional_call(self.base_layer, self.copied(), inputs, named)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import Part, Slot, Wrapper
+from tunekit.adapters.base import AdapterPart, Settings, Slot, Wrapper
 from tunekit.model.call import current_call
 from tunekit.records import Target
 
 EVERYTHING = slice(None)
+Index = int | slice | Tensor  # of experts
 Factors = tuple[Tensor, Tensor]
 FROM_THE_LEFT = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul)  # f(x, W): x is multiplied by W as it is
 FACTS = (
@@ -34,27 +35,27 @@ FACTS = (
 ALIGNED_RANK = 8  # the grouped product wants strides of 16 bytes
 
 
-class ParameterAdapter(Part):
+class ParameterAdapter(AdapterPart, Generic[Settings]):
     """The change of one parameter. A subclass gives `slots`, `initialise`, and `factors` or `delta`."""
 
     parameter: nn.Parameter
 
-    def __init__(self, parameter: nn.Parameter, settings: Any, target: Target, *, meta: bool = False) -> None:
+    def __init__(self, parameter: nn.Parameter, settings: Settings, target: Target, *, meta: bool = False) -> None:
         super().__init__()
         self.settings, self.target = settings, target
         self.__dict__["parameter"] = parameter  # the base's own, not ours to train or to save
         self.declare(target.name, self.slots(settings, target), meta=meta)
 
     @classmethod
-    def slots(cls, settings: Any, target: Target) -> dict[str, Slot]:
+    def slots(cls, settings: Settings, target: Target) -> dict[str, Slot]:
         """The state, from settings and shapes alone; `target.experts` is E."""
         raise NotImplementedError
 
-    def factors(self, index: Any) -> Factors | None:
+    def factors(self, index: Index) -> Factors | None:
         """L (..., P, R) and R (..., R, Q), whose product is the change of parameter[index], float32; None: `delta`."""
         return None
 
-    def delta(self, index: Any) -> Tensor:
+    def delta(self, index: Index) -> Tensor:
         """The change of parameter[index], in the adapter's float32."""
         factors = self.factors(index)
         assert factors is not None, "a subclass gives factors or delta"
@@ -68,7 +69,7 @@ class ParameterAdapter(Part):
 class ParameterHost(Wrapper):
     """Wraps the owning module; during its forward the named parameters read as changed."""
 
-    def __init__(self, base: nn.Module, adapters: dict[str, ParameterAdapter]) -> None:
+    def __init__(self, base: nn.Module, adapters: dict[str, ParameterAdapter[Any]]) -> None:
         super().__init__(base)
         self.adapters = nn.ModuleDict(adapters)  # parameter's own name -> adapter
 
@@ -83,7 +84,7 @@ class ParameterHost(Wrapper):
             for name in self.adapters:
                 del own[name]
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
+    def forward(self, *inputs: object, **named: object) -> object:
         if current_call().bypassed:
             return self.base_layer(*inputs, **named)
         with self._changed():
@@ -118,7 +119,7 @@ class ChangedParameter:
     other use makes the changed matrix.
     """
 
-    def __init__(self, adapter: ParameterAdapter, index: Any = EVERYTHING, flipped: bool = False) -> None:
+    def __init__(self, adapter: ParameterAdapter[Any], index: Index = EVERYTHING, flipped: bool = False) -> None:
         self.adapter, self.index, self.flipped = adapter, index, flipped
 
     @property
@@ -141,19 +142,19 @@ class ChangedParameter:
         delta = self.adapter.delta(self.index).to(self.adapter.parameter.dtype)
         return self.plain + (delta.transpose(-2, -1) if self.flipped else delta)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Index) -> Tensor | ChangedParameter:
         whole = self.index is EVERYTHING and not self.flipped and self.adapter.parameter.dim() == 3
         if whole and isinstance(index, int | Tensor):
             return ChangedParameter(self.adapter, index)
         return self.whole()[index]
 
-    def transpose(self, first: int, second: int) -> Any:
+    def transpose(self, first: int, second: int) -> Tensor | ChangedParameter:
         """With the last two dimensions exchanged it stays a stand-in."""
         if {first, second} == {-2, -1}:
             return ChangedParameter(self.adapter, self.index, not self.flipped)
         return self.whole().transpose(first, second)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name in ("dtype", "device"):
             return getattr(self.adapter.parameter, name)
         used = callable(getattr(Tensor, name, None)) and name not in FACTS
@@ -161,13 +162,17 @@ class ChangedParameter:
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Any], types: Sequence[type], inputs: Any = (), named: Any = None
-    ) -> Any:
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        inputs: Sequence[Any] = (),
+        named: Mapping[str, Any] | None = None,
+    ) -> object:
         product = _product(function, inputs, named or {})
         if product is not None:
             return product
 
-        def whole(value: Any) -> Any:
+        def whole(value: object) -> object:
             return value.whole() if isinstance(value, ChangedParameter) else value
 
         return function(*map(whole, inputs), **{key: whole(value) for key, value in (named or {}).items()})

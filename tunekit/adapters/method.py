@@ -15,11 +15,12 @@ from tunekit.adapters.expert_parameters import ParameterAdapter
 from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.module_names import is_within, named_copies
 from tunekit.contracts import Tokenizer
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.reading.names import known_names
 from tunekit.records import Target
 
 Copies = dict[str, tuple[str, ...] | None]  # module name -> its parameters that are copied; None: all of them
-Group = tuple[str, ...]  # names of layers that are computed together
+LayerGroup = tuple[str, ...]  # names of layers that are computed together
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,18 @@ class Kernel(Protocol):
     """A method's own way to compute several of its layers together."""
 
     def groups(
-        self, net: nn.Module, modules: Mapping[str, nn.Module], settings: Any, targets: Sequence[Target]
-    ) -> list[Group]:
+        self, net: nn.Module, modules: Mapping[str, nn.Module], settings: AdapterSettings, targets: Sequence[Target]
+    ) -> list[LayerGroup]:
         """The groups in which the layers are computed. `modules`: the base's layer under each target's name."""
 
     def join(
         self,
         net: nn.Module,
-        layers: Mapping[str, LayerAdapter],
-        settings: Any,
+        layers: Mapping[str, LayerAdapter[Any]],
+        settings: AdapterSettings,
         targets: Sequence[Target],
         casts: Casts,
-    ) -> list[Group]:
+    ) -> list[LayerGroup]:
         """Let the layers, which are in place in `net`, compute in groups; returns the groups."""
 
 
@@ -54,18 +55,18 @@ class Kernel(Protocol):
 class WrittenForm:
     """An adapter's layers as its folder holds them, with the settings and targets that belong to them."""
 
-    settings: Any
+    settings: AdapterSettings
     targets: list[Target]
-    layers: dict[str, LayerAdapter]
+    layers: dict[str, LayerAdapter[Any]]
 
 
-def saved_modules(settings: Any) -> Sequence[str]:
+def saved_modules(settings: AdapterSettings) -> Sequence[str]:
     """Names of the modules that are trained whole."""
     names: Sequence[str] = getattr(settings, "modules_to_save", ())
     return () if getattr(settings, "trains_base", False) else names
 
 
-def always(settings: Any) -> bool:
+def always(settings: AdapterSettings) -> bool:
     """Method.is_linear of a method whose update is always linear in its tensors."""
     return True
 
@@ -84,14 +85,15 @@ class Method:
     `conflicts`: settings, targets, whether the settings are a file's; `run_conflicts`: settings, optimizer steps.
     `with_tokenizer`: gives the settings with their texts as token ids.
     `read_as`: the method as which its folder is read, where the two differ only in training.
+    `in_diffusers_file`: whether the folder of a pipeline's adapter holds diffusers' file in place of PEFT's.
     """
 
-    peft: PeftSide
-    layer: type[LayerAdapter] | None = None
-    shared: type[SharedPart] | None = None
+    peft: PeftSide[Any]
+    layer: type[LayerAdapter[Any]] | None = None
+    shared: type[SharedPart[Any]] | None = None
     repeats_shared: bool = False  # PEFT's files repeat the shared tensors under each layer
-    parameter: type[ParameterAdapter] | None = None
-    model: type[ModelAdapter] | None = None
+    parameter: type[ParameterAdapter[Any]] | None = None
+    model: type[ModelAdapter[Any]] | None = None
     only_copies: Callable[[Mapping[str, nn.Module], Any], Mapping[str, tuple[str, ...] | None]] | None = None
     copy: type[TrainedCopy] = TrainedCopy
     kernel: Kernel | None = None
@@ -104,8 +106,11 @@ class Method:
     run_conflicts: Callable[[Any, int], Sequence[Conflict]] = lambda settings, steps: ()
     with_tokenizer: Callable[[Any, Tokenizer], Any] = lambda settings, tokenizer: settings
     read_as: str | None = None
+    in_diffusers_file: bool = False
 
-    def copied_modules(self, modules: Mapping[str, nn.Module], settings: Any, targets: Sequence[Target]) -> Copies:
+    def copied_modules(
+        self, modules: Mapping[str, nn.Module], settings: AdapterSettings, targets: Sequence[Target]
+    ) -> Copies:
         """Every module to copy. With bias: all these are also all owners of a bias that is not an adapted layer's."""
         whole = named_copies(modules, saved_modules(settings))
         copied: Copies = dict.fromkeys(whole)
@@ -118,7 +123,7 @@ class Method:
         copied |= self.only_copies(modules, settings) if self.only_copies else {}
         return dict(sorted(copied.items()))
 
-    def copy_class(self, settings: Any, name: str) -> type[TrainedCopy]:
+    def copy_class(self, settings: AdapterSettings, name: str) -> type[TrainedCopy]:
         """The class of this module's copy: `copy`, but for what is trained whole beside a method of copies."""
         whole = self.only_copies is not None and bool(named_copies([name], saved_modules(settings)))
         return TrainedCopy if whole else self.copy

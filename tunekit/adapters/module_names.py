@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tunekit.adapters.base import Wrapper, full_name
+from tunekit.recipe.bases.section import AdapterSettings
 
 OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's, before they were fused
 
@@ -99,25 +99,25 @@ def layer_number(name: str, patterns: tuple[str, ...]) -> int | None:
     return None
 
 
-def chosen_layers(settings: Any) -> tuple[int, ...] | None:
+def chosen_layers(settings: AdapterSettings) -> tuple[int, ...] | None:
     """The numbers, or None for all layers."""
     wanted = getattr(settings, "layers_to_transform", None)
     return (wanted,) if isinstance(wanted, int) else wanted or None
 
 
-def layer_patterns(settings: Any) -> tuple[str, ...]:
+def layer_patterns(settings: AdapterSettings) -> tuple[str, ...]:
     """Names of the lists that hold the layers; none stands for the first number in a name."""
     patterns = getattr(settings, "layers_pattern", None)
     return (patterns,) if isinstance(patterns, str) else patterns or ()
 
 
-def in_chosen_layers(names: Iterable[str], settings: Any) -> set[str]:
+def in_chosen_layers(names: Iterable[str], settings: AdapterSettings) -> set[str]:
     """The names whose layer is chosen; one that is in no layer is not."""
     wanted, patterns = chosen_layers(settings), layer_patterns(settings)
     return {name for name in names if wanted is None or layer_number(name, patterns) in wanted}
 
 
-def outside(names: Iterable[str], settings: Any) -> tuple[list[int], list[int]]:
+def outside(names: Iterable[str], settings: AdapterSettings) -> tuple[list[int], list[int]]:
     """The chosen numbers that the base has no layer of, and those that it has."""
     there = {
         number for name in names for number in [layer_number(name, layer_patterns(settings))] if number is not None

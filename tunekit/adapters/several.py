@@ -21,7 +21,7 @@ from tunekit.model.attention.self_attention import decoder
 from tunekit.model.call import calling, current_call
 
 
-class Choice:
+class ActiveAdapter:
     """Which adapter is meant: the call's, else the one switched to (None: the base)."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Choice:
 class Switch(Wrapper):
     """A module of the base with the wrappers that several adapters have for it."""
 
-    def __init__(self, base: nn.Module, choice: Choice) -> None:
+    def __init__(self, base: nn.Module, choice: ActiveAdapter) -> None:
         super().__init__(base)
         self.__dict__["choice"] = choice
         self.indices: dict[str, str] = {}  # adapter's name -> its key: a name may hold dots, a key may not
@@ -66,7 +66,7 @@ class Switch(Wrapper):
         self.indices[name] = str(len(self.indices))
         self.wrappers[self.indices[name]] = wrapper
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
+    def forward(self, *inputs: object, **named: object) -> object:
         key = self.indices.get(self.choice.name() or "")
         return (self.base_layer if key is None else self.wrappers[key])(*inputs, **named)
 
@@ -75,7 +75,7 @@ class AdapterSet:
     """Adapters of one net, loaded at once. The net starts and ends plain: `remove` and `detach` take them out."""
 
     def __init__(self, net: nn.Module) -> None:
-        self.net, self.choice = net, Choice()
+        self.net, self.choice = net, ActiveAdapter()
         self.adapters: dict[str, AttachedAdapter] = {}
         self._wrappers: dict[str, list[tuple[nn.Module, str, nn.Module]]] = {}
         self._standing: list[tuple[nn.Module, str, Switch]] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
@@ -35,13 +35,20 @@ from tunekit.adapters.tokens import token_slots, wrong_tokens
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.model.uncalled import uncalled_layers
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
 ALL_LINEAR = "all-linear"
+Value = TypeVar("Value", int, float)
 
 
 def find_targets(
-    net: nn.Module, settings: Any, *, head_name: str | None, method: Method | None = None, file: str | None = None
+    net: nn.Module,
+    settings: AdapterSettings,
+    *,
+    head_name: str | None,
+    method: Method | None = None,
+    file: str | None = None,
 ) -> list[Target]:
     """Every layer (and fused parameter) that the adapter will sit on, sorted by name.
 
@@ -64,7 +71,7 @@ def find_targets(
     return sorted(targets, key=lambda target: target.name)
 
 
-def unreached_experts(net: nn.Module, settings: Any, targets: Sequence[Target]) -> list[str]:
+def unreached_experts(net: nn.Module, settings: AdapterSettings, targets: Sequence[Target]) -> list[str]:
     """Names of fused expert parameters that stay as they are although layers of such a name are asked for."""
     entries = getattr(settings, "target_modules", ())
     entries = None if isinstance(entries, str) else entries
@@ -76,13 +83,13 @@ def unreached_experts(net: nn.Module, settings: Any, targets: Sequence[Target]) 
     ]
 
 
-def trained_count(method: Method, settings: Any, targets: Sequence[Target]) -> int:
+def trained_count(method: Method, settings: AdapterSettings, targets: Sequence[Target]) -> int:
     """Trained numbers of an adapter: its layers' and those that the layers share."""
     shared = slot_count(method.shared.slots(settings, targets).values()) if method.shared else 0
     return shared + sum(target.trainable_parameters for target in targets)
 
 
-def copied_parameters(net: nn.Module, method: Method, settings: Any, targets: Sequence[Target]) -> int:
+def copied_parameters(net: nn.Module, method: Method, settings: AdapterSettings, targets: Sequence[Target]) -> int:
     """Trained numbers in copies and in rows of tokens, beside those of the targets; allocates nothing."""
     modules = base_modules(net)
     copied = method.copied_modules(modules, settings, targets)
@@ -93,7 +100,9 @@ def copied_parameters(net: nn.Module, method: Method, settings: Any, targets: Se
 class Search:
     """One pass over one base; `problems` grows as entries fail."""
 
-    def __init__(self, net: nn.Module, settings: Any, method: Method, head_name: str | None, file: str | None) -> None:
+    def __init__(
+        self, net: nn.Module, settings: AdapterSettings, method: Method, head_name: str | None, file: str | None
+    ) -> None:
         self.settings, self.method, self.head_name, self.file = settings, method, head_name, file
         self.net, self.modules = net, base_modules(net)
         self.fused, self.matrices = fused_parameters(net), fused_parameters(net, (2, 3))
@@ -124,7 +133,7 @@ class Search:
         if self.method.layer is None:
             return []
         excluded = self._matched("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
-        names = self._matched("target_modules", self.settings.target_modules) - excluded
+        names = self._matched("target_modules", getattr(self.settings, "target_modules", ())) - excluded
         if not self.file:  # files of other programs may hold what is never read
             names = {name for name in names if not is_within(name, getattr(self.net, "unread", ()))}
         for what, how in wrong_entries(self.modules, saved_modules(self.settings), self.file is not None):
@@ -135,7 +144,7 @@ class Search:
 
     def _refuse_experts(self, names: Collection[str]) -> None:
         """Layers that peft reads as parameters only, of a method that it has for layers only."""
-        lost = sorted(taken_for_experts(self.net, self.method.peft.peft_type, names))
+        lost = sorted(taken_for_experts(self.net, names)) if self.method.peft.takes_experts else []
         if lost and self.method.parameter is None and not self.file:
             what = f"peft takes '{lost[0]}'{_more(lost)} for fused experts, which {self.settings.method} does not adapt"
             self.report("target_modules", what, "leave such layers out, or write method: lora")
@@ -186,7 +195,7 @@ class Search:
     def _all_linear(self) -> set[str]:
         """The layers of `all-linear`: without gates of one row, and without those on which no adapter would act."""
         linear, head = self.kinds & {"linear", "conv1d"}, [self.head_name] if self.head_name else []
-        refused = refused_by_peft(self.net, self.method.peft.peft_type, self.modules)
+        refused = refused_by_peft(self.net, self.modules) if self.method.peft.refuses_kernel_layers else set()
         passed_over = uncalled_layers(self.modules) | refused
         return {
             name
@@ -302,17 +311,18 @@ class Search:
         self.report("r", what, how)
 
     def _rank_and_alpha(self, name: str) -> tuple[int | None, float | None]:
-        return self._by_pattern("rank_pattern", name, "r"), self._by_pattern("alpha_pattern", name, "alpha")
+        r, alpha = getattr(self.settings, "r", None), getattr(self.settings, "alpha", None)
+        return self._by_pattern("rank_pattern", name, r), self._by_pattern("alpha_pattern", name, alpha)
 
-    def _by_pattern(self, key: str, name: str, default: str) -> Any:
+    def _by_pattern(self, key: str, name: str, default: Value | None) -> Value | None:
         """The value of the longest pattern that matches, as PEFT matches them; PEFT takes the first in file order.
 
         Two that differ are a problem in an adapter file, and in a recipe where they are equally long.
         """
-        patterns: dict[str, Any] = getattr(self.settings, key, {})
+        patterns: dict[str, Value] = getattr(self.settings, key, {})
         matching = sorted((p for p in patterns if self._patterns_of(key).matches_ending(p, name)), key=len)
         if not matching:
-            return getattr(self.settings, default, None)
+            return default
         longest = patterns[matching[-1]]
         rivals = [p for p in matching if self.file or len(p) == len(matching[-1])]
         for rival in rivals:

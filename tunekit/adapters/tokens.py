@@ -8,22 +8,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import Part, Slot, Wrapper
+from tunekit.adapters.base import AdapterPart, Slot, Wrapper
 from tunekit.adapters.module_names import base_modules, named_copies, plain_entries
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import layer_kind, weight_of
+from tunekit.recipe.bases.section import AdapterSettings
 
 KEY = "trainable_token_indices"
 Wrong = tuple[str, str]  # what, and how to mend it
 
 
-class TrainedTokens(Wrapper, Part):
+class TrainedTokens(Wrapper, AdapterPart):
     """The module with its rows `ids` replaced by trained ones: W'[ids[n]] = rows[n].
 
     Shapes: rows (N, D) float32, cast to the output's dtype; of an embedding ids (...) -> (..., D), of a head (..., D)
@@ -74,7 +74,7 @@ class TrainedTokens(Wrapper, Part):
         super().move(device)
         self.ids, self.order = self.ids.to(device), self.order.to(device)
 
-    def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+    def forward(self, x: Tensor, *inputs: object, **named: object) -> Tensor:
         y: Tensor = self.base_layer(x, *inputs, **named)
         if current_call().bypassed:
             return y
@@ -101,15 +101,17 @@ class TrainedTokens(Wrapper, Part):
         return weight.index_copy(0, self.ids.to(weight.device), rows)
 
 
-def token_slots(net: nn.Module, settings: Any) -> dict[str, dict[str, Slot]]:
+def token_slots(net: nn.Module, settings: AdapterSettings) -> dict[str, dict[str, Slot]]:
     """The state of trained rows by module name, without those that share another module's."""
     places, modules = token_rows(net, settings), base_modules(net)
     return {name: TrainedTokens.slots(modules[name], rows) for name, rows in places.items() if rows.owner is None}
 
 
-def written_indices(settings: Any, tokens: Mapping[str, TrainedTokens]) -> list[int] | dict[str, list[int]] | None:
+def written_indices(
+    settings: AdapterSettings, tokens: Mapping[str, TrainedTokens]
+) -> list[int] | dict[str, list[int]] | None:
     """PEFT's field: ids in the order of their rows, by whole module names where the settings name modules."""
-    asked = settings.trainable_token_indices
+    asked = getattr(settings, KEY)
     if not asked:
         return None
     if not isinstance(asked, Mapping):
@@ -125,7 +127,7 @@ class TokenRows:
     owner: str | None = None
 
 
-def token_rows(net: nn.Module, settings: Any) -> dict[str, TokenRows]:
+def token_rows(net: nn.Module, settings: AdapterSettings) -> dict[str, TokenRows]:
     """Every module of which rows are trained, sorted by name.
 
     What shares the input embedding's matrix, such as a tied head, shares its trained rows too, unless the settings
@@ -144,8 +146,7 @@ def token_rows(net: nn.Module, settings: Any) -> dict[str, TokenRows]:
 
 def embedding_name(net: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     """Name of the module that token ids are looked up in."""
-    find: Any = getattr(net, "get_input_embeddings", None)
-    wanted = None if find is None else find()
+    wanted = getattr(net, "get_input_embeddings", lambda: None)()
     while isinstance(wanted, Wrapper):
         wanted = wanted.base_layer
     return next((name for name, module in modules.items() if module is wanted), "")
@@ -157,7 +158,9 @@ def tied_with(modules: Mapping[str, nn.Module], name: str) -> list[str]:
     return [other for other, module in modules.items() if getattr(module, "weight", None) is weight]
 
 
-def wrong_tokens(net: nn.Module, settings: Any, targets: Sequence[str], copies: Sequence[str]) -> list[Wrong]:
+def wrong_tokens(
+    net: nn.Module, settings: AdapterSettings, targets: Sequence[str], copies: Sequence[str]
+) -> list[Wrong]:
     """Entries that match nothing, matrices that cannot be trained by rows, ids beyond them, and double use."""
     modules, asked = base_modules(net), getattr(settings, KEY, ())
     wrong: list[Wrong] = []

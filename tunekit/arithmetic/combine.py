@@ -97,7 +97,7 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
         updates[name] = _combine_layer(name, own, members, exact, mixture)
         errors[name] = weighted_sum([updates[name], exact], [1.0, -1.0]).norm()
         norms[name] = exact.norm()
-    if mixture.kind == "cat" and not any(adapter.config.settings.rank_pattern for adapter in adapters):
+    if mixture.kind == "cat" and not any(adapter.config.low_rank.rank_pattern for adapter in adapters):
         most = max(update.rank for update in updates.values())
         updates = {name: update.padded(most) for name, update in updates.items()}
     relative = {name: errors[name] / norms[name] if norms[name] else 0.0 for name in names}
@@ -200,4 +200,4 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
 
 
 def _tokens(adapter: LoraFolder) -> object:
-    return adapter.config.settings.trainable_token_indices
+    return adapter.config.low_rank.trainable_token_indices

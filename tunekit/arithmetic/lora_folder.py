@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tunekit.adapters.base import Part
+from tunekit.adapters.base import AdapterPart
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
 from tunekit.adapters.folder.expected import BASE_COPY, FLOATS, refuse_not_finite
 from tunekit.adapters.method import Method, load_method
@@ -23,7 +23,7 @@ from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import shown
 
-PREFIX = Part.file_prefix
+PREFIX = AdapterPart.file_prefix
 FACTORS = {  # suffix -> which factor, and whether of an embedding
     ".lora_A.weight": ("A", False),
     ".lora_B.weight": ("B", False),
@@ -66,7 +66,7 @@ def read_lora_folder(folder: Path, instead: Mapping[str, Any] | None = None) -> 
     config = read_adapter_config(folder, instead=instead)
     if config.method is not plain_lora_method():
         how = "tunekit adapter convert --rank R writes a LoRA that is near it"
-        raise AdapterError(f"holds a {config.settings.method} adapter, and not a LoRA", how, file=config.file)
+        raise AdapterError(f"holds a {config.low_rank.method} adapter, and not a LoRA", how, file=config.file)
     path = tensors_path(config.folder)
     header = adapter_header(path)
     factors, rest = _sort(config, header)
@@ -126,22 +126,22 @@ def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> b
     if not key.startswith(PREFIX):
         return False
     module = key.removeprefix(PREFIX).rpartition(".")[0]
-    saved = [f".{entry}." for entry in config.settings.modules_to_save]
+    saved = [f".{entry}." for entry in config.low_rank.modules_to_save]
     if any(entry in f".{module}." for entry in saved):
         return True
-    if key.endswith(TOKEN_ROWS) and config.settings.trainable_token_indices:
+    if key.endswith(TOKEN_ROWS) and config.low_rank.trainable_token_indices:
         return True
-    if key.endswith(".bias") and config.settings.bias != "none":
-        return config.settings.bias == "all" or module.removesuffix(".base_layer") in factors
+    if key.endswith(".bias") and config.low_rank.bias != "none":
+        return config.low_rank.bias == "all" or module.removesuffix(".base_layer") in factors
     return key.endswith(BASE_COPY) and module.removesuffix(".base_layer") in factors
 
 
 def _parameters(config: AdapterConfig, shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
     """Layers that the configuration names as parameters. Raises: AdapterError where one of these is fused experts."""
-    ranks, entries = Resolved(config, "rank_pattern"), config.settings.target_parameters
+    ranks, entries = Resolved(config, "rank_pattern"), config.low_rank.target_parameters
     named = {module for module in shapes if any(f".{module}.weight".endswith(f".{entry}") for entry in entries)}
     of_layers = all(entry.endswith(".weight") for entry in entries)
-    if not of_layers or any(shapes[module][0] != ranks.of(module, config.settings.r) for module in named):
+    if not of_layers or any(shapes[module][0] != ranks.of(module, config.low_rank.r) for module in named):
         what = "adapts fused expert parameters, whose factors are of all experts at once: PEFT cannot add such adapters"
         raise AdapterError(what, "merge it instead", file=config.file, key="target_parameters")
     return frozenset(named)
@@ -153,7 +153,7 @@ def _check_shapes(
     """Both factors have the rank that the configuration gives the layer, and a floating type."""
     ranks, wrong = Resolved(config, "rank_pattern"), []
     for module, pair in factors.items():
-        a, b, rank = header[pair["A"]], header[pair["B"]], ranks.of(module, config.settings.r)
+        a, b, rank = header[pair["A"]], header[pair["B"]], ranks.of(module, config.low_rank.r)
         for entry in (a, b):
             if entry.dtype not in FLOATS:
                 expected = " or ".join(NAMES[dtype] for dtype in FLOATS)
@@ -195,7 +195,7 @@ class Scalings:
     """s of each layer of a LoRA folder: alpha / r, or alpha / sqrt(r)."""
 
     def __init__(self, config: AdapterConfig) -> None:
-        self.settings = config.settings
+        self.settings = config.low_rank
         self.ranks, self.alphas = Resolved(config, "rank_pattern"), Resolved(config, "alpha_pattern")
 
     def of(self, module: str) -> float:

@@ -111,7 +111,7 @@ def subtract_start(trained: LoraFolder, start: str, matrix_of: Callable[[str], T
             what = f"'{name}' is {list(update.shape)} there and {list(matrix.shape)} in the base"
             raise AdapterError(what, "name the right base with --base", file=trained.config.file)
         (outputs, inputs), generator = update.shape, torch.Generator()
-        given = StartLayer(name, inputs, outputs, update.rank, update.scaling, generator, matrix.float)
+        given = StartLayer(name, inputs, outputs, update.rank, update.scaling, generator, matrix.float, None)
         a, b = make_factors(_moving()[start], given)
         updates[name] = difference(update, LowRank(a, b, update.scaling))
     return updates

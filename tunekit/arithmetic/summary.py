@@ -191,7 +191,7 @@ def _without_experts(factors: dict[str, dict[str, Tensor]], config: AdapterConfi
     return {
         name: pair
         for name, pair in factors.items()
-        if "A" in pair and len(pair["A"]) == ranks.of(name, config.settings.r)
+        if "A" in pair and len(pair["A"]) == ranks.of(name, config.low_rank.r)
     }
 
 
@@ -217,8 +217,9 @@ def _update_norms(factors: Mapping[str, Mapping[str, Tensor]], config: AdapterCo
 def _ranks(layers: list[LayerSummary], config: AdapterConfig | None) -> dict[int, int]:
     """Rank -> how many layers; of other methods than LoRA what their setting r says of all of them."""
     counted = Counter(layer.rank for layer in layers if layer.rank is not None)
-    if not counted and config is not None and isinstance(getattr(config.settings, "r", None), int):
-        counted = Counter({config.settings.r: len(layers)})
+    rank = getattr(config.settings, "r", None) if config is not None else None
+    if not counted and isinstance(rank, int):
+        counted = Counter({rank: len(layers)})
     return dict(sorted(counted.items()))
 
 

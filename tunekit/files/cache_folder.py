@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from tunekit.files.durable import is_real_folder, remove_tree, unlink
 
@@ -53,7 +52,7 @@ def clear_cache() -> None:
             each.rmdir()
 
 
-def hash_of(value: Any) -> str:
+def hash_of(value: object) -> str:
     """sha256 of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

@@ -6,7 +6,7 @@ tokenizer has no chat template, Stanford Alpaca's own prompt is used instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tunekit.errors import DataError
@@ -44,10 +44,11 @@ def _plain_prompt(system: str, instruction: str, extra_input: str) -> str:
     return f"{start}{_WITHOUT_INPUT}{instruction}\n\n### Response:\n"
 
 
-def _read_history(value: Any) -> list[Message]:
+def _read_history(value: object) -> list[Message]:
     """Earlier exchanges as [[question, answer], ...]."""
     messages: list[Message] = []
-    for index, pair in enumerate(value or []):
+    history = value or []
+    for index, pair in enumerate(history if isinstance(history, Iterable) else [history]):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(f"'history[{index}]' must be a pair [question, answer]", "")
         messages.append(Message("user", check_text(pair[0], f"history[{index}][0]")))

@@ -26,7 +26,7 @@ def make_example(row: Mapping[str, Any]) -> Example:
     return ChatExample(read_messages(read_value(row, "messages"), "messages"), read_tools(row.get("tools")))
 
 
-def read_messages(value: Any, label: str) -> tuple[Message, ...]:
+def read_messages(value: object, label: str) -> tuple[Message, ...]:
     """A list of messages."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DataError(f"'{label}' must be a list of messages, not {type(value).__name__}", "write [{...}, ...]")
@@ -35,7 +35,7 @@ def read_messages(value: Any, label: str) -> tuple[Message, ...]:
     return tuple(_read_message(message, f"{label}[{index}]") for index, message in enumerate(value))
 
 
-def _read_message(value: Any, label: str) -> Message:
+def _read_message(value: object, label: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"'{label}' must be an object with role and content, not {type(value).__name__}", "")
     role = _read_role(value, label)
@@ -74,7 +74,7 @@ def _read_content(value: Mapping[str, Any], label: str, calls_tools: bool) -> st
     return check_text(content, f"{label}.content")
 
 
-def _read_part(part: Any, label: str) -> str:
+def _read_part(part: object, label: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         raise DataError(f"'{label}' is a {kind!r} part", "only text parts can be trained on here")
@@ -99,7 +99,7 @@ def _read_weight(value: Mapping[str, Any], label: str, role: str) -> float:
     return weight
 
 
-def read_tool_calls(value: Any, label: str) -> list[dict[str, Any]]:
+def read_tool_calls(value: object, label: str) -> list[dict[str, Any]]:
     """Calls with their arguments as an object: templates print them with `tojson`."""
     calls = read_json(value, label)
     if not isinstance(calls, list):
@@ -107,11 +107,11 @@ def read_tool_calls(value: Any, label: str) -> list[dict[str, Any]]:
     return [_read_tool_call(call, f"{label}[{index}]") for index, call in enumerate(calls)]
 
 
-def _read_tool_call(call: Any, label: str) -> dict[str, Any]:
+def _read_tool_call(call: object, label: str) -> dict[str, Any]:
     if isinstance(call, Mapping) and "function" not in call and "name" in call:
         call = {"type": "function", "function": call}
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"'{label}' must be {{'function': {{'name': ..., 'arguments': {{...}}}}}}", "")
     arguments = function.get("arguments")
     parsed = {} if arguments is None or arguments == "" else read_json(arguments, f"{label}.function.arguments")
@@ -119,7 +119,7 @@ def _read_tool_call(call: Any, label: str) -> dict[str, Any]:
     return {**kept, "function": {"name": function["name"], "arguments": parsed}}
 
 
-def read_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
     """The tools of a row: a list of JSON schemas, or that list as JSON text."""
     if value is None or value == [] or value == "":
         return None

@@ -17,7 +17,7 @@ def read_text(row: Mapping[str, Any], name: str, *, where: str = "") -> str:
     return check_text(read_value(row, name, where=where), f"{where}{name}")
 
 
-def read_value(row: Mapping[str, Any], name: str, *, where: str = "") -> Any:
+def read_value(row: Mapping[str, Any], name: str, *, where: str = "") -> object:
     """Whatever stands under `name`, which must be there."""
     if name not in row:
         what = f"no field '{where}{name}'; this row has {listed(row)}"
@@ -36,7 +36,7 @@ def read_optional_text(row: Mapping[str, Any], name: str) -> str:
     return "" if row.get(name) is None else check_text(row[name], name)
 
 
-def check_text(value: Any, label: str) -> str:
+def check_text(value: object, label: str) -> str:
     """`value` if it is text that a tokenizer can read."""
     if not isinstance(value, str):
         kind = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
@@ -59,16 +59,16 @@ def check_encodable(value: str, label: str) -> None:
         ) from None
 
 
-def read_weight(value: Any, label: str) -> float:
+def read_weight(value: object, label: str) -> float:
     """A factor of a loss: 0, or a number whose product with another one float32 has."""
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
+    if not (number == 0 or LEAST_WEIGHT <= number <= MOST_WEIGHT):
         allowed = f"0, or from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
         raise DataError(f"'{label}' must be a number, 0 or more, not {str(value)[:40]!r}", f"write {allowed}")
-    return float(value)
+    return float(number)
 
 
-def read_json(value: Any, label: str) -> Any:
+def read_json(value: object, label: str) -> object:
     """`value`, parsed where it is JSON written as text."""
     if not isinstance(value, str):
         check_encodable(json.dumps(value, ensure_ascii=False, default=str), label)

@@ -35,7 +35,7 @@ class PromptExample(AskedExample):
     columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def prompt_value(self) -> Any:
+    def prompt_value(self) -> str | list[dict[str, Any]]:
         """The prompt as reward functions get it, like TRL's: a text, or messages."""
         return self.prompt if isinstance(self.prompt, str) else [message.as_dict() for message in self.prompt]
 

@@ -51,7 +51,7 @@ def read_turns(turns: Sequence[Any], label: str) -> tuple[Message, ...]:
     return tuple(_read_turn(turn, f"{label}[{index}]") for index, turn in enumerate(turns))
 
 
-def _read_turn(turn: Any, label: str) -> Message:
+def _read_turn(turn: object, label: str) -> Message:
     if not isinstance(turn, Mapping) or "from" not in turn:
         known = listed(turn) if isinstance(turn, Mapping) else type(turn).__name__
         how = "rows with 'role' and 'content' are format: chat" if "role" in known else "write from and value"

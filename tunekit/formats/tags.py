@@ -51,7 +51,7 @@ def _read_list(row: Mapping[str, Any], name: str) -> Sequence[Any]:
     return value
 
 
-def _read_tag(value: Any, label: str) -> str | int:
+def _read_tag(value: object, label: str) -> str | int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     tag = check_text(value, label).strip()

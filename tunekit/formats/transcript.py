@@ -16,10 +16,7 @@ from tunekit.formats.media import AUDIO_ALIASES, AUDIO_FIELDS, Media, read_media
 DESCRIPTION = "audio, a file's path or {bytes, path}, and text: what is said; also language, task and segments"
 FIELDS = ("audio", "text", "language", "task", "segments")
 REQUIRED = ("audio", "text")
-ALIASES = {
-    **AUDIO_ALIASES,
-    **dict.fromkeys(("sentence", "transcription", "transcript"), "text"),
-}
+ALIASES = {**AUDIO_ALIASES, **dict.fromkeys(("sentence", "transcription", "transcript"), "text")}
 MEDIA = AUDIO_FIELDS
 EXAMPLE = "transcript"
 TASKS = ("transcribe", "translate")
@@ -61,7 +58,7 @@ def make_example(row: Mapping[str, Any]) -> TranscriptExample:
     return TranscriptExample(audio, text, read_optional_text(row, "language") or None, task, segments)
 
 
-def _segments(value: Any) -> tuple[Segment, ...]:
+def _segments(value: object) -> tuple[Segment, ...]:
     """In order, none before the one before it."""
     if value is None:
         return ()
@@ -81,7 +78,7 @@ def _segments(value: Any) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def _seconds(value: Any, label: str) -> float:
+def _seconds(value: object, label: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise DataError(f"'{label}' must be a number of seconds, not {str(value)[:40]!r}", "write 0 or more")
     return float(value)

@@ -36,7 +36,7 @@ def make_example(row: Mapping[str, Any]) -> UnpairedExample:
     """The answer of a row, with its prompt. What says nothing is empty."""
     if is_pair(row):  # which is read twice, with either label
         pair, label = preference.make_example(row), read_value(row, "label")
-        return UnpairedExample(pair.prompt, pair.chosen if label else pair.rejected, label, tools=pair.tools)
+        return UnpairedExample(pair.prompt, pair.chosen if label else pair.rejected, bool(label), tools=pair.tools)
     for name, field in ALIASES.items():
         if row.get(name) is not None and row.get(field) is not None:
             raise DataError(f"'{field}' and '{name}' are one thing", "keep one")

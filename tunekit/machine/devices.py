@@ -24,7 +24,7 @@ ENDING_SECONDS = 5.0  # a connection closes before the process that had it has e
 
 
 @dataclass(frozen=True)
-class Kind:
+class DeviceKind:
     """What every device of a kind has, asked for whether there is one here or a run is only planned for it."""
 
     own_memory: bool = True  # apart from the host's; streams of copies from pinned memory; its allocator keeps peaks
@@ -36,10 +36,10 @@ class Kind:
 
 # ROCm's devices are of the kind cuda, as torch has them. A CPU computes when it is told, and gates nothing late.
 KINDS = {
-    "cpu": Kind(own_memory=False, numbered=False),
-    "cuda": Kind(),
-    "xpu": Kind(),
-    "mps": Kind(own_memory=False, float64=False, gates=False, bitsandbytes=False, numbered=False),
+    "cpu": DeviceKind(own_memory=False, numbered=False),
+    "cuda": DeviceKind(),
+    "xpu": DeviceKind(),
+    "mps": DeviceKind(own_memory=False, float64=False, gates=False, bitsandbytes=False, numbered=False),
 }
 NAMES = "cpu, cuda, cuda:N, xpu, xpu:N or mps"
 TPU = (
@@ -49,7 +49,7 @@ TPU = (
 )
 
 
-def kind_of(device: torch.device) -> Kind:
+def kind_of(device: torch.device) -> DeviceKind:
     """What devices of this kind have; tensors without values (meta) count as a CPU's."""
     return KINDS.get(device.type, KINDS["cpu"])
 
@@ -117,8 +117,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
 def forked_random(device: torch.device) -> AbstractContextManager[None]:
     """A block after which the random states of the host and of the device are as before."""
     places = [] if device.type in ("cpu", "meta") else [device.index or 0]
-    forked: AbstractContextManager[None] = torch.random.fork_rng(places, device_type=device.type if places else "cpu")
-    return forked
+    return torch.random.fork_rng(places, device_type=device.type if places else "cpu")
 
 
 class Devices:
@@ -166,7 +165,7 @@ class Devices:
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
         return int(value.item())
 
-    def from_main(self, value: object) -> Any:
+    def from_main(self, value: Value) -> Value:
         """The main rank's plain value (JSON-like), on every rank."""
         if self.world == 1:
             return value

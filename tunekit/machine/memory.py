@@ -61,7 +61,7 @@ def limit_bytes(device: torch.device, budget: int) -> None:
 
 
 @dataclass(frozen=True)
-class Peaks:
+class DevicePeaks:
     """The most bytes that a device's allocator had asked for, rounded, and taken from the driver; None: not told."""
 
     requested: int | None = None
@@ -69,13 +69,13 @@ class Peaks:
     reserved: int | None = None
 
 
-def device_peaks(device: torch.device) -> Peaks:
+def device_peaks(device: torch.device) -> DevicePeaks:
     """Since the last reset. Metal's driver keeps no peak, but what it once took: that is `reserved`."""
     if kind_of(device).own_memory:
         known = torch.get_device_module(device).memory_stats(device)
         names = ("requested_bytes", "allocated_bytes", "reserved_bytes")
-        return Peaks(*(int(known.get(f"{name}.all.peak", 0)) for name in names))
-    return Peaks(reserved=torch.mps.driver_allocated_memory()) if device.type == "mps" else Peaks()
+        return DevicePeaks(*(int(known.get(f"{name}.all.peak", 0)) for name in names))
+    return DevicePeaks(reserved=torch.mps.driver_allocated_memory()) if device.type == "mps" else DevicePeaks()
 
 
 def reset_peaks(device: torch.device) -> None:

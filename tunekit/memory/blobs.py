@@ -22,7 +22,7 @@ UNSET_BYTE = 0xFF  # of what is not mapped in: NaN in every floating dtype
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPlace:
     """One tensor of a layer: the object that modules hold, and where it lies in the blob."""
 
     tensor: Tensor
@@ -40,10 +40,10 @@ class LayerBlob:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.pieces: list[Piece] = []
+        self.pieces: list[TensorPlace] = []
         self.size_bytes = 0
         for tensor in tensors:
-            self.pieces.append(Piece(tensor, self.size_bytes))
+            self.pieces.append(TensorPlace(tensor, self.size_bytes))
             self.size_bytes = aligned(self.size_bytes + tensor.nbytes)
         self.source: list[Tensor] = [tensor.data for tensor in tensors]
 

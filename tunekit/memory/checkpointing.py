@@ -32,8 +32,8 @@ def prepare_layers(layers: Sequence[nn.Module], checkpointed: int, store: Bounda
         layer.forward = _checkpointed(layer, run, number, boundaries) if number < checkpointed else run
 
 
-def _seeded(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
-    def run(*inputs: Any, **named: Any) -> Any:
+def _seeded(forward: Callable[..., object], number: int) -> Callable[..., object]:
+    def run(*inputs: object, **named: object) -> object:
         if torch.is_grad_enabled():  # evaluation draws nothing and must leave the generator as it is
             seed_layer(current_call(), number)
         return forward(*inputs, **named)
@@ -42,15 +42,16 @@ def _seeded(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
 
 
 def _checkpointed(
-    layer: nn.Module, run: Callable[..., Any], number: int, boundaries: _Boundaries
-) -> Callable[..., Any]:
+    layer: nn.Module, run: Callable[..., object], number: int, boundaries: _Boundaries
+) -> Callable[..., object]:
     """Recompute inside the same Call, which a layer reads for bypass and seeds."""
 
-    def forward(*inputs: Any, **named: Any) -> Any:
+    def forward(*inputs: object, **named: Any) -> object:
         if not (torch.is_grad_enabled() and layer.training):
             return run(*inputs, **named)
         call = current_call()
         hidden, *others = inputs or (named.pop("hidden_states"),)
+        assert isinstance(hidden, Tensor)
         part = boundaries.leave(run, number, hidden)
         stand_in = hidden.new_empty(0)  # tells checkpoint the device, and keeps nothing alive
         return checkpoint(
@@ -74,7 +75,7 @@ class _Boundaries:
         self.forwards = 0  # so far: two may be alive at a time
         self.newest = -1  # the layer that ran last
 
-    def leave(self, run: Callable[..., Any], number: int, hidden: Tensor) -> Callable[..., Any]:
+    def leave(self, run: Callable[..., object], number: int, hidden: Tensor) -> Callable[..., object]:
         """`run` for checkpoint(): its first input is `hidden`, which waits in the store for the recomputation."""
         if number <= self.newest:  # another forward, or a layer that runs more than once in one
             self.forwards += 1
@@ -89,13 +90,13 @@ class _Left:
     It lives as long as the graph that may recompute the layer, and the store keeps the input as long.
     """
 
-    def __init__(self, store: BoundaryStore, key: tuple[int, int], run: Callable[..., Any], hidden: Tensor) -> None:
+    def __init__(self, store: BoundaryStore, key: tuple[int, int], run: Callable[..., object], hidden: Tensor) -> None:
         self.store, self.key, self.run = store, key, run
         self.requires_grad = hidden.requires_grad
         self.hidden: Tensor | None = hidden
         weakref.finalize(self, store.drop, key).atexit = False
 
-    def __call__(self, stand_in: Tensor, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, stand_in: Tensor, *inputs: object, **named: object) -> object:
         hidden, self.hidden = self.hidden, None
         if hidden is None:
             hidden = self.store.take(self.key).detach().requires_grad_(self.requires_grad)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunekit.memory.blobs import forget_pages
 
+Mark = torch.Event | None  # how far a computation had been sent off; None: it has ended
+Copy = Future[None] | Future[torch.Event] | Mark  # on its way, or made
 Pairs = Sequence[tuple[Tensor, Tensor]]  # target and source
 RING_BYTES = 64 * 2**20  # of pinned memory through which a mapped file passes on its way to a GPU
 RING_PARTS = 2
@@ -32,21 +33,23 @@ class Copier:
         counted = self.counts_host or not on_host
         return torch.empty(size_bytes if counted else 0, dtype=torch.uint8, device=self.device)
 
-    def start(self, copies: Pairs, after: Any) -> Any:
+    def start(self, copies: Pairs, after: Mark) -> Copy:
         """Begin copies, once the computation has passed the mark `after`; returns what `wait` takes."""
         for target, source in copies:
             if not target.is_meta:
                 target.copy_(source)
                 if source.data_ptr() in self.mapped:
                     forget_pages(source)
+        return None
 
-    def wait(self, copy: Any) -> None:
+    def wait(self, copy: Copy) -> None:
         """Let nothing that is computed from here on begin before the copy has ended."""
 
-    def mark(self) -> Any:
+    def mark(self) -> Mark:
         """The computation as far as it has been sent off; what is computed on a CPU has ended when its call returns."""
+        return None
 
-    def finish(self, mark: Any) -> None:
+    def finish(self, mark: Mark) -> None:
         """Wait on the host until the computation has passed the mark."""
 
 
@@ -57,11 +60,12 @@ class ThreadCopier(Copier):
         super().__init__(device, mapped)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tunekit-copy")
 
-    def start(self, copies: Pairs, after: Any) -> Any:
+    def start(self, copies: Pairs, after: Mark) -> Copy:
         return self._worker.submit(self._copy, copies)
 
-    def wait(self, copy: Future[None]) -> None:
-        copy.result()
+    def wait(self, copy: Copy) -> None:
+        if isinstance(copy, Future):
+            copy.result()
 
     def _copy(self, copies: Pairs) -> None:
         for target, source in copies:
@@ -92,7 +96,7 @@ class StreamCopier(ThreadCopier):
         super().__init__(device, mapped)
         self.stream = torch.Stream(device)
         self._ring: list[Tensor] = []
-        self._free: list[Any] = [None] * RING_PARTS  # the event after which a part of the ring may be written again
+        self._free: list[Mark] = [None] * RING_PARTS  # the event after which a part of the ring may be written again
         self._next = 0
 
     def memory(self, size_bytes: int, *, on_host: bool) -> Tensor:
@@ -100,23 +104,24 @@ class StreamCopier(ThreadCopier):
             return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
         return super().memory(size_bytes, on_host=False)
 
-    def start(self, copies: Pairs, after: Any) -> Any:
+    def start(self, copies: Pairs, after: Mark) -> Copy:
         if all(source.device.type != "cpu" or source.is_pinned() for _, source in copies):
             return self._send(copies, after)
         return self._worker.submit(self._through_ring, copies, after)
 
-    def wait(self, copy: Any) -> None:
+    def wait(self, copy: Copy) -> None:
         event = copy.result() if isinstance(copy, Future) else copy
+        assert event is not None
         torch.accelerator.current_stream(self.device).wait_event(event)
 
-    def mark(self) -> Any:
+    def mark(self) -> Mark:
         return torch.accelerator.current_stream(self.device).record_event()
 
-    def finish(self, mark: Any) -> None:
+    def finish(self, mark: Mark) -> None:
         if mark is not None:
             mark.synchronize()
 
-    def _send(self, copies: Pairs, after: Any) -> Any:
+    def _send(self, copies: Pairs, after: Mark) -> torch.Event:
         with self.stream:
             if after is not None:
                 self.stream.wait_event(after)
@@ -130,7 +135,7 @@ class StreamCopier(ThreadCopier):
         """What a copy writes is not given to others before it is made; what one reads, the caller holds."""
         on_device.record_stream(self.stream)
 
-    def _through_ring(self, copies: Pairs, after: Any) -> Any:
+    def _through_ring(self, copies: Pairs, after: Mark) -> torch.Event:
         with self.stream:
             if after is not None:
                 self.stream.wait_event(after)
@@ -149,8 +154,7 @@ class StreamCopier(ThreadCopier):
             self._ring = [self.memory(RING_BYTES, on_host=True) for _ in range(RING_PARTS)]
         part = self._next
         self._next = (part + 1) % RING_PARTS
-        if self._free[part] is not None:
-            self._free[part].synchronize()
+        self.finish(self._free[part])
         pinned = self._ring[part][: source.numel()]
         copy_bytes(pinned, source)
         target.copy_(pinned, non_blocking=True)

@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunekit.machine.devices import kind_of
-from tunekit.memory.copies import Copier, StreamCopier, as_bytes
+from tunekit.memory.copies import Copier, Copy, StreamCopier, as_bytes
 
 LEAST_BYTES = 2 * 2**20  # a smaller copy costs more than it frees
 LEAST_TOKENS = 512  # so few are computed faster than they are copied
@@ -50,7 +49,7 @@ class _Buffer:
 
     memory: Tensor
     key: Hashable = None
-    copy: Any = None
+    copy: Copy = None
     used: bool = False
 
 
@@ -70,7 +69,7 @@ class BoundaryStore:
         self._entries: dict[Hashable, _OnHost | Tensor] = {}
         self._free: dict[int, list[Tensor]] = {}  # slots by size
         self._buffers: list[_Buffer] = []
-        self._leaving: deque[tuple[Any, Tensor]] = deque()  # copies, and what they read
+        self._leaving: deque[tuple[Copy, Tensor]] = deque()  # copies, and what they read
 
     def __len__(self) -> int:
         return len(self._entries)

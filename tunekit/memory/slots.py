@@ -12,26 +12,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import UNSET_BYTE, LayerBlob
-from tunekit.memory.copies import Copier
+from tunekit.memory.copies import Copier, Copy, Mark
 
 SLOTS = 2  # one to compute in, one to copy into
 
 
 @dataclass(eq=False)
-class Slot:
+class DeviceSlot:
     """Memory for one layer: (bytes,) uint8 on the device."""
 
     memory: Tensor
     layer: int | None = None
-    copy: Any = None  # the copy that brings `layer` in, until it has been waited for
-    used: Any = None  # the mark after its allocation, then after the last computation in this slot
+    copy: Copy = None  # the copy that brings `layer` in, until it has been waited for
+    used: Mark = None  # the mark after its allocation, then after the last computation in this slot
 
 
 @dataclass
@@ -59,7 +58,7 @@ class LayerSlots:
         largest = max(blob.size_bytes for blob in self.blobs)
         count = min(max(self.count, SLOTS), len(self.blobs))
         self.slots = [
-            Slot(torch.empty(largest, dtype=torch.uint8, device=self.device)) for _ in range(count)
+            DeviceSlot(torch.empty(largest, dtype=torch.uint8, device=self.device)) for _ in range(count)
         ]  # (bytes,) each
         for slot in self.slots:
             slot.used = self.copier.mark()  # what had its memory before may still be computed
@@ -92,7 +91,7 @@ class LayerSlots:
             slot.used = self.copier.mark()
             self._computed = None
 
-    def _bring(self, layer: int, other: int | None) -> Slot:
+    def _bring(self, layer: int, other: int | None) -> DeviceSlot:
         """The slot of `layer`, with its copy begun where it was not there; the layer farthest from it makes room, but
         not `other`."""
         for slot in self.slots:
@@ -106,7 +105,7 @@ class LayerSlots:
         self.traffic.copied_bytes += blob.size_bytes
         return slot
 
-    def _free_slot(self, layer: int, other: int | None) -> Slot:
+    def _free_slot(self, layer: int, other: int | None) -> DeviceSlot:
         """An empty slot, or the one whose layer is farthest away, emptied."""
         empty = [slot for slot in self.slots if slot.layer is None]
         if empty:

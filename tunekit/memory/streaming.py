@@ -5,8 +5,7 @@ Comes in: a base and where its layers wait.  Goes out: LayerSlots, and layers th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +85,8 @@ def gather_on_host(embedding: nn.Module, device: torch.device) -> None:
     embedding.forward = gathered
 
 
-def _in_slot(forward: Any, number: int, then: int, slots: LayerSlots) -> Any:
-    def run(*inputs: Any, **named: Any) -> Any:
+def _in_slot(forward: Callable[..., object], number: int, then: int, slots: LayerSlots) -> Callable[..., object]:
+    def run(*inputs: object, **named: object) -> object:
         with slots.holding(number, then):
             return forward(*inputs, **named)
 

@@ -13,12 +13,13 @@ Source: Bekman et al. 2025, Arctic Long Sequence Training (tiled MLP).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tunekit.errors import ModelError
+from tunekit.model.autograd import Context
 from tunekit.model.call import Call, calling, current_call, seed_for
 from tunekit.model.families.structure import training_mode
 
@@ -42,7 +43,7 @@ def tile_layers(layers: Sequence[tuple[str, nn.Module]], tokens: int, hidden: Te
             raise _refusal(f"{name} ({type(layer).__name__}) has no MLP of its own")
         norms = [each for each, child in layer.named_children() if type(child).__name__.endswith(NORMS)]
         for each in (own, *norms):
-            module: Any = getattr(layer, each)
+            module = layer.get_submodule(each)
             if type(module) not in obstacles:
                 obstacles[type(module)] = _obstacle(module, hidden)
             obstacle = obstacles[type(module)]
@@ -81,7 +82,7 @@ class Tiles:
         self.module, self.run, self.tokens, self.number = module, run, tokens, number
         self.trained: list[Tensor] | None = None  # found in the first tile's graph
 
-    def __call__(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    def __call__(self, x: Tensor, *others: object, **named: object) -> Tensor:
         """Shapes: x (B, T, D) -> (B, T, D)."""
         if others or named:
             raise _refusal(f"{type(self.module).__name__} is given more than hidden states")
@@ -133,17 +134,22 @@ class Tiles:
             torch.manual_seed(seed_for("tile", call.seed, call.step, call.micro_batch, self.number, index))
 
 
+class _TiledContext(Context, Protocol):
+    tiles: Tiles
+    call: Call
+
+
 class _Tiled(torch.autograd.Function):
     """Keeps x alone."""
 
     @staticmethod
-    def forward(ctx: Any, tiles: Tiles, call: Call, x: Tensor, *trained: Tensor) -> Tensor:
+    def forward(ctx: _TiledContext, tiles: Tiles, call: Call, x: Tensor, *trained: Tensor) -> Tensor:
         ctx.tiles, ctx.call = tiles, call
         ctx.save_for_backward(x)
         return tiles.output(x, call)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _TiledContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         of_x, of_trained = ctx.tiles.gradients(x, gradients[0], ctx.call, ctx.needs_input_grad[2])
         return None, None, of_x, *of_trained

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +80,7 @@ def stream_head(module: nn.Linear, device: torch.device, tier: str, net: nn.Modu
     shape = matrix.shape
     del matrix
     module.weight.data = torch.full((), torch.nan, dtype=module.weight.dtype, device=device).expand(shape)
-    whole: Any = module
+    whole: nn.Module = module
 
     def computed(hidden: Tensor) -> Tensor:
         if torch.is_grad_enabled() and hidden.requires_grad:

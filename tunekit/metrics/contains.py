@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from tunekit.metrics.pairs import mean_of_pairs
 
 DESCRIPTION = "share of generated answers that contain the reference"
 HIGHER_IS_BETTER = True
 
 
-def score(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean of [r in p] over the pairs, 0 to 1; an empty reference is contained in an empty answer only.
+def _contains(prediction: str, reference: str) -> bool:
+    """An empty reference is contained in an empty answer only."""
+    return reference.strip() in prediction if reference.strip() else not prediction.strip()
 
-    Raises: ValueError without pairs, or where the lengths differ.
-    """
-    pairs = [
-        (prediction.strip(), reference.strip()) for prediction, reference in zip(predictions, references, strict=True)
-    ]
-    if not pairs:
-        raise ValueError("no answers to compare")
-    return sum(reference in prediction if reference else not prediction for prediction, reference in pairs) / len(pairs)
+
+score = mean_of_pairs(_contains)

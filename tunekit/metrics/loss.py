@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 DESCRIPTION = "mean negative log-likelihood of the supervised tokens"
@@ -10,13 +10,16 @@ NEEDS = ("loss", "units")
 HIGHER_IS_BETTER = False
 
 
-def mean_of(sums: Mapping[str, Any], name: str) -> float:
-    """A sum over the number of its units. Raises ValueError where there are none."""
-    if sums["units"] <= 0:
-        raise ValueError("no supervised tokens")
-    return float(sums[name] / sums["units"])
+def mean_of(name: str) -> Callable[[Mapping[str, Any]], float]:
+    """`from_sums` of a metric that is the sum `name` over the number of its units (tokens, labels, pairs)."""
+
+    def from_sums(sums: Mapping[str, Any]) -> float:
+        """Raises ValueError without units."""
+        if sums["units"] <= 0:
+            raise ValueError("no supervised tokens")
+        return float(sums[name] / sums["units"])
+
+    return from_sums
 
 
-def from_sums(sums: Mapping[str, Any]) -> float:
-    """sums["loss"] / sums["units"], in nats a unit (a supervised token, a label, a pair). Raises ValueError without."""
-    return mean_of(sums, "loss")
+from_sums = mean_of("loss")  # in nats a unit

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+
+from tunekit.metrics.pairs import mean_of_pairs
 
 DESCRIPTION = "longest common subsequence of words, as a mean F1"
 HIGHER_IS_BETTER = True
 
 
-def score(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean over the pairs of F1 = 2 LCS / (words of p + words of r); 1 where both have none.
+def _f1(prediction: str, reference: str) -> float:
+    """F1 = 2 LCS / (words of p + words of r); 1 where both have none.
 
     Words are runs of letters with their marks and of numbers, case-folded, not stemmed; on ASCII those of rouge_score.
-    Raises: ValueError without pairs, or where the lengths differ.    Source: Lin 2004, with beta = 1.
+    Source: Lin 2004, with beta = 1.
     """
-    scores = [
-        _f1(_words(prediction), _words(reference))
-        for prediction, reference in zip(predictions, references, strict=True)
-    ]
-    if not scores:
-        raise ValueError("no answers to compare")
-    return sum(scores) / len(scores)
-
-
-def _f1(prediction: list[str], reference: list[str]) -> float:
-    total = len(prediction) + len(reference)
-    return 2 * _common_subsequence(prediction, reference) / total if total else 1.0
+    words, others = _words(prediction), _words(reference)
+    total = len(words) + len(others)
+    return 2 * _common_subsequence(words, others) / total if total else 1.0
 
 
 def _common_subsequence(first: list[str], second: list[str]) -> int:
@@ -45,3 +37,6 @@ def _words(text: str) -> list[str]:
     """Runs of characters of the kinds letter, mark and number."""
     kinds = (character if unicodedata.category(character)[0] in "LMN" else " " for character in text.casefold())
     return "".join(kinds).split()
+
+
+score = mean_of_pairs(_f1)

@@ -11,7 +11,7 @@ DESCRIPTION = "F1 of spans of tags (B-X, I-X): right where kind, first and last 
 NEEDS = ("spans",)
 HIGHER_IS_BETTER = True
 
-Span = tuple[str, int, int]
+TaggedSpan = tuple[str, int, int]
 OUTSIDE = ("O", "")
 
 
@@ -31,7 +31,7 @@ def kinds_of(tags: Sequence[str]) -> list[str]:
     return sorted({kind for tag in tags if (kind := _parts(tag)[1])})
 
 
-def find_spans(tags: Sequence[str]) -> Iterator[Span]:
+def find_spans(tags: Sequence[str]) -> Iterator[TaggedSpan]:
     """(kind, first word, last word), as seqeval's get_entities finds them in its default mode.
 
     A span ends before O, B-, S- and another kind, and after E- and S-; I- or E- where none goes on begins one.

@@ -1,13 +1,22 @@
-"""What error rates of transcripts share: which pairs they count."""
+"""Error rates of transcripts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
-def with_words(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs whose reference has words: of others no share of errors can be told. Raises: ValueError without one."""
-    kept = [pair for pair in zip(predictions, references, strict=True) if pair[1].strip()]
-    if not kept:
-        raise ValueError("no reference has a word")
-    return kept
+def error_rate(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
+    """`score` of a metric that is jiwer's function of this name: the errors of all pairs over the units of all
+    references. Pairs whose reference has no word are left out, since no share of errors can be told of them.
+    """
+
+    def score(predictions: Sequence[str], references: Sequence[str]) -> float:
+        """Raises: ValueError where no pair is left."""
+        import jiwer
+
+        kept = [pair for pair in zip(references, predictions, strict=True) if pair[0].strip()]
+        if not kept:
+            raise ValueError("no reference has a word")
+        return float(getattr(jiwer, name)(*map(list, zip(*kept, strict=True))))
+
+    return score

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.starts.start import LINEAR, Seen, start_module
+from tunekit.adapters.starts.start import LINEAR, LayerActivations, start_module
 from tunekit.contracts import IGNORED, Batch, Companion, Objective, Window, WindowSource
 from tunekit.data.batching.pad import real_positions
 from tunekit.errors import RecipeError
@@ -41,7 +41,7 @@ class Watch:
     """The statistics of every watched layer, and the micro-batch that is running."""
 
     def __init__(self, start: CalibratedStart, targets: Sequence[Target]) -> None:
-        make = start_module(start.method).Statistics
+        make = start_module(start.method).STATISTICS
         self.statistics = {target.name: make(start, target) for target in targets if target.kind in LINEAR}
         self.reached: set[str] = set()
         self.scale = 1.0
@@ -55,20 +55,20 @@ class Watch:
         self.reached.add(name)
 
 
-def _seen(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) -> Seen:
+def _seen(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) -> LayerActivations:
     """Real tokens only; a layer that sees other rows than the batch's (an expert's) is given all of them."""
     flat = inputs.reshape(-1, inputs.shape[-1]).float()  # (N, I)
     of_output = None if gradients is None else gradients.reshape(-1, gradients.shape[-1]).float() / scale  # (N, O)
     real = real_positions(batch.lengths)  # (B, T)
     if len(flat) != real.numel():
         rows = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
-        return Seen(flat, rows, torch.ones_like(rows, dtype=torch.bool), of_output)
+        return LayerActivations(flat, rows, torch.ones_like(rows, dtype=torch.bool), of_output)
     labels = batch.targets.get("labels")
     supervised = labels != IGNORED if labels is not None and labels.shape == real.shape else real  # (B, T)
     rows = torch.arange(len(real))[:, None].expand_as(real)  # (B, T)
     rows, supervised = (part[real].to(flat.device) for part in (rows, supervised))
     kept = real.reshape(-1).to(flat.device)  # (N,)
-    return Seen(flat[kept], rows, supervised, None if of_output is None else of_output[kept])
+    return LayerActivations(flat[kept], rows, supervised, None if of_output is None else of_output[kept])
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class LayerForward:
         self.layer, self.plain = layer, layer.forward
         self.compiled: Callable[..., Any] | None = None
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, *inputs: object, **named: object) -> object:
         if self.compiled is not None and torch.is_grad_enabled():
             return self.compiled(*inputs, **named)
         return self.plain(*inputs, **named)
@@ -125,7 +125,7 @@ def compile_layers(forwards: Sequence[LayerForward]) -> None:
         for module in forward.layer.modules():
             if _is_island(module):
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
-        limited: Any = config.patch(recompile_limit=MOST_VARIANTS)  # for the time of a call
+        limited = config.patch(recompile_limit=MOST_VARIANTS)  # for the time of a call
         forward.compiled = limited(torch.compile(forward.plain, dynamic=True))
 
 

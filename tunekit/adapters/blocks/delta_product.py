@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunekit.adapters.base import LayerAdapter
+from tunekit.adapters.base import LayerAdapter, Settings
+from tunekit.model.autograd import Context
 
 
-class DeltaLayer(LayerAdapter):
+class DeltaLayer(LayerAdapter[Settings]):
     """y = W x + D x, D (O, I) made of the layer's trained tensors whenever it is used. A subclass gives `make`."""
 
     make: Callable[..., Tensor]  # the trained tensors, in the order of their slots -> D (O, I)
@@ -37,15 +38,19 @@ def delta_product(x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> T
     return product
 
 
+class _DeltaContext(Context, Protocol):
+    make: Callable[..., Tensor]
+
+
 class _DeltaProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    def forward(ctx: _DeltaContext, x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> Tensor:
         ctx.make = make
         ctx.save_for_backward(x, *factors)
         return F.linear(x, make(*factors).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _DeltaContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients  # (..., O)
         x, *factors = ctx.saved_tensors
         with torch.enable_grad():

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Generator, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.lora_fields import start_conflicts
-from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
-from tunekit.adapters.expert_parameters import Factors, ParameterAdapter
+from tunekit.adapters.blocks.low_rank_layer import scaling_of
+from tunekit.adapters.expert_parameters import Factors, Index, ParameterAdapter
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import StartLayer, make_factors
 from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 
-class ExpertLora(ParameterAdapter):
+class ExpertLora(ParameterAdapter[LowRankSettings]):
     """A low-rank update of every expert's matrix: y = W_e x + s B_e A_e x, s as LoRA's.
 
     Shapes: A (R E, I), expert by expert; B (O, R E), rank by rank: as PEFT stores them.
@@ -27,13 +26,12 @@ class ExpertLora(ParameterAdapter):
     Source: Hu et al. 2021, eq. 3.
     """
 
-    settings: LowRankSettings
     A: nn.Parameter
     B: nn.Parameter
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
-        rank = rank_of(settings, target) * (target.experts or 1)
+        rank = (target.r or settings.r) * (target.experts or 1)
         wrapped = "base_layer." * target.wrapped
         return {
             "A": Slot(f"{wrapped}lora_A.weight", (rank, target.in_features)),
@@ -51,10 +49,11 @@ class ExpertLora(ParameterAdapter):
         return f"{cls.file_prefix}{owner}{wrapped.removeprefix(inner)}.lora_{factor}"
 
     def initialise(self, generator: Generator) -> None:
-        target, rank = self.target, rank_of(self.settings, self.target)
+        target, rank = self.target, self.target.r or self.settings.r
         layer = StartLayer(
             *(target.name, target.in_features, target.out_features, rank, self.scaling, generator),
             weight=lambda: self.parameter,
+            evidence=None,
             experts=target.experts or 1,
         )
         a, b = make_factors(self.settings.start, layer)
@@ -64,9 +63,10 @@ class ExpertLora(ParameterAdapter):
     @property
     def scaling(self) -> float:
         """s."""
-        return scaling_of(self.settings, self.target)
+        settings = self.settings
+        return scaling_of(self.target, settings.r, settings.alpha, settings.use_rslora)
 
-    def factors(self, index: Any) -> Factors:
+    def factors(self, index: Index) -> Factors:
         experts = self.target.experts
         if experts is None:  # of a matrix
             return self.B * self.scaling, self.A

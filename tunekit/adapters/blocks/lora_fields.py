@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed
+from tunekit.adapters.base import Settings
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.starts.start import LINEAR
 from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
-LORA_FIELDS: Fields = {  # PEFT's field -> our setting, PEFT's default
+LORA_FIELDS: PeftFields = {  # PEFT's field -> our setting, PEFT's default
     "r": ("r", 8),
     "lora_alpha": ("alpha", 8),
     "lora_dropout": ("dropout", 0.0),
@@ -39,6 +40,15 @@ LORA_FIXED: Fixed = {  # first the value written, then the others that change no
     "use_qalora": (False,),
     "velora_config": (None,),
 }
+
+
+def lora_side(
+    settings: type[Settings], fields: PeftFields = LORA_FIELDS, claims: Mapping[str, object] | None = None
+) -> PeftSide[Settings]:
+    """The side of a method of peft_type LORA with these fields and claims."""
+    fixed = {name: values for name, values in LORA_FIXED.items() if name not in fields}
+    known = ("LORA", settings, fields, fixed, claims or {})
+    return PeftSide(*known, refuses_kernel_layers=True, takes_experts=True)
 
 
 def start_conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:

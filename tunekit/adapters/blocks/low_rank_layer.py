@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunekit.adapters.base import LayerAdapter
+from tunekit.adapters.base import LayerAdapter, Settings
 from tunekit.records import Target
 
 
-class LowRankLayer(LayerAdapter):
+class LowRankLayer(LayerAdapter[Settings]):
     """y = W x + s B A x, the factors cast to x's dtype. A subclass gives `factors`, and `scaling` where s is not 1.
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).    Dropout acts on the update's input.
@@ -28,24 +27,22 @@ class LowRankLayer(LayerAdapter):
         raise NotImplementedError
 
     def update(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.settings.dropout, self.training)
-        a, b = (factor.to(x.dtype) for factor in self.factors())
-        y = F.linear(F.linear(x, a), b)
-        return y if self.scaling == 1 else y * self.scaling
+        x = F.dropout(x, getattr(self.settings, "dropout", 0.0), self.training)
+        return low_rank_update(x, self.factors(), self.scaling)
 
     def delta(self) -> Tensor:
         a, b = self.factors()
         return b @ a * self.scaling
 
 
-def rank_of(settings: Any, target: Target) -> int:
-    """R of the target: its own, else that of the settings."""
-    rank: int = target.r or settings.r
-    return rank
+def low_rank_update(x: Tensor, factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:
+    """s B A x: x (..., I) -> (..., O)."""
+    a, b = (factor.to(x.dtype) for factor in factors)
+    y = F.linear(F.linear(x, a), b)
+    return y if scaling == 1 else y * scaling
 
 
-def scaling_of(settings: Any, target: Target) -> float:
-    """alpha / R of the target, or alpha / sqrt(R) with use_rslora."""
-    rank = rank_of(settings, target)
-    alpha: float = settings.alpha if target.alpha is None else target.alpha
-    return alpha / (math.sqrt(rank) if getattr(settings, "use_rslora", False) else rank)
+def scaling_of(target: Target, r: int, alpha: float, use_rslora: bool = False) -> float:
+    """alpha / R, or alpha / sqrt(R) with use_rslora. `r`, `alpha`: where the target has none of its own."""
+    rank = target.r or r
+    return (alpha if target.alpha is None else target.alpha) / (math.sqrt(rank) if use_rslora else rank)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter
-from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
 from tunekit.adapters.method import WrittenForm
+from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.recipe.bases.start_choice import DEFAULT_START
 from tunekit.records import Target
 
@@ -25,8 +25,9 @@ def as_plain_lora(form: WrittenForm) -> WrittenForm:
     moved = {name for name, layer in form.layers.items() if "start_A" in layer.declared}
     if not moved:
         return form
+    assert isinstance(form.settings, LowRankSettings)
     rank = 2 * form.settings.r
-    changes = {"r": rank, "alpha": _alpha(form.settings, form.settings.alpha, form.settings.r, rank)}
+    changes: dict[str, object] = {"r": rank, "alpha": _alpha(form.settings, form.settings.alpha, form.settings.r, rank)}
     changes |= {"start": DEFAULT_START, "rank_pattern": {}, "alpha_pattern": {}}  # written from the targets
     settings = form.settings.model_copy(update=changes)
     targets = {t.name: _target(t, settings) if t.name in moved else t for t in form.targets}
@@ -37,21 +38,20 @@ def as_plain_lora(form: WrittenForm) -> WrittenForm:
     return WrittenForm(settings, list(targets.values()), layers)
 
 
-def _target(target: Target, settings: Any) -> Target:
+def _target(target: Target, settings: LowRankSettings) -> Target:
     """The target with the rank of its plain form: 2R, or the smaller side of a matrix that is narrower than that."""
     old, alpha = target.r or 0, target.alpha or 0.0
     rank = min(2 * old, target.in_features, target.out_features)
     return replace(target, r=rank, alpha=_alpha(settings, alpha, old, rank))
 
 
-def _alpha(settings: Any, alpha: float, old: int, new: int) -> float:
+def _alpha(settings: LowRankSettings, alpha: float, old: int, new: int) -> float:
     """The alpha with which rank `new` scales as `alpha` does with rank `old`."""
     return alpha * (math.sqrt(new / old) if settings.use_rslora else new / old)
 
 
-def _plain_layer(layer: LayerAdapter, settings: Any, target: Target) -> LayerAdapter:
+def _plain_layer(layer: LayerAdapter[Any], settings: LowRankSettings, target: Target) -> LayerAdapter[Any]:
     """A layer of the plain form, outside the network; what is not of A and B is shared."""
-    assert isinstance(layer, LowRankLayer)
     a, b = (factor.detach() for factor in layer.factors())
     if target.r != len(a):
         a, b = _narrowed(a, b)

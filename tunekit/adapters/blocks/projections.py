@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -11,9 +10,9 @@ from torch import Generator, Tensor
 from tunekit.adapters.base import Slot
 
 
-def projection_slot(settings: Any, suffix: str, shape: tuple[int, ...]) -> Slot:
-    """In the adapter's file, or, where that says so, only in checkpoints: it follows from the seed."""
-    return Slot(suffix, shape, kind="saved" if settings.save_projection else "resume")
+def projection_slot(saved: bool, suffix: str, shape: tuple[int, ...]) -> Slot:
+    """In the adapter's file if it is `saved`, else only in checkpoints: it follows from the seed."""
+    return Slot(suffix, shape, kind="saved" if saved else "resume")
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from tunekit.adapters.base import ModelAdapter, Slot
+from tunekit.adapters.base import ModelAdapter, Settings, Slot
 from tunekit.adapters.copies import TrainedCopy
-from tunekit.adapters.folder.fields import ANY, MODULES, Fields, Fixed
+from tunekit.adapters.folder.fields import ANY, MODULES, Fixed, PeftFields
 from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError
 from tunekit.model.call import calling, current_call
@@ -24,7 +24,7 @@ from tunekit.model.families.structure import text_config
 from tunekit.recipe.bases.virtual_tokens import StartedTokenSettings
 
 IN_FILES = "prompt_embeddings"  # PEFT's name for the finished vectors
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "num_virtual_tokens": ("num_virtual_tokens", None),
     "num_transformer_submodules": ("num_transformer_submodules", 1),
 }
@@ -38,7 +38,7 @@ FIRST_VALUES = frozenset({"init", "init_text", "init_ids"})  # settings of how t
 ABSENT = frozenset(MODULES) - {"modules_to_save"}
 
 
-class VirtualTokens(ModelAdapter):
+class VirtualTokens(ModelAdapter[Settings]):
     """[vectors; embeddings of the row], which a subclass's `vectors` gives.
 
     Shapes: P vectors of width D; a row of T tokens becomes (P + T, D), the tokens at the positions P, P + 1 and so on.
@@ -48,7 +48,6 @@ class VirtualTokens(ModelAdapter):
     starts_as_identity = False
     prompts_decoder = False  # whether the second half of the vectors stands before an encoder-decoder's decoder
 
-    settings: Any
     net: Any
     real: Tensor | None
     prompt: nn.Parameter  # the vectors themselves, where they are trained, or nothing else is left of what was
@@ -63,16 +62,16 @@ class VirtualTokens(ModelAdapter):
             raise AdapterError(what, "adapt its layers, with lora for one", key="adapter.method")
 
     @classmethod
-    def virtual_tokens(cls, settings: Any) -> int:
-        return int(settings.num_virtual_tokens)
+    def virtual_tokens(cls, settings: Settings) -> int:
+        return int(getattr(settings, "num_virtual_tokens", 0))
 
     @classmethod
-    def vector_count(cls, settings: Any) -> int:
+    def vector_count(cls, settings: Settings) -> int:
         """Vectors in the file: PEFT counts an encoder-decoder's twice where both halves are to have some."""
         return cls.virtual_tokens(settings) * int(getattr(settings, "num_transformer_submodules", 1))
 
     @classmethod
-    def file_slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def file_slots(cls, settings: Settings, net: nn.Module) -> dict[str, Slot]:
         return {"prompt": Slot(IN_FILES, (cls.vector_count(settings), width_of(net)), decays=False)}
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
@@ -118,8 +117,9 @@ class VirtualTokens(ModelAdapter):
 
     @property
     def _decoder_length(self) -> int:
-        both = self.prompts_decoder and is_encoder_decoder(self.net) and self.settings.num_transformer_submodules == 2
-        return self.virtual_tokens(self.settings) if both else 0
+        length = self.virtual_tokens(self.settings)
+        both = self.vector_count(self.settings) == 2 * length
+        return length if both and self.prompts_decoder and is_encoder_decoder(self.net) else 0
 
     def outputs(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D) of the real positions; a classifier's logits (B, labels) have no positions."""
@@ -145,10 +145,9 @@ class ClassifierCopy(TrainedCopy):
     file_prefix = "base_model."
 
 
-def width_of(net: nn.Module) -> int:
+def width_of(net: Any) -> int:
     """D of the token embedding, whose rows the vectors stand beside."""
-    net_with_embedding: Any = net
-    return int(net_with_embedding.get_input_embeddings().weight.shape[1])
+    return int(net.get_input_embeddings().weight.shape[1])
 
 
 def is_encoder_decoder(net: nn.Module) -> bool:
@@ -173,13 +172,12 @@ def embeddings_of(net: Any, ids: Sequence[int] | Tensor) -> Tensor:
     return found
 
 
-def started(net: nn.Module, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
+def started(net: Any, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
     """(vectors, D) float32 as `init` says: embeddings of ids, each as likely, N(0, 1), or embeddings of a text."""
-    table: Any = net
     if settings.init == "random":
         return torch.randn(vectors, width_of(net), generator=generator)
     if settings.init == "vocabulary":
-        size = min(int(text_config(net).vocab_size), table.get_input_embeddings().weight.shape[0])
+        size = min(int(text_config(net).vocab_size), net.get_input_embeddings().weight.shape[0])
         return embeddings_of(net, torch.randint(0, size, (vectors,), generator=generator))
     if settings.init_ids is None:
         raise AdapterError("the text of the prompt has not been made into tokens", "give init_ids", key="adapter.init")

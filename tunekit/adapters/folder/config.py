@@ -16,6 +16,8 @@ from tunekit.files.tensors import TensorEntry, read_tensor_header
 from tunekit.files.untrusted import parse_json, read_small, same, sha256_of, shown
 from tunekit.model.storage.inspection import fingerprint
 from tunekit.model.storage.source import find_source
+from tunekit.recipe.bases.low_rank import LowRankSettings
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection
 
 CONFIG_NAME = "adapter_config.json"
@@ -32,7 +34,7 @@ class AdapterConfig:
 
     folder: Path
     method: Method
-    settings: Any
+    settings: AdapterSettings
     base_name_or_path: str | None  # as written: a hub id or a path; a relative one is meant from the folder
     revision: str | None
     task_type: str | None
@@ -49,6 +51,12 @@ class AdapterConfig:
     def file(self) -> str:
         """The configuration's path, for messages."""
         return str(self.folder / CONFIG_NAME)
+
+    @property
+    def low_rank(self) -> LowRankSettings:
+        """The settings, of a method of the LoRA family."""
+        assert isinstance(self.settings, LowRankSettings)
+        return self.settings
 
     def changed_files(self) -> list[str]:
         """Names of the files that are not those tunekit wrote, where tunekit.json says which."""
@@ -184,7 +192,7 @@ def _own_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _sha256(entry: Any, path: Path) -> str:
+def _sha256(entry: object, path: Path) -> str:
     digest = entry.get("sha256") if isinstance(entry, dict) else None
     if not isinstance(digest, str):
         raise AdapterError("is malformed: files without sha256", file=str(path))

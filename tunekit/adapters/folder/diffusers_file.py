@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.adapters.base import Part
+from tunekit.adapters.base import AdapterPart
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import TensorEntry, read_raw_header, read_tensor, read_tensor_header
 from tunekit.files.untrusted import parse_json, shown
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
+PREFIX = AdapterPart.file_prefix
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # of the header: JSON of {part.field: value}
 FLAT = re.compile(r"(text_encoder(?:_2)?)\.(?=encoder\.)")  # CLIP, as transformers 5 names it
@@ -42,7 +44,7 @@ class ForeignLora:
 
 def diffusers_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By diffusers' keys: PEFT's without its prefix, CLIP's layers under the name that all versions know."""
-    return {FLAT.sub(r"\1.text_model.", key.removeprefix(Part.file_prefix)): value for key, value in tensors.items()}
+    return {FLAT.sub(r"\1.text_model.", key.removeprefix(PREFIX)): value for key, value in tensors.items()}
 
 
 def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -60,13 +62,13 @@ def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, Tensor
     flat = [part for part, names in named.items() if any(str(name).startswith("encoder.") for name in names)]
     begins = tuple(f"{part}.text_model." for part in flat)
     return {
-        Part.file_prefix + (key.replace(".text_model.", ".", 1) if key.startswith(begins) else key): entry
+        PREFIX + (key.replace(".text_model.", ".", 1) if key.startswith(begins) else key): entry
         for key, entry in header.items()
     }
 
 
-def diffusers_header(settings: Any, targets: Sequence[Target]) -> dict[str, str]:
-    """What the file's header says: for each part the arguments of peft's LoraConfig."""
+def diffusers_header(claims: Mapping[str, Any], settings: AdapterSettings, targets: Sequence[Target]) -> dict[str, str]:
+    """What the file's header says: for each part the arguments of peft's LoraConfig, the method's claims among them."""
     fields: dict[str, Any] = {}
     for part in sorted({target.name.partition(".")[0] for target in targets}):
         own = {target.name.partition(".")[2]: target for target in targets if target.name.startswith(f"{part}.")}
@@ -82,7 +84,8 @@ def diffusers_header(settings: Any, targets: Sequence[Target]) -> dict[str, str]
             },
             "target_modules": list(own),
             "use_rslora": bool(getattr(settings, "use_rslora", False)),
-            "use_dora": settings.method == "dora",
+            "use_dora": False,
+            **claims,
         }
         fields |= {f"{part}.{name}": value for name, value in values.items()}
     return {"format": "pt", METADATA: json.dumps(fields, indent=2, sort_keys=True)}
@@ -95,7 +98,9 @@ def _numbers(target: Target) -> tuple[int, float]:
     return target.r, int(target.alpha) if target.alpha == int(target.alpha) else target.alpha
 
 
-def kohya_tensors(tensors: Mapping[str, Tensor], settings: Any, targets: Sequence[Target]) -> dict[str, Tensor]:
+def kohya_tensors(
+    tensors: Mapping[str, Tensor], settings: AdapterSettings, targets: Sequence[Target]
+) -> dict[str, Tensor]:
     """By kohya's keys, with an alpha for each layer that gives the adapter's scale there.
 
     Raises: AdapterError for parts that kohya's format has no names for.
@@ -103,7 +108,7 @@ def kohya_tensors(tensors: Mapping[str, Tensor], settings: Any, targets: Sequenc
     found, by_name = dict[str, Tensor](), {target.name: target for target in targets}
     alone = not any(target.name.startswith("text_encoder_2.") for target in targets)
     for key, value in tensors.items():
-        own = key.removeprefix(Part.file_prefix)
+        own = key.removeprefix(PREFIX)
         module = re.split(rf"\.(?:lora_A|lora_B|{MAGNITUDE})\b", own)[0]
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")
         if part not in KOHYA_PARTS:
@@ -147,10 +152,10 @@ def _from_kohya(tensors: Mapping[str, Tensor], modules: Sequence[str], file: str
         if matrix == "alpha":
             alphas[names[name]] = float(value)
         elif matrix in turned:
-            found[f"{Part.file_prefix}{names[name]}.{turned[matrix]}.weight"] = value
+            found[f"{PREFIX}{names[name]}.{turned[matrix]}.weight"] = value
         else:
             raise AdapterError(f"'{shown(key, 200)}' is no tensor of a LoRA", "only LoRA is read", file=file)
-    ranks = {key.removeprefix(Part.file_prefix).removesuffix(".lora_A.weight"): len(v) for key, v in found.items()}
+    ranks = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight"): len(v) for key, v in found.items()}
     return ForeignLora(found, {name: alphas.get(name, float(ranks[name])) for name in ranks if name in names.values()})
 
 
@@ -169,7 +174,7 @@ def _from_diffusers(
             raise AdapterError(
                 f"'{shown(key, 200)}' is no LoRA of a layer of this pipeline", "choose its own", file=file
             )
-        found[f"{Part.file_prefix}{module}.lora_{matrix}"] = value
+        found[f"{PREFIX}{module}.lora_{matrix}"] = value
         if matrix == "A.weight":
             part = module.partition(".")[0]
             alpha = fields.get(f"{part}.lora_alpha", len(value))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import Part, Slot, full_name
+from tunekit.adapters.base import AdapterPart, Slot, full_name
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.method import Method
 from tunekit.adapters.module_names import base_modules, parameter_names
@@ -18,8 +17,10 @@ from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import NAMES, TensorEntry
 from tunekit.files.untrusted import shown
 from tunekit.model.quantized.weights import weight_of
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
+PREFIX = AdapterPart.file_prefix
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # all of them exact in float32
 TYPES = {
     torch.float32: FLOATS,
@@ -42,7 +43,7 @@ class Expected:
     repeats: dict[str, str] = field(default_factory=dict)  # key of a layer's copy of a shared tensor -> its own key
     base_names: frozenset[str] = frozenset()  # the base's own parameters
 
-    def add(self, part: type[Part], module_name: str, slots: Mapping[str, Slot]) -> None:
+    def add(self, part: type[AdapterPart], module_name: str, slots: Mapping[str, Slot]) -> None:
         """Expect the saved ones of these slots."""
         for slot in slots.values():
             if slot.kind != "resume":
@@ -81,9 +82,9 @@ class Expected:
 
     def _hint(self, key: str) -> str:
         """Why a key may be there although nothing expects it."""
-        if f"{Part.file_prefix}{key}" in self.slots:
-            return f" (it lacks the prefix {Part.file_prefix})"
-        named = key.removeprefix(Part.file_prefix).replace(".base_layer.", ".")
+        if f"{PREFIX}{key}" in self.slots:
+            return f" (it lacks the prefix {PREFIX})"
+        named = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         return " (it would overwrite a weight of the base)" if named in self.base_names else ""
 
 
@@ -103,7 +104,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], file: str) -> None:
 def expected_tensors(
     net: nn.Module,
     method: Method,
-    settings: Any,
+    settings: AdapterSettings,
     targets: list[Target],
     head_name: str | None,
     enlarged: Collection[str] = (),
@@ -118,13 +119,13 @@ def expected_tensors(
         if target.kind == "embedding" or target.name == head_name:
             weight = weight_of(modules[target.name])
             assert weight is not None
-            expected.base_copies[f"{Part.file_prefix}{target.name}{BASE_COPY}"] = target.name, weight.shape
+            expected.base_copies[f"{PREFIX}{target.name}{BASE_COPY}"] = target.name, weight.shape
     if method.shared is not None:
         shared = method.shared.slots(settings, targets)
         expected.add(method.shared, "", shared)
         for slot in shared.values() if method.repeats_shared else ():
             own = method.shared.file_key(slot.suffix)
-            expected.repeats |= {f"{Part.file_prefix}{target.name}.{slot.suffix}": own for target in targets}
+            expected.repeats |= {f"{PREFIX}{target.name}.{slot.suffix}": own for target in targets}
     if method.model is not None:
         expected.add(method.model, "", method.model.file_slots(settings, net))
     for name, only in method.copied_modules(modules, settings, targets).items():
@@ -132,9 +133,9 @@ def expected_tensors(
     for name, slots in token_slots(net, settings).items():
         expected.add(TrainedTokens, name, slots)
     for name in enlarged:  # PEFT saves all that such a module holds, also beside its copy
-        shape, own = tuple(modules[name].get_parameter("weight").shape), f"{Part.file_prefix}{name}.weight"
-        for key in (own, f"{Part.file_prefix}{name}.original_module.weight"):
+        shape, own = tuple(modules[name].get_parameter("weight").shape), f"{PREFIX}{name}.weight"
+        for key in (own, f"{PREFIX}{name}.original_module.weight"):
             expected.base_copies[key] = name, shape
         if own in expected.slots:
-            expected.repeats[f"{Part.file_prefix}{name}.modules_to_save.weight"] = own
+            expected.repeats[f"{PREFIX}{name}.modules_to_save.weight"] = own
     return expected

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
+from tunekit.adapters.base import Settings
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.untrusted import same, shown
 from tunekit.records import Target
 
-Fields = Mapping[str, tuple[str, Any]]  # PEFT's name -> (our setting, PEFT's default)
+PeftFields = Mapping[str, tuple[str, Any]]  # PEFT's name -> (our setting, PEFT's default)
 Fixed = Mapping[str, tuple[Any, ...]]  # PEFT's name -> the value that is written, then others that are accepted
 PEFT_VERSION = "0.21.2"  # whose files ours are equal to, field by field
 
@@ -58,7 +59,7 @@ OFF: tuple[Any, ...] = (None, False, [], {}, "")  # an unknown field with one of
 
 
 @dataclass(frozen=True)
-class PeftSide:
+class PeftSide(Generic[Settings]):
     """How one method's settings stand in PEFT's configuration.
 
     `peft_type`: "" of a method whose result is no adapter folder.
@@ -66,15 +67,19 @@ class PeftSide:
     `fixed`: PEFT's name -> values accepted, the first of which is written; any other value is refused by name.
     `claims`: fields by which this method is told from others of the same peft_type.
     `absent`: fields of MODULES that PEFT's class does not have, and warns of.
+    `refuses_kernel_layers`, `takes_experts`: whether PEFT refuses layers whose weights a kernel reads, and takes layers
+    of the names of former experts for fused ones (peft_models.py says where).
     `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
     """
 
     peft_type: str
-    settings: type[Any]
-    fields: Fields = field(default_factory=dict)
+    settings: type[Settings]
+    fields: PeftFields = field(default_factory=dict)
     fixed: Fixed = field(default_factory=dict)
     claims: Mapping[str, Any] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
+    refuses_kernel_layers: bool = False
+    takes_experts: bool = False
     resolve: Callable[[Any, Sequence[Target], Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -83,14 +88,14 @@ class PeftSide:
         added = {name: (name, default) for name, default in SAME_NAMED.items() if name in own}
         object.__setattr__(self, "fields", {**added, **self.fields})
 
-    def write(self, settings: Any) -> dict[str, Any]:
+    def write(self, settings: Settings) -> dict[str, Any]:
         """PEFT's fields for `settings`, every one that PEFT 0.21.2 writes for this type."""
         known = {**COMMON, **MODULES, **self.fixed}
         written = {name: values[0] for name, values in known.items() if name not in self.absent}
         written |= {name: plain(getattr(settings, own), default) for name, (own, default) in self.fields.items()}
         return {**written, **self.claims, "peft_type": self.peft_type}
 
-    def read(self, config: Mapping[str, Any], file: str) -> Any:
+    def read(self, config: Mapping[str, Any], file: str) -> Settings:
         """Our settings for PEFT's fields.
 
         Raises: AdapterError with every field that would change the result and is not supported, or is malformed.
@@ -128,14 +133,14 @@ class PeftSide:
             problems.append(Problem(f"malformed: {shown(said)}", "", file, None, key))
         return problems
 
-    def _accepts(self, name: str, value: Any) -> bool:
+    def _accepts(self, name: str, value: object) -> bool:
         if name in self.claims:
             return same(value, self.claims[name])
         accepted = {**COMMON, **UNWRITTEN, **MODULES, **self.fixed}.get(name, OFF)
         return any(other is ANY or same(value, other) for other in accepted)
 
 
-def plain(value: Any, default: Any = None) -> Any:
+def plain(value: object, default: object = None) -> object:
     """A setting as JSON holds it: a whole float as an integer (lora_alpha) but where PEFT's default is a float, a tuple
     as a sorted list."""
     if isinstance(value, float) and value.is_integer() and not isinstance(default, float):

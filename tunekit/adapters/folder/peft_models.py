@@ -6,7 +6,6 @@ A net and the names of its layers go in; the names among them that need care com
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from torch import nn
 
@@ -14,21 +13,19 @@ from tunekit.model.families.structure import expert_layout
 
 KERNEL_MODELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 KERNEL_LAYERS = ("out_proj",)  # whose weights these models' kernels read themselves
-REFUSING = ("ADALORA", "LORA", "RANDLORA")
 # Former names of what transformers 5 keeps in fused experts and routers. In the models of such a layout PEFT takes
 # every LoRA target of these names for a part of those, dense and shared MLPs included.
 EXPERT_NAMES = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
 
 
-def refused_by_peft(net: nn.Module, peft_type: str, names: Collection[str]) -> set[str]:
+def refused_by_peft(net: nn.Module, names: Collection[str]) -> set[str]:
     """Those that PEFT adapts in no model of this architecture."""
-    config: Any = getattr(net, "config", None)
-    if peft_type not in REFUSING or getattr(config, "model_type", None) not in KERNEL_MODELS:
+    if getattr(getattr(net, "config", None), "model_type", None) not in KERNEL_MODELS:
         return set()
     return {name for name in names if name.rpartition(".")[2] in KERNEL_LAYERS}
 
 
-def taken_for_experts(net: nn.Module, peft_type: str, names: Collection[str]) -> set[str]:
+def taken_for_experts(net: nn.Module, names: Collection[str]) -> set[str]:
     """Those that PEFT would take for parts of experts or routers; as parameters `NAME.weight` it reads them right."""
-    former = EXPERT_NAMES.get(expert_layout(net) or "", ()) if peft_type == "LORA" else ()
+    former = EXPERT_NAMES.get(expert_layout(net) or "", ())
     return {name for name in names if name.rpartition(".")[2] in former}

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunekit.adapters.base import Part
+from tunekit.adapters.base import AdapterPart
 from tunekit.adapters.folder.config import adapter_header
 from tunekit.adapters.module_names import base_modules
 from tunekit.adapters.tokens import embedding_name, tied_with
@@ -35,7 +34,7 @@ def added_rows(net: nn.Module, head_name: str | None, path: Path) -> dict[str, T
         if weight is None or weight.bias is not None:
             continue
         for between in ("", ".base_layer", ".original_module"):
-            entry = header.get(f"{Part.file_prefix}{name}{between}.weight")
+            entry = header.get(f"{AdapterPart.file_prefix}{name}{between}.weight")
             if entry is not None and entry.shape[1:] == weight.shape[1:] and entry.shape[0] > weight.shape[0]:
                 rows[name] = read_tensor(path, entry)[weight.shape[0] :]
     if embedding in rows and head_name in tied_with(modules, embedding):
@@ -53,8 +52,9 @@ def added_rows(net: nn.Module, head_name: str | None, path: Path) -> dict[str, T
 def enlarge(net: nn.Module, rows: Mapping[str, Tensor]) -> None:
     """Put the rows below the matrices of these modules, each of which then has a matrix of its own."""
     for name, added in rows.items():
-        module: Any = base_modules(net)[name]
-        module.weight = nn.Parameter(torch.cat([module.weight.detach(), added.to(module.weight)]), requires_grad=False)
+        module = base_modules(net)[name]
+        own = module.get_parameter("weight").detach()
+        module.weight = nn.Parameter(torch.cat([own, added.to(own)]), requires_grad=False)
         size = "num_embeddings" if layer_kind(module) == "embedding" else "out_features"
-        setattr(module, size, len(module.weight))
-        text_config(net).vocab_size = len(module.weight)
+        setattr(module, size, len(own) + len(added))
+        text_config(net).vocab_size = len(own) + len(added)

@@ -27,6 +27,7 @@ from tunekit.adapters.tokens import written_indices
 from tunekit.errors import AdapterError
 from tunekit.files import durable
 from tunekit.files.tensors import write_tensors
+from tunekit.recipe.bases.section import AdapterSettings
 
 OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME, TEMPLATE_NAME, DIFFUSERS_NAME}
 TensorsFile = tuple[str, Mapping[str, str]]  # its name, and what its header says
@@ -72,8 +73,8 @@ def save_adapter_folder(
     }
     tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.exported().items()}
     name, header = TENSORS_NAME, {"format": "pt"}
-    if of_pipeline and config.get("peft_type") == "LORA":
-        name, header = DIFFUSERS_NAME, diffusers_header(plain.settings, plain.targets)
+    if of_pipeline and plain.method.in_diffusers_file:
+        name, header = DIFFUSERS_NAME, diffusers_header(plain.method.peft.claims, plain.settings, plain.targets)
         tensors = diffusers_tensors(tensors)
     with_header = (name, header)
     return write_adapter_folder(folder, tensors, config, attached.settings, base, chat_template, objective, with_header)
@@ -83,7 +84,7 @@ def write_adapter_folder(
     folder: Path,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
-    settings: Any,
+    settings: AdapterSettings,
     base: Mapping[str, Any],
     chat_template: str | None = None,
     objective: Mapping[str, Any] | None = None,
@@ -146,7 +147,7 @@ def peft_config(attached: AttachedAdapter) -> dict[str, Any]:
     config = attached.method.peft.write(settings)
     named = named_copies(base_modules(attached.net), saved_modules(settings))
     layers = [target.name for target in targets if target.kind != "parameter"]
-    experts = taken_for_experts(attached.net, attached.method.peft.peft_type, layers)
+    experts = taken_for_experts(attached.net, layers) if attached.method.peft.takes_experts else set()
     written = {target.name: f"{target.name}.weight" if target.name in experts else target.name for target in targets}
     if "target_modules" in config:
         chosen = [name for name in sorted(attached.copies) if name not in named]

@@ -6,7 +6,6 @@ import ast
 import inspect
 import textwrap
 from functools import cache
-from typing import Any
 
 from torch import nn
 
@@ -21,12 +20,11 @@ def is_gated_mlp(module: nn.Module) -> bool:
     activation = getattr(module, "act_fn", None)
     if not callable(activation) or (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
         return False
-    kind: Any = type(module)
-    return _computes_gated(kind)
+    return _computes_gated(type(module))  # type: ignore[arg-type]
 
 
 @cache
-def _computes_gated(kind: Any) -> bool:
+def _computes_gated(kind: type[nn.Module]) -> bool:
     """Whether the body of `forward(self, x)` is a return of one of EXPRESSIONS, perhaps through one name."""
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body

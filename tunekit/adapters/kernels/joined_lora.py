@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from tunekit.adapters.base import Casts, LayerAdapter
 from tunekit.adapters.kernels.gated import is_gated_mlp
 from tunekit.adapters.kernels.lora_products import Gated, Member, Products, gated_product, products
-from tunekit.adapters.method import Group, Method
+from tunekit.adapters.method import LayerGroup, Method
 from tunekit.model.call import current_call
 from tunekit.model.quantized.weights import multiplies_exactly
+from tunekit.recipe.bases.low_rank import LowRankSettings
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target, short_name
 
 JOINED = ("q_proj", "k_proj", "v_proj")  # of one attention module, where they are given the same input
@@ -34,11 +36,11 @@ class JoinedProducts:
     """The kernel of a method whose layers are y = W x + s B A x. `layer`: its class; one with more state than A and B
     takes the plain path."""
 
-    layer: type[LayerAdapter]
+    layer: type[LayerAdapter[Any]]
 
     def groups(
-        self, net: nn.Module, modules: Mapping[str, nn.Module], settings: Any, targets: Sequence[Target]
-    ) -> list[Group]:
+        self, net: nn.Module, modules: Mapping[str, nn.Module], settings: AdapterSettings, targets: Sequence[Target]
+    ) -> list[LayerGroup]:
         """The groups in which the layers are computed. `modules`: the base's layer under each target's name."""
         children: dict[str, set[str]] = {}
         for target in targets:
@@ -46,10 +48,10 @@ class JoinedProducts:
                 parent, _, own = target.name.rpartition(".")
                 children.setdefault(parent, set()).add(own)
         inputs = {target.name: target.in_features for target in targets}
-        groups: list[Group] = []
+        groups: list[LayerGroup] = []
         for parent, own_names in children.items():
             whole = own_names & set(GATED) and is_gated_mlp(net.get_submodule(parent))
-            sets: list[Group] = [GATED] if whole and own_names >= set(GATED) else []
+            sets: list[LayerGroup] = [GATED] if whole and own_names >= set(GATED) else []
             joined = JOINED[1:] if parent.rpartition(".")[2] in CROSS else JOINED
             widths = {inputs[f"{parent}.{own}"] for own in own_names & set(joined)}
             sets += [joined] if len(widths) == 1 and len(own_names & set(joined)) > 1 else []
@@ -59,18 +61,23 @@ class JoinedProducts:
             groups += [tuple(f"{parent}.{own}" for own in each) for each in together]
         return groups
 
-    def _is_plain(self, settings: Any, target: Target) -> bool:
+    def _is_plain(self, settings: AdapterSettings, target: Target) -> bool:
         return target.kind == "linear" and "." in target.name and set(self.layer.slots(settings, target)) == {"A", "B"}
 
     def join(
-        self, net: nn.Module, layers: Mapping[str, Any], settings: Any, targets: Sequence[Target], casts: Casts
-    ) -> list[Group]:
+        self,
+        net: nn.Module,
+        layers: Mapping[str, Any],
+        settings: AdapterSettings,
+        targets: Sequence[Target],
+        casts: Casts,
+    ) -> list[LayerGroup]:
         """Let the layers, which are in place in `net`, compute in groups; returns the groups."""
         groups = self.groups(net, {name: layer.base_layer for name, layer in layers.items()}, settings, targets)
         for group in groups:
             members = [layers[name] for name in group]
             if [name.rpartition(".")[2] for name in group] == list(GATED):
-                mlp: Any = net.get_submodule(group[0].rpartition(".")[0])
+                mlp = net.get_submodule(group[0].rpartition(".")[0])
                 mlp.forward = GatedMlp(mlp, members, casts)
             else:
                 joined = JoinedLayers(members, casts)
@@ -79,32 +86,34 @@ class JoinedProducts:
         return groups
 
 
-def planned_groups(net: nn.Module, method: Method, settings: Any, targets: Sequence[Target]) -> list[Group]:
+def planned_groups(
+    net: nn.Module, method: Method, settings: AdapterSettings, targets: Sequence[Target]
+) -> list[LayerGroup]:
     """The groups that attaching an adapter to this base will make; none for a method without a kernel."""
     modules = dict(net.named_modules(remove_duplicate=False))
     return [] if method.kernel is None else method.kernel.groups(net, modules, settings, targets)
 
 
-def describe(groups: Sequence[Group]) -> str:
+def describe(groups: Sequence[LayerGroup]) -> str:
     """How many layers of each kind are computed in one go."""
     counts = Counter(" + ".join(map(short_name, group)) for group in groups)
     return ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
 
 
-def _member(layer: Any) -> Member:
+def _member(layer: LayerAdapter[LowRankSettings]) -> Member:
     return Member(layer.base_layer, layer.scaling, layer.A.shape[0])
 
 
-def _factors(layers: Sequence[Any]) -> list[Tensor]:
+def _factors(layers: Sequence[LayerAdapter[LowRankSettings]]) -> list[Tensor]:
     return [factor for layer in layers for factor in (layer.A, layer.B)]
 
 
-def _dropout(layer: Any) -> float:
+def _dropout(layer: LayerAdapter[LowRankSettings]) -> float:
     """Of the layer's inputs in this call."""
     return float(layer.settings.dropout) if layer.training else 0.0
 
 
-def _watched(layer: Any) -> bool:
+def _watched(layer: LayerAdapter[LowRankSettings]) -> bool:
     """Whether somebody wants to see the layer's or its base's inputs and outputs."""
     return any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
@@ -115,7 +124,7 @@ def _watched(layer: Any) -> bool:
 class JoinedLayers:
     """Layers that get the same input: the first that is called computes all, the others take what it has left."""
 
-    def __init__(self, layers: Sequence[Any], casts: Casts) -> None:
+    def __init__(self, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
         self.layers, self.casts = list(layers), casts
         self.together = len(layers) > 1 and not layers[0].settings.dropout  # masks are drawn where a layer is called
         self.whole = Products([_member(layer) for layer in layers], casts)
@@ -123,7 +132,7 @@ class JoinedLayers:
         self._input: Tensor | None = None
         self._left: dict[int, Tensor] = {}
 
-    def product(self, layer: Any, x: Tensor) -> Tensor | None:
+    def product(self, layer: LayerAdapter[LowRankSettings], x: Tensor) -> Tensor | None:
         """W x + s B A x of one of the layers; None where the plain path must be taken."""
         if _watched(layer):
             return None
@@ -145,7 +154,7 @@ class JoinedLayers:
 class GatedMlp:
     """down(act(gate(x)) * up(x)) in one go; stands where the module's forward stood."""
 
-    def __init__(self, mlp: Any, layers: Sequence[Any], casts: Casts) -> None:
+    def __init__(self, mlp: Any, layers: Sequence[LayerAdapter[LowRankSettings]], casts: Casts) -> None:
         self.mlp, self.layers = mlp, list(layers)
         gate, up, down = (_member(layer) for layer in layers)
         self.gated = Gated(Products([gate, up], casts), mlp.act_fn, Products([down], casts))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunekit.adapters.kernels.joined_lora import GatedMlp
 from tunekit.adapters.kernels.lora_products import Gated
 from tunekit.adapters.kernels.norms import computes_rms_norm
+from tunekit.model.autograd import Context
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,8 @@ def use_liger(net: nn.Module) -> None:
     for norm in norms:
         norm.forward = partial(_liger_norm, norm)
     for mlp in mlps:
-        fused: Any = mlp.forward
+        fused = mlp.forward
+        assert isinstance(fused, GatedMlp)
         fused.gated = LigerGated(fused.gated.inner, fused.gated.activation, fused.gated.down)
 
 
@@ -73,10 +75,10 @@ class _SimulatedNorm(torch.autograd.Function):
     """Keeps x (..., D) and a float32 number for each of its rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor) -> Tensor:
         ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Context, *gradients: Tensor) -> Tensor:
         return torch.empty_like(gradients[0])

@@ -8,15 +8,16 @@ kept, a byte an element: to draw it again would cost a CPU more time than all el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Casts
+from tunekit.model.autograd import Context
 from tunekit.model.quantized.weights import product_matrix
 
 
@@ -30,22 +31,22 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
-class Masks:
+class DropMasks:
     """What dropout leaves of the layers' input: (N, I) bool for each layer, or nothing where there is no dropout."""
 
     each: tuple[Tensor, ...] = ()
     scale: float = 1.0  # 1 / (1 - p)
 
 
-def draw_masks(x: Tensor, dropout: float, count: int) -> Masks:
+def draw_masks(x: Tensor, dropout: float, count: int) -> DropMasks:
     """Masks for x (..., I) as torch's own dropout would draw them one after the other."""
     if not dropout:
-        return Masks()
+        return DropMasks()
     flat = x.reshape(-1, x.shape[-1])  # (N, I)
     if flat.device.type in ("cuda", "xpu"):
-        return Masks(tuple(torch.native_dropout(flat, dropout, True)[1] for _ in range(count)), 1 / (1 - dropout))
+        return DropMasks(tuple(torch.native_dropout(flat, dropout, True)[1] for _ in range(count)), 1 / (1 - dropout))
     empty = (torch.empty_like(flat, dtype=torch.bool) for _ in range(count))
-    return Masks(tuple(mask.bernoulli_(1 - dropout) for mask in empty), 1 / (1 - dropout))
+    return DropMasks(tuple(mask.bernoulli_(1 - dropout) for mask in empty), 1 / (1 - dropout))
 
 
 class Products:
@@ -62,25 +63,25 @@ class Products:
             return self._cast(factors[0], (id(self), "a"), dtype)
         return self.casts.get((id(self), "a", dtype), lambda: torch.cat([a.detach() for a in factors[::2]]).to(dtype))
 
-    def _cast(self, factor: Tensor, key: Any, dtype: torch.dtype) -> Tensor:
+    def _cast(self, factor: Tensor, key: tuple[Hashable, ...], dtype: torch.dtype) -> Tensor:
         factor = factor.detach()
         return factor if factor.dtype == dtype else self.casts.get((*key, dtype), lambda: factor.to(dtype))
 
     def _b(self, index: int, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return self._cast(factors[2 * index + 1], (id(self), index), dtype)
 
-    def forward(self, x: Tensor, factors: Sequence[Tensor], masks: Masks) -> list[Tensor]:
+    def forward(self, x: Tensor, factors: Sequence[Tensor], masks: DropMasks) -> list[Tensor]:
         """Shapes: x (..., I) -> (..., O) of each layer."""
         outputs = []
         for index, (member, low) in enumerate(zip(self.members, self._lows(x, factors, masks), strict=True)):
-            bias: Any = member.base.bias
+            bias: Tensor | None = getattr(member.base, "bias", None)
             y = F.linear(x, product_matrix(member.base, x.dtype), None if bias is None else bias.to(x.dtype))
             b = self._b(index, factors, x.dtype)
             y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=member.scaling * masks.scale)
             outputs.append(y)
         return outputs
 
-    def _lows(self, x: Tensor, factors: Sequence[Tensor], masks: Masks) -> list[Tensor]:
+    def _lows(self, x: Tensor, factors: Sequence[Tensor], masks: DropMasks) -> list[Tensor]:
         """A x of each layer, (N, R); one product where no mask tells them apart."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)  # (N, I), (sum of R, I)
         if masks.each:
@@ -89,7 +90,7 @@ class Products:
         return [low[:, own] for own in self.columns]
 
     def backward(
-        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: Masks
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: DropMasks
     ) -> tuple[Tensor | None, list[Tensor]]:
         """dx (..., I), None unless wanted, and the factors' gradients in float32. A gradient of None is zero."""
         if masks.each:
@@ -115,7 +116,7 @@ class Products:
         return None if of_x is None else of_x.addmm_(through, a).view(x.shape), of_factors
 
     def _masked_backward(
-        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: Masks
+        self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: DropMasks
     ) -> tuple[Tensor | None, list[Tensor]]:
         """As `backward`, where each layer has a mask."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
@@ -135,9 +136,14 @@ class Products:
         return None if of_x is None else of_x.view(x.shape), of_factors
 
 
+class _GroupContext(Context, Protocol):
+    group: Products
+    scale: float
+
+
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: Products, dropout: float, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _GroupContext, group: Products, dropout: float, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         masks = draw_masks(x, dropout, len(group.members))
         ctx.group, ctx.scale = group, masks.scale
         ctx.set_materialize_grads(False)
@@ -145,10 +151,10 @@ class _Products(torch.autograd.Function):
         return tuple(group.forward(x, factors, masks))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _GroupContext, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
         count = 2 * len(ctx.group.members)
-        masks = Masks(tuple(others[count:]), ctx.scale)
+        masks = DropMasks(tuple(others[count:]), ctx.scale)
         of_x, of_factors = ctx.group.backward(x, others[:count], gradients, ctx.needs_input_grad[2], masks)
         return None, None, of_x, *of_factors
 
@@ -186,11 +192,16 @@ class Gated:
         return of_gate, of_up, of_down
 
 
+class _GatedContext(Context, Protocol):
+    gated: Gated
+    scale: float
+
+
 class _Gated(torch.autograd.Function):
     """Keeps x, gate and up; the activation and its product with up are made again."""
 
     @staticmethod
-    def forward(ctx: Any, gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
+    def forward(ctx: _GatedContext, gated: Gated, dropout: float, x: Tensor, *factors: Tensor) -> Tensor:
         inner = draw_masks(x, dropout, 2)
         gate, up = gated.inner.forward(x, factors[:4], inner)
         hidden = gated.hidden(gate, up)  # (..., H)
@@ -200,9 +211,10 @@ class _Gated(torch.autograd.Function):
         return gated.down.forward(hidden, factors[4:], down)[0]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _GatedContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gated, (x, gate, up, *others) = ctx.gated, ctx.saved_tensors
-        factors, inner, down = others[:6], Masks(tuple(others[6:8]), ctx.scale), Masks(tuple(others[8:]), ctx.scale)
+        factors, masks = others[:6], (others[6:8], others[8:])
+        inner, down = (DropMasks(tuple(each), ctx.scale) for each in masks)
 
         def through_down(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
             of_hidden, of_factors = gated.down.backward(hidden, factors[4:], gradients, True, down)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunekit.model.autograd import Context
+
 BODY = """\
 input_dtype = hidden_states.dtype
 hidden_states = hidden_states.to(torch.float32)
@@ -36,12 +38,11 @@ def lighten_norms(net: nn.Module) -> None:
 
 def computes_rms_norm(module: nn.Module) -> bool:
     """Whether the module's class computes BODY, as Llama's norm does, and nothing else."""
-    kind: Any = type(module)
-    return isinstance(getattr(module, "weight", None), nn.Parameter) and _computes_body(kind)
+    return isinstance(getattr(module, "weight", None), nn.Parameter) and _computes_body(type(module))  # type: ignore[arg-type]
 
 
 @cache
-def _computes_body(kind: Any) -> bool:
+def _computes_body(kind: type[nn.Module]) -> bool:
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -71,14 +72,14 @@ class _LightNorm(torch.autograd.Function):
     """Keeps x and r (..., 1)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.to(torch.float32)
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)  # (..., 1)
         ctx.save_for_backward(x, scale, weight)
         return weight * (wide * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, weight = ctx.saved_tensors
         normal = x.to(torch.float32) * scale  # (..., D)
         gradient = (gradients[0] * weight).to(x.dtype).to(torch.float32)

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from tunekit.adapters.base import LayerAdapter, SharedPart, Slot
 from tunekit.adapters.blocks.lora_fields import LORA_FIXED
 from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Conflict, Method
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.records import Target
@@ -21,7 +21,7 @@ SPREAD = 0.02  # of A and B at the start
 SAME_RANK = 1e-5  # PEFT adds it to the rank that it divides by
 
 
-class Adalora(LowRankLayer):
+class Adalora(LowRankLayer[AdaloraSettings]):
     """Low-rank update by singular values: y = W x + s B (E * (A x)), s = alpha / (r + 1e-5), r the rank at the start.
 
     Shapes: x (..., I) -> y (..., O); A (R, I); E (R, 1); B (O, R); kept (R,) bool.    Starts as the identity: E = 0.
@@ -30,7 +30,6 @@ class Adalora(LowRankLayer):
     Source: Zhang et al. 2023, eq. 3, 8 to 11.
     """
 
-    settings: AdaloraSettings
     shared: RankBudget
     A: nn.Parameter
     E: nn.Parameter
@@ -137,7 +136,7 @@ def _conflicts(settings: AdaloraSettings, targets: Sequence[Target], file: bool)
     return found
 
 
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "init_r": ("init_r", 12),
     "target_r": ("target_r", 8),
     "lora_alpha": ("alpha", 8),
@@ -160,7 +159,7 @@ FIXED: Fixed = {
 }
 
 
-class RankBudget(SharedPart):
+class RankBudget(SharedPart[AdaloraSettings]):
     """Takes ranks away from all layers together, the least important first, whichever layer they belong to.
 
     The budget is every rank up to step `tinit`, the target from step total - tfinal on, and between them
@@ -170,14 +169,13 @@ class RankBudget(SharedPart):
     Source: Zhang et al. 2023, eq. 12; ties fall together, as in PEFT's RankAllocator.
     """
 
-    settings: AdaloraSettings
     total_steps: Tensor  # (1,), 0 before the first step: a file of PEFT states it
 
     @classmethod
     def slots(cls, settings: AdaloraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
         return {"total_steps": Slot("total_steps", (1,), kind="resume", dtype=torch.int64)}
 
-    def take_layers(self, layers: Mapping[str, LayerAdapter]) -> None:
+    def take_layers(self, layers: Mapping[str, LayerAdapter[Any]]) -> None:
         self.__dict__["_layers"] = list(layers.values())  # not submodules
 
     @property
@@ -239,7 +237,7 @@ def run_conflicts(settings: AdaloraSettings, steps: int) -> list[Conflict]:
 
 
 METHOD = Method(
-    peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED),
+    peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED, refuses_kernel_layers=True),
     layer=Adalora,
     shared=RankBudget,
     unbinding=frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}),  # of training

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, rotate_blocks
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.boft import BoftSettings
 from tunekit.records import Target
 
 
-class Boft(LayerAdapter):
+class Boft(LayerAdapter[BoftSettings]):
     """Butterfly rotation: y = s * (W R^T x) + bias, R = F_m ... F_1, each F_i a block rotation of shuffled inputs.
 
     Shapes: x (..., I) -> y (..., O); Q (m, blocks, b, b), blocks * b = I, of which the skew-symmetric half counts; s
@@ -23,7 +23,6 @@ class Boft(LayerAdapter):
     Source: Liu et al. 2024, eq. 4 and figure 3.
     """
 
-    settings: BoftSettings
     q: nn.Parameter
     s: nn.Parameter
 
@@ -75,7 +74,7 @@ def butterfly(inputs: int, size: int, index: int, device: torch.device) -> Tenso
     return (starts[:, None] + run).flatten()
 
 
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "boft_block_size": ("block_size", 4),
     "boft_block_num": ("blocks", 0),
     "boft_n_butterfly_factor": ("butterfly_factors", 1),

@@ -16,14 +16,13 @@ from tunekit.recipe.adapters.c3a import C3aSettings
 from tunekit.records import Target
 
 
-class C3a(LayerAdapter):
+class C3a(LayerAdapter[C3aSettings]):
     """Circulant blocks: y = W x + D x, D of blocks of side S with block[i, j] = k[(j - i) mod S] / I.
 
     Shapes: x (..., I) -> y (..., O); kernels k (O / S, I / S, S).    Starts as the identity: k = 0.
     The product is taken through float32 Fourier transforms along S.    Source: Chen et al. 2025, eq. 5.
     """
 
-    settings: C3aSettings
     kernels: nn.Parameter
 
     @classmethod

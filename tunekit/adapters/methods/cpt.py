@@ -33,7 +33,7 @@ HOW = "write adapter.examples as a list of {input: ..., output: ...}"
 PAPER_WIDTH = 2048  # for which the bounds are meant
 
 
-class Cpt(VirtualTokens):
+class Cpt(VirtualTokens[CptSettings]):
     """P = E + projected(delta), E the base's embeddings of the examples; |delta_i| <= epsilon_i.
 
     Shapes: P, E, delta (P, D); epsilon (P,).    Starts away from the base, with the examples before each row.
@@ -41,7 +41,6 @@ class Cpt(VirtualTokens):
     Source: Blau et al. 2024, algorithm 1.
     """
 
-    settings: CptSettings
     delta: nn.Parameter
     context: Tensor
 
@@ -125,10 +124,10 @@ def _pieces(settings: CptSettings) -> Iterator[tuple[str, int]]:
             yield from ((before, kind), (text, kind + 1), (after, kind))
 
 
-class CptSide(PeftSide):
+class CptSide(PeftSide[CptSettings]):
     """PEFT's fields, of which num_virtual_tokens repeats a length."""
 
-    def read(self, config: Mapping[str, Any], file: str) -> Any:
+    def read(self, config: Mapping[str, Any], file: str) -> CptSettings:
         """Our settings for PEFT's fields.
 
         Raises: AdapterError.

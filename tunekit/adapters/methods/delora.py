@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.low_rank_layer import LowRankLayer, rank_of
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.blocks.low_rank_layer import LowRankLayer
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.delora import DeloraSettings
 from tunekit.records import Target
@@ -14,7 +14,7 @@ from tunekit.records import Target
 SMALLEST_NORM = 1e-4  # of a factor: B starts at 0
 
 
-class Delora(LowRankLayer):
+class Delora(LowRankLayer[DeloraSettings]):
     """Decoupled update: y = W x + (strength / r) sum over i of (b_i / |b_i|) (a_i / |a_i|)^T (c * x).
 
     Shapes: x (..., I) -> y (..., O); A (R, I) with rows a_i; B (O, R) with columns b_i; strength (1,); c (I,) the norms
@@ -22,7 +22,6 @@ class Delora(LowRankLayer):
     Source: Bini et al. 2025, eq. 6 and 8.
     """
 
-    settings: DeloraSettings
     A: nn.Parameter
     B: nn.Parameter
     strength: nn.Parameter
@@ -30,7 +29,7 @@ class Delora(LowRankLayer):
 
     @classmethod
     def slots(cls, settings: DeloraSettings, target: Target) -> dict[str, Slot]:
-        rank = rank_of(settings, target)
+        rank = target.r or settings.r
         return {
             "A": Slot("delora_A", (rank, target.in_features), first=None),
             "B": Slot("delora_B", (target.out_features, rank)),
@@ -49,11 +48,7 @@ class Delora(LowRankLayer):
         return self.A * self.c, self.B * (self.strength / self.A.shape[0] / norms)
 
 
-FIELDS: Fields = {
-    "r": ("r", 8),
-    "delora_lambda": ("delora_lambda", 15),
-    "module_dropout": ("dropout", 0.0),
-}
+FIELDS: PeftFields = {"r": ("r", 8), "delora_lambda": ("delora_lambda", 15), "module_dropout": ("dropout", 0.0)}
 FIXED: Fixed = {
     "bias": ("none",),
     "init_weights": (True, False),

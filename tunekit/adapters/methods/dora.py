@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED, start_conflicts
-from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.blocks.lora_fields import lora_side, start_conflicts
 from tunekit.adapters.method import Conflict
 from tunekit.adapters.methods.lora import METHOD as LORA
 from tunekit.adapters.methods.lora import Lora
@@ -40,7 +38,7 @@ class Dora(Lora):
         super().initialise(generator)
         self._set_magnitude()
 
-    def initialise_from(self, generator: torch.Generator, evidence: Any) -> None:
+    def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
         super().initialise_from(generator, evidence)
         if evidence is not None:
             self._set_magnitude()
@@ -83,5 +81,5 @@ def _conflicts(settings: DoraSettings, targets: Sequence[Target], file: bool) ->
     return found
 
 
-PEFT = PeftSide("LORA", DoraSettings, LORA_FIELDS, LORA_FIXED, claims={"use_dora": True})
+PEFT = lora_side(DoraSettings, claims={"use_dora": True})
 METHOD = replace(LORA, peft=PEFT, layer=Dora, parameter=None, kernel=None, conflicts=_conflicts)

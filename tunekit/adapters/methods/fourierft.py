@@ -17,14 +17,13 @@ from tunekit.recipe.adapters.fourierft import FourierftSettings
 from tunekit.records import Target
 
 
-class Fourierft(DeltaLayer):
+class Fourierft(DeltaLayer[FourierftSettings]):
     """Sparse spectrum of the update: y = W x + s Re(IFFT2(F)) x, F zero but at N random indices.
 
     Shapes: x (..., I) -> y (..., O); F (O, I); coefficients (N,).    Starts as the identity: F = 0.
     Source: Gao et al. 2024, eq. 2 to 4.
     """
 
-    settings: FourierftSettings
     spectrum: nn.Parameter
 
     @classmethod

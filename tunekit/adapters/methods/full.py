@@ -17,7 +17,7 @@ from tunekit.model.families.structure import fixed_parameters
 from tunekit.recipe.adapters.full import FullSettings
 
 
-class BaseWeights(ModelAdapter):
+class BaseWeights(ModelAdapter[FullSettings]):
     """The base's own parameters, tied ones once; there is no copy of what they were, so that nothing can be bypassed.
 
     A float32 parameter is trained where it lies. One that is computed in 16 bits has a float32 master: its gradient is

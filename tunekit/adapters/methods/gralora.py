@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.folder.fields import Fields, Fixed, PeftSide
+from tunekit.adapters.folder.fields import Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.gralora import GraloraSettings
 from tunekit.records import Target
 
 
-class Gralora(LayerAdapter):
+class Gralora(LayerAdapter[GraloraSettings]):
     """Low-rank blocks: block (j, n) of the update is s B_jn A_jn, s = alpha / (r + hybrid_r), each of rank R / k.
 
     Shapes: x (..., I) -> y (..., O); A (k, I / k, R): input block n, its numbers, (output block j, rank); B (k, R, O /
@@ -24,7 +24,6 @@ class Gralora(LayerAdapter):
     Starts as the identity: B = 0.    Raises: AdapterError where k does not divide.    Source: Jung et al. 2025, eq. 6.
     """
 
-    settings: GraloraSettings
     A: nn.Parameter
     B: nn.Parameter
 
@@ -79,7 +78,7 @@ class Gralora(LayerAdapter):
         return delta * self.scaling
 
 
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "r": ("r", 32),
     "gralora_k": ("k", 2),
     "hybrid_r": ("hybrid_r", 0),

@@ -7,14 +7,13 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
-from tunekit.adapters.blocks.low_rank_layer import rank_of
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.hira import HiraSettings
 from tunekit.records import Target
 
 
-class Hira(DeltaLayer):
+class Hira(DeltaLayer[HiraSettings]):
     """Hadamard update: y = (W + W * (B A)) x.
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).  Of an embedding: ids x (...), A (R, V), B (D, R), y = W[x] +
@@ -22,13 +21,12 @@ class Hira(DeltaLayer):
     """
 
     kinds = frozenset({"linear", "conv1d", "embedding"})
-    settings: HiraSettings
     A: nn.Parameter
     B: nn.Parameter
 
     @classmethod
     def slots(cls, settings: HiraSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
+        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         infix, first = ("embedding_", 0.0) if target.kind == "embedding" else ("", None)
         return {"A": Slot(f"hira_{infix}A", (rank, inputs), first=first), "B": Slot(f"hira_{infix}B", (outputs, rank))}
 
@@ -56,10 +54,7 @@ class Hira(DeltaLayer):
         return weight + weight * (factor.t() if self.target.kind == "embedding" else factor)
 
 
-FIELDS: Fields = {
-    "r": ("r", 32),
-    "hira_dropout": ("dropout", 0.0),
-}
+FIELDS: PeftFields = {"r": ("r", 32), "hira_dropout": ("dropout", 0.0)}
 FIXED: Fixed = {
     "fan_in_fan_out": (False, True),  # the layer's own class decides
     "init_weights": (True, False, None, "gaussian"),

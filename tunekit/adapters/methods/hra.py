@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.blocks.low_rank_layer import rank_of
-from tunekit.adapters.folder.fields import Fields, Fixed, PeftSide
+from tunekit.adapters.folder.fields import Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.hra import HraSettings
 from tunekit.records import Target
 
 
-class Hra(LayerAdapter):
+class Hra(LayerAdapter[HraSettings]):
     """Reflected inputs: y = W H_1 ... H_R x, H_i = 1 - 2 u_i u_i^T with unit vectors u_i.
 
     The chain is 1 - U M^-1 U^T, M = 1/2 + strict upper triangle of U^T U (or, with orthogonal vectors, U^T U / 2), so
@@ -25,12 +24,11 @@ class Hra(LayerAdapter):
     """
 
     starts_as_identity = False
-    settings: HraSettings
     u: nn.Parameter
 
     @classmethod
     def slots(cls, settings: HraSettings, target: Target) -> dict[str, Slot]:
-        return {"u": Slot("hra_u", (target.in_features, rank_of(settings, target)), decays=False, first=None)}
+        return {"u": Slot("hra_u", (target.in_features, target.r or settings.r), decays=False, first=None)}
 
     def initialise(self, generator: Generator) -> None:
         super().initialise(generator)
@@ -55,9 +53,6 @@ class Hra(LayerAdapter):
         return weight - (weight @ unit) @ rest
 
 
-FIELDS: Fields = {
-    "r": ("r", 8),
-    "apply_GS": ("orthogonal", False),
-}
+FIELDS: PeftFields = {"r": ("r", 8), "apply_GS": ("orthogonal", False)}
 FIXED: Fixed = {"bias": ("none",), "init_weights": (True, False)}
 METHOD = Method(peft=PeftSide("HRA", HraSettings, FIELDS, FIXED), layer=Hra)

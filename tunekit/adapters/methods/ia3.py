@@ -17,14 +17,13 @@ from tunekit.recipe.adapters.ia3 import Ia3Settings
 from tunekit.records import Target
 
 
-class Ia3(LayerAdapter):
+class Ia3(LayerAdapter[Ia3Settings]):
     """A scale of each output, y = l * (W x + b), or in the feed-forward block of each input, y = W (l * x) + b.
 
     Shapes: x (..., I) -> y (..., O); l (O, 1), or (1, I).    Starts as the identity: l = 1.    The product is taken in
     float32: a scale of 1.003 is 1 in bfloat16.    Source: Liu et al. 2022, section 3.3.
     """
 
-    settings: Ia3Settings
     scale: nn.Parameter
 
     @classmethod
@@ -73,9 +72,7 @@ def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: Mapping[s
     return {"feedforward_modules": entries_for(inputs, [t.name for t in targets], config["target_modules"])}
 
 
-FIELDS = {
-    "feedforward_modules": ("feedforward_modules", None),
-}
+FIELDS = {"feedforward_modules": ("feedforward_modules", None)}
 FIXED = {"fan_in_fan_out": (False, True), "init_ia3_weights": (True, False)}
 ABSENT = frozenset({"layers_pattern", "layers_to_transform"})
 METHOD = Method(

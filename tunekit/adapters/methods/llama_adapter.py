@@ -9,7 +9,7 @@ GPT-2's output is added without W_o, as PEFT adds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class FileLlamaAdapterSettings(LlamaAdapterSettings):
     _target_modules: str | None = None
 
 
-class LlamaAdapter(ModelAdapter):
+class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
     """Trained tokens and a gate for each of the upper layers."""
 
     file_prefix = "base_model.model."
@@ -64,17 +64,19 @@ class LlamaAdapter(ModelAdapter):
             self.hooks.append(source.register_forward_hook(self._keeper(place.layer)))
             self.hooks.append(place.module.register_forward_hook(self._adder(place), with_kwargs=True))
 
-    def _keeper(self, layer: int) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _keeper(self, layer: int) -> Callable[[nn.Module, object, Tensor], None]:
+        def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
             if not current_call().bypassed:
                 self._projected[layer] = output
 
         return keep
 
-    def _adder(self, place: SelfAttention) -> Any:
+    def _adder(self, place: SelfAttention) -> Callable[..., tuple[object, ...] | None]:
         names = parameters_of(place.module)
 
-        def add(module: nn.Module, positional: Any, named: dict[str, Any], output: Any) -> Any:
+        def add(
+            module: nn.Module, positional: Sequence[Any], named: dict[str, Any], output: Sequence[Any]
+        ) -> tuple[object, ...] | None:
             if current_call().bypassed:
                 return None
             named = dict(zip(names, positional, strict=False)) | named
@@ -82,7 +84,7 @@ class LlamaAdapter(ModelAdapter):
 
         return add
 
-    def _attended(self, place: SelfAttention, rotation: Any) -> Tensor:
+    def _attended(self, place: SelfAttention, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B, T, hidden) that the layer's trained tokens add."""
         module: Any = place.module
         projected = self._projected.pop(place.layer)
@@ -144,10 +146,10 @@ def _upper(settings: LlamaAdapterSettings, net: nn.Module) -> list[SelfAttention
     return places if wanted is None else places[-wanted:]
 
 
-class LlamaAdapterSide(PeftSide):
+class LlamaAdapterSide(PeftSide[FileLlamaAdapterSettings]):
     """PEFT's fields; the name of the attention modules is compared with the base later."""
 
-    def read(self, config: Mapping[str, Any], file: str) -> Any:
+    def read(self, config: Mapping[str, Any], file: str) -> FileLlamaAdapterSettings:
         """Our settings for PEFT's fields.
 
         Raises: AdapterError.

@@ -6,21 +6,20 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
-from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.blocks.low_rank_layer import scaling_of
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.loha import LohaSettings
 from tunekit.records import Target
 
 
-class Loha(DeltaLayer):
+class Loha(DeltaLayer[LohaSettings]):
     """Hadamard product of two low-rank updates: y = W x + (alpha / r) ((A1 B1) * (A2 B2)) x.
 
     Shapes: x (..., I) -> y (..., O); A1, A2 (O, R); B1, B2 (R, I).    Starts as the identity: B2 = 0.
     Source: Hyeon-Woo et al. 2022, eq. 3.
     """
 
-    settings: LohaSettings
     a1: nn.Parameter
     b1: nn.Parameter
     a2: nn.Parameter
@@ -28,7 +27,7 @@ class Loha(DeltaLayer):
 
     @classmethod
     def slots(cls, settings: LohaSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
+        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         return {
             "a1": Slot("hada_w1_a", (outputs, rank), first=None),
             "b1": Slot("hada_w1_b", (rank, inputs), first=None),
@@ -38,13 +37,10 @@ class Loha(DeltaLayer):
 
     def make(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         """The update (O, I)."""
-        return (a1 @ b1) * (a2 @ b2) * scaling_of(self.settings, self.target)
+        return (a1 @ b1) * (a2 @ b2) * scaling_of(self.target, self.settings.r, self.settings.alpha)
 
 
-FIELDS: Fields = {
-    "r": ("r", 8),
-    "alpha": ("alpha", 8),
-}
+FIELDS: PeftFields = {"r": ("r", 8), "alpha": ("alpha", 8)}
 FIXED: Fixed = {
     "init_weights": (True, False),
     "module_dropout": (0.0, ANY),  # of peft's training alone, as the next one

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.base import LayerAdapter, Slot
-from tunekit.adapters.blocks.low_rank_layer import rank_of, scaling_of
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.blocks.low_rank_layer import scaling_of
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.lokr import LokrSettings
 from tunekit.records import Target
 
 
-class Lokr(LayerAdapter):
+class Lokr(LayerAdapter[LokrSettings]):
     """Kronecker update: y = W x + (alpha / r) (C (x) D) x, O = L K, I = M N; C and D whole, or products of two factors.
 
     Shapes: x (..., I) -> y (..., O); C (L, M) or (L, R) (R, M); D (K, N) or (K, R) (R, N).  (C (x) D) x is C X D^T for
@@ -23,11 +23,9 @@ class Lokr(LayerAdapter):
     Starts as the identity: C, or its left factor, is 0.    Source: Yeh et al. 2024, eq. 6.
     """
 
-    settings: LokrSettings
-
     @classmethod
     def slots(cls, settings: LokrSettings, target: Target) -> dict[str, Slot]:
-        rank = rank_of(settings, target)
+        rank = target.r or settings.r
         rows, more_rows = divisors(target.out_features, settings.decompose_factor)  # L, K
         columns, more_columns = divisors(target.in_features, settings.decompose_factor)  # M, N
         slots = _slots("w1", rows, columns, rank if settings.decompose_both and rank < max(rows, columns) / 2 else 0)
@@ -37,18 +35,21 @@ class Lokr(LayerAdapter):
     def matrix(self, name: str) -> Tensor:
         """C (w1) or D (w2)."""
         if name in self.declared:
-            whole: Tensor = getattr(self, name)
-            return whole
-        product: Tensor = getattr(self, f"{name}_a") @ getattr(self, f"{name}_b")
-        return product
+            return self.get_parameter(name)
+        return self.get_parameter(f"{name}_a") @ self.get_parameter(f"{name}_b")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r."""
+        return scaling_of(self.target, self.settings.r, self.settings.alpha)
 
     def update(self, x: Tensor) -> Tensor:
         c, d = self.matrix("w1").to(x.dtype), self.matrix("w2").to(x.dtype)
         grid = x.reshape(*x.shape[:-1], c.shape[1], d.shape[1])  # (..., M, N)
-        return (c @ (grid @ d.t())).flatten(-2).mul(scaling_of(self.settings, self.target))
+        return (c @ (grid @ d.t())).flatten(-2).mul(self.scaling)
 
     def delta(self) -> Tensor:
-        return torch.kron(self.matrix("w1"), self.matrix("w2")) * scaling_of(self.settings, self.target)
+        return torch.kron(self.matrix("w1"), self.matrix("w2")) * self.scaling
 
 
 def _slots(name: str, rows: int, columns: int, rank: int) -> dict[str, Slot]:
@@ -69,7 +70,7 @@ def divisors(size: int, bound: int) -> tuple[int, int]:
     return smaller, size // smaller
 
 
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "r": ("r", 8),
     "alpha": ("alpha", 8),
     "decompose_both": ("decompose_both", False),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.adapters.base import Slot
+from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.expert_lora import ExpertLora, conflicts
-from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED
-from tunekit.adapters.blocks.low_rank_layer import LowRankLayer, rank_of, scaling_of
+from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, lora_side
+from tunekit.adapters.blocks.low_rank_layer import low_rank_update, scaling_of
 from tunekit.adapters.blocks.plain_lora import as_plain_lora
-from tunekit.adapters.folder.fields import PeftSide
 from tunekit.adapters.kernels.joined_lora import JoinedLayers, JoinedProducts
 from tunekit.adapters.method import Method
 from tunekit.adapters.starts.start import StartLayer, make_factors
@@ -22,7 +19,7 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 from tunekit.records import Target
 
 
-class Lora(LowRankLayer):
+class Lora(LayerAdapter[LowRankSettings]):
     """Low-rank update: y = W x + s B A x, s = alpha / r, or alpha / sqrt(r) with rsLoRA.
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R).  Of an embedding: ids x (...), A (R, V), B (D, R), y = (W + s
@@ -32,7 +29,6 @@ class Lora(LowRankLayer):
     """
 
     kinds = frozenset({"linear", "conv1d", "embedding"})
-    settings: LowRankSettings
     A: nn.Parameter
     B: nn.Parameter
     own_bias: nn.Parameter  # where biases are trained: in place of the base's
@@ -43,7 +39,7 @@ class Lora(LowRankLayer):
 
     @classmethod
     def slots(cls, settings: LowRankSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
+        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         if target.kind == "embedding":
             a = Slot("lora_embedding_A", (rank, inputs), rate="embedding")
             return {"A": a, "B": Slot("lora_embedding_B", (outputs, rank), rate="embedding")}
@@ -69,11 +65,11 @@ class Lora(LowRankLayer):
             bias = self.base_layer.bias
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
 
-    def initialise_from(self, generator: torch.Generator, evidence: Any) -> None:
+    def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
         """Fill A and B as the recipe's start says, and keep what of W they hold then."""
         (rank, inputs), outputs = self.A.shape, self.B.shape[0]
         weight = self.base_weight().read
-        layer = StartLayer(self.target.name, inputs, outputs, rank, self.scaling, generator, weight, evidence=evidence)
+        layer = StartLayer(self.target.name, inputs, outputs, rank, self.scaling, generator, weight, evidence)
         a, b = make_factors(self.settings.start, layer)
         values = {"A": a, "B": b, "start_A": a, "start_B": b}
         for attribute in values.keys() & self.declared.keys():
@@ -81,7 +77,9 @@ class Lora(LowRankLayer):
 
     @property
     def scaling(self) -> float:
-        return scaling_of(self.settings, self.target)
+        """s."""
+        settings = self.settings
+        return scaling_of(self.target, settings.r, settings.alpha, settings.use_rslora)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B; where a start has moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B', B'] (O, 2R).
@@ -94,7 +92,8 @@ class Lora(LowRankLayer):
 
     def update(self, x: Tensor) -> Tensor:
         if self.target.kind != "embedding":
-            y = super().update(x)
+            x = F.dropout(x, self.settings.dropout, self.training)
+            y = low_rank_update(x, self.factors(), self.scaling)
             return y + (self.update_bias * self.scaling).to(y.dtype) if "update_bias" in self.declared else y
         a, b = (factor.to(self.base_layer.weight.dtype) for factor in self.factors())
         rows = F.embedding(x, a.t(), self.base_layer.padding_idx)  # (..., R)
@@ -103,13 +102,13 @@ class Lora(LowRankLayer):
 
     def delta(self) -> Tensor:
         """s B A as a change of the matrix: (O, I), of an embedding (V, D); where A and B lie."""
-        delta = super().delta()
+        a, b = self.factors()
+        delta = b @ a * self.scaling
         return delta.t() if self.target.kind == "embedding" else delta
 
     def used_bias(self) -> Tensor | None:
         """The bias in use (O,)."""
-        bias: Tensor | None = self.own_bias if "own_bias" in self.declared else getattr(self.base_layer, "bias", None)
-        return bias
+        return self.own_bias if "own_bias" in self.declared else getattr(self.base_layer, "bias", None)
 
     def base_output(self, x: Tensor) -> Tensor:
         """W x with the bias in use, (..., O)."""
@@ -128,9 +127,8 @@ class Lora(LowRankLayer):
         return super().merged(weight, bias)
 
 
-FIELDS = {**LORA_FIELDS, "lora_bias": ("lora_bias", False)}
 METHOD = Method(
-    peft=PeftSide("LORA", LoraSettings, FIELDS, {key: LORA_FIXED[key] for key in LORA_FIXED.keys() - FIELDS.keys()}),
+    peft=lora_side(LoraSettings, {**LORA_FIELDS, "lora_bias": ("lora_bias", False)}),
     layer=Lora,
     parameter=ExpertLora,
     kernel=JoinedProducts(Lora),
@@ -138,4 +136,5 @@ METHOD = Method(
     tensors=("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"),
     unbinding=frozenset({"start"}),
     conflicts=conflicts,
+    in_diffusers_file=True,
 )

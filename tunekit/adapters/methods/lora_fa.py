@@ -8,8 +8,7 @@ from torch import Tensor
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.expert_lora import ExpertLora
-from tunekit.adapters.blocks.lora_fields import LORA_FIELDS, LORA_FIXED
-from tunekit.adapters.folder.fields import PeftSide
+from tunekit.adapters.blocks.lora_fields import lora_side
 from tunekit.adapters.methods.lora import METHOD as LORA
 from tunekit.adapters.methods.lora import Lora
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
@@ -45,5 +44,6 @@ class ExpertLoraFa(ExpertLora):
         return {**trained, "A": replace(trained["A"], kind="saved")}
 
 
-PEFT = PeftSide("LORA", LoraFaSettings, LORA_FIELDS, LORA_FIXED)
-METHOD = replace(LORA, peft=PEFT, layer=LoraFa, parameter=ExpertLoraFa, kernel=None, read_as="lora")
+METHOD = replace(
+    LORA, peft=lora_side(LoraFaSettings), layer=LoraFa, parameter=ExpertLoraFa, kernel=None, read_as="lora"
+)

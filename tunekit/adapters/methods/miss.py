@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.delta_product import delta_product
-from tunekit.adapters.blocks.low_rank_layer import rank_of
-from tunekit.adapters.folder.fields import Fields, PeftSide
+from tunekit.adapters.folder.fields import PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.miss import MissSettings
 from tunekit.records import Target
 
 
-class Miss(LayerAdapter):
+class Miss(LayerAdapter[MissSettings]):
     """Shared shards: y = W x + S^T (sum over the blocks of x), x cut into blocks of R (the last one filled with zeros).
 
     Shapes: x (..., I) -> y (..., O); S (R, O), of mini (R, mini_r) repeated, of bat (O / R, R, R).  bat cuts W into
@@ -27,12 +26,11 @@ class Miss(LayerAdapter):
     Raises: AdapterError where a variant's blocks do not divide the matrix.    Source: Kang and Yin 2024, eq. 3 and 5.
     """
 
-    settings: MissSettings
     s: nn.Parameter
 
     @classmethod
     def slots(cls, settings: MissSettings, target: Target) -> dict[str, Slot]:
-        rank, inputs, outputs = rank_of(settings, target), target.in_features, target.out_features
+        rank, inputs, outputs = target.r or settings.r, target.in_features, target.out_features
         if settings.variant == "balance":
             return {"s": Slot("miss_block", (rank, outputs))}
         bat = settings.variant == "bat"
@@ -74,23 +72,19 @@ def _bat(weight: Tensor, s: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MissSide(PeftSide):
+class MissSide(PeftSide[MissSettings]):
     """PEFT names the variant by init_weights, where the plain one is true (or false, which only starts elsewhere)."""
 
-    def write(self, settings: Any) -> dict[str, Any]:
+    def write(self, settings: MissSettings) -> dict[str, Any]:
         written = super().write(settings)
         return written | {"init_weights": True if settings.variant == "balance" else settings.variant}
 
-    def read(self, config: Mapping[str, Any], file: str) -> Any:
+    def read(self, config: Mapping[str, Any], file: str) -> MissSettings:
         variant = config.get("init_weights", True)
         return super().read({**config, "init_weights": "balance" if isinstance(variant, bool) else variant}, file)
 
 
-def _is_linear(settings: MissSettings) -> bool:
-    return settings.variant != "bat"
-
-
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "r": ("r", 64),
     "init_weights": ("variant", "balance"),
     "mini_r": ("mini_r", 1),
@@ -100,5 +94,5 @@ METHOD = Method(
     peft=MissSide("MISS", MissSettings, FIELDS, {"bias": ("none",)}),
     layer=Miss,
     tensors=("miss_block",),
-    is_linear=_is_linear,
+    is_linear=lambda settings: settings.variant != "bat",
 )

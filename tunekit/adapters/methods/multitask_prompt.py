@@ -8,17 +8,16 @@ import torch
 from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
-from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIELDS, START_FIELDS, width_of
+from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIELDS, START_FIELDS, VirtualTokens, started, width_of
 from tunekit.adapters.folder.fields import ANY, PeftSide
 from tunekit.adapters.methods.prompt import METHOD as PROMPT
-from tunekit.adapters.methods.prompt import Prompt
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 
 SPREAD = 0.02  # of the tasks' factors at the start, PEFT's
 
 
-class MultitaskPrompt(Prompt):
+class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
     """P_task = P * (C_task R_task), element by element.
 
     Shapes: P (P, D); C (tasks, P, R); R (tasks, R, D).    A call may name each row's task as task_ids (B,); else all
@@ -28,7 +27,6 @@ class MultitaskPrompt(Prompt):
 
     prompts_decoder = True
 
-    settings: MultitaskPromptSettings
     columns: nn.Parameter
     rows: nn.Parameter
 
@@ -46,7 +44,7 @@ class MultitaskPrompt(Prompt):
         return cls.slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:
-        super().initialise(generator)
+        self.prompt.data.copy_(started(self.net, self.settings, self.prompt.shape[0], generator))
         nn.init.normal_(self.columns, std=SPREAD, generator=generator)
         nn.init.normal_(self.rows, std=SPREAD, generator=generator)
 

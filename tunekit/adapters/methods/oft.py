@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter, Slot
 from tunekit.adapters.blocks.rotations import cayley, cayley_neumann, rotate_blocks, skew_of
-from tunekit.adapters.folder.fields import ANY, Fields, Fixed, PeftSide
+from tunekit.adapters.folder.fields import ANY, Fixed, PeftFields, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.oft import OftSettings
 from tunekit.records import Target
 
 
-class Oft(LayerAdapter):
+class Oft(LayerAdapter[OftSettings]):
     """Rotated inputs: y = W R^T x, R block-diagonal, each block the Cayley transform of a skew-symmetric Q.
 
     Shapes: x (..., I) -> y (..., O); upper triangles of Q (blocks, b (b - 1) / 2), blocks * b = I; one if shared.
@@ -20,7 +20,6 @@ class Oft(LayerAdapter):
     Source: Qiu et al. 2023, eq. 4; Qiu et al. 2025, eq. 5 (the series).
     """
 
-    settings: OftSettings
     q: nn.Parameter
 
     @classmethod
@@ -51,7 +50,7 @@ def block_size(settings: OftSettings, inputs: int) -> int:
     return found if settings.block_size else inputs // found
 
 
-FIELDS: Fields = {
+FIELDS: PeftFields = {
     "r": ("blocks", 0),
     "oft_block_size": ("block_size", 32),
     "block_share": ("block_share", False),

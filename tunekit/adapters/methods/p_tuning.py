@@ -26,14 +26,13 @@ from tunekit.recipe.adapters.p_tuning import MLP_LAYERS, PTuningSettings
 GATES = 4  # of an LSTM's cell
 
 
-class PTuning(VirtualTokens):
+class PTuning(VirtualTokens[PTuningSettings]):
     """P = head(E), where the head is an MLP, or an MLP over a bidirectional LSTM that reads the rows of E in order.
 
     Shapes: E (P, D) -> (P, D); hidden width H.    Folders hold P, which is all that is left there.
     Source: Liu et al. 2021, eq. 3.
     """
 
-    settings: PTuningSettings
     table: nn.Parameter
 
     @classmethod

@@ -38,7 +38,7 @@ class FilePrefixSettings(PrefixSettings):
     _facts: tuple[tuple[str, int], ...] = ()
 
 
-class Prefix(ModelAdapter):
+class Prefix(ModelAdapter[PrefixSettings]):
     """Keys and values before every layer's own; a part of no layer, so that one tensor holds all of them."""
 
     starts_as_identity = False
@@ -191,10 +191,10 @@ def with_tokenizer(settings: PrefixSettings, tokenizer: Tokenizer) -> PrefixSett
     return settings.model_copy(update={"init_ids": tuple(begin + more)[: settings.num_virtual_tokens]})
 
 
-class PrefixSide(PeftSide):
+class PrefixSide(PeftSide[FilePrefixSettings]):
     """PEFT's fields, of which some tell about the base and are compared with it later."""
 
-    def read(self, config: Mapping[str, Any], file: str) -> Any:
+    def read(self, config: Mapping[str, Any], file: str) -> FilePrefixSettings:
         """Our settings for PEFT's fields.
 
         Raises: AdapterError.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Generator, nn
 
 from tunekit.adapters.base import Slot
@@ -22,14 +20,14 @@ from tunekit.adapters.method import Method
 from tunekit.recipe.adapters.prompt import PromptSettings
 
 
-class Prompt(VirtualTokens):
+class PromptTuning(VirtualTokens[PromptSettings]):
     """The vectors themselves are trained; of an encoder-decoder the encoder has them.
 
     Shapes: (P, D).    Starts away from the base: something stands before each row.    Source: Lester et al. 2021.
     """
 
     @classmethod
-    def slots(cls, settings: Any, net: nn.Module) -> dict[str, Slot]:
+    def slots(cls, settings: PromptSettings, net: nn.Module) -> dict[str, Slot]:
         return cls.file_slots(settings, net)
 
     def initialise(self, generator: Generator) -> None:
@@ -38,7 +36,7 @@ class Prompt(VirtualTokens):
 
 METHOD = Method(
     peft=PeftSide("PROMPT_TUNING", PromptSettings, FIELDS, START_FIELDS, absent=ABSENT),
-    model=Prompt,
+    model=PromptTuning,
     copy=ClassifierCopy,
     unbinding=FIRST_VALUES,
     with_tokenizer=with_text_ids,

@@ -17,11 +17,10 @@ from tunekit.recipe.adapters.randlora import RandloraSettings
 from tunekit.records import Target
 
 
-class RandloraProjections(SharedPart):
+class RandloraProjections(SharedPart[RandloraSettings]):
     """The frozen random A (R, 1, S) and B (L, N, R): S and L the smaller and the larger of the largest input and the
     largest output, N matrices of rank R making S together. Both are scaled to a standard deviation of 1."""
 
-    settings: RandloraSettings
     A: Tensor
     B: Tensor
 
@@ -30,8 +29,8 @@ class RandloraProjections(SharedPart):
         sides = max(t.in_features for t in targets), max(t.out_features for t in targets)
         small, large, rank = min(sides), max(sides), settings.r
         return {
-            "A": projection_slot(settings, "randlora_A", (rank, 1, small)),
-            "B": projection_slot(settings, "randlora_B", (large, -(-small // rank), rank)),
+            "A": projection_slot(settings.save_projection, "randlora_A", (rank, 1, small)),
+            "B": projection_slot(settings.save_projection, "randlora_B", (large, -(-small // rank), rank)),
         }
 
     def initialise(self, generator: Generator) -> None:
@@ -48,7 +47,7 @@ class RandloraProjections(SharedPart):
             matrix.copy_(value / value.std())
 
 
-class Randlora(LayerAdapter):
+class Randlora(LayerAdapter[RandloraSettings]):
     """Scaled sums of random updates: y = W x + (alpha / r) B (lambda * A * gamma) x, and transposed where O < I.
 
     Shapes: x (..., I) -> y (..., O); s the smaller and l the larger of I and O; N = s / R rounded up; lambda (R, N);
@@ -56,7 +55,6 @@ class Randlora(LayerAdapter):
     Source: Albert et al. 2025, eq. 4.
     """
 
-    settings: RandloraSettings
     shared: RandloraProjections
     lambdas: nn.Parameter
     gammas: nn.Parameter
@@ -101,7 +99,9 @@ FIELDS = {
 }
 FIXED = {"bias": ("none",), "fan_in_fan_out": (False, True), "init_weights": (True, ANY)}
 METHOD = Method(
-    peft=PeftSide("RANDLORA", RandloraSettings, FIELDS, FIXED, absent=frozenset({"exclude_modules"})),
+    peft=PeftSide(
+        "RANDLORA", RandloraSettings, FIELDS, FIXED, absent=frozenset({"exclude_modules"}), refuses_kernel_layers=True
+    ),
     layer=Randlora,
     shared=RandloraProjections,
     repeats_shared=True,

@@ -17,7 +17,7 @@ from tunekit.records import Target
 NUMBERS_PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # of angles, and as many scales
 
 
-class Road(LayerAdapter):
+class Road(LayerAdapter[RoadSettings]):
     """Rotated and scaled pairs of outputs: y = R (W x + b), R (p, q) = a (cos(t) p - sin(t) q, sin(t) p + cos(t) q).
 
     p is an output of the first half of a group, q its partner in the second. road_1: one a and t per pair; road_2: one
@@ -26,7 +26,6 @@ class Road(LayerAdapter):
     Source: Liao and Monz 2024, eq. 3 and 4.
     """
 
-    settings: RoadSettings
     theta: nn.Parameter
     alpha: nn.Parameter
 
@@ -70,10 +69,7 @@ def _conflicts(settings: RoadSettings, targets: Sequence[Target], file: bool) ->
     return undivided("group_size", settings.group_size, targets, inputs=False)
 
 
-FIELDS = {
-    "variant": ("variant", "road_1"),
-    "group_size": ("group_size", 64),
-}
+FIELDS = {"variant": ("variant", "road_1"), "group_size": ("group_size", 64)}
 ABSENT = frozenset({"exclude_modules", "layers_pattern", "layers_to_transform"})
 METHOD = Method(
     peft=PeftSide("ROAD", RoadSettings, FIELDS, {"init_weights": (True, ANY)}, absent=ABSENT),

@@ -7,7 +7,6 @@ from torch import Generator, Tensor, nn
 
 from tunekit.adapters.base import Slot
 from tunekit.adapters.blocks.delta_product import DeltaLayer
-from tunekit.adapters.blocks.low_rank_layer import rank_of
 from tunekit.adapters.folder.fields import ANY, Fixed, PeftSide
 from tunekit.adapters.method import Method, always
 from tunekit.errors import AdapterError
@@ -15,7 +14,7 @@ from tunekit.recipe.adapters.shira import ShiraSettings
 from tunekit.records import Target
 
 
-class Shira(DeltaLayer):
+class Shira(DeltaLayer[ShiraSettings]):
     """Sparse update: y = W x + S x, S zero but at N fixed places.
 
     Shapes: x (..., I) -> y (..., O); values (N,), places (2, N) int32: rows and columns; N = R (I + O).
@@ -23,14 +22,13 @@ class Shira(DeltaLayer):
     Raises: AdapterError where N exceeds the matrix, or a place lies outside it.    Source: Bhardwaj et al. 2024.
     """
 
-    settings: ShiraSettings
     values: nn.Parameter
     places: Tensor
 
     @classmethod
     def slots(cls, settings: ShiraSettings, target: Target) -> dict[str, Slot]:
         inputs, outputs = target.in_features, target.out_features
-        count = rank_of(settings, target) * (inputs + outputs)
+        count = (target.r or settings.r) * (inputs + outputs)
         if count > inputs * outputs:
             what = f"r {settings.r} asks for {count} of the {inputs * outputs} numbers of '{target.name}'"
             most = inputs * outputs // (inputs + outputs)

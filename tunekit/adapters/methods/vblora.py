@@ -16,10 +16,9 @@ from tunekit.recipe.adapters.vblora import VbloraSettings
 from tunekit.records import Target
 
 
-class VectorBank(SharedPart):
+class VectorBank(SharedPart[VbloraSettings]):
     """The trained vectors (H, L) of which every layer's factors are made."""
 
-    settings: VbloraSettings
     vectors: nn.Parameter
 
     @classmethod
@@ -31,7 +30,7 @@ class VectorBank(SharedPart):
         nn.init.uniform_(self.vectors, -bound, bound, generator=generator)
 
 
-class Vblora(LowRankLayer):
+class Vblora(LowRankLayer[VbloraSettings]):
     """Low-rank update from a vector bank: y = W x + B A x, each piece of A and B a mixture of k vectors of the bank.
 
     Shapes: x (..., I) -> y (..., O); logits of A (R, I / L, H), of B (O / L, R, H); A (R, I); B (O, R).
@@ -40,7 +39,6 @@ class Vblora(LowRankLayer):
     """
 
     starts_as_identity = False
-    settings: VbloraSettings
     shared: VectorBank
     logits_a: nn.Parameter
     logits_b: nn.Parameter

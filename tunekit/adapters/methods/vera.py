@@ -15,10 +15,9 @@ from tunekit.recipe.adapters.vera import VeraSettings
 from tunekit.records import Target
 
 
-class VeraProjections(SharedPart):
+class VeraProjections(SharedPart[VeraSettings]):
     """The frozen random A (R, largest I) and B (largest O, R); a layer uses the part that fits it."""
 
-    settings: VeraSettings
     A: Tensor
     B: Tensor
 
@@ -26,8 +25,8 @@ class VeraProjections(SharedPart):
     def slots(cls, settings: VeraSettings, targets: Sequence[Target]) -> dict[str, Slot]:
         inputs, outputs = max(t.in_features for t in targets), max(t.out_features for t in targets)
         return {
-            "A": projection_slot(settings, "vera_A", (settings.r, inputs)),
-            "B": projection_slot(settings, "vera_B", (outputs, settings.r)),
+            "A": projection_slot(settings.save_projection, "vera_A", (settings.r, inputs)),
+            "B": projection_slot(settings.save_projection, "vera_B", (outputs, settings.r)),
         }
 
     def initialise(self, generator: Generator) -> None:
@@ -36,14 +35,13 @@ class VeraProjections(SharedPart):
             matrix.copy_(kaiming_uniform(tuple(matrix.shape), generator))
 
 
-class Vera(LayerAdapter):
+class Vera(LayerAdapter[VeraSettings]):
     """Scales of one random update: y = W x + b * (B (d * (A x))).
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R); d (R,); b (O,).    Starts as the identity: b = 0.
     Source: Kopiczko et al. 2024, eq. 2.
     """
 
-    settings: VeraSettings
     shared: VeraProjections
     d: nn.Parameter
     b: nn.Parameter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunekit.adapters.starts.start import Seen, StartLayer
+from tunekit.adapters.starts.start import LayerActivations, StartLayer
 from tunekit.errors import NumericsError
 from tunekit.machine.devices import doubled
 from tunekit.recipe.starts.corda import CordaSettings
@@ -15,14 +15,14 @@ DAMPING, WORST_INVERSE = 0.01, 0.05  # the authors'
 MOST_DAMPING = 1e6
 
 
-class Statistics:
+class CordaStatistics:
     """C (I, I) = mean over rows of X^T X, each row's X (T, I) divided by its largest element, as the authors do."""
 
     def __init__(self, settings: CordaSettings, target: Target) -> None:
         self.count = 0
         self.covariance = torch.zeros(0)
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: LayerActivations) -> None:
         """Take in one micro-batch."""
         for row in set(seen.rows.tolist()):
             x = seen.inputs[seen.rows == row]  # (T, I)
@@ -38,11 +38,11 @@ class Statistics:
 
 
 def statistics_bytes(settings: CordaSettings, target: Target) -> int:
-    """What Statistics keeps of one layer."""
+    """What CordaStatistics keeps of one layer."""
     return torch.float32.itemsize * target.in_features**2
 
 
-def make_start(settings: CordaSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:
+def make_start(settings: CordaSettings, layer: StartLayer[Tensor]) -> tuple[Tensor, Tensor]:
     """s B A = the R largest (ipm) or smallest (kpm) parts of W C = U S V^T, taken back by C^-1.
 
     A (R, I) = sqrt(S / s) V^T C^-1, B (O, R) = U sqrt(S / s); C is damped until it can be inverted.  In float64.
@@ -68,3 +68,6 @@ def _invertible(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:
         damping *= 2
     what = f"the covariance of the inputs of {name} cannot be inverted"
     raise NumericsError(what, "look at the rows, or at the base")
+
+
+STATISTICS = CordaStatistics

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tunekit.adapters.starts.start import Seen, StartLayer
+from tunekit.adapters.starts.start import LayerActivations, StartLayer
 from tunekit.errors import DataError
 from tunekit.machine.devices import doubled
 from tunekit.recipe.bases.low_rank import LowRankSettings
@@ -16,7 +16,7 @@ from tunekit.recipe.starts.eva import EvaSettings
 from tunekit.records import Target
 
 
-class Statistics:
+class EvaStatistics:
     """The principal components of all inputs so far, by incremental decomposition; only they are kept.
 
     Shapes: components (C, I), C = rho R; mean (I,).    Source: Ross et al. 2008, as PEFT's IncrementalPCA.
@@ -29,7 +29,7 @@ class Statistics:
         self.mean = torch.zeros(0)
         self.parts = torch.zeros(0, 0)  # (C, I): components times their singular values, float64
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: LayerActivations) -> None:
         """Take in one micro-batch."""
         rows = seen.inputs[seen.supervised] if self.supervised_only else seen.inputs
         rows = doubled(rows)  # (N, I)
@@ -64,7 +64,7 @@ def component_count(settings: EvaSettings, target: Target) -> int:
 
 
 def statistics_bytes(settings: EvaSettings, target: Target) -> int:
-    """What Statistics keeps of one layer."""
+    """What EvaStatistics keeps of one layer."""
     return torch.float64.itemsize * target.in_features * (component_count(settings, target) + 1)
 
 
@@ -110,7 +110,7 @@ def alpha_of(settings: LowRankSettings, target: Target, rank: int) -> float | No
     return target.alpha * (math.sqrt(growth) if settings.use_rslora else growth)
 
 
-def make_start(settings: EvaSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:
+def make_start(settings: EvaSettings, layer: StartLayer[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
     """A (R, I) = the R first principal components of the inputs, B (O, R) = 0.
 
     Raises: DataError where the batches held fewer tokens than the rank.    Source: Paischer et al. 2024, algorithm 1.
@@ -126,3 +126,6 @@ def make_start(settings: EvaSettings, layer: StartLayer) -> tuple[Tensor, Tensor
     if settings.whiten:
         a = a / values[: layer.rank, None].sqrt()
     return a, torch.zeros(layer.outputs, layer.rank)
+
+
+STATISTICS = EvaStatistics

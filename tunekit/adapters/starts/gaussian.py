@@ -8,7 +8,7 @@ from torch import Tensor
 from tunekit.adapters.starts.start import StartLayer
 
 
-def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
+def make_start(settings: object, layer: StartLayer[object]) -> tuple[Tensor, Tensor]:
     """A (R, I) ~ N(0, 1 / R^2), B (O, R) = 0, as diffusers and PEFT have it."""
     a = torch.randn(layer.rank * layer.experts, layer.inputs, generator=layer.generator) / layer.rank
     return a, torch.zeros(layer.outputs, layer.rank * layer.experts)

@@ -8,7 +8,7 @@ from tunekit.adapters.starts.decompose import largest_parts
 from tunekit.adapters.starts.start import StartLayer
 
 
-def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
+def make_start(settings: object, layer: StartLayer[Tensor]) -> tuple[Tensor, Tensor]:
     """s B A = the R largest parts of D = W - dequantized(W), D = U S V^T.
 
     A (R, I) = sqrt(S / s) V^T, B (O, R) = U sqrt(S / s).  This is the first round of the paper's algorithm. Its further

@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.starts.decompose import largest_parts
-from tunekit.adapters.starts.start import Seen, StartLayer
+from tunekit.adapters.starts.start import LayerActivations, StartLayer
 from tunekit.errors import NumericsError
 from tunekit.recipe.starts.lora_ga import LoraGaSettings
 from tunekit.records import Target
 
 
-class Statistics:
+class LoraGaStatistics:
     """G (O, I) float32: the gradient of the mean loss over all batches."""
 
     def __init__(self, settings: LoraGaSettings, target: Target) -> None:
         self.gradient = torch.zeros(0)
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: LayerActivations) -> None:
         """Take in one micro-batch, whose loss is divided by the number of units in all of them."""
         assert seen.gradients is not None
         product = seen.gradients.t() @ seen.inputs
@@ -30,11 +30,11 @@ class Statistics:
 
 
 def statistics_bytes(settings: LoraGaSettings, target: Target) -> int:
-    """What Statistics keeps of one layer."""
+    """What LoraGaStatistics keeps of one layer."""
     return torch.float32.itemsize * target.in_features * target.out_features
 
 
-def make_start(settings: LoraGaSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:
+def make_start(settings: LoraGaSettings, layer: StartLayer[Tensor]) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) from different ones of the first 2 R singular vectors of G = U S V^T.
 
     stable: A = f V^T, B = f U, f = O^(1/4) / sqrt(gamma).    unit: f = 1.    peft: A = V^T, B = f U S, as PEFT 0.21
@@ -57,3 +57,6 @@ def _places(direction: str, rank: int) -> tuple[slice, slice]:
     if direction == "ArBr":
         return slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)
     return (first, second) if direction == "ArB2r" else (second, first)
+
+
+STATISTICS = LoraGaStatistics

@@ -8,7 +8,7 @@ from torch import Tensor
 from tunekit.adapters.starts.start import StartLayer
 
 
-def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
+def make_start(settings: object, layer: StartLayer[object]) -> tuple[Tensor, Tensor]:
     """B (O, R) = the first R columns of Q and A (R, I) = the first R rows of R, W = Q R.
 
     Source: Büyükakyüz 2024, algorithm 1.

@@ -10,7 +10,7 @@ from tunekit.adapters.starts.start import StartLayer
 SHRINK = 10.0  # PEFT's
 
 
-def make_start(settings: object, layer: StartLayer) -> tuple[Tensor, Tensor]:
+def make_start(settings: object, layer: StartLayer[object]) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) with B A = 0 although neither is 0. R is even.
 
     With Q (R, R) orthogonal: A = Q_even^T N / 10, B = N' Q_odd / 10, N and N' normal; Q_odd Q_even^T = 0.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -20,11 +20,12 @@ from tunekit.adapters.base import LayerAdapter
 from tunekit.model.call import seed_for
 from tunekit.recipe.bases.section import StartSettings
 
+Evidence = TypeVar("Evidence")
 LINEAR = ("linear", "conv1d")  # the kinds of layers that a start fills
 
 
 @dataclass(frozen=True)
-class StartLayer:
+class StartLayer(Generic[Evidence]):
     """What a start sees of one layer: its sizes, s, W as it takes part in the forward, and what was gathered of it.
 
     `experts`: of a fused parameter, whose A (R E, I) and B (O, R E) hold the factors of all of them.
@@ -37,12 +38,12 @@ class StartLayer:
     scaling: float
     generator: Generator
     weight: Callable[[], Tensor]  # -> (O, I) float32
-    evidence: Any = None
+    evidence: Evidence
     experts: int = 1
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerActivations:
     """What one micro-batch brings to one layer, real tokens only.
 
     Shapes: inputs (N, I) float32; rows (N,), which sequence each token is of; supervised (N,), whether a loss is taken
@@ -60,7 +61,7 @@ def start_module(name: str) -> ModuleType:
     return import_module(f"tunekit.adapters.starts.{name}")
 
 
-def make_factors(settings: StartSettings, layer: StartLayer) -> tuple[Tensor, Tensor]:
+def make_factors(settings: StartSettings, layer: StartLayer[Any]) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R); without the evidence that an initialisation looks at, those of the default."""
     name = "default" if settings.looks_at and layer.evidence is None else settings.method
     with torch.no_grad():
@@ -68,7 +69,7 @@ def make_factors(settings: StartSettings, layer: StartLayer) -> tuple[Tensor, Te
     return factors
 
 
-def initialise_all(layers: Mapping[str, LayerAdapter], seed: int, evidence: Callable[[str], Any]) -> None:
+def initialise_all(layers: Mapping[str, LayerAdapter[Any]], seed: int, evidence: Callable[[str], Any]) -> None:
     """Fill the layers of a start that looks at something; one without evidence (None) keeps its first values."""
     for name, layer in sorted(layers.items()):
         found = evidence(name)

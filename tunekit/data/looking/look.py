@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tunekit.data.looking.similar import Seen, Signed, signed
+from tunekit.data.looking.similar import RowSignature, SimilarityIndex, signed
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.sound import SILENCE, opened
@@ -43,7 +43,7 @@ PATTERNS = (  # kind, what is looked for, and a text without which it cannot be 
 )
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 MOST_BROKEN = 1000  # things wrong with lines that are told apart
-FILED = (TranscriptExample, AudioLabelExample, ImageExample, ImageLabelExample)  # of rows that name files
+FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelExample  # of a row that names a file
 SAMPLES_AT_ONCE = 1 << 20
 CHARACTERS_OF_A_TOKEN = 3.5  # where no tokenizer has been asked
 
@@ -83,7 +83,9 @@ class Found:
         self.first.setdefault(kind, what)
 
 
-def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: Seen | None, keep: bool) -> Found:
+def look_at_rows(
+    source: Source, example: str, limit: int, seen: SimilarityIndex, held: SimilarityIndex | None, keep: bool
+) -> Found:
     """Every row of one source. `held`: the evaluation rows, where these are to train on."""
     found, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
@@ -121,16 +123,16 @@ def look_at_rows(source: Source, example: str, limit: int, seen: Seen, held: See
     return found
 
 
-def _signed(made: Any, text: str) -> Signed:
+def _signed(made: object, text: str) -> RowSignature:
     """How a row is compared: by what it says; one that names a file by the file's bytes and what is said of them."""
-    if not isinstance(made, FILED):
+    if not isinstance(made, FileExample):
         return signed(made.text if isinstance(made, LabelExample) else text)
     media = made.audio if isinstance(made, TranscriptExample | AudioLabelExample) else made.image
     try:
         content = Path(media.path).read_bytes() if media.data is None else media.data
     except (OSError, ValueError):  # another finding says so
         content = media.path.encode(errors="surrogateescape")
-    return Signed(hash((sha256(content).digest(), getattr(made, "text", None))))
+    return RowSignature(hash((sha256(content).digest(), getattr(made, "text", None))))
 
 
 def _of_the_shorter(values: dict[str, Any]) -> int:
@@ -140,9 +142,9 @@ def _of_the_shorter(values: dict[str, Any]) -> int:
     return min(sum(map(len, _texts(values.get(side)))) for side in ("chosen", "rejected"))
 
 
-def _doubts(made: Any, text: str, characters: int, line: int, limit: int, found: Found) -> Iterator[tuple[str, str]]:
+def _doubts(made: object, text: str, characters: int, line: int, limit: int, found: Found) -> Iterator[tuple[str, str]]:
     """The kinds of findings in one row, and what was found; `characters`: of its longest sequence."""
-    if isinstance(made, FILED):
+    if isinstance(made, FileExample):
         yield from _doubts_of_file(made)
         return
     size = int(characters / CHARACTERS_OF_A_TOKEN)
@@ -166,7 +168,7 @@ def _doubts(made: Any, text: str, characters: int, line: int, limit: int, found:
         yield "empty", "no answer"
 
 
-def _doubts_of_file(made: Any) -> Iterator[tuple[str, str]]:
+def _doubts_of_file(made: FileExample) -> Iterator[tuple[str, str]]:
     """What is wrong with the recording or the image that a row names. Raises: DataError where it cannot be read."""
     if not isinstance(made, TranscriptExample | AudioLabelExample):
         from tunekit.data.encoding.images import read_image  # with torch behind it

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 PERMUTATIONS, BANDS = 60, 12
 NEAR = 0.85  # estimated Jaccard similarity of two rows' word pairs
@@ -19,18 +19,25 @@ UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Ha
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 PLAIN_WORD = re.compile(r"\w+", re.ASCII)  # the same of a text in ASCII, in a third of the time
 UNSPOKEN = str.maketrans(dict.fromkeys(".,;:!?'\"…。、，！？", " "))  # the rest of equal texts is equal: accents too
-Label = str | bool | None  # of a whole row, where it has one
+RowLabel = str | bool | None  # of a whole row, where it has one
+
+
+class WordPairs(Protocol):
+    """The MinHash of a row's word pairs."""
+
+    def jaccard(self, other: Any) -> float:
+        """The estimated share of what both have."""
 
 
 @dataclass
-class Seen:
+class SimilarityIndex:
     """Rows by their text and by the bands of their signature."""
 
-    texts: dict[int, tuple[str, int, Label]] = field(default_factory=dict)  # key of a row -> file, line and label
+    texts: dict[int, tuple[str, int, RowLabel]] = field(default_factory=dict)  # key of a row -> file, line and label
     bands: list[dict[int, int]] = field(default_factory=lambda: [{} for _ in range(BANDS)])
-    signatures: list[tuple[Any, str, int, Label]] = field(default_factory=list)
+    signatures: list[tuple[WordPairs | None, str, int, RowLabel]] = field(default_factory=list)
 
-    def like(self, row: Signed) -> tuple[str, str, int, Label] | None:
+    def like(self, row: RowSignature) -> tuple[str, str, int, RowLabel] | None:
         """("exact" or "near", file, line, label) of a row like this one; None where there is none."""
         if row.key in self.texts:
             return "exact", *self.texts[row.key]
@@ -39,11 +46,11 @@ class Seen:
             other = band.get(part)
             if other is not None and other not in tried:
                 tried.add(other)
-                if row.signature.jaccard(self.signatures[other][0]) >= NEAR:
+                if row.signature is not None and row.signature.jaccard(self.signatures[other][0]) >= NEAR:
                     return "near", *self.signatures[other][1:]
         return None
 
-    def add(self, row: Signed, name: str, line: int, label: Label = None) -> None:
+    def add(self, row: RowSignature, name: str, line: int, label: RowLabel = None) -> None:
         """Remember a row."""
         self.texts[row.key] = name, line, label
         if row.bands:
@@ -53,15 +60,15 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Signed:
+class RowSignature:
     """A row as it is compared: the hash of what it says, the signature of its word pairs, and the hash of each band."""
 
     key: int
-    signature: Any = None
+    signature: WordPairs | None = None
     bands: Sequence[int] = ()
 
 
-def signed(text: str) -> Signed:
+def signed(text: str) -> RowSignature:
     """Of a short text only what repeats it counts: all but case, spaces and the marks of sentences."""
     from rensa import RMinHash
 
@@ -69,8 +76,8 @@ def signed(text: str) -> Signed:
     words = (PLAIN_WORD if lower.isascii() else WORD).findall(lower)
     key = hash(" ".join(lower.translate(UNSPOKEN).split()) or text.strip())
     if len(words) < FEWEST_WORDS:
-        return Signed(key)
+        return RowSignature(key)
     signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
     signature.update([f"{a} {b}" for a, b in pairwise(words)])
     digest, width = tuple(signature.digest()), PERMUTATIONS // BANDS
-    return Signed(key, signature, [hash(digest[at : at + width]) for at in range(0, PERMUTATIONS, width)])
+    return RowSignature(key, signature, [hash(digest[at : at + width]) for at in range(0, PERMUTATIONS, width)])

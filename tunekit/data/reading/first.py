@@ -93,15 +93,14 @@ def format_maker(name: str, source: str = "") -> MakeExample:
 
 def media_fields(name: str) -> tuple[str, ...]:
     """Fields of the format under which rows name files, or hold them."""
-    found: tuple[str, ...] = getattr(importlib.import_module(f"tunekit.formats.{name}"), "MEDIA", ())
-    return found
+    return getattr(importlib.import_module(f"tunekit.formats.{name}"), "MEDIA", ())
 
 
-def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Mapping[str, Any]) -> Any:
+def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Mapping[str, Any]) -> Example:
     return make(located(row, fields, folder))
 
 
-def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Any:
+def _weighted(make: MakeExample, row: Mapping[str, Any]) -> Example:
     example, weight = make(row), row.get("sample_weight")
     if weight is None:
         return example

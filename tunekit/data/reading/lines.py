@@ -154,7 +154,7 @@ def skip_space(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """A JSON value's kind in words."""
     kinds = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")

@@ -11,10 +11,10 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tunekit.data.reading.data_file import KINDS, DataFile, inspect_file, open_bytes
 from tunekit.data.reading.folder import is_folder, is_saved, read_classes, with_table
@@ -189,12 +189,24 @@ def _read_hub(source: Source) -> Iterator[RawRow]:
         raise _hub_error(source, error) from error
 
 
+class HubRows(Protocol):
+    """A data set as `datasets` gives it."""
+
+    _fingerprint: str
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        """Its rows."""
+
+    def cast_column(self, name: str, feature: object) -> HubRows:
+        """The same with another way to read a column."""
+
+
 def hub_fingerprint(source: Source) -> str:
     """What changes when the data set's content changes, as datasets itself computes it."""
     return str(_load_hub(source, streaming=False)._fingerprint)
 
 
-def _load_hub(source: Source, *, streaming: bool) -> Any:
+def _load_hub(source: Source, *, streaming: bool) -> HubRows:
     """The data set; without a network, the copy that datasets has kept of it. Raises: DataError."""
     import datasets
 
@@ -217,7 +229,7 @@ def _load_hub(source: Source, *, streaming: bool) -> Any:
         logging.disable(printed)
 
 
-def _undecoded(rows: Any) -> Any:
+def _undecoded(rows: HubRows) -> HubRows:
     """The data set with its recordings and images as {bytes, path}, however they were kept."""
     import datasets
 

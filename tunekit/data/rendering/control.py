@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tunekit.contracts import Tokenizer
 from tunekit.errors import DataError
@@ -24,7 +23,7 @@ class ControlTokens:
         spelled = [re.escape(text) for text in texts if text.strip()]
         self._pattern = re.compile("|".join(spelled)) if spelled else None
 
-    def spelled_in(self, value: Any) -> bool:
+    def spelled_in(self, value: object) -> bool:
         """Whether any text inside `value` spells a control token."""
         return self._pattern is not None and self.neutralized(value) != value
 
@@ -32,7 +31,11 @@ class ControlTokens:
         """`text` without a control token at its end."""
         return text if self._pattern is None else re.sub(rf"(?:{self._pattern.pattern})\Z", "", text)
 
-    def neutralized(self, value: Any) -> Any:
+    def neutral_fields(self, values: Mapping[str, object]) -> dict[str, object]:
+        """The fields of an object, likewise."""
+        return {str(self.neutralized(key)): self.neutralized(part) for key, part in values.items()}
+
+    def neutralized(self, value: object) -> object:
         """`value` with every spelled control token replaced by as many placeholders."""
         if self._pattern is None:
             return value

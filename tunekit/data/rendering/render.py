@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tunekit.contracts import Tokenizer
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
-from tunekit.data.rendering.turns import REASONING, Span, TurnFinder, answer_indices, last_answer
+from tunekit.data.rendering.turns import REASONING, TurnFinder, TurnSpan, answer_indices, last_answer
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, Example, Message, TextExample
 
@@ -202,7 +202,7 @@ class Renderer:
         trained = np.ones(len(ids), dtype=np.bool_)  # (T,)
         if start:
             filled = fill_gaps(offsets)
-            trained = mark_spans(filled, [Span(start, len(text))])
+            trained = mark_spans(filled, [TurnSpan(start, len(text))])
             if any(first < start < end for first, end in filled):
                 self.notices[MERGED_BOUNDARY] += 1
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
@@ -224,7 +224,7 @@ def fill_gaps(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return filled
 
 
-def mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> Mask:
+def mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[TurnSpan]) -> Mask:
     """(T,) true for every token that holds a character of a span; spans are in order and apart."""
     marks = np.zeros(len(offsets), dtype=np.bool_)  # (T,)
     starts = np.array([start for start, _ in offsets], dtype=np.int64)  # (T,)

@@ -28,12 +28,13 @@ REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")  # one t
 THOUGHTLESS = "answers trained on without their thinking, which the chat template leaves out"
 SHORTENED = "answers that the chat template does not write as they are"
 _OPENING, _CLOSING = "\ue001", "\ue002"
+Tools = Sequence[dict[str, Any]] | None  # of a row
 _PROBE = "\ue003tunekit\ue003"
 _MARKER = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
 @dataclass(frozen=True)
-class Span:
+class TurnSpan:
     """Characters [start, end) to train on."""
 
     start: int
@@ -46,11 +47,11 @@ class Conversation:
 
     text: str
     neutral: str
-    spans: tuple[Span, ...]
+    spans: tuple[TurnSpan, ...]
     weights: tuple[float, ...]  # of the loss of each span's tokens
     empty_answers: int
 
-    def ends_open(self, closed: Sequence[Span], last_id: int, control: ControlTokens, eos_id: int | None) -> bool:
+    def ends_open(self, closed: Sequence[TurnSpan], last_id: int, control: ControlTokens, eos_id: int | None) -> bool:
         """Whether the text ends with a trained turn that the template closes with no control token."""
         at_end = bool(closed) and closed[-1].end == len(self.text)
         return at_end and eos_id is not None and last_id != eos_id and last_id not in control.ids
@@ -81,16 +82,19 @@ class TurnFinder:
         self._marked = mark_generation(written)
         self.prompts: bool | None = None  # whether the template knows add_generation_prompt; unknown at first
 
-    def render(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False) -> str:
         """The conversation as text."""
         return self._render([message.as_dict() for message in messages], tools, add_generation_prompt, self._template)
 
-    def render_neutral(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False) -> str:
+    def render_neutral(self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False) -> str:
         """The same with special tokens that the data spells blotted out."""
-        rows = [{**self._control.neutralized(message.as_dict()), "role": message.role} for message in messages]
-        return self._render(rows, self._control.neutralized(tools), add_generation_prompt, self._template)
+        rows = [{**self._control.neutral_fields(message.as_dict()), "role": message.role} for message in messages]
+        neutral = None if tools is None else [self._control.neutral_fields(tool) for tool in tools]
+        return self._render(rows, neutral, add_generation_prompt, self._template)
 
-    def _render(self, rows: Any, tools: Any, add_generation_prompt: bool, template: str | None) -> str:
+    def _render(
+        self, rows: Sequence[dict[str, Any]], tools: Tools, add_generation_prompt: bool, template: str | None
+    ) -> str:
         return self._tokenizer.render(rows, tools=tools, add_generation_prompt=add_generation_prompt, template=template)
 
     def find(self, example: ChatExample, train_on: str) -> Conversation:
@@ -126,7 +130,7 @@ class TurnFinder:
         text = self.render(example.messages, example.tools)
         return any(self._turn(example.messages, index, example.tools, text) is None for index in wanted)
 
-    def _marked_spans(self, example: ChatExample, text: str, wanted: Sequence[int]) -> list[Span | None] | None:
+    def _marked_spans(self, example: ChatExample, text: str, wanted: Sequence[int]) -> list[TurnSpan | None] | None:
         """Spans by the template's own markers, if it has one for each answer."""
         if self._marked is None or not wanted:
             return None
@@ -137,7 +141,7 @@ class TurnFinder:
             if part == _OPENING:
                 opened = position
             elif part == _CLOSING:
-                spans.append(Span(opened, position))
+                spans.append(TurnSpan(opened, position))
             else:
                 position += len(part)
         answers = [index for index, message in enumerate(example.messages) if message.role == "assistant"]
@@ -145,7 +149,7 @@ class TurnFinder:
             return None
         return [span for index, span in zip(answers, spans, strict=True) if index in wanted]
 
-    def _turn(self, messages: Sequence[Message], index: int, tools: Any, text: str) -> Span | None:
+    def _turn(self, messages: Sequence[Message], index: int, tools: Tools, text: str) -> TurnSpan | None:
         """The span of one turn, or None where the texts are not prefixes of each other."""
         complete = index + 1 == len(messages)
         try:
@@ -157,9 +161,9 @@ class TurnFinder:
         if not text.startswith(upto):
             return None
         start = self._answer_start(messages, index, tools, upto)
-        return None if start is None else Span(start, len(upto))
+        return None if start is None else TurnSpan(start, len(upto))
 
-    def _answer_start(self, messages: Sequence[Message], index: int, tools: Any, upto: str) -> int | None:
+    def _answer_start(self, messages: Sequence[Message], index: int, tools: Tools, upto: str) -> int | None:
         try:
             before = self.render(messages[:index], tools, add_generation_prompt=True)
             bare = self.render(messages[:index], tools) if self.prompts is not True else None
@@ -177,7 +181,7 @@ class TurnFinder:
         place = self._content_place(messages[: index + 1], tools, upto)
         return self._after_header(place, upto, len(bare), before)
 
-    def _content_place(self, messages: Sequence[Message], tools: Any, upto: str) -> int:
+    def _content_place(self, messages: Sequence[Message], tools: Tools, upto: str) -> int:
         """Where the last message's content begins, found by writing another content there; -1 if that changes more."""
         probe = replace(messages[-1], content=_PROBE)
         try:
@@ -196,7 +200,7 @@ class TurnFinder:
         return place if place >= 0 and upto[bare:place].strip() else bare
 
     def _check(
-        self, messages: Sequence[Message], wanted: Sequence[int], spans: Sequence[Span], text: str, tools: Any
+        self, messages: Sequence[Message], wanted: Sequence[int], spans: Sequence[TurnSpan], text: str, tools: Tools
     ) -> None:
         """What the row says and the template leaves out is an error, or counted."""
         for index, span in zip(wanted, spans, strict=True):
@@ -215,7 +219,7 @@ class TurnFinder:
         if names and not any(str(name) in text for name in names):
             self._notices[TOOLS_IGNORED] += 1
 
-    def close(self, span: Span, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Span:
+    def close(self, span: TurnSpan, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> TurnSpan:
         """The span up to its end-of-turn token: whitespace that the template writes after it is not the model's.
 
         Where a turn has none, as in GLM-4's template, the control token that opens the next turn ends it.
@@ -225,11 +229,11 @@ class TurnFinder:
         for token in range(stop - 1, first - 1, -1):
             start, end = offsets[token]
             if ids[token] in self._control.ids or ids[token] == self._tokenizer.eos_id:
-                return Span(span.start, end)
+                return TurnSpan(span.start, end)
             if text[start:end].strip():
                 break
         if stop < len(ids) and ids[stop] in self._control.ids and offsets[stop][0] == span.end:
-            return Span(span.start, offsets[stop][1])
+            return TurnSpan(span.start, offsets[stop][1])
         return span
 
 

@@ -84,7 +84,7 @@ class FeatureExtractor:
         return np.ascontiguousarray(whole.T)
 
     @property
-    def facts(self) -> Any:
+    def facts(self) -> object:
         """Everything of it that decides features, as plain values."""
         facts = {key: value for key, value in self.extractor.to_dict().items() if key != "mel_filters"}
         return json.loads(json.dumps(facts, default=str))

@@ -6,7 +6,7 @@ Comes in: the model section.  Goes out: `SpeechProcessor`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,13 +126,14 @@ class SpeechProcessor(FeatureExtractor):
         return "".join(parts[:-1]).strip()
 
     @cached_property
-    def normalize(self) -> Any:
+    def normalize(self) -> Callable[[str], str]:
         """What makes spellings of the same words equal, before words are compared: Whisper's own for English where the
         model brings its spellings, else the one for any language."""
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
         path = self.folder / NORMALIZER
-        return EnglishTextNormalizer(read_json(path)) if path.exists() else BasicTextNormalizer()
+        known: Callable[[str], str] = EnglishTextNormalizer(read_json(path)) if path.exists() else BasicTextNormalizer()
+        return known
 
     def save(self, folder: Path) -> None:
         """The tokenizer's files and the extractor's, byte for byte."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,8 +25,22 @@ from tunekit.model.families.structure import accepted_names, training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.transformers_guard import quiet
 
-Inputs = dict[str, torch.Tensor]
-Told = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
+ModelInputs = dict[str, torch.Tensor]
+StopCheck = Callable[[Sequence[int], list[int]], list[bool]]  # numbers of prompts, their new tokens -> which end there
+
+
+class KeyValueCache(Protocol):
+    """transformers' DynamicCache, as far as it is used here."""
+
+    layers: Sequence[Any]  # keys and values, (B, heads, T, D) each
+
+    def get_seq_length(self) -> int:
+        """T."""
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows, in this order."""
+
+
 PROBE_QUESTION, PROBE_ANSWER = "question", "plain answer"
 PROBE_TOKENS = 8
 LEAST_TEMPERATURE = 1e-5  # below it logits divided by it overflow; the likeliest token is taken as at 0
@@ -42,10 +56,10 @@ def generate_texts(
     sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
     template: str | None = None,
-    adapt: Callable[[Inputs], Inputs] | None = None,
+    adapt: Callable[[ModelInputs], ModelInputs] | None = None,
     virtual_tokens: int = 0,
-    told: Told | None = None,
-    cache: Any = None,
+    told: StopCheck | None = None,
+    cache: KeyValueCache | None = None,
     seeds: Sequence[int] | None = None,
     keep_stop: bool = False,
 ) -> list[list[int]]:
@@ -104,7 +118,7 @@ def check_prompts(prompts_ids: Sequence[Sequence[int]], positions: int | None, o
 def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None = None) -> list[int]:
     """Where an answer ends: the tokenizer's end, the model's own, and the token with which the template ends a turn."""
     stops = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
-    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    own = getattr(model.generation_config, "eos_token_id", None)
     stops.update(own if isinstance(own, list | tuple) else [] if own is None else [own])
     stops.update(end_of_turn_ids(tokenizer, template))
     return sorted(int(stop) for stop in stops)
@@ -130,7 +144,9 @@ def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[i
     return []
 
 
-def prompt_cache(model: LoadedModel, ids: Sequence[int], cache: Any, prompt: Sequence[int]) -> Any:
+def prompt_cache(
+    model: LoadedModel, ids: Sequence[int], cache: KeyValueCache | None, prompt: Sequence[int]
+) -> KeyValueCache | None:
     """Keys and values for a prompt: those of `cache`, made of `ids`, as far as the two begin alike, else none yet.
 
     None where a base keeps something else, of which no beginning can be taken: a state, a window, an encoder's output.
@@ -217,10 +233,10 @@ def _generate(
     model: LoadedModel,
     prompts: list[Sequence[int]],
     pad_id: int,
-    settings: Any,
-    adapt: Callable[[Inputs], Inputs] | None,
+    settings: object,
+    adapt: Callable[[ModelInputs], ModelInputs] | None,
     told: Callable[[list[int]], list[bool]] | None,
-    cache: Any,
+    cache: KeyValueCache | None,
     draws: _Draws | None = None,
 ) -> list[list[int]]:
     """One batch: new ids of each row, with whatever follows a stop token."""
@@ -249,7 +265,9 @@ def _generate(
     return output[:, repeated:].tolist()  # type: ignore[no-any-return]
 
 
-def _shared_cache(model: LoadedModel, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor) -> Any:
+def _shared_cache(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor
+) -> KeyValueCache | None:
     """Keys and values of all but the last token of each prompt, where some prompts are equal: these are computed once.
 
     None where no two are, or where a base keeps something else.    Shapes: ids, mask (B, T), padded on the left.

@@ -1,0 +1,18 @@
+"""The mean of a number that each answer gets from its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+def mean_of_pairs(of_pair: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], float]:
+    """`score` of a metric that is the mean of `of_pair` (answer, reference)."""
+
+    def score(predictions: Sequence[str], references: Sequence[str]) -> float:
+        """Raises: ValueError without pairs, or where the lengths differ."""
+        scores = [of_pair(*pair) for pair in zip(predictions, references, strict=True)]
+        if not scores:
+            raise ValueError("no answers to compare")
+        return sum(scores) / len(scores)
+
+    return score
