@@ -54,15 +54,16 @@ def _section(section: ReportSection) -> Iterator[str]:
 def _titled(table: ReportTable) -> Iterator[str]:
     if table.title:
         yield f"{escape(table.title)}:"
-    yield _table(table.head, table.rows[:MOST_ROWS])
+    yield _table(table.head, table.rows[:MOST_ROWS], ":--" if table.has_texts else "--:")
     if len(table.rows) > MOST_ROWS:
         yield f"{len(table.rows) - MOST_ROWS:,} more are in report.html."
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; all columns but the first are set to the right."""
-    lines = [[*map(escape, head)], [":--", *["--:"] * (len(head) - 1)], *([*map(_cell, row)] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]], alignment: str = "--:") -> str:
+    """A Markdown table; `alignment`: that of all columns but the first."""
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in (head, *rows)]
+    lines.insert(1, f"|{'|'.join([':--', *[alignment] * (len(head) - 1)])}|")
+    return "\n".join(lines)
 
 
 def _cell(value: object) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 from tunekit.artifacts.report.curves import binned_text, charts_of
 from tunekit.artifacts.report.pictures import before_and_after
@@ -16,7 +17,7 @@ from tunekit.console.text import cell_text
 from tunekit.metrics.classes import COLUMNS, confusion_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.reading.names import known_names, settings_class
-from tunekit.records import Panel, bytes_text, calibration_text, skipped_text
+from tunekit.records import Panel, PeakBytes, bytes_text, calibration_text, skipped_text
 
 MOST_CHARACTERS = 240  # of a prompt above its answers
 MOST_EVALUATIONS, MOST_LABELS = 12, 20
@@ -247,7 +248,7 @@ def _memory(run: RunValues) -> Iterator[ReportSection]:
     peak, report = run.plan.get("peak_bytes"), run.report
     if not peak:
         return
-    sizes = {name: size for name, size in peak.items() if name != "total" and (size or name != "logits")}
+    sizes = {part.name: peak[part.name] for part in fields(PeakBytes) if part.name != "total" and peak.get(part.name)}
     sizes |= {REST: rest} if (rest := peak["total"] - sum(sizes.values())) > 0 else {}
     parts = [(name, size, bytes_text(size)) for name, size in sizes.items()]
     bars = [Bar(f"predicted {bytes_text(peak['total'])}", parts)]
