@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class Plan:
     """Everything decided before a weight is loaded; saved as plan.json and obeyed by train."""
 
     tunekit_version: str
-    recipe: dict[str, Any]
+    recipe: dict[str, dict[str, object]]
     model: ModelFacts
     text: TextFacts | None  # None: a family without text
     device: str

@@ -35,7 +35,7 @@ def watch_verb(folder: str, port: int | None) -> None:
         return
     run = run_values(path)
     console.info(f"{path}: {state_of(run)}")
-    with Progress(console, run.plan.get("steps", 0), shows=run.shows) as progress:
+    with Progress(console, run.plan.count("steps"), shows=run.shows) as progress:
         for record in _records(path):
             if isinstance(record, StepRecord):
                 progress.update(record)

@@ -102,19 +102,19 @@ def outcome_table(runs: Sequence[RunValues]) -> Outcomes:
 
 def _exported(run: RunValues) -> dict[str, float]:
     """The evaluation of the weights that were exported; the last one where the run goes on."""
-    kept = run.report.get("best_step")
-    records = [record for record in run.evaluations if kept is None or record["step"] == kept]
-    return dict(records[-1]["eval"]) if records else {}
+    best = run.report.get("best_step")
+    records = [record for record in run.evaluations if best is None or record["step"] == best]
+    return records[-1].numbers("eval") if records else {}
 
 
 def _facts(run: RunValues) -> list[float | None]:
     report = run.report
     return [
-        report.get("final_loss"),
-        report.get("tokens_per_second"),
-        sum(report["measured_bytes"].values()) if report.get("measured_bytes") else None,
-        report.get("seconds", {}).get("train"),
-        report.get("adapter_bytes"),
+        report.number("final_loss"),
+        report.number("tokens_per_second"),
+        sum(report.numbers("measured_bytes").values()) or None,
+        report.part("seconds").number("train"),
+        report.number("adapter_bytes"),
     ]
 
 
@@ -136,7 +136,7 @@ def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
 
 
 def _seed(run: RunValues) -> object:
-    return run.section("training").get("seed")
+    return run.recipe.part("training").get("seed")
 
 
 def _columns(outcome: Outcomes) -> range:

@@ -21,7 +21,7 @@ def charts_of(runs: Sequence[RunValues]) -> list[Chart]:
     """The charts of one run, or of several over each other, each run in its colour; the headline's is the first."""
     many = len(runs) > 1
     charts = [_loss(runs, many)]
-    for name in dict.fromkeys(name for run in runs for record in run.evaluations for name in record["eval"]):
+    for name in dict.fromkeys(name for run in runs for record in run.evaluations for name in record.numbers("eval")):
         if name not in ("loss", "perplexity"):
             points = [_points(run, name, at, many) for at, run in enumerate(runs)]
             charts.append(Chart(f"chart-eval-{name}", f"Evaluation: {name}", "", False, points))
@@ -76,7 +76,7 @@ def _loss(runs: Sequence[RunValues], many: bool) -> Chart:
 
 def _steps(run: RunValues, name: str, at: int, many: bool, label: str | None = None) -> Series:
     """One value of every step, in at most MOST_POINTS means."""
-    found = [(record["step"], value) for record in run.steps if isinstance(value := record.get(name), int | float)]
+    found = [(record.count("step"), value) for record in run.steps if (value := record.number(name)) is not None]
     bins = min(MOST_POINTS, len(found))
     edges = [round(index * len(found) / bins) for index in range(bins + 1)] if bins else [0]
     points = [(found[end - 1][0], sum(value for _, value in found[a:end]) / (end - a)) for a, end in pairwise(edges)]
@@ -98,14 +98,15 @@ def _trend(series: Series) -> Series:
 
 
 def _points(run: RunValues, name: str, color: int, many: bool) -> Series:
-    points = [(record["step"], record["eval"][name]) for record in run.evaluations if name in record["eval"]]
+    values = [(record.count("step"), record.numbers("eval")) for record in run.evaluations]
+    points = [(step, metrics[name]) for step, metrics in values if name in metrics]
     return _series(run.name if many else name, points, "points", color)
 
 
 def _memory(runs: Sequence[RunValues], many: bool) -> Chart:
     """The peak so far, as metrics.jsonl has it; of one run next to the prediction."""
     lines = [_steps(run, "peak_bytes", at, many, "peak so far") for at, run in enumerate(runs)]
-    predicted = runs[0].plan.get("peak_bytes", {}).get("total")
+    predicted = runs[0].plan.part("peak_bytes").number("total")
     if not many and lines[0].x and predicted is not None:
         ends = dict.fromkeys((lines[0].x[0], lines[0].x[-1]))
         lines.append(_series("predicted", [(x, predicted) for x in ends], "dash", 1))

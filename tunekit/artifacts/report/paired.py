@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.artifacts.report.values import RowLossValues, RunValues
+from tunekit.artifacts.report.values import RunValues, Values
 
 Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
@@ -69,11 +69,11 @@ def _shared(one: RunValues, other: RunValues) -> Losses:
     return np.array([values for values in both if None not in values and values[2]], np.float64).reshape(-1, 3)
 
 
-def _keyed(kept: RowLossValues) -> Iterator[tuple[tuple[str, int], tuple[float | None, int]]]:
+def _keyed(kept: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]:
     seen: Counter[str] = Counter()
-    columns = kept.get("digests", []), kept.get("losses", []), kept.get("units", [])
-    for digest, loss, units in zip(*columns, strict=True):
-        yield (digest, seen[digest]), (loss, units)
+    digests = map(str, kept.items_of("digests"))
+    for digest, *loss_and_units in zip(digests, kept.column("losses"), kept.column("units"), strict=True):
+        yield (digest, seen[digest]), loss_and_units
         seen[digest] += 1
 
 

@@ -1,12 +1,11 @@
-"""The values of a run folder's files, for pages and comparisons. Any file, and any key, may be absent."""
+"""The values of a run folder's files, for pages and comparisons; each file, and each key, may be absent."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict, cast
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
 from tunekit.artifacts.run import ROWS_NAME, RUN_SIGNS, read_json
@@ -15,116 +14,44 @@ from tunekit.files.lock import is_held
 from tunekit.recipe.reading.names import known_names, shows_of
 from tunekit.records import DEFAULT_SHOWS, Shows
 
-
-class CountValues(TypedDict, total=False):
-    """What a page reads of RowCounts."""
-
-    dropped_reasons: dict[str, int]
+FILES = ("plan", "report", "environment", "status")
 
 
-class PlannedRowValues(TypedDict, total=False):
-    """What a page reads of PlannedRows."""
+class Values(dict[str, object]):
+    """An object of a JSON file. A value of another type than the one asked for counts as absent."""
 
-    training: CountValues
-    evaluation: CountValues | None
-    packing: bool
-    packing_reason: str
-    steps_per_epoch: int | None
+    def number(self, name: str) -> float | None:
+        """A number, or None."""
+        value = self.get(name)
+        return value if isinstance(value, int | float) else None
 
+    def count(self, name: str) -> int:
+        """A whole number, or 0."""
+        value = self.get(name)
+        return value if isinstance(value, int) else 0
 
-class PlanValues(TypedDict, total=False):
-    """What a page reads of plan.json."""
+    def part(self, name: str) -> Values:
+        """An object within this one."""
+        value = self.get(name)
+        return Values(value if isinstance(value, dict) else {})
 
-    recipe: dict[str, object]
-    model: dict[str, object]
-    text: object
-    device: str
-    targets: list[object]
-    trainable_parameters: int
-    total_parameters: int
-    steps: int
-    rows: PlannedRowValues
-    peak_bytes: dict[str, int]
-    notes: list[str]
-    budget_bytes: int | None
+    def numbers(self, name: str) -> dict[str, float]:
+        """The numbers of an object within this one, by name."""
+        part = self.part(name)
+        return {key: value for key in part if (value := part.number(key)) is not None}
 
+    def items_of(self, name: str) -> list[object]:
+        """The items of a list."""
+        value = self.get(name)
+        return value if isinstance(value, list) else []
 
-class ClassValues(TypedDict, total=False):
-    """Each label of the evaluation."""
+    def column(self, name: str) -> list[float | None]:
+        """The numbers of a list; None for what is none."""
+        return [item if isinstance(item, int | float) else None for item in self.items_of(name)]
 
-    labels: list[str]
-    per_class: list[dict[str, float]]
-
-
-class ReactionValues(TypedDict):
-    """A Reaction."""
-
-    probe: str
-    action: str
-    step: int
-
-
-class ReportValues(TypedDict, total=False):
-    """What a page reads of report.json."""
-
-    verdict: str
-    base_eval_loss: float
-    eval_loss: float
-    final_loss: float
-    best_step: int
-    final_step: int
-    tokens: int
-    supervised_tokens: int
-    tokens_per_second: float
-    supervised_tokens_per_second: float
-    seconds: dict[str, float]
-    predicted_bytes: dict[str, int]
-    measured_bytes: dict[str, int]
-    peak_requested_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_host_bytes: int
-    adapter_bytes: int
-    base_bytes: int
-    classes: ClassValues
-    reactions: list[ReactionValues]
-    skipped_steps: int
-    calibration: dict[str, object]
-
-
-class StepValues(TypedDict, total=False):
-    """What every step of metrics.jsonl has, next to what its objective logs."""
-
-    step: int
-    loss: float
-
-
-class EvaluationValues(TypedDict, total=False):
-    """An evaluation of metrics.jsonl."""
-
-    step: int
-    eval: dict[str, float]
-    samples: list[dict[str, str]]
-    sources: dict[str, dict[str, float]]
-
-
-class WorstRowValues(TypedDict):
-    """A row of high loss: stretches of its text, and whether each is trained on."""
-
-    number: int
-    text: list[tuple[str, bool]]
-
-
-class RowLossValues(TypedDict, total=False):
-    """The loss of each evaluation row, as RowLosses keeps it."""
-
-    step: int
-    rows: list[str]
-    units: list[int]
-    digests: list[str]
-    losses: list[float | None]
-    before: list[float | None] | None
-    worst: list[WorstRowValues]
+    def parts(self, name: str) -> list[Values]:
+        """The objects of a list."""
+        return [Values(item) for item in self.items_of(name) if isinstance(item, dict)]
 
 
 @dataclass(frozen=True)
@@ -133,12 +60,12 @@ class RunValues:
 
     path: Path
     recipe_text: str
-    plan: PlanValues
-    report: ReportValues  # empty until the run is finished
-    environment: Mapping[str, object]
-    status: Mapping[str, object]
-    steps: Sequence[StepValues]
-    evaluations: Sequence[EvaluationValues]
+    plan: Values
+    report: Values  # empty until the run is finished
+    environment: Values
+    status: Values
+    steps: Sequence[Values]  # one record an optimizer step
+    evaluations: Sequence[Values]
 
     @property
     def name(self) -> str:
@@ -146,32 +73,28 @@ class RunValues:
         return self.path.resolve().name
 
     @property
-    def recipe(self) -> Mapping[str, object]:
+    def recipe(self) -> Values:
         """The recipe with its defaults, as plan.json holds it."""
-        return self.plan.get("recipe", {})
-
-    def section(self, name: str) -> Mapping[str, object]:
-        """A section of the recipe; empty if it is absent."""
-        section = self.recipe.get(name)
-        return section if isinstance(section, dict) else {}
+        return self.plan.part("recipe")
 
     @cached_property
     def shows(self) -> Shows:
         """What is shown of the run's objective."""
-        name = self.section("objective").get("method")
+        name = self.recipe.part("objective").get("method")
         return shows_of(str(name)) if name in known_names("objectives") else DEFAULT_SHOWS
 
     @property
     def exported_step(self) -> int | None:
         """Of the evaluation of the exported weights; the last one where the run goes on."""
-        return self.report.get("best_step") or max((record["step"] for record in self.evaluations), default=None)
+        last = max((record.count("step") for record in self.evaluations), default=None)
+        return self.report.count("best_step") or last
 
     @cached_property
-    def row_losses(self) -> RowLossValues:
-        """The losses of the evaluation rows; empty if those of the exported weights are not there."""
-        values = read_json(self.path / ROWS_NAME)
-        of_exported = isinstance(values, dict) and values.get("step") == self.exported_step
-        return cast(RowLossValues, values if of_exported else {})
+    def row_losses(self) -> Values:
+        """The losses of the evaluation rows, as RowLosses keeps them; empty if those of the exported weights are not
+        there."""
+        values = _object(self.path / ROWS_NAME)
+        return values if values.get("step") == self.exported_step else Values()
 
     @property
     def state(self) -> str:
@@ -190,20 +113,24 @@ def read_run(path: Path) -> RunValues:
 
 def run_values(path: Path) -> RunValues:
     """The values of a folder, of which any file may be absent."""
-    read = (read_json(path / f"{name}.json") for name in ("plan", "report", "environment", "status"))
-    plan, report, environment, status = (value if isinstance(value, dict) else {} for value in read)
+    plan, report, environment, status = (_object(path / f"{name}.json") for name in FILES)
     recipe = path / "recipe.yaml"
-    records = read_metrics(path / METRICS_NAME)
+    records = [Values(record) for record in read_metrics(path / METRICS_NAME)]
     return RunValues(
         path=path,
         recipe_text=recipe.read_text("utf-8", "replace") if recipe.is_file() else "",
-        plan=cast(PlanValues, plan),
-        report=cast(ReportValues, report),
+        plan=plan,
+        report=report,
         environment=environment,
         status=status,
-        steps=cast(list[StepValues], [record for record in records if "eval" not in record]),
-        evaluations=cast(list[EvaluationValues], [record for record in records if "eval" in record]),
+        steps=[record for record in records if "eval" not in record],
+        evaluations=[record for record in records if "eval" in record],
     )
+
+
+def _object(path: Path) -> Values:
+    value = read_json(path)
+    return Values(value if isinstance(value, dict) else {})
 
 
 def sizes_counted(runs: Sequence[RunValues]) -> str:

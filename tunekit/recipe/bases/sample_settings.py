@@ -26,18 +26,12 @@ from tunekit.records import Headline, Panel, Shows, Stall
 
 KINDS = ("function", "regex", "exact_match", "model")
 REWARDED = ("reward", "completions_mean_length", "completions_clipped_ratio")  # what an evaluation sums up
-COLUMNS = (
-    ("prompt", "prompt"),
-    ("the row's answer", "answer"),
-    ("completion", "completion"),
-    ("ended", "ended"),
-    ("reward", "rewards"),
-    ("advantage", "advantage"),
-)
+ANSWERS = (("prompt", "prompt"), ("the row's answer", "answer"), ("completion", "completion"), ("ended", "ended"))
+SCORES = (("reward", "rewards"), ("advantage", "advantage"))
 SHOWS = Shows(
     unit="completion",
     headline=Headline("reward", "Mean reward of what the model sampled", rises=True),
-    panels=(Panel("Completions that the model learnt from", "samples", COLUMNS),),
+    panels=(Panel("Completions that the model learnt from", "samples", (*ANSWERS, *SCORES)),),
     stalled=(
         Stall(
             "frac_reward_zero_std",
