@@ -206,14 +206,14 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
     method = run.recipe.part("adapter").get("method")
     known = method in known_names("adapters")
     full = known and getattr(settings_class("adapters", str(method)), "trains_base", False)
-    commands, text = [f"tunekit eval {place}", f"tunekit generate {place} --prompt 'your text'"], []
+    commands = [f"tunekit eval {place}", f"tunekit generate {place} --prompt 'your text'"]
     if not full:
         commands.append(f"tunekit merge {place}/adapter --output {place}/merged")
     if run.shows.draws:
-        text = ['A LoRA in adapter/ is diffusers\' too: pipeline.load_lora_weights("adapter") loads it.']
+        commands.append('# a LoRA in adapter/ is diffusers\' too: pipeline.load_lora_weights("adapter") loads it')
     elif not full:
-        text = ['adapter/ is in PEFT\'s format: PeftModel.from_pretrained(base, "adapter") loads it too.']
-    yield ReportSection("Use it", text, commands=commands)
+        commands.append('# adapter/ is in PEFT\'s format: PeftModel.from_pretrained(base, "adapter") loads it too')
+    yield ReportSection("Use it", commands=commands)
 
 
 def _files(run: RunValues) -> Iterator[ReportSection]:
