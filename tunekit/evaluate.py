@@ -25,7 +25,7 @@ from tunekit.metrics.sources import sources_table
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.reading.dump import yaml_scalar
-from tunekit.recipe.reading.names import known_names, objective_class, sizes_of, units_of, unmeasurable
+from tunekit.recipe.reading.names import known_names, objective_class, shows_of, unmeasurable
 from tunekit.targets.target import LoadedTarget, Target, find_target, load_target
 from tunekit.tuned.fit import row_problems
 
@@ -66,7 +66,7 @@ def evaluate_verb(
         devices.close()
     if devices.is_main:
         name, sums = loaded.objective.name, evaluation.sums
-        sizes, units = (of(name).replace(" ", "_") for of in (sizes_of, units_of))
+        sizes, units = (text.replace(" ", "_") for text in (shows_of(name).sizes, shows_of(name).units))
         counts = {"rows": sums.rows, sizes: sums.tokens, units: int(sums.values["units"])}
         values = {**evaluation.metrics, **counts}
         console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)

@@ -24,7 +24,7 @@ from tunekit.files.durable import write_new_text, write_text
 from tunekit.formats.preference import is_pair
 from tunekit.recipe.beginnings import BEGINNINGS
 from tunekit.recipe.data import Source
-from tunekit.recipe.reading.names import draws_images, known_names, measures_training
+from tunekit.recipe.reading.names import known_names, measures_training, shows_of
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
 from tunekit.records import bytes_text
@@ -272,7 +272,8 @@ def recipe_text(wanted: Wanted, target: Path) -> str:
     steps = 2 if few else 8
     data, model = (_beside(name, target) for name in (wanted.data, wanted.model))
     beginning = BEGINNINGS.get(look.objective) if look else None
-    draws = look is not None and wanted.quantization == "none" and draws_images(look.objective)  # nothing packed there
+    packed = wanted.quantization != "none"  # nothing is, where images are drawn
+    draws = look is not None and not packed and shows_of(look.objective).draws
     lora = [("  r: 16", "how much the adapter can hold"), ("  alpha: 32", "")] if wanted.method == "lora" else []
     if beginning and wanted.method == "lora":
         lora.append((f"  target_modules: {beginning.targets}", ""))

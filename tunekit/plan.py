@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from tunekit.artifacts.report import plan_page
+from tunekit.artifacts.report.plan_page import plan_section
 from tunekit.console import Console
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
@@ -38,7 +38,8 @@ def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None)
 
 def print_plan(console: Console, plan: Plan, available: int | None) -> None:
     """The plan as a page."""
-    console.panel(plan.model.name_or_path, plan_page.facts(plan))
-    console.table(["target", "layers", "shape", "rank", "parameters"], plan_page.target_rows(plan))
-    console.table(["memory", "at the peak"], plan_page.memory_rows(plan, available))
+    section = plan_section(plan, available)
+    console.panel(section.title, section.facts)
+    for table in section.tables:
+        console.table(table.head, table.rows)
     console.info(*plan.notes)

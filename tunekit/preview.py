@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tunekit.artifacts.report.pictures import inlined
-from tunekit.artifacts.report.preview_page import preview_page
+from tunekit.artifacts.report.preview_page import PreviewPart, PreviewRow, PreviewToken, preview_page
 from tunekit.console import Console, visible
 from tunekit.contracts import Objective, Row, Span, Tokenizer
 from tunekit.data.batching.order import epoch_rows
@@ -22,7 +22,7 @@ from tunekit.files.durable import write_text
 from tunekit.model.families import make_family
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reading.names import sizes_of, units_of
+from tunekit.recipe.reading.names import shows_of
 from tunekit.records import RowCounts
 
 TRAINED = "trained on"
@@ -54,11 +54,11 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
     loaded = load_rows(recipe.data, objective, seed=recipe.training.seed)
     order = epoch_rows(loaded.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)
     shown = [loaded.train[int(index)] for index in order[:rows]]
-    console, sizes = Console(), sizes_of(objective.name)
+    console, shows = Console(), shows_of(objective.name)
     console.info(*written.rewrites, *loaded.notes)
     for row in shown:
         parts = loaded.objective.rows.spans(row)
-        console.info(f"\n{heading(row, parts, sizes)}")
+        console.info(f"\n{heading(row, parts, shows.sizes)}")
         for part in parts:
             if part.title:
                 console.info(part.title)
@@ -67,7 +67,7 @@ def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: st
         console.info(
             "\nMarked text is trained on. The rest is not: prompts, other turns, and what the template writes itself."
         )
-    facts = statistics(loaded, units_of(objective.name), sizes)
+    facts = statistics(loaded, shows.units, shows.sizes)
     console.table(["rows", "value"], facts)
     if html is not None:
         write_text(Path(html), page(shown, loaded.objective, tokenizer, facts, loaded.notes))
@@ -140,9 +140,9 @@ def page(
     notes: Sequence[str],
 ) -> str:
     """A page that stands alone."""
-    shown = [
+    shown: list[PreviewRow] = [
         {
-            "heading": visible(heading(row, objective.rows.spans(row), sizes_of(objective.name))),
+            "heading": visible(heading(row, objective.rows.spans(row), shows_of(objective.name).sizes)),
             "parts": [_shown(part, tokenizer) for part in objective.rows.spans(row)],
         }
         for row in rows
@@ -150,9 +150,9 @@ def page(
     return preview_page("Training rows", shown, facts, [visible(note) for note in notes])
 
 
-def _shown(part: Span, tokenizer: Tokenizer | None) -> dict[str, object]:
+def _shown(part: Span, tokenizer: Tokenizer | None) -> PreviewPart:
     special = frozenset[int]() if tokenizer is None else tokenizer.special_ids
-    tokens = [
+    tokens: list[PreviewToken] = [
         {
             "text": visible(token.text).replace("\n", "\N{RETURN SYMBOL}\n"),
             "title": f"{token.token_id}: {token.why}",

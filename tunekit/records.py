@@ -1,4 +1,5 @@
-"""Plain records that pass between rooms: the plan and its parts, a step, an evaluation, the facts of a report.
+"""Plain records that pass between folders: what an objective shows, the plan and its parts, a step, an evaluation, the
+facts of a report.
 
 Frozen dataclasses of plain values (str, int, float, bool, None, lists and dicts of those) and of each other, so that
 every record can be written as JSON by `dataclasses.asdict`.
@@ -8,7 +9,62 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The number of each step that progress, the first chart and the report show; `rises`: when training goes well."""
+
+    name: str = "loss"
+    title: str = "Training loss"
+    rises: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A table of the report: the examples that some step records hold under `key`.
+
+    `columns`: label and key of each column; a value that is a mapping has one column per name.
+    """
+
+    title: str
+    key: str
+    columns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A logged share that is 1 in `steps` steps in a row when nothing is learned: its meaning, and what to do."""
+
+    metric: str
+    steps: int
+    meaning: str
+    action: str
+
+
+@dataclass(frozen=True)
+class Shows:
+    """What progress, report and preview show about an objective."""
+
+    unit: str = "supervised token"  # what its loss sums over
+    size_unit: str = "token"  # what the sizes of its rows count
+    headline: Headline = Headline()
+    draws: str = ""  # if its model draws pictures: the key of their prompts in the objective's section
+    panels: tuple[Panel, ...] = ()
+    stalled: tuple[Stall, ...] = ()
+
+    @property
+    def units(self) -> str:
+        """supervised tokens, pairs, labels."""
+        return f"{self.unit}s"
+
+    @property
+    def sizes(self) -> str:
+        """tokens, frames, pixels."""
+        return f"{self.size_unit}s"
+
+
+DEFAULT_SHOWS = Shows()
 
 
 @dataclass(frozen=True)
@@ -132,7 +188,7 @@ class Plan:
     """Everything decided before a weight is loaded; saved as plan.json and obeyed by train."""
 
     tunekit_version: str
-    recipe: dict[str, Any]
+    recipe: dict[str, dict[str, object]]
     model: ModelFacts
     text: TextFacts | None  # None: a family without text
     device: str
@@ -163,7 +219,7 @@ class Preparation:
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
-    samples: Sequence[Mapping[str, Any]] = ()
+    samples: Sequence[Mapping[str, object]] = ()
 
 
 @dataclass(frozen=True)
@@ -181,7 +237,7 @@ class StepRecord:
     tokens_per_second: float
     peak_bytes: int
     metrics: dict[str, float] = field(default_factory=dict)  # means over the step of what its objective logs
-    samples: list[Mapping[str, Any]] | None = None  # of the model's completions, of some steps
+    samples: list[Mapping[str, object]] | None = None  # of the model's completions, of some steps
 
 
 @dataclass(frozen=True)
@@ -192,7 +248,7 @@ class EvaluationRecord:
 
     step: int
     metrics: dict[str, float]
-    classes: dict[str, Any] | None = None
+    classes: Mapping[str, object] | None = None
     samples: list[dict[str, str]] | None = None
     sources: dict[str, dict[str, float]] | None = None
 
@@ -232,17 +288,16 @@ class ReportFacts:
     base_eval_loss: float | None  # before training
     eval_loss: float | None  # of the exported weights
     verdict: str | None  # that the second is the larger one, or that the training loss rose, in words
-    evaluations: list[dict[str, Any]]
+    evaluations: list[dict[str, object]]
     reactions: list[Reaction]
     skipped_steps: int | None = None  # whose gradients overflowed in float16
-    calibration: dict[str, Any] | None = None
+    calibration: Mapping[str, object] | None = None
     budget_bytes: int | None = None
-    first_reward: float | None = None  # of what the model sampled, as the losses are
-    final_reward: float | None = None
-    classes: dict[str, Any] | None = None  # of each label what the exported weights made of it
+    headline: Mapping[str, float] = field(default_factory=dict)  # first_NAME and final_NAME, if it is not the loss
+    classes: Mapping[str, object] | None = None  # of each label what the exported weights made of it
 
 
-def calibration_text(facts: dict[str, Any]) -> str:
+def calibration_text(facts: Mapping[str, object]) -> str:
     """What the pass over the data before step 1 was and cost, in a sentence."""
     backward = f" and {facts['backward_passes']:,} backward" if facts["backward_passes"] else ""
     return (

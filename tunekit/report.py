@@ -1,4 +1,4 @@
-"""`tunekit report`: run folders go in; what differs, what came of each, and a page with their curves come out."""
+"""`tunekit report`: compare runs on the screen and on a page with their curves, or write the page of one run anew."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from tunekit.artifacts.report.compare import Outcomes, differing_keys, outcome_table, same_but_seed
-from tunekit.artifacts.report.html import comparison_page, run_page
+from tunekit.artifacts.report.compare import Outcomes, comparison_report, differing_keys, outcome_table, same_but_seed
+from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.paired import differences, heading
+from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import RunValues, read_run
 from tunekit.console import Console
 from tunekit.errors import InputError
@@ -46,7 +46,7 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
         console.info("the recipes are the same but for output.dir")
     page = html or (str(paths[0] / "report.html") if len(runs) == 1 else None)
     if page is not None:
-        write_text(Path(page), run_page(runs[0]) if len(runs) == 1 else comparison_page(runs))
+        write_text(Path(page), html_page(run_report(runs[0]) if len(runs) == 1 else comparison_report(runs)))
         console.info(f"page: {page}")
     if csv_file is not None:
         write_text(Path(csv_file), _csv(outcome))
@@ -66,7 +66,7 @@ def _csv(outcome: Outcomes) -> str:
     return text.getvalue()
 
 
-def _json(runs: Sequence[RunValues], outcome: Outcomes, keys: Sequence[Sequence[str]]) -> dict[str, Any]:
+def _json(runs: Sequence[RunValues], outcome: Outcomes, keys: Sequence[Sequence[str]]) -> dict[str, object]:
     """{runs: [{name, path, state, outcome}], differing: {key: [a value each]}}."""
     return {
         "runs": [

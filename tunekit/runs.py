@@ -1,4 +1,4 @@
-"""`tunekit runs`: a folder goes in; a line for each run below it comes out, and with `clean` their checkpoints go."""
+"""`tunekit runs`: a line for each run below a folder; `clean` removes their checkpoints."""
 
 from __future__ import annotations
 
@@ -112,16 +112,16 @@ def find_runs(folder: Path) -> list[Path]:
 def run_line(path: Path) -> RunLine:
     """What the files of one run say."""
     values = run_values(path)
-    losses = [record["eval"]["loss"] for record in values.evaluations if record["step"] and "loss" in record["eval"]]
+    losses = [record.numbers("eval").get("loss") for record in values.evaluations if record["step"]]
     metrics = path / "metrics.jsonl"
     newest = metrics if metrics.exists() else path / "plan.json"
     return RunLine(
         path=str(path),
         state=state_of(values),
-        steps=values.steps[-1]["step"] if values.steps else 0,
-        planned_steps=values.plan.get("steps"),
-        loss=values.steps[-1]["loss"] if values.steps else None,
-        best=min(losses, default=None),
+        steps=values.steps[-1].count("step") if values.steps else 0,
+        planned_steps=values.plan.count("steps") or None,
+        loss=values.steps[-1].number("loss") if values.steps else None,
+        best=min((loss for loss in losses if loss is not None), default=None),
         bytes=size_bytes(path),
         checkpoint_bytes=size_bytes(path / "checkpoints"),
         age_seconds=max(0.0, time.time() - newest.stat().st_mtime),

@@ -27,7 +27,7 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reading.names import sizes_of, units_of
+from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Choice, Plan, bytes_text, skipped_text
 from tunekit.targets.export import export_adapter, export_model
 from tunekit.training import run_files
@@ -86,13 +86,8 @@ def _train(session: Session, resume: bool) -> None:
         plan, run = assemble_run(session, plan, prepared, _load(session, plan, prepared), checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had put it off
     trackers = run_files.make_trackers(session, run.state.step)
-    sizes = sizes_of(plan.objective)
     progress = Progress(
-        session.console,
-        plan.steps,
-        run.state.step,
-        budget_bytes=plan.budget_bytes,
-        speed_unit="tok" if sizes == "tokens" else sizes,
+        session.console, plan.steps, run.state.step, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective)
     )
     with trackers, progress:
         run.record = run_files.make_recorder(session, progress, trackers)
@@ -149,8 +144,8 @@ def _plan(session: Session, previous: Choice | None = None) -> tuple[Plan, Prepa
         f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters trained"
     )
     console.info(
-        f"{rows.trained:,} rows, {rows.dropped:,} dropped, {plan.steps:,} steps, "
-        f"{plan.supervised_tokens:,} {units_of(plan.objective)}; predicted peak {bytes_text(plan.peak_bytes.total)}"
+        f"{rows.trained:,} rows, {rows.dropped:,} dropped, {plan.steps:,} steps, {plan.supervised_tokens:,} "
+        f"{shows_of(plan.objective).units}; predicted peak {bytes_text(plan.peak_bytes.total)}"
     )
     console.info(*plan.notes)
     return plan, prepared

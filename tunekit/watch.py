@@ -1,7 +1,5 @@
-"""`tunekit watch`: the folder of a run that goes on in another process; its progress comes out, as there, or as a page.
-
-Reads files only, so that the run is not slowed down.
-"""
+"""`tunekit watch`: follow a run of another process, line by line or on a page. Only files are read, so that the run is
+not slowed down."""
 
 from __future__ import annotations
 
@@ -10,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
-from tunekit.artifacts.metrics_log import METRICS_NAME, records_from
-from tunekit.artifacts.report.html import run_page
+from tunekit.artifacts.metrics_log import METRICS_NAME, Line, Record, records_from
+from tunekit.artifacts.report.html import html_page
+from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import read_run, run_values, state_of
 from tunekit.artifacts.run import read_json
 from tunekit.console import Console
@@ -35,9 +33,9 @@ def watch_verb(folder: str, port: int | None) -> None:
     if port is not None:
         _serve(path, port, console)
         return
-    steps = run_values(path).plan.get("steps", 0)
-    console.info(f"{path}: {state_of(run_values(path))}")
-    with Progress(console, steps) as progress:
+    run = run_values(path)
+    console.info(f"{path}: {state_of(run)}")
+    with Progress(console, run.plan.count("steps"), shows=run.shows) as progress:
         for record in _records(path):
             if isinstance(record, StepRecord):
                 progress.update(record)
@@ -48,7 +46,7 @@ def watch_verb(folder: str, port: int | None) -> None:
 
 def _records(path: Path) -> Iterator[StepRecord | EvaluationRecord]:
     """What the run has said so far, and then what it says, until it ends. A resume that goes back begins again."""
-    told: list[tuple[int, dict[str, Any]]] = []  # where each line ends, and what it says
+    told: list[Line] = []
     seen: tuple[int, int] | None = None
     while True:
         ended = not _goes_on(path)
@@ -64,7 +62,7 @@ def _records(path: Path) -> Iterator[StepRecord | EvaluationRecord]:
         time.sleep(LOOK_SECONDS)
 
 
-def _since(metrics: Path, told: list[tuple[int, dict[str, Any]]]) -> tuple[int, list[tuple[int, dict[str, Any]]]]:
+def _since(metrics: Path, told: list[Line]) -> tuple[int, list[Line]]:
     """How many of the lines told are still so, and those after them; of a log that only grew its new end is read."""
     try:
         grown = list(records_from(metrics, told[-2][0])) if len(told) > 1 else []
@@ -83,12 +81,13 @@ def _goes_on(path: Path) -> bool:
     return (not isinstance(status, dict) or status.get("exit_code") is None) and is_held(path)
 
 
-def _record(line: dict[str, Any]) -> StepRecord | EvaluationRecord:
+def _record(line: Record) -> StepRecord | EvaluationRecord:
     if "eval" in line:
         return EvaluationRecord(line["step"], line["eval"])
     values = {name: line[name] for name in PLAIN}
     values["grad_norm"] = float("nan") if values["grad_norm"] is None else values["grad_norm"]
-    return StepRecord(**values)
+    metrics = {name: value for name, value in line.items() if name not in PLAIN and isinstance(value, float)}
+    return StepRecord(**values, metrics=metrics)
 
 
 class _Page(BaseHTTPRequestHandler):
@@ -100,7 +99,7 @@ class _Page(BaseHTTPRequestHandler):
         if self.path not in ("/", "/index.html"):
             self.send_error(404)
             return
-        text = run_page(run_values(self.path_of_run))
+        text = html_page(run_report(run_values(self.path_of_run)))
         if read_json(self.path_of_run / "report.json") is None:
             text = text.replace("<head>", f"<head>{REFRESH}", 1)
         body = text.encode()

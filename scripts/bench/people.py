@@ -189,12 +189,14 @@ def report(model: Path) -> dict[str, Any]:
 
     from tests.artifacts.test_html_browser import browser_path
     from tests.support.run_case import write_run
-    from tunekit.artifacts.report.html import run_page
+    from tunekit.artifacts.report.html import html_page
+    from tunekit.artifacts.report.run_report import run_report
     from tunekit.artifacts.report.values import read_run
 
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page_file = Path(folder) / "report.html"
-        page_file.write_text(run_page(read_run(write_run(Path(folder) / "run", steps=20_000, rate=1e-4))), "utf-8")
+        run = read_run(write_run(Path(folder) / "run", steps=20_000, rate=1e-4))
+        page_file.write_text(html_page(run_report(run)), "utf-8")
         browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
         drawn = []
         for _ in range(5):

@@ -9,30 +9,31 @@ from pathlib import Path
 import pytest
 
 from tests.support.run_case import write_run
-from tunekit.artifacts.report.compare import differing_keys, outcome_table, same_but_seed
+from tunekit.artifacts.report.compare import comparison_report, differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.curves import MOST_POINTS, charts_of
-from tunekit.artifacts.report.html import comparison_page, run_page
+from tunekit.artifacts.report.html import html_page
+from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import read_run
 from tunekit.errors import InputError
 
 
 def test_a_run_is_told_with_its_own_numbers(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "first"))
-    page = run_page(run)
+    page = html_page(run_report(run))
     for text in ("<title>first</title>", "lora of rank 16", "839.2 MiB", "predicted 858.3 MiB", "(+2.3%)", "too long"):
         assert text in page
     assert "two lemon cakes" in page
     assert "I cannot &lt;b&gt;say&lt;/b&gt;" in page  # a model's answer is text, never a tag
     assert "<td>eval.jsonl:6</td><td>7</td><td>2.6</td>" in page  # a worst row: its units, its loss before and after
     assert "&lt;|user|&gt;cakes?<mark>&lt;u&gt;two&lt;/u&gt; lemon cakes</mark>" in page
-    charts = {chart["id"]: chart for chart in charts_of([run])}
-    assert charts["chart-loss"]["series"][0]["y"] == [float(f"{record['loss']:.5g}") for record in run.steps]
-    assert charts["chart-loss"]["series"][-1]["x"] == [0, 40]
+    charts = {chart.id: chart for chart in charts_of([run])}
+    assert charts["chart-loss"].series[0].y == [float(f"{record['loss']:.5g}") for record in run.steps]
+    assert charts["chart-loss"].series[-1].x == [0, 40]
 
 
 def test_nothing_of_a_file_ends_the_script_or_shows_a_token(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "x", verdict="worse: hf_" + "a" * 34 + "</script><img src=x>")
-    page = run_page(read_run(folder))
+    page = html_page(run_report(read_run(folder)))
     assert "<img" not in page
     assert "hf_" not in page
     assert page.count("</script>") == 2
@@ -43,15 +44,15 @@ def test_nothing_of_a_file_ends_the_script_or_shows_a_token(tmp_path: Path) -> N
 
 def test_a_long_run_stays_small_and_keeps_its_mean(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "long", steps=20_000, rate=1e-4))
-    assert len(run_page(run)) < 300_000
+    assert len(html_page(run_report(run))) < 300_000
     (chart, *_) = charts_of([run])
-    assert len(chart["series"][0]["y"]) == MOST_POINTS
+    assert len(chart.series[0].y) == MOST_POINTS
     mean = sum(record["loss"] for record in run.steps) / len(run.steps)
-    assert sum(chart["series"][0]["y"]) / MOST_POINTS == pytest.approx(mean, rel=1e-4)
+    assert sum(chart.series[0].y) / MOST_POINTS == pytest.approx(mean, rel=1e-4)
 
 
 def test_a_run_that_goes_on_has_a_page(tmp_path: Path) -> None:
-    page = run_page(read_run(write_run(tmp_path / "going", steps=3, finished=False)))
+    page = html_page(run_report(read_run(write_run(tmp_path / "going", steps=3, finished=False))))
     assert "3 of 3 steps" in page
 
 
@@ -78,6 +79,6 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     mean, spread = (float(text) for text in cells[0].split(" ± "))
     assert mean == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-3)
     assert spread == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5, rel=1e-2, abs=1e-4)
-    page = comparison_page(runs)
+    page = html_page(comparison_report(runs))
     assert "training.learning_rate" in page
     assert "weight_decay" not in page

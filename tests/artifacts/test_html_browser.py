@@ -17,22 +17,24 @@ import pytest
 from PIL import Image
 
 from tests.support.run_case import write_run
-from tunekit.artifacts.report.html import comparison_page, run_page
+from tunekit.artifacts.report.compare import comparison_report
+from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.pictures import inlined, picture_name
-from tunekit.artifacts.report.preview_page import preview_page
+from tunekit.artifacts.report.preview_page import PreviewRow, PreviewToken, preview_page
+from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import read_run
 from tunekit.artifacts.run import PICTURES
 
 pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-TOKENS = [
+TOKENS: list[PreviewToken] = [
     {"text": "<|im_start|>", "title": "1: not trained on: prompt", "kinds": "p s"},
     {"text": "two lemon cakes " * 40, "title": "2: trained on", "kinds": "t"},
     {"text": "and" * 200, "title": "3: not trained on: another turn", "kinds": "o"},
     {"text": "<|im_end|>", "title": "4: trained on", "kinds": "t s"},
 ]
 IMAGE = inlined(np.zeros((64, 400, 3), np.uint8))
-PREVIEWED = [
+PREVIEWED: list[PreviewRow] = [
     {"heading": "rows.jsonl:1: 4 tokens", "parts": [{"title": "chosen", "tokens": TOKENS, "image": None}]},
     {"heading": "photos:1: 25,600 pixels", "parts": [{"title": "a kite" * 60, "tokens": [], "image": IMAGE}]},
 ]
@@ -72,12 +74,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             Image.new("RGB", (512, 384), "navy").save(drawn / picture_name(step, number))
     bad = read_run(write_run(folder / "bad", verdict="worse than the base: eval loss 3 against 2.6"))
     texts = {
-        "long": run_page(long),
-        "short": run_page(short[0]),
-        "going": run_page(going),
-        "bad": run_page(bad),
-        "drawn": run_page(read_run(drawn)),
-        "compared": comparison_page(short),
+        "long": html_page(run_report(long)),
+        "short": html_page(run_report(short[0])),
+        "going": html_page(run_report(going)),
+        "bad": html_page(run_report(bad)),
+        "drawn": html_page(run_report(read_run(drawn))),
+        "compared": html_page(comparison_report(short)),
         "preview": preview_page("Training rows", PREVIEWED, [("read", 3)], ["rows.jsonl: format chat"]),
     }
     for name, text in texts.items():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.support.run_case import write_run
-from tunekit.artifacts.report.html import comparison_page
+from tunekit.artifacts.report.compare import comparison_report
+from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.paired import differences, paired_interval
 from tunekit.artifacts.report.values import read_run
 
@@ -56,7 +57,7 @@ def test_runs_are_compared_on_the_rows_that_they_share(tmp_path: Path) -> None:
     assert (found.run, found.than, found.rows) == ("better", "plain", 19)
     assert found.difference == pytest.approx(-0.1)
     assert (found.low, found.high) == pytest.approx((-0.1, -0.1))
-    assert "Better, or by chance?" in comparison_page(runs)
+    assert "Better, or by chance?" in html_page(comparison_report(runs))
 
 
 def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
@@ -69,4 +70,4 @@ def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
     plan["recipe"]["objective"] = {"method": "dpo", "beta": 0.2}
     (other / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     assert differences([read_run(folder) for folder in (plain, older, apart, other)]) == []
-    assert "highest loss" not in comparison_page([read_run(plain), read_run(older)])
+    assert "highest loss" not in html_page(comparison_report([read_run(plain), read_run(older)]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tunekit.artifacts.report.page import curve, escape, make_page
+from tunekit.artifacts.report.markdown import curve, escape
 from tunekit.artifacts.report.write import report_values, write_report
 from tunekit.artifacts.run import RunFolder
 from tunekit.records import (
@@ -95,6 +95,16 @@ def step(number: int, loss: float) -> StepRecord:
     return StepRecord(number, number / 2, loss, 1e-4, 0.5, 100, 40, 0.5, 200.0, MIB)
 
 
+def written(run: RunFolder, facts: ReportFacts, plan: Plan | None = None) -> str:
+    """report.md of these facts; report.html is written too. The evaluations are those of the facts."""
+    plan = make_plan() if plan is None else plan
+    run.write_json("plan.json", dataclasses.asdict(plan))
+    steps = [record for record in run.read_metrics() if "eval" not in record]
+    run.write_text("metrics.jsonl", "".join(f"{json.dumps(record)}\n" for record in [*steps, *facts.evaluations]))
+    write_report(run, facts, plan)
+    return (run.path / "report.md").read_text("utf-8")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     run = RunFolder.open_new(tmp_path / "first")
@@ -115,8 +125,7 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
     assert report["predicted_bytes"] == {"cpu": 110 * MIB}
     assert report["reactions"] == [{"probe": "longest batch", "action": "micro-batches are split in two", "step": 0}]
     assert {field.name for field in dataclasses.fields(ReportFacts)} - set(report) == {
-        "first_reward",
-        "final_reward",
+        "headline",
         "peak_requested_bytes",
         "peak_allocated_bytes",
         "peak_reserved_bytes",
@@ -132,21 +141,21 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
     ("budget", "words"),
     [
         (120, "The budget of 120.0 MiB was kept: 20.0 MiB of it"),
-        (90, "**The budget of 90.0 MiB was exceeded** by 10.0"),
+        (90, "**The budget of 90.0 MiB was exceeded by 10.0"),
     ],
 )
 def test_the_page_says_whether_a_budget_was_kept(run: RunFolder, budget: int, words: str) -> None:
-    write_report(run, dataclasses.replace(FACTS, budget_bytes=budget * MIB), make_plan())
+    page = written(run, dataclasses.replace(FACTS, budget_bytes=budget * MIB), make_plan(budget_bytes=budget * MIB))
     assert json.loads((run.path / "report.json").read_text())["budget_bytes"] == budget * MIB
-    assert words in (run.path / "report.md").read_text()
+    assert words in page
 
 
 def test_the_pass_before_step_1_is_reported(run: RunFolder) -> None:
     counts = {"micro_batches": 8, "tokens": 1234, "forward_passes": 8, "backward_passes": 8, "seconds": 2.5}
-    write_report(run, dataclasses.replace(FACTS, calibration={"start": "lora_ga", **counts}), make_plan())
+    page = written(run, dataclasses.replace(FACTS, calibration={"start": "lora_ga", **counts}))
     assert json.loads((run.path / "report.json").read_text())["calibration"] == {"start": "lora_ga", **counts}
     words = "looked at 8 micro-batches (1,234 tokens) before step 1: 8 forward and 8 backward passes in 2.5 s."
-    assert words in (run.path / "report.md").read_text().replace("\\", "")
+    assert words in page.replace("\\", "")
 
 
 def test_what_was_not_measured_is_absent_never_null_zero_or_nan() -> None:
@@ -184,18 +193,17 @@ def test_true_zeros_stay() -> None:
 
 
 def test_the_page_tells_all_of_it(run: RunFolder) -> None:
-    write_report(run, FACTS, make_plan())
-    page = (run.path / "report.md").read_text()
+    page = written(run, FACTS)
     for text in (
         "# first",
-        "lora of rank 16 on **models/tiny\\_llama**",
-        "500,000 parameters (0.50%) in 1 modules",
-        "for 4 steps (2.00 epochs)",
+        "lora of rank 16 on models/tiny\\_llama",
+        "500,000 of 100,000,000 parameters (0.50%) in 1 modules",
+        "for 4 of 4 steps (2.00 epochs)",
         "| 0 (before training) | 3 |  |",
         "| 2 (best) | 1 | 0.75 |",
         "| 4 | 1.5 | 0.5 |",
         "Training loss: 3 over the first tenth of the steps, 1.25 over the last.",
-        "those after **step 2**, the best evaluation",
+        "those after step 2, the best evaluation",
         "| activations | 40.0 MiB |",
         "| cpu | 110.0 MiB | 100.0 MiB | +10.0% |",
         "| tokens per second | 1,234 |",
@@ -215,9 +223,8 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
 
 def test_the_page_tells_of_a_gpu_and_of_skipped_steps(run: RunFolder) -> None:
     peaks = {"peak_requested_bytes": 5 * MIB, "peak_allocated_bytes": 6 * MIB, "peak_reserved_bytes": 8 * MIB}
-    write_report(run, dataclasses.replace(FACTS, skipped_steps=2, **peaks), make_plan())
+    page = written(run, dataclasses.replace(FACTS, skipped_steps=2, **peaks))
     assert json.loads((run.path / "report.json").read_text()).items() >= {"skipped_steps": 2, **peaks}.items()
-    page = (run.path / "report.md").read_text()
     for text in (
         "2 steps changed no weight: their gradients overflowed in float16.",
         "| asked for by tensors on the device | 5.0 MiB |",
@@ -227,9 +234,9 @@ def test_the_page_tells_of_a_gpu_and_of_skipped_steps(run: RunFolder) -> None:
 
 def test_a_result_that_is_worse_than_the_base_is_told_first(run: RunFolder) -> None:
     verdict = "worse than the base: eval loss 3.5 of the exported weights, 3 before training"
-    write_report(run, dataclasses.replace(FACTS, eval_loss=3.5, verdict=verdict), make_plan())
+    page = written(run, dataclasses.replace(FACTS, eval_loss=3.5, verdict=verdict))
     assert json.loads((run.path / "report.json").read_text())["verdict"] == verdict
-    assert f"## Result\n\n**{verdict.capitalize()}.**" in (run.path / "report.md").read_text()
+    assert page.index(f"**{verdict.capitalize()}.**") < page.index("## ")
 
 
 def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
@@ -251,22 +258,21 @@ def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
     )
     rows = dataclasses.replace(make_plan().rows, steps_per_epoch=None)
     plan = make_plan(rows=rows, recipe={"adapter": {"method": "full"}, "objective": {"method": "dpo"}})
-    page = make_page(run.path, facts, plan, [])
+    page = written(run, facts, plan)
     assert "not compared with its base: there are no evaluation rows" in page
     assert " pairs." in page
     assert "None" not in page.replace("None: every check", "")
     assert "nan" not in page.lower()
-    assert "those after **step 4**, the last" in page
+    assert "those after step 4, the last" in page
     assert "merge" not in page
-    assert "## Rows" not in page
+    assert "## Size" not in page
 
 
 def test_text_of_others_is_never_markup(run: RunFolder) -> None:
     evil = "a|b`c`\n# heading <script>[x](http://y) ![i](z) ```sh\nrm -rf"
     model = dataclasses.replace(make_plan().model, name_or_path=evil)
     facts = dataclasses.replace(FACTS, reactions=[Reaction(evil, "https://bob:pw123@host hf_abcdefghijklmnop", 0)])
-    write_report(run, facts, make_plan(model=model))
-    page = (run.path / "report.md").read_text()
+    page = written(run, facts, make_plan(model=model))
     assert "<script>" not in page.replace("\\<script", "")
     assert "\n# heading" not in page
     assert "a\\|b\\`c\\`" in page
@@ -289,7 +295,7 @@ def test_the_curve_falls_with_the_loss() -> None:
 
 def test_many_evaluations_are_thinned_but_keep_first_best_and_last(run: RunFolder) -> None:
     evaluations = [{"step": number, "eval": {"loss": 1.0 + number}} for number in range(500)]
-    page = make_page(run.path, dataclasses.replace(FACTS, evaluations=evaluations, best_step=123), make_plan(), [])
+    page = written(run, dataclasses.replace(FACTS, evaluations=evaluations, best_step=123))
     for label in ("| 0 (before training) |", "| 123 (best) |", "| 499 |"):
         assert label in page
     assert page.count("\n| ") < 60

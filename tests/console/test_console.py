@@ -254,7 +254,7 @@ def test_the_time_left_is_cut_last(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COLUMNS", str(columns))
         budget = 2 << 30 if "of 2.0" in shown else None
         progress = Progress(both(True)[0], 9, 0, clock, budget_bytes=budget)
-        progress._losses.extend([1.0, 2.0, 3.0, 3.0, 2.0, 1.0] if budget else [])
+        progress._curve.extend([1.0, 2.0, 3.0, 3.0, 2.0, 1.0] if budget else [])
         clock.now += 3.0
         progress._pace.append((1, clock.now))
         assert progress.line(record(1)) == shown, columns

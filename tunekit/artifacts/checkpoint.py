@@ -57,7 +57,7 @@ def save_checkpoint(
     run: RunFolder,
     step: int,
     tensors: Mapping[str, torch.Tensor],
-    facts: Mapping[str, Any],
+    facts: Mapping[str, object],
     *,
     keep: int,
     protect: Collection[int] = (),
@@ -87,7 +87,7 @@ def save_checkpoint(
     return folder
 
 
-def _write_files(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+def _write_files(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> None:
     """Tensors, state and then the manifest, each flushed; the manifest's presence says that the others are whole."""
     size, digest = write_tensors(folder / TENSORS, tensors)
     files = {TENSORS: {"bytes": size, "sha256": digest}}

@@ -1,14 +1,11 @@
-"""What must be the same for a resume to go on bit by bit, and how a difference is reported.
-
-Comes in: the recipe as plain values, fingerprints of data and base, versions.  Goes out: a plain dict for the facts of
-a checkpoint; differences as lines.  The number of processes is not in it: no window depends on it.
+"""What must be the same for a resume to go on bit by bit, and how a difference is reported. The number
+of processes is not part of it: no window depends on it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from tunekit.errors import Problem, RunFolderError
 
@@ -36,7 +33,7 @@ MISSING = "(absent)"
 
 
 def make_fingerprint(
-    recipe: Mapping[str, Any],
+    recipe: Mapping[str, object],
     *,
     data: str,
     base: str,
@@ -45,7 +42,7 @@ def make_fingerprint(
     accelerator: str | None = None,
     threads: int,
     code: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The facts of one run; `recipe` is Recipe.model_dump(mode="json"), `device` cpu or cuda, `code`
     sha256 of files that it runs, and of a teacher's, by key."""
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
@@ -61,20 +58,25 @@ def make_fingerprint(
     }
 
 
-def recipe_values(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_values(recipe: Mapping[str, object]) -> dict[str, object]:
     """The values that a resume must not change, by their dotted keys."""
     return {key: value for key, value in sorted(flat_values(recipe)) if key not in FREE_KEYS}
 
 
-def _uses_bitsandbytes(recipe: Mapping[str, Any], device: str) -> bool:
+def _uses_bitsandbytes(recipe: Mapping[str, object], device: str) -> bool:
     """Whether its kernels compute: 4 bits on a CPU are our own code's."""
-    quantization = (recipe.get("model") or {}).get("quantization", "none")
-    optimizer = (recipe.get("training") or {}).get("optimizer", "adamw")
+    quantization = _part(recipe, "model").get("quantization", "none")
+    optimizer = _part(recipe, "training").get("optimizer", "adamw")
     kernels = ("int8",) if device == "cpu" else ("int8", "nf4", "fp4")
-    return bool(quantization in kernels or optimizer != "adamw")
+    return quantization in kernels or optimizer != "adamw"
 
 
-def flat_values(value: object, key: str = "") -> Iterator[tuple[str, Any]]:
+def _part(values: Mapping[str, object], name: str) -> Mapping[str, object]:
+    part = values.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def flat_values(value: object, key: str = "") -> Iterator[tuple[str, object]]:
     """(dotted key, plain value) of everything in nested mappings and lists; an empty one is a value itself."""
     if key in FREE_KEYS:
         return
@@ -88,10 +90,10 @@ def flat_values(value: object, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, list(value) if isinstance(value, tuple) else value
 
 
-def compare_fingerprints(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
+def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, str]]:
     """(what, how it differs) for everything that forbids a resume; empty where it may go on."""
     found = []
-    before, now = old.get("recipe", {}), new.get("recipe", {})
+    before, now = _part(old, "recipe"), _part(new, "recipe")
     for key in sorted(set(before) | set(now)):
         was, is_ = before.get(key, MISSING), now.get(key, MISSING)
         if was != is_ and not _is_moved_file(key, was, is_):
@@ -100,15 +102,15 @@ def compare_fingerprints(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
         found.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
     if old.get("base") != new.get("base"):
         found.append(("model", "the base model's files differ"))
-    before, now = old.get("code", {}), new.get("code", {})
+    before, now = _part(old, "code"), _part(new, "code")
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
             taught = key.startswith("objective.teacher")
             how = "the teacher's files differ" if taught else "the file has other content: its rewards would be others"
             found.append((key, how))
-    before, now = old.get("files", {}), new.get("files", {})  # known once the objective has read them
+    before, now = _part(old, "files"), _part(new, "files")  # known once the objective has read them
     found += [(key, "its files have other content") for key in sorted(now) if before.get(key, now[key]) != now[key]]
-    before, now = old.get("versions", {}), new.get("versions", {})
+    before, now = _part(old, "versions"), _part(new, "versions")
     for name in sorted(set(before) | set(now)):
         if before.get(name) != now.get(name):
             found.append((name, f"was version {before.get(name, MISSING)}, is {now.get(name, MISSING)}"))
@@ -129,7 +131,7 @@ def _shown(value: object) -> str:
     return str(text) if len(str(text)) <= 80 else f"{str(text)[:77]}..."
 
 
-def resume_notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """Differences that are only reported: another model of accelerator may change results in their last digits."""
     if old.get("accelerator") == new.get("accelerator"):
         return []
@@ -139,7 +141,7 @@ def resume_notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def require_same(old: Mapping[str, Any], new: Mapping[str, Any], *, lines: Mapping[str, int], file: str) -> None:
+def require_same(old: Mapping[str, object], new: Mapping[str, object], *, lines: Mapping[str, int], file: str) -> None:
     """Refuse a resume whose recipe, data, base or versions changed.
 
     Raises: RunFolderError naming each difference.

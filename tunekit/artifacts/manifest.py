@@ -1,14 +1,10 @@
-"""The manifest of a checkpoint: its presence says that the other files are whole, its sha256 that they still are.
-
-Comes in: a checkpoint folder.  Goes out: the manifest, or why the folder cannot be believed.
-"""
+"""The manifest of a checkpoint: its presence says that the other files are whole, its sha256 that they still are."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from tunekit.errors import RunFolderError
 from tunekit.files import durable
@@ -20,6 +16,13 @@ MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
 OUR_NAMES = {MANIFEST, TENSORS, STATE}
 
 
+class Manifest(TypedDict):
+    """`files`: bytes and sha256 of each, by name."""
+
+    step: int
+    files: dict[str, dict[str, object]]
+
+
 class DamagedError(Exception):
     """Why one checkpoint folder cannot be believed; load_newest then tries the one before."""
 
@@ -29,7 +32,7 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises: DamagedError; RunFolderError where a newer tunekit wrote it.
@@ -61,7 +64,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{MANIFEST} is incomplete")
     if not isinstance(step, int) or checkpoint_name(step) != folder.name:
         raise DamagedError(f"{MANIFEST} is of step {step}")
-    return manifest
+    return cast(Manifest, manifest)
 
 
 def is_ours(folder: Path) -> bool:
@@ -82,7 +85,7 @@ def has_sizes(folder: Path) -> bool:
     )
 
 
-def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
+def verify(folder: Path, manifest: Manifest) -> None:
     """Compare every file's size, then its sha256, with the manifest.
 
     Raises: DamagedError naming the file.

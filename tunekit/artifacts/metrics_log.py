@@ -1,7 +1,4 @@
-"""metrics.jsonl: one JSON object per line, appended as the run goes.
-
-Comes in: StepRecord, EvaluationRecord.  Goes out: the file, and its records read back.
-"""
+"""metrics.jsonl: one JSON object per line, appended as the run goes, and read back."""
 
 from __future__ import annotations
 
@@ -18,6 +15,8 @@ from tunekit.files import durable
 from tunekit.records import EvaluationRecord, StepRecord
 
 METRICS_NAME = "metrics.jsonl"
+Record = dict[str, Any]  # a line: `step`, and of a step its numbers by name, of an evaluation `eval` and more
+Line = tuple[int, Record]  # where the line ends in the file, and its record
 BESIDE = ("classes", "samples", "sources")  # what an evaluation may have beside its metrics
 
 
@@ -25,7 +24,7 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
     """A record as its line: a step's fields flat, an evaluation as {step, eval: {...}} without what is not finite."""
     if isinstance(record, EvaluationRecord):
         finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}  # JSON has no NaN
-        value: dict[str, Any] = {"step": record.step, "eval": finite}
+        value: Record = {"step": record.step, "eval": finite}
         value |= {name: found for name in BESIDE if (found := getattr(record, name)) is not None}
     else:
         value = asdict(record)
@@ -54,7 +53,7 @@ def append_line(path: Path, line: bytes) -> None:
         os.close(number)
 
 
-def records_from(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+def records_from(path: Path, offset: int = 0) -> Iterator[Line]:
     """(offset of the line's end, record) for every whole line from `offset` on; a torn last line ends the file.
 
     Raises: RunFolderError where a line is damaged, naming it if all lines are read.
@@ -86,7 +85,7 @@ def records_from(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, A
         yield offset, record
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Record]:
     """All whole records, in order.
 
     Raises: RunFolderError naming the line where one in the middle is damaged.

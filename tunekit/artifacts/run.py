@@ -1,7 +1,5 @@
-"""The run folder: taken by one process, checked before a model loads, written so that a kill leaves it readable.
-
-Comes in: output.dir.  Goes out: recipe.yaml, plan.json, environment.json, status.json, metrics.jsonl.  In
-a run of several ranks only rank 0 has one.
+"""The run folder: taken by one process, checked before a model loads, written so that a kill leaves it readable. In a
+run of several ranks only rank 0 has one.
 """
 
 from __future__ import annotations
@@ -121,7 +119,7 @@ class RunFolder:
         """Remove records after `step`, as a resume from there must; returns how many stay."""
         return metrics_log.truncate_metrics(self.metrics_path, step)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[metrics_log.Record]:
         """All records of metrics.jsonl, over all legs of the run."""
         return metrics_log.read_metrics(self.metrics_path)
 

@@ -1,7 +1,6 @@
-"""Experiment trackers beside metrics.jsonl, through accelerate's: a run named, tagged, and ended as it ended.
+"""Experiment trackers next to metrics.jsonl, through accelerate's: a run named, tagged, and ended as it ended.
 
-Comes in: the names of output.report_to, what the run is called, its values.  Goes out: numbers with their steps.  A
-tracker that fails while the run goes on is named once and left out from then on; it never ends a run.
+A tracker that fails during the run is named once and left out from then on; it never ends a run.
 """
 
 from __future__ import annotations
@@ -15,11 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tunekit.artifacts.run import read_json
 from tunekit.errors import InputError, RecipeError, Stopped
 from tunekit.files.durable import write_json
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 PROJECT = "tunekit"  # where the tracker's own environment variable names no other
 IDS_NAME = "ids.json"  # by which a resumed run is found again
@@ -31,7 +33,7 @@ class TrackedRun:
 
     name: str
     folder: Path  # for what a tracker keeps on this disk
-    values: Mapping[str, Any]  # the recipe's, by their dotted keys
+    values: Mapping[str, object]  # the recipe's, by their dotted keys
     first_step: int  # the last one that is done already
 
     @property
@@ -54,12 +56,12 @@ class Trackers:
         self._ids_file = run.folder / IDS_NAME
         ids = read_json(self._ids_file)
         self._ids: dict[str, str] = ids if isinstance(ids, dict) else {}
-        self._trackers: dict[str, Any] = {}
+        self._trackers: dict[str, GeneralTracker] = {}
         for name in names:
             run.folder.mkdir(exist_ok=True)
             self._trackers[name] = self._start(name, run)
 
-    def _start(self, name: str, run: TrackedRun) -> Any:
+    def _start(self, name: str, run: TrackedRun) -> GeneralTracker:
         """Raises: RecipeError where it is not installed, InputError where it cannot begin."""
         from accelerate import tracking
 
@@ -120,7 +122,7 @@ def _beside_results() -> Iterator[None]:
         yield
 
 
-def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, Any]:
+def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, object]:
     """What accelerate's class of this name is made with; `identity`: of the run that goes on."""
     folder, values = str(run.folder), dict(run.values)
     named = {"name": run.name, "config": values | {"recipe_hash": run.recipe_hash}}
@@ -158,8 +160,8 @@ def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, Any]
             return {**project, **own, **goes_on, "config": values | {"recipe_hash": run.recipe_hash}}
 
 
-def _describe(name: str, tracker: Any, run: TrackedRun) -> str | None:
-    """Say what could not be said on starting; goes out: by what the run is found again."""
+def _describe(name: str, tracker: GeneralTracker, run: TrackedRun) -> str | None:
+    """Send the tags and values that the start did not take; returns the id by which a resume finds the run."""
     native, values = tracker.tracker, dict(run.values) | {"recipe_hash": run.recipe_hash}
     match name:
         case "tensorboard":
@@ -185,7 +187,7 @@ def _describe(name: str, tracker: Any, run: TrackedRun) -> str | None:
             return str(native.id)
 
 
-def _finish(name: str, tracker: Any, error: BaseException | None) -> None:
+def _finish(name: str, tracker: GeneralTracker, error: BaseException | None) -> None:
     """End it; accelerate knows good ends only."""
     stopped = isinstance(error, Stopped | KeyboardInterrupt)
     if error is None:

@@ -1,7 +1,4 @@
-"""Progress of a run while it trains, and of an evaluation: one live line on a terminal, else a plain line now and then.
-
-Comes in: step and evaluation records, counts.  Goes out: lines through the console.
-"""
+"""Progress of a run and of an evaluation: one live line on a terminal, else a plain line now and then."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from collections.abc import Callable
 from tunekit.console import Console
 from tunekit.console.streams import can_encode
 from tunekit.console.text import BARS, curve_text, time_text
-from tunekit.records import EvaluationRecord, StepRecord, bytes_text
+from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, Shows, StepRecord, bytes_text
 
 LIVE_SECONDS = 0.1  # between two drawings of the live line
 PLAIN_SECONDS = 10.0  # between two plain lines, at least
@@ -32,11 +29,12 @@ class Progress:
         first_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
         budget_bytes: int | None = None,
-        speed_unit: str = "tok",
+        shows: Shows = DEFAULT_SHOWS,
     ) -> None:
         self._console = console
-        self._total, self._budget_bytes, self._speed_unit = total_steps, budget_bytes, speed_unit
-        self._losses: deque[float] = deque(maxlen=CURVE_STEPS)
+        self._total, self._budget_bytes, self._headline = total_steps, budget_bytes, shows.headline.name
+        self._speed_unit = "tok" if shows.sizes == "tokens" else shows.sizes
+        self._curve: deque[float] = deque(maxlen=CURVE_STEPS)
         self._clock = clock
         self._began = clock()
         self._told = float("-inf")
@@ -59,7 +57,7 @@ class Progress:
         """One optimizer step is done."""
         now = self._clock()
         self._last = record
-        self._losses.append(record.metrics.get("reward", record.loss))
+        self._curve.append(self._shown(record)[1])
         self._pace.append((record.step, now))
         last = record.step >= self._total
         wait = LIVE_SECONDS if self._is_live else max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
@@ -78,29 +76,33 @@ class Progress:
         values = "  ".join(f"{name} {value:.4f}" for name, value in sorted(record.metrics.items()))
         self._console.info(f"step {record.step}  eval  {values}")
 
+    def _shown(self, record: StepRecord) -> tuple[str, float]:
+        """Name and value of the objective's headline; the loss of a step that did not log it."""
+        name = self._headline if self._headline in record.metrics else "loss"
+        return name, record.metrics.get(name, record.loss)
+
     def line(self, record: StepRecord) -> str:
         """step 12/100  loss 1.2345  lr 2.00e-04  1,234 tok/s  peak 1.5 GiB  3m20s left.
 
-        The reward instead of the loss where the model learns from its own samples.
+        The objective's headline instead of the loss, if it is another number.
         On a terminal with a bar of the steps and a curve of the last losses. On a narrow one the curve and the bar go
         first, then the rate, memory, speed and loss; step and time left stay.
         """
         left, draws = self.seconds_left(), self._is_live and can_encode(self._console.output, BARS + FULL + EMPTY)
         done = round(BAR_COLUMNS * min(record.step / max(self._total, 1), 1.0))
         budget = "" if self._budget_bytes is None else f" of {bytes_text(self._budget_bytes)}"
+        name, value = self._shown(record)
         parts = {
             "step": f"step {record.step}/{self._total}",
             "bar": FULL * done + EMPTY * (BAR_COLUMNS - done) if draws else "",
-            "loss": f"reward {record.metrics['reward']:.4f}"
-            if "reward" in record.metrics
-            else f"loss {record.loss:.4f}",
-            "curve": curve_text(list(self._losses), CURVE_COLUMNS) if draws else "",
+            "headline": f"{name} {value:.4f}",
+            "curve": curve_text(list(self._curve), CURVE_COLUMNS) if draws else "",
             "rate": f"lr {record.learning_rate:.2e}",
             "speed": f"{record.tokens_per_second:,.0f} {self._speed_unit}/s",
             "memory": f"peak {bytes_text(record.peak_bytes)}{budget}",
             "left": "" if left is None else f"{time_text(left)} left",
         }
-        for name in ("", "curve", "bar", "rate", "memory", "speed", "loss"):
+        for name in ("", "curve", "bar", "rate", "memory", "speed", "headline"):
             parts.pop(name, None)
             text = "  ".join(part for part in parts.values() if part)
             if not self._is_live or len(text) < self._console.columns:

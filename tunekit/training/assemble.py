@@ -26,6 +26,7 @@ from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
+from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, calibration_text
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter, needed_batches
@@ -99,6 +100,7 @@ def assemble_run(
         stop_signal=lambda: session.signals.requested or 0,
         peak_bytes=session.peak_bytes,
         warn=session.console.warn,
+        shows=shows_of(plan.objective),
     )
     if plan.tries_longest_batch or session.dry_run:
         with session.timed("try"):

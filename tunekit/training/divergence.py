@@ -1,6 +1,5 @@
-"""The loss of one more step goes in, or what its samples told; where the loss is above the run's own past, or nothing
-can be learnt of the samples, a warning comes out, and is kept for the report.
-"""
+"""Warnings about steps that go wrong: a loss above the run's own past, or samples that teach nothing; the report keeps
+them."""
 
 from __future__ import annotations
 
@@ -23,27 +22,13 @@ NOISES, LEAST_RISE, UNKNOWN_NOISE = (
     0.1,
     0.6,
 )  # a whole run ends worse by this many times its noise, and by this share
-USELESS = {  # what a step logs, 1 where all of its completions are so: in how many steps in a row, and what is said
-    "frac_reward_zero_std": (
-        20,
-        "all completions of each prompt had equal rewards",
-        "training goes on, but nothing is learnt of them; look at the rewards with `tunekit reward check`, at the "
-        "prompts (too easy, too hard), or raise objective.num_generations or objective.temperature",
-    ),
-    "completions_clipped_ratio": (
-        5,
-        "every completion reached max_completion_length before it ended",
-        "training goes on; raise objective.max_completion_length, or begin with a model that ends its answers",
-    ),
-}
 
 
 def watch_step(run: Run, reading: Reading, loss: float) -> None:
-    """Look at a step's loss; of samples, whose loss says how they differ and not how good they are, at the rewards."""
-    if reading.window.preparation.metrics:
-        watch_samples(run, reading)
-    else:
+    """Look at a step's loss, unless another number says how good the model is; and at shares that should not stay 1."""
+    if run.shows.headline.name == "loss":
         watch_loss(run, reading, loss)
+    watch_stalls(run, reading)
 
 
 def watch_loss(run: Run, reading: Reading, loss: float) -> None:
@@ -59,15 +44,16 @@ def watch_loss(run: Run, reading: Reading, loss: float) -> None:
     state.past_losses = [*state.past_losses, loss][-PAST:]
 
 
-def watch_samples(run: Run, reading: Reading) -> None:
-    """Tell where steps in a row sampled what nothing can be learnt from; the same on every rank."""
-    state, told = run.state, reading.window.preparation.metrics
-    for name, (most, what, action) in USELESS.items():
-        count = state.useless_steps.get(name, 0) + 1 if told.get(name) == 1.0 else 0
-        state.useless_steps[name] = count
-        if count == most:
-            state.reactions.append(asdict(Reaction(f"{what} for {most} steps", action, reading.step)))
-            run.warn(f"step {reading.step}: {what} for {most} steps; {action}")
+def watch_stalls(run: Run, reading: Reading) -> None:
+    """Warn if nothing could be learned in several steps in a row; the same on every rank."""
+    state, metrics = run.state, reading.window.preparation.metrics
+    for stall in run.shows.stalled:
+        count = state.useless_steps.get(stall.metric, 0) + 1 if metrics.get(stall.metric) == 1.0 else 0
+        state.useless_steps[stall.metric] = count
+        if count == stall.steps:
+            what = f"{stall.meaning} for {count} steps"
+            state.reactions.append(asdict(Reaction(what, stall.action, reading.step)))
+            run.warn(f"step {reading.step}: {what}; {stall.action}")
 
 
 def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:

@@ -1,4 +1,4 @@
-"""The plan and what was measured go in; the report's facts come out."""
+"""The facts of a finished run, for its report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from statistics import fmean
 
 from tunekit.artifacts.run import RunFolder
 from tunekit.metrics.classes import class_facts
+from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, Reaction, ReportFacts
 from tunekit.training.divergence import rise
 from tunekit.training.state import LoopState
@@ -40,14 +41,15 @@ def report_facts(
     """Everything report.json says, all legs of a resumed run together. `begun_from`: the model before training."""
     records = run.read_metrics()
     steps = [record["loss"] for record in records if "eval" not in record]
-    rewards = [record["reward"] for record in records if "reward" in record]
+    name = shows_of(plan.objective).headline.name
+    headline = [record[name] for record in records if name in record] if name != "loss" else []
     tenth = -(-len(steps) // 10)
     evaluations = [record for record in records if "eval" in record]
     classes = {record["step"]: record.get("classes") for record in evaluations}
     losses = {record["step"]: record["eval"].get("loss") for record in evaluations}
     exported = state.best_step if saved_best else max(losses, default=None)
     before, loss = losses.get(0), losses.get(exported)
-    verdict = rise(steps) if (before is None or loss is None) and not rewards else None
+    verdict = rise(steps) if (before is None or loss is None) and not headline else None
     if before is not None and loss is not None and loss > before:
         verdict = f"worse than {begun_from}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)
@@ -74,8 +76,9 @@ def report_facts(
         final_step=state.step,
         first_loss=fmean(steps[:tenth]) if steps else None,
         final_loss=fmean(steps[-tenth:]) if steps else None,
-        first_reward=fmean(rewards[:tenth]) if rewards else None,
-        final_reward=fmean(rewards[-tenth:]) if rewards else None,
+        headline={f"first_{name}": fmean(headline[:tenth]), f"final_{name}": fmean(headline[-tenth:])}
+        if headline
+        else {},
         base_eval_loss=before,
         eval_loss=loss,
         verdict=verdict,

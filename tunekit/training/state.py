@@ -18,7 +18,7 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import EvaluationRecord, StepRecord
+from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, Shows, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
@@ -96,6 +96,7 @@ class Run:
     stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that asked to stop
     peak_bytes: Callable[[], int] = lambda: 0
     warn: Callable[[str], None] = lambda text: None
+    shows: Shows = DEFAULT_SHOWS
 
     @property
     def adapter(self) -> AttachedAdapter:

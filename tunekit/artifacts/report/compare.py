@@ -1,12 +1,14 @@
-"""Several runs' values go in; what differs between their recipes, and what came of each, comes out."""
+"""Comparison of several runs: what differs between their recipes, and each run's results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
+from tunekit.artifacts.report.curves import binned_text, charts_of
+from tunekit.artifacts.report.paired import differences, heading
+from tunekit.artifacts.report.sections import ReportPage, ReportSection, ReportTable
 from tunekit.artifacts.report.values import RunValues, sizes_counted
 from tunekit.records import bytes_text
 
@@ -46,6 +48,25 @@ def number_text(name: str, value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def comparison_report(runs: Sequence[RunValues]) -> ReportPage:
+    """Results, differences between the recipes, and curves over each other."""
+    keys, outcome, repeats, paired = differing_keys(runs), outcome_table(runs), same_but_seed(runs), differences(runs)
+    sections = [ReportSection("Results", tables=[ReportTable(["run", *outcome.labels], outcome.texts())])]
+    if repeats:
+        head = ["runs that differ in the seed alone", *outcome.labels]
+        rows = [[names, *cells] for names, cells in repeats]
+        sections.append(ReportSection("Mean and standard deviation over seeds", tables=[ReportTable(head, rows)]))
+    if paired:
+        text = f"The loss of each run on the evaluation rows that {runs[0].name} evaluated too, row by row."
+        table = ReportTable(heading(runs[0].name), [each.texts() for each in paired])
+        sections.append(ReportSection("Better, or by chance?", [text], tables=[table]))
+    same = [] if keys else ["None: the recipes are the same but for output.dir."]
+    tables = [ReportTable(["key", *(run.name for run in runs)], keys)] if keys else []
+    sections.append(ReportSection("Differences", same, tables=tables))
+    sections.append(ReportSection("Over the steps", binned_text(runs), charts=charts_of(runs)))
+    return ReportPage(f"{len(runs)} runs compared", [", ".join(run.name for run in runs)], sections)
+
+
 def differing_keys(runs: Sequence[RunValues]) -> list[list[str]]:
     """[key, value in each run] of every key of the recipes that differs, but for where the run was written."""
     flat = [dict(_flat(run.recipe)) for run in runs]
@@ -81,19 +102,19 @@ def outcome_table(runs: Sequence[RunValues]) -> Outcomes:
 
 def _exported(run: RunValues) -> dict[str, float]:
     """The evaluation of the weights that were exported; the last one where the run goes on."""
-    kept = run.report.get("best_step")
-    records = [record for record in run.evaluations if kept is None or record["step"] == kept]
-    return dict(records[-1]["eval"]) if records else {}
+    best = run.report.get("best_step")
+    records = [record for record in run.evaluations if best is None or record["step"] == best]
+    return records[-1].numbers("eval") if records else {}
 
 
 def _facts(run: RunValues) -> list[float | None]:
     report = run.report
     return [
-        report.get("final_loss"),
-        report.get("tokens_per_second"),
-        sum(report["measured_bytes"].values()) if report.get("measured_bytes") else None,
-        report.get("seconds", {}).get("train"),
-        report.get("adapter_bytes"),
+        report.number("final_loss"),
+        report.number("tokens_per_second"),
+        sum(report.numbers("measured_bytes").values()) or None,
+        report.part("seconds").number("train"),
+        report.number("adapter_bytes"),
     ]
 
 
@@ -114,8 +135,8 @@ def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _seed(run: RunValues) -> Any:
-    return run.recipe.get("training", {}).get("seed")
+def _seed(run: RunValues) -> object:
+    return run.recipe.part("training").get("seed")
 
 
 def _columns(outcome: Outcomes) -> range:

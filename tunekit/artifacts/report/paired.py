@@ -1,25 +1,23 @@
-"""Several runs' losses of their evaluation rows go in; by how much each differs from the first on the rows that both
-evaluated, with an interval, comes out.
-"""
+"""By how much the evaluation loss of runs differs from the first run's on rows that both evaluated, with intervals."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.artifacts.report.values import RunValues
+from tunekit.artifacts.report.values import RunValues, Values
 
+Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
 AT_A_TIME = 64  # resamples, so that those of many rows take little memory
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """A run's evaluation loss less the first run's, on `rows` rows of both; `low` to `high`: a 95 % interval."""
 
     run: str
@@ -42,7 +40,7 @@ class Difference:
         return [self.run, f"{self.rows:,}", f"{self.than_loss:.4g}", f"{self.loss:.4g}", interval, sure]
 
 
-def differences(runs: Sequence[RunValues]) -> list[Difference]:
+def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
     """Each other run against the first, where both measured the same loss on rows that they share."""
     found = []
     for run in runs[1:]:
@@ -52,17 +50,17 @@ def differences(runs: Sequence[RunValues]) -> list[Difference]:
             low, high = paired_interval(than_loss, loss, units)
             total = units.sum()
             than, own = float(than_loss.sum() / total), float(loss.sum() / total)
-            found.append(Difference(run.name, runs[0].name, len(pairs), own, than, low, high))
+            found.append(PairedDifference(run.name, runs[0].name, len(pairs), own, than, low, high))
     return found
 
 
 def heading(than: str) -> list[str]:
-    """Of the columns of `Difference.texts`."""
+    """Of the columns of `PairedDifference.texts`."""
     losses = [f"loss of {than} on them", "loss of the run on them"]
     return ["run", "rows in both", *losses, "95 % interval of the difference", "verdict"]
 
 
-def _shared(one: RunValues, other: RunValues) -> NDArray[Any]:
+def _shared(one: RunValues, other: RunValues) -> Losses:
     """(rows, 3): the loss in the one run, in the other, and the units; of equal rows the first with the first."""
     if one.recipe.get("objective") != other.recipe.get("objective"):
         return np.empty((0, 3))
@@ -71,21 +69,21 @@ def _shared(one: RunValues, other: RunValues) -> NDArray[Any]:
     return np.array([values for values in both if None not in values and values[2]], np.float64).reshape(-1, 3)
 
 
-def _keyed(kept: dict[str, Any]) -> Iterator[tuple[tuple[str, int], tuple[float | None, int]]]:
+def _keyed(kept: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]:
     seen: Counter[str] = Counter()
-    columns = (kept.get(name, ()) for name in ("digests", "losses", "units"))
-    for digest, loss, units in zip(*columns, strict=True):
-        yield (digest, seen[digest]), (loss, units)
+    digests = map(str, kept.items_of("digests"))
+    for digest, *loss_and_units in zip(digests, kept.column("losses"), kept.column("units"), strict=True):
+        yield (digest, seen[digest]), loss_and_units
         seen[digest] += 1
 
 
-def paired_interval(one: NDArray[Any], other: NDArray[Any], units: NDArray[Any]) -> tuple[float, float]:
+def paired_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, float]:
     """The interval of sum(other) / sum(units) - sum(one) / sum(units) over resamples of the rows, the same for both.
 
     Shapes: (rows,) each: losses, as sums over each row's units.    Source: Efron and Tibshirani 1993, percentile
     intervals (13.3); Koehn 2004 for pairs.
     """
-    rows, generator, found = len(units), np.random.default_rng(0), list[NDArray[Any]]()
+    rows, generator, found = len(units), np.random.default_rng(0), list[Losses]()
     values = np.stack([other - one, units], axis=1)  # (rows, 2)
     for start in range(0, RESAMPLES, AT_A_TIME):
         drawn = generator.integers(0, rows, (min(AT_A_TIME, RESAMPLES - start), rows))  # (resamples, rows)

@@ -1,18 +1,17 @@
-"""The pictures that a run's evaluations drew: a run folder goes in; what a page shows of them comes out, small enough
-that the page stays one file."""
+"""The pictures that a run's evaluations drew, and how a page that is one file holds them."""
 
 from __future__ import annotations
 
 import base64
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunekit.artifacts.report.sections import PictureRow
 from tunekit.artifacts.run import PICTURES
 
 NAME = re.compile(r"step-(\d{6,})-(\d+)\.png")
@@ -34,32 +33,17 @@ def drawn(run: Path) -> dict[int, list[Path]]:
     return {step: [each for _, each in sorted(found[step].items())] for step in sorted(found)}
 
 
-def before_and_after(run: Path, prompts: Sequence[str], exported: int | None) -> list[dict[str, Any]]:
-    """For each prompt the pictures of the first evaluation and of the exported weights: {prompt, shown: [{title,
-    path}]}."""
-    found = drawn(run)
-    if not found:
+def before_and_after(run: Path, prompts: Sequence[str], exported: int | None) -> list[PictureRow]:
+    """For each prompt the pictures of the first evaluation and of the exported weights."""
+    pictures = drawn(run)
+    if not pictures:
         return []
-    steps = list(dict.fromkeys([min(found), exported if exported in found else max(found)]))
+    steps = dict.fromkeys([min(pictures), exported if exported in pictures else max(pictures)])
     titles = {step: "before training" if step == 0 else f"step {step:,}" for step in steps}
     return [
-        {
-            "prompt": prompt,
-            "shown": [{"title": titles[step], "path": found[step][at]} for step in steps if at < len(found[step])],
-        }
+        PictureRow(prompt, [(titles[step], pictures[step][at]) for step in steps if at < len(pictures[step])])
         for at, prompt in enumerate(prompts)
     ]
-
-
-def shown_pictures(run: Path, recipe: Mapping[str, Any], exported: int | None) -> Iterator[dict[str, Any]]:
-    """What a section of the page is made of, where there are pictures."""
-    prompts = recipe.get("objective", {}).get("validation_prompts") or ()
-    rows = before_and_after(run, prompts, exported)
-    for row in rows:
-        row["shown"] = [{**each, "source": inlined(each["path"])} for each in row["shown"]]
-    if rows:
-        text = f"Always from the same noise. Those of every evaluation are in {PICTURES}/, as they were drawn."
-        yield {"text": [text], "pictures": rows}
 
 
 def inlined(picture: Path | NDArray[np.uint8]) -> str:

@@ -1,10 +1,11 @@
-"""A plan in words: names with values, and rows of tables."""
+"""A plan as a section: names with values, and tables of its targets and its memory."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from tunekit.recipe.reading.names import sizes_of, units_of
+from tunekit.artifacts.report.sections import ReportSection, ReportTable
+from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, Target, bytes_text, short_name
 
 ATTENTION = {
@@ -15,20 +16,30 @@ ATTENTION = {
 }
 
 
+def plan_section(plan: Plan, available: int | None) -> ReportSection:
+    """What `tunekit plan` shows; `available`: free bytes on the device."""
+    tables = [
+        ReportTable(["target", "layers", "shape", "rank", "parameters"], target_rows(plan)),
+        ReportTable(["memory", "at the peak"], memory_rows(plan, available)),
+    ]
+    return ReportSection(plan.model.name_or_path, facts=list(facts(plan).items()), tables=tables)
+
+
 def facts(plan: Plan) -> dict[str, object]:
     """What the run is, by name; None where there is nothing to say."""
     model, rows, choice = plan.model, plan.rows.training, plan.choice
     per_epoch = "" if plan.rows.steps_per_epoch is None else f", {plan.rows.steps_per_epoch:,} an epoch"
     share = plan.trainable_parameters / max(plan.total_parameters, 1)
     about = "about " if rows.estimated else ""
-    learned = f"{about}{plan.supervised_tokens:,} {units_of(plan.objective)}"
+    shows = shows_of(plan.objective)
+    learned = f"{about}{plan.supervised_tokens:,} {shows.units}"
     dropped = "".join(f"; {number:,} dropped: {reason}" for reason, number in rows.dropped_reasons.items())
     return {
         "model": f"{model.model_type}, {model.layers} layers, computed in {model.dtype} on {plan.device}",
         "weights": "not quantized" if model.quantization == "none" else model.quantization,
         "parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} trained ({share:.2%})",
         "rows": f"{rows.trained:,} of {rows.read:,} ({rows.truncated:,} truncated{dropped})",
-        sizes_of(plan.objective): f"{about}{rows.tokens:,} an epoch; {learned} in the run",
+        shows.sizes: f"{about}{rows.tokens:,} an epoch; {learned} in the run",
         "evaluation rows": None if plan.rows.evaluation is None else f"{plan.rows.evaluation.trained:,}",
         "attention": _attention(plan),
         "packing": None if plan.text is None else f"{'yes' if plan.rows.packing else 'no'}: {plan.rows.packing_reason}",
@@ -51,7 +62,7 @@ def _micro_batches(plan: Plan) -> str:
     count = plan.choice.micro_batch_size
     unit = ("pack" if plan.rows.packing else "row") + ("" if count == 1 else "s")
     tokens = plan.recipe.get("training", {}).get("micro_batch_tokens")
-    size = f"{count:,} {unit}" if count else f"{unit} of {tokens:,} padded {sizes_of(plan.objective)}"
+    size = f"{count:,} {unit}" if count else f"{unit} of {tokens:,} padded {shows_of(plan.objective).sizes}"
     steps = plan.choice.gradient_accumulation_steps
     rows = f": {count * steps:,} {'packs' if plan.rows.packing else 'rows'} a step" if count else ""
     return f"{steps:,} a step, of {size} each{rows}"

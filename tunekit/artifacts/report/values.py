@@ -1,4 +1,4 @@
-"""A run folder goes in; what its files say comes out as plain values, for pages and comparisons."""
+"""The values of a run folder's files, for pages and comparisons; each file, and each key, may be absent."""
 
 from __future__ import annotations
 
@@ -6,13 +6,52 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
 from tunekit.artifacts.run import ROWS_NAME, RUN_SIGNS, read_json
 from tunekit.errors import InputError
 from tunekit.files.lock import is_held
-from tunekit.recipe.reading.names import known_names, sizes_of
+from tunekit.recipe.reading.names import known_names, shows_of
+from tunekit.records import DEFAULT_SHOWS, Shows
+
+FILES = ("plan", "report", "environment", "status")
+
+
+class Values(dict[str, object]):
+    """An object of a JSON file. A value of another type than the one asked for counts as absent."""
+
+    def number(self, name: str) -> float | None:
+        """A number, or None."""
+        value = self.get(name)
+        return value if isinstance(value, int | float) else None
+
+    def count(self, name: str) -> int:
+        """A whole number, or 0."""
+        value = self.get(name)
+        return value if isinstance(value, int) else 0
+
+    def part(self, name: str) -> Values:
+        """An object within this one."""
+        value = self.get(name)
+        return Values(value if isinstance(value, dict) else {})
+
+    def numbers(self, name: str) -> dict[str, float]:
+        """The numbers of an object within this one, by name."""
+        part = self.part(name)
+        return {key: value for key in part if (value := part.number(key)) is not None}
+
+    def items_of(self, name: str) -> list[object]:
+        """The items of a list."""
+        value = self.get(name)
+        return value if isinstance(value, list) else []
+
+    def column(self, name: str) -> list[float | None]:
+        """The numbers of a list; None for what is none."""
+        return [item if isinstance(item, int | float) else None for item in self.items_of(name)]
+
+    def parts(self, name: str) -> list[Values]:
+        """The objects of a list."""
+        return [Values(item) for item in self.items_of(name) if isinstance(item, dict)]
 
 
 @dataclass(frozen=True)
@@ -21,12 +60,12 @@ class RunValues:
 
     path: Path
     recipe_text: str
-    plan: dict[str, Any]
-    report: dict[str, Any]  # empty until the run is finished
-    environment: dict[str, Any]
-    status: dict[str, Any]
-    steps: list[dict[str, Any]]  # one record an optimizer step
-    evaluations: list[dict[str, Any]]
+    plan: Values
+    report: Values  # empty until the run is finished
+    environment: Values
+    status: Values
+    steps: Sequence[Values]  # one record an optimizer step
+    evaluations: Sequence[Values]
 
     @property
     def name(self) -> str:
@@ -34,21 +73,28 @@ class RunValues:
         return self.path.resolve().name
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Values:
         """The recipe with its defaults, as plan.json holds it."""
-        return dict(self.plan.get("recipe", {}))
+        return self.plan.part("recipe")
+
+    @cached_property
+    def shows(self) -> Shows:
+        """What is shown of the run's objective."""
+        name = self.recipe.part("objective").get("method")
+        return shows_of(str(name)) if name in known_names("objectives") else DEFAULT_SHOWS
 
     @property
     def exported_step(self) -> int | None:
         """Of the evaluation of the exported weights; the last one where the run goes on."""
-        return self.report.get("best_step") or max((record["step"] for record in self.evaluations), default=None)
+        last = max((record.count("step") for record in self.evaluations), default=None)
+        return self.report.count("best_step") or last
 
     @cached_property
-    def row_losses(self) -> dict[str, Any]:
-        """The losses of the evaluation rows as RowLosses keeps them; empty where those of the exported weights are not
+    def row_losses(self) -> Values:
+        """The losses of the evaluation rows, as RowLosses keeps them; empty if those of the exported weights are not
         there."""
-        found = read_json(self.path / ROWS_NAME)
-        return found if isinstance(found, dict) and found.get("step") == self.exported_step else {}
+        values = _object(self.path / ROWS_NAME)
+        return values if values.get("step") == self.exported_step else Values()
 
     @property
     def state(self) -> str:
@@ -67,26 +113,29 @@ def read_run(path: Path) -> RunValues:
 
 def run_values(path: Path) -> RunValues:
     """The values of a folder, of which any file may be absent."""
-    found = {name: read_json(path / f"{name}.json") for name in ("plan", "report", "environment", "status")}
-    files = {name: value if isinstance(value, dict) else {} for name, value in found.items()}
+    plan, report, environment, status = (_object(path / f"{name}.json") for name in FILES)
     recipe = path / "recipe.yaml"
-    records = read_metrics(path / METRICS_NAME)
+    records = [Values(record) for record in read_metrics(path / METRICS_NAME)]
     return RunValues(
         path=path,
         recipe_text=recipe.read_text("utf-8", "replace") if recipe.is_file() else "",
+        plan=plan,
+        report=report,
+        environment=environment,
+        status=status,
         steps=[record for record in records if "eval" not in record],
         evaluations=[record for record in records if "eval" in record],
-        **files,
     )
+
+
+def _object(path: Path) -> Values:
+    value = read_json(path)
+    return Values(value if isinstance(value, dict) else {})
 
 
 def sizes_counted(runs: Sequence[RunValues]) -> str:
-    """What the speeds of the runs count: tokens, pixels; tokens where a run does not say."""
-    named = (run.recipe.get("objective") for run in runs)
-    methods = (each.get("method", "sft") if isinstance(each, dict) else "sft" for each in named)
-    return " / ".join(
-        dict.fromkeys(sizes_of(name) if name in known_names("objectives") else "tokens" for name in methods)
-    )
+    """What the speeds of the runs count: tokens, pixels."""
+    return " / ".join(dict.fromkeys(run.shows.sizes for run in runs))
 
 
 def state_of(values: RunValues) -> str:

@@ -1,16 +1,13 @@
-"""report.json, report.md and report.html of a finished run.
-
-Comes in: ReportFacts and Plan.  Goes out: the files in the run folder.
-"""
+"""report.json, report.md and report.html of a finished run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
 
-from tunekit.artifacts.report.html import run_page
-from tunekit.artifacts.report.page import make_page
+from tunekit.artifacts.report.html import html_page
+from tunekit.artifacts.report.markdown import markdown_page
+from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.run import RunFolder
 from tunekit.errors import redact
@@ -19,14 +16,15 @@ from tunekit.records import Plan, ReportFacts
 OPTIONAL_TABLES = ("seconds", "rows", "predicted_bytes", "measured_bytes")
 
 
-def report_values(facts: ReportFacts, plan: Plan | None = None) -> dict[str, Any]:
+def report_values(facts: ReportFacts, plan: Plan | None = None) -> dict[str, object]:
     """report.json: what was run, and every fact that was measured; what was not is absent, never null or zero."""
-    run = {} if plan is None else _run_facts(plan)
-    values: dict[str, Any] = _measured({**run, **asdict(facts)})
-    return {name: value for name, value in values.items() if value or name not in OPTIONAL_TABLES}
+    values = asdict(facts)
+    headline = values.pop("headline")
+    measured = _measured({**({} if plan is None else _run_facts(plan)), **values, **headline})
+    return {name: value for name, value in measured.items() if value or name not in OPTIONAL_TABLES}
 
 
-def _run_facts(plan: Plan) -> dict[str, Any]:
+def _run_facts(plan: Plan) -> dict[str, object]:
     """What two runs are compared by: model, method, rates, seed."""
     recipe, choice = plan.recipe, plan.choice
     training, count = recipe.get("training", {}), choice.micro_batch_size
@@ -46,24 +44,24 @@ def _run_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _measured(value: object) -> Any:
-    """The value without secrets and without its unmeasured parts: None, NaN and infinities."""
+def _measured(values: dict[str, object]) -> dict[str, object]:
+    """The values without secrets and without unmeasured parts: None, NaN and infinities."""
+    return {name: inner for name, value in values.items() if (inner := _measured_value(value)) is not None}
+
+
+def _measured_value(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        kept = {name: _measured(inner) for name, inner in value.items()}
-        return {name: inner for name, inner in kept.items() if inner is not None}
-    if isinstance(value, list | tuple):
-        return [_measured(inner) for inner in value]
-    return value
+        return _measured(value)
+    return [_measured_value(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def write_report(run: RunFolder, facts: ReportFacts, plan: Plan) -> None:
-    """Write report.json, then the two pages, each whole or not at all."""
+    """Write report.json, then the same page as Markdown and as HTML, each whole or not at all."""
     run.write_json("report.json", report_values(facts, plan))
-    steps = [record for record in run.read_metrics() if "eval" not in record]
-    losses, rewards = ([record[name] for record in steps if name in record] for name in ("loss", "reward"))
-    run.write_text("report.md", make_page(run.path, facts, plan, losses, rewards))
-    run.write_text("report.html", run_page(run_values(run.path)))
+    page = run_report(run_values(run.path))
+    run.write_text("report.md", markdown_page(page))
+    run.write_text("report.html", html_page(page))

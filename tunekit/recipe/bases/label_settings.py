@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from tunekit.recipe.bases.section import ObjectiveSettings, Several, Text
+from tunekit.records import Shows
 
 
 def _label(value: Any) -> Any:
@@ -29,7 +30,7 @@ Label = Annotated[
 class LabelSettings(ObjectiveSettings):
     """Labels are those of the data unless they are listed."""
 
-    unit: ClassVar[str] = "label"
+    shows: ClassVar[Shows] = Shows(unit="label")
     sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units", "confusion", "calibration")
     supervised: ClassVar[bool] = True
     has_head: ClassVar[bool] = True

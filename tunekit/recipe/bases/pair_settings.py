@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tunekit.recipe.bases.section import ObjectiveSettings, PublishedRate
+from tunekit.records import Shows
 
 REWARDS = (
     "rewards_chosen",
@@ -22,7 +23,7 @@ class PairSettings(ObjectiveSettings):
     """Each row is a prompt with an answer that was preferred and another one."""
 
     example: ClassVar[str] = "preference"
-    unit: ClassVar[str] = "pair"
+    shows: ClassVar[Shows] = Shows(unit="pair")
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *REWARDS)
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
         5e-6, "huggingface/trl 1.16, trl/scripts/dpo.py, its LoRA example: ten times that of full training"

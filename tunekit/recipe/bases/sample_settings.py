@@ -22,9 +22,32 @@ from tunekit.recipe.bases.section import (
     Text,
     Whole,
 )
+from tunekit.records import Headline, Panel, Shows, Stall
 
 KINDS = ("function", "regex", "exact_match", "model")
 REWARDED = ("reward", "completions_mean_length", "completions_clipped_ratio")  # what an evaluation sums up
+ANSWERS = (("prompt", "prompt"), ("the row's answer", "answer"), ("completion", "completion"), ("ended", "ended"))
+SCORES = (("reward", "rewards"), ("advantage", "advantage"))
+SHOWS = Shows(
+    unit="completion",
+    headline=Headline("reward", "Mean reward of what the model sampled", rises=True),
+    panels=(Panel("Completions that the model learnt from", "samples", (*ANSWERS, *SCORES)),),
+    stalled=(
+        Stall(
+            "frac_reward_zero_std",
+            20,
+            "all completions of each prompt had equal rewards",
+            "training goes on, but nothing is learnt of them; look at the rewards with `tunekit reward check`, at the "
+            "prompts (too easy, too hard), or raise objective.num_generations or objective.temperature",
+        ),
+        Stall(
+            "completions_clipped_ratio",
+            5,
+            "every completion reached max_completion_length before it ended",
+            "training goes on; raise objective.max_completion_length, or begin with a model that ends its answers",
+        ),
+    ),
+)
 
 
 class RewardSource(Section):
@@ -101,7 +124,7 @@ class SampleSettings(ObjectiveSettings):
     """TRL's names. Each row is a prompt, to which the model writes a group of completions."""
 
     example: ClassVar[str] = "prompt"
-    unit: ClassVar[str] = "completion"
+    shows: ClassVar[Shows] = SHOWS
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *REWARDED)
     samples: ClassVar[bool] = True
     needs_recipe: ClassVar[bool] = True

@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
+from tunekit.records import DEFAULT_SHOWS, Shows
+
 LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
 
 
@@ -68,8 +70,8 @@ class ObjectiveSettings(MethodSettings):
     `reference`: none, "policy at step 0" or "teacher", which its loss compares with; `answers`: whether its model gives
     texts;
     `sums`: what its evaluation adds up, of which metrics are made; `supervised`: whether it measures models of its
-    family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `unit`:
-    what its loss sums over; `size_unit`: what the sizes of its rows count; `draws`: whether its model draws pictures;
+    family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `shows`:
+    facts for progress, report and preview;
     `needs_recipe`: whether only its recipe names all that it measures with (a teacher, rewards);
     `has_head`: whether it trains a head next to the base; `names_labels`: whether the rows of that head have labels;
     `single_score`: whether that head gives one score;
@@ -85,9 +87,7 @@ class ObjectiveSettings(MethodSettings):
     sums: ClassVar[tuple[str, ...]] = ("loss", "correct", "units")
     supervised: ClassVar[bool] = False
     samples: ClassVar[bool] = False
-    unit: ClassVar[str] = "supervised token"
-    size_unit: ClassVar[str] = "token"
-    draws: ClassVar[bool] = False
+    shows: ClassVar[Shows] = DEFAULT_SHOWS
     measures_training: ClassVar[bool] = False
     needs_recipe: ClassVar[bool] = False
     has_head: ClassVar[bool] = False

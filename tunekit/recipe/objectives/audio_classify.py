@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
+from tunekit.records import Shows
 
 
 class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
@@ -15,7 +16,7 @@ class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
 
     family: ClassVar[str] = "audio_classifier"
     example: ClassVar[str] = "audio_label"
-    size_unit: ClassVar[str] = "frame"
+    shows: ClassVar[Shows] = Shows(unit="label", size_unit="frame")
 
     method: Literal["audio_classify"] = Field(
         "audio_classify", description="cross entropy on a label for each recording"

@@ -18,6 +18,7 @@ from tunekit.recipe.bases.section import (
     Several,
     Text,
 )
+from tunekit.records import Shows
 
 LEAST_SIDE, MOST_SIDE = 16, 4096  # pixels
 
@@ -52,10 +53,8 @@ class DreamboothSettings(ObjectiveSettings):
     example: ClassVar[str] = "image"
     answers: ClassVar[bool] = False
     supervised: ClassVar[bool] = True
-    draws: ClassVar[bool] = True
     measures_training: ClassVar[bool] = True
-    unit: ClassVar[str] = "image"
-    size_unit: ClassVar[str] = "pixel"
+    shows: ClassVar[Shows] = Shows(unit="image", size_unit="pixel", draws="validation_prompts")
     sums: ClassVar[tuple[str, ...]] = ("loss", "units")
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
         5e-4, "huggingface/diffusers, the default of examples/dreambooth/train_dreambooth_lora.py"

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 
 from tunekit.recipe.bases.label_settings import LabelSettings
 from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, Several
+from tunekit.records import Shows
 
 
 def _scale(value: tuple[float, ...]) -> tuple[float, ...]:
@@ -21,7 +22,7 @@ class ImageClassifySettings(LabelSettings):
 
     family: ClassVar[str] = "image_classifier"
     example: ClassVar[str] = "image_label"
-    size_unit: ClassVar[str] = "pixel"
+    shows: ClassVar[Shows] = Shows(unit="label", size_unit="pixel")
 
     method: Literal["image_classify"] = Field("image_classify", description="cross entropy on a label for each image")
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(

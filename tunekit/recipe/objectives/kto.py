@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tunekit.recipe.bases.section import ObjectiveSettings, Positive, PublishedRate
+from tunekit.records import Shows
 
 LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen", "logps_rejected", "kl")
 
@@ -16,7 +17,7 @@ class KtoSettings(ObjectiveSettings):
     """TRL's names and defaults."""
 
     example: ClassVar[str] = "unpaired"
-    unit: ClassVar[str] = "answer"
+    shows: ClassVar[Shows] = Shows(unit="answer")
     reference: ClassVar[str] = "policy at step 0"
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *LOGGED)
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(

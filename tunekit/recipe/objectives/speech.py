@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tunekit.recipe.bases.section import Text
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
+from tunekit.records import Shows
 
 
 class SpeechSettings(SpecAugmentSettings):
@@ -16,7 +17,7 @@ class SpeechSettings(SpecAugmentSettings):
     family: ClassVar[str] = "speech"
     example: ClassVar[str] = "transcript"
     supervised: ClassVar[bool] = True
-    size_unit: ClassVar[str] = "frames and token"
+    shows: ClassVar[Shows] = Shows(size_unit="frames and token")
 
     method: Literal["speech"] = Field("speech", description="cross entropy on the transcripts of recordings")
     language: Text | None = Field(

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.records import Shows
 
 
 class TokenClassifySettings(LabelSettings):
@@ -14,7 +15,7 @@ class TokenClassifySettings(LabelSettings):
 
     family: ClassVar[str] = "token_classifier"
     example: ClassVar[str] = "tags"
-    unit: ClassVar[str] = "word"
+    shows: ClassVar[Shows] = Shows(unit="word")
     sums: ClassVar[tuple[str, ...]] = (*LabelSettings.sums, "spans")
 
     method: Literal["token_classify"] = Field("token_classify", description="cross entropy on a tag for each word")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tunekit.recipe.bases.section import MethodSettings, ObjectiveSettings
 from tunekit.recipe.evaluation import CHOICE_SUMS
+from tunekit.records import Shows
 
 Kind = Literal["adapters", "objectives", "starts", "formats", "metrics"]
 SettingsKind = Literal["adapters", "objectives", "starts"]
@@ -74,22 +75,11 @@ def _follows(metric: str, sums: Iterable[str]) -> bool:
     return set(getattr(facts_of("metrics", metric), "NEEDS", ())) <= set(sums)
 
 
-def units_of(objective: str) -> str:
-    """What an objective's loss sums over: supervised tokens, pairs, labels."""
-    found: Any = settings_class("objectives", objective)
-    return f"{found.unit}s"
-
-
-def sizes_of(objective: str) -> str:
-    """What the sizes of an objective's rows count: tokens, frames, pixels."""
-    found: Any = settings_class("objectives", objective)
-    return f"{found.size_unit}s"
-
-
-def draws_images(objective: str) -> bool:
-    """Whether models of an objective draw images."""
-    found: Any = settings_class("objectives", objective)
-    return bool(found.draws)
+def shows_of(objective: str) -> Shows:
+    """What progress, report and preview show about an objective."""
+    settings = settings_class("objectives", objective)
+    assert issubclass(settings, ObjectiveSettings)
+    return settings.shows
 
 
 def measures_training(objective: str) -> bool:

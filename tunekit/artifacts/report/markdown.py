@@ -1,0 +1,99 @@
+"""report.md: a page of sections as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from tunekit.artifacts.report.sections import Bar, Chart, MarkedText, ReportPage, ReportSection, ReportTable
+from tunekit.artifacts.run import PICTURES
+from tunekit.console.text import cell_text, curve_text, means_of
+from tunekit.errors import redact
+from tunekit.records import bytes_text
+
+CURVE_COLUMNS = 60
+MOST_ROWS = 40  # of a table
+SPECIAL = "\\`*_{}[]<>#|!~&"
+
+
+def markdown_page(page: ReportPage) -> str:
+    """The whole text."""
+    verdict = [f"**{escape(page.verdict)}**"] if page.verdict else []
+    blocks = [f"# {escape(page.title)}", *map(escape, page.intro), *verdict]
+    return "\n\n".join([*blocks, *(block for section in page.sections for block in _section(section))]) + "\n"
+
+
+def escape(value: object) -> str:
+    """Text from a recipe or a file as Markdown shows it: on one line, none of it a command or a secret."""
+    flat = " ".join(redact(str(value)).split())
+    return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in flat)
+
+
+def _section(section: ReportSection) -> Iterator[str]:
+    if section.title:
+        yield f"## {escape(section.title)}"
+    yield from map(escape, section.paragraphs)
+    yield from (f"**{escape(warning)}**" for warning in section.warnings)
+    if section.tiles:
+        yield _table(["", "", ""], [[tile.name, tile.value, tile.note] for tile in section.tiles])
+    if section.charts:
+        yield _fenced("\n".join(map(_curve_lines, section.charts)))
+    if section.bars:
+        yield _bar_table(section.bars)
+    for table in section.tables:
+        yield from _titled(table)
+    for row in section.pictures:
+        images = (f"![{escape(title)}]({PICTURES}/{path.name}) {escape(title)}" for title, path in row.pictures)
+        yield f"{escape(row.prompt)}: {', '.join(images)}"
+    if section.commands:
+        yield _fenced("\n".join(section.commands), "sh")
+    for name, text in section.files:
+        yield f"{escape(name)}:"
+        yield _fenced(text.rstrip("\n"))
+
+
+def _titled(table: ReportTable) -> Iterator[str]:
+    if table.title:
+        yield f"{escape(table.title)}:"
+    yield _table(table.head, table.rows[:MOST_ROWS], ":--" if table.has_texts else "--:")
+    if len(table.rows) > MOST_ROWS:
+        yield f"{len(table.rows) - MOST_ROWS:,} more are in report.html."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]], alignment: str = "--:") -> str:
+    """A Markdown table; `alignment`: that of all columns but the first."""
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in (head, *rows)]
+    lines.insert(1, f"|{'|'.join([':--', *[alignment] * (len(head) - 1)])}|")
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, MarkedText):
+        return escape("".join(f"⟦{text}⟧" if marked else text for text, marked in value.stretches))
+    return escape(cell_text(value))
+
+
+def _bar_table(bars: Sequence[Bar]) -> str:
+    """A line per part, a column per bar."""
+    columns = [{name: text for name, _, text in bar.parts} for bar in bars]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name) for column in columns)] for name in names]
+    return _table(["part", *(bar.title for bar in bars)], rows)
+
+
+def _curve_lines(chart: Chart) -> str:
+    series = max(chart.series, key=lambda each: len(each.x))
+    return f"{redact(chart.title)}\n{curve(series.y, bytes_text if chart.unit == 'bytes' else cell_text)}"
+
+
+def curve(values: Sequence[float], text: Callable[[float], str] = cell_text) -> str:
+    """Values as bars; next to them the highest and the lowest mean of their shares."""
+    means = means_of(values, CURVE_COLUMNS)
+    return f"{curve_text(values, CURVE_COLUMNS)}  {text(max(means))} to {text(min(means))}"
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """Text as it is, without secrets; the fence is longer than any in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{redact(text)}\n{fence}"

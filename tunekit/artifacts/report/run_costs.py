@@ -1,0 +1,150 @@
+"""The sections of a run's report about memory, time, rows and size, and the tiles above them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from tunekit.artifacts.report.sections import Bar, ReportSection, ReportTable, Tile
+from tunekit.artifacts.report.values import RunValues
+from tunekit.console.text import cell_text
+from tunekit.records import PeakBytes, bytes_text, calibration_text
+
+PEAK = (
+    "The peak, here, in the plan and in the line of progress, is the most that the run takes: on a GPU what its "
+    "tensors are given; on a CPU what the process takes beyond Python and its libraries. It was predicted before a "
+    "weight was loaded."
+)
+REST = "the process and what its allocator keeps"
+PEAKS = {
+    "peak_requested_bytes": "asked for by tensors on the device",
+    "peak_allocated_bytes": "allocated to them: the peak",
+    "peak_reserved_bytes": "reserved from the device by PyTorch",
+    "peak_host_bytes": "the whole process on the host, Python and its libraries included",
+}
+SECONDS_ORDER = ("load", "data", "calibrate", "try", "sample", "reward", "train", "evaluate", "save")
+ROW_NAMES = ("read", "trained", "dropped", "truncated", "longest_tokens", "tokens", "supervised_tokens")
+
+
+def overview(run: RunValues) -> Iterator[ReportSection]:
+    """The most important numbers as tiles."""
+    report, shows, tiles = run.report, run.shows, []
+    last = run.evaluations[-1].numbers("eval") if run.evaluations else {}
+    first = run.evaluations[0].numbers("eval") if run.evaluations and run.evaluations[0]["step"] == 0 else {}
+    for name, value in list(last.items())[:4]:
+        note = f"{cell_text(first[name])} before training" if name in first else "last"
+        tiles.append(Tile(f"evaluation {name}", cell_text(value), note))
+    predicted, measured = (sum(report.numbers(name).values()) for name in ("predicted_bytes", "measured_bytes"))
+    if measured:
+        note = f"predicted {bytes_text(predicted)} ({_difference(predicted, measured)})"
+        tiles.append(Tile("peak memory of the run", bytes_text(measured), note))
+    if rate := report.number("tokens_per_second"):
+        counts = f"{report.count('tokens'):,} {shows.sizes}, {report.count('supervised_tokens'):,} {shows.units}"
+        tiles.append(Tile("speed", f"{rate:,.0f} {shows.sizes}/s", counts))
+    if seconds := report.numbers("seconds"):
+        note = f"{duration_text(seconds.get('train', 0))} of it in steps"
+        tiles.append(Tile("time", duration_text(sum(seconds.values())), note))
+    if result := report.number("adapter_bytes"):
+        share = result / max(report.count("base_bytes"), 1)
+        tiles.append(Tile("result", bytes_text(result), f"{share:.2%} of the base"))
+    if tiles:
+        yield ReportSection(tiles=tiles)
+
+
+def _difference(predicted: float, measured: float) -> str:
+    return f"{(predicted - measured) / measured:+.1%}" if measured else ""
+
+
+def duration_text(seconds: float) -> str:
+    """A duration as a person reads it: 4.2 s, 2 min 36 s, 1 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s"
+
+
+def memory(run: RunValues) -> Iterator[ReportSection]:
+    """The predicted peak by part, next to what was measured."""
+    peak, report = run.plan.numbers("peak_bytes"), run.report
+    if not peak:
+        return
+    sizes = {part.name: peak[part.name] for part in fields(PeakBytes) if part.name != "total" and peak.get(part.name)}
+    sizes |= {REST: rest} if (rest := peak["total"] - sum(sizes.values())) > 0 else {}
+    parts = [(name, size, bytes_text(size)) for name, size in sizes.items()]
+    bars = [Bar(f"predicted {bytes_text(peak['total'])}", parts)]
+    predicted, measured = report.numbers("predicted_bytes"), report.numbers("measured_bytes")
+    if total := sum(measured.values()):
+        bars.append(Bar(f"measured {bytes_text(total)}", [("measured", total, bytes_text(total))]))
+    compared = [
+        [device, bytes_text(predicted[device]), bytes_text(size), _difference(predicted[device], size)]
+        for device, size in sorted(measured.items())
+        if device in predicted
+    ]
+    highest = [[text, bytes_text(size)] for name, text in PEAKS.items() if (size := report.number(name)) is not None]
+    tables = [
+        ReportTable(["device", "predicted peak", "measured peak", "prediction against measurement"], compared),
+        ReportTable(["at its highest", "bytes"], highest),
+    ]
+    kept, exceeded = _budget(run.plan.number("budget_bytes"), max(measured.values(), default=0))
+    yield ReportSection("Memory", [PEAK, *kept], exceeded, bars=bars, tables=[table for table in tables if table.rows])
+
+
+def _budget(budget: float | None, measured: float) -> tuple[list[str], list[str]]:
+    """That the budget was kept, by measurement, or that it was exceeded."""
+    if budget is None:
+        return [], []
+    if not measured:
+        return [f"The budget was {bytes_text(budget)}."], []
+    if measured <= budget:
+        return [f"The budget of {bytes_text(budget)} was kept: {bytes_text(budget - measured)} of it was left."], []
+    return [], [f"The budget of {bytes_text(budget)} was exceeded by {bytes_text(measured - budget)}."]
+
+
+def speed(run: RunValues) -> Iterator[ReportSection]:
+    """Rates, time by part, and the pass over the data before step 1."""
+    report, sizes, units = run.report, run.shows.sizes, run.shows.units
+    if "tokens" not in report:
+        return
+    rates = [(sizes, report.number("tokens_per_second")), (units, report.number("supervised_tokens_per_second"))]
+    lines = [[f"{name} per second", f"{value:,.0f}"] for name, value in rates if value is not None]
+    text = [f"{report.count('tokens'):,} {sizes} were seen, with {report.count('supervised_tokens'):,} {units}."]
+    if lines:
+        text.append(
+            f"{sizes.capitalize()} are those of the rows, padding never counted; the loss is taken over the {units}. "
+            "The time is that spent in optimizer steps; loading, evaluation and saving are not in it."
+        )
+    if calibration := report.part("calibration"):
+        text.append(f"{calibration_text(calibration).capitalize()}.")
+    seconds = report.numbers("seconds")
+    names = sorted(seconds, key=lambda name: SECONDS_ORDER.index(name) if name in SECONDS_ORDER else len(SECONDS_ORDER))
+    parts = [(name, seconds[name], duration_text(seconds[name])) for name in names]
+    bars = [Bar(f"time {duration_text(sum(seconds.values()))}", parts)] if parts else []
+    yield ReportSection("Speed", text, bars=bars, tables=[ReportTable(["rate", "value"], lines)] if lines else [])
+
+
+def rows(run: RunValues) -> Iterator[ReportSection]:
+    """What became of the rows of the sources."""
+    planned, shows = run.plan.part("rows"), run.shows
+    if not planned:
+        return
+    kinds = {kind: counts for kind in ("training", "evaluation") if (counts := planned.part(kind))}
+    shown = {"tokens": shows.sizes, "supervised_tokens": shows.units, "longest_tokens": "longest"}
+    lines = [[shown.get(name, name), *(counts.get(name) for counts in kinds.values())] for name in ROW_NAMES]
+    text = [
+        f"Dropped of the {kind} rows: {count:,} {reason}."
+        for kind, counts in kinds.items()
+        for reason, count in sorted(counts.numbers("dropped_reasons").items())
+    ]
+    if run.plan.get("text") is not None:
+        text.append(f"Packing: {'on' if planned.get('packing') else 'off'} ({planned.get('packing_reason')}).")
+    text += map(str, run.plan.items_of("notes"))
+    yield ReportSection("Rows", text, tables=[ReportTable(["rows", *kinds], lines)])
+
+
+def size(run: RunValues) -> Iterator[ReportSection]:
+    """The result's size on disk."""
+    result, base = run.report.number("adapter_bytes"), run.report.number("base_bytes")
+    if result is not None:
+        share = f", {result / base:.2%} of the base's {bytes_text(base)}" if base else ""
+        yield ReportSection("Size", [f"The result takes {bytes_text(result)} on disk{share}."])

@@ -1,0 +1,243 @@
+"""What the report of one run contains, from the values of its run folder; memory, time and rows are in run_costs.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+
+from tunekit.artifacts.report.curves import binned_text, charts_of
+from tunekit.artifacts.report.pictures import before_and_after
+from tunekit.artifacts.report.run_costs import memory, overview, rows, size, speed
+from tunekit.artifacts.report.sections import MarkedText, ReportPage, ReportSection, ReportTable
+from tunekit.artifacts.report.values import RunValues, Values
+from tunekit.artifacts.run import PICTURES
+from tunekit.metrics.classes import COLUMNS, confusion_table
+from tunekit.metrics.sources import sources_table
+from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.records import Panel, skipped_text
+
+MOST_CHARACTERS = 240  # of a prompt above its answers
+MOST_EVALUATIONS, MOST_LABELS = 12, 20
+
+
+def run_report(run: RunValues) -> ReportPage:
+    """The report of a run, finished or not."""
+    sections = [section for build in SECTIONS for section in build(run)]
+    return ReportPage(run.name, _intro(run), sections, _verdict(run), failed="verdict" in run.report)
+
+
+def _intro(run: RunValues) -> list[str]:
+    plan, model, adapter = run.plan, run.plan.part("model"), run.recipe.part("adapter")
+    rank = f" of rank {adapter['r']}" if adapter.get("r") else ""
+    weights = "" if model.get("quantization", "none") == "none" else f", weights in {model['quantization']}"
+    method = run.recipe.part("objective").get("method")
+    objective = "" if method is None else f" Objective: {method}."
+    trained, total = plan.count("trainable_parameters"), plan.count("total_parameters")
+    targets, done = len(plan.items_of("targets")), len(run.steps)
+    modules = f" in {targets:,} modules" if targets else ""
+    per_epoch = plan.part("rows").count("steps_per_epoch")
+    epochs = f" ({done / per_epoch:.2f} epochs)" if per_epoch else ""
+    return [
+        f"{adapter.get('method')}{rank} on {model.get('name_or_path')} ({model.get('model_type')}, "
+        f"computed in {model.get('dtype')}{weights}) on {plan.get('device')}.{objective}",
+        f"{trained:,} of {total:,} parameters ({trained / max(total, 1):.2%}){modules} were trained "
+        f"for {done:,} of {plan.count('steps'):,} steps{epochs}. State: {run.state}.",
+    ]
+
+
+def _verdict(run: RunValues) -> str:
+    before, after = run.report.number("base_eval_loss"), run.report.number("eval_loss")
+    if "verdict" in run.report:
+        return f"{str(run.report['verdict']).capitalize()}."
+    if before is None or after is None:
+        return ""
+    return f"Evaluation loss {before:.4g} before training, {after:.4g} of the exported weights."
+
+
+def _curves(run: RunValues) -> Iterator[ReportSection]:
+    """The headline's change over the run, and all curves."""
+    headline, charts = run.shows.headline, charts_of([run])
+    first, final = run.report.number(f"first_{headline.name}"), run.report.number(f"final_{headline.name}")
+    paragraphs, warnings = [], []
+    if first is not None and final is not None:
+        means = f"{first:.4g} over the first tenth of the steps, {final:.4g} over the last"
+        paragraphs.append(f"{headline.title}: {means}.")
+        if len(run.steps) > 2 and (final <= first if headline.rises else final >= first):
+            warnings.append(f"It did not {'rise' if headline.rises else 'fall'}.")
+    if paragraphs or charts:
+        yield ReportSection("Over the steps", [*paragraphs, *binned_text([run])], warnings, charts=charts)
+
+
+def _result(run: RunValues) -> Iterator[ReportSection]:
+    """The evaluations."""
+    best, exported = run.report.get("best_step"), run.report.get("best_step", run.report.get("final_step"))
+    why = "the last" if best is None else "the best evaluation"
+    text = [] if exported is None else [f"The exported weights are those after step {exported:,}, {why}."]
+    if not run.evaluations:
+        none = "The result was not compared with its base: there are no evaluation rows (data.eval)."
+        yield ReportSection("Result", [none if run.report else "Nothing has been evaluated yet.", *text])
+        return
+    names = sorted(dict.fromkeys(name for each in run.evaluations for name in each.part("eval")), key="loss".__ne__)
+    shown = _few(run.evaluations, best)
+    lines = [[_step_label(record.count("step"), best), *map(record.part("eval").get, names)] for record in shown]
+    marked = next((at for at, record in enumerate(shown) if record["step"] == exported), -1)
+    tables, sources = [ReportTable(["evaluation at step", *names], lines, best=marked)], shown[marked].part("sources")
+    if sources:
+        table = sources_table({name: sources.numbers(name) for name in sources})
+        tables.append(ReportTable(*table, f"By source, after step {shown[marked]['step']:,}"))
+    yield ReportSection("Result", text, tables=tables)
+
+
+def _few(records: Sequence[Values], best: object) -> list[Values]:
+    """About MOST_EVALUATIONS: the first, the last, the best, and an even choice of the others."""
+    stride, last = -(-len(records) // MOST_EVALUATIONS), len(records) - 1
+    return [record for at, record in enumerate(records) if at % stride == 0 or at == last or record["step"] == best]
+
+
+def _step_label(step: int, best: object) -> str:
+    return f"{step:,}" + (" (best)" if step == best else " (before training)" if step == 0 else "")
+
+
+def _labels(run: RunValues) -> Iterator[ReportSection]:
+    """Each label's line, before it the worst ones if there are many, and the confusion of few."""
+    facts = run.report.part("classes")
+    if not facts:
+        return
+    lines = [[line.get(name) for name in COLUMNS] for line in facts.parts("per_class")]
+    tables = [ReportTable(COLUMNS, lines, "Each label, of the exported weights")]
+    if len(lines) > MOST_LABELS:
+        worst = sorted(facts.parts("per_class"), key=lambda line: line.number("f1") or 0.0)[:MOST_LABELS]
+        shown = [[line.get(name) for name in COLUMNS] for line in worst]
+        tables.insert(0, ReportTable(COLUMNS, shown, f"The {len(shown)} labels of lowest F1"))
+    confusion = confusion_table(facts)
+    if confusion is not None:
+        tables.append(ReportTable(*confusion, "Confusion"))
+    yield ReportSection("Labels", tables=tables)
+
+
+def _pictures(run: RunValues) -> Iterator[ReportSection]:
+    """Pictures of the validation prompts before training and with the exported weights."""
+    prompts = [str(prompt) for prompt in run.recipe.part("objective").items_of(run.shows.draws)]
+    pictures = before_and_after(run.path, prompts, run.exported_step)
+    if pictures:
+        text = f"Always from the same noise. Those of every evaluation are in {PICTURES}/, as they were drawn."
+        yield ReportSection("Images", [text], pictures=pictures)
+
+
+def _answers(run: RunValues) -> Iterator[ReportSection]:
+    """The answers to the first evaluation rows before training and at the end, next to the row's own."""
+    records = [record for record in run.evaluations if record.parts("samples")]
+    if not records:
+        return
+    shown = records[:1] if len(records) == 1 else [records[0], records[-1]]
+    head = ["prompt", "the row's answer", *(f"step {record['step']}" for record in shown)]
+    lines = [
+        [_end_of(str(row[-1]["prompt"])), row[-1]["reference"], *(sample["answer"] for sample in row)]
+        for row in zip(*(record.parts("samples") for record in shown), strict=False)
+    ]
+    yield ReportSection("Answers to the first evaluation rows", tables=[ReportTable(head, lines, has_texts=True)])
+
+
+def _end_of(prompt: str) -> str:
+    """The last words of a long prompt, after which the answer begins."""
+    return prompt if len(prompt) <= MOST_CHARACTERS else f"[...] {prompt[-MOST_CHARACTERS:].partition(' ')[2]}"
+
+
+def _panels(run: RunValues) -> Iterator[ReportSection]:
+    """The objective's own panels: the examples of the first and of the last step that recorded some."""
+    for panel in run.shows.panels:
+        records = [record for record in run.steps if record.parts(panel.key)]
+        shown = records if len(records) < 2 else [records[0], records[-1]]
+        tables = [_panel_table(panel, f"Step {record['step']:,}", record.parts(panel.key)) for record in shown]
+        if tables:
+            yield ReportSection(panel.title, tables=tables)
+
+
+def _panel_table(panel: Panel, title: str, examples: Sequence[Values]) -> ReportTable:
+    columns = list[tuple[str, str, str]]()  # label, key, and of a mapping the name in it
+    for label, key in panel.columns:
+        columns += [(name, key, name) for name in examples[0].part(key)] or [(label, key, "")]
+    lines = [[each.part(key).get(name) if name else each.get(key) for _, key, name in columns] for each in examples]
+    return ReportTable([label for label, _, _ in columns], lines, title, has_texts=True)
+
+
+def _worst_rows(run: RunValues) -> Iterator[ReportSection]:
+    """The evaluation rows with the highest loss per unit; what is learned of them is marked."""
+    kept, units = run.row_losses, run.shows.units
+    counts, losses, before = map(kept.column, ("units", "losses", "before"))
+    if not kept.parts("worst"):
+        return
+    head = ["row", units, *(["loss before"] if before else []), "loss", "text, what is trained on marked"]
+    lines = []
+    for row in kept.parts("worst"):
+        at = row.count("number")
+        means = (_mean(values[at], counts[at]) for values in (before, losses) if values)
+        text = [(str(each[0]), bool(each[1])) for each in row.items_of("text") if isinstance(each, list)]
+        lines.append([kept.items_of("rows")[at], counts[at], *means, MarkedText(text)])
+    why = f"Of {len(counts):,}, by their mean loss over {units}. Look here for wrong labels and odd formats."
+    yield ReportSection("Evaluation rows with the highest loss", [why], tables=[ReportTable(head, lines)])
+
+
+def _mean(loss: float | None, units: float | None) -> float | None:
+    return None if loss is None or units is None else loss / max(units, 1)
+
+
+def _reactions(run: RunValues) -> Iterator[ReportSection]:
+    """What acted during the run."""
+    if not run.report:
+        return
+    skipped, reactions = run.report.count("skipped_steps"), run.report.parts("reactions")
+    text = [f"{skipped_text(skipped)}."] if skipped else []
+    if not reactions:
+        text.append("None: every check at the start passed, and the run did what its plan said.")
+    lines = [[item["probe"], item["action"], item["step"]] for item in reactions]
+    tables = [ReportTable(["check", "what was done", "at step"], lines)] if lines else []
+    yield ReportSection("Reactions", text, tables=tables)
+
+
+def _use(run: RunValues) -> Iterator[ReportSection]:
+    """The commands that come next."""
+    if not run.report:
+        return
+    place = os.path.relpath(run.path)
+    place = shlex.quote(str(run.path) if place.startswith("..") else place)
+    method = run.recipe.part("adapter").get("method")
+    known = method in known_names("adapters")
+    full = known and getattr(settings_class("adapters", str(method)), "trains_base", False)
+    commands = [f"tunekit eval {place}", f"tunekit generate {place} --prompt 'your text'"]
+    if not full:
+        commands.append(f"tunekit merge {place}/adapter --output {place}/merged")
+    if run.shows.draws:
+        commands.append('# a LoRA in adapter/ is diffusers\' too: pipeline.load_lora_weights("adapter") loads it')
+    elif not full:
+        commands.append('# adapter/ is in PEFT\'s format: PeftModel.from_pretrained(base, "adapter") loads it too')
+    yield ReportSection("Use it", commands=commands)
+
+
+def _files(run: RunValues) -> Iterator[ReportSection]:
+    """The recipe and the machine."""
+    shown = {name: value for name, value in run.environment.items() if name != "fingerprint"}
+    environment = json.dumps(shown, indent=2, sort_keys=True) if shown else ""
+    files = [("recipe.yaml", run.recipe_text), ("Machine and versions", environment)]
+    yield ReportSection("Recipe and environment", files=[(name, text) for name, text in files if text])
+
+
+SECTIONS = (
+    overview,
+    _curves,
+    _result,
+    _labels,
+    _pictures,
+    _answers,
+    _panels,
+    _worst_rows,
+    memory,
+    speed,
+    rows,
+    size,
+    _reactions,
+    _use,
+    _files,
+)
