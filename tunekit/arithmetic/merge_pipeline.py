@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunekit.arithmetic.merge import (
+from tunekit.arithmetic.merge_output import (
     REPORT,
-    Difference,
+    LogitDifference,
     MergeResult,
     check_output,
     check_space,
@@ -34,14 +34,13 @@ from tunekit.targets.target import LoadedTarget, Target, load_target
 PROMPTS, TIMES, SEED = ("a photo",), (100, 500, 900), 0  # of what is compared
 
 
-def merge_pipeline(target: Target, output: Path, dtype: torch.dtype | None = None) -> MergeResult:
-    """Write the merged pipeline beside `output`, measure it, and rename it into place; on any failure nothing stays.
+def merge_pipeline(target: Target, adapter: Path, output: Path, dtype: torch.dtype | None) -> MergeResult:
+    """Write the merged pipeline next to `output`, measure it, and rename it; after any failure nothing stays.
 
-    Raises: InputError, AdapterError and ResourceError as merge_adapter.
+    Raises: InputError, AdapterError and ResourceError as merge.
     """
-    assert target.adapter is not None  # merge_adapter saw to it
     output, base = output.expanduser().absolute(), find_source(target.model, weights=True).folder
-    check_output(output, [base, target.adapter])
+    check_output(output, [base, adapter])
     check_space(output, sum(path.stat().st_size for path in base.rglob("*") if path.is_file()))
     exact = replace(target, model=target.model.model_copy(update={"dtype": "float32"}))
     with whole_model_folder(output) as staging:
@@ -75,7 +74,7 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
     parts = list(written)
     after = _predicted(load_net(staging, parts, torch.float32), processor)
     unrounded, rounding = (float((one - other).abs().max()) for one, other in ((exact, before), (after, exact)))
-    difference = Difference(
+    difference = LogitDifference(
         largest=float((after - before).abs().max()),
         mean=float((after - before).abs().mean()),
         spread=float(before.std()),

@@ -31,7 +31,9 @@ from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import shown
+from tunekit.records import bytes_text
 
+LISTED = 12  # entries that a line prints of a list; a JSON file has them all
 NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # others hold no NaN, have no norm
 
 
@@ -77,6 +79,30 @@ class AdapterSummary:
     dead: list[str]
     not_finite: list[str]
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """The whole in a few lines."""
+        ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in self.ranks.items())
+        return {
+            "method": f"{self.method} (peft type {self.peft_type})",
+            "base": self.base or "not named",
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "ranks": ranks or None,
+            "settings": self._settings_text() or None,
+            "parameters": self.parameters,
+            "file": f"{bytes_text(self.tensor_bytes)}, {len(self.tensors)} tensors",
+        }
+
+    def _settings_text(self) -> str:
+        """Settings that say something; of long lists and mappings, how long they are."""
+        said = {key: value for key, value in self.settings.items() if value not in (None, [], {}, "", False)}
+        short = {
+            key: f"({len(value)})" if isinstance(value, list | dict) and len(value) > LISTED else value
+            for key, value in said.items()
+        }
+        return ", ".join(f"{key} {value}" for key, value in short.items() if key != "method")
 
 
 def summarise_adapter(folder: Path) -> AdapterSummary:
