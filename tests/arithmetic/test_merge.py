@@ -254,7 +254,7 @@ def test_the_written_dtype_and_how_much_of_the_difference_is_its_rounding(
 ) -> None:
     adapter, _ = prepared(tmp_path, "gpt2", dtype=stored, target_modules=["c_attn", "c_proj", "wte"])
     target = find_target(str(adapter), None, ["model.dtype=float32"])
-    result = merge(target, tmp_path / "merged", None, getattr(torch, written))
+    result = merge_target(target, tmp_path / "merged", None, getattr(torch, written))
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, written)}
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == written

@@ -63,8 +63,21 @@ def generate(
     """Answer prompts, score answers, or draw pictures. Plain text for --prompt, one JSON object a line for several."""
     from tunekit.generate import generate_verb
 
-    sampling = (max_new_tokens, temperature, top_p, top_k, seed)
-    generate_verb(target, base, prompt, prompts, overrides or [], *sampling, score, choices, output)
+    generate_verb(
+        target,
+        base,
+        prompt,
+        prompts,
+        overrides or [],
+        max_new_tokens,
+        temperature,
+        top_p,
+        top_k,
+        seed,
+        score,
+        choices,
+        output,
+    )
 
 
 @app.command()
