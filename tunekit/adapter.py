@@ -9,14 +9,14 @@ from pathlib import Path
 from tunekit.adapters.folder.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from tunekit.arithmetic.adopt import adopt_lora
 from tunekit.arithmetic.combine import Mixture, check_mixture, combine
-from tunekit.arithmetic.difference import Difference, compare, extract, plain_lora, read_changes, together
+from tunekit.arithmetic.difference import TensorDifference, compare, extract, plain_lora, read_changes, together
 from tunekit.arithmetic.linear import combine_linear, read_linear
 from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.losses import losses_on_rows
 from tunekit.arithmetic.low_rank import reduce_rank
 from tunekit.arithmetic.model_difference import compare_models, extract_models
 from tunekit.arithmetic.moved_starts import START, start_of, untouched_updates
-from tunekit.arithmetic.nearest_lora import Loss, loss_between, nearest_lora, total
+from tunekit.arithmetic.nearest_lora import RankLoss, loss_between, nearest_lora, total
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.summary import LISTED, AdapterSummary, in_order, summarise_adapter
 from tunekit.arithmetic.write import (
@@ -221,7 +221,7 @@ def diff_verb(
 
 def _diff_adapters(
     console: Console, folders: list[Path], rank: int | None, base: str | None, place: Path | None
-) -> list[Difference]:
+) -> list[TensorDifference]:
     first, second = (read_changes(folder, base) for folder in folders)
     facts = base_of([first.config, second.config], base)
     differences = [
@@ -239,7 +239,7 @@ def _diff_adapters(
     return differences + others
 
 
-def _diff_models(console: Console, names: list[str], rank: int | None, output: Path | None) -> list[Difference]:
+def _diff_models(console: Console, names: list[str], rank: int | None, output: Path | None) -> list[TensorDifference]:
     sections = [ModelSection.model_validate(named_base(name)) for name in names]
     sources = [find_source(section, weights=True) for section in sections]
     packed = next((source.gguf_file for source in sources if source.gguf_file), None)
@@ -259,14 +259,14 @@ def _diff_models(console: Console, names: list[str], rank: int | None, output: P
 
 
 def _write_extracted(
-    console: Console, place: Path, facts: BaseFacts, lora: LoraFolder, losses: Mapping[str, Loss], rank: int
+    console: Console, place: Path, facts: BaseFacts, lora: LoraFolder, losses: Mapping[str, RankLoss], rank: int
 ) -> None:
     _tell_losses(console, losses, rank)
     write_lora(place, facts, lora, lora.updates)
     console.info(f"A with this adapter is near B; written to {place}")
 
 
-def _tell_differences(console: Console, what: str, differences: list[Difference]) -> None:
+def _tell_differences(console: Console, what: str, differences: list[TensorDifference]) -> None:
     """Those that differ, and the whole."""
     rows = [(d.name, d.left, d.right, d.distance, d.cosine) for d in differences if not d.equal]
     if rows:
@@ -279,7 +279,7 @@ def _tell_differences(console: Console, what: str, differences: list[Difference]
         console.info(f"|A| {whole.left:.4g}, |B| {whole.right:.4g}, |B - A| {whole.distance:.4g}{cosine}")
 
 
-def _tell_losses(console: Console, losses: Mapping[str, Loss], rank: int) -> None:
+def _tell_losses(console: Console, losses: Mapping[str, RankLoss], rank: int) -> None:
     """What a lower rank loses, layer by layer."""
     rows = [
         (loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}")

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,5 +88,5 @@ def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
             raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R", file=file)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return sorted(value) if isinstance(value, tuple) else value

@@ -35,7 +35,7 @@ from tunekit.targets.target import LoadedTarget, Target, as_trained, family_of, 
 from tunekit.tuned.network import prepare_network
 
 SPARE_SHARE = 1.5  # of the float32 weights: activations, logits, a matrix on its way
-Inputs = dict[str, torch.Tensor]  # what a net is called with for one row
+NetInputs = dict[str, torch.Tensor]  # what a net is called with for one row
 MAX_ROWS, MAX_TOKENS = 8, 64
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -146,7 +146,7 @@ def _without_rounding(
     section: ModelSection,
     rewriter: Rewriter,
     changes: Changes,
-    rows: list[Inputs],
+    rows: list[NetInputs],
 ) -> LogitDifference:
     """The difference with what of it is rounding: the merged model as written, before its cast, and the base with the
     running adapter, all in float32; as it is where the memory is too small for that, or the vocabulary grew."""
@@ -176,7 +176,7 @@ def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
     return max(float((first - second).abs().max()) for first, second in zip(before, after, strict=True))
 
 
-def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[Inputs], str]:
+def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[NetInputs], str]:
     """What the net is called with for up to MAX_ROWS held-out rows of up to MAX_TOKENS ids: the run's eval rows, else
     fixed texts, or one row of noise where it reads no text."""
     base, objective = loaded.model.base, loaded.objective
@@ -201,7 +201,7 @@ def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[Inputs], str]:
 
 
 @torch.no_grad()
-def _logits(model: LoadedModel, rows: list[Inputs]) -> list[torch.Tensor]:
+def _logits(model: LoadedModel, rows: list[NetInputs]) -> list[torch.Tensor]:
     """What the head makes of each row: (T, V) float32."""
     return [
         model.family.scores(
@@ -212,7 +212,7 @@ def _logits(model: LoadedModel, rows: list[Inputs]) -> list[torch.Tensor]:
 
 
 def _compare(
-    rows: list[Inputs],
+    rows: list[NetInputs],
     before: list[torch.Tensor],
     after: list[torch.Tensor],
     described: str,
@@ -232,7 +232,7 @@ def _compare(
     )
 
 
-def _loss(rows: list[Inputs], logits: list[torch.Tensor]) -> float:
+def _loss(rows: list[NetInputs], logits: list[torch.Tensor]) -> float:
     """Mean loss of the next token over all rows."""
     predicted = torch.cat([each[:-1] for each in logits])  # (N, V)
     targets = torch.cat([row["input_ids"][0, 1:] for row in rows])  # (N,)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -54,8 +53,9 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
 
     `dtype`: of the written parts; by default each as its files have it.
     """
-    net: Any = loaded.model.base.net
-    processor: Any = loaded.processor
+    net, processor = loaded.model.base.net, loaded.processor
+    assert isinstance(net, PipelineNet)
+    assert isinstance(processor, PipelineProcessor)
     before = _predicted(net, processor)
     assert loaded.model.adapter is not None
     changes = collect_changes(loaded.model.adapter)
@@ -68,7 +68,7 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
     for path in sorted(path.parent for path in processor.folder.glob("*/config.json")):
         if path.name in written:
             with quiet():
-                net.get_submodule(path.name).to(written[path.name]).save_pretrained(staging / path.name)
+                net.part(path.name).to(written[path.name]).save_pretrained(staging / path.name)
         else:
             shutil.copytree(path, staging / path.name, dirs_exist_ok=True)
     parts = list(written)
@@ -95,11 +95,11 @@ def _apply(net: nn.Module, changes: Changes) -> None:
         parameter = net.get_parameter(name)
         parameter.copy_(change(parameter.detach()))
     for name, merged in changes.layers.items():
-        layer: Any = net.get_submodule(name)
-        weight, bias = merged(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
-        layer.weight.copy_(weight)
+        own = dict(net.get_submodule(name).named_parameters(recurse=False))
+        weight, bias = merged(own["weight"].detach(), own["bias"].detach() if "bias" in own else None)
+        own["weight"].copy_(weight)
         if bias is not None:
-            layer.bias.copy_(bias)
+            own["bias"].copy_(bias)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -248,5 +248,5 @@ def _ranks(layers: list[LayerSummary], config: AdapterConfig | None) -> dict[int
     return dict(sorted(counted.items()))
 
 
-def _text(value: Any) -> str | None:
+def _text(value: object) -> str | None:
     return shown(value, 200) if isinstance(value, str) else None

@@ -18,7 +18,7 @@ Overrides = Annotated[
         autocompletion=override(),
     ),
 ]
-TargetOverrides = Annotated[
+TargetKeys = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
@@ -34,7 +34,7 @@ MergeOverrides = Annotated[
         autocompletion=override("model."),
     ),
 ]
-Target = Annotated[
+TargetName = Annotated[
     str,
     typer.Argument(
         metavar="TARGET",

@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from tunekit.commands.options import Base, Device, Target, TargetOverrides
+from tunekit.commands.options import Base, Device, TargetKeys, TargetName
 
 app = typer.Typer(rich_markup_mode=None)
 
 
 @app.command()
 def chat(
-    target: Target,
-    overrides: TargetOverrides = None,
+    target: TargetName,
+    overrides: TargetKeys = None,
     base: Base = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="FOLDER", help="one more adapter of this base; may be repeated")
@@ -39,8 +39,8 @@ def chat(
 
 @app.command()
 def serve(
-    target: Target,
-    overrides: TargetOverrides = None,
+    target: TargetName,
+    overrides: TargetKeys = None,
     base: Base = None,
     adapter: Annotated[
         list[str] | None,

@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from tunekit.commands.completion import named, override
-from tunekit.commands.options import Base, Device, JsonFile, MergeOverrides, Target, TargetOverrides
+from tunekit.commands.options import Base, Device, JsonFile, MergeOverrides, TargetKeys, TargetName
 
 app = typer.Typer(rich_markup_mode=None)
 
 
 @app.command("eval")
 def evaluate(
-    target: Target,
+    target: TargetName,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -45,8 +45,8 @@ def evaluate(
 
 @app.command()
 def generate(
-    target: Target,
-    overrides: TargetOverrides = None,
+    target: TargetName,
+    overrides: TargetKeys = None,
     base: Base = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="one prompt")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE|-", help='one a line (.jsonl: {"prompt": ...})')] = None,
