@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from tunekit.adapters.folder.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from tunekit.arithmetic.adopt import adopt_lora
 from tunekit.arithmetic.combine import Mixture, check_mixture, combine
 from tunekit.arithmetic.difference import TensorDifference, compare, extract, plain_lora, read_changes, together
-from tunekit.arithmetic.linear import combine_linear, read_linear
+from tunekit.arithmetic.linear import write_linear
 from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.losses import losses_on_rows
 from tunekit.arithmetic.low_rank import reduce_rank
@@ -25,7 +25,6 @@ from tunekit.arithmetic.write import (
     check_new_folder,
     refuse_other_labels,
     write_lora,
-    write_without_base,
 )
 from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.console import Console
@@ -75,7 +74,7 @@ def combine_verb(
         what = f"the adapters are of different methods: {', '.join(sorted(methods))}"
         raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R")
     else:
-        _combine_others(folders, mixture, facts, place)
+        write_linear(place, folders, mixture, facts)
     console.warn(*facts.notes)
     console.info(f"{kind} of {' and '.join(f'{w:g} x {f}' for w, f in zip(given, folders, strict=True))}")
     console.info(f"written to {place}")
@@ -84,11 +83,7 @@ def combine_verb(
 def _combine_loras(console: Console, folders: list[Path], mixture: Mixture, facts: BaseFacts, place: Path) -> None:
     loras = [read_lora_folder(folder) for folder in folders]
     combined = combine(loras, mixture)
-    same = next((lora for lora in loras if lora.updates.keys() == combined.updates.keys()), loras[0])
-    conv1d = any(lora.fan_in_fan_out for lora in loras)
-    parameters = frozenset[str]().union(*(lora.parameters for lora in loras))
-    like = replace(same, rest=combined.rest, fan_in_fan_out=conv1d, parameters=parameters)
-    write_lora(place, facts, like, combined.updates)
+    write_lora(place, facts, combined.like(loras), combined.updates)
     ranks = sorted({update.rank for update in combined.updates.values()})
     console.info(f"{len(combined.updates)} layers of rank {', '.join(map(str, ranks))}")
     name, worst = combined.worst
@@ -96,19 +91,6 @@ def _combine_loras(console: Console, folders: list[Path], mixture: Mixture, fact
         f"the update differs from the weighted sum of the adapters' updates by {combined.distance:.2%} of its norm "
         f"(at most {worst:.2%}, in {name})"
     )
-
-
-def _combine_others(folders: list[Path], mixture: Mixture, facts: BaseFacts, place: Path) -> None:
-    """Adapters of another method than LoRA, where that can be."""
-    parts = [read_linear(folder) for folder in folders]
-    config = parts[0].config
-    if mixture.kind != "linear":
-        what = f"{config.settings.method} adapters are combined by linear alone, and not by {mixture.kind}"
-        raise AdapterError(what, "use --method linear, or make a LoRA of each first", key="--method")
-    tensors = combine_linear(parts, mixture.weights)
-    kept = ("target_modules", "fan_in_fan_out")
-    fields: dict[str, object] = {key: config.fields[key] for key in kept if key in config.fields}
-    write_without_base(place, facts, config.method, config.settings, tensors, fields)
 
 
 def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str | None, output: str) -> None:
@@ -122,7 +104,7 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
     config = read_adapter_config(folder, instead={START: True} if start else None)
     facts = base_of([config], base)
     if config.method is not plain_lora_method():
-        _convert_method(console, folder, config, rank, initial, base, place)
+        _convert_method(console, config, rank, initial, base, place)
         return
     lora = read_lora_folder(folder, {START: True} if start else None)
     first = None if initial is None else adapter_folder(initial)
@@ -140,13 +122,7 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
 
 
 def _convert_method(
-    console: Console,
-    folder: Path,
-    config: AdapterConfig,
-    rank: int | None,
-    initial: str | None,
-    base: str | None,
-    place: Path,
+    console: Console, config: AdapterConfig, rank: int | None, initial: str | None, base: str | None, place: Path
 ) -> None:
     """Another method than LoRA, by the nearest LoRA of a rank."""
     method = config.settings.method
@@ -155,7 +131,7 @@ def _convert_method(
     if rank is None:
         what = f"no LoRA computes exactly what a {method} adapter does"
         raise AdapterError(what, "--rank R writes the nearest of that rank, and tells the error", file=config.file)
-    attached, rewriter = attach_to_base(folder, trained_base(config, base))
+    attached, rewriter = attach_to_base(config.folder, trained_base(config, base))
     found = nearest_lora(attached, config, rewriter.trained_on, rank)
     _tell_losses(console, found.losses, rank)
     write_lora(place, base_of([config], base), found.lora, found.lora.updates)

@@ -1,7 +1,4 @@
-"""`tunekit data check`: what is doubtful in a recipe's rows, with their numbers, before anything is trained on them.
-
-Comes in: a recipe.  Goes out: findings on the screen or as JSON, and with --fix the rows that have none.
-"""
+"""`tunekit data check` reports doubtful rows of a recipe, with their lines, before anything is trained on them."""
 
 from __future__ import annotations
 

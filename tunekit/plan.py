@@ -1,4 +1,4 @@
-"""`tunekit plan`: a recipe goes in; out comes a page of what `train` would do, and plan.json where asked for."""
+"""`tunekit plan` prints what `train` would do, and writes it as JSON."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""LoRA folders, ours or peft's, read without their base: every tensor must be one that the configuration entitles.
-
-A folder goes in; LoraFolder, the updates by module name and whatever else the file holds, comes out. Whoever loads the
-folder compares it with the base as well.
-"""
+"""LoRA folders, ours or peft's, read without their base: every tensor must be one that the configuration entitles."""
 
 from __future__ import annotations
 

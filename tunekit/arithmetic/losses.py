@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.several import AdapterSet
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.evaluation.adapter_losses import adapter_losses
 from tunekit.machine.devices import make_devices
-from tunekit.model.load import LoadedModel
 from tunekit.recipe.data import DataSection, Source
 from tunekit.targets.target import find_target, load_base
 
@@ -29,15 +27,11 @@ def losses_on_rows(folders: Sequence[Path], data: str, base: str | None) -> list
         loaded = load_evaluation_rows(section, known, seed=target.seed)
         rows, objective = loaded.evaluation, loaded.objective
         assert rows is not None  # the section asks for them
-        adapters = AdapterSet(model.net)
+        adapters, head = AdapterSet(model.net), model.family.head_name(model.net)
+        attach = partial(attach_adapter_folder, model.net, head_name=head, base_fingerprint=model.fingerprint)
         for name, folder in zip("AB", folders, strict=True):
-            adapters.add(name, partial(_attach, model, folder))
+            adapters.add(name, partial(attach, folder))
         losses = adapter_losses(model, adapters, processor, objective, rows, devices, target.evaluation)
     finally:
         devices.close()
     return [losses[name] for name in (None, "A", "B")]
-
-
-def _attach(model: LoadedModel, folder: Path) -> AttachedAdapter:
-    head_name = model.family.head_name(model.net)
-    return attach_adapter_folder(model.net, folder, head_name=head_name, base_fingerprint=model.fingerprint)

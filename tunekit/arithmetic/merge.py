@@ -84,11 +84,8 @@ def _merge_model(
         as_used = getattr(objective, "processor", processor)  # with what the recipe says in its files' place
         copy_companions(target.model, source.folder, as_used, target.chat_template, staging, generation)
         difference = measure_difference(target, staging, rewriter, changes)
-        written, computed = (
-            rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight"),
-            rewriter.compute_dtype,
-        )
-        result = MergeResult(output, chosen, reason, str(written)[6:], str(computed)[6:], difference)
+        written = rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight")
+        result = MergeResult(output, chosen, reason, str(written)[6:], str(rewriter.compute_dtype)[6:], difference)
         write_json(staging / REPORT, report_of_merge(result))
     return result
 
@@ -212,12 +209,7 @@ def _logits(model: LoadedModel, rows: list[NetInputs]) -> list[torch.Tensor]:
 
 
 def _compare(
-    rows: list[NetInputs],
-    before: list[torch.Tensor],
-    after: list[torch.Tensor],
-    described: str,
-    *,
-    predicts: bool,
+    rows: list[NetInputs], before: list[torch.Tensor], after: list[torch.Tensor], described: str, *, predicts: bool
 ) -> LogitDifference:
     gaps = [(first - second).abs() for first, second in zip(before, after, strict=True)]
     count = sum(gap.numel() for gap in gaps)

@@ -1,7 +1,4 @@
-"""How far two models are from each other, tensor by tensor, and the LoRA of one that is nearest to the other.
-
-Two model folders go in, of which one tensor each is in memory at a time; Differences, or updates, come out.
-"""
+"""How far two models are from each other, tensor by tensor, and the LoRA of one that is nearest to the other."""
 
 from __future__ import annotations
 

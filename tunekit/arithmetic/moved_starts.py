@@ -1,9 +1,7 @@
-"""LoRA folders of PEFT whose start moved a part of the base into the adapter, as plain LoRA of twice the rank.
+"""LoRA folders of PEFT whose initialisation moved a part of the base into the adapter, as plain LoRA of twice the rank.
 
-Such a folder, and its adapter as it was before training, or the base, go in; updates of the untouched base come out.
-
-The base was W - s B0 A0 when training began. What the trained adapter adds to W is s (B A - B0 A0), which is the
-low-rank update [B, -B0] [A; A0]; PEFT's path_initial_model_for_weight_conversion writes the same.
+The base was W - s B0 A0 when training began. The trained adapter adds s (B A - B0 A0) to W, which is the low-rank
+update [B, -B0] [A; A0]; PEFT's path_initial_model_for_weight_conversion writes the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The LoRA of a given rank that is nearest to an adapter of any method that changes weights.
 
-An adapter in a net without weights and a reader of the base's matrices go in; updates, and what each lost, come out.
-One matrix is in memory at a time.
+One matrix of the base is in memory at a time.
 """
 
 from __future__ import annotations

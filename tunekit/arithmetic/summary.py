@@ -1,7 +1,6 @@
-"""What is in an adapter folder, without its base: ours or peft's, of every method, also of one that cannot be loaded.
+"""The content of an adapter folder of any method, without its base, also of a folder that cannot be loaded.
 
-A folder goes in; an AdapterSummary comes out. Files are read as strictly as for loading, but what the configuration
-says and what the tensors hold is reported and not refused: a folder full of NaN is shown as that.
+Files are read as strictly as for loading, but faults are reported and not refused.
 """
 
 from __future__ import annotations

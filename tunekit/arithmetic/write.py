@@ -1,4 +1,4 @@
-"""Writes an adapter that was made of other folders and not on a base, whose facts of the base it hands on."""
+"""Writes an adapter that was made of other folders, with their facts of the base."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""What a shell can complete: recipe files, names of shipped recipes, and KEY=VALUE.
+"""Completions of recipe files, names of shipped recipes, and KEY=VALUE.
 
-Comes in: the beginning of a word, and the recipe that stands before it.  Goes out: (completion, what it means).  Keys
-and values are read from the schema file beside the shipped recipes: pydantic's classes would take longer to import than
-a person waits.
+Keys and values are read from the schema file, because pydantic's classes take longer to import than a person waits.
 """
 
 from __future__ import annotations
