@@ -45,8 +45,9 @@ LEVELS = {
     "arithmetic": 9,
     "planning": 10,
     "exports": 10,
-    "cli": 12,
-    "__main__": 13,
+    "commands": 12,  # which call the verbs
+    "cli": 13,
+    "__main__": 14,
 }
 VERB_LEVEL = 11  # every other file of the package
 SAME_LEVEL = {("train", "plan")}  # beside contracts, which every room from level 3 on may import

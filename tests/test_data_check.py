@@ -20,6 +20,7 @@ from tunekit.data.looking.look import KINDS
 from tunekit.data.looking.similar import SimilarityIndex, signed
 from tunekit.data_check import data_check_verb
 from tunekit.errors import InputError
+from tunekit.recipe.load import load_recipe
 
 WORDS = [first + last for first in ("ba", "ke", "li", "mo", "nu") for last in ("ra", "sel", "tin", "pod", "gum")]
 
@@ -61,7 +62,7 @@ def write(tmp_path: Path, count: int = 60, planted: bool = True, **data: Any) ->
 
 def check(recipe: Path, fix: Path | None = None) -> tuple[int, dict[str, Any]]:
     out = recipe.parent / "found.json"
-    code = data_check_verb(str(recipe), [], None if fix is None else str(fix), str(out))
+    code = data_check_verb(load_recipe(recipe), None if fix is None else str(fix), str(out))
     return code, json.loads(out.read_text("utf-8"))["files"][0]
 
 
@@ -245,5 +246,5 @@ def test_training_images_that_dreambooth_measures_are_no_leak(
         "output": {"dir": "run"},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    assert data_check_verb(str(tmp_path / "recipe.yaml"), [], None, None) == 0
+    assert data_check_verb(load_recipe(tmp_path / "recipe.yaml"), None, None) == 0
     assert "nothing was found" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from tests.support.data_case import chat, encode_example, objective_of, tokenize
 from tunekit.cli import app
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.preview import AFTER, BETWEEN, FIRST, PROMPT, TRAINED, explain_tokens, preview_verb, segments
+from tunekit.recipe.load import load_recipe
 
 EVIL = "</pre><script>alert('x')</script><img src=x onerror=y>&amp;\x1b[31m"
 
@@ -56,7 +57,7 @@ def test_segments_and_reasons(tiny: LoadedTokenizer) -> None:
 
 
 def test_the_screen_shows_rows_marks_and_counts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    preview_verb(str(recipe), [], 5, None)
+    preview_verb(load_recipe(recipe), 5, None)
     shown = capsys.readouterr().out
     assert "format prompt_completion" in shown
     assert "d.jsonl:1: " in shown
@@ -84,7 +85,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_stands_alone_and_is_escaped(recipe: Path, tmp_path: Path) -> None:
-    preview_verb(str(recipe), [], 5, str(tmp_path / "page.html"))
+    preview_verb(load_recipe(recipe), 5, str(tmp_path / "page.html"))
     page = Page()
     page.feed((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert not page.tags & {"script", "img", "link", "iframe", "a"}

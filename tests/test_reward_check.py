@@ -31,7 +31,7 @@ SOUND = "[float(said[0]['content'] == right) for said, right in zip(completions,
 def checked(base: Path, folder: Path, body: str, *, samples: int = 0, **objective: Any) -> tuple[int, dict[str, Any]]:
     code = f"import time\n\ndef letters(prompts, completions, answer, **columns):\n    {body}\n"
     recipe = write_prompts(folder, base, code=code, objective=objective)
-    found = reward_check_verb(str(recipe), [], samples, str(folder / "found.json"))
+    found = reward_check_verb(load_recipe(recipe), samples, str(folder / "found.json"))
     return found, json.loads((folder / "found.json").read_text("utf-8"))
 
 
@@ -87,7 +87,7 @@ def test_planted_faults_are_found(fault: str, base: Path, tmp_path: Path, monkey
     body, said = FAULTS[fault]
     code = f"import time\n\ndef letters(prompts, completions, answer, **columns):\n    {body}\n"
     recipe = write_prompts(tmp_path, base, rows, code=code, data={"eval": None})
-    assert reward_check_verb(str(recipe), [], 0, str(tmp_path / "found.json")) == 2
+    assert reward_check_verb(load_recipe(recipe), 0, str(tmp_path / "found.json")) == 2
     findings = json.loads((tmp_path / "found.json").read_text("utf-8"))["findings"]
     assert any(said in finding for finding in findings), findings
 
@@ -119,10 +119,10 @@ def test_the_command_and_what_cannot_be_checked(
     assert run(monkeypatch, "reward", "check", str(recipe), "--samples", "0") == 0
     assert "nothing was found" in capsys.readouterr().out
     with pytest.raises(InputError, match="objective dpo has no reward"):
-        reward_check_verb(str(write_recipe(tmp_path / "dpo", base)), [], 0, None)
+        reward_check_verb(load_recipe(write_recipe(tmp_path / "dpo", base)), 0, None)
     broken = write_prompts(tmp_path / "broken", base, code="def other():\n    pass\n")
     with pytest.raises(RewardError, match="has no function letters; it has: other"):
-        reward_check_verb(str(broken), [], 0, None)
+        reward_check_verb(load_recipe(broken), 0, None)
     bare = write_prompts(tmp_path / "bare", base, [{"prompt": f"p{n}"} for n in range(4)])
     code, found = checked_again(bare)
     assert (code, found["notes"][0]) == (2, "no row has an answer of its own, with which others could be compared")
@@ -138,7 +138,7 @@ def test_samples_are_those_of_the_adapter_that_is_continued(base: Path, tmp_path
     assert len(texts["plain"]) == 12
     assert texts["plain"] != texts["continued"]
     absent = ["model.name_or_path=someone/who-is-not-there"]
-    assert reward_check_verb(str(recipe), absent, 0, str(tmp_path / "found.json")) in (0, 2)
+    assert reward_check_verb(load_recipe(recipe, absent), 0, str(tmp_path / "found.json")) in (0, 2)
 
 
 def moved_adapter(folder: Path, base: Path) -> Path:
@@ -148,7 +148,7 @@ def moved_adapter(folder: Path, base: Path) -> Path:
 
 
 def checked_again(recipe: Path) -> tuple[int, dict[str, Any]]:
-    found = reward_check_verb(str(recipe), [], 0, str(recipe.parent / "found.json"))
+    found = reward_check_verb(load_recipe(recipe), 0, str(recipe.parent / "found.json"))
     return found, json.loads((recipe.parent / "found.json").read_text("utf-8"))
 
 
@@ -157,7 +157,7 @@ def test_without_answers_nothing_is_said_of_them(
 ) -> None:
     code = "def letters(completions):\n    return [float(len(said)) for said in completions]\n"
     recipe = write_prompts(tmp_path, base, [{"prompt": f"say {n}", "level": n} for n in range(8)], code=code)
-    assert reward_check_verb(str(recipe), [], 0, None) == 0
+    assert reward_check_verb(load_recipe(recipe), 0, None) == 0
     said = capsys.readouterr().out
     assert "whether it tells good answers from bad ones was not tried" in said
     assert "are worth more" not in said

@@ -23,16 +23,14 @@ from tests.talking.test_conversation import adapter_of
 from tunekit.errors import InputError
 from tunekit.generate import answer
 from tunekit.serve import (
-    Asked,
-    ProtocolError,
     Talk,
     make_app,
     make_server,
-    read_body,
     serve_verb,
 )
 from tunekit.talking.conversation import Reply, add_folders, make_speaker, name_of
 from tunekit.talking.desk import Desk, Job
+from tunekit.talking.protocol import ChatRequest, ProtocolError, read_body
 from tunekit.targets.target import find_target, load_target
 
 openai = pytest.importorskip("openai")
@@ -196,7 +194,7 @@ class Slow:
 BODY = {"model": "one", "messages": [{"role": "user", "content": "x"}]}
 
 
-def body_of(**more: Any) -> Asked:
+def body_of(**more: Any) -> ChatRequest:
     return read_body(json.dumps(BODY | more).encode(), ["one"], 4)
 
 

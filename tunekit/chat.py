@@ -1,7 +1,4 @@
-"""`tunekit chat`: a conversation with a target in the terminal; lines go in, answers come out as they are made.
-
-Lines that begin with / are commands; /help lists them. Ctrl-C ends an answer, not the program; Ctrl-D ends it.
-"""
+"""`tunekit chat` is a conversation in the terminal: lines that begin with / are commands, all others are questions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`tunekit data check`: what is doubtful in a recipe's rows, with their numbers, before anything is trained on them.
-
-Comes in: a recipe.  Goes out: findings on the screen or as JSON, and with --fix the rows that have none.
-"""
+"""`tunekit data check` reports doubtful rows of a recipe, with their lines, before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, 
 from tunekit.data.looking.similar import SimilarityIndex
 from tunekit.errors import InputError
 from tunekit.files.durable import json_result, write_text
-from tunekit.recipe.load import load_recipe
+from tunekit.recipe.load import LoadedRecipe
 
 SHOWN_ROWS = 8
 
 
-def data_check_verb(recipe_path: str, overrides: Sequence[str], fix: str | None, json_file: str | None) -> int:
+def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None) -> int:
     """Look at all rows; 2 where there are findings. Raises: TunekitError where the rows cannot be looked at."""
     try:
         import rensa  # noqa: F401
@@ -27,7 +24,6 @@ def data_check_verb(recipe_path: str, overrides: Sequence[str], fix: str | None,
         raise InputError("finding near duplicates needs rensa", "pip install 'tunekit[data]'") from error
     if fix is not None and not fix.endswith(".jsonl"):
         raise InputError(f"--fix {fix}: the rows are written as JSONL", f"name a file such as {fix}.jsonl")
-    loaded = load_recipe(recipe_path, overrides)
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
     evaluation = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()

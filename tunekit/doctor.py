@@ -1,7 +1,4 @@
-"""`tunekit doctor`: what this machine has for tunekit, what is missing for which feature, and how to get it.
-
-Comes in: nothing.  Goes out: tables on the screen, or JSON; with --clear the caches' files are removed.
-"""
+"""`tunekit doctor` shows what this machine has for tunekit, what is missing for which feature, and how to get it."""
 
 from __future__ import annotations
 

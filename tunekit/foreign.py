@@ -1,6 +1,4 @@
-"""`tunekit import`: a configuration of Axolotl, LLaMA-Factory, TRL, torchtune, Unsloth or of a PEFT adapter goes in; a
-recipe and what became of each key come out. Imports no torch, but for an adapter's configuration.
-"""
+"""`tunekit import` makes a recipe of another tool's configuration, and prints what became of each key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tunekit merge`: an adapter, run or checkpoint in; out comes a model folder that needs neither tunekit nor peft."""
+"""`tunekit merge` writes an adapter and its base as a model folder that needs neither tunekit nor peft."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from tunekit.arithmetic.merge import merge_adapter
-from tunekit.arithmetic.merge_pipeline import merge_pipeline
+from tunekit.arithmetic.merge import merge
 from tunekit.console import Console
 from tunekit.errors import InputError
 from tunekit.machine.signals import StopSignals
-from tunekit.targets.target import family_of, find_target
+from tunekit.targets.target import find_target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,13 +29,7 @@ def merge_verb(
     target = find_target(adapter, base, overrides)
     console.info(*target.rewrites)
     with StopSignals(announce=False) as signals, signals.at_once("in the merge; what it had written is removed"):
-        merged = merge_pipeline if family_of(target) == "diffusion" and target.adapter is not None else None
-        kind = DTYPES.get(dtype or "")
-        if merged is not None and onto not in (None, "full"):
-            raise InputError(f"--onto {onto} is for a quantized base, and a pipeline is none", "leave it out")
-        result = (
-            merge_adapter(target, Path(output), onto, kind) if merged is None else merged(target, Path(output), kind)
-        )
+        result = merge(target, Path(output), onto, DTYPES.get(dtype or ""))
     difference = result.difference
     tokens = f"{difference.tokens} tokens of " if difference.tokens else ""  # images have none
     console.info(f"merged onto {result.onto}, written in {result.dtype}: {result.reason}")

@@ -1,8 +1,7 @@
-"""`tunekit plan`: a recipe goes in; out comes a page of what `train` would do, and plan.json where asked for."""
+"""`tunekit plan` prints what `train` would do, and writes it as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from tunekit.artifacts.report.plan_page import plan_section
@@ -12,16 +11,15 @@ from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import available_bytes
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
-from tunekit.recipe.load import load_recipe
+from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import Plan
 
 
-def plan_verb(recipe_path: str, overrides: Sequence[str], json_file: str | None) -> None:
+def plan_verb(loaded: LoadedRecipe, json_file: str | None) -> None:
     """Print what train would do.
 
     Raises: TunekitError with every refusal.
     """
-    loaded = load_recipe(recipe_path, overrides)
     write_result = json_result(json_file)
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)

@@ -21,7 +21,7 @@ from tunekit.evaluation.row_losses import segments
 from tunekit.files.durable import write_text
 from tunekit.model.families import make_family
 from tunekit.objectives.base import make_objective
-from tunekit.recipe.load import load_recipe
+from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import RowCounts
 
@@ -45,9 +45,8 @@ class Token:
     why: str
 
 
-def preview_verb(recipe_path: str, overrides: Sequence[str], rows: int, html: str | None) -> None:
+def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
     """Show `rows` training rows in training order. Raises: TunekitError, whose exit code the command line returns."""
-    written = load_recipe(recipe_path, overrides)
     recipe = written.recipe
     processor = make_family(recipe.objective.family).processor(recipe.model)
     objective, tokenizer = make_objective(recipe.objective, processor), processor.tokenizer

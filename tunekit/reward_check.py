@@ -41,7 +41,7 @@ from tunekit.objectives.rewards import Rewards, Scores, Written, said
 from tunekit.objectives.samples import SampleObjective
 from tunekit.objectives.worth import mean, spread
 from tunekit.recipe.bases.sample_settings import SampleSettings
-from tunekit.recipe.load import load_recipe
+from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.tuned.model import TunedModel
 
@@ -65,9 +65,8 @@ class Tried:
     errors: Sequence[str]
 
 
-def reward_check_verb(recipe_path: str, overrides: Sequence[str], samples: int, json_file: str | None) -> int:
+def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None) -> int:
     """Try the reward out; 2 where there are findings. Raises: TunekitError where nothing can be tried."""
-    loaded = load_recipe(recipe_path, overrides)
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
     settings = recipe.objective

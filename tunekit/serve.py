@@ -1,6 +1,6 @@
-"""`tunekit serve`: a target goes in; an OpenAI-compatible endpoint on this machine comes out, until it is stopped.
+"""`tunekit serve` answers OpenAI's clients until it is stopped; every adapter is a model name over the one base.
 
-GET /v1/models; POST /v1/chat/completions, streamed or whole. Every adapter is a model name over the one base.
+GET /v1/models; POST /v1/chat/completions, streamed or whole.
 """
 
 from __future__ import annotations
@@ -13,158 +13,32 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunekit.console import Console
-from tunekit.contracts import GREEDY, Sampling
 from tunekit.errors import DataError, InputError, TunekitError
-from tunekit.formats.chat import read_tool_calls
-from tunekit.formats.example import ROLES, Message
 from tunekit.machine.devices import make_devices
-from tunekit.talking.conversation import Reply, Request, Speaker, add_folders, make_speaker, name_of
+from tunekit.talking.conversation import Reply, Speaker, add_folders, make_speaker, name_of
 from tunekit.talking.desk import Desk, Job
+from tunekit.talking.protocol import ChatRequest, ProtocolError, read_body, usage
 from tunekit.targets.target import find_target, load_target
 
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response, StreamingResponse
+    from uvicorn import Server
+
+AsgiApp = Callable[..., Awaitable[None]]  # (scope, receive, send) -> nothing
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LARGEST_BODY_BYTES = 4_000_000
-NEUTRAL: dict[str, tuple[object, ...]] = {  # fields of the protocol that are taken only where they change nothing
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
-READ = ("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream")
-WITHOUT_EFFECT = ("stream_options", "user", "metadata", "store", "service_tier")
-KINDS = {bool: "true or false", dict: "an object"}
-EMPTY: tuple[object, ...] = (None, "", [], {})
-KNOWN = frozenset((*READ, *NEUTRAL, *WITHOUT_EFFECT))
 
 
-class ProtocolError(Exception):
-    """An answer in the protocol's form of an error."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a body of a chat completion asks for."""
-
-    name: str
-    request: Request
-    stream: bool
-    with_usage: bool
-    seeded: bool
-
-
-def read_body(body: bytes, names: Sequence[str], most_tokens: int) -> Asked:
-    """Raises: ProtocolError naming the field that is wrong."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(400, f"the body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ProtocolError(400, "the body must be a JSON object")
-    for field, found in value.items():
-        if field not in KNOWN:
-            raise ProtocolError(400, f"'{field}' is not known here", field, "unknown_parameter")
-        if field in NEUTRAL and found is not None and found not in NEUTRAL[field]:
-            raise ProtocolError(400, f"'{field}' is not supported", field, "unsupported_parameter")
-    name = value.get("model")
-    if not isinstance(name, str) or name not in names:
-        text = "'model' is required" if name is None else f"there is no model {name!r}"
-        raise ProtocolError(404, f"{text}; there are: {', '.join(names)}", "model", "model_not_found")
-    return Asked(
-        name,
-        Request(
-            _messages(value.get("messages")), _most(value, most_tokens), _sampling(value), _stop(value.get("stop"))
-        ),
-        stream=_of_kind(value, "stream", bool, False),
-        with_usage=_of_kind(value, "stream_options", dict, {}).get("include_usage") is True,
-        seeded=value.get("seed") is not None,
-    )
-
-
-def _of_kind(value: dict[str, Any], field: str, kind: type[Any], default: Any) -> Any:
-    found = value.get(field)
-    if found is not None and not isinstance(found, kind):
-        raise ProtocolError(400, f"'{field}' must be {KINDS[kind]}", field, "invalid_value")
-    return default if found is None else found
-
-
-def _number(value: dict[str, Any], field: str, default: float, low: float, high: float) -> float:
-    found = value.get(field)
-    if found is None:
-        return default
-    if isinstance(found, bool) or not isinstance(found, int | float) or not low <= found <= high:
-        raise ProtocolError(400, f"'{field}' must be a number from {low:g} to {high:g}", field, "invalid_value")
-    return found
-
-
-def _sampling(value: dict[str, Any]) -> Sampling:
-    """Without a seed 0, for which the desk draws one."""
-    temperature, top_p = _number(value, "temperature", 1.0, 0, 2), _number(value, "top_p", 1.0, 1e-6, 1)
-    seed = _number(value, "seed", 0, 0, 2**63 - 1)
-    return Sampling(float(temperature), float(top_p), 0, int(seed)) if temperature else GREEDY
-
-
-def _most(value: dict[str, Any], default: int) -> int:
-    field = "max_completion_tokens" if value.get("max_completion_tokens") is not None else "max_tokens"
-    found = _number(value, field, default, 1, 1_000_000)
-    if found != int(found):
-        raise ProtocolError(400, f"'{field}' must be a whole number", field, "invalid_value")
-    return int(found)
-
-
-def _stop(found: object) -> tuple[str, ...]:
-    texts = [] if found is None else [found] if isinstance(found, str) else found
-    if not isinstance(texts, list) or len(texts) > 4 or not all(isinstance(text, str) and text for text in texts):
-        raise ProtocolError(400, "'stop' must be a text or up to four texts", "stop", "invalid_value")
-    return tuple(texts)
-
-
-def _messages(found: object) -> tuple[Message, ...]:
-    if not isinstance(found, list) or not found:
-        raise ProtocolError(400, "'messages' must be a list with one message or more", "messages", "invalid_value")
-    return tuple(_message(item, f"messages.{at}") for at, item in enumerate(found))
-
-
-def _message(item: object, place: str) -> Message:
-    if not isinstance(item, dict) or item.get("role") not in ROLES:
-        raise ProtocolError(400, f"a message needs a role of {', '.join(ROLES)}", f"{place}.role", "invalid_value")
-    content = item.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise ProtocolError(400, "only parts of type text are read", f"{place}.content", "invalid_value")
-        content = "".join(part["text"] for part in content)
-    if content is None and item.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise ProtocolError(400, "a message needs a text", f"{place}.content", "invalid_value")
-    extra = {name: value for name, value in item.items() if name not in ("role", "content") and value not in EMPTY}
-    if "tool_calls" in extra:
-        try:
-            extra["tool_calls"] = read_tool_calls(extra["tool_calls"], f"{place}.tool_calls")
-        except DataError as error:
-            raise ProtocolError(400, str(error), f"{place}.tool_calls", "invalid_value") from None
-    return Message(item["role"], content, extra=extra)
-
-
-async def whole_body(request: Any) -> bytes:
+async def whole_body(request: Request) -> bytes:
     """Raises: ProtocolError where it is too large."""
     body = bytearray()
     async for part in request.stream():
@@ -174,7 +48,7 @@ async def whole_body(request: Any) -> bytes:
     return bytes(body)
 
 
-def make_app(desk: Desk, key: str | None, most_tokens: int) -> Any:
+def make_app(desk: Desk, key: str | None, most_tokens: int) -> Starlette:
     """The endpoint as an ASGI application. `key`: what clients must give; None: nothing."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
@@ -184,31 +58,31 @@ def make_app(desk: Desk, key: str | None, most_tokens: int) -> Any:
 
     names, began = desk.speaker.names, int(time.time())
 
-    def refused(request: Any, error: Exception) -> Response:
+    def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ProtocolError)  # its text may quote half a surrogate pair, which json escapes
         return Response(json.dumps(error.body), error.status, media_type="application/json")
 
-    def gone(request: Any, error: Exception) -> Response:
+    def gone(request: Request, error: Exception) -> Response:
         return refused(request, ProtocolError(400, "the client left before its request was whole"))
 
-    def not_found(request: Any, error: Exception) -> Response:
+    def not_found(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return refused(request, ProtocolError(error.status_code, str(error.detail)))
 
-    def check_key(request: Any) -> None:
+    def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if key is not None and not hmac.compare_digest(given, key.encode()):
             raise ProtocolError(401, "the key is missing or wrong", code="invalid_api_key")
 
-    async def health(request: Any) -> Any:
+    async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def models(request: Any) -> Any:
+    async def models(request: Request) -> Response:
         check_key(request)
         each = [{"id": name, "object": "model", "created": began, "owned_by": "tunekit"} for name in names]
         return JSONResponse({"object": "list", "data": each})
 
-    async def completions(request: Any) -> Any:
+    async def completions(request: Request) -> Response | AsgiApp:
         check_key(request)
         asked = read_body(await whole_body(request), names, most_tokens)
         talk = Talk(desk, asked)
@@ -231,7 +105,7 @@ def make_app(desk: Desk, key: str | None, most_tokens: int) -> Any:
 class Talk:
     """One completion on its way from the desk's thread to its client."""
 
-    def __init__(self, desk: Desk, asked: Asked) -> None:
+    def __init__(self, desk: Desk, asked: ChatRequest) -> None:
         self.asked = asked
         self.arrived: asyncio.Queue[str | Reply | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -257,7 +131,7 @@ class Talk:
             raise ProtocolError(503 if isinstance(found, ConnectionError) else 500, str(found))
         return found
 
-    async def whole(self, request: Any) -> dict[str, Any]:
+    async def whole(self, request: Request) -> dict[str, Any]:
         """The answer in one."""
         while not isinstance(found := await self._wanted(request), Reply):
             pass
@@ -265,11 +139,11 @@ class Talk:
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": found.reason}
         return {**self.facts, "object": "chat.completion", "choices": [choice], "usage": usage(found)}
 
-    async def begun(self, request: Any) -> None:
+    async def begun(self, request: Request) -> None:
         """Wait for the first piece, so that what is wrong with the request has its own status."""
         self._first = await self._wanted(request)
 
-    async def _wanted(self, request: Any) -> str | Reply:
+    async def _wanted(self, request: Request) -> str | Reply:
         """The next piece; the job is given up where the client is gone."""
         waiting = asyncio.ensure_future(self._next())
         while not (await asyncio.wait([waiting], timeout=1.0))[0]:
@@ -277,7 +151,7 @@ class Talk:
                 self.job.cancelled.set()
         return waiting.result()
 
-    async def send(self, events: Any, *of_asgi: Any) -> None:
+    async def send(self, events: StreamingResponse, *of_asgi: object) -> None:
         """Send them; the job ends with its client, also with one that left before the first event."""
         try:
             await events(*of_asgi)
@@ -305,12 +179,6 @@ class Talk:
 
     def _data(self, value: dict[str, Any]) -> str:
         return f"data: {json.dumps({**self.facts, 'object': 'chat.completion.chunk', **value})}\n\n"
-
-
-def usage(reply: Reply) -> dict[str, int]:
-    """Tokens as the protocol counts them."""
-    counts = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.new_tokens}
-    return {**counts, "total_tokens": sum(counts.values())}
 
 
 def serve_verb(
@@ -359,21 +227,22 @@ def bind(host: str, port: int) -> socket.socket:
         raise InputError(f"{host}:{port} cannot be listened on ({error.strerror})", "choose another --port") from error
 
 
-def make_server(desk: Desk, app: Any, host: str, port: int) -> Any:
+def make_server(desk: Desk, app: Starlette, host: str, port: int) -> Server:
     """A server that a signal ends at once: the answers that are being made are given up with it."""
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
+    end = server.handle_exit
 
-    def end_with_answers(*signal: Any, end: Any = server.handle_exit) -> None:
+    def end_with_answers(signal: int, frame: FrameType | None) -> None:
         desk.stop()
-        end(*signal)
+        end(signal, frame)
 
     server.handle_exit = end_with_answers
     return server
 
 
-def _announce(server: Any, console: Console, speaker: Speaker, host: str, port: int) -> None:
+def _announce(server: Server, console: Console, speaker: Speaker, host: str, port: int) -> None:
     """Say where it listens, once it does."""
     while not server.started:
         time.sleep(0.05)

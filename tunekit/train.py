@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from tunekit.memory.splitting import is_out_of_memory, shape_text
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
-from tunekit.recipe.load import load_recipe
+from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Choice, Plan, bytes_text, skipped_text
 from tunekit.targets.export import export_adapter, export_model
@@ -42,8 +41,7 @@ ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
 
 def train_verb(
-    recipe_path: str,
-    overrides: Sequence[str],
+    loaded: LoadedRecipe,
     resume: bool,
     dry_run: bool,
     overwrite: bool = False,
@@ -55,7 +53,6 @@ def train_verb(
     """
     if overwrite and (resume or dry_run):
         raise InputError(f"--overwrite begins anew, and {'--resume' if resume else '--dry-run'} does not", "give one")
-    loaded = load_recipe(recipe_path, overrides)
     write_result = json_result(json_file)
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)

@@ -42,14 +42,9 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
         print("\n".join([*notes, f"{recipe_path}: valid", CHECKED]))
 
 
-def check_recipe(recipe_path: str, overrides: Sequence[str]) -> None:
-    """What other verbs ask before they load anything. Raises: RecipeError."""
-    validate(recipe_path, overrides)
-
-
-def check_new_run(recipe_path: str, overrides: Sequence[str]) -> None:
-    """What train asks besides. Raises: RecipeError; RunFolderError where a run is in the way."""
-    refuse_old_run(Path(validate(recipe_path, overrides).recipe.output.dir))
+def check_new_run(loaded: LoadedRecipe) -> None:
+    """The check of train before a new run. Raises: RunFolderError where a run is in the way."""
+    refuse_old_run(Path(loaded.recipe.output.dir))
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:

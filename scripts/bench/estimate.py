@@ -179,9 +179,10 @@ for name in json.loads(open(sys.argv[1]).read()):
         pass
 import torch
 torch.set_num_threads(1)
+from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 before = memory("VmRSS")
-train_verb(sys.argv[2], sys.argv[3:], False, False)
+train_verb(load_recipe(sys.argv[2], sys.argv[3:]), False, False)
 print(json.dumps({{"before": before, "peak": memory("VmHWM"), "after": memory("VmRSS")}}))
 """
 

@@ -43,6 +43,7 @@ for name in json.loads(open(sys.argv[1]).read()):
         pass
 import torch
 torch.set_num_threads(1)
+from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 limit = int(sys.argv[2])
 before, anonymous = memory("VmData", "RssAnon")
@@ -55,7 +56,7 @@ def sample():
 watch = threading.Thread(target=sample)
 watch.start()
 try:
-    train_verb(sys.argv[3], sys.argv[4:], False, False)
+    train_verb(load_recipe(sys.argv[3], sys.argv[4:]), False, False)
 finally:
     ended.set()
     watch.join()

@@ -17,7 +17,7 @@ from tests.support.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import find_targets, trained_count
-from tunekit.arithmetic.merge import merge_adapter
+from tunekit.arithmetic.merge import merge
 from tunekit.errors import AdapterError, RecipeError
 from tunekit.model.call import Call, calling
 from tunekit.model.load import load_model
@@ -147,10 +147,10 @@ def test_merged_model_folder(tmp_path: Path, architecture: str, changes: dict[st
     expected = logits(net)
     facts = {"base_fingerprint": None, "revision": None, "base_dtype": "float32"}
     save_adapter_folder(attached, tmp_path / "adapter", base_name=str(base), **facts)
-    result = merge_adapter(find_target(str(tmp_path / "adapter"), None, []), tmp_path / "merged")
+    result = merge(find_target(str(tmp_path / "adapter"), None, []), tmp_path / "merged")
     assert result.difference.largest < 1e-4
     torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, rtol=0, atol=1e-5)
-    rounded = merge_adapter(find_target(str(tmp_path / "adapter"), None, []), tmp_path / "half", None, torch.bfloat16)
+    rounded = merge(find_target(str(tmp_path / "adapter"), None, []), tmp_path / "half", None, torch.bfloat16)
     assert rounded.difference.unrounded is not None
     assert rounded.difference.rounding is not None
     assert rounded.difference.unrounded < 1e-4 < rounded.difference.rounding

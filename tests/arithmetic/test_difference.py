@@ -25,7 +25,7 @@ from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_fol
 from tunekit.adapters.several import AdapterSet
 from tunekit.arithmetic.difference import compare
 from tunekit.arithmetic.low_rank import LowRank
-from tunekit.arithmetic.merge import merge_adapter
+from tunekit.arithmetic.merge import merge
 from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import TunekitError
 from tunekit.evaluation.adapter_losses import adapter_losses
@@ -197,7 +197,7 @@ def test_an_extracted_lora_can_be_merged(bases: Callable[[str], Path], tmp_path:
         tensors[name] = (tensors[name].float() + 0.05 * noise).to(tensors[name].dtype)
     save_file(tensors, other / MODEL, metadata={"format": "pt"})
     diff(base, other, tmp_path, rank=max(min(tensors[name].shape) for name in names))
-    merge_adapter(find_target(str(tmp_path / "new"), None, []), tmp_path / "again")
+    merge(find_target(str(tmp_path / "new"), None, []), tmp_path / "again")
     again = load_file(tmp_path / "again" / MODEL)
     for name in tensors:
         torch.testing.assert_close(again[name].float(), tensors[name].float(), rtol=0, atol=1e-5)

@@ -19,7 +19,8 @@ from tests.architectures.tiny import write_tiny
 from tests.support.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import save_adapter_folder
-from tunekit.arithmetic.merge import REPORT, merge_adapter
+from tunekit.arithmetic.merge import REPORT
+from tunekit.arithmetic.merge import merge as merge_target
 from tunekit.errors import InputError, ModelError, NumericsError, ResourceError
 from tunekit.merge import merge_verb
 from tunekit.model.load import LoadedModel, load_model
@@ -121,7 +122,7 @@ def prepared(
 
 def merge(adapter: Path, output: Path, onto: str | None = None, **overrides: str) -> Any:
     changes = [f"model.{key}={value}" for key, value in overrides.items()]
-    return merge_adapter(find_target(str(adapter), None, changes), output, onto)
+    return merge_target(find_target(str(adapter), None, changes), output, onto)
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -253,7 +254,7 @@ def test_the_written_dtype_and_how_much_of_the_difference_is_its_rounding(
 ) -> None:
     adapter, _ = prepared(tmp_path, "gpt2", dtype=stored, target_modules=["c_attn", "c_proj", "wte"])
     target = find_target(str(adapter), None, ["model.dtype=float32"])
-    result = merge_adapter(target, tmp_path / "merged", None, getattr(torch, written))
+    result = merge_target(target, tmp_path / "merged", None, getattr(torch, written))
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, written)}
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == written
@@ -368,7 +369,7 @@ def test_a_terminated_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, _ = prepared(tmp_path, "llama", target_modules=["q_proj"])
-    monkeypatch.setattr("tunekit.arithmetic.merge.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("tunekit.arithmetic.merge_output.free_bytes", lambda path: 1000)
     with pytest.raises(ResourceError, match="free"):
         merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

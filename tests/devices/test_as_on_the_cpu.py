@@ -15,6 +15,7 @@ from tests.support.loop_case import make_case, make_rows
 from tests.support.train_case import lose_the_end, records, result_bytes, without_times
 from tests.training.test_loop import training
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 
 __all__ = ["whole_device"]
@@ -55,7 +56,7 @@ def test_losses_and_adapter_are_those_of_the_cpu_and_of_a_resumed_run(folder: Pa
     before = without_times(records(own)), result_bytes(own)
     lose_the_end(own)
     os.environ["TUNEKIT_DEVICE"] = "cuda"
-    train_verb(str(own.parent / "recipe.yaml"), [f"output.dir={own}", *overrides], True, False)
+    train_verb(load_recipe(own.parent / "recipe.yaml", [f"output.dir={own}", *overrides]), True, False)
     assert (without_times(records(own)), result_bytes(own)) == before
 
 

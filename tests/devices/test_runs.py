@@ -21,6 +21,7 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
 from tunekit.machine.memory import limit_bytes
 from tunekit.merge import merge_verb
+from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 from tunekit.training.scaling import LossScale
 
@@ -46,7 +47,9 @@ def train(
     if device is not None:
         os.environ["TUNEKIT_DEVICE"] = device
     train_verb(
-        str(write_recipe(place, folder, rows=11, **sections)), [f"output.dir={place / 'run'}", *overrides], False, False
+        load_recipe(write_recipe(place, folder, rows=11, **sections), [f"output.dir={place / 'run'}", *overrides]),
+        False,
+        False,
     )
     return place / "run", json.loads((place / "run" / "report.json").read_text())
 

@@ -158,7 +158,7 @@ def write_recipe(folder: Path, base: Path, **evaluation: Any) -> Path:
 def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> None:
     base = write_tiny_llama(tmp_path / "base")
     recipe = write_recipe(tmp_path, base)
-    train_verb(str(recipe), [], False, False)
+    train_verb(load_recipe(recipe), False, False)
     run = tmp_path / "run"
     report = json.loads((run / "report.json").read_text("utf-8"))
     evaluations = {entry["step"]: entry["eval"] for entry in report["evaluations"]}

@@ -11,6 +11,7 @@ import pytest
 from tests.support.train_case import records, write_recipe
 from tunekit.artifacts.run import ROWS_NAME
 from tunekit.evaluate import evaluate_verb
+from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 
 
@@ -32,7 +33,7 @@ def test_each_source_is_measured_as_if_it_were_alone(tiny_llama: Path, tmp_path:
     sources = write_sources(tmp_path, "a.jsonl", "b.jsonl")
     metrics = {"metrics": ["loss", "token_accuracy"]}
     recipe = write_recipe(tmp_path, tiny_llama, data={"eval": sources}, evaluation=metrics)
-    train_verb(str(recipe), [], False, False)
+    train_verb(load_recipe(recipe), False, False)
     run = tmp_path / "run"
     last = evaluated(run)[-1]
     assert {name: values["rows"] for name, values in last["sources"].items()} == {"a.jsonl": 5, "b.jsonl": 6}
@@ -57,7 +58,7 @@ def test_each_source_is_measured_as_if_it_were_alone(tiny_llama: Path, tmp_path:
 def test_files_of_one_name_are_told_apart(tiny_llama: Path, tmp_path: Path) -> None:
     sources = write_sources(tmp_path, "one/d.jsonl", "two/d.jsonl")
     recipe = write_recipe(tmp_path, tiny_llama, data={"eval": sources}, training={"max_steps": 1, "epochs": None})
-    train_verb(str(recipe), [], False, False)
+    train_verb(load_recipe(recipe), False, False)
     found = evaluated(tmp_path / "run")[-1]["sources"]
     assert {Path(name).parent.name: values["rows"] for name, values in found.items()} == {"one": 5, "two": 6}
 
@@ -66,7 +67,7 @@ def test_a_file_that_is_two_sources_is_measured_twice(tiny_llama: Path, tmp_path
     (source,) = write_sources(tmp_path, "d.jsonl")
     sources = [{**source, "max_rows": 2}, source]
     recipe = write_recipe(tmp_path, tiny_llama, data={"eval": sources}, training={"max_steps": 1, "epochs": None})
-    train_verb(str(recipe), [], False, False)
+    train_verb(load_recipe(recipe), False, False)
     found = evaluated(tmp_path / "run")[-1]["sources"]
     assert {name: values["rows"] for name, values in found.items()} == {
         f"{recipe.parent / 'd.jsonl'} (1)": 2,
@@ -80,7 +81,7 @@ def test_rows_that_count_little_are_ranked_by_their_mean_loss(tiny_llama: Path, 
         {"prompt": "q", "completion": "ab" * 3 * count, "sample_weight": 1e-3 ** (4 - count)} for count in (1, 2, 3)
     ]
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    train_verb(str(recipe), [], False, False)
+    train_verb(load_recipe(recipe), False, False)
     kept = json.loads((tmp_path / "run" / ROWS_NAME).read_text("utf-8"))
     means = [loss / units for loss, units in zip(kept["losses"], kept["units"], strict=True)]
     assert min(means) > 1
@@ -91,5 +92,5 @@ def test_rows_that_count_little_are_ranked_by_their_mean_loss(tiny_llama: Path, 
 
 def test_one_source_has_no_table_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, training={"max_steps": 1, "epochs": None})
-    train_verb(str(recipe), [], False, False)
+    train_verb(load_recipe(recipe), False, False)
     assert all("sources" not in record for record in evaluated(tmp_path / "run"))

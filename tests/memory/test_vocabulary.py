@@ -18,6 +18,7 @@ from tunekit.memory import vocabulary
 from tunekit.memory.vocabulary import StreamedHead, stream_head
 from tunekit.model.families.heads import TextHead
 from tunekit.objectives.losses.logprobs import log_probabilities, loss_of_positions, scored_positions
+from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 
 CPU = torch.device("cpu")
@@ -81,7 +82,9 @@ def test_an_embedding_that_is_the_same_matrix_keeps_its_rows(monkeypatch: pytest
 def run(place: Path, folder: Path, **memory: Any) -> tuple[list[float], dict[str, Any]]:
     """The losses, training's and evaluation's, and plan.json."""
     place.mkdir()
-    train_verb(str(write_recipe(place, folder, rows=11, memory=memory)), [f"output.dir={place / 'run'}"], False, False)
+    train_verb(
+        load_recipe(write_recipe(place, folder, rows=11, memory=memory), [f"output.dir={place / 'run'}"]), False, False
+    )
     found = [record["loss"] if "loss" in record else record["eval"]["loss"] for record in records(place / "run")]
     return found, json.loads((place / "run" / "plan.json").read_text())
 
@@ -111,8 +114,9 @@ def test_it_is_refused_where_the_base_is_trained(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "run", folder, memory={"streamed_head": True})
     with pytest.raises(TunekitError, match="trains the base's own weights, the output projection's too"):
         train_verb(
-            str(recipe),
-            ["~adapter.r", "~adapter.dropout", "adapter.method=full", f"output.dir={tmp_path / 'full'}"],
+            load_recipe(
+                recipe, ["~adapter.r", "~adapter.dropout", "adapter.method=full", f"output.dir={tmp_path / 'full'}"]
+            ),
             False,
             False,
         )

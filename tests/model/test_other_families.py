@@ -23,7 +23,7 @@ from tests.support.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.targets import find_targets
-from tunekit.arithmetic.merge import merge_adapter
+from tunekit.arithmetic.merge import merge
 from tunekit.errors import ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
@@ -307,7 +307,7 @@ def test_what_shares_the_embedding_s_matrix_is_merged(
     facts = {"base_name": str(encoder_decoder), "base_fingerprint": model.fingerprint, "revision": None}
     save_adapter_folder(attached, tmp_path / "adapter", **facts, task_type=model.family.task_type)
     target = find_target(str(tmp_path / "adapter"), None, ["model.dtype=float32"])
-    merge_adapter(target, tmp_path / "merged")
+    merge(target, tmp_path / "merged")
     net: Any = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(net(**inputs).logits, running, rtol=0, atol=1e-3 * float(running.std()))

@@ -83,7 +83,7 @@ def write(folder: Path, base: Path, source: Path, **sections: Any) -> Path:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(str(recipe), list(overrides), resume, False)
+    train_verb(load_recipe(recipe, list(overrides)), resume, False)
     return Path(load_recipe(recipe, list(overrides)).recipe.output.dir)
 
 
@@ -458,7 +458,7 @@ def test_every_verb_takes_a_run(
         evaluation=evaluation,
         training=training,
     )
-    preview_verb(str(recipe), [], 2, str(tmp_path / "preview.html"))
+    preview_verb(load_recipe(recipe), 2, str(tmp_path / "preview.html"))
     assert "(recording: 0." in capsys.readouterr().out
     run = train(recipe)
     assert "token" not in capsys.readouterr().out

@@ -49,7 +49,7 @@ def with_prior(folder: Path) -> dict[str, Any]:
 
 
 def trained(recipe: Path, run: Path, resume: bool = False) -> Path:
-    train_verb(str(recipe), [f"output.dir={run}"], resume, False)
+    train_verb(load_recipe(recipe, [f"output.dir={run}"]), resume, False)
     return run
 
 
@@ -197,7 +197,7 @@ def test_preview_tells_the_files_size_and_that_of_its_bucket(
 ) -> None:
     objective = {"aspect_ratio_buckets": BUCKETS}
     html = tmp_path / "page.html"
-    preview_verb(str(write_image_recipe(tmp_path, pipeline, photos, objective=objective)), [], 5, str(html))
+    preview_verb(load_recipe(write_image_recipe(tmp_path, pipeline, photos, objective=objective)), 5, str(html))
     page = html.read_text("utf-8")
     shown = [base64.b64decode(found) for found in re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page)]
     sizes = sorted(Image.open(io.BytesIO(each)).size for each in shown)

@@ -30,12 +30,11 @@ from transformers import (
 
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import tokenizer_of
-from tunekit.adapter import combine_verb, convert_verb, diff_verb
+from tunekit.adapter import combine_verb, convert_verb, diff_verb, export_checkpoint_verb
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.data.encoding.encode import EncodeOptions
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
-from tunekit.export_checkpoint import export_checkpoint_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.metrics import accuracy, macro_f1
@@ -122,7 +121,7 @@ def write_recipe(folder: Path, base: Path, **sections: Any) -> Path:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(str(recipe), list(overrides), resume, False)
+    train_verb(load_recipe(recipe, list(overrides)), resume, False)
     return recipe.parent / "run"
 
 
@@ -283,7 +282,7 @@ def losses_of(
 
 def start_as_ours(theirs: peft.PeftModel, recipe: Path, folder: Path) -> None:
     """The adapter and the head of a run without a step: its first rate is 0, so one step changes nothing."""
-    train_verb(str(recipe), [f"output.dir={folder / 'start'}", "training.max_steps=1"], False, False)
+    train_verb(load_recipe(recipe, [f"output.dir={folder / 'start'}", "training.max_steps=1"]), False, False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = peft.load_peft_weights(str(folder / "start" / "adapter"))

@@ -90,7 +90,7 @@ def trained(folder: Path, student: Path, teacher: Path, run: str, *overrides: st
     if not path.exists():
         values = {"method": "distill", "teacher": {"name_or_path": str(teacher), "dtype": "float32"}, **objective}
         write_recipe(folder, student, objective=values, adapter={"dropout": 0.0}, training={"save_steps": 100})
-    train_verb(str(path), [f"output.dir={folder / run}", *overrides], False, False)
+    train_verb(load_recipe(path, [f"output.dir={folder / run}", *overrides]), False, False)
     return folder / run
 
 
@@ -131,7 +131,7 @@ def test_a_streamed_teacher_teaches_the_same(tier: str, tiny_llama: Path, teache
     assert losses(streamed) == losses(run)
     lose_the_end(run)
     overrides = [f"output.dir={run}", "training.save_steps=2", f"objective.teacher_streaming={tier}"]
-    train_verb(str(tmp_path / "recipe.yaml"), overrides, True, False)
+    train_verb(load_recipe(tmp_path / "recipe.yaml", overrides), True, False)
     assert result_bytes(run) == whole, "where the teacher waits may change with a resume"
     loaded = load_recipe(tmp_path / "recipe.yaml", [f"objective.teacher_streaming={tier}"])
     planned, prepared = make_plan(loaded, device=CPU)
@@ -162,7 +162,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_llama: Path, teacher: P
     whole, lines = result_bytes(run), records(run)
     lose_the_end(run)
     overrides = [f"output.dir={run}", "training.save_steps=2", "data.packing=true"]
-    train_verb(str(tmp_path / "recipe.yaml"), overrides, True, False)
+    train_verb(load_recipe(tmp_path / "recipe.yaml", overrides), True, False)
     assert result_bytes(run) == whole
     assert without_times(records(run)) == without_times(lines)
     lose_the_end(run)
@@ -170,7 +170,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_llama: Path, teacher: P
     with pytest.raises(
         RunFolderError, match=r"objective\.teacher\.name_or_path: changed since the run: the teacher's files differ"
     ) as caught:
-        train_verb(str(tmp_path / "recipe.yaml"), [*overrides, f"objective.teacher.name_or_path={other}"], True, False)
+        train_verb(
+            load_recipe(tmp_path / "recipe.yaml", [*overrides, f"objective.teacher.name_or_path={other}"]), True, False
+        )
     assert len(caught.value.problems) == 1, "the base is the same, and where the teacher lies says nothing"
 
 
@@ -222,7 +224,7 @@ def test_who_cannot_teach(
     objective = {"method": "distill"} | ({} if teacher_values is None else {"teacher": teacher_values})
     path = write_recipe(tmp_path, tiny_llama, objective=objective)
     with pytest.raises(error, match=said) as caught:
-        train_verb(str(path), [], False, True)
+        train_verb(load_recipe(path), False, True)
     assert caught.value.exit_code == 2
 
 

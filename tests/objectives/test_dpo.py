@@ -183,7 +183,7 @@ def write_recipe(folder: Path, base: Path, rows: list[dict[str, Any]] | None = N
 
 
 def train(recipe: Path, *, resume: bool = False) -> Path:
-    train_verb(str(recipe), [], resume, False)
+    train_verb(load_recipe(recipe), resume, False)
     return recipe.parent / "run"
 
 

@@ -24,10 +24,11 @@ from tests.support.image_case import (
     write_photos,
 )
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
+from tunekit.adapter import adopt_verb
 from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
-from tunekit.export import adopt_verb, export_verb
+from tunekit.export import export_verb
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.families.pipeline.processor import load_processor
@@ -42,7 +43,7 @@ STEPS = 20
 
 
 def trained(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(str(recipe), [f"output.dir={run}", *overrides], resume, False)
+    train_verb(load_recipe(recipe, [f"output.dir={run}", *overrides]), resume, False)
     return run
 
 

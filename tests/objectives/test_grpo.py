@@ -213,7 +213,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     merge_verb(str(run / "adapter"), str(tmp_path / "merged"), str(base), None, [])
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     capsys.readouterr()
-    preview_verb(str(recipe), [], 1, None)
+    preview_verb(load_recipe(recipe), 1, None)
     shown = capsys.readouterr().out
     assert "prompt, answer: " in shown
     assert "completions of an epoch" in shown

@@ -87,7 +87,7 @@ def write(folder: Path, model: Path, pictures: Path, **sections: dict[str, Any])
 
 
 def trained(recipe: Path, run: Path, resume: bool = False) -> Path:
-    train_verb(str(recipe), [f"output.dir={run}"], resume, False)
+    train_verb(load_recipe(recipe, [f"output.dir={run}"]), resume, False)
     return run
 
 
@@ -217,7 +217,7 @@ def test_another_size_is_kept_by_the_adapter_and_the_merged_model(tmp_path: Path
 def test_preview_tells_the_size_of_the_file(
     tmp_path: Path, vit: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    preview_verb(str(write(tmp_path, vit, pictures, objective={"random_resized_crop": False})), [], 18, None)
+    preview_verb(load_recipe(write(tmp_path, vit, pictures, objective={"random_resized_crop": False})), 18, None)
     told = " ".join(capsys.readouterr().out.split())
     assert all(f"({24 - number} x {18 + number} pixels)" in told for number in range(6))
 

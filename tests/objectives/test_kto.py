@@ -196,7 +196,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     merge_verb(str(run / "adapter"), str(tmp_path / "merged"), str(base), None, [])
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     capsys.readouterr()
-    preview_verb(str(recipe), [], 1, None)
+    preview_verb(load_recipe(recipe), 1, None)
     assert "completion, label: " in capsys.readouterr().out
 
 

@@ -75,7 +75,7 @@ def losses(run: Path) -> list[float]:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(str(recipe), list(overrides), resume, False)
+    train_verb(load_recipe(recipe, list(overrides)), resume, False)
     return Path(load_recipe(recipe, list(overrides)).recipe.output.dir)
 
 

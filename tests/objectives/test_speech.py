@@ -74,7 +74,7 @@ def processor(whisper: Path) -> SpeechProcessor:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(str(recipe), list(overrides), resume, False)
+    train_verb(load_recipe(recipe, list(overrides)), resume, False)
     return Path(load_recipe(recipe, list(overrides)).recipe.output.dir)
 
 
@@ -496,7 +496,7 @@ def test_every_verb_takes_a_run(
         measured.append(json.loads((tmp_path / "e.json").read_text("utf-8")))
     assert measured[0]["wer"] == measured[1]["wer"]
     assert set(measured[0]) == {"loss", "perplexity", "wer", "rows", "frames_and_tokens", "supervised_tokens"}
-    preview_verb(str(recipe), [], 2, str(tmp_path / "preview.html"))
+    preview_verb(load_recipe(recipe), 2, str(tmp_path / "preview.html"))
     assert "recording: " in capsys.readouterr().out
 
 

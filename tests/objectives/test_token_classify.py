@@ -92,7 +92,7 @@ def write_recipe(folder: Path, base: Path, **sections: Any) -> Path:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(str(recipe), list(overrides), resume, False)
+    train_verb(load_recipe(recipe, list(overrides)), resume, False)
     return recipe.parent / "run"
 
 

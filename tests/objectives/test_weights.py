@@ -19,6 +19,7 @@ from tunekit.formats.example import ChatExample, CompletionExample, Message
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.bases.section import ObjectiveSettings
+from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.train import train_verb
@@ -121,7 +122,7 @@ def test_a_run_learns_from_relative_weights(tiny_llama: Path, tmp_path: Path) ->
             "output": {"dir": name},
         }
         (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe))
-        train_verb(str(tmp_path / f"{name}.yaml"), [], False, False)
+        train_verb(load_recipe(tmp_path / f"{name}.yaml"), False, False)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 

@@ -15,7 +15,7 @@ from tests.conftest import write_tiny_llama
 from tests.support.peft_case import close, move_from_start
 from tunekit.adapters.folder.config import TENSORS_NAME
 from tunekit.adapters.folder.read import attach_adapter_folder
-from tunekit.arithmetic.merge import merge_adapter
+from tunekit.arithmetic.merge import merge
 from tunekit.errors import AdapterError
 from tunekit.model.load import load_model
 from tunekit.recipe.model import ModelSection
@@ -63,7 +63,7 @@ def test_it_is_read_and_merged(base: Path, case: str, tmp_path: Path, request: p
     attach_adapter_folder(model.net, tmp_path / "a", head_name="lm_head")
     with torch.no_grad():
         close(model.family.logits(model.net, {"input_ids": IDS}), theirs)
-    merge_adapter(find_target(str(tmp_path / "a"), str(base), ["model.dtype=float32"]), tmp_path / "merged")
+    merge(find_target(str(tmp_path / "a"), str(base), ["model.dtype=float32"]), tmp_path / "merged")
     merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
         close(merged(input_ids=IDS).logits, theirs)

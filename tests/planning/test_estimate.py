@@ -34,6 +34,7 @@ from tunekit.planning.simulated.loading import StoredBase, load_bytes, packing_b
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
@@ -396,5 +397,5 @@ def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.Monke
     for name in ("make_plan", "resident_bytes", "load_model"):
         monkeypatch.setattr(train, name, noted(name))
     recipe = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
-    train.train_verb(str(recipe), [f"output.dir={tmp_path / 'run'}"], False, True)
+    train.train_verb(load_recipe(recipe, [f"output.dir={tmp_path / 'run'}"]), False, True)
     assert order == ["make_plan", "resident_bytes", "load_model"]

@@ -207,7 +207,9 @@ def test_ranks_too_large_are_refused(recipe: Path) -> None:
 
 def test_a_refusal_says_where_it_was_written(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(TunekitError) as caught:
-        plan_verb(str(recipe), ["memory.budget=1MiB", f"output.dir={tmp_path / 'run'}"], str(tmp_path / "plan.json"))
+        plan_verb(
+            load_recipe(recipe, ["memory.budget=1MiB", f"output.dir={tmp_path / 'run'}"]), str(tmp_path / "plan.json")
+        )
     assert caught.value.exit_code == 4
     assert str(caught.value).startswith("command line: memory.budget: the smallest setting of this run needs")
     (refusal,) = json.loads((tmp_path / "plan.json").read_text())["refusals"]
@@ -222,7 +224,7 @@ def test_a_problem_of_an_adapter_folder_names_its_file(recipe: Path, tmp_path: P
     (refusal,) = plan.refusals
     assert refusal.file == str(folder / "adapter_config.json")
     with pytest.raises(TunekitError, match=f"^{folder / 'adapter_config.json'}: "):
-        plan_verb(str(recipe), [f"adapter.init_from={folder}", f"output.dir={tmp_path / 'run'}"], None)
+        plan_verb(load_recipe(recipe, [f"adapter.init_from={folder}", f"output.dir={tmp_path / 'run'}"]), None)
 
 
 def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +245,7 @@ def test_four_bits_do_without_bitsandbytes(recipe: Path, monkeypatch: pytest.Mon
 
 
 def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan_verb(str(recipe), ["training.epochs=1"], str(tmp_path / "plan.json"))
+    plan_verb(load_recipe(recipe, ["training.epochs=1"]), str(tmp_path / "plan.json"))
     text = capsys.readouterr().out
     for words in ("q_proj", "trained", "peak", "free", "3 an epoch", "dropout is on"):
         assert words in text
@@ -263,7 +265,7 @@ def test_the_verb_refuses_a_folder_that_holds_a_run(recipe: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     for name, words in (("used", "already holds a run"), ("file", "not a folder")):
         with pytest.raises(RecipeError, match=words) as caught:
-            plan_verb(str(recipe), [f"output.dir={tmp_path / name}"], str(tmp_path / "plan.json"))
+            plan_verb(load_recipe(recipe, [f"output.dir={tmp_path / name}"]), str(tmp_path / "plan.json"))
         assert caught.value.problems[0].key == "output.dir"
         assert json.loads((tmp_path / "plan.json").read_text())["refusals"]
 

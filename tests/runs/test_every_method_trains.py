@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tunekit.adapter import export_checkpoint_verb
 from tunekit.evaluate import evaluate_verb
-from tunekit.export_checkpoint import export_checkpoint_verb
 from tunekit.generate import generate_verb
+from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.names import known_names
 from tunekit.train import train_verb
 
@@ -98,7 +99,7 @@ def write_recipe(folder: Path, model: Path, method: str) -> Path:
 def train(recipe: Path, name: str, *overrides: str, resume: bool = False) -> Path:
     """The run's folder."""
     run = recipe.parent / name
-    train_verb(str(recipe), [f"output.dir={run}", *overrides], resume, False)
+    train_verb(load_recipe(recipe, [f"output.dir={run}", *overrides]), resume, False)
     return run
 
 

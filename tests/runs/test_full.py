@@ -155,8 +155,8 @@ def test_twenty_steps_of_a_classifier(base: str, request: pytest.FixtureRequest,
     folder = request.getfixturevalue(f"classify_{base}")
     given = {"data": {"shuffle": False}, "adapter": "full", "training": settings}
     recipe = write_classify(tmp_path / "recipe", folder, **given)
-    train_verb(str(recipe), ["training.max_steps=1", f"output.dir={tmp_path / 'start'}"], False, False)
-    train_verb(str(recipe), [f"output.dir={tmp_path / 'run'}"], False, False)
+    train_verb(load_recipe(recipe, ["training.max_steps=1", f"output.dir={tmp_path / 'start'}"]), False, False)
+    train_verb(load_recipe(recipe, [f"output.dir={tmp_path / 'run'}"]), False, False)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "start" / "model")
     start, rows, labels = plain(model), texts(42), ["no", "perhaps", "yes"]
     assert model.config.id2label == dict(enumerate(labels))
@@ -374,7 +374,7 @@ def full_recipe(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
 def run(tied_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     recipe = full_recipe(folder, tied_llama, training={"learning_rate": 1e-3})
-    train_verb(str(recipe), [f"output.dir={folder / 'run'}"], False, False)
+    train_verb(load_recipe(recipe, [f"output.dir={folder / 'run'}"]), False, False)
     return folder / "run"
 
 
@@ -425,7 +425,7 @@ def test_the_recipe_s_template_goes_with_the_model(run: Path, tied_llama: Path, 
     own = AutoTokenizer.from_pretrained(tied_llama).chat_template + "{# of the recipe #}"
     (tmp_path / "own.jinja").write_text(own, encoding="utf-8")
     changes = [f"data.chat_template={tmp_path / 'own.jinja'}", f"output.dir={tmp_path / 'run'}"]
-    train_verb(str(run.parent / "recipe.yaml"), changes, False, False)
+    train_verb(load_recipe(run.parent / "recipe.yaml", changes), False, False)
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").chat_template == own
 
 
@@ -437,7 +437,7 @@ def test_a_run_that_died_in_its_export_writes_it_again(run: Path, tmp_path: Path
     (half / "model.safetensors").write_bytes(b"half")
     (copy / "model").mkdir()
     (copy / "model" / "config.json").write_text("{}", encoding="utf-8")
-    train_verb(str(run.parent / "recipe.yaml"), [f"output.dir={copy}"], True, False)
+    train_verb(load_recipe(run.parent / "recipe.yaml", [f"output.dir={copy}"]), True, False)
     assert not half.exists()
     names = {path.name for path in (run / "model").iterdir()}
     assert names == {path.name for path in (copy / "model").iterdir()}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tunekit.evaluate import evaluate_verb
+from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.shipped import shipped_folder
 from tunekit.train import train_verb
 
@@ -47,6 +48,6 @@ def test_training_teaches_what_the_labels_say(smollm2: Path, tmp_path: Path, shu
     overrides = [f"model.name_or_path={smollm2}", f"output.dir={tmp_path / 'run'}"]
     if shuffled:
         overrides.append(f"data.train={write_shuffled(tmp_path / 'shuffled.jsonl')}")
-    train_verb(str(RECIPE), overrides, False, False)
+    train_verb(load_recipe(RECIPE, overrides), False, False)
     result = exact_match(tmp_path / "run", tmp_path / "after.json")
     assert result < 0.1 if shuffled else result > 0.85

@@ -278,7 +278,7 @@ def test_a_real_model_is_tuned_measured_asked_and_merged(
 ) -> None:
     recipe = write_recipe(tmp_path, model, words, epochs=1, eval_steps=25)
     before = measured(recipe, tmp_path / "before.json")
-    train_verb(str(recipe), [], False, False)
+    train_verb(load_recipe(recipe), False, False)
     run = tmp_path / "run"
     after = measured(run, tmp_path / "after.json", metrics=["loss", "exact_match"])
     assert (before["rows"], before["supervised_tokens"]) == (200, after["supervised_tokens"])
@@ -308,7 +308,7 @@ def test_a_resumed_a_recomputed_and_a_streamed_run_are_the_same(model: Path, wor
 
     def run(name: str, *overrides: str) -> tuple[bytes, list[float]]:
         folder = tmp_path / name
-        train_verb(str(recipe), [f"output.dir={folder}", *overrides], False, False)
+        train_verb(load_recipe(recipe, [f"output.dir={folder}", *overrides]), False, False)
         return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), losses(folder)
 
     plain = run("plain", "memory.gradient_checkpointing=false")
@@ -319,7 +319,7 @@ def test_a_resumed_a_recomputed_and_a_streamed_run_are_the_same(model: Path, wor
         shutil.rmtree(resumed / name)
     status = json.loads((resumed / "status.json").read_text("utf-8"))
     (resumed / "status.json").write_text(json.dumps({**status, "exit_code": 130}))
-    train_verb(str(recipe), [f"output.dir={resumed}", "memory.gradient_checkpointing=false"], True, False)
+    train_verb(load_recipe(recipe, [f"output.dir={resumed}", "memory.gradient_checkpointing=false"]), True, False)
     assert (resumed / "adapter" / "adapter_model.safetensors").read_bytes() == plain[0]
 
 
@@ -375,7 +375,7 @@ def test_every_method_trains_recomputed_and_streamed_alike(
     recipe.write_text(json.dumps(values))
 
     def run(name: str, *overrides: str) -> list[float]:
-        train_verb(str(recipe), [f"output.dir={tmp_path / name}", *overrides], False, False)
+        train_verb(load_recipe(recipe, [f"output.dir={tmp_path / name}", *overrides]), False, False)
         return losses(tmp_path / name)
 
     if method in REFUSED:

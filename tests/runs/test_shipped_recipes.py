@@ -132,12 +132,12 @@ def test_a_recipe_says_what_it_is_and_is_valid_as_it_stands(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_plans_and_trains_on_a_tiny_twin(name: str, twins: dict[str, str], tmp_path: Path) -> None:
     overrides = tiny_overrides(RECIPES[name], twins, tmp_path / "run")
-    plan_verb(str(RECIPES[name]), overrides, str(tmp_path / "plan.json"))
+    plan_verb(load_recipe(RECIPES[name], overrides), str(tmp_path / "plan.json"))
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["refusals"] == []
     assert plan["steps"] == STEPS
 
-    train_verb(str(RECIPES[name]), overrides, False, False)
+    train_verb(load_recipe(RECIPES[name], overrides), False, False)
 
     run = tmp_path / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -26,7 +26,7 @@ from tests.support.train_case import (
 )
 from tests.training.test_ranks import TORCHRUN, run_two
 from tunekit.adapters.folder.read import read_adapter_config
-from tunekit.arithmetic.merge import merge_adapter
+from tunekit.arithmetic.merge import merge
 from tunekit.errors import RecipeError
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -186,7 +186,7 @@ def test_the_folder_alone_is_enough(case: str, tiny_llama: Path, tmp_path: Path)
     assert ended.code == 0, ended.output
     values = json.loads((tmp_path / "eval.json").read_text())
     assert values["loss"] < losses(tmp_path / "run")[0]
-    merged = merge_adapter(find_target(str(folder), None, ()), tmp_path / "merged")
+    merged = merge(find_target(str(folder), None, ()), tmp_path / "merged")
     assert merged.difference.largest < 1e-4
     if case == "loftq-nf4":
         return

@@ -39,7 +39,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def train(recipe: Path, run: Path, *overrides: str, resume: bool = False) -> dict[str, Any]:
-    train_verb(str(recipe), [f"output.dir={run}", *overrides], resume, False)
+    train_verb(load_recipe(recipe, [f"output.dir={run}", *overrides]), resume, False)
     return json.loads((run / "report.json").read_text("utf-8"))  # type: ignore[no-any-return]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tunekit.errors import TunekitError
+from tunekit.recipe.load import load_recipe
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "tunekit.json")
 
@@ -74,7 +75,7 @@ def train_in_child(
     def work() -> None:
         from tunekit.train import train_verb
 
-        train_verb(str(recipe), [f"output.dir={run}", *overrides], resume, False)
+        train_verb(load_recipe(recipe, [f"output.dir={run}", *overrides]), resume, False)
 
     return in_child(work, run.parent / f"{run.name}.log", before)
 

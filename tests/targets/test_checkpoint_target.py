@@ -10,9 +10,9 @@ import pytest
 
 from tests.conftest import write_tiny_llama
 from tests.support.train_case import records, result_bytes, train_in_child, write_recipe
+from tunekit.adapter import export_checkpoint_verb
 from tunekit.errors import InputError, RunFolderError
 from tunekit.evaluate import evaluate_verb
-from tunekit.export_checkpoint import export_checkpoint_verb
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.targets.target import find_target

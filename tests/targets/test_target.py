@@ -134,7 +134,7 @@ def test_a_result_that_could_not_be_kept_is_told_first(
     recipe.write_text(json.dumps({"model": str(tiny_llama), "data": {"train": "rows.jsonl"}, "output": {"dir": "run"}}))
     monkeypatch.setattr("tunekit.planning.plan.make_plan", fail)
     with pytest.raises(RunFolderError, match="folder"):
-        plan_verb(str(recipe), [], str(tmp_path / place))
+        plan_verb(load_recipe(recipe), str(tmp_path / place))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "recipe.yaml", "rows.jsonl"]
 
 

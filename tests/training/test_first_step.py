@@ -11,6 +11,7 @@ from tests.architectures.tiny import write_tiny
 from tests.support.train_case import records, write_recipe
 from tunekit.errors import AdapterError
 from tunekit.model.attention.segments import Segments
+from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 from tunekit.training.reached import _kind
 
@@ -18,7 +19,7 @@ LEAKY = "rows that lie end to end see each other in llama"
 
 
 def train(recipe: Path, run: Path, *overrides: str, dry_run: bool = False) -> None:
-    train_verb(str(recipe), [f"output.dir={run}", "adapter.dropout=0", *overrides], False, dry_run)
+    train_verb(load_recipe(recipe, [f"output.dir={run}", "adapter.dropout=0", *overrides]), False, dry_run)
 
 
 @pytest.mark.parametrize("start", ["default", "eva"])

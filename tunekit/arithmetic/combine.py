@@ -1,8 +1,4 @@
-"""Several adapters of one base made into one: the names and, to the digit, the sums of PEFT's add_weighted_adapter.
-
-LoRA folders and weights go in; updates to write come out, with how far they are from the weighted sum of the adapters'
-updates.
-"""
+"""Several adapters of one base made into one: the names and, to the digit, the sums of PEFT's add_weighted_adapter."""
 
 from __future__ import annotations
 
@@ -46,6 +42,13 @@ class Combined:
     rest: dict[str, Tensor]
     distance: float
     worst: tuple[str, float]
+
+    def like(self, adapters: Sequence[LoraFolder]) -> LoraFolder:
+        """An adapter with the settings of the new one: of the first with its layers, else of the first."""
+        same = (adapter for adapter in adapters if adapter.updates.keys() == self.updates.keys())
+        conv1d = any(adapter.fan_in_fan_out for adapter in adapters)
+        parameters = frozenset[str]().union(*(adapter.parameters for adapter in adapters))
+        return replace(next(same, adapters[0]), rest=self.rest, fan_in_fan_out=conv1d, parameters=parameters)
 
 
 def check_mixture(mixture: Mixture, count: int) -> None:

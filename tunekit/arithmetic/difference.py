@@ -1,13 +1,12 @@
-"""How far two adapters are from each other, layer by layer, and their difference as an adapter.
+"""How far two adapters are from each other, layer by layer, and the LoRA of B minus A.
 
-Two adapter folders of one base (which is read only where a method needs it) go in; a Difference of each layer, or the
-LoRA of B minus A, comes out.
+Their base is read only where a method needs it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +16,17 @@ from torch import Tensor
 from tunekit.adapters.folder.config import AdapterConfig, read_adapter_config
 from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
-from tunekit.arithmetic.nearest_lora import Loss, layer_change, loss_between, loss_of, trained_beside
+from tunekit.arithmetic.nearest_lora import RankLoss, layer_change, loss_between, loss_of, trained_beside
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.errors import AdapterError
 from tunekit.targets.target import trained_base
 
 PIECE = 2**22  # numbers
-Change = LowRank | Tensor  # of one layer: factors, or the whole (O, I)
+Update = LowRank | Tensor  # of one layer: factors, or the whole (O, I)
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """Two tensors or updates: |A|, |B|, |B - A|, and the cosine of the angle between them, where neither is 0.
 
     None stands for what is missing on one side, or has another shape there.
@@ -46,22 +45,22 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Changes:
+class AdapterChanges:
     """An adapter's updates by module, each made when it is asked for, and what else it trains."""
 
     config: AdapterConfig
     names: frozenset[str]
-    make: Callable[[str], Change]
+    make: Callable[[str], Update]
     rest: Mapping[str, Tensor]
     embeddings: frozenset[str]
     conv1d: bool
 
-    def of(self, name: str) -> Change | None:
+    def of(self, name: str) -> Update | None:
         """One layer's update; None where the adapter has none."""
         return self.make(name) if name in self.names else None
 
 
-def read_changes(folder: Path, base: str | None) -> Changes:
+def read_changes(folder: Path, base: str | None) -> AdapterChanges:
     """LoRA from its file alone; other methods on their base, read matrix by matrix.
 
     Raises: AdapterError, ModelError as reading them does.
@@ -71,13 +70,13 @@ def read_changes(folder: Path, base: str | None) -> Changes:
         lora = read_lora_folder(folder)
         embeddings = frozenset(name for name, update in lora.updates.items() if update.embedding)
         make = lora.updates.__getitem__
-        return Changes(config, frozenset(lora.updates), make, lora.rest, embeddings, lora.fan_in_fan_out)
+        return AdapterChanges(config, frozenset(lora.updates), make, lora.rest, embeddings, lora.fan_in_fan_out)
     attached, rewriter = attach_to_base(folder, trained_base(config, base))
     if attached.model_adapter is not None or attached.parameters:
         what = f"a {config.settings.method} adapter is no change of layers' weights, and cannot be compared as one"
         raise AdapterError(what, "tunekit adapter show tells of either by itself", file=config.file)
     kinds = {target.name: target.kind for target in attached.targets}
-    return Changes(
+    return AdapterChanges(
         config,
         frozenset(attached.layers),
         lambda name: layer_change(attached, name, rewriter.trained_on).delta,
@@ -87,24 +86,24 @@ def read_changes(folder: Path, base: str | None) -> Changes:
     )
 
 
-def compare(name: str, left: Change | None, right: Change | None) -> Difference:
+def compare(name: str, left: Update | None, right: Update | None) -> TensorDifference:
     """Two updates of one layer, or two tensors of one name; of factors without making the whole."""
     if left is None or right is None or left.shape != right.shape:
-        return Difference(name, _norm(left), _norm(right), None, None)
+        return TensorDifference(name, _norm(left), _norm(right), None, None)
     if isinstance(left, LowRank) and isinstance(right, LowRank):
         if torch.equal(left.a, right.a) and torch.equal(left.b, right.b) and left.scaling == right.scaling:
             norm = left.norm()  # of equal factors the difference is 0, and not what rounding leaves
-            return Difference(name, norm, norm, 0.0, 1.0 if norm else None)
+            return TensorDifference(name, norm, norm, 0.0, 1.0 if norm else None)
         inner, distance = left.inner(right), weighted_sum([right, left], [1.0, -1.0]).norm()
     else:
         one, two = (change.dense() if isinstance(change, LowRank) else change for change in (left, right))
         inner, distance = _sum(one, two, torch.mul), math.sqrt(_sum(one, two, lambda a, b: (b - a).square()))
     sizes = (_norm(left) or 0.0) * (_norm(right) or 0.0)
     cosine = max(-1.0, min(1.0, inner / sizes)) if sizes else None
-    return Difference(name, _norm(left), _norm(right), distance, cosine)
+    return TensorDifference(name, _norm(left), _norm(right), distance, cosine)
 
 
-def _norm(change: Change | None) -> float | None:
+def _norm(change: Update | None) -> float | None:
     if change is None:
         return None
     return change.norm() if isinstance(change, LowRank) else math.sqrt(_sum(change, change, torch.mul))
@@ -116,22 +115,22 @@ def _sum(left: Tensor, right: Tensor, of: Callable[[Tensor, Tensor], Tensor]) ->
     return sum(float(of(one.double(), two.double()).sum()) for one, two in pieces)
 
 
-def together(differences: list[Difference]) -> Difference:
+def together(differences: list[TensorDifference]) -> TensorDifference:
     """All layers as one; what is missing on a side counts as 0 there."""
     left = math.hypot(*(d.left or 0.0 for d in differences))
     right = math.hypot(*(d.right or 0.0 for d in differences))
     distance = math.hypot(*(d.distance if d.distance is not None else (d.left or d.right or 0.0) for d in differences))
     inner = sum((d.cosine or 0.0) * (d.left or 0.0) * (d.right or 0.0) for d in differences)
-    return Difference("all layers", left, right, distance, inner / (left * right) if left and right else None)
+    return TensorDifference("all layers", left, right, distance, inner / (left * right) if left and right else None)
 
 
-def extract(left: Changes, right: Changes, rank: int) -> tuple[LoraFolder, dict[str, Loss]]:
+def extract(left: AdapterChanges, right: AdapterChanges, rank: int) -> tuple[LoraFolder, dict[str, RankLoss]]:
     """The LoRA of that rank nearest to B - A, layer by layer, and what each layer lost; equal layers have none.
 
     Raises: AdapterError where a layer has several shapes, or nothing differs.
     """
     updates: dict[str, LowRank] = {}
-    losses: dict[str, Loss] = {}
+    losses: dict[str, RankLoss] = {}
     for name in sorted(left.names | right.names):
         one, two = left.of(name), right.of(name)
         if one is not None and two is not None and one.shape != two.shape:
@@ -145,7 +144,9 @@ def extract(left: Changes, right: Changes, rank: int) -> tuple[LoraFolder, dict[
     return plain_lora(updates, conv1d=left.conv1d or right.conv1d), losses
 
 
-def plain_lora(updates: dict[str, LowRank], *, conv1d: bool, target_modules: object = None) -> LoraFolder:
+def plain_lora(
+    updates: dict[str, LowRank], *, conv1d: bool, target_modules: Sequence[str] | str | None = None
+) -> LoraFolder:
     """A LoRA of these updates and nothing else; without `target_modules` its layers are named in full."""
     method = plain_lora_method()
     config = AdapterConfig(Path(), method, method.peft.settings(), None, None, None)
@@ -153,8 +154,8 @@ def plain_lora(updates: dict[str, LowRank], *, conv1d: bool, target_modules: obj
 
 
 def _extract_layer(
-    name: str, one: Change | None, two: Change | None, rank: int, embedding: bool
-) -> tuple[LowRank, Loss]:
+    name: str, one: Update | None, two: Update | None, rank: int, embedding: bool
+) -> tuple[LowRank, RankLoss]:
     pairs = [(change, weight) for change, weight in ((two, 1.0), (one, -1.0)) if change is not None]
     low = [(change, weight) for change, weight in pairs if isinstance(change, LowRank)]
     if len(low) == len(pairs):

@@ -1,7 +1,4 @@
-"""Methods other than LoRA whose update is linear in their tensors: there a weighted sum of adapters is an adapter.
-
-Folders of one such method with the same settings, and weights, go in; its tensors come out.
-"""
+"""Methods other than LoRA whose update is linear in their tensors: there a weighted sum of adapters is an adapter."""
 
 from __future__ import annotations
 
@@ -9,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, read_adapter_config, tensors_path
+from tunekit.arithmetic.combine import Mixture
 from tunekit.arithmetic.lora_folder import PREFIX, read_tensors
+from tunekit.arithmetic.write import BaseFacts, write_without_base
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import same, shown
 
@@ -73,6 +71,21 @@ def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -
     }
 
 
+def write_linear(place: Path, folders: Sequence[Path], mixture: Mixture, facts: BaseFacts) -> None:
+    """Write the weighted sum of the folders' adapters, which are of one method.
+
+    Raises: AdapterError where the method's adapters cannot be combined so.
+    """
+    parts = [read_linear(folder) for folder in folders]
+    config = parts[0].config
+    if mixture.kind != "linear":
+        what = f"{config.settings.method} adapters are combined by linear alone, and not by {mixture.kind}"
+        raise AdapterError(what, "use --method linear, or make a LoRA of each first", key="--method")
+    tensors = combine_linear(parts, mixture.weights)
+    fields = {key: config.fields[key] for key in ("target_modules", "fan_in_fan_out") if key in config.fields}
+    write_without_base(place, facts, config.method, config.settings, tensors, fields)
+
+
 def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
     file, name = other.config.file, first.config.folder
     here, there = (side.config.settings.model_dump(exclude=NOT_COMPARED) for side in (first, other))
@@ -89,5 +102,5 @@ def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
             raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R", file=file)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return sorted(value) if isinstance(value, tuple) else value

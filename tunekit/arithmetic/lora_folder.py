@@ -1,8 +1,4 @@
-"""LoRA folders, ours or peft's, read without their base: every tensor must be one that the configuration entitles.
-
-A folder goes in; LoraFolder, the updates by module name and whatever else the file holds, comes out. Whoever loads the
-folder compares it with the base as well.
-"""
+"""LoRA folders, ours or peft's, read without their base: every tensor must be one that the configuration entitles."""
 
 from __future__ import annotations
 
@@ -41,7 +37,7 @@ class LoraFolder:
     config: AdapterConfig
     updates: dict[str, LowRank]
     rest: dict[str, Tensor] = field(default_factory=dict)
-    target_modules: Any = None  # as the file states them
+    target_modules: Sequence[str] | str | None = None  # as the file states them
     fan_in_fan_out: bool = False  # peft's mark for Conv1D layers
     parameters: frozenset[str] = frozenset()  # of the updated layers, those that the file names as `NAME.weight`
 
@@ -174,10 +170,10 @@ class Resolved:
     """rank_pattern or alpha_pattern of a file, as every reader understands it: patterns that differ may not meet."""
 
     def __init__(self, config: AdapterConfig, key: str) -> None:
-        self.values: Mapping[str, Any] = getattr(config.settings, key)
+        self.values: Mapping[str, float] = getattr(config.settings, key)
         self.patterns = Patterns(file=config.file, key=key)
 
-    def of(self, module: str, default: Any) -> Any:
+    def of(self, module: str, default: float) -> float:
         """The value for a module.
 
         Raises: AdapterError where two patterns give it different ones.
@@ -200,6 +196,6 @@ class Scalings:
 
     def of(self, module: str) -> float:
         """s."""
-        rank: int = self.ranks.of(module, self.settings.r)
-        alpha: float = self.alphas.of(module, self.settings.alpha)
+        rank = self.ranks.of(module, self.settings.r)
+        alpha = self.alphas.of(module, self.settings.alpha)
         return alpha / (rank**0.5 if self.settings.use_rslora else rank)

@@ -1,36 +1,41 @@
-"""Base plus adapter as one model folder, and how far it is from the running adapter."""
+"""Base plus adapter as one model or pipeline folder, and how far it is from the running adapter."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.read import attach_adapter_folder
-from tunekit.adapters.module_names import base_modules
+from tunekit.arithmetic.merge_output import (
+    REPORT,
+    LogitDifference,
+    MergeResult,
+    check_output,
+    check_space,
+    collect_changes,
+    report_of_merge,
+)
+from tunekit.arithmetic.merge_pipeline import merge_pipeline
 from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.data.rows import load_rows
-from tunekit.errors import AdapterError, InputError, ResourceError
-from tunekit.files.durable import free_bytes, write_json
+from tunekit.errors import InputError
+from tunekit.files.durable import write_json
 from tunekit.machine.memory import available_bytes
+from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
 from tunekit.model.storage.model_folder import copy_other_files, whole_model_folder
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
-from tunekit.records import bytes_text
-from tunekit.targets.target import LoadedTarget, Target, as_trained, load_target, processor_of
+from tunekit.targets.target import LoadedTarget, Target, as_trained, family_of, load_target, processor_of
 from tunekit.tuned.network import prepare_network
 
-REPORT = "merge_report.json"
-SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report
 SPARE_SHARE = 1.5  # of the float32 weights: activations, logits, a matrix on its way
-Inputs = dict[str, torch.Tensor]  # what a net is called with for one row
+NetInputs = dict[str, torch.Tensor]  # what a net is called with for one row
 MAX_ROWS, MAX_TOKENS = 8, 64
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -40,38 +45,8 @@ TEXTS = (
 )
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Absolute differences of logits, with the spread of the logits to compare them with, and mean token losses."""
-
-    largest: float
-    mean: float
-    spread: float
-    running_loss: float | None  # of the next token; None of models that predict none
-    merged_loss: float | None
-    rows: str  # which rows, in words
-    tokens: int
-    # largest, all computed in float32: of the merge before its weights are rounded; of rounding them to what is written
-    unrounded: float | None = None
-    rounding: float | None = None
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """What was written, onto what and why, and how far the result is from the running adapter."""
-
-    folder: Path
-    onto: str
-    reason: str
-    dtype: str  # of the written weights
-    computed_in: str
-    difference: Difference
-
-
-def merge_adapter(
-    target: Target, output: Path, onto: str | None = None, dtype: torch.dtype | None = None
-) -> MergeResult:
-    """Write the merged model beside `output`, measure it, and rename it into place; on any failure nothing stays.
+def merge(target: Target, output: Path, onto: str | None = None, dtype: torch.dtype | None = None) -> MergeResult:
+    """Write the merged base next to `output`, measure it, and rename it into place; after any failure nothing stays.
 
     `dtype`: of the written weights; by default each as the base has it.
     Raises: AdapterError where the method is no change of weights; InputError for a choice or a folder that cannot be;
@@ -82,11 +57,20 @@ def merge_adapter(
         raise InputError(what, "use that folder as it is")
     if target.adapter is None:
         raise InputError("there is no adapter to merge", "name an adapter folder, or a run")
+    if not make_family(family_of(target)).is_pipeline:
+        return _merge_model(target, target.adapter, output, onto, dtype)
+    if onto not in (None, "full"):
+        raise InputError(f"--onto {onto} is for a quantized base, and a pipeline is none", "leave it out")
+    return merge_pipeline(target, target.adapter, output, dtype)
+
+
+def _merge_model(
+    target: Target, adapter: Path, output: Path, onto: str | None, dtype: torch.dtype | None
+) -> MergeResult:
     chosen, reason = choose_onto(target, onto)
     if chosen == "quantized" and dtype is not None:
         raise InputError("packed weights have no other dtype", "leave --dtype out", key="--dtype")
     source = find_source(target.model, weights=True)
-    adapter = target.adapter
     processor = processor_of(target)
     target, objective = as_trained(target, processor)
     output = output.expanduser().absolute()
@@ -99,11 +83,8 @@ def merge_adapter(
         answering = None if objective is None else objective.answering
         copy_other_files(target.model, source.folder, processor, target.chat_template, staging, answering)
         difference = measure_difference(target, staging, rewriter, changes)
-        written, computed = (
-            rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight"),
-            rewriter.compute_dtype,
-        )
-        result = MergeResult(output, chosen, reason, str(written)[6:], str(computed)[6:], difference)
+        written = rewriter.written_dtype(f"{rewriter.embedding or next(iter(changes.layers))}.weight")
+        result = MergeResult(output, chosen, reason, str(written)[6:], str(rewriter.compute_dtype)[6:], difference)
         write_json(staging / REPORT, report_of_merge(result))
     return result
 
@@ -129,90 +110,7 @@ def choose_onto(target: Target, onto: str | None) -> tuple[str, str]:
     return "quantized", f"asked for; rounding the merged weights to {kind} again loses a part of the adapter"
 
 
-def check_output(output: Path, sources: list[Path]) -> None:
-    """A new or empty folder, apart from base and adapter."""
-    for source in sources:
-        real, place = source.resolve(), output.resolve()
-        if place == real or real in place.parents or place in real.parents:
-            raise InputError(f"{output} overlaps {source}, from which the merge reads", "choose another --output")
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise InputError(f"{output} exists and is not a folder", "choose another --output")
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty", "choose another --output, or empty it yourself")
-
-
-def check_space(output: Path, weight_bytes: int) -> None:
-    """Raises: ResourceError where the disk has no room for them."""
-    wanted, free = weight_bytes + SPARE_BYTES, free_bytes(output.parent)
-    if wanted > free:
-        raise ResourceError(
-            f"{output} needs {bytes_text(wanted)}, and {bytes_text(free)} are free there", "choose another disk"
-        )
-
-
-def collect_changes(attached: AttachedAdapter) -> Changes:
-    """The adapter as changes of layers and parameters.
-
-    Raises: AdapterError for a method that changes what goes in or out and not the weights.
-    """
-    if attached.model_adapter is not None:
-        raise AdapterError("a prompt adapter is not a change of weights and cannot be merged", "use it as an adapter")
-    parameters: dict[str, Callable[[torch.Tensor], torch.Tensor]]
-    parameters = {name: adapter.merged for name, adapter in attached.parameters.items()}
-    for copy in attached.copies.values():
-        parameters |= {name: _constant(tensor.detach()) for name, tensor in copy.state().items()}
-    for name, tokens in attached.tokens.items():
-        together = (name, *attached.tied_tokens.get(name, ()))  # one and the same change, so that they stay tied
-        parameters |= {f"{each}.weight": tokens.merged for each in together}
-    for name, rows in attached.added_rows.items():
-        parameters[f"{name}.weight"] = _enlarged(rows, parameters.get(f"{name}.weight"))
-    modules = base_modules(attached.net)
-    sizes = [len(modules[name].get_parameter("weight")) for name in attached.added_rows]
-    layers = {name: layer.merged for name, layer in attached.layers.items()}
-    return Changes(layers, parameters, vocabulary_size=max(sizes, default=None))
-
-
-def _enlarged(
-    rows: torch.Tensor, then: Callable[[torch.Tensor], torch.Tensor] | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A change that adds rows below the matrix before another one."""
-
-    def change(old: torch.Tensor) -> torch.Tensor:
-        whole = torch.cat([old, rows.to(old)])
-        return whole if then is None else then(whole)
-
-    return change
-
-
-def _constant(new: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A change that does not ask what was there."""
-    return lambda _old: new
-
-
-def report_of_merge(result: MergeResult) -> dict[str, object]:
-    """What REPORT says."""
-    difference = result.difference
-    measured = {
-        "largest_logit_difference_unrounded": difference.unrounded,
-        "largest_logit_difference_of_rounding": difference.rounding,
-    }
-    return {
-        "onto": result.onto,
-        "reason": result.reason,
-        "dtype": result.dtype,
-        "computed_in": result.computed_in,
-        "largest_logit_difference": difference.largest,
-        **{name: value for name, value in measured.items() if value is not None},
-        "mean_logit_difference": difference.mean,
-        "logit_spread": difference.spread,
-        "measured_on": difference.rows,
-        "tokens": difference.tokens,
-        "loss_running": difference.running_loss,
-        "loss_merged": difference.merged_loss,
-    }
-
-
-def measure_difference(target: Target, merged: Path, rewriter: Rewriter, changes: Changes) -> Difference:
+def measure_difference(target: Target, merged: Path, rewriter: Rewriter, changes: Changes) -> LogitDifference:
     """Run both models on the same rows, one after the other, so that only one is in memory."""
     device, requantized = torch.device("cpu"), rewriter.onto == "quantized"
     loaded = load_target(target, device)
@@ -239,13 +137,13 @@ def measure_difference(target: Target, merged: Path, rewriter: Rewriter, changes
 
 
 def _without_rounding(
-    difference: Difference,
+    difference: LogitDifference,
     target: Target,
     section: ModelSection,
     rewriter: Rewriter,
     changes: Changes,
-    rows: list[Inputs],
-) -> Difference:
+    rows: list[NetInputs],
+) -> LogitDifference:
     """The difference with what of it is rounding: the merged model as written, before its cast, and the base with the
     running adapter, all in float32; as it is where the memory is too small for that, or the vocabulary grew."""
     device = torch.device("cpu")
@@ -274,7 +172,7 @@ def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
     return max(float((first - second).abs().max()) for first, second in zip(before, after, strict=True))
 
 
-def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[Inputs], str]:
+def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[NetInputs], str]:
     """What the net is called with for up to MAX_ROWS held-out rows of up to MAX_TOKENS ids: the run's eval rows, else
     fixed texts, or one row of noise where it reads no text."""
     base, objective = loaded.model.base, loaded.objective
@@ -299,7 +197,7 @@ def _rows(target: Target, loaded: LoadedTarget) -> tuple[list[Inputs], str]:
 
 
 @torch.no_grad()
-def _logits(model: LoadedModel, rows: list[Inputs]) -> list[torch.Tensor]:
+def _logits(model: LoadedModel, rows: list[NetInputs]) -> list[torch.Tensor]:
     """What the head makes of each row: (T, V) float32."""
     return [
         model.family.scores(
@@ -310,16 +208,11 @@ def _logits(model: LoadedModel, rows: list[Inputs]) -> list[torch.Tensor]:
 
 
 def _compare(
-    rows: list[Inputs],
-    before: list[torch.Tensor],
-    after: list[torch.Tensor],
-    described: str,
-    *,
-    predicts: bool,
-) -> Difference:
+    rows: list[NetInputs], before: list[torch.Tensor], after: list[torch.Tensor], described: str, *, predicts: bool
+) -> LogitDifference:
     gaps = [(first - second).abs() for first, second in zip(before, after, strict=True)]
     count = sum(gap.numel() for gap in gaps)
-    return Difference(
+    return LogitDifference(
         largest=max(float(gap.max()) for gap in gaps),
         mean=sum(float(gap.double().sum()) for gap in gaps) / count,
         spread=float(torch.cat([logits.reshape(-1) for logits in before]).std()),
@@ -330,7 +223,7 @@ def _compare(
     )
 
 
-def _loss(rows: list[Inputs], logits: list[torch.Tensor]) -> float:
+def _loss(rows: list[NetInputs], logits: list[torch.Tensor]) -> float:
     """Mean loss of the next token over all rows."""
     predicted = torch.cat([each[:-1] for each in logits])  # (N, V)
     targets = torch.cat([row["input_ids"][0, 1:] for row in rows])  # (N,)

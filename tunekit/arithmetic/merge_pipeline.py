@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from tunekit.arithmetic.merge import (
+from tunekit.arithmetic.merge_output import (
     REPORT,
-    Difference,
+    LogitDifference,
     MergeResult,
     check_output,
     check_space,
@@ -34,14 +33,13 @@ from tunekit.targets.target import LoadedTarget, Target, load_target
 PROMPTS, TIMES, SEED = ("a photo",), (100, 500, 900), 0  # of what is compared
 
 
-def merge_pipeline(target: Target, output: Path, dtype: torch.dtype | None = None) -> MergeResult:
-    """Write the merged pipeline beside `output`, measure it, and rename it into place; on any failure nothing stays.
+def merge_pipeline(target: Target, adapter: Path, output: Path, dtype: torch.dtype | None) -> MergeResult:
+    """Write the merged pipeline next to `output`, measure it, and rename it; after any failure nothing stays.
 
-    Raises: InputError, AdapterError and ResourceError as merge_adapter.
+    Raises: InputError, AdapterError and ResourceError as merge.
     """
-    assert target.adapter is not None  # merge_adapter saw to it
     output, base = output.expanduser().absolute(), find_source(target.model, weights=True).folder
-    check_output(output, [base, target.adapter])
+    check_output(output, [base, adapter])
     check_space(output, sum(path.stat().st_size for path in base.rglob("*") if path.is_file()))
     exact = replace(target, model=target.model.model_copy(update={"dtype": "float32"}))
     with whole_model_folder(output) as staging:
@@ -55,8 +53,9 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
 
     `dtype`: of the written parts; by default each as its files have it.
     """
-    net: Any = loaded.model.base.net
-    processor: Any = loaded.processor
+    net, processor = loaded.model.base.net, loaded.processor
+    assert isinstance(net, PipelineNet)
+    assert isinstance(processor, PipelineProcessor)
     before = _predicted(net, processor)
     assert loaded.model.adapter is not None
     changes = collect_changes(loaded.model.adapter)
@@ -69,13 +68,13 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
     for path in sorted(path.parent for path in processor.folder.glob("*/config.json")):
         if path.name in written:
             with quiet():
-                net.get_submodule(path.name).to(written[path.name]).save_pretrained(staging / path.name)
+                net.part(path.name).to(written[path.name]).save_pretrained(staging / path.name)
         else:
             shutil.copytree(path, staging / path.name, dirs_exist_ok=True)
     parts = list(written)
     after = _predicted(load_net(staging, parts, torch.float32), processor)
     unrounded, rounding = (float((one - other).abs().max()) for one, other in ((exact, before), (after, exact)))
-    difference = Difference(
+    difference = LogitDifference(
         largest=float((after - before).abs().max()),
         mean=float((after - before).abs().mean()),
         spread=float(before.std()),
@@ -96,11 +95,11 @@ def _apply(net: nn.Module, changes: Changes) -> None:
         parameter = net.get_parameter(name)
         parameter.copy_(change(parameter.detach()))
     for name, merged in changes.layers.items():
-        layer: Any = net.get_submodule(name)
-        weight, bias = merged(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
-        layer.weight.copy_(weight)
+        own = dict(net.get_submodule(name).named_parameters(recurse=False))
+        weight, bias = merged(own["weight"].detach(), own["bias"].detach() if "bias" in own else None)
+        own["weight"].copy_(weight)
         if bias is not None:
-            layer.bias.copy_(bias)
+            own["bias"].copy_(bias)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -1,7 +1,4 @@
-"""How far two models are from each other, tensor by tensor, and the LoRA of one that is nearest to the other.
-
-Two model folders go in, of which one tensor each is in memory at a time; Differences, or updates, come out.
-"""
+"""How far two models are from each other, tensor by tensor, and the LoRA of one that is nearest to the other."""
 
 from __future__ import annotations
 
@@ -14,16 +11,16 @@ from torch import Tensor
 
 from tunekit.adapters.folder.targets import concrete_targets
 from tunekit.adapters.module_names import base_modules
-from tunekit.arithmetic.difference import Difference, compare
+from tunekit.arithmetic.difference import TensorDifference, compare
 from tunekit.arithmetic.low_rank import LowRank, decompose
-from tunekit.arithmetic.nearest_lora import Loss, loss_of
+from tunekit.arithmetic.nearest_lora import RankLoss, loss_of
 from tunekit.errors import AdapterError
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.model.storage.shards import ShardReader
 
 
-def compare_models(left: Path, right: Path) -> Iterator[Difference]:
+def compare_models(left: Path, right: Path) -> Iterator[TensorDifference]:
     """Every tensor of either folder, in the order of A's files. Whole numbers (packed weights) have no norm."""
     one, two = ShardReader(left), ShardReader(right)
     for name in [*one, *(name for name in two if name not in one.headers)]:
@@ -34,12 +31,12 @@ def _read(reader: ShardReader, name: str) -> Tensor | None:
     return reader.read(name) if name in reader.headers else None
 
 
-def _compare_tensors(name: str, left: Tensor | None, right: Tensor | None) -> Difference:
+def _compare_tensors(name: str, left: Tensor | None, right: Tensor | None) -> TensorDifference:
     kinds = [tensor.is_floating_point() for tensor in (left, right) if tensor is not None]
     if all(kinds):
         return compare(name, left, right)
     same = left is not None and right is not None and left.dtype == right.dtype and torch.equal(left, right)
-    return Difference(name, None, None, 0.0 if same else None, None)
+    return TensorDifference(name, None, None, 0.0 if same else None, None)
 
 
 @dataclass
@@ -47,7 +44,7 @@ class ModelDifference:
     """B - A as a LoRA of A. `left_out`: tensors that differ and are no matrices of layers, |B - A| (None: shapes)."""
 
     updates: dict[str, LowRank] = field(default_factory=dict)
-    losses: dict[str, Loss] = field(default_factory=dict)
+    losses: dict[str, RankLoss] = field(default_factory=dict)
     left_out: dict[str, float | None] = field(default_factory=dict)
     target_modules: list[str] | str | None = None
     conv1d: bool = False

@@ -1,14 +1,12 @@
-"""LoRA folders of PEFT whose start moved a part of the base into the adapter, as plain LoRA of twice the rank.
+"""LoRA folders of PEFT whose initialisation moved a part of the base into the adapter, as plain LoRA of twice the rank.
 
-Such a folder, and its adapter as it was before training, or the base, go in; updates of the untouched base come out.
-
-The base was W - s B0 A0 when training began. What the trained adapter adds to W is s (B A - B0 A0), which is the
-low-rank update [B, -B0] [A; A0]; PEFT's path_initial_model_for_weight_conversion writes the same.
+The base was W - s B0 A0 when training began. The trained adapter adds s (B A - B0 A0) to W, which is the low-rank
+update [B, -B0] [A; A0]; PEFT's path_initial_model_for_weight_conversion writes the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,12 +14,14 @@ from torch import Tensor
 
 from tunekit.adapters.folder.config import CONFIG_NAME, read_fields
 from tunekit.adapters.starts.start import StartLayer, make_factors
-from tunekit.arithmetic.lora_folder import LoraFolder, read_lora_folder
+from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import shown
+from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.bases.section import StartSettings
 from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.targets.target import base_section
 
 START = "init_lora_weights"  # PEFT's field
 HOW = "give --initial DIR, the adapter as it was saved before training"
@@ -46,7 +46,7 @@ def start_of(folder: Path) -> str | None:
     """
     fields = read_fields(folder)
     start = fields.get(START)
-    if fields.get("peft_type") != "LORA" or not isinstance(start, str):
+    if fields.get("peft_type") != plain_lora_method().peft.peft_type or not isinstance(start, str):
         return None
     start = start.lower()
     if start == "loftq":
@@ -115,3 +115,37 @@ def subtract_start(trained: LoraFolder, start: str, matrix_of: Callable[[str], T
         a, b = make_factors(_moving()[start], given)
         updates[name] = difference(update, LowRank(a, b, update.scaling))
     return updates
+
+
+def untouched_updates(
+    lora: LoraFolder, start: str | None, initial: Path | None, base: Mapping[str, str]
+) -> tuple[dict[str, LowRank], str | None]:
+    """The updates of the base as it is before any start, and where the start is taken from. `base`: as --base names it.
+
+    Raises: AdapterError where the start can neither be read nor computed.
+    """
+    if initial is not None:
+        note = f"what the start moved into the adapter is taken from {initial}"
+        return subtract_initial(lora, read_moved(initial)), note
+    if start is None:
+        return lora.updates, None
+    if not follows_from_base(start):
+        what = f"the start {start} moved weights of the base into the adapter, and cannot be computed again"
+        raise AdapterError(what, HOW, file=lora.config.file, key=START)
+    how = f"{HOW}, or --base MODEL, from which {start} can be computed again"
+    section = base_section(lora.config, base, how)
+    if section.quantization != "none":
+        what = f"the start {start} on a {section.quantization} base cannot be computed again"
+        raise AdapterError(what, HOW, file=lora.config.file, key=START)
+    rewriter = Rewriter(section, "full")
+    if lora.config.base_fingerprint and lora.config.base_fingerprint != rewriter.fingerprint():
+        raise AdapterError("was trained on another base", "name the right one with --base", file=lora.config.file)
+    absent = [name for name in lora.updates if name not in rewriter.modules]
+    if absent:
+        what = f"adapts '{absent[0]}', which {section.name_or_path} does not have"
+        raise AdapterError(what, "name the right base with --base", file=lora.config.file)
+    note = (
+        f"the start {start} is computed again from {section.name_or_path}: right where training began from exactly "
+        "these weights, not quantized"
+    )
+    return subtract_start(lora, start, lambda name: rewriter.trained_on(name)[0]), note

@@ -1,14 +1,12 @@
 """The LoRA of a given rank that is nearest to an adapter of any method that changes weights.
 
-An adapter in a net without weights and a reader of the base's matrices go in; updates, and what each lost, come out.
-One matrix is in memory at a time.
+One matrix of the base is in memory at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +25,7 @@ SAME = 1e-6  # a bias that differs by less than this share of itself was only ro
 
 
 @dataclass(frozen=True)
-class Loss:
+class RankLoss:
     """One layer's update D against its LoRA L: |D|, |D - L|."""
 
     name: str
@@ -46,7 +44,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class LayerChange:
+class LayerUpdate:
     """One layer's update (O, I), float32 (of an embedding (D, V)), and its bias (O,), with whether that changes."""
 
     name: str
@@ -56,7 +54,7 @@ class LayerChange:
     moves_bias: bool
 
 
-def layer_changes(attached: AttachedAdapter, base_layer: BaseLayer) -> Iterator[LayerChange]:
+def layer_changes(attached: AttachedAdapter, base_layer: BaseLayer) -> Iterator[LayerUpdate]:
     """Every adapted layer's change of the base.
 
     Raises: AdapterError for methods that change something other than the weights of layers.
@@ -70,7 +68,7 @@ def layer_changes(attached: AttachedAdapter, base_layer: BaseLayer) -> Iterator[
         yield layer_change(attached, name, base_layer)
 
 
-def layer_change(attached: AttachedAdapter, name: str, base_layer: BaseLayer) -> LayerChange:
+def layer_change(attached: AttachedAdapter, name: str, base_layer: BaseLayer) -> LayerUpdate:
     """One adapted layer's change of the base."""
     layer = attached.layers[name]
     weight, bias = base_layer(name)
@@ -78,7 +76,7 @@ def layer_change(attached: AttachedAdapter, name: str, base_layer: BaseLayer) ->
     changed, new_bias = layer.merged(weight, bias)
     moves = new_bias is not None and bias is not None and not _same(new_bias, bias)
     delta = (changed - weight).t() if embedding else changed - weight
-    return LayerChange(name, delta.detach(), embedding, None if new_bias is None else new_bias.detach(), moves)
+    return LayerUpdate(name, delta.detach(), embedding, None if new_bias is None else new_bias.detach(), moves)
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -90,7 +88,7 @@ class NearestLora:
     """A LoRA of any other adapter; `rest` and `settings` say what else the adapter trains."""
 
     lora: LoraFolder
-    losses: dict[str, Loss]
+    losses: dict[str, RankLoss]
 
 
 def nearest_lora(attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int) -> NearestLora:
@@ -99,7 +97,7 @@ def nearest_lora(attached: AttachedAdapter, config: AdapterConfig, base_layer: B
     Raises: as layer_changes.
     """
     updates: dict[str, LowRank] = {}
-    losses: dict[str, Loss] = {}
+    losses: dict[str, RankLoss] = {}
     biases: dict[str, Tensor] = {}
     moved = False
     for change in layer_changes(attached, base_layer):
@@ -123,7 +121,7 @@ def trained_beside(attached: AttachedAdapter) -> dict[str, Tensor]:
     return {part.file_key(name): tensor.detach() for part in parts for name, tensor in part.state().items()}
 
 
-def lora_settings(settings: Any, moves_bias: bool) -> LowRankSettings:
+def lora_settings(settings: object, moves_bias: bool) -> LowRankSettings:
     """LoRA's settings with whatever of the method's own says what else is trained."""
     kept = ("modules_to_save", "trainable_token_indices", "bias")
     own = {key: getattr(settings, key) for key in kept if hasattr(settings, key)}
@@ -133,18 +131,18 @@ def lora_settings(settings: Any, moves_bias: bool) -> LowRankSettings:
     return plain.model_copy(update=own)
 
 
-def loss_of(name: str, delta: Tensor, update: LowRank) -> Loss:
+def loss_of(name: str, delta: Tensor, update: LowRank) -> RankLoss:
     """|D| and |D - L| of one layer, measured on the matrices themselves."""
     norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    return Loss(name, norm, float(torch.linalg.vector_norm(delta - update.dense(), dtype=torch.float64)))
+    return RankLoss(name, norm, float(torch.linalg.vector_norm(delta - update.dense(), dtype=torch.float64)))
 
 
-def loss_between(name: str, update: LowRank, lower: LowRank) -> Loss:
+def loss_between(name: str, update: LowRank, lower: LowRank) -> RankLoss:
     """The same of an update that has factors itself."""
-    return Loss(name, update.norm(), weighted_sum([update, lower], [1.0, -1.0]).norm())
+    return RankLoss(name, update.norm(), weighted_sum([update, lower], [1.0, -1.0]).norm())
 
 
-def total(losses: Mapping[str, Loss]) -> Loss:
+def total(losses: Mapping[str, RankLoss]) -> RankLoss:
     """All layers as one."""
     norm = sum(loss.norm**2 for loss in losses.values()) ** 0.5
-    return Loss("all layers", norm, sum(loss.error**2 for loss in losses.values()) ** 0.5)
+    return RankLoss("all layers", norm, sum(loss.error**2 for loss in losses.values()) ** 0.5)

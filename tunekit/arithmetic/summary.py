@@ -1,7 +1,6 @@
-"""What is in an adapter folder, without its base: ours or peft's, of every method, also of one that cannot be loaded.
+"""The content of an adapter folder of any method, without its base, also of a folder that cannot be loaded.
 
-A folder goes in; an AdapterSummary comes out. Files are read as strictly as for loading, but what the configuration
-says and what the tensors hold is reported and not refused: a folder full of NaN is shown as that.
+Files are read as strictly as for loading, but faults are reported and not refused.
 """
 
 from __future__ import annotations
@@ -31,7 +30,9 @@ from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import shown
+from tunekit.records import bytes_text
 
+LISTED = 12  # entries that a line prints of a list; a JSON file has them all
 NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # others hold no NaN, have no norm
 
 
@@ -77,6 +78,30 @@ class AdapterSummary:
     dead: list[str]
     not_finite: list[str]
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """The whole in a few lines."""
+        ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in self.ranks.items())
+        return {
+            "method": f"{self.method} (peft type {self.peft_type})",
+            "base": self.base or "not named",
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "ranks": ranks or None,
+            "settings": self._settings_text() or None,
+            "parameters": self.parameters,
+            "file": f"{bytes_text(self.tensor_bytes)}, {len(self.tensors)} tensors",
+        }
+
+    def _settings_text(self) -> str:
+        """Settings that say something; of long lists and mappings, how long they are."""
+        said = {key: value for key, value in self.settings.items() if value not in (None, [], {}, "", False)}
+        short = {
+            key: f"({len(value)})" if isinstance(value, list | dict) and len(value) > LISTED else value
+            for key, value in said.items()
+        }
+        return ", ".join(f"{key} {value}" for key, value in short.items() if key != "method")
 
 
 def summarise_adapter(folder: Path) -> AdapterSummary:
@@ -223,5 +248,5 @@ def _ranks(layers: list[LayerSummary], config: AdapterConfig | None) -> dict[int
     return dict(sorted(counted.items()))
 
 
-def _text(value: Any) -> str | None:
+def _text(value: object) -> str | None:
     return shown(value, 200) if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""Writes an adapter that was made of other folders and not on a base, whose facts of the base it hands on."""
+"""Writes an adapter that was made of other folders, with their facts of the base."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import read_small, shown
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.targets.target import named_base
 
 BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_quantization": "double_quantization"}
@@ -127,7 +128,7 @@ def write_without_base(
     output: Path,
     base: BaseFacts,
     method: Method,
-    settings: Any,
+    settings: AdapterSettings,
     tensors: Mapping[str, Tensor],
     fields: Mapping[str, Any],
 ) -> int:

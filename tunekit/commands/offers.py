@@ -1,8 +1,6 @@
-"""What a shell can complete: recipe files, names of shipped recipes, and KEY=VALUE.
+"""Completions of recipe files, names of shipped recipes, and KEY=VALUE.
 
-Comes in: the beginning of a word, and the recipe that stands before it.  Goes out: (completion, what it means).  Keys
-and values are read from the schema file beside the shipped recipes: pydantic's classes would take longer to import than
-a person waits.
+Keys and values are read from the schema file, because pydantic's classes take longer to import than a person waits.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from tunekit.recipe.reading.yaml_reader import read_recipe_file, read_scalar
 
 ENDINGS = (".yaml", ".yml")
 Completions = list[tuple[str, str]]
-Fields = dict[str, dict[str, Any]]  # dotted key -> its part of the schema
+SchemaFields = dict[str, dict[str, Any]]  # dotted key -> its part of the schema
 
 
 def complete_recipe_file(begun: str) -> list[str]:
@@ -69,13 +67,13 @@ def complete_override(begun: str, recipe: str | None, given: Sequence[str] = ())
     return [(f"{name}=", _meaning(field)) for name, field in fitting.items()]
 
 
-def _fields(written: dict[str, Any]) -> Fields:
+def _fields(written: dict[str, Any]) -> SchemaFields:
     """Every key of the sections, those of `adapter` and `objective` for the methods that are written."""
     try:
         schema = json.loads((shipped_folder() / SCHEMA_NAME).read_bytes())
     except (TunekitError, OSError, ValueError):
         return {}  # a shell that asks is told nothing, rather than what went wrong
-    fields: Fields = {}
+    fields: SchemaFields = {}
     for name, section in schema["properties"].items():
         names, *choices = section.get("anyOf", [{}, section])
         if "enum" in names:  # adapter and objective: a name, or the settings of one
@@ -96,7 +94,7 @@ def _written(recipe: str | None, given: Sequence[str]) -> dict[str, Any]:
     """Values of a recipe and of overrides by their dotted keys; none of a file that cannot be read."""
     written: dict[str, Any] = {}
     try:
-        values: Any = read_recipe_file(Path(recipe)).values if recipe else {}
+        values = read_recipe_file(Path(recipe)).values if recipe else {}
     except (TunekitError, OSError):
         values = {}
     for name, section in values.items():

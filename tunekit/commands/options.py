@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from tunekit.commands.completion import among, override, recipe_file
 
-Call = Callable[..., None]  # (context, "module:function", values ...): calls a verb and turns errors into exit codes
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)", autocompletion=recipe_file)]
 Overrides = Annotated[
     list[str] | None,
@@ -20,7 +18,7 @@ Overrides = Annotated[
         autocompletion=override(),
     ),
 ]
-TargetOverrides = Annotated[
+TargetKeys = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
@@ -36,7 +34,7 @@ MergeOverrides = Annotated[
         autocompletion=override("model."),
     ),
 ]
-Target = Annotated[
+TargetName = Annotated[
     str,
     typer.Argument(
         metavar="TARGET",

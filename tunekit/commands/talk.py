@@ -6,62 +6,56 @@ from typing import Annotated
 
 import typer
 
-from tunekit.commands.options import Base, Call, Device, Target, TargetOverrides
+from tunekit.commands.options import Base, Device, TargetKeys, TargetName
+
+app = typer.Typer(rich_markup_mode=None)
 
 
-def add_talk(app: typer.Typer, call: Call) -> None:
-    """Add them to the program."""
+@app.command()
+def chat(
+    target: TargetName,
+    overrides: TargetKeys = None,
+    base: Base = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="one more adapter of this base; may be repeated")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system prompt")] = None,
+    history: Annotated[
+        str | None, typer.Option(metavar="FILE", help="goes on with the conversation there, and keeps it there")
+    ] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: always the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(metavar="P", min=0, max=1, help="of the likeliest that sum to P")] = 1.0,
+    top_k: Annotated[int, typer.Option(metavar="K", min=0, help="of the K likeliest; 0: of all")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="of sampling")] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: 512")] = None,
+    device: Device = None,
+) -> None:
+    """Talk with a run, an adapter or a model. /base asks the base beside it, /help lists the commands."""
+    from tunekit.chat import chat_verb
 
-    @app.command()
-    def chat(
-        context: typer.Context,
-        target: Target,
-        overrides: TargetOverrides = None,
-        base: Base = None,
-        adapter: Annotated[
-            list[str] | None, typer.Option(metavar="FOLDER", help="one more adapter of this base; may be repeated")
-        ] = None,
-        system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system prompt")] = None,
-        history: Annotated[
-            str | None, typer.Option(metavar="FILE", help="goes on with the conversation there, and keeps it there")
-        ] = None,
-        temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: always the likeliest token")] = 0.0,
-        top_p: Annotated[float, typer.Option(metavar="P", min=0, max=1, help="of the likeliest that sum to P")] = 1.0,
-        top_k: Annotated[int, typer.Option(metavar="K", min=0, help="of the K likeliest; 0: of all")] = 0,
-        seed: Annotated[int, typer.Option(metavar="N", min=0, help="of sampling")] = 0,
-        max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: 512")] = None,
-        device: Device = None,
-    ) -> None:
-        """Talk with a run, an adapter or a model. /base asks the base beside it, /help lists the commands."""
-        sampling = (temperature, top_p, top_k, seed)
-        call(
-            context,
-            "tunekit.chat:chat_verb",
-            *(target, base, overrides or [], adapter or [], system, history, sampling, max_new_tokens),
-        )
+    sampling = (temperature, top_p, top_k, seed)
+    chat_verb(target, base, overrides or [], adapter or [], system, history, sampling, max_new_tokens)
 
-    @app.command()
-    def serve(
-        context: typer.Context,
-        target: Target,
-        overrides: TargetOverrides = None,
-        base: Base = None,
-        adapter: Annotated[
-            list[str] | None,
-            typer.Option(metavar="FOLDER", help="one more adapter, or a folder of some: each a model name"),
-        ] = None,
-        host: Annotated[str, typer.Option(help="where to listen; elsewhere than here a key is needed")] = "127.0.0.1",
-        port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-        api_key: Annotated[
-            str | None, typer.Option(metavar="KEY", help="what clients must give; default: $TUNEKIT_API_KEY")
-        ] = None,
-        max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="where a client names no number")] = 512,
-        batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="answers that are made side by side")] = 8,
-        device: Device = None,
-    ) -> None:
-        """Serve a run, an adapter or a model to OpenAI's clients. For trying a result; every adapter is a model."""
-        call(
-            context,
-            "tunekit.serve:serve_verb",
-            *(target, base, overrides or [], adapter or [], host, port, api_key, max_new_tokens, batch_size),
-        )
+
+@app.command()
+def serve(
+    target: TargetName,
+    overrides: TargetKeys = None,
+    base: Base = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER", help="one more adapter, or a folder of some: each a model name"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="where to listen; elsewhere than here a key is needed")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="what clients must give; default: $TUNEKIT_API_KEY")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="where a client names no number")] = 512,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="answers that are made side by side")] = 8,
+    device: Device = None,
+) -> None:
+    """Serve a run, an adapter or a model to OpenAI's clients. For trying a result; every adapter is a model."""
+    from tunekit.serve import serve_verb
+
+    serve_verb(target, base, overrides or [], adapter or [], host, port, api_key, max_new_tokens, batch_size)

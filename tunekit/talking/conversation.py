@@ -1,6 +1,6 @@
-"""A loaded target with none, one or several adapters goes in; answers to conversations come out, token by token.
+"""Answers to conversations, token by token, by a base with none, one or several adapters.
 
-What a conversation has in common with the one before is not computed again: its keys and values are kept.
+The keys and values of a conversation's beginning are kept for its next turn.
 """
 
 from __future__ import annotations

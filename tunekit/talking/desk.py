@@ -1,4 +1,4 @@
-"""Requests of many clients go in at any time; a thread of its own answers those side by side that can be, in order."""
+"""A queue of requests from many clients: one thread answers them in order, those side by side that can be."""
 
 from __future__ import annotations
 

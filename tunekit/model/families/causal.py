@@ -43,6 +43,7 @@ class Family:
     text: str = "a causal language model"
     answers: bool = True  # whether it generates text
     reads_source: bool = False  # whether an encoder reads the prompt, and the answer is a sequence of its own
+    is_pipeline: bool = False  # whether the base is a folder of several models, and a merged one too
     reads_ids: bool = True  # whether what it is asked is token ids; else recordings or images
     ids: str | None = "input_ids"  # the input that holds the ids of which it has logits; None: it has no vocabulary
     unread: tuple[str, ...] = ()  # beginnings of names in the base's files for which the net has no place

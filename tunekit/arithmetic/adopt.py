@@ -1,0 +1,74 @@
+"""The LoRA of a diffusion pipeline, from the file of another program, as an adapter folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tunekit.adapters.attach import attach_adapter
+from tunekit.adapters.folder.diffusers_file import ForeignLora, read_foreign
+from tunekit.adapters.folder.write import save_adapter_folder
+from tunekit.model.families.diffusion import DiffusionFamily
+from tunekit.model.families.pipeline.parts import PipelineNet
+from tunekit.model.load import base_fingerprint, make_meta_model
+from tunekit.recipe.bases.section import AdapterSettings
+from tunekit.recipe.model import ModelSection, PipelineModel
+from tunekit.recipe.recipe import make_adapter_settings
+
+FAMILY = DiffusionFamily.name
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+CPU = torch.device("cpu")
+
+
+def adopt_lora(path: Path, base: Mapping[str, str], place: Path) -> tuple[int, int]:
+    """Write the folder; the number of layers, and of bytes. `base`: the pipeline, as keys of the model section.
+
+    Raises: InputError where file and pipeline do not go together.
+    """
+    bare = ModelSection.model_validate({**base, "dtype": "float32"})
+    whole = make_meta_model(bare, device=CPU).net
+    assert isinstance(whole, PipelineNet)
+    parts = tuple(name for name in PARTS if whole.part(name) is not None)
+    section = PipelineModel.of(bare, family=FAMILY, trained=parts)
+    net = make_meta_model(section, device=CPU).net
+    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    found = read_foreign(path, linear)
+    trained = tuple(name for name in parts if any(module.startswith(f"{name}.") for module in found.alphas))
+    net = make_meta_model(PipelineModel.of(bare, family=FAMILY, trained=trained), device=CPU).net
+    settings = _settings(found)
+    attached = attach_adapter(net, settings, seed=0, head_name=None, device=CPU, filled=True)
+    names = {part.file_key(name): name for part in attached.parts() for name in part.exported()}
+    attached.load_state({names[key]: value for key, value in found.tensors.items()}, ("trained", "saved"))
+    trains_text = any(name.startswith("text_encoder") for name in trained)
+    size_bytes = save_adapter_folder(
+        attached,
+        place,
+        base_name=bare.name_or_path,
+        base_fingerprint=base_fingerprint(bare),
+        revision=None,
+        task_type=None,
+        objective={"method": "dreambooth", "train_text_encoder": trains_text},
+        of_pipeline=True,
+    )
+    return len(found.alphas), size_bytes
+
+
+def _settings(found: ForeignLora) -> AdapterSettings:
+    """The LoRA that the file holds, each layer by its name."""
+    ranks = {name: len(found.tensors[f"base_model.model.{name}.lora_A.weight"]) for name in found.alphas}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, found.alphas))
+    settings: AdapterSettings = make_adapter_settings(
+        {
+            "method": "lora",
+            "r": rank,
+            "alpha": alpha,
+            "target_modules": list(found.alphas),
+            "rank_pattern": {name: each for name, each in ranks.items() if each != rank},
+            "alpha_pattern": {name: each for name, each in found.alphas.items() if each != alpha},
+        }
+    )
+    return settings

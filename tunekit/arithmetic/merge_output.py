@@ -1,0 +1,130 @@
+"""The files and the report that merging a model and merging a pipeline have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.module_names import base_modules
+from tunekit.errors import AdapterError, InputError, ResourceError
+from tunekit.files.durable import free_bytes
+from tunekit.model.storage.rewrite import Changes
+from tunekit.records import bytes_text
+
+REPORT = "merge_report.json"
+SPARE_BYTES = 64 * 2**20  # configuration, tokenizer, report
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Absolute differences of logits, with the spread of the logits to compare them with, and mean token losses."""
+
+    largest: float
+    mean: float
+    spread: float
+    running_loss: float | None  # of the next token; None of models that predict none
+    merged_loss: float | None
+    rows: str  # which rows, in words
+    tokens: int
+    # largest, all computed in float32: of the merge before its weights are rounded; of rounding them to what is written
+    unrounded: float | None = None
+    rounding: float | None = None
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written, onto what and why, and how far the result is from the running adapter."""
+
+    folder: Path
+    onto: str
+    reason: str
+    dtype: str  # of the written weights
+    computed_in: str
+    difference: LogitDifference
+
+
+def check_output(output: Path, sources: list[Path]) -> None:
+    """A new or empty folder, apart from base and adapter."""
+    for source in sources:
+        real, place = source.resolve(), output.resolve()
+        if place == real or real in place.parents or place in real.parents:
+            raise InputError(f"{output} overlaps {source}, from which the merge reads", "choose another --output")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise InputError(f"{output} exists and is not a folder", "choose another --output")
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty", "choose another --output, or empty it yourself")
+
+
+def check_space(output: Path, weight_bytes: int) -> None:
+    """Raises: ResourceError where the disk has no room for them."""
+    wanted, free = weight_bytes + SPARE_BYTES, free_bytes(output.parent)
+    if wanted > free:
+        raise ResourceError(
+            f"{output} needs {bytes_text(wanted)}, and {bytes_text(free)} are free there", "choose another disk"
+        )
+
+
+def collect_changes(attached: AttachedAdapter) -> Changes:
+    """The adapter as changes of layers and parameters.
+
+    Raises: AdapterError for a method that changes what goes in or out and not the weights.
+    """
+    if attached.model_adapter is not None:
+        raise AdapterError("a prompt adapter is not a change of weights and cannot be merged", "use it as an adapter")
+    parameters: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+    parameters = {name: adapter.merged for name, adapter in attached.parameters.items()}
+    for copy in attached.copies.values():
+        parameters |= {name: _constant(tensor.detach()) for name, tensor in copy.state().items()}
+    for name, tokens in attached.tokens.items():
+        together = (name, *attached.tied_tokens.get(name, ()))  # one and the same change, so that they stay tied
+        parameters |= {f"{each}.weight": tokens.merged for each in together}
+    for name, rows in attached.added_rows.items():
+        parameters[f"{name}.weight"] = _enlarged(rows, parameters.get(f"{name}.weight"))
+    modules = base_modules(attached.net)
+    sizes = [len(modules[name].get_parameter("weight")) for name in attached.added_rows]
+    layers = {name: layer.merged for name, layer in attached.layers.items()}
+    return Changes(layers, parameters, vocabulary_size=max(sizes, default=None))
+
+
+def _enlarged(
+    rows: torch.Tensor, then: Callable[[torch.Tensor], torch.Tensor] | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A change that adds rows below the matrix before another one."""
+
+    def change(old: torch.Tensor) -> torch.Tensor:
+        whole = torch.cat([old, rows.to(old)])
+        return whole if then is None else then(whole)
+
+    return change
+
+
+def _constant(new: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A change that does not ask what was there."""
+    return lambda _old: new
+
+
+def report_of_merge(result: MergeResult) -> dict[str, object]:
+    """What REPORT says."""
+    difference = result.difference
+    measured = {
+        "largest_logit_difference_unrounded": difference.unrounded,
+        "largest_logit_difference_of_rounding": difference.rounding,
+    }
+    return {
+        "onto": result.onto,
+        "reason": result.reason,
+        "dtype": result.dtype,
+        "computed_in": result.computed_in,
+        "largest_logit_difference": difference.largest,
+        **{name: value for name, value in measured.items() if value is not None},
+        "mean_logit_difference": difference.mean,
+        "logit_spread": difference.spread,
+        "measured_on": difference.rows,
+        "tokens": difference.tokens,
+        "loss_running": difference.running_loss,
+        "loss_merged": difference.merged_loss,
+    }

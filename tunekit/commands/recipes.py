@@ -1,0 +1,83 @@
+"""The commands that write, translate, list and check recipes: init, import, recipes, schema, validate."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tunekit.commands.completion import named, shipped_name
+from tunekit.commands.options import JsonFile, Overrides, RecipeFile
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+def init(
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA]", help="a file of rows, a folder of recordings or images, or a hub name"),
+    ] = None,
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new recipe")] = "recipe.yaml",
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="a folder, a .gguf file or a hub name")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="lora, full, or another method", autocompletion=named("adapter.method")),
+    ] = None,
+    quantization: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="of the base: none, nf4, ...", autocompletion=named("model.quantization")),
+    ] = "none",
+    evaluation: Annotated[
+        float | None, typer.Option("--eval", metavar="SHARE", help="of the rows to hold back")
+    ] = None,
+) -> None:
+    """Write a first recipe for your data. Looks at them and at this machine; asks in a terminal."""
+    from tunekit.init import init_verb
+
+    init_verb(data, output, model, method, quantization, evaluation)
+
+
+@app.command("import")
+def import_recipe(
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="of Axolotl, LLaMA-Factory, TRL, torchtune, Unsloth or PEFT")
+    ],
+    output: Annotated[str | None, typer.Option("--output", metavar="RECIPE", help="write the recipe there")] = None,
+) -> None:
+    """Turn another tool's configuration into a recipe. Tells what became of each key."""
+    from tunekit.foreign import import_verb
+
+    import_verb(path, output)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="print this one", autocompletion=shipped_name)
+    ] = None,
+    copy_to: Annotated[str | None, typer.Option("--copy", metavar="PATH", help="copy it there, with its data")] = None,
+) -> None:
+    """List, print or copy the recipes that come with tunekit."""
+    from tunekit.recipes import recipes_verb
+
+    recipes_verb(name, copy_to)
+
+
+@app.command()
+def schema(
+    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="write it there")] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="a text for people instead of JSON Schema")] = False,
+) -> None:
+    """Print the JSON Schema of recipes."""
+    from tunekit.schema import schema_verb
+
+    schema_verb(output, reference)
+
+
+@app.command()
+def validate(recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+    """Check a recipe and that its files are there. Nothing is loaded."""
+    from tunekit.validate import validate_verb
+
+    validate_verb(recipe, overrides or [], json_file)

@@ -1,0 +1,102 @@
+"""The commands that use a result and are not a conversation: eval, generate, merge, export."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tunekit.commands.completion import named, override
+from tunekit.commands.options import Base, Device, JsonFile, MergeOverrides, TargetKeys, TargetName
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command("eval")
+def evaluate(
+    target: TargetName,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
+            "data.eval.0.columns.question=prompt (the file's column, the format's field)",
+            autocompletion=override("model.", "evaluation.", "data."),
+        ),
+    ] = None,
+    base: Base = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="rows to evaluate on")] = None,
+    data_format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="NAME", help="what a row is", autocompletion=named("data.train.0.format")),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="NAME", help="may be repeated", autocompletion=named("evaluation.metrics")),
+    ] = None,
+    json_file: JsonFile = None,
+    device: Device = None,
+) -> None:
+    """Measure a run, an adapter or a model."""
+    from tunekit.evaluate import evaluate_verb
+
+    evaluate_verb(target, base, data, data_format, metrics or [], json_file, overrides or [])
+
+
+@app.command()
+def generate(
+    target: TargetName,
+    overrides: TargetKeys = None,
+    base: Base = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="one prompt")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE|-", help='one a line (.jsonl: {"prompt": ...})')] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="most tokens of an answer")] = None,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(metavar="P", min=0, max=1, help="draw from the top share P")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="draw from the K likeliest tokens")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="of sampling; default: 0")] = None,
+    score: Annotated[str | None, typer.Option("--score", metavar="FILE", help="answers, for a reward model")] = None,
+    choices: Annotated[str | None, typer.Option(metavar="LIST", help="answer with one of '[yes, no]'")] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="where images go; default: pictures")] = None,
+    device: Device = None,
+) -> None:
+    """Answer prompts, score answers, or draw pictures. Plain text for --prompt, one JSON object a line for several."""
+    from tunekit.generate import generate_verb
+
+    keys = overrides or []
+    generate_verb(
+        target, base, prompt, prompts, keys, max_new_tokens, temperature, top_p, top_k, seed, score, choices, output
+    )
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, a run or a checkpoint")],
+    output: Annotated[str, typer.Option("--output", metavar="DIR", help="the new model folder")],
+    overrides: MergeOverrides = None,
+    base: Base = None,
+    onto: Annotated[
+        str | None, typer.Option("--onto", metavar="dequantized|full|quantized", help="which base weights to add to")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="float32|bfloat16|float16", help="of the written weights; default: the base's"),
+    ] = None,
+) -> None:
+    """Merge an adapter into its base."""
+    from tunekit.merge import merge_verb
+
+    merge_verb(adapter, output, base, onto, overrides or [], dtype)
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="of a diffusion pipeline, or a run")],
+    to: Annotated[str, typer.Option("--to", metavar="kohya", help="the format")],
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new .safetensors file")],
+    base: Base = None,
+) -> None:
+    """Write an adapter as another program reads it."""
+    from tunekit.export import export_verb
+
+    export_verb(adapter, to, output, base)

@@ -1,0 +1,106 @@
+"""The commands that read a recipe's rows or train on them: data check, reward check, preview, plan and train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunekit.commands.options import Device, JsonFile, Overrides, RecipeFile
+
+if TYPE_CHECKING:
+    from tunekit.recipe.load import LoadedRecipe
+
+app = typer.Typer(rich_markup_mode=None)
+data = typer.Typer(help="Look at a recipe's rows for faults: data check.", no_args_is_help=True, rich_markup_mode=None)
+reward = typer.Typer(help="Try the reward of a recipe: reward check.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data, name="data")
+app.add_typer(reward, name="reward")
+
+
+def _checked(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
+    """The recipe, whose problems are reported before the module of a verb brings torch along."""
+    from tunekit.validate import validate
+
+    return validate(recipe, overrides or [])
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Show what train would do: steps, memory, what is refused."""
+    loaded = _checked(recipe, overrides)
+    from tunekit.plan import plan_verb
+
+    plan_verb(loaded, json_file)
+
+
+@app.command()
+def preview(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("-n", metavar="N", min=1, help="how many rows")] = 3,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="write a page there")] = None,
+) -> None:
+    """Show real training rows: which tokens are trained on."""
+    loaded = _checked(recipe, overrides)
+    from tunekit.preview import preview_verb
+
+    preview_verb(loaded, rows, html)
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="load and try the longest batch; write nothing")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="begin anew; an old run is moved aside, to RUN.1, never deleted")
+    ] = False,
+    json_file: JsonFile = None,
+    device: Device = None,
+) -> None:
+    """Train, and write the run folder."""
+    from tunekit.recipe.load import load_recipe
+    from tunekit.validate import check_new_run
+
+    loaded = load_recipe(recipe, overrides or []) if resume else _checked(recipe, overrides)
+    if not (resume or dry_run or overwrite):
+        check_new_run(loaded)
+    from tunekit.train import train_verb
+
+    train_verb(loaded, resume, dry_run, overwrite, json_file)
+
+
+@data.command()
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    fix: Annotated[str | None, typer.Option(metavar="FILE", help="write the training rows without a finding")] = None,
+    json_file: JsonFile = None,
+) -> int:
+    """Find duplicates, leaks, broken and doubtful rows, secrets and long ones, with their lines."""
+    from tunekit.data_check import data_check_verb
+    from tunekit.recipe.load import load_recipe
+
+    return data_check_verb(load_recipe(recipe, overrides or []), fix, json_file)
+
+
+@reward.command("check")
+def check_reward(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="of the model before step 1; 0: load none")] = 32,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> int:
+    """Try a reward on answers whose worth is known: the rows' own, nothing, one for all, the prompt, long ones."""
+    loaded = _checked(recipe, overrides)
+    from tunekit.reward_check import reward_check_verb
+
+    return reward_check_verb(loaded, samples, json_file)
