@@ -150,6 +150,11 @@ def _expression(text: str) -> str:
     return text
 
 
+def _one_or_several(value: object) -> Any:
+    """A single number as a list of one; anything else is left to the type."""
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def text_or_texts(value: Any) -> Any:
     """A regular expression, or texts as a tuple; neither may be empty."""
     if isinstance(value, str) and value:
@@ -177,28 +182,28 @@ AutoBoolOrCount = Annotated[
 TextOrTexts = Annotated[str | tuple[str, ...], BeforeValidator(text_or_texts)]
 Item = TypeVar("Item")
 Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kept as a tuple
+Layers = Annotated[Several[CountOrZero], BeforeValidator(_one_or_several)]
 
 
-class LayerSettings(AdapterSettings):
-    """What the adapters of layers have."""
-
-    modules_to_save: Several[Text] = Field(
-        (), description="modules trained whole, such as a head: names or name endings"
-    )
-
-
-class TargetedSettings(LayerSettings):
-    """What the adapters have whose layers the user chooses."""
-
-    target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a list of names, or a regular expression"
-    )
-    exclude_modules: TextOrTexts | None = Field(None, description="modules never adapted, written the same way")
-
-
+# Fields that several settings have: each settings class lists its own, so that none inherits from a chain of others.
+MODULES_TO_SAVE: Any = Field((), description="modules trained whole, such as a head: names or name endings")
+TARGET_MODULES: Any = Field("all-linear", description="all-linear, a list of names, or a regular expression")
+EXCLUDE_MODULES: Any = Field(None, description="modules never adapted, written the same way")
 DROPOUT: Any = Field(0.0, description="on the update's input, while training")
 RANK_PATTERN: Any = Field(default_factory=dict, description="module pattern: its own r")
 ALPHA_PATTERN: Any = Field(default_factory=dict, description="module pattern: its own alpha")
+LAYERS_TO_TRANSFORM: Any = Field((), description="numbers of the layers adapted; none: all")
+LAYERS_PATTERN: Any = Field(
+    None, description="name of the list that holds the layers, where a module's name has several numbers"
+)
+
+
+class TargetedSettings(AdapterSettings):
+    """What the adapters have whose layers the user chooses."""
+
+    modules_to_save: Several[Text] = MODULES_TO_SAVE
+    target_modules: TextOrTexts = TARGET_MODULES
+    exclude_modules: TextOrTexts | None = EXCLUDE_MODULES
 
 
 class CalibratedStart(StartSettings):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from tunekit.recipe.bases.section import AdapterSettings, Count, CountOrZero, Several, Text
+from tunekit.recipe.bases.section import AdapterSettings, Count, Several, Text
 
 
 class VirtualTokenSettings(AdapterSettings):
@@ -21,20 +21,18 @@ class VirtualTokenSettings(AdapterSettings):
     )
 
 
-class StartedTokenSettings(VirtualTokenSettings):
-    """The same, where the vectors themselves are trained and may start as embeddings of real tokens."""
+# Fields of the methods whose vectors themselves are trained and may start as embeddings of real tokens.
+INIT_TEXT: Any = Field(None, description="for init: text; repeated or cut to num_virtual_tokens")
+INIT_IDS: Any = Field(None, description="for init: text, token ids instead of init_text")
 
-    init: str = "vocabulary"
-    init_text: Text | None = Field(None, description="for init: text; repeated or cut to num_virtual_tokens")
-    init_ids: Several[CountOrZero] | None = Field(None, description="for init: text, token ids instead of init_text")
 
-    @model_validator(mode="after")
-    def _text_or_not(self) -> StartedTokenSettings:
-        given = [name for name in ("init_text", "init_ids") if getattr(self, name) is not None]
-        if self.init == "text" and not given:
-            raise ValueError("init: text needs init_text")
-        if self.init != "text" and given:
-            raise ValueError(f"{given[0]} belongs to init: text")
-        if self.init_ids is not None and not self.init_ids:
-            raise ValueError("init_ids holds no token")
-        return self
+def check_first_tokens(settings: Any) -> Any:
+    """Refuse init: text without a text, and a text with another init."""
+    written = [name for name in ("init_text", "init_ids") if getattr(settings, name) is not None]
+    if settings.init == "text" and not written:
+        raise ValueError("init: text needs init_text")
+    if settings.init != "text" and written:
+        raise ValueError(f"{written[0]} belongs to init: text")
+    if settings.init_ids is not None and not settings.init_ids:
+        raise ValueError("init_ids holds no token")
+    return settings
