@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
+from tunekit.recipe.bases.paths import ModelPath
 from tunekit.recipe.bases.section import Section, Text
+from tunekit.recipe.reading.names import known_names
 
 Quantization = Literal["none", "nf4", "fp4", "int8", "int8_weight_only", "fp8"]
+FAMILIES = ("auto", *known_names("families"))
+
+
+def _family(value: object) -> Any:
+    if not isinstance(value, str) or value not in FAMILIES:
+        raise PydanticCustomError("literal_error", "unknown family", {"expected": ", ".join(FAMILIES)})
+    return value
+
+
+FamilyName = Annotated[str, BeforeValidator(_family), WithJsonSchema({"enum": list(FAMILIES), "type": "string"})]
 
 
 class ModelSection(Section):
     """The base model. `name_or_path`: a local folder, a .gguf file, or a hub id."""
 
-    name_or_path: Text = Field(description="a local folder, a .gguf file, or a hub id")
+    short: ClassVar[str | None] = "name_or_path"
+
+    name_or_path: ModelPath = Field(description="a local folder, a .gguf file, or a hub id")
     revision: Text = Field("main", description="branch, tag or commit of a hub id")
-    family: Literal[
-        "auto",
-        "causal",
-        "seq2seq",
-        "classifier",
-        "token_classifier",
-        "image_classifier",
-        "audio_classifier",
-        "speech",
-        "diffusion",
-    ] = Field("auto", description="what the base computes; auto reads it from the model's configuration")
+    family: FamilyName = Field(
+        "auto", description="what the base computes; auto reads it from the model's configuration"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute dtype; auto is bfloat16 where the device computes it natively, else float32"
     )

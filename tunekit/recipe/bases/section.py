@@ -1,28 +1,36 @@
-"""The base of every section of a recipe: frozen, strict, no unknown keys; and the value types sections share.
-
-Comes in: plain values read from YAML.  Goes out: validated, immutable settings.
-"""
+"""The base of every section of a recipe: frozen, strict, no unknown keys; and the value types that sections share."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
+from tunekit.recipe.bases.paths import AdapterPath
+from tunekit.recipe.bases.paths import Text as Text
+
 LARGEST_COUNT = 10**9  # nobody means more rows, steps or tokens, and every count below it is exact as a float
 
 
 class Section(BaseModel):
-    """Frozen settings; an unknown key is an error; a value is never coerced from another kind (no "5" for 5)."""
+    """Frozen settings; an unknown key is an error; a value is never coerced from another kind (no "5" for 5).
+
+    `short`: the key that a text alone stands for, where a mapping may be written as a text.
+    """
+
+    short: ClassVar[str | None] = None
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, protected_namespaces=())
 
 
 class MethodSettings(Section):
     """Settings of a named part (an adapter, an objective); `method` is the name of the file that defines it."""
+
+    short: ClassVar[str | None] = "method"
 
     method: str
 
@@ -56,7 +64,7 @@ class AdapterSettings(MethodSettings):
         quantize = "quantize the base with model.quantization: nf4"
         return "train an adapter, lora for one" if self.trains_base else quantize
 
-    init_from: str | None = Field(
+    init_from: AdapterPath | None = Field(
         None, description="an existing adapter folder, ours or peft's, that training continues"
     )
 
@@ -71,7 +79,8 @@ class ObjectiveSettings(MethodSettings):
     family that come without a recipe; `samples`: whether it learns from texts that the model writes meanwhile; `unit`:
     what its loss sums over; `size_unit`: what the sizes of its rows count; `draws`: whether its model draws pictures;
     `measures_training`: whether evaluation rows are usually training rows, so that it is no leak where they are;
-    `default_learning_rate`: before that of the adapter.
+    `default_learning_rate`: before that of the adapter; `required`: keys that must be written, and how; `one_sequence`:
+    whether a row is one sequence with answers in it.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -86,6 +95,8 @@ class ObjectiveSettings(MethodSettings):
     size_unit: ClassVar[str] = "token"
     draws: ClassVar[bool] = False
     measures_training: ClassVar[bool] = False
+    required: ClassVar[Mapping[str, str]] = {}
+    one_sequence: ClassVar[bool] = False
 
 
 class StartSettings(MethodSettings):
@@ -171,7 +182,6 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]
 CountOrZero = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
-Text = Annotated[str, Field(min_length=1)]
 Expression = Annotated[Text, AfterValidator(_expression)]
 AutoOrBool = Annotated[str | bool, BeforeValidator(_auto_or_bool), WithJsonSchema({"enum": ["auto", True, False]})]
 AutoBoolOrCount = Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
+from tunekit.recipe.bases.paths import NewPath
 from tunekit.recipe.bases.section import (
     AutoOrBool,
     Count,
@@ -93,7 +94,7 @@ class DreamboothSettings(ObjectiveSettings):
     class_prompt: Text | None = Field(
         None, description="prior preservation: what the base's own images show, such as a photo of dog"
     )
-    class_data_dir: Text | None = Field(
+    class_data_dir: NewPath | None = Field(
         None, description="the folder of those images; what it lacks is drawn by the base before step 1"
     )
     num_class_images: Count = Field(100, description="how many of them there are to be")

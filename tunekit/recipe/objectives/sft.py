@@ -13,5 +13,6 @@ class SftSettings(ObjectiveSettings):
     """No settings of its own."""
 
     supervised: ClassVar[bool] = True
+    one_sequence: ClassVar[bool] = True
 
     method: Literal["sft"] = Field("sft", description="next-token cross entropy on the supervised tokens")
