@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
+from tunekit.recipe.bases.first_recipe import FirstRecipe, Line
 from tunekit.recipe.bases.paths import AdapterPath
 from tunekit.recipe.bases.paths import Text as Text
 
@@ -53,10 +54,12 @@ class AdapterSettings(MethodSettings):
 
     `default_learning_rate`: training.learning_rate where the recipe does not write it; None: the recipe's own default.
     `trains_base`: the base's own weights are trained, so that nothing can be bypassed and the result is a model.
+    `first_lines`: what `tunekit init` writes below the method.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
     trains_base: ClassVar[bool] = False
+    first_lines: ClassVar[Sequence[Line]] = ()
 
     @property
     def less_memory(self) -> str:
@@ -80,7 +83,8 @@ class ObjectiveSettings(MethodSettings):
     what its loss sums over; `size_unit`: what the sizes of its rows count; `draws`: whether its model draws pictures;
     `measures_training`: whether evaluation rows are usually training rows, so that it is no leak where they are;
     `default_learning_rate`: before that of the adapter; `required`: keys that must be written, and how; `one_sequence`:
-    whether a row is one sequence with answers in it.
+    whether a row is one sequence with answers in it; `medium`: audio or image where rows name files of it, None for
+    text; `first_recipe`: what `tunekit init` writes, None where it never proposes the objective.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -97,6 +101,8 @@ class ObjectiveSettings(MethodSettings):
     measures_training: ClassVar[bool] = False
     required: ClassVar[Mapping[str, str]] = {}
     one_sequence: ClassVar[bool] = False
+    medium: ClassVar[str | None] = None
+    first_recipe: ClassVar[FirstRecipe | None] = None
 
 
 class StartSettings(MethodSettings):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
+from tunekit.recipe.bases.first_recipe import FirstRecipe
 from tunekit.recipe.bases.paths import NewPath
 from tunekit.recipe.bases.section import (
     AutoOrBool,
@@ -57,6 +58,17 @@ class DreamboothSettings(ObjectiveSettings):
     measures_training: ClassVar[bool] = True
     unit: ClassVar[str] = "image"
     size_unit: ClassVar[str] = "pixel"
+    medium: ClassVar[str | None] = "image"
+    first_recipe: ClassVar[FirstRecipe | None] = FirstRecipe(
+        order=40,
+        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        model_comment="the folder of a pipeline, or a hub name",
+        target_modules="[to_q, to_k, to_v, to_out.0]",
+        learning_rate="1e-4",
+        eval_share="0",  # a handful of images, all of them of one thing
+        objective=(("  instance_prompt: a photo of sks thing", "name what it is, and keep the rare word sks"),),
+        training=(("  scheduler: constant", ""), ("  warmup_steps: 0", ""), ("  max_steps: 500", "")),
+    )
     sums: ClassVar[tuple[str, ...]] = ("loss", "units")
     default_learning_rate: ClassVar[PublishedRate | None] = PublishedRate(
         5e-4, "huggingface/diffusers, the default of examples/dreambooth/train_dreambooth_lora.py"

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from tunekit.recipe.bases.first_recipe import FirstRecipe
 from tunekit.recipe.bases.label_settings import LabelSettings
 
 
@@ -16,5 +17,6 @@ class TokenClassifySettings(LabelSettings):
     example: ClassVar[str] = "tags"
     unit: ClassVar[str] = "word"
     sums: ClassVar[tuple[str, ...]] = (*LabelSettings.sums, "spans")
+    first_recipe: ClassVar[FirstRecipe | None] = FirstRecipe(order=60)
 
     method: Literal["token_classify"] = Field("token_classify", description="cross entropy on a tag for each word")

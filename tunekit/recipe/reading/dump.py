@@ -1,4 +1,4 @@
-"""Recipe -> YAML text, every key written, for the run folder. Texts that a YAML reader could take for something else are
+"""Recipe -> YAML text, every key written, for the run folder. Texts that YAML readers could take for something else are
 quoted."""
 
 from __future__ import annotations
