@@ -79,7 +79,7 @@ def unknown_key(key: KeyPath, draft: Draft) -> Problem:
     elif (other := target or elsewhere) and other != key and (target or not nearest(name, here)):
         how = f"did you mean '{dotted(other)}'?"
     else:
-        how = did_you_mean(name, here, "the keys here are")
+        how = did_you_mean(name, here, "the keys here are") if here else ""
     return draft.problem(key, "unknown key", how)
 
 
