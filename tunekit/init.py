@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tunekit.console import Console
 from tunekit.data.reading.first import choose_format, columns_meant
@@ -19,9 +18,9 @@ from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
-from tunekit.recipe.bases.first_recipe import FirstRecipe, Line
+from tunekit.recipe.bases.section import AdapterSettings, FirstRecipe, Line, ObjectiveSettings
 from tunekit.recipe.data import Source
-from tunekit.recipe.reading.names import facts_of, known_names, settings_class
+from tunekit.recipe.reading.names import adapter_class, facts_of, known_names, objective_class
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
 from tunekit.recipe.recipe import DEFAULT_METHOD
@@ -54,9 +53,9 @@ class Look:
     notes: Sequence[str] = ()  # what the user may have meant instead
 
     @property
-    def settings(self) -> Any:
+    def settings(self) -> type[ObjectiveSettings]:
         """The settings class of the objective."""
-        return settings_class("objectives", self.objective)
+        return objective_class(self.objective)
 
     def text(self) -> str:
         """In a line."""
@@ -80,14 +79,9 @@ class Wanted:
     note: str = ""
 
     @property
-    def adapter(self) -> Any:
+    def adapter(self) -> type[AdapterSettings]:
         """The settings class of the method."""
-        return settings_class("adapters", self.method)
-
-    @property
-    def first(self) -> FirstRecipe:
-        """What the objective's first recipe is made of."""
-        return _first_recipe(self.look)
+        return adapter_class(self.method)
 
 
 def init_verb(
@@ -134,14 +128,13 @@ def init_verb(
 
 def _first_recipe(look: Look | None) -> FirstRecipe:
     """That of the objective which fits the rows; of the default one where there are none to look at."""
-    objective: Any = look.settings if look else settings_class("objectives", DEFAULT_METHOD["objective"])
-    return objective.first_recipe  # type: ignore[no-any-return]
+    return objective_class(look.objective if look else DEFAULT_METHOD["objective"]).first_recipe
 
 
-def proposed_objectives() -> list[Any]:
+def proposed_objectives() -> list[type[ObjectiveSettings]]:
     """The settings classes of the objectives that rows are tried for, in order."""
-    known: list[Any] = [settings_class("objectives", name) for name in known_names("objectives")]
-    return sorted((each for each in known if each.first_recipe), key=lambda each: each.first_recipe.order)
+    known = [each for each in map(objective_class, known_names("objectives")) if each.first_recipe.order is not None]
+    return sorted(known, key=lambda each: each.first_recipe.order or 0)
 
 
 def _refuse(target: Path) -> None:
@@ -242,7 +235,7 @@ def _folder_notes(data: str) -> list[str]:
     return [] if others is None else [others]
 
 
-def _kind(row: dict[str, object], data: str) -> tuple[Any, str, Mapping[str, str]]:
+def _kind(row: dict[str, object], data: str) -> tuple[type[ObjectiveSettings], str, Mapping[str, str]]:
     """The settings class of the objective that fits a row, the row's format, and the columns to rename for it.
 
     Raises: DataError naming the fields of every format.
@@ -274,7 +267,7 @@ def _texts(value: object) -> Iterator[str]:
 
 def recipe_text(wanted: Wanted, target: Path) -> str:
     """The recipe with what each key means beside it."""
-    look, first, adapter = wanted.look, wanted.first, wanted.adapter
+    look, first, adapter = wanted.look, _first_recipe(wanted.look), wanted.adapter
     length = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1]) if look else 2048
     few = look is not None and look.complete and look.rows < FEW_ROWS
     steps = 2 if few else 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -44,6 +44,11 @@ class ModelSection(Section):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model; never without reading it")
 
+    @classmethod
+    def of(cls, section: ModelSection, **facts: Any) -> Self:
+        """The section with facts of a model that is loaded for one purpose."""
+        return cls.model_validate({**section.model_dump(), **facts})
+
 
 class HeadedModel(ModelSection):
     """The section of a base that is loaded with a head of one score a label, whatever it was saved with.
@@ -57,11 +62,6 @@ class HeadedModel(ModelSection):
     head_seed: int = 0
     head_pad_id: int | None = None
 
-    @classmethod
-    def of(cls, section: ModelSection, **head: Any) -> HeadedModel:
-        """The section with a head."""
-        return cls.model_validate({**section.model_dump(), **head})
-
 
 class PipelineModel(ModelSection):
     """The section of a diffusion pipeline: `trained`, the parts that get an adapter; `stays`: whether the others are
@@ -69,8 +69,3 @@ class PipelineModel(ModelSection):
 
     trained: tuple[str, ...] = ()
     stays: bool = False
-
-    @classmethod
-    def of(cls, section: ModelSection, **parts: Any) -> PipelineModel:
-        """The section with its parts."""
-        return cls.model_validate({**section.model_dump(), **parts})

@@ -21,6 +21,7 @@ from tunekit.contracts import Tokenizer
 from tunekit.errors import AdapterError
 from tunekit.model.call import calling, current_call
 from tunekit.model.families.structure import text_config
+from tunekit.recipe.bases.virtual_tokens import StartedTokenSettings
 
 IN_FILES = "prompt_embeddings"  # PEFT's name for the finished vectors
 FIELDS: Fields = {
@@ -172,7 +173,7 @@ def embeddings_of(net: Any, ids: Sequence[int] | Tensor) -> Tensor:
     return found
 
 
-def started(net: nn.Module, settings: Any, vectors: int, generator: Generator) -> Tensor:
+def started(net: nn.Module, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
     """(vectors, D) float32 as `init` says: embeddings of ids, each as likely, N(0, 1), or embeddings of a text."""
     table: Any = net
     if settings.init == "random":
@@ -190,7 +191,7 @@ def repeated(ids: Sequence[int], count: int) -> list[int]:
     return list(itertools.islice(itertools.cycle(ids), count))
 
 
-def with_text_ids(settings: Any, tokenizer: Tokenizer) -> Any:
+def with_text_ids(settings: StartedTokenSettings, tokenizer: Tokenizer) -> StartedTokenSettings:
     """The settings with init_text as ids, no special token among them that the text does not spell."""
     if settings.init != "text" or settings.init_ids is not None or settings.init_text is None:
         return settings

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tunekit.recipe.bases.section import Count, CountOrZero, Several, Text
-from tunekit.recipe.bases.virtual_tokens import INIT_IDS, INIT_TEXT, VirtualTokenSettings, check_first_tokens
+from tunekit.recipe.bases.section import Count, CountOrZero
+from tunekit.recipe.bases.virtual_tokens import StartedTokenSettings
 
 
-class MultitaskPromptSettings(VirtualTokenSettings):
+class MultitaskPromptSettings(StartedTokenSettings):
     """One prompt that tasks share, times a low-rank matrix of each task's own. A run trains one task: all its rows are
     of `task`, and init_from brings the others along, which stay as they are."""
 
@@ -20,8 +20,6 @@ class MultitaskPromptSettings(VirtualTokenSettings):
     init: Literal["vocabulary", "random", "text"] = Field(
         "random", description="first values of the shared ones: normal numbers (PEFT's), or as for prompt"
     )
-    init_text: Text | None = INIT_TEXT
-    init_ids: Several[CountOrZero] | None = INIT_IDS
     num_ranks: Count = Field(1, description="rank of a task's matrix")
     num_tasks: Count = Field(1, description="tasks that have a matrix")
     task: CountOrZero = Field(0, description="which of them all rows are of, counted from 0")
@@ -30,8 +28,6 @@ class MultitaskPromptSettings(VirtualTokenSettings):
         description="of the folder that init_from names: all: every task's matrix; a number: that task's alone; "
         "average: the mean of its tasks' factors; none: its shared vectors alone",
     )
-
-    _text_or_not = model_validator(mode="after")(check_first_tokens)
 
     @model_validator(mode="after")
     def _task_is_there(self) -> MultitaskPromptSettings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -19,10 +18,6 @@ class PathMark:
 
     expected: Literal["", "file", "folder", "code", "adapter", "model", "rows"] = ""
     endings: tuple[str, ...] | None = None
-
-    def file_of(self, text: str) -> Path:
-        """The path itself: of FILE.py:NAME the file."""
-        return Path(text.rpartition(":")[0] if self.expected == "code" else text)
 
 
 DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".arrow")

@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
-from tunekit.recipe.bases.first_recipe import FirstRecipe, Line
 from tunekit.recipe.bases.paths import AdapterPath
 from tunekit.recipe.bases.paths import Text as Text
 
@@ -49,6 +48,28 @@ def metamath_rate(value: float, experiment: str) -> PublishedRate:
     return PublishedRate(value, f"huggingface/peft, method_comparison/MetaMathQA/experiments/{experiment}")
 
 
+Line = tuple[str, str]  # a line of YAML, and the comment beside it
+
+
+@dataclass(frozen=True)
+class FirstRecipe:
+    """What `tunekit init` writes for an objective, with the values of a shipped recipe.
+
+    `order`: init asks of the first row whether it is of the objective's kind, smallest numbers first; None: never;
+    `model`: None for one at hand; `target_modules`: None for the adapter's default; `objective`, `training`: lines of
+    that section.
+    """
+
+    order: int | None = None
+    model: str | None = None
+    model_comment: str = "a folder, a .gguf file or a hub name"
+    target_modules: str | None = None
+    learning_rate: str = "2e-4"
+    eval_share: str = "0.05"
+    objective: Sequence[Line] = ()
+    training: Sequence[Line] = ()
+
+
 class AdapterSettings(MethodSettings):
     """What every adapter has; the settings of one method are in recipe/adapters/NAME.py.
 
@@ -84,7 +105,7 @@ class ObjectiveSettings(MethodSettings):
     `measures_training`: whether evaluation rows are usually training rows, so that it is no leak where they are;
     `default_learning_rate`: before that of the adapter; `required`: keys that must be written, and how; `one_sequence`:
     whether a row is one sequence with answers in it; `medium`: audio or image where rows name files of it, None for
-    text; `first_recipe`: what `tunekit init` writes, None where it never proposes the objective.
+    text; `first_recipe`: what `tunekit init` writes.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -102,7 +123,7 @@ class ObjectiveSettings(MethodSettings):
     required: ClassVar[Mapping[str, str]] = {}
     one_sequence: ClassVar[bool] = False
     medium: ClassVar[str | None] = None
-    first_recipe: ClassVar[FirstRecipe | None] = None
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe()
 
 
 class StartSettings(MethodSettings):
@@ -202,14 +223,14 @@ Layers = Annotated[Several[CountOrZero], BeforeValidator(_one_or_several)]
 
 
 # Fields that several settings have: each settings class lists its own, so that none inherits from a chain of others.
-MODULES_TO_SAVE: Any = Field((), description="modules trained whole, such as a head: names or name endings")
-TARGET_MODULES: Any = Field("all-linear", description="all-linear, a list of names, or a regular expression")
-EXCLUDE_MODULES: Any = Field(None, description="modules never adapted, written the same way")
-DROPOUT: Any = Field(0.0, description="on the update's input, while training")
-RANK_PATTERN: Any = Field(default_factory=dict, description="module pattern: its own r")
-ALPHA_PATTERN: Any = Field(default_factory=dict, description="module pattern: its own alpha")
-LAYERS_TO_TRANSFORM: Any = Field((), description="numbers of the layers adapted; none: all")
-LAYERS_PATTERN: Any = Field(
+MODULES_TO_SAVE = Field((), description="modules trained whole, such as a head: names or name endings")
+TARGET_MODULES = Field("all-linear", description="all-linear, a list of names, or a regular expression")
+EXCLUDE_MODULES = Field(None, description="modules never adapted, written the same way")
+DROPOUT = Field(0.0, description="on the update's input, while training")
+RANK_PATTERN: dict[str, int] = Field(default_factory=dict, description="module pattern: its own r")
+ALPHA_PATTERN: dict[str, float] = Field(default_factory=dict, description="module pattern: its own alpha")
+LAYERS_TO_TRANSFORM = Field((), description="numbers of the layers adapted; none: all")
+LAYERS_PATTERN = Field(
     None, description="name of the list that holds the layers, where a module's name has several numbers"
 )
 

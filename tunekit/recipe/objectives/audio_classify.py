@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.first_recipe import FirstRecipe
 from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.section import FirstRecipe
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 
 
@@ -18,7 +18,7 @@ class AudioClassifySettings(SpecAugmentSettings, LabelSettings):
     example: ClassVar[str] = "audio_label"
     size_unit: ClassVar[str] = "frame"
     medium: ClassVar[str | None] = "audio"
-    first_recipe: ClassVar[FirstRecipe | None] = FirstRecipe(
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
         order=20,
         model="openai/whisper-tiny",
         model_comment="a folder or a hub name, of Whisper",

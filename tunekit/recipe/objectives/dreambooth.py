@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tunekit.recipe.bases.first_recipe import FirstRecipe
 from tunekit.recipe.bases.paths import NewPath
 from tunekit.recipe.bases.section import (
     AutoOrBool,
     Count,
+    FirstRecipe,
     NotNegative,
     Number,
     ObjectiveSettings,
@@ -59,7 +59,7 @@ class DreamboothSettings(ObjectiveSettings):
     unit: ClassVar[str] = "image"
     size_unit: ClassVar[str] = "pixel"
     medium: ClassVar[str | None] = "image"
-    first_recipe: ClassVar[FirstRecipe | None] = FirstRecipe(
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
         order=40,
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         model_comment="the folder of a pipeline, or a hub name",

@@ -6,9 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from tunekit.recipe.bases.first_recipe import FirstRecipe
 from tunekit.recipe.bases.label_settings import LabelSettings
-from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, Several
+from tunekit.recipe.bases.section import Count, CountOrZero, FirstRecipe, Fraction, Number, Several
 
 
 def _scale(value: tuple[float, ...]) -> tuple[float, ...]:
@@ -24,7 +23,7 @@ class ImageClassifySettings(LabelSettings):
     example: ClassVar[str] = "image_label"
     size_unit: ClassVar[str] = "pixel"
     medium: ClassVar[str | None] = "image"
-    first_recipe: ClassVar[FirstRecipe | None] = FirstRecipe(
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
         order=30,
         model="google/vit-base-patch16-224-in21k",
         model_comment="a folder or a hub name, of an image classifier",

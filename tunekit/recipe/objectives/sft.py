@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.first_recipe import FirstRecipe
-from tunekit.recipe.bases.section import ObjectiveSettings
+from tunekit.recipe.bases.section import FirstRecipe, ObjectiveSettings
 
 
 class SftSettings(ObjectiveSettings):
@@ -15,6 +14,6 @@ class SftSettings(ObjectiveSettings):
 
     supervised: ClassVar[bool] = True
     one_sequence: ClassVar[bool] = True
-    first_recipe: ClassVar[FirstRecipe | None] = FirstRecipe(order=90)
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=90)
 
     method: Literal["sft"] = Field("sft", description="next-token cross entropy on the supervised tokens")

@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.first_recipe import FirstRecipe
-from tunekit.recipe.bases.section import Text
+from tunekit.recipe.bases.section import FirstRecipe, Text
 from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 
 
@@ -19,7 +18,7 @@ class SpeechSettings(SpecAugmentSettings):
     supervised: ClassVar[bool] = True
     size_unit: ClassVar[str] = "frames and token"
     medium: ClassVar[str | None] = "audio"
-    first_recipe: ClassVar[FirstRecipe | None] = FirstRecipe(
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(
         order=10,
         model="openai/whisper-tiny",
         model_comment="a folder or a hub name, of Whisper's kind",

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.recipe.bases.first_recipe import FirstRecipe
 from tunekit.recipe.bases.label_settings import LabelSettings
+from tunekit.recipe.bases.section import FirstRecipe
 
 
 class TokenClassifySettings(LabelSettings):
@@ -17,6 +17,6 @@ class TokenClassifySettings(LabelSettings):
     example: ClassVar[str] = "tags"
     unit: ClassVar[str] = "word"
     sums: ClassVar[tuple[str, ...]] = (*LabelSettings.sums, "spans")
-    first_recipe: ClassVar[FirstRecipe | None] = FirstRecipe(order=60)
+    first_recipe: ClassVar[FirstRecipe] = FirstRecipe(order=60)
 
     method: Literal["token_classify"] = Field("token_classify", description="cross entropy on a tag for each word")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tunekit.errors import holds_secret
 from tunekit.recipe.bases.section import ObjectiveSettings, Section
@@ -16,6 +15,7 @@ from tunekit.recipe.reading.names import (
     formats_of,
     known_names,
     needs_generation,
+    objective_class,
     settings_class,
     unmeasurable,
 )
@@ -127,10 +127,7 @@ def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
     """Of the objective that the recipe names; of the default where it names none that is known."""
     written = draft.values.get("objective")
     method = written.get("method") if isinstance(written, dict) else written
-    found: Any = settings_class(
-        "objectives", method if method in known_names("objectives") else DEFAULT_METHOD["objective"]
-    )
-    return found  # type: ignore[no-any-return]
+    return objective_class(method if method in known_names("objectives") else DEFAULT_METHOD["objective"])
 
 
 def _check_sources(draft: Draft, data: DataSection, formats: Sequence[str]) -> None:

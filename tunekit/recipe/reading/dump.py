@@ -22,7 +22,7 @@ def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False
     the new file will stand in."""
     values = recipe.model_dump(mode="json", exclude_unset=written_only)
     for path in named_paths(values):
-        path.replace(relative_path(path.text, relative_to))
+        path.holder[path.key[-1]] = relative_path(path.text, relative_to)
     return "\n".join(yaml_lines(values)) + "\n"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from tunekit.recipe.bases.section import MethodSettings, ObjectiveSettings
+from tunekit.recipe.bases.section import AdapterSettings, MethodSettings, ObjectiveSettings
 from tunekit.recipe.evaluation import CHOICE_SUMS
 
 Kind = Literal["adapters", "objectives", "starts", "families", "formats", "metrics"]
@@ -52,6 +52,16 @@ def settings_class(kind: SettingsKind, name: str) -> type[MethodSettings]:
     return found  # type: ignore[no-any-return]
 
 
+def objective_class(name: str) -> type[ObjectiveSettings]:
+    """The settings class of a known objective."""
+    return settings_class("objectives", name)  # type: ignore[return-value]
+
+
+def adapter_class(name: str) -> type[AdapterSettings]:
+    """The settings class of a known method."""
+    return settings_class("adapters", name)  # type: ignore[return-value]
+
+
 def formats_of(example: str) -> list[str]:
     """The formats that give this kind of example."""
     return [name for name in known_names("formats") if getattr(facts_of("formats", name), "EXAMPLE", None) == example]
@@ -78,26 +88,22 @@ def _follows(metric: str, sums: Iterable[str]) -> bool:
 
 def units_of(objective: str) -> str:
     """What an objective's loss sums over: supervised tokens, pairs, labels."""
-    found: Any = settings_class("objectives", objective)
-    return f"{found.unit}s"
+    return f"{objective_class(objective).unit}s"
 
 
 def sizes_of(objective: str) -> str:
     """What the sizes of an objective's rows count: tokens, frames, pixels."""
-    found: Any = settings_class("objectives", objective)
-    return f"{found.size_unit}s"
+    return f"{objective_class(objective).size_unit}s"
 
 
 def draws_images(objective: str) -> bool:
     """Whether models of an objective draw images."""
-    found: Any = settings_class("objectives", objective)
-    return bool(found.draws)
+    return objective_class(objective).draws
 
 
 def measures_training(objective: str) -> bool:
     """Whether evaluation rows of an objective may be training rows."""
-    found: Any = settings_class("objectives", objective)
-    return bool(found.measures_training)
+    return objective_class(objective).measures_training
 
 
 def needs_generation(metric: str) -> bool:

@@ -22,31 +22,23 @@ LONGEST_PATH_BYTES = 4096
 
 @dataclass(frozen=True)
 class NamedPath:
-    """A path in a recipe's plain values: its key, and the mapping that it is in."""
+    """A path in a recipe's plain values: its key, its text, and the mapping that it is in."""
 
     key: KeyPath
     mark: PathMark
-    holder: dict[str, Any]
-
-    @property
-    def text(self) -> str:
-        """The path as it is written."""
-        return str(self.holder[str(self.key[-1])])
+    text: str
+    holder: dict[Any, Any]
 
     @property
     def file(self) -> Path:
-        """The file or folder that it names."""
-        return self.mark.file_of(self.text)
-
-    def replace(self, text: str) -> None:
-        """Write another path in its place."""
-        self.holder[str(self.key[-1])] = text
+        """The file or folder: of FILE.py:NAME the file."""
+        return Path(self.text.rpartition(":")[0] if self.mark.expected == "code" else self.text)
 
 
 def named_paths(values: Mapping[str, Any]) -> list[NamedPath]:
     """Every path that a recipe's plain values hold, hub names among them."""
     return [
-        NamedPath((*key, name), mark, holder)
+        NamedPath((*key, name), mark, holder[name], holder)
         for key, owner, holder in sections_in(values)
         for name, mark in path_marks(owner).items()
         if isinstance(holder.get(name), str) and holder[name]
@@ -75,7 +67,7 @@ def resolve_paths(draft: Draft, folder: Path) -> None:
         base = Path.cwd() if draft.place(path.key).file == COMMAND_LINE else folder
         absolute = os.path.normpath(base / os.path.expanduser(path.text))
         if path.mark.endings is None or _is_local(path.text, path.mark.endings) or os.path.lexists(absolute):
-            path.replace(absolute)
+            path.holder[path.key[-1]] = absolute
 
 
 def _is_local(text: str, endings: tuple[str, ...]) -> bool:

@@ -5,29 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
+from pydantic.fields import FieldInfo
+
 from tunekit.recipe.bases.section import Section
 from tunekit.recipe.reading.draft import Draft, KeyPath, inner_items
-from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.recipe.reading.names import SettingsKind, known_names, settings_class
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 
 
-def kind_of(section: str) -> Any:
+def kind_of(section: str) -> SettingsKind:
     """The folder of names behind a section: adapter -> adapters."""
     return "adapters" if section == "adapter" else "objectives"
 
 
-def section_class(name: str, values: Any) -> type[Section] | None:
+def section_class(name: str, values: object) -> type[Section] | None:
     """The settings class of a section; None where it names a method that does not exist."""
     if name not in DEFAULT_METHOD:
-        field = Recipe.model_fields.get(name)
-        owner: Any = field.annotation if field else None
-        return owner  # type: ignore[no-any-return]
+        return inner_class(Recipe.model_fields[name], values) if name in Recipe.model_fields else None
     method = values.get("method", DEFAULT_METHOD[name]) if isinstance(values, dict) else DEFAULT_METHOD[name]
-    kind = kind_of(name)
-    return settings_class(kind, method) if method in known_names(kind) else None
+    return settings_class(kind_of(name), method) if method in known_names(kind_of(name)) else None
 
 
-def inner_class(field: Any, value: Any) -> type[Section] | None:
+def inner_class(field: FieldInfo, value: object) -> type[Section] | None:
     """The settings class of a key's value, or of the members of the list that it is, such as objective.teacher; of
     several classes the one that the value names. None where there is none."""
     classes = [kind for kind in types_in(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
@@ -37,14 +36,14 @@ def inner_class(field: Any, value: Any) -> type[Section] | None:
     return next((kind for kind in classes if kind.model_fields["method"].default == name), None)
 
 
-def types_in(kind: Any) -> Iterator[Any]:
+def types_in(kind: object) -> Iterator[object]:
     """A type, the types within it, and what is written beside them in Annotated."""
     yield kind
     for inner in get_args(kind):
         yield from types_in(inner)
 
 
-def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, Any]:
+def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, FieldInfo]:
     """The known keys at a place of the recipe; none where the place is no section."""
     if not section:
         return Recipe.model_fields
@@ -62,18 +61,16 @@ def fields_at(section: KeyPath, draft: Draft) -> Mapping[str, Any]:
 def sections_in(values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, type[Section], dict[str, Any]]]:
     """Every mapping in a recipe's plain values that is a section, with its place and its settings class."""
     for name in Recipe.model_fields:
-        owner = section_class(name, values.get(name))
-        if owner is not None:
-            yield from _sections_below((name,), owner, values.get(name))
+        yield from _sections_at((name,), section_class(name, values.get(name)), values.get(name))
 
 
-def _sections_below(key: KeyPath, owner: type[Section], value: Any) -> Iterator[tuple[KeyPath, type[Section], Any]]:
-    if isinstance(value, list):
+def _sections_at(
+    key: KeyPath, owner: type[Section] | None, value: object
+) -> Iterator[tuple[KeyPath, type[Section], dict[str, Any]]]:
+    if owner is not None and isinstance(value, list):
         for index, inner in inner_items(value):
-            yield from _sections_below((*key, index), owner, inner)
-    elif isinstance(value, dict):
+            yield from _sections_at((*key, index), owner, inner)
+    elif owner is not None and isinstance(value, dict):
         yield key, owner, value
         for name, field in owner.model_fields.items():
-            kind = inner_class(field, value.get(name))
-            if kind is not None:
-                yield from _sections_below((*key, name), kind, value.get(name))
+            yield from _sections_at((*key, name), inner_class(field, value.get(name)), value.get(name))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, get_origin
+from typing import get_origin
+
+from pydantic.fields import FieldInfo
 
 from tunekit.recipe.bases.section import Section
 from tunekit.recipe.reading.draft import Draft, KeyPath
@@ -42,7 +44,7 @@ def _expand(draft: Draft, key: KeyPath, owner: type[Section] | None) -> None:
             _expand_value(draft, (*key, name), field, inner)
 
 
-def _expand_value(draft: Draft, key: KeyPath, field: Any, owner: type[Section]) -> None:
+def _expand_value(draft: Draft, key: KeyPath, field: FieldInfo, owner: type[Section]) -> None:
     """The value of a key that takes a section, or a list of them."""
     value, types = draft.get(key), list(types_in(field.annotation))
     if not any(get_origin(kind) is tuple for kind in types):
